@@ -1,0 +1,274 @@
+//! What other threads may ask of a VM's engine: one command queue into its loop, one answer a command.
+//!
+//! Every call here sends a [`Command`] and waits for its answer. Calls that end in `_async` return the
+//! answer as a future; the others block the calling thread and must not be used on an async runtime.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
+use crate::driver::Mailbox;
+use crate::stats::Stats;
+use crate::units::{PageNo, Run, SlotRun};
+
+/// Why the engine did not do what it was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CommandError {
+    #[error("the engine of this VM has ended")]
+    Gone,
+    #[error("a RAM budget of {asked} bytes is below the minimum of {minimum} bytes")]
+    BudgetTooSmall { asked: u64, minimum: u64 },
+    #[error("a RAM budget of {asked} bytes is above the VM's memory of {memory} bytes")]
+    BudgetTooLarge { asked: u64, memory: u64 },
+    #[error("{0} is not within the VM's memory")]
+    OutOfRange(PageNo),
+    #[error("the store failed: {0}")]
+    Store(String),
+    #[error("{0}")]
+    NotNow(&'static str),
+}
+
+/// Where the newest content of a piece of a held run is. See [`EngineHandle::hold`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// Reads as zeros; no frame, no store content.
+    Zero,
+    /// In guest memory. The guest may be changing it: copy it, then work on the copy.
+    Memory,
+    /// In the store, at the page's own offset. `EngineHandle::sums` has the checksums.
+    Stored,
+    /// On its way between two places. Ask again a little later.
+    Moving,
+    /// Lost to a read error or a checksum mismatch.
+    Poisoned,
+}
+
+/// Pages of a held run that are in the same place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    pub run: Run,
+    pub place: Place,
+}
+
+/// Pages received into frames of the staging area, to be placed by the engine.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    pub run: Run,
+    /// Frames granted by [`EngineHandle::grant_frames_async`]; they go back to the engine with this call.
+    pub slots: SlotRun,
+    /// One checksum a page ([`crate::digest`]), already verified against the bytes.
+    pub sums: Vec<u64>,
+    /// The page was sent before in this migration: it was written meanwhile, so it is hot.
+    pub again: bool,
+}
+
+/// How a finished receiving left the pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct Placed {
+    pub pages_ram: u64,
+    pub pages_store: u64,
+    pub pages_zero: u64,
+    /// Page-ins and page-outs by the VM's own paging while it received.
+    pub pageins: u64,
+    pub pageouts: u64,
+}
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, CommandError>>;
+
+#[derive(Debug)]
+pub(crate) enum Command {
+    Stats(Reply<Stats>),
+    SetBudget(u64, Reply<()>),
+    Discard(Run, Reply<()>),
+    Evict(Run, Reply<()>),
+    TrackWrites(bool, Reply<()>),
+    CollectWritten(Reply<Vec<Run>>),
+    Hold(Run, Reply<Vec<Piece>>),
+    Release(Run, Reply<()>),
+    Sums(Run, Reply<Vec<u64>>),
+    Heat(Reply<Vec<u8>>),
+    StartReceiving(Vec<u8>, Reply<()>),
+    UpdateHeat(Vec<u8>, Reply<()>),
+    GrantFrames(u32, Reply<SlotRun>),
+    ReturnFrames(SlotRun, Reply<()>),
+    Arrive(Arrival, Reply<()>),
+    ArriveZero(Run, Reply<()>),
+    ArrivePoisoned(Run, Reply<()>),
+    FinishReceiving(Reply<Placed>),
+    ResidentMap(Reply<Vec<Run>>),
+    RetryStore(Reply<()>),
+    Stop(Reply<()>),
+}
+
+/// Cheap to clone; safe to use from any thread.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    pub(crate) mailbox: Arc<Mailbox>,
+    /// Address of guest page 0 in this process.
+    pub(crate) memory_base: usize,
+    pub(crate) memory_bytes: u64,
+    /// Address of staging slot 0 in this process.
+    pub(crate) staging_base: usize,
+    pub(crate) store: Arc<std::fs::File>,
+}
+
+/// The answer to a command that has been sent.
+pub type Answer<T> = oneshot::Receiver<Result<T, CommandError>>;
+
+/// Waits for an answer on an async runtime.
+///
+/// # Errors
+/// The engine's refusal, or [`CommandError::Gone`] if it ended.
+pub async fn answered<T>(answer: Answer<T>) -> Result<T, CommandError> {
+    answer.await.unwrap_or(Err(CommandError::Gone))
+}
+
+impl EngineHandle {
+    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Answer<T> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(command(reply));
+        answer
+    }
+
+    fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, CommandError> {
+        self.ask(command).blocking_recv().unwrap_or(Err(CommandError::Gone))
+    }
+
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// Address of guest page `page`. Only pages held and in [`Place::Memory`] may be read through it.
+    pub fn page_address(&self, page: PageNo) -> *mut u8 {
+        assert!(page.offset() < self.memory_bytes, "{page} is beyond the VM's memory");
+        (self.memory_base + page.offset() as usize) as *mut u8
+    }
+
+    /// Address of the first of `slots`, which must be granted to the caller.
+    pub fn slot_address(&self, slots: SlotRun) -> *mut u8 {
+        (self.staging_base + slots.start.offset()) as *mut u8
+    }
+
+    /// The store, opened with O_DIRECT: page *n* at offset *n* x 4096.
+    pub fn store(&self) -> Arc<std::fs::File> {
+        self.store.clone()
+    }
+
+    pub fn stats(&self) -> Result<Stats, CommandError> {
+        self.call(Command::Stats)
+    }
+
+    /// Changes the RAM budget. Answers when no more frames than that are held.
+    pub fn set_budget(&self, bytes: u64) -> Result<(), CommandError> {
+        self.call(|reply| Command::SetBudget(bytes, reply))
+    }
+
+    /// Memory that the guest gave back: reads as zeros from now on; frames return to the budget.
+    pub fn discard(&self, run: Run) -> Result<(), CommandError> {
+        self.call(|reply| Command::Discard(run, reply))
+    }
+
+    /// Pages out what is resident in the run, and answers when it is stored.
+    pub fn evict(&self, run: Run) -> Result<(), CommandError> {
+        self.call(|reply| Command::Evict(run, reply))
+    }
+
+    // ── the source's side of a migration ──────────────────────────────────────────────────
+
+    /// Starts or ends the tracking of written pages. While it is on, `collect_written` returns them.
+    pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
+        self.call(|reply| Command::TrackWrites(on, reply))
+    }
+
+    /// Pages that may have been written since tracking started or since the last call, in ascending runs.
+    /// Never misses one; may name one that did not change (a page that was paged out or in meanwhile).
+    pub fn collect_written_async(&self) -> Answer<Vec<Run>> {
+        self.ask(Command::CollectWritten)
+    }
+
+    /// Keeps the run's pages where they are (against page-out; the guest's own page-ins go on) until
+    /// `release`, and says where they are. Nothing is paged in for it. One holder a page at a time.
+    pub fn hold_async(&self, run: Run) -> Answer<Vec<Piece>> {
+        self.ask(|reply| Command::Hold(run, reply))
+    }
+
+    pub fn release_async(&self, run: Run) -> Answer<()> {
+        self.ask(|reply| Command::Release(run, reply))
+    }
+
+    /// Checksums of pages in [`Place::Stored`] (valid while they are held).
+    pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
+        self.ask(|reply| Command::Sums(run, reply))
+    }
+
+    /// One byte a page: 0 is cold or unknown.
+    pub fn heat_async(&self) -> Answer<Vec<u8>> {
+        self.ask(Command::Heat)
+    }
+
+    // ── the target's side of a migration ──────────────────────────────────────────────────
+
+    /// Enters the receiving state with the source's heat, one byte a page. The guest must not run.
+    pub fn start_receiving_async(&self, heat: Vec<u8>) -> Answer<()> {
+        self.ask(|reply| Command::StartReceiving(heat, reply))
+    }
+
+    /// Newer heat from the source, for the pages still to come.
+    pub fn update_heat_async(&self, heat: Vec<u8>) -> Answer<()> {
+        self.ask(|reply| Command::UpdateHeat(heat, reply))
+    }
+
+    /// Up to `count` contiguous frames to receive into; answers when at least one is free.
+    pub fn grant_frames_async(&self, count: u32) -> Answer<SlotRun> {
+        self.ask(|reply| Command::GrantFrames(count, reply))
+    }
+
+    pub fn return_frames_async(&self, slots: SlotRun) -> Answer<()> {
+        self.ask(|reply| Command::ReturnFrames(slots, reply))
+    }
+
+    /// Places received pages, each in RAM or in the store, replacing what was there. Answers at once;
+    /// `finish_receiving` waits for the writes.
+    pub fn arrive_async(&self, arrival: Arrival) -> Answer<()> {
+        self.ask(|reply| Command::Arrive(arrival, reply))
+    }
+
+    pub fn arrive_zero_async(&self, run: Run) -> Answer<()> {
+        self.ask(|reply| Command::ArriveZero(run, reply))
+    }
+
+    pub fn arrive_poisoned_async(&self, run: Run) -> Answer<()> {
+        self.ask(|reply| Command::ArrivePoisoned(run, reply))
+    }
+
+    /// Answers when every arrived page is where it belongs. Every granted frame must have come back.
+    pub fn finish_receiving_async(&self) -> Answer<Placed> {
+        self.ask(Command::FinishReceiving)
+    }
+
+    /// The pages that have a frame in guest memory now, in ascending runs.
+    pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
+        self.call(Command::ResidentMap)
+    }
+
+    /// Unlatches a store whose write failed, and writes again what is waiting.
+    pub fn retry_store(&self) -> Result<(), CommandError> {
+        self.call(Command::RetryStore)
+    }
+
+    pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {
+        self.call(Command::CollectWritten)
+    }
+
+    pub fn hold(&self, run: Run) -> Result<Vec<Piece>, CommandError> {
+        self.call(|reply| Command::Hold(run, reply))
+    }
+
+    pub fn release(&self, run: Run) -> Result<(), CommandError> {
+        self.call(|reply| Command::Release(run, reply))
+    }
+
+    pub(crate) fn stop(&self) -> Result<(), CommandError> {
+        self.call(Command::Stop)
+    }
+}

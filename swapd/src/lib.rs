@@ -1,0 +1,12 @@
+//! vmemd's swap engine: one VM's private virtual memory.
+
+pub mod digest;
+pub mod driver;
+pub mod handle;
+pub mod stats;
+pub mod units;
+
+pub use driver::{Engine, EngineConfig, Notice, StartError, StoreConfig};
+pub use handle::{Answer, Arrival, CommandError, EngineHandle, Piece, Place, Placed, answered};
+pub use stats::Stats;
+pub use units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageNo, Run, Slot, SlotRun};
