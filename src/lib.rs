@@ -1,0 +1,3 @@
+//! vmemd: the command, the host daemon and the drivers of VMs.
+
+pub mod size;
