@@ -1,3 +1,6 @@
 //! vmemd: the command, the host daemon and the drivers of VMs.
 
+pub mod control;
+pub mod failure;
+pub mod signals;
 pub mod size;
