@@ -63,6 +63,12 @@ struct Flight {
     slots: SlotRun,
 }
 
+impl Flight {
+    fn slot_of(&self, page: PageNo) -> Option<Slot> {
+        self.run.contains(page).then(|| self.slots.start.plus((page.0 - self.run.start.0) as u32))
+    }
+}
+
 /// What a run did, for the coverage table.
 #[derive(Clone, Debug, Default)]
 pub struct Coverage {
@@ -292,7 +298,8 @@ impl Sim {
             Action::MoveOut { run, slots, digest } => self.perform_move_out(run, slots, digest),
             Action::Prepare { slots, fresh } => {
                 for slot in slots.slots() {
-                    assert_eq!(self.staging[slot.index()].is_none(), fresh, "{slot:?} is fresh or not");
+                    // The other way round may be: a frame taken for a read that failed was never touched.
+                    assert!(!fresh || self.staging[slot.index()].is_none(), "{slot:?} has a frame already");
                     self.staging[slot.index()] = Some(0);
                 }
             }
@@ -540,6 +547,10 @@ impl Sim {
                     run.pages().for_each(|page| self.truth[page.index()] = Some(0));
                     self.ask(Request::ArriveZero(run), Asked::Other);
                 }
+                1 if self.random.one_in(4) => {
+                    run.pages().for_each(|page| self.truth[page.index()] = None);
+                    self.ask(Request::ArrivePoisoned(run), Asked::Other);
+                }
                 _ => self.receive_run(run, &came),
             }
             came.extend(run.pages().map(|page| page.0));
@@ -597,7 +608,7 @@ impl Sim {
             let Some(truth) = self.truth[page.index()] else { continue };
             let rotten = self.rotten.contains(&page.0);
             let in_slot = |slot: Option<Slot>| slot.and_then(|slot| self.staging[slot.index()]);
-            let reading = self.flights.iter().any(|flight| !flight.write && flight.run.contains(page));
+            let reading = self.flights.iter().any(|flight| !flight.write && flight.slot_of(page).is_some() && flight.slot_of(page) == self.core.slot_of(page));
             let state = self.core.table().state(page);
             let found = match state {
                 PageState::Untouched => Some(0),

@@ -7,7 +7,7 @@ use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, SlotRun};
 
 /// How often a page that somebody waits for is read before it is given up.
-pub const READ_ATTEMPTS: u8 = 3;
+pub(super) const READ_ATTEMPTS: u8 = 3;
 
 /// Where pages go once they are read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

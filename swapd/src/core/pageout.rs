@@ -10,7 +10,7 @@ use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, runs_of};
 
 /// Pages under way to the store at most: 8 MiB.
-pub const LEAVING_MAX: u32 = 2048;
+pub(super) const LEAVING_MAX: u32 = 2048;
 /// Runs moved out by request are cut to this length.
 const EVICT_RUN_MAX: u32 = super::IO_PAGES_MAX;
 
@@ -55,10 +55,16 @@ impl Core {
     /// Chooses victims and starts them on their way.
     fn page_out(&mut self, want: u32) {
         let mut victims = std::mem::take(&mut self.victims);
-        self.clock.choose(&mut self.table, want, &mut victims);
-        victims.drain(..).for_each(|run| {
-            self.start_out(run, PageState::Leaving);
-        });
+        let (mut started, mut passed) = (0, 0);
+        'batch: while started < want && self.clock.step(&mut self.table, &mut passed, &mut victims) {
+            for run in &victims {
+                let out = self.start_out(*run, PageState::Leaving);
+                started += out;
+                if out < run.len {
+                    break 'batch;
+                }
+            }
+        }
         self.victims = victims;
     }
 
@@ -165,6 +171,7 @@ impl Core {
             self.put_sample_back(run);
         }
         let mut samples = std::mem::take(&mut self.victims);
+        samples.clear();
         self.sampler.choose(&self.table, self.tick, &mut samples);
         for run in samples.drain(..) {
             self.counts.sampled += u64::from(self.start_out(run, PageState::Sampled));

@@ -20,25 +20,29 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Appends runs of about `want` victims (never more than one run above) to `victims`.
-    /// Cools what it passes by.
-    pub fn choose(&mut self, table: &mut PageTable, want: u32, victims: &mut Vec<Run>) {
+    /// Moves the hand over the next pages, cooling what it passes by, and puts the runs of victims among them into
+    /// `victims`. False after so many sweeps that there can be no further victim; `passed` counts from 0 for each batch.
+    /// The caller takes the victims out of the guest before it asks for more.
+    pub fn step(&mut self, table: &mut PageTable, passed: &mut u64, victims: &mut Vec<Run>) -> bool {
         let pages = table.pages();
-        let mut found = 0;
-        let mut passed = 0;
-        while found < want && passed < pages * SWEEPS_MAX {
+        victims.clear();
+        while victims.is_empty() {
+            if *passed >= pages * SWEEPS_MAX {
+                return false;
+            }
             let here = self.hand;
             let to_block_end = u64::from(BLOCK_PAGES) - here.0 % u64::from(BLOCK_PAGES);
-            if table.resident_in_block(here.block()) == 0 {
-                passed += to_block_end;
-                self.advance(to_block_end, pages);
-                continue;
-            }
-            let chunk = to_block_end.min(u64::from(VICTIM_RUN_MAX)).min(pages - here.0) as u32;
-            found += take_chunk(table, Run::new(here, chunk), victims);
-            passed += u64::from(chunk);
-            self.advance(u64::from(chunk), pages);
+            let chunk = if table.resident_in_block(here.block()) == 0 {
+                to_block_end
+            } else {
+                let chunk = to_block_end.min(u64::from(VICTIM_RUN_MAX)).min(pages - here.0);
+                take_chunk(table, Run::new(here, chunk as u32), victims);
+                chunk
+            };
+            *passed += chunk;
+            self.advance(chunk, pages);
         }
+        true
     }
 
     fn advance(&mut self, by: u64, pages: u64) {
@@ -54,8 +58,7 @@ pub fn may_leave(table: &PageTable, page: PageNo) -> bool {
     table.state(page) == PageState::Resident && !table.has(page, Flag::Held) && !table.has(page, Flag::Writing)
 }
 
-fn take_chunk(table: &mut PageTable, chunk: Run, victims: &mut Vec<Run>) -> u32 {
-    let mut found = 0;
+fn take_chunk(table: &mut PageTable, chunk: Run, victims: &mut Vec<Run>) {
     let mut run: Option<Run> = None;
     for page in chunk.pages() {
         let cold = may_leave(table, page) && {
@@ -70,10 +73,8 @@ fn take_chunk(table: &mut PageTable, chunk: Run, victims: &mut Vec<Run>) -> u32 
             (None, true) => run = Some(Run::one(page)),
             (_, false) => victims.extend(run.take()),
         }
-        found += u32::from(cold);
     }
     victims.extend(run);
-    found
 }
 
 #[cfg(test)]
@@ -95,10 +96,12 @@ mod tests {
         let mut table = resident(2048, |page| page >= 1000);
         (1000..1010).for_each(|page| table.set_heat(PageNo(page), 8));
         let mut victims = vec![];
-        Clock::default().choose(&mut table, 100, &mut victims);
-        assert_eq!(victims[0], Run::new(PageNo(1010), 14), "{victims:?}");
+        let (mut clock, mut passed) = (Clock::default(), 0);
+        assert!(clock.step(&mut table, &mut passed, &mut victims));
+        assert_eq!(victims, [Run::new(PageNo(1010), 14)]);
         assert_eq!(table.heat(PageNo(1000)), 4);
-        assert!(victims.iter().map(|run| run.len).sum::<u32>() >= 100);
+        assert!(clock.step(&mut table, &mut passed, &mut victims));
+        assert_eq!(victims, [Run::new(PageNo(1024), 64)]);
     }
 
     #[test]
@@ -108,14 +111,13 @@ mod tests {
         table.put(PageNo(5), Flag::Held, true);
         table.put(PageNo(6), Flag::Writing, true);
         let mut victims = vec![];
-        Clock::default().choose(&mut table, 64, &mut victims);
+        assert!(Clock::default().step(&mut table, &mut 0, &mut victims));
         assert_eq!(victims, [Run::new(PageNo(0), 5), Run::new(PageNo(7), 57)]);
     }
 
     #[test]
     fn nothing_resident_ends() {
         let mut victims = vec![];
-        Clock::default().choose(&mut PageTable::new(1000), 10, &mut victims);
-        assert!(victims.is_empty());
+        assert!(!Clock::default().step(&mut PageTable::new(1000), &mut 0, &mut victims));
     }
 }
