@@ -4,3 +4,4 @@ pub mod control;
 pub mod failure;
 pub mod signals;
 pub mod size;
+pub mod vmm;
