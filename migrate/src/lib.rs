@@ -1,1 +1,26 @@
+//! vmemd's moving of a running VM's memory to another host: wire format, source and target sessions.
 
+mod bitmap;
+mod cancel;
+mod hello;
+pub mod limits;
+mod progress;
+mod registry;
+mod report;
+mod resolve;
+mod session;
+mod source;
+mod target;
+mod vm;
+pub mod wire;
+
+pub use cancel::CancelFlag;
+pub use hello::{Hello, RefuseKind, SessionHello, StreamHello, read_hello, refuse};
+pub use progress::{Phase, Progress};
+pub use registry::{FileRegistry, Outcome, Registry, RegistryError};
+pub use report::{Placement, Received, Report};
+pub use resolve::{ResolveError, answer_resolve, resolve};
+pub use session::SessionId;
+pub use source::{SendError, SourceOptions, send};
+pub use target::{DataStream, PlainMemory, ReceiveError, TargetLink, TargetMemory, receive};
+pub use vm::{SourceVm, TargetVm, VmError};

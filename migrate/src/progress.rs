@@ -1,0 +1,38 @@
+//! What a session tells its owner while it goes on.
+
+use serde::{Deserialize, Serialize};
+
+/// What a migration is doing, in this order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    Connecting,
+    /// The first round: every page once, except those that are being written.
+    Copying,
+    /// Rounds over pages that were written meanwhile.
+    Converging,
+    /// The VM is paused; the last pages and its state are on their way.
+    Stopped,
+    /// Both sides decide who runs the VM.
+    HandOver,
+    /// The VM runs at the target, which looks at what it touches.
+    Checking,
+}
+
+/// A moment of a migration.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Progress {
+    pub phase: Phase,
+    /// 1 is the first; 0 before it.
+    pub round: u32,
+    /// The VM's memory.
+    pub bytes_total: u64,
+    /// Memory bytes of this migration that need no more sending unless they are written again.
+    pub bytes_done: u64,
+    /// On all connections, since the start.
+    pub bytes_sent: u64,
+    /// What this round has still to look at.
+    pub bytes_left: u64,
+    pub bytes_per_second: u64,
+    pub throttle_percent: u8,
+}

@@ -1,0 +1,30 @@
+//! What a session needs of the VM on its side. The VM's owner implements it.
+
+/// Why a VM did not do what it was asked. The text stands for itself.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct VmError(pub String);
+
+/// The VM at the source. Called on the thread that called [`crate::send`], never from inside its async runtime,
+/// so an implementation may block (shortly: while the VM is paused, all of it counts as downtime).
+pub trait SourceVm {
+    /// Returns when no vCPU runs in the guest and none will until [`resume`](Self::resume).
+    fn pause(&mut self) -> Result<(), VmError>;
+    fn resume(&mut self) -> Result<(), VmError>;
+    /// vCPU and device state, while paused.
+    fn save(&mut self) -> Result<Vec<u8>, VmError>;
+    /// Keeps the vCPUs out of the guest for this share of time (0: not at all).
+    fn throttle(&mut self, percent: u8);
+    /// Frees the VM's name, so that the target may take it (both can be on one host).
+    fn give_up_name(&mut self) -> Result<(), VmError>;
+    /// The hand-over did not happen after all: undo [`give_up_name`](Self::give_up_name).
+    fn take_name_back(&mut self);
+}
+
+/// The VM at the target. Called on the thread that called [`crate::receive`], outside of its async runtime.
+pub trait TargetVm {
+    /// Takes the state from [`SourceVm::save`]. Memory already has its final content. Must not run the guest.
+    fn load(&mut self, state: &[u8]) -> Result<(), VmError>;
+    /// The hand-over is decided: take the name and run. If this fails, no vCPU may have entered the guest.
+    fn start(&mut self) -> Result<(), VmError>;
+}
