@@ -113,3 +113,47 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+impl From<crate::vmm::VmmError> for Failure {
+    fn from(error: crate::vmm::VmmError) -> Failure {
+        use crate::vmm::VmmError as E;
+        let kind = match &error {
+            E::NoKvm | E::NoPermission | E::Kvm { .. } | E::Register(_) => Kind::Host,
+            E::Thread { .. } => Kind::Other,
+            E::PauseTimeout(_) | E::Failed(_) => Kind::Vm,
+            E::NotPaused => Kind::Name,
+            E::StateVersion { .. } | E::BadState(_) | E::MemorySize { .. } => Kind::Link,
+            _ => Kind::Usage,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<migrate::SendError> for Failure {
+    fn from(error: migrate::SendError) -> Failure {
+        use migrate::SendError as E;
+        let kind = match &error {
+            E::Unreachable { .. } | E::Version(_) | E::Link { .. } | E::Peer(_) | E::GaveUp(_) | E::Refused(_) => Kind::Link,
+            E::Options(_) => Kind::Usage,
+            E::NoRoom(_) => Kind::Resources,
+            E::NameTaken(_) => Kind::Name,
+            E::Cancelled => Kind::Interrupted,
+            E::Vm(_) | E::Engine(_) => Kind::Vm,
+            E::InDoubt { .. } => Kind::InDoubt,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<migrate::ReceiveError> for Failure {
+    fn from(error: migrate::ReceiveError) -> Failure {
+        use migrate::ReceiveError as E;
+        let kind = match &error {
+            E::Cancelled => Kind::Interrupted,
+            E::Vm(_) | E::Engine(_) => Kind::Vm,
+            E::Registry(_) => Kind::Other,
+            _ => Kind::Link,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}

@@ -1,7 +1,10 @@
 //! vmemd: the command, the host daemon and the drivers of VMs.
 
 pub mod control;
+pub mod daemon;
 pub mod failure;
+pub mod host;
+pub mod process;
 pub mod signals;
 pub mod size;
 pub mod vmm;

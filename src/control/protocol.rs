@@ -115,6 +115,8 @@ pub struct GuestStat {
     pub rounds: u64,
     pub verified_pages: u64,
     pub mismatched_pages: u64,
+    /// Pages written at the start, without verifying.
+    pub filled_pages: u64,
     pub rewritten_pages: u64,
     /// Page number of the first mismatch.
     pub first_mismatch: Option<u64>,
@@ -123,14 +125,14 @@ pub struct GuestStat {
 /// A migration under way, seen from the source.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MigrationStat {
-    /// Names this attempt, the same at both ends.
-    pub session: Option<String>,
     pub to: String,
     pub phase: String,
     pub round: u32,
     pub bytes_sent: u64,
     /// Bytes of guest memory dealt with, and in all.
     pub bytes_done: u64,
+    /// What this round has still to look at.
+    pub bytes_left: u64,
     pub bytes_total: u64,
     pub bytes_per_second: u64,
     pub throttle_percent: u8,
@@ -141,6 +143,7 @@ pub struct MigrationStat {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ArrivalStat {
     pub session: String,
+    pub bytes_received: u64,
     pub pages_ram: u64,
     pub pages_store: u64,
     pub pages_zero: u64,
