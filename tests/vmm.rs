@@ -2,9 +2,10 @@
 
 mod guest;
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use guest::{Guest, config, memory};
+use guest::{Guest, config, memory, skipped, uffd};
 use vmemd::vmm::{Machine, RunState, VmmError, saved_config};
 
 /// Patterns that go round, on a working set that takes little time.
@@ -67,6 +68,21 @@ fn host_and_guest_agree_on_contents() {
 /// Damages memory of a paused guest and gives the pages that are then wrong.
 type Damage = fn(&mut Guest, u64) -> Vec<u64>;
 
+/// Lets a paused guest of one vCPU go on until it is at none of those pages: a page that it has half verified or
+/// rewritten is no fair target of damage. It goes in order, so the ledger steps down where it is.
+fn settle(guest: &mut Guest, pages: Range<u64>) {
+    let same = |guest: &mut Guest| {
+        let generation = guest.generation(pages.start - 1);
+        pages.clone().all(|page| guest.generation(page) == generation)
+    };
+    while !same(guest) {
+        let verified = guest.machine.counters().verified_pages;
+        guest.machine.resume().unwrap();
+        guest.wait("a batch of pages", |counters| counters.verified_pages > verified);
+        guest.machine.pause().unwrap();
+    }
+}
+
 #[test]
 fn every_kind_of_damage_is_found() {
     let damages: [(&str, Damage); 6] = [
@@ -82,6 +98,7 @@ fn every_kind_of_damage_is_found() {
             guest.machine.resume().unwrap();
             guest.wait("the page's rewriting", |counters| counters.rounds >= before + 2);
             guest.machine.pause().unwrap();
+            settle(guest, page..page + 1);
             guest.set_page(page, old);
             vec![page]
         }),
@@ -105,9 +122,11 @@ fn every_kind_of_damage_is_found() {
         }),
         ("a lost page of the ledger", |guest, _| {
             let pages = guest.data_pages();
+            // The ledger's last page is that of the last 1024 pages of memory.
+            let wrong = pages.end - 1024..pages.end;
+            settle(guest, wrong.clone());
             guest.set_page(pages.start - 1, [0; 512]);
-            // The ledger's last page is of the last 1024 pages of memory.
-            (pages.end - 1024..pages.end).collect()
+            wrong.collect()
         }),
     ];
     for (name, damage) in damages {
@@ -117,10 +136,8 @@ fn every_kind_of_damage_is_found() {
         guest.machine.start().unwrap();
         guest.wait("a round", |counters| counters.rounds >= 1);
         guest.machine.pause().unwrap();
-        // Far from where the vCPU is now: a page in the middle of being rewritten is not a fair target.
-        let pages = guest.data_pages();
-        let (low, high) = (pages.start + 100, pages.start + 900);
-        let page = if guest.generation(low) == guest.generation(high) { high } else { low };
+        let page = guest.data_pages().start + 500;
+        settle(&mut guest, page..page + 2);
         let wrong = damage(&mut guest, page);
         guest.machine.resume().unwrap();
         let count = wrong.len() as u64;
@@ -304,17 +321,45 @@ fn a_poisoned_page_fails_the_guest() {
     let Some(mut guest) = Guest::new("32M", 2, "rewrite:working-set=4M,fill=none") else { return };
     let page = guest.data_pages().start + 300;
     let address = guest.memory.as_mut_ptr().wrapping_add(page as usize * 4096);
-    let poison = match guest::poison::poison(address) {
+    let poison = match uffd::poison(address) {
         Ok(poison) => poison,
         Err(error) => {
-            eprintln!("skipped: no userfaultfd with poison here: {error}");
+            skipped(&format_args!("no userfaultfd with poison here: {error}"));
             return;
         }
     };
     guest.machine.start().unwrap();
     let reason = guest.wait_failure();
+    println!("{reason}");
     assert!(reason.contains(&format!("page {page}")) && reason.contains("poisoned"), "{reason}");
     drop(poison);
+}
+
+#[test]
+fn faults_may_wait_for_another_thread() {
+    let size = config("32M", 2, "rewrite:working-set=16M");
+    let mut mapping = memory(size.memory_bytes);
+    let server = match uffd::Server::new(mapping.as_mut_ptr(), size.memory_bytes) {
+        Ok(server) => server,
+        Err(error) => return skipped(&format_args!("no userfaultfd here: {error}")),
+    };
+    // Dropped before the server: its vCPUs may wait for it.
+    let Some(mut guest) = Guest::on(mapping, size) else { return };
+    assert!(server.served() < 40, "setting up touches {} pages", server.served());
+    guest.machine.start().unwrap();
+    guest.wait("some filling", |counters| counters.filled_pages >= 512);
+    server.stall(true);
+    guest.wait("both vCPUs in unserved faults", |_| server.waiting() >= 2);
+    // Nobody serves, and yet vCPUs leave the guest: a kick breaks the wait off.
+    let start = Instant::now();
+    guest.machine.pause().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(2), "pausing took {:?}", start.elapsed());
+    let state = guest.machine.save().unwrap();
+    guest.machine.resume().unwrap();
+    server.stall(false);
+    let end = guest.wait("a round", |counters| counters.rounds >= 1);
+    assert_eq!(end.mismatched_pages, 0);
+    drop(state);
 }
 
 #[test]

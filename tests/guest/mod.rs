@@ -1,7 +1,10 @@
 //! A reference guest on plain memory, and what tests do with it.
 
-pub(crate) mod poison;
+#![allow(dead_code, reason = "each test program uses its own part of this")]
 
+pub(crate) mod uffd;
+
+use std::io::Write;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -32,15 +35,25 @@ pub(crate) fn config(size: &str, vcpus: u32, workload: &str) -> MachineConfig {
     MachineConfig { memory_bytes, vcpus, workload: workload.parse().unwrap() }
 }
 
+/// Says, past the test harness's capturing, that a test could not be done and why.
+pub(crate) fn skipped(why: &dyn std::fmt::Display) {
+    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
+}
+
 impl Guest {
     /// None, and a word about it, where there is no KVM.
     pub(crate) fn new(size: &str, vcpus: u32, workload: &str) -> Option<Guest> {
         let config = config(size, vcpus, workload);
-        let mut memory = memory(config.memory_bytes);
+        Guest::on(memory(config.memory_bytes), config)
+    }
+
+    /// The same on memory that the caller has made.
+    pub(crate) fn on(mut memory: MmapMut, config: MachineConfig) -> Option<Guest> {
         match Machine::new(config, memory.as_mut_ptr()) {
             Ok(machine) => Some(Guest { machine, memory }),
             Err(error @ (VmmError::NoKvm | VmmError::NoPermission)) => {
-                eprintln!("skipped: {error}");
+                skipped(&error);
                 None
             }
             Err(error) => panic!("{error}"),
