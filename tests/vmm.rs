@@ -419,4 +419,23 @@ fn speed() {
         let page_us = start.elapsed().as_secs_f64() * 1e6 / pages as f64;
         println!("{workload} in {size}: {page_us:.3} us a page (fill and first round {fill:.2?})");
     }
+    for vcpus in [1, 4] {
+        let Some(mut guest) = Guest::new("512M", vcpus, "rewrite:working-set=64M") else { return };
+        guest.machine.start().unwrap();
+        guest.wait("a round", |counters| counters.rounds >= 1);
+        let start = Instant::now();
+        guest.machine.pause().unwrap();
+        let paused = start.elapsed();
+        let state = guest.machine.save().unwrap();
+        let saved = start.elapsed() - paused;
+        let copy = guest.copy_memory();
+        let start = Instant::now();
+        let restored = Guest::restored(&state, copy);
+        let took = start.elapsed();
+        println!(
+            "{vcpus} vCPUs: pause {paused:.2?}, save {saved:.2?} ({} bytes), restore {took:.2?}",
+            state.len()
+        );
+        assert_eq!(restored.machine.state(), RunState::Paused);
+    }
 }
