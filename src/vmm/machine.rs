@@ -1,19 +1,22 @@
 //! The reference guest as its owner sees it.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 
+use crate::size::Size;
 use crate::vmm::counters::Counters;
 use crate::vmm::gate::{Gate, Goal};
 use crate::vmm::host::Host;
 use crate::vmm::layout::Layout;
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::pace::Pace;
+use crate::vmm::state::MachineState;
 use crate::vmm::throttle::Throttle;
 use crate::vmm::vcpu::{self, LockedVcpu, Shared};
+use crate::vmm::vcpu_state::VcpuState;
 use crate::vmm::workload::{Pattern, Workload};
 use crate::vmm::{GuestCounters, VmmError, image, kick, registers};
 
@@ -70,7 +73,38 @@ impl Machine {
         for (index, vcpu) in (0..).zip(&vcpus) {
             registers::set_initial(vcpu, index)?;
         }
-        let counters = Counters::new(config.vcpus, config.workload.pattern != Pattern::Read);
+        let counters = Counters::new(config.vcpus, writes(&config));
+        Machine::assemble(config, layout, &memory, host.vm, vcpus, counters)
+    }
+
+    /// Takes over a guest that [`save`](Machine::save) has left, paused. Its memory must hold what it held then (or
+    /// provide it when touched; nothing is touched here), and `memory_base` is as for [`new`](Machine::new), with
+    /// the size that [`saved_config`](crate::vmm::saved_config) tells.
+    pub fn restore(state: &[u8], memory_base: *mut u8) -> Result<Machine, VmmError> {
+        Machine::from_state(MachineState::decode(state)?, memory_base)
+    }
+
+    /// Does the same if the memory, of that many bytes, has the guest's size, and refuses otherwise.
+    pub fn restore_sized(state: &[u8], memory_base: *mut u8, memory_bytes: u64) -> Result<Machine, VmmError> {
+        let state = MachineState::decode(state)?;
+        let (saved, given) = (Size(state.config.memory_bytes), Size(memory_bytes));
+        if saved != given {
+            return Err(VmmError::MemorySize { saved, given });
+        }
+        Machine::from_state(state, memory_base)
+    }
+
+    fn from_state(state: MachineState, memory_base: *mut u8) -> Result<Machine, VmmError> {
+        let config = state.config;
+        let layout = Layout::new(config.memory_bytes)?;
+        layout.split(&config)?;
+        let host = Host::open(&config)?;
+        let memory = GuestMemory::new(memory_base, config.memory_bytes);
+        let vcpus = host.vcpus(&config, &memory)?;
+        for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+            saved.give(vcpu)?;
+        }
+        let counters = Counters::from_saved(config.vcpus, writes(&config), &state.counters);
         Machine::assemble(config, layout, &memory, host.vm, vcpus, counters)
     }
 
@@ -123,6 +157,20 @@ impl Machine {
         self.shared.gate.set_goal(Goal::Running).map_err(VmmError::Failed)
     }
 
+    /// Everything about the paused guest that is not in its memory.
+    pub fn save(&mut self) -> Result<Vec<u8>, VmmError> {
+        let gate = &self.shared.gate;
+        if let Some(reason) = gate.failure() {
+            return Err(VmmError::Failed(reason));
+        }
+        if gate.goal() != Goal::Paused || !gate.wait_parked(self.config.vcpus, PAUSE_TIMEOUT) {
+            return Err(VmmError::NotPaused);
+        }
+        let take = |vcpu: &LockedVcpu| VcpuState::take(&vcpu.lock().unwrap_or_else(PoisonError::into_inner));
+        let vcpus = self.vcpus.iter().map(take).collect::<Result<Vec<_>, _>>()?;
+        Ok(MachineState { config: self.config, counters: self.shared.counters.save(), vcpus }.encode())
+    }
+
     /// Keeps vCPUs out of the guest for that share of the time, 0 to 99.
     pub fn throttle(&self, percent: u8) {
         self.throttle.set(percent);
@@ -151,6 +199,11 @@ impl Machine {
     pub fn data_range(&self) -> std::ops::Range<u64> {
         self.layout.data_range()
     }
+}
+
+/// Whether the workload rewrites what it verifies.
+fn writes(config: &MachineConfig) -> bool {
+    config.workload.pattern != Pattern::Read
 }
 
 impl Drop for Machine {

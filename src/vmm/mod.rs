@@ -4,6 +4,7 @@
 //! The program runs in guest ring 3 alone and has no kernel, no devices and no interrupts (`docs/guest.md`). Its
 //! memory belongs to somebody else, and any access to it may wait for a page fault to be served.
 
+mod bytes;
 mod content;
 mod counters;
 mod error;
@@ -17,8 +18,10 @@ mod memory;
 mod pace;
 mod program;
 mod registers;
+mod state;
 mod throttle;
 mod vcpu;
+mod vcpu_state;
 mod workload;
 mod zipf;
 
@@ -27,5 +30,6 @@ pub use counters::GuestCounters;
 pub use error::VmmError;
 pub use layout::{MEMORY_MAX, MEMORY_MIN, MEMORY_STEP, VCPUS_MAX, overhead_bytes};
 pub use machine::{Machine, MachineConfig, RunState};
+pub use state::saved_config;
 pub use throttle::THROTTLE_MAX;
 pub use workload::{FillScope, Pattern, THETA_DEFAULT, THETA_MAX, Workload, WorkloadError};

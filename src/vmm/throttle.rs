@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::vmm::VmmError;
 use crate::vmm::gate::Gate;
@@ -11,6 +11,8 @@ use crate::vmm::kick;
 
 /// vCPUs are held once in each period.
 const PERIOD: Duration = Duration::from_millis(10);
+/// vCPUs are never held longer than this at a stretch.
+const HELD_MAX: Duration = Duration::from_secs(1);
 /// Greatest share: the guest must get on somehow.
 pub const THROTTLE_MAX: u8 = 99;
 
@@ -64,18 +66,43 @@ impl Throttle {
 
 fn run(shared: &Shared, gate: &Gate, vcpus: &[JoinHandle<()>]) {
     let mut setting = shared.setting.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut free = Duration::ZERO;
     while !setting.ended {
         if setting.percent == 0 {
             setting = shared.changed.wait(setting).unwrap_or_else(PoisonError::into_inner);
+            free = Duration::ZERO;
             continue;
         }
-        let held = PERIOD * u32::from(setting.percent) / 100;
+        let percent = setting.percent;
+        let held = held_after(free, percent);
         gate.hold(true);
         vcpus.iter().for_each(kick::kick);
         let wait = shared.changed.wait_timeout(setting, held);
         setting = wait.unwrap_or_else(PoisonError::into_inner).0;
         gate.hold(false);
-        let wait = shared.changed.wait_timeout(setting, PERIOD - held);
+        let opened = Instant::now();
+        let wait = shared.changed.wait_timeout(setting, PERIOD * u32::from(100 - percent) / 100);
         setting = wait.unwrap_or_else(PoisonError::into_inner).0;
+        free = opened.elapsed();
+    }
+}
+
+/// How long to hold vCPUs that were free for so long. On a busy host this thread wakes late, while the vCPUs run:
+/// what they had is what counts, not what they were to have.
+fn held_after(free: Duration, percent: u8) -> Duration {
+    let usual = PERIOD * u32::from(percent) / 100;
+    (free * u32::from(percent) / u32::from(100 - percent)).clamp(usual, HELD_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn late_waking_is_made_up_for() {
+        assert_eq!(held_after(Duration::from_millis(1), 90), Duration::from_millis(9));
+        assert_eq!(held_after(Duration::from_millis(5), 90), Duration::from_millis(45));
+        assert_eq!(held_after(Duration::ZERO, 50), Duration::from_millis(5));
+        assert_eq!(held_after(Duration::from_secs(1), 99), HELD_MAX);
     }
 }
