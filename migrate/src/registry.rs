@@ -2,13 +2,17 @@
 //!
 //! ```text
 //!   (nothing) ── begin ──▶ open ── commit ──▶ committed      "it may run here; the source must not"
-//!                            │                    │
-//!                            └───── burn ──▶ burned ◀── revoke (the VM could not start)
+//!       │                    │                    │
+//!       └───── burn ─────────┴──────▶ burned ◀────┘ revoke (the VM could not start)
 //! ```
 //! `commit` is called by the process that received the VM, before the VM starts; `burn` by that process
 //! when it gives up, and by the daemon when the source asks ([`crate::answer_resolve`]). Whichever comes first stands.
 
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +39,7 @@ pub enum RegistryError {
     #[error("the record {path} of a session is damaged")]
     Damaged { path: PathBuf },
     #[error("could not {what} {path}")]
-    Io { what: &'static str, path: PathBuf, source: std::io::Error },
+    Io { what: &'static str, path: PathBuf, source: io::Error },
 }
 
 /// Every method is atomic against the others, also between processes, and lasting when it returns.
@@ -50,21 +54,248 @@ pub trait Registry {
     fn revoke(&self, session: SessionId) -> Result<(), RegistryError>;
 }
 
-/// One small file a session in a directory, named by the session.
+/// One small file a session in a directory, named by the session; changed in place under a lock, so that a
+/// commit is one write and one flush of data alone.
 #[derive(Debug, Clone)]
 pub struct FileRegistry {
     directory: PathBuf,
+}
+
+/// What such a file says, in 8 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Decision {
+    Open,
+    Committed,
+    Burned,
+}
+
+const MARK_BYTES: usize = 8;
+
+impl Decision {
+    const ALL: [Decision; 3] = [Decision::Open, Decision::Committed, Decision::Burned];
+
+    fn mark(self) -> [u8; MARK_BYTES] {
+        *match self {
+            Decision::Open => b"OPEN   \n",
+            Decision::Committed => b"COMMIT \n",
+            Decision::Burned => b"BURNED \n",
+        }
+    }
 }
 
 impl FileRegistry {
     /// # Errors
     /// If the directory cannot be made.
     pub fn new(directory: &Path) -> Result<FileRegistry, RegistryError> {
-        std::fs::create_dir_all(directory).map_err(|source| RegistryError::Io {
-            what: "create",
-            path: directory.to_path_buf(),
+        let path = directory.to_path_buf();
+        match std::fs::create_dir_all(directory) {
+            Ok(()) => Ok(FileRegistry { directory: path }),
+            Err(source) => Err(RegistryError::Io { what: "create", path, source }),
+        }
+    }
+
+    /// Forgets decided sessions whose source has long had its answer. One that is undecided stays.
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn prune(&self, older_than: Duration) -> Result<(), RegistryError> {
+        let path = &self.directory;
+        let entries = std::fs::read_dir(path).map_err(|source| RegistryError::Io {
+            what: "list",
+            path: path.clone(),
             source,
         })?;
-        Ok(FileRegistry { directory: directory.to_path_buf() })
+        for entry in entries.flatten() {
+            let session = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
+            if let (Some(session), Some(age)) = (session, age)
+                && age > older_than
+                && self.change(session, false, |decision| Ok((decision, decision)))? != Decision::Open
+            {
+                let path = entry.path();
+                std::fs::remove_file(&path).map_err(|source| RegistryError::Io {
+                    what: "remove",
+                    path,
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a session's decision, and writes what `decide` makes of it: (what to write, what to return).
+    fn change<T>(
+        &self,
+        session: SessionId,
+        create: bool,
+        decide: impl FnOnce(Decision) -> Result<(Decision, T), RegistryError>,
+    ) -> Result<T, RegistryError> {
+        let path = self.directory.join(session.to_string());
+        let failed = |what| {
+            let path = path.clone();
+            move |source| RegistryError::Io { what, path, source }
+        };
+        let file = match OpenOptions::new().read(true).write(true).create(create).truncate(false).open(&path)
+        {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(RegistryError::Unknown(session));
+            }
+            Err(error) => return Err(failed("open")(error)),
+        };
+        lock(&file).map_err(failed("lock"))?;
+        let mut mark = [0; MARK_BYTES];
+        let length = file.metadata().map_err(failed("read"))?.len();
+        let found = match length {
+            // Just created, by us or by a process that died before it wrote.
+            0 => Decision::Open,
+            _ => {
+                file.read_exact_at(&mut mark, 0).map_err(failed("read"))?;
+                let known = Decision::ALL.into_iter().find(|known| known.mark() == mark);
+                known.ok_or_else(|| RegistryError::Damaged { path: path.clone() })?
+            }
+        };
+        let (decision, result) = decide(found)?;
+        if decision != found || length == 0 {
+            file.write_all_at(&decision.mark(), 0).map_err(failed("write"))?;
+            file.sync_data().map_err(failed("flush"))?;
+        }
+        if length == 0 {
+            File::open(&self.directory)
+                .and_then(|directory| directory.sync_all())
+                .map_err(failed("flush"))?;
+        }
+        Ok(result)
+    }
+}
+
+/// Waits for the lock, which others hold for a few writes at most.
+fn lock(file: &File) -> io::Result<()> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => file.lock(),
+        Err(TryLockError::Error(error)) => Err(error),
+        Ok(()) => Ok(()),
+    }
+}
+
+impl Registry for FileRegistry {
+    fn begin(&self, session: SessionId) -> Result<(), RegistryError> {
+        // A file that is there already belongs to an earlier attempt, or to a source that asked before it sent.
+        if self.directory.join(session.to_string()).exists() {
+            return Err(RegistryError::Exists(session));
+        }
+        self.change(session, true, |decision| match decision {
+            Decision::Open => Ok((Decision::Open, ())),
+            Decision::Committed | Decision::Burned => Err(RegistryError::Exists(session)),
+        })
+    }
+
+    fn commit(&self, session: SessionId) -> Result<(), RegistryError> {
+        self.change(session, false, |decision| match decision {
+            Decision::Open => Ok((Decision::Committed, ())),
+            Decision::Committed => Err(RegistryError::Exists(session)),
+            Decision::Burned => Err(RegistryError::Burned(session)),
+        })
+    }
+
+    fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError> {
+        self.change(session, true, |decision| match decision {
+            Decision::Committed => Ok((Decision::Committed, Outcome::RunningThere)),
+            Decision::Open | Decision::Burned => Ok((Decision::Burned, Outcome::NotThere)),
+        })
+    }
+
+    fn revoke(&self, session: SessionId) -> Result<(), RegistryError> {
+        self.change(session, false, |_| Ok((Decision::Burned, ())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Place(PathBuf);
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn fresh() -> (Place, FileRegistry, SessionId) {
+        let session = SessionId::random().unwrap();
+        let place = Place(std::env::temp_dir().join(format!("vmemd-registry-{session}")));
+        let registry = FileRegistry::new(&place.0).unwrap();
+        (place, registry, session)
+    }
+
+    #[test]
+    fn what_is_committed_stays() {
+        let (_place, registry, session) = fresh();
+        registry.begin(session).unwrap();
+        registry.commit(session).unwrap();
+        assert_eq!(registry.burn(session).unwrap(), Outcome::RunningThere);
+        assert!(matches!(registry.commit(session), Err(RegistryError::Exists(_))));
+        assert!(matches!(registry.begin(session), Err(RegistryError::Exists(_))));
+    }
+
+    #[test]
+    fn what_is_burned_never_starts() {
+        let (_place, registry, session) = fresh();
+        registry.begin(session).unwrap();
+        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
+        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
+        assert!(matches!(registry.commit(session), Err(RegistryError::Burned(_))));
+    }
+
+    #[test]
+    fn a_session_that_never_came_is_burned_too() {
+        let (_place, registry, session) = fresh();
+        assert!(matches!(registry.commit(session), Err(RegistryError::Unknown(_))));
+        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
+        assert!(matches!(registry.begin(session), Err(RegistryError::Exists(_))));
+    }
+
+    #[test]
+    fn a_vm_that_could_not_start_goes_back() {
+        let (_place, registry, session) = fresh();
+        registry.begin(session).unwrap();
+        registry.commit(session).unwrap();
+        registry.revoke(session).unwrap();
+        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
+    }
+
+    #[test]
+    fn a_damaged_record_is_no_answer() {
+        let (place, registry, session) = fresh();
+        registry.begin(session).unwrap();
+        std::fs::write(place.0.join(session.to_string()), "COMMIT?\n").unwrap();
+        assert!(matches!(registry.burn(session), Err(RegistryError::Damaged { .. })));
+    }
+
+    #[test]
+    fn commit_and_burn_never_both_win() {
+        for _ in 0..20 {
+            let (_place, registry, session) = fresh();
+            registry.begin(session).unwrap();
+            let (committed, outcome) = std::thread::scope(|scope| {
+                let commit = scope.spawn(|| registry.commit(session).is_ok());
+                let burn = scope.spawn(|| registry.burn(session).unwrap());
+                (commit.join().unwrap(), burn.join().unwrap())
+            });
+            assert_eq!(committed, outcome == Outcome::RunningThere);
+        }
+    }
+
+    #[test]
+    fn pruning_keeps_the_undecided() {
+        let (_place, registry, open) = fresh();
+        let decided = SessionId::random().unwrap();
+        registry.begin(open).unwrap();
+        registry.begin(decided).unwrap();
+        registry.commit(decided).unwrap();
+        registry.prune(Duration::ZERO).unwrap();
+        assert!(matches!(registry.commit(decided), Err(RegistryError::Unknown(_))));
+        registry.commit(open).unwrap();
     }
 }

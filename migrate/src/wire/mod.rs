@@ -1,4 +1,45 @@
 //! What goes over the wire, byte by byte: see `docs/wire.md`.
+//!
+//! Everything here is pure: bytes in, values out, or the other way. Every decoder checks lengths before it
+//! allocates, and refuses what it does not understand with a [`WireError`] that says what was wrong.
+
+pub mod control;
+pub mod extents;
+pub mod heat;
+pub mod opening;
+pub mod record;
 
 /// The version of everything in this module. A peer of another version is refused.
 pub const VERSION: u16 = 1;
+
+/// Why bytes are not what they should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    #[error("it does not speak vmemd's migration protocol")]
+    NotOurs,
+    #[error("it speaks version {0} of the migration protocol, this is version {VERSION}")]
+    Version(u16),
+    #[error("a message of unknown kind {0}")]
+    UnknownKind(u8),
+    #[error("{what} of {value}, where at most {limit} is allowed")]
+    TooLarge { what: &'static str, value: u64, limit: u64 },
+    #[error("a message whose lengths do not fit each other: {0}")]
+    Lengths(&'static str),
+    #[error("a damaged or misplaced message: its checksum does not match")]
+    Checksum,
+    #[error("pages {start}+{len} are not a run within one 2 MiB block of a memory of {memory} pages")]
+    BadRun { start: u64, len: u32, memory: u64 },
+    #[error("page {page} came on stream {stream}, where it does not belong")]
+    WrongStream { page: u64, stream: u32 },
+    #[error("page {page} comes after a later page in one message")]
+    Unordered { page: u64 },
+    #[error("a field with the value {value}, which {what} cannot have")]
+    BadValue { what: &'static str, value: u64 },
+    #[error("a text that is not UTF-8")]
+    NotText,
+}
+
+/// `value`, if it is at most `limit`.
+fn at_most(what: &'static str, value: u64, limit: u64) -> Result<u64, WireError> {
+    if value > limit { Err(WireError::TooLarge { what, value, limit }) } else { Ok(value) }
+}

@@ -1,0 +1,256 @@
+//! The messages of the control connection, and the end of a round on a data stream.
+
+use swapd::Placed;
+use zerocopy::little_endian::U64;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::heat::{self, Part};
+use super::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_CONTROL_META, MAX_TEXT, Sequence};
+use super::{WireError, at_most};
+use crate::report::Placement;
+
+/// Most bytes of vCPU and device state.
+pub const MAX_STATE_BYTES: usize = 64 << 20;
+/// Most bytes of it in one record.
+pub const MAX_STATE_PART: usize = MAX_CONTROL_META;
+
+/// What went over one data stream, or all of them, since the start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Totals {
+    pub pages: u64,
+    pub zeros: u64,
+    pub poisoned: u64,
+}
+
+impl std::ops::AddAssign for Totals {
+    fn add_assign(&mut self, other: Totals) {
+        self.pages += other.pages;
+        self.zeros += other.zeros;
+        self.poisoned += other.poisoned;
+    }
+}
+
+/// A message of the control connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Control {
+    Heat(Part),
+    /// Some of the VM's state, from byte `at`.
+    State {
+        at: u64,
+        bytes: Vec<u8>,
+        last: bool,
+    },
+    /// All pages are sent: what that was, on all streams together.
+    Final(Totals),
+    /// The target runs the VM from now on.
+    Commit,
+    Alive,
+    Abort(String),
+    HeatTaken,
+    /// Everything of this round has arrived.
+    RoundDone {
+        round: u64,
+    },
+    /// The VM is complete and does not run yet.
+    Prepared(Placed),
+    Running,
+    /// The VM could not start, nothing of it has run: the source may have it back.
+    NotStarted(String),
+    Placement(Placement),
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawNumbers<const N: usize>([U64; N]);
+
+fn numbers<const N: usize>(values: [u64; N]) -> Vec<u8> {
+    RawNumbers(values.map(U64::new)).0.as_bytes().to_vec()
+}
+
+fn read_numbers<const N: usize>(body: &[u8]) -> Result<[u64; N], WireError> {
+    let raw = <[U64; N]>::read_from_bytes(body).map_err(|_| WireError::Lengths("a fixed message"))?;
+    Ok(raw.map(U64::get))
+}
+
+/// A record for the end of a round on a data stream.
+pub fn round_end(round: u64, totals: Totals, last: bool, sequence: &mut Sequence) -> Vec<u8> {
+    let body = numbers([totals.pages, totals.zeros, totals.poisoned]);
+    let flags = if last { FLAG_LAST } else { 0 };
+    sealed(&Header::plain(Kind::RoundEnd, round, body.len()).with_flags(flags), &body, sequence)
+}
+
+/// The totals that a [`Kind::RoundEnd`] or [`Kind::Final`] carries.
+pub fn read_totals(body: &[u8]) -> Result<Totals, WireError> {
+    let [pages, zeros, poisoned] = read_numbers(body)?;
+    Ok(Totals { pages, zeros, poisoned })
+}
+
+/// A record that is small enough to be put together in memory.
+pub fn sealed(header: &Header, body: &[u8], sequence: &mut Sequence) -> Vec<u8> {
+    let mut record = Vec::with_capacity(HEADER_BYTES + body.len());
+    record.extend_from_slice(&header.seal(body, sequence));
+    record.extend_from_slice(body);
+    record
+}
+
+/// At most [`MAX_TEXT`] bytes of a text, cut between characters.
+pub fn short_text(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_TEXT)]
+}
+
+/// A VM's state in parts.
+pub fn state_parts(state: &[u8]) -> impl Iterator<Item = Control> + '_ {
+    let count = state.len().div_ceil(MAX_STATE_PART).max(1);
+    (0..count).map(move |part| {
+        let at = part * MAX_STATE_PART;
+        let bytes = state[at..state.len().min(at + MAX_STATE_PART)].to_vec();
+        Control::State { at: at as u64, bytes, last: part + 1 == count }
+    })
+}
+
+impl Control {
+    pub fn encode(&self, sequence: &mut Sequence) -> Vec<u8> {
+        let (kind, number, body) = match self {
+            Control::Heat(part) => {
+                let (header, body) = heat::encode(part);
+                return sealed(&header, &body, sequence);
+            }
+            Control::State { at, bytes, last } => {
+                let flags = if *last { FLAG_LAST } else { 0 };
+                return sealed(
+                    &Header::plain(Kind::State, *at, bytes.len()).with_flags(flags),
+                    bytes,
+                    sequence,
+                );
+            }
+            Control::Final(totals) => {
+                (Kind::Final, 0, numbers([totals.pages, totals.zeros, totals.poisoned]))
+            }
+            Control::Commit => (Kind::Commit, 0, Vec::new()),
+            Control::Alive => (Kind::Alive, 0, Vec::new()),
+            Control::Abort(text) => (Kind::Abort, 0, short_text(text).as_bytes().to_vec()),
+            Control::HeatTaken => (Kind::HeatTaken, 0, Vec::new()),
+            Control::RoundDone { round } => (Kind::RoundDone, *round, Vec::new()),
+            Control::Prepared(placed) => {
+                let Placed { pages_ram, pages_store, pages_zero, pageins, pageouts } = *placed;
+                (Kind::Prepared, 0, numbers([pages_ram, pages_store, pages_zero, pageins, pageouts]))
+            }
+            Control::Running => (Kind::Running, 0, Vec::new()),
+            Control::NotStarted(text) => (Kind::NotStarted, 0, short_text(text).as_bytes().to_vec()),
+            Control::Placement(placement) => {
+                (Kind::Placement, 0, numbers([placement.touched_pages, placement.touched_in_ram]))
+            }
+        };
+        sealed(&Header::plain(kind, number, body.len()), &body, sequence)
+    }
+
+    /// From a header that was opened and a body that was verified.
+    pub fn decode(header: &Header, body: &[u8]) -> Result<Control, WireError> {
+        let empty =
+            |message| if body.is_empty() { Ok(message) } else { Err(WireError::Lengths("an empty message")) };
+        match header.kind {
+            Kind::Heat => heat::decode(header, body).map(Control::Heat),
+            Kind::State => {
+                let end = header.number.saturating_add(body.len() as u64);
+                at_most("bytes of VM state", end, MAX_STATE_BYTES as u64)?;
+                Ok(Control::State { at: header.number, bytes: body.to_vec(), last: header.has(FLAG_LAST) })
+            }
+            Kind::Final => read_totals(body).map(Control::Final),
+            Kind::Commit => empty(Control::Commit),
+            Kind::Alive => empty(Control::Alive),
+            Kind::Abort => text(body).map(Control::Abort),
+            Kind::HeatTaken => empty(Control::HeatTaken),
+            Kind::RoundDone => empty(Control::RoundDone { round: header.number }),
+            Kind::Prepared => {
+                let [pages_ram, pages_store, pages_zero, pageins, pageouts] = read_numbers(body)?;
+                Ok(Control::Prepared(Placed { pages_ram, pages_store, pages_zero, pageins, pageouts }))
+            }
+            Kind::Running => empty(Control::Running),
+            Kind::NotStarted => text(body).map(Control::NotStarted),
+            Kind::Placement => {
+                let [touched_pages, touched_in_ram] = read_numbers(body)?;
+                Ok(Control::Placement(Placement { touched_pages, touched_in_ram }))
+            }
+            Kind::Pages | Kind::Zeros | Kind::Poisoned | Kind::RoundEnd => {
+                Err(WireError::BadValue { what: "a control message's kind", value: header.kind as u64 })
+            }
+        }
+    }
+}
+
+pub(super) fn text(body: &[u8]) -> Result<String, WireError> {
+    at_most("bytes of text", body.len() as u64, MAX_TEXT as u64)?;
+    let text = str::from_utf8(body).map_err(|_| WireError::NotText)?;
+    // It ends up on a terminal: no line breaks, no escape sequences.
+    Ok(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::session::SessionId;
+    use crate::wire::record::Lane;
+
+    fn any_control() -> impl Strategy<Value = Control> {
+        let numbers = any::<[u64; 5]>();
+        (0_u8..12, numbers, "[a-zäß ]{0,40}", prop::collection::vec(any::<u8>(), 0..300), any::<bool>())
+            .prop_map(|(kind, n, text, bytes, last)| match kind {
+                0 => Control::Heat(Part { first: n[0], heat: bytes, last }),
+                1 => Control::State { at: n[0] % 1000, bytes, last },
+                2 => Control::Final(Totals { pages: n[0], zeros: n[1], poisoned: n[2] }),
+                3 => Control::Commit,
+                4 => Control::Alive,
+                5 => Control::Abort(text),
+                6 => Control::HeatTaken,
+                7 => Control::RoundDone { round: n[0] },
+                8 => Control::Prepared(Placed {
+                    pages_ram: n[0],
+                    pages_store: n[1],
+                    pages_zero: n[2],
+                    pageins: n[3],
+                    pageouts: n[4],
+                }),
+                9 => Control::Running,
+                10 => Control::NotStarted(text),
+                _ => Control::Placement(Placement { touched_pages: n[0], touched_in_ram: n[1] }),
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip(message in any_control()) {
+            let sequence = || Sequence::new(SessionId([1; 16]), Lane::ToTarget);
+            let record = message.encode(&mut sequence());
+            let (head, body) = record.split_first_chunk::<HEADER_BYTES>().unwrap();
+            let header = Header::open(head).unwrap();
+            Header::verify(head, body, &mut sequence()).unwrap();
+            prop_assert_eq!(Control::decode(&header, body), Ok(message));
+        }
+
+        #[test]
+        fn arbitrary_bodies_never_panic(
+            kind in 0_usize..16, number: u64, flags: u8, pages: u32,
+            body in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let header = Header::plain(Kind::ALL[kind], number, body.len()).with_flags(flags);
+            let _ = Control::decode(&Header { pages, ..header }, &body);
+        }
+    }
+
+    #[test]
+    fn texts_are_cut_between_characters_and_harmless() {
+        let long = "ä".repeat(MAX_TEXT);
+        assert_eq!(short_text(&long).len(), MAX_TEXT);
+        assert_eq!(text(b"a\x1b[2Jb\nc"), Ok("a [2Jb c".to_string()));
+        assert_eq!(text(&[0xFF]), Err(WireError::NotText));
+    }
+
+    #[test]
+    fn a_state_comes_in_parts() {
+        let parts: Vec<_> = state_parts(&vec![1; MAX_STATE_PART + 5]).collect();
+        assert!(matches!(&parts[1], Control::State { bytes, last: true, .. } if bytes.len() == 5));
+        assert!(matches!(&state_parts(&[]).next(), Some(Control::State { last: true, .. })));
+    }
+}
