@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::core::{Request, Response};
-use crate::driver::Mailbox;
+use crate::driver::{Mailbox, Memory};
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, SlotRun};
 
@@ -77,18 +77,15 @@ pub struct Placed {
 /// A request with the way back for its answer.
 pub(crate) struct Command {
     pub(crate) request: Request,
-    pub(crate) reply: Box<dyn FnOnce(Result<Response, CommandError>) + Send>,
+    /// False if nobody waits for the answer any more.
+    pub(crate) reply: Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>,
 }
 
 /// Cheap to clone; safe to use from any thread.
 #[derive(Clone, Debug)]
 pub struct EngineHandle {
     pub(crate) mailbox: Arc<Mailbox>,
-    /// Address of guest page 0 in this process.
-    pub(crate) memory_base: usize,
-    pub(crate) memory_bytes: u64,
-    /// Address of staging slot 0 in this process.
-    pub(crate) staging_base: usize,
+    pub(crate) memory: Arc<Memory>,
     pub(crate) store: Arc<std::fs::File>,
 }
 
@@ -136,8 +133,7 @@ impl EngineHandle {
     fn ask<T: Send + 'static>(&self, request: Request, pick: fn(Response) -> T) -> Answer<T> {
         let (sender, answer) = oneshot::channel();
         let reply = Box::new(move |response: Result<Response, CommandError>| {
-            // Who asked may have stopped waiting.
-            let _ = sender.send(response.map(pick));
+            sender.send(response.map(pick)).is_ok()
         });
         self.mailbox.send(Command { request, reply });
         answer
@@ -148,18 +144,18 @@ impl EngineHandle {
     }
 
     pub fn memory_bytes(&self) -> u64 {
-        self.memory_bytes
+        self.memory.guest_len() as u64
     }
 
     /// Address of guest page `page`. Only pages held and in [`Place::Memory`] may be read through it.
     pub fn page_address(&self, page: PageNo) -> *mut u8 {
-        assert!(page.offset() < self.memory_bytes, "{page} is beyond the VM's memory");
-        (self.memory_base + page.offset() as usize) as *mut u8
+        assert!(page.offset() < self.memory_bytes(), "{page} is beyond the VM's memory");
+        self.memory.page(page) as *mut u8
     }
 
     /// Address of the first of `slots`, which must be granted to the caller.
     pub fn slot_address(&self, slots: SlotRun) -> *mut u8 {
-        (self.staging_base + slots.start.offset()) as *mut u8
+        self.memory.slot(slots.start) as *mut u8
     }
 
     /// The store, opened with O_DIRECT: page *n* at offset *n* x 4096.

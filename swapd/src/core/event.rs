@@ -54,6 +54,8 @@ pub enum Request {
     SetBudget(u64),
     Discard(Run),
     Evict(Run),
+    /// Give never-touched pages frames, as long as frames are plentiful.
+    Fill(Run),
     TrackWrites(bool),
     CollectWritten,
     Hold(Run),

@@ -1,11 +1,11 @@
 //! A vCPU touched a page that is not in the guest.
 
-use super::event::{Action, FaultKind};
+use super::event::{Action, FaultKind, Response};
 use super::io::Landing;
 use super::{Core, Mutant};
 use crate::policy::prefetch::Plan;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot};
+use crate::units::{PageNo, Run, Slot, runs_of};
 
 /// Never-touched pages filled at once before the vCPU goes on; the rest of the 2 MiB block follows behind it.
 const FILL_FIRST: u32 = 64;
@@ -174,6 +174,15 @@ impl Core {
             self.fill_run(Run::new(block.start, (start.0 - block.start.0) as u32));
         }
         self.table.state(page) != PageState::Untouched
+    }
+
+    /// The untouched pages of the run, while the budget has more than the engine keeps free.
+    pub(super) fn fill_ahead(&mut self, run: Run) -> Response {
+        let spare = self.available().saturating_sub(u64::from(self.marks.goal()));
+        let pages = run.pages().filter(|page| self.table.state(*page) == PageState::Untouched);
+        let runs: Vec<_> = runs_of(pages.take(spare as usize), run.len).collect();
+        runs.into_iter().for_each(|run| self.fill_run(run));
+        Response::Done
     }
 
     fn fill_run(&mut self, mut run: Run) {

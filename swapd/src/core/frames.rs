@@ -107,25 +107,39 @@ impl Core {
             return Some(Err(CommandError::BudgetTooLarge { asked: bytes, memory }));
         }
         self.budget = frames;
-        self.marks = Watermarks::of(frames, self.staging.slots());
+        self.marks = Watermarks::of(frames, self.table.pages(), self.staging.slots());
         self.budget_waiters.push(ticket);
         None
     }
 
     /// Gives frames above the budget back to the host, and tells who waits for that.
     pub(super) fn give_back(&mut self) {
-        while self.taken > self.budget {
-            let over = u32::try_from(self.taken - self.budget).unwrap_or(u32::MAX);
-            let Some(slots) = self.staging.take_free(over) else { return };
+        let over = self.taken.saturating_sub(self.budget);
+        self.release_free(u32::try_from(over).unwrap_or(u32::MAX));
+        if self.taken <= self.budget {
+            for ticket in std::mem::take(&mut self.budget_waiters) {
+                self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
+            }
+        }
+    }
+
+    /// Free frames take up slots that victims need: those that are more than is kept ready go back to the host.
+    pub(super) fn make_slots(&mut self) {
+        if self.staging.empty_slots() < self.staging.slots() / 4 {
+            self.release_free(self.staging.free_frames().saturating_sub(self.marks.high));
+        }
+    }
+
+    fn release_free(&mut self, mut count: u32) {
+        while count > 0 {
+            let Some(slots) = self.staging.take_free(count) else { return };
             slots.slots().for_each(|slot| {
                 self.staging.assign(slot, Use::Orphan);
                 self.staging.vacate(slot);
             });
             self.taken -= u64::from(slots.len);
+            count -= slots.len;
             self.actions.push_back(Action::ReleaseFrames { slots });
-        }
-        for ticket in std::mem::take(&mut self.budget_waiters) {
-            self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
         }
     }
 

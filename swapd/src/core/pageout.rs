@@ -25,6 +25,7 @@ impl Core {
         } else {
             self.make_room();
             self.serve_deferred();
+            self.make_slots();
         }
         if self.taken > self.budget || !self.budget_waiters.is_empty() {
             self.give_back();
@@ -40,7 +41,6 @@ impl Core {
         if available < self.marks.low || over > 0 {
             let free_wanted = self.marks.high.saturating_sub(available) + over.saturating_sub(self.staging.free_frames());
             self.reclaim_standby(free_wanted);
-            self.end_sampling();
         }
         let leaving = self.table.count(PageState::Leaving) as u32;
         let outside = (u32::try_from(self.available()).unwrap_or(u32::MAX))
@@ -163,7 +163,8 @@ impl Core {
             && self.left_while_tracked.is_none()
             && self.receiving.is_none()
             && self.store_failed.is_none()
-            && self.available() >= u64::from(self.marks.high);
+            && self.counts.victims == self.victims_at_tick;
+        self.victims_at_tick = self.counts.victims;
         if !idle {
             return self.end_sampling();
         }
@@ -179,7 +180,8 @@ impl Core {
         self.victims = samples;
     }
 
-    /// Puts every sample back: memory is scarce, or written pages are being tracked.
+    /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as
+    /// new samples: a move that is not done yet may still find its page pinned.
     pub(super) fn end_sampling(&mut self) {
         while let Some(run) = self.sampler.overdue(self.tick, true) {
             self.put_sample_back(run);

@@ -26,6 +26,9 @@ pub(super) struct Receiving {
     finish: Option<Ticket>,
 }
 
+/// Frames kept for receiving into, at least: newer versions come while the old ones still have theirs.
+const RECEIVE_FRAMES: u32 = 512;
+
 const NOT_RECEIVING: CommandError = CommandError::NotNow("the VM is not being received");
 
 impl Core {
@@ -134,7 +137,7 @@ impl Core {
 
     /// Decides for one page, and keeps the figures that the next decisions rest on.
     fn choose_ram(&mut self, page: PageNo, again: bool) -> bool {
-        let reserve = u64::from(self.marks.high).min(self.budget / 8);
+        let reserve = u64::from(self.marks.high.max(RECEIVE_FRAMES)).min(self.budget / 8);
         let in_ram = self.table.count(PageState::Resident) + self.table.count(PageState::Arriving);
         let before = self.table.state(page);
         let heat = self.table.heat(page);

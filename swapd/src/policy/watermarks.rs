@@ -27,8 +27,12 @@ pub struct Watermarks {
 }
 
 impl Watermarks {
-    /// For a budget in frames and a staging area of `slots`.
-    pub fn of(budget: u64, slots: u32) -> Self {
+    /// For a budget in frames, a memory of `pages` and a staging area of `slots`.
+    pub fn of(budget: u64, pages: u64, slots: u32) -> Self {
+        if budget >= pages {
+            // Every page can have a frame of its own: nothing need ever leave.
+            return Watermarks { low: 0, high: 0, standby: 0, batch: 1 };
+        }
         let share = |part: u32| u32::try_from(budget / u64::from(part)).unwrap_or(u32::MAX);
         let low_min = LOW_MIN.min(share(16));
         let low = share(LOW_SHARE).clamp(low_min, LOW_MAX.min(slots / 8).max(low_min));
@@ -50,7 +54,12 @@ mod tests {
 
     #[test]
     fn the_smallest_budget_still_has_most_frames_in_the_guest() {
-        let marks = Watermarks::of(4096, 2048);
+        let marks = Watermarks::of(4096, 8192, 2048);
         assert!(marks.low < marks.high && marks.goal() <= 4096 / 8 && marks.batch <= marks.goal(), "{marks:?}");
+    }
+
+    #[test]
+    fn a_budget_for_every_page_keeps_nothing_back() {
+        assert_eq!(Watermarks::of(8192, 8192, 2048).goal(), 0);
     }
 }
