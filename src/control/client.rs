@@ -63,29 +63,29 @@ impl VmClient {
     /// The VM's refusal, or no answer.
     pub fn ask(&mut self, request: &Request, timeout: Duration) -> Result<Value, Failure> {
         self.lines.write(request).map_err(|error| self.lost(&error))?;
-        self.answer(timeout, &mut |_| {})
+        loop {
+            match self.lines.read::<Reply>(timeout).map_err(|error| self.lost(&error))? {
+                Reply::Progress(_) => {}
+                Reply::Ok(value) => return Ok(value),
+                Reply::Error(failure) => return Err(failure),
+            }
+        }
     }
 
-    /// Asks for something long. `progress` is called on the way; `between` every `tick`, and may give up.
+    /// Asks for something long. `progress` is called on the way; a signal ends the waiting.
     ///
     /// # Errors
-    /// The VM's refusal, no answer, or what `between` returned.
+    /// The VM's refusal, no answer, or [`Kind::Interrupted`].
     pub fn ask_long(
         &mut self,
         request: &Request,
         progress: &mut dyn FnMut(MigrationStat),
     ) -> Result<Value, Failure> {
         self.lines.write(request).map_err(|error| self.lost(&error))?;
-        self.answer(PROGRESS_TIMEOUT, progress)
-    }
-
-    fn answer(
-        &mut self,
-        timeout: Duration,
-        progress: &mut dyn FnMut(MigrationStat),
-    ) -> Result<Value, Failure> {
         loop {
-            match self.lines.read::<Reply>(timeout).map_err(|error| self.lost(&error))? {
+            self.lines.wait(PROGRESS_TIMEOUT);
+            crate::signals::check()?;
+            match self.lines.read::<Reply>(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
                 Reply::Progress(state) => progress(state),
                 Reply::Ok(value) => return Ok(value),
                 Reply::Error(failure) => return Err(failure),

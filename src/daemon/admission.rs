@@ -14,7 +14,7 @@ use crate::host;
 use crate::size::Size;
 
 /// Guest memory comes in blocks of this size.
-pub const MEMORY_STEP: u64 = 2 << 20;
+pub(super) const MEMORY_STEP: u64 = 2 << 20;
 
 /// Why a VM may not come.
 #[derive(Clone, Debug, PartialEq, Eq)]
