@@ -1,5 +1,5 @@
 //! A "VM" for tests: an engine whose memory this process touches itself.
-#![allow(dead_code)]
+#![allow(dead_code, unreachable_pub)]
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
