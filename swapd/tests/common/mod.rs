@@ -1,5 +1,5 @@
 //! A "VM" for tests: an engine whose memory this process touches itself.
-#![allow(dead_code)]
+#![allow(dead_code, unreachable_pub)]
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -35,16 +35,19 @@ impl Vm {
     pub fn start(memory: u64, budget: u64, prealloc: bool) -> Option<Vm> {
         let notify = Box::new(|notice| println!("notice: {notice:?}"));
         match Engine::start(config(memory, budget, store_directory(), prealloc), notify) {
-            Ok(engine) => {
-                let base = engine.memory_base() as usize;
-                Some(Vm { engine, base, pages: memory / PAGE_SIZE as u64 })
-            }
+            Ok(engine) => Some(Vm::of(engine)),
             Err(swapd::StartError::Host(reason)) => {
                 println!("skipped: {reason}");
                 None
             }
             Err(error) => panic!("{error}"),
         }
+    }
+
+    pub fn of(engine: Engine) -> Vm {
+        let base = engine.memory_base() as usize;
+        let pages = engine.handle().memory_bytes() / PAGE_SIZE as u64;
+        Vm { engine, base, pages }
     }
 
     pub fn handle(&self) -> EngineHandle {
