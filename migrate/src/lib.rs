@@ -4,6 +4,7 @@ mod bitmap;
 mod cancel;
 mod hello;
 pub mod limits;
+mod link;
 mod progress;
 mod registry;
 mod report;

@@ -1,19 +1,35 @@
 //! The target's session.
 
+mod arrival;
+mod handover;
+mod intake;
+mod ledger;
 mod plain;
+mod sink;
 
 pub use plain::PlainMemory;
 
 use std::net::TcpStream;
+use std::rc::Rc;
+use std::time::Instant;
 
 use swapd::{CommandError, EngineHandle};
+use tokio_uring::Runtime;
+
+use arrival::Arrival;
 
 use crate::cancel::CancelFlag;
-use crate::hello::SessionHello;
+use crate::hello::{RefuseKind, SessionHello, refuse, write_opening};
+use crate::link::control::ControlLink;
+use crate::link::life::Life;
+use crate::link::trouble::Trouble;
+use crate::link::watch::Watch;
 use crate::progress::Progress;
 use crate::registry::{Registry, RegistryError};
 use crate::report::Received;
 use crate::vm::{TargetVm, VmError};
+use crate::wire::opening::{Answer, MAX_STREAMS};
+use crate::wire::record::Lane as WireLane;
 
 /// Where the arriving pages go.
 #[derive(Clone, Debug)]
@@ -31,7 +47,7 @@ pub struct DataStream {
 }
 
 /// One accepted session, and what it needs besides memory and a VM.
-#[expect(missing_debug_implementations, reason = "holds borrowed callbacks")]
+#[allow(missing_debug_implementations, reason = "holds borrowed callbacks")]
 pub struct TargetLink<'a> {
     pub control: TcpStream,
     pub hello: SessionHello,
@@ -68,14 +84,163 @@ pub enum ReceiveError {
     Registry(#[from] RegistryError),
 }
 
+impl From<Trouble> for ReceiveError {
+    fn from(trouble: Trouble) -> ReceiveError {
+        match trouble {
+            Trouble::Link { during, source } => ReceiveError::Link { during, source },
+            Trouble::Peer(text) => ReceiveError::Peer(text),
+            Trouble::GaveUp(text) => ReceiveError::GaveUp(text),
+            Trouble::Cancelled => ReceiveError::Cancelled,
+            Trouble::Engine(error) => ReceiveError::Engine(error),
+            Trouble::Memory(error) => ReceiveError::Setup(format!("the VM's memory failed: {error}")),
+            Trouble::Unable(text) => ReceiveError::Setup(text),
+        }
+    }
+}
+
 /// Receives a VM and runs it. Blocks; returns when it runs (and the placement has been checked, if asked).
 ///
 /// # Errors
 /// See [`ReceiveError`]. The engine has its frames back; its memory has parts of a VM in it: stop it.
 pub fn receive(
-    _link: TargetLink<'_>,
-    _memory: TargetMemory,
-    _vm: &mut dyn TargetVm,
+    mut link: TargetLink<'_>,
+    memory: TargetMemory,
+    vm: &mut dyn TargetVm,
 ) -> Result<Received, ReceiveError> {
-    todo!()
+    let started = Instant::now();
+    if let Err(error) =
+        check(&link.hello, &memory).and_then(|()| Ok(link.registry.begin(link.hello.session)?))
+    {
+        refuse(&mut link.control, RefuseKind::Other, &error.to_string());
+        return Err(error);
+    }
+    let result = accepted(&mut link, &memory, vm);
+    if result.is_err() {
+        // So that a source that asks hears at once that the VM will not start here. If it was committed, it stays so.
+        if let Err(error) = link.registry.burn(link.hello.session) {
+            tracing::warn!(%error, session = %link.hello.session, "a failed session could not be recorded");
+        }
+    }
+    let mut received = result?;
+    received.duration_ms = started.elapsed().as_secs_f64() * 1000.0;
+    Ok(received)
+}
+
+/// What can be known before the first byte of memory.
+fn check(hello: &SessionHello, memory: &TargetMemory) -> Result<(), ReceiveError> {
+    let bytes = match memory {
+        TargetMemory::Engine(handle) => handle.memory_bytes(),
+        TargetMemory::Plain(memory) => memory.bytes(),
+    };
+    if bytes != hello.memory_bytes {
+        let asked = hello.memory_bytes;
+        return Err(ReceiveError::Setup(format!("the VM has {asked} bytes of memory, here are {bytes}")));
+    }
+    if hello.streams == 0 || hello.streams > MAX_STREAMS {
+        return Err(ReceiveError::Setup(format!(
+            "{} data streams are not 1 to {MAX_STREAMS}",
+            hello.streams
+        )));
+    }
+    Ok(())
+}
+
+fn accepted(
+    link: &mut TargetLink<'_>,
+    memory: &TargetMemory,
+    vm: &mut dyn TargetVm,
+) -> Result<Received, ReceiveError> {
+    let during = "answering it";
+    let broken = |source| ReceiveError::Link { during, source };
+    link.control.set_nonblocking(false).map_err(broken)?;
+    write_opening(&mut link.control, &Answer::Accepted { ram_bytes: link.granted_ram_bytes }.encode())
+        .map_err(broken)?;
+    let streams = data_streams(link)?;
+    let runtime =
+        Runtime::new(&tokio_uring::builder()).map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
+    let control = link.control.try_clone().map_err(broken)?;
+    let life = Rc::new(Life::default());
+    let lanes = [WireLane::ToTarget, WireLane::ToSource];
+    let control = runtime
+        .block_on(async { ControlLink::start(control, link.hello.session, lanes, &life) })
+        .map_err(broken)?;
+    let watch = Watch::new(life.clone(), link.cancel, control.outbox().clone());
+    let mut session = Session { runtime: &runtime, control, watch };
+
+    let result = session.run(link, memory, vm, streams);
+    let Session { control, .. } = session;
+    let last_word = match &result {
+        Ok(_) => None,
+        Err(Failed::Trouble(trouble)) => Some(trouble.farewell()),
+        Err(Failed::Said(error)) => Some(error.to_string()),
+    };
+    runtime.block_on(control.close(&life, last_word));
+    match result {
+        Ok(mut received) => {
+            received.bytes_received = life.bytes_received();
+            Ok(received)
+        }
+        Err(Failed::Trouble(trouble)) => Err(life.take_trouble().unwrap_or(trouble).into()),
+        Err(Failed::Said(error)) => Err(error),
+    }
+}
+
+/// All of the session's streams, each once.
+fn data_streams(link: &mut TargetLink<'_>) -> Result<Vec<DataStream>, ReceiveError> {
+    let mut streams: Vec<DataStream> = Vec::new();
+    for _ in 0..link.hello.streams {
+        let stream = (link.streams)()
+            .map_err(|source| ReceiveError::Link { during: "waiting for its streams", source })?;
+        let known = streams.iter().any(|known| known.index == stream.index);
+        if known || stream.index >= link.hello.streams {
+            let text =
+                format!("data stream {} of {} twice or out of range", stream.index, link.hello.streams);
+            refuse(&mut link.control, RefuseKind::Other, &text);
+            return Err(ReceiveError::Peer(text));
+        }
+        streams.push(stream);
+    }
+    Ok(streams)
+}
+
+pub(crate) fn no_ring(error: &std::io::Error) -> String {
+    format!("io_uring is not available ({error}): check /proc/sys/kernel/io_uring_disabled and `ulimit -l`")
+}
+
+/// How a session fails: on the wire, or with an error of this side's VM or registry.
+enum Failed {
+    Trouble(Trouble),
+    Said(ReceiveError),
+}
+
+impl From<Trouble> for Failed {
+    fn from(trouble: Trouble) -> Failed {
+        Failed::Trouble(trouble)
+    }
+}
+
+struct Session<'a> {
+    runtime: &'a Runtime,
+    control: ControlLink,
+    watch: Watch<'a>,
+}
+
+impl Session<'_> {
+    fn run(
+        &mut self,
+        link: &TargetLink<'_>,
+        memory: &TargetMemory,
+        vm: &mut dyn TargetVm,
+        streams: Vec<DataStream>,
+    ) -> Result<Received, Failed> {
+        let mut arrival = Arrival::new(&link.hello, memory, streams);
+        let (control, watch) = (&mut self.control, &self.watch);
+        let arrived = self.runtime.block_on(async {
+            let arrived = arrival.run(control, watch, link.progress).await;
+            arrival.close().await;
+            arrived
+        })?;
+        vm.load(&arrived.state).map_err(|error| Failed::Said(error.into()))?;
+        handover::run(self, link, memory, vm, arrived.placed)
+    }
 }

@@ -1,0 +1,168 @@
+//! The control connection: one task that reads, one that writes, a bounded queue for each.
+
+use std::net::TcpStream as StdStream;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio_uring::net::TcpStream;
+
+use super::life::Life;
+use super::trouble::Trouble;
+use super::{end, read_exact, split};
+use crate::session::SessionId;
+use crate::wire::control::Control;
+use crate::wire::record::{HEADER_BYTES, Header, Lane, Sequence};
+
+/// Messages waiting to be written, or to be looked at.
+const QUEUE: usize = 16;
+/// How long a session that ends waits for its last words to leave, or for the peer's to arrive.
+const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
+
+const DURING: &str = "waiting for the peer's word";
+
+type Letter = (Control, Option<oneshot::Sender<()>>);
+
+/// Where messages to the peer go.
+#[derive(Clone, Debug)]
+pub(crate) struct Outbox(mpsc::Sender<Letter>);
+
+impl Outbox {
+    /// Queues a message if there is room.
+    pub(crate) fn try_send(&self, message: Control) {
+        // A full queue is a sign of life by itself.
+        let _ = self.0.try_send((message, None));
+    }
+
+    /// Queues a message. If the link is broken, the session hears of that in its own way.
+    pub(crate) async fn send(&self, message: Control) {
+        let _ = self.0.send((message, None)).await;
+    }
+
+    /// Answers when the message has been handed to the kernel.
+    pub(crate) async fn deliver(&self, message: Control) {
+        let (done, written) = oneshot::channel();
+        let _ = self.0.send((message, Some(done))).await;
+        let _ = written.await;
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct ControlLink {
+    outbox: Outbox,
+    inbox: mpsc::Receiver<Control>,
+    reader: JoinHandle<()>,
+    writer: JoinHandle<()>,
+    ender: StdStream,
+}
+
+impl ControlLink {
+    /// Must be called on the runtime. `from` and `to` are the lanes of what is read and written.
+    pub(crate) fn start(
+        socket: StdStream,
+        session: SessionId,
+        [from, to]: [Lane; 2],
+        life: &Rc<Life>,
+    ) -> std::io::Result<ControlLink> {
+        let (socket, ender) = split(socket)?;
+        let socket = Rc::new(socket);
+        let (letters_in, letters_out) = mpsc::channel(QUEUE);
+        let (messages_in, inbox) = mpsc::channel(QUEUE);
+        let reading = read(socket.clone(), Sequence::new(session, from), messages_in, life.clone());
+        let writing = write(socket, Sequence::new(session, to), letters_out, life.clone());
+        let (reader, writer) = (tokio_uring::spawn(reading), tokio_uring::spawn(writing));
+        Ok(ControlLink { outbox: Outbox(letters_in), inbox, reader, writer, ender })
+    }
+
+    pub(crate) fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// The peer's next message, other than signs of life. Waits for ever if the link is broken: the session has failed then.
+    pub(crate) async fn next(&mut self) -> Control {
+        match self.inbox.recv().await {
+            Some(message) => message,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Says a last word, and ends the connection. If the link broke, the peer's last word is waited for.
+    pub(crate) async fn close(mut self, life: &Life, last_word: Option<String>) {
+        if life.is_link_trouble() {
+            let _ = tokio::time::timeout(FAREWELL_LIMIT, &mut self.reader).await;
+        }
+        if let Some(text) = last_word {
+            let _ = tokio::time::timeout(FAREWELL_LIMIT, self.outbox.deliver(Control::Abort(text))).await;
+        }
+        end(&self.ender);
+        drop(self.inbox);
+        drop(self.outbox);
+        // Other clones of the outbox may live on: the writer also ends with its socket.
+        self.writer.abort();
+        if !self.reader.is_finished() {
+            let _ = self.reader.await;
+        }
+        let _ = self.writer.await;
+    }
+}
+
+async fn read(
+    socket: Rc<TcpStream>,
+    mut sequence: Sequence,
+    messages: mpsc::Sender<Control>,
+    life: Rc<Life>,
+) {
+    loop {
+        match read_one(&socket, &mut sequence, &life).await {
+            Ok(Control::Alive) => {}
+            Ok(Control::Abort(text)) => return life.fail(Trouble::GaveUp(text)),
+            Ok(message) => {
+                if messages.send(message).await.is_err() {
+                    return;
+                }
+            }
+            Err(trouble) => return life.fail(trouble),
+        }
+    }
+}
+
+async fn read_one(socket: &TcpStream, sequence: &mut Sequence, life: &Life) -> Result<Control, Trouble> {
+    let (result, head) = read_exact(socket, Vec::with_capacity(HEADER_BYTES), 0, HEADER_BYTES, life).await;
+    result.map_err(Trouble::link(DURING))?;
+    let head: [u8; HEADER_BYTES] = head.try_into().expect("just read to that length");
+    let header = Header::open(&head)?;
+    if header.kind.is_data() {
+        return Err(Trouble::Peer(format!("a {:?} record on the control connection", header.kind)));
+    }
+    let length = header.meta_bytes as usize;
+    let mut body = Vec::with_capacity(length);
+    if length > 0 {
+        let (result, filled) = read_exact(socket, body, 0, length, life).await;
+        result.map_err(Trouble::link(DURING))?;
+        body = filled;
+    }
+    Header::verify(&head, &body, sequence)?;
+    Ok(Control::decode(&header, &body)?)
+}
+
+async fn write(
+    socket: Rc<TcpStream>,
+    mut sequence: Sequence,
+    mut letters: mpsc::Receiver<Letter>,
+    life: Rc<Life>,
+) {
+    while let Some((message, done)) = letters.recv().await {
+        let record = message.encode(&mut sequence);
+        let length = record.len();
+        let (result, _) = socket.write_all(record).await;
+        if let Err(source) = result {
+            return life.fail(Trouble::Link { during: "writing to the peer", source });
+        }
+        life.sent(length);
+        if let Some(done) = done {
+            // Whoever waited may have lost patience.
+            let _ = done.send(());
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! What all tasks of a session share: the first trouble, and the signs of life.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+
+use tokio::sync::Notify;
+
+use super::trouble::Trouble;
+
+/// Lives on one thread.
+#[derive(Debug, Default)]
+pub(crate) struct Life {
+    trouble: RefCell<Option<Trouble>>,
+    failed: Cell<bool>,
+    wake: Notify,
+    beats: Cell<u64>,
+    bytes_sent: Cell<u64>,
+    bytes_received: Cell<u64>,
+}
+
+impl Life {
+    /// The first trouble counts, but the peer's own reason explains a link that broke.
+    pub(crate) fn fail(&self, trouble: Trouble) {
+        let mut first = self.trouble.borrow_mut();
+        let explains = matches!((&*first, &trouble), (Some(Trouble::Link { .. }), Trouble::GaveUp(_)));
+        if !self.failed.get() || explains {
+            *first = Some(trouble);
+        }
+        self.failed.set(true);
+        self.wake.notify_waiters();
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.get()
+    }
+
+    pub(crate) fn take_trouble(&self) -> Option<Trouble> {
+        self.trouble.borrow_mut().take()
+    }
+
+    pub(crate) fn is_link_trouble(&self) -> bool {
+        matches!(&*self.trouble.borrow(), Some(Trouble::Link { .. }))
+    }
+
+    /// Waits for `work`; None if the session fails first.
+    pub(crate) async fn unless_failed<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let failed = self.wake.notified();
+        if self.has_failed() {
+            return None;
+        }
+        tokio::select! {
+            biased;
+            result = work => Some(result),
+            () = failed => None,
+        }
+    }
+
+    /// Waits until the session fails.
+    pub(crate) async fn failure(&self) {
+        self.unless_failed(std::future::pending::<()>()).await;
+    }
+
+    pub(crate) fn received(&self, bytes: usize) {
+        self.beats.set(self.beats.get() + 1);
+        self.bytes_received.set(self.bytes_received.get() + bytes as u64);
+    }
+
+    pub(crate) fn sent(&self, bytes: usize) {
+        self.beats.set(self.beats.get() + 1);
+        self.bytes_sent.set(self.bytes_sent.get() + bytes as u64);
+    }
+
+    /// Changes with every sign that the peer lives.
+    pub(crate) fn beats(&self) -> u64 {
+        self.beats.get()
+    }
+
+    pub(crate) fn bytes_sent(&self) -> u64 {
+        self.bytes_sent.get()
+    }
+
+    pub(crate) fn bytes_received(&self) -> u64 {
+        self.bytes_received.get()
+    }
+}

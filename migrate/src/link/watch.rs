@@ -1,0 +1,80 @@
+//! Waiting that ends: at a limit, at a cancel, when the session fails, or when the peer has been silent for too long.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use super::control::Outbox;
+use super::life::Life;
+use super::trouble::Trouble;
+use crate::cancel::{CancelFlag, is_cancelled};
+use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT};
+use crate::wire::control::Control;
+
+/// Of one session, for its main thread of control.
+pub(crate) struct Watch<'a> {
+    pub(crate) life: Rc<Life>,
+    pub(crate) cancel: &'a CancelFlag,
+    outbox: Outbox,
+    heard: Cell<(u64, Instant)>,
+    said: Cell<Instant>,
+}
+
+impl<'a> Watch<'a> {
+    pub(crate) fn new(life: Rc<Life>, cancel: &'a CancelFlag, outbox: Outbox) -> Watch<'a> {
+        let now = Instant::now();
+        Watch { life, cancel, outbox, heard: Cell::new((0, now)), said: Cell::new(now) }
+    }
+
+    /// Waits for `work`, which must bear being dropped half-way.
+    pub(crate) async fn wait<T>(
+        &self,
+        during: &'static str,
+        limit: Duration,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Trouble> {
+        let deadline = Instant::now() + limit;
+        tokio::pin!(work);
+        loop {
+            self.check(during)?;
+            tokio::select! {
+                biased;
+                result = &mut work => return Ok(result),
+                () = self.life.failure() => {}
+                () = tokio::time::sleep(CANCEL_POLL) => {}
+            }
+            if Instant::now() >= deadline {
+                return Err(Trouble::Link { during, source: io::ErrorKind::TimedOut.into() });
+            }
+        }
+    }
+
+    /// To be called at least every [`CANCEL_POLL`]: says why the session must end, or says that it lives.
+    pub(crate) fn check(&self, during: &'static str) -> Result<(), Trouble> {
+        if self.life.has_failed() {
+            // Whoever closes the session takes the trouble itself, when the peer's reason has had time to arrive.
+            return Err(Trouble::Link { during, source: io::ErrorKind::ConnectionAborted.into() });
+        }
+        if is_cancelled(self.cancel) {
+            return Err(Trouble::Cancelled);
+        }
+        let (beats, at) = self.heard.get();
+        if beats != self.life.beats() {
+            self.heard.set((self.life.beats(), Instant::now()));
+        } else if at.elapsed() > SILENCE_LIMIT {
+            return Err(Trouble::Link { during, source: io::ErrorKind::TimedOut.into() });
+        }
+        if self.said.get().elapsed() > ALIVE_EVERY {
+            self.said.set(Instant::now());
+            self.outbox.try_send(Control::Alive);
+        }
+        Ok(())
+    }
+
+    /// The session was left alone for a while (the thread did something else): silence is counted from now.
+    pub(crate) fn resume(&self) {
+        self.heard.set((self.life.beats(), Instant::now()));
+    }
+}

@@ -1,0 +1,107 @@
+//! The hand-over at the target: prepared, commit, start; and what the VM touches after that.
+//!
+//! ```text
+//!   prepared ──▶ commit recorded ──▶ started ──▶ running (──▶ placement checked)
+//!       │               │
+//!       ▼               ▼ could not start
+//!    discarded       revoked, the source has it back
+//! ```
+
+use swapd::{EngineHandle, Placed, Run};
+
+use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
+use crate::bitmap::Bitmap;
+use crate::limits::{COMMIT_LIMIT, PLACEMENT_WINDOW};
+use crate::link::trouble::Trouble;
+use crate::registry::{Outcome, RegistryError};
+use crate::report::{Placement, Received};
+use crate::vm::TargetVm;
+use crate::wire::control::Control;
+
+/// From a VM that is complete here to one that runs here.
+pub(super) fn run(
+    session: &mut Session<'_>,
+    link: &TargetLink<'_>,
+    memory: &TargetMemory,
+    vm: &mut dyn TargetVm,
+    placed: Placed,
+) -> Result<Received, Failed> {
+    let check = match memory {
+        TargetMemory::Engine(handle) if link.hello.check_placement => Some(handle),
+        _ => None,
+    };
+    session.watch.resume();
+    let outbox = session.control.outbox().clone();
+    session.runtime.block_on(outbox.deliver(Control::Prepared(placed)));
+    // While the source gives up the name: nothing moves now, so this is what is resident at the start.
+    let resident =
+        check.map(EngineHandle::resident_map).transpose().map_err(|error| Failed::Said(error.into()))?;
+    let (control, watch) = (&mut session.control, &session.watch);
+    let word =
+        session.runtime.block_on(watch.wait("waiting for the commit", COMMIT_LIMIT, control.next()))?;
+    if word != Control::Commit {
+        return Err(Trouble::Peer("something else than a commit or an abort".to_string()).into());
+    }
+    if let Err(error) = commit(link).and_then(|()| start(link, vm)) {
+        // Only this message, or the registry's record, gives the VM back to the source.
+        session.runtime.block_on(outbox.deliver(Control::NotStarted(error.to_string())));
+        return Err(Failed::Said(error));
+    }
+    session.runtime.block_on(outbox.deliver(Control::Running));
+    let mut received = Received::new(link.hello.name.clone(), link.hello.session, placed);
+    if let (Some(handle), Some(resident)) = (check, resident) {
+        // The VM runs, so nothing here is a failure of the migration.
+        match placement(session, handle, &resident) {
+            Ok(placement) => {
+                session.runtime.block_on(outbox.deliver(Control::Placement(placement)));
+                received.placement = Some(placement);
+            }
+            Err(error) => tracing::warn!(%error, "the placement could not be checked"),
+        }
+    }
+    Ok(received)
+}
+
+/// Records that the VM may run here. If that fails, it is certain that it must not, or nothing is done.
+fn commit(link: &TargetLink<'_>) -> Result<(), ReceiveError> {
+    let error = match link.registry.commit(link.hello.session) {
+        Ok(()) => return Ok(()),
+        Err(error @ RegistryError::Burned(_)) => return Err(error.into()),
+        Err(error) => error,
+    };
+    match link.registry.burn(link.hello.session) {
+        // The record was made, and only then something failed: what counts is the record.
+        Ok(Outcome::RunningThere) => Ok(()),
+        _ => Err(error.into()),
+    }
+}
+
+fn start(link: &TargetLink<'_>, vm: &mut dyn TargetVm) -> Result<(), ReceiveError> {
+    vm.start().map_err(|error| {
+        if let Err(error) = link.registry.revoke(link.hello.session) {
+            tracing::error!(%error, "a VM that could not start is recorded as running here");
+        }
+        error.into()
+    })
+}
+
+/// What the VM touches in [`PLACEMENT_WINDOW`], and how much of that was in RAM when it started.
+fn placement(
+    session: &Session<'_>,
+    handle: &EngineHandle,
+    resident: &[Run],
+) -> Result<Placement, swapd::CommandError> {
+    // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
+    handle.track_writes(true)?;
+    session.runtime.block_on(tokio::time::sleep(PLACEMENT_WINDOW));
+    let touched = handle.collect_written();
+    handle.track_writes(false)?;
+    let mut in_ram = Bitmap::new(swapd::units::pages_in(handle.memory_bytes()));
+    resident.iter().for_each(|run| in_ram.set_run(*run));
+    let mut placement = Placement::default();
+    for run in touched? {
+        placement.touched_pages += u64::from(run.len);
+        placement.touched_in_ram += u64::from(in_ram.count_run(run));
+    }
+    Ok(placement)
+}

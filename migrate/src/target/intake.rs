@@ -1,0 +1,109 @@
+//! One data stream: its records, in order, into the sink.
+
+use std::mem::size_of;
+
+use swapd::Run;
+use tokio::sync::mpsc;
+
+use super::sink::{Batch, Inlet, Sink};
+use crate::link::read_exact;
+use crate::link::trouble::Trouble;
+use crate::wire::control::{Totals, read_totals};
+use crate::wire::extents::Bounds;
+use crate::wire::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_DATA_META, Sequence};
+
+/// A stream has come to the end of a round.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RoundEnd {
+    pub(crate) round: u64,
+    /// What the stream has brought since its start.
+    pub(crate) totals: Totals,
+    pub(crate) last: bool,
+}
+
+/// What a stream needs to know of its session.
+#[derive(Clone, Debug)]
+pub(crate) struct Lane {
+    pub(crate) bounds: Bounds,
+    pub(crate) sequence: Sequence,
+    pub(crate) ends: mpsc::Sender<RoundEnd>,
+}
+
+/// Runs until the stream's last round has ended, or the session fails.
+pub(crate) async fn run(inlet: Inlet, mut lane: Lane, mut sink: Sink) {
+    let result = receive(&inlet, &mut lane, &mut sink).await;
+    let closed = sink.close().await;
+    match result.and_then(|last| closed.map(|()| last)) {
+        // Said only now, when every frame is back.
+        Ok(last) => {
+            let _ = lane.ends.send(last).await;
+        }
+        Err(trouble) => inlet.life.fail(trouble),
+    }
+}
+
+async fn receive(inlet: &Inlet, lane: &mut Lane, sink: &mut Sink) -> Result<RoundEnd, Trouble> {
+    let mut head = Vec::with_capacity(HEADER_BYTES + MAX_DATA_META);
+    let mut runs: Vec<Run> = Vec::new();
+    let mut totals = Totals::default();
+    let mut round = 0;
+    loop {
+        head.clear();
+        let (header, filled) = read_head(inlet, lane, head).await?;
+        head = filled;
+        let meta = &head[HEADER_BYTES..];
+        let pages = u64::from(header.pages);
+        match header.kind {
+            Kind::Pages => {
+                let (runs_bytes, sums) = meta.split_at(header.number as usize * size_of::<u64>());
+                lane.bounds.decode(runs_bytes, header.pages, &mut runs)?;
+                sink.pages(inlet, Batch { runs: &runs, sums: sums.as_chunks().0 }).await?;
+                totals.pages += pages;
+            }
+            Kind::Zeros => {
+                lane.bounds.decode(meta, header.pages, &mut runs)?;
+                sink.zeros(inlet, &runs).await?;
+                totals.zeros += pages;
+            }
+            Kind::Poisoned => {
+                lane.bounds.decode(meta, header.pages, &mut runs)?;
+                sink.poisoned(inlet, &runs).await?;
+                totals.poisoned += pages;
+            }
+            Kind::RoundEnd => {
+                round += 1;
+                let end = RoundEnd { round, totals, last: header.has(FLAG_LAST) };
+                if header.number != round || read_totals(meta)? != totals {
+                    let text = format!("the end of round {}, where {end:?} was due", header.number);
+                    return Err(Trouble::Peer(text));
+                }
+                if end.last {
+                    return Ok(end);
+                }
+                // Nobody listens any more if the session has failed.
+                let _ = lane.ends.send(end).await;
+            }
+            kind => return Err(Trouble::Peer(format!("a {kind:?} record on a data stream"))),
+        }
+    }
+}
+
+/// Reads a header and its metadata, checked.
+async fn read_head(inlet: &Inlet, lane: &mut Lane, head: Vec<u8>) -> Result<(Header, Vec<u8>), Trouble> {
+    let link = Trouble::link("waiting for pages");
+    let (result, mut head) = read_exact(&inlet.socket, head, 0, HEADER_BYTES, &inlet.life).await;
+    result.map_err(&link)?;
+    let bytes: [u8; HEADER_BYTES] = *head.first_chunk().expect("just read");
+    let header = Header::open(&bytes)?;
+    if !header.kind.is_data() {
+        return Err(Trouble::Peer(format!("a {:?} record on a data stream", header.kind)));
+    }
+    let end = HEADER_BYTES + header.meta_bytes as usize;
+    if end > HEADER_BYTES {
+        let (result, filled) = read_exact(&inlet.socket, head, HEADER_BYTES, end, &inlet.life).await;
+        result.map_err(&link)?;
+        head = filled;
+    }
+    Header::verify(&bytes, &head[HEADER_BYTES..], &mut lane.sequence)?;
+    Ok((header, head))
+}
