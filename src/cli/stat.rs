@@ -86,8 +86,8 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
     let memory = &stat.memory;
     let mut text = String::new();
     let mut row = |label: &str, cells: &[String]| {
-        let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:<24}")).collect();
-        let _ = writeln!(text, "{:<10} {}", label, cells.join(" ").trim_end());
+        let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:<26}")).collect();
+        let _ = writeln!(text, "{:<16} {}", label, cells.join(" ").trim_end());
     };
     row(
         &stat.name,

@@ -74,7 +74,8 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let dir = RunDir::open(&settings.run_dir)?;
     let listener = TcpListener::bind(&settings.listen).map_err(|error| {
         let text = format!("cannot listen on {}: {error}; choose another --listen ADDRESS:PORT", settings.listen);
-        Failure::new(Kind::Link, text)
+        let kind = if error.kind() == std::io::ErrorKind::InvalidInput { Kind::Usage } else { Kind::Link };
+        Failure::new(kind, text)
     })?;
     let fail = |error| Failure::io("cannot listen", &error);
     listener.set_nonblocking(true).map_err(fail)?;

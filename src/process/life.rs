@@ -33,6 +33,7 @@ pub(super) enum Ended {
 /// but the socket, and setting memory up cannot be interrupted.
 pub(super) fn forward_signals(vm: &Arc<Vm>) -> Result<(), Failure> {
     signals::install()?;
+    die_on_panic();
     let vm = vm.clone();
     std::thread::Builder::new()
         .name("signals".to_owned())
@@ -51,6 +52,15 @@ pub(super) fn forward_signals(vm: &Arc<Vm>) -> Result<(), Failure> {
         })
         .map(|_| ())
         .map_err(|error| Failure::io("cannot start the signal thread", &error))
+}
+
+/// A VM with one of its threads missing would hang rather than fail: a panic ends the process, once it has been told.
+fn die_on_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::exit(i32::from(Kind::Vm.exit_code()));
+    }));
 }
 
 /// Serves the VM's events until it is to end.
