@@ -39,8 +39,8 @@ use receive::Receiving;
 pub const IO_PAGES_MAX: u32 = 64;
 /// Smallest budget, in frames: 16 MiB.
 pub const BUDGET_MIN: u64 = 4096;
-/// Ticks in an epoch: heat halves every two seconds.
-const EPOCH_TICKS: u64 = 20;
+/// Ticks in an epoch: heat halves every ten seconds, so that a sample outlives a pass of the sampler over some GiB.
+const EPOCH_TICKS: u64 = 100;
 const SLOTS_MIN: u64 = 2048;
 const SLOTS_MAX: u64 = 131_072;
 /// One staging slot for so many pages of memory.
