@@ -189,6 +189,11 @@ impl EngineHandle {
         self.call(Request::TrackWrites(on), done)
     }
 
+    /// Without prefetch only what is touched comes in: for measurements of what a guest touches.
+    pub fn set_prefetch(&self, on: bool) -> Result<(), CommandError> {
+        self.call(Request::Prefetch(on), done)
+    }
+
     /// Pages that may have been written since tracking started or since the last call, in ascending runs.
     /// Never misses one; may name one that did not change (a page that was paged out or in meanwhile).
     pub fn collect_written_async(&self) -> Answer<Vec<Run>> {

@@ -215,20 +215,6 @@ fn settings_that_cannot_be_are_refused_with_the_remedy() {
 }
 
 #[test]
-fn an_idle_terabyte_takes_next_to_nothing() {
-    let before = std::time::Instant::now();
-    let Some(directory) = common::big_store() else { return };
-    let engine = Engine::start(common::config(1 << 40, 1 << 30, directory, false), Box::new(|_| {}));
-    match engine {
-        Ok(engine) => {
-            println!("a 1 TiB VM started in {:?}", before.elapsed());
-            engine.stop();
-        }
-        Err(error) => println!("skipped: {error}"),
-    }
-}
-
-#[test]
 fn a_page_is_as_large_as_we_think() {
     // SAFETY: no pointers are involved.
     assert_eq!(unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize, PAGE_SIZE);

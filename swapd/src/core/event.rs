@@ -57,6 +57,7 @@ pub enum Request {
     /// Give never-touched pages frames, as long as frames are plentiful.
     Fill(Run),
     TrackWrites(bool),
+    Prefetch(bool),
     CollectWritten,
     Hold(Run),
     Release(Run),

@@ -199,7 +199,15 @@ impl Core {
 
     // ── prefetch ─────────────────────────────────────────────────────────────────────────
 
+    pub(super) fn set_prefetch(&mut self, on: bool) -> Response {
+        self.prefetching = on;
+        Response::Done
+    }
+
     fn prefetch_after(&mut self, page: PageNo) {
+        if !self.prefetching {
+            return;
+        }
         let mut plans = std::mem::take(&mut self.plans);
         let proof = self.prefetcher.on_fault(page, &mut plans);
         self.counts.prefetch_used += u64::from(proof.used);

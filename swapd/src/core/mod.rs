@@ -39,8 +39,8 @@ use receive::Receiving;
 pub const IO_PAGES_MAX: u32 = 64;
 /// Smallest budget, in frames: 16 MiB.
 pub const BUDGET_MIN: u64 = 4096;
-/// Ticks in an epoch: heat halves every two seconds.
-const EPOCH_TICKS: u64 = 20;
+/// Ticks in an epoch: heat halves every ten seconds, so that a sample outlives a pass of the sampler over some GiB.
+const EPOCH_TICKS: u64 = 100;
 const SLOTS_MIN: u64 = 2048;
 const SLOTS_MAX: u64 = 131_072;
 /// One staging slot for so many pages of memory.
@@ -116,6 +116,7 @@ pub struct Core {
     taken: u64,
     clock: Clock,
     prefetcher: Prefetcher,
+    prefetching: bool,
     sampler: Sampler,
     ios: Ios,
     /// Pages that vCPUs wait for.
@@ -181,6 +182,7 @@ impl Core {
             taken: 0,
             clock: Clock::default(),
             prefetcher: Prefetcher::new(config.pages),
+            prefetching: true,
             sampler: Sampler::default(),
             ios: Ios::default(),
             waiting: PageMap::default(),
@@ -241,6 +243,7 @@ impl Core {
             Request::Evict(run) => self.evict_on_request(ticket, run),
             Request::Fill(run) => Some(self.checked(run).map(|()| self.fill_ahead(run))),
             Request::TrackWrites(on) => Some(Ok(self.track_writes(on))),
+            Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
             Request::CollectWritten => self.collect_written(ticket),
             Request::Hold(run) => Some(self.checked(run).map(|()| self.hold(run))),
             Request::Release(run) => Some(self.checked(run).map(|()| self.release(run))),

@@ -15,11 +15,6 @@ pub fn store_directory() -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// The same, if a sparse file of 1 TiB passes the check for free space.
-pub fn big_store() -> Option<PathBuf> {
-    Some(store_directory())
-}
-
 pub struct Vm {
     engine: Engine,
     base: usize,
