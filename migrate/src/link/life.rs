@@ -38,20 +38,22 @@ impl Life {
         self.trouble.borrow_mut().take()
     }
 
+    /// What the peer is told about the trouble.
+    pub(crate) fn farewell(&self) -> Option<String> {
+        self.trouble.borrow().as_ref().map(Trouble::farewell)
+    }
+
     pub(crate) fn is_link_trouble(&self) -> bool {
         matches!(&*self.trouble.borrow(), Some(Trouble::Link { .. }))
     }
 
-    /// Waits for `work`; None if the session fails first.
+    /// Waits for `work`; None if the session fails first. What is there already counts, even so.
     pub(crate) async fn unless_failed<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         let failed = self.wake.notified();
-        if self.has_failed() {
-            return None;
-        }
         tokio::select! {
             biased;
             result = work => Some(result),
-            () = failed => None,
+            () = async { if !self.has_failed() { failed.await } } => None,
         }
     }
 

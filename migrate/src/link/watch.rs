@@ -38,13 +38,13 @@ impl<'a> Watch<'a> {
         let deadline = Instant::now() + limit;
         tokio::pin!(work);
         loop {
-            self.check(during)?;
             tokio::select! {
                 biased;
                 result = &mut work => return Ok(result),
                 () = self.life.failure() => {}
                 () = tokio::time::sleep(CANCEL_POLL) => {}
             }
+            self.check(during)?;
             if Instant::now() >= deadline {
                 return Err(Trouble::Link { during, source: io::ErrorKind::TimedOut.into() });
             }
@@ -54,7 +54,7 @@ impl<'a> Watch<'a> {
     /// To be called at least every [`CANCEL_POLL`]: says why the session must end, or says that it lives.
     pub(crate) fn check(&self, during: &'static str) -> Result<(), Trouble> {
         if self.life.has_failed() {
-            // Whoever closes the session takes the trouble itself, when the peer's reason has had time to arrive.
+            // Only a placeholder: `Life` has the trouble itself, and the peer's reason may still arrive.
             return Err(Trouble::Link { during, source: io::ErrorKind::ConnectionAborted.into() });
         }
         if is_cancelled(self.cancel) {
@@ -71,6 +71,11 @@ impl<'a> Watch<'a> {
             self.outbox.try_send(Control::Alive);
         }
         Ok(())
+    }
+
+    /// The session ends of this, unless it has failed already.
+    pub(crate) fn failed(&self, trouble: Trouble) {
+        self.life.fail(trouble);
     }
 
     /// The session was left alone for a while (the thread did something else): silence is counted from now.

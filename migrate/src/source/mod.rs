@@ -1,14 +1,31 @@
 //! The source's session.
 
-use std::time::Duration;
+mod connect;
+mod filler;
+mod handover;
+mod order;
+mod pace;
+mod record;
+mod rounds;
+mod sender;
+mod shipment;
+mod tracker;
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use swapd::{CommandError, EngineHandle};
+use tokio_uring::Runtime;
 
 use crate::cancel::CancelFlag;
+use crate::link::life::Life;
+use crate::link::trouble::Trouble;
 use crate::progress::Progress;
 use crate::report::Report;
 use crate::session::SessionId;
 use crate::vm::{SourceVm, VmError};
+use pace::{Decision, Rules, Standing, decide};
+use rounds::Rounds;
 
 #[derive(Clone, Debug)]
 pub struct SourceOptions {
@@ -87,16 +104,138 @@ impl SendError {
     }
 }
 
+impl From<Trouble> for SendError {
+    fn from(trouble: Trouble) -> SendError {
+        match trouble {
+            Trouble::Link { during, source } => SendError::Link { during, source },
+            Trouble::Peer(text) => SendError::Peer(text),
+            Trouble::GaveUp(text) => SendError::GaveUp(text),
+            Trouble::Cancelled => SendError::Cancelled,
+            Trouble::Engine(error) => SendError::Engine(error),
+            Trouble::Memory(source) => SendError::Link { during: "opening the store", source },
+            Trouble::Unable(text) => SendError::Options(text),
+        }
+    }
+}
+
 /// Moves a running VM. Blocks; `progress` is called on this thread, several times a second.
 ///
 /// # Errors
 /// See [`SendError`]. Whatever it is, holds are released, write tracking is off and the throttle is undone.
 pub fn send(
-    _handle: &EngineHandle,
-    _vm: &mut dyn SourceVm,
-    _options: &SourceOptions,
-    _progress: &dyn Fn(Progress),
-    _cancel: &CancelFlag,
+    handle: &EngineHandle,
+    vm: &mut dyn SourceVm,
+    options: &SourceOptions,
+    progress: &dyn Fn(Progress),
+    cancel: &CancelFlag,
 ) -> Result<Report, SendError> {
-    todo!()
+    let started = Instant::now();
+    let connected = connect::connect(options, handle.memory_bytes(), cancel)?;
+    let runtime = Runtime::new(&tokio_uring::builder())
+        .map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;
+    let _tracking = Tracking::start(handle)?;
+    let life = Rc::new(Life::default());
+    let session = connected.session;
+    let rounds = runtime.block_on(async { Rounds::start(handle, connected, &life, cancel, progress) })?;
+    let mut moving =
+        Moving { runtime: &runtime, rounds, vm, options, session, started, throttle: 0, throttle_max: 0 };
+    let result = moving.run();
+    // Whoever failed has told `life`; what the tasks say when their sockets are shut down comes too late to count.
+    let Moving { rounds, .. } = moving;
+    let last_word = if result.is_err() { life.farewell() } else { None };
+    runtime.block_on(rounds.close(last_word));
+    result.map_err(|failed| match failed {
+        Failed::Trouble => life.take_trouble().unwrap_or(Trouble::Cancelled).into(),
+        Failed::Said(error) => error,
+    })
+}
+
+/// How a session fails: with a trouble that its `Life` has, or with something that is said as it is.
+enum Failed {
+    Trouble,
+    Said(SendError),
+}
+
+/// Write tracking, for as long as this lives.
+struct Tracking<'a>(&'a EngineHandle);
+
+impl<'a> Tracking<'a> {
+    fn start(handle: &'a EngineHandle) -> Result<Tracking<'a>, SendError> {
+        handle.track_writes(true)?;
+        Ok(Tracking(handle))
+    }
+}
+
+impl Drop for Tracking<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.track_writes(false) {
+            tracing::warn!(%error, "write tracking could not be ended");
+        }
+    }
+}
+
+/// A VM on the move, while it runs here.
+struct Moving<'a, 'b> {
+    runtime: &'a Runtime,
+    rounds: Rounds<'a>,
+    vm: &'b mut dyn SourceVm,
+    options: &'a SourceOptions,
+    session: SessionId,
+    started: Instant,
+    throttle: u8,
+    throttle_max: u8,
+}
+
+impl Moving<'_, '_> {
+    fn run(&mut self) -> Result<Report, Failed> {
+        match self.copy_and_converge() {
+            Ok(()) => handover::run(self),
+            Err(failed) => {
+                self.set_throttle(0);
+                Err(failed)
+            }
+        }
+    }
+
+    /// Rounds, until what is left fits the downtime.
+    fn copy_and_converge(&mut self) -> Result<(), Failed> {
+        let rules = Rules {
+            downtime_target: self.options.downtime_target,
+            max_rounds: self.options.max_rounds,
+            max_throttle: self.options.max_throttle,
+        };
+        let first = self.runtime.block_on(self.rounds.first());
+        self.checked(first)?;
+        loop {
+            let standing = Standing {
+                rounds: self.rounds.round as u32,
+                left_pages: self.rounds.left_pages(),
+                sent_per_s: self.rounds.send_rate.per_s(),
+                written_per_s: self.rounds.write_rate.per_s().unwrap_or(0.0),
+                throttle: self.throttle,
+            };
+            let decision = decide(&rules, &standing);
+            tracing::debug!(?standing, ?decision, "a round has ended");
+            let Decision::Go { throttle } = decision else { return Ok(()) };
+            self.set_throttle(throttle);
+            let again = self.runtime.block_on(self.rounds.again(throttle));
+            self.checked(again)?;
+        }
+    }
+
+    fn set_throttle(&mut self, percent: u8) {
+        if percent != self.throttle {
+            self.vm.throttle(percent);
+            self.throttle = percent;
+            self.throttle_max = self.throttle_max.max(percent);
+        }
+    }
+
+    /// Tells the session's `Life` of a trouble before anything else can.
+    fn checked<T>(&self, result: Result<T, Trouble>) -> Result<T, Failed> {
+        result.map_err(|trouble| {
+            self.rounds.watch.failed(trouble);
+            Failed::Trouble
+        })
+    }
 }

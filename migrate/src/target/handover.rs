@@ -37,10 +37,10 @@ pub(super) fn run(
     let resident =
         check.map(EngineHandle::resident_map).transpose().map_err(|error| Failed::Said(error.into()))?;
     let (control, watch) = (&mut session.control, &session.watch);
-    let word =
-        session.runtime.block_on(watch.wait("waiting for the commit", COMMIT_LIMIT, control.next()))?;
+    let word = session.runtime.block_on(watch.wait("waiting for the commit", COMMIT_LIMIT, control.next()));
+    let word = word.map_err(|trouble| fail(session, trouble))?;
     if word != Control::Commit {
-        return Err(Trouble::Peer("something else than a commit or an abort".to_string()).into());
+        return Err(fail(session, Trouble::Peer("something else than a commit or an abort".to_string())));
     }
     if let Err(error) = commit(link).and_then(|()| start(link, vm)) {
         // Only this message, or the registry's record, gives the VM back to the source.
@@ -60,6 +60,11 @@ pub(super) fn run(
         }
     }
     Ok(received)
+}
+
+fn fail(session: &Session<'_>, trouble: Trouble) -> Failed {
+    session.watch.failed(trouble);
+    Failed::Trouble
 }
 
 /// Records that the VM may run here. If that fails, it is certain that it must not, or nothing is done.

@@ -171,7 +171,7 @@ fn accepted(
     let Session { control, .. } = session;
     let last_word = match &result {
         Ok(_) => None,
-        Err(Failed::Trouble(trouble)) => Some(trouble.farewell()),
+        Err(Failed::Trouble) => life.farewell(),
         Err(Failed::Said(error)) => Some(error.to_string()),
     };
     runtime.block_on(control.close(&life, last_word));
@@ -180,7 +180,7 @@ fn accepted(
             received.bytes_received = life.bytes_received();
             Ok(received)
         }
-        Err(Failed::Trouble(trouble)) => Err(life.take_trouble().unwrap_or(trouble).into()),
+        Err(Failed::Trouble) => Err(life.take_trouble().unwrap_or(Trouble::Cancelled).into()),
         Err(Failed::Said(error)) => Err(error),
     }
 }
@@ -209,14 +209,9 @@ pub(crate) fn no_ring(error: &std::io::Error) -> String {
 
 /// How a session fails: on the wire, or with an error of this side's VM or registry.
 enum Failed {
-    Trouble(Trouble),
+    /// The session's `Life` has it.
+    Trouble,
     Said(ReceiveError),
-}
-
-impl From<Trouble> for Failed {
-    fn from(trouble: Trouble) -> Failed {
-        Failed::Trouble(trouble)
-    }
 }
 
 struct Session<'a> {
@@ -237,6 +232,10 @@ impl Session<'_> {
         let (control, watch) = (&mut self.control, &self.watch);
         let arrived = self.runtime.block_on(async {
             let arrived = arrival.run(control, watch, link.progress).await;
+            let arrived = arrived.map_err(|trouble| {
+                watch.failed(trouble);
+                Failed::Trouble
+            });
             arrival.close().await;
             arrived
         })?;

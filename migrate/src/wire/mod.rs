@@ -31,8 +31,6 @@ pub enum WireError {
     BadRun { start: u64, len: u32, memory: u64 },
     #[error("page {page} came on stream {stream}, where it does not belong")]
     WrongStream { page: u64, stream: u32 },
-    #[error("page {page} comes after a later page in one message")]
-    Unordered { page: u64 },
     #[error("a field with the value {value}, which {what} cannot have")]
     BadValue { what: &'static str, value: u64 },
     #[error("a text that is not UTF-8")]

@@ -1,0 +1,118 @@
+//! Reaches the target, offers the VM, and opens the data streams.
+
+use std::io;
+use std::net::TcpStream;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+
+use super::{SendError, SourceOptions};
+use crate::cancel::{CancelFlag, is_cancelled};
+use crate::hello::{Hello, OpeningError, RefuseKind, SessionHello, StreamHello, read_opening, write_opening};
+use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT};
+use crate::resolve;
+use crate::session::SessionId;
+use crate::wire::WireError;
+use crate::wire::opening::{Answer, MAX_STREAMS, is_name};
+
+/// A target that has accepted the VM.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    pub(crate) session: SessionId,
+    pub(crate) control: TcpStream,
+    pub(crate) streams: Vec<TcpStream>,
+}
+
+pub(crate) fn check(options: &SourceOptions) -> Result<(), SendError> {
+    let wrong = |text: String| Err(SendError::Options(text));
+    if !is_name(&options.name) {
+        return wrong(format!(
+            "{:?} is no name of a VM: letters, digits, and ._- behind the first",
+            options.name
+        ));
+    }
+    if options.streams == 0 || options.streams > MAX_STREAMS {
+        return wrong(format!("{} data streams are not 1 to {MAX_STREAMS}", options.streams));
+    }
+    if options.max_throttle > 99 {
+        return wrong(format!("a throttle of {} % would stop the VM: at most 99", options.max_throttle));
+    }
+    Ok(())
+}
+
+pub(crate) fn connect(
+    options: &SourceOptions,
+    memory_bytes: u64,
+    cancel: &CancelFlag,
+) -> Result<Connected, SendError> {
+    check(options)?;
+    let link = |during| move |source| SendError::Link { during, source };
+    let session = SessionId::random().map_err(link("choosing a session"))?;
+    let mut control = reach(options, CONNECT_LIMIT, cancel)?;
+    let hello = Hello::Session(SessionHello {
+        session,
+        name: options.name.clone(),
+        memory_bytes,
+        ram_bytes: options.ram_bytes,
+        streams: options.streams,
+        check_placement: options.check_placement,
+    });
+    write_opening(&mut control, &hello.encode()).map_err(link("offering the VM"))?;
+    accepted(&mut control, cancel)?;
+    let mut streams = Vec::new();
+    for index in 0..options.streams {
+        let mut stream = reach(options, CONNECT_LIMIT, cancel)?;
+        let hello = Hello::Stream(StreamHello { session, index });
+        write_opening(&mut stream, &hello.encode()).map_err(link("opening the streams"))?;
+        streams.push(stream);
+    }
+    Ok(Connected { session, control, streams })
+}
+
+/// Waits for the target's answer.
+fn accepted(control: &mut TcpStream, cancel: &CancelFlag) -> Result<(), SendError> {
+    let answer = read_opening(control, ACCEPT_LIMIT, || is_cancelled(cancel))
+        .and_then(|(preamble, body)| Answer::decode(&preamble, &body).map_err(OpeningError::Wire));
+    match answer {
+        Ok(Answer::Accepted { ram_bytes }) => {
+            tracing::debug!(ram_bytes, "the target accepted");
+            Ok(())
+        }
+        Ok(Answer::Refused { kind, text }) => Err(match kind {
+            RefuseKind::Version => SendError::Version(text),
+            RefuseKind::NameTaken => SendError::NameTaken(text),
+            RefuseKind::NoRoom => SendError::NoRoom(text),
+            RefuseKind::Other => SendError::Refused(text),
+        }),
+        Ok(Answer::Resolved(_)) => Err(SendError::Peer("an answer to another question".to_string())),
+        Err(OpeningError::Cancelled) => Err(SendError::Cancelled),
+        Err(OpeningError::Wire(error @ WireError::Version(_))) => Err(SendError::Version(error.to_string())),
+        Err(OpeningError::Wire(error)) => Err(SendError::Peer(error.to_string())),
+        Err(OpeningError::Io(source)) => {
+            Err(SendError::Link { during: "waiting for it to accept the VM", source })
+        }
+    }
+}
+
+/// Connects on another thread, because neither a name look-up nor a connect can be cancelled. It ends by itself.
+fn reach(options: &SourceOptions, limit: Duration, cancel: &CancelFlag) -> Result<TcpStream, SendError> {
+    let unreachable = |source| SendError::Unreachable { to: options.to.clone(), source };
+    let (done, result) = sync_channel(1);
+    let to = options.to.clone();
+    std::thread::Builder::new()
+        .name("vmemd-connect".to_string())
+        // If nobody waits any more, the connection is closed at once.
+        .spawn(move || drop(done.send(resolve::connect(&to, limit))))
+        .map_err(unreachable)?;
+    let deadline = Instant::now() + limit;
+    loop {
+        match result.recv_timeout(CANCEL_POLL) {
+            Ok(connected) => return connected.map_err(unreachable),
+            Err(RecvTimeoutError::Disconnected) => return Err(unreachable(io::ErrorKind::Other.into())),
+            Err(RecvTimeoutError::Timeout) if is_cancelled(cancel) => return Err(SendError::Cancelled),
+            Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
+                return Err(unreachable(io::ErrorKind::TimedOut.into()));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}

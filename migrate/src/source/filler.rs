@@ -1,0 +1,247 @@
+//! Puts records together: holds a block, takes what is to be sent of it from where it is, and lets go.
+//!
+//! Several fillers work on each stream, so that while one waits for the engine or the store another copies. They never
+//! work on the same page in one round: a page is taken from the tracker before anything else happens to it.
+
+use std::rc::Rc;
+
+use swapd::digest::page_sum;
+use swapd::{PAGE_SIZE, PageNo, Piece, Place, Run, answered};
+use tokio::sync::mpsc;
+
+use super::record::{Content, Record};
+use super::shipment::{Lane, Parcel, Shipment};
+use crate::link::trouble::Trouble;
+use crate::wire::record::{Kind, MAX_RECORD_RUNS};
+
+/// One record in the making, and the pages found on the way that have no content.
+struct Filler {
+    ship: Rc<Shipment>,
+    stream: usize,
+    record: Record,
+    zeros: Vec<Run>,
+    poisoned: Vec<Run>,
+}
+
+/// Works until the stream has no more blocks in this round.
+pub(crate) async fn run(ship: Rc<Shipment>, stream: usize, out: mpsc::Sender<Parcel>) {
+    loop {
+        let lane = &ship.lanes[stream];
+        let Some(record) = ship.life.unless_failed(lane.take_record()).await else { return };
+        let mut filler =
+            Filler { ship: ship.clone(), stream, record, zeros: Vec::new(), poisoned: Vec::new() };
+        let more = match filler.fill().await {
+            Ok(more) => more,
+            Err(trouble) => return ship.life.fail(trouble),
+        };
+        if filler.ship_off(&out).await.is_err() || !more {
+            return;
+        }
+        // The runtime hands operations to the kernel when it has nothing else to do: give it the occasion.
+        let _ = tokio_uring::no_op().await;
+    }
+}
+
+impl Filler {
+    fn lane(&self) -> &Lane {
+        &self.ship.lanes[self.stream]
+    }
+
+    /// Fills the record; says whether there may be more to do.
+    async fn fill(&mut self) -> Result<bool, Trouble> {
+        while self.has_room() {
+            let Some(block) = self.lane().next_block() else { return Ok(false) };
+            let Some(cover) = self.ship.tracker.borrow().cover(block) else { continue };
+            let pieces = answered(self.ship.handle.hold_async(cover)).await?;
+            let result = self.take_pieces(&pieces).await;
+            // The engine's answer says nothing new, so nobody waits for it.
+            drop(self.ship.handle.release_async(cover));
+            result?;
+            if self.ship.tracker.borrow().cover(block).is_some() {
+                self.lane().put_back(block);
+            }
+        }
+        Ok(true)
+    }
+
+    fn has_room(&self) -> bool {
+        let bare = self.zeros.len().max(self.poisoned.len()) as u32;
+        // A block adds at most a run for every other page.
+        self.record.room() > 0 && bare + swapd::BLOCK_PAGES / 2 <= MAX_RECORD_RUNS
+    }
+
+    async fn take_pieces(&mut self, pieces: &[Piece]) -> Result<(), Trouble> {
+        for piece in pieces {
+            match piece.place {
+                Place::Memory => self.take_memory(piece.run),
+                Place::Stored => self.take_stored(piece.run).await?,
+                Place::Zero => self.take_zero(piece.run),
+                Place::Moving => {
+                    self.each(piece.run, |filler, page| filler.ship.tracker.borrow_mut().defer(page))
+                }
+                Place::Poisoned => self.each(piece.run, |filler, page| {
+                    filler.ship.tracker.borrow_mut().take(page);
+                    push(&mut filler.poisoned, page);
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Every page of the run that is to be sent now.
+    fn each(&mut self, run: Run, mut visit: impl FnMut(&mut Filler, PageNo)) {
+        let mut rest = run;
+        loop {
+            let Some(page) = self.ship.tracker.borrow().first_in(rest) else { return };
+            visit(self, page);
+            rest = behind(run, page);
+        }
+    }
+
+    fn take_zero(&mut self, run: Run) {
+        self.each(run, |filler, page| {
+            filler.ship.tracker.borrow_mut().take(page);
+            if filler.ship.tracker.borrow_mut().is_news_zero(page) {
+                push(&mut filler.zeros, page);
+            }
+        });
+    }
+
+    fn take_memory(&mut self, run: Run) {
+        let mut tracker = self.ship.tracker.borrow_mut();
+        let mut rest = run;
+        while self.record.room() > 0
+            && let Some(page) = tracker.first_in(rest)
+        {
+            rest = behind(run, page);
+            tracker.take(page);
+            // SAFETY: the page is held and in memory, so it stays mapped until we release it.
+            let content = unsafe { self.record.copy(page, self.ship.handle.page_address(page)) };
+            match content {
+                Content::Zero => {
+                    if tracker.is_news_zero(page) {
+                        push(&mut self.zeros, page);
+                    }
+                }
+                Content::Sum(sum) => {
+                    if tracker.is_news(page, sum) {
+                        self.record.keep(page, sum);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads from the store what is not known to be there already. No page comes in for it.
+    async fn take_stored(&mut self, run: Run) -> Result<(), Trouble> {
+        if self.ship.tracker.borrow().first_in(run).is_none() {
+            return Ok(());
+        }
+        let sums = answered(self.ship.handle.sums_async(run)).await?;
+        let sum_of = |page: PageNo| sums[(page.0 - run.start.0) as usize];
+        let mut rest = run;
+        while self.record.room() > 0 {
+            let Some(wanted) = self.next_wanted(rest, sum_of) else { break };
+            rest = Run::new(wanted.end(), (run.end().0 - wanted.end().0) as u32);
+            if !self.read(wanted, sum_of).await {
+                // One page that cannot be read does not spoil its neighbours.
+                for page in wanted.pages() {
+                    if !self.read(Run::one(page), sum_of).await {
+                        self.lose(page);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the next contiguous pages whose content the target does not have.
+    fn next_wanted(&self, run: Run, sum_of: impl Fn(PageNo) -> u64) -> Option<Run> {
+        let mut tracker = self.ship.tracker.borrow_mut();
+        let mut wanted: Option<Run> = None;
+        let mut rest = run;
+        while let Some(page) = tracker.first_in(rest) {
+            match &mut wanted {
+                Some(run) if page != run.end() || run.len == self.record.room() => break,
+                _ => {}
+            }
+            rest = behind(run, page);
+            tracker.take(page);
+            if tracker.is_news(page, sum_of(page)) {
+                match &mut wanted {
+                    Some(run) => run.len += 1,
+                    None => wanted = Some(Run::one(page)),
+                }
+            } else if wanted.is_some() {
+                break;
+            }
+        }
+        wanted
+    }
+
+    /// Reads pages from the store behind the record's last. False: the device said no, and nothing was added.
+    async fn read(&mut self, run: Run, sum_of: impl Fn(PageNo) -> u64) -> bool {
+        let region = self.record.tail(run.len);
+        let (result, region) = self.ship.store.read_exact_at(region, run.start.offset()).await;
+        if let Err(error) = result {
+            tracing::warn!(%error, ?run, "the store could not be read");
+            return false;
+        }
+        let bad: Vec<PageNo> = run
+            .pages()
+            .zip(region.bytes().chunks_exact(PAGE_SIZE))
+            .filter_map(|(page, bytes)| (page_sum(page, bytes) != sum_of(page)).then_some(page))
+            .collect();
+        drop(region);
+        let mut gap = 0;
+        for page in run.pages() {
+            if bad.contains(&page) {
+                self.lose(page);
+                gap += 1;
+                continue;
+            }
+            if gap > 0 {
+                self.record.close_gap(gap);
+            }
+            self.record.keep(page, sum_of(page));
+        }
+        true
+    }
+
+    /// The content is gone: the target poisons the page, as the engine here will when it is touched.
+    fn lose(&mut self, page: PageNo) {
+        tracing::warn!(%page, "a stored page does not have its checksum: it moves as a poisoned page");
+        self.ship.tracker.borrow_mut().unsent(page);
+        push(&mut self.poisoned, page);
+    }
+
+    /// Sends what was found.
+    async fn ship_off(mut self, out: &mpsc::Sender<Parcel>) -> Result<(), mpsc::error::SendError<Parcel>> {
+        for (kind, runs) in [(Kind::Zeros, &mut self.zeros), (Kind::Poisoned, &mut self.poisoned)] {
+            if !runs.is_empty() {
+                runs.sort_unstable_by_key(|run| run.start);
+                out.send(Parcel::Bare(kind, std::mem::take(runs))).await?;
+            }
+        }
+        let pages = u64::from(self.record.pages());
+        if pages == 0 {
+            self.ship.lanes[self.stream].give_back(self.record);
+            return Ok(());
+        }
+        self.ship.pages_sent.set(self.ship.pages_sent.get() + pages);
+        out.send(Parcel::Pages(self.record)).await
+    }
+}
+
+/// What of the run is behind the page.
+fn behind(run: Run, page: PageNo) -> Run {
+    Run::new(PageNo(page.0 + 1), (run.end().0 - page.0 - 1) as u32)
+}
+
+/// Adds a page to runs that stay within blocks.
+fn push(runs: &mut Vec<Run>, page: PageNo) {
+    match runs.last_mut() {
+        Some(run) if run.end() == page && run.start.block() == page.block() => run.len += 1,
+        _ => runs.push(Run::one(page)),
+    }
+}

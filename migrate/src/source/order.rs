@@ -1,0 +1,73 @@
+//! In which order blocks go out, and how hot the target should take pages to be: pure.
+//!
+//! What is cold goes first: it is the least likely to be written again, and while it is on its way the scans find out what
+//! is hot. Stored blocks are the coldest of all.
+
+use std::cmp::Reverse;
+
+/// What is known of a 2 MiB block before the first round.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct BlockFacts {
+    pub(crate) block: u32,
+    /// Some of it is in the store.
+    pub(crate) stored: bool,
+    /// Mean heat of its pages.
+    pub(crate) heat: u8,
+}
+
+/// Heat is only compared this coarsely, so that neighbours stay neighbours.
+const HEAT_CLASS: u8 = 16;
+/// Heat of a page that was seen written is at least this, of all others less.
+pub(crate) const WRITTEN_HEAT: u8 = 128;
+/// How much each scan that saw a page written adds.
+const SCAN_HEAT: u8 = 8;
+
+/// The blocks in the order of the first round.
+pub(crate) fn first_round(mut blocks: Vec<BlockFacts>) -> Vec<u32> {
+    blocks.sort_unstable_by_key(|facts| (Reverse(facts.stored), facts.heat / HEAT_CLASS, facts.block));
+    blocks.into_iter().map(|facts| facts.block).collect()
+}
+
+/// Mean heat of a block.
+pub(crate) fn mean_heat(pages: &[u8]) -> u8 {
+    let sum: u64 = pages.iter().map(|heat| u64::from(*heat)).sum();
+    (sum / pages.len().max(1) as u64) as u8
+}
+
+/// The heat of a page, from the engine's knowledge of it and from how many scans saw it written.
+pub(crate) fn known_better(heat: u8, scans: u8) -> u8 {
+    match scans {
+        0 => heat / 2,
+        _ => {
+            WRITTEN_HEAT
+                + (heat / 4).saturating_add(scans.saturating_mul(SCAN_HEAT)).min(u8::MAX - WRITTEN_HEAT)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_then_cold_then_hot_and_neighbours_together() {
+        let facts = |block, stored, heat| BlockFacts { block, stored, heat };
+        let blocks = vec![
+            facts(0, false, 200),
+            facts(1, false, 3),
+            facts(2, true, 90),
+            facts(3, false, 0),
+            facts(4, true, 1),
+            facts(5, false, 201),
+        ];
+        assert_eq!(first_round(blocks), [4, 2, 1, 3, 0, 5]);
+    }
+
+    #[test]
+    fn a_written_page_is_hotter_than_any_other() {
+        assert!(known_better(0, 1) > known_better(255, 0));
+        assert!(known_better(0, 3) > known_better(0, 1));
+        assert_eq!(known_better(255, 255), 255);
+        assert_eq!(mean_heat(&[0, 100]), 50);
+    }
+}

@@ -1,0 +1,355 @@
+//! The rounds of a source's session: what is sent when, and the scans meanwhile.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use swapd::{BLOCK_PAGES, EngineHandle, PageNo, Piece, Place, Run, answered};
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, JoinSet};
+
+use super::connect::Connected;
+use super::order::{self, BlockFacts};
+use super::pace::{SendRate, WriteRate};
+use super::sender;
+use super::shipment::{Lane, Parcel, RECORDS_PER_STREAM, Shipment};
+use super::tracker::Tracker;
+use crate::limits::{CANCEL_POLL, PREPARE_LIMIT, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT};
+use crate::link::control::ControlLink;
+use crate::link::life::Life;
+use crate::link::trouble::Trouble;
+use crate::link::watch::Watch;
+use crate::link::{end, split};
+use crate::progress::{Phase, Progress};
+use crate::wire::control::Control;
+use crate::wire::extents::stream_of;
+use crate::wire::heat;
+use crate::wire::record::{Kind, Lane as WireLane, MAX_RECORD_RUNS, Sequence};
+
+/// Fillers a stream.
+const FILLERS: usize = 2;
+/// Pages looked at in one question to the engine, before the first round: 256 MiB.
+const SURVEY_PAGES: u32 = 64 << 10;
+/// In the last round: between two looks at pages that are just moving.
+const MOVING_RETRY: Duration = Duration::from_micros(500);
+/// And how often.
+const MOVING_RETRIES: u32 = 20_000;
+
+const _: () = assert!(FILLERS < RECORDS_PER_STREAM);
+const _: () = assert!(SURVEY_PAGES.is_multiple_of(BLOCK_PAGES));
+
+const DURING: &str = "sending the VM's memory";
+
+/// Everything of a session that is on the runtime. [`close`](Self::close) it, whatever happens.
+pub(crate) struct Rounds<'a> {
+    pub(crate) ship: Rc<Shipment>,
+    pub(crate) control: ControlLink,
+    pub(crate) watch: Watch<'a>,
+    /// Rounds done.
+    pub(crate) round: u64,
+    pub(crate) send_rate: SendRate,
+    pub(crate) write_rate: WriteRate,
+    progress: &'a dyn Fn(Progress),
+    phase: Phase,
+    throttle: u8,
+    outs: Vec<mpsc::Sender<Parcel>>,
+    senders: Vec<JoinHandle<()>>,
+    enders: Vec<std::net::TcpStream>,
+    fillers: JoinSet<()>,
+    base_heat: Vec<u8>,
+    last_scan: Instant,
+    last_progress: Instant,
+}
+
+impl<'a> Rounds<'a> {
+    /// Must be called on the runtime.
+    pub(crate) fn start(
+        handle: &EngineHandle,
+        connected: Connected,
+        life: &Rc<Life>,
+        cancel: &'a crate::CancelFlag,
+        progress: &'a dyn Fn(Progress),
+    ) -> Result<Rounds<'a>, Trouble> {
+        let link = Trouble::link("starting the streams");
+        let store = handle.store().try_clone().map_err(Trouble::Memory)?;
+        let session = connected.session;
+        let ship = Rc::new(Shipment {
+            handle: handle.clone(),
+            store: tokio_uring::fs::File::from_std(store),
+            life: life.clone(),
+            tracker: Tracker::new(swapd::units::pages_in(handle.memory_bytes())).into(),
+            lanes: connected.streams.iter().map(|_| Lane::new()).collect(),
+            pages_sent: Default::default(),
+        });
+        let lanes = [WireLane::ToSource, WireLane::ToTarget];
+        let control = ControlLink::start(connected.control, session, lanes, life).map_err(&link)?;
+        let watch = Watch::new(life.clone(), cancel, control.outbox().clone());
+        let (mut outs, mut senders, mut enders) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, socket) in connected.streams.into_iter().enumerate() {
+            let (socket, ender) = split(socket).map_err(&link)?;
+            let (out, parcels) = mpsc::channel(RECORDS_PER_STREAM);
+            let sequence = Sequence::new(session, WireLane::Stream(index as u32));
+            senders.push(tokio_uring::spawn(sender::run(ship.clone(), index, socket, sequence, parcels)));
+            outs.push(out);
+            enders.push(ender);
+        }
+        let now = Instant::now();
+        Ok(Rounds {
+            ship,
+            control,
+            watch,
+            round: 0,
+            send_rate: SendRate::default(),
+            write_rate: WriteRate::default(),
+            progress,
+            phase: Phase::Copying,
+            throttle: 0,
+            outs,
+            senders,
+            enders,
+            fillers: JoinSet::new(),
+            base_heat: Vec::new(),
+            last_scan: now,
+            last_progress: now,
+        })
+    }
+
+    /// Round 1: heat, then what was never touched, then everything else but what is being written.
+    pub(crate) async fn first(&mut self) -> Result<(), Trouble> {
+        let heat = answered(self.ship.handle.heat_async());
+        self.base_heat = self.watch.wait("asking for heat", SILENCE_LIMIT, heat).await??;
+        self.send_heat(heat::parts(&self.base_heat).collect()).await?;
+        let blocks = self.survey().await?;
+        self.ship.assign(order::first_round(blocks));
+        self.send_measured().await?;
+        // Now it is known better what is hot: all that was written.
+        let parts = self.ship.tracker.borrow().heat(&self.base_heat);
+        self.send_heat(parts).await?;
+        self.scan().await
+    }
+
+    /// A later round: what was written before it.
+    pub(crate) async fn again(&mut self, throttle: u8) -> Result<(), Trouble> {
+        self.phase = Phase::Converging;
+        if throttle != self.throttle {
+            self.throttle = throttle;
+            self.write_rate.forget();
+        }
+        self.watch.resume();
+        self.begin_round();
+        self.send_measured().await?;
+        self.scan().await
+    }
+
+    /// The last round, while the VM stands still: leaves nothing.
+    pub(crate) async fn last(&mut self) -> Result<(), Trouble> {
+        self.phase = Phase::Stopped;
+        self.watch.resume();
+        self.scan().await?;
+        for _ in 0..MOVING_RETRIES {
+            self.begin_round();
+            self.send_round().await?;
+            if self.ship.tracker.borrow().next.count() == 0 {
+                return self.end_round(true).await;
+            }
+            // Only pages that the engine is just moving are left.
+            tokio::time::sleep(MOVING_RETRY).await;
+        }
+        Err(Trouble::Unable("the engine does not come to rest: some pages stay on the move".to_string()))
+    }
+
+    fn begin_round(&mut self) {
+        let mut tracker = self.ship.tracker.borrow_mut();
+        tracker.begin_round();
+        let blocks: Vec<u32> =
+            (0..tracker.blocks()).filter(|block| tracker.cover(*block).is_some()).collect();
+        drop(tracker);
+        self.ship.assign(blocks);
+    }
+
+    /// Sends a heat map, and waits until the target has taken it: pages that come after it are placed by it.
+    async fn send_heat(&mut self, parts: Vec<heat::Part>) -> Result<(), Trouble> {
+        for part in parts {
+            let sent = self.control.outbox().send(Control::Heat(part));
+            self.watch.wait("sending the heat map", SILENCE_LIMIT, sent).await?;
+        }
+        self.expect(Control::HeatTaken, "waiting for the target to take the heat map", SILENCE_LIMIT).await
+    }
+
+    async fn expect(&mut self, word: Control, during: &'static str, limit: Duration) -> Result<(), Trouble> {
+        let said = self.watch.wait(during, limit, self.control.next()).await?;
+        if said == word { Ok(()) } else { Err(Trouble::Peer(format!("{said:?} instead of {word:?}"))) }
+    }
+
+    /// Looks where everything is. Sends what was never touched, and returns what is known of the other blocks.
+    async fn survey(&mut self) -> Result<Vec<BlockFacts>, Trouble> {
+        let pages = swapd::units::pages_in(self.ship.handle.memory_bytes());
+        let mut zeros: Vec<Vec<Run>> = self.outs.iter().map(|_| Vec::new()).collect();
+        let mut stored = vec![false; self.ship.tracker.borrow().blocks() as usize];
+        for start in (0..pages).step_by(SURVEY_PAGES as usize) {
+            let part = Run::new(PageNo(start), u64::from(SURVEY_PAGES).min(pages - start) as u32);
+            let pieces = self.watch.wait(DURING, SILENCE_LIMIT, answered(self.ship.handle.hold_async(part)));
+            let pieces = pieces.await??;
+            drop(self.ship.handle.release_async(part));
+            for piece in pieces {
+                self.note(piece, &mut zeros, &mut stored);
+            }
+        }
+        for (out, runs) in self.outs.iter().zip(zeros) {
+            for runs in runs.chunks(MAX_RECORD_RUNS as usize) {
+                let sent = out.send(Parcel::Bare(Kind::Zeros, runs.to_vec()));
+                // A sender that is gone has failed the session already.
+                let _ = self.watch.wait(DURING, SILENCE_LIMIT, sent).await?;
+            }
+        }
+        let tracker = self.ship.tracker.borrow();
+        let left = (0..tracker.blocks()).filter(|block| tracker.cover(*block).is_some());
+        Ok(left
+            .map(|block| {
+                let first = block as usize * BLOCK_PAGES as usize;
+                let heat = order::mean_heat(&self.base_heat[first..first + BLOCK_PAGES as usize]);
+                BlockFacts { block, stored: stored[block as usize], heat }
+            })
+            .collect())
+    }
+
+    fn note(&self, piece: Piece, zeros: &mut [Vec<Run>], stored: &mut [bool]) {
+        for run in by_blocks(piece.run) {
+            match piece.place {
+                Place::Zero => {
+                    self.ship.tracker.borrow_mut().sent_untouched(run);
+                    zeros[stream_of(run.start, self.ship.streams()) as usize].push(run);
+                }
+                Place::Stored => stored[run.start.block()] = true,
+                Place::Memory | Place::Moving | Place::Poisoned => {}
+            }
+        }
+    }
+
+    /// A round that is not the last, which shows how fast the link is.
+    async fn send_measured(&mut self) -> Result<(), Trouble> {
+        let (began, before) = (Instant::now(), self.ship.pages_sent.get());
+        self.send_round().await?;
+        self.end_round(false).await?;
+        self.send_rate.round(self.ship.pages_sent.get() - before, began.elapsed());
+        Ok(())
+    }
+
+    /// Lets the fillers work until all is sent that is to be sent now, and scans meanwhile.
+    async fn send_round(&mut self) -> Result<(), Trouble> {
+        for (stream, out) in self.outs.iter().enumerate() {
+            for _ in 0..FILLERS {
+                self.fillers.spawn_local(super::filler::run(self.ship.clone(), stream, out.clone()));
+            }
+        }
+        loop {
+            self.watch.check(DURING)?;
+            tokio::select! {
+                biased;
+                done = self.fillers.join_next() => match done {
+                    None => return self.watch.check(DURING),
+                    Some(Ok(())) => {}
+                    Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
+                },
+                () = self.watch.life.failure() => {}
+                () = tokio::time::sleep(CANCEL_POLL) => {}
+            }
+            if self.phase != Phase::Stopped && self.last_scan.elapsed() >= SCAN_EVERY {
+                self.scan().await?;
+            }
+            self.tell();
+        }
+    }
+
+    /// Ends the round on every stream and waits until the target has all of it, so that the rate is what really arrives.
+    async fn end_round(&mut self, last: bool) -> Result<(), Trouble> {
+        self.round += 1;
+        let round = self.round;
+        for out in &self.outs {
+            let sent = out.send(Parcel::RoundEnd { round, last });
+            let _ = self.watch.wait(DURING, SILENCE_LIMIT, sent).await?;
+        }
+        self.expect(Control::RoundDone { round }, "waiting for the round to arrive", PREPARE_LIMIT).await
+    }
+
+    /// Asks what was written since the last time.
+    async fn scan(&mut self) -> Result<(), Trouble> {
+        let written = answered(self.ship.handle.collect_written_async());
+        let written = self.watch.wait("looking for written pages", SILENCE_LIMIT, written).await??;
+        let mut tracker = self.ship.tracker.borrow_mut();
+        written.iter().for_each(|run| tracker.written(*run));
+        drop(tracker);
+        let pages = written.iter().map(|run| u64::from(run.len)).sum();
+        self.write_rate.scan(pages, self.last_scan.elapsed());
+        self.last_scan = Instant::now();
+        Ok(())
+    }
+
+    /// Reports progress, if it is time to.
+    fn tell(&mut self) {
+        if self.last_progress.elapsed() < PROGRESS_EVERY {
+            return;
+        }
+        self.last_progress = Instant::now();
+        let tracker = self.ship.tracker.borrow();
+        let total = self.ship.handle.memory_bytes();
+        let bytes = swapd::units::bytes_of;
+        let open = bytes(tracker.todo.count() + tracker.next.count());
+        (self.progress)(Progress {
+            phase: self.phase,
+            round: self.round as u32 + 1,
+            bytes_total: total,
+            bytes_done: total.saturating_sub(open),
+            bytes_sent: self.watch.life.bytes_sent(),
+            bytes_left: bytes(tracker.todo.count()),
+            bytes_per_second: bytes(self.send_rate.per_s() as u64),
+            throttle_percent: self.throttle,
+        });
+    }
+
+    pub(crate) fn left_pages(&self) -> u64 {
+        self.ship.tracker.borrow().next.count()
+    }
+
+    /// Ends everything and waits until nothing is in flight and no page is held.
+    pub(crate) async fn close(mut self, last_word: Option<String>) {
+        // Tasks that wait for something else than their socket look at this.
+        self.ship.life.fail(Trouble::Cancelled);
+        self.control.close(&self.ship.life, last_word).await;
+        self.enders.iter().for_each(end);
+        drop(self.outs);
+        while let Some(done) = self.fillers.join_next().await {
+            if let Err(error) = done {
+                std::panic::resume_unwind(error.into_panic());
+            }
+        }
+        for sender in self.senders {
+            if let Err(error) = sender.await {
+                std::panic::resume_unwind(error.into_panic());
+            }
+        }
+    }
+}
+
+/// Cuts a run at the borders of 2 MiB blocks.
+fn by_blocks(run: Run) -> impl Iterator<Item = Run> {
+    let mut rest = run;
+    std::iter::from_fn(move || {
+        (rest.len > 0).then(|| {
+            let to_border = BLOCK_PAGES - (rest.start.0 % u64::from(BLOCK_PAGES)) as u32;
+            let part = rest.part(0, rest.len.min(to_border));
+            rest = rest.part(part.len, rest.len - part.len);
+            part
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_cut_at_blocks() {
+        let cut: Vec<_> = by_blocks(Run::new(PageNo(510), 1000)).map(|run| (run.start.0, run.len)).collect();
+        assert_eq!(cut, [(510, 2), (512, 512), (1024, 486)]);
+    }
+}

@@ -1,0 +1,65 @@
+//! Sends a data stream's parcels, one after the other.
+
+use std::io;
+use std::rc::Rc;
+
+use swapd::Run;
+use tokio::sync::mpsc;
+use tokio_uring::buf::BoundedBuf;
+use tokio_uring::net::TcpStream;
+
+use super::shipment::{Parcel, Shipment};
+use crate::link::trouble::Trouble;
+use crate::wire::control::{round_end, sealed};
+use crate::wire::extents;
+use crate::wire::record::{Header, Kind, MAX_RECORD_RUNS, Sequence};
+
+/// Runs until nobody has parcels any more, or the link breaks.
+pub(crate) async fn run(
+    ship: Rc<Shipment>,
+    stream: usize,
+    socket: TcpStream,
+    mut sequence: Sequence,
+    mut parcels: mpsc::Receiver<Parcel>,
+) {
+    let lane = &ship.lanes[stream];
+    while let Some(parcel) = parcels.recv().await {
+        let result = match parcel {
+            Parcel::Pages(mut record) => {
+                let region = record.seal(&mut sequence);
+                let result = write(&socket, region, &ship).await;
+                lane.count(Kind::Pages, u64::from(record.pages()));
+                lane.give_back(record);
+                result
+            }
+            Parcel::Bare(kind, runs) => {
+                let pages: u32 = runs.iter().map(|run| run.len).sum();
+                let result = write(&socket, bare(kind, &runs, &mut sequence), &ship).await;
+                lane.count(kind, u64::from(pages));
+                result
+            }
+            Parcel::RoundEnd { round, last } => {
+                write(&socket, round_end(round, lane.totals.get(), last, &mut sequence), &ship).await
+            }
+        };
+        if let Err(source) = result {
+            return ship.life.fail(Trouble::Link { during: "sending pages", source });
+        }
+    }
+}
+
+/// A record of pages without content.
+fn bare(kind: Kind, runs: &[Run], sequence: &mut Sequence) -> Vec<u8> {
+    assert!(runs.len() <= MAX_RECORD_RUNS as usize, "{} runs in one record", runs.len());
+    let meta: Vec<u8> = runs.iter().flat_map(|run| extents::encode(*run)).collect();
+    let pages = runs.iter().map(|run| run.len).sum();
+    let header = Header { pages, ..Header::plain(kind, runs.len() as u64, meta.len()) };
+    sealed(&header, &meta, sequence)
+}
+
+async fn write(socket: &TcpStream, bytes: impl BoundedBuf, ship: &Shipment) -> io::Result<()> {
+    let length = bytes.bytes_init();
+    let (result, _) = socket.write_all(bytes).await;
+    ship.life.sent(length);
+    result
+}

@@ -1,0 +1,152 @@
+//! Which pages are to be sent, now or in the next round, and what was sent of each.
+//!
+//! ```text
+//!   todo ── taken ──▶ sent ── written ──▶ next ── a round begins ──▶ todo
+//!     └───────── written, or moving just now ──────▲
+//! ```
+//! A page leaves `todo` *before* it is copied: if it is written while or after that, a later scan says so.
+
+use swapd::{BLOCK_PAGES, PageNo, Run};
+
+use crate::bitmap::Bitmap;
+use crate::wire::heat;
+
+#[derive(Debug)]
+pub(crate) struct Tracker {
+    pages: u64,
+    pub(crate) todo: Bitmap,
+    pub(crate) next: Bitmap,
+    sent: Bitmap,
+    /// Last sent as zeros.
+    zero: Bitmap,
+    /// Checksum of what was sent last, of pages that were not zeros.
+    sums: Vec<u64>,
+    /// How many scans saw a page written.
+    scans: Vec<u8>,
+}
+
+impl Tracker {
+    /// Everything is to be sent.
+    pub(crate) fn new(pages: u64) -> Tracker {
+        let mut todo = Bitmap::new(pages);
+        todo.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("memory is at most 16 TiB")));
+        Tracker {
+            pages,
+            todo,
+            next: Bitmap::new(pages),
+            sent: Bitmap::new(pages),
+            zero: Bitmap::new(pages),
+            sums: vec![0; pages as usize],
+            scans: vec![0; pages as usize],
+        }
+    }
+
+    pub(crate) fn blocks(&self) -> u32 {
+        (self.pages / u64::from(BLOCK_PAGES)) as u32
+    }
+
+    /// What was to come next is to be sent now.
+    pub(crate) fn begin_round(&mut self) {
+        assert_eq!(self.todo.count(), 0, "a round begins before the last has ended");
+        std::mem::swap(&mut self.todo, &mut self.next);
+    }
+
+    /// A scan found these pages written: they need no sending now, because they would need it again.
+    pub(crate) fn written(&mut self, run: Run) {
+        self.todo.clear_run(run);
+        self.next.set_run(run);
+        for scans in &mut self.scans[run.indices()] {
+            *scans = scans.saturating_add(1);
+        }
+    }
+
+    /// From the first to the last page of a block that is to be sent now.
+    pub(crate) fn cover(&self, block: u32) -> Option<Run> {
+        let run = Run::new(PageNo(u64::from(block) * u64::from(BLOCK_PAGES)), BLOCK_PAGES);
+        let first = self.todo.first_in(run)?;
+        let last = self.todo.pages_in(run).last()?;
+        Some(Run::new(first, (last.0 - first.0) as u32 + 1))
+    }
+
+    /// The first page of the run that is to be sent now.
+    pub(crate) fn first_in(&self, run: Run) -> Option<PageNo> {
+        self.todo.first_in(run)
+    }
+
+    /// The page is taken, to be copied now.
+    pub(crate) fn take(&mut self, page: PageNo) {
+        self.todo.clear(page);
+    }
+
+    /// The page cannot be sent just now.
+    pub(crate) fn defer(&mut self, page: PageNo) {
+        self.todo.clear(page);
+        self.next.set(page);
+    }
+
+    /// Whether content with this checksum is news; if so, it counts as sent.
+    pub(crate) fn is_news(&mut self, page: PageNo, sum: u64) -> bool {
+        let was_zero = self.zero.clear(page);
+        let news = self.sent.set(page) || was_zero || self.sums[page.index()] != sum;
+        self.sums[page.index()] = sum;
+        news
+    }
+
+    /// Whether the page's being zero is news; if so, it counts as sent.
+    pub(crate) fn is_news_zero(&mut self, page: PageNo) -> bool {
+        let first = self.sent.set(page);
+        self.zero.set(page) || first
+    }
+
+    /// The page was not sent after all, though it was taken to be.
+    pub(crate) fn unsent(&mut self, page: PageNo) {
+        self.sent.clear(page);
+    }
+
+    /// The untouched pages of a run, which are sent before all others.
+    pub(crate) fn sent_untouched(&mut self, run: Run) {
+        self.todo.clear_run(run);
+        self.sent.set_run(run);
+        self.zero.set_run(run);
+    }
+
+    /// The engine's heat, corrected by what the scans saw.
+    pub(crate) fn heat(&self, base: &[u8]) -> Vec<heat::Part> {
+        let known = base.iter().zip(&self.scans);
+        let map: Vec<u8> = known.map(|(heat, scans)| super::order::known_better(*heat, *scans)).collect();
+        heat::parts(&map).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_written_page_waits_for_the_next_round() {
+        let mut tracker = Tracker::new(1024);
+        tracker.written(Run::new(PageNo(0), 510));
+        assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
+        tracker.take(PageNo(511));
+        assert_eq!(tracker.cover(0), Some(Run::one(PageNo(510))));
+        tracker.todo.clear_all();
+        tracker.begin_round();
+        assert_eq!((tracker.todo.count(), tracker.next.count()), (510, 0));
+    }
+
+    #[test]
+    fn only_news_is_sent() {
+        let (mut tracker, page) = (Tracker::new(512), PageNo(7));
+        assert!(tracker.is_news(page, 5));
+        assert!(!tracker.is_news(page, 5));
+        assert!(tracker.is_news_zero(page));
+        assert!(!tracker.is_news_zero(page));
+        assert!(tracker.is_news(page, 5));
+        assert!(tracker.is_news(page, 6));
+        tracker.unsent(page);
+        assert!(tracker.is_news(page, 6));
+        tracker.sent_untouched(Run::one(PageNo(8)));
+        assert!(!tracker.is_news_zero(PageNo(8)));
+        assert!(tracker.is_news(PageNo(8), 0));
+    }
+}

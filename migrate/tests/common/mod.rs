@@ -1,0 +1,201 @@
+//! A target on a loopback socket, and the places and VMs that tests need.
+
+#![allow(dead_code, reason = "each test binary uses its own part of it")]
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use migrate::{
+    DataStream, FileRegistry, Hello, ReceiveError, Received, TargetLink, TargetMemory, TargetVm, VmError,
+    answer_resolve, read_hello, receive,
+};
+
+/// No test waits longer for anything.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A directory that goes when the test ends.
+pub struct Place(PathBuf);
+
+impl Place {
+    pub fn new() -> Place {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        // Not /tmp, which may be a tmpfs without O_DIRECT.
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{count}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Place(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What a target's VM was asked to do.
+#[derive(Clone, Default)]
+pub struct TestVm {
+    pub loaded: Arc<Mutex<Option<Vec<u8>>>>,
+    pub started: Arc<AtomicBool>,
+    pub refuse_start: Arc<AtomicBool>,
+}
+
+impl TestVm {
+    pub fn is_started(&self) -> bool {
+        self.started.load(Ordering::SeqCst)
+    }
+}
+
+impl TargetVm for TestVm {
+    fn load(&mut self, state: &[u8]) -> Result<(), VmError> {
+        *self.loaded.lock().unwrap() = Some(state.to_vec());
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        if self.refuse_start.load(Ordering::SeqCst) {
+            return Err(VmError("no vCPU today".to_string()));
+        }
+        self.started.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// A daemon with one session's worth of memory.
+pub struct Target {
+    pub address: SocketAddr,
+    pub vm: TestVm,
+    pub cancel: Arc<AtomicBool>,
+    result: Receiver<Result<Received, ReceiveError>>,
+    stop: Arc<AtomicBool>,
+    daemon: Option<JoinHandle<()>>,
+    _place: Place,
+}
+
+impl Target {
+    pub fn start(memory: TargetMemory) -> Target {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (vm, cancel, stop) =
+            (TestVm::default(), Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let place = Place::new();
+        let registry = FileRegistry::new(&place.path().join("sessions")).unwrap();
+        let (done, result) = channel();
+        let daemon =
+            Daemon { listener, memory, vm: vm.clone(), cancel: cancel.clone(), stop: stop.clone(), registry };
+        let daemon = Some(std::thread::spawn(move || daemon.serve(&done)));
+        Target { address, vm, cancel, result, stop, daemon, _place: place }
+    }
+
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream.set_write_timeout(Some(DEADLINE)).unwrap();
+        stream
+    }
+
+    /// How the (next) session ended.
+    pub fn result(&self) -> Result<Received, ReceiveError> {
+        self.result.recv_timeout(DEADLINE).expect("the target does not end")
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.cancel.store(true, Ordering::SeqCst);
+        // Wakes the accepting thread.
+        let _ = TcpStream::connect(self.address);
+        if let Some(daemon) = self.daemon.take()
+            && daemon.join().is_err()
+            && !std::thread::panicking()
+        {
+            panic!("the target panicked");
+        }
+    }
+}
+
+struct Daemon {
+    listener: TcpListener,
+    memory: TargetMemory,
+    vm: TestVm,
+    cancel: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+    registry: FileRegistry,
+}
+
+impl Daemon {
+    fn serve(self, done: &Sender<Result<Received, ReceiveError>>) {
+        std::thread::scope(|scope| {
+            let mut waiting: Option<Sender<DataStream>> = None;
+            loop {
+                let (mut socket, _) = self.listener.accept().unwrap();
+                if self.stop.load(Ordering::SeqCst) {
+                    return;
+                }
+                match read_hello(&mut socket) {
+                    Ok(Hello::Session(hello)) => {
+                        let (streams_in, streams) = channel();
+                        waiting = Some(streams_in);
+                        let daemon = &self;
+                        scope.spawn(move || {
+                            let next =
+                                || streams.recv_timeout(Duration::from_secs(10)).map_err(io::Error::other);
+                            // Whoever waits may have gone.
+                            let _ = done.send(daemon.receive(socket, hello, next));
+                        });
+                    }
+                    Ok(Hello::Stream(hello)) => {
+                        if let Some(waiting) = &waiting {
+                            let _ = waiting.send(DataStream { index: hello.index, socket });
+                        }
+                    }
+                    Ok(Hello::Resolve { session }) => {
+                        answer_resolve(&mut socket, session, &self.registry).unwrap();
+                    }
+                    Err(error) => {
+                        let _ = done.send(Err(error));
+                    }
+                }
+            }
+        });
+    }
+
+    fn receive(
+        &self,
+        control: TcpStream,
+        hello: migrate::SessionHello,
+        mut streams: impl FnMut() -> io::Result<DataStream>,
+    ) -> Result<Received, ReceiveError> {
+        let link = TargetLink {
+            control,
+            hello,
+            granted_ram_bytes: 1 << 30,
+            streams: &mut streams,
+            registry: &self.registry,
+            progress: &|_| {},
+            cancel: &self.cancel,
+        };
+        receive(link, self.memory.clone(), &mut self.vm.clone())
+    }
+}
+
+/// Waits until something holds.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited in vain for: {what}");
+        std::thread::yield_now();
+    }
+}
