@@ -133,7 +133,12 @@ impl From<migrate::SendError> for Failure {
     fn from(error: migrate::SendError) -> Failure {
         use migrate::SendError as E;
         let kind = match &error {
-            E::Unreachable { .. } | E::Version(_) | E::Link { .. } | E::Peer(_) | E::GaveUp(_) | E::Refused(_) => Kind::Link,
+            E::Unreachable { .. }
+            | E::Version(_)
+            | E::Link { .. }
+            | E::Peer(_)
+            | E::GaveUp(_)
+            | E::Refused(_) => Kind::Link,
             E::Options(_) => Kind::Usage,
             E::NoRoom(_) => Kind::Resources,
             E::NameTaken(_) => Kind::Name,

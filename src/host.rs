@@ -24,7 +24,8 @@ pub fn total_ram() -> Result<u64, Failure> {
 }
 
 fn meminfo(field: &str) -> Result<u64, Failure> {
-    let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| Failure::io("cannot read /proc/meminfo", &error))?;
+    let text = std::fs::read_to_string("/proc/meminfo")
+        .map_err(|error| Failure::io("cannot read /proc/meminfo", &error))?;
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
         .map(|kib| kib << 10)

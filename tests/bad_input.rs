@@ -52,7 +52,8 @@ fn a_working_set_that_does_not_fit() {
     }
     let host = Host::new("working-set");
     let store = host.store();
-    let args = ["run", "--name", "x", "--memory", "64M", "--guest", "rewrite:working-set=64M", "--store", &store];
+    let args =
+        ["run", "--name", "x", "--memory", "64M", "--guest", "rewrite:working-set=64M", "--store", &store];
     host.vmemd(&args).fails(2, &["working set", "smaller"]);
     host.assert_clean();
 }
@@ -139,8 +140,11 @@ fn targets_that_are_not_there_or_speak_rubbish() {
     let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
     host.vmemd(&["migrate", "web", "--to", &free.to_string()]).fails(6, &["cannot reach", "runs on here"]);
     host.vmemd(&["migrate", "web", "--to", "no such host"]).fails(6, &["runs on here"]);
-    let answers: [&[u8]; 3] =
-        [b"HTTP/1.1 400 Bad Request\r\n\r\nthis is a web server and no daemon, whatever you wanted\r\n", &[0xff; 4096], b""];
+    let answers: [&[u8]; 3] = [
+        b"HTTP/1.1 400 Bad Request\r\n\r\nthis is a web server and no daemon, whatever you wanted\r\n",
+        &[0xff; 4096],
+        b"",
+    ];
     for answer in answers {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
@@ -206,7 +210,8 @@ fn a_control_socket_survives_rubbish_and_crowds() {
     let mut host = Host::new("crowd");
     let _run = host.start_vm("web", GUEST);
     let path = host.run_dir().join("web.sock");
-    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).expect("a socket").permissions());
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).expect("a socket").permissions());
     assert_eq!(mode & 0o777, 0o600);
     for rubbish in [&b"\n"[..], b"{}\n", b"{\"op\":\"fly\"}\n", &[b'x'; 100_000]] {
         let mut stream = UnixStream::connect(&path).expect("the VM listens");
@@ -215,7 +220,8 @@ fn a_control_socket_survives_rubbish_and_crowds() {
         let _ = stream.read_to_string(&mut answer);
         assert!(answer.contains("usage"), "{answer}");
     }
-    let crowd: Vec<UnixStream> = (0..80).map(|_| UnixStream::connect(&path).expect("the VM listens")).collect();
+    let crowd: Vec<UnixStream> =
+        (0..80).map(|_| UnixStream::connect(&path).expect("the VM listens")).collect();
     drop(crowd);
     wait_for("room in the crowd", || host.stat("web"));
 }

@@ -19,7 +19,9 @@ fn a_vm_moves_into_half_its_memory_and_runs_on() {
     let moved = host.vmemd(&["migrate", "web", "--to", &address, "--check-placement", "--json"]);
     assert_eq!(moved.code, 0, "{moved:?}\n{}", daemon.log());
     let report = moved.json();
-    for field in "bytes_total bytes_sent rounds duration_ms downtime_ms pages_ram pages_store pages_zero".split(' ') {
+    for field in
+        "bytes_total bytes_sent rounds duration_ms downtime_ms pages_ram pages_store pages_zero".split(' ')
+    {
         assert!(report[field].is_number(), "{field}: {report}");
     }
     assert_eq!(report["name"], "web");
@@ -233,8 +235,10 @@ impl SmallFs {
     }
 
     fn resize(&self, size: &str) {
-        let remounted =
-            std::process::Command::new("mount").args(["-o", &format!("remount,size={size}")]).arg(&self.0).status();
+        let remounted = std::process::Command::new("mount")
+            .args(["-o", &format!("remount,size={size}")])
+            .arg(&self.0)
+            .status();
         assert!(remounted.is_ok_and(|status| status.success()));
     }
 }
@@ -252,8 +256,18 @@ fn an_interrupted_bench_leaves_nothing() {
     }
     let mut host = Host::new("bench");
     let store = host.store();
-    let args =
-        ["bench", "migrate", "--memory", "128M", "--ram", "64M", "--targets", "swap,vmemd", "--store", &store];
+    let args = [
+        "bench",
+        "migrate",
+        "--memory",
+        "128M",
+        "--ram",
+        "64M",
+        "--targets",
+        "swap,vmemd",
+        "--store",
+        &store,
+    ];
     let mut bench = host.start(&args);
     let pid = bench.pid();
     let site = host.root.join(format!("store/vmemd-bench-{pid}"));
@@ -271,7 +285,8 @@ fn an_interrupted_bench_leaves_nothing() {
     for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"] {
         let name = format!("vmemd-bench-{pid}");
         let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
-        let left: Vec<_> = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&name)).collect();
+        let left: Vec<_> =
+            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&name)).collect();
         assert!(left.is_empty(), "{left:?}");
     }
     host.assert_clean();
@@ -308,7 +323,8 @@ fn a_bench_that_was_killed_is_cleaned_up_by_the_next() {
     }
     let mut host = Host::new("bench-left");
     let store = host.store();
-    let args = ["bench", "migrate", "--memory", "128M", "--ram", "64M", "--targets", "vmemd", "--store", &store];
+    let args =
+        ["bench", "migrate", "--memory", "128M", "--ram", "64M", "--targets", "vmemd", "--store", &store];
     let mut bench = host.start(&args);
     let site = host.root.join(format!("store/vmemd-bench-{}", bench.pid()));
     wait_for("the VM", || site.join("1-vmemd/source/bench.sock").exists().then_some(()));

@@ -19,11 +19,15 @@ enum Version {
 
 /// Where the memory controller is.
 fn controller() -> Result<(PathBuf, Version), Failure> {
-    let mounts = fs::read_to_string("/proc/self/mounts").map_err(|error| Failure::io("cannot read /proc/self/mounts", &error))?;
+    let mounts = fs::read_to_string("/proc/self/mounts")
+        .map_err(|error| Failure::io("cannot read /proc/self/mounts", &error))?;
     find_controller(&mounts, |root| {
-        fs::read_to_string(root.join("cgroup.controllers")).is_ok_and(|all| all.split_whitespace().any(|one| one == "memory"))
+        fs::read_to_string(root.join("cgroup.controllers"))
+            .is_ok_and(|all| all.split_whitespace().any(|one| one == "memory"))
     })
-    .ok_or_else(|| Failure::new(Kind::Host, "this host has no memory cgroups (mount cgroup2 with the memory controller)"))
+    .ok_or_else(|| {
+        Failure::new(Kind::Host, "this host has no memory cgroups (mount cgroup2 with the memory controller)")
+    })
 }
 
 fn find_controller(mounts: &str, v2_has_memory: impl Fn(&Path) -> bool) -> Option<(PathBuf, Version)> {
@@ -51,7 +55,10 @@ impl MemoryCgroup {
         let (root, version) = controller()?;
         let path = root.join(name);
         let fail = |error: std::io::Error| {
-            Failure::new(Kind::Host, format!("cannot make the memory cgroup {} (needs root): {error}", path.display()))
+            Failure::new(
+                Kind::Host,
+                format!("cannot make the memory cgroup {} (needs root): {error}", path.display()),
+            )
         };
         if version == Version::Two {
             fs::write(root.join("cgroup.subtree_control"), "+memory").map_err(fail)?;
@@ -72,14 +79,21 @@ impl MemoryCgroup {
     /// If it cannot be opened.
     pub fn entrance(&self) -> Result<fs::File, Failure> {
         let path = self.path.join("cgroup.procs");
-        fs::OpenOptions::new().write(true).open(&path).map_err(|error| Failure::io(format!("cannot open {}", path.display()), &error))
+        fs::OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .map_err(|error| Failure::io(format!("cannot open {}", path.display()), &error))
     }
 }
 
 impl Drop for MemoryCgroup {
     fn drop(&mut self) {
         if let Err(error) = remove(&self.path) {
-            let _ = writeln!(std::io::stderr(), "vmemd: could not remove the cgroup {}: {error}", self.path.display());
+            let _ = writeln!(
+                std::io::stderr(),
+                "vmemd: could not remove the cgroup {}: {error}",
+                self.path.display()
+            );
         }
     }
 }
@@ -122,7 +136,8 @@ pub fn available() -> Result<String, Failure> {
     if unsafe { libc::geteuid() } != 0 {
         return Err(Failure::new(Kind::Host, "memory cgroups and swap files need root"));
     }
-    let probe = MemoryCgroup::create(&format!("{}{}-probe", super::site::PREFIX, std::process::id()), 1 << 30)?;
+    let probe =
+        MemoryCgroup::create(&format!("{}{}-probe", super::site::PREFIX, std::process::id()), 1 << 30)?;
     drop(probe);
     Ok(format!("cgroup {} at {}", if version == Version::One { "v1" } else { "v2" }, root.display()))
 }

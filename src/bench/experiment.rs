@@ -72,7 +72,12 @@ impl Drop for Dir {
 }
 
 /// Runs the experiment once.
-pub(super) fn run(site: &Site, settings: &Settings, target: Target, number: u32) -> Result<Measured, Failure> {
+pub(super) fn run(
+    site: &Site,
+    settings: &Settings,
+    target: Target,
+    number: u32,
+) -> Result<Measured, Failure> {
     let mut setup = Setup::new(site, settings, target, number)?;
     let memory = settings.memory.bytes();
     let half_pages = swapd::units::pages_in(memory) / 2;
@@ -166,7 +171,9 @@ impl Setup {
                 Ok(stat) if done(&stat) => return Ok(stat),
                 Ok(_) => vm = client.ok(),
                 // Right after its start there is no VM yet; later its end is the end of the run.
-                Err(failure) if failure.kind == Kind::Name && dir.path() == self.source_dir.path() => self._source.check()?,
+                Err(failure) if failure.kind == Kind::Name && dir.path() == self.source_dir.path() => {
+                    self._source.check()?
+                }
                 Err(failure) if failure.kind == Kind::Other && Instant::now() < deadline => {}
                 Err(failure) => return Err(failure),
             }
@@ -198,9 +205,21 @@ fn serve_args(settings: &Settings, target: Target, dir: &Path) -> Vec<String> {
     };
     let store = dir.join("store").display().to_string();
     let run_dir = dir.join("target").display().to_string();
-    ["serve", "--listen", "127.0.0.1:0", "--ram", &ram.to_string(), "--store", &store, "--engine", engine, "--run-dir", &run_dir]
-        .map(str::to_owned)
-        .to_vec()
+    [
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--ram",
+        &ram.to_string(),
+        "--store",
+        &store,
+        "--engine",
+        engine,
+        "--run-dir",
+        &run_dir,
+    ]
+    .map(str::to_owned)
+    .to_vec()
 }
 
 fn run_args(settings: &Settings, dir: &Path) -> Vec<String> {

@@ -182,7 +182,11 @@ impl Results {
         if !ratios.is_empty() {
             text += &format!("\nvmemd: {}\n", ratios.join(", "));
         }
-        text += &format!("\nswap's limit is {:#} plus {:#} for the process itself", settings.ram, Size(super::experiment::PROCESS_ALLOWANCE_BYTES));
+        text += &format!(
+            "\nswap's limit is {:#} plus {:#} for the process itself",
+            settings.ram,
+            Size(super::experiment::PROCESS_ALLOWANCE_BYTES)
+        );
         text
     }
 }
@@ -193,10 +197,14 @@ fn row(of: &OfTarget) -> String {
         return format!("{name:<7} left out: {reason}\n");
     }
     let cell = |value, digits: usize| match of.spread(value) {
-        Some(spread) => format!("{:.digits$} ({:.digits$} – {:.digits$})", spread.median, spread.min, spread.max),
+        Some(spread) => {
+            format!("{:.digits$} ({:.digits$} – {:.digits$})", spread.median, spread.min, spread.max)
+        }
         None => "-".to_owned(),
     };
-    let most = |value: fn(&Measured) -> u64| of.runs().map(value).max().map_or("-".to_owned(), |most| most.to_string());
+    let most = |value: fn(&Measured) -> u64| {
+        of.runs().map(value).max().map_or("-".to_owned(), |most| most.to_string())
+    };
     let mut text = format!(
         "{name:<7} {:>22} {:>24} {:>22} {:>9} {:>10} {:>11}\n",
         cell(MIGRATION, 2),
@@ -239,7 +247,8 @@ mod tests {
 
     #[test]
     fn a_failed_run_and_a_target_left_out_are_told() {
-        let mut results = Results::new(vec![(Target::Vmemd, None), (Target::Swap, Some("no root".to_owned()))]);
+        let mut results =
+            Results::new(vec![(Target::Vmemd, None), (Target::Swap, Some("no root".to_owned()))]);
         results.add(Target::Vmemd, run(2.0, 1.0));
         results.add(Target::Vmemd, Outcome::Failed("killed".to_owned()));
         let list: Value = serde_json::from_str(&results.json().unwrap()).unwrap();

@@ -37,14 +37,16 @@ pub(super) struct Site {
 impl Site {
     /// Removes what dead benchmarks have left, and makes a new site on the disk of `store`.
     pub(super) fn open(store: &Path) -> Result<Site, Failure> {
-        fs::create_dir_all(store).map_err(|error| Failure::io(format!("cannot make {}", store.display()), &error))?;
+        fs::create_dir_all(store)
+            .map_err(|error| Failure::io(format!("cannot make {}", store.display()), &error))?;
         remove_left(store);
         // SAFETY: no memory arguments.
         if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) } != 0 {
             return Err(Failure::io("cannot become the subreaper", &std::io::Error::last_os_error()));
         }
         let path = store.join(format!("{PREFIX}{}", std::process::id()));
-        fs::create_dir(&path).map_err(|error| Failure::io(format!("cannot make {}", path.display()), &error))?;
+        fs::create_dir(&path)
+            .map_err(|error| Failure::io(format!("cannot make {}", path.display()), &error))?;
         Ok(Site { path })
     }
 
@@ -143,7 +145,13 @@ impl Proc {
         let stderr = fs::File::create(log).map_err(fail)?;
         let entrance = entrance.map(AsRawFd::as_raw_fd);
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("vmemd").args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).process_group(0);
+        command
+            .arg0("vmemd")
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            .process_group(0);
         // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing; the
         // cgroup's descriptor is open over the fork.
         unsafe {
@@ -152,7 +160,9 @@ impl Proc {
                     return Err(std::io::Error::last_os_error());
                 }
                 match entrance {
-                    Some(fd) if libc::write(fd, b"0".as_ptr().cast(), 1) != 1 => Err(std::io::Error::last_os_error()),
+                    Some(fd) if libc::write(fd, b"0".as_ptr().cast(), 1) != 1 => {
+                        Err(std::io::Error::last_os_error())
+                    }
                     _ => Ok(()),
                 }
             });

@@ -26,12 +26,16 @@ impl SwapFile {
     /// Makes the file, with all its room, and switches it on.
     pub(super) fn create(path: &Path, bytes: u64) -> Result<SwapFile, Failure> {
         let made = SwapFile { path: path.to_owned() };
-        made.fill(bytes).map_err(|error| Failure::io(format!("cannot make the swap file {}", path.display()), &error))?;
+        made.fill(bytes)
+            .map_err(|error| Failure::io(format!("cannot make the swap file {}", path.display()), &error))?;
         let c_path = c_path(path)?;
         // SAFETY: a C string that outlives the call.
         if unsafe { libc::swapon(c_path.as_ptr(), 0) } != 0 {
             let error = io::Error::last_os_error();
-            let text = format!("cannot swap on {} (needs root, and a file system that allows it): {error}", path.display());
+            let text = format!(
+                "cannot swap on {} (needs root, and a file system that allows it): {error}",
+                path.display()
+            );
             return Err(Failure::new(Kind::Host, text));
         }
         Ok(made)
@@ -84,7 +88,11 @@ pub(super) fn swap_off(path: &Path) -> io::Result<()> {
 impl Drop for SwapFile {
     fn drop(&mut self) {
         if let Err(error) = swap_off(&self.path) {
-            let _ = writeln!(io::stderr(), "vmemd: could not switch off the swap file {}: {error}", self.path.display());
+            let _ = writeln!(
+                io::stderr(),
+                "vmemd: could not switch off the swap file {}: {error}",
+                self.path.display()
+            );
             return;
         }
         let _ = fs::remove_file(&self.path);

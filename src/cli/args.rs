@@ -11,9 +11,17 @@ use crate::vmm::Workload;
 
 /// Gives each VM a private virtual memory: a fixed budget of RAM, an SSD behind it, and a way to move while it runs.
 #[derive(Debug, Parser)]
-#[command(name = "vmemd", version, propagate_version = true, subcommand_required = true, arg_required_else_help = true)]
-#[command(after_help = "Exit codes: 2 usage, 3 the host lacks something, 4 no such VM or name taken, 5 no room (RAM, store),
-6 peer or link, 7 the VM failed, 8 hand-over in doubt, 130 interrupted, 1 anything else.")]
+#[command(
+    name = "vmemd",
+    version,
+    propagate_version = true,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+#[command(
+    after_help = "Exit codes: 2 usage, 3 the host lacks something, 4 no such VM or name taken, 5 no room (RAM, store),
+6 peer or link, 7 the VM failed, 8 hand-over in doubt, 130 interrupted, 1 anything else."
+)]
 pub(super) struct Cli {
     /// Directory of the VMs' control sockets [default: $VMEMD_RUN_DIR, /run/vmemd, or $XDG_RUNTIME_DIR/vmemd]
     #[arg(long, global = true, value_name = "DIR")]

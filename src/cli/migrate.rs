@@ -63,7 +63,12 @@ fn cancelled(dir: &RunDir, name: &str, place: &Place) -> Failure {
                 continue;
             }
             Ok(State::Migrating) => format!("asked to cancel, but {name:?} is still migrating"),
-            Ok(State::InDoubt) => return Failure::new(Kind::InDoubt, format!("the hand-over of {name:?} is in doubt: `vmemd resume {name}`")),
+            Ok(State::InDoubt) => {
+                return Failure::new(
+                    Kind::InDoubt,
+                    format!("the hand-over of {name:?} is in doubt: `vmemd resume {name}`"),
+                );
+            }
             Ok(State::Moved) | Err(_) => format!("too late to cancel: {name:?} has moved"),
             Ok(_) => format!("cancelled; {name:?} runs on here"),
         };
@@ -96,9 +101,13 @@ fn summary(report: &Value) -> String {
         text += &format!("\n  throttle   up to {} %", number("throttle_max_percent"));
     }
     let placement = &report["placement"];
-    if let (Some(touched), Some(in_ram)) = (placement["touched_pages"].as_u64(), placement["touched_in_ram"].as_u64()) {
+    if let (Some(touched), Some(in_ram)) =
+        (placement["touched_pages"].as_u64(), placement["touched_in_ram"].as_u64())
+    {
         let share = if touched == 0 { 100.0 } else { in_ram as f64 * 100.0 / touched as f64 };
-        text += &format!("\n  placement  {share:.1} % of {touched} pages touched in the first second were in RAM");
+        text += &format!(
+            "\n  placement  {share:.1} % of {touched} pages touched in the first second were in RAM"
+        );
     }
     text
 }
@@ -112,7 +121,9 @@ impl Bar {
             return Bar(ProgressBar::hidden());
         }
         let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr_with_hz(10));
-        let style = ProgressStyle::with_template("{prefix} {bar:30} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {elapsed}  {msg}");
+        let style = ProgressStyle::with_template(
+            "{prefix} {bar:30} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {elapsed}  {msg}",
+        );
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_prefix(name.to_owned());
         Bar(bar)
@@ -121,7 +132,8 @@ impl Bar {
     fn show(&self, progress: &MigrationStat) {
         self.0.set_length(progress.bytes_total.max(1));
         self.0.set_position(progress.bytes_done.min(progress.bytes_total));
-        let mut message = format!("{:#}/s  {}", Size(progress.bytes_per_second), progress.phase.replace('_', " "));
+        let mut message =
+            format!("{:#}/s  {}", Size(progress.bytes_per_second), progress.phase.replace('_', " "));
         if progress.round > 1 {
             message += &format!(", round {}, {:#} left", progress.round, Size(progress.bytes_left));
         }

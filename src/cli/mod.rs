@@ -39,7 +39,12 @@ fn start_logging(long_running: bool) {
     let default = if long_running { "info" } else { "warn" };
     let filter = EnvFilter::try_from_env("VMEMD_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(ansi)
+        .with_target(false)
+        .init();
 }
 
 fn dispatch(cli: Cli) -> Result<(), Failure> {
@@ -51,8 +56,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Run(args) => process::run::run(&run_settings(args, run_dir)?),
         Command::Serve(args) => daemon::serve::serve(serve_settings(args, run_dir)?),
         Command::Receive { settings } => {
-            let settings = serde_json::from_str(&settings)
-                .map_err(|error| Failure::new(Kind::Usage, format!("`vmemd receive` is started by `vmemd serve`: {error}")))?;
+            let settings = serde_json::from_str(&settings).map_err(|error| {
+                Failure::new(Kind::Usage, format!("`vmemd receive` is started by `vmemd serve`: {error}"))
+            })?;
             arrive::receive(&settings)
         }
         Command::Migrate(args) => migrate::migrate(&RunDir::open(&run_dir)?, args),
@@ -109,7 +115,9 @@ fn check_sizes(memory: Size, ram: Size) -> Result<(), Failure> {
         return usage(format!("--memory {memory} is not a multiple of 2M: round it up or down"));
     }
     if ram > memory {
-        return usage(format!("--ram {ram} is more than --memory {memory}: a VM cannot use more RAM than its memory"));
+        return usage(format!(
+            "--ram {ram} is more than --memory {memory}: a VM cannot use more RAM than its memory"
+        ));
     }
     if ram < minimum {
         return usage(format!("--ram {ram} is below the minimum of {minimum}"));
@@ -123,14 +131,20 @@ fn make_store(store: &std::path::Path) -> Result<(), Failure> {
         return Ok(());
     }
     std::fs::create_dir_all(store).map_err(|error| {
-        Failure::io(format!("cannot make the store directory {} (choose another with --store)", store.display()), &error)
+        Failure::io(
+            format!("cannot make the store directory {} (choose another with --store)", store.display()),
+            &error,
+        )
     })
 }
 
 fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Failure> {
     let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);
     if args.ram < minimum {
-        return Err(Failure::new(Kind::Usage, format!("--ram {} is below the minimum of {minimum}", args.ram)));
+        return Err(Failure::new(
+            Kind::Usage,
+            format!("--ram {} is below the minimum of {minimum}", args.ram),
+        ));
     }
     Ok(ServeSettings {
         run_dir,
@@ -164,7 +178,8 @@ fn print(text: &str) {
 
 /// Prints a value as JSON.
 fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    let text =
+        serde_json::to_string_pretty(value).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
     print(&text);
     Ok(())
 }

@@ -52,14 +52,20 @@ fn watch(dir: &RunDir, args: &StatArgs) -> Result<(), Failure> {
         let text = if args.json.json {
             serde_json::to_string(&stat).map_err(|error| Failure::new(Kind::Other, error.to_string()))? + "\n"
         } else {
-            let since = before.as_ref().map(|(then, stat)| Since { stat, seconds: (now - *then).as_secs_f64() });
+            let since =
+                before.as_ref().map(|(then, stat)| Since { stat, seconds: (now - *then).as_secs_f64() });
             table(&stat, since) + if redraw { "" } else { "\n" }
         };
         let mut out = std::io::stdout().lock();
         // Up by as many lines as were drawn, and clear from there.
         let up = if redraw && lines > 0 { format!("\x1b[{lines}A\x1b[J") } else { String::new() };
         lines = text.lines().count();
-        if out.write_all(up.as_bytes()).and_then(|()| out.write_all(text.as_bytes())).and_then(|()| out.flush()).is_err() {
+        if out
+            .write_all(up.as_bytes())
+            .and_then(|()| out.write_all(text.as_bytes()))
+            .and_then(|()| out.flush())
+            .is_err()
+        {
             return Ok(());
         }
         drop(out);
@@ -100,51 +106,76 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
             format!("up {} s", stat.uptime_ms / 1000),
         ],
     );
-    row("memory", &[
-        size(memory.memory_bytes),
-        format!("budget    {}", size(memory.ram_budget_bytes)),
-        format!("untouched {}", size(memory.untouched_bytes)),
-    ]);
-    row("resident", &[
-        size(memory.resident_bytes),
-        format!("stored    {}", size(memory.stored_bytes)),
-        format!("frames    {}", size(memory.frames_bytes)),
-    ]);
-    row("faults", &[
-        rate(|stat| stat.memory.faults.total),
-        format!("zero      {}", rate(|stat| stat.memory.faults.zero)),
-        format!("rescue    {}", rate(|stat| stat.memory.faults.rescue)),
-        format!("store {}", rate(|stat| stat.memory.faults.store)),
-    ]);
-    row("prefetch", &[
-        rate(|stat| stat.memory.prefetch.pages),
-        format!("used      {}", rate(|stat| stat.memory.prefetch.used)),
-        format!("wasted    {}", rate(|stat| stat.memory.prefetch.wasted)),
-    ]);
-    row("evicted", &[
-        format!("{} written", rate(|stat| stat.memory.evict.written)),
-        format!("dropped   {}", rate(|stat| stat.memory.evict.dropped)),
-    ]);
-    let latency = |name: &str, p: Percentiles| format!("{name:<6} {:.0} / {:.0} / {:.0}", p.p50, p.p99, p.p999);
-    row("µs p50/p99/p999", &[
-        latency("zero", memory.latency_us.zero),
-        latency("rescue", memory.latency_us.rescue),
-        latency("store", memory.latency_us.store),
-    ]);
-    row("guest", &[
-        format!("{} rounds", stat.guest.rounds),
-        format!("verified  {}", rate(|stat| stat.guest.verified_pages)),
-        format!("mismatched {}", stat.guest.mismatched_pages),
-    ]);
+    row(
+        "memory",
+        &[
+            size(memory.memory_bytes),
+            format!("budget    {}", size(memory.ram_budget_bytes)),
+            format!("untouched {}", size(memory.untouched_bytes)),
+        ],
+    );
+    row(
+        "resident",
+        &[
+            size(memory.resident_bytes),
+            format!("stored    {}", size(memory.stored_bytes)),
+            format!("frames    {}", size(memory.frames_bytes)),
+        ],
+    );
+    row(
+        "faults",
+        &[
+            rate(|stat| stat.memory.faults.total),
+            format!("zero      {}", rate(|stat| stat.memory.faults.zero)),
+            format!("rescue    {}", rate(|stat| stat.memory.faults.rescue)),
+            format!("store {}", rate(|stat| stat.memory.faults.store)),
+        ],
+    );
+    row(
+        "prefetch",
+        &[
+            rate(|stat| stat.memory.prefetch.pages),
+            format!("used      {}", rate(|stat| stat.memory.prefetch.used)),
+            format!("wasted    {}", rate(|stat| stat.memory.prefetch.wasted)),
+        ],
+    );
+    row(
+        "evicted",
+        &[
+            format!("{} written", rate(|stat| stat.memory.evict.written)),
+            format!("dropped   {}", rate(|stat| stat.memory.evict.dropped)),
+        ],
+    );
+    let latency =
+        |name: &str, p: Percentiles| format!("{name:<6} {:.0} / {:.0} / {:.0}", p.p50, p.p99, p.p999);
+    row(
+        "µs p50/p99/p999",
+        &[
+            latency("zero", memory.latency_us.zero),
+            latency("rescue", memory.latency_us.rescue),
+            latency("store", memory.latency_us.store),
+        ],
+    );
+    row(
+        "guest",
+        &[
+            format!("{} rounds", stat.guest.rounds),
+            format!("verified  {}", rate(|stat| stat.guest.verified_pages)),
+            format!("mismatched {}", stat.guest.mismatched_pages),
+        ],
+    );
     if memory.poisoned_pages > 0 {
         row("lost", &[format!("{} pages", memory.poisoned_pages)]);
     }
     if let Some(migration) = &stat.migration {
-        row("migrating", &[
-            format!("to {}", migration.to),
-            format!("{} of {}", size(migration.bytes_done), size(migration.bytes_total)),
-            format!("{}/s, round {}", size(migration.bytes_per_second), migration.round),
-        ]);
+        row(
+            "migrating",
+            &[
+                format!("to {}", migration.to),
+                format!("{} of {}", size(migration.bytes_done), size(migration.bytes_total)),
+                format!("{}/s, round {}", size(migration.bytes_per_second), migration.round),
+            ],
+        );
     }
     text
 }

@@ -52,7 +52,10 @@ pub(super) fn list(dir: &RunDir, as_json: bool) -> Result<(), Failure> {
         print(&format!("no VM runs here ({})", dir.path().display()));
         return Ok(());
     }
-    print(&format!("{:<20} {:<9} {:>8} {:>8} {:>9} {:>8} {:>8}  GUEST", "NAME", "STATE", "MEMORY", "BUDGET", "RESIDENT", "STORED", "PID"));
+    print(&format!(
+        "{:<20} {:<9} {:>8} {:>8} {:>9} {:>8} {:>8}  GUEST",
+        "NAME", "STATE", "MEMORY", "BUDGET", "RESIDENT", "STORED", "PID"
+    ));
     for Row { name, state, facts } in rows {
         print(&match facts {
             Some(facts) => format!(
@@ -123,7 +126,11 @@ pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
     let mut vm = VmClient::connect(dir, &args.name)?;
     vm.ask(&Request::Stop, ACTION_TIMEOUT)?;
     vm.wait_for_end(STOP_TIMEOUT)?;
-    say(args.json.json, &json!({ "name": args.name, "state": "stopped" }), &format!("{} is stopped", args.name))
+    say(
+        args.json.json,
+        &json!({ "name": args.name, "state": "stopped" }),
+        &format!("{} is stopped", args.name),
+    )
 }
 
 fn say(as_json: bool, value: &Value, text: &str) -> Result<(), Failure> {

@@ -55,8 +55,9 @@ impl VmClient {
     /// If it does not answer in [`STAT_TIMEOUT`].
     pub fn stat(&mut self) -> Result<VmStat, Failure> {
         let value = self.ask(&Request::Stat, STAT_TIMEOUT)?;
-        serde_json::from_value(value)
-            .map_err(|error| Failure::new(Kind::Other, format!("the VM {:?} runs another vmemd: {error}", self.name)))
+        serde_json::from_value(value).map_err(|error| {
+            Failure::new(Kind::Other, format!("the VM {:?} runs another vmemd: {error}", self.name))
+        })
     }
 
     /// # Errors
@@ -99,16 +100,20 @@ impl VmClient {
     /// If it still lives after `timeout`.
     pub fn wait_for_end(&mut self, timeout: Duration) -> Result<(), Failure> {
         match self.lines.read::<Reply>(timeout) {
-            Err(LineError::Timeout(after)) => {
-                Err(Failure::new(Kind::Vm, format!("the VM {:?} has not ended after {} s", self.name, after.as_secs())))
-            }
+            Err(LineError::Timeout(after)) => Err(Failure::new(
+                Kind::Vm,
+                format!("the VM {:?} has not ended after {} s", self.name, after.as_secs()),
+            )),
             _ => Ok(()),
         }
     }
 
     fn lost(&self, error: &LineError) -> Failure {
         match error {
-            LineError::Closed => Failure::new(Kind::Vm, format!("the process of the VM {:?} ended before it answered", self.name)),
+            LineError::Closed => Failure::new(
+                Kind::Vm,
+                format!("the process of the VM {:?} ended before it answered", self.name),
+            ),
             error => Failure::new(Kind::Other, format!("the VM {:?}: {error}", self.name)),
         }
     }

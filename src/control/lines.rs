@@ -75,8 +75,11 @@ impl Lines {
 
     fn read_line(&mut self, idle: Duration) -> Result<Vec<u8>, LineError> {
         let mut searched = 0;
-        let mut deadline =
-            if self.buffer.is_empty() { (Instant::now() + idle, idle) } else { (Instant::now() + LINE_TIMEOUT, LINE_TIMEOUT) };
+        let mut deadline = if self.buffer.is_empty() {
+            (Instant::now() + idle, idle)
+        } else {
+            (Instant::now() + LINE_TIMEOUT, LINE_TIMEOUT)
+        };
         loop {
             if let Some(at) = self.buffer[searched..].iter().position(|byte| *byte == b'\n') {
                 let rest = self.buffer.split_off(searched + at + 1);

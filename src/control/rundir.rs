@@ -25,7 +25,10 @@ pub const NAME_MAX: usize = 64;
 const ID_DIGITS: usize = 8;
 const LOCK_FILE: &str = ".lock";
 const ADDRESS_MAX: usize = 107;
-const _: () = assert!("/proc/self/fd/1234567/".len() + NAME_MAX + ".arriving-".len() + ID_DIGITS + ".sock".len() <= ADDRESS_MAX + 2);
+const _: () = assert!(
+    "/proc/self/fd/1234567/".len() + NAME_MAX + ".arriving-".len() + ID_DIGITS + ".sock".len()
+        <= ADDRESS_MAX + 2
+);
 
 /// Checks a VM's name: it becomes a file name.
 ///
@@ -34,7 +37,8 @@ const _: () = assert!("/proc/self/fd/1234567/".len() + NAME_MAX + ".arriving-".l
 pub fn check_name(name: &str) -> Result<(), Failure> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     let role = [".arriving-", ".leaving-"].iter().any(|role| name.contains(role));
-    if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.chars().all(allowed) || role {
+    if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.chars().all(allowed) || role
+    {
         return Err(Failure::new(
             Kind::Usage,
             format!(
@@ -123,7 +127,12 @@ impl RunDir {
     /// # Errors
     /// If it cannot be made or opened.
     pub fn open(path: &Path) -> Result<RunDir, Failure> {
-        let fail = |error| Failure::io(format!("cannot use the run directory {} (choose another with --run-dir)", path.display()), &error);
+        let fail = |error| {
+            Failure::io(
+                format!("cannot use the run directory {} (choose another with --run-dir)", path.display()),
+                &error,
+            )
+        };
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail)?;
         let dir = std::fs::OpenOptions::new()
             .read(true)
@@ -185,7 +194,8 @@ impl RunDir {
     }
 
     fn living(&self, wanted: impl Fn(&Place) -> bool) -> Result<Vec<Place>, Failure> {
-        let fail = |error| Failure::io(format!("cannot read the run directory {}", self.path.display()), &error);
+        let fail =
+            |error| Failure::io(format!("cannot read the run directory {}", self.path.display()), &error);
         let mut places = Vec::new();
         for entry in std::fs::read_dir(&self.path).map_err(fail)? {
             let file_name = entry.map_err(fail)?.file_name();
@@ -219,7 +229,12 @@ impl RunDir {
     pub fn claim(&self, _lock: &Lock, place: Place) -> Result<(Claim, UnixListener), Failure> {
         let address = self.address(&place);
         let _ = self.lives(&place);
-        let fail = |error| Failure::io(format!("cannot make the socket {}", self.path.join(place.file_name()).display()), &error);
+        let fail = |error| {
+            Failure::io(
+                format!("cannot make the socket {}", self.path.join(place.file_name()).display()),
+                &error,
+            )
+        };
         let listener = UnixListener::bind(&address).map_err(fail)?;
         let claim = Claim { dir: self.clone(), place: place.clone(), ours: true };
         std::fs::set_permissions(&address, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
@@ -271,7 +286,10 @@ pub fn name_taken(place: &Place) -> Failure {
         Place::Leaving(..) => "a VM of that name is leaving this host",
         Place::Arriving(..) => "a VM of that name is arriving at this host",
     };
-    Failure::new(Kind::Name, format!("the name {:?} is taken: {how}; choose another, or stop it first", place.name()))
+    Failure::new(
+        Kind::Name,
+        format!("the name {:?} is taken: {how}; choose another, or stop it first", place.name()),
+    )
 }
 
 /// A socket file that this process answers for. Removed when dropped.

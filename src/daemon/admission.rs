@@ -153,7 +153,10 @@ impl Pool<'_> {
 pub(super) fn check_hello(hello: &SessionHello) -> Result<(), Refusal> {
     check_name(&hello.name)?;
     if hello.memory_bytes == 0 || !hello.memory_bytes.is_multiple_of(MEMORY_STEP) {
-        return Err(Refusal::other(format!("a memory of {} bytes is not a multiple of 2M", hello.memory_bytes)));
+        return Err(Refusal::other(format!(
+            "a memory of {} bytes is not a multiple of 2M",
+            hello.memory_bytes
+        )));
     }
     Ok(())
 }

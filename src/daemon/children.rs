@@ -27,15 +27,19 @@ pub(super) fn start(
     descriptors: &Descriptors<'_>,
     log_dir: Option<&Path>,
 ) -> Result<Child, Failure> {
-    let fds = [descriptors.control.as_raw_fd(), descriptors.streams.as_raw_fd(), descriptors.listener.as_raw_fd()];
+    let fds =
+        [descriptors.control.as_raw_fd(), descriptors.streams.as_raw_fd(), descriptors.listener.as_raw_fd()];
     [settings.control_fd, settings.streams_fd, settings.listener_fd] = fds;
-    let text = serde_json::to_string(&settings).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    let text =
+        serde_json::to_string(&settings).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("vmemd").arg("receive").arg(text).stdin(Stdio::null()).stdout(Stdio::null());
     if let Some(dir) = log_dir {
         let path = dir.join(format!("{}.log", settings.hello.name));
         let file = std::fs::File::options().create(true).append(true).open(&path);
-        command.stderr(file.map_err(|error| Failure::io(format!("cannot open the log {}", path.display()), &error))?);
+        command.stderr(
+            file.map_err(|error| Failure::io(format!("cannot open the log {}", path.display()), &error))?,
+        );
     }
     // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
     unsafe { command.pre_exec(move || prepare(&fds)) };

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use migrate::{FileRegistry, Hello, Registry, RefuseKind, SessionHello, SessionId, StreamHello};
+use migrate::{FileRegistry, Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello};
 use tracing::{debug, info, warn};
 
 use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
@@ -66,14 +66,18 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let total = host::total_ram()?;
     if settings.ram_bytes > total {
         let (asked, total) = (crate::size::Size(settings.ram_bytes), crate::size::Size(total));
-        return Err(Failure::new(Kind::Resources, format!("--ram {asked:#} is more than this host has ({total:#})")));
+        return Err(Failure::new(
+            Kind::Resources,
+            format!("--ram {asked:#} is more than this host has ({total:#})"),
+        ));
     }
     for dir in [Some(&settings.store), settings.log_dir.as_ref()].into_iter().flatten() {
         make_dir(dir)?;
     }
     let dir = RunDir::open(&settings.run_dir)?;
     let listener = TcpListener::bind(&settings.listen).map_err(|error| {
-        let text = format!("cannot listen on {}: {error}; choose another --listen ADDRESS:PORT", settings.listen);
+        let text =
+            format!("cannot listen on {}: {error}; choose another --listen ADDRESS:PORT", settings.listen);
         let kind = if error.kind() == std::io::ErrorKind::InvalidInput { Kind::Usage } else { Kind::Link };
         Failure::new(kind, text)
     })?;
@@ -81,7 +85,8 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     listener.set_nonblocking(true).map_err(fail)?;
     let listen = listener.local_addr().map_err(fail)?.to_string();
     let sessions_dir = super::sessions_dir(&dir);
-    let registry = FileRegistry::new(&sessions_dir).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+    let registry =
+        FileRegistry::new(&sessions_dir).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
     remove_old_records(&sessions_dir);
     announce(&listen, settings.json);
     let daemon = Arc::new(Daemon {
@@ -105,7 +110,11 @@ fn make_dir(path: &std::path::Path) -> Result<(), Failure> {
 
 /// Says where it listens, on stdout, for scripts that asked for any port.
 fn announce(listen: &str, json: bool) {
-    let line = if json { serde_json::json!({ "listen": listen }).to_string() } else { format!("listening on {listen}") };
+    let line = if json {
+        serde_json::json!({ "listen": listen }).to_string()
+    } else {
+        format!("listening on {listen}")
+    };
     let mut out = std::io::stdout();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     info!(listen, "ready");
@@ -165,10 +174,14 @@ impl Daemon {
                 }
             }
             Ok(Hello::Stream(hello)) => self.pass_on(stream, hello),
-            Ok(Hello::Resolve { session }) => match migrate::answer_resolve(&mut stream, session, &self.registry) {
-                Ok(outcome) => info!(peer, %session, ?outcome, "told what became of a session"),
-                Err(error) => warn!(peer, %session, error = %chain(&error), "cannot tell what became of a session"),
-            },
+            Ok(Hello::Resolve { session }) => {
+                match migrate::answer_resolve(&mut stream, session, &self.registry) {
+                    Ok(outcome) => info!(peer, %session, ?outcome, "told what became of a session"),
+                    Err(error) => {
+                        warn!(peer, %session, error = %chain(&error), "cannot tell what became of a session")
+                    }
+                }
+            }
             Err(error) => warn!(peer, error = %chain(&error), "closed a connection"),
         }
     }
@@ -198,13 +211,16 @@ impl Daemon {
         let tolerated = tolerated_holders(&self.dir, &hello.name)?;
         let granted = self.find_room(hello)?;
         let lock = self.dir.lock()?;
-        if let Some(place) = self.dir.holders(&lock, &hello.name)?.iter().find(|place| !tolerated.contains(place)) {
+        if let Some(place) =
+            self.dir.holders(&lock, &hello.name)?.iter().find(|place| !tolerated.contains(place))
+        {
             return Err(Refusal::name_taken(place));
         }
         let place = Place::arriving(&hello.name, &hello.session.to_string());
         let (claim, listener) = self.dir.claim(&lock, place)?;
         drop(lock);
-        let (ours, theirs) = UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
+        let (ours, theirs) =
+            UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
         let settings = self.arrive_settings(hello, granted);
         // Before the child can tell the source to go on.
         self.sessions().insert(hello.session, ours);

@@ -10,15 +10,20 @@ use crate::host;
 use crate::size::Size;
 
 const KERNEL: (u32, u32) = (6, 8);
-const KERNEL_REMEDY: &str = "use Linux 6.8 or newer: Ubuntu 24.04, Debian 13 (or 12 with the backports kernel), Fedora 40, RHEL 10";
+const KERNEL_REMEDY: &str =
+    "use Linux 6.8 or newer: Ubuntu 24.04, Debian 13 (or 12 with the backports kernel), Fedora 40, RHEL 10";
 const UFFD_REMEDY: &str =
     "run as root, or `sysctl vm.unprivileged_userfaultfd=1`, or give the user access to /dev/userfaultfd";
 const KVM_REMEDY: &str = "load kvm_intel or kvm_amd (modprobe), enable virtualisation in the firmware (in a VM: nested \
                           virtualisation), and add the user to the group kvm";
-const URING_REMEDY: &str = "`sysctl kernel.io_uring_disabled=0`, and allow io_uring_setup in the container's seccomp profile";
-const DIRECT_REMEDY: &str = "choose a --store on ext4, xfs or btrfs on a local SSD (not tmpfs, overlay or a network file system)";
-const LOCK_REMEDY: &str = "raise it (`ulimit -l unlimited`, LimitMEMLOCK=infinity in a unit), or run with --no-lock";
-const SWAP_REMEDY: &str = "run `vmemd bench migrate` as root on a host with the memory controller, or without the swap target";
+const URING_REMEDY: &str =
+    "`sysctl kernel.io_uring_disabled=0`, and allow io_uring_setup in the container's seccomp profile";
+const DIRECT_REMEDY: &str =
+    "choose a --store on ext4, xfs or btrfs on a local SSD (not tmpfs, overlay or a network file system)";
+const LOCK_REMEDY: &str =
+    "raise it (`ulimit -l unlimited`, LimitMEMLOCK=infinity in a unit), or run with --no-lock";
+const SWAP_REMEDY: &str =
+    "run `vmemd bench migrate` as root on a host with the memory controller, or without the swap target";
 
 pub(super) fn all(store: &Path) -> Vec<Check> {
     let mut checks = vec![kernel_version()];
@@ -60,10 +65,7 @@ fn userfaultfd() -> [Check; 2] {
         Ok(Err(error)) => Err(format!("the kernel does not say: {error}")),
         Err(_) => Err("cannot be asked without userfaultfd".to_owned()),
     };
-    [
-        check("userfaultfd", true, permission, UFFD_REMEDY),
-        check("UFFDIO_MOVE", true, has_move, KERNEL_REMEDY),
-    ]
+    [check("userfaultfd", true, permission, UFFD_REMEDY), check("UFFDIO_MOVE", true, has_move, KERNEL_REMEDY)]
 }
 
 fn device_kvm() -> Check {
@@ -112,7 +114,9 @@ fn lock_limit() -> Check {
     let outcome = match kernel::lock_limit() {
         _ if root => Ok("none for root".to_owned()),
         Ok(None) => Ok("unlimited".to_owned()),
-        Ok(Some(bytes)) if bytes >= swapd::Engine::MIN_BUDGET_BYTES => Ok(format!("{:#}: a VM's --ram must fit it", Size(bytes))),
+        Ok(Some(bytes)) if bytes >= swapd::Engine::MIN_BUDGET_BYTES => {
+            Ok(format!("{:#}: a VM's --ram must fit it", Size(bytes)))
+        }
         Ok(Some(bytes)) => Err(format!("{:#}", Size(bytes))),
         Err(error) => Err(error.to_string()),
     };

@@ -31,7 +31,9 @@ pub(super) fn userfaultfd() -> io::Result<OwnedFd> {
         return Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) });
     }
     let refused = io::Error::last_os_error();
-    let Ok(device) = File::options().read(true).write(true).open("/dev/userfaultfd") else { return Err(refused) };
+    let Ok(device) = File::options().read(true).write(true).open("/dev/userfaultfd") else {
+        return Err(refused);
+    };
     // SAFETY: this request takes its flags by value.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
     if fd < 0 {

@@ -40,7 +40,9 @@ pub fn doctor(store: &Path, json: bool) -> Result<(), Failure> {
         checks.iter().filter(|check| check.needed && !check.found).map(|check| check.name).collect();
     let verdict = match missing.as_slice() {
         [] => Ok(()),
-        names => Err(Failure::new(Kind::Host, format!("this host lacks what vmemd needs: {}", names.join(", ")))),
+        names => {
+            Err(Failure::new(Kind::Host, format!("this host lacks what vmemd needs: {}", names.join(", "))))
+        }
     };
     let text = if json {
         serde_json::to_string_pretty(&Account { ok, checks })
@@ -53,7 +55,8 @@ pub fn doctor(store: &Path, json: bool) -> Result<(), Failure> {
 }
 
 fn table(checks: &[Check], colour: bool) -> String {
-    let paint = |code: &str, text: &str| if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() };
+    let paint =
+        |code: &str, text: &str| if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() };
     let mut text = String::new();
     for check in checks {
         let mark = match (check.found, check.needed) {

@@ -38,7 +38,9 @@ impl Vm {
         let why = self.core(|core| match &core.phase {
             Phase::Here => None,
             Phase::Arriving => Some("it is still arriving".to_owned()),
-            Phase::Migrating => Some("it is migrating; cancel that first (Ctrl-C of `vmemd migrate`)".to_owned()),
+            Phase::Migrating => {
+                Some("it is migrating; cancel that first (Ctrl-C of `vmemd migrate`)".to_owned())
+            }
             Phase::InDoubt { to, .. } => Some(format!("it may run at {to}; `vmemd resume {name}` finds out")),
             Phase::Moved { to } => Some(format!("it has moved to {to}")),
         });
@@ -64,7 +66,13 @@ impl Vm {
         if self.core(|core| core.stalled.is_some()) {
             self.memory()?.engine()?.retry_store().map_err(|error| {
                 let failure = Failure::from(error);
-                Failure::new(failure.kind, format!("{:?} still cannot go on: {failure}; give its store room, then resume again", self.facts.name))
+                Failure::new(
+                    failure.kind,
+                    format!(
+                        "{:?} still cannot go on: {failure}; give its store room, then resume again",
+                        self.facts.name
+                    ),
+                )
             })?;
             self.core(|core| core.stalled = None);
         }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use migrate::{DataStream, FileRegistry, Received, RefuseKind, SessionHello, TargetLink, TargetMemory, TargetVm, VmError};
+use migrate::{
+    DataStream, FileRegistry, Received, RefuseKind, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
+};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -54,7 +56,10 @@ fn take(settings: &ArriveSettings) -> Result<Passed, Failure> {
     let own = |fd: RawFd| {
         // SAFETY: F_SETFD only changes a flag of the descriptor, and fails on one that is not open.
         if fd <= libc::STDERR_FILENO || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
-            return Err(Failure::new(Kind::Usage, "`vmemd receive` is started by `vmemd serve`, not by hand"));
+            return Err(Failure::new(
+                Kind::Usage,
+                "`vmemd receive` is started by `vmemd serve`, not by hand",
+            ));
         }
         // SAFETY: open, as just checked; the daemon left these three descriptors to this process, which takes each once
         // and before it opens any of its own.
@@ -101,7 +106,8 @@ pub fn receive(settings: &ArriveSettings) -> Result<(), Failure> {
         }
     };
     let _ = vm.memory.set(memory.view());
-    let arrival = Arrival { vm: vm.clone(), memory: memory.target(), base: memory.base() as usize, registry, streams };
+    let arrival =
+        Arrival { vm: vm.clone(), memory: memory.target(), base: memory.base() as usize, registry, streams };
     let settings = settings.clone();
     let work = std::thread::Builder::new()
         .name("receive".to_owned())
@@ -151,7 +157,10 @@ impl Arrival {
             }
             Err(error) => {
                 let failure = Failure::from(error);
-                Err(Failure::new(failure.kind, format!("{:?} did not arrive: {}", vm.facts.name, failure.text)))
+                Err(Failure::new(
+                    failure.kind,
+                    format!("{:?} did not arrive: {}", vm.facts.name, failure.text),
+                ))
             }
         };
         let _ = vm.events.send(Event::Arrived(result));

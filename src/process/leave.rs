@@ -23,7 +23,11 @@ enum Step {
 }
 
 /// Moves the VM away. Answers when it has moved, or stays; cancels if the client goes away.
-pub(super) fn migrate(vm: &Arc<Vm>, request: &MigrateRequest, client: &mut Client<'_>) -> Result<Value, Failure> {
+pub(super) fn migrate(
+    vm: &Arc<Vm>,
+    request: &MigrateRequest,
+    client: &mut Client<'_>,
+) -> Result<Value, Failure> {
     let options = options(vm, request)?;
     vm.memory()?.engine()?;
     begin(vm, &request.to)?;
@@ -49,7 +53,10 @@ pub(super) fn migrate(vm: &Arc<Vm>, request: &MigrateRequest, client: &mut Clien
             Err(RecvTimeoutError::Timeout) if client.gone() => vm.cancel.store(true, Ordering::SeqCst),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                return Err(Failure::new(Kind::Vm, format!("the migration of {name:?} ended without a word: see its log")));
+                return Err(Failure::new(
+                    Kind::Vm,
+                    format!("the migration of {name:?} ended without a word: see its log"),
+                ));
             }
         }
     }
@@ -57,7 +64,10 @@ pub(super) fn migrate(vm: &Arc<Vm>, request: &MigrateRequest, client: &mut Clien
 
 fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> {
     if let Some(ram) = request.ram_bytes.filter(|ram| *ram > vm.facts.memory_bytes) {
-        let text = format!("a RAM budget of {ram} bytes is above the VM's memory of {} bytes", vm.facts.memory_bytes);
+        let text = format!(
+            "a RAM budget of {ram} bytes is above the VM's memory of {} bytes",
+            vm.facts.memory_bytes
+        );
         return Err(Failure::new(Kind::Usage, text));
     }
     let mut options = SourceOptions::new(&vm.facts.name, &request.to);
@@ -83,7 +93,11 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
             Phase::Here => {
                 vm.cancel.store(false, Ordering::SeqCst);
                 core.phase = Phase::Migrating;
-                core.migration = Some(MigrationStat { to: to.to_owned(), phase: "connecting".to_owned(), ..Default::default() });
+                core.migration = Some(MigrationStat {
+                    to: to.to_owned(),
+                    phase: "connecting".to_owned(),
+                    ..Default::default()
+                });
                 return Ok(());
             }
             Phase::Arriving => "it is still arriving",
@@ -172,7 +186,8 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
 pub(super) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Value, Failure> {
     let name = &vm.facts.name;
     let outcome = migrate::resolve(to, session).map_err(|error| {
-        let text = format!("{name:?} may run at {to}, which cannot be asked: {}", crate::failure::chain(&error));
+        let text =
+            format!("{name:?} may run at {to}, which cannot be asked: {}", crate::failure::chain(&error));
         Failure::new(Kind::InDoubt, text)
     })?;
     match outcome {

@@ -73,7 +73,9 @@ pub(super) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
             Ok(Event::Arrived(Ok(()))) | Err(RecvTimeoutError::Timeout) => {}
             Ok(Event::Arrived(Err(failure))) => return Ended::NotArrived(failure),
             Ok(Event::Stop) => ending = Some((Ended::Stopped, Instant::now() + CANCEL_TIMEOUT)),
-            Ok(Event::Signal(signal)) => ending = Some((Ended::Signal(signal), Instant::now() + CANCEL_TIMEOUT)),
+            Ok(Event::Signal(signal)) => {
+                ending = Some((Ended::Signal(signal), Instant::now() + CANCEL_TIMEOUT))
+            }
             Ok(Event::Moved) => {}
             // The VM itself holds a sender.
             Err(RecvTimeoutError::Disconnected) => unreachable!("the VM holds a sender of its events"),
@@ -142,7 +144,9 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
         return Err(Failure::new(Kind::Vm, text));
     }
     if let Phase::InDoubt { session, to } = vm.core(|core| core.phase.clone()) {
-        let text = format!("{name:?} was stopped here while it was in doubt whether it runs at {to} (session {session})");
+        let text = format!(
+            "{name:?} was stopped here while it was in doubt whether it runs at {to} (session {session})"
+        );
         return Err(Failure::new(Kind::InDoubt, text));
     }
     match ended {

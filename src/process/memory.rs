@@ -47,9 +47,9 @@ impl Memory {
                 };
                 Ok(Memory::Engine(Engine::start(config, Box::new(notify))?))
             }
-            EngineKind::Plain => PlainMemory::new(spec.memory_bytes)
-                .map(Memory::Plain)
-                .map_err(|error| Failure::new(Kind::Resources, format!("no address space for the VM's memory: {error}"))),
+            EngineKind::Plain => PlainMemory::new(spec.memory_bytes).map(Memory::Plain).map_err(|error| {
+                Failure::new(Kind::Resources, format!("no address space for the VM's memory: {error}"))
+            }),
         }
     }
 
@@ -107,9 +107,10 @@ impl MemoryView {
     pub(super) fn engine(&self) -> Result<&EngineHandle, Failure> {
         match self {
             MemoryView::Engine(handle) => Ok(handle),
-            MemoryView::Plain(_) => {
-                Err(Failure::new(Kind::Usage, "this VM has plain memory (--engine plain): it can neither move nor change its budget"))
-            }
+            MemoryView::Plain(_) => Err(Failure::new(
+                Kind::Usage,
+                "this VM has plain memory (--engine plain): it can neither move nor change its budget",
+            )),
         }
     }
 }

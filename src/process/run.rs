@@ -70,7 +70,8 @@ fn set_up(vm: &Arc<Vm>, settings: &RunSettings) -> Result<Memory, Failure> {
         vcpus: settings.vcpus,
         workload: settings.workload,
     };
-    let started = Machine::new(config, memory.base()).and_then(|mut machine| machine.start().map(|()| machine));
+    let started =
+        Machine::new(config, memory.base()).and_then(|mut machine| machine.start().map(|()| machine));
     match started {
         Ok(machine) => {
             vm.set_machine(machine);

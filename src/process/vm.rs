@@ -84,7 +84,8 @@ pub(super) struct Vm {
 
 impl Vm {
     pub(super) fn new(facts: Facts, phase: Phase, claim: Claim, events: Sender<Event>) -> Vm {
-        let core = Core { phase, paused: false, stalled: None, migration: None, arrival: None, claim: Some(claim) };
+        let core =
+            Core { phase, paused: false, stalled: None, migration: None, arrival: None, claim: Some(claim) };
         Vm {
             facts,
             memory: OnceLock::new(),
@@ -123,17 +124,23 @@ impl Vm {
     }
 
     /// Works with the machine; waits for its turn.
-    pub(super) fn machine<T>(&self, work: impl FnOnce(&mut Machine) -> Result<T, Failure>) -> Result<T, Failure> {
+    pub(super) fn machine<T>(
+        &self,
+        work: impl FnOnce(&mut Machine) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
         match lock(&self.machine).as_mut() {
             Some(machine) => work(machine),
-            None => Err(Failure::new(Kind::Name, format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name))),
+            None => Err(Failure::new(
+                Kind::Name,
+                format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name),
+            )),
         }
     }
 
     pub(super) fn memory(&self) -> Result<&MemoryView, Failure> {
-        self.memory
-            .get()
-            .ok_or_else(|| Failure::new(Kind::Name, format!("{:?} is still being set up: try again", self.facts.name)))
+        self.memory.get().ok_or_else(|| {
+            Failure::new(Kind::Name, format!("{:?} is still being set up: try again", self.facts.name))
+        })
     }
 
     fn seen(&self) -> LastSeen {
@@ -229,7 +236,9 @@ fn state_of(core: &Core, failed: Option<String>) -> (State, Option<String>) {
         (Phase::Arriving, _, _) => (State::Arriving, None),
         (Phase::InDoubt { session, to }, _, _) => (
             State::InDoubt,
-            Some(format!("it may run at {to} (session {session}): `vmemd resume` asks there and goes on if it does not")),
+            Some(format!(
+                "it may run at {to} (session {session}): `vmemd resume` asks there and goes on if it does not"
+            )),
         ),
         (_, Some(reason), _) => (State::Failed, Some(reason)),
         (_, None, Some(reason)) => (State::Stalled, Some(reason.clone())),
