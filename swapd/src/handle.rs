@@ -1,13 +1,14 @@
 //! What other threads may ask of a VM's engine: one command queue into its loop, one answer a command.
 //!
-//! Every call here sends a [`Command`] and waits for its answer. Calls that end in `_async` return the
+//! Every call here sends a request and waits for its answer. Calls that end in `_async` return the
 //! answer as a future; the others block the calling thread and must not be used on an async runtime.
 
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use crate::driver::Mailbox;
+use crate::core::{Request, Response};
+use crate::driver::{Mailbox, Memory};
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, SlotRun};
 
@@ -73,43 +74,48 @@ pub struct Placed {
     pub pageouts: u64,
 }
 
-pub(crate) type Reply<T> = oneshot::Sender<Result<T, CommandError>>;
-
-#[derive(Debug)]
-pub(crate) enum Command {
-    Stats(Reply<Stats>),
-    SetBudget(u64, Reply<()>),
-    Discard(Run, Reply<()>),
-    Evict(Run, Reply<()>),
-    TrackWrites(bool, Reply<()>),
-    CollectWritten(Reply<Vec<Run>>),
-    Hold(Run, Reply<Vec<Piece>>),
-    Release(Run, Reply<()>),
-    Sums(Run, Reply<Vec<u64>>),
-    Heat(Reply<Vec<u8>>),
-    StartReceiving(Vec<u8>, Reply<()>),
-    UpdateHeat(Vec<u8>, Reply<()>),
-    GrantFrames(u32, Reply<SlotRun>),
-    ReturnFrames(SlotRun, Reply<()>),
-    Arrive(Arrival, Reply<()>),
-    ArriveZero(Run, Reply<()>),
-    ArrivePoisoned(Run, Reply<()>),
-    FinishReceiving(Reply<Placed>),
-    ResidentMap(Reply<Vec<Run>>),
-    RetryStore(Reply<()>),
-    Stop(Reply<()>),
+/// A request with the way back for its answer.
+pub(crate) struct Command {
+    pub(crate) request: Request,
+    /// False if nobody waits for the answer any more.
+    pub(crate) reply: Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>,
 }
 
 /// Cheap to clone; safe to use from any thread.
 #[derive(Clone, Debug)]
 pub struct EngineHandle {
     pub(crate) mailbox: Arc<Mailbox>,
-    /// Address of guest page 0 in this process.
-    pub(crate) memory_base: usize,
-    pub(crate) memory_bytes: u64,
-    /// Address of staging slot 0 in this process.
-    pub(crate) staging_base: usize,
+    pub(crate) memory: Arc<Memory>,
     pub(crate) store: Arc<std::fs::File>,
+}
+
+fn done(response: Response) {
+    assert!(matches!(response, Response::Done), "{response:?} instead of done");
+}
+
+macro_rules! picker {
+    ($name:ident, $variant:ident, $type:ty) => {
+        fn $name(response: Response) -> $type {
+            match response {
+                Response::$variant(value) => value.into(),
+                other => unreachable!("{other:?} instead of {}", stringify!($variant)),
+            }
+        }
+    };
+}
+
+picker!(runs, Runs, Vec<Run>);
+picker!(pieces, Pieces, Vec<Piece>);
+picker!(sums, Sums, Vec<u64>);
+picker!(heat, Heat, Vec<u8>);
+picker!(frames, Frames, SlotRun);
+picker!(placed, Placed, Placed);
+
+fn stats(response: Response) -> Stats {
+    match response {
+        Response::Stats(stats) => *stats,
+        other => unreachable!("{other:?} instead of statistics"),
+    }
 }
 
 /// The answer to a command that has been sent.
@@ -124,29 +130,32 @@ pub async fn answered<T>(answer: Answer<T>) -> Result<T, CommandError> {
 }
 
 impl EngineHandle {
-    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Answer<T> {
-        let (reply, answer) = oneshot::channel();
-        self.mailbox.send(command(reply));
+    fn ask<T: Send + 'static>(&self, request: Request, pick: fn(Response) -> T) -> Answer<T> {
+        let (sender, answer) = oneshot::channel();
+        let reply = Box::new(move |response: Result<Response, CommandError>| {
+            sender.send(response.map(pick)).is_ok()
+        });
+        self.mailbox.send(Command { request, reply });
         answer
     }
 
-    fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, CommandError> {
-        self.ask(command).blocking_recv().unwrap_or(Err(CommandError::Gone))
+    fn call<T: Send + 'static>(&self, request: Request, pick: fn(Response) -> T) -> Result<T, CommandError> {
+        self.ask(request, pick).blocking_recv().unwrap_or(Err(CommandError::Gone))
     }
 
     pub fn memory_bytes(&self) -> u64 {
-        self.memory_bytes
+        self.memory.guest_len() as u64
     }
 
     /// Address of guest page `page`. Only pages held and in [`Place::Memory`] may be read through it.
     pub fn page_address(&self, page: PageNo) -> *mut u8 {
-        assert!(page.offset() < self.memory_bytes, "{page} is beyond the VM's memory");
-        (self.memory_base + page.offset() as usize) as *mut u8
+        assert!(page.offset() < self.memory_bytes(), "{page} is beyond the VM's memory");
+        self.memory.page(page) as *mut u8
     }
 
     /// Address of the first of `slots`, which must be granted to the caller.
     pub fn slot_address(&self, slots: SlotRun) -> *mut u8 {
-        (self.staging_base + slots.start.offset()) as *mut u8
+        self.memory.slot(slots.start) as *mut u8
     }
 
     /// The store, opened with O_DIRECT: page *n* at offset *n* x 4096.
@@ -155,120 +164,122 @@ impl EngineHandle {
     }
 
     pub fn stats(&self) -> Result<Stats, CommandError> {
-        self.call(Command::Stats)
+        self.call(Request::Stats, stats)
     }
 
     /// Changes the RAM budget. Answers when no more frames than that are held.
     pub fn set_budget(&self, bytes: u64) -> Result<(), CommandError> {
-        self.call(|reply| Command::SetBudget(bytes, reply))
+        self.call(Request::SetBudget(bytes), done)
     }
 
     /// Memory that the guest gave back: reads as zeros from now on; frames return to the budget.
     pub fn discard(&self, run: Run) -> Result<(), CommandError> {
-        self.call(|reply| Command::Discard(run, reply))
+        self.call(Request::Discard(run), done)
     }
 
     /// Pages out what is resident in the run, and answers when it is stored.
     pub fn evict(&self, run: Run) -> Result<(), CommandError> {
-        self.call(|reply| Command::Evict(run, reply))
+        self.call(Request::Evict(run), done)
     }
 
     // ── the source's side of a migration ──────────────────────────────────────────────────
 
     /// Starts or ends the tracking of written pages. While it is on, `collect_written` returns them.
     pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
-        self.call(|reply| Command::TrackWrites(on, reply))
+        self.call(Request::TrackWrites(on), done)
+    }
+
+    /// Without prefetch only what is touched comes in: for measurements of what a guest touches.
+    pub fn set_prefetch(&self, on: bool) -> Result<(), CommandError> {
+        self.call(Request::Prefetch(on), done)
     }
 
     /// Pages that may have been written since tracking started or since the last call, in ascending runs.
     /// Never misses one; may name one that did not change (a page that was paged out or in meanwhile).
     pub fn collect_written_async(&self) -> Answer<Vec<Run>> {
-        self.ask(Command::CollectWritten)
+        self.ask(Request::CollectWritten, runs)
     }
 
     /// Keeps the run's pages where they are (against page-out; the guest's own page-ins go on) until
     /// `release`, and says where they are. Nothing is paged in for it. One holder a page at a time.
     pub fn hold_async(&self, run: Run) -> Answer<Vec<Piece>> {
-        self.ask(|reply| Command::Hold(run, reply))
+        self.ask(Request::Hold(run), pieces)
     }
 
     pub fn release_async(&self, run: Run) -> Answer<()> {
-        self.ask(|reply| Command::Release(run, reply))
+        self.ask(Request::Release(run), done)
     }
 
     /// Checksums of pages in [`Place::Stored`] (valid while they are held).
     pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
-        self.ask(|reply| Command::Sums(run, reply))
+        self.ask(Request::Sums(run), sums)
     }
 
     /// One byte a page: 0 is cold or unknown.
     pub fn heat_async(&self) -> Answer<Vec<u8>> {
-        self.ask(Command::Heat)
+        self.ask(Request::Heat, heat)
     }
 
     // ── the target's side of a migration ──────────────────────────────────────────────────
 
     /// Enters the receiving state with the source's heat, one byte a page. The guest must not run.
     pub fn start_receiving_async(&self, heat: Vec<u8>) -> Answer<()> {
-        self.ask(|reply| Command::StartReceiving(heat, reply))
+        self.ask(Request::StartReceiving(heat), done)
     }
 
     /// Newer heat from the source, for the pages still to come.
     pub fn update_heat_async(&self, heat: Vec<u8>) -> Answer<()> {
-        self.ask(|reply| Command::UpdateHeat(heat, reply))
+        self.ask(Request::UpdateHeat(heat), done)
     }
 
     /// Up to `count` contiguous frames to receive into; answers when at least one is free.
     pub fn grant_frames_async(&self, count: u32) -> Answer<SlotRun> {
-        self.ask(|reply| Command::GrantFrames(count, reply))
+        self.ask(Request::GrantFrames(count), frames)
     }
 
     pub fn return_frames_async(&self, slots: SlotRun) -> Answer<()> {
-        self.ask(|reply| Command::ReturnFrames(slots, reply))
+        self.ask(Request::ReturnFrames(slots), done)
     }
 
     /// Places received pages, each in RAM or in the store, replacing what was there. Answers at once;
     /// `finish_receiving` waits for the writes.
     pub fn arrive_async(&self, arrival: Arrival) -> Answer<()> {
-        self.ask(|reply| Command::Arrive(arrival, reply))
+        self.ask(Request::Arrive(arrival), done)
     }
 
     pub fn arrive_zero_async(&self, run: Run) -> Answer<()> {
-        self.ask(|reply| Command::ArriveZero(run, reply))
+        self.ask(Request::ArriveZero(run), done)
     }
 
     pub fn arrive_poisoned_async(&self, run: Run) -> Answer<()> {
-        self.ask(|reply| Command::ArrivePoisoned(run, reply))
+        self.ask(Request::ArrivePoisoned(run), done)
     }
 
     /// Answers when every arrived page is where it belongs. Every granted frame must have come back.
     pub fn finish_receiving_async(&self) -> Answer<Placed> {
-        self.ask(Command::FinishReceiving)
+        self.ask(Request::FinishReceiving, placed)
     }
 
     /// The pages that have a frame in guest memory now, in ascending runs.
     pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
-        self.call(Command::ResidentMap)
+        self.call(Request::ResidentMap, runs)
     }
 
     /// Unlatches a store whose write failed, and writes again what is waiting.
     pub fn retry_store(&self) -> Result<(), CommandError> {
-        self.call(Command::RetryStore)
+        self.call(Request::RetryStore, done)
     }
 
     pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {
-        self.call(Command::CollectWritten)
+        self.call(Request::CollectWritten, runs)
     }
 
     pub fn hold(&self, run: Run) -> Result<Vec<Piece>, CommandError> {
-        self.call(|reply| Command::Hold(run, reply))
+        self.call(Request::Hold(run), pieces)
     }
 
     pub fn release(&self, run: Run) -> Result<(), CommandError> {
-        self.call(|reply| Command::Release(run, reply))
+        self.call(Request::Release(run), done)
     }
 
-    pub(crate) fn stop(&self) -> Result<(), CommandError> {
-        self.call(Command::Stop)
-    }
 }

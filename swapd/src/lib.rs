@@ -1,9 +1,15 @@
 //! vmemd's swap engine: one VM's private virtual memory.
 
+pub mod core;
 pub mod digest;
 pub mod driver;
 pub mod handle;
+pub mod policy;
+#[cfg(feature = "sim")]
+pub mod sim;
+pub mod staging;
 pub mod stats;
+pub mod table;
 pub mod units;
 
 pub use driver::{Engine, EngineConfig, Notice, StartError, StoreConfig};

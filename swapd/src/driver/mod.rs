@@ -1,90 +1,273 @@
-//! The real driver (under construction): the public surface that other crates build on.
+//! The real driver: one thread a VM that feeds the core from userfaultfd, io_uring and the mailbox, and does what it says.
+//!
+//! ```text
+//!  userfaultfd ─┐                        ┌─▶ MOVE, POISON, PAGEMAP_SCAN
+//!  eventfd ─────┼─▶ ring ─▶ Core ─▶ Action ─▶ reads and writes on the same ring
+//!  completions ─┘                        └─▶ answers, notices
+//! ```
+//! Invariant: actions are executed in the order of issue, each before the next event is read; so the core's
+//! table and the kernel's page tables agree whenever an event is handled.
 
-use std::path::PathBuf;
+mod engine;
+mod latency;
+mod mailbox;
+mod memory;
+mod ring;
+mod store;
+mod uffd;
 
-use crate::handle::{Command, EngineHandle};
+pub use engine::{Engine, EngineConfig, Notice, StartError, StoreConfig};
+pub(crate) use mailbox::Mailbox;
+pub(crate) use memory::Memory;
 
-/// Where a VM's store is.
-#[derive(Clone, Debug)]
-pub struct StoreConfig {
-    /// A directory (the store is a nameless sparse file in it) or a block device.
-    pub path: PathBuf,
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::core::{
+    Action, Core, Event, IO_PAGES_MAX, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket,
+};
+use crate::digest::{is_zero, page_sum};
+use crate::handle::{Command, CommandError};
+use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
+use latency::LatencyBook;
+use ring::{Completion, Ring};
+use uffd::{Faults, HASTY, Moved, PATIENT};
+
+type Reply = Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>;
+
+/// The loop's own state.
+struct Driver {
+    core: Core,
+    faults: Faults,
+    ring: Ring,
+    memory: Arc<Memory>,
+    mailbox: Arc<Mailbox>,
+    /// Kept open for the ring.
+    _store: Arc<File>,
+    notify: Box<dyn Fn(Notice) + Send>,
+    latencies: LatencyBook,
+    replies: HashMap<Ticket, (Reply, Option<Run>)>,
+    next_ticket: u64,
+    reads: HashMap<IoId, (Run, SlotRun)>,
+    page_outs: Vec<PageOut>,
+    sums: Vec<u64>,
 }
 
-#[derive(Clone, Debug)]
-pub struct EngineConfig {
-    /// The VM's memory; a multiple of 2 MiB.
-    pub memory_bytes: u64,
-    /// RAM budget, at least [`Engine::MIN_BUDGET_BYTES`], at most the memory.
-    pub budget_bytes: u64,
-    pub store: StoreConfig,
-    /// Take all frames at start.
-    pub prealloc: bool,
-    /// Lock frames against the host's own swap.
-    pub lock: bool,
-    /// Sample which resident pages are in use while there is no memory pressure.
-    pub sampling: bool,
-}
+/// Answers to requests that nobody asked the driver for.
+const NO_TICKET: Ticket = Ticket(0);
 
-/// What the engine tells its owner unasked. Called on the engine's thread: must not block.
-#[derive(Clone, Debug)]
-pub enum Notice {
-    /// A write failed: the VM stands still as soon as it needs a frame. Pause it and say why.
-    StoreFailed(String),
-    /// The store works again after a retry.
-    StoreRecovered,
-    /// The guest sees a memory error when it touches this page.
-    Poisoned(crate::PageNo),
-}
+impl Driver {
+    fn run(&mut self) {
+        let tick = Duration::from_millis(TICK_MS);
+        let mut next_tick = Instant::now() + tick;
+        let mut completions = Vec::new();
+        let mut commands = Vec::new();
+        let mut closed = false;
+        while !closed || self.ring.in_flight() > 0 {
+            self.ring.wait(next_tick.saturating_duration_since(Instant::now()), &mut completions);
+            let mut faults = false;
+            for completion in completions.drain(..) {
+                match completion {
+                    Completion::Faults => faults = true,
+                    Completion::Commands => closed |= self.mailbox.take(&mut commands),
+                    Completion::Io { io, result } => self.io_done(io, result),
+                }
+            }
+            if faults {
+                self.read_faults();
+            }
+            for command in commands.drain(..) {
+                self.command(command);
+            }
+            if Instant::now() >= next_tick {
+                next_tick = Instant::now() + tick;
+                self.event(Event::Tick);
+            }
+        }
+    }
 
-/// Why an engine could not start. Each text says what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    #[error("{0}")]
-    Budget(String),
-    /// No permission, or no such feature in this kernel.
-    #[error("{0}")]
-    Host(String),
-    #[error("{0}")]
-    Store(String),
-    #[error("{0}")]
-    Memory(String),
-}
+    fn event(&mut self, event: Event<'_>) {
+        self.core.handle(event);
+        self.perform_all();
+    }
 
-#[derive(Debug)]
-pub(crate) struct Mailbox;
+    fn perform_all(&mut self) {
+        while let Some(action) = self.core.next_action() {
+            self.perform(action);
+        }
+    }
 
-impl Mailbox {
-    pub(crate) fn send(&self, _command: Command) {
-        todo!()
+    fn read_faults(&mut self) {
+        let now = Instant::now();
+        let (core, memory, latencies) = (&mut self.core, &self.memory, &mut self.latencies);
+        let read = self.faults.read(|address| {
+            let Some(page) = memory.page_at(address) else { return };
+            latencies.fault(page, now);
+            core.handle(Event::Fault(page));
+        });
+        if let Err(error) = read {
+            tracing::error!(%error, "cannot read faults");
+        }
+        self.perform_all();
+    }
+
+    fn io_done(&mut self, io: IoId, result: std::io::Result<()>) {
+        let error = result.err().map(|error| IoError(error.to_string()));
+        let Some((run, slots)) = self.reads.remove(&io) else {
+            if let Some(error) = &error {
+                tracing::error!(error = error.0, "write to the store failed");
+            }
+            return self.event(Event::WriteDone { io, result: error.map_or(Ok(()), Err) });
+        };
+        if let Some(error) = error {
+            tracing::error!(error = error.0, first = run.start.0, pages = run.len, "read from the store failed");
+            return self.event(Event::ReadDone { io, result: Err(error) });
+        }
+        let mut sums = std::mem::take(&mut self.sums);
+        sums.clear();
+        // SAFETY: the read has completed, the slots are bound to its pages, and only the engine moves frames.
+        let bytes = unsafe { self.memory.slot_bytes(slots) };
+        sums.extend(run.pages().zip(bytes.chunks_exact(PAGE_SIZE)).map(|(page, bytes)| page_sum(page, bytes)));
+        self.event(Event::ReadDone { io, result: Ok(&sums) });
+        self.sums = sums;
+    }
+
+    fn command(&mut self, command: Command) {
+        let held = match &command.request {
+            Request::Hold(run) => Some(*run),
+            _ => None,
+        };
+        self.next_ticket += 1;
+        let ticket = Ticket(self.next_ticket);
+        self.replies.insert(ticket, (command.reply, held));
+        self.event(Event::Request { ticket, request: command.request });
+    }
+
+    fn answer(&mut self, ticket: Ticket, mut answer: Result<Response, CommandError>) {
+        let Some((reply, held)) = self.replies.remove(&ticket) else { return };
+        if let Ok(Response::Stats(stats)) = &mut answer {
+            stats.latency_us = self.latencies.figures();
+        }
+        let granted = match &answer {
+            Ok(Response::Frames(slots)) => Some(*slots),
+            _ => None,
+        };
+        let taken = reply(answer);
+        // A session that ended before its answer came holds nothing.
+        if !taken && let Some(slots) = granted {
+            self.core.handle(Event::Request { ticket: NO_TICKET, request: Request::ReturnFrames(slots) });
+        }
+        if !taken && let Some(run) = held {
+            self.core.handle(Event::Request { ticket: NO_TICKET, request: Request::Release(run) });
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::MoveIn { run, slots } => self.move_in(run, slots),
+            Action::MoveOut { run, slots, digest } => self.move_out(run, slots, digest),
+            Action::Prepare { slots, fresh } => self.memory.zero_slots(slots, fresh),
+            Action::Copy { from, to } => self.memory.copy_slot(from, to),
+            Action::Read { io, run, slots } => {
+                self.reads.insert(io, (run, slots));
+                self.ring.start(io, false, run, self.memory.slot(slots.start));
+            }
+            Action::Write { io, run, slots } => self.ring.start(io, true, run, self.memory.slot(slots.start)),
+            Action::DropGuest { run } => report(self.memory.drop_guest(run), "give frames back"),
+            Action::ReleaseFrames { slots } => report(self.memory.release_slots(slots), "give frames back"),
+            Action::Poison { page } => {
+                self.latencies.forget(page);
+                report(self.faults.poison(self.memory.page(page), PAGE_SIZE), "poison a page");
+            }
+            Action::Wake { page } => {
+                self.latencies.forget(page);
+                self.faults.wake(self.memory.page(page), PAGE_SIZE);
+            }
+            Action::Resolved { page, kind } => self.latencies.resolved(page, kind),
+            Action::ArmTracking => {
+                let (base, len) = (self.memory.guest_base(), self.memory.guest_len());
+                report(self.faults.scan_written(base, len, |_, _| {}), "track writes");
+            }
+            Action::ScanWritten { ticket } => self.scan_written(ticket),
+            Action::Answer { ticket, answer } => self.answer(ticket, answer),
+            Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error)),
+            Action::StoreRecovered => (self.notify)(Notice::StoreRecovered),
+            Action::PagePoisoned(page) => {
+                tracing::error!(page = page.0, "page lost: the store does not give back what was written");
+                (self.notify)(Notice::Poisoned(page));
+            }
+        }
+    }
+
+    fn move_in(&mut self, run: Run, slots: SlotRun) {
+        let (to, from) = (self.memory.page(run.start), self.memory.slot(slots.start));
+        let moved = match self.faults.move_pages(to, from, run.bytes(), PATIENT) {
+            Moved::All => run.len,
+            Moved::Pinned(bytes) => pages_in(bytes as u64) as u32,
+        };
+        self.core.handle(Event::MovedIn { run, slots, moved });
+    }
+
+    fn move_out(&mut self, run: Run, slots: SlotRun, digest: bool) {
+        self.page_outs.clear();
+        while (self.page_outs.len() as u32) < run.len {
+            let done = self.page_outs.len() as u32;
+            let (rest, rest_slots) = (run.part(done, run.len - done), slots.part(done, run.len - done));
+            let (to, from) = (self.memory.slot(rest_slots.start), self.memory.page(rest.start));
+            let (moved, pinned) = match self.faults.move_pages(to, from, rest.bytes(), HASTY) {
+                Moved::All => (rest.len, false),
+                Moved::Pinned(bytes) => (pages_in(bytes as u64) as u32, true),
+            };
+            for (page, slot) in rest.pages().zip(rest_slots.slots()).take(moved as usize) {
+                let out = if digest { self.digest(page, SlotRun::new(slot, 1)) } else { NO_DIGEST };
+                self.page_outs.push(out);
+            }
+            self.page_outs.extend(pinned.then_some(PageOut::Pinned));
+        }
+        self.core.handle(Event::MovedOut { run, slots, pages: &self.page_outs });
+    }
+
+    fn digest(&self, page: PageNo, slot: SlotRun) -> PageOut {
+        // SAFETY: the frame has just left the guest; in staging only the engine has it.
+        let bytes = unsafe { self.memory.slot_bytes(slot) };
+        PageOut::Moved { sum: page_sum(page, bytes), zero: is_zero(bytes) }
+    }
+
+    fn scan_written(&mut self, ticket: Ticket) {
+        let mut runs = Vec::new();
+        let (base, len, memory) = (self.memory.guest_base(), self.memory.guest_len(), &self.memory);
+        let scanned = self.faults.scan_written(base, len, |at, bytes| {
+            let start = memory.page_at(at).expect("the scan stays within guest memory");
+            runs.push(Run::new(start, pages_in(bytes as u64) as u32));
+        });
+        match scanned {
+            Ok(()) => self.core.handle(Event::Written { ticket, runs: &runs }),
+            Err(error) => {
+                tracing::error!(%error, "cannot scan for written pages");
+                // Nothing is known, so everything counts as written.
+                let all = Run::new(PageNo(0), pages_in(len as u64) as u32);
+                self.core.handle(Event::Written { ticket, runs: &[all] });
+            }
+        }
+    }
+
+    /// Takes the whole budget from the host before the VM runs, but for what is kept free.
+    fn prealloc(&mut self) {
+        let pages = self.core.table().pages();
+        for start in (0..pages).step_by(IO_PAGES_MAX as usize) {
+            let len = (pages - start).min(u64::from(IO_PAGES_MAX)) as u32;
+            let request = Request::Fill(Run::new(PageNo(start), len));
+            self.event(Event::Request { ticket: NO_TICKET, request });
+        }
     }
 }
 
-/// A VM's memory and the thread that serves it.
-#[derive(Debug)]
-pub struct Engine {
-    handle: EngineHandle,
-}
+const NO_DIGEST: PageOut = PageOut::Moved { sum: 0, zero: false };
 
-impl Engine {
-    /// The smallest RAM budget.
-    pub const MIN_BUDGET_BYTES: u64 = 16 << 20;
-
-    pub fn start(_config: EngineConfig, _notify: Box<dyn Fn(Notice) + Send>) -> Result<Engine, StartError> {
-        todo!()
-    }
-
-    pub fn handle(&self) -> EngineHandle {
-        self.handle.clone()
-    }
-
-    /// Address of guest page 0.
-    pub fn memory_base(&self) -> *mut u8 {
-        todo!()
-    }
-
-    /// Ends the thread, unmaps the memory and gives everything back. Nothing may touch the memory any more.
-    pub fn stop(self) {
-        todo!()
+fn report(result: std::io::Result<()>, what: &str) {
+    if let Err(error) = result {
+        tracing::error!(%error, "cannot {what}");
     }
 }

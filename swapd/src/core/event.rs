@@ -1,0 +1,130 @@
+//! What goes into the core and what comes out of it.
+
+use crate::handle::{Arrival, CommandError, Piece, Placed};
+use crate::stats::Stats;
+use crate::units::{PageNo, Run, Slot, SlotRun};
+
+/// An operation on the store that is under way.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct IoId(pub u32);
+
+/// A request that waits for its answer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Ticket(pub u64);
+
+/// Why an operation on the store failed, in words for the operator.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct IoError(pub String);
+
+/// What became of one page of a move out of the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PageOut {
+    /// The frame is in its slot. Sum and zero are meaningful if a digest was asked for.
+    Moved { sum: u64, zero: bool },
+    /// The frame is still in the guest: I/O is in flight into it.
+    Pinned,
+}
+
+/// Something happened.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A vCPU, or the kernel for it, waits for the page.
+    Fault(PageNo),
+    /// [`TICK_MS`] have passed.
+    Tick,
+    /// The sums are of what was read, one a page of the run.
+    ReadDone { io: IoId, result: Result<&'a [u64], IoError> },
+    WriteDone { io: IoId, result: Result<(), IoError> },
+    /// Answer to [`Action::MoveIn`]: the first `moved` pages are in the guest; the next one is pinned for now.
+    MovedIn { run: Run, slots: SlotRun, moved: u32 },
+    /// Answer to [`Action::MoveOut`], one element a page.
+    MovedOut { run: Run, slots: SlotRun, pages: &'a [PageOut] },
+    /// Answer to [`Action::ScanWritten`]: present pages written since the last scan.
+    Written { ticket: Ticket, runs: &'a [Run] },
+    Request { ticket: Ticket, request: Request },
+}
+
+/// Milliseconds between two ticks.
+pub const TICK_MS: u64 = 100;
+
+/// What other threads ask for; see [`crate::EngineHandle`], which has a method for each.
+#[derive(Debug)]
+pub enum Request {
+    Stats,
+    SetBudget(u64),
+    Discard(Run),
+    Evict(Run),
+    /// Give never-touched pages frames, as long as frames are plentiful.
+    Fill(Run),
+    TrackWrites(bool),
+    Prefetch(bool),
+    CollectWritten,
+    Hold(Run),
+    Release(Run),
+    Sums(Run),
+    Heat,
+    StartReceiving(Vec<u8>),
+    UpdateHeat(Vec<u8>),
+    GrantFrames(u32),
+    ReturnFrames(SlotRun),
+    Arrive(Arrival),
+    ArriveZero(Run),
+    ArrivePoisoned(Run),
+    FinishReceiving,
+    ResidentMap,
+    RetryStore,
+}
+
+/// The core's answer to a request.
+#[derive(Debug)]
+pub enum Response {
+    Done,
+    Stats(Box<Stats>),
+    Runs(Vec<Run>),
+    Pieces(Vec<Piece>),
+    Sums(Vec<u64>),
+    Heat(Vec<u8>),
+    Frames(SlotRun),
+    Placed(Placed),
+}
+
+/// How a fault was served.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultKind {
+    Zero,
+    Rescue,
+    Store,
+}
+
+/// Something to do. Executed in the order of issue, each before the next event is read.
+#[derive(Debug)]
+pub enum Action {
+    /// Move the frames in `slots` to the guest's `run`; wakes who waits there. Answered by `MovedIn`.
+    MoveIn { run: Run, slots: SlotRun },
+    /// Move the guest's frames into `slots`. Answered by `MovedOut`.
+    MoveOut { run: Run, slots: SlotRun, digest: bool },
+    /// Make the frames in `slots` read as zeros; `fresh`: take them from the host.
+    Prepare { slots: SlotRun, fresh: bool },
+    Copy { from: Slot, to: Slot },
+    /// Answered by `ReadDone`, at any later time.
+    Read { io: IoId, run: Run, slots: SlotRun },
+    /// Answered by `WriteDone`, at any later time.
+    Write { io: IoId, run: Run, slots: SlotRun },
+    /// Give the guest's frames in `run` back to the host.
+    DropGuest { run: Run },
+    /// Give the frames in `slots` back to the host.
+    ReleaseFrames { slots: SlotRun },
+    /// From now on a touch of the page is a memory error.
+    Poison { page: PageNo },
+    Wake { page: PageNo },
+    /// A fault has been served: for the latency figures.
+    Resolved { page: PageNo, kind: FaultKind },
+    /// Write-protect all present pages for asynchronous tracking.
+    ArmTracking,
+    /// Answered by `Written`.
+    ScanWritten { ticket: Ticket },
+    Answer { ticket: Ticket, answer: Result<Response, CommandError> },
+    StoreFailed(String),
+    StoreRecovered,
+    PagePoisoned(PageNo),
+}

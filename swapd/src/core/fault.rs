@@ -1,0 +1,261 @@
+//! A vCPU touched a page that is not in the guest.
+
+use super::event::{Action, FaultKind, Response};
+use super::io::Landing;
+use super::{Core, Mutant};
+use crate::policy::prefetch::Plan;
+use crate::table::{Flag, PageState};
+use crate::units::{PageNo, Run, Slot, runs_of};
+
+/// Never-touched pages filled at once before the vCPU goes on; the rest of the 2 MiB block follows behind it.
+const FILL_FIRST: u32 = 64;
+/// Filled at once when frames must be taken from other pages.
+const FILL_SCARCE: u32 = 16;
+/// Heat that a page gains when it is fetched from the store because a vCPU waits for it.
+const HEAT_FAULT: u8 = 2;
+/// Heat that a page gains when it is rescued: it was in use when the hand took it.
+const HEAT_RESCUE: u8 = 8;
+/// Heat of a page that was missed while it was sampled.
+const HEAT_SAMPLED: u8 = 32;
+/// Heat of the other pages of a block of which a sample was missed.
+const HEAT_BESIDE_SAMPLE: u8 = 4;
+
+impl Core {
+    pub(super) fn fault(&mut self, page: PageNo) {
+        let state = self.table.state(page);
+        let kind = match state {
+            // Served while this fault was in the queue.
+            PageState::Resident => return self.actions.push_back(Action::Wake { page }),
+            PageState::Poisoned => return self.actions.push_back(Action::Poison { page }),
+            PageState::Untouched => FaultKind::Zero,
+            PageState::Leaving | PageState::Standby | PageState::Sampled => FaultKind::Rescue,
+            PageState::Stored | PageState::Arriving => FaultKind::Store,
+        };
+        if self.waiting.insert(page, kind).is_some() {
+            return;
+        }
+        match kind {
+            FaultKind::Zero => self.counts.zero += 1,
+            FaultKind::Rescue => self.counts.rescue += 1,
+            FaultKind::Store => self.counts.store += 1,
+        }
+        match state {
+            PageState::Untouched => {
+                if !self.fill(page) {
+                    self.deferred.push_back(page);
+                }
+            }
+            PageState::Sampled => self.rescue_sample(page),
+            PageState::Leaving if self.is_under_write(page) => self.rescue_by_copy(page),
+            PageState::Leaving => self.rescue(page),
+            PageState::Standby => {
+                self.rescue(page);
+                self.prefetch_after(page);
+            }
+            PageState::Stored => {
+                if !self.page_in(page) {
+                    return self.deferred.push_back(page);
+                }
+                self.prefetch_after(page);
+            }
+            PageState::Arriving => self.prefetch_after(page),
+            PageState::Resident | PageState::Poisoned => unreachable!("returned above"),
+        }
+    }
+
+    /// Serves who waits for a frame, as far as there are frames.
+    pub(super) fn serve_deferred(&mut self) {
+        while let Some(page) = self.deferred.front().copied() {
+            if self.available() == 0 && self.staging.standby_count() == 0 {
+                return;
+            }
+            let served = match self.table.state(page) {
+                PageState::Stored if self.waiting.contains_key(&page) => self.page_in(page),
+                PageState::Untouched if self.waiting.contains_key(&page) => self.fill(page),
+                // Prefetched, or given back, meanwhile.
+                _ => true,
+            };
+            if !served {
+                return;
+            }
+            self.deferred.pop_front();
+        }
+    }
+
+    /// False when there is no frame for it.
+    fn page_in(&mut self, page: PageNo) -> bool {
+        let Some(taken) = self.take_one() else { return false };
+        self.table.warm(page, HEAT_FAULT);
+        self.read(Run::one(page), taken.slots, Landing::Guest { marker: None });
+        true
+    }
+
+    // ── rescue ───────────────────────────────────────────────────────────────────────────
+
+    /// Back into the guest, from staging, without I/O.
+    pub(super) fn rescue(&mut self, page: PageNo) {
+        if !self.table.has(page, Flag::Prefetched) {
+            self.table.warm(page, HEAT_RESCUE);
+        }
+        let slot = self.start_rescue(page);
+        self.move_in([(page, slot)]);
+    }
+
+    fn start_rescue(&mut self, page: PageNo) -> Slot {
+        if self.table.has(page, Flag::Prefetched) {
+            self.table.put(page, Flag::Prefetched, false);
+            self.counts.prefetch_used += 1;
+            self.prefetcher.judge_neighbour(true);
+        }
+        if self.table.state(page) == PageState::Standby {
+            self.leave_standby(page);
+        }
+        self.table.set(page, PageState::Arriving);
+        self.slots_of[&page]
+    }
+
+    fn is_under_write(&self, page: PageNo) -> bool {
+        self.table.has(page, Flag::Writing) && !self.mutant(Mutant::RescuesUnderWrite)
+    }
+
+    /// The device reads the frame at this moment: the guest must not change it. It gets a copy, or waits for the write.
+    fn rescue_by_copy(&mut self, page: PageNo) {
+        self.table.warm(page, HEAT_RESCUE);
+        let from = self.slots_of[&page];
+        let Some(taken) = self.take_frames(1) else { return };
+        self.orphan(page);
+        let to = taken.slots.start;
+        self.bind(page, to);
+        self.table.set(page, PageState::Arriving);
+        self.actions.push_back(Action::Copy { from, to });
+        self.move_in([(page, to)]);
+    }
+
+    fn rescue_sample(&mut self, page: PageNo) {
+        let run = self.sampler.run_of(page).unwrap_or(Run::one(page));
+        for other in self.table.block_of(page).pages() {
+            self.table.warm(other, if run.contains(other) { HEAT_SAMPLED } else { HEAT_BESIDE_SAMPLE });
+        }
+        self.put_sample_back(run);
+        self.counts.samples_touched += u64::from(run.len);
+    }
+
+    /// Those of the run that are still out.
+    pub(super) fn put_sample_back(&mut self, run: Run) {
+        let back: Vec<_> = run
+            .pages()
+            .filter(|page| self.table.state(*page) == PageState::Sampled)
+            .map(|page| (page, self.slots_of[&page]))
+            .collect();
+        back.iter().for_each(|(page, _)| self.table.set(*page, PageState::Arriving));
+        self.move_in(back);
+    }
+
+    // ── first touch ──────────────────────────────────────────────────────────────────────
+
+    /// Zeros for a page that was never touched, and for its neighbours.
+    /// False when there is no frame for it.
+    fn fill(&mut self, page: PageNo) -> bool {
+        let block = self.table.run_around(page, PageState::Untouched, self.table.block_of(page));
+        let plenty = self.budget.saturating_sub(self.taken) > u64::from(self.marks.goal());
+        let chunk = if plenty { FILL_FIRST } else { FILL_SCARCE };
+        let start = PageNo(page.0 - page.0 % u64::from(chunk)).max(block.start);
+        let end = PageNo(start.0 - start.0 % u64::from(chunk) + u64::from(chunk)).min(block.end());
+        // The page itself first: it must get a frame even if nothing else does.
+        if self.available() == 0 {
+            self.reclaim_standby(1);
+        }
+        let after = Run::new(page, (end.0 - page.0) as u32);
+        let before = Run::new(start, (page.0 - start.0) as u32);
+        self.fill_run(after);
+        self.fill_run(before);
+        if plenty {
+            self.fill_run(Run::new(end, (block.end().0 - end.0) as u32));
+            self.fill_run(Run::new(block.start, (start.0 - block.start.0) as u32));
+        }
+        self.table.state(page) != PageState::Untouched
+    }
+
+    /// The untouched pages of the run, while the budget has more than the engine keeps free.
+    pub(super) fn fill_ahead(&mut self, run: Run) -> Response {
+        let spare = self.available().saturating_sub(u64::from(self.marks.goal()));
+        let pages = run.pages().filter(|page| self.table.state(*page) == PageState::Untouched);
+        let runs: Vec<_> = runs_of(pages.take(spare as usize), run.len).collect();
+        runs.into_iter().for_each(|run| self.fill_run(run));
+        Response::Done
+    }
+
+    fn fill_run(&mut self, mut run: Run) {
+        while run.len > 0 {
+            let Some(taken) = self.take_fresh(run.len).or_else(|| self.take_frames(run.len)) else { return };
+            let (part, slots) = (run.part(0, taken.slots.len), taken.slots);
+            part.pages().for_each(|page| self.table.set(page, PageState::Arriving));
+            self.bind_run(part, slots);
+            self.actions.push_back(Action::Prepare { slots, fresh: taken.fresh });
+            self.actions.push_back(Action::MoveIn { run: part, slots });
+            run = run.part(part.len, run.len - part.len);
+        }
+    }
+
+    // ── prefetch ─────────────────────────────────────────────────────────────────────────
+
+    pub(super) fn set_prefetch(&mut self, on: bool) -> Response {
+        self.prefetching = on;
+        Response::Done
+    }
+
+    fn prefetch_after(&mut self, page: PageNo) {
+        if !self.prefetching {
+            return;
+        }
+        let mut plans = std::mem::take(&mut self.plans);
+        let proof = self.prefetcher.on_fault(page, &mut plans);
+        self.counts.prefetch_used += u64::from(proof.used);
+        self.counts.prefetch_wasted += u64::from(proof.wasted);
+        plans.drain(..).for_each(|plan| self.bring(plan));
+        self.plans = plans;
+    }
+
+    /// Brings in what of the plan is stored, as long as frames are plentiful.
+    fn bring(&mut self, plan: Plan) {
+        let landing = match plan.marker {
+            Some(_) => Landing::Guest { marker: plan.marker },
+            None => Landing::Staging,
+        };
+        let mut next = plan.run.start;
+        while next < plan.run.end() {
+            let left = Run::new(next, (plan.run.end().0 - next.0) as u32);
+            let state = self.table.state(next);
+            let same = self.table.run_around(next, state, left);
+            match state {
+                PageState::Stored if !self.prefetch_read(same, landing) => return,
+                // A stream that is proven takes its pages out of standby on the way.
+                PageState::Standby if plan.marker.is_some() => {
+                    let pages = same.pages().filter(|page| plan.marker != Some(*page));
+                    let rescued: Vec<_> = pages.map(|page| (page, self.start_rescue(page))).collect();
+                    self.move_in(rescued);
+                }
+                _ => {}
+            }
+            next = same.end();
+        }
+    }
+
+    /// False when frames have become scarce.
+    fn prefetch_read(&mut self, mut run: Run, landing: Landing) -> bool {
+        while run.len > 0 {
+            let floor = u64::from(self.marks.low / 2);
+            if self.available() < floor + u64::from(run.len.min(super::IO_PAGES_MAX)) {
+                self.reclaim_standby(self.marks.low);
+            }
+            let spare = self.available().saturating_sub(floor);
+            let want = u64::from(run.len.min(super::IO_PAGES_MAX)).min(spare) as u32;
+            let Some(taken) = self.take_frames(want) else { return false };
+            let part = run.part(0, taken.slots.len);
+            self.counts.prefetched += u64::from(part.len);
+            self.read(part, taken.slots, landing);
+            run = run.part(part.len, run.len - part.len);
+        }
+        true
+    }
+}

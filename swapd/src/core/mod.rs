@@ -1,0 +1,467 @@
+//! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
+//!
+//! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
+//! `frames` (where frames come from), `source` and `receive` (the two ends of a migration).
+//!
+//! Invariants, checked by the simulation after every step:
+//! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
+//! - a page's newest content is in exactly one of: its frame in the guest, its slot in staging, the store;
+//! - every waiting vCPU's page is arriving, being written, or in the queue for a frame.
+
+mod event;
+mod fault;
+mod frames;
+mod io;
+mod pageout;
+mod receive;
+mod source;
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
+
+pub use event::{
+    Action, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket,
+};
+
+use crate::handle::CommandError;
+use crate::policy::clock::Clock;
+use crate::policy::prefetch::{Plan, Prefetcher};
+use crate::policy::sampler::Sampler;
+use crate::policy::watermarks::Watermarks;
+use crate::staging::{Staging, Use};
+use crate::stats::Stats;
+use crate::table::{Flag, PageState, PageTable, STATES};
+use crate::units::{PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
+use io::Ios;
+use receive::Receiving;
+
+/// Pages in one read or write of the store at most: 256 KiB.
+pub const IO_PAGES_MAX: u32 = 64;
+/// Smallest budget, in frames: 16 MiB.
+pub const BUDGET_MIN: u64 = 4096;
+/// Ticks in an epoch: heat halves every ten seconds, so that a sample outlives a pass of the sampler over some GiB.
+const EPOCH_TICKS: u64 = 100;
+const SLOTS_MIN: u64 = 2048;
+const SLOTS_MAX: u64 = 131_072;
+/// One staging slot for so many pages of memory.
+const SLOT_SHARE: u64 = 16;
+
+const _: () = assert!(SLOTS_MIN >= 4 * IO_PAGES_MAX as u64, "staging must hold several batches");
+const _: () = assert!(BUDGET_MIN >= SLOTS_MIN, "the smallest budget must cover a full staging area");
+
+/// Staging slots for a memory of so many pages.
+pub fn staging_slots(pages: u64) -> u32 {
+    (pages / SLOT_SHARE).clamp(SLOTS_MIN, SLOTS_MAX) as u32
+}
+
+/// Page numbers are spread well by one multiplication.
+#[derive(Default, Debug)]
+pub struct PageHasher(u64);
+
+impl Hasher for PageHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("only page numbers are hashed");
+    }
+
+    fn write_u64(&mut self, page: u64) {
+        self.0 = page.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_right(20);
+    }
+}
+
+/// A map by page number.
+pub type PageMap<T> = HashMap<PageNo, T, BuildHasherDefault<PageHasher>>;
+
+/// Settings that do not change.
+#[derive(Clone, Copy, Debug)]
+pub struct CoreConfig {
+    pub pages: u64,
+    pub budget_frames: u64,
+    /// No budget may be set below this many frames.
+    pub budget_min: u64,
+    /// Size of the staging area.
+    pub slots: u32,
+    pub sampling: bool,
+}
+
+/// A deliberate fault of the core, for the test that the simulation finds it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mutant {
+    /// Takes a changed page for an unchanged one.
+    DropsChangedPages,
+    /// Hands out a frame that the device still reads from.
+    RescuesUnderWrite,
+    /// Takes a frame whose page is not stored yet.
+    TrustsFailedWrites,
+    /// Does not look at checksums.
+    TrustsReads,
+}
+
+/// One VM's engine, without hands.
+#[derive(Debug)]
+pub struct Core {
+    config: CoreConfig,
+    table: PageTable,
+    /// Checksum of what the store has, valid where the page's `Stored` flag is set, or a write is in flight.
+    sums: Vec<u64>,
+    staging: Staging,
+    /// The slot of every page that is in staging.
+    slots_of: PageMap<Slot>,
+    marks: Watermarks,
+    budget: u64,
+    /// Frames taken from the host.
+    taken: u64,
+    clock: Clock,
+    prefetcher: Prefetcher,
+    prefetching: bool,
+    sampler: Sampler,
+    ios: Ios,
+    /// Pages that vCPUs wait for.
+    waiting: PageMap<FaultKind>,
+    /// Of these, the ones for which there was no frame, in order.
+    deferred: VecDeque<PageNo>,
+    /// Moves into the guest that met a pinned page.
+    pinned_in: Vec<(Run, SlotRun)>,
+    /// Pages that left the guest since the last collection, while writes are tracked.
+    left_while_tracked: Option<Vec<u64>>,
+    receiving: Option<Receiving>,
+    store_failed: Option<String>,
+    budget_waiters: Vec<Ticket>,
+    evict_waiters: Vec<(Ticket, Run)>,
+    tick: u64,
+    /// Victims counted up to the last tick: more of them mean that memory is scarce.
+    victims_at_tick: u64,
+    counts: Counts,
+    actions: VecDeque<Action>,
+    victims: Vec<Run>,
+    plans: Vec<Plan>,
+    /// Kept between events, so that none of them allocates.
+    scratch: Vec<(PageNo, Slot)>,
+    #[cfg(feature = "sim")]
+    pub mutant: Option<Mutant>,
+}
+
+/// What the core counts beside the page table's own counts.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    zero: u64,
+    rescue: u64,
+    store: u64,
+    prefetched: u64,
+    prefetch_used: u64,
+    prefetch_wasted: u64,
+    pages_read: u64,
+    victims: u64,
+    written: u64,
+    dropped: u64,
+    pinned: u64,
+    sampled: u64,
+    samples_touched: u64,
+    read_errors: u64,
+    write_errors: u64,
+    mismatches: u64,
+}
+
+impl Core {
+    /// # Panics
+    /// If the budget is below the minimum: the caller checks what users give.
+    pub fn new(config: CoreConfig) -> Self {
+        assert!(config.budget_frames >= config.budget_min, "budget below the minimum");
+        let slots = config.slots;
+        Core {
+            config,
+            table: PageTable::new(config.pages),
+            sums: vec![0; config.pages as usize],
+            staging: Staging::new(slots),
+            slots_of: PageMap::with_capacity_and_hasher(slots as usize / 2, BuildHasherDefault::default()),
+            marks: Watermarks::of(config.budget_frames, config.pages, slots),
+            budget: config.budget_frames,
+            taken: 0,
+            clock: Clock::default(),
+            prefetcher: Prefetcher::new(config.pages),
+            prefetching: true,
+            sampler: Sampler::default(),
+            ios: Ios::default(),
+            waiting: PageMap::default(),
+            deferred: VecDeque::new(),
+            pinned_in: Vec::new(),
+            left_while_tracked: None,
+            receiving: None,
+            store_failed: None,
+            budget_waiters: Vec::new(),
+            evict_waiters: Vec::new(),
+            tick: 0,
+            victims_at_tick: 0,
+            counts: Counts::default(),
+            actions: VecDeque::with_capacity(256),
+            victims: Vec::with_capacity(64),
+            plans: Vec::with_capacity(8),
+            scratch: Vec::with_capacity(IO_PAGES_MAX as usize),
+            #[cfg(feature = "sim")]
+            mutant: None,
+        }
+    }
+
+    /// The next thing to do. Call after every event until it says none.
+    pub fn next_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    pub fn handle(&mut self, event: Event<'_>) {
+        match event {
+            Event::Fault(page) => self.fault(page),
+            Event::Tick => self.on_tick(),
+            Event::ReadDone { io, result } => self.read_done(io, result),
+            Event::WriteDone { io, result } => self.write_done(io, result),
+            Event::MovedIn { run, slots, moved } => self.moved_in(run, slots, moved),
+            Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
+            Event::Written { ticket, runs } => self.written(ticket, runs),
+            Event::Request { ticket, request } => self.request(ticket, request),
+        }
+        self.balance();
+    }
+
+    fn on_tick(&mut self) {
+        self.tick += 1;
+        if self.tick.is_multiple_of(EPOCH_TICKS) {
+            self.table.next_epoch();
+        }
+        for (run, slots) in std::mem::take(&mut self.pinned_in) {
+            self.move_in_again(run, slots);
+        }
+        self.sample();
+    }
+
+    fn request(&mut self, ticket: Ticket, request: Request) {
+        let answer = match request {
+            Request::Stats => Some(Ok(Response::Stats(Box::new(self.stats())))),
+            Request::SetBudget(bytes) => self.set_budget(ticket, bytes),
+            Request::Discard(run) => Some(self.checked(run).map(|()| self.discard(run))),
+            Request::Evict(run) => self.evict_on_request(ticket, run),
+            Request::Fill(run) => Some(self.checked(run).map(|()| self.fill_ahead(run))),
+            Request::TrackWrites(on) => Some(Ok(self.track_writes(on))),
+            Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
+            Request::CollectWritten => self.collect_written(ticket),
+            Request::Hold(run) => Some(self.checked(run).map(|()| self.hold(run))),
+            Request::Release(run) => Some(self.checked(run).map(|()| self.release(run))),
+            Request::Sums(run) => {
+                Some(self.checked(run).map(|()| Response::Sums(self.sums[run.indices()].to_vec())))
+            }
+            Request::Heat => Some(Ok(self.heat_map())),
+            Request::ResidentMap => Some(Ok(self.resident_map())),
+            Request::RetryStore => Some(Ok(self.retry_store())),
+            Request::StartReceiving(heat) => Some(self.start_receiving(&heat)),
+            Request::UpdateHeat(heat) => Some(self.update_heat(&heat)),
+            Request::GrantFrames(count) => self.grant(ticket, count),
+            Request::ReturnFrames(slots) => Some(Ok(self.return_frames(slots))),
+            Request::Arrive(arrival) => Some(self.checked(arrival.run).and_then(|()| self.arrive(&arrival))),
+            Request::ArriveZero(run) => Some(self.checked(run).and_then(|()| self.arrive_zero(run))),
+            Request::ArrivePoisoned(run) => Some(self.checked(run).and_then(|()| self.arrive_poisoned(run))),
+            Request::FinishReceiving => self.finish_receiving(ticket),
+        };
+        if let Some(answer) = answer {
+            self.actions.push_back(Action::Answer { ticket, answer });
+        }
+    }
+
+    fn checked(&self, run: Run) -> Result<(), CommandError> {
+        match run.start.0.checked_add(u64::from(run.len)) {
+            Some(end) if end <= self.table.pages() => Ok(()),
+            _ => Err(CommandError::OutOfRange(run.start.plus(run.len.saturating_sub(1)))),
+        }
+    }
+
+    // ── moves ────────────────────────────────────────────────────────────────────────────
+
+    /// Moves pages that are `Arriving`, with their frames in staging, into the guest, in as few actions as they
+    /// are contiguous on both sides.
+    fn move_in(&mut self, pages: impl IntoIterator<Item = (PageNo, Slot)>) {
+        let mut pages = pages.into_iter().peekable();
+        while let Some((page, slot)) = pages.next() {
+            let (mut run, mut slots) = (Run::one(page), SlotRun::new(slot, 1));
+            while pages
+                .next_if(|(page, slot)| *page == run.end() && *slot == slots.start.plus(slots.len))
+                .is_some()
+            {
+                run.len += 1;
+                slots.len += 1;
+            }
+            self.actions.push_back(Action::MoveIn { run, slots });
+        }
+    }
+
+    fn moved_in(&mut self, run: Run, slots: SlotRun, moved: u32) {
+        for (page, slot) in run.pages().zip(slots.slots()).take(moved as usize) {
+            self.table.set(page, PageState::Resident);
+            self.slots_of.remove(&page);
+            self.staging.vacate(slot);
+            if !self.waiting.is_empty()
+                && let Some(kind) = self.waiting.remove(&page)
+            {
+                self.actions.push_back(Action::Resolved { page, kind });
+            }
+        }
+        if moved < run.len {
+            let rest = run.len - moved;
+            self.pinned_in.push((run.part(moved, rest), slots.part(moved, rest)));
+        }
+    }
+
+    /// After a tick: whatever of a pinned move still makes sense.
+    fn move_in_again(&mut self, run: Run, slots: SlotRun) {
+        let mut again = Vec::with_capacity(run.len as usize);
+        for (page, slot) in run.pages().zip(slots.slots()) {
+            match self.staging.used(slot) {
+                Use::Bound(bound) if bound == page => again.push((page, slot)),
+                // Given back by the guest meanwhile.
+                Use::Orphan => self.staging.free(slot),
+                other => unreachable!("{slot:?} of a pinned move is {other:?}"),
+            }
+        }
+        self.move_in(again);
+    }
+
+    fn moved_out(&mut self, run: Run, slots: SlotRun, pages: &[PageOut]) {
+        let mut to_write = std::mem::take(&mut self.scratch);
+        for ((page, slot), out) in run.pages().zip(slots.slots()).zip(pages) {
+            match (self.staging.used(slot), *out) {
+                // The old version of a page that arrives anew: only its frame is wanted.
+                (Use::Orphan, PageOut::Moved { .. }) => self.staging.free(slot),
+                (Use::Orphan, PageOut::Pinned) => {
+                    unreachable!("no VM runs while it is received, so nothing pins {page}")
+                }
+                (_, PageOut::Pinned) => {
+                    self.counts.pinned += 1;
+                    self.table.set(page, PageState::Resident);
+                    self.slots_of.remove(&page);
+                    self.staging.vacate(slot);
+                }
+                (_, PageOut::Moved { sum, zero }) => {
+                    self.mark_left(page);
+                    if self.table.state(page) == PageState::Leaving {
+                        self.counts.victims += 1;
+                        self.left_guest(page, slot, sum, zero, &mut to_write);
+                    }
+                }
+            }
+        }
+        self.write(&to_write, io::Purpose::PageOut);
+        to_write.clear();
+        self.scratch = to_write;
+    }
+
+    fn stats(&self) -> Stats {
+        use PageState::{Arriving, Leaving, Poisoned, Resident, Sampled, Standby, Stored, Untouched};
+        let count = |states: &[PageState]| states.iter().map(|state| self.table.count(*state)).sum::<u64>();
+        let counts = &self.counts;
+        Stats {
+            memory_bytes: bytes_of(self.table.pages()),
+            ram_budget_bytes: bytes_of(self.budget),
+            frames_bytes: bytes_of(self.taken),
+            resident_bytes: bytes_of(count(&[Resident, Leaving, Standby, Sampled, Arriving])),
+            stored_bytes: bytes_of(count(&[Stored])),
+            untouched_bytes: bytes_of(count(&[Untouched])),
+            poisoned_pages: count(&[Poisoned]),
+            faults: crate::stats::FaultCounts {
+                total: counts.zero + counts.rescue + counts.store,
+                zero: counts.zero,
+                rescue: counts.rescue,
+                store: counts.store,
+            },
+            prefetch: crate::stats::PrefetchCounts {
+                pages: counts.prefetched,
+                used: counts.prefetch_used,
+                wasted: counts.prefetch_wasted,
+            },
+            evict: crate::stats::EvictCounts {
+                written: counts.written,
+                dropped: counts.dropped,
+                pinned: counts.pinned,
+            },
+            sampling: crate::stats::SamplingCounts {
+                pages: counts.sampled,
+                touched: counts.samples_touched,
+            },
+            store: crate::stats::StoreCounts {
+                read_errors: counts.read_errors,
+                write_errors: counts.write_errors,
+                checksum_mismatches: counts.mismatches,
+                failed: self.store_failed.clone(),
+            },
+            latency_us: crate::stats::Latencies::default(),
+        }
+    }
+
+    // ── for the drivers' checks ──────────────────────────────────────────────────────────
+
+    pub fn table(&self) -> &PageTable {
+        &self.table
+    }
+
+    /// How often each transition was taken.
+    pub fn transitions(&self) -> &[[u64; STATES]; STATES] {
+        self.table.transitions()
+    }
+
+    pub fn slot_of(&self, page: PageNo) -> Option<Slot> {
+        self.slots_of.get(&page).copied()
+    }
+
+    pub fn recorded_sum(&self, page: PageNo) -> Option<u64> {
+        self.table.has(page, Flag::Stored).then(|| self.sums[page.index()])
+    }
+
+    pub fn frames_taken(&self) -> u64 {
+        self.taken
+    }
+
+    pub fn budget_frames(&self) -> u64 {
+        self.budget
+    }
+
+    /// Pages that vCPUs wait for.
+    pub fn faults_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Panics if the core's own books disagree.
+    pub fn check(&self) {
+        let resident = self.table.count(PageState::Resident);
+        let held = u64::from(self.staging.held_frames());
+        assert_eq!(resident + held, self.taken, "frames in the guest + in staging = frames taken");
+        for (page, slot) in &self.slots_of {
+            assert_eq!(self.staging.used(*slot), Use::Bound(*page), "{page} is bound to {slot:?}");
+        }
+        let in_staging = [PageState::Leaving, PageState::Standby, PageState::Arriving, PageState::Sampled];
+        let count: u64 = in_staging.iter().map(|state| self.table.count(*state)).sum();
+        assert_eq!(count, self.slots_of.len() as u64, "every page in staging has one slot");
+        for page in self.waiting.keys() {
+            let state = self.table.state(*page);
+            let served = match state {
+                PageState::Arriving => true,
+                PageState::Leaving => self.table.has(*page, Flag::Writing),
+                PageState::Stored | PageState::Untouched => self.deferred.contains(page),
+                _ => false,
+            };
+            assert!(served, "{page} is {state:?}, and nobody will wake who waits for it");
+        }
+    }
+
+    #[cfg(feature = "sim")]
+    fn mutant(&self, which: Mutant) -> bool {
+        self.mutant == Some(which)
+    }
+
+    #[cfg(not(feature = "sim"))]
+    fn mutant(&self, _: Mutant) -> bool {
+        false
+    }
+
+    fn runs_in_state(&self, state: PageState) -> Vec<Run> {
+        let pages = (0..self.table.pages()).map(PageNo).filter(|page| self.table.state(*page) == state);
+        runs_of(pages, u32::MAX).collect()
+    }
+}

@@ -1,0 +1,195 @@
+//! Frames ahead of need: victims leave in batches, so that a fault never waits for a write.
+
+use super::event::{Action, Response, Ticket};
+use super::io::Purpose;
+use super::{Core, Mutant};
+use crate::handle::CommandError;
+use crate::policy::clock::may_leave;
+use crate::policy::watermarks::BATCH_MAX;
+use crate::table::{Flag, PageState};
+use crate::units::{PageNo, Run, Slot, runs_of};
+
+/// Pages under way to the store at most: 8 MiB.
+pub(super) const LEAVING_MAX: u32 = 2048;
+/// Runs moved out by request are cut to this length.
+const EVICT_RUN_MAX: u32 = super::IO_PAGES_MAX;
+
+const _: () = assert!(BATCH_MAX * 4 <= LEAVING_MAX, "several batches fit under way at once");
+
+impl Core {
+    /// After every event: serve who waits for a frame, and keep frames ready between the water marks.
+    pub(super) fn balance(&mut self) {
+        self.serve_deferred();
+        if self.receiving.is_some() {
+            self.serve_receiving();
+        } else {
+            self.make_room();
+            self.serve_deferred();
+            self.make_slots();
+        }
+        if self.taken > self.budget || !self.budget_waiters.is_empty() {
+            self.give_back();
+        }
+        if !self.evict_waiters.is_empty() {
+            self.answer_evicted();
+        }
+    }
+
+    fn make_room(&mut self) {
+        let over = u32::try_from(self.taken.saturating_sub(self.budget)).unwrap_or(u32::MAX);
+        let available = u32::try_from(self.available()).unwrap_or(u32::MAX);
+        if available < self.marks.low || over > 0 {
+            let free_wanted = self.marks.high.saturating_sub(available) + over.saturating_sub(self.staging.free_frames());
+            self.reclaim_standby(free_wanted);
+        }
+        let leaving = self.table.count(PageState::Leaving) as u32;
+        let outside = (u32::try_from(self.available()).unwrap_or(u32::MAX))
+            .saturating_add(self.staging.standby_count())
+            .saturating_add(leaving);
+        let goal = self.marks.goal().saturating_add(over);
+        if self.store_failed.is_none() && outside + self.marks.batch <= goal && leaving < LEAVING_MAX {
+            self.page_out((goal - outside).min(LEAVING_MAX - leaving));
+        }
+    }
+
+    /// Chooses victims and starts them on their way.
+    fn page_out(&mut self, want: u32) {
+        let mut victims = std::mem::take(&mut self.victims);
+        let (mut started, mut passed) = (0, 0);
+        'batch: while started < want && self.clock.step(&mut self.table, &mut passed, &mut victims) {
+            for run in &victims {
+                let out = self.start_out(*run, PageState::Leaving);
+                started += out;
+                if out < run.len {
+                    break 'batch;
+                }
+            }
+        }
+        self.victims = victims;
+    }
+
+    /// Moves resident pages to staging. Stops short when there is no empty slot; returns how many pages go.
+    fn start_out(&mut self, mut run: Run, state: PageState) -> u32 {
+        let mut started = 0;
+        while run.len > 0 {
+            let Some(slots) = self.staging.take_empty(run.len) else { break };
+            let part = run.part(0, slots.len);
+            part.pages().for_each(|page| self.table.set(page, state));
+            self.bind_run(part, slots);
+            let digest = state == PageState::Leaving;
+            self.actions.push_back(Action::MoveOut { run: part, slots, digest });
+            started += part.len;
+            run = run.part(part.len, run.len - part.len);
+        }
+        started
+    }
+
+    /// A victim's frame is in staging: drop it, keep it, or write it.
+    pub(super) fn left_guest(
+        &mut self,
+        page: PageNo,
+        slot: Slot,
+        sum: u64,
+        zero: bool,
+        to_write: &mut Vec<(PageNo, Slot)>,
+    ) {
+        if zero {
+            self.counts.dropped += 1;
+            self.table.set(page, PageState::Untouched);
+            self.table.put(page, Flag::Stored, false);
+            self.unbind(page);
+        } else if self.is_unchanged(page, sum) {
+            self.counts.dropped += 1;
+            self.enter_standby(page, slot);
+        } else {
+            self.sums[page.index()] = sum;
+            to_write.push((page, slot));
+        }
+    }
+
+    fn is_unchanged(&self, page: PageNo, sum: u64) -> bool {
+        self.table.has(page, Flag::Stored) && (self.sums[page.index()] == sum || self.mutant(Mutant::DropsChangedPages))
+    }
+
+    // ── by request ───────────────────────────────────────────────────────────────────────
+
+    pub(super) fn evict_on_request(&mut self, ticket: Ticket, run: Run) -> Option<Result<Response, CommandError>> {
+        if let Err(error) = self.checked(run) {
+            return Some(Err(error));
+        }
+        self.evict_waiters.push((ticket, run));
+        None
+    }
+
+    fn answer_evicted(&mut self) {
+        for (ticket, run) in std::mem::take(&mut self.evict_waiters) {
+            let answer = match self.store_failed.clone() {
+                Some(error) => Some(Err(CommandError::Store(error))),
+                None if self.evict_step(run) => Some(Ok(Response::Done)),
+                None => None,
+            };
+            match answer {
+                Some(answer) => self.actions.push_back(Action::Answer { ticket, answer }),
+                None => self.evict_waiters.push((ticket, run)),
+            }
+        }
+    }
+
+    /// Starts what can leave; true when nothing of the run is on its way any more.
+    fn evict_step(&mut self, run: Run) -> bool {
+        let ready: Vec<_> = run.pages().filter(|page| may_leave(&self.table, *page)).collect();
+        let leaving = self.table.count(PageState::Leaving) as u32;
+        let mut started = 0;
+        for part in runs_of(ready, EVICT_RUN_MAX) {
+            if leaving + started >= LEAVING_MAX {
+                return false;
+            }
+            started += self.start_out(part, PageState::Leaving);
+        }
+        for page in run.pages() {
+            if self.table.state(page) == PageState::Standby {
+                self.leave_standby(page);
+                self.table.set(page, PageState::Stored);
+                self.unbind(page);
+            }
+        }
+        started == 0 && run.pages().all(|page| self.table.state(page) != PageState::Leaving)
+    }
+
+    // ── sampling ─────────────────────────────────────────────────────────────────────────
+
+    pub(super) fn sample(&mut self) {
+        let idle = self.config.sampling
+            && self.left_while_tracked.is_none()
+            && self.receiving.is_none()
+            && self.store_failed.is_none()
+            && self.counts.victims == self.victims_at_tick;
+        self.victims_at_tick = self.counts.victims;
+        if !idle {
+            return self.end_sampling();
+        }
+        while let Some(run) = self.sampler.overdue(self.tick, false) {
+            self.put_sample_back(run);
+        }
+        let mut samples = std::mem::take(&mut self.victims);
+        samples.clear();
+        self.sampler.choose(&self.table, self.tick, &mut samples);
+        for run in samples.drain(..) {
+            self.counts.sampled += u64::from(self.start_out(run, PageState::Sampled));
+        }
+        self.victims = samples;
+    }
+
+    /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as
+    /// new samples: a move that is not done yet may still find its page pinned.
+    pub(super) fn end_sampling(&mut self) {
+        while let Some(run) = self.sampler.overdue(self.tick, true) {
+            self.put_sample_back(run);
+        }
+    }
+
+    /// Writes what is `Leaving` for `purpose`, for a page that became so without a move.
+    pub(super) fn place_in_store(&mut self, pages: &[(PageNo, Slot)]) {
+        self.write(pages, Purpose::Placement);
+    }
+}

@@ -1,0 +1,229 @@
+//! The target's end of a migration: pages arrive in staging frames and are placed by [`crate::policy::placement`].
+//!
+//! While receiving, no VM runs and nothing is paged: frames are taken and written only for what arrives.
+
+use std::collections::VecDeque;
+
+use super::Core;
+use super::event::{Action, Response, Ticket};
+use crate::handle::{Arrival, CommandError, Placed};
+use crate::policy::placement::{Arrivals, HOT};
+use crate::staging::Use;
+use crate::table::{Flag, PageState};
+use crate::units::{PageNo, Run, SlotRun};
+
+#[derive(Debug)]
+pub(super) struct Receiving {
+    /// One bit a page: a version of it has come.
+    came: Vec<u64>,
+    to_come: u64,
+    /// Hot pages, and those of them that are in the store.
+    hot: u64,
+    hot_in_store: u64,
+    pages_read_before: u64,
+    victims_before: u64,
+    grants: VecDeque<(Ticket, u32)>,
+    finish: Option<Ticket>,
+}
+
+/// Frames kept for receiving into, at least: newer versions come while the old ones still have theirs.
+const RECEIVE_FRAMES: u32 = 512;
+
+const NOT_RECEIVING: CommandError = CommandError::NotNow("the VM is not being received");
+
+impl Core {
+    pub(super) fn start_receiving(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
+        if self.table.count(PageState::Untouched) != self.table.pages() || self.receiving.is_some() {
+            return Err(CommandError::NotNow("only an empty VM can be received into"));
+        }
+        let pages = self.table.pages();
+        self.receiving = Some(Receiving {
+            came: vec![0; pages.div_ceil(64) as usize],
+            to_come: pages,
+            hot: 0,
+            hot_in_store: 0,
+            pages_read_before: self.counts.pages_read,
+            victims_before: self.counts.victims,
+            grants: VecDeque::new(),
+            finish: None,
+        });
+        self.update_heat(heat)
+    }
+
+    pub(super) fn update_heat(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
+        let Some(receiving) = &mut self.receiving else { return Err(NOT_RECEIVING) };
+        if heat.len() as u64 != self.table.pages() {
+            return Err(CommandError::NotNow("the heat map is not of this VM's size"));
+        }
+        (receiving.hot, receiving.hot_in_store) = (0, 0);
+        for (page, heat) in (0..).map(PageNo).zip(heat.iter().copied()) {
+            // Untouched table entries stay untouched in memory as well.
+            if heat > 0 || self.table.heat(page) > 0 {
+                self.table.set_heat(page, heat);
+            }
+            let stored = matches!(self.table.state(page), PageState::Leaving | PageState::Stored);
+            receiving.hot += u64::from(heat >= HOT);
+            receiving.hot_in_store += u64::from(heat >= HOT && stored);
+        }
+        Ok(Response::Done)
+    }
+
+    pub(super) fn grant(&mut self, ticket: Ticket, count: u32) -> Option<Result<Response, CommandError>> {
+        let Some(receiving) = &mut self.receiving else { return Some(Err(NOT_RECEIVING)) };
+        receiving.grants.push_back((ticket, count.max(1)));
+        None
+    }
+
+    pub(super) fn return_frames(&mut self, slots: SlotRun) -> Response {
+        for slot in slots.slots() {
+            assert_eq!(self.staging.used(slot), Use::Granted, "{slot:?} was not granted");
+            self.staging.free(slot);
+        }
+        Response::Done
+    }
+
+    pub(super) fn arrive(&mut self, arrival: &Arrival) -> Result<Response, CommandError> {
+        assert_eq!(arrival.run.len, arrival.slots.len, "one frame a page");
+        assert_eq!(arrival.run.len as usize, arrival.sums.len(), "one sum a page");
+        if let Some(error) = &self.store_failed {
+            return Err(CommandError::Store(error.clone()));
+        }
+        if self.receiving.is_none() {
+            return Err(NOT_RECEIVING);
+        }
+        let mut to_guest = Vec::with_capacity(arrival.run.len as usize);
+        let mut to_store = Vec::new();
+        for (nth, (page, slot)) in arrival.run.pages().zip(arrival.slots.slots()).enumerate() {
+            assert_eq!(self.staging.used(slot), Use::Granted, "{slot:?} was not granted");
+            let to_ram = self.choose_ram(page, arrival.again);
+            self.replace(page);
+            self.bind(page, slot);
+            if to_ram {
+                self.table.set(page, PageState::Arriving);
+                to_guest.push((page, slot));
+            } else {
+                self.table.set(page, PageState::Leaving);
+                self.sums[page.index()] = arrival.sums[nth];
+                // An older version that is still being written comes first; its end starts this one.
+                if !self.table.has(page, Flag::Writing) {
+                    to_store.push((page, slot));
+                }
+            }
+        }
+        self.move_in(to_guest);
+        self.place_in_store(&to_store);
+        Ok(Response::Done)
+    }
+
+    pub(super) fn arrive_zero(&mut self, run: Run) -> Result<Response, CommandError> {
+        if self.receiving.is_none() {
+            return Err(NOT_RECEIVING);
+        }
+        run.pages().for_each(|page| {
+            self.came(page);
+            self.replace(page);
+        });
+        Ok(Response::Done)
+    }
+
+    pub(super) fn arrive_poisoned(&mut self, run: Run) -> Result<Response, CommandError> {
+        self.arrive_zero(run)?;
+        for page in run.pages() {
+            self.table.set(page, PageState::Poisoned);
+            self.actions.push_back(Action::Poison { page });
+        }
+        Ok(Response::Done)
+    }
+
+    /// Decides for one page, and keeps the figures that the next decisions rest on.
+    fn choose_ram(&mut self, page: PageNo, again: bool) -> bool {
+        let reserve = u64::from(self.marks.high.max(RECEIVE_FRAMES)).min(self.budget / 8);
+        let in_ram = self.table.count(PageState::Resident) + self.table.count(PageState::Arriving);
+        let before = self.table.state(page);
+        let heat = self.table.heat(page);
+        let receiving = self.receiving.as_ref().expect("checked by the caller");
+        let facts = Arrivals {
+            room: self.budget - reserve,
+            // Its own old version makes room.
+            in_ram: in_ram - u64::from(matches!(before, PageState::Resident | PageState::Arriving)),
+            to_come: receiving.to_come,
+            hot_in_store: receiving.hot_in_store,
+            hot: receiving.hot,
+        };
+        let to_ram = facts.into_ram(heat, again);
+        let was_stored = matches!(before, PageState::Leaving | PageState::Stored);
+        self.came(page);
+        let receiving = self.receiving.as_mut().expect("checked by the caller");
+        if heat >= HOT {
+            receiving.hot_in_store -= u64::from(was_stored);
+            receiving.hot_in_store += u64::from(!to_ram);
+        }
+        to_ram
+    }
+
+    fn came(&mut self, page: PageNo) {
+        let receiving = self.receiving.as_mut().expect("checked by the caller");
+        let (word, bit) = (&mut receiving.came[page.index() / 64], 1 << (page.index() % 64));
+        if *word & bit == 0 {
+            *word |= bit;
+            receiving.to_come -= 1;
+        }
+    }
+
+    /// Drops a page's old version. A frame in the guest is recycled through staging.
+    fn replace(&mut self, page: PageNo) {
+        if self.table.state(page) == PageState::Resident
+            && let Some(slots) = self.staging.take_empty(1)
+        {
+            self.staging.assign(slots.start, Use::Orphan);
+            self.table.set(page, PageState::Untouched);
+            self.table.put(page, Flag::Stored, false);
+            self.actions.push_back(Action::MoveOut { run: Run::one(page), slots, digest: false });
+        } else if self.forget(page) {
+            self.actions.push_back(Action::DropGuest { run: Run::one(page) });
+        }
+    }
+
+    /// Grants what can be granted, and ends the receiving when everything is in its place.
+    pub(super) fn serve_receiving(&mut self) {
+        let failed = self.store_failed.clone();
+        while let Some((ticket, count)) = self.receiving.as_ref().and_then(|receiving| receiving.grants.front()) {
+            let (ticket, count) = (*ticket, *count);
+            let answer = match (&failed, self.take_frames(count)) {
+                (Some(error), _) => Err(CommandError::Store(error.clone())),
+                (None, Some(taken)) => {
+                    taken.slots.slots().for_each(|slot| self.staging.assign(slot, Use::Granted));
+                    Ok(Response::Frames(taken.slots))
+                }
+                (None, None) => break,
+            };
+            self.actions.push_back(Action::Answer { ticket, answer });
+            self.receiving.as_mut().expect("still receiving").grants.pop_front();
+        }
+        let Some(ticket) = self.receiving.as_ref().and_then(|receiving| receiving.finish) else { return };
+        let in_motion = self.table.count(PageState::Leaving) + self.table.count(PageState::Arriving);
+        if let Some(error) = failed {
+            self.receiving.as_mut().expect("still receiving").finish = None;
+            self.actions.push_back(Action::Answer { ticket, answer: Err(CommandError::Store(error)) });
+        } else if in_motion == 0 {
+            let receiving = self.receiving.take().expect("still receiving");
+            let placed = Placed {
+                pages_ram: self.table.count(PageState::Resident),
+                pages_store: self.table.count(PageState::Stored),
+                pages_zero: self.table.count(PageState::Untouched),
+                pageins: self.counts.pages_read - receiving.pages_read_before,
+                pageouts: self.counts.victims - receiving.victims_before,
+            };
+            self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Placed(placed)) });
+        }
+    }
+
+    pub(super) fn finish_receiving(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
+        let Some(receiving) = &mut self.receiving else { return Some(Err(NOT_RECEIVING)) };
+        if receiving.finish.replace(ticket).is_some() {
+            return Some(Err(CommandError::NotNow("the receiving is being finished already")));
+        }
+        None
+    }
+}
+

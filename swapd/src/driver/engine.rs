@@ -1,0 +1,214 @@
+//! A VM's engine as its process sees it: start, handle, stop.
+
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+use super::latency::LatencyBook;
+use super::mailbox::Mailbox;
+use super::memory::Memory;
+use super::ring::Ring;
+use super::uffd::Faults;
+use super::{Driver, store};
+use crate::core::{BUDGET_MIN, Core, CoreConfig, staging_slots};
+use crate::handle::EngineHandle;
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
+
+/// Where a VM's store is.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// A directory (the store is a nameless sparse file in it) or a block device.
+    pub path: PathBuf,
+}
+
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// The VM's memory; a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// RAM budget, at least [`Engine::MIN_BUDGET_BYTES`], at most the memory.
+    pub budget_bytes: u64,
+    pub store: StoreConfig,
+    /// Take all frames at start.
+    pub prealloc: bool,
+    /// Lock frames against the host's own swap.
+    pub lock: bool,
+    /// Sample which resident pages are in use while there is no memory pressure.
+    pub sampling: bool,
+}
+
+/// What the engine tells its owner unasked. Called on the engine's thread: must not block.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// A write failed: the VM stands still as soon as it needs a frame. Pause it and say why.
+    StoreFailed(String),
+    /// The store works again after a retry.
+    StoreRecovered,
+    /// The guest sees a memory error when it touches this page.
+    Poisoned(PageNo),
+}
+
+/// Why an engine could not start. Each text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("{0}")]
+    Budget(String),
+    /// No permission, or no such feature in this kernel.
+    #[error("{0}")]
+    Host(String),
+    #[error("{0}")]
+    Store(String),
+    #[error("{0}")]
+    Memory(String),
+}
+
+/// A VM's memory and the thread that serves it.
+#[derive(Debug)]
+pub struct Engine {
+    handle: EngineHandle,
+    memory: Arc<Memory>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Engine {
+    /// The smallest RAM budget.
+    pub const MIN_BUDGET_BYTES: u64 = BUDGET_MIN * PAGE_SIZE as u64;
+
+    /// Reserves the memory, opens the store and starts the thread.
+    ///
+    /// # Errors
+    /// A setting that cannot be, or a host that lacks something; nothing is left behind.
+    pub fn start(config: EngineConfig, notify: Box<dyn Fn(Notice) + Send>) -> Result<Engine, StartError> {
+        check(&config)?;
+        let pages = pages_in(config.memory_bytes);
+        let slots = staging_slots(pages);
+        let memory = Memory::reserve(config.memory_bytes, slots, config.lock).map_err(StartError::Memory)?;
+        let memory = Arc::new(memory);
+        let faults = Faults::open().map_err(StartError::Host)?;
+        faults
+            .register_guest(memory.guest_base() as *mut u8, memory.guest_len())
+            .and_then(|()| faults.register_staging(memory.staging_base() as *mut u8, memory.staging_len()))
+            .map_err(StartError::Host)?;
+        let outside = config.memory_bytes.saturating_sub(config.budget_bytes);
+        let store = Arc::new(store::open(&config.store.path, config.memory_bytes, outside)?);
+        let mailbox = Arc::new(Mailbox::new().map_err(|error| StartError::Host(format!("eventfd: {error}")))?);
+        let handle = EngineHandle { mailbox: mailbox.clone(), memory: memory.clone(), store: store.clone() };
+        let core = Core::new(CoreConfig {
+            pages,
+            budget_frames: pages_in(config.budget_bytes),
+            budget_min: BUDGET_MIN,
+            slots,
+            sampling: config.sampling,
+        });
+        let (started, start) = mpsc::channel();
+        let thread_memory = memory.clone();
+        let run = move || {
+            // The ring belongs to the thread that makes it.
+            let ring = match Ring::new(&store, faults.fd(), mailbox.fd()) {
+                Ok(ring) => ring,
+                Err(error) => return drop(started.send(Err(error))),
+            };
+            let mut driver = Driver {
+                core,
+                faults,
+                ring,
+                memory: thread_memory,
+                mailbox,
+                _store: store,
+                notify,
+                latencies: LatencyBook::new(),
+                replies: Default::default(),
+                next_ticket: 0,
+                reads: Default::default(),
+                page_outs: Vec::new(),
+                sums: Vec::new(),
+            };
+            if config.prealloc {
+                driver.prealloc();
+            }
+            let _ = started.send(Ok(()));
+            let _end = AbortOnPanic;
+            driver.run();
+        };
+        let thread = std::thread::Builder::new()
+            .name("vmemd-engine".into())
+            .spawn(run)
+            .map_err(|error| StartError::Host(format!("cannot start the engine's thread: {error}")))?;
+        match start.recv() {
+            Ok(Ok(())) => Ok(Engine { handle, memory, thread: Some(thread) }),
+            Ok(Err(error)) => Err(StartError::Host(error)),
+            Err(_) => Err(StartError::Host("the engine's thread ended at its start".into())),
+        }
+    }
+
+    pub fn handle(&self) -> EngineHandle {
+        self.handle.clone()
+    }
+
+    /// Address of guest page 0.
+    pub fn memory_base(&self) -> *mut u8 {
+        self.memory.guest_base() as *mut u8
+    }
+
+    /// Ends the thread and gives everything back. Nothing may touch the guest's memory any more: who does would
+    /// read zeros.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.handle.mailbox.close();
+        if let Some(thread) = self.thread.take() {
+            // A panic there has ended the process.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A VM whose engine is gone would hang for ever at its next fault, and nobody could tell why.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("the engine found its own state wrong; the VM ends here rather than with wrong memory");
+            std::process::abort();
+        }
+    }
+}
+
+fn check(config: &EngineConfig) -> Result<(), StartError> {
+    let EngineConfig { memory_bytes, budget_bytes, .. } = *config;
+    let block = bytes_of(u64::from(BLOCK_PAGES));
+    if memory_bytes == 0 || !memory_bytes.is_multiple_of(block) {
+        return Err(StartError::Budget(format!("a memory of {memory_bytes} bytes is not a multiple of 2 MiB; choose one that is")));
+    }
+    let minimum = Engine::MIN_BUDGET_BYTES;
+    if budget_bytes < minimum {
+        return Err(StartError::Budget(format!(
+            "a RAM budget of {budget_bytes} bytes is below the minimum of {minimum}; give the VM at least 16M"
+        )));
+    }
+    if budget_bytes > memory_bytes.max(minimum) {
+        return Err(StartError::Budget(format!(
+            "a RAM budget of {budget_bytes} bytes is above the VM's memory of {memory_bytes}; lower one or raise the other"
+        )));
+    }
+    if let Some(available) = host_available_bytes()
+        && budget_bytes > available
+    {
+        return Err(StartError::Budget(format!(
+            "a RAM budget of {budget_bytes} bytes is more than the {available} bytes that this host has available; lower the \
+             budget or free some memory"
+        )));
+    }
+    Ok(())
+}
+
+/// What the host could give without swapping.
+fn host_available_bytes() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}

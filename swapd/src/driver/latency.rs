@@ -1,0 +1,51 @@
+//! How long faults take, from their receipt to the wake-up of who waited.
+
+use std::time::Instant;
+
+use hdrhistogram::Histogram;
+
+use crate::core::{FaultKind, PageMap};
+use crate::stats::Latencies;
+use crate::units::PageNo;
+
+/// Longer faults count as this long: one minute, in ns.
+const LONGEST_NS: u64 = 60_000_000_000;
+
+#[derive(Debug)]
+pub(super) struct LatencyBook {
+    since: PageMap<Instant>,
+    zero: Histogram<u64>,
+    rescue: Histogram<u64>,
+    store: Histogram<u64>,
+}
+
+impl LatencyBook {
+    pub(super) fn new() -> Self {
+        // Two significant digits: 1 % is less than the noise, and the tables stay small.
+        let histogram = || Histogram::new_with_bounds(100, LONGEST_NS, 2).expect("constant bounds are valid");
+        LatencyBook { since: PageMap::default(), zero: histogram(), rescue: histogram(), store: histogram() }
+    }
+
+    pub(super) fn fault(&mut self, page: PageNo, now: Instant) {
+        self.since.entry(page).or_insert(now);
+    }
+
+    pub(super) fn resolved(&mut self, page: PageNo, kind: FaultKind) {
+        let Some(since) = self.since.remove(&page) else { return };
+        let histogram = match kind {
+            FaultKind::Zero => &mut self.zero,
+            FaultKind::Rescue => &mut self.rescue,
+            FaultKind::Store => &mut self.store,
+        };
+        histogram.saturating_record(since.elapsed().as_nanos() as u64);
+    }
+
+    /// The fault ended without a page: it was spurious, or the page is poisoned or given back.
+    pub(super) fn forget(&mut self, page: PageNo) {
+        self.since.remove(&page);
+    }
+
+    pub(super) fn figures(&self) -> Latencies {
+        Latencies { zero: (&self.zero).into(), rescue: (&self.rescue).into(), store: (&self.store).into() }
+    }
+}

@@ -1,0 +1,83 @@
+//! The queue of commands into the engine's loop, and the descriptor that wakes it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Mutex, PoisonError};
+
+use crate::handle::Command;
+
+#[derive(Default)]
+struct Queue {
+    commands: VecDeque<Command>,
+    closed: bool,
+}
+
+/// Many senders, one receiver. A closed mailbox drops what is sent: the sender's answer is then gone.
+pub(crate) struct Mailbox {
+    queue: Mutex<Queue>,
+    wake: OwnedFd,
+}
+
+impl std::fmt::Debug for Mailbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Mailbox {{ wake: {} }}", self.wake.as_raw_fd())
+    }
+}
+
+impl Mailbox {
+    pub(super) fn new() -> io::Result<Self> {
+        // SAFETY: no pointers; the result is checked.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a descriptor just made, which nobody else owns.
+        let wake = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Mailbox { queue: Mutex::default(), wake })
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
+    }
+
+    /// Queues a command. Only the first of a burst wakes the loop.
+    pub(crate) fn send(&self, command: Command) {
+        let mut queue = self.lock();
+        if queue.closed {
+            return;
+        }
+        queue.commands.push_back(command);
+        if queue.commands.len() == 1 {
+            drop(queue);
+            self.ring_bell();
+        }
+    }
+
+    /// No command is taken any more; the loop ends.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.ring_bell();
+    }
+
+    fn ring_bell(&self) {
+        let one = 1u64;
+        // SAFETY: eight bytes that live as long as the call. A full counter has woken the loop already.
+        unsafe { libc::write(self.fd(), (&raw const one).cast(), size_of::<u64>()) };
+    }
+
+    /// Takes all commands; true if the mailbox is closed.
+    pub(super) fn take(&self, into: &mut Vec<Command>) -> bool {
+        let mut count = 0u64;
+        // SAFETY: eight bytes to write to; an empty counter says EAGAIN, which is fine.
+        unsafe { libc::read(self.fd(), (&raw mut count).cast(), size_of::<u64>()) };
+        let mut queue = self.lock();
+        into.extend(queue.commands.drain(..));
+        queue.closed
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Queue> {
+        // The queue is whole at every point at which a holder could panic.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,101 @@
+//! The store: a nameless sparse file in a directory, or a block device. Page n is at offset n x 4096.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::StartError;
+use crate::units::PAGE_SIZE;
+
+/// Opens the store for a VM of `memory_bytes`, of which `outside_bytes` do not fit into its RAM budget.
+pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {
+    let shown = path.display();
+    let metadata = std::fs::metadata(path).map_err(|error| {
+        StartError::Store(format!("cannot use {shown} as store: {error}; create the directory, or name another one"))
+    })?;
+    let file = if metadata.is_dir() {
+        open_in_directory(path, memory_bytes, outside_bytes)?
+    } else if metadata.file_type().is_block_device() {
+        open_device(path, memory_bytes)?
+    } else {
+        return Err(StartError::Store(format!("{shown} is neither a directory nor a block device; name one as the store")));
+    };
+    if metadata.blksize() > PAGE_SIZE as u64 * 16 {
+        tracing::warn!("the file system of {shown} works in blocks of {} bytes: expect slow paging", metadata.blksize());
+    }
+    Ok(file)
+}
+
+fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {
+    let shown = path.display();
+    let free = free_bytes(path).map_err(|error| {
+        StartError::Store(format!("cannot ask for the free space of {shown}: {error}"))
+    })?;
+    if free < outside_bytes {
+        return Err(StartError::Store(format!(
+            "the store {shown} has {free} bytes free, and {outside_bytes} bytes of the VM do not fit into its RAM budget; free some \
+             space, name another store, or raise the budget"
+        )));
+    }
+    let direct = |flags| {
+        OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_DIRECT | flags).open(path)
+    };
+    // A file without a name goes away with the VM's process, however that ends.
+    let file = direct(libc::O_TMPFILE).map_err(|error| explain(path, &error))?;
+    file.set_len(memory_bytes).map_err(|error| {
+        StartError::Store(format!("cannot make a sparse file of {memory_bytes} bytes in {shown}: {error}"))
+    })?;
+    Ok(file)
+}
+
+fn open_device(path: &Path, memory_bytes: u64) -> Result<File, StartError> {
+    use std::io::Seek;
+    let shown = path.display();
+    // O_EXCL on a block device: not while it is mounted or another VM's store.
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT | libc::O_EXCL)
+        .open(path)
+        .map_err(|error| explain(path, &error))?;
+    let size = file.seek(io::SeekFrom::End(0)).map_err(|error| explain(path, &error))?;
+    if size < memory_bytes {
+        return Err(StartError::Store(format!(
+            "the device {shown} has {size} bytes, the VM needs {memory_bytes}; name a larger one"
+        )));
+    }
+    Ok(file)
+}
+
+fn explain(path: &Path, error: &io::Error) -> StartError {
+    let shown = path.display();
+    StartError::Store(match error.raw_os_error() {
+        Some(libc::EINVAL) => format!(
+            "the file system of {shown} cannot do direct I/O (O_DIRECT); name a store on ext4, xfs or btrfs, or a block device"
+        ),
+        Some(libc::EOPNOTSUPP | libc::EISDIR) => format!(
+            "the file system of {shown} has no nameless files (O_TMPFILE); name a store on ext4, xfs or btrfs, or a block device"
+        ),
+        Some(libc::EBUSY) => format!("{shown} is in use (mounted, or the store of another VM); name a free device"),
+        Some(libc::EACCES | libc::EPERM) => {
+            format!("no permission to write in {shown}; change its owner, or name another store")
+        }
+        _ => format!("cannot open a store in {shown}: {error}"),
+    })
+}
+
+/// Bytes that this user may still write to the file system of `path`.
+fn free_bytes(path: &Path) -> io::Result<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `path` ends in NUL, and the kernel fills `stat` if it returns 0.
+    let result = unsafe { libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: filled by the successful call above.
+    let stat = unsafe { stat.assume_init() };
+    Ok(stat.f_bavail * stat.f_frsize)
+}

@@ -1,0 +1,300 @@
+//! userfaultfd: the crate's calls where it has them, and the ioctls of newer kernels that it lacks.
+//!
+//! `UFFDIO_MOVE` (Linux 6.8), `UFFDIO_POISON` (6.6) and `PAGEMAP_SCAN` (6.7) are declared here after
+//! `include/uapi/linux/userfaultfd.h` and `include/uapi/linux/fs.h`. Errno is decoded in this file alone.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use userfaultfd::{Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+
+const FEATURE_POISON: u64 = 1 << 14;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const FEATURE_MOVE: u64 = 1 << 16;
+const FEATURES: u64 = FEATURE_POISON | FEATURE_WP_ASYNC | FEATURE_MOVE;
+
+/// Faults read by one system call.
+const EVENTS_A_READ: usize = 64;
+/// Tries for a frame whose pin the kernel is about to drop: it comes from a read that has just ended.
+pub(super) const PATIENT: u32 = 200;
+/// Tries for a page of the guest that may be pinned for as long as its I/O takes.
+pub(super) const HASTY: u32 = 2;
+/// Tries for a move that met a change of the address space.
+const RETRIES: u32 = 2000;
+
+const fn iowr(kind: u8, number: u8, size: usize) -> libc::c_ulong {
+    (3 << 30) | ((size as libc::c_ulong) << 16) | ((kind as libc::c_ulong) << 8) | number as libc::c_ulong
+}
+
+#[repr(C)]
+struct UffdioMove {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    moved: i64,
+}
+
+#[repr(C)]
+struct UffdioPoison {
+    start: u64,
+    len: u64,
+    mode: u64,
+    updated: i64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct PmScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, Debug)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const UFFDIO_MOVE: libc::c_ulong = iowr(0xAA, 0x05, size_of::<UffdioMove>());
+const UFFDIO_POISON: libc::c_ulong = iowr(0xAA, 0x08, size_of::<UffdioPoison>());
+const PAGEMAP_SCAN: libc::c_ulong = iowr(b'f', 16, size_of::<PmScanArg>());
+const _: () = assert!(UFFDIO_MOVE == 0xC028_AA05);
+const _: () = assert!(UFFDIO_POISON == 0xC020_AA08);
+const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
+
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
+const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+/// Regions returned by one scan call.
+const REGIONS_A_SCAN: usize = 1024;
+
+/// How far a move came.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Moved {
+    All,
+    /// So many bytes, then a page pinned by I/O.
+    Pinned(usize),
+}
+
+/// One VM's userfaultfd.
+pub(super) struct Faults {
+    uffd: Uffd,
+    pagemap: File,
+    buffer: EventBuffer,
+    regions: Vec<PageRegion>,
+}
+
+impl std::fmt::Debug for Faults {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Faults {{ fd: {} }}", self.uffd.as_raw_fd())
+    }
+}
+
+/// A failed ioctl.
+fn last_errno() -> i32 {
+    io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+impl Faults {
+    /// Opens a userfaultfd with all that the engine needs.
+    pub(super) fn open() -> Result<Self, String> {
+        let uffd = UffdBuilder::new()
+            .close_on_exec(true)
+            .non_blocking(true)
+            .user_mode_only(false)
+            .require_features(FeatureFlags::from_bits_retain(FEATURES))
+            .create()
+            .map_err(|error| explain(&error))?;
+        let pagemap = File::open("/proc/self/pagemap")
+            .map_err(|error| format!("cannot open /proc/self/pagemap ({error}); is /proc mounted?"))?;
+        Ok(Faults {
+            uffd,
+            pagemap,
+            buffer: EventBuffer::new(EVENTS_A_READ),
+            regions: vec![PageRegion::default(); REGIONS_A_SCAN],
+        })
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.uffd.as_raw_fd()
+    }
+
+    /// Guest memory: missing pages are reported, writes can be tracked.
+    pub(super) fn register_guest(&self, base: *mut u8, len: usize) -> Result<(), String> {
+        self.register(base, len, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT)
+    }
+
+    /// Staging: a legal destination for moves, but a stray touch of it does not wait for anybody.
+    pub(super) fn register_staging(&self, base: *mut u8, len: usize) -> Result<(), String> {
+        self.register(base, len, RegisterMode::WRITE_PROTECT)
+    }
+
+    fn register(&self, base: *mut u8, len: usize, mode: RegisterMode) -> Result<(), String> {
+        self.uffd
+            .register_with_mode(base.cast(), len, mode)
+            .map(|_| ())
+            .map_err(|error| format!("cannot register memory with userfaultfd: {}", chain(&error)))
+    }
+
+    /// Moves pages between two registered ranges of this process, and wakes who waits at the destination.
+    ///
+    /// # Panics
+    /// If the kernel says that source or destination are not as the page table has them: going on could lose data.
+    pub(super) fn move_pages(&self, to: usize, from: usize, len: usize, patience: u32) -> Moved {
+        let mut done = 0;
+        let mut retries = 0;
+        while done < len {
+            let mut arg = UffdioMove {
+                dst: (to + done) as u64,
+                src: (from + done) as u64,
+                len: (len - done) as u64,
+                mode: 0,
+                moved: 0,
+            };
+            // SAFETY: the kernel checks both ranges against this process' mappings; it only edits page tables of ranges
+            // that the engine owns (guest memory and staging), of which no Rust reference exists.
+            let result = unsafe { libc::ioctl(self.fd(), UFFDIO_MOVE, &mut arg) };
+            let errno = if result == 0 { 0 } else { last_errno() };
+            if arg.moved > 0 {
+                done += arg.moved as usize;
+                retries = 0;
+                continue;
+            }
+            retries += 1;
+            match errno {
+                libc::EBUSY if retries < patience => std::hint::spin_loop(),
+                libc::EBUSY => return Moved::Pinned(done),
+                libc::EAGAIN if retries < RETRIES => std::thread::yield_now(),
+                libc::EAGAIN => return Moved::Pinned(done),
+                errno => panic!(
+                    "UFFDIO_MOVE of {len:#x} bytes from {from:#x} to {to:#x} stopped at {done:#x}: {}",
+                    io::Error::from_raw_os_error(errno)
+                ),
+            }
+        }
+        Moved::All
+    }
+
+    /// Makes a missing page raise a memory error when touched, and wakes who waits for it.
+    pub(super) fn poison(&self, at: usize, len: usize) -> io::Result<()> {
+        let mut arg = UffdioPoison { start: at as u64, len: len as u64, mode: 0, updated: 0 };
+        // SAFETY: as above; the range is the engine's and has no frame.
+        let result = unsafe { libc::ioctl(self.fd(), UFFDIO_POISON, &mut arg) };
+        match (result, last_errno()) {
+            (0, _) => Ok(()),
+            // It is poisoned already; who waits must be woken all the same.
+            (_, libc::EEXIST) => {
+                self.wake(at, len);
+                Ok(())
+            }
+            (_, errno) => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    pub(super) fn wake(&self, at: usize, len: usize) {
+        // The only error is a range that is not registered, and it is registered for the engine's life.
+        let _ = self.uffd.wake(at as *mut libc::c_void, len);
+    }
+
+    /// Calls `found` with the address of every fault that waits in the kernel's queue.
+    pub(super) fn read(&mut self, mut found: impl FnMut(usize)) -> io::Result<()> {
+        loop {
+            let mut count = 0;
+            let events = match self.uffd.read_events(&mut self.buffer) {
+                Ok(events) => events,
+                Err(userfaultfd::Error::SystemError(errno)) => {
+                    return Err(io::Error::from_raw_os_error(errno as i32));
+                }
+                Err(error) => return Err(io::Error::other(error)),
+            };
+            for event in events {
+                count += 1;
+                if let Ok(Event::Pagefault { addr, .. }) = event {
+                    found(addr as usize);
+                }
+            }
+            if count < EVENTS_A_READ {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Present pages written since they were last protected, as address ranges; protects them again.
+    /// Holes are left alone: a move into a protected hole would fail.
+    pub(super) fn scan_written(&mut self, base: usize, len: usize, mut found: impl FnMut(usize, usize)) -> io::Result<()> {
+        let end = (base + len) as u64;
+        let mut at = base as u64;
+        while at < end {
+            let mut arg = PmScanArg {
+                size: size_of::<PmScanArg>() as u64,
+                flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+                start: at,
+                end,
+                vec: self.regions.as_mut_ptr() as u64,
+                vec_len: self.regions.len() as u64,
+                category_mask: PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
+                return_mask: PAGE_IS_WRITTEN,
+                ..PmScanArg::default()
+            };
+            // SAFETY: `vec` points to `vec_len` regions that live as long as the call; the kernel writes no more than these.
+            let count = unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
+            if count < 0 {
+                match last_errno() {
+                    libc::EINTR | libc::EAGAIN => continue,
+                    errno => return Err(io::Error::from_raw_os_error(errno)),
+                }
+            }
+            for region in &self.regions[..count as usize] {
+                found(region.start as usize, (region.end - region.start) as usize);
+            }
+            at = arg.walk_end;
+        }
+        Ok(())
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn explain(error: &userfaultfd::Error) -> String {
+    let text = chain(error);
+    match error {
+        userfaultfd::Error::OpenDevUserfaultfd(_) => format!(
+            "no permission to use userfaultfd ({text}); give this user access to /dev/userfaultfd, or run as root"
+        ),
+        userfaultfd::Error::SystemError(errno) if *errno as i32 == libc::EPERM => format!(
+            "no permission to use userfaultfd ({text}); run as root, give access to /dev/userfaultfd, or set the \
+             sysctl vm.unprivileged_userfaultfd=1"
+        ),
+        userfaultfd::Error::SystemError(errno) if *errno as i32 == libc::EINVAL => format!(
+            "this kernel's userfaultfd cannot move pages ({text}); vmemd needs Linux 6.8 or newer (Ubuntu 24.04, Debian 13 \
+             or 12 with the backports kernel, Fedora 40, RHEL 10)"
+        ),
+        userfaultfd::Error::SystemError(errno) if *errno as i32 == libc::ENOSYS => {
+            format!("this kernel has no userfaultfd ({text}); it needs CONFIG_USERFAULTFD")
+        }
+        _ => format!("cannot open a userfaultfd: {text}"),
+    }
+}

@@ -1,0 +1,7 @@
+//! Decisions, each a value in and a value out: no I/O, no clock, no lock.
+
+pub mod clock;
+pub mod placement;
+pub mod prefetch;
+pub mod sampler;
+pub mod watermarks;

@@ -1,0 +1,304 @@
+//! Neighbour prefetch: streams with markers, and a careful window for everything else.
+//!
+//! A *stream* is a row of faults that go up or down. It owns a frontier, up to which pages were asked for.
+//! The first page of each window that it asks for is a *marker*: it is read like the others but stays in
+//! staging, so that the guest's arrival there is seen (a rescue, no I/O) and the next window starts before
+//! the guest runs out of this one. Windows double while the guest follows (the idea of Linux' PG_readahead
+//! marker, `mm/readahead.c`).
+//!
+//! A fault that belongs to no stream brings a few neighbours, which wait in staging to prove themselves.
+//! How many follows from how many of the last ones were used.
+
+use crate::units::{PageNo, Run};
+
+/// First window of a stream, in pages.
+pub const WINDOW_MIN: u32 = 16;
+/// Largest window: 1 MiB.
+pub const WINDOW_MAX: u32 = 256;
+/// Streams followed at once; the least recently used one is forgotten.
+pub const STREAMS: usize = 16;
+/// Neighbours of a lone fault at most: 32 KiB with the page itself, as Linux' page-cluster 3.
+pub const SOLO_MAX: u32 = 7;
+/// Faults remembered for finding new streams.
+const RECENT: usize = 16;
+/// A fault this close behind the last one continues it.
+const NEAR: u64 = 8;
+/// Every so often neighbours are tried even if they were useless lately.
+const PROBE_EVERY: u32 = 64;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Direction {
+    Up,
+    Down,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Stream {
+    direction: Direction,
+    /// Next page to ask for.
+    frontier: PageNo,
+    window: u32,
+    /// Pages asked for since the guest was last seen to follow.
+    unproven: u32,
+    last_used: u64,
+}
+
+/// What to bring in beside the faulting page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// Ascending, whatever the direction.
+    pub run: Run,
+    /// The page to leave in staging. None: all of them wait there.
+    pub marker: Option<PageNo>,
+}
+
+/// Verdict on pages that were prefetched before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Proof {
+    pub used: u32,
+    pub wasted: u32,
+}
+
+/// All that prefetching remembers of one VM.
+#[derive(Debug)]
+pub struct Prefetcher {
+    streams: Vec<Stream>,
+    recent: [PageNo; RECENT],
+    recent_at: usize,
+    clock: u64,
+    /// Used minus wasted neighbours, as a moving score in 0..=SCORE_MAX.
+    score: u32,
+    pages: u64,
+}
+
+const SCORE_MAX: u32 = 256;
+const SCORE_START: u32 = 96;
+
+impl Prefetcher {
+    pub fn new(pages: u64) -> Self {
+        Prefetcher {
+            streams: Vec::with_capacity(STREAMS),
+            recent: [PageNo(u64::MAX); RECENT],
+            recent_at: 0,
+            clock: 0,
+            score: SCORE_START,
+            pages,
+        }
+    }
+
+    /// A vCPU faulted on `page` and waits, or touched a marker. Appends what to bring in to `plans`.
+    pub fn on_fault(&mut self, page: PageNo, plans: &mut Vec<Plan>) -> Proof {
+        self.clock += 1;
+        if let Some(at) = self.streams.iter().position(|stream| stream.covers(page)) {
+            return self.follow(at, page, plans);
+        }
+        let direction = self.recent.iter().find_map(|last| neighbour(*last, page));
+        self.recent[self.recent_at] = page;
+        self.recent_at = (self.recent_at + 1) % RECENT;
+        match direction {
+            Some(direction) => self.start(direction, page, plans),
+            None => {
+                plans.extend(self.solo(page));
+                Proof::default()
+            }
+        }
+    }
+
+    /// A neighbour of a lone fault was touched, or thrown away untouched.
+    pub fn judge_neighbour(&mut self, used: bool) {
+        let target = if used { SCORE_MAX } else { 0 };
+        // A quarter of the neighbours used keeps the score where it is: reading one more is that cheap.
+        let weight = if used { 12 } else { 4 };
+        self.score = (self.score * (256 - weight) + target * weight) / 256;
+    }
+
+    fn follow(&mut self, at: usize, page: PageNo, plans: &mut Vec<Plan>) -> Proof {
+        let pages = self.pages;
+        let stream = &mut self.streams[at];
+        stream.last_used = self.clock;
+        let ahead = stream.ahead_of(page);
+        let used = stream.unproven.saturating_sub(ahead);
+        stream.unproven -= used;
+        if used > 0 {
+            stream.window = (stream.window * 2).min(WINDOW_MAX);
+        }
+        // Two windows are kept ahead of the guest: one that it uses, one that comes.
+        while stream.unproven < stream.window * 2 {
+            match stream.ask(stream.window, pages) {
+                Some(plan) => plans.push(plan),
+                None => break,
+            }
+        }
+        Proof { used, wasted: 0 }
+    }
+
+    fn start(&mut self, direction: Direction, page: PageNo, plans: &mut Vec<Plan>) -> Proof {
+        let mut proof = Proof::default();
+        if self.streams.len() == STREAMS {
+            let oldest = (0..STREAMS).min_by_key(|at| self.streams[*at].last_used).expect("there are streams");
+            proof.wasted = self.streams.swap_remove(oldest).unproven;
+        }
+        let frontier = match direction {
+            Direction::Up => page.plus(1),
+            Direction::Down => page,
+        };
+        let mut stream =
+            Stream { direction, frontier, window: WINDOW_MIN, unproven: 0, last_used: self.clock };
+        plans.extend(stream.ask(WINDOW_MIN, self.pages));
+        self.streams.push(stream);
+        proof
+    }
+
+    fn solo(&self, page: PageNo) -> Option<Plan> {
+        let probe = self.clock.is_multiple_of(u64::from(PROBE_EVERY));
+        let want = if probe { SOLO_MAX } else { SOLO_MAX * self.score / (SCORE_MAX / 2) }.min(SOLO_MAX);
+        let start = page.plus(1);
+        let len = u64::from(want).min(self.pages.saturating_sub(start.0)) as u32;
+        (len > 0).then_some(Plan { run: Run::new(start, len), marker: None })
+    }
+}
+
+/// The direction in which `page` continues `last`.
+fn neighbour(last: PageNo, page: PageNo) -> Option<Direction> {
+    if last.0 < page.0 && page.0 - last.0 <= NEAR {
+        Some(Direction::Up)
+    } else if page.0 < last.0 && last.0 != u64::MAX && last.0 - page.0 <= NEAR {
+        Some(Direction::Down)
+    } else {
+        None
+    }
+}
+
+impl Stream {
+    /// Whether a fault at `page` is the guest following this stream: within what is under way, or just ahead.
+    fn covers(&self, page: PageNo) -> bool {
+        let reach = u64::from(self.unproven);
+        match self.direction {
+            Direction::Up => {
+                page.0 + reach >= self.frontier.0 && page.0 <= self.frontier.0 + NEAR
+            }
+            Direction::Down => {
+                page.0 < self.frontier.0 + reach && page.0 + NEAR + 1 >= self.frontier.0
+            }
+        }
+    }
+
+    /// Pages asked for that lie ahead of `page`, counting it.
+    fn ahead_of(&mut self, page: PageNo) -> u32 {
+        match self.direction {
+            Direction::Up if page >= self.frontier => {
+                self.frontier = page.plus(1);
+                0
+            }
+            Direction::Up => (self.frontier.0 - page.0) as u32,
+            Direction::Down if page < self.frontier => {
+                self.frontier = page;
+                0
+            }
+            Direction::Down => (page.0 + 1 - self.frontier.0) as u32,
+        }
+    }
+
+    fn ask(&mut self, window: u32, pages: u64) -> Option<Plan> {
+        let plan = match self.direction {
+            Direction::Up => {
+                let len = u64::from(window).min(pages.saturating_sub(self.frontier.0)) as u32;
+                let run = Run::new(self.frontier, len);
+                self.frontier = run.end();
+                Plan { run, marker: Some(run.start) }
+            }
+            Direction::Down => {
+                let len = u64::from(window).min(self.frontier.0) as u32;
+                self.frontier = PageNo(self.frontier.0 - u64::from(len));
+                let run = Run::new(self.frontier, len);
+                Plan { run, marker: Some(PageNo(run.end().0.saturating_sub(1))) }
+            }
+        };
+        self.unproven += plan.run.len;
+        (plan.run.len > 0).then_some(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn fault(prefetcher: &mut Prefetcher, page: u64) -> (Vec<Plan>, Proof) {
+        let mut plans = vec![];
+        let proof = prefetcher.on_fault(PageNo(page), &mut plans);
+        (plans, proof)
+    }
+
+    /// The guest goes up page by page; it faults on what was not brought, and on markers.
+    fn walk(prefetcher: &mut Prefetcher, pages: impl Iterator<Item = u64>) -> u32 {
+        let mut brought = std::collections::HashMap::new();
+        let mut misses = 0;
+        for page in pages {
+            let marker = match brought.get(&page) {
+                Some(marker) => *marker,
+                None => {
+                    misses += 1;
+                    true
+                }
+            };
+            if marker {
+                for plan in fault(prefetcher, page).0 {
+                    for page in plan.run.pages() {
+                        brought.insert(page.0, plan.marker.is_none_or(|marker| marker == page));
+                    }
+                }
+            }
+        }
+        misses
+    }
+
+    #[test]
+    fn a_sequential_walk_misses_at_its_start_only() {
+        assert!(walk(&mut Prefetcher::new(100_000), 500..60_000) <= 3);
+        assert!(walk(&mut Prefetcher::new(100_000), (500..60_000).rev()) <= 12);
+    }
+
+    #[test]
+    fn two_walks_at_once_are_two_streams() {
+        let both = (0..20_000).flat_map(|step| [1000 + step, 90_000 - step]);
+        assert!(walk(&mut Prefetcher::new(100_000), both) <= 15);
+    }
+
+    #[test]
+    fn useless_neighbours_end() {
+        let mut prefetcher = Prefetcher::new(1 << 20);
+        (0..500).for_each(|_| prefetcher.judge_neighbour(false));
+        let brought: usize = (1..64).map(|step| fault(&mut prefetcher, step * 7919 % (1 << 20)).0.len()).sum();
+        assert_eq!(brought, 0);
+        (0..100).for_each(|_| prefetcher.judge_neighbour(true));
+        assert_eq!(fault(&mut prefetcher, 777_777).0[0].run.len, SOLO_MAX);
+    }
+
+    #[test]
+    fn the_window_grows_to_its_maximum() {
+        let mut prefetcher = Prefetcher::new(100_000);
+        fault(&mut prefetcher, 10);
+        let mut next = fault(&mut prefetcher, 11).0[0].marker.unwrap();
+        let mut largest = 0;
+        for _ in 0..12 {
+            let plans = fault(&mut prefetcher, next.0).0;
+            largest = plans.iter().map(|plan| plan.run.len).max().unwrap_or(largest);
+            next = plans.last().map_or(next.plus(1), |plan| plan.marker.unwrap());
+        }
+        assert_eq!(largest, WINDOW_MAX);
+    }
+
+    proptest! {
+        #[test]
+        fn plans_stay_within_memory(faults in prop::collection::vec(0u64..600, 1..300)) {
+            let mut prefetcher = Prefetcher::new(600);
+            for page in faults {
+                for plan in fault(&mut prefetcher, page).0 {
+                    prop_assert!(plan.run.len > 0 && plan.run.end().0 <= 600);
+                    prop_assert!(plan.marker.is_none_or(|marker| plan.run.contains(marker)));
+                }
+            }
+        }
+    }
+}

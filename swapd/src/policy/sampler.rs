@@ -1,0 +1,94 @@
+//! Sampling: which resident pages are in use, while memory is plentiful and nothing faults by itself.
+//!
+//! Each tick a few short runs are moved to staging. One that the guest touches comes back by a rescue and is hot;
+//! the others are put back after some ticks. The cost is one rescue a hot run.
+
+use std::collections::VecDeque;
+
+use crate::policy::clock::may_leave;
+use crate::table::PageTable;
+use crate::units::{BLOCK_PAGES, PageNo, Run};
+
+/// Pages sampled of a 2 MiB block at a time; they stand for the block.
+pub const SAMPLE_PAGES: u32 = 16;
+/// Runs taken a tick.
+pub const SAMPLES_A_TICK: usize = 8;
+/// Ticks after which an untouched sample is put back.
+pub const SAMPLE_TICKS: u64 = 10;
+
+/// Which runs are out, and which block is next.
+#[derive(Debug, Default)]
+pub struct Sampler {
+    next_block: usize,
+    pass: u32,
+    out: VecDeque<(u64, Run)>,
+}
+
+impl Sampler {
+    /// Runs to move out at this tick.
+    pub fn choose(&mut self, table: &PageTable, tick: u64, samples: &mut Vec<Run>) {
+        let blocks = table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
+        let mut looked_at = 0;
+        let before = samples.len();
+        // Empty blocks are stepped over, but not without end.
+        while samples.len() - before < SAMPLES_A_TICK && looked_at < SAMPLES_A_TICK * 64 && looked_at < blocks {
+            looked_at += 1;
+            let block = table.block_of(PageNo(self.next_block as u64 * u64::from(BLOCK_PAGES)));
+            if table.resident_in_block(self.next_block) > 0 {
+                let at = (self.pass * SAMPLE_PAGES * 7) % BLOCK_PAGES;
+                let run = block.part(at.min(block.len - 1), SAMPLE_PAGES.min(block.len - at.min(block.len - 1)));
+                let whole = run.pages().take_while(|page| may_leave(table, *page)).count() as u32;
+                if whole > 0 {
+                    let run = run.part(0, whole);
+                    samples.push(run);
+                    self.out.push_back((tick, run));
+                }
+            }
+            self.next_block += 1;
+            if self.next_block == blocks {
+                self.next_block = 0;
+                self.pass += 1;
+            }
+        }
+    }
+
+    /// The next run that has been out for long enough, or any if `all`.
+    pub fn overdue(&mut self, tick: u64, all: bool) -> Option<Run> {
+        let (since, run) = *self.out.front()?;
+        if !all && tick - since < SAMPLE_TICKS {
+            return None;
+        }
+        self.out.pop_front();
+        Some(run)
+    }
+
+    /// The run that `page` was sampled with.
+    pub fn run_of(&self, page: PageNo) -> Option<Run> {
+        self.out.iter().map(|(_, run)| *run).find(|run| run.contains(page))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::PageState::{Arriving, Resident};
+
+    #[test]
+    fn samples_walk_through_all_blocks_and_come_back_due() {
+        let mut table = PageTable::new(4096);
+        for page in (0..4096).map(PageNo) {
+            table.set(page, Arriving);
+            table.set(page, Resident);
+        }
+        let mut sampler = Sampler::default();
+        let mut samples = vec![];
+        sampler.choose(&table, 0, &mut samples);
+        assert_eq!(samples.len(), 8);
+        assert!(sampler.overdue(SAMPLE_TICKS - 1, false).is_none());
+        assert_eq!(sampler.overdue(SAMPLE_TICKS, false), Some(samples[0]));
+        assert_eq!(sampler.run_of(samples[1].start.plus(3)), Some(samples[1]));
+        samples.clear();
+        sampler.choose(&table, 1, &mut samples);
+        assert_eq!(samples[0].start, PageNo(112), "another part of each block at the next pass");
+    }
+}

@@ -1,0 +1,65 @@
+//! How many frames are kept ready ahead of need, for a given budget.
+
+/// Frames kept free at least, whatever the budget.
+pub const LOW_MIN: u32 = 64;
+/// Frames kept free at most: 4 MiB, two full prefetch windows and their faults.
+pub const LOW_MAX: u32 = 1024;
+/// One frame in this many is kept free.
+pub const LOW_SHARE: u32 = 64;
+/// One frame in this many waits in standby, where a touch rescues it without I/O.
+pub const STANDBY_SHARE: u32 = 32;
+pub const STANDBY_MIN: u32 = 128;
+
+/// Victims are chosen so many at a time.
+pub const BATCH_MAX: u32 = 128;
+
+/// All in frames.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Watermarks {
+    /// Below this many free frames, standby frames are taken.
+    pub low: u32,
+    /// Up to this many.
+    pub high: u32,
+    /// Pages that wait in standby.
+    pub standby: u32,
+    /// Victims are chosen when so many frames are missing from the goal.
+    pub batch: u32,
+}
+
+impl Watermarks {
+    /// For a budget in frames, a memory of `pages` and a staging area of `slots`.
+    pub fn of(budget: u64, pages: u64, slots: u32) -> Self {
+        if budget >= pages {
+            // Every page can have a frame of its own: nothing need ever leave.
+            return Watermarks { low: 0, high: 0, standby: 0, batch: 1 };
+        }
+        let share = |part: u32| u32::try_from(budget / u64::from(part)).unwrap_or(u32::MAX);
+        let low_min = LOW_MIN.min(share(16));
+        let low = share(LOW_SHARE).clamp(low_min, LOW_MAX.min(slots / 8).max(low_min));
+        let standby_min = STANDBY_MIN.min(share(16));
+        let standby = share(STANDBY_SHARE).clamp(standby_min, (slots / 4).max(standby_min));
+        let batch = BATCH_MAX.min((low + standby) / 2);
+        Watermarks { low, high: low * 2, standby, batch }
+    }
+
+    /// Frames outside the guest that the engine aims for when memory is short.
+    pub fn goal(&self) -> u32 {
+        self.high + self.standby
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_budget_still_has_most_frames_in_the_guest() {
+        let marks = Watermarks::of(4096, 8192, 2048);
+        assert!(marks.low < marks.high && marks.goal() <= 4096 / 8 && marks.batch <= marks.goal(), "{marks:?}");
+    }
+
+    #[test]
+    fn a_budget_for_every_page_keeps_nothing_back() {
+        assert_eq!(Watermarks::of(8192, 8192, 2048).goal(), 0);
+    }
+}

@@ -1,0 +1,307 @@
+//! Which staging slots hold a frame, for which page, and which are free: bookkeeping only, no memory.
+//!
+//! ```text
+//!            take_empty                     (frame moved in from the guest)
+//!   Empty ───────────────▶ Bound(page) ◀──────────────────────────────┐
+//!     ▲                        │ frame moved to the guest: vacate     │
+//!     ├────────────────────────┘                                      │
+//!     │ return to host         │ frame no longer needed: free         │
+//!     └──────────── Free ◀─────┘                                      │
+//!                     │ take_free                                     │
+//!                     └──────────────▶ Bound(page) or Granted ────────┘
+//! ```
+//! Slots are handed out in contiguous runs, so that a batch moves by one ioctl and is written by one
+//! operation. Standby slots form a list in the order in which they became standby.
+
+use crate::units::{PageNo, Slot, SlotRun};
+
+/// What a slot is used for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Use {
+    /// No frame.
+    Empty,
+    /// A frame that nothing needs.
+    Free,
+    /// A frame for this page, or a place reserved for its frame.
+    Bound(PageNo),
+    /// A frame that a session of a migration receives into.
+    Granted,
+    /// A frame that the device still works with, though its page has gone another way.
+    Orphan,
+}
+
+const NIL: u32 = u32::MAX;
+
+#[derive(Clone, Copy)]
+struct Info {
+    used: Use,
+    prev: u32,
+    next: u32,
+}
+
+/// A set of slots with fast search for contiguous runs.
+#[derive(Debug)]
+struct SlotSet {
+    words: Vec<u64>,
+    count: u32,
+    cursor: usize,
+}
+
+impl SlotSet {
+    fn new(slots: u32, full: bool) -> Self {
+        let mut set = SlotSet { words: vec![0; slots.div_ceil(64) as usize], count: 0, cursor: 0 };
+        if full {
+            (0..slots).for_each(|slot| set.insert(slot));
+        }
+        set
+    }
+
+    fn contains(&self, slot: u32) -> bool {
+        self.words.get((slot / 64) as usize).is_some_and(|word| word >> (slot % 64) & 1 == 1)
+    }
+
+    fn insert(&mut self, slot: u32) {
+        debug_assert!(!self.contains(slot));
+        self.words[(slot / 64) as usize] |= 1 << (slot % 64);
+        self.count += 1;
+    }
+
+    fn remove(&mut self, slot: u32) {
+        debug_assert!(self.contains(slot));
+        self.words[(slot / 64) as usize] &= !(1 << (slot % 64));
+        self.count -= 1;
+    }
+
+    /// Takes the first run of `want` slots found from the cursor on, or the longest of those looked at.
+    fn take(&mut self, want: u32) -> Option<SlotRun> {
+        /// Words looked at before a shorter run is good enough.
+        const SEARCH_WORDS: usize = 256;
+        if self.count == 0 || want == 0 {
+            return None;
+        }
+        let mut best: Option<SlotRun> = None;
+        let mut at = self.cursor;
+        let mut seen = 0;
+        while seen < self.words.len() {
+            if self.words[at] == 0 {
+                at = (at + 1) % self.words.len();
+                seen += 1;
+                continue;
+            }
+            let first = at as u32 * 64 + self.words[at].trailing_zeros();
+            let mut start = first;
+            // Runs within this word, and the one that goes on behind it.
+            loop {
+                let mut len = 0;
+                while len < want && self.contains(start + len) {
+                    len += 1;
+                }
+                if len > best.map_or(0, |run| run.len) {
+                    best = Some(SlotRun::new(Slot(start), len));
+                }
+                if len >= want {
+                    break;
+                }
+                start += len + 1;
+                while start / 64 == at as u32 && !self.contains(start) {
+                    start += 1;
+                }
+                if start / 64 != at as u32 {
+                    break;
+                }
+            }
+            seen += 1;
+            let enough = best.is_some_and(|run| run.len >= want);
+            if enough || (seen >= SEARCH_WORDS && best.is_some()) {
+                break;
+            }
+            at = (at + 1) % self.words.len();
+        }
+        self.cursor = at;
+        let run = best?;
+        run.slots().for_each(|slot| self.remove(slot.0));
+        Some(run)
+    }
+}
+
+/// The staging area's books.
+pub struct Staging {
+    infos: Vec<Info>,
+    free: SlotSet,
+    empty: SlotSet,
+    standby_first: u32,
+    standby_last: u32,
+    standby_count: u32,
+}
+
+impl std::fmt::Debug for Staging {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Staging {{ slots: {}, free: {}, empty: {}, standby: {} }}",
+            self.infos.len(),
+            self.free.count,
+            self.empty.count,
+            self.standby_count
+        )
+    }
+}
+
+impl Staging {
+    pub fn new(slots: u32) -> Self {
+        Staging {
+            infos: vec![Info { used: Use::Empty, prev: NIL, next: NIL }; slots as usize],
+            free: SlotSet::new(slots, false),
+            empty: SlotSet::new(slots, true),
+            standby_first: NIL,
+            standby_last: NIL,
+            standby_count: 0,
+        }
+    }
+
+    pub fn slots(&self) -> u32 {
+        self.infos.len() as u32
+    }
+
+    /// Frames that nothing needs.
+    pub fn free_frames(&self) -> u32 {
+        self.free.count
+    }
+
+    pub fn empty_slots(&self) -> u32 {
+        self.empty.count
+    }
+
+    /// Slots with a frame in them, whatever for.
+    pub fn held_frames(&self) -> u32 {
+        self.slots() - self.empty.count
+    }
+
+    pub fn used(&self, slot: Slot) -> Use {
+        self.infos[slot.index()].used
+    }
+
+    /// Up to `want` contiguous free frames. The caller binds or grants them.
+    pub fn take_free(&mut self, want: u32) -> Option<SlotRun> {
+        self.free.take(want)
+    }
+
+    /// Up to `want` contiguous slots without a frame. The caller binds or grants them.
+    pub fn take_empty(&mut self, want: u32) -> Option<SlotRun> {
+        self.empty.take(want)
+    }
+
+    pub fn assign(&mut self, slot: Slot, used: Use) {
+        assert!(
+            !matches!(used, Use::Empty | Use::Free),
+            "slots become empty or free through vacate and free"
+        );
+        self.infos[slot.index()].used = used;
+    }
+
+    /// The slot's frame is not needed any more.
+    pub fn free(&mut self, slot: Slot) {
+        assert!(!self.free.contains(slot.0) && !self.empty.contains(slot.0), "{slot:?} is free already");
+        self.infos[slot.index()].used = Use::Free;
+        self.free.insert(slot.0);
+    }
+
+    /// The slot's frame went to the guest, or to the host.
+    pub fn vacate(&mut self, slot: Slot) {
+        assert!(!self.free.contains(slot.0) && !self.empty.contains(slot.0), "{slot:?} is empty already");
+        self.infos[slot.index()].used = Use::Empty;
+        self.empty.insert(slot.0);
+    }
+
+    // ── the standby list ──────────────────────────────────────────────────────────────────
+
+    pub fn standby_count(&self) -> u32 {
+        self.standby_count
+    }
+
+    pub fn standby_oldest(&self) -> Option<Slot> {
+        (self.standby_first != NIL).then_some(Slot(self.standby_first))
+    }
+
+    pub fn standby_push(&mut self, slot: Slot) {
+        let last = self.standby_last;
+        let info = &mut self.infos[slot.index()];
+        (info.prev, info.next) = (last, NIL);
+        match last {
+            NIL => self.standby_first = slot.0,
+            last => self.infos[last as usize].next = slot.0,
+        }
+        self.standby_last = slot.0;
+        self.standby_count += 1;
+    }
+
+    pub fn standby_remove(&mut self, slot: Slot) {
+        let Info { prev, next, .. } = self.infos[slot.index()];
+        match prev {
+            NIL => self.standby_first = next,
+            prev => self.infos[prev as usize].next = next,
+        }
+        match next {
+            NIL => self.standby_last = prev,
+            next => self.infos[next as usize].prev = prev,
+        }
+        self.standby_count -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn runs_cross_words_and_fall_back_to_the_longest() {
+        let mut set = SlotSet::new(256, true);
+        assert_eq!(set.take(200), Some(SlotRun::new(Slot(0), 200)));
+        assert_eq!(set.take(100), Some(SlotRun::new(Slot(200), 56)));
+        assert_eq!(set.take(1), None);
+    }
+
+    #[test]
+    fn standby_leaves_in_the_order_of_arrival() {
+        let mut staging = Staging::new(64);
+        let run = staging.take_empty(4).unwrap();
+        for slot in run.slots() {
+            staging.assign(slot, Use::Bound(PageNo(u64::from(slot.0))));
+            staging.standby_push(slot);
+        }
+        staging.standby_remove(Slot(1));
+        let mut order = vec![];
+        while let Some(slot) = staging.standby_oldest() {
+            staging.standby_remove(slot);
+            order.push(slot.0);
+        }
+        assert_eq!(order, [0, 2, 3]);
+        assert_eq!(staging.standby_count(), 0);
+    }
+
+    proptest! {
+        /// Against a naive set: what is taken was in, is contiguous, is out afterwards; nothing is lost.
+        #[test]
+        fn slot_set_matches_a_naive_model(steps in prop::collection::vec((0u32..300, 1u32..100, any::<bool>()), 1..200)) {
+            let mut set = SlotSet::new(300, false);
+            let mut model = std::collections::BTreeSet::new();
+            for (slot, want, take) in steps {
+                if take {
+                    match set.take(want) {
+                        Some(run) => {
+                            prop_assert!(run.len <= want && run.len > 0);
+                            for slot in run.slots() {
+                                prop_assert!(model.remove(&slot.0));
+                            }
+                        }
+                        None => prop_assert!(model.is_empty()),
+                    }
+                } else if model.insert(slot) {
+                    set.insert(slot);
+                }
+                prop_assert_eq!(set.count as usize, model.len());
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! The page table: one 16-bit entry a page, one enum of states, one table of legal transitions.
+//!
+//! ```text
+//!  bits 0-3   state
+//!  bit  4     STORED    the store has content for the page, with the checksum on record
+//!  bit  5     HELD      a migration reads it: it must not leave the guest
+//!  bit  6     PREFETCHED brought in unasked, not used so far
+//!  bit  7     WRITING   a write of this page to the store is in flight
+//!  bits 8-15  heat, as of the epoch of its 2 MiB block
+//! ```
+//! Invariant: a page's state changes only in [`PageTable::set`], which panics on an illegal transition.
+//! Pages of a block are summarised (resident count, heat epoch), so that sweeps skip empty blocks and
+//! decay costs nothing where nothing happens.
+
+use crate::units::{BLOCK_PAGES, PageNo, Run};
+
+/// Where a page is. See `docs/engine.md` for the picture.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum PageState {
+    /// Reads as zeros; has no frame and nothing in the store.
+    Untouched = 0,
+    /// In the guest.
+    Resident = 1,
+    /// Frame in staging, the store does not have this content yet.
+    Leaving = 2,
+    /// Frame in staging, the store has the same content.
+    Standby = 3,
+    /// In the store alone.
+    Stored = 4,
+    /// Bound for the guest: being read, or on its way from staging.
+    Arriving = 5,
+    /// Frame in staging to see whether somebody misses it.
+    Sampled = 6,
+    /// Lost; the guest gets a memory error if it touches it.
+    Poisoned = 7,
+}
+
+use PageState::{Arriving, Leaving, Poisoned, Resident, Sampled, Standby, Stored, Untouched};
+
+/// How many states there are.
+pub const STATES: usize = 8;
+const ALL_STATES: [PageState; STATES] =
+    [Untouched, Resident, Leaving, Standby, Stored, Arriving, Sampled, Poisoned];
+
+/// Every transition that may happen, and when.
+pub const LEGAL: &[(PageState, PageState)] = &[
+    (Untouched, Arriving), // first touch, or received for RAM
+    (Untouched, Leaving),  // received for the store
+    (Untouched, Poisoned), // received as poisoned
+    (Resident, Leaving),   // chosen as victim
+    (Resident, Sampled),   // chosen as sample
+    (Resident, Untouched), // given back by the guest, or replaced by a newer version
+    (Leaving, Arriving),   // touched: rescue
+    (Leaving, Resident),   // pinned by I/O: never left
+    (Leaving, Standby),    // written, or unchanged since it was
+    (Leaving, Stored),     // written, and its frame needed at once
+    (Leaving, Untouched),  // all zeros, given back, or replaced
+    (Standby, Arriving),   // touched: rescue
+    (Standby, Stored),     // frame taken for another page
+    (Standby, Untouched),  // given back, or replaced
+    (Stored, Arriving),    // fault or prefetch
+    (Stored, Untouched),   // given back, or replaced
+    (Arriving, Resident),  // in the guest
+    (Arriving, Standby),   // prefetched: waits in staging to prove itself
+    (Arriving, Stored),    // prefetch that failed
+    (Arriving, Poisoned),  // unreadable
+    (Arriving, Untouched), // given back
+    (Sampled, Arriving),   // touched, or put back
+    (Sampled, Resident),   // pinned by I/O: never left
+    (Sampled, Untouched),  // given back
+    (Poisoned, Untouched), // given back, or replaced
+];
+
+const fn legal_matrix() -> [[bool; STATES]; STATES] {
+    let mut matrix = [[false; STATES]; STATES];
+    let mut at = 0;
+    while at < LEGAL.len() {
+        matrix[LEGAL[at].0 as usize][LEGAL[at].1 as usize] = true;
+        at += 1;
+    }
+    matrix
+}
+
+const IS_LEGAL: [[bool; STATES]; STATES] = legal_matrix();
+
+const STATE_MASK: u16 = 0x000F;
+const HEAT_SHIFT: u32 = 8;
+
+/// One-bit facts about a page beside its state.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u16)]
+pub enum Flag {
+    Stored = 1 << 4,
+    Held = 1 << 5,
+    Prefetched = 1 << 6,
+    Writing = 1 << 7,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Block {
+    /// Resident pages in the block.
+    resident: u16,
+    /// The epoch that the block's heats are of.
+    epoch: u32,
+}
+
+/// The table, and the counts that follow from it.
+pub struct PageTable {
+    entries: Vec<u16>,
+    blocks: Vec<Block>,
+    epoch: u32,
+    counts: [u64; STATES],
+    transitions: [[u64; STATES]; STATES],
+}
+
+impl std::fmt::Debug for PageTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PageTable {{ pages: {}, counts: {:?} }}", self.entries.len(), self.counts)
+    }
+}
+
+impl PageTable {
+    /// A table of `pages` untouched pages. Memory is taken from the host only where entries are written.
+    pub fn new(pages: u64) -> Self {
+        let blocks = pages.div_ceil(u64::from(BLOCK_PAGES)) as usize;
+        let mut counts = [0; STATES];
+        counts[Untouched as usize] = pages;
+        PageTable {
+            entries: vec![0; pages as usize],
+            blocks: vec![Block::default(); blocks],
+            epoch: 0,
+            counts,
+            transitions: [[0; STATES]; STATES],
+        }
+    }
+
+    pub fn pages(&self) -> u64 {
+        self.entries.len() as u64
+    }
+
+    pub fn state(&self, page: PageNo) -> PageState {
+        ALL_STATES[usize::from(self.entries[page.index()] & STATE_MASK)]
+    }
+
+    /// Changes a page's state.
+    ///
+    /// # Panics
+    /// If the transition is not in [`LEGAL`]: the table is then wrong, and going on would lose data.
+    pub fn set(&mut self, page: PageNo, to: PageState) {
+        let from = self.state(page);
+        assert!(IS_LEGAL[from as usize][to as usize], "illegal transition of {page}: {from:?} -> {to:?}");
+        let entry = &mut self.entries[page.index()];
+        *entry = (*entry & !STATE_MASK) | to as u16;
+        self.counts[from as usize] -= 1;
+        self.counts[to as usize] += 1;
+        self.transitions[from as usize][to as usize] += 1;
+        let block = &mut self.blocks[page.block()];
+        block.resident -= u16::from(from == Resident);
+        block.resident += u16::from(to == Resident);
+    }
+
+    pub fn has(&self, page: PageNo, flag: Flag) -> bool {
+        self.entries[page.index()] & flag as u16 != 0
+    }
+
+    pub fn put(&mut self, page: PageNo, flag: Flag, on: bool) {
+        let entry = &mut self.entries[page.index()];
+        *entry = if on { *entry | flag as u16 } else { *entry & !(flag as u16) };
+    }
+
+    pub fn count(&self, state: PageState) -> u64 {
+        self.counts[state as usize]
+    }
+
+    /// How often each transition was taken, as `[from][to]`.
+    pub fn transitions(&self) -> &[[u64; STATES]; STATES] {
+        &self.transitions
+    }
+
+    pub fn resident_in_block(&self, block: usize) -> u16 {
+        self.blocks[block].resident
+    }
+
+    /// The longest run of pages in `state` around `page` within `bounds`.
+    pub fn run_around(&self, page: PageNo, state: PageState, bounds: Run) -> Run {
+        let same = |other: &PageNo| self.state(*other) == state;
+        let before = (bounds.start.0..page.0).rev().map(PageNo).take_while(same).count() as u32;
+        let after = (page.0..bounds.end().0).map(PageNo).take_while(same).count() as u32;
+        Run::new(PageNo(page.0 - u64::from(before)), before + after)
+    }
+
+    /// The 2 MiB block of a page, cut off at the end of memory.
+    pub fn block_of(&self, page: PageNo) -> Run {
+        let start = PageNo(page.0 - page.0 % u64::from(BLOCK_PAGES));
+        Run::new(start, (self.pages() - start.0).min(u64::from(BLOCK_PAGES)) as u32)
+    }
+
+    // ── heat ─────────────────────────────────────────────────────────────────────────────
+
+    /// Decayed access score: halves at each epoch.
+    pub fn heat(&self, page: PageNo) -> u8 {
+        let raw = (self.entries[page.index()] >> HEAT_SHIFT) as u8;
+        raw >> self.age(page.block()).min(7)
+    }
+
+    fn age(&self, block: usize) -> u32 {
+        self.epoch - self.blocks[block].epoch
+    }
+
+    /// Brings the block's heats to the present epoch, so that one of them can change.
+    fn refresh(&mut self, page: PageNo) {
+        let age = self.age(page.block()).min(8);
+        if age == 0 {
+            return;
+        }
+        for index in self.block_of(page).indices() {
+            let entry = self.entries[index];
+            let heat = (entry >> HEAT_SHIFT) >> age;
+            self.entries[index] = (entry & 0x00FF) | (heat << HEAT_SHIFT);
+        }
+        self.blocks[page.block()].epoch = self.epoch;
+    }
+
+    pub fn set_heat(&mut self, page: PageNo, heat: u8) {
+        self.refresh(page);
+        let entry = &mut self.entries[page.index()];
+        *entry = (*entry & 0x00FF) | (u16::from(heat) << HEAT_SHIFT);
+    }
+
+    pub fn warm(&mut self, page: PageNo, by: u8) {
+        self.set_heat(page, self.heat(page).saturating_add(by));
+    }
+
+    /// Everything cools by half.
+    pub fn next_epoch(&mut self) {
+        self.epoch += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_transition_not_listed_panics() {
+        for from in ALL_STATES {
+            for to in ALL_STATES {
+                let mut table = PageTable::new(1);
+                table.entries[0] = from as u16;
+                table.counts = [1; STATES];
+                table.blocks[0].resident = 1;
+                let legal = LEGAL.contains(&(from, to));
+                let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| table.set(PageNo(0), to)));
+                assert_eq!(done.is_ok(), legal, "{from:?} -> {to:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn heat_halves_each_epoch_and_flags_stay() {
+        let mut table = PageTable::new(1024);
+        table.put(PageNo(3), Flag::Held, true);
+        table.set_heat(PageNo(3), 200);
+        table.next_epoch();
+        assert_eq!(table.heat(PageNo(3)), 100);
+        table.warm(PageNo(4), 1);
+        assert_eq!((table.heat(PageNo(3)), table.heat(PageNo(4))), (100, 1));
+        table.next_epoch();
+        table.next_epoch();
+        assert_eq!((table.heat(PageNo(3)), table.heat(PageNo(4))), (25, 0));
+        assert!(table.has(PageNo(3), Flag::Held) && !table.has(PageNo(3), Flag::Writing));
+        assert_eq!(table.state(PageNo(3)), Untouched);
+    }
+
+    #[test]
+    fn runs_stop_at_other_states_and_bounds() {
+        let mut table = PageTable::new(600);
+        table.set(PageNo(10), Arriving);
+        assert_eq!(table.run_around(PageNo(12), Untouched, table.block_of(PageNo(12))), Run::new(PageNo(11), 501));
+        assert_eq!(table.block_of(PageNo(599)), Run::new(PageNo(512), 88));
+    }
+}

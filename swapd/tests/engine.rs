@@ -1,0 +1,221 @@
+//! The engine on the real kernel: userfaultfd, io_uring, a real file.
+
+mod common;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use common::{Patience, Vm, start};
+use swapd::{CommandError, Engine, PAGE_SIZE, PageNo, Place, Run, StartError};
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn four_times_the_budget_is_written_and_read_back() {
+    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    for round in 1..=3 {
+        vm.write_all(round);
+        assert_eq!(vm.mismatches(round), 0, "round {round}");
+    }
+    let stats = vm.stats();
+    assert!(stats.frames_bytes <= 16 * MIB, "{stats:?}");
+    assert!(stats.evict.written > 0 && stats.faults.store > 0 && stats.prefetch.used > 0, "{stats:?}");
+    assert_eq!(stats.resident_bytes + stats.stored_bytes + stats.untouched_bytes, 64 * MIB);
+}
+
+#[test]
+fn random_access_by_four_threads_finds_every_page_right() {
+    let Some(vm) = start(48 * MIB, 16 * MIB) else { return };
+    vm.write_all(1);
+    let pages = vm.pages();
+    let wrong = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let (vm, wrong) = (&vm, &wrong);
+            scope.spawn(move || {
+                // Each thread has its own quarter, and reads and rewrites it in an order of its own.
+                let mut x = thread + 1;
+                let mut round = vec![1u64; (pages / 4) as usize];
+                for _ in 0..6000 {
+                    x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let nth = (x >> 33) % (pages / 4);
+                    let page = PageNo(thread * (pages / 4) + nth);
+                    let bad = !vm.is_right(page, round[nth as usize]);
+                    wrong.fetch_add(u64::from(bad), Ordering::Relaxed);
+                    if x & 1 == 0 {
+                        round[nth as usize] += 1;
+                        vm.write(page, round[nth as usize]);
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(wrong.into_inner(), 0);
+}
+
+#[test]
+fn clean_pages_are_dropped_and_zero_pages_never_written() {
+    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let handle = vm.handle();
+    let all = Run::new(PageNo(0), vm.pages() as u32);
+    // Reading alone leaves zeros behind.
+    (0..vm.pages()).for_each(|page| assert!(vm.is_zero(PageNo(page))));
+    handle.evict(all).unwrap();
+    assert_eq!(vm.stats().evict.written, 0);
+    assert_eq!(vm.stats().untouched_bytes, 64 * MIB);
+    vm.write_all(1);
+    handle.evict(all).unwrap();
+    let written = vm.stats().evict.written;
+    assert_eq!(vm.mismatches(1), 0);
+    handle.evict(all).unwrap();
+    assert_eq!(vm.stats().evict.written, written, "unchanged pages are not written again");
+    assert_eq!(vm.stats().stored_bytes, 64 * MIB);
+}
+
+#[test]
+fn the_budget_changes_under_load_both_ways() {
+    let Some(vm) = start(96 * MIB, 32 * MIB) else { return };
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=6 {
+                vm.write_all(round);
+                assert_eq!(vm.mismatches(round), 0, "round {round}");
+            }
+            done.store(true, Ordering::Release);
+        });
+        let handle = vm.handle();
+        for step in 0.. {
+            if done.load(Ordering::Acquire) {
+                break;
+            }
+            let budget = [16, 64, 20, 96, 32][step % 5] * MIB;
+            handle.set_budget(budget).unwrap();
+            assert!(vm.stats().frames_bytes <= budget);
+        }
+    });
+    let error = vm.handle().set_budget(MIB).unwrap_err();
+    assert!(matches!(error, CommandError::BudgetTooSmall { .. }), "{error}");
+    let error = vm.handle().set_budget(97 * MIB).unwrap_err();
+    assert!(matches!(error, CommandError::BudgetTooLarge { .. }), "{error}");
+}
+
+#[test]
+fn given_back_memory_reads_as_zeros_and_frees_frames() {
+    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    vm.write_all(1);
+    let run = Run::new(PageNo(1000), 9000);
+    vm.handle().discard(run).unwrap();
+    run.pages().for_each(|page| assert!(vm.is_zero(page), "{page}"));
+    assert!((0..1000).chain(10_000..vm.pages()).all(|page| vm.is_right(PageNo(page), 1)));
+    let beyond = Run::new(PageNo(vm.pages() - 1), 2);
+    assert!(matches!(vm.handle().discard(beyond), Err(CommandError::OutOfRange(_))));
+}
+
+#[test]
+fn tracking_names_every_written_page() {
+    let Some(vm) = start(64 * MIB, 32 * MIB) else { return };
+    vm.write_all(1);
+    let handle = vm.handle();
+    handle.track_writes(true).unwrap();
+    handle.collect_written().unwrap();
+    let touched: Vec<u64> = (0..vm.pages()).filter(|page| page % 37 == 5).collect();
+    touched.iter().for_each(|page| vm.write(PageNo(*page), 2));
+    // Some of them leave the guest before the scan sees them.
+    handle.evict(Run::new(PageNo(0), 2048)).unwrap();
+    let runs = handle.collect_written().unwrap();
+    let named = |page: u64| runs.iter().any(|run| run.contains(PageNo(page)));
+    assert!(touched.iter().all(|page| named(*page)));
+    let quiet = handle.collect_written().unwrap();
+    assert_eq!(quiet.iter().map(|run| u64::from(run.len)).sum::<u64>(), 0, "{quiet:?}");
+    handle.track_writes(false).unwrap();
+    assert!(matches!(handle.collect_written(), Err(CommandError::NotNow(_))));
+}
+
+#[test]
+fn held_pages_stay_where_they_are() {
+    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    vm.write_all(1);
+    let handle = vm.handle();
+    let run = Run::new(PageNo(vm.pages() - 600), 600);
+    let pieces = Patience::default().until("nothing moves", || {
+        let pieces = handle.hold(run).unwrap();
+        pieces.iter().all(|piece| piece.place != Place::Moving).then_some(pieces)
+    });
+    for round in 2..=3 {
+        (0..vm.pages() - 600).for_each(|page| vm.write(PageNo(page), round));
+    }
+    let after = handle.hold(run).unwrap();
+    let memory = |pieces: &[swapd::Piece]| -> Vec<PageNo> {
+        let held = pieces.iter().filter(|piece| piece.place == Place::Memory);
+        held.flat_map(|piece| piece.run.pages()).collect()
+    };
+    assert!(!memory(&pieces).is_empty());
+    assert!(memory(&pieces).iter().all(|page| memory(&after).contains(page)));
+    handle.release(run).unwrap();
+}
+
+#[test]
+fn prealloc_takes_the_frames_at_start() {
+    let Some(vm) = Vm::start(64 * MIB, 32 * MIB, true) else { return };
+    let frames = vm.stats().frames_bytes;
+    assert!(frames > 28 * MIB && frames <= 32 * MIB, "{frames}");
+    vm.write_all(1);
+    assert_eq!(vm.mismatches(1), 0);
+}
+
+#[test]
+fn samples_find_the_pages_in_use() {
+    let Some(vm) = start(32 * MIB, 32 * MIB) else { return };
+    vm.write_all(1);
+    let hot = 0..vm.pages() / 4;
+    let heat = Patience::default().until("samples were touched", || {
+        hot.clone().for_each(|page| assert!(vm.is_right(PageNo(page), 1)));
+        (vm.stats().sampling.touched > 500).then(|| vm.heat())
+    });
+    let warm = |pages: std::ops::Range<u64>| pages.filter(|page| heat[*page as usize] > 0).count();
+    let (inside, outside) = (warm(hot), warm(vm.pages() / 2..vm.pages()));
+    assert!(inside > 500 && outside < inside / 10, "{inside} warm pages in use, {outside} of those not in use");
+}
+
+#[test]
+fn a_store_that_lies_poisons_one_page_and_no_more() {
+    use std::os::unix::fs::FileExt;
+    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    vm.write_all(1);
+    let handle = vm.handle();
+    handle.evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
+    let bad = PageNo(4321);
+    let page = common::Aligned::filled(0x5A);
+    handle.store().write_all_at(page.bytes(), bad.offset()).unwrap();
+    // The kernel refuses to copy from a poisoned page, instead of ending this process by a signal.
+    assert!(vm.is_unreadable(bad));
+    assert!((0..vm.pages()).map(PageNo).filter(|page| *page != bad).all(|page| vm.is_right(page, 1)));
+    assert_eq!(vm.stats().poisoned_pages, 1);
+    assert!(vm.stats().store.checksum_mismatches >= 1);
+}
+
+#[test]
+fn settings_that_cannot_be_are_refused_with_the_remedy() {
+    let refused = |memory, budget, store: &str| {
+        Engine::start(common::config(memory, budget, store.into(), false), Box::new(|_| {})).unwrap_err()
+    };
+    let cases = [
+        (refused(64 * MIB, 8 * MIB, "/tmp"), "at least 16M"),
+        (refused(64 * MIB, 65 * MIB, "/tmp"), "lower one or raise the other"),
+        (refused(63 * MIB, 32 * MIB, "/tmp"), "multiple of 2 MiB"),
+        (refused(1 << 50, 1 << 49, "/tmp"), "available"),
+        (refused(64 * MIB, 32 * MIB, "/nonexistent"), "create the directory"),
+        (refused(64 * MIB, 32 * MIB, "/etc/passwd"), "neither a directory nor a block device"),
+        (refused(64 * MIB, 32 * MIB, "/proc"), "store"),
+    ];
+    for (error, remedy) in cases {
+        assert!(error.to_string().contains(remedy), "{error}");
+    }
+    assert!(matches!(refused(1 << 42, 32 * MIB, "/tmp"), StartError::Store(_)), "no room for the rest");
+}
+
+#[test]
+fn a_page_is_as_large_as_we_think() {
+    // SAFETY: no pointers are involved.
+    assert_eq!(unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize, PAGE_SIZE);
+}

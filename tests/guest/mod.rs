@@ -1,0 +1,150 @@
+//! A reference guest on plain memory, and what tests do with it.
+
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+pub(crate) mod uffd;
+
+use std::io::Write;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use memmap2::{MmapMut, MmapOptions};
+use vmemd::size::Size;
+use vmemd::vmm::{
+    GuestCounters, Machine, MachineConfig, PAGE_BYTES, PAGE_WORDS, RunState, VmmError, page_content,
+};
+
+/// No condition takes longer, even on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(1);
+
+/// A machine and its memory. Fields drop in order: the machine first.
+pub(crate) struct Guest {
+    pub(crate) machine: Machine,
+    pub(crate) memory: MmapMut,
+}
+
+/// Anonymous memory that is backed only where it is touched.
+pub(crate) fn memory(bytes: u64) -> MmapMut {
+    MmapOptions::new().len(bytes as usize).no_reserve_swap().map_anon().unwrap()
+}
+
+/// The configuration from texts.
+pub(crate) fn config(size: &str, vcpus: u32, workload: &str) -> MachineConfig {
+    let memory_bytes = size.parse::<Size>().unwrap().bytes();
+    MachineConfig { memory_bytes, vcpus, workload: workload.parse().unwrap() }
+}
+
+/// Says, past the test harness's capturing, that a test could not be done and why.
+pub(crate) fn skipped(why: &dyn std::fmt::Display) {
+    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
+}
+
+impl Guest {
+    /// None, and a word about it, where there is no KVM.
+    pub(crate) fn new(size: &str, vcpus: u32, workload: &str) -> Option<Guest> {
+        let config = config(size, vcpus, workload);
+        Guest::on(memory(config.memory_bytes), config)
+    }
+
+    /// The same on memory that the caller has made.
+    pub(crate) fn on(mut memory: MmapMut, config: MachineConfig) -> Option<Guest> {
+        match Machine::new(config, memory.as_mut_ptr()) {
+            Ok(machine) => Some(Guest { machine, memory }),
+            Err(error @ (VmmError::NoKvm | VmmError::NoPermission)) => {
+                skipped(&error);
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Waits until the counters are so; panics with them if the guest fails or takes too long.
+    pub(crate) fn wait(&self, what: &str, done: impl Fn(&GuestCounters) -> bool) -> GuestCounters {
+        let start = Instant::now();
+        loop {
+            let counters = self.machine.counters();
+            if done(&counters) {
+                return counters;
+            }
+            let state = self.machine.state();
+            assert_eq!(state, RunState::Running, "waiting for {what}: {counters:?}");
+            assert!(start.elapsed() < DEADLINE, "waiting for {what}: {counters:?}");
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+/// Offsets that `docs/guest.md` fixes.
+const HEADER: usize = 0x1000;
+const HEADER_LEDGER: usize = 0x20;
+
+impl Guest {
+    /// A guest on memory that the caller has prepared.
+    pub(crate) fn restored(state: &[u8], memory: MmapMut) -> Guest {
+        let mut memory = memory;
+        let machine = Machine::restore_sized(state, memory.as_mut_ptr(), memory.len() as u64).unwrap();
+        Guest { machine, memory }
+    }
+
+    /// Waits until the guest has failed, and gives the reason.
+    pub(crate) fn wait_failure(&self) -> String {
+        let start = Instant::now();
+        loop {
+            if let RunState::Failed(reason) = self.machine.state() {
+                return reason;
+            }
+            assert!(start.elapsed() < DEADLINE, "the guest does not fail: {:?}", self.machine.counters());
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Where a page is in this process. The guest must be paused for what is read there to stand still.
+    fn page_ptr(&mut self, page: u64) -> *mut [u64; PAGE_WORDS] {
+        let offset = page as usize * PAGE_BYTES;
+        assert!(offset < self.memory.len());
+        self.memory.as_mut_ptr().wrapping_add(offset).cast()
+    }
+
+    pub(crate) fn page(&mut self, page: u64) -> [u64; PAGE_WORDS] {
+        // SAFETY: within the mapping (asserted), aligned to a page; the guest is paused.
+        unsafe { self.page_ptr(page).read_volatile() }
+    }
+
+    pub(crate) fn set_page(&mut self, page: u64, words: [u64; PAGE_WORDS]) {
+        // SAFETY: as above.
+        unsafe { self.page_ptr(page).write_volatile(words) }
+    }
+
+    /// The generation of a page by the guest's ledger.
+    pub(crate) fn generation(&mut self, page: u64) -> u32 {
+        let base = self.memory.as_ptr();
+        // SAFETY: the header and the ledger that it names lie within the mapping; the guest is paused.
+        unsafe {
+            let ledger = base.add(HEADER + HEADER_LEDGER).cast::<u64>().read_volatile() as usize;
+            base.add(ledger).cast::<u32>().add(page as usize).read_volatile()
+        }
+    }
+
+    /// Page numbers of the data.
+    pub(crate) fn data_pages(&self) -> Range<u64> {
+        let range = self.machine.data_range();
+        range.start / PAGE_BYTES as u64..range.end / PAGE_BYTES as u64
+    }
+
+    /// Asserts from the host that a page has the content of its generation, and gives that. A page whose rewriting
+    /// was interrupted is torn, rightly: its ledger entry comes last.
+    pub(crate) fn intact(&mut self, page: u64) -> Option<u32> {
+        let generation = self.generation(page);
+        let found = self.page(page);
+        (found == page_content(page as u32, generation)).then_some(generation)
+    }
+
+    /// A copy of the memory of the paused guest.
+    pub(crate) fn copy_memory(&self) -> MmapMut {
+        let mut copy = memory(self.memory.len() as u64);
+        copy.copy_from_slice(&self.memory);
+        copy
+    }
+}

@@ -1,0 +1,52 @@
+//! What the reference guest costs: a page verified and rewritten, a pause, a save, a restore.
+
+mod guest;
+
+use std::time::Instant;
+
+use guest::Guest;
+use vmemd::vmm::RunState;
+
+/// What a page costs: `cargo test --release --test vmm_speed -- --ignored --nocapture`, on a quiet machine.
+#[test]
+#[ignore = "a measurement, not a check"]
+fn speed() {
+    for (size, workload) in [
+        ("512M", "rewrite:working-set=4M"),
+        ("512M", "rewrite"),
+        ("512M", "read"),
+        ("512M", "random"),
+        ("512M", "zipf"),
+    ] {
+        let Some(mut guest) = Guest::new(size, 1, workload) else { return };
+        let start = Instant::now();
+        guest.machine.start().unwrap();
+        let filled = guest.wait("a round", |counters| counters.rounds >= 1);
+        let fill = start.elapsed();
+        let start = Instant::now();
+        let rounds = if workload.contains("4M") { 200 } else { 4 };
+        let end = guest.wait("rounds", |counters| counters.rounds > filled.rounds + rounds);
+        let pages = end.verified_pages - filled.verified_pages;
+        let page_us = start.elapsed().as_secs_f64() * 1e6 / pages as f64;
+        println!("{workload} in {size}: {page_us:.3} us a page (fill and first round {fill:.2?})");
+    }
+    for vcpus in [1, 4] {
+        let Some(mut guest) = Guest::new("512M", vcpus, "rewrite:working-set=64M") else { return };
+        guest.machine.start().unwrap();
+        guest.wait("a round", |counters| counters.rounds >= 1);
+        let start = Instant::now();
+        guest.machine.pause().unwrap();
+        let paused = start.elapsed();
+        let state = guest.machine.save().unwrap();
+        let saved = start.elapsed() - paused;
+        let copy = guest.copy_memory();
+        let start = Instant::now();
+        let restored = Guest::restored(&state, copy);
+        let took = start.elapsed();
+        println!(
+            "{vcpus} vCPUs: pause {paused:.2?}, save {saved:.2?} ({} bytes), restore {took:.2?}",
+            state.len()
+        );
+        assert_eq!(restored.machine.state(), RunState::Paused);
+    }
+}
