@@ -18,9 +18,11 @@ use crate::signals;
 use crate::size::Size;
 use crate::vmm::Workload;
 
-/// What the process of a VM takes besides guest memory (its own pages, page tables, socket buffers, the daemon): added to
-/// the limit of the swap target, so that the guest has all of R.
-pub(super) const PROCESS_ALLOWANCE_BYTES: u64 = 64 << 20;
+/// What the processes in the swap target's cgroup take besides guest memory and its page tables: the daemon's and the VM's own
+/// pages (7 MB measured), socket buffers.
+const PROCESS_ALLOWANCE_BYTES: u64 = 16 << 20;
+/// A page table entry of 8 bytes for each page of 4 KiB.
+const PAGE_TABLE_SHARE: u64 = 512;
 /// How long a stage may take at least, and at which rate memory must be dealt with at least.
 const STAGE_TIMEOUT: Duration = Duration::from_secs(120);
 const SLOWEST_BYTES_PER_SECOND: u64 = 4 << 20;
@@ -81,7 +83,7 @@ pub(super) fn run(
     let mut setup = Setup::new(site, settings, target, number)?;
     let memory = settings.memory.bytes();
     let half_pages = swapd::units::pages_in(memory) / 2;
-    // The whole memory is filled, and the working set has been rewritten once.
+    // Memory is filled, and has been rewritten once.
     setup.wait(&setup.source_dir.clone(), memory, |stat| stat.guest.rounds >= 1)?;
     let swapped = Swapped::now();
     let report = setup.migrate(settings, target)?;
@@ -120,7 +122,7 @@ impl Setup {
             Target::Swap => {
                 let swap = SwapFile::create(&dir.0.join(SWAP_FILE), settings.memory.bytes())?;
                 let name = format!("{}{}-{label}", site::PREFIX, std::process::id());
-                let limit = settings.ram.bytes() + PROCESS_ALLOWANCE_BYTES;
+                let limit = settings.ram.bytes() + settings.allowance().bytes();
                 (Some(swap), Some(MemoryCgroup::create(&name, limit)?))
             }
             _ => (None, None),
@@ -233,12 +235,14 @@ fn run_args(settings: &Settings, dir: &Path) -> Vec<String> {
 }
 
 impl Settings {
-    /// The guest's workload: without another wish, all of memory is filled and half of it rewritten.
+    /// Added to the limit of the swap target, so that the guest has all of R.
+    pub(super) fn allowance(&self) -> Size {
+        Size(PROCESS_ALLOWANCE_BYTES + self.memory.bytes() / PAGE_TABLE_SHARE)
+    }
+
+    /// The guest's workload: without another wish, all of its memory is filled, and rewritten again and again.
     pub(super) fn guest(&self) -> Workload {
-        self.guest.unwrap_or_else(|| Workload {
-            working_set: Some(Size(self.memory.bytes() / 2)),
-            ..Workload::new(crate::vmm::Pattern::Rewrite)
-        })
+        self.guest.unwrap_or_else(|| Workload::new(crate::vmm::Pattern::Rewrite))
     }
 }
 

@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 use super::experiment::Measured;
 use super::{Settings, Target};
 use crate::failure::{Failure, Kind};
-use crate::size::Size;
 
 /// How one run ended.
 #[derive(Clone, Debug, Serialize)]
@@ -185,7 +184,7 @@ impl Results {
         text += &format!(
             "\nswap's limit is {:#} plus {:#} for the process itself",
             settings.ram,
-            Size(super::experiment::PROCESS_ALLOWANCE_BYTES)
+            settings.allowance()
         );
         text
     }

@@ -229,7 +229,7 @@ pub(super) struct BenchMigrateArgs {
     /// Repetitions; medians of them are shown
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(super) repeat: u32,
-    /// What the guest does [default: rewrite half of its memory, after filling all of it]
+    /// What the guest does [default: rewrite all of its memory, again and again]
     #[arg(long, value_name = "WORKLOAD")]
     pub(super) guest: Option<Workload>,
     /// Directory on the disk to measure: store and swap file are made in it [default: that of `vmemd run`]
