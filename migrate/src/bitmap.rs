@@ -52,11 +52,6 @@ impl Bitmap {
         self.for_words(run, |word, mask| *word &= !mask, |had, mask| -i64::from((mask & had).count_ones()));
     }
 
-    pub(crate) fn clear_all(&mut self) {
-        self.words.fill(0);
-        self.count = 0;
-    }
-
     /// How many pages of the run are in the set.
     pub(crate) fn count_run(&self, run: Run) -> u32 {
         masks(run).map(|(at, mask)| (self.words[at] & mask).count_ones()).sum()

@@ -8,8 +8,9 @@
 //! `commit` is called by the process that received the VM, before the VM starts; `burn` by that process
 //! when it gives up, and by the daemon when the source asks ([`crate::answer_resolve`]). Whichever comes first stands.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -169,12 +170,17 @@ impl FileRegistry {
     }
 }
 
-/// Waits for the lock, which others hold for a few writes at most.
+/// Waits for the lock, which others hold for a few writes at most. It goes when the file is closed.
 fn lock(file: &File) -> io::Result<()> {
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => file.lock(),
-        Err(TryLockError::Error(error)) => Err(error),
-        Ok(()) => Ok(()),
+    loop {
+        // SAFETY: flock takes no memory of ours, and the descriptor is open.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
 }
 

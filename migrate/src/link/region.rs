@@ -12,7 +12,7 @@ use tokio_uring::buf::{IoBuf, IoBufMut};
 pub(crate) struct Region<K> {
     at: NonNull<u8>,
     len: usize,
-    keep: K,
+    _keep: K,
 }
 
 impl<K> Region<K> {
@@ -21,7 +21,7 @@ impl<K> Region<K> {
     /// may use them.
     pub(crate) unsafe fn new(at: *mut u8, len: usize, keep: K) -> Region<K> {
         let at = NonNull::new(at).expect("a region at address 0");
-        Region { at, len, keep }
+        Region { at, len, _keep: keep }
     }
 
     /// The bytes. Nobody else uses them, and with the region in hand no operation is in flight on them.

@@ -18,6 +18,8 @@ use crate::wire::opening::{Answer, MAX_STREAMS, is_name};
 #[derive(Debug)]
 pub(crate) struct Connected {
     pub(crate) session: SessionId,
+    /// RAM that the VM gets there.
+    pub(crate) ram_bytes: u64,
     pub(crate) control: TcpStream,
     pub(crate) streams: Vec<TcpStream>,
 }
@@ -57,7 +59,7 @@ pub(crate) fn connect(
         check_placement: options.check_placement,
     });
     write_opening(&mut control, &hello.encode()).map_err(link("offering the VM"))?;
-    accepted(&mut control, cancel)?;
+    let ram_bytes = accepted(&mut control, cancel)?;
     let mut streams = Vec::new();
     for index in 0..options.streams {
         let mut stream = reach(options, CONNECT_LIMIT, cancel)?;
@@ -65,18 +67,15 @@ pub(crate) fn connect(
         write_opening(&mut stream, &hello.encode()).map_err(link("opening the streams"))?;
         streams.push(stream);
     }
-    Ok(Connected { session, control, streams })
+    Ok(Connected { session, ram_bytes, control, streams })
 }
 
-/// Waits for the target's answer.
-fn accepted(control: &mut TcpStream, cancel: &CancelFlag) -> Result<(), SendError> {
+/// Waits for the target's answer: the RAM that the VM gets.
+fn accepted(control: &mut TcpStream, cancel: &CancelFlag) -> Result<u64, SendError> {
     let answer = read_opening(control, ACCEPT_LIMIT, || is_cancelled(cancel))
         .and_then(|(preamble, body)| Answer::decode(&preamble, &body).map_err(OpeningError::Wire));
     match answer {
-        Ok(Answer::Accepted { ram_bytes }) => {
-            tracing::debug!(ram_bytes, "the target accepted");
-            Ok(())
-        }
+        Ok(Answer::Accepted { ram_bytes }) => Ok(ram_bytes),
         Ok(Answer::Refused { kind, text }) => Err(match kind {
             RefuseKind::Version => SendError::Version(text),
             RefuseKind::NameTaken => SendError::NameTaken(text),

@@ -21,6 +21,7 @@ use crate::limits::{
     RUNNING_LIMIT, SILENCE_LIMIT,
 };
 use crate::link::trouble::Trouble;
+use crate::progress::Phase;
 use crate::registry::Outcome;
 use crate::report::{Placement, Report};
 use crate::resolve::resolve;
@@ -98,6 +99,7 @@ fn prepare(moving: &mut Moving<'_, '_>) -> Result<Placed, Failed> {
 
 /// After this, the VM may run there.
 fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
+    moving.rounds.enter(Phase::HandOver);
     let (runtime, rounds) = (moving.runtime, &mut moving.rounds);
     let limit = Instant::now() + RUNNING_LIMIT;
     runtime.block_on(async {
@@ -135,6 +137,7 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
         return None;
     }
     let rounds = &mut moving.rounds;
+    rounds.enter(Phase::Checking);
     moving.runtime.block_on(async {
         let life = rounds.watch.life.clone();
         let word = life.unless_failed(rounds.control.next());

@@ -45,6 +45,29 @@ pub(crate) fn known_better(heat: u8, scans: u8) -> u8 {
     }
 }
 
+/// The target keeps some of its RAM free to receive into: this share of it is for hot pages.
+pub(crate) const HOT_SHARE: f64 = 0.85;
+
+/// Leaves heat only to the `pages` hottest: what is hot shall fit the target's RAM, or the word means nothing there.
+pub(crate) fn keep_hottest(heat: &mut [u8], pages: u64) {
+    let mut count = [0_u64; 256];
+    heat.iter().for_each(|heat| count[usize::from(*heat)] += 1);
+    let mut left = pages;
+    let mut lowest = u8::MAX;
+    while lowest > 0 && count[usize::from(lowest)] <= left {
+        left -= count[usize::from(lowest)];
+        lowest -= 1;
+    }
+    // Everything above `lowest` fits, and `left` pages of those with just this heat.
+    for heat in heat.iter_mut().filter(|heat| **heat <= lowest) {
+        if *heat == lowest && left > 0 {
+            left -= 1;
+        } else {
+            *heat = 0;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,6 +84,19 @@ mod tests {
             facts(5, false, 201),
         ];
         assert_eq!(first_round(blocks), [4, 2, 1, 3, 0, 5]);
+    }
+
+    #[test]
+    fn only_the_hottest_stay_hot() {
+        let kept = |pages| {
+            let mut heat = [5, 0, 9, 5, 1, 5, 255];
+            keep_hottest(&mut heat, pages);
+            heat
+        };
+        assert_eq!(kept(0), [0; 7]);
+        assert_eq!(kept(1), [0, 0, 0, 0, 0, 0, 255]);
+        assert_eq!(kept(4), [5, 0, 9, 5, 0, 0, 255]);
+        assert_eq!(kept(100), [5, 0, 9, 5, 1, 5, 255]);
     }
 
     #[test]

@@ -56,6 +56,8 @@ pub(crate) struct Rounds<'a> {
     enders: Vec<std::net::TcpStream>,
     fillers: JoinSet<()>,
     base_heat: Vec<u8>,
+    /// RAM that the VM gets at the target.
+    room_pages: u64,
     last_scan: Instant,
     last_progress: Instant,
 }
@@ -108,6 +110,7 @@ impl<'a> Rounds<'a> {
             enders,
             fillers: JoinSet::new(),
             base_heat: Vec::new(),
+            room_pages: swapd::units::pages_in(connected.ram_bytes),
             last_scan: now,
             last_progress: now,
         })
@@ -115,34 +118,35 @@ impl<'a> Rounds<'a> {
 
     /// Round 1: heat, then what was never touched, then everything else but what is being written.
     pub(crate) async fn first(&mut self) -> Result<(), Trouble> {
+        self.enter(Phase::Copying);
         let heat = answered(self.ship.handle.heat_async());
         self.base_heat = self.watch.wait("asking for heat", SILENCE_LIMIT, heat).await??;
-        self.send_heat(heat::parts(&self.base_heat).collect()).await?;
+        self.send_heat(self.base_heat.clone()).await?;
         let blocks = self.survey().await?;
         self.ship.assign(order::first_round(blocks));
         self.send_measured().await?;
         // Now it is known better what is hot: all that was written.
-        let parts = self.ship.tracker.borrow().heat(&self.base_heat);
-        self.send_heat(parts).await?;
+        let known = self.ship.tracker.borrow().heat(&self.base_heat);
+        self.send_heat(known).await?;
         self.scan().await
     }
 
     /// A later round: what was written before it.
     pub(crate) async fn again(&mut self, throttle: u8) -> Result<(), Trouble> {
-        self.phase = Phase::Converging;
         if throttle != self.throttle {
             self.throttle = throttle;
             self.write_rate.forget();
         }
         self.watch.resume();
         self.begin_round();
+        self.enter(Phase::Converging);
         self.send_measured().await?;
         self.scan().await
     }
 
     /// The last round, while the VM stands still: leaves nothing.
     pub(crate) async fn last(&mut self) -> Result<(), Trouble> {
-        self.phase = Phase::Stopped;
+        self.enter(Phase::Stopped);
         self.watch.resume();
         self.scan().await?;
         for _ in 0..MOVING_RETRIES {
@@ -167,8 +171,9 @@ impl<'a> Rounds<'a> {
     }
 
     /// Sends a heat map, and waits until the target has taken it: pages that come after it are placed by it.
-    async fn send_heat(&mut self, parts: Vec<heat::Part>) -> Result<(), Trouble> {
-        for part in parts {
+    async fn send_heat(&mut self, mut heat: Vec<u8>) -> Result<(), Trouble> {
+        order::keep_hottest(&mut heat, (self.room_pages as f64 * order::HOT_SHARE) as u64);
+        for part in heat::parts(&heat) {
             let sent = self.control.outbox().send(Control::Heat(part));
             self.watch.wait("sending the heat map", SILENCE_LIMIT, sent).await?;
         }
@@ -256,7 +261,7 @@ impl<'a> Rounds<'a> {
             if self.phase != Phase::Stopped && self.last_scan.elapsed() >= SCAN_EVERY {
                 self.scan().await?;
             }
-            self.tell();
+            self.tell_if_due();
         }
     }
 
@@ -284,11 +289,20 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    /// Reports progress, if it is time to.
-    fn tell(&mut self) {
-        if self.last_progress.elapsed() < PROGRESS_EVERY {
-            return;
+    /// Something else begins: says so at once.
+    pub(crate) fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.tell();
+    }
+
+    /// Reports progress, now and then.
+    fn tell_if_due(&mut self) {
+        if self.last_progress.elapsed() >= PROGRESS_EVERY {
+            self.tell();
         }
+    }
+
+    fn tell(&mut self) {
         self.last_progress = Instant::now();
         let tracker = self.ship.tracker.borrow();
         let total = self.ship.handle.memory_bytes();

@@ -9,7 +9,6 @@
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
 use crate::bitmap::Bitmap;
-use crate::wire::heat;
 
 #[derive(Debug)]
 pub(crate) struct Tracker {
@@ -111,10 +110,9 @@ impl Tracker {
     }
 
     /// The engine's heat, corrected by what the scans saw.
-    pub(crate) fn heat(&self, base: &[u8]) -> Vec<heat::Part> {
+    pub(crate) fn heat(&self, base: &[u8]) -> Vec<u8> {
         let known = base.iter().zip(&self.scans);
-        let map: Vec<u8> = known.map(|(heat, scans)| super::order::known_better(*heat, *scans)).collect();
-        heat::parts(&map).collect()
+        known.map(|(heat, scans)| super::order::known_better(*heat, *scans)).collect()
     }
 }
 
@@ -129,7 +127,7 @@ mod tests {
         assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
         tracker.take(PageNo(511));
         assert_eq!(tracker.cover(0), Some(Run::one(PageNo(510))));
-        tracker.todo.clear_all();
+        tracker.todo.clear_run(Run::new(PageNo(0), 1024));
         tracker.begin_round();
         assert_eq!((tracker.todo.count(), tracker.next.count()), (510, 0));
     }

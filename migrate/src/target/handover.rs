@@ -34,8 +34,7 @@ pub(super) fn run(
     let outbox = session.control.outbox().clone();
     session.runtime.block_on(outbox.deliver(Control::Prepared(placed)));
     // While the source gives up the name: nothing moves now, so this is what is resident at the start.
-    let resident =
-        check.map(EngineHandle::resident_map).transpose().map_err(|error| Failed::Said(error.into()))?;
+    let resident = check.map(before_start).transpose().map_err(|error| Failed::Said(error.into()))?;
     let (control, watch) = (&mut session.control, &session.watch);
     let word = session.runtime.block_on(watch.wait("waiting for the commit", COMMIT_LIMIT, control.next()));
     let word = word.map_err(|trouble| fail(session, trouble))?;
@@ -90,6 +89,12 @@ fn start(link: &TargetLink<'_>, vm: &mut dyn TargetVm) -> Result<(), ReceiveErro
     })
 }
 
+/// What is resident now. From here on only what is touched comes in.
+fn before_start(handle: &EngineHandle) -> Result<Vec<Run>, swapd::CommandError> {
+    handle.set_prefetch(false)?;
+    handle.resident_map()
+}
+
 /// What the VM touches in [`PLACEMENT_WINDOW`], and how much of that was in RAM when it started.
 fn placement(
     session: &Session<'_>,
@@ -98,9 +103,10 @@ fn placement(
 ) -> Result<Placement, swapd::CommandError> {
     // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
     handle.track_writes(true)?;
-    session.runtime.block_on(tokio::time::sleep(PLACEMENT_WINDOW));
+    session.runtime.block_on(async { tokio::time::sleep(PLACEMENT_WINDOW).await });
     let touched = handle.collect_written();
     handle.track_writes(false)?;
+    handle.set_prefetch(true)?;
     let mut in_ram = Bitmap::new(swapd::units::pages_in(handle.memory_bytes()));
     resident.iter().for_each(|run| in_ram.set_run(*run));
     let mut placement = Placement::default();

@@ -95,7 +95,8 @@ pub fn sealed(header: &Header, body: &[u8], sequence: &mut Sequence) -> Vec<u8> 
 
 /// At most [`MAX_TEXT`] bytes of a text, cut between characters.
 pub fn short_text(text: &str) -> &str {
-    &text[..text.floor_char_boundary(MAX_TEXT)]
+    let end = (0..=text.len().min(MAX_TEXT)).rev().find(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or(0)]
 }
 
 /// A VM's state in parts.

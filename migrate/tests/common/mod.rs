@@ -1,6 +1,6 @@
 //! A target on a loopback socket, and the places and VMs that tests need.
 
-#![allow(dead_code, reason = "each test binary uses its own part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of it")]
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -151,7 +151,7 @@ impl Daemon {
                         let daemon = &self;
                         scope.spawn(move || {
                             let next =
-                                || streams.recv_timeout(Duration::from_secs(10)).map_err(io::Error::other);
+                                || streams.recv_timeout(Duration::from_secs(3)).map_err(io::Error::other);
                             // Whoever waits may have gone.
                             let _ = done.send(daemon.receive(socket, hello, next));
                         });
