@@ -73,6 +73,15 @@ impl MemoryCgroup {
         Ok(cgroup)
     }
 
+    /// Processes that the kernel has killed in it for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        // v1 and v2.
+        let read = |file| fs::read_to_string(self.path.join(file)).unwrap_or_default();
+        let text = read("memory.oom_control") + &read("memory.events");
+        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
+        count.unwrap_or(0)
+    }
+
     /// Writing `0` to it puts the writing process in.
     ///
     /// # Errors

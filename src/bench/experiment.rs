@@ -45,10 +45,10 @@ pub(super) struct Measured {
 
 /// Everything that a run has set up. Fields are dropped in this order: processes, then what they were using.
 struct Setup {
-    _source: Proc,
+    source: Proc,
     daemon: Proc,
     _descendants: Descendants,
-    _cgroup: Option<MemoryCgroup>,
+    cgroup: Option<MemoryCgroup>,
     _swap: Option<SwapFile>,
     _dir: Dir,
     source_dir: RunDir,
@@ -81,6 +81,16 @@ pub(super) fn run(
     number: u32,
 ) -> Result<Measured, Failure> {
     let mut setup = Setup::new(site, settings, target, number)?;
+    let measured = measure(&mut setup, settings, target);
+    measured.map_err(|mut failure| {
+        if setup.cgroup.as_ref().is_some_and(|cgroup| cgroup.oom_kills() > 0) {
+            failure.text += " (the kernel killed it: it needed more memory than its cgroup allows)";
+        }
+        failure
+    })
+}
+
+fn measure(setup: &mut Setup, settings: &Settings, target: Target) -> Result<Measured, Failure> {
     let memory = settings.memory.bytes();
     let half_pages = swapd::units::pages_in(memory) / 2;
     // Memory is filled, and has been rewritten once.
@@ -89,8 +99,8 @@ pub(super) fn run(
     let report = setup.migrate(settings, target)?;
     let swapped = swapped.until(Swapped::now());
     let target_dir = setup.target_dir.clone();
-    let started = Instant::now();
     let first = setup.wait(&target_dir, memory, |_| true)?;
+    let started = Instant::now();
     let goal = first.guest.rewritten_pages + half_pages;
     setup.wait(&target_dir, memory, |stat| stat.guest.rewritten_pages >= goal)?;
     let rewrite_s = started.elapsed().as_secs_f64();
@@ -136,10 +146,10 @@ impl Setup {
         let listen = line.rsplit(' ').next().unwrap_or_default().to_owned();
         let source = Proc::start(&run_args(settings, &dir.0), &dir.0.join("run.log"), None)?;
         Ok(Setup {
-            _source: source,
+            source,
             daemon,
             _descendants: Descendants,
-            _cgroup: cgroup,
+            cgroup,
             _swap: swap,
             _dir: dir,
             source_dir,
@@ -174,7 +184,7 @@ impl Setup {
                 Ok(_) => vm = client.ok(),
                 // Right after its start there is no VM yet; later its end is the end of the run.
                 Err(failure) if failure.kind == Kind::Name && dir.path() == self.source_dir.path() => {
-                    self._source.check()?
+                    self.source.check()?
                 }
                 Err(failure) if failure.kind == Kind::Other && Instant::now() < deadline => {}
                 Err(failure) => return Err(failure),
