@@ -1,5 +1,6 @@
 //! The source's side of a migration: the VM leaves this process, or stays.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -19,6 +20,9 @@ const CLIENT_POLL: Duration = Duration::from_millis(100);
 
 /// How long a migration waits for its VM to be set up (with all of its RAM, if that was asked for).
 const SET_UP_GRACE: Duration = Duration::from_secs(60);
+
+/// Over which time the speed of sending is measured.
+const SPEED_WINDOW: Duration = Duration::from_millis(500);
 
 enum Step {
     Progress(MigrationStat),
@@ -128,8 +132,10 @@ fn send(vm: &Arc<Vm>, options: &SourceOptions, steps: &Sender<Step>) -> Result<R
         Err(failure) => return Err(SendError::Vm(VmError(failure.text))),
     };
     let started = Instant::now();
+    let speed = Speed::new(started);
     let progress = |progress: Progress| {
-        let stat = stat_of(&options.to, &progress, started);
+        let mut stat = stat_of(&options.to, &progress, started);
+        stat.bytes_per_second = speed.of(progress.bytes_sent);
         vm.core(|core| core.migration = Some(stat.clone()));
         let _ = steps.send(Step::Progress(stat));
     };
@@ -147,9 +153,31 @@ fn stat_of(to: &str, progress: &Progress, started: Instant) -> MigrationStat {
         bytes_done: progress.bytes_done,
         bytes_left: progress.bytes_left,
         bytes_total: progress.bytes_total,
-        bytes_per_second: progress.bytes_per_second,
+        bytes_per_second: 0,
         throttle_percent: progress.throttle_percent,
         elapsed_ms: started.elapsed().as_millis() as u64,
+    }
+}
+
+/// How fast bytes are sent, over the last moments (the migration's own estimate is one a round).
+struct Speed {
+    /// When it was looked at last, how much had been sent by then, and how fast it was before that.
+    mark: Cell<(Instant, u64, u64)>,
+}
+
+impl Speed {
+    fn new(started: Instant) -> Speed {
+        Speed { mark: Cell::new((started, 0, 0)) }
+    }
+
+    fn of(&self, sent: u64) -> u64 {
+        let (then, sent_then, before) = self.mark.get();
+        let seconds = then.elapsed().as_secs_f64();
+        let now = ((sent - sent_then.min(sent)) as f64 / seconds.max(f64::EPSILON)) as u64;
+        if then.elapsed() >= SPEED_WINDOW {
+            self.mark.set((Instant::now(), sent, now));
+        }
+        if before == 0 || then.elapsed() >= SPEED_WINDOW { now } else { before }
     }
 }
 
