@@ -16,7 +16,8 @@ const BESIDE: u64 = 4 * MIB;
 
 fn rss_anon_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("proc is mounted");
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("the kernel counts RssAnon");
+    let line =
+        status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("the kernel counts RssAnon");
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
 }
 

@@ -32,6 +32,8 @@ pub const PLACEMENT_LIMIT: Duration = Duration::from_secs(10);
 pub const CANCEL_POLL: Duration = Duration::from_millis(50);
 /// How often the source asks its engine for written pages.
 pub const SCAN_EVERY: Duration = Duration::from_millis(120);
+/// How often the target hears, during the first round, what is known of heat by then.
+pub const HEAT_EVERY: Duration = Duration::from_millis(750);
 /// How often the owner hears of progress.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 

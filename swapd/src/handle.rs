@@ -132,9 +132,8 @@ pub async fn answered<T>(answer: Answer<T>) -> Result<T, CommandError> {
 impl EngineHandle {
     fn ask<T: Send + 'static>(&self, request: Request, pick: fn(Response) -> T) -> Answer<T> {
         let (sender, answer) = oneshot::channel();
-        let reply = Box::new(move |response: Result<Response, CommandError>| {
-            sender.send(response.map(pick)).is_ok()
-        });
+        let reply =
+            Box::new(move |response: Result<Response, CommandError>| sender.send(response.map(pick)).is_ok());
         self.mailbox.send(Command { request, reply });
         answer
     }
@@ -281,5 +280,4 @@ impl EngineHandle {
     pub fn release(&self, run: Run) -> Result<(), CommandError> {
         self.call(Request::Release(run), done)
     }
-
 }

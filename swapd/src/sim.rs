@@ -7,7 +7,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::core::{Action, Core, CoreConfig, Event, IoError, IoId, Mutant, PageOut, Request, Response, Ticket};
+use crate::core::{
+    Action, Core, CoreConfig, Event, IoError, IoId, Mutant, PageOut, Request, Response, Ticket,
+};
 use crate::handle::{Arrival, Place};
 use crate::table::{PageState, STATES};
 use crate::units::{PageNo, Run, Slot, SlotRun, bytes_of};
@@ -144,7 +146,8 @@ impl Sim {
             rot: odds(&mut random, 200),
             write_error: odds(&mut random, 60),
         };
-        let config = CoreConfig { pages, budget_frames: budget, budget_min: 48, slots, sampling: random.one_in(2) };
+        let config =
+            CoreConfig { pages, budget_frames: budget, budget_min: 48, slots, sampling: random.one_in(2) };
         let mut core = Core::new(config);
         core.mutant = mutant;
         let count = pages as usize;
@@ -515,7 +518,8 @@ impl Sim {
         let asked = self.asked.remove(&ticket.0).expect("each request is answered once");
         match (asked, answer) {
             (Asked::Hold(run), Ok(Response::Pieces(pieces))) => {
-                let places = pieces.iter().flat_map(|piece| piece.run.pages().map(|page| (page.0, piece.place)));
+                let places =
+                    pieces.iter().flat_map(|piece| piece.run.pages().map(|page| (page.0, piece.place)));
                 self.held.push((run, places.collect()));
             }
             (Asked::Collect(expected), Ok(Response::Runs(runs))) => {
@@ -529,7 +533,8 @@ impl Sim {
                 assert_eq!((placed.pageins, placed.pageouts), (0, 0), "paging while receiving");
                 self.placed = true;
             }
-            (_, Err(crate::CommandError::Store(_) | crate::CommandError::NotNow(_))) | (Asked::Other, Ok(_)) => {}
+            (_, Err(crate::CommandError::Store(_) | crate::CommandError::NotNow(_)))
+            | (Asked::Other, Ok(_)) => {}
             (asked, answer) => panic!("{asked:?} was answered with {answer:?}"),
         }
     }
@@ -537,7 +542,8 @@ impl Sim {
     /// The VM comes from elsewhere: pages arrive, some of them again, then it runs.
     fn receive(&mut self) {
         let errors = std::mem::take(&mut self.odds.write_error);
-        let heat: Vec<u8> = (0..self.pages).map(|_| self.random.below(4).saturating_sub(1) as u8 * 40).collect();
+        let heat: Vec<u8> =
+            (0..self.pages).map(|_| self.random.below(4).saturating_sub(1) as u8 * 40).collect();
         self.ask(Request::StartReceiving(heat), Asked::Other);
         let mut came = BTreeSet::new();
         for _ in 0..self.pages / 4 {
@@ -595,7 +601,11 @@ impl Sim {
 
     fn check_frames(&mut self) {
         let frames = self.guest.iter().chain(&self.staging).filter(|frame| frame.is_some()).count() as u64;
-        assert!(frames <= self.core.frames_taken(), "{frames} frames, {} on record", self.core.frames_taken());
+        assert!(
+            frames <= self.core.frames_taken(),
+            "{frames} frames, {} on record",
+            self.core.frames_taken()
+        );
         if !self.budget_lowered {
             let budget = self.core.budget_frames();
             assert!(self.core.frames_taken() <= budget, "frames above the budget of {budget}");
@@ -608,7 +618,11 @@ impl Sim {
             let Some(truth) = self.truth[page.index()] else { continue };
             let rotten = self.rotten.contains(&page.0);
             let in_slot = |slot: Option<Slot>| slot.and_then(|slot| self.staging[slot.index()]);
-            let reading = self.flights.iter().any(|flight| !flight.write && flight.slot_of(page).is_some() && flight.slot_of(page) == self.core.slot_of(page));
+            let reading = self.flights.iter().any(|flight| {
+                !flight.write
+                    && flight.slot_of(page).is_some()
+                    && flight.slot_of(page) == self.core.slot_of(page)
+            });
             let state = self.core.table().state(page);
             let found = match state {
                 PageState::Untouched => Some(0),
@@ -620,7 +634,10 @@ impl Sim {
                 }
                 PageState::Poisoned => panic!("{page} is poisoned and not said to be lost"),
             };
-            assert!(found == Some(truth) || rotten, "{page} ({state:?}) has {found:?}, the guest wrote {truth}");
+            assert!(
+                found == Some(truth) || rotten,
+                "{page} ({state:?}) has {found:?}, the guest wrote {truth}"
+            );
         }
     }
 

@@ -251,7 +251,8 @@ mod tests {
                 table.counts = [1; STATES];
                 table.blocks[0].resident = 1;
                 let legal = LEGAL.contains(&(from, to));
-                let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| table.set(PageNo(0), to)));
+                let done =
+                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| table.set(PageNo(0), to)));
                 assert_eq!(done.is_ok(), legal, "{from:?} -> {to:?}");
             }
         }
@@ -277,7 +278,10 @@ mod tests {
     fn runs_stop_at_other_states_and_bounds() {
         let mut table = PageTable::new(600);
         table.set(PageNo(10), Arriving);
-        assert_eq!(table.run_around(PageNo(12), Untouched, table.block_of(PageNo(12))), Run::new(PageNo(11), 501));
+        assert_eq!(
+            table.run_around(PageNo(12), Untouched, table.block_of(PageNo(12))),
+            Run::new(PageNo(11), 501)
+        );
         assert_eq!(table.block_of(PageNo(599)), Run::new(PageNo(512), 88));
     }
 }

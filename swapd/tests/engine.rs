@@ -174,7 +174,10 @@ fn samples_find_the_pages_in_use() {
     });
     let warm = |pages: std::ops::Range<u64>| pages.filter(|page| heat[*page as usize] > 0).count();
     let (inside, outside) = (warm(hot), warm(vm.pages() / 2..vm.pages()));
-    assert!(inside > 500 && outside < inside / 10, "{inside} warm pages in use, {outside} of those not in use");
+    assert!(
+        inside > 500 && outside < inside / 10,
+        "{inside} warm pages in use, {outside} of those not in use"
+    );
 }
 
 #[test]

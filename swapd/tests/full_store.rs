@@ -23,7 +23,9 @@ impl SmallDisk {
         let mount = image.with_extension("mnt");
         let disk = SmallDisk { image, mount };
         let file = std::fs::File::create(&disk.image).map_err(|error| error.to_string())?;
-        file.set_len(bytes).and_then(|()| std::fs::create_dir_all(&disk.mount)).map_err(|error| error.to_string())?;
+        file.set_len(bytes)
+            .and_then(|()| std::fs::create_dir_all(&disk.mount))
+            .map_err(|error| error.to_string())?;
         run("mkfs.ext4", &["-q".as_ref(), "-m".as_ref(), "0".as_ref(), &disk.image])?;
         run("mount", &["-o".as_ref(), "loop".as_ref(), &disk.image, &disk.mount])?;
         Ok(disk)
@@ -32,9 +34,11 @@ impl SmallDisk {
     /// Leaves `bytes` free.
     fn fill_up(&self, bytes: u64) -> PathBuf {
         let filler = self.mount.join("filler");
-        let output = Command::new("df").args(["--output=avail", "-B1"]).arg(&self.mount).output().expect("df runs");
+        let output =
+            Command::new("df").args(["--output=avail", "-B1"]).arg(&self.mount).output().expect("df runs");
         let text = String::from_utf8_lossy(&output.stdout);
-        let free: u64 = text.lines().last().and_then(|line| line.trim().parse().ok()).expect("df prints a number");
+        let free: u64 =
+            text.lines().last().and_then(|line| line.trim().parse().ok()).expect("df prints a number");
         let length = free.saturating_sub(bytes).to_string();
         run("fallocate", &["-l".as_ref(), length.as_ref(), &filler]).expect("the filler fits");
         filler
@@ -50,7 +54,8 @@ impl Drop for SmallDisk {
 }
 
 fn run(program: &str, arguments: &[&Path]) -> Result<(), String> {
-    let output = Command::new(program).args(arguments).output().map_err(|error| format!("{program}: {error}"))?;
+    let output =
+        Command::new(program).args(arguments).output().map_err(|error| format!("{program}: {error}"))?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     if output.status.success() { Ok(()) } else { Err(format!("{program}: {said}")) }
 }
@@ -63,7 +68,8 @@ fn a_full_disk_stops_the_vm_and_loses_nothing() {
     };
     let (sender, notices) = mpsc::channel();
     let notify = Box::new(move |notice| sender.send(notice).expect("the test listens"));
-    let engine = Engine::start(common::config(128 * MIB, 16 * MIB, disk.mount.clone(), false), notify).unwrap();
+    let engine =
+        Engine::start(common::config(128 * MIB, 16 * MIB, disk.mount.clone(), false), notify).unwrap();
     let vm = common::Vm::of(engine);
     let filler = disk.fill_up(32 * MIB);
     std::thread::scope(|scope| {

@@ -10,7 +10,9 @@ const STEPS: u32 = 3000;
 const SEEDS: u64 = 500;
 
 fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}")))
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}")))
 }
 
 fn run_seed(seed: u64) -> Coverage {
@@ -57,8 +59,9 @@ fn every_planted_bug_is_caught() {
         Mutant::TrustsFailedWrites,
         Mutant::TrustsReads,
     ] {
-        let caught = (0..WITHIN)
-            .find(|seed| catch_unwind(AssertUnwindSafe(|| Sim::new(*seed, Some(mutant)).run(STEPS))).is_err());
+        let caught = (0..WITHIN).find(|seed| {
+            catch_unwind(AssertUnwindSafe(|| Sim::new(*seed, Some(mutant)).run(STEPS))).is_err()
+        });
         println!("{mutant:?}: caught by seed {caught:?}");
         assert!(caught.is_some(), "{mutant:?} was not caught in {WITHIN} seeds");
     }

@@ -15,8 +15,11 @@ pub(crate) struct BlockFacts {
     pub(crate) heat: u8,
 }
 
-/// Heat is only compared this coarsely, so that neighbours stay neighbours.
-const HEAT_CLASS: u8 = 16;
+/// Heat is only compared by powers of two, so that neighbours stay neighbours; what has none goes before what has any.
+fn class(heat: u8) -> u32 {
+    u8::BITS - heat.leading_zeros()
+}
+
 /// Heat of a page that was seen written is at least this, of all others less.
 pub(crate) const WRITTEN_HEAT: u8 = 128;
 /// How much each scan that saw a page written adds.
@@ -24,7 +27,7 @@ const SCAN_HEAT: u8 = 8;
 
 /// The blocks in the order of the first round.
 pub(crate) fn first_round(mut blocks: Vec<BlockFacts>) -> Vec<u32> {
-    blocks.sort_unstable_by_key(|facts| (Reverse(facts.stored), facts.heat / HEAT_CLASS, facts.block));
+    blocks.sort_unstable_by_key(|facts| (Reverse(facts.stored), class(facts.heat), facts.block));
     blocks.into_iter().map(|facts| facts.block).collect()
 }
 

@@ -13,7 +13,7 @@ use super::pace::{SendRate, WriteRate};
 use super::sender;
 use super::shipment::{Lane, Parcel, RECORDS_PER_STREAM, Shipment};
 use super::tracker::Tracker;
-use crate::limits::{CANCEL_POLL, PREPARE_LIMIT, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT};
+use crate::limits::{CANCEL_POLL, HEAT_EVERY, PREPARE_LIMIT, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT};
 use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
@@ -59,6 +59,7 @@ pub(crate) struct Rounds<'a> {
     /// RAM that the VM gets at the target.
     room_pages: u64,
     last_scan: Instant,
+    last_heat: Instant,
     last_progress: Instant,
 }
 
@@ -112,6 +113,7 @@ impl<'a> Rounds<'a> {
             base_heat: Vec::new(),
             room_pages: swapd::units::pages_in(connected.ram_bytes),
             last_scan: now,
+            last_heat: now,
             last_progress: now,
         })
     }
@@ -124,11 +126,19 @@ impl<'a> Rounds<'a> {
         self.send_heat(self.base_heat.clone()).await?;
         let blocks = self.survey().await?;
         self.ship.assign(order::first_round(blocks));
+        self.last_heat = Instant::now();
         self.send_measured().await?;
-        // Now it is known better what is hot: all that was written.
+        self.send_known_heat().await?;
+        self.scan().await
+    }
+
+    /// What is hot is known better by and by: all that was written. Pages that went out as cold ones before may be among
+    /// it, and the target keeps room for them.
+    async fn send_known_heat(&mut self) -> Result<(), Trouble> {
         let known = self.ship.tracker.borrow().heat(&self.base_heat);
         self.send_heat(known).await?;
-        self.scan().await
+        self.last_heat = Instant::now();
+        Ok(())
     }
 
     /// A later round: what was written before it.
@@ -263,6 +273,9 @@ impl<'a> Rounds<'a> {
             }
             if self.phase != Phase::Stopped && self.last_scan.elapsed() >= SCAN_EVERY {
                 self.scan().await?;
+            }
+            if self.phase == Phase::Copying && self.last_heat.elapsed() >= HEAT_EVERY {
+                self.send_known_heat().await?;
             }
             self.tell_if_due();
         }

@@ -33,15 +33,35 @@ pub enum Event<'a> {
     /// [`TICK_MS`] have passed.
     Tick,
     /// The sums are of what was read, one a page of the run.
-    ReadDone { io: IoId, result: Result<&'a [u64], IoError> },
-    WriteDone { io: IoId, result: Result<(), IoError> },
+    ReadDone {
+        io: IoId,
+        result: Result<&'a [u64], IoError>,
+    },
+    WriteDone {
+        io: IoId,
+        result: Result<(), IoError>,
+    },
     /// Answer to [`Action::MoveIn`]: the first `moved` pages are in the guest; the next one is pinned for now.
-    MovedIn { run: Run, slots: SlotRun, moved: u32 },
+    MovedIn {
+        run: Run,
+        slots: SlotRun,
+        moved: u32,
+    },
     /// Answer to [`Action::MoveOut`], one element a page.
-    MovedOut { run: Run, slots: SlotRun, pages: &'a [PageOut] },
+    MovedOut {
+        run: Run,
+        slots: SlotRun,
+        pages: &'a [PageOut],
+    },
     /// Answer to [`Action::ScanWritten`]: present pages written since the last scan.
-    Written { ticket: Ticket, runs: &'a [Run] },
-    Request { ticket: Ticket, request: Request },
+    Written {
+        ticket: Ticket,
+        runs: &'a [Run],
+    },
+    Request {
+        ticket: Ticket,
+        request: Request,
+    },
 }
 
 /// Milliseconds between two ticks.
@@ -100,30 +120,67 @@ pub enum FaultKind {
 #[derive(Debug)]
 pub enum Action {
     /// Move the frames in `slots` to the guest's `run`; wakes who waits there. Answered by `MovedIn`.
-    MoveIn { run: Run, slots: SlotRun },
+    MoveIn {
+        run: Run,
+        slots: SlotRun,
+    },
     /// Move the guest's frames into `slots`. Answered by `MovedOut`.
-    MoveOut { run: Run, slots: SlotRun, digest: bool },
+    MoveOut {
+        run: Run,
+        slots: SlotRun,
+        digest: bool,
+    },
     /// Make the frames in `slots` read as zeros; `fresh`: take them from the host.
-    Prepare { slots: SlotRun, fresh: bool },
-    Copy { from: Slot, to: Slot },
+    Prepare {
+        slots: SlotRun,
+        fresh: bool,
+    },
+    Copy {
+        from: Slot,
+        to: Slot,
+    },
     /// Answered by `ReadDone`, at any later time.
-    Read { io: IoId, run: Run, slots: SlotRun },
+    Read {
+        io: IoId,
+        run: Run,
+        slots: SlotRun,
+    },
     /// Answered by `WriteDone`, at any later time.
-    Write { io: IoId, run: Run, slots: SlotRun },
+    Write {
+        io: IoId,
+        run: Run,
+        slots: SlotRun,
+    },
     /// Give the guest's frames in `run` back to the host.
-    DropGuest { run: Run },
+    DropGuest {
+        run: Run,
+    },
     /// Give the frames in `slots` back to the host.
-    ReleaseFrames { slots: SlotRun },
+    ReleaseFrames {
+        slots: SlotRun,
+    },
     /// From now on a touch of the page is a memory error.
-    Poison { page: PageNo },
-    Wake { page: PageNo },
+    Poison {
+        page: PageNo,
+    },
+    Wake {
+        page: PageNo,
+    },
     /// A fault has been served: for the latency figures.
-    Resolved { page: PageNo, kind: FaultKind },
+    Resolved {
+        page: PageNo,
+        kind: FaultKind,
+    },
     /// Write-protect all present pages for asynchronous tracking.
     ArmTracking,
     /// Answered by `Written`.
-    ScanWritten { ticket: Ticket },
-    Answer { ticket: Ticket, answer: Result<Response, CommandError> },
+    ScanWritten {
+        ticket: Ticket,
+    },
+    Answer {
+        ticket: Ticket,
+        answer: Result<Response, CommandError>,
+    },
     StoreFailed(String),
     StoreRecovered,
     PagePoisoned(PageNo),

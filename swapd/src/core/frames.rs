@@ -1,7 +1,7 @@
 //! Where frames come from: the free ones in staging, the host as long as the budget lasts, standby last.
 
-use super::event::{Action, Response, Ticket};
 use super::Core;
+use super::event::{Action, Response, Ticket};
 use crate::handle::CommandError;
 use crate::policy::watermarks::Watermarks;
 use crate::staging::Use;
@@ -97,10 +97,17 @@ impl Core {
 
     // ── budget ───────────────────────────────────────────────────────────────────────────
 
-    pub(super) fn set_budget(&mut self, ticket: Ticket, bytes: u64) -> Option<Result<Response, CommandError>> {
+    pub(super) fn set_budget(
+        &mut self,
+        ticket: Ticket,
+        bytes: u64,
+    ) -> Option<Result<Response, CommandError>> {
         let frames = pages_in(bytes);
         if frames < self.config.budget_min {
-            return Some(Err(CommandError::BudgetTooSmall { asked: bytes, minimum: bytes_of(self.config.budget_min) }));
+            return Some(Err(CommandError::BudgetTooSmall {
+                asked: bytes,
+                minimum: bytes_of(self.config.budget_min),
+            }));
         }
         let memory = bytes_of(self.table.pages());
         if bytes > memory.max(bytes_of(self.config.budget_min)) {

@@ -87,9 +87,9 @@ impl Core {
                 self.staging.free(slot);
                 continue;
             }
-            let good = result.as_ref().is_ok_and(|sums| {
-                sums[nth] == self.sums[page.index()] || self.mutant(Mutant::TrustsReads)
-            });
+            let good = result
+                .as_ref()
+                .is_ok_and(|sums| sums[nth] == self.sums[page.index()] || self.mutant(Mutant::TrustsReads));
             if !good {
                 self.counts.mismatches += u64::from(result.is_ok());
                 self.bad_read(page, slot, attempt);
@@ -101,7 +101,9 @@ impl Core {
                     self.table.put(page, Flag::Prefetched, true);
                     self.enter_standby(page, slot);
                 }
-                Landing::Guest { marker } if marker == Some(page) && !wanted => self.enter_standby(page, slot),
+                Landing::Guest { marker } if marker == Some(page) && !wanted => {
+                    self.enter_standby(page, slot)
+                }
                 _ => arrived.push((page, slot)),
             }
         }
@@ -214,8 +216,7 @@ impl Core {
                     self.table.state(*page) == PageState::Leaving && !self.table.has(*page, Flag::Writing)
                 })
                 .collect();
-            let purpose =
-                if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
+            let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
             self.write(&unwritten, purpose);
             self.actions.push_back(Action::StoreRecovered);
         }

@@ -19,9 +19,7 @@ mod source;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub use event::{
-    Action, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket,
-};
+pub use event::{Action, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 
 use crate::handle::CommandError;
 use crate::policy::clock::Clock;
@@ -381,10 +379,7 @@ impl Core {
                 dropped: counts.dropped,
                 pinned: counts.pinned,
             },
-            sampling: crate::stats::SamplingCounts {
-                pages: counts.sampled,
-                touched: counts.samples_touched,
-            },
+            sampling: crate::stats::SamplingCounts { pages: counts.sampled, touched: counts.samples_touched },
             store: crate::stats::StoreCounts {
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,

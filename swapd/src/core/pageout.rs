@@ -39,7 +39,8 @@ impl Core {
         let over = u32::try_from(self.taken.saturating_sub(self.budget)).unwrap_or(u32::MAX);
         let available = u32::try_from(self.available()).unwrap_or(u32::MAX);
         if available < self.marks.low || over > 0 {
-            let free_wanted = self.marks.high.saturating_sub(available) + over.saturating_sub(self.staging.free_frames());
+            let free_wanted =
+                self.marks.high.saturating_sub(available) + over.saturating_sub(self.staging.free_frames());
             self.reclaim_standby(free_wanted);
         }
         let leaving = self.table.count(PageState::Leaving) as u32;
@@ -108,12 +109,17 @@ impl Core {
     }
 
     fn is_unchanged(&self, page: PageNo, sum: u64) -> bool {
-        self.table.has(page, Flag::Stored) && (self.sums[page.index()] == sum || self.mutant(Mutant::DropsChangedPages))
+        self.table.has(page, Flag::Stored)
+            && (self.sums[page.index()] == sum || self.mutant(Mutant::DropsChangedPages))
     }
 
     // ── by request ───────────────────────────────────────────────────────────────────────
 
-    pub(super) fn evict_on_request(&mut self, ticket: Ticket, run: Run) -> Option<Result<Response, CommandError>> {
+    pub(super) fn evict_on_request(
+        &mut self,
+        ticket: Ticket,
+        run: Run,
+    ) -> Option<Result<Response, CommandError>> {
         if let Err(error) = self.checked(run) {
             return Some(Err(error));
         }

@@ -20,6 +20,8 @@ pub(super) struct Receiving {
     /// Hot pages, and those of them that are in the store.
     hot: u64,
     hot_in_store: u64,
+    /// The source has watched the VM since, and told what it saw.
+    observed: bool,
     pages_read_before: u64,
     victims_before: u64,
     grants: VecDeque<(Ticket, u32)>,
@@ -28,6 +30,9 @@ pub(super) struct Receiving {
 
 /// Frames kept for receiving into, at least: newer versions come while the old ones still have theirs.
 const RECEIVE_FRAMES: u32 = 512;
+
+/// As long as the source has not watched the VM, one page in so many of those in the store is taken to be hot.
+const HOT_UNSEEN_SHARE: u64 = 4;
 
 const NOT_RECEIVING: CommandError = CommandError::NotNow("the VM is not being received");
 
@@ -42,15 +47,22 @@ impl Core {
             to_come: pages,
             hot: 0,
             hot_in_store: 0,
+            observed: false,
             pages_read_before: self.counts.pages_read,
             victims_before: self.counts.victims,
             grants: VecDeque::new(),
             finish: None,
         });
-        self.update_heat(heat)
+        self.take_heat(heat)
     }
 
     pub(super) fn update_heat(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
+        let taken = self.take_heat(heat)?;
+        self.receiving.as_mut().expect("checked by take_heat").observed = true;
+        Ok(taken)
+    }
+
+    fn take_heat(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
         let Some(receiving) = &mut self.receiving else { return Err(NOT_RECEIVING) };
         if heat.len() as u64 != self.table.pages() {
             return Err(CommandError::NotNow("the heat map is not of this VM's size"));
@@ -142,12 +154,14 @@ impl Core {
         let before = self.table.state(page);
         let heat = self.table.heat(page);
         let receiving = self.receiving.as_ref().expect("checked by the caller");
+        let in_store = self.table.count(PageState::Leaving) + self.table.count(PageState::Stored);
+        let guessed = if receiving.observed { 0 } else { in_store / HOT_UNSEEN_SHARE };
         let facts = Arrivals {
             room: self.budget - reserve,
             // Its own old version makes room.
             in_ram: in_ram - u64::from(matches!(before, PageState::Resident | PageState::Arriving)),
             to_come: receiving.to_come,
-            hot_in_store: receiving.hot_in_store,
+            hot_in_store: receiving.hot_in_store.max(guessed),
             hot: receiving.hot,
         };
         let to_ram = facts.into_ram(heat, again);
@@ -187,7 +201,9 @@ impl Core {
     /// Grants what can be granted, and ends the receiving when everything is in its place.
     pub(super) fn serve_receiving(&mut self) {
         let failed = self.store_failed.clone();
-        while let Some((ticket, count)) = self.receiving.as_ref().and_then(|receiving| receiving.grants.front()) {
+        while let Some((ticket, count)) =
+            self.receiving.as_ref().and_then(|receiving| receiving.grants.front())
+        {
             let (ticket, count) = (*ticket, *count);
             let answer = match (&failed, self.take_frames(count)) {
                 (Some(error), _) => Err(CommandError::Store(error.clone())),
@@ -226,4 +242,3 @@ impl Core {
         None
     }
 }
-

@@ -90,7 +90,8 @@ impl Engine {
             .map_err(StartError::Host)?;
         let outside = config.memory_bytes.saturating_sub(config.budget_bytes);
         let store = Arc::new(store::open(&config.store.path, config.memory_bytes, outside)?);
-        let mailbox = Arc::new(Mailbox::new().map_err(|error| StartError::Host(format!("eventfd: {error}")))?);
+        let mailbox =
+            Arc::new(Mailbox::new().map_err(|error| StartError::Host(format!("eventfd: {error}")))?);
         let handle = EngineHandle { mailbox: mailbox.clone(), memory: memory.clone(), store: store.clone() };
         let core = Core::new(CoreConfig {
             pages,
@@ -172,7 +173,9 @@ struct AbortOnPanic;
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            tracing::error!("the engine found its own state wrong; the VM ends here rather than with wrong memory");
+            tracing::error!(
+                "the engine found its own state wrong; the VM ends here rather than with wrong memory"
+            );
             std::process::abort();
         }
     }
@@ -182,7 +185,9 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
     let EngineConfig { memory_bytes, budget_bytes, .. } = *config;
     let block = bytes_of(u64::from(BLOCK_PAGES));
     if memory_bytes == 0 || !memory_bytes.is_multiple_of(block) {
-        return Err(StartError::Budget(format!("a memory of {memory_bytes} bytes is not a multiple of 2 MiB; choose one that is")));
+        return Err(StartError::Budget(format!(
+            "a memory of {memory_bytes} bytes is not a multiple of 2 MiB; choose one that is"
+        )));
     }
     let minimum = Engine::MIN_BUDGET_BYTES;
     if budget_bytes < minimum {

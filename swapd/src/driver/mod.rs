@@ -122,14 +122,21 @@ impl Driver {
             return self.event(Event::WriteDone { io, result: error.map_or(Ok(()), Err) });
         };
         if let Some(error) = error {
-            tracing::error!(error = error.0, first = run.start.0, pages = run.len, "read from the store failed");
+            tracing::error!(
+                error = error.0,
+                first = run.start.0,
+                pages = run.len,
+                "read from the store failed"
+            );
             return self.event(Event::ReadDone { io, result: Err(error) });
         }
         let mut sums = std::mem::take(&mut self.sums);
         sums.clear();
         // SAFETY: the read has completed, the slots are bound to its pages, and only the engine moves frames.
         let bytes = unsafe { self.memory.slot_bytes(slots) };
-        sums.extend(run.pages().zip(bytes.chunks_exact(PAGE_SIZE)).map(|(page, bytes)| page_sum(page, bytes)));
+        sums.extend(
+            run.pages().zip(bytes.chunks_exact(PAGE_SIZE)).map(|(page, bytes)| page_sum(page, bytes)),
+        );
         self.event(Event::ReadDone { io, result: Ok(&sums) });
         self.sums = sums;
     }

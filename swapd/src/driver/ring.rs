@@ -24,7 +24,10 @@ pub(super) enum Completion {
     Faults,
     Commands,
     /// All bytes transferred, or an error.
-    Io { io: IoId, result: io::Result<()> },
+    Io {
+        io: IoId,
+        result: io::Result<()>,
+    },
 }
 
 /// A read or write under way; short ones go on where they stopped.

@@ -12,26 +12,32 @@ use crate::units::PAGE_SIZE;
 pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {
     let shown = path.display();
     let metadata = std::fs::metadata(path).map_err(|error| {
-        StartError::Store(format!("cannot use {shown} as store: {error}; create the directory, or name another one"))
+        StartError::Store(format!(
+            "cannot use {shown} as store: {error}; create the directory, or name another one"
+        ))
     })?;
     let file = if metadata.is_dir() {
         open_in_directory(path, memory_bytes, outside_bytes)?
     } else if metadata.file_type().is_block_device() {
         open_device(path, memory_bytes)?
     } else {
-        return Err(StartError::Store(format!("{shown} is neither a directory nor a block device; name one as the store")));
+        return Err(StartError::Store(format!(
+            "{shown} is neither a directory nor a block device; name one as the store"
+        )));
     };
     if metadata.blksize() > PAGE_SIZE as u64 * 16 {
-        tracing::warn!("the file system of {shown} works in blocks of {} bytes: expect slow paging", metadata.blksize());
+        tracing::warn!(
+            "the file system of {shown} works in blocks of {} bytes: expect slow paging",
+            metadata.blksize()
+        );
     }
     Ok(file)
 }
 
 fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {
     let shown = path.display();
-    let free = free_bytes(path).map_err(|error| {
-        StartError::Store(format!("cannot ask for the free space of {shown}: {error}"))
-    })?;
+    let free = free_bytes(path)
+        .map_err(|error| StartError::Store(format!("cannot ask for the free space of {shown}: {error}")))?;
     if free < outside_bytes {
         return Err(StartError::Store(format!(
             "the store {shown} has {free} bytes free, and {outside_bytes} bytes of the VM do not fit into its RAM budget; free some \
@@ -77,7 +83,9 @@ fn explain(path: &Path, error: &io::Error) -> StartError {
         Some(libc::EOPNOTSUPP | libc::EISDIR) => format!(
             "the file system of {shown} has no nameless files (O_TMPFILE); name a store on ext4, xfs or btrfs, or a block device"
         ),
-        Some(libc::EBUSY) => format!("{shown} is in use (mounted, or the store of another VM); name a free device"),
+        Some(libc::EBUSY) => {
+            format!("{shown} is in use (mounted, or the store of another VM); name a free device")
+        }
         Some(libc::EACCES | libc::EPERM) => {
             format!("no permission to write in {shown}; change its owner, or name another store")
         }

@@ -236,7 +236,12 @@ impl Faults {
 
     /// Present pages written since they were last protected, as address ranges; protects them again.
     /// Holes are left alone: a move into a protected hole would fail.
-    pub(super) fn scan_written(&mut self, base: usize, len: usize, mut found: impl FnMut(usize, usize)) -> io::Result<()> {
+    pub(super) fn scan_written(
+        &mut self,
+        base: usize,
+        len: usize,
+        mut found: impl FnMut(usize, usize),
+    ) -> io::Result<()> {
         let end = (base + len) as u64;
         let mut at = base as u64;
         while at < end {

@@ -55,7 +55,9 @@ impl Clock {
 
 /// Whether the page may leave the guest at all.
 pub fn may_leave(table: &PageTable, page: PageNo) -> bool {
-    table.state(page) == PageState::Resident && !table.has(page, Flag::Held) && !table.has(page, Flag::Writing)
+    table.state(page) == PageState::Resident
+        && !table.has(page, Flag::Held)
+        && !table.has(page, Flag::Writing)
 }
 
 fn take_chunk(table: &mut PageTable, chunk: Run, victims: &mut Vec<Run>) {

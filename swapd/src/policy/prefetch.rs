@@ -135,7 +135,8 @@ impl Prefetcher {
     fn start(&mut self, direction: Direction, page: PageNo, plans: &mut Vec<Plan>) -> Proof {
         let mut proof = Proof::default();
         if self.streams.len() == STREAMS {
-            let oldest = (0..STREAMS).min_by_key(|at| self.streams[*at].last_used).expect("there are streams");
+            let oldest =
+                (0..STREAMS).min_by_key(|at| self.streams[*at].last_used).expect("there are streams");
             proof.wasted = self.streams.swap_remove(oldest).unproven;
         }
         let frontier = match direction {
@@ -174,12 +175,8 @@ impl Stream {
     fn covers(&self, page: PageNo) -> bool {
         let reach = u64::from(self.unproven);
         match self.direction {
-            Direction::Up => {
-                page.0 + reach >= self.frontier.0 && page.0 <= self.frontier.0 + NEAR
-            }
-            Direction::Down => {
-                page.0 < self.frontier.0 + reach && page.0 + NEAR + 1 >= self.frontier.0
-            }
+            Direction::Up => page.0 + reach >= self.frontier.0 && page.0 <= self.frontier.0 + NEAR,
+            Direction::Down => page.0 < self.frontier.0 + reach && page.0 + NEAR + 1 >= self.frontier.0,
         }
     }
 
@@ -269,7 +266,8 @@ mod tests {
     fn useless_neighbours_end() {
         let mut prefetcher = Prefetcher::new(1 << 20);
         (0..500).for_each(|_| prefetcher.judge_neighbour(false));
-        let brought: usize = (1..64).map(|step| fault(&mut prefetcher, step * 7919 % (1 << 20)).0.len()).sum();
+        let brought: usize =
+            (1..64).map(|step| fault(&mut prefetcher, step * 7919 % (1 << 20)).0.len()).sum();
         assert_eq!(brought, 0);
         (0..100).for_each(|_| prefetcher.judge_neighbour(true));
         assert_eq!(fault(&mut prefetcher, 777_777).0[0].run.len, SOLO_MAX);

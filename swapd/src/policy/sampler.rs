@@ -31,12 +31,14 @@ impl Sampler {
         let mut looked_at = 0;
         let before = samples.len();
         // Empty blocks are stepped over, but not without end.
-        while samples.len() - before < SAMPLES_A_TICK && looked_at < SAMPLES_A_TICK * 64 && looked_at < blocks {
+        while samples.len() - before < SAMPLES_A_TICK && looked_at < SAMPLES_A_TICK * 64 && looked_at < blocks
+        {
             looked_at += 1;
             let block = table.block_of(PageNo(self.next_block as u64 * u64::from(BLOCK_PAGES)));
             if table.resident_in_block(self.next_block) > 0 {
                 let at = (self.pass * SAMPLE_PAGES * 7) % BLOCK_PAGES;
-                let run = block.part(at.min(block.len - 1), SAMPLE_PAGES.min(block.len - at.min(block.len - 1)));
+                let run =
+                    block.part(at.min(block.len - 1), SAMPLE_PAGES.min(block.len - at.min(block.len - 1)));
                 let whole = run.pages().take_while(|page| may_leave(table, *page)).count() as u32;
                 if whole > 0 {
                     let run = run.part(0, whole);

@@ -55,7 +55,10 @@ mod tests {
     #[test]
     fn the_smallest_budget_still_has_most_frames_in_the_guest() {
         let marks = Watermarks::of(4096, 8192, 2048);
-        assert!(marks.low < marks.high && marks.goal() <= 4096 / 8 && marks.batch <= marks.goal(), "{marks:?}");
+        assert!(
+            marks.low < marks.high && marks.goal() <= 4096 / 8 && marks.batch <= marks.goal(),
+            "{marks:?}"
+        );
     }
 
     #[test]

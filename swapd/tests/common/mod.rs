@@ -7,7 +7,14 @@ use std::time::{Duration, Instant};
 use swapd::{Engine, EngineConfig, EngineHandle, PAGE_SIZE, PageNo, Stats, StoreConfig};
 
 pub fn config(memory_bytes: u64, budget_bytes: u64, store: PathBuf, prealloc: bool) -> EngineConfig {
-    EngineConfig { memory_bytes, budget_bytes, store: StoreConfig { path: store }, prealloc, lock: true, sampling: true }
+    EngineConfig {
+        memory_bytes,
+        budget_bytes,
+        store: StoreConfig { path: store },
+        prealloc,
+        lock: true,
+        sampling: true,
+    }
 }
 
 /// A directory on a real disk: the build's own.
@@ -94,9 +101,13 @@ impl Vm {
 
     /// Whether the kernel fails to copy from the page.
     pub fn is_unreadable(&self, page: PageNo) -> bool {
-        let null = std::fs::OpenOptions::new().write(true).open("/proc/self/coredump_filter").expect("proc is there");
+        let null = std::fs::OpenOptions::new()
+            .write(true)
+            .open("/proc/self/coredump_filter")
+            .expect("proc is there");
         // SAFETY: the kernel checks the range and fails with EFAULT instead of a signal.
-        let result = unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&null), self.word(page, 0).cast(), 8) };
+        let result =
+            unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&null), self.word(page, 0).cast(), 8) };
         result < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
     }
 

@@ -1,0 +1,217 @@
+//! The place where a benchmark works: a directory, and processes that must not outlive it.
+//!
+//! Everything that is made carries the benchmark's process id in its name, so that the next run finds what one that was
+//! killed has left. Processes started here get a process group of their own (a Ctrl-C is for the benchmark, which then
+//! ends them in order) and die with it; those that they start in turn fall to it as the subreaper.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use super::{cgroup, swapfile};
+use crate::control::client::VmClient;
+use crate::control::rundir::RunDir;
+use crate::failure::{Failure, Kind};
+
+/// Begins the name of everything that a benchmark makes.
+pub(super) const PREFIX: &str = "vmemd-bench-";
+pub(super) const SWAP_FILE: &str = "swapfile";
+
+/// Ends a process at once.
+pub(super) fn kill(pid: i32) {
+    if pid > 1 {
+        // SAFETY: no memory arguments. The process is one that this benchmark, or one that is gone, has started.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+}
+
+/// The directory of one benchmark.
+#[derive(Debug)]
+pub(super) struct Site {
+    path: PathBuf,
+}
+
+impl Site {
+    /// Removes what dead benchmarks have left, and makes a new site on the disk of `store`.
+    pub(super) fn open(store: &Path) -> Result<Site, Failure> {
+        fs::create_dir_all(store)
+            .map_err(|error| Failure::io(format!("cannot make {}", store.display()), &error))?;
+        remove_left(store);
+        // SAFETY: no memory arguments.
+        if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) } != 0 {
+            return Err(Failure::io("cannot become the subreaper", &std::io::Error::last_os_error()));
+        }
+        let path = store.join(format!("{PREFIX}{}", std::process::id()));
+        fs::create_dir(&path)
+            .map_err(|error| Failure::io(format!("cannot make {}", path.display()), &error))?;
+        Ok(Site { path })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A fresh directory of one experiment.
+    pub(super) fn fresh(&self, name: &str) -> Result<PathBuf, Failure> {
+        let path = self.path.join(name);
+        let made = fs::create_dir(&path);
+        made.map_err(|error| Failure::io(format!("cannot make {}", path.display()), &error))?;
+        Ok(path)
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        end_descendants();
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Whether a name is that of something made by a benchmark that does not run any more.
+fn is_left(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix(PREFIX) else { return false };
+    let pid = rest.split('-').next().unwrap_or_default();
+    pid.parse::<u32>().is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+}
+
+fn remove_left(store: &Path) {
+    for entry in fs::read_dir(store).into_iter().flatten().flatten() {
+        if !entry.file_name().to_str().is_some_and(is_left) {
+            continue;
+        }
+        for experiment in fs::read_dir(entry.path()).into_iter().flatten().flatten() {
+            end_vms(&experiment.path().join("target"));
+            let _ = swapfile::swap_off(&experiment.path().join(SWAP_FILE));
+        }
+        let _ = fs::remove_dir_all(entry.path());
+    }
+    cgroup::remove_left(is_left);
+}
+
+/// Ends VMs of a run directory that nobody answers for.
+fn end_vms(run_dir: &Path) {
+    if !run_dir.is_dir() {
+        return;
+    }
+    let Ok(dir) = RunDir::open(run_dir) else { return };
+    for place in dir.places().unwrap_or_default() {
+        if let Ok(stat) = VmClient::connect_to(&dir, &place).and_then(|mut vm| vm.stat()) {
+            kill(stat.pid as i32);
+        }
+    }
+}
+
+/// Ends and reaps every process that has this one as its parent, until there are none.
+pub(super) fn end_descendants() {
+    loop {
+        let children = children_of(std::process::id());
+        if children.is_empty() {
+            return;
+        }
+        for pid in children {
+            kill(pid);
+            // SAFETY: a null status pointer is allowed; the process is a child of this one.
+            unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
+        }
+    }
+}
+
+fn children_of(parent: u32) -> Vec<i32> {
+    let parent = parent.to_string();
+    let of = |pid: &str| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name in parentheses may hold anything; the parent is the second field behind it.
+        let is_child = stat.rsplit_once(')')?.1.split_whitespace().nth(1)? == parent;
+        is_child.then(|| pid.parse().ok()).flatten()
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| of(entry.file_name().to_str()?)).collect()
+}
+
+/// A process of an experiment. Ended when dropped.
+#[derive(Debug)]
+pub(super) struct Proc {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Proc {
+    /// Starts `vmemd` with these arguments, in the cgroup whose entrance is given. Its stderr goes to a file.
+    pub(super) fn start(args: &[String], log: &Path, entrance: Option<&fs::File>) -> Result<Proc, Failure> {
+        let fail = |error| Failure::io("cannot start vmemd", &error);
+        let stderr = fs::File::create(log).map_err(fail)?;
+        let entrance = entrance.map(AsRawFd::as_raw_fd);
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0("vmemd")
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            .process_group(0);
+        // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing; the
+        // cgroup's descriptor is open over the fork.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                match entrance {
+                    Some(fd) if libc::write(fd, b"0".as_ptr().cast(), 1) != 1 => {
+                        Err(std::io::Error::last_os_error())
+                    }
+                    _ => Ok(()),
+                }
+            });
+        }
+        let child = command.spawn().map_err(fail)?;
+        Ok(Proc { child, log: log.to_owned() })
+    }
+
+    /// The first line of its stdout.
+    pub(super) fn first_line(&mut self) -> Result<String, Failure> {
+        let mut line = String::new();
+        if let Some(stdout) = self.child.stdout.as_mut() {
+            let _ = BufReader::new(stdout).read_line(&mut line);
+        }
+        if line.is_empty() { Err(self.ended()) } else { Ok(line.trim().to_owned()) }
+    }
+
+    /// Fails if it has ended, with the last line of its log.
+    pub(super) fn check(&mut self) -> Result<(), Failure> {
+        match self.child.try_wait() {
+            Ok(None) => Ok(()),
+            _ => Err(self.ended()),
+        }
+    }
+
+    fn ended(&self) -> Failure {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let last = log.lines().last().unwrap_or("it said nothing").to_owned();
+        Failure::new(Kind::Vm, format!("a process of the experiment ended: {last}"))
+    }
+}
+
+impl Drop for Proc {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_told_from_what_is_in_use() {
+        assert!(is_left("vmemd-bench-4294967294"));
+        assert!(is_left("vmemd-bench-4294967294-1-swap"));
+        assert!(!is_left(&format!("vmemd-bench-{}-1-swap", std::process::id())));
+        assert!(!is_left("vmemd-bench-"));
+        assert!(!is_left("somebody-else-4294967294"));
+    }
+}

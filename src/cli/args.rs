@@ -1,0 +1,288 @@
+//! The command line as it is typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::control::protocol::EngineKind;
+use crate::size::Size;
+use crate::vmm::Workload;
+
+/// Gives each VM a private virtual memory: a fixed budget of RAM, an SSD behind it, and a way to move while it runs.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmemd",
+    version,
+    propagate_version = true,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+#[command(
+    after_help = "Exit codes: 2 usage, 3 the host lacks something, 4 no such VM or name taken, 5 no room (RAM, store),
+6 peer or link, 7 the VM failed, 8 hand-over in doubt, 130 interrupted, 1 anything else."
+)]
+pub(super) struct Cli {
+    /// Directory of the VMs' control sockets [default: $VMEMD_RUN_DIR, /run/vmemd, or $XDG_RUNTIME_DIR/vmemd]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(super) run_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run a VM in the foreground, with the built-in reference guest
+    #[command(after_help = "Example:
+  vmemd run --name web --memory 2G --ram 1G --guest rewrite:working-set=1500M
+Ctrl-C stops the VM. After it has moved to another host the command ends with 0.")]
+    Run(RunArgs),
+    /// Let VMs arrive at this host
+    #[command(after_help = "Example:
+  vmemd serve --listen 127.0.0.1:7070 --ram 1G --store /var/lib/vmemd
+The daemon may end or be restarted: running VMs go on.")]
+    Serve(ServeArgs),
+    /// Move a running VM to another host
+    #[command(after_help = "Example:
+  vmemd migrate web --to 127.0.0.1:7070 --json
+Ctrl-C cancels, and the VM runs on where it was.")]
+    Migrate(MigrateArgs),
+    /// List the VMs of this host
+    #[command(after_help = "Example:\n  vmemd list --json")]
+    List(JsonArg),
+    /// Show what a VM's memory does
+    #[command(after_help = "Example:\n  vmemd stat web --watch")]
+    Stat(StatArgs),
+    /// Change a running VM's RAM budget
+    #[command(after_help = "Example:\n  vmemd set web --ram 1G")]
+    Set(SetArgs),
+    /// Stop a VM's vCPUs until `resume`
+    #[command(after_help = "Example:\n  vmemd pause web")]
+    Pause(NameArgs),
+    /// Let a VM go on: one that was paused, whose store failed, or whose hand-over is in doubt
+    #[command(after_help = "Example:\n  vmemd resume web")]
+    Resume(NameArgs),
+    /// End a VM
+    #[command(after_help = "Example:\n  vmemd stop web")]
+    Stop(NameArgs),
+    /// Say what this host has and lacks, with the remedy
+    #[command(after_help = "Example:\n  vmemd doctor --store /var/lib/vmemd")]
+    Doctor(DoctorArgs),
+    /// Measure
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Receive a VM (started by the daemon)
+    #[command(hide = true)]
+    Receive { settings: String },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct JsonArg {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct NameArgs {
+    /// The VM
+    pub(super) name: String,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Its name: letters, digits, '.', '_' and '-'
+    #[arg(long)]
+    pub(super) name: String,
+    /// Memory of the guest, a multiple of 2M
+    #[arg(long, value_name = "SIZE")]
+    pub(super) memory: Size,
+    /// RAM that it may use [default: all of --memory]
+    #[arg(long, value_name = "SIZE")]
+    pub(super) ram: Option<Size>,
+    /// What the guest does: fill, rewrite, random, zipf, read or idle, as in rewrite:working-set=1500M,rate=200M
+    #[arg(long, value_name = "WORKLOAD", default_value = "rewrite")]
+    pub(super) guest: Workload,
+    /// Number of vCPUs, 1 to 8
+    #[arg(long, default_value_t = 1)]
+    pub(super) vcpus: u32,
+    /// Where the pages go that have no RAM: a directory on an SSD, or a block device
+    /// [default: /var/lib/vmemd, or ~/.local/share/vmemd]
+    #[arg(long, value_name = "PATH")]
+    pub(super) store: Option<PathBuf>,
+    /// Take all RAM at the start
+    #[arg(long)]
+    pub(super) prealloc: bool,
+    /// Do not lock the VM's RAM against the host's own swap
+    #[arg(long)]
+    pub(super) no_lock: bool,
+    #[arg(long, hide = true, value_enum, default_value = "vmemd")]
+    pub(super) engine: EngineKind,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// Where to listen: ADDRESS:PORT (port 0: any, see stdout)
+    #[arg(long, value_name = "ADDR")]
+    pub(super) listen: String,
+    /// RAM for all VMs that arrive
+    #[arg(long, value_name = "SIZE")]
+    pub(super) ram: Size,
+    /// Directory on an SSD for the pages that have no RAM; made if missing
+    #[arg(long, value_name = "DIR")]
+    pub(super) store: PathBuf,
+    /// What holds the memory of VMs that arrive: plain is ordinary memory, for comparisons
+    #[arg(long, value_enum, default_value = "vmemd")]
+    pub(super) engine: EngineKind,
+    /// Do not lock the VMs' RAM against the host's own swap
+    #[arg(long)]
+    pub(super) no_lock: bool,
+    /// One log file a VM in this directory, instead of the daemon's stderr
+    #[arg(long, value_name = "DIR")]
+    pub(super) log_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MigrateArgs {
+    /// The VM
+    pub(super) name: String,
+    /// The target's daemon: HOST:PORT
+    #[arg(long, value_name = "ADDR")]
+    pub(super) to: String,
+    /// RAM that it shall have there [default: what the daemon has left]
+    #[arg(long, value_name = "SIZE")]
+    pub(super) ram: Option<Size>,
+    /// Stop the VM when what is left can be sent in this time
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
+    pub(super) downtime_target: Duration,
+    /// Number of data connections
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(super) streams: u32,
+    /// Stop the VM after this many rounds, whatever is left
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(super) max_rounds: u32,
+    /// Never slow a guest down that writes faster than can be sent
+    #[arg(long)]
+    pub(super) no_throttle: bool,
+    /// Measure how much of what the VM touches in its first second there is in RAM
+    #[arg(long)]
+    pub(super) check_placement: bool,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct StatArgs {
+    /// The VM
+    pub(super) name: String,
+    /// Show it again every second, with rates
+    #[arg(long)]
+    pub(super) watch: bool,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SetArgs {
+    /// The VM
+    pub(super) name: String,
+    /// Its new RAM budget
+    #[arg(long, value_name = "SIZE")]
+    pub(super) ram: Size,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// The store directory to look at [default: that of `vmemd run`]
+    #[arg(long, value_name = "DIR")]
+    pub(super) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum BenchCommand {
+    /// Migrate a VM into less RAM, and have it rewrite half of its memory there: vmemd, kernel swap, enough RAM
+    #[command(after_help = "Example:
+  vmemd bench migrate --memory 4G --ram 2G --targets vmemd,swap,ram
+The swap target needs root: it makes a memory cgroup and a swap file, and removes them.")]
+    Migrate(BenchMigrateArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BenchMigrateArgs {
+    /// Memory of the VM
+    #[arg(long, value_name = "SIZE")]
+    pub(super) memory: Size,
+    /// RAM at the target
+    #[arg(long, value_name = "SIZE")]
+    pub(super) ram: Size,
+    /// What to compare, in this order
+    #[arg(long, value_delimiter = ',', default_value = "vmemd,swap,ram", value_enum)]
+    pub(super) targets: Vec<crate::bench::Target>,
+    /// Repetitions; medians of them are shown
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(super) repeat: u32,
+    /// What the guest does [default: rewrite all of its memory, again and again]
+    #[arg(long, value_name = "WORKLOAD")]
+    pub(super) guest: Option<Workload>,
+    /// Directory on the disk to measure: store and swap file are made in it [default: that of `vmemd run`]
+    #[arg(long, value_name = "DIR")]
+    pub(super) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+/// A time as people write it: `50ms`, `1s`, `1.5s`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let scale = match unit {
+        "ms" => 0.001,
+        "s" => 1.0,
+        _ => return Err("write a number and a unit, such as 50ms or 1s".to_owned()),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("{number:?} is not a number"))?;
+    Duration::try_from_secs_f64(number * scale)
+        .ok()
+        .filter(|time| !time.is_zero() && *time <= Duration::from_secs(3600))
+        .ok_or_else(|| "choose a time between 1ms and 3600s".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_as_people_write_them() {
+        assert_eq!(parse_duration("50ms"), Ok(Duration::from_millis(50)));
+        assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
+        for text in ["", "50", "ms", "-1s", "0ms", "2h", "1e9s", "9999999s"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
+            let leaves: Vec<_> = command.get_subcommands().collect();
+            let leaves = if leaves.is_empty() { vec![command] } else { leaves };
+            for leaf in leaves {
+                let help = leaf.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(help.contains("Example"), "{}", leaf.get_name());
+            }
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! `vmemd migrate`: asks the VM's process to move, and shows how it goes.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value;
+
+use super::args::MigrateArgs;
+use super::{print, print_json};
+use crate::control::client::VmClient;
+use crate::control::protocol::{MigrateRequest, MigrationStat, Request, State};
+use crate::control::rundir::{Place, RunDir};
+use crate::failure::{Failure, Kind};
+use crate::signals;
+use crate::size::Size;
+
+/// Highest share of time for which a guest is held back so that the migration ends.
+const THROTTLE_MAX: u8 = 99;
+/// How long a cancelled migration may take to end.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
+const CANCEL_POLL: Duration = Duration::from_millis(50);
+
+pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
+    signals::install()?;
+    let request = Request::Migrate(MigrateRequest {
+        to: args.to.clone(),
+        ram_bytes: args.ram.map(Size::bytes),
+        downtime_target_ms: (args.downtime_target.as_millis() as u64).max(1),
+        streams: args.streams,
+        max_rounds: args.max_rounds,
+        max_throttle: if args.no_throttle { 0 } else { THROTTLE_MAX },
+        check_placement: args.check_placement,
+    });
+    let place = dir.find(&args.name)?;
+    let mut vm = VmClient::connect_to(dir, &place)?;
+    let bar = Bar::new(&args.name);
+    let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
+    // Closing the connection is what cancels.
+    drop(vm);
+    bar.end();
+    match answer {
+        Err(failure) if failure.kind == Kind::Interrupted && signals::caught().is_some() => {
+            Err(cancelled(dir, &args.name, &place))
+        }
+        Err(failure) => Err(failure),
+        Ok(report) if args.json.json => print_json(&report),
+        Ok(report) => {
+            print(&summary(&report));
+            Ok(())
+        }
+    }
+}
+
+/// Waits until the VM's process has seen that the migration is cancelled, and says where the VM is.
+fn cancelled(dir: &RunDir, name: &str, place: &Place) -> Failure {
+    let deadline = Instant::now() + CANCEL_TIMEOUT;
+    loop {
+        let state = VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()).map(|stat| stat.state);
+        let text = match state {
+            Ok(State::Migrating) if Instant::now() < deadline => {
+                std::thread::sleep(CANCEL_POLL);
+                continue;
+            }
+            Ok(State::Migrating) => format!("asked to cancel, but {name:?} is still migrating"),
+            Ok(State::InDoubt) => {
+                return Failure::new(
+                    Kind::InDoubt,
+                    format!("the hand-over of {name:?} is in doubt: `vmemd resume {name}`"),
+                );
+            }
+            Ok(State::Moved) | Err(_) => format!("too late to cancel: {name:?} has moved"),
+            Ok(_) => format!("cancelled; {name:?} runs on here"),
+        };
+        return Failure::new(Kind::Interrupted, text);
+    }
+}
+
+/// What a person wants to know afterwards.
+fn summary(report: &Value) -> String {
+    let number = |field: &str| report[field].as_u64().unwrap_or(0);
+    let float = |field: &str| report[field].as_f64().unwrap_or(0.0);
+    let size = |bytes: u64| format!("{:#}", Size(bytes));
+    let pages = |field: &str| size(swapd::units::bytes_of(number(field)));
+    let mut text = format!(
+        "{} moved to {}\n  sent       {} of {} memory, in {} rounds\n  duration   {:.2} s, downtime {:.1} ms\n  placed     {} RAM, {} store, {} zero\n  paging     {} page-ins, {} page-outs while it arrived",
+        report["name"].as_str().unwrap_or("?"),
+        report["to"].as_str().unwrap_or("?"),
+        size(number("bytes_sent")),
+        size(number("bytes_total")),
+        number("rounds"),
+        float("duration_ms") / 1000.0,
+        float("downtime_ms"),
+        pages("pages_ram"),
+        pages("pages_store"),
+        pages("pages_zero"),
+        number("pageins_during"),
+        number("pageouts_during"),
+    );
+    if number("throttle_max_percent") > 0 {
+        text += &format!("\n  throttle   up to {} %", number("throttle_max_percent"));
+    }
+    let placement = &report["placement"];
+    if let (Some(touched), Some(in_ram)) =
+        (placement["touched_pages"].as_u64(), placement["touched_in_ram"].as_u64())
+    {
+        let share = if touched == 0 { 100.0 } else { in_ram as f64 * 100.0 / touched as f64 };
+        text += &format!(
+            "\n  placement  {share:.1} % of {touched} pages touched in the first second were in RAM"
+        );
+    }
+    text
+}
+
+/// The progress bar, on stderr if that is a terminal.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new(name: &str) -> Bar {
+        if !std::io::stderr().is_terminal() {
+            return Bar(ProgressBar::hidden());
+        }
+        let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr_with_hz(10));
+        let style = ProgressStyle::with_template(
+            "{prefix} {bar:30} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {elapsed}  {msg}",
+        );
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_prefix(name.to_owned());
+        Bar(bar)
+    }
+
+    fn show(&self, progress: &MigrationStat) {
+        self.0.set_length(progress.bytes_total.max(1));
+        self.0.set_position(progress.bytes_done.min(progress.bytes_total));
+        let mut message =
+            format!("{:#}/s  {}", Size(progress.bytes_per_second), progress.phase.replace('_', " "));
+        if progress.round > 1 {
+            message += &format!(", round {}, {:#} left", progress.round, Size(progress.bytes_left));
+        }
+        if let Some(left) = progress.bytes_left.checked_div(progress.bytes_per_second) {
+            message += &format!(", {left} s");
+        }
+        if progress.throttle_percent > 0 {
+            message += &format!(", guest held back {} %", progress.throttle_percent);
+        }
+        self.0.set_message(message);
+    }
+
+    fn end(&self) {
+        self.0.finish_and_clear();
+    }
+}

@@ -1,0 +1,185 @@
+//! The `vmemd` command: raw arguments, resolved settings, the right mechanism, output, exit code.
+
+mod args;
+mod migrate;
+mod stat;
+mod vms;
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::control::protocol::EngineKind;
+use crate::control::rundir::RunDir;
+use crate::daemon::serve::ServeSettings;
+use crate::failure::{Failure, Kind};
+use crate::process::run::RunSettings;
+use crate::process::{MemorySpec, arrive};
+use crate::size::Size;
+use crate::{bench, daemon, doctor, process};
+use args::{BenchCommand, BenchMigrateArgs, Cli, Command, RunArgs, ServeArgs};
+
+/// Runs the command and returns the process's exit code.
+pub fn main() -> u8 {
+    let cli = Cli::parse();
+    start_logging(matches!(cli.command, Command::Run(_) | Command::Serve(_) | Command::Receive { .. }));
+    match dispatch(cli) {
+        Ok(()) => 0,
+        Err(failure) => {
+            let _ = writeln!(std::io::stderr(), "vmemd: {failure}");
+            failure.kind.exit_code()
+        }
+    }
+}
+
+/// To stderr; `VMEMD_LOG` sets what (`debug`, `vmemd::daemon=trace`).
+fn start_logging(long_running: bool) {
+    let default = if long_running { "info" } else { "warn" };
+    let filter = EnvFilter::try_from_env("VMEMD_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(ansi)
+        .with_target(false)
+        .init();
+}
+
+fn dispatch(cli: Cli) -> Result<(), Failure> {
+    let run_dir = cli
+        .run_dir
+        .or_else(|| std::env::var_os("VMEMD_RUN_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from))
+        .unwrap_or_else(RunDir::default_path);
+    match cli.command {
+        Command::Run(args) => process::run::run(&run_settings(args, run_dir)?),
+        Command::Serve(args) => daemon::serve::serve(serve_settings(args, run_dir)?),
+        Command::Receive { settings } => {
+            let settings = serde_json::from_str(&settings).map_err(|error| {
+                Failure::new(Kind::Usage, format!("`vmemd receive` is started by `vmemd serve`: {error}"))
+            })?;
+            arrive::receive(&settings)
+        }
+        Command::Migrate(args) => migrate::migrate(&RunDir::open(&run_dir)?, args),
+        Command::List(json) => vms::list(&RunDir::open(&run_dir)?, json.json),
+        Command::Stat(args) => stat::stat(&RunDir::open(&run_dir)?, &args),
+        Command::Set(args) => vms::set(&RunDir::open(&run_dir)?, &args),
+        Command::Pause(args) => vms::pause(&RunDir::open(&run_dir)?, &args),
+        Command::Resume(args) => vms::resume(&RunDir::open(&run_dir)?, &args),
+        Command::Stop(args) => vms::stop(&RunDir::open(&run_dir)?, &args),
+        Command::Doctor(args) => doctor::doctor(&args.store.unwrap_or_else(default_store), args.json.json),
+        Command::Bench(BenchCommand::Migrate(args)) => bench::migrate(&bench_settings(args)?),
+    }
+}
+
+/// Where stores are unless the user says otherwise.
+fn default_store() -> PathBuf {
+    // SAFETY: geteuid has no arguments and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    match std::env::var_os("HOME") {
+        Some(home) if !root => PathBuf::from(home).join(".local/share/vmemd"),
+        _ => PathBuf::from("/var/lib/vmemd"),
+    }
+}
+
+fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure> {
+    crate::control::rundir::check_name(&args.name)?;
+    let ram = args.ram.unwrap_or(args.memory);
+    check_sizes(args.memory, ram)?;
+    let store = args.store.unwrap_or_else(default_store);
+    if args.engine == EngineKind::Vmemd {
+        make_store(&store)?;
+    }
+    Ok(RunSettings {
+        run_dir,
+        name: args.name,
+        memory: MemorySpec {
+            engine: args.engine,
+            memory_bytes: args.memory.bytes(),
+            budget_bytes: ram.bytes(),
+            store,
+            prealloc: args.prealloc,
+            lock: !args.no_lock,
+        },
+        vcpus: args.vcpus,
+        workload: args.guest,
+    })
+}
+
+/// What can be said about sizes without looking at the host.
+fn check_sizes(memory: Size, ram: Size) -> Result<(), Failure> {
+    let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);
+    let usage = |text: String| Err(Failure::new(Kind::Usage, text));
+    if memory.bytes() == 0 || !memory.bytes().is_multiple_of(2 << 20) {
+        return usage(format!("--memory {memory} is not a multiple of 2M: round it up or down"));
+    }
+    if ram > memory {
+        return usage(format!(
+            "--ram {ram} is more than --memory {memory}: a VM cannot use more RAM than its memory"
+        ));
+    }
+    if ram < minimum {
+        return usage(format!("--ram {ram} is below the minimum of {minimum}"));
+    }
+    Ok(())
+}
+
+/// A store directory that is missing is made; a device or file must be there.
+fn make_store(store: &std::path::Path) -> Result<(), Failure> {
+    if store.exists() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(store).map_err(|error| {
+        Failure::io(
+            format!("cannot make the store directory {} (choose another with --store)", store.display()),
+            &error,
+        )
+    })
+}
+
+fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Failure> {
+    let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);
+    if args.ram < minimum {
+        return Err(Failure::new(
+            Kind::Usage,
+            format!("--ram {} is below the minimum of {minimum}", args.ram),
+        ));
+    }
+    Ok(ServeSettings {
+        run_dir,
+        listen: args.listen,
+        ram_bytes: args.ram.bytes(),
+        store: args.store,
+        engine: args.engine,
+        lock: !args.no_lock,
+        log_dir: args.log_dir,
+        json: args.json.json,
+    })
+}
+
+fn bench_settings(args: BenchMigrateArgs) -> Result<bench::Settings, Failure> {
+    check_sizes(args.memory, args.ram)?;
+    Ok(bench::Settings {
+        memory: args.memory,
+        ram: args.ram,
+        targets: args.targets,
+        repeat: args.repeat,
+        guest: args.guest,
+        store: args.store.unwrap_or_else(default_store),
+        json: args.json.json,
+    })
+}
+
+/// Prints to stdout. A reader that has gone away is no error.
+fn print(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Prints a value as JSON.
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let text =
+        serde_json::to_string_pretty(value).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    print(&text);
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! The short commands: list, set, pause, resume, stop.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::args::{NameArgs, SetArgs};
+use super::{print, print_json};
+use crate::control::client::{ACTION_TIMEOUT, VmClient};
+use crate::control::protocol::{Request, VmStat};
+use crate::control::rundir::{Place, RunDir};
+use crate::failure::{Failure, Kind};
+use crate::size::Size;
+
+/// How long a VM may take to end: a cancelled migration and a fault that is being served come first.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// One line of `list`.
+#[derive(Serialize)]
+struct Row {
+    name: String,
+    /// `stat`'s state, or `unknown` if the process does not answer.
+    state: String,
+    #[serde(flatten)]
+    facts: Option<Facts>,
+}
+
+#[derive(Serialize)]
+struct Facts {
+    pid: u32,
+    memory_bytes: u64,
+    ram_budget_bytes: u64,
+    resident_bytes: u64,
+    stored_bytes: u64,
+    workload: String,
+    daemon: Option<String>,
+}
+
+pub(super) fn list(dir: &RunDir, as_json: bool) -> Result<(), Failure> {
+    // All at once: one that does not answer must not hold up the others.
+    let places = dir.places()?;
+    let rows: Vec<Option<Row>> = std::thread::scope(|scope| {
+        let asked: Vec<_> = places.iter().map(|place| scope.spawn(move || ask(dir, place))).collect();
+        asked.into_iter().map(|row| row.join().unwrap_or(None)).collect()
+    });
+    let rows: Vec<Row> = rows.into_iter().flatten().collect();
+    if as_json {
+        return print_json(&rows);
+    }
+    if rows.is_empty() {
+        print(&format!("no VM runs here ({})", dir.path().display()));
+        return Ok(());
+    }
+    print(&format!(
+        "{:<20} {:<9} {:>8} {:>8} {:>9} {:>8} {:>8}  GUEST",
+        "NAME", "STATE", "MEMORY", "BUDGET", "RESIDENT", "STORED", "PID"
+    ));
+    for Row { name, state, facts } in rows {
+        print(&match facts {
+            Some(facts) => format!(
+                "{name:<20} {state:<9} {:>8} {:>8} {:>9} {:>8} {:>8}  {}",
+                rounded(facts.memory_bytes),
+                rounded(facts.ram_budget_bytes),
+                rounded(facts.resident_bytes),
+                rounded(facts.stored_bytes),
+                facts.pid,
+                facts.workload
+            ),
+            None => format!("{name:<20} {state:<9}"),
+        });
+    }
+    Ok(())
+}
+
+fn rounded(bytes: u64) -> String {
+    format!("{:#}", Size(bytes))
+}
+
+/// None: it has ended between being listed and being asked.
+fn ask(dir: &RunDir, place: &Place) -> Option<Row> {
+    match VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()) {
+        Ok(stat) => Some(row(stat)),
+        Err(failure) if failure.kind == Kind::Name => None,
+        Err(_) => Some(Row { name: place.name().to_owned(), state: "unknown".to_owned(), facts: None }),
+    }
+}
+
+fn row(stat: VmStat) -> Row {
+    Row {
+        name: stat.name,
+        state: stat.state.name().to_owned(),
+        facts: Some(Facts {
+            pid: stat.pid,
+            memory_bytes: stat.memory.memory_bytes,
+            ram_budget_bytes: stat.memory.ram_budget_bytes,
+            resident_bytes: stat.memory.resident_bytes,
+            stored_bytes: stat.memory.stored_bytes,
+            workload: stat.workload,
+            daemon: stat.daemon,
+        }),
+    }
+}
+
+pub(super) fn set(dir: &RunDir, args: &SetArgs) -> Result<(), Failure> {
+    let request = Request::SetRam { ram_bytes: args.ram.bytes() };
+    let answer = VmClient::connect(dir, &args.name)?.ask(&request, ACTION_TIMEOUT)?;
+    say(args.json.json, &answer, &format!("{} has {} of RAM now", args.name, args.ram))
+}
+
+pub(super) fn pause(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
+    let answer = VmClient::connect(dir, &args.name)?.ask(&Request::Pause, ACTION_TIMEOUT)?;
+    say(args.json.json, &answer, &format!("{} is paused", args.name))
+}
+
+pub(super) fn resume(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
+    let answer = VmClient::connect(dir, &args.name)?.ask(&Request::Resume, ACTION_TIMEOUT)?;
+    let text = match answer["state"].as_str() {
+        Some("moved") => format!("{} runs at the target; nothing was left to do here", args.name),
+        _ => format!("{} runs", args.name),
+    };
+    say(args.json.json, &answer, &text)
+}
+
+pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
+    let mut vm = VmClient::connect(dir, &args.name)?;
+    vm.ask(&Request::Stop, ACTION_TIMEOUT)?;
+    vm.wait_for_end(STOP_TIMEOUT)?;
+    say(
+        args.json.json,
+        &json!({ "name": args.name, "state": "stopped" }),
+        &format!("{} is stopped", args.name),
+    )
+}
+
+fn say(as_json: bool, value: &Value, text: &str) -> Result<(), Failure> {
+    if as_json {
+        return print_json(value);
+    }
+    print(text);
+    Ok(())
+}

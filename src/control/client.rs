@@ -1,0 +1,120 @@
+//! Asks a VM's process something over its control socket.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::lines::{LineError, Lines};
+use super::protocol::{MigrationStat, Reply, Request, VmStat};
+use super::rundir::{Place, RunDir};
+use crate::failure::{Failure, Kind};
+
+/// How long a VM's process may take to say what it knows.
+pub const STAT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long it may take to do something short: pausing waits for faults being served, a smaller budget for page-outs.
+pub const ACTION_TIMEOUT: Duration = Duration::from_secs(120);
+/// A migration tells its progress much more often than this.
+pub const PROGRESS_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// A connection to a VM's process.
+#[derive(Debug)]
+pub struct VmClient {
+    name: String,
+    lines: Lines,
+}
+
+impl VmClient {
+    /// Connects to the VM of that name.
+    ///
+    /// # Errors
+    /// [`Kind::Name`] if there is none.
+    pub fn connect(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
+        let place = dir.find(name)?;
+        VmClient::connect_to(dir, &place)
+    }
+
+    /// # Errors
+    /// If the process ended meanwhile, or this user may not talk to it.
+    pub fn connect_to(dir: &RunDir, place: &Place) -> Result<VmClient, Failure> {
+        let stream = dir.connect(place).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
+                Failure::new(Kind::Name, format!("the VM {:?} has just ended or moved", place.name()))
+            }
+            std::io::ErrorKind::PermissionDenied => Failure::new(
+                Kind::Host,
+                format!("no permission to talk to the VM {:?}: use the account that runs it", place.name()),
+            ),
+            _ => Failure::io(format!("cannot talk to the VM {:?}", place.name()), &error),
+        })?;
+        Ok(VmClient { name: place.name().to_owned(), lines: Lines::new(stream) })
+    }
+
+    /// Asks for the VM's facts.
+    ///
+    /// # Errors
+    /// If it does not answer in [`STAT_TIMEOUT`].
+    pub fn stat(&mut self) -> Result<VmStat, Failure> {
+        let value = self.ask(&Request::Stat, STAT_TIMEOUT)?;
+        serde_json::from_value(value).map_err(|error| {
+            Failure::new(Kind::Other, format!("the VM {:?} runs another vmemd: {error}", self.name))
+        })
+    }
+
+    /// # Errors
+    /// The VM's refusal, or no answer.
+    pub fn ask(&mut self, request: &Request, timeout: Duration) -> Result<Value, Failure> {
+        self.lines.write(request).map_err(|error| self.lost(&error))?;
+        loop {
+            match self.lines.read::<Reply>(timeout).map_err(|error| self.lost(&error))? {
+                Reply::Progress(_) => {}
+                Reply::Ok(value) => return Ok(value),
+                Reply::Error(failure) => return Err(failure),
+            }
+        }
+    }
+
+    /// Asks for something long. `progress` is called on the way; a signal ends the waiting.
+    ///
+    /// # Errors
+    /// The VM's refusal, no answer, or [`Kind::Interrupted`].
+    pub fn ask_long(
+        &mut self,
+        request: &Request,
+        progress: &mut dyn FnMut(MigrationStat),
+    ) -> Result<Value, Failure> {
+        self.lines.write(request).map_err(|error| self.lost(&error))?;
+        loop {
+            self.lines.wait(PROGRESS_TIMEOUT);
+            crate::signals::check()?;
+            match self.lines.read::<Reply>(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
+                Reply::Progress(state) => progress(state),
+                Reply::Ok(value) => return Ok(value),
+                Reply::Error(failure) => return Err(failure),
+            }
+        }
+    }
+
+    /// Waits until the VM's process has ended.
+    ///
+    /// # Errors
+    /// If it still lives after `timeout`.
+    pub fn wait_for_end(&mut self, timeout: Duration) -> Result<(), Failure> {
+        match self.lines.read::<Reply>(timeout) {
+            Err(LineError::Timeout(after)) => Err(Failure::new(
+                Kind::Vm,
+                format!("the VM {:?} has not ended after {} s", self.name, after.as_secs()),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn lost(&self, error: &LineError) -> Failure {
+        match error {
+            LineError::Closed => Failure::new(
+                Kind::Vm,
+                format!("the process of the VM {:?} ended before it answered", self.name),
+            ),
+            error => Failure::new(Kind::Other, format!("the VM {:?}: {error}", self.name)),
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The control socket of a VM's process: names, protocol, server and client.
+
+pub mod client;
+pub mod lines;
+pub mod protocol;
+pub mod rundir;
+pub mod server;

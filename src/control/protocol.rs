@@ -1,0 +1,152 @@
+//! What is said over a VM's control socket: one JSON value a line. `docs/control.md` describes every field.
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+
+/// What a client asks, tagged by `op`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Request {
+    Stat,
+    Pause,
+    Resume,
+    Stop,
+    SetRam { ram_bytes: u64 },
+    Migrate(MigrateRequest),
+}
+
+/// How a VM shall move away.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrateRequest {
+    /// `HOST:PORT` of the target's daemon.
+    pub to: String,
+    /// RAM budget at the target; the daemon's choice without it.
+    #[serde(default)]
+    pub ram_bytes: Option<u64>,
+    pub downtime_target_ms: u64,
+    pub streams: u32,
+    pub max_rounds: u32,
+    /// Highest share of time, in percent, for which the guest may be held back; 0: never.
+    pub max_throttle: u8,
+    pub check_placement: bool,
+}
+
+/// What the VM's process answers. `Progress` may come any number of times before one of the others.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    Progress(MigrationStat),
+    Ok(serde_json::Value),
+    Error(Failure),
+}
+
+/// Where a VM is in its life, as `stat` and `list` show it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Memory is being received; the VM runs elsewhere.
+    Arriving,
+    Running,
+    Paused,
+    /// The store failed and the VM stands still; `reason` says why.
+    Stalled,
+    /// Running here, and on its way to elsewhere.
+    Migrating,
+    /// A hand-over broke at the moment at which either side may have the VM: it stands still here.
+    InDoubt,
+    /// It runs elsewhere now; this process is about to end.
+    Moved,
+    /// The guest has failed; `reason` says why.
+    Failed,
+}
+
+impl State {
+    pub const fn name(self) -> &'static str {
+        match self {
+            State::Arriving => "arriving",
+            State::Running => "running",
+            State::Paused => "paused",
+            State::Stalled => "stalled",
+            State::Migrating => "migrating",
+            State::InDoubt => "in doubt",
+            State::Moved => "moved",
+            State::Failed => "failed",
+        }
+    }
+}
+
+/// What holds a VM's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum EngineKind {
+    /// The swap engine: a RAM budget, and a store behind it.
+    Vmemd,
+    /// Ordinary memory with the host's own paging, for comparisons.
+    Plain,
+}
+
+/// `stat`: the facts of one VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmStat {
+    pub name: String,
+    pub state: State,
+    /// Why it is stalled, failed or in doubt.
+    pub reason: Option<String>,
+    pub pid: u32,
+    pub engine: EngineKind,
+    pub vcpus: u32,
+    pub workload: String,
+    pub uptime_ms: u64,
+    /// Listen address of the daemon that received the VM, if one did.
+    pub daemon: Option<String>,
+    #[serde(flatten)]
+    pub memory: swapd::Stats,
+    pub guest: GuestStat,
+    /// The migration under way.
+    pub migration: Option<MigrationStat>,
+    /// How the memory was received, if it was.
+    pub arrival: Option<ArrivalStat>,
+}
+
+/// What the guest itself reports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStat {
+    pub rounds: u64,
+    pub verified_pages: u64,
+    pub mismatched_pages: u64,
+    /// Pages written at the start, without verifying.
+    pub filled_pages: u64,
+    pub rewritten_pages: u64,
+    /// Page number of the first mismatch.
+    pub first_mismatch: Option<u64>,
+}
+
+/// A migration under way, seen from the source.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MigrationStat {
+    pub to: String,
+    pub phase: String,
+    pub round: u32,
+    pub bytes_sent: u64,
+    /// Bytes of guest memory dealt with, and in all.
+    pub bytes_done: u64,
+    /// What this round has still to look at.
+    pub bytes_left: u64,
+    pub bytes_total: u64,
+    pub bytes_per_second: u64,
+    pub throttle_percent: u8,
+    pub elapsed_ms: u64,
+}
+
+/// How a VM's memory was received.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ArrivalStat {
+    pub session: String,
+    pub bytes_received: u64,
+    pub pages_ram: u64,
+    pub pages_store: u64,
+    pub pages_zero: u64,
+    pub pageins_during: u64,
+    pub pageouts_during: u64,
+}

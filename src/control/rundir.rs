@@ -1,0 +1,357 @@
+//! The run directory: which VMs exist on this host, and who holds which name.
+//!
+//! A name is held by a socket that somebody listens on; there is no other record of it. The file's name tells the role:
+//! ```text
+//!   run ─────────▶ NAME.sock ──give_up_name──▶ NAME.leaving-ID.sock ──▶ gone
+//!   serve ──▶ NAME.arriving-ID.sock ──commit──▶ NAME.sock
+//! ```
+//! Every change is made under one flock, so that source and target may share a directory. A socket that refuses
+//! connections belongs to a dead process and is removed. Sockets are addressed through `/proc/self/fd`, which keeps long
+//! directory names within the 107 bytes of a socket address.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::failure::{Failure, Kind};
+
+/// Longest name of a VM.
+pub const NAME_MAX: usize = 64;
+/// Hexadecimal digits of a session id in a socket's file name: room for them in a socket address is short.
+const ID_DIGITS: usize = 8;
+const LOCK_FILE: &str = ".lock";
+const ADDRESS_MAX: usize = 107;
+const _: () = assert!(
+    "/proc/self/fd/1234567/".len() + NAME_MAX + ".arriving-".len() + ID_DIGITS + ".sock".len()
+        <= ADDRESS_MAX + 2
+);
+
+/// Checks a VM's name: it becomes a file name.
+///
+/// # Errors
+/// [`Kind::Usage`] with the rule.
+pub fn check_name(name: &str) -> Result<(), Failure> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let role = [".arriving-", ".leaving-"].iter().any(|role| name.contains(role));
+    if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.chars().all(allowed) || role
+    {
+        return Err(Failure::new(
+            Kind::Usage,
+            format!(
+                "{name:?} is not a name for a VM: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not beginning with a dot"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// One VM's socket in the run directory.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    Here(String),
+    Leaving(String, String),
+    Arriving(String, String),
+}
+
+impl Place {
+    pub fn leaving(name: &str, session: &str) -> Place {
+        Place::Leaving(name.to_owned(), short(session))
+    }
+
+    pub fn arriving(name: &str, session: &str) -> Place {
+        Place::Arriving(name.to_owned(), short(session))
+    }
+
+    pub fn name(&self) -> &str {
+        match self {
+            Place::Here(name) | Place::Leaving(name, _) | Place::Arriving(name, _) => name,
+        }
+    }
+
+    fn file_name(&self) -> String {
+        match self {
+            Place::Here(name) => format!("{name}.sock"),
+            Place::Leaving(name, id) => format!("{name}.leaving-{id}.sock"),
+            Place::Arriving(name, id) => format!("{name}.arriving-{id}.sock"),
+        }
+    }
+
+    fn parse(file_name: &str) -> Option<Place> {
+        let stem = file_name.strip_suffix(".sock")?;
+        let place = if let Some((name, id)) = stem.rsplit_once(".leaving-") {
+            Place::leaving(name, id)
+        } else if let Some((name, id)) = stem.rsplit_once(".arriving-") {
+            Place::arriving(name, id)
+        } else {
+            Place::Here(stem.to_owned())
+        };
+        check_name(place.name()).is_ok().then_some(place)
+    }
+}
+
+fn short(session: &str) -> String {
+    session.chars().filter(char::is_ascii_hexdigit).take(ID_DIGITS).collect()
+}
+
+/// An open run directory.
+#[derive(Clone, Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    dir: Arc<File>,
+}
+
+/// Holds the directory's flock until dropped.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl RunDir {
+    /// Where it is unless the user says otherwise: `/run/vmemd` for root, else `$XDG_RUNTIME_DIR/vmemd`.
+    pub fn default_path() -> PathBuf {
+        // SAFETY: geteuid has no arguments and cannot fail.
+        let uid = unsafe { libc::geteuid() };
+        match (uid, std::env::var_os("XDG_RUNTIME_DIR")) {
+            (0, _) => PathBuf::from("/run/vmemd"),
+            (_, Some(dir)) => Path::new(&dir).join("vmemd"),
+            (_, None) => PathBuf::from(format!("/tmp/vmemd-{uid}")),
+        }
+    }
+
+    /// Opens the directory, making it (for this user alone) if it is missing.
+    ///
+    /// # Errors
+    /// If it cannot be made or opened.
+    pub fn open(path: &Path) -> Result<RunDir, Failure> {
+        let fail = |error| {
+            Failure::io(
+                format!("cannot use the run directory {} (choose another with --run-dir)", path.display()),
+                &error,
+            )
+        };
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail)?;
+        let dir = std::fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(fail)?;
+        Ok(RunDir { path: path.to_owned(), dir: Arc::new(dir) })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Waits for the directory's flock.
+    ///
+    /// # Errors
+    /// If the lock file cannot be made.
+    pub fn lock(&self) -> Result<Lock, Failure> {
+        let path = self.path.join(LOCK_FILE);
+        let fail = |error| Failure::io(format!("cannot lock {}", path.display()), &error);
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(fail)?;
+        file.lock().map_err(fail)?;
+        Ok(Lock { _file: file })
+    }
+
+    fn address(&self, place: &Place) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{}", self.dir.as_raw_fd(), place.file_name()))
+    }
+
+    /// Connects to a VM's process.
+    ///
+    /// # Errors
+    /// The kernel's: `NotFound` and `ConnectionRefused` mean that there is no such VM.
+    pub fn connect(&self, place: &Place) -> io::Result<UnixStream> {
+        UnixStream::connect(self.address(place))
+    }
+
+    /// Every VM of this directory that lives, in order of name. Removes sockets of dead ones.
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn places(&self) -> Result<Vec<Place>, Failure> {
+        let _lock = self.lock()?;
+        self.living(|_| true)
+    }
+
+    /// The places that hold `name`. The caller has the lock.
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn holders(&self, _lock: &Lock, name: &str) -> Result<Vec<Place>, Failure> {
+        self.living(|place| place.name() == name)
+    }
+
+    fn living(&self, wanted: impl Fn(&Place) -> bool) -> Result<Vec<Place>, Failure> {
+        let fail =
+            |error| Failure::io(format!("cannot read the run directory {}", self.path.display()), &error);
+        let mut places = Vec::new();
+        for entry in std::fs::read_dir(&self.path).map_err(fail)? {
+            let file_name = entry.map_err(fail)?.file_name();
+            let Some(place) = file_name.to_str().and_then(Place::parse) else { continue };
+            if wanted(&place) && self.lives(&place) {
+                places.push(place);
+            }
+        }
+        places.sort();
+        Ok(places)
+    }
+
+    /// Whether somebody listens; removes the socket if nobody does. Under the lock.
+    fn lives(&self, place: &Place) -> bool {
+        match self.connect(place) {
+            Ok(_) => true,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                let _ = std::fs::remove_file(self.address(place));
+                false
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            // A full queue or a missing permission: somebody is there.
+            Err(_) => true,
+        }
+    }
+
+    /// Takes a place and listens there. The caller has the lock and has checked the name's holders.
+    ///
+    /// # Errors
+    /// If the socket cannot be made.
+    pub fn claim(&self, _lock: &Lock, place: Place) -> Result<(Claim, UnixListener), Failure> {
+        let address = self.address(&place);
+        let _ = self.lives(&place);
+        let fail = |error| {
+            Failure::io(
+                format!("cannot make the socket {}", self.path.join(place.file_name()).display()),
+                &error,
+            )
+        };
+        let listener = UnixListener::bind(&address).map_err(fail)?;
+        let claim = Claim { dir: self.clone(), place: place.clone(), ours: true };
+        std::fs::set_permissions(&address, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
+        Ok((claim, listener))
+    }
+
+    /// Takes over a place that another process has claimed and whose listener it has passed to this one.
+    pub fn adopt(&self, place: Place, listener: OwnedFd) -> (Claim, UnixListener) {
+        (Claim { dir: self.clone(), place, ours: true }, UnixListener::from(listener))
+    }
+
+    /// Claims the name for a VM that is to run here.
+    ///
+    /// # Errors
+    /// [`Kind::Name`] if a living VM has it.
+    pub fn claim_name(&self, name: &str) -> Result<(Claim, UnixListener), Failure> {
+        check_name(name)?;
+        let lock = self.lock()?;
+        if let Some(place) = self.holders(&lock, name)?.first() {
+            return Err(name_taken(place));
+        }
+        self.claim(&lock, Place::Here(name.to_owned()))
+    }
+
+    /// The place at which to reach the VM of that name: where it runs, else where it is leaving or arriving.
+    ///
+    /// # Errors
+    /// [`Kind::Name`] if there is none, with the names that there are.
+    pub fn find(&self, name: &str) -> Result<Place, Failure> {
+        check_name(name)?;
+        let places = self.places()?;
+        if let Some(place) = places.iter().find(|place| place.name() == name) {
+            return Ok(place.clone());
+        }
+        let mut names: Vec<&str> = places.iter().map(Place::name).collect();
+        names.dedup();
+        let known = match names.as_slice() {
+            [] => "no VM runs here".to_owned(),
+            names => format!("there are: {}", names.join(", ")),
+        };
+        Err(Failure::new(Kind::Name, format!("no VM named {name:?} in {} ({known})", self.path.display())))
+    }
+}
+
+/// The refusal of a name that is held.
+pub fn name_taken(place: &Place) -> Failure {
+    let how = match place {
+        Place::Here(_) => "a VM of that name runs on this host",
+        Place::Leaving(..) => "a VM of that name is leaving this host",
+        Place::Arriving(..) => "a VM of that name is arriving at this host",
+    };
+    Failure::new(
+        Kind::Name,
+        format!("the name {:?} is taken: {how}; choose another, or stop it first", place.name()),
+    )
+}
+
+/// A socket file that this process answers for. Removed when dropped.
+#[derive(Debug)]
+pub struct Claim {
+    dir: RunDir,
+    place: Place,
+    /// Whether to remove the file at the end.
+    ours: bool,
+}
+
+impl Claim {
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Gives the name up, keeping the socket reachable.
+    ///
+    /// # Errors
+    /// If the file cannot be renamed.
+    pub fn leave(&mut self, session: &str) -> Result<(), Failure> {
+        let lock = self.dir.lock()?;
+        self.rename(&lock, Place::leaving(self.place.name(), session))
+    }
+
+    /// Takes the name, for the first time or back.
+    ///
+    /// # Errors
+    /// [`Kind::Name`] if another VM has it now.
+    pub fn settle(&mut self) -> Result<(), Failure> {
+        let lock = self.dir.lock()?;
+        let here = Place::Here(self.place.name().to_owned());
+        if self.place == here {
+            return Ok(());
+        }
+        if self.dir.lives(&here) {
+            return Err(name_taken(&here));
+        }
+        self.rename(&lock, here)
+    }
+
+    fn rename(&mut self, _lock: &Lock, to: Place) -> Result<(), Failure> {
+        std::fs::rename(self.dir.address(&self.place), self.dir.address(&to))
+            .map_err(|error| Failure::io(format!("cannot rename the socket of {:?}", to.name()), &error))?;
+        self.place = to;
+        Ok(())
+    }
+
+    /// Keeps the socket file: another process answers for it from now on.
+    pub fn hand_over(mut self) {
+        self.ours = false;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.ours {
+            let _ = std::fs::remove_file(self.dir.address(&self.place));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "rundir_tests.rs"]
+mod tests;

@@ -1,0 +1,90 @@
+use super::*;
+
+/// A run directory of a test, removed at its end.
+struct Temp(RunDir);
+
+impl Temp {
+    fn new(name: &str) -> Temp {
+        let path = std::env::temp_dir().join(format!("vmemd-rundir-{}-{name}", std::process::id()));
+        Temp(RunDir::open(&path).unwrap())
+    }
+
+    fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.0.path()).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name != LOCK_FILE)
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(self.0.path());
+    }
+}
+
+#[test]
+fn names_that_are_no_file_names_are_refused() {
+    for name in ["", ".hidden", "a/b", "a b", "ä", &"x".repeat(65), "..", "a.leaving-1"] {
+        assert_eq!(check_name(name).unwrap_err().kind, Kind::Usage, "{name}");
+    }
+    for name in ["a", "web-1", "A.b_c", &"x".repeat(64)] {
+        check_name(name).unwrap();
+    }
+}
+
+#[test]
+fn a_name_is_held_while_its_process_listens() {
+    let temp = Temp::new("held");
+    let (claim, listener) = temp.0.claim_name("web").unwrap();
+    assert_eq!(temp.0.claim_name("web").unwrap_err().kind, Kind::Name);
+    // A process that dies leaves the file, and nobody listens.
+    drop(listener);
+    let (again, _listener) = temp.0.claim_name("web").unwrap();
+    again.hand_over();
+    drop(claim);
+    assert!(temp.files().is_empty());
+}
+
+#[test]
+fn a_hand_over_within_one_directory() {
+    let temp = Temp::new("handover");
+    let session = "0123456789abcdef";
+    let (mut source, _source_listener) = temp.0.claim_name("web").unwrap();
+    let lock = temp.0.lock().unwrap();
+    let (mut target, _target_listener) = temp.0.claim(&lock, Place::arriving("web", session)).unwrap();
+    drop(lock);
+    assert_eq!(temp.0.places().unwrap().len(), 2);
+    assert_eq!(temp.0.find("web").unwrap(), Place::Here("web".to_owned()));
+    assert_eq!(target.settle().unwrap_err().kind, Kind::Name);
+    source.leave(session).unwrap();
+    target.settle().unwrap();
+    assert_eq!(temp.files(), ["web.leaving-01234567.sock", "web.sock"]);
+    assert_eq!(source.settle().unwrap_err().kind, Kind::Name);
+    drop(source);
+    assert_eq!(temp.files(), ["web.sock"]);
+}
+
+#[test]
+fn stale_sockets_vanish_from_the_list() {
+    let temp = Temp::new("stale");
+    let (claim, listener) = temp.0.claim_name("dead").unwrap();
+    claim.hand_over();
+    drop(listener);
+    let (_claim, _listener) = temp.0.claim_name("live").unwrap();
+    assert_eq!(temp.0.places().unwrap(), [Place::Here("live".to_owned())]);
+    assert_eq!(temp.files(), ["live.sock"]);
+    let text = temp.0.find("dead").unwrap_err().text;
+    assert!(text.contains("live"), "{text}");
+}
+
+#[test]
+fn a_long_directory_and_a_long_name_fit_a_socket_address() {
+    let temp = Temp::new(&"long".repeat(40));
+    let (mut claim, _listener) = temp.0.claim_name(&"n".repeat(NAME_MAX)).unwrap();
+    claim.leave("0123456789").unwrap();
+    temp.0.connect(claim.place()).unwrap();
+}

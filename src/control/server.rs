@@ -1,0 +1,216 @@
+//! Serves a VM's control socket: a thread a connection, of which there are only so many.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tracing::{debug, warn};
+
+use super::lines::{LineError, Lines};
+use super::protocol::{MigrationStat, Reply, Request};
+use crate::failure::{Failure, Kind};
+
+/// Connections served at once; more are told to come back.
+pub const CONNECTIONS_MAX: usize = 64;
+/// A connection on which nothing is asked for so long is closed.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Pause after an accept that failed for want of descriptors or memory.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// What answers the requests.
+pub trait Service: Send + Sync + 'static {
+    /// # Errors
+    /// The refusal or failure that the client is told.
+    fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure>;
+}
+
+/// The client that waits for the answer under way.
+#[derive(Debug)]
+pub struct Client<'a> {
+    lines: &'a mut Lines,
+}
+
+impl Client<'_> {
+    /// Tells how far the request is.
+    ///
+    /// # Errors
+    /// If the client is gone.
+    pub fn progress(&mut self, progress: MigrationStat) -> Result<(), LineError> {
+        self.lines.write(&Reply::Progress(progress))
+    }
+
+    /// Whether the client has closed the connection (not only its sending half).
+    pub fn gone(&self) -> bool {
+        let mut polled = libc::pollfd { fd: self.lines.stream().as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one initialised entry that outlives the call.
+        let ready = unsafe { libc::poll(&mut polled, 1, 0) };
+        ready > 0 && polled.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0
+    }
+}
+
+#[derive(Debug, Default)]
+struct Load {
+    connections: usize,
+    /// Requests whose answer has not been written yet.
+    unanswered: usize,
+}
+
+/// The running server. Its threads end with the process.
+#[derive(Clone, Debug)]
+pub struct Server {
+    load: Arc<(Mutex<Load>, Condvar)>,
+}
+
+impl Server {
+    /// # Errors
+    /// If the kernel gives no thread.
+    pub fn start(listener: UnixListener, service: Arc<dyn Service>) -> Result<Server, Failure> {
+        let server = Server { load: Arc::default() };
+        let accepting = server.clone();
+        std::thread::Builder::new()
+            .name("control".to_owned())
+            .spawn(move || accepting.accept(&listener, &service))
+            .map_err(|error| Failure::io("cannot start the control thread", &error))?;
+        Ok(server)
+    }
+
+    /// Waits until every request has its answer, at most `timeout`.
+    pub fn drain(&self, timeout: Duration) {
+        let (load, changed) = &*self.load;
+        let guard = load.lock().expect("the load's lock is never poisoned");
+        let _ = changed.wait_timeout_while(guard, timeout, |load| load.unanswered > 0);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Load)) {
+        let (load, changed) = &*self.load;
+        change(&mut load.lock().expect("the load's lock is never poisoned"));
+        changed.notify_all();
+    }
+
+    fn accept(&self, listener: &UnixListener, service: &Arc<dyn Service>) {
+        loop {
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    debug!(%error, "accept");
+                    std::thread::sleep(ACCEPT_RETRY);
+                    continue;
+                }
+            };
+            let mut full = false;
+            self.change(|load| {
+                full = load.connections >= CONNECTIONS_MAX;
+                load.connections += usize::from(!full);
+            });
+            if full {
+                refuse(stream);
+                continue;
+            }
+            let (server, service) = (self.clone(), service.clone());
+            let spawned = std::thread::Builder::new().name("control-client".to_owned()).spawn(move || {
+                server.converse(stream, &*service);
+                server.change(|load| load.connections -= 1);
+            });
+            if let Err(error) = spawned {
+                warn!(%error, "no thread for a control connection");
+                self.change(|load| load.connections -= 1);
+            }
+        }
+    }
+
+    fn converse(&self, stream: UnixStream, service: &dyn Service) {
+        let mut lines = Lines::new(stream);
+        let opened = Instant::now();
+        loop {
+            let request = match lines.read::<Request>(IDLE_TIMEOUT) {
+                Ok(request) => request,
+                Err(error @ (LineError::Json(_) | LineError::TooLong)) => {
+                    let text = format!("this is no request: {error}; docs/control.md describes them");
+                    let _ = lines.write(&Reply::Error(Failure::new(Kind::Usage, text)));
+                    return;
+                }
+                Err(error) => return debug!(%error, age = ?opened.elapsed(), "control connection ends"),
+            };
+            self.change(|load| load.unanswered += 1);
+            let reply = match service.serve(request, &mut Client { lines: &mut lines }) {
+                Ok(value) => Reply::Ok(value),
+                Err(failure) => Reply::Error(failure),
+            };
+            let written = lines.write(&reply);
+            self.change(|load| load.unanswered -= 1);
+            if written.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn refuse(stream: UnixStream) {
+    let text = format!("{CONNECTIONS_MAX} connections are open already: try again later");
+    let _ = Lines::new(stream).write(&Reply::Error(Failure::new(Kind::Other, text)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    struct Echo;
+
+    impl Service for Echo {
+        fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure> {
+            assert!(!client.gone());
+            match request {
+                Request::Stat => Ok("stat".into()),
+                _ => Err(Failure::new(Kind::Name, "no")),
+            }
+        }
+    }
+
+    fn serve() -> (std::path::PathBuf, Server) {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("vmemd-server-{}-{number}", std::process::id()));
+        let server = Server::start(UnixListener::bind(&path).unwrap(), Arc::new(Echo)).unwrap();
+        (path, server)
+    }
+
+    #[test]
+    fn answers_one_request_after_the_other() {
+        let (path, _server) = serve();
+        let mut lines = Lines::new(UnixStream::connect(&path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        lines.write(&Request::Stat).unwrap();
+        assert_eq!(lines.read::<Reply>(IDLE_TIMEOUT).unwrap(), Reply::Ok("stat".into()));
+        lines.write(&Request::Pause).unwrap();
+        assert_eq!(lines.read::<Reply>(IDLE_TIMEOUT).unwrap(), Reply::Error(Failure::new(Kind::Name, "no")));
+    }
+
+    #[test]
+    fn rubbish_gets_an_error_and_the_door() {
+        let (path, _server) = serve();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        stream.write_all(b"{\"op\":\"explode\"}\n").unwrap();
+        let mut lines = Lines::new(stream);
+        let Reply::Error(failure) = lines.read::<Reply>(IDLE_TIMEOUT).unwrap() else { panic!("an error") };
+        assert_eq!(failure.kind, Kind::Usage);
+        assert!(matches!(lines.read::<Reply>(IDLE_TIMEOUT), Err(LineError::Closed)));
+    }
+
+    #[test]
+    fn the_number_of_connections_is_bounded() {
+        let (path, _server) = serve();
+        let mut open: Vec<Lines> =
+            (0..CONNECTIONS_MAX).map(|_| Lines::new(UnixStream::connect(&path).unwrap())).collect();
+        for lines in &mut open {
+            lines.write(&Request::Stat).unwrap();
+            lines.read::<Reply>(IDLE_TIMEOUT).unwrap();
+        }
+        let mut one_more = Lines::new(UnixStream::connect(&path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(one_more.read::<Reply>(IDLE_TIMEOUT).unwrap(), Reply::Error(_)));
+    }
+}

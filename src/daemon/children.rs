@@ -1,0 +1,62 @@
+//! Starting the process that receives a VM, in a session of its own, so that it outlives the daemon.
+
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use crate::failure::{Failure, Kind};
+use crate::process::arrive::ArriveSettings;
+
+/// What the child gets besides its settings.
+#[derive(Debug)]
+pub(super) struct Descriptors<'a> {
+    pub(super) control: &'a TcpStream,
+    pub(super) streams: &'a UnixStream,
+    pub(super) listener: &'a UnixListener,
+}
+
+/// Starts `vmemd receive`. `settings`' descriptor numbers are filled in here.
+///
+/// # Errors
+/// If no process can be started, or its log cannot be opened.
+pub(super) fn start(
+    mut settings: ArriveSettings,
+    descriptors: &Descriptors<'_>,
+    log_dir: Option<&Path>,
+) -> Result<Child, Failure> {
+    let fds =
+        [descriptors.control.as_raw_fd(), descriptors.streams.as_raw_fd(), descriptors.listener.as_raw_fd()];
+    [settings.control_fd, settings.streams_fd, settings.listener_fd] = fds;
+    let text =
+        serde_json::to_string(&settings).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("vmemd").arg("receive").arg(text).stdin(Stdio::null()).stdout(Stdio::null());
+    if let Some(dir) = log_dir {
+        let path = dir.join(format!("{}.log", settings.hello.name));
+        let file = std::fs::File::options().create(true).append(true).open(&path);
+        command.stderr(
+            file.map_err(|error| Failure::io(format!("cannot open the log {}", path.display()), &error))?,
+        );
+    }
+    // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
+    unsafe { command.pre_exec(move || prepare(&fds)) };
+    command.spawn().map_err(|error| Failure::io("cannot start `vmemd receive`", &error))
+}
+
+/// In the child: a session of its own, and the descriptors kept over exec.
+fn prepare(fds: &[RawFd]) -> std::io::Result<()> {
+    // SAFETY: setsid has no arguments.
+    if unsafe { libc::setsid() } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    for fd in fds {
+        // SAFETY: changes a flag of a descriptor that the parent keeps open over the fork.
+        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,295 @@
+//! The daemon's loop: accepts connections, reads what each is for, and hands it to the process that it concerns.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use migrate::{FileRegistry, Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello};
+use tracing::{debug, info, warn};
+
+use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
+use super::children::{self, Descriptors};
+use super::passing;
+use crate::control::protocol::EngineKind;
+use crate::control::rundir::{Place, RunDir};
+use crate::failure::{Failure, Kind, chain};
+use crate::process::MemorySpec;
+use crate::process::arrive::ArriveSettings;
+use crate::{host, signals};
+
+/// Connections whose purpose is not known yet; more are closed at once.
+const GREETING_MAX: usize = 32;
+/// Pause after an accept that failed for want of descriptors or memory.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// Records of hand-overs older than this are removed: a source asks within seconds, a person within hours.
+const RECORDS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// What `vmemd serve` shall do.
+#[derive(Clone, Debug)]
+pub struct ServeSettings {
+    pub run_dir: PathBuf,
+    pub listen: String,
+    pub ram_bytes: u64,
+    pub store: PathBuf,
+    pub engine: EngineKind,
+    pub lock: bool,
+    pub log_dir: Option<PathBuf>,
+    pub json: bool,
+}
+
+#[derive(Debug)]
+struct Daemon {
+    settings: ServeSettings,
+    dir: RunDir,
+    /// The address that it listens on; names the daemon in its VMs' `stat`.
+    listen: String,
+    registry: FileRegistry,
+    /// Where the data streams of each session being received go.
+    sessions: Mutex<HashMap<SessionId, UnixStream>>,
+    /// One VM is let in at a time: what it gets must be seen by the next.
+    admission: Mutex<()>,
+    greeting: AtomicUsize,
+}
+
+/// Serves until a signal comes. Running VMs go on.
+///
+/// # Errors
+/// If it cannot begin to.
+pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
+    signals::install()?;
+    let total = host::total_ram()?;
+    if settings.ram_bytes > total {
+        let (asked, total) = (crate::size::Size(settings.ram_bytes), crate::size::Size(total));
+        return Err(Failure::new(
+            Kind::Resources,
+            format!("--ram {asked:#} is more than this host has ({total:#})"),
+        ));
+    }
+    for dir in [Some(&settings.store), settings.log_dir.as_ref()].into_iter().flatten() {
+        make_dir(dir)?;
+    }
+    let dir = RunDir::open(&settings.run_dir)?;
+    let listener = TcpListener::bind(&settings.listen).map_err(|error| {
+        let text =
+            format!("cannot listen on {}: {error}; choose another --listen ADDRESS:PORT", settings.listen);
+        let kind = if error.kind() == std::io::ErrorKind::InvalidInput { Kind::Usage } else { Kind::Link };
+        Failure::new(kind, text)
+    })?;
+    let fail = |error| Failure::io("cannot listen", &error);
+    listener.set_nonblocking(true).map_err(fail)?;
+    let listen = listener.local_addr().map_err(fail)?.to_string();
+    let sessions_dir = super::sessions_dir(&dir);
+    let registry =
+        FileRegistry::new(&sessions_dir).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+    remove_old_records(&sessions_dir);
+    announce(&listen, settings.json);
+    let daemon = Arc::new(Daemon {
+        settings,
+        dir,
+        listen,
+        registry,
+        sessions: Mutex::default(),
+        admission: Mutex::default(),
+        greeting: AtomicUsize::new(0),
+    });
+    daemon.accept(&listener);
+    info!("the daemon ends; VMs run on");
+    Ok(())
+}
+
+fn make_dir(path: &std::path::Path) -> Result<(), Failure> {
+    std::fs::create_dir_all(path)
+        .map_err(|error| Failure::io(format!("cannot make the directory {}", path.display()), &error))
+}
+
+/// Says where it listens, on stdout, for scripts that asked for any port.
+fn announce(listen: &str, json: bool) {
+    let line = if json {
+        serde_json::json!({ "listen": listen }).to_string()
+    } else {
+        format!("listening on {listen}")
+    };
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    info!(listen, "ready");
+}
+
+fn remove_old_records(dir: &std::path::Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let age = entry.metadata().and_then(|meta| meta.modified()).map(|then| then.elapsed());
+        if matches!(age, Ok(Ok(age)) if age > RECORDS_KEPT) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+impl Daemon {
+    fn accept(self: &Arc<Daemon>, listener: &TcpListener) {
+        while signals::caught().is_none() {
+            if !signals::wait_readable(listener.as_raw_fd(), -1) {
+                continue;
+            }
+            match listener.accept() {
+                Ok((stream, peer)) => self.greet_in_thread(stream, peer.to_string()),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    debug!(%error, "accept");
+                    std::thread::sleep(ACCEPT_RETRY);
+                }
+            }
+        }
+    }
+
+    fn greet_in_thread(self: &Arc<Daemon>, stream: TcpStream, peer: String) {
+        if self.greeting.fetch_add(1, Ordering::SeqCst) >= GREETING_MAX {
+            self.greeting.fetch_sub(1, Ordering::SeqCst);
+            return warn!(peer, "closed: {GREETING_MAX} connections have not said yet what they are for");
+        }
+        let daemon = self.clone();
+        let spawned = std::thread::Builder::new().name("greeting".to_owned()).spawn(move || {
+            daemon.greet(stream, &peer);
+            daemon.greeting.fetch_sub(1, Ordering::SeqCst);
+        });
+        if let Err(error) = spawned {
+            self.greeting.fetch_sub(1, Ordering::SeqCst);
+            warn!(%error, "no thread for a connection");
+        }
+    }
+
+    fn greet(self: &Arc<Daemon>, mut stream: TcpStream, peer: &str) {
+        if let Err(error) = stream.set_nonblocking(false) {
+            return debug!(peer, %error, "connection lost");
+        }
+        match migrate::read_hello(&mut stream) {
+            Ok(Hello::Session(hello)) => {
+                if let Err(refusal) = self.admit(&mut stream, &hello) {
+                    info!(peer, vm = %hello.name, reason = %refusal.text, "refused");
+                    migrate::refuse(&mut stream, refusal.kind, &refusal.text);
+                }
+            }
+            Ok(Hello::Stream(hello)) => self.pass_on(stream, hello),
+            Ok(Hello::Resolve { session }) => {
+                match migrate::answer_resolve(&mut stream, session, &self.registry) {
+                    Ok(outcome) => info!(peer, %session, ?outcome, "told what became of a session"),
+                    Err(error) => {
+                        warn!(peer, %session, error = %chain(&error), "cannot tell what became of a session")
+                    }
+                }
+            }
+            Err(error) => warn!(peer, error = %chain(&error), "closed a connection"),
+        }
+    }
+
+    /// Gives a data stream to the process of its session.
+    fn pass_on(&self, mut stream: TcpStream, hello: StreamHello) {
+        let socket = self.sessions().get(&hello.session).map(UnixStream::try_clone);
+        let passed = match socket {
+            Some(Ok(socket)) => passing::send_fd(&socket, &stream, hello.index),
+            Some(Err(error)) => Err(error),
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        };
+        if let Err(error) = passed {
+            warn!(session = %hello.session, %error, "a data stream has no taker");
+            migrate::refuse(&mut stream, RefuseKind::Other, "this session is not being received here");
+        }
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, UnixStream>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a VM in: its name, its room, its process.
+    fn admit(self: &Arc<Daemon>, stream: &mut TcpStream, hello: &SessionHello) -> Result<(), Refusal> {
+        let _one_at_a_time = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        check_hello(hello)?;
+        let tolerated = tolerated_holders(&self.dir, &hello.name)?;
+        let granted = self.find_room(hello)?;
+        let lock = self.dir.lock()?;
+        if let Some(place) =
+            self.dir.holders(&lock, &hello.name)?.iter().find(|place| !tolerated.contains(place))
+        {
+            return Err(Refusal::name_taken(place));
+        }
+        let place = Place::arriving(&hello.name, &hello.session.to_string());
+        let (claim, listener) = self.dir.claim(&lock, place)?;
+        drop(lock);
+        let (ours, theirs) =
+            UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
+        let settings = self.arrive_settings(hello, granted);
+        // Before the child can tell the source to go on.
+        self.sessions().insert(hello.session, ours);
+        let descriptors = Descriptors { control: stream, streams: &theirs, listener: &listener };
+        match children::start(settings, &descriptors, self.settings.log_dir.as_deref()) {
+            Ok(child) => {
+                claim.hand_over();
+                info!(vm = %hello.name, ram = %crate::size::Size(granted), pid = child.id(), "arriving");
+                self.reap_in_thread(child, hello.clone());
+                Ok(())
+            }
+            Err(failure) => {
+                self.sessions().remove(&hello.session);
+                Err(failure.into())
+            }
+        }
+    }
+
+    fn find_room(&self, hello: &SessionHello) -> Result<u64, Refusal> {
+        let pool = Pool {
+            engine: self.settings.engine,
+            ram_bytes: self.settings.ram_bytes,
+            store: &self.settings.store,
+            held: Held::ask(&self.dir, &self.listen)?,
+            host_free_bytes: host::available_ram()?,
+        };
+        let granted = pool.grant(hello)?;
+        pool.check_store(hello, granted)?;
+        Ok(granted)
+    }
+
+    fn arrive_settings(&self, hello: &SessionHello, granted: u64) -> ArriveSettings {
+        ArriveSettings {
+            run_dir: self.dir.path().to_owned(),
+            hello: hello.clone(),
+            granted_ram_bytes: granted,
+            memory: MemorySpec {
+                engine: self.settings.engine,
+                memory_bytes: hello.memory_bytes,
+                budget_bytes: granted,
+                store: self.settings.store.clone(),
+                prealloc: false,
+                lock: self.settings.lock,
+            },
+            daemon: self.listen.clone(),
+            control_fd: -1,
+            streams_fd: -1,
+            listener_fd: -1,
+        }
+    }
+
+    fn reap_in_thread(self: &Arc<Daemon>, mut child: std::process::Child, hello: SessionHello) {
+        let daemon = self.clone();
+        let spawned = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || {
+            let status = child.wait();
+            daemon.sessions().remove(&hello.session);
+            match status {
+                Ok(status) if status.success() => info!(vm = %hello.name, "the VM's process has ended"),
+                Ok(status) => warn!(vm = %hello.name, %status, "the VM's process has ended"),
+                Err(error) => warn!(vm = %hello.name, %error, "cannot wait for the VM's process"),
+            }
+            // It cannot start any more, if it had not; sockets of the dead go with the next look.
+            if let Err(error) = daemon.registry.burn(hello.session) {
+                debug!(session = %hello.session, error = %chain(&error), "nothing to burn");
+            }
+            let _ = daemon.dir.places();
+        });
+        if let Err(error) = spawned {
+            warn!(%error, "no thread to wait for the VM's process");
+        }
+    }
+}

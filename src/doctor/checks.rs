@@ -1,0 +1,148 @@
+//! The requirements, one by one.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::{Check, kernel};
+use crate::bench::cgroup;
+use crate::host;
+use crate::size::Size;
+
+const KERNEL: (u32, u32) = (6, 8);
+const KERNEL_REMEDY: &str =
+    "use Linux 6.8 or newer: Ubuntu 24.04, Debian 13 (or 12 with the backports kernel), Fedora 40, RHEL 10";
+const UFFD_REMEDY: &str =
+    "run as root, or `sysctl vm.unprivileged_userfaultfd=1`, or give the user access to /dev/userfaultfd";
+const KVM_REMEDY: &str = "load kvm_intel or kvm_amd (modprobe), enable virtualisation in the firmware (in a VM: nested \
+                          virtualisation), and add the user to the group kvm";
+const URING_REMEDY: &str =
+    "`sysctl kernel.io_uring_disabled=0`, and allow io_uring_setup in the container's seccomp profile";
+const DIRECT_REMEDY: &str =
+    "choose a --store on ext4, xfs or btrfs on a local SSD (not tmpfs, overlay or a network file system)";
+const LOCK_REMEDY: &str =
+    "raise it (`ulimit -l unlimited`, LimitMEMLOCK=infinity in a unit), or run with --no-lock";
+const SWAP_REMEDY: &str =
+    "run `vmemd bench migrate` as root on a host with the memory controller, or without the swap target";
+
+pub(super) fn all(store: &Path) -> Vec<Check> {
+    let mut checks = vec![kernel_version()];
+    checks.extend(userfaultfd());
+    checks.push(device_kvm());
+    checks.push(io_uring());
+    checks.push(direct_io(store));
+    checks.push(lock_limit());
+    checks.push(free_ram());
+    checks.push(free_disk(store));
+    checks.push(swap_target());
+    checks
+}
+
+fn check(name: &'static str, needed: bool, outcome: Result<String, String>, remedy: &str) -> Check {
+    let found = outcome.is_ok();
+    let (Ok(detail) | Err(detail)) = outcome;
+    Check { name, needed, found, detail, remedy: (!found).then(|| remedy.to_owned()) }
+}
+
+fn kernel_version() -> Check {
+    let outcome = match kernel::version() {
+        Some((version, text)) if version >= KERNEL => Ok(text),
+        Some((_, text)) => Err(format!("{text} is older than {}.{}", KERNEL.0, KERNEL.1)),
+        None => Err("unknown version".to_owned()),
+    };
+    check("kernel", true, outcome, KERNEL_REMEDY)
+}
+
+fn userfaultfd() -> [Check; 2] {
+    let uffd = kernel::userfaultfd();
+    let permission = match &uffd {
+        Ok(_) => Ok("allowed".to_owned()),
+        Err(error) => Err(format!("refused: {error}")),
+    };
+    let has_move = match uffd.as_ref().map(kernel::has_move) {
+        Ok(Ok(true)) => Ok("offered".to_owned()),
+        Ok(Ok(false)) => Err("this kernel does not offer it".to_owned()),
+        Ok(Err(error)) => Err(format!("the kernel does not say: {error}")),
+        Err(_) => Err("cannot be asked without userfaultfd".to_owned()),
+    };
+    [check("userfaultfd", true, permission, UFFD_REMEDY), check("UFFDIO_MOVE", true, has_move, KERNEL_REMEDY)]
+}
+
+fn device_kvm() -> Check {
+    let outcome = match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => Ok("usable".to_owned()),
+        Err(error) => Err(error.to_string()),
+    };
+    check("/dev/kvm", true, outcome, KVM_REMEDY)
+}
+
+fn io_uring() -> Check {
+    let outcome = match kernel::io_uring() {
+        Ok(()) => Ok("usable".to_owned()),
+        Err(error) => {
+            let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
+            Err(match sysctl.trim() {
+                "" | "0" => error.to_string(),
+                value => format!("{error} (kernel.io_uring_disabled={value})"),
+            })
+        }
+    };
+    check("io_uring", true, outcome, URING_REMEDY)
+}
+
+/// The directory itself, or the nearest one above it that exists.
+fn existing(store: &Path) -> PathBuf {
+    store.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")).to_owned()
+}
+
+fn direct_io(store: &Path) -> Check {
+    let dir = existing(store);
+    let open = |flags| File::options().read(true).write(true).custom_flags(flags).open(&dir);
+    let outcome = match open(libc::O_TMPFILE | libc::O_DIRECT) {
+        Ok(_) => Ok(format!("works in {}", dir.display())),
+        Err(error) if dir.is_dir() && error.raw_os_error() == Some(libc::EINVAL) => {
+            Err(format!("the file system of {} does not offer it", dir.display()))
+        }
+        Err(error) => Err(format!("{}: {error}", dir.display())),
+    };
+    check("O_DIRECT of the store", true, outcome, DIRECT_REMEDY)
+}
+
+fn lock_limit() -> Check {
+    // SAFETY: geteuid has no arguments and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let outcome = match kernel::lock_limit() {
+        _ if root => Ok("none for root".to_owned()),
+        Ok(None) => Ok("unlimited".to_owned()),
+        Ok(Some(bytes)) if bytes >= swapd::Engine::MIN_BUDGET_BYTES => {
+            Ok(format!("{:#}: a VM's --ram must fit it", Size(bytes)))
+        }
+        Ok(Some(bytes)) => Err(format!("{:#}", Size(bytes))),
+        Err(error) => Err(error.to_string()),
+    };
+    check("memory-lock limit", false, outcome, LOCK_REMEDY)
+}
+
+fn free_ram() -> Check {
+    let outcome = match host::available_ram() {
+        Ok(bytes) if bytes >= swapd::Engine::MIN_BUDGET_BYTES => Ok(format!("{:#}", Size(bytes))),
+        Ok(bytes) => Err(format!("{:#}", Size(bytes))),
+        Err(failure) => Err(failure.text),
+    };
+    check("free RAM", true, outcome, "end something: the smallest VM budget is 16M")
+}
+
+fn free_disk(store: &Path) -> Check {
+    let dir = existing(store);
+    let outcome = match host::free_disk(&dir) {
+        Ok(0) => Err(format!("none in {}", dir.display())),
+        Ok(bytes) => Ok(format!("{:#} in {}", Size(bytes), dir.display())),
+        Err(failure) => Err(failure.text),
+    };
+    check("free disk", true, outcome, "make room, or choose another --store")
+}
+
+fn swap_target() -> Check {
+    let outcome = cgroup::available().map_err(|failure| failure.text);
+    check("swap for `bench`", false, outcome, SWAP_REMEDY)
+}

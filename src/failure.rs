@@ -1,0 +1,164 @@
+//! Why a command did not do what it was asked: a kind, which is the exit code, and a text that says what to do.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The kinds of failure. Each has one exit code, documented in `docs/operating.md`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Something that has no kind of its own.
+    Other,
+    /// The command line, or a request, is wrong.
+    Usage,
+    /// The host lacks something: a kernel feature, a device, a permission.
+    Host,
+    /// There is no such VM, its name is taken, or it is not in a state for this.
+    Name,
+    /// RAM or store: not enough of it.
+    Resources,
+    /// The other side: unreachable, another version, rubbish, a broken link.
+    Link,
+    /// The VM itself failed, or found a page with the wrong content.
+    Vm,
+    /// A hand-over was interrupted and it is not known which side has the VM.
+    InDoubt,
+    /// Ctrl-C or a termination signal.
+    Interrupted,
+}
+
+impl Kind {
+    /// The exit code of a process that fails for this reason.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Kind::Other => 1,
+            Kind::Usage => 2,
+            Kind::Host => 3,
+            Kind::Name => 4,
+            Kind::Resources => 5,
+            Kind::Link => 6,
+            Kind::Vm => 7,
+            Kind::InDoubt => 8,
+            Kind::Interrupted => 130,
+        }
+    }
+}
+
+/// A failure to report: to a person, or over a control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    pub kind: Kind,
+    pub text: String,
+}
+
+impl Failure {
+    pub fn new(kind: Kind, text: impl Into<String>) -> Failure {
+        Failure { kind, text: text.into() }
+    }
+
+    /// An operating error of this machine, with what was being done.
+    pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Failure {
+        let kind = match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::Resources,
+            std::io::ErrorKind::PermissionDenied => Kind::Host,
+            _ => Kind::Other,
+        };
+        Failure::new(kind, format!("{doing}: {error}"))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<swapd::StartError> for Failure {
+    fn from(error: swapd::StartError) -> Failure {
+        let kind = match &error {
+            swapd::StartError::Budget(_) => Kind::Usage,
+            swapd::StartError::Host(_) => Kind::Host,
+            swapd::StartError::Store(_) | swapd::StartError::Memory(_) => Kind::Resources,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<swapd::CommandError> for Failure {
+    fn from(error: swapd::CommandError) -> Failure {
+        use swapd::CommandError as E;
+        let kind = match &error {
+            E::BudgetTooSmall { .. } | E::BudgetTooLarge { .. } | E::OutOfRange(_) => Kind::Usage,
+            E::Store(_) => Kind::Resources,
+            E::NotNow(_) => Kind::Name,
+            E::Gone => Kind::Vm,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+/// An error with its causes, as one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.ends_with(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+impl From<crate::vmm::VmmError> for Failure {
+    fn from(error: crate::vmm::VmmError) -> Failure {
+        use crate::vmm::VmmError as E;
+        let kind = match &error {
+            E::NoKvm | E::NoPermission | E::Kvm { .. } | E::Register(_) => Kind::Host,
+            E::Thread { .. } => Kind::Other,
+            E::PauseTimeout(_) | E::Failed(_) => Kind::Vm,
+            E::NotPaused => Kind::Name,
+            E::StateVersion { .. } | E::BadState(_) | E::MemorySize { .. } => Kind::Link,
+            _ => Kind::Usage,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<migrate::SendError> for Failure {
+    fn from(error: migrate::SendError) -> Failure {
+        use migrate::SendError as E;
+        let kind = match &error {
+            E::Unreachable { .. }
+            | E::Version(_)
+            | E::Link { .. }
+            | E::Peer(_)
+            | E::GaveUp(_)
+            | E::Refused(_) => Kind::Link,
+            E::Options(_) => Kind::Usage,
+            E::NoRoom(_) => Kind::Resources,
+            E::NameTaken(_) => Kind::Name,
+            E::Cancelled => Kind::Interrupted,
+            E::Vm(_) | E::Engine(_) => Kind::Vm,
+            E::InDoubt { .. } => Kind::InDoubt,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<migrate::ReceiveError> for Failure {
+    fn from(error: migrate::ReceiveError) -> Failure {
+        use migrate::ReceiveError as E;
+        let kind = match &error {
+            E::Cancelled => Kind::Interrupted,
+            E::Vm(_) | E::Engine(_) => Kind::Vm,
+            E::Registry(_) => Kind::Other,
+            _ => Kind::Link,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}

@@ -1,0 +1,105 @@
+//! What this host has left: RAM, and room on a file system.
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use crate::failure::{Failure, Kind};
+use crate::size::Size;
+
+/// Bytes of RAM that the kernel thinks can be had without swapping (`MemAvailable`).
+///
+/// # Errors
+/// If /proc/meminfo cannot be read.
+pub fn available_ram() -> Result<u64, Failure> {
+    meminfo("MemAvailable")
+}
+
+/// All of the host's RAM.
+///
+/// # Errors
+/// If /proc/meminfo cannot be read.
+pub fn total_ram() -> Result<u64, Failure> {
+    meminfo("MemTotal")
+}
+
+fn meminfo(field: &str) -> Result<u64, Failure> {
+    let text = std::fs::read_to_string("/proc/meminfo")
+        .map_err(|error| Failure::io("cannot read /proc/meminfo", &error))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
+        .map(|kib| kib << 10)
+        .ok_or_else(|| Failure::new(Kind::Host, format!("/proc/meminfo has no {field}")))
+}
+
+/// Fails unless so much RAM is free.
+///
+/// # Errors
+/// [`Kind::Resources`], saying how much there is.
+pub fn need_free_ram(bytes: u64, what: &str) -> Result<(), Failure> {
+    let free = available_ram()?;
+    if bytes <= free {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Kind::Resources,
+        format!(
+            "{what} needs {:#} of RAM, but this host has {:#} free: choose a smaller --ram, or end something else",
+            Size(bytes),
+            Size(free)
+        ),
+    ))
+}
+
+/// Bytes that this user can still write to the file system of `path`.
+///
+/// # Errors
+/// If there is no such path.
+pub fn free_disk(path: &Path) -> Result<u64, Failure> {
+    let fail = |error| Failure::io(format!("cannot look at the file system of {}", path.display()), &error);
+    let c_path = CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| fail(std::io::ErrorKind::InvalidInput.into()))?;
+    // SAFETY: an all-zero statvfs is a valid value of that plain C struct; it is filled by the call below.
+    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a C string and both arguments outlive the call.
+    if unsafe { libc::statvfs(c_path.as_ptr(), &mut found) } != 0 {
+        return Err(fail(std::io::Error::last_os_error()));
+    }
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Fails unless a store of so many bytes has room beside `promised` bytes of others.
+///
+/// # Errors
+/// [`Kind::Resources`], saying how much there is.
+pub fn need_free_disk(path: &Path, bytes: u64, promised: u64) -> Result<(), Failure> {
+    let free = free_disk(path)?.saturating_sub(promised);
+    if bytes <= free {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Kind::Resources,
+        format!(
+            "the store needs up to {:#} in {}, where {:#} is free: make room, choose another --store, or a larger --ram",
+            Size(bytes),
+            path.display(),
+            Size(free)
+        ),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_host_has_ram_and_disk() {
+        let (free, total) = (available_ram().unwrap(), total_ram().unwrap());
+        assert!(0 < free && free <= total);
+        assert!(free_disk(Path::new("/")).is_ok());
+        assert!(free_disk(Path::new("/no/such/place")).is_err());
+        need_free_ram(4096, "a page").unwrap();
+        assert_eq!(need_free_ram(u64::MAX, "all").unwrap_err().kind, Kind::Resources);
+        assert_eq!(need_free_disk(Path::new("/"), u64::MAX, 0).unwrap_err().kind, Kind::Resources);
+    }
+}

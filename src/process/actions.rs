@@ -1,0 +1,100 @@
+//! What a VM's process does when it is asked over its control socket.
+
+use serde_json::{Value, json};
+use tracing::info;
+
+use super::vm::{Event, Phase, Vm};
+use crate::control::protocol::Request;
+use crate::control::server::{Client, Service};
+use crate::failure::{Failure, Kind};
+
+/// The VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
+#[derive(Debug)]
+pub(super) struct Control(pub(super) std::sync::Arc<Vm>);
+
+impl Service for Control {
+    fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure> {
+        let vm = &self.0;
+        match request {
+            Request::Stat => {
+                serde_json::to_value(vm.stat()?).map_err(|error| Failure::new(Kind::Other, error.to_string()))
+            }
+            Request::Pause => vm.pause(),
+            Request::Resume => vm.resume(),
+            Request::SetRam { ram_bytes } => vm.set_ram(ram_bytes),
+            Request::Migrate(request) => super::leave::migrate(vm, &request, client),
+            Request::Stop => {
+                let _ = vm.events.send(Event::Stop);
+                Ok(json!({ "name": vm.facts.name, "stopping": true }))
+            }
+        }
+    }
+}
+
+impl Vm {
+    /// Refuses unless the VM is here, and neither coming nor going.
+    fn must_be_here(&self, to_do: &str) -> Result<(), Failure> {
+        let name = &self.facts.name;
+        let why = self.core(|core| match &core.phase {
+            Phase::Here => None,
+            Phase::Arriving => Some("it is still arriving".to_owned()),
+            Phase::Migrating => {
+                Some("it is migrating; cancel that first (Ctrl-C of `vmemd migrate`)".to_owned())
+            }
+            Phase::InDoubt { to, .. } => Some(format!("it may run at {to}; `vmemd resume {name}` finds out")),
+            Phase::Moved { to } => Some(format!("it has moved to {to}")),
+        });
+        match why {
+            None => Ok(()),
+            Some(why) => Err(Failure::new(Kind::Name, format!("cannot {to_do} {name:?}: {why}"))),
+        }
+    }
+
+    fn pause(&self) -> Result<Value, Failure> {
+        self.must_be_here("pause")?;
+        self.machine(|machine| Ok(machine.pause()?))?;
+        self.core(|core| core.paused = true);
+        info!(vm = %self.facts.name, "paused");
+        self.done("paused")
+    }
+
+    fn resume(&self) -> Result<Value, Failure> {
+        if let Phase::InDoubt { session, to } = self.core(|core| core.phase.clone()) {
+            return super::leave::resolve_doubt(self, session, &to);
+        }
+        self.must_be_here("resume")?;
+        if self.core(|core| core.stalled.is_some()) {
+            self.memory()?.engine()?.retry_store().map_err(|error| {
+                let failure = Failure::from(error);
+                Failure::new(
+                    failure.kind,
+                    format!(
+                        "{:?} still cannot go on: {failure}; give its store room, then resume again",
+                        self.facts.name
+                    ),
+                )
+            })?;
+            self.core(|core| core.stalled = None);
+        }
+        self.machine(|machine| Ok(machine.resume()?))?;
+        self.core(|core| core.paused = false);
+        info!(vm = %self.facts.name, "resumed");
+        self.done("running")
+    }
+
+    fn set_ram(&self, ram_bytes: u64) -> Result<Value, Failure> {
+        self.must_be_here("change the budget of")?;
+        let engine = self.memory()?.engine()?;
+        let before = engine.stats()?.ram_budget_bytes;
+        if ram_bytes > before {
+            crate::host::need_free_ram(ram_bytes - before, "a larger budget")?;
+        }
+        engine.set_budget(ram_bytes)?;
+        info!(vm = %self.facts.name, ram_bytes, "budget changed");
+        Ok(json!({ "name": self.facts.name, "ram_budget_bytes": engine.stats()?.ram_budget_bytes }))
+    }
+
+    pub(super) fn done(&self, state: &str) -> Result<Value, Failure> {
+        Ok(json!({ "name": self.facts.name, "state": state }))
+    }
+}

@@ -1,0 +1,252 @@
+//! The source's side of a migration: the VM leaves this process, or stays.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use migrate::{Outcome, Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
+use serde_json::Value;
+use tracing::{error, info, warn};
+
+use super::vm::{Event, Phase, Vm};
+use crate::control::protocol::{MigrateRequest, MigrationStat};
+use crate::control::server::Client;
+use crate::failure::{Failure, Kind};
+
+/// How often it is looked whether whoever asked is still there.
+const CLIENT_POLL: Duration = Duration::from_millis(100);
+
+enum Step {
+    Progress(MigrationStat),
+    Ended(Result<Report, SendError>),
+}
+
+/// Moves the VM away. Answers when it has moved, or stays; cancels if the client goes away.
+pub(super) fn migrate(
+    vm: &Arc<Vm>,
+    request: &MigrateRequest,
+    client: &mut Client<'_>,
+) -> Result<Value, Failure> {
+    let options = options(vm, request)?;
+    vm.memory()?.engine()?;
+    begin(vm, &request.to)?;
+    let (steps, progress) = channel();
+    let (mover, name) = (vm.clone(), vm.facts.name.clone());
+    let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
+        let result = send(&mover, &options, &steps);
+        settle(&mover, &options.to, &result);
+        let _ = steps.send(Step::Ended(result));
+    });
+    if let Err(error) = spawned {
+        vm.core(|core| (core.phase, core.migration) = (Phase::Here, None));
+        return Err(Failure::io("cannot start the migration's thread", &error));
+    }
+    loop {
+        match progress.recv_timeout(CLIENT_POLL) {
+            Ok(Step::Progress(stat)) => {
+                if client.progress(stat).is_err() {
+                    vm.cancel.store(true, Ordering::SeqCst);
+                }
+            }
+            Ok(Step::Ended(result)) => return report(vm, &request.to, result),
+            Err(RecvTimeoutError::Timeout) if client.gone() => vm.cancel.store(true, Ordering::SeqCst),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Failure::new(
+                    Kind::Vm,
+                    format!("the migration of {name:?} ended without a word: see its log"),
+                ));
+            }
+        }
+    }
+}
+
+fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> {
+    if let Some(ram) = request.ram_bytes.filter(|ram| *ram > vm.facts.memory_bytes) {
+        let text = format!(
+            "a RAM budget of {ram} bytes is above the VM's memory of {} bytes",
+            vm.facts.memory_bytes
+        );
+        return Err(Failure::new(Kind::Usage, text));
+    }
+    let mut options = SourceOptions::new(&vm.facts.name, &request.to);
+    options.ram_bytes = request.ram_bytes;
+    options.streams = request.streams;
+    options.downtime_target = Duration::from_millis(request.downtime_target_ms);
+    options.max_rounds = request.max_rounds;
+    options.max_throttle = request.max_throttle;
+    options.check_placement = request.check_placement;
+    Ok(options)
+}
+
+/// Running → migrating, in one step, so that two requests cannot both.
+fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
+    let name = &vm.facts.name;
+    if let Some(reason) = vm.guest_failure() {
+        return Err(Failure::new(Kind::Vm, format!("{name:?} cannot move: its guest has failed: {reason}")));
+    }
+    vm.core(|core| {
+        let why = match &core.phase {
+            Phase::Here if core.stalled.is_some() => "its store failed: `vmemd resume` it first",
+            Phase::Here if core.paused => "it is paused: `vmemd resume` it first",
+            Phase::Here => {
+                vm.cancel.store(false, Ordering::SeqCst);
+                core.phase = Phase::Migrating;
+                core.migration = Some(MigrationStat {
+                    to: to.to_owned(),
+                    phase: "connecting".to_owned(),
+                    ..Default::default()
+                });
+                return Ok(());
+            }
+            Phase::Arriving => "it is still arriving",
+            Phase::Migrating => "it is migrating already",
+            Phase::InDoubt { .. } => "a former hand-over is in doubt: `vmemd resume` it first",
+            Phase::Moved { .. } => "it has moved already",
+        };
+        Err(Failure::new(Kind::Name, format!("{name:?} cannot move: {why}")))
+    })
+}
+
+fn send(vm: &Arc<Vm>, options: &SourceOptions, steps: &Sender<Step>) -> Result<Report, SendError> {
+    let handle = match vm.memory().and_then(|memory| memory.engine()) {
+        Ok(handle) => handle.clone(),
+        Err(failure) => return Err(SendError::Vm(VmError(failure.text))),
+    };
+    let started = Instant::now();
+    let progress = |progress: Progress| {
+        let stat = stat_of(&options.to, &progress, started);
+        vm.core(|core| core.migration = Some(stat.clone()));
+        let _ = steps.send(Step::Progress(stat));
+    };
+    info!(vm = %options.name, to = %options.to, "migration begins");
+    migrate::send(&handle, &mut Leaving { vm }, options, &progress, &vm.cancel)
+}
+
+fn stat_of(to: &str, progress: &Progress, started: Instant) -> MigrationStat {
+    let phase = serde_json::to_value(progress.phase).ok().and_then(|phase| phase.as_str().map(str::to_owned));
+    MigrationStat {
+        to: to.to_owned(),
+        phase: phase.unwrap_or_default(),
+        round: progress.round,
+        bytes_sent: progress.bytes_sent,
+        bytes_done: progress.bytes_done,
+        bytes_left: progress.bytes_left,
+        bytes_total: progress.bytes_total,
+        bytes_per_second: progress.bytes_per_second,
+        throttle_percent: progress.throttle_percent,
+        elapsed_ms: started.elapsed().as_millis() as u64,
+    }
+}
+
+/// Notes where the VM is now.
+fn settle(vm: &Vm, to: &str, result: &Result<Report, SendError>) {
+    let name = &vm.facts.name;
+    let phase = match result {
+        Ok(report) => {
+            info!(vm = %name, to, downtime_ms = report.downtime_ms, "moved");
+            Phase::Moved { to: to.to_owned() }
+        }
+        Err(SendError::InDoubt { session, to }) => {
+            error!(vm = %name, to, %session, "in doubt: the VM stays paused here; `vmemd resume` asks again");
+            Phase::InDoubt { session: *session, to: to.clone() }
+        }
+        Err(error) => {
+            warn!(vm = %name, to, %error, "not moved: it runs on here");
+            Phase::Here
+        }
+    };
+    vm.core(|core| (core.phase, core.migration) = (phase, None));
+    if result.is_ok() {
+        let _ = vm.events.send(Event::Moved);
+    }
+}
+
+fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value, Failure> {
+    match result {
+        Ok(report) => {
+            let mut value =
+                serde_json::to_value(report).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+            value["to"] = to.into();
+            Ok(value)
+        }
+        Err(error) => {
+            let still_here = error.still_here();
+            let mut failure = Failure::from(error);
+            if still_here {
+                failure.text = format!("{}; {:?} runs on here", failure.text, vm.facts.name);
+            }
+            Err(failure)
+        }
+    }
+}
+
+/// Asks the target what became of a hand-over in doubt, and goes on here if the VM is not there.
+pub(super) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Value, Failure> {
+    let name = &vm.facts.name;
+    let outcome = migrate::resolve(to, session).map_err(|error| {
+        let text =
+            format!("{name:?} may run at {to}, which cannot be asked: {}", crate::failure::chain(&error));
+        Failure::new(Kind::InDoubt, text)
+    })?;
+    match outcome {
+        Outcome::RunningThere => {
+            vm.core(|core| core.phase = Phase::Moved { to: to.to_owned() });
+            let _ = vm.events.send(Event::Moved);
+            vm.done("moved")
+        }
+        Outcome::NotThere => {
+            let mut source = Leaving { vm };
+            source.take_name_back();
+            source.resume().map_err(|error| Failure::new(Kind::Vm, error.0))?;
+            vm.core(|core| core.phase = Phase::Here);
+            vm.done("running")
+        }
+    }
+}
+
+/// The VM as a migration's source sees it.
+struct Leaving<'a> {
+    vm: &'a Vm,
+}
+
+fn text(failure: Failure) -> VmError {
+    VmError(failure.text)
+}
+
+impl SourceVm for Leaving<'_> {
+    fn pause(&mut self) -> Result<(), VmError> {
+        self.vm.machine(|machine| Ok(machine.pause()?)).map_err(text)
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        // Whoever stalled it meanwhile wants it to stand still.
+        if self.vm.core(|core| core.stalled.is_some()) {
+            return Ok(());
+        }
+        self.vm.machine(|machine| Ok(machine.resume()?)).map_err(text)
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, VmError> {
+        self.vm.machine(|machine| Ok(machine.save()?)).map_err(text)
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        let _ = self.vm.machine(|machine| {
+            machine.throttle(percent);
+            Ok(())
+        });
+    }
+
+    fn give_up_name(&mut self) -> Result<(), VmError> {
+        let id = SessionId::random().map_err(|error| VmError(error.to_string()))?.to_string();
+        self.vm.claim(|claim| claim.leave(&id)).map_err(text)
+    }
+
+    fn take_name_back(&mut self) {
+        if let Err(error) = self.vm.claim(|claim| claim.settle()) {
+            error!(vm = %self.vm.facts.name, %error, "the name could not be taken back: the VM runs on as one that is leaving");
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! The command, end to end, with small VMs on the real kernel.
+
+mod common;
+
+use common::{Host, cannot_run_vms, lives, not_root, signal, wait_for};
+use serde_json::Value;
+
+const GUEST: &str = "rewrite:working-set=40M,rate=400M";
+
+#[test]
+fn a_vm_moves_into_half_its_memory_and_runs_on() {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("example");
+    let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
+    let mut run = host.start_vm("web", GUEST);
+    host.wait_rounds("web", 1);
+    let moved = host.vmemd(&["migrate", "web", "--to", &address, "--check-placement", "--json"]);
+    assert_eq!(moved.code, 0, "{moved:?}\n{}", daemon.log());
+    let report = moved.json();
+    for field in
+        "bytes_total bytes_sent rounds duration_ms downtime_ms pages_ram pages_store pages_zero".split(' ')
+    {
+        assert!(report[field].is_number(), "{field}: {report}");
+    }
+    assert_eq!(report["name"], "web");
+    assert_eq!(report["bytes_total"], 128 << 20);
+    assert_eq!((&report["pageins_during"], &report["pageouts_during"]), (&Value::from(0), &Value::from(0)));
+    assert!(report["pages_store"].as_u64() > Some(0), "{report}");
+    run.ends_with(0);
+    assert!(run.log().contains(&format!("web has moved to {address}")), "{}", run.log());
+    host.wait_rounds("web", 2);
+    let stat = host.stat("web").expect("it runs");
+    assert_eq!(stat["state"], "running");
+    assert_eq!(stat["memory_bytes"], 128 << 20);
+    assert_eq!(stat["ram_budget_bytes"], 64 << 20);
+    assert!(stat["resident_bytes"].as_u64() <= Some(64 << 20), "{stat}");
+    assert_eq!(stat["arrival"]["pages_store"], report["pages_store"]);
+    assert_eq!(host.names(), ["web"]);
+    assert_eq!(host.vmemd(&["stop", "web"]).code, 0);
+    daemon.signal(libc::SIGTERM);
+    daemon.ends_with(0);
+    host.assert_clean();
+}
+
+#[test]
+fn stat_has_the_documented_fields_and_commands_do_what_they_say() {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("commands");
+    let mut run = host.start_vm("web", GUEST);
+    let stat = host.stat("web").expect("it runs");
+    for path in "memory_bytes ram_budget_bytes resident_bytes stored_bytes untouched_bytes faults/total faults/zero \
+                 faults/rescue faults/store prefetch/pages prefetch/used prefetch/wasted evict/written evict/dropped \
+                 latency_us/store/p50 latency_us/store/p99 latency_us/store/p999 guest/rounds guest/verified_pages \
+                 guest/mismatched_pages"
+        .split_whitespace()
+    {
+        assert!(stat.pointer(&format!("/{path}")).is_some_and(Value::is_number), "{path}: {stat}");
+    }
+    let table = host.vmemd(&["stat", "web"]);
+    assert!(table.out.contains("resident") && table.out.contains("prefetch"), "{table:?}");
+
+    assert_eq!(host.vmemd(&["pause", "web"]).code, 0);
+    let paused = host.wait_state("web", "paused");
+    let again = host.stat("web").expect("it is there");
+    assert_eq!(paused["guest"]["verified_pages"], again["guest"]["verified_pages"]);
+    host.vmemd(&["migrate", "web", "--to", "127.0.0.1:1"]).fails(4, &["paused", "resume"]);
+    assert_eq!(host.vmemd(&["resume", "web"]).code, 0);
+    host.wait_rounds("web", 1);
+
+    let set = host.vmemd(&["set", "web", "--ram", "48M", "--json"]);
+    assert_eq!(set.json()["ram_budget_bytes"], 48 << 20);
+    host.wait_rounds("web", 2);
+    assert!(host.stat("web").expect("it runs")["resident_bytes"].as_u64() <= Some(48 << 20));
+    assert_eq!(host.vmemd(&["set", "web", "--ram", "128M"]).code, 0);
+
+    let mut watch = host.start(&["stat", "web", "--watch", "--json"]);
+    let first: Value = serde_json::from_str(&watch.first_line()).expect("one JSON line a second");
+    assert_eq!(first["name"], "web");
+    assert_eq!(host.vmemd(&["stop", "web", "--json"]).json()["state"], "stopped");
+    watch.ends_with(0);
+    run.ends_with(0);
+    host.assert_clean();
+}
+
+#[test]
+fn ctrl_c_of_run_leaves_nothing() {
+    if cannot_run_vms() {
+        return;
+    }
+    for number in [libc::SIGINT, libc::SIGTERM] {
+        let mut host = Host::new("interrupt");
+        let mut run = host.start_vm("web", GUEST);
+        run.signal(number);
+        run.ends_with(130);
+        host.assert_clean();
+    }
+}
+
+#[test]
+fn ctrl_c_of_migrate_or_its_death_leaves_the_vm_where_it_was() {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("cancel");
+    let (daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
+    let _run = host.start_vm("web", GUEST);
+    for number in [libc::SIGINT, libc::SIGKILL] {
+        // A target that accepts and then says nothing.
+        daemon.signal(libc::SIGSTOP);
+        let mut migrate = host.start(&["migrate", "web", "--to", &address]);
+        host.wait_state("web", "migrating");
+        migrate.signal(number);
+        let status = migrate.end();
+        if number == libc::SIGINT {
+            assert_eq!(status.code(), Some(130), "{}", migrate.log());
+            assert!(migrate.log().contains("runs on here"), "{}", migrate.log());
+        }
+        host.wait_state("web", "running");
+        daemon.signal(libc::SIGCONT);
+        host.wait_rounds("web", 1);
+    }
+    // And what was cancelled can be done again.
+    let moved = wait_for("the name to be free again", || {
+        let said = host.vmemd(&["migrate", "web", "--to", &address, "--json"]);
+        assert!(said.code == 0 || said.code == 4, "{said:?}");
+        (said.code == 0).then_some(said)
+    });
+    assert_eq!(moved.json()["name"], "web");
+    host.wait_rounds("web", 1);
+}
+
+#[test]
+fn a_killed_daemon_harms_no_vm_and_a_new_one_finds_them() {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("daemon");
+    let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
+    let _web = host.start_vm("web", GUEST);
+    let _other = host.start_vm("other", GUEST);
+    let moved = host.vmemd(&["migrate", "web", "--to", &address]);
+    assert_eq!(moved.code, 0, "{moved:?}");
+    daemon.signal(libc::SIGKILL);
+    daemon.end();
+    host.wait_rounds("web", 2);
+    let (_daemon, _) = host.start_daemon(&address, "64M", &[]);
+    // web holds all of its RAM.
+    host.vmemd(&["migrate", "other", "--to", &address]).fails(5, &["other", "runs on here"]);
+    host.wait_rounds("other", 1);
+    let pid = host.stat("web").expect("it runs")["pid"].as_u64().expect("a number") as u32;
+    assert_eq!(host.vmemd(&["stop", "web"]).code, 0);
+    wait_for("the VM's process to end", || (!lives(pid)).then_some(()));
+    assert_eq!(host.vmemd(&["migrate", "other", "--to", &address]).code, 0);
+    host.wait_rounds("other", 1);
+}
+
+#[test]
+fn a_vm_moves_on_from_host_to_host_and_to_plain_memory() {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("onward");
+    let (_first, first) = host.start_daemon("127.0.0.1:0", "64M", &[]);
+    let (_second, second) = host.start_daemon("127.0.0.1:0", "96M", &[]);
+    let (_plain, plain) = host.start_daemon("127.0.0.1:0", "128M", &["--engine", "plain"]);
+    let _run = host.start_vm("web", GUEST);
+    for (to, ram) in [(&first, 64 << 20), (&second, 96 << 20), (&first, 64 << 20), (&plain, 128 << 20)] {
+        let moved = wait_for("the former process to be gone", || {
+            let said = host.vmemd(&["migrate", "web", "--to", to]);
+            // The process that it has left holds its RAM until it has ended.
+            assert!(said.code == 0 || said.code == 5, "{said:?}");
+            (said.code == 0).then_some(said)
+        });
+        assert_eq!(moved.code, 0);
+        host.wait_rounds("web", 1);
+        assert_eq!(host.stat("web").expect("it runs")["ram_budget_bytes"], ram);
+    }
+    host.vmemd(&["migrate", "web", "--to", &first]).fails(2, &["plain"]);
+}
+
+#[test]
+fn a_full_store_stalls_the_vm_until_there_is_room() {
+    if cannot_run_vms() || not_root("mounting a small file system") {
+        return;
+    }
+    let mut host = Host::new("stall");
+    let Some(small) = SmallFs::mount(&host.root.join("small"), "40M") else { return };
+    let store = host.root.join("small").display().to_string();
+    let args = ["run", "--name", "web", "--memory", "128M", "--guest", "rewrite", "--store", &store];
+    let mut run = host.start(&args);
+    host.wait_rounds("web", 1);
+    // 112M do not fit 40M.
+    let mut set = host.start(&["set", "web", "--ram", "16M"]);
+    let stat = host.wait_state("web", "stalled");
+    assert!(stat["reason"].is_string(), "{stat}");
+    small.resize("200M");
+    let resumed = host.vmemd(&["resume", "web"]);
+    assert_eq!(resumed.code, 0, "{resumed:?}");
+    host.wait_rounds("web", 1);
+    set.end();
+    assert_eq!(host.vmemd(&["stop", "web"]).code, 0);
+    run.ends_with(0);
+}
+
+/// A tmpfs of a test.
+struct SmallFs(std::path::PathBuf);
+
+impl SmallFs {
+    fn mount(path: &std::path::Path, size: &str) -> Option<SmallFs> {
+        std::fs::create_dir(path).expect("a mount point");
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"])
+            .arg(path)
+            .output();
+        if !mounted.is_ok_and(|output| output.status.success()) {
+            println!("skipped: no tmpfs can be mounted here");
+            return None;
+        }
+        let fs = SmallFs(path.to_owned());
+        let direct = std::os::unix::fs::OpenOptionsExt::custom_flags(
+            std::fs::File::options().read(true).write(true).create(true).truncate(true),
+            libc::O_DIRECT,
+        )
+        .open(path.join("probe"));
+        let _ = std::fs::remove_file(path.join("probe"));
+        if direct.is_err() {
+            println!("skipped: tmpfs has no O_DIRECT on this kernel");
+            return None;
+        }
+        Some(fs)
+    }
+
+    fn resize(&self, size: &str) {
+        let remounted = std::process::Command::new("mount")
+            .args(["-o", &format!("remount,size={size}")])
+            .arg(&self.0)
+            .status();
+        assert!(remounted.is_ok_and(|status| status.success()));
+    }
+}
+
+impl Drop for SmallFs {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn an_interrupted_bench_leaves_nothing() {
+    if cannot_run_vms() || not_root("a swap file") {
+        return;
+    }
+    let mut host = Host::new("bench");
+    let store = host.store();
+    let args = [
+        "bench",
+        "migrate",
+        "--memory",
+        "128M",
+        "--ram",
+        "64M",
+        "--targets",
+        "swap,vmemd",
+        "--store",
+        &store,
+    ];
+    let mut bench = host.start(&args);
+    let pid = bench.pid();
+    let site = host.root.join(format!("store/vmemd-bench-{pid}"));
+    let swap_file = site.join("1-swap/swapfile").display().to_string();
+    let swaps = || std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    wait_for("the swap file, or the end", || (swaps().contains(&swap_file) || !lives(pid)).then_some(()));
+    if !lives(pid) {
+        println!("skipped: no swap file here: {}", bench.log());
+        return;
+    }
+    wait_for("the VM", || site.join("1-swap/source/bench.sock").exists().then_some(()));
+    bench.signal(libc::SIGINT);
+    bench.ends_with(130);
+    assert!(!swaps().contains("vmemd-bench"), "{}", swaps());
+    for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"] {
+        let name = format!("vmemd-bench-{pid}");
+        let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
+        let left: Vec<_> =
+            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&name)).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    host.assert_clean();
+}
+
+#[test]
+fn a_bench_measures_what_it_says() {
+    if cannot_run_vms() {
+        return;
+    }
+    let host = Host::new("bench-run");
+    let store = host.store();
+    let args = "bench migrate --memory 128M --ram 64M --targets vmemd,ram --repeat 1 --json --store";
+    let mut args: Vec<&str> = args.split(' ').collect();
+    args.push(&store);
+    let said = host.vmemd(&args);
+    assert_eq!(said.code, 0, "{said:?}");
+    let list = said.json();
+    for (at, target) in ["vmemd", "ram"].iter().enumerate() {
+        let of = &list[at];
+        assert_eq!(of["target"], *target, "{of}");
+        for field in ["migration_s", "downtime_ms", "rewrite_s", "pageins_during", "pageouts_during"] {
+            assert!(of[field].is_number(), "{field}: {of}\n{}", said.err);
+        }
+        assert_eq!(of["mismatched_pages"], 0);
+    }
+    host.assert_clean();
+}
+
+#[test]
+fn a_bench_that_was_killed_is_cleaned_up_by_the_next() {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("bench-left");
+    let store = host.store();
+    let args =
+        ["bench", "migrate", "--memory", "128M", "--ram", "64M", "--targets", "vmemd", "--store", &store];
+    let mut bench = host.start(&args);
+    let site = host.root.join(format!("store/vmemd-bench-{}", bench.pid()));
+    wait_for("the VM", || site.join("1-vmemd/source/bench.sock").exists().then_some(()));
+    bench.signal(libc::SIGKILL);
+    bench.end();
+    wait_for("its processes to die with it", || host.processes().is_empty().then_some(()));
+    assert!(site.exists());
+    let mut next = host.start(&args);
+    wait_for("what was left to go", || (!site.exists()).then_some(()));
+    signal(next.pid(), libc::SIGINT);
+    next.ends_with(130);
+    host.assert_clean();
+}

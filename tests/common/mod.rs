@@ -1,0 +1,283 @@
+//! A host of a test: a run directory, a store, and `vmemd` processes that do not outlive it.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long anything that a test waits for may take on a slow, busy machine.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(90);
+const POLL: Duration = Duration::from_millis(10);
+
+/// Waits until `what` gives something.
+pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(POLL);
+    }
+}
+
+/// Why VMs cannot run here, printed; tests that need them return then.
+pub(crate) fn cannot_run_vms() -> bool {
+    let doctor = Command::new(env!("CARGO_BIN_EXE_vmemd"))
+        .args(["doctor", "--store", env!("CARGO_TARGET_TMPDIR")])
+        .output();
+    let doctor = doctor.expect("vmemd runs");
+    if !doctor.status.success() {
+        println!("skipped: {}", String::from_utf8_lossy(&doctor.stderr).trim());
+    }
+    !doctor.status.success()
+}
+
+/// Whether this is not root, with a word about it.
+pub(crate) fn not_root(what: &str) -> bool {
+    // SAFETY: geteuid has no arguments and cannot fail.
+    let other = unsafe { libc::geteuid() } != 0;
+    if other {
+        println!("skipped: {what} needs root");
+    }
+    other
+}
+
+pub(crate) fn signal(pid: u32, signal: i32) {
+    // SAFETY: no memory arguments; the process was started by this test.
+    unsafe { libc::kill(pid as i32, signal) };
+}
+
+pub(crate) fn lives(pid: u32) -> bool {
+    // A zombie whose parent has not looked yet does not live.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+/// What a finished command said.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+impl Said {
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+
+    /// The error is one line with these words.
+    pub(crate) fn fails(&self, code: i32, words: &[&str]) {
+        assert_eq!(self.code, code, "{self:?}");
+        for word in words {
+            assert!(self.err.contains(word), "{word:?} is not in {self:?}");
+        }
+    }
+}
+
+pub(crate) struct Host {
+    pub(crate) root: PathBuf,
+    children: Vec<u32>,
+}
+
+impl Host {
+    pub(crate) fn new(name: &str) -> Host {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let root =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{number}", std::process::id()));
+        fs::create_dir_all(root.join("store")).expect("a directory for the test");
+        Host { root, children: Vec::new() }
+    }
+
+    pub(crate) fn run_dir(&self) -> PathBuf {
+        self.root.join("run")
+    }
+
+    pub(crate) fn store(&self) -> String {
+        self.root.join("store").display().to_string()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmemd"));
+        command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub(crate) fn vmemd(&self, args: &[&str]) -> Said {
+        let output = self.command(args).output().expect("vmemd runs");
+        Said {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Starts a command that goes on, in a process group of its own.
+    pub(crate) fn start(&mut self, args: &[&str]) -> Running {
+        let log = self.root.join(format!("log-{}", self.children.len()));
+        let stderr = fs::File::create(&log).expect("a log file");
+        let mut command = self.command(args);
+        let child =
+            command.stdout(Stdio::piped()).stderr(stderr).process_group(0).spawn().expect("vmemd runs");
+        self.children.push(child.id());
+        Running { child, log }
+    }
+
+    /// Starts a VM with 128M of memory and waits until it runs.
+    pub(crate) fn start_vm(&mut self, name: &str, guest: &str) -> Running {
+        let store = self.store();
+        let running =
+            self.start(&["run", "--name", name, "--memory", "128M", "--guest", guest, "--store", &store]);
+        self.wait_state(name, "running");
+        running
+    }
+
+    /// Starts a daemon and returns it with its address.
+    pub(crate) fn start_daemon(&mut self, listen: &str, ram: &str, more: &[&str]) -> (Running, String) {
+        let store = self.root.join("made/by/serve").display().to_string();
+        let mut args = vec!["serve", "--listen", listen, "--ram", ram, "--store", &store];
+        args.extend_from_slice(more);
+        let mut daemon = self.start(&args);
+        let line = daemon.first_line();
+        let address =
+            line.strip_prefix("listening on ").unwrap_or_else(|| panic!("{line:?}: {}", daemon.log()));
+        (daemon, address.to_owned())
+    }
+
+    pub(crate) fn stat(&self, name: &str) -> Option<Value> {
+        let said = self.vmemd(&["stat", name, "--json"]);
+        (said.code == 0).then(|| said.json())
+    }
+
+    pub(crate) fn wait_stat(&self, name: &str, what: &str, done: impl Fn(&Value) -> bool) -> Value {
+        let mut last = Value::Null;
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(stat) = self.stat(name) {
+                if done(&stat) {
+                    return stat;
+                }
+                last = stat;
+            }
+            assert!(Instant::now() < deadline, "{name}: waited too long for {what}: {last}");
+            std::thread::sleep(POLL);
+        }
+    }
+
+    pub(crate) fn wait_state(&self, name: &str, state: &str) -> Value {
+        self.wait_stat(name, state, |stat| stat["state"] == state)
+    }
+
+    /// Waits until the guest has completed so many more rounds, and says that it found nothing wrong.
+    pub(crate) fn wait_rounds(&self, name: &str, more: u64) {
+        let now = self.wait_stat(name, "its counters", |stat| stat["state"] != "arriving");
+        let goal = now["guest"]["rounds"].as_u64().expect("a number") + more;
+        let stat = self.wait_stat(name, "rounds", |stat| stat["guest"]["rounds"].as_u64() >= Some(goal));
+        assert_eq!(stat["guest"]["mismatched_pages"], 0, "{stat}");
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        let list = self.vmemd(&["list", "--json"]).json();
+        let rows = list.as_array().expect("a list");
+        rows.iter().map(|row| row["name"].as_str().expect("a name").to_owned()).collect()
+    }
+
+    /// Nothing is left: no socket, no store, no process that knows of this host's directory.
+    pub(crate) fn assert_clean(&self) {
+        wait_for("sockets to be gone", || self.sockets().is_empty().then_some(()));
+        wait_for("processes to be gone", || self.processes().is_empty().then_some(()));
+        for dir in ["store", "made/by/serve"] {
+            let left: Vec<_> = fs::read_dir(self.root.join(dir)).into_iter().flatten().flatten().collect();
+            assert!(left.is_empty(), "left in {dir}: {left:?}");
+        }
+    }
+
+    pub(crate) fn sockets(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.run_dir()).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| name.ends_with(".sock")).collect()
+    }
+
+    /// Living vmemd processes of this host: those with its directory among their arguments or in their environment.
+    pub(crate) fn processes(&self) -> Vec<u32> {
+        let root = self.root.display().to_string();
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        pids.filter(|pid| *pid != std::process::id() && lives(*pid))
+            .filter(|pid| {
+                ["cmdline", "environ"].iter().any(|file| {
+                    let text = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+                    String::from_utf8_lossy(&text).contains(&root)
+                })
+            })
+            .collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for pid in self.processes() {
+            signal(pid, libc::SIGKILL);
+        }
+        if std::thread::panicking() {
+            for number in 0..self.children.len() {
+                let log = fs::read_to_string(self.root.join(format!("log-{number}"))).unwrap_or_default();
+                eprintln!("── log {number}\n{log}");
+            }
+        }
+        let _ = fs::remove_dir_all(&self.root);
+    }
+}
+
+/// A command that goes on. Killed when dropped.
+pub(crate) struct Running {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub(crate) fn first_line(&mut self) -> String {
+        let mut line = String::new();
+        let stdout = self.child.stdout.as_mut().expect("stdout is piped");
+        BufReader::with_capacity(1, stdout).read_line(&mut line).expect("a line");
+        line.trim_end().to_owned()
+    }
+
+    pub(crate) fn signal(&self, number: i32) {
+        signal(self.pid(), number);
+    }
+
+    /// Waits for its end.
+    pub(crate) fn end(&mut self) -> ExitStatus {
+        wait_for("a process to end", || self.child.try_wait().expect("a child"))
+    }
+
+    pub(crate) fn ends_with(&mut self, code: i32) {
+        let status = self.end();
+        assert_eq!(status.code(), Some(code), "{}", self.log());
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
