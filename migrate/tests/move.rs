@@ -128,3 +128,30 @@ fn a_vm_that_cannot_be_stopped_or_started_runs_on_at_the_source() {
     assert!(matches!(&error, SendError::GaveUp(text) if text.contains("VM failed")), "{error:?}");
     vm.assert_runs_here();
 }
+
+#[test]
+fn a_page_that_the_store_lost_arrives_as_lost() {
+    #[repr(align(4096))]
+    struct Page([u8; PAGE_SIZE]);
+    let (place, place_there) = (Place::new(), Place::new());
+    let (Some(here), Some(there)) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2)) else {
+        return;
+    };
+    fill(&here);
+    // One page in the middle of a stored run, behind the engine's back.
+    std::os::unix::fs::FileExt::write_all_at(&*here.handle().store(), &Page([0xA5; PAGE_SIZE]).0, 2000 << 12)
+        .unwrap();
+    let mut vm = Writer::start(here.memory_base() as usize, 0..100);
+    let target = Target::start(TargetMemory::Engine(there.handle()));
+    let report =
+        send(&here.handle(), &mut vm, &options(target.address), &|_| {}, &CancelFlag::new(false)).unwrap();
+    assert_eq!(there.handle().stats().unwrap().poisoned_pages, 1);
+    assert_eq!(report.pages_ram + report.pages_store + report.pages_zero, PAGES - 1);
+    let bytes = |engine: &swapd::Engine, page: usize| {
+        // SAFETY: a page that is not the poisoned one; both VMs stand still.
+        unsafe { std::slice::from_raw_parts(engine.memory_base().add(page * PAGE_SIZE), PAGE_SIZE).to_vec() }
+    };
+    for page in [0, 50, 1000, 1999, 2001, 2047, 2048, 3999, 5000] {
+        assert!(bytes(&here, page) == bytes(&there, page), "page {page} differs");
+    }
+}
