@@ -36,3 +36,18 @@ pub struct Progress {
     pub bytes_per_second: u64,
     pub throttle_percent: u8,
 }
+
+impl Progress {
+    pub(crate) fn connecting(bytes_total: u64) -> Progress {
+        Progress {
+            phase: Phase::Connecting,
+            round: 0,
+            bytes_total,
+            bytes_done: 0,
+            bytes_sent: 0,
+            bytes_left: bytes_total,
+            bytes_per_second: 0,
+            throttle_percent: 0,
+        }
+    }
+}

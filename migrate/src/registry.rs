@@ -187,10 +187,15 @@ fn lock(file: &File) -> io::Result<()> {
 impl Registry for FileRegistry {
     fn begin(&self, session: SessionId) -> Result<(), RegistryError> {
         // A file that is there already belongs to an earlier attempt, or to a source that asked before it sent.
-        if self.directory.join(session.to_string()).exists() {
-            return Err(RegistryError::Exists(session));
+        let path = self.directory.join(session.to_string());
+        match File::create_new(&path) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(RegistryError::Exists(session));
+            }
+            Err(source) => return Err(RegistryError::Io { what: "create", path, source }),
         }
-        self.change(session, true, |decision| match decision {
+        self.change(session, false, |decision| match decision {
             Decision::Open => Ok((Decision::Open, ())),
             Decision::Committed | Decision::Burned => Err(RegistryError::Exists(session)),
         })

@@ -159,7 +159,7 @@ async fn write(
         if let Err(source) = result {
             return life.fail(Trouble::Link { during: "writing to the peer", source });
         }
-        life.sent(length);
+        life.sent_unheard(length);
         if let Some(done) = done {
             // Whoever waited may have lost patience.
             let _ = done.send(());

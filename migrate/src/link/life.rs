@@ -67,8 +67,14 @@ impl Life {
         self.bytes_received.set(self.bytes_received.get() + bytes as u64);
     }
 
+    /// The peer takes what it gets, or at least its host does.
     pub(crate) fn sent(&self, bytes: usize) {
         self.beats.set(self.beats.get() + 1);
+        self.sent_unheard(bytes);
+    }
+
+    /// So little that it would be sent even if nobody took it.
+    pub(crate) fn sent_unheard(&self, bytes: usize) {
         self.bytes_sent.set(self.bytes_sent.get() + bytes as u64);
     }
 

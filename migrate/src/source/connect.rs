@@ -12,7 +12,7 @@ use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT};
 use crate::resolve;
 use crate::session::SessionId;
 use crate::wire::WireError;
-use crate::wire::opening::{Answer, MAX_STREAMS, is_name};
+use crate::wire::opening::{Answer, MAX_MEMORY_BYTES, MAX_STREAMS, is_name};
 
 /// A target that has accepted the VM.
 #[derive(Debug)]
@@ -24,13 +24,16 @@ pub(crate) struct Connected {
     pub(crate) streams: Vec<TcpStream>,
 }
 
-pub(crate) fn check(options: &SourceOptions) -> Result<(), SendError> {
+fn check(options: &SourceOptions, memory_bytes: u64) -> Result<(), SendError> {
     let wrong = |text: String| Err(SendError::Options(text));
     if !is_name(&options.name) {
         return wrong(format!(
             "{:?} is no name of a VM: letters, digits, and ._- behind the first",
             options.name
         ));
+    }
+    if memory_bytes > MAX_MEMORY_BYTES {
+        return wrong(format!("{memory_bytes} bytes of memory are more than {MAX_MEMORY_BYTES}"));
     }
     if options.streams == 0 || options.streams > MAX_STREAMS {
         return wrong(format!("{} data streams are not 1 to {MAX_STREAMS}", options.streams));
@@ -46,7 +49,7 @@ pub(crate) fn connect(
     memory_bytes: u64,
     cancel: &CancelFlag,
 ) -> Result<Connected, SendError> {
-    check(options)?;
+    check(options, memory_bytes)?;
     let link = |during| move |source| SendError::Link { during, source };
     let session = SessionId::random().map_err(link("choosing a session"))?;
     let mut control = reach(options, CONNECT_LIMIT, cancel)?;

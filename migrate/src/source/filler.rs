@@ -80,7 +80,10 @@ impl Filler {
                     self.each(piece.run, |filler, page| filler.ship.tracker.borrow_mut().defer(page))
                 }
                 Place::Poisoned => self.each(piece.run, |filler, page| {
-                    filler.ship.tracker.borrow_mut().take(page);
+                    let mut tracker = filler.ship.tracker.borrow_mut();
+                    tracker.take(page);
+                    tracker.unsent(page);
+                    drop(tracker);
                     push(&mut filler.poisoned, page);
                 }),
             }

@@ -118,17 +118,20 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
 /// Asks the target's daemon until it answers, for a bounded time. A cancel ends only the asking.
 fn ask(moving: &Moving<'_, '_>) -> Option<Outcome> {
     let deadline = Instant::now() + RESOLVE_LIMIT;
-    while Instant::now() < deadline && !is_cancelled(moving.rounds.watch.cancel) {
+    let enough = || Instant::now() >= deadline || is_cancelled(moving.rounds.watch.cancel);
+    loop {
         match resolve(&moving.options.to, moving.session) {
             Ok(outcome) => return Some(outcome),
             Err(error) => tracing::debug!(%error, "the outcome is not known yet"),
         }
         let until = Instant::now() + RESOLVE_EVERY;
-        while Instant::now() < until && !is_cancelled(moving.rounds.watch.cancel) {
+        while Instant::now() < until && !enough() {
             std::thread::sleep(CANCEL_POLL);
         }
+        if enough() {
+            return None;
+        }
     }
-    None
 }
 
 /// The VM runs there; how much of what it touches is in RAM is a bonus.

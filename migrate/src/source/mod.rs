@@ -130,6 +130,7 @@ pub fn send(
     cancel: &CancelFlag,
 ) -> Result<Report, SendError> {
     let started = Instant::now();
+    progress(Progress::connecting(handle.memory_bytes()));
     let connected = connect::connect(options, handle.memory_bytes(), cancel)?;
     let runtime = Runtime::new(&tokio_uring::builder())
         .map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;

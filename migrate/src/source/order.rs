@@ -86,7 +86,7 @@ mod tests {
             facts(4, true, 1),
             facts(5, false, 201),
         ];
-        assert_eq!(first_round(blocks), [4, 2, 1, 3, 0, 5]);
+        assert_eq!(first_round(blocks), [4, 2, 3, 1, 0, 5]);
     }
 
     #[test]

@@ -265,6 +265,9 @@ impl<'a> Rounds<'a> {
                     Some(Ok(())) => {}
                     Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
                 },
+                word = self.control.next() => {
+                return Err(Trouble::Peer(format!("{word:?} in the middle of a round")));
+            }
                 () = self.watch.life.failure() => {}
                 () = tokio::time::sleep(CANCEL_POLL) => {}
             }

@@ -28,7 +28,7 @@ impl Tracker {
     /// Everything is to be sent.
     pub(crate) fn new(pages: u64) -> Tracker {
         let mut todo = Bitmap::new(pages);
-        todo.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("memory is at most 16 TiB")));
+        todo.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("checked when the target was asked")));
         Tracker {
             pages,
             todo,

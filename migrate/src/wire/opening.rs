@@ -23,8 +23,8 @@ pub const MAX_BODY: usize = MAX_TEXT + 64;
 pub const MAX_NAME: usize = 255;
 /// Most data streams of a session.
 pub const MAX_STREAMS: u32 = 16;
-/// Most bytes of a VM's memory: 16 TiB.
-pub const MAX_MEMORY_BYTES: u64 = 16 << 40;
+/// Most bytes of a VM's memory: 8 TiB.
+pub const MAX_MEMORY_BYTES: u64 = 8 << 40;
 
 const SUM_BYTES: usize = 8;
 const KIND_SESSION: u8 = 1;
@@ -34,6 +34,8 @@ const KIND_ACCEPTED: u8 = 65;
 const KIND_REFUSED: u8 = 66;
 const KIND_RESOLVED: u8 = 67;
 
+/// A run may be all of the memory, and counts its pages in 32 bits.
+const _: () = assert!(MAX_MEMORY_BYTES >> swapd::PAGE_SHIFT <= u32::MAX as u64);
 const _: () = assert!(size_of::<RawPreamble>() == PREAMBLE_BYTES);
 const _: () = assert!(size_of::<RawSession>() + MAX_NAME + SUM_BYTES <= MAX_BODY);
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of it")]
 
+pub mod vm;
+
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -49,6 +51,17 @@ pub struct TestVm {
     pub loaded: Arc<Mutex<Option<Vec<u8>>>>,
     pub started: Arc<AtomicBool>,
     pub refuse_start: Arc<AtomicBool>,
+    /// Called when the state has been loaded, and when the VM has started.
+    pub on_load: Hook,
+    pub on_start: Hook,
+}
+
+pub type Hook = Arc<Mutex<Option<Box<dyn Fn() + Send>>>>;
+
+fn call(hook: &Hook) {
+    if let Some(hook) = &*hook.lock().unwrap() {
+        hook();
+    }
 }
 
 impl TestVm {
@@ -60,6 +73,7 @@ impl TestVm {
 impl TargetVm for TestVm {
     fn load(&mut self, state: &[u8]) -> Result<(), VmError> {
         *self.loaded.lock().unwrap() = Some(state.to_vec());
+        call(&self.on_load);
         Ok(())
     }
 
@@ -68,6 +82,7 @@ impl TargetVm for TestVm {
             return Err(VmError("no vCPU today".to_string()));
         }
         self.started.store(true, Ordering::SeqCst);
+        call(&self.on_start);
         Ok(())
     }
 }
