@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::args::{NameArgs, SetArgs};
 use super::{print, print_json};
 use crate::control::client::{ACTION_TIMEOUT, VmClient};
-use crate::control::protocol::{Request, VmStat};
+use crate::control::protocol::{Request, State, VmStat};
 use crate::control::rundir::{Place, RunDir};
 use crate::failure::{Failure, Kind};
 use crate::size::Size;
@@ -114,12 +114,30 @@ pub(super) fn pause(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
 }
 
 pub(super) fn resume(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
-    let answer = VmClient::connect(dir, &args.name)?.ask(&Request::Resume, ACTION_TIMEOUT)?;
+    let mut vm = match in_doubt(dir, &args.name)? {
+        Some(vm) => vm,
+        None => VmClient::connect(dir, &args.name)?,
+    };
+    let answer = vm.ask(&Request::Resume, ACTION_TIMEOUT)?;
     let text = match answer["state"].as_str() {
         Some("moved") => format!("{} runs at the target; nothing was left to do here", args.name),
         _ => format!("{} runs", args.name),
     };
     say(args.json.json, &answer, &text)
+}
+
+/// The VM of that name whose hand-over is in doubt: on the target's own host another process may have the name by now.
+fn in_doubt(dir: &RunDir, name: &str) -> Result<Option<VmClient>, Failure> {
+    for place in
+        dir.places()?.iter().filter(|place| place.name() == name && matches!(place, Place::Leaving(..)))
+    {
+        let asked =
+            VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat().map(|stat| (vm, stat.state)));
+        if let Ok((vm, State::InDoubt)) = asked {
+            return Ok(Some(vm));
+        }
+    }
+    Ok(None)
 }
 
 pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
