@@ -133,6 +133,84 @@ fn ctrl_c_of_migrate_or_its_death_leaves_the_vm_where_it_was() {
     host.wait_rounds("web", 1);
 }
 
+/// Begins a migration, and stops the receiving process while it copies. Returns that process as well.
+fn start_frozen_migration(host: &mut Host, address: &str) -> (common::Running, u32) {
+    let args = "migrate web --no-throttle --max-rounds 1000 --downtime-target 1ms --to";
+    let mut args: Vec<&str> = args.split(' ').collect();
+    args.push(address);
+    let migrate = host.start(&args);
+    let arriving = wait_for("the VM to arrive", || arriving_pid(host));
+    host.wait_stat("web", "data on its way", |stat| {
+        stat["migration"]["bytes_sent"].as_u64() >= Some(1 << 20)
+    });
+    signal(arriving, libc::SIGSTOP);
+    host.wait_state("web", "migrating");
+    (migrate, arriving)
+}
+
+fn arriving_pid(host: &Host) -> Option<u32> {
+    let list = host.vmemd(&["list", "--json"]).json();
+    let row = list.as_array()?.iter().find(|row| row["state"] == "arriving")?;
+    Some(row["pid"].as_u64()? as u32)
+}
+
+#[test]
+fn whoever_dies_in_the_middle_the_rest_is_cleaned_up() {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("middle");
+    let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
+    let mut run = host.start_vm("web", "rewrite");
+    host.wait_rounds("web", 1);
+
+    // Ctrl-C.
+    let (mut migrate, arriving) = start_frozen_migration(&mut host, &address);
+    migrate.signal(libc::SIGINT);
+    migrate.ends_with(130);
+    signal(arriving, libc::SIGCONT);
+    wait_for("the target to give up", || (!lives(arriving)).then_some(()));
+    host.wait_rounds("web", 1);
+
+    // The receiving process.
+    let (mut migrate, arriving) = start_frozen_migration(&mut host, &address);
+    signal(arriving, libc::SIGKILL);
+    migrate.ends_with(6);
+    assert!(migrate.log().contains("runs on here"), "{}", migrate.log());
+    wait_for("its socket to go", || (host.sockets() == ["web.sock"]).then_some(()));
+    host.wait_rounds("web", 1);
+
+    // The VM is stopped: that cancels first.
+    let (mut migrate, arriving) = start_frozen_migration(&mut host, &address);
+    let stop = host.vmemd(&["stop", "web"]);
+    assert_eq!(stop.code, 0, "{stop:?}");
+    run.ends_with(0);
+    assert_ne!(migrate.end().code(), Some(0));
+    signal(arriving, libc::SIGCONT);
+    host.assert_clean_but(&[daemon.pid()]);
+
+    // The source.
+    let mut run = host.start_vm("web", "rewrite");
+    let (mut migrate, arriving) = start_frozen_migration(&mut host, &address);
+    run.signal(libc::SIGKILL);
+    run.end();
+    migrate.ends_with(7);
+    signal(arriving, libc::SIGCONT);
+    wait_for("the target to give up", || (!lives(arriving)).then_some(()));
+    assert!(host.names().is_empty());
+    host.assert_clean_but(&[daemon.pid()]);
+
+    // The daemon: the receiving process no longer needs it.
+    let _run = host.start_vm("web", "rewrite");
+    let (mut migrate, arriving) = start_frozen_migration(&mut host, &address);
+    daemon.signal(libc::SIGKILL);
+    daemon.end();
+    signal(arriving, libc::SIGCONT);
+    migrate.ends_with(0);
+    host.wait_rounds("web", 1);
+    assert_eq!(host.stat("web").expect("it runs")["pid"], arriving);
+}
+
 #[test]
 fn a_killed_daemon_harms_no_vm_and_a_new_one_finds_them() {
     if cannot_run_vms() {

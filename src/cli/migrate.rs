@@ -17,6 +17,8 @@ use crate::size::Size;
 
 /// Highest share of time for which a guest is held back so that the migration ends.
 const THROTTLE_MAX: u8 = 99;
+/// How long a VM that does not exist is waited for.
+const START_GRACE: Duration = Duration::from_secs(1);
 /// How long a cancelled migration may take to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 const CANCEL_POLL: Duration = Duration::from_millis(50);
@@ -32,7 +34,7 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
         max_throttle: if args.no_throttle { 0 } else { THROTTLE_MAX },
         check_placement: args.check_placement,
     });
-    let place = dir.find(&args.name)?;
+    let place = find(dir, &args.name)?;
     let mut vm = VmClient::connect_to(dir, &place)?;
     let bar = Bar::new(&args.name);
     let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
@@ -48,6 +50,20 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
         Ok(report) => {
             print(&summary(&report));
             Ok(())
+        }
+    }
+}
+
+/// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above).
+fn find(dir: &RunDir, name: &str) -> Result<Place, Failure> {
+    let deadline = Instant::now() + START_GRACE;
+    loop {
+        match dir.find(name) {
+            Err(failure) if failure.kind == Kind::Name && Instant::now() < deadline => {
+                signals::check()?;
+                std::thread::sleep(CANCEL_POLL);
+            }
+            found => return found,
         }
     }
 }

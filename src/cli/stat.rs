@@ -90,9 +90,11 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
     };
     let size = |bytes: u64| format!("{:#}", Size(bytes));
     let memory = &stat.memory;
+    // Rates take room.
+    let width = if since.is_some() { 36 } else { 26 };
     let mut text = String::new();
     let mut row = |label: &str, cells: &[String]| {
-        let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:<26}")).collect();
+        let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:<width$}")).collect();
         let _ = writeln!(text, "{:<16} {}", label, cells.join(" ").trim_end());
     };
     row(
@@ -102,8 +104,8 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
                 Some(reason) => format!("{}: {reason}", stat.state.name()),
                 None => stat.state.name().to_owned(),
             },
-            format!("{} vCPU, {}", stat.vcpus, stat.workload),
             format!("up {} s", stat.uptime_ms / 1000),
+            format!("{} vCPU, {}", stat.vcpus, stat.workload),
         ],
     );
     row(

@@ -69,7 +69,7 @@ impl State {
             State::Paused => "paused",
             State::Stalled => "stalled",
             State::Migrating => "migrating",
-            State::InDoubt => "in doubt",
+            State::InDoubt => "in_doubt",
             State::Moved => "moved",
             State::Failed => "failed",
         }

@@ -160,7 +160,7 @@ impl RunDir {
             .mode(0o600)
             .open(&path)
             .map_err(fail)?;
-        file.lock().map_err(fail)?;
+        flock(&file).map_err(fail)?;
         Ok(Lock { _file: file })
     }
 
@@ -276,6 +276,20 @@ impl RunDir {
             names => format!("there are: {}", names.join(", ")),
         };
         Err(Failure::new(Kind::Name, format!("no VM named {name:?} in {} ({known})", self.path.display())))
+    }
+}
+
+/// Waits for the file's exclusive lock. It goes with the file.
+fn flock(file: &File) -> io::Result<()> {
+    loop {
+        // SAFETY: no memory arguments; the descriptor is open.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
 }
 

@@ -14,8 +14,10 @@ const KERNEL_REMEDY: &str =
     "use Linux 6.8 or newer: Ubuntu 24.04, Debian 13 (or 12 with the backports kernel), Fedora 40, RHEL 10";
 const UFFD_REMEDY: &str =
     "run as root, or `sysctl vm.unprivileged_userfaultfd=1`, or give the user access to /dev/userfaultfd";
-const KVM_REMEDY: &str = "load kvm_intel or kvm_amd (modprobe), enable virtualisation in the firmware (in a VM: nested \
-                          virtualisation), and add the user to the group kvm";
+const KVM_REMEDY: &str = "load kvm_intel or kvm_amd (modprobe), and enable virtualisation in the firmware (in a VM: nested \
+                          virtualisation)";
+const KVM_GROUP_REMEDY: &str =
+    "add the user to the group kvm (usermod -aG kvm USER, then log in again), or run as root";
 const URING_REMEDY: &str =
     "`sysctl kernel.io_uring_disabled=0`, and allow io_uring_setup in the container's seccomp profile";
 const DIRECT_REMEDY: &str =
@@ -69,11 +71,14 @@ fn userfaultfd() -> [Check; 2] {
 }
 
 fn device_kvm() -> Check {
-    let outcome = match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => Ok("usable".to_owned()),
-        Err(error) => Err(error.to_string()),
-    };
-    check("/dev/kvm", true, outcome, KVM_REMEDY)
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => check("/dev/kvm", true, Ok("usable".to_owned()), KVM_REMEDY),
+        Err(error) => {
+            let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+            let remedy = if denied { KVM_GROUP_REMEDY } else { KVM_REMEDY };
+            check("/dev/kvm", true, Err(error.to_string()), remedy)
+        }
+    }
 }
 
 fn io_uring() -> Check {

@@ -17,6 +17,9 @@ use crate::failure::{Failure, Kind};
 /// How often it is looked whether whoever asked is still there.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
 
+/// How long a migration waits for its VM to be set up (with all of its RAM, if that was asked for).
+const SET_UP_GRACE: Duration = Duration::from_secs(60);
+
 enum Step {
     Progress(MigrationStat),
     Ended(Result<Report, SendError>),
@@ -29,6 +32,7 @@ pub(super) fn migrate(
     client: &mut Client<'_>,
 ) -> Result<Value, Failure> {
     let options = options(vm, request)?;
+    wait_until_set_up(vm, client);
     vm.memory()?.engine()?;
     begin(vm, &request.to)?;
     let (steps, progress) = channel();
@@ -59,6 +63,15 @@ pub(super) fn migrate(
                 ));
             }
         }
+    }
+}
+
+/// A VM that was started a moment ago may be asked to move at once.
+fn wait_until_set_up(vm: &Vm, client: &Client<'_>) {
+    let deadline = Instant::now() + SET_UP_GRACE;
+    let setting_up = || vm.facts.daemon.is_none() && vm.core(|core| core.phase == Phase::Arriving);
+    while setting_up() && !client.gone() && Instant::now() < deadline {
+        std::thread::sleep(CLIENT_POLL);
     }
 }
 
