@@ -1,4 +1,12 @@
 //! vmemd's moving of a running VM's memory to another host: wire format, source and target sessions.
+//!
+//! ```text
+//!  send ── connect ─▶ rounds (order, pace, tracker) ─▶ handover        receive ── arrival ─▶ handover
+//!                       │ fillers ─▶ records ─▶ senders ══ streams ══▶ intakes ─▶ sinks ─▶ engine
+//!                       └──────────────────────────────── control ──────────┘
+//! ```
+//! Each side is one thread with a tokio-uring runtime, from [`send`] or [`receive`] to its return; the VM and the
+//! engine's blocking calls are only used between two turns of that runtime. `docs/wire.md` has the protocol.
 
 mod bitmap;
 mod cancel;

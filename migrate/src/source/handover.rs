@@ -53,6 +53,12 @@ pub(super) fn run(moving: &mut Moving<'_, '_>) -> Result<Report, Failed> {
         moving.vm.take_name_back();
         return Err(resume(moving, said(moving, error)));
     }
+    // The last moment at which it is certain that the VM runs nowhere else.
+    if let Err(trouble) = moving.rounds.watch.check("handing over") {
+        moving.rounds.watch.failed(trouble);
+        moving.vm.take_name_back();
+        return Err(resume(moving, Failed::Trouble));
+    }
     match commit(moving, stopped_at) {
         Committed::Running { downtime } => {
             let placement = placement(moving);
