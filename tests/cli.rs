@@ -359,7 +359,7 @@ fn an_interrupted_bench_leaves_nothing() {
     wait_for("the VM", || site.join("1-swap/source/bench.sock").exists().then_some(()));
     bench.signal(libc::SIGINT);
     bench.ends_with(130);
-    assert!(!swaps().contains("vmemd-bench"), "{}", swaps());
+    assert!(!swaps().contains(&swap_file), "{}", swaps());
     for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"] {
         let name = format!("vmemd-bench-{pid}");
         let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
