@@ -4,6 +4,7 @@ use super::event::{Action, FaultKind, Response};
 use super::io::Landing;
 use super::{Core, Mutant};
 use crate::policy::prefetch::Plan;
+use crate::policy::probation::HEAT_FAULT;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, runs_of};
 
@@ -11,8 +12,8 @@ use crate::units::{PageNo, Run, Slot, runs_of};
 const FILL_FIRST: u32 = 64;
 /// Filled at once when frames must be taken from other pages.
 const FILL_SCARCE: u32 = 16;
-/// Heat that a page gains when it is fetched from the store because a vCPU waits for it.
-const HEAT_FAULT: u8 = 2;
+/// Pages rescued at once, of a row that the guest walks along.
+const RESCUE_ROW_MAX: u32 = 64;
 /// Heat that a page gains when it is rescued: it was in use when the hand took it.
 const HEAT_RESCUE: u8 = 8;
 /// Heat of a page that was missed while it was sampled.
@@ -97,8 +98,18 @@ impl Core {
         if !self.table.has(page, Flag::Prefetched) {
             self.table.warm(page, HEAT_RESCUE);
         }
-        let slot = self.start_rescue(page);
-        self.move_in([(page, slot)]);
+        // A guest that walks through standby would fault at every page: it gets twice as many at each step.
+        let (next, last) = self.rescue_row;
+        let want = if page == next { (last * 2).min(RESCUE_ROW_MAX) } else { 1 };
+        let mut rescued = vec![(page, self.start_rescue(page))];
+        let behind = (page.0 + 1..self.table.pages()).map(PageNo).take(want as usize - 1);
+        for page in
+            behind.take_while(|page| self.table.state(*page) == PageState::Standby).collect::<Vec<_>>()
+        {
+            rescued.push((page, self.start_rescue(page)));
+        }
+        self.rescue_row = (page.plus(rescued.len() as u32), want);
+        self.move_in(rescued);
     }
 
     fn start_rescue(&mut self, page: PageNo) -> Slot {
@@ -209,7 +220,9 @@ impl Core {
             return;
         }
         let mut plans = std::mem::take(&mut self.plans);
-        let proof = self.prefetcher.on_fault(page, &mut plans);
+        let table = &self.table;
+        let stored = |page| table.state(page) == PageState::Stored;
+        let proof = self.prefetcher.on_fault(page, &stored, &mut plans);
         self.counts.prefetch_used += u64::from(proof.used);
         self.counts.prefetch_wasted += u64::from(proof.wasted);
         plans.drain(..).for_each(|plan| self.bring(plan));

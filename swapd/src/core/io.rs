@@ -104,7 +104,12 @@ impl Core {
                 Landing::Guest { marker } if marker == Some(page) && !wanted => {
                     self.enter_standby(page, slot)
                 }
-                _ => arrived.push((page, slot)),
+                landing => {
+                    if matches!(landing, Landing::Guest { marker: Some(_) }) {
+                        self.probation.admit(Run::one(page));
+                    }
+                    arrived.push((page, slot));
+                }
             }
         }
         self.move_in(arrived.drain(..));

@@ -24,6 +24,7 @@ pub use event::{Action, Event, FaultKind, IoError, IoId, PageOut, Request, Respo
 use crate::handle::CommandError;
 use crate::policy::clock::Clock;
 use crate::policy::prefetch::{Plan, Prefetcher};
+use crate::policy::probation::Probation;
 use crate::policy::sampler::Sampler;
 use crate::policy::watermarks::Watermarks;
 use crate::staging::{Staging, Use};
@@ -113,6 +114,9 @@ pub struct Core {
     /// Frames taken from the host.
     taken: u64,
     clock: Clock,
+    probation: Probation,
+    /// The page behind the last rescue, and how many pages that one took.
+    rescue_row: (PageNo, u32),
     prefetcher: Prefetcher,
     prefetching: bool,
     sampler: Sampler,
@@ -179,6 +183,8 @@ impl Core {
             budget: config.budget_frames,
             taken: 0,
             clock: Clock::default(),
+            probation: Probation::default(),
+            rescue_row: (PageNo(0), 1),
             prefetcher: Prefetcher::new(config.pages),
             prefetching: true,
             sampler: Sampler::default(),

@@ -57,7 +57,10 @@ impl Core {
     fn page_out(&mut self, want: u32) {
         let mut victims = std::mem::take(&mut self.victims);
         let (mut started, mut passed) = (0, 0);
-        'batch: while started < want && self.clock.step(&mut self.table, &mut passed, &mut victims) {
+        'batch: while started < want
+            && (self.probation.step(&self.table, self.budget, &mut victims)
+                || self.clock.step(&mut self.table, &mut passed, &mut victims))
+        {
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
                 started += out;

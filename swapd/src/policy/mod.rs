@@ -3,5 +3,6 @@
 pub mod clock;
 pub mod placement;
 pub mod prefetch;
+pub mod probation;
 pub mod sampler;
 pub mod watermarks;

@@ -4,17 +4,23 @@
 //! The first page of each window that it asks for is a *marker*: it is read like the others but stays in
 //! staging, so that the guest's arrival there is seen (a rescue, no I/O) and the next window starts before
 //! the guest runs out of this one. Windows double while the guest follows (the idea of Linux' PG_readahead
-//! marker, `mm/readahead.c`).
+//! marker, `mm/readahead.c`). What is in the guest already is stepped over and does not count.
 //!
 //! A fault that belongs to no stream brings a few neighbours, which wait in staging to prove themselves.
 //! How many follows from how many of the last ones were used.
 
+use std::collections::VecDeque;
+
 use crate::units::{PageNo, Run};
 
 /// First window of a stream, in pages.
-pub const WINDOW_MIN: u32 = 16;
+pub const WINDOW_MIN: u32 = 8;
 /// Largest window: 1 MiB.
 pub const WINDOW_MAX: u32 = 256;
+/// Windows kept ahead of the guest: one that it is about to use, one that comes.
+const AHEAD: usize = 2;
+/// A window reaches over so many pages at most, to step over those that are in the guest.
+pub const SPAN_MAX: u64 = 8192;
 /// Streams followed at once; the least recently used one is forgotten.
 pub const STREAMS: usize = 16;
 /// Neighbours of a lone fault at most: 32 KiB with the page itself, as Linux' page-cluster 3.
@@ -32,15 +38,25 @@ enum Direction {
     Down,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Stream {
     direction: Direction,
     /// Next page to ask for.
     frontier: PageNo,
     window: u32,
-    /// Pages asked for since the guest was last seen to follow.
-    unproven: u32,
+    /// Where the guest was last seen.
+    at: PageNo,
+    /// Windows asked for and not passed by the guest.
+    asked: VecDeque<Window>,
     last_used: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    span: Run,
+    marker: PageNo,
+    /// Pages of the span that had to be brought.
+    count: u32,
 }
 
 /// What to bring in beside the faulting page.
@@ -86,17 +102,26 @@ impl Prefetcher {
         }
     }
 
-    /// A vCPU faulted on `page` and waits, or touched a marker. Appends what to bring in to `plans`.
-    pub fn on_fault(&mut self, page: PageNo, plans: &mut Vec<Plan>) -> Proof {
+    /// A vCPU faulted on `page` and waits, or touched a marker. Appends what to bring in to `plans`. `stored` says
+    /// whether a page would have to be brought.
+    pub fn on_fault(
+        &mut self,
+        page: PageNo,
+        stored: &dyn Fn(PageNo) -> bool,
+        plans: &mut Vec<Plan>,
+    ) -> Proof {
         self.clock += 1;
         if let Some(at) = self.streams.iter().position(|stream| stream.covers(page)) {
-            return self.follow(at, page, plans);
+            let (clock, pages) = (self.clock, self.pages);
+            let stream = &mut self.streams[at];
+            stream.last_used = clock;
+            return stream.follow(page, pages, stored, plans);
         }
         let direction = self.recent.iter().find_map(|last| neighbour(*last, page));
         self.recent[self.recent_at] = page;
         self.recent_at = (self.recent_at + 1) % RECENT;
         match direction {
-            Some(direction) => self.start(direction, page, plans),
+            Some(direction) => self.start(direction, page, stored, plans),
             None => {
                 plans.extend(self.solo(page));
                 Proof::default()
@@ -112,40 +137,27 @@ impl Prefetcher {
         self.score = (self.score * (256 - weight) + target * weight) / 256;
     }
 
-    fn follow(&mut self, at: usize, page: PageNo, plans: &mut Vec<Plan>) -> Proof {
-        let pages = self.pages;
-        let stream = &mut self.streams[at];
-        stream.last_used = self.clock;
-        let ahead = stream.ahead_of(page);
-        let used = stream.unproven.saturating_sub(ahead);
-        stream.unproven -= used;
-        if used > 0 {
-            stream.window = (stream.window * 2).min(WINDOW_MAX);
-        }
-        // Two windows are kept ahead of the guest: one that it uses, one that comes.
-        while stream.unproven < stream.window * 2 {
-            match stream.ask(stream.window, pages) {
-                Some(plan) => plans.push(plan),
-                None => break,
-            }
-        }
-        Proof { used, wasted: 0 }
-    }
-
-    fn start(&mut self, direction: Direction, page: PageNo, plans: &mut Vec<Plan>) -> Proof {
+    fn start(
+        &mut self,
+        direction: Direction,
+        page: PageNo,
+        stored: &dyn Fn(PageNo) -> bool,
+        plans: &mut Vec<Plan>,
+    ) -> Proof {
         let mut proof = Proof::default();
         if self.streams.len() == STREAMS {
             let oldest =
                 (0..STREAMS).min_by_key(|at| self.streams[*at].last_used).expect("there are streams");
-            proof.wasted = self.streams.swap_remove(oldest).unproven;
+            proof.wasted = self.streams.swap_remove(oldest).asked.iter().map(|window| window.count).sum();
         }
         let frontier = match direction {
             Direction::Up => page.plus(1),
             Direction::Down => page,
         };
-        let mut stream =
-            Stream { direction, frontier, window: WINDOW_MIN, unproven: 0, last_used: self.clock };
-        plans.extend(stream.ask(WINDOW_MIN, self.pages));
+        let asked = VecDeque::with_capacity(AHEAD + 2);
+        let window = WINDOW_MIN;
+        let mut stream = Stream { direction, frontier, window, at: page, asked, last_used: self.clock };
+        plans.extend(stream.ask(self.pages, stored));
         self.streams.push(stream);
         proof
     }
@@ -171,48 +183,80 @@ fn neighbour(last: PageNo, page: PageNo) -> Option<Direction> {
 }
 
 impl Stream {
-    /// Whether a fault at `page` is the guest following this stream: within what is under way, or just ahead.
+    /// Whether a fault at `page` is the guest following this stream: at a marker, at the frontier, or close to where it
+    /// was. Not anywhere in between, or faults at random would keep streams alive that nobody follows.
     fn covers(&self, page: PageNo) -> bool {
-        let reach = u64::from(self.unproven);
-        match self.direction {
-            Direction::Up => page.0 + reach >= self.frontier.0 && page.0 <= self.frontier.0 + NEAR,
-            Direction::Down => page.0 < self.frontier.0 + reach && page.0 + NEAR + 1 >= self.frontier.0,
-        }
-    }
-
-    /// Pages asked for that lie ahead of `page`, counting it.
-    fn ahead_of(&mut self, page: PageNo) -> u32 {
-        match self.direction {
-            Direction::Up if page >= self.frontier => {
-                self.frontier = page.plus(1);
-                0
-            }
-            Direction::Up => (self.frontier.0 - page.0) as u32,
-            Direction::Down if page < self.frontier => {
-                self.frontier = page;
-                0
-            }
-            Direction::Down => (page.0 + 1 - self.frontier.0) as u32,
-        }
-    }
-
-    fn ask(&mut self, window: u32, pages: u64) -> Option<Plan> {
-        let plan = match self.direction {
-            Direction::Up => {
-                let len = u64::from(window).min(pages.saturating_sub(self.frontier.0)) as u32;
-                let run = Run::new(self.frontier, len);
-                self.frontier = run.end();
-                Plan { run, marker: Some(run.start) }
-            }
-            Direction::Down => {
-                let len = u64::from(window).min(self.frontier.0) as u32;
-                self.frontier = PageNo(self.frontier.0 - u64::from(len));
-                let run = Run::new(self.frontier, len);
-                Plan { run, marker: Some(PageNo(run.end().0.saturating_sub(1))) }
-            }
+        let near = |from: PageNo| match self.direction {
+            Direction::Up => from <= page && page.0 <= from.0 + NEAR,
+            Direction::Down => page <= from && from.0 <= page.0 + NEAR,
         };
-        self.unproven += plan.run.len;
-        (plan.run.len > 0).then_some(plan)
+        self.asked.iter().any(|window| window.marker == page) || near(self.frontier) || near(self.at)
+    }
+
+    /// The guest is at `page`: windows behind it have been used, and new ones are asked for.
+    fn follow(
+        &mut self,
+        page: PageNo,
+        pages: u64,
+        stored: &dyn Fn(PageNo) -> bool,
+        plans: &mut Vec<Plan>,
+    ) -> Proof {
+        let mut used = 0;
+        self.at = page;
+        while let Some(Window { span, count, .. }) = self.asked.front() {
+            let passed = match self.direction {
+                Direction::Up => span.end() <= page,
+                Direction::Down => span.start > page,
+            };
+            if !passed {
+                break;
+            }
+            used += count;
+            self.asked.pop_front();
+        }
+        match self.direction {
+            Direction::Up if page >= self.frontier => self.frontier = page.plus(1),
+            Direction::Down if page < self.frontier => self.frontier = page,
+            _ => {}
+        }
+        if used > 0 {
+            self.window = (self.window * 2).min(WINDOW_MAX);
+        }
+        // The guest is in the first one, if it is in any.
+        let inside = usize::from(self.asked.front().is_some_and(|window| window.span.contains(page)));
+        while self.asked.len() < AHEAD + inside {
+            match self.ask(pages, stored) {
+                Some(plan) => plans.push(plan),
+                None => break,
+            }
+        }
+        Proof { used, wasted: 0 }
+    }
+
+    /// The next window: reaches over a window's worth of stored pages, or as far as it may.
+    fn ask(&mut self, pages: u64, stored: &dyn Fn(PageNo) -> bool) -> Option<Plan> {
+        let (mut count, mut marker) = (0, None);
+        let mut run = Run::new(self.frontier, 0);
+        while count < self.window && u64::from(run.len) < SPAN_MAX {
+            let page = match self.direction {
+                Direction::Up if run.end().0 < pages => run.end(),
+                Direction::Down if run.start.0 > 0 => PageNo(run.start.0 - 1),
+                _ => break,
+            };
+            run.len += 1;
+            run.start = run.start.min(page);
+            if stored(page) {
+                count += 1;
+                marker = marker.or(Some(page));
+            }
+        }
+        self.frontier = match self.direction {
+            Direction::Up => run.end(),
+            Direction::Down => run.start,
+        };
+        let marker = marker?;
+        self.asked.push_back(Window { span: run, marker, count });
+        Some(Plan { run, marker: Some(marker) })
     }
 }
 
@@ -223,7 +267,7 @@ mod tests {
 
     fn fault(prefetcher: &mut Prefetcher, page: u64) -> (Vec<Plan>, Proof) {
         let mut plans = vec![];
-        let proof = prefetcher.on_fault(PageNo(page), &mut plans);
+        let proof = prefetcher.on_fault(PageNo(page), &|_| true, &mut plans);
         (plans, proof)
     }
 
@@ -257,9 +301,38 @@ mod tests {
     }
 
     #[test]
+    fn what_is_in_the_guest_is_stepped_over() {
+        let mut prefetcher = Prefetcher::new(100_000);
+        // Every other 1000 pages are in the guest.
+        let stored = |page: PageNo| (page.0 / 1000).is_multiple_of(2);
+        let mut plans = vec![];
+        prefetcher.on_fault(PageNo(980), &stored, &mut plans);
+        prefetcher.on_fault(PageNo(981), &stored, &mut plans);
+        let first = plans.last().unwrap().marker.unwrap();
+        plans.clear();
+        prefetcher.on_fault(first, &stored, &mut plans);
+        let far = plans.iter().find_map(|plan| plan.run.pages().find(|page| page.0 >= 2000));
+        assert!(far.is_some(), "the stream goes on behind what is in the guest: {plans:?}");
+    }
+
+    #[test]
     fn two_walks_at_once_are_two_streams() {
         let both = (0..20_000).flat_map(|step| [1000 + step, 90_000 - step]);
         assert!(walk(&mut Prefetcher::new(100_000), both) <= 15);
+    }
+
+    #[test]
+    fn faults_at_random_keep_no_stream_alive() {
+        let mut prefetcher = Prefetcher::new(100_000);
+        (0..500).for_each(|_| prefetcher.judge_neighbour(false));
+        let mut page = 1;
+        let brought: u32 = (0..20_000)
+            .map(|_| {
+                page = page * 48_271 % 99_991;
+                fault(&mut prefetcher, page).0.iter().map(|plan| plan.run.len).sum::<u32>()
+            })
+            .sum();
+        assert!(brought < 20_000 / 5, "{brought} pages brought for 20 000 faults at random");
     }
 
     #[test]
