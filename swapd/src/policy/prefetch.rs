@@ -332,7 +332,8 @@ mod tests {
                 fault(&mut prefetcher, page).0.iter().map(|plan| plan.run.len).sum::<u32>()
             })
             .sum();
-        assert!(brought < 20_000 / 5, "{brought} pages brought for 20 000 faults at random");
+        // One page for four faults: the probes for neighbours, and pairs that are close by chance.
+        assert!(brought < 20_000 / 4, "{brought} pages brought for 20 000 faults at random");
     }
 
     #[test]
