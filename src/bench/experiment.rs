@@ -95,6 +95,7 @@ fn measure(setup: &mut Setup, settings: &Settings, target: Target) -> Result<Mea
     let half_pages = swapd::units::pages_in(memory) / 2;
     // Memory is filled, and has been rewritten once.
     setup.wait(&setup.source_dir.clone(), memory, |stat| stat.guest.rounds >= 1)?;
+    drop(super::warm(settings)?);
     let swapped = Swapped::now();
     let report = setup.migrate(settings, target)?;
     let swapped = swapped.until(Swapped::now());

@@ -79,8 +79,6 @@ pub fn migrate(settings: &Settings) -> Result<(), Failure> {
     let on_disk = settings.memory.bytes() + settings.memory.bytes().saturating_sub(settings.ram.bytes());
     let site = Site::open(&settings.store)?;
     host::need_free_disk(site.path(), on_disk, 0)?;
-    say(&format!("warming up: touching {:#} of the host's memory", Size(2 * settings.memory.bytes())));
-    warm(settings)?;
     let total = settings.repeat * targets.len() as u32;
     let mut number = 0;
     for repetition in 1..=settings.repeat {
@@ -110,12 +108,12 @@ fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// Touches and frees as much memory as source and target will have: the first touch of memory that is cold to a
-/// hypervisor below this host is about ten times as slow as the next, and would hit the first runs only.
-fn warm(settings: &Settings) -> Result<(), Failure> {
+/// Memory that is in use just before a target takes it: the first touch of memory that a hypervisor below this host has taken
+/// back is about ten times as slow as the next, and would hit the targets unevenly. Dropped when the migration begins.
+fn warm(settings: &Settings) -> Result<memmap2::MmapMut, Failure> {
     const STEP: usize = 64 << 20;
     let free = host::available_ram()?.saturating_sub(HOST_RESERVE_BYTES);
-    let bytes = (2 * settings.memory.bytes()).min(free) as usize;
+    let bytes = settings.memory.bytes().min(free) as usize;
     let fail = |error| Failure::io("cannot warm the host's memory", &error);
     let mut memory = memmap2::MmapMut::map_anon(bytes.max(4096)).map_err(fail)?;
     for step in memory.chunks_mut(STEP) {
@@ -124,5 +122,5 @@ fn warm(settings: &Settings) -> Result<(), Failure> {
             page[0] = 1;
         }
     }
-    Ok(())
+    Ok(memory)
 }
