@@ -243,7 +243,7 @@ fn a_store_without_o_direct() {
         opened.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
     };
     let Some(dir) = ["/dev/shm", "/run", "/tmp"].into_iter().find(refuses) else {
-        println!("skipped: every file system here offers O_DIRECT");
+        common::skipped(&"every file system here offers O_DIRECT");
         return;
     };
     let said = host.vmemd(&["run", "--name", "x", "--memory", "64M", "--ram", "16M", "--store", dir]);

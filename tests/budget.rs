@@ -1,6 +1,8 @@
 //! RAM for a VM's pages never exceeds its budget: sampled every 10 ms through a run, from the process's own
 //! accounting. One test in a process of its own, so that nothing else is counted.
 
+mod common;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -47,13 +49,13 @@ fn ram_stays_within_the_budget_at_every_moment() {
     };
     let engine = match Engine::start(config, Box::new(|_| {})) {
         Ok(engine) => engine,
-        Err(error) => return eprintln!("skipped: {error}"),
+        Err(error) => return common::skipped(&error),
     };
     let workload = "rewrite".parse().expect("a workload");
     let config = MachineConfig { memory_bytes: MEMORY, vcpus: 2, workload };
     let mut machine = match Machine::new(config, engine.memory_base()) {
         Ok(machine) => machine,
-        Err(error) => return eprintln!("skipped: {error}"),
+        Err(error) => return common::skipped(&error),
     };
     machine.start().expect("the machine starts");
     let deadline = Instant::now() + Duration::from_secs(120);

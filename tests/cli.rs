@@ -28,6 +28,9 @@ fn a_vm_moves_into_half_its_memory_and_runs_on() {
     assert_eq!(report["bytes_total"], 128 << 20);
     assert_eq!((&report["pageins_during"], &report["pageouts_during"]), (&Value::from(0), &Value::from(0)));
     assert!(report["pages_store"].as_u64() > Some(0), "{report}");
+    let placement = |field: &str| report["placement"][field].as_u64().expect("it was checked");
+    let (touched, in_ram) = (placement("touched_pages"), placement("touched_in_ram"));
+    assert!(touched > 5000 && in_ram * 100 >= touched * 95, "hot pages belong in RAM: {report}");
     run.ends_with(0);
     assert!(run.log().contains(&format!("web has moved to {address}")), "{}", run.log());
     host.wait_rounds("web", 2);
@@ -38,6 +41,58 @@ fn a_vm_moves_into_half_its_memory_and_runs_on() {
     assert!(stat["resident_bytes"].as_u64() <= Some(64 << 20), "{stat}");
     assert_eq!(stat["arrival"]["pages_store"], report["pages_store"]);
     assert_eq!(host.names(), ["web"]);
+    assert_eq!(host.vmemd(&["stop", "web"]).code, 0);
+    daemon.signal(libc::SIGTERM);
+    daemon.ends_with(0);
+    host.assert_clean();
+}
+
+/// Anonymous memory of the process that receives on this host, in bytes.
+fn rss_of_receiver(host: &Host) -> Option<u64> {
+    let receiver = host.processes().into_iter().find(|pid| {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.split(|byte| *byte == 0).any(|word| word == b"receive")
+    })?;
+    let status = std::fs::read_to_string(format!("/proc/{receiver}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[test]
+fn an_arriving_vm_never_has_more_ram_than_its_budget() {
+    /// Buffers, tables and queues of the receiving process.
+    const BESIDE: u64 = 8 << 20;
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("budget");
+    let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
+    let mut run = host.start_vm("web", "rewrite");
+    host.wait_rounds("web", 1);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let (highest, samples) = std::thread::scope(|scope| {
+        let sampler = scope.spawn(|| {
+            let (mut highest, mut samples) = (0, 0);
+            while !done.load(std::sync::atomic::Ordering::Acquire) {
+                let rss = rss_of_receiver(&host);
+                highest = highest.max(rss.unwrap_or(0));
+                samples += u32::from(rss.is_some());
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            (highest, samples)
+        });
+        let moved = host.vmemd(&["migrate", "web", "--to", &address, "--json"]);
+        if moved.code == 0 {
+            host.wait_rounds("web", 2);
+        }
+        done.store(true, std::sync::atomic::Ordering::Release);
+        assert_eq!(moved.code, 0, "{moved:?}");
+        sampler.join().expect("the sampler ends")
+    });
+    println!("64 MiB: at most {:.1} MiB in {samples} samples", highest as f64 / (1 << 20) as f64);
+    assert!(samples > 5 && highest > 48 << 20, "{samples} samples, at most {highest} bytes");
+    assert!(highest <= (64 << 20) + BESIDE, "{highest} bytes in use");
+    run.ends_with(0);
     assert_eq!(host.vmemd(&["stop", "web"]).code, 0);
     daemon.signal(libc::SIGTERM);
     daemon.ends_with(0);
@@ -295,7 +350,7 @@ impl SmallFs {
             .arg(path)
             .output();
         if !mounted.is_ok_and(|output| output.status.success()) {
-            println!("skipped: no tmpfs can be mounted here");
+            common::skipped(&"no tmpfs can be mounted here");
             return None;
         }
         let fs = SmallFs(path.to_owned());
@@ -306,7 +361,7 @@ impl SmallFs {
         .open(path.join("probe"));
         let _ = std::fs::remove_file(path.join("probe"));
         if direct.is_err() {
-            println!("skipped: tmpfs has no O_DIRECT on this kernel");
+            common::skipped(&"tmpfs has no O_DIRECT on this kernel");
             return None;
         }
         Some(fs)
@@ -353,7 +408,7 @@ fn an_interrupted_bench_leaves_nothing() {
     let swaps = || std::fs::read_to_string("/proc/swaps").unwrap_or_default();
     wait_for("the swap file, or the end", || (swaps().contains(&swap_file) || !lives(pid)).then_some(()));
     if !lives(pid) {
-        println!("skipped: no swap file here: {}", bench.log());
+        common::skipped(&format_args!("no swap file here: {}", bench.log()));
         return;
     }
     wait_for("the VM", || site.join("1-swap/source/bench.sock").exists().then_some(()));

@@ -64,7 +64,9 @@ fn run(program: &str, arguments: &[&Path]) -> Result<(), String> {
 fn a_full_disk_stops_the_vm_and_loses_nothing() {
     let disk = match SmallDisk::new(256 * MIB) {
         Ok(disk) => disk,
-        Err(reason) => return eprintln!("skipped: no loop device with a file system here ({reason})"),
+        Err(reason) => {
+            return common::skipped(&format_args!("no loop device with a file system here ({reason})"));
+        }
     };
     let (sender, notices) = mpsc::channel();
     let notify = Box::new(move |notice| sender.send(notice).expect("the test listens"));

@@ -27,6 +27,13 @@ pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T 
     }
 }
 
+/// Says that a test cannot run here, and why, past the capture of a test's output.
+pub(crate) fn skipped(why: &dyn std::fmt::Display) {
+    use std::io::Write;
+    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
+}
+
 /// Why VMs cannot run here, printed; tests that need them return then.
 pub(crate) fn cannot_run_vms() -> bool {
     let doctor = Command::new(env!("CARGO_BIN_EXE_vmemd"))
@@ -34,7 +41,7 @@ pub(crate) fn cannot_run_vms() -> bool {
         .output();
     let doctor = doctor.expect("vmemd runs");
     if !doctor.status.success() {
-        println!("skipped: {}", String::from_utf8_lossy(&doctor.stderr).trim());
+        skipped(&String::from_utf8_lossy(&doctor.stderr).trim());
     }
     !doctor.status.success()
 }
@@ -44,7 +51,7 @@ pub(crate) fn not_root(what: &str) -> bool {
     // SAFETY: geteuid has no arguments and cannot fail.
     let other = unsafe { libc::geteuid() } != 0;
     if other {
-        println!("skipped: {what} needs root");
+        skipped(&format_args!("{what} needs root"));
     }
     other
 }

@@ -25,7 +25,7 @@ pub fn engine(place: &Place, budget_bytes: u64) -> Option<Engine> {
     match Engine::start(config, Box::new(|notice| println!("notice: {notice:?}"))) {
         Ok(engine) => Some(engine),
         Err(StartError::Host(reason)) => {
-            println!("skipped: {reason}");
+            let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {reason}\n"));
             None
         }
         Err(error) => panic!("{error}"),

@@ -22,6 +22,13 @@ pub fn store_directory() -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
 }
 
+/// Says that a test cannot run here, and why, past the capture of a test's output.
+pub fn skipped(why: &dyn std::fmt::Display) {
+    use std::io::Write;
+    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
+}
+
 pub struct Vm {
     engine: Engine,
     base: usize,
@@ -39,7 +46,7 @@ impl Vm {
         match Engine::start(config(memory, budget, store_directory(), prealloc), notify) {
             Ok(engine) => Some(Vm::of(engine)),
             Err(swapd::StartError::Host(reason)) => {
-                println!("skipped: {reason}");
+                skipped(&reason);
                 None
             }
             Err(error) => panic!("{error}"),
