@@ -3,7 +3,7 @@
 use super::event::{Action, FaultKind, Response};
 use super::io::Landing;
 use super::{Core, Mutant};
-use crate::policy::prefetch::Plan;
+use crate::policy::prefetch::{Plan, Surroundings};
 use crate::policy::probation::HEAT_FAULT;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, runs_of};
@@ -222,7 +222,9 @@ impl Core {
         let mut plans = std::mem::take(&mut self.plans);
         let table = &self.table;
         let stored = |page| table.state(page) == PageState::Stored;
-        let proof = self.prefetcher.on_fault(page, &stored, &mut plans);
+        // With a frame for every page, only the window's own limit counts.
+        let frames = if self.marks.high == 0 { u32::MAX } else { self.marks.high };
+        let proof = self.prefetcher.on_fault(page, Surroundings { stored: &stored, frames }, &mut plans);
         self.counts.prefetch_used += u64::from(proof.used);
         self.counts.prefetch_wasted += u64::from(proof.wasted);
         plans.drain(..).for_each(|plan| self.bring(plan));
@@ -241,7 +243,12 @@ impl Core {
             let state = self.table.state(next);
             let same = self.table.run_around(next, state, left);
             match state {
-                PageState::Stored if !self.prefetch_read(same, landing) => return,
+                PageState::Stored => {
+                    let read = self.prefetch_read(same, landing);
+                    if read < same.len {
+                        return self.prefetcher.withdraw(&plan, next.plus(read));
+                    }
+                }
                 // A stream that is proven takes its pages out of standby on the way.
                 PageState::Standby if plan.marker.is_some() => {
                     let pages = same.pages().filter(|page| plan.marker != Some(*page));
@@ -254,8 +261,10 @@ impl Core {
         }
     }
 
-    /// False when frames have become scarce.
-    fn prefetch_read(&mut self, mut run: Run, landing: Landing) -> bool {
+    /// Returns how many pages of the run there were frames for.
+    fn prefetch_read(&mut self, run: Run, landing: Landing) -> u32 {
+        let whole = run.len;
+        let mut run = run;
         while run.len > 0 {
             let floor = u64::from(self.marks.low / 2);
             if self.available() < floor + u64::from(run.len.min(super::IO_PAGES_MAX)) {
@@ -263,12 +272,12 @@ impl Core {
             }
             let spare = self.available().saturating_sub(floor);
             let want = u64::from(run.len.min(super::IO_PAGES_MAX)).min(spare) as u32;
-            let Some(taken) = self.take_frames(want) else { return false };
+            let Some(taken) = self.take_frames(want) else { break };
             let part = run.part(0, taken.slots.len);
             self.counts.prefetched += u64::from(part.len);
             self.read(part, taken.slots, landing);
             run = run.part(part.len, run.len - part.len);
         }
-        true
+        whole - run.len
     }
 }

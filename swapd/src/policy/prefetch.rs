@@ -21,6 +21,8 @@ pub const WINDOW_MAX: u32 = 256;
 const AHEAD: usize = 2;
 /// A window reaches over so many pages at most, to step over those that are in the guest.
 pub const SPAN_MAX: u64 = 8192;
+/// A stream is active if one of so many last faults was its.
+const ACTIVE: u64 = 32;
 /// Streams followed at once; the least recently used one is forgotten.
 pub const STREAMS: usize = 16;
 /// Neighbours of a lone fault at most: 32 KiB with the page itself, as Linux' page-cluster 3.
@@ -68,6 +70,15 @@ pub struct Plan {
     pub marker: Option<PageNo>,
 }
 
+/// What a fault happens in.
+#[derive(Clone, Copy)]
+pub struct Surroundings<'a> {
+    /// Whether a page would have to be brought.
+    pub stored: &'a dyn Fn(PageNo) -> bool,
+    /// Frames that prefetching may have under way, of all streams together.
+    pub frames: u32,
+}
+
 /// Verdict on pages that were prefetched before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Proof {
@@ -102,31 +113,57 @@ impl Prefetcher {
         }
     }
 
-    /// A vCPU faulted on `page` and waits, or touched a marker. Appends what to bring in to `plans`. `stored` says
-    /// whether a page would have to be brought.
-    pub fn on_fault(
-        &mut self,
-        page: PageNo,
-        stored: &dyn Fn(PageNo) -> bool,
-        plans: &mut Vec<Plan>,
-    ) -> Proof {
+    /// A vCPU faulted on `page` and waits, or touched a marker. Appends what to bring in to `plans`.
+    pub fn on_fault(&mut self, page: PageNo, around: Surroundings<'_>, plans: &mut Vec<Plan>) -> Proof {
         self.clock += 1;
+        let active =
+            self.streams.iter().filter(|stream| self.clock - stream.last_used < ACTIVE).count() as u32;
+        let largest = (around.frames / active.max(1) / (AHEAD as u32 + 2)).clamp(WINDOW_MIN, WINDOW_MAX);
         if let Some(at) = self.streams.iter().position(|stream| stream.covers(page)) {
             let (clock, pages) = (self.clock, self.pages);
             let stream = &mut self.streams[at];
             stream.last_used = clock;
-            return stream.follow(page, pages, stored, plans);
+            stream.window = stream.window.min(largest);
+            return stream.follow(page, pages, largest, around.stored, plans);
         }
         let direction = self.recent.iter().find_map(|last| neighbour(*last, page));
         self.recent[self.recent_at] = page;
         self.recent_at = (self.recent_at + 1) % RECENT;
         match direction {
-            Some(direction) => self.start(direction, page, stored, plans),
+            Some(direction) => self.start(direction, page, around.stored, plans),
             None => {
                 plans.extend(self.solo(page));
                 Proof::default()
             }
         }
+    }
+
+    /// There were no frames for all of a plan: of a stream going up, the pages before `from` come, of another none. The stream
+    /// asks for the rest again when the guest gets there.
+    pub fn withdraw(&mut self, plan: &Plan, from: PageNo) {
+        let Some(marker) = plan.marker else { return };
+        let owner = |stream: &&mut Stream| stream.asked.iter().any(|window| window.marker == marker);
+        let Some(stream) = self.streams.iter_mut().find(owner) else { return };
+        while stream.asked.back().is_some_and(|window| window.marker != marker) {
+            stream.asked.pop_back();
+        }
+        let window = stream.asked.back_mut().expect("it has the marker");
+        match stream.direction {
+            Direction::Up if from > marker => {
+                window.span.len = (from.0 - window.span.start.0) as u32;
+                window.count = window.count.min(window.span.len);
+                stream.frontier = from;
+            }
+            Direction::Up => {
+                stream.frontier = plan.run.start;
+                stream.asked.pop_back();
+            }
+            Direction::Down => {
+                stream.frontier = plan.run.end();
+                stream.asked.pop_back();
+            }
+        }
+        stream.window = (stream.window / 2).max(WINDOW_MIN);
     }
 
     /// A neighbour of a lone fault was touched, or thrown away untouched.
@@ -198,6 +235,7 @@ impl Stream {
         &mut self,
         page: PageNo,
         pages: u64,
+        largest: u32,
         stored: &dyn Fn(PageNo) -> bool,
         plans: &mut Vec<Plan>,
     ) -> Proof {
@@ -220,7 +258,7 @@ impl Stream {
             _ => {}
         }
         if used > 0 {
-            self.window = (self.window * 2).min(WINDOW_MAX);
+            self.window = (self.window * 2).min(largest);
         }
         // The guest is in the first one, if it is in any.
         let inside = usize::from(self.asked.front().is_some_and(|window| window.span.contains(page)));
@@ -267,7 +305,8 @@ mod tests {
 
     fn fault(prefetcher: &mut Prefetcher, page: u64) -> (Vec<Plan>, Proof) {
         let mut plans = vec![];
-        let proof = prefetcher.on_fault(PageNo(page), &|_| true, &mut plans);
+        let around = Surroundings { stored: &|_| true, frames: 2048 };
+        let proof = prefetcher.on_fault(PageNo(page), around, &mut plans);
         (plans, proof)
     }
 
@@ -305,14 +344,31 @@ mod tests {
         let mut prefetcher = Prefetcher::new(100_000);
         // Every other 1000 pages are in the guest.
         let stored = |page: PageNo| (page.0 / 1000).is_multiple_of(2);
+        let around = Surroundings { stored: &stored, frames: 2048 };
         let mut plans = vec![];
-        prefetcher.on_fault(PageNo(980), &stored, &mut plans);
-        prefetcher.on_fault(PageNo(981), &stored, &mut plans);
+        prefetcher.on_fault(PageNo(980), around, &mut plans);
+        prefetcher.on_fault(PageNo(981), around, &mut plans);
         let first = plans.last().unwrap().marker.unwrap();
         plans.clear();
-        prefetcher.on_fault(first, &stored, &mut plans);
+        prefetcher.on_fault(first, around, &mut plans);
         let far = plans.iter().find_map(|plan| plan.run.pages().find(|page| page.0 >= 2000));
         assert!(far.is_some(), "the stream goes on behind what is in the guest: {plans:?}");
+    }
+
+    #[test]
+    fn what_found_no_frame_is_asked_for_again() {
+        let mut prefetcher = Prefetcher::new(100_000);
+        fault(&mut prefetcher, 10);
+        let plan = fault(&mut prefetcher, 11).0[0];
+        assert_eq!(plan.run, Run::new(PageNo(12), WINDOW_MIN));
+        prefetcher.withdraw(&plan, PageNo(15));
+        let again = fault(&mut prefetcher, 15).0;
+        assert_eq!(again[0].run.start, PageNo(16), "{again:?}");
+        // Nothing of a window came: all of it is asked for again.
+        let next = *again.last().unwrap();
+        prefetcher.withdraw(&next, next.run.start);
+        let anew = fault(&mut prefetcher, next.run.start.0).0;
+        assert_eq!(anew[0].run.start, next.run.start.plus(1), "{anew:?}");
     }
 
     #[test]
