@@ -79,6 +79,12 @@ pub struct Surroundings<'a> {
     pub frames: u32,
 }
 
+impl std::fmt::Debug for Surroundings<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Surroundings {{ frames: {} }}", self.frames)
+    }
+}
+
 /// Verdict on pages that were prefetched before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Proof {
