@@ -115,6 +115,14 @@ impl Host {
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmemd"));
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
+        // Tests started in the background of a script inherit an ignored SIGINT; Ctrl-C is to be heard all the same.
+        // SAFETY: between fork and exec only this one async-signal-safe call is made, which touches no memory.
+        unsafe {
+            command.pre_exec(|| {
+                libc::signal(libc::SIGINT, libc::SIG_DFL);
+                Ok(())
+            });
+        }
         command
     }
 
