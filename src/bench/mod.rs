@@ -5,6 +5,10 @@
 //! take turns within each repetition, so that a change of the machine's mood hits all of them.
 
 pub mod cgroup;
+#[allow(dead_code, reason = "used by the next commits")]
+pub mod job;
+#[allow(dead_code, reason = "used by the next commits")]
+pub mod sample;
 mod experiment;
 mod report;
 mod site;
