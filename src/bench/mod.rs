@@ -10,11 +10,13 @@ mod experiment;
 pub mod job;
 #[allow(dead_code, reason = "used by the next commits")]
 pub mod optimum;
+pub(crate) mod pattern;
 mod report;
 #[allow(dead_code, reason = "used by the next commits")]
 pub mod sample;
 mod site;
 mod swapfile;
+pub(crate) mod trace;
 
 use std::io::Write;
 use std::path::PathBuf;
