@@ -5,14 +5,18 @@
 //! take turns within each repetition, so that a change of the machine's mood hits all of them.
 
 pub mod cgroup;
+mod experiment;
 #[allow(dead_code, reason = "used by the next commits")]
 pub mod job;
 #[allow(dead_code, reason = "used by the next commits")]
-pub mod sample;
-mod experiment;
+pub mod optimum;
+pub(crate) mod pattern;
 mod report;
+#[allow(dead_code, reason = "used by the next commits")]
+pub mod sample;
 mod site;
 mod swapfile;
+pub(crate) mod trace;
 
 use std::io::Write;
 use std::path::PathBuf;

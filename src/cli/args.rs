@@ -213,6 +213,10 @@ pub(super) enum BenchCommand {
   vmemd bench migrate --memory 4G --ram 2G --targets vmemd,swap,ram
 The swap target needs root: it makes a memory cgroup and a swap file, and removes them.")]
     Migrate(BenchMigrateArgs),
+    /// Play touches on the engine's policies and on others, without a VM: who reads and writes how many pages
+    #[command(after_help = "Example:
+  vmemd bench replay --synthetic zipf:0.99 --memory 4G --ram 2G --policy vmemd,s3-fifo,optimum")]
+    Replay(super::traces::ReplayArgs),
 }
 
 #[derive(Debug, Args)]

@@ -3,6 +3,7 @@
 mod args;
 mod migrate;
 mod stat;
+mod traces;
 mod vms;
 
 use std::io::Write;
@@ -70,6 +71,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Stop(args) => vms::stop(&RunDir::open(&run_dir)?, &args),
         Command::Doctor(args) => doctor::doctor(&args.store.unwrap_or_else(default_store), args.json.json),
         Command::Bench(BenchCommand::Migrate(args)) => bench::migrate(&bench_settings(args)?),
+        Command::Bench(BenchCommand::Replay(args)) => traces::replay(&args),
     }
 }
 
