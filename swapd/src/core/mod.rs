@@ -183,7 +183,7 @@ impl Core {
             budget: config.budget_frames,
             taken: 0,
             clock: Clock::default(),
-            probation: Probation::default(),
+            probation: Probation::new(config.pages),
             rescue_row: (PageNo(0), 1),
             prefetcher: Prefetcher::new(config.pages),
             prefetching: true,
