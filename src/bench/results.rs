@@ -149,7 +149,9 @@ impl Figure {
             }
             Figure::CpuPerMiss => over(sample.cpu_ns as f64 / 1000.0, all(|job| job.misses)),
             Figure::CpuPerTouch => over(sample.cpu_ns as f64 / 1000.0, all(|job| job.touches)),
-            Figure::HitRate => over(sample.pages_read as f64, all(|job| job.touches)).map(|miss| 100.0 - 100.0 * miss),
+            Figure::HitRate => {
+                over(sample.pages_read as f64, all(|job| job.touches)).map(|miss| 100.0 - 100.0 * miss)
+            }
             Figure::OptimumHitRate => sample.optimum_hit_rate.map(|rate| rate * 100.0),
             Figure::StartMillis => Some(sample.start_ns as f64 / 1e6),
         }
@@ -220,8 +222,11 @@ pub(super) mod tests {
                 Outcome::Measured(Box::new(sample(engine, &scenario.jobs, operations * 3, us))),
             ],
         };
-        let mut engines =
-            vec![of(BenchEngine::Vmemd, 1000, 100), of(BenchEngine::Swap, 500, 200), of(BenchEngine::Raw, 2000, 90)];
+        let mut engines = vec![
+            of(BenchEngine::Vmemd, 1000, 100),
+            of(BenchEngine::Swap, 500, 200),
+            of(BenchEngine::Raw, 2000, 90),
+        ];
         let left_out = Some("no RAM".to_owned());
         engines.push(OfEngine { engine: BenchEngine::Mem, left_out, outcomes: Vec::new() });
         Compared { scenario, engines }

@@ -213,6 +213,15 @@ pub(super) enum BenchCommand {
   vmemd bench migrate --memory 4G --ram 2G --targets vmemd,swap,ram
 The swap target needs root: it makes a memory cgroup and a swap file, and removes them.")]
     Migrate(BenchMigrateArgs),
+    /// Play touches on the engine's policies and on others, without a VM: who reads and writes how many pages
+    #[command(after_help = "Example:
+  vmemd bench replay --synthetic zipf:0.99 --memory 4G --ram 2G --policy vmemd,s3-fifo,optimum")]
+    Replay(super::traces::ReplayArgs),
+    /// Run jobs of fio-style files on several engines in turns, and compare: vmemd, kernel swap, the raw device, plain memory
+    #[command(after_help = "Example:
+  vmemd bench run benches/jobs/randrw8.fio --engine vmemd,swap,raw --repeat 5
+The keys of job files are in docs/jobs.md. swap needs root: it makes a memory cgroup and a swap file, and removes them.")]
+    Run(super::jobs::RunJobsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -240,7 +249,7 @@ pub(super) struct BenchMigrateArgs {
 }
 
 /// A time as people write it: `50ms`, `1s`, `1.5s`.
-fn parse_duration(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     let scale = match unit {

@@ -1,8 +1,10 @@
 //! The `vmemd` command: raw arguments, resolved settings, the right mechanism, output, exit code.
 
 mod args;
+mod jobs;
 mod migrate;
 mod stat;
+mod traces;
 mod vms;
 
 use std::io::Write;
@@ -70,6 +72,8 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Stop(args) => vms::stop(&RunDir::open(&run_dir)?, &args),
         Command::Doctor(args) => doctor::doctor(&args.store.unwrap_or_else(default_store), args.json.json),
         Command::Bench(BenchCommand::Migrate(args)) => bench::migrate(&bench_settings(args)?),
+        Command::Bench(BenchCommand::Replay(args)) => traces::replay(&args),
+        Command::Bench(BenchCommand::Run(args)) => bench::run(&args.settings()),
     }
 }
 

@@ -5,6 +5,7 @@ pub mod digest;
 pub mod driver;
 pub mod handle;
 pub mod policy;
+pub mod replay;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod staging;

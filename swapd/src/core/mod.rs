@@ -357,7 +357,7 @@ impl Core {
         self.scratch = to_write;
     }
 
-    fn stats(&self) -> Stats {
+    pub fn stats(&self) -> Stats {
         use PageState::{Arriving, Leaving, Poisoned, Resident, Sampled, Standby, Stored, Untouched};
         let count = |states: &[PageState]| states.iter().map(|state| self.table.count(*state)).sum::<u64>();
         let counts = &self.counts;
