@@ -9,6 +9,8 @@ mod experiment;
 #[allow(dead_code, reason = "used by the next commits")]
 pub mod job;
 #[allow(dead_code, reason = "used by the next commits")]
+pub mod optimum;
+#[allow(dead_code, reason = "used by the next commits")]
 pub(crate) mod pattern;
 mod report;
 #[allow(dead_code, reason = "used by the next commits")]
