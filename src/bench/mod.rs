@@ -10,13 +10,12 @@ mod experiment;
 pub mod job;
 #[allow(dead_code, reason = "used by the next commits")]
 pub mod optimum;
-#[allow(dead_code, reason = "used by the next commits")]
 pub(crate) mod pattern;
 mod report;
-#[allow(dead_code, reason = "used by the next commits")]
 pub mod sample;
 mod site;
 mod swapfile;
+pub(crate) mod worker;
 
 use std::io::Write;
 use std::path::PathBuf;
