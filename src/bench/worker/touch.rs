@@ -9,14 +9,14 @@ use hdrhistogram::Histogram;
 
 use super::clock::Clock;
 use super::content::{Base, Content};
-use super::usage;
+use super::usage::{self, Faults};
 use crate::bench::job::{BenchEngine, Job, Length};
 use crate::bench::pattern::Pattern;
 use crate::bench::sample::Times;
 
 /// Only touches that took longer are looked at for whether they were misses: looking costs a system call.
 const SLOW_NS: u64 = 5_000;
-/// A fault that the engine served without the device takes less. (The kernel counts both kinds as major.)
+/// A fault that the engine served without the device takes less. The kernel counts faults that a userfaultfd serves as minor.
 const MISS_FLOOR_NS: u64 = 25_000;
 /// How far apart a thread notes how far it has come.
 const MARK_NS: u64 = 1_000_000;
@@ -26,15 +26,17 @@ const MARKS_MAX: u64 = 60_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MissRule {
     Never,
-    /// Those with a major fault that took at least so many ns.
-    MajorFault(u64),
+    /// Those with a fault of the kind that waits for the device.
+    MajorFault,
+    /// Those with any fault that took at least [`MISS_FLOOR_NS`].
+    LongFault,
 }
 
 impl MissRule {
     pub(super) fn of(engine: BenchEngine) -> MissRule {
         match engine {
-            BenchEngine::Vmemd => MissRule::MajorFault(MISS_FLOOR_NS),
-            BenchEngine::Swap => MissRule::MajorFault(SLOW_NS),
+            BenchEngine::Vmemd => MissRule::LongFault,
+            BenchEngine::Swap => MissRule::MajorFault,
             BenchEngine::Mem | BenchEngine::Raw => MissRule::Never,
         }
     }
@@ -83,7 +85,7 @@ pub(super) struct Toucher {
     content: Content,
     rule: MissRule,
     length: Length,
-    faults: u64,
+    faults: Faults,
     at: Mark,
     next_mark: u64,
     pub(super) record: Record,
@@ -116,7 +118,7 @@ impl Toucher {
             content,
             rule,
             length: job.length,
-            faults: 0,
+            faults: Faults::default(),
             at: Mark::default(),
             next_mark: 0,
             record,
@@ -125,7 +127,7 @@ impl Toucher {
 
     /// Touches for a while without counting.
     pub(super) fn ramp(&mut self, base: Base, time: Duration) {
-        self.faults = usage::thread_major_faults();
+        self.faults = usage::thread_faults();
         self.at.ticks = Clock::ticks();
         self.mark();
         if !time.is_zero() {
@@ -193,10 +195,18 @@ impl Toucher {
 
     #[cold]
     fn was_slow(&mut self, ticks: u64) {
-        let MissRule::MajorFault(floor_ns) = self.rule else { return };
-        let before = std::mem::replace(&mut self.faults, usage::thread_major_faults());
+        if self.rule == MissRule::Never {
+            return;
+        }
+        let now = usage::thread_faults();
+        let before = std::mem::replace(&mut self.faults, now);
         let ns = self.clock.ns(ticks);
-        if self.faults > before && ns >= floor_ns {
+        let missed = match self.rule {
+            MissRule::Never => false,
+            MissRule::MajorFault => now.major > before.major,
+            MissRule::LongFault => ns >= MISS_FLOOR_NS && now.minor + now.major > before.minor + before.major,
+        };
+        if missed {
             record(&mut self.record.misses.0, ns);
         }
     }

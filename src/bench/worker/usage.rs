@@ -1,8 +1,16 @@
 //! What the kernel has counted for this thread and this process.
 
-/// Faults of this thread that waited for the device, or for somebody who serves them.
-pub(super) fn thread_major_faults() -> u64 {
-    usage(libc::RUSAGE_THREAD).ru_majflt as u64
+/// Page faults of this thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Faults {
+    pub(super) minor: u64,
+    /// Of these the kernel has waited for the device.
+    pub(super) major: u64,
+}
+
+pub(super) fn thread_faults() -> Faults {
+    let usage = usage(libc::RUSAGE_THREAD);
+    Faults { minor: usage.ru_minflt as u64, major: usage.ru_majflt as u64 }
 }
 
 /// User and system time of the whole process.
