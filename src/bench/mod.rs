@@ -21,6 +21,7 @@ pub mod sample;
 mod site;
 mod swapfile;
 pub(crate) mod trace;
+pub(crate) mod worker;
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -222,6 +222,9 @@ The swap target needs root: it makes a memory cgroup and a swap file, and remove
   vmemd bench run benches/jobs/randrw8.fio --engine vmemd,swap,raw --repeat 5
 The keys of job files are in docs/jobs.md. swap needs root: it makes a memory cgroup and a swap file, and removes them.")]
     Run(super::jobs::RunJobsArgs),
+    /// Touch memory, and print what that took as JSON (started by `vmemd bench run`)
+    #[command(hide = true)]
+    Worker { request: String },
 }
 
 #[derive(Debug, Args)]
@@ -286,7 +289,7 @@ mod tests {
     #[test]
     fn every_command_shows_an_example() {
         for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
-            let leaves: Vec<_> = command.get_subcommands().collect();
+            let leaves: Vec<_> = command.get_subcommands().filter(|leaf| !leaf.is_hide_set()).collect();
             let leaves = if leaves.is_empty() { vec![command] } else { leaves };
             for leaf in leaves {
                 let help = leaf.get_after_help().map(ToString::to_string).unwrap_or_default();
