@@ -387,6 +387,8 @@ impl Core {
             },
             sampling: crate::stats::SamplingCounts { pages: counts.sampled, touched: counts.samples_touched },
             store: crate::stats::StoreCounts {
+                pages_read: counts.pages_read,
+                pages_written: counts.written,
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
