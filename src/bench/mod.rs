@@ -7,7 +7,11 @@
 pub mod cgroup;
 mod experiment;
 #[allow(dead_code, reason = "used by the next commits")]
+mod ini;
+#[allow(dead_code, reason = "used by the next commits")]
 pub mod job;
+#[allow(dead_code, reason = "used by the next commits")]
+mod jobfile;
 #[allow(dead_code, reason = "used by the next commits")]
 pub mod optimum;
 pub(crate) mod pattern;
