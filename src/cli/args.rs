@@ -217,6 +217,11 @@ The swap target needs root: it makes a memory cgroup and a swap file, and remove
     #[command(after_help = "Example:
   vmemd bench replay --synthetic zipf:0.99 --memory 4G --ram 2G --policy vmemd,s3-fifo,optimum")]
     Replay(super::traces::ReplayArgs),
+    /// Record which pages are touched, as a trace file for `replay`
+    #[command(after_help = "Examples:
+  vmemd bench record benches/jobs/zipf.fio --touches 20M -o zipf.trace
+  vmemd bench record --vm web --seconds 30 -o web.trace")]
+    Record(super::traces::RecordArgs),
 }
 
 #[derive(Debug, Args)]
