@@ -239,7 +239,7 @@ impl Core {
         };
         let mut next = plan.run.start;
         while next < plan.run.end() {
-            let left = Run::new(next, (plan.run.end().0 - next.0) as u32);
+            let left = Run::new(next, if plan.step == 1 { (plan.run.end().0 - next.0) as u32 } else { 1 });
             let state = self.table.state(next);
             let same = self.table.run_around(next, state, left);
             match state {
@@ -257,7 +257,7 @@ impl Core {
                 }
                 _ => {}
             }
-            next = same.end();
+            next = same.end().plus(plan.step - 1);
         }
     }
 

@@ -31,6 +31,7 @@ use crate::core::{
 };
 use crate::digest::{is_zero, page_sum};
 use crate::handle::{Command, CommandError};
+use crate::policy::spin::Spin;
 use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
 use latency::LatencyBook;
 use recorder::Recorder;
@@ -68,8 +69,11 @@ impl Driver {
         let mut completions = Vec::new();
         let mut commands = Vec::new();
         let mut closed = false;
+        let mut spin = Spin::default(); let nospin = std::env::var_os("NOSPIN").is_some();
         while !closed || self.ring.in_flight() > 0 {
-            self.ring.wait(next_tick.saturating_duration_since(Instant::now()), &mut completions);
+            let patience = next_tick.saturating_duration_since(Instant::now());
+            let wait = self.ring.wait(patience, if nospin {0} else {spin.ns()}, &mut completions);
+            spin.learn(wait);
             let mut faults = false;
             for completion in completions.drain(..) {
                 match completion {

@@ -5,4 +5,5 @@ pub mod placement;
 pub mod prefetch;
 pub mod probation;
 pub mod sampler;
+pub mod spin;
 pub mod watermarks;

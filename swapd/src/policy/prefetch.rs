@@ -1,10 +1,13 @@
 //! Neighbour prefetch: streams with markers, and a careful window for everything else.
 //!
-//! A *stream* is a row of faults that go up or down. It owns a frontier, up to which pages were asked for.
+//! A *stream* is a row of faults at a constant step, up or down. It owns a frontier, up to which pages were asked for.
 //! The first page of each window that it asks for is a *marker*: it is read like the others but stays in
 //! staging, so that the guest's arrival there is seen (a rescue, no I/O) and the next window starts before
 //! the guest runs out of this one. Windows double while the guest follows (the idea of Linux' PG_readahead
 //! marker, `mm/readahead.c`). What is in the guest already is stepped over and does not count.
+//!
+//! A step of a few pages is taken up at its second fault, a longer one when three faults have it. A fault off the step's grid
+//! makes the grid finer (their greatest common divisor), down to every page.
 //!
 //! A fault that belongs to no stream brings a few neighbours, which wait in staging to prove themselves.
 //! How many follows from how many of the last ones were used.
@@ -17,6 +20,8 @@ use crate::units::{PageNo, Run};
 pub const WINDOW_MIN: u32 = 8;
 /// Largest window: 1 MiB.
 pub const WINDOW_MAX: u32 = 256;
+/// Largest window of a stream that leaves pages out: each of its pages is a read of its own, and two windows keep any SSD busy.
+pub const WINDOW_STRIDE_MAX: u32 = 64;
 /// Windows kept ahead of the guest: one that it is about to use, one that comes.
 const AHEAD: usize = 2;
 /// A window reaches over so many pages at most, to step over those that are in the guest.
@@ -29,22 +34,19 @@ pub const STREAMS: usize = 16;
 pub const SOLO_MAX: u32 = 7;
 /// Faults remembered for finding new streams.
 const RECENT: usize = 16;
-/// A fault this close behind the last one continues it.
+/// Two faults this close are a stream.
 const NEAR: u64 = 8;
+/// Three faults at the same distance are a stream up to this one: 2 MiB.
+const STEP_MAX: u64 = 512;
 /// Every so often neighbours are tried even if they were useless lately.
-const PROBE_EVERY: u32 = 64;
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Direction {
-    Up,
-    Down,
-}
+const PROBE_EVERY: u32 = 256;
 
 #[derive(Clone, Debug)]
 struct Stream {
-    direction: Direction,
-    /// Next page to ask for.
-    frontier: PageNo,
+    /// Pages from one touch to the next; below zero for a stream that goes down.
+    step: i64,
+    /// Next page to ask for; may lie beyond either end of memory.
+    frontier: i64,
     window: u32,
     /// Where the guest was last seen.
     at: PageNo,
@@ -66,8 +68,16 @@ struct Window {
 pub struct Plan {
     /// Ascending, whatever the direction.
     pub run: Run,
+    /// Every so many pages of the run, from its first; the others are left out.
+    pub step: u32,
     /// The page to leave in staging. None: all of them wait there.
     pub marker: Option<PageNo>,
+}
+
+impl Plan {
+    pub fn pages(&self) -> impl Iterator<Item = PageNo> {
+        self.run.pages().step_by(self.step as usize)
+    }
 }
 
 /// What a fault happens in.
@@ -99,13 +109,20 @@ pub struct Prefetcher {
     recent: [PageNo; RECENT],
     recent_at: usize,
     clock: u64,
-    /// Used minus wasted neighbours, as a moving score in 0..=SCORE_MAX.
+    /// Moving share of neighbours used, of SCORE_MAX.
     score: u32,
     pages: u64,
 }
 
-const SCORE_MAX: u32 = 256;
-const SCORE_START: u32 = 96;
+/// All neighbours used.
+const SCORE_MAX: u32 = 1 << 16;
+/// The last neighbour counts for one in so many.
+const SCORE_WEIGHT: u32 = 64;
+/// Below this share of neighbours used none is brought: a neighbour costs a tenth of the fault that it saves.
+const SCORE_LOW: u32 = SCORE_MAX / 8;
+/// From this share on all are.
+const SCORE_HIGH: u32 = SCORE_MAX / 3;
+const SCORE_START: u32 = SCORE_HIGH;
 
 impl Prefetcher {
     pub fn new(pages: u64) -> Self {
@@ -132,16 +149,27 @@ impl Prefetcher {
             stream.window = stream.window.min(largest);
             return stream.follow(page, pages, largest, around.stored, plans);
         }
-        let direction = self.recent.iter().find_map(|last| neighbour(*last, page));
+        let step = self.step_to(page);
         self.recent[self.recent_at] = page;
         self.recent_at = (self.recent_at + 1) % RECENT;
-        match direction {
-            Some(direction) => self.start(direction, page, around.stored, plans),
+        match step {
+            Some(step) => self.start(step, page, around.stored, plans),
             None => {
                 plans.extend(self.solo(page));
                 Proof::default()
             }
         }
+    }
+
+    /// The step with which `page` continues faults remembered.
+    fn step_to(&self, page: PageNo) -> Option<i64> {
+        let remembered = self.recent.iter().filter(|last| last.0 != u64::MAX && **last != page);
+        let mut steps = remembered.map(|last| page.0.wrapping_sub(last.0) as i64);
+        let before = |step: i64| page.0.checked_add_signed(-2 * step).map(PageNo);
+        let third = |step: i64| before(step).is_some_and(|before| self.recent.contains(&before));
+        steps.clone().find(|step| step.unsigned_abs() <= NEAR).or_else(|| {
+            steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step))
+        })
     }
 
     /// There were no frames for all of a plan: of a stream going up, the pages before `from` come, of another none. The stream
@@ -154,35 +182,27 @@ impl Prefetcher {
             stream.asked.pop_back();
         }
         let window = stream.asked.back_mut().expect("it has the marker");
-        match stream.direction {
-            Direction::Up if from > marker => {
-                window.span.len = (from.0 - window.span.start.0) as u32;
-                window.count = window.count.min(window.span.len);
-                stream.frontier = from;
-            }
-            Direction::Up => {
-                stream.frontier = plan.run.start;
-                stream.asked.pop_back();
-            }
-            Direction::Down => {
-                stream.frontier = plan.run.end();
-                stream.asked.pop_back();
-            }
+        if stream.step > 0 && from > marker {
+            window.span.len = (from.0 - window.span.start.0) as u32;
+            window.count = window.count.min(window.span.len);
+            stream.frontier = from.0 as i64;
+        } else {
+            let first = if stream.step > 0 { plan.run.start } else { PageNo(plan.run.end().0 - 1) };
+            stream.frontier = first.0 as i64;
+            stream.asked.pop_back();
         }
         stream.window = (stream.window / 2).max(WINDOW_MIN);
     }
 
     /// A neighbour of a lone fault was touched, or thrown away untouched.
     pub fn judge_neighbour(&mut self, used: bool) {
-        let target = if used { SCORE_MAX } else { 0 };
-        // A quarter of the neighbours used keeps the score where it is: reading one more is that cheap.
-        let weight = if used { 12 } else { 4 };
-        self.score = (self.score * (256 - weight) + target * weight) / 256;
+        self.score -= self.score.div_ceil(SCORE_WEIGHT);
+        self.score += if used { SCORE_MAX / SCORE_WEIGHT } else { 0 };
     }
 
     fn start(
         &mut self,
-        direction: Direction,
+        step: i64,
         page: PageNo,
         stored: &dyn Fn(PageNo) -> bool,
         plans: &mut Vec<Plan>,
@@ -193,13 +213,10 @@ impl Prefetcher {
                 (0..STREAMS).min_by_key(|at| self.streams[*at].last_used).expect("there are streams");
             proof.wasted = self.streams.swap_remove(oldest).asked.iter().map(|window| window.count).sum();
         }
-        let frontier = match direction {
-            Direction::Up => page.plus(1),
-            Direction::Down => page,
-        };
+        let frontier = page.0 as i64 + step;
         let asked = VecDeque::with_capacity(AHEAD + 2);
         let window = WINDOW_MIN;
-        let mut stream = Stream { direction, frontier, window, at: page, asked, last_used: self.clock };
+        let mut stream = Stream { step, frontier, window, at: page, asked, last_used: self.clock };
         plans.extend(stream.ask(self.pages, stored));
         self.streams.push(stream);
         proof
@@ -207,33 +224,37 @@ impl Prefetcher {
 
     fn solo(&self, page: PageNo) -> Option<Plan> {
         let probe = self.clock.is_multiple_of(u64::from(PROBE_EVERY));
-        let want = if probe { SOLO_MAX } else { SOLO_MAX * self.score / (SCORE_MAX / 2) }.min(SOLO_MAX);
+        let trust = self.score.clamp(SCORE_LOW, SCORE_HIGH) - SCORE_LOW;
+        let want = if probe { SOLO_MAX } else { SOLO_MAX * trust / (SCORE_HIGH - SCORE_LOW) };
         let start = page.plus(1);
         let len = u64::from(want).min(self.pages.saturating_sub(start.0)) as u32;
-        (len > 0).then_some(Plan { run: Run::new(start, len), marker: None })
+        (len > 0).then_some(Plan { run: Run::new(start, len), step: 1, marker: None })
     }
 }
 
-/// The direction in which `page` continues `last`.
-fn neighbour(last: PageNo, page: PageNo) -> Option<Direction> {
-    if last.0 < page.0 && page.0 - last.0 <= NEAR {
-        Some(Direction::Up)
-    } else if page.0 < last.0 && last.0 != u64::MAX && last.0 - page.0 <= NEAR {
-        Some(Direction::Down)
-    } else {
-        None
+fn greatest_common_divisor(mut a: u64, mut b: u64) -> u64 {
+    while b > 0 {
+        (a, b) = (b, a % b);
     }
+    a
 }
 
 impl Stream {
+    /// How far ahead of `from` the page is, in the stream's direction.
+    fn ahead(&self, from: i64, page: PageNo) -> i64 {
+        (page.0 as i64 - from) * self.step.signum()
+    }
+
     /// Whether a fault at `page` is the guest following this stream: at a marker, at the frontier, or close to where it
     /// was. Not anywhere in between, or faults at random would keep streams alive that nobody follows.
     fn covers(&self, page: PageNo) -> bool {
-        let near = |from: PageNo| match self.direction {
-            Direction::Up => from <= page && page.0 <= from.0 + NEAR,
-            Direction::Down => page <= from && from.0 <= page.0 + NEAR,
+        let near = |from: i64| {
+            let ahead = self.ahead(from, page);
+            (0..=NEAR as i64).contains(&ahead) || ahead == self.step.abs() || ahead == 2 * self.step.abs()
         };
-        self.asked.iter().any(|window| window.marker == page) || near(self.frontier) || near(self.at)
+        self.asked.iter().any(|window| window.marker == page)
+            || near(self.frontier)
+            || near(self.at.0 as i64)
     }
 
     /// The guest is at `page`: windows behind it have been used, and new ones are asked for.
@@ -246,24 +267,30 @@ impl Stream {
         plans: &mut Vec<Plan>,
     ) -> Proof {
         let mut used = 0;
+        let off = page.0.abs_diff(self.at.0);
         self.at = page;
+        if !off.is_multiple_of(self.step.unsigned_abs()) {
+            self.step = greatest_common_divisor(self.step.unsigned_abs(), off) as i64 * self.step.signum();
+            // As at its start: it has to prove itself again.
+            self.asked.clear();
+            self.window = WINDOW_MIN;
+            self.frontier = page.0 as i64 + self.step;
+            plans.extend(self.ask(pages, stored));
+            return Proof::default();
+        }
         while let Some(Window { span, count, .. }) = self.asked.front() {
-            let passed = match self.direction {
-                Direction::Up => span.end() <= page,
-                Direction::Down => span.start > page,
-            };
+            let passed = if self.step > 0 { span.end() <= page } else { span.start > page };
             if !passed {
                 break;
             }
             used += count;
             self.asked.pop_front();
         }
-        match self.direction {
-            Direction::Up if page >= self.frontier => self.frontier = page.plus(1),
-            Direction::Down if page < self.frontier => self.frontier = page,
-            _ => {}
+        if self.ahead(self.frontier, page) >= 0 {
+            self.frontier = page.0 as i64 + self.step;
         }
         if used > 0 {
+            let largest = if self.step.abs() == 1 { largest } else { largest.min(WINDOW_STRIDE_MAX) };
             self.window = (self.window * 2).min(largest);
         }
         // The guest is in the first one, if it is in any.
@@ -280,27 +307,24 @@ impl Stream {
     /// The next window: reaches over a window's worth of stored pages, or as far as it may.
     fn ask(&mut self, pages: u64, stored: &dyn Fn(PageNo) -> bool) -> Option<Plan> {
         let (mut count, mut marker) = (0, None);
-        let mut run = Run::new(self.frontier, 0);
-        while count < self.window && u64::from(run.len) < SPAN_MAX {
-            let page = match self.direction {
-                Direction::Up if run.end().0 < pages => run.end(),
-                Direction::Down if run.start.0 > 0 => PageNo(run.start.0 - 1),
-                _ => break,
-            };
-            run.len += 1;
-            run.start = run.start.min(page);
+        let mut span: Option<(PageNo, PageNo)> = None;
+        while count < self.window && (0..pages as i64).contains(&self.frontier) {
+            let page = PageNo(self.frontier as u64);
+            let (first, last) = span.map_or((page, page), |(first, last)| (first.min(page), last.max(page)));
+            if last.0 - first.0 >= SPAN_MAX {
+                break;
+            }
+            span = Some((first, last));
+            self.frontier += self.step;
             if stored(page) {
                 count += 1;
                 marker = marker.or(Some(page));
             }
         }
-        self.frontier = match self.direction {
-            Direction::Up => run.end(),
-            Direction::Down => run.start,
-        };
-        let marker = marker?;
+        let (marker, (first, last)) = (marker?, span?);
+        let run = Run::new(first, (last.0 - first.0 + 1) as u32);
         self.asked.push_back(Window { span: run, marker, count });
-        Some(Plan { run, marker: Some(marker) })
+        Some(Plan { run, step: self.step.unsigned_abs() as u32, marker: Some(marker) })
     }
 }
 
@@ -317,7 +341,7 @@ mod tests {
     }
 
     /// The guest goes up page by page; it faults on what was not brought, and on markers.
-    fn walk(prefetcher: &mut Prefetcher, pages: impl Iterator<Item = u64>) -> u32 {
+    fn walk(prefetcher: &mut Prefetcher, pages: impl Iterator<Item = u64>) -> (u32, usize) {
         let mut brought = std::collections::HashMap::new();
         let mut misses = 0;
         for page in pages {
@@ -330,19 +354,19 @@ mod tests {
             };
             if marker {
                 for plan in fault(prefetcher, page).0 {
-                    for page in plan.run.pages() {
+                    for page in plan.pages() {
                         brought.insert(page.0, plan.marker.is_none_or(|marker| marker == page));
                     }
                 }
             }
         }
-        misses
+        (misses, brought.len())
     }
 
     #[test]
     fn a_sequential_walk_misses_at_its_start_only() {
-        assert!(walk(&mut Prefetcher::new(100_000), 500..60_000) <= 3);
-        assert!(walk(&mut Prefetcher::new(100_000), (500..60_000).rev()) <= 12);
+        assert!(walk(&mut Prefetcher::new(100_000), 500..60_000).0 <= 3);
+        assert!(walk(&mut Prefetcher::new(100_000), (500..60_000).rev()).0 <= 12);
     }
 
     #[test]
@@ -378,23 +402,47 @@ mod tests {
     }
 
     #[test]
+    fn a_strided_walk_brings_its_own_pages_only() {
+        for step in [2, 3, 8, 17, 100, 512] {
+            let mut prefetcher = Prefetcher::new(1 << 20);
+            (0..500).for_each(|_| prefetcher.judge_neighbour(false));
+            let (misses, brought) = walk(&mut prefetcher, (7..1 << 20).step_by(step));
+            assert!(misses <= 5, "{misses} misses with a step of {step}");
+            assert!(brought <= (1 << 20) / step, "{brought} pages brought with a step of {step}");
+            let all: Vec<u64> = (0..1 << 20).step_by(step).collect();
+            let (misses, _) = walk(&mut Prefetcher::new(1 << 20), all.into_iter().rev());
+            assert!(misses <= 12, "{misses} misses with a step of -{step}");
+        }
+    }
+
+    #[test]
+    fn a_fault_off_the_grid_makes_it_finer() {
+        let mut prefetcher = Prefetcher::new(100_000);
+        fault(&mut prefetcher, 100);
+        assert_eq!(fault(&mut prefetcher, 106).0[0].step, 6);
+        assert_eq!(fault(&mut prefetcher, 110).0[0].step, 2);
+        let plan = fault(&mut prefetcher, 111).0[0];
+        assert_eq!((plan.step, plan.run.start), (1, PageNo(112)));
+    }
+
+    #[test]
     fn two_walks_at_once_are_two_streams() {
         let both = (0..20_000).flat_map(|step| [1000 + step, 90_000 - step]);
-        assert!(walk(&mut Prefetcher::new(100_000), both) <= 15);
+        assert!(walk(&mut Prefetcher::new(100_000), both).0 <= 15);
     }
 
     #[test]
     fn faults_at_random_keep_no_stream_alive() {
         let mut prefetcher = Prefetcher::new(100_000);
         (0..500).for_each(|_| prefetcher.judge_neighbour(false));
-        let mut page = 1;
+        let mut page = 1u64;
         let brought: u32 = (0..20_000)
             .map(|_| {
-                page = page * 48_271 % 99_991;
-                fault(&mut prefetcher, page).0.iter().map(|plan| plan.run.len).sum::<u32>()
+                page = page.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                fault(&mut prefetcher, (page >> 33) % 100_000).0.iter().map(|plan| plan.run.len).sum::<u32>()
             })
             .sum();
-        // One page for four faults: the probes for neighbours, and pairs that are close by chance.
+        // The probes for neighbours, and pairs that are close by chance.
         assert!(brought < 20_000 / 4, "{brought} pages brought for 20 000 faults at random");
     }
 
@@ -429,7 +477,7 @@ mod tests {
             let mut prefetcher = Prefetcher::new(600);
             for page in faults {
                 for plan in fault(&mut prefetcher, page).0 {
-                    prop_assert!(plan.run.len > 0 && plan.run.end().0 <= 600);
+                    prop_assert!(plan.run.len > 0 && plan.run.end().0 <= 600 && plan.step > 0);
                     prop_assert!(plan.marker.is_none_or(|marker| plan.run.contains(marker)));
                 }
             }
