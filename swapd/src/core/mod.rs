@@ -265,6 +265,7 @@ impl Core {
             Request::ArriveZero(run) => Some(self.checked(run).and_then(|()| self.arrive_zero(run))),
             Request::ArrivePoisoned(run) => Some(self.checked(run).and_then(|()| self.arrive_poisoned(run))),
             Request::FinishReceiving => self.finish_receiving(ticket),
+            Request::RecordFaults(_) => Some(Err(CommandError::NotNow("there is no clock here"))),
         };
         if let Some(answer) = answer {
             self.actions.push_back(Action::Answer { ticket, answer });
