@@ -8,7 +8,6 @@ pub mod cgroup;
 mod experiment;
 #[allow(dead_code, reason = "used by the next commits")]
 pub mod job;
-#[allow(dead_code, reason = "used by the next commits")]
 pub mod optimum;
 pub(crate) mod pattern;
 mod report;
