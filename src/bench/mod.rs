@@ -13,7 +13,7 @@ pub(crate) mod pattern;
 mod report;
 pub mod sample;
 mod site;
-mod swapfile;
+pub mod swapfile;
 pub(crate) mod worker;
 
 use std::io::Write;

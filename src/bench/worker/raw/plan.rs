@@ -109,7 +109,8 @@ pub(super) fn plan(scenario: &Scenario, areas: &[Run]) -> Option<Plan> {
         return None;
     }
     let (touches, origins) = merged(&mut drafts);
-    let mut builders: Vec<Builder> = plans.iter().map(|lane| Builder::new(lane.depth)).collect();
+    let mut builders: Vec<Builder> =
+        plans.iter().map(|lane| Builder::new(&scenario.jobs[lane.job])).collect();
     let mut seen = 0;
     // How far every lane has come; what is told comes in the order of the touches.
     let mut tell = |traffic: Option<Traffic>| {
@@ -172,8 +173,8 @@ struct Builder {
 }
 
 impl Builder {
-    fn new(depth: u32) -> Builder {
-        let read_pages = if depth > 1 { JOINED_PAGES } else { 1 };
+    fn new(job: &Job) -> Builder {
+        let read_pages = if job.order == Order::Sequential { JOINED_PAGES } else { 1 };
         Builder { read_pages, touches: 0, read: None, write: None, done: Vec::new() }
     }
 
