@@ -19,7 +19,7 @@ mod report;
 mod results;
 pub mod sample;
 mod site;
-mod swapfile;
+pub mod swapfile;
 pub(crate) mod trace;
 pub(crate) mod worker;
 

@@ -217,7 +217,6 @@ The swap target needs root: it makes a memory cgroup and a swap file, and remove
     #[command(after_help = "Example:
   vmemd bench replay --synthetic zipf:0.99 --memory 4G --ram 2G --policy vmemd,s3-fifo,optimum")]
     Replay(super::traces::ReplayArgs),
-<<<<<<< HEAD
     /// Run jobs of fio-style files on several engines in turns, and compare: vmemd, kernel swap, the raw device, plain memory
     #[command(after_help = "Example:
   vmemd bench run benches/jobs/randrw8.fio --engine vmemd,swap,raw --repeat 5
@@ -226,13 +225,11 @@ The keys of job files are in docs/jobs.md. swap needs root: it makes a memory cg
     /// Touch memory, and print what that took as JSON (started by `vmemd bench run`)
     #[command(hide = true)]
     Worker { request: String },
-=======
     /// Record which pages are touched, as a trace file for `replay`
     #[command(after_help = "Examples:
   vmemd bench record benches/jobs/zipf.fio --touches 20M -o zipf.trace
   vmemd bench record --vm web --seconds 30 -o web.trace")]
     Record(super::traces::RecordArgs),
->>>>>>> trace
 }
 
 #[derive(Debug, Args)]

@@ -73,12 +73,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Doctor(args) => doctor::doctor(&args.store.unwrap_or_else(default_store), args.json.json),
         Command::Bench(BenchCommand::Migrate(args)) => bench::migrate(&bench_settings(args)?),
         Command::Bench(BenchCommand::Replay(args)) => traces::replay(&args),
-<<<<<<< HEAD
         Command::Bench(BenchCommand::Run(args)) => bench::run(&args.settings()),
         Command::Bench(BenchCommand::Worker { request }) => bench_worker(&request),
-=======
         Command::Bench(BenchCommand::Record(args)) => traces::record(&run_dir, &args),
->>>>>>> trace
     }
 }
 

@@ -5,8 +5,6 @@
 
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
-
 use super::clock::Clock;
 use super::content::{Base, Content};
 use super::usage::{self, Faults};
@@ -85,6 +83,7 @@ pub(super) struct Toucher {
     content: Content,
     rule: MissRule,
     length: Length,
+    counting: bool,
     faults: Faults,
     at: Mark,
     next_mark: u64,
@@ -118,6 +117,7 @@ impl Toucher {
             content,
             rule,
             length: job.length,
+            counting: false,
             faults: Faults::default(),
             at: Mark::default(),
             next_mark: 0,
@@ -134,13 +134,11 @@ impl Toucher {
             let ticks = self.at.ticks + self.clock.ticks_of(time.as_nanos() as u64);
             self.touch_until(base, Until { ticks, operations: u64::MAX });
         }
-        for times in [&mut self.record.reads, &mut self.record.writes, &mut self.record.misses] {
-            times.0.reset();
-        }
     }
 
     /// Touches for as long as the job says, from `start` on, and counts.
     pub(super) fn measure(&mut self, base: Base, start: u64) {
+        self.counting = true;
         self.at.ticks = start;
         self.mark();
         self.record.measured_from = self.record.marks.len() - 1;
@@ -181,8 +179,10 @@ impl Toucher {
             }
             operation_began = None;
             self.at.operations += 1;
-            let times = if touch.write { &mut self.record.writes } else { &mut self.record.reads };
-            record(&mut times.0, self.clock.ns(ended - first_began));
+            if self.counting {
+                let times = if touch.write { &mut self.record.writes } else { &mut self.record.reads };
+                times.0.saturating_record(self.clock.ns(ended - first_began));
+            }
             if ended >= self.next_mark {
                 self.mark();
             }
@@ -206,14 +206,10 @@ impl Toucher {
             MissRule::MajorFault => now.major > before.major,
             MissRule::LongFault => ns >= MISS_FLOOR_NS && now.minor + now.major > before.minor + before.major,
         };
-        if missed {
-            record(&mut self.record.misses.0, ns);
+        if missed && self.counting {
+            self.record.misses.0.saturating_record(ns);
         }
     }
-}
-
-fn record(times: &mut Histogram<u64>, ns: u64) {
-    times.saturating_record(ns);
 }
 
 #[cfg(test)]
