@@ -188,6 +188,12 @@ impl Replay {
 
     fn event(&mut self, event: Event<'_>) {
         self.core.handle(event);
+        self.perform_all();
+        self.core.make_ready();
+        self.perform_all();
+    }
+
+    fn perform_all(&mut self) {
         while let Some(action) = self.core.next_action() {
             self.perform(action);
         }

@@ -290,6 +290,15 @@ impl Sim {
 
     fn event(&mut self, event: Event<'_>) {
         self.core.handle(event);
+        self.perform_all();
+        // Several events may be at hand at once.
+        if !self.random.one_in(3) {
+            self.core.make_ready();
+            self.perform_all();
+        }
+    }
+
+    fn perform_all(&mut self) {
         while let Some(action) = self.core.next_action() {
             self.perform(action);
         }

@@ -210,6 +210,8 @@ impl Core {
     /// Writes again what a failed store left in staging.
     pub(super) fn retry_store(&mut self) -> Response {
         if self.store_failed.take().is_some() {
+            // They are among those found below.
+            self.unwritten.clear();
             let unwritten: Vec<_> = (0..self.staging.slots())
                 .map(Slot)
                 .filter_map(|slot| match self.staging.used(slot) {

@@ -139,6 +139,8 @@ pub struct Core {
     counts: Counts,
     actions: VecDeque<Action>,
     victims: Vec<Run>,
+    /// Left the guest with new content; the next burst of writes.
+    unwritten: Vec<(PageNo, Slot)>,
     plans: Vec<Plan>,
     /// Kept between events, so that none of them allocates.
     scratch: Vec<(PageNo, Slot)>,
@@ -202,6 +204,7 @@ impl Core {
             counts: Counts::default(),
             actions: VecDeque::with_capacity(256),
             victims: Vec::with_capacity(64),
+            unwritten: Vec::with_capacity(pageout::LEAVING_MAX as usize),
             plans: Vec::with_capacity(8),
             scratch: Vec::with_capacity(IO_PAGES_MAX as usize),
             #[cfg(feature = "sim")]
@@ -237,6 +240,7 @@ impl Core {
             self.move_in_again(run, slots);
         }
         self.sample();
+        self.write_all_behind();
     }
 
     fn request(&mut self, ticket: Ticket, request: Request) {
@@ -330,7 +334,6 @@ impl Core {
     }
 
     fn moved_out(&mut self, run: Run, slots: SlotRun, pages: &[PageOut]) {
-        let mut to_write = std::mem::take(&mut self.scratch);
         for ((page, slot), out) in run.pages().zip(slots.slots()).zip(pages) {
             match (self.staging.used(slot), *out) {
                 // The old version of a page that arrives anew: only its frame is wanted.
@@ -348,14 +351,11 @@ impl Core {
                     self.mark_left(page);
                     if self.table.state(page) == PageState::Leaving {
                         self.counts.victims += 1;
-                        self.left_guest(page, slot, sum, zero, &mut to_write);
+                        self.left_guest(page, slot, sum, zero);
                     }
                 }
             }
         }
-        self.write(&to_write, io::Purpose::PageOut);
-        to_write.clear();
-        self.scratch = to_write;
     }
 
     pub fn stats(&self) -> Stats {

@@ -12,21 +12,23 @@ use crate::units::{PageNo, Run, Slot, runs_of};
 
 /// Pages under way to the store at most: 8 MiB.
 pub(super) const LEAVING_MAX: u32 = 2048;
+/// Pages written in one burst: 2 MiB. A read that meets writes takes twice as long, however few they are; so they come together and
+/// leave the device alone for the rest of the time.
+const BURST_MAX: u32 = 512;
+/// Runs moved out after one event: about the time of a read. More would keep faults waiting.
+const OUT_RUNS_MAX: usize = 8;
 /// Runs moved out by request are cut to this length.
 const EVICT_RUN_MAX: u32 = super::IO_PAGES_MAX;
 
+const _: () = assert!(BURST_MAX * 4 <= LEAVING_MAX, "a burst must not be waited for by the next page-out");
 const _: () = assert!(BATCH_MAX * 4 <= LEAVING_MAX, "several batches fit under way at once");
 
 impl Core {
-    /// After every event: serve who waits for a frame, and keep frames ready between the water marks.
+    /// After every event: serve who waits for a frame.
     pub(super) fn balance(&mut self) {
         self.serve_deferred();
         if self.receiving.is_some() {
             self.serve_receiving();
-        } else {
-            self.make_room();
-            self.serve_deferred();
-            self.make_slots();
         }
         if self.taken > self.budget || !self.budget_waiters.is_empty() {
             self.give_back();
@@ -34,6 +36,17 @@ impl Core {
         if !self.evict_waiters.is_empty() {
             self.answer_evicted();
         }
+    }
+
+    /// To be called when all events at hand are handled and their actions done: frames are made ready ahead of need. Nobody waits
+    /// for that, so it comes behind what somebody waits for.
+    pub fn make_ready(&mut self) {
+        if self.receiving.is_none() {
+            self.make_room();
+            self.serve_deferred();
+            self.make_slots();
+        }
+        self.write_behind();
     }
 
     fn make_room(&mut self) {
@@ -57,22 +70,52 @@ impl Core {
     /// Chooses victims and starts them on their way.
     fn page_out(&mut self, want: u32) {
         let mut victims = std::mem::take(&mut self.victims);
-        let (mut started, mut passed) = (0, 0);
+        let (mut started, mut runs, mut passed) = (0, 0, 0);
         // What is under way to the guest must not be taken before it has been used.
         let room = (self.budget / PROBATION_SHARE).max(u64::from(2 * self.marks.high));
         'batch: while started < want
+            && runs < OUT_RUNS_MAX
             && (self.probation.step(&self.table, room, &mut victims)
                 || self.clock.step(&mut self.table, &mut passed, &mut victims))
         {
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
                 started += out;
+                runs += 1;
                 if out < run.len {
                     break 'batch;
                 }
             }
         }
         self.victims = victims;
+    }
+
+    /// Writes what has left, once it is a burst, or if its frames are wanted.
+    fn write_behind(&mut self) {
+        let burst = BURST_MAX.min(self.marks.goal() / 4) as usize;
+        let scarce = self.available() + u64::from(self.staging.standby_count()) < u64::from(self.marks.low);
+        let awaited = !self.evict_waiters.is_empty() || !self.budget_waiters.is_empty();
+        if self.unwritten.len() > burst || scarce || awaited {
+            self.write_all_behind();
+        }
+    }
+
+    pub(super) fn write_all_behind(&mut self) {
+        if self.store_failed.is_some() || self.unwritten.is_empty() {
+            return;
+        }
+        let mut unwritten = std::mem::take(&mut self.unwritten);
+        // A page that was rescued or given back meanwhile is not to be written, and one that has left twice is in it twice.
+        unwritten.retain(|(page, slot)| {
+            let here = self.table.state(*page) == PageState::Leaving
+                && !self.table.has(*page, Flag::Writing)
+                && self.slots_of.get(page) == Some(slot);
+            self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
+            here
+        });
+        self.write(&unwritten, Purpose::PageOut);
+        unwritten.clear();
+        self.unwritten = unwritten;
     }
 
     /// Moves resident pages to staging. Stops short when there is no empty slot; returns how many pages go.
@@ -98,7 +141,6 @@ impl Core {
         slot: Slot,
         sum: u64,
         zero: bool,
-        to_write: &mut Vec<(PageNo, Slot)>,
     ) {
         if zero {
             self.counts.dropped += 1;
@@ -110,7 +152,9 @@ impl Core {
             self.enter_standby(page, slot);
         } else {
             self.sums[page.index()] = sum;
-            to_write.push((page, slot));
+            // The sum is not that of what the store has, until it is written.
+            self.table.put(page, Flag::Stored, false);
+            self.unwritten.push((page, slot));
         }
     }
 

@@ -31,7 +31,6 @@ use crate::core::{
 };
 use crate::digest::{is_zero, page_sum};
 use crate::handle::{Command, CommandError};
-use crate::policy::spin::Spin;
 use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
 use latency::LatencyBook;
 use recorder::Recorder;
@@ -69,22 +68,19 @@ impl Driver {
         let mut completions = Vec::new();
         let mut commands = Vec::new();
         let mut closed = false;
-        let mut spin = Spin::default();
-        let nospin = std::env::var_os("NOSPIN").is_some();
         while !closed || self.ring.in_flight() > 0 {
             let patience = next_tick.saturating_duration_since(Instant::now());
-            let wait = self.ring.wait(patience, if nospin { 0 } else { spin.ns() }, &mut completions);
-            spin.learn(wait);
-            let mut faults = false;
+            self.ring.wait(patience, &mut completions);
+            // Faults first: the device is to work on their reads while the rest is dealt with.
+            if completions.iter().any(|completion| matches!(completion, Completion::Faults)) {
+                self.read_faults();
+            }
             for completion in completions.drain(..) {
                 match completion {
-                    Completion::Faults => faults = true,
+                    Completion::Faults => {}
                     Completion::Commands => closed |= self.mailbox.take(&mut commands),
                     Completion::Io { io, result } => self.io_done(io, result),
                 }
-            }
-            if faults {
-                self.read_faults();
             }
             for command in commands.drain(..) {
                 self.command(command);
@@ -93,6 +89,8 @@ impl Driver {
                 next_tick = Instant::now() + tick;
                 self.event(Event::Tick);
             }
+            self.core.make_ready();
+            self.perform_all();
         }
     }
 
@@ -233,6 +231,8 @@ impl Driver {
     }
 
     fn move_out(&mut self, run: Run, slots: SlotRun, digest: bool) {
+        // Page-out is work for the time in which the device reads what somebody waits for.
+        self.ring.submit_now();
         self.page_outs.clear();
         while (self.page_outs.len() as u32) < run.len {
             let done = self.page_outs.len() as u32;

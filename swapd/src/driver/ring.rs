@@ -3,13 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::core::IoId;
-use crate::policy::spin::{Wait, YIELD_LONG_NS};
 use crate::units::{PAGE_SIZE, Run};
 
 /// Submission entries; completions have twice as many. More operations than this wait in the kernel's overflow list.
@@ -64,7 +63,6 @@ impl Ring {
             .setup_single_issuer()
             .setup_coop_taskrun()
             .setup_defer_taskrun()
-            .setup_taskrun_flag()
             .build(ENTRIES)
             .map_err(|error| match error.raw_os_error() {
                 Some(libc::EPERM | libc::ENOSYS) => format!(
@@ -126,51 +124,17 @@ impl Ring {
         self.push(&entry.user_data(u64::from(io.0)));
     }
 
-    /// Submits what was pushed and waits for at least one completion, or until `patience` is over: first awake, for `spin_ns`, then
-    /// asleep.
-    pub(super) fn wait(
-        &mut self,
-        patience: Duration,
-        spin_ns: u64,
-        completions: &mut Vec<Completion>,
-    ) -> Wait {
-        self.enter();
-        self.collect(completions);
-        if !completions.is_empty() {
-            return Wait::Seen;
-        }
-        let start = Instant::now();
-        let spin = Duration::from_nanos(spin_ns).min(patience);
-        let mut now = start;
-        while now - start < spin {
-            if self.ring.submission().taskrun() {
-                self.enter();
-                self.collect(completions);
-                if !completions.is_empty() {
-                    return Wait::Seen;
-                }
-            }
-            std::thread::yield_now();
-            let before = std::mem::replace(&mut now, Instant::now());
-            if now - before > Duration::from_nanos(YIELD_LONG_NS) {
-                self.sleep(patience);
-                self.collect(completions);
-                return Wait::Crowded;
-            }
-        }
-        self.sleep(patience.saturating_sub(now - start));
-        self.collect(completions);
-        Wait::Slept { ns: start.elapsed().as_nanos() as u64 }
-    }
-
-    /// Submits, and lets the kernel post what has completed.
-    fn enter(&mut self) {
-        if let Err(error) = self.ring.submit() {
+    /// Submits what was pushed, without waiting.
+    pub(super) fn submit_now(&mut self) {
+        if !self.ring.submission().is_empty()
+            && let Err(error) = self.ring.submit()
+        {
             assert!(is_passing(&error), "io_uring does not take submissions any more: {error}");
         }
     }
 
-    fn sleep(&mut self, patience: Duration) {
+    /// Submits what was pushed and waits for at least one completion, or until `patience` is over.
+    pub(super) fn wait(&mut self, patience: Duration, completions: &mut Vec<Completion>) {
         let timeout = Timespec::new().sec(patience.as_secs()).nsec(patience.subsec_nanos());
         let args = SubmitArgs::new().timespec(&timeout);
         match self.ring.submitter().submit_with_args(1, &args) {
@@ -178,6 +142,7 @@ impl Ring {
             Err(error) if error.raw_os_error() == Some(libc::ETIME) || is_passing(&error) => {}
             Err(error) => panic!("io_uring does not wait any more: {error}"),
         }
+        self.collect(completions);
     }
 
     fn collect(&mut self, completions: &mut Vec<Completion>) {

@@ -5,5 +5,4 @@ pub mod placement;
 pub mod prefetch;
 pub mod probation;
 pub mod sampler;
-pub mod spin;
 pub mod watermarks;
