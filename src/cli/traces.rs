@@ -21,9 +21,10 @@ use crate::host;
 use crate::size::Size;
 
 #[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("touched").required(true).args(["trace", "synthetic"])))]
 pub(super) struct ReplayArgs {
     /// A trace file of `vmemd bench record`
-    #[arg(required_unless_present = "synthetic", conflicts_with_all = ["synthetic", "memory", "touches", "threads", "reads"])]
+    #[arg(conflicts_with_all = ["memory", "touches", "threads", "reads"])]
     trace: Option<PathBuf>,
     /// Instead of a trace: random, zipf[:THETA], seq, loop[:TIMES-THE-RAM] or stride:PAGES, after every page was written once
     #[arg(long, value_name = "WHAT")]

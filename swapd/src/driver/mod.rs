@@ -69,10 +69,11 @@ impl Driver {
         let mut completions = Vec::new();
         let mut commands = Vec::new();
         let mut closed = false;
-        let mut spin = Spin::default(); let nospin = std::env::var_os("NOSPIN").is_some();
+        let mut spin = Spin::default();
+        let nospin = std::env::var_os("NOSPIN").is_some();
         while !closed || self.ring.in_flight() > 0 {
             let patience = next_tick.saturating_duration_since(Instant::now());
-            let wait = self.ring.wait(patience, if nospin {0} else {spin.ns()}, &mut completions);
+            let wait = self.ring.wait(patience, if nospin { 0 } else { spin.ns() }, &mut completions);
             spin.learn(wait);
             let mut faults = false;
             for completion in completions.drain(..) {
