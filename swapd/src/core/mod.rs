@@ -183,7 +183,7 @@ impl Core {
             budget: config.budget_frames,
             taken: 0,
             clock: Clock::default(),
-            probation: Probation::default(),
+            probation: Probation::new(config.pages),
             rescue_row: (PageNo(0), 1),
             prefetcher: Prefetcher::new(config.pages),
             prefetching: true,
@@ -388,6 +388,8 @@ impl Core {
             },
             sampling: crate::stats::SamplingCounts { pages: counts.sampled, touched: counts.samples_touched },
             store: crate::stats::StoreCounts {
+                pages_read: counts.pages_read,
+                pages_written: counts.written,
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
