@@ -45,7 +45,12 @@ pub(super) struct ReplayArgs {
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
     reads: Option<u8>,
     /// Who chooses what stays in RAM
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "vmemd,lru,fifo,clock,s3-fifo,optimum")]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "vmemd,lru,fifo,clock,lfu,s3-fifo,optimum"
+    )]
     policy: Vec<Policy>,
     /// Time that a read or write takes, in touches
     #[arg(long, value_name = "TOUCHES", default_value_t = 0)]

@@ -5,7 +5,7 @@ use swapd::PageNo;
 use swapd::core::{BUDGET_MIN, CoreConfig, staging_slots};
 use swapd::replay::{Counts, Pace, Replay};
 
-use super::reference::{Clock, Fifo, Lru, Outcome, S3Fifo};
+use super::reference::{Clock, Fifo, Lfu, Lru, Outcome, S3Fifo};
 use super::touches::Touches;
 use crate::bench::optimum::optimum;
 
@@ -21,6 +21,8 @@ pub(crate) enum Policy {
     Fifo,
     /// FIFO with a second chance
     Clock,
+    /// Least frequently used, counted from the start
+    Lfu,
     /// S3-FIFO: a queue on probation, a main one, ghosts
     S3Fifo,
     /// Belady's MIN, which knows the future
@@ -82,6 +84,7 @@ pub(crate) fn replay(touches: &Touches, frames: u64, policy: Policy, pace: Pace)
         Policy::Lru => by_demand(touches, policy, Lru::new(pages, frames as usize)),
         Policy::Fifo => by_demand(touches, policy, Fifo::new(pages, frames as usize)),
         Policy::Clock => by_demand(touches, policy, Clock::new(pages, frames as usize)),
+        Policy::Lfu => by_demand(touches, policy, Lfu::new(pages, frames as usize)),
         Policy::S3Fifo => by_demand(touches, policy, S3Fifo::new(pages, frames as usize)),
         Policy::Optimum => {
             let done = optimum(&touches.list, &[], frames as usize, touches.count_from, |_| {});
@@ -173,7 +176,7 @@ mod tests {
         let touches = settings.make().unwrap();
         let play = |policy| replay(&touches, (32 << 20) / 4096, policy, Pace { io: 0, tick: 20_000 });
         let optimum = play(Policy::Optimum);
-        for policy in [Policy::Vmemd, Policy::Lru, Policy::Fifo, Policy::Clock, Policy::S3Fifo] {
+        for policy in [Policy::Vmemd, Policy::Lru, Policy::Fifo, Policy::Clock, Policy::Lfu, Policy::S3Fifo] {
             let row = play(policy);
             assert_eq!(row.touches, 100_000);
             assert!(row.hit_rate > 0.5 && row.hit_rate <= optimum.hit_rate, "{row:?} against {optimum:?}");
