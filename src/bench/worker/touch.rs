@@ -19,6 +19,7 @@ const MISS_FLOOR_NS: u64 = 25_000;
 /// How far apart a thread notes how far it has come.
 const MARK_NS: u64 = 1_000_000;
 const MARKS_MAX: u64 = 60_000;
+const MARKS_OF_LOOPS: u64 = 10_000;
 
 /// Which slow touches have waited for the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,15 +101,17 @@ impl Toucher {
     ) -> Toucher {
         let measured_ms = match job.length {
             Length::Millis(ms) => ms,
-            Length::Loops(_) => MARKS_MAX,
+            Length::Loops(_) => MARKS_OF_LOOPS,
         };
-        let marks = (measured_ms + job.ramp_ms).min(MARKS_MAX) as usize + 16;
+        let mut marks = vec![Mark::default(); (measured_ms + job.ramp_ms).min(MARKS_MAX) as usize + 16];
+        // Their memory stays, and is in RAM now.
+        marks.clear();
         let record = Record {
             reads: Times::default(),
             writes: Times::default(),
             misses: Times::default(),
             verify_errors: 0,
-            marks: Vec::with_capacity(marks),
+            marks,
             measured_from: 0,
         };
         Toucher {
