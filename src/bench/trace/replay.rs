@@ -7,7 +7,7 @@ use swapd::replay::{Counts, Pace, Replay};
 
 use super::reference::{Clock, Fifo, Lfu, Lru, Outcome, S3Fifo};
 use super::touches::Touches;
-use crate::bench::optimum::optimum;
+use crate::bench::optimum::{WRITE, optimum};
 
 /// Who decides which pages are in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -87,7 +87,10 @@ pub(crate) fn replay(touches: &Touches, frames: u64, policy: Policy, pace: Pace)
         Policy::Lfu => by_demand(touches, policy, Lfu::new(pages, frames as usize)),
         Policy::S3Fifo => by_demand(touches, policy, S3Fifo::new(pages, frames as usize)),
         Policy::Optimum => {
-            let done = optimum(&touches.list, &[], frames as usize, touches.count_from, |_| {});
+            let (fill, list) = touches.list.split_at(touches.filling());
+            let fill: Vec<_> = fill.iter().map(|touch| touch & !WRITE).collect();
+            let count_from = touches.count_from - fill.len();
+            let done = optimum(list, &fill, frames as usize, count_from, |_| {});
             Row::by_demand(policy, done.touched, done.misses, done.evicted_dirty)
         }
     }
