@@ -27,6 +27,14 @@ fn numbers_and_names_that_make_no_sense() {
     run("serve --listen nowhere --ram 64M --store /tmp").fails(2, &["ADDRESS:PORT"]);
     run("serve --listen 127.0.0.1:0 --ram 1M --store /tmp").fails(2, &["minimum of 16M"]);
     run("bench migrate --memory 64M --ram 65M").fails(2, &["more than --memory"]);
+    run("bench replay").fails(2, &["TRACE", "--synthetic"]);
+    run("bench replay --synthetic zap").fails(2, &["zipf:0.99"]);
+    run("bench replay --synthetic random --ram 1M").fails(2, &["minimum of 16M"]);
+    run("bench replay --synthetic loop:9 --memory 64M").fails(2, &["--memory 288M"]);
+    run("bench replay --synthetic random --touches 999M").fails(2, &["at most"]);
+    run("bench replay a.trace --touches 5").fails(2, &["--touches"]);
+    run("bench record -o x.trace").fails(2, &["FILE.fio", "--vm"]);
+    run("bench record a.fio --vm web -o x.trace").fails(2, &["--vm"]);
     run("receive {}").fails(2, &["vmemd serve"]);
     run("fly").fails(2, &["fly"]);
     host.assert_clean();

@@ -21,9 +21,10 @@ use crate::host;
 use crate::size::Size;
 
 #[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("touched").required(true).args(["trace", "synthetic"])))]
 pub(super) struct ReplayArgs {
     /// A trace file of `vmemd bench record`
-    #[arg(required_unless_present = "synthetic", conflicts_with_all = ["synthetic", "memory", "touches", "threads", "reads"])]
+    #[arg(conflicts_with_all = ["memory", "touches", "threads", "reads"])]
     trace: Option<PathBuf>,
     /// Instead of a trace: random, zipf[:THETA], seq, loop[:TIMES-THE-RAM] or stride:PAGES, after every page was written once
     #[arg(long, value_name = "WHAT")]
@@ -44,7 +45,12 @@ pub(super) struct ReplayArgs {
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
     reads: Option<u8>,
     /// Who chooses what stays in RAM
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "vmemd,lru,fifo,clock,s3-fifo,optimum")]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "vmemd,lru,fifo,clock,lfu,s3-fifo,optimum"
+    )]
     policy: Vec<Policy>,
     /// Time that a read or write takes, in touches
     #[arg(long, value_name = "TOUCHES", default_value_t = 0)]

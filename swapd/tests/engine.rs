@@ -5,6 +5,7 @@ mod common;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{Patience, Vm, start};
+use swapd::core::FaultKind;
 use swapd::{CommandError, Engine, PAGE_SIZE, PageNo, Place, Run, StartError};
 
 const MIB: u64 = 1 << 20;
@@ -50,6 +51,35 @@ fn random_access_by_four_threads_finds_every_page_right() {
         }
     });
     assert_eq!(wrong.into_inner(), 0);
+}
+
+#[test]
+fn a_recording_has_every_fault_once() {
+    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let handle = vm.handle();
+    vm.write_all(1);
+    assert!(handle.record_faults(true).unwrap().faults.is_empty(), "nothing from before");
+    let before = vm.stats().faults;
+    vm.write_all(2);
+    let (mut faults, mut dropped) = (Vec::new(), 0);
+    loop {
+        let seen = handle.record_faults(true).unwrap();
+        faults.extend(seen.faults);
+        dropped += seen.dropped;
+        if seen.left == 0 {
+            break;
+        }
+    }
+    let after = vm.stats().faults;
+    assert_eq!((faults.len() as u64, dropped), (after.total - before.total, 0));
+    assert!(
+        faults.is_sorted_by_key(|fault| fault.at_us) && faults.iter().all(|fault| fault.page.0 < vm.pages())
+    );
+    let store = faults.iter().filter(|fault| fault.kind == FaultKind::Store).count() as u64;
+    assert_eq!(store, after.store - before.store);
+    assert_eq!(handle.record_faults(false).unwrap().left, 0);
+    vm.write_all(3);
+    assert!(handle.record_faults(true).unwrap().faults.is_empty(), "it was off");
 }
 
 #[test]

@@ -241,6 +241,7 @@ impl TraceWriter {
     }
 
     fn flush(&mut self) -> Result<(), Failure> {
+        crate::signals::check()?;
         self.sum.update(&self.buffer);
         self.body_bytes += self.buffer.len() as u64;
         let written = self.file.write_all(&self.buffer);

@@ -22,8 +22,9 @@ pub(crate) struct Recorded {
 /// The touches of a job file's jobs, `count` of them that count.
 ///
 /// # Errors
-/// If the job file is wrong, or the trace cannot be written.
+/// If the job file is wrong, the trace cannot be written, or at a signal.
 pub(crate) fn of_jobs(job_file: &Path, count: u64, trace: &Path) -> Result<Recorded, Failure> {
+    crate::signals::install()?;
     let scenario = jobfile::read(job_file)?;
     let touches = Touches::of_jobs(&scenario.jobs, scenario.memory_bytes(), count)?;
     let file_bytes = touches.save(trace, pages_in(scenario.ram_bytes).min(touches.pages))?;

@@ -1,6 +1,7 @@
 //! Policies from the literature, as plain as they come: what the engine's own is compared with.
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 
 /// What became of a touch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -134,6 +135,50 @@ impl Policy for Clock {
     }
 }
 
+/// The page that was touched least often goes, counted from the start, whether it was resident or not: as good as can be without
+/// knowing the future where what is hot stays hot.
+pub(super) struct Lfu {
+    /// Resident pages by their counts, some of which are out of date: too low.
+    order: BinaryHeap<Reverse<(u32, u32)>>,
+    resident: Vec<bool>,
+    counts: Vec<u32>,
+    frames: usize,
+}
+
+impl Lfu {
+    pub(super) fn new(pages: usize, frames: usize) -> Self {
+        let order = BinaryHeap::with_capacity(frames + 1);
+        Lfu { order, resident: vec![false; pages], counts: vec![0; pages], frames }
+    }
+
+    fn evict(&mut self) -> u32 {
+        loop {
+            let Reverse((count, page)) = self.order.pop().expect("there are frames");
+            let now = self.counts[page as usize];
+            if count == now {
+                return page;
+            }
+            self.order.push(Reverse((now, page)));
+        }
+    }
+}
+
+impl Policy for Lfu {
+    fn touch(&mut self, page: u32) -> Outcome {
+        self.counts[page as usize] += 1;
+        if self.resident[page as usize] {
+            return Outcome::Hit;
+        }
+        let victim = (self.order.len() == self.frames).then(|| self.evict());
+        if let Some(victim) = victim {
+            self.resident[victim as usize] = false;
+        }
+        self.resident[page as usize] = true;
+        self.order.push(Reverse((self.counts[page as usize], page)));
+        Outcome::Miss(victim)
+    }
+}
+
 /// A small queue on probation, a main one, and a memory of what left the small one (Yang et al., SOSP 2023).
 pub(super) struct S3Fifo {
     small: VecDeque<u32>,
@@ -231,6 +276,7 @@ mod tests {
             ("lru", Box::new(Lru::new(PAGES, frames))),
             ("fifo", Box::new(Fifo::new(PAGES, frames))),
             ("clock", Box::new(Clock::new(PAGES, frames))),
+            ("lfu", Box::new(Lfu::new(PAGES, frames))),
             ("s3-fifo", Box::new(S3Fifo::new(PAGES, frames))),
         ]
     }
@@ -278,6 +324,13 @@ mod tests {
                 prop_assert_eq!(lru.touch(*page) == Outcome::Hit, hit);
             }
         }
+    }
+
+    #[test]
+    fn lfu_knows_what_was_hot_after_it_left() {
+        let touches = [1, 1, 1, 2, 3, 4, 1, 2];
+        let mut lfu = Lfu::new(PAGES, 2);
+        assert_eq!(misses(&mut lfu, &touches), 5, "1, 2, 3, 4, 2");
     }
 
     #[test]

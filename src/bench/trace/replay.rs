@@ -5,9 +5,9 @@ use swapd::PageNo;
 use swapd::core::{BUDGET_MIN, CoreConfig, staging_slots};
 use swapd::replay::{Counts, Pace, Replay};
 
-use super::reference::{Clock, Fifo, Lru, Outcome, S3Fifo};
+use super::reference::{Clock, Fifo, Lfu, Lru, Outcome, S3Fifo};
 use super::touches::Touches;
-use crate::bench::optimum::optimum;
+use crate::bench::optimum::{WRITE, optimum};
 
 /// Who decides which pages are in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -21,6 +21,8 @@ pub(crate) enum Policy {
     Fifo,
     /// FIFO with a second chance
     Clock,
+    /// Least frequently used, counted from the start
+    Lfu,
     /// S3-FIFO: a queue on probation, a main one, ghosts
     S3Fifo,
     /// Belady's MIN, which knows the future
@@ -82,9 +84,13 @@ pub(crate) fn replay(touches: &Touches, frames: u64, policy: Policy, pace: Pace)
         Policy::Lru => by_demand(touches, policy, Lru::new(pages, frames as usize)),
         Policy::Fifo => by_demand(touches, policy, Fifo::new(pages, frames as usize)),
         Policy::Clock => by_demand(touches, policy, Clock::new(pages, frames as usize)),
+        Policy::Lfu => by_demand(touches, policy, Lfu::new(pages, frames as usize)),
         Policy::S3Fifo => by_demand(touches, policy, S3Fifo::new(pages, frames as usize)),
         Policy::Optimum => {
-            let done = optimum(&touches.list, &[], frames as usize, touches.count_from, |_| {});
+            let (fill, list) = touches.list.split_at(touches.filling());
+            let fill: Vec<_> = fill.iter().map(|touch| touch & !WRITE).collect();
+            let count_from = touches.count_from - fill.len();
+            let done = optimum(list, &fill, frames as usize, count_from, |_| {});
             Row::by_demand(policy, done.touched, done.misses, done.evicted_dirty)
         }
     }
@@ -173,7 +179,7 @@ mod tests {
         let touches = settings.make().unwrap();
         let play = |policy| replay(&touches, (32 << 20) / 4096, policy, Pace { io: 0, tick: 20_000 });
         let optimum = play(Policy::Optimum);
-        for policy in [Policy::Vmemd, Policy::Lru, Policy::Fifo, Policy::Clock, Policy::S3Fifo] {
+        for policy in [Policy::Vmemd, Policy::Lru, Policy::Fifo, Policy::Clock, Policy::Lfu, Policy::S3Fifo] {
             let row = play(policy);
             assert_eq!(row.touches, 100_000);
             assert!(row.hit_rate > 0.5 && row.hit_rate <= optimum.hit_rate, "{row:?} against {optimum:?}");

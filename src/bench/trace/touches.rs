@@ -117,6 +117,22 @@ impl Touches {
         list.map(|(at, touch)| (touch & !WRITE, touch & WRITE != 0, at >= self.count_from))
     }
 
+    /// How many touches at the start, of those that do not count, fill memory: each writes another page.
+    pub(crate) fn filling(&self) -> usize {
+        let mut filled = PageSet::default();
+        let mut fills = |touch: &u32| {
+            let page = touch & !WRITE;
+            let new = touch & WRITE != 0 && !filled.has(page);
+            filled.insert(page);
+            new
+        };
+        self.list[..self.count_from.min(self.list.len())]
+            .iter()
+            .copied()
+            .take_while(|touch| fills(touch))
+            .count()
+    }
+
     /// Touches that count.
     pub(crate) fn counted(&self) -> u64 {
         self.list.len().saturating_sub(self.count_from) as u64
