@@ -11,7 +11,6 @@ mod fio;
 mod ini;
 pub mod job;
 mod jobfile;
-#[allow(dead_code, reason = "used by the next commits")]
 pub mod optimum;
 mod output;
 pub(crate) mod pattern;

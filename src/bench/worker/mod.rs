@@ -7,7 +7,9 @@
 
 mod clock;
 mod content;
+mod hindsight;
 mod memory;
+mod raw;
 mod touch;
 mod usage;
 
@@ -41,7 +43,7 @@ pub(crate) fn main(request: &WorkerRequest) -> Result<Sample, Failure> {
     std::fs::create_dir_all(&request.dir)
         .map_err(|error| Failure::io(format!("cannot make {}", request.dir.display()), &error))?;
     match request.engine {
-        BenchEngine::Raw => Err(Failure::new(Kind::Usage, "the raw engine is not there yet")),
+        BenchEngine::Raw => raw::run(request),
         BenchEngine::Vmemd | BenchEngine::Swap | BenchEngine::Mem => touch(request),
     }
 }
@@ -114,6 +116,9 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
         .into_iter()
         .map(|team| team.touchers.into_iter().map(|toucher| toucher.record).collect())
         .collect();
+    // A swap engine's cgroup has no room for it.
+    let wanted = request.optimum && request.engine == BenchEngine::Vmemd;
+    let optimum_hit_rate = wanted.then(|| hindsight::hit_rate(scenario, &areas, &records)).flatten();
     let job_sample = |(job, records): (&Job, &Vec<Record>)| job_sample(clock, job, records);
     Ok(Sample {
         engine: request.engine,
@@ -121,7 +126,7 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
         cpu_ns: after.cpu_ns.saturating_sub(before.cpu_ns),
         pages_read: device.pages_read,
         pages_written: device.pages_written,
-        optimum_hit_rate: None,
+        optimum_hit_rate,
         start_ns,
         engine_store_faults: device.store_faults,
     })
