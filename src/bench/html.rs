@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::demands::Row;
 use super::job::BenchEngine;
@@ -19,7 +20,7 @@ use crate::size::Size;
 const INK: RGBColor = RGBColor(1, 2, 3);
 const INK_IN_SVG: &str = "#010203";
 const CHART: (u32, u32) = (520, 300);
-const BAR_HEIGHT: u32 = 34;
+const BAR_HEIGHT: u32 = 38;
 /// Where bars begin, behind the names of jobs.
 const NAMES_WIDTH: u32 = 170;
 /// Distributions end where fewer values than this are left.
@@ -170,7 +171,7 @@ fn ratios(results: &[Compared]) -> Result<Option<String>, Failure> {
             .margin_left(NAMES_WIDTH)
             .margin_right(60)
             .x_label_area_size(30)
-            .build_cartesian_2d((least * 0.8..most * 1.25).log_scale(), 0.0..bars.len() as f64)?;
+            .build_cartesian_2d((least * 0.6..most * 1.4).log_scale(), 0.0..bars.len() as f64)?;
         chart
             .configure_mesh()
             .disable_y_mesh()
@@ -179,21 +180,22 @@ fn ratios(results: &[Compared]) -> Result<Option<String>, Failure> {
             .axis_style(INK.mix(0.4))
             .bold_line_style(INK.mix(0.12))
             .light_line_style(TRANSPARENT)
-            .label_style(("sans-serif", 13).into_font().color(&INK))
+            .label_style(("sans-serif", 14).into_font().color(&INK))
             .x_label_formatter(&|ratio| format!("{} x", short(*ratio)))
             .draw()?;
-        let small = ("sans-serif", 12).into_font().color(&INK);
+        let font = |side| ("sans-serif", 14).into_font().color(&INK).pos(Pos::new(side, VPos::Center));
         for (number, (name, ratios)) in bars.iter().enumerate() {
             let top = (bars.len() - number) as f64 - 0.15;
             let thickness = 0.7 / ratios.len() as f64;
             let at = chart.backend_coord(&(1.0, top - 0.35));
-            area.draw(&Text::new(name.clone(), (4, at.1 - 6), small.clone()))?;
+            area.draw(&Text::new(name.clone(), (4, at.1), font(HPos::Left)))?;
             for (place, (to, ratio)) in ratios.iter().enumerate() {
                 let high = top - place as f64 * thickness;
                 let corners = [(1.0, high), (*ratio, high - thickness * 0.9)];
                 chart.draw_series([Rectangle::new(corners, colour(*to).filled())])?;
-                let end = chart.backend_coord(&(ratio.max(1.0), high - thickness / 2.0));
-                area.draw(&Text::new(short(*ratio), (end.0 + 4, end.1 - 6), small.clone()))?;
+                let end = chart.backend_coord(&(*ratio, high - thickness / 2.0));
+                let (side, gap) = if *ratio < 1.0 { (HPos::Right, -5) } else { (HPos::Left, 5) };
+                area.draw(&Text::new(short(*ratio), (end.0 + gap, end.1), font(side)))?;
             }
         }
         let one = [(1.0, 0.0), (1.0, bars.len() as f64)];
@@ -263,10 +265,10 @@ fn distribution(compared: &Compared, job: usize) -> Result<Option<String>, Failu
         let of = |of: &OfEngine| (of.engine, nines(&together(of, job, misses)));
         compared.engines.iter().map(of).filter(|(_, points)| points.len() > 1).collect()
     };
-    let (lines, what) = match of_kind(true) {
-        lines if lines.is_empty() => (of_kind(false), "an operation"),
-        lines => (lines, "a miss"),
-    };
+    let (misses, operations) = (of_kind(true), of_kind(false));
+    // Where an engine never waits, misses of the others compare with nothing.
+    let (lines, what) =
+        if misses.len() < operations.len() { (operations, "an operation") } else { (misses, "a miss") };
     let points = || lines.iter().flat_map(|(_, points)| points);
     let most = points().map(|(_, us)| *us).fold(1.0, f64::max);
     let least = points().map(|(_, us)| *us).fold(most, f64::min).max(0.01);
@@ -277,17 +279,18 @@ fn distribution(compared: &Compared, job: usize) -> Result<Option<String>, Failu
     let drawn = svg(CHART, |area| {
         let mut chart = ChartBuilder::on(area)
             .margin(10)
+            .margin_right(24)
             .x_label_area_size(26)
             .y_label_area_size(54)
             .build_cartesian_2d(0.0..nines, (least * 0.8..most * 1.3).log_scale())?;
         chart
             .configure_mesh()
             .x_labels(6)
-            .y_labels(6)
+            .y_labels(10)
             .axis_style(INK.mix(0.4))
             .bold_line_style(INK.mix(0.12))
             .light_line_style(TRANSPARENT)
-            .label_style(("sans-serif", 13).into_font().color(&INK))
+            .label_style(("sans-serif", 14).into_font().color(&INK))
             .x_label_formatter(&|nines| percent(*nines))
             .y_label_formatter(&|us| micros(*us))
             .draw()?;
@@ -356,18 +359,19 @@ fn over_time(compared: &Compared, job: usize) -> Result<Option<String>, Failure>
     let drawn = svg(CHART, |area| {
         let mut chart = ChartBuilder::on(area)
             .margin(10)
+            .margin_right(24)
             .x_label_area_size(26)
             .y_label_area_size(54)
             .build_cartesian_2d(0.0..end, (least * 0.7..most * 1.4).log_scale())?;
         chart
             .configure_mesh()
             .x_labels(8)
-            .y_labels(6)
+            .y_labels(10)
             .axis_style(INK.mix(0.4))
             .bold_line_style(INK.mix(0.12))
             .light_line_style(TRANSPARENT)
-            .label_style(("sans-serif", 13).into_font().color(&INK))
-            .x_label_formatter(&|seconds| format!("{seconds} s"))
+            .label_style(("sans-serif", 14).into_font().color(&INK))
+            .x_label_formatter(&|seconds| format!("{} s", (seconds * 10.0).round() / 10.0))
             .y_label_formatter(&|rate| short(*rate))
             .draw()?;
         for (engine, points) in &lines {

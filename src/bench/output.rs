@@ -299,6 +299,7 @@ pub(super) fn short(value: f64) -> String {
         v => (v, ""),
     };
     match scaled {
+        v if v > 0.0 && v < 0.0995 => format!("{v:.4}"),
         v if unit.is_empty() && v >= 99.95 => format!("{v:.0}"),
         v if v >= 99.95 => format!("{v:.0}{unit}"),
         v if v >= 9.995 => format!("{v:.1}{unit}"),
@@ -370,6 +371,7 @@ mod tests {
     fn numbers_are_short() {
         for (value, text) in [
             (0.0, "0.00"),
+            (0.0123, "0.0123"),
             (9.876, "9.88"),
             (99.96, "100"),
             (8712.0, "8712"),
