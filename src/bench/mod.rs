@@ -20,7 +20,7 @@ mod report;
 mod results;
 pub mod sample;
 mod site;
-mod swapfile;
+pub mod swapfile;
 pub(crate) mod trace;
 pub(crate) mod worker;
 

@@ -28,7 +28,8 @@ pub struct Traffic {
     pub write: bool,
 }
 
-/// Runs MIN with `frames` frames over writes of the `warm` pages and then `touches` (a page number, with [`WRITE`] set or not).
+/// Runs MIN with `frames` frames over `touches` (a page number, with [`WRITE`] set or not). All `warm` pages, each named once, have
+/// been written before, in that order, and the last of them are resident: nobody who fills memory knows yet what will be touched.
 /// What happens from the touch at `count_from` on is counted, and told to `tell` in the order in which it happens.
 ///
 /// # Panics
@@ -41,17 +42,20 @@ pub fn optimum(
     mut tell: impl FnMut(Traffic),
 ) -> Optimum {
     assert!(frames > 0, "a touch needs a frame");
+    let (stored, warm) = warm.split_at(warm.len().saturating_sub(frames));
     let total = warm.len() + touches.len();
     assert!(total < NEVER as usize, "too many touches: {total}");
     let at = |time: usize| warm.get(time).map_or_else(|| touches[time - warm.len()], |page| page | WRITE);
     let page_at = |time: usize| (at(time) & !WRITE) as usize;
-    let pages = (0..total).map(page_at).max().map_or(0, |page| page + 1);
+    let stored_pages = stored.iter().map(|page| *page as usize);
+    let pages = (0..total).map(page_at).chain(stored_pages.clone()).max().map_or(0, |page| page + 1);
     let next = next_uses(total, pages, page_at);
 
     let mut resident = TimeSet::new(total);
     let mut dead = Dead::default();
     let mut dirty = vec![false; pages];
     let mut has_content = vec![false; pages];
+    stored_pages.for_each(|page| has_content[page] = true);
     let mut free = frames;
     let mut done = Optimum::default();
     for time in 0..total {
@@ -167,9 +171,10 @@ mod tests {
     }
 
     /// The same by looking through all residents and all the future.
-    fn naive(touches: &[u32], frames: usize) -> (Vec<Traffic>, Optimum) {
+    fn naive(touches: &[u32], frames: usize, stored: &[u32]) -> (Vec<Traffic>, Optimum) {
         let pages = pages_of(touches);
-        let (mut resident, mut dirty, mut content) = (vec![], BTreeSet::new(), BTreeSet::new());
+        let (mut resident, mut dirty) = (vec![], BTreeSet::new());
+        let mut content: BTreeSet<u32> = stored.iter().copied().collect();
         let (mut traffic, mut done) = (vec![], Optimum::default());
         for (at, page) in pages.iter().copied().enumerate() {
             done.touched += 1;
@@ -227,9 +232,10 @@ mod tests {
             touches in prop::collection::vec(touch(), 1..200), frames in 1usize..9, warm in 0usize..12, from in 0usize..50
         ) {
             let warm: Vec<_> = (0..warm as u32).collect();
-            let whole: Vec<_> = warm.iter().map(|page| page | WRITE).chain(touches.iter().copied()).collect();
-            let (expected, _) = naive(&whole, frames);
-            let shift = |traffic: &Traffic| Some(Traffic { at: traffic.at.checked_sub(warm.len())?, ..*traffic });
+            let (stored, resident) = warm.split_at(warm.len().saturating_sub(frames));
+            let whole: Vec<_> = resident.iter().map(|page| page | WRITE).chain(touches.iter().copied()).collect();
+            let (expected, _) = naive(&whole, frames, stored);
+            let shift = |traffic: &Traffic| Some(Traffic { at: traffic.at.checked_sub(resident.len())?, ..*traffic });
             let expected: Vec<_> = expected.iter().filter_map(shift).filter(|traffic| traffic.at >= from).collect();
             let mut told = vec![];
             let done = optimum(&touches, &warm, frames, from, |traffic| told.push(traffic));

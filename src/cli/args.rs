@@ -230,6 +230,11 @@ The keys of job files are in docs/jobs.md. swap needs root: it makes a memory cg
     /// Touch memory, and print what that took as JSON (started by `vmemd bench run`)
     #[command(hide = true)]
     Worker { request: String },
+    /// Record which pages are touched, as a trace file for `replay`
+    #[command(after_help = "Examples:
+  vmemd bench record benches/jobs/zipf.fio --touches 20M -o zipf.trace
+  vmemd bench record --vm web --seconds 30 -o web.trace")]
+    Record(super::traces::RecordArgs),
 }
 
 #[derive(Debug, Args)]

@@ -18,7 +18,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use swapd::{PageNo, Run};
+use swapd::{PAGE_SIZE, PageNo, Run};
 
 use self::clock::Clock;
 use self::content::{Base, Content};
@@ -28,24 +28,48 @@ use super::job::{BenchEngine, Job, Scenario, WorkerRequest};
 use super::pattern::Pattern;
 use super::sample::{JobSample, SERIES_MS, Sample, Side, Times};
 use crate::failure::{Failure, Kind};
+use crate::size::Size;
 
 /// Enough for a loop of touches; a cgroup's memory is dear.
 const STACK_BYTES: usize = 256 << 10;
+
+/// Pages have numbers of 31 bits here.
+const MEMORY_MAX: u64 = 8 << 40;
 
 /// Measures.
 ///
 /// # Errors
 /// If the host lacks something, the sizes do not fit, or the engine fails.
 pub(crate) fn main(request: &WorkerRequest) -> Result<Sample, Failure> {
-    if request.scenario.jobs.is_empty() {
-        return Err(Failure::new(Kind::Usage, "there are no jobs"));
-    }
+    check(&request.scenario)?;
     std::fs::create_dir_all(&request.dir)
         .map_err(|error| Failure::io(format!("cannot make {}", request.dir.display()), &error))?;
     match request.engine {
         BenchEngine::Raw => raw::run(request),
         BenchEngine::Vmemd | BenchEngine::Swap | BenchEngine::Mem => touch(request),
     }
+}
+
+/// The parent has read a job file; who types a request by hand may get it wrong.
+fn check(scenario: &Scenario) -> Result<(), Failure> {
+    let usage = |text: String| Err(Failure::new(Kind::Usage, text));
+    if scenario.jobs.is_empty() {
+        return usage("there are no jobs".to_owned());
+    }
+    for job in &scenario.jobs {
+        let sizes =
+            [job.size_bytes, job.working_set_bytes, job.block_bytes.next_multiple_of(PAGE_SIZE as u64)];
+        if sizes.iter().any(|bytes| *bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE as u64))
+            || job.threads == 0
+        {
+            return usage(format!("job {:?}: sizes are whole pages, and somebody must touch them", job.name));
+        }
+    }
+    let bytes = scenario.jobs.iter().fold(0, |sum: u64, job| sum.saturating_add(job.size_bytes));
+    if bytes > MEMORY_MAX {
+        return usage(format!("{:#} of memory are more than {:#}", Size(bytes), Size(MEMORY_MAX)));
+    }
+    Ok(())
 }
 
 fn say(text: &str) {

@@ -5,8 +5,6 @@
 
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
-
 use super::clock::Clock;
 use super::content::{Base, Content};
 use super::usage::{self, Faults};
@@ -21,6 +19,7 @@ const MISS_FLOOR_NS: u64 = 25_000;
 /// How far apart a thread notes how far it has come.
 const MARK_NS: u64 = 1_000_000;
 const MARKS_MAX: u64 = 60_000;
+const MARKS_OF_LOOPS: u64 = 10_000;
 
 /// Which slow touches have waited for the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +84,7 @@ pub(super) struct Toucher {
     content: Content,
     rule: MissRule,
     length: Length,
+    counting: bool,
     faults: Faults,
     at: Mark,
     next_mark: u64,
@@ -101,15 +101,17 @@ impl Toucher {
     ) -> Toucher {
         let measured_ms = match job.length {
             Length::Millis(ms) => ms,
-            Length::Loops(_) => MARKS_MAX,
+            Length::Loops(_) => MARKS_OF_LOOPS,
         };
-        let marks = (measured_ms + job.ramp_ms).min(MARKS_MAX) as usize + 16;
+        let mut marks = vec![Mark::default(); (measured_ms + job.ramp_ms).min(MARKS_MAX) as usize + 16];
+        // Their memory stays, and is in RAM now.
+        marks.clear();
         let record = Record {
             reads: Times::default(),
             writes: Times::default(),
             misses: Times::default(),
             verify_errors: 0,
-            marks: Vec::with_capacity(marks),
+            marks,
             measured_from: 0,
         };
         Toucher {
@@ -118,6 +120,7 @@ impl Toucher {
             content,
             rule,
             length: job.length,
+            counting: false,
             faults: Faults::default(),
             at: Mark::default(),
             next_mark: 0,
@@ -134,13 +137,11 @@ impl Toucher {
             let ticks = self.at.ticks + self.clock.ticks_of(time.as_nanos() as u64);
             self.touch_until(base, Until { ticks, operations: u64::MAX });
         }
-        for times in [&mut self.record.reads, &mut self.record.writes, &mut self.record.misses] {
-            times.0.reset();
-        }
     }
 
     /// Touches for as long as the job says, from `start` on, and counts.
     pub(super) fn measure(&mut self, base: Base, start: u64) {
+        self.counting = true;
         self.at.ticks = start;
         self.mark();
         self.record.measured_from = self.record.marks.len() - 1;
@@ -181,8 +182,10 @@ impl Toucher {
             }
             operation_began = None;
             self.at.operations += 1;
-            let times = if touch.write { &mut self.record.writes } else { &mut self.record.reads };
-            record(&mut times.0, self.clock.ns(ended - first_began));
+            if self.counting {
+                let times = if touch.write { &mut self.record.writes } else { &mut self.record.reads };
+                times.0.saturating_record(self.clock.ns(ended - first_began));
+            }
             if ended >= self.next_mark {
                 self.mark();
             }
@@ -206,14 +209,10 @@ impl Toucher {
             MissRule::MajorFault => now.major > before.major,
             MissRule::LongFault => ns >= MISS_FLOOR_NS && now.minor + now.major > before.minor + before.major,
         };
-        if missed {
-            record(&mut self.record.misses.0, ns);
+        if missed && self.counting {
+            self.record.misses.0.saturating_record(ns);
         }
     }
-}
-
-fn record(times: &mut Histogram<u64>, ns: u64) {
-    times.saturating_record(ns);
 }
 
 #[cfg(test)]

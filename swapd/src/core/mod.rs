@@ -183,7 +183,7 @@ impl Core {
             budget: config.budget_frames,
             taken: 0,
             clock: Clock::default(),
-            probation: Probation::default(),
+            probation: Probation::new(config.pages),
             rescue_row: (PageNo(0), 1),
             prefetcher: Prefetcher::new(config.pages),
             prefetching: true,
@@ -265,6 +265,7 @@ impl Core {
             Request::ArriveZero(run) => Some(self.checked(run).and_then(|()| self.arrive_zero(run))),
             Request::ArrivePoisoned(run) => Some(self.checked(run).and_then(|()| self.arrive_poisoned(run))),
             Request::FinishReceiving => self.finish_receiving(ticket),
+            Request::RecordFaults(_) => Some(Err(CommandError::NotNow("there is no clock here"))),
         };
         if let Some(answer) = answer {
             self.actions.push_back(Action::Answer { ticket, answer });

@@ -47,7 +47,7 @@ pub(super) fn run(request: &WorkerRequest) -> Result<Sample, Failure> {
     let device = Device::new(file, slots).map_err(fail)?;
     let cpu_ns = usage::process_cpu_ns();
     let mut run = RawRun::new(scenario, device, &plan);
-    run.to_the_end().map_err(fail)?;
+    run.finish().map_err(fail)?;
     let cpu_ns = usage::process_cpu_ns() - cpu_ns;
     Ok(run.sample(&plan, cpu_ns))
 }
@@ -140,7 +140,7 @@ impl<'a> RawRun<'a> {
         }
     }
 
-    fn to_the_end(&mut self) -> std::io::Result<()> {
+    fn finish(&mut self) -> std::io::Result<()> {
         let mut done = Vec::new();
         loop {
             let now = Clock::ticks();

@@ -13,6 +13,11 @@ use crate::bench::worker::hindsight::{coded, warm};
 
 /// Touches that stand for a timed run, of all lanes together.
 const TOUCHES: u64 = 4 << 20;
+/// Before and behind them, in passes: until the optimum's residents depend neither on what was filled last nor on the end. What it
+/// keeps is what comes again within as many touches as have a RAM's worth of different pages: several passes, if they are random.
+const AROUND_SEQUENTIAL: u64 = 1;
+const AROUND_RANDOM: u64 = 4;
+const TOUCHES_AROUND: u64 = 4 * TOUCHES;
 /// Of a run by passes: beyond that it would take minutes to plan.
 const TOUCHES_MAX: u64 = 64 << 20;
 /// Pages in one read or write at most: 256 KiB.
@@ -71,9 +76,11 @@ impl Draft {
         let pattern = Pattern::new(job, area, thread);
         let pass = pattern.pass_operations();
         let unit = (job.block_bytes / 4096).max(1);
-        let share = (TOUCHES / lanes / unit).max(1);
+        let share = |touches: u64| (touches / lanes / unit).max(1);
+        let passes = if job.order == Order::Sequential { AROUND_SEQUENTIAL } else { AROUND_RANDOM };
+        let around = (passes * pass).min(share(TOUCHES_AROUND));
         let (warm, counted, behind) = match job.length {
-            Length::Millis(_) => (pass.min(share), share, pass.min(share)),
+            Length::Millis(_) => (around, share(TOUCHES), around),
             Length::Loops(loops) => (0, loops * pass, 0),
         };
         Draft { pattern, warm, counted, behind }
@@ -109,7 +116,8 @@ pub(super) fn plan(scenario: &Scenario, areas: &[Run]) -> Option<Plan> {
         return None;
     }
     let (touches, origins) = merged(&mut drafts);
-    let mut builders: Vec<Builder> = plans.iter().map(|lane| Builder::new(lane.depth)).collect();
+    let mut builders: Vec<Builder> =
+        plans.iter().map(|lane| Builder::new(&scenario.jobs[lane.job])).collect();
     let mut seen = 0;
     // How far every lane has come; what is told comes in the order of the touches.
     let mut tell = |traffic: Option<Traffic>| {
@@ -172,8 +180,8 @@ struct Builder {
 }
 
 impl Builder {
-    fn new(depth: u32) -> Builder {
-        let read_pages = if depth > 1 { JOINED_PAGES } else { 1 };
+    fn new(job: &Job) -> Builder {
+        let read_pages = if job.order == Order::Sequential { JOINED_PAGES } else { 1 };
         Builder { read_pages, touches: 0, read: None, write: None, done: Vec::new() }
     }
 
