@@ -131,6 +131,14 @@ fn overridden(mut scenario: Scenario, settings: &RunSettings) -> Result<Scenario
         jobfile::check(job)
             .map_err(|(key, text)| format!("with --scale, job [{}], {key}: {text}", job.name))?;
     }
+    let memory = scenario.memory_bytes();
+    if memory < least && scenario.engines.contains(&BenchEngine::Vmemd) {
+        return Err(format!(
+            "all areas together are {}, less than the least RAM budget of vmemd, {}: they need a larger `size` or --scale",
+            Size(memory),
+            Size(least)
+        ));
+    }
     Ok(scenario)
 }
 
@@ -168,8 +176,8 @@ fn need_room(scenario: &Scenario, settings: &RunSettings) -> Result<(), Failure>
     host::need_free_disk(existing, if on_disk { touched } else { 0 }, 0).map_err(named)
 }
 
-/// Why an engine cannot run on this host, if so.
-fn lacks(engine: BenchEngine, site: &Site) -> Option<String> {
+/// Why an engine cannot run these jobs on this host, if so.
+fn lacks(engine: BenchEngine, scenario: &Scenario, site: &Site) -> Option<String> {
     let probe = || -> Result<(), Failure> {
         cgroup::available()?;
         SwapFile::create(&site.fresh("probe")?.join(SWAP_FILE), PROBE_BYTES).map(drop)
@@ -179,6 +187,9 @@ fn lacks(engine: BenchEngine, site: &Site) -> Option<String> {
             site.path(),
             &["kernel", "userfaultfd", "UFFDIO_MOVE", "io_uring", "O_DIRECT of the store"],
         ),
+        BenchEngine::Raw if touched_bytes(scenario) <= scenario.ram_bytes => {
+            Some("these jobs need no device: all that they touch fits into their RAM".to_owned())
+        }
         BenchEngine::Raw => doctor::lacks(site.path(), &["io_uring", "O_DIRECT of the store"]),
         BenchEngine::Swap => probe().err().map(|failure| failure.text),
         BenchEngine::Mem => None,
@@ -188,7 +199,7 @@ fn lacks(engine: BenchEngine, site: &Site) -> Option<String> {
 fn compare(scenario: Scenario, settings: &RunSettings, progress: &mut Progress) -> Result<Compared, Failure> {
     let site = Site::open(store(&scenario, settings))?;
     let of = |engine: &BenchEngine| {
-        let left_out = lacks(*engine, &site);
+        let left_out = lacks(*engine, &scenario, &site);
         if let Some(reason) = &left_out {
             say(&format!("{}: {} is left out: {reason}", scenario.name, engine.name()));
         }

@@ -1,5 +1,6 @@
 //! Job files in fio's INI style: text to a [`Scenario`], and back. `docs/jobs.md` has the keys.
 
+#[cfg(test)]
 use std::fmt::Write;
 use std::fs::File;
 use std::io::Read;
@@ -456,7 +457,8 @@ pub(super) fn options(job: &Job) -> Vec<(&'static str, String)> {
 }
 
 /// A job file that says the same, with nothing left to defaults.
-pub(super) fn text(scenario: &Scenario) -> String {
+#[cfg(test)]
+fn text(scenario: &Scenario) -> String {
     let engines: Vec<_> = scenario.engines.iter().map(|engine| engine.name()).collect();
     let ram = Size(scenario.ram_bytes).to_string().to_ascii_lowercase();
     let mut text = format!("[global]\nram={ram}\nengine={}\n", engines.join(","));

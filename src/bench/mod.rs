@@ -6,12 +6,13 @@
 
 pub mod cgroup;
 mod compare;
+mod demands;
 mod experiment;
 mod fio;
+mod html;
 mod ini;
 pub mod job;
 mod jobfile;
-#[allow(dead_code, reason = "used by the next commits")]
 pub mod optimum;
 mod output;
 pub(crate) mod pattern;
@@ -31,6 +32,7 @@ use crate::size::Size;
 use crate::vmm::Workload;
 use crate::{host, signals};
 pub use compare::{RunSettings, Style, run};
+pub use output::{ReportSettings, report as jobs_report};
 use report::{Outcome, Results};
 use site::Site;
 

@@ -6,16 +6,17 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufWriter, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::compare::{RunSettings, Style};
-use super::fio;
 use super::job::{BenchEngine, Job, Scenario};
 use super::results::{Compared, Figure, OfEngine, Outcome};
 use super::sample::{JobSample, Sample, Side};
+use super::{demands, fio, html};
 use crate::failure::{Failure, Kind};
 use crate::size::Size;
 
@@ -93,6 +94,45 @@ pub(super) fn read(path: &Path) -> Result<Vec<Compared>, Failure> {
             Err(usage(format!("{}: results of format {other}, this vmemd reads {FORMAT}", path.display())))
         }
     }
+}
+
+/// What to make of results.
+#[derive(Clone, Debug)]
+pub struct ReportSettings {
+    pub results: Vec<PathBuf>,
+    /// The HTML file.
+    pub output: Option<PathBuf>,
+    pub json: bool,
+}
+
+/// Judges results, and writes the report. Of a job file that is there twice, the later results count.
+///
+/// # Errors
+/// If results cannot be read, or the report cannot be written.
+pub fn report(settings: &ReportSettings) -> Result<(), Failure> {
+    let mut results: Vec<Compared> = Vec::new();
+    for path in &settings.results {
+        for compared in read(path)? {
+            match results.iter_mut().find(|other| other.scenario.name == compared.scenario.name) {
+                Some(other) => *other = compared,
+                None => results.push(compared),
+            }
+        }
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let rows = demands::judge(&results);
+    if let Some(path) = &settings.output {
+        write_file(path, &html::report(&results, &rows, now)?)?;
+    }
+    let text = match settings.json {
+        true => to_text(&json!(rows))?,
+        false if rows.is_empty() => {
+            "none of these results is of a job that anything is demanded of".to_owned()
+        }
+        false => demands::table(&rows),
+    };
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    Ok(())
 }
 
 fn combined(results: &[Compared]) -> Result<Value, Failure> {
@@ -176,7 +216,7 @@ fn normal(compared: &Compared) -> String {
 }
 
 /// The run with the middle throughput, counted from one.
-fn middle(of: &OfEngine, job: usize) -> Option<(usize, &Sample)> {
+pub(super) fn middle(of: &OfEngine, job: usize) -> Option<(usize, &Sample)> {
     let rate =
         |sample: &Sample| sample.jobs[job].touches as f64 / (sample.jobs[job].runtime_ns.max(1)) as f64;
     let mut runs: Vec<_> = of.samples().enumerate().map(|(number, sample)| (number + 1, sample)).collect();
@@ -259,6 +299,7 @@ pub(super) fn short(value: f64) -> String {
         v => (v, ""),
     };
     match scaled {
+        v if v > 0.0 && v < 0.0995 => format!("{v:.4}"),
         v if unit.is_empty() && v >= 99.95 => format!("{v:.0}"),
         v if v >= 99.95 => format!("{v:.0}{unit}"),
         v if v >= 9.995 => format!("{v:.1}{unit}"),
@@ -266,7 +307,7 @@ pub(super) fn short(value: f64) -> String {
     }
 }
 
-const ROWS: [(&str, Figure); 10] = [
+pub(super) const ROWS: [(&str, Figure); 10] = [
     ("touches/s", Figure::TouchesPerSecond),
     ("misses/s", Figure::MissesPerSecond),
     ("miss p50, us", Figure::Miss(500)),
@@ -330,6 +371,7 @@ mod tests {
     fn numbers_are_short() {
         for (value, text) in [
             (0.0, "0.00"),
+            (0.0123, "0.0123"),
             (9.876, "9.88"),
             (99.96, "100"),
             (8712.0, "8712"),

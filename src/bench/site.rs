@@ -222,7 +222,8 @@ impl Proc {
 
     fn ended(&self) -> Failure {
         let log = fs::read_to_string(&self.log).unwrap_or_default();
-        let last = log.lines().last().unwrap_or("it said nothing").to_owned();
+        let last = log.lines().last().unwrap_or("it said nothing");
+        let last = last.strip_prefix("vmemd: ").unwrap_or(last);
         Failure::new(Kind::Vm, format!("a process of the experiment ended: {last}"))
     }
 }

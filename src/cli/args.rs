@@ -222,6 +222,11 @@ The swap target needs root: it makes a memory cgroup and a swap file, and remove
   vmemd bench run benches/jobs/randrw8.fio --engine vmemd,swap,raw --repeat 5
 The keys of job files are in docs/jobs.md. swap needs root: it makes a memory cgroup and a swap file, and removes them.")]
     Run(super::jobs::RunJobsArgs),
+    /// Judge results of `bench run`, and make a report of them: one HTML file with plots
+    #[command(after_help = "Example:
+  vmemd bench run benches/jobs/*.fio --output-format json --output results.json
+  vmemd bench report results.json --output report.html")]
+    Report(super::jobs::ReportArgs),
     /// Touch memory, and print what that took as JSON (started by `vmemd bench run`)
     #[command(hide = true)]
     Worker { request: String },

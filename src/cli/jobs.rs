@@ -1,14 +1,14 @@
-//! `vmemd bench run`: arguments and settings.
+//! `vmemd bench run` and `vmemd bench report`: arguments and settings.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::args::parse_duration;
+use super::args::{JsonArg, parse_duration};
 use super::default_store;
 use crate::bench::job::BenchEngine;
-use crate::bench::{RunSettings, Style};
+use crate::bench::{ReportSettings, RunSettings, Style};
 use crate::size::Size;
 
 #[derive(Debug, Args)]
@@ -64,6 +64,24 @@ impl RunJobsArgs {
             output: self.output,
             output_dir: self.output_dir,
         }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ReportArgs {
+    /// What `bench run --output-format json` has written; of a job file that is there twice, the later counts
+    #[arg(required = true, value_name = "RESULTS")]
+    results: Vec<PathBuf>,
+    /// The HTML file to write
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    json: JsonArg,
+}
+
+impl ReportArgs {
+    pub(super) fn settings(self) -> ReportSettings {
+        ReportSettings { results: self.results, output: self.output, json: self.json.json }
     }
 }
 

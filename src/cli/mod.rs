@@ -74,6 +74,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Bench(BenchCommand::Migrate(args)) => bench::migrate(&bench_settings(args)?),
         Command::Bench(BenchCommand::Replay(args)) => traces::replay(&args),
         Command::Bench(BenchCommand::Run(args)) => bench::run(&args.settings()),
+        Command::Bench(BenchCommand::Report(args)) => bench::jobs_report(&args.settings()),
         Command::Bench(BenchCommand::Worker { request }) => bench_worker(&request),
         Command::Bench(BenchCommand::Record(args)) => traces::record(&run_dir, &args),
     }
