@@ -62,14 +62,16 @@ const NO_TICKET: Ticket = Ticket(0);
 impl Driver {
     fn run(&mut self) {
         let tick = Duration::from_millis(TICK_MS);
-        let mut next_tick = Instant::now() + tick;
+        let mut last_tick = Instant::now();
         let mut completions = Vec::new();
         let mut commands = Vec::new();
         let mut closed = false;
-        let mut spin = Spin::default(); let nospin = std::env::var_os("NOSPIN").is_some();
+        let mut spin = Spin::default();
+        let nospin = std::env::var_os("NOSPIN").is_some();
         while !closed || self.ring.in_flight() > 0 {
+            let next_tick = last_tick + tick * self.core.ticks_to_sleep() as u32;
             let patience = next_tick.saturating_duration_since(Instant::now());
-            let wait = self.ring.wait(patience, if nospin {0} else {spin.ns()}, &mut completions);
+            let wait = self.ring.wait(patience, if nospin { 0 } else { spin.ns() }, &mut completions);
             spin.learn(wait);
             let mut faults = false;
             for completion in completions.drain(..) {
@@ -85,9 +87,10 @@ impl Driver {
             for command in commands.drain(..) {
                 self.command(command);
             }
-            if Instant::now() >= next_tick {
-                next_tick = Instant::now() + tick;
-                self.event(Event::Tick);
+            let passed = last_tick.elapsed().as_millis() as u64 / TICK_MS;
+            if passed >= self.core.ticks_to_sleep() {
+                last_tick += tick * passed as u32;
+                self.event(Event::Tick { ticks: passed });
             }
         }
     }

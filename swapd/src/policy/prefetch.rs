@@ -160,9 +160,10 @@ impl Prefetcher {
         let mut steps = remembered.map(|last| page.0.wrapping_sub(last.0) as i64);
         let before = |step: i64| page.0.checked_add_signed(-2 * step).map(PageNo);
         let third = |step: i64| before(step).is_some_and(|before| self.recent.contains(&before));
-        steps.clone().find(|step| step.unsigned_abs() <= NEAR).or_else(|| {
-            steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step))
-        })
+        steps
+            .clone()
+            .find(|step| step.unsigned_abs() <= NEAR)
+            .or_else(|| steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step)))
     }
 
     /// There were no frames for all of a plan: of a stream going up, the pages before `from` come, of another none. The stream
@@ -246,9 +247,7 @@ impl Stream {
             let ahead = self.ahead(from, page);
             (0..=NEAR as i64).contains(&ahead) || ahead == self.step.abs() || ahead == 2 * self.step.abs()
         };
-        self.asked.iter().any(|window| window.marker == page)
-            || near(self.frontier)
-            || near(self.at.0 as i64)
+        self.asked.iter().any(|window| window.marker == page) || near(self.frontier) || near(self.at.0 as i64)
     }
 
     /// The guest is at `page`: windows behind it have been used, and new ones are asked for.
