@@ -33,7 +33,7 @@ fn share(pid: u32) -> (f64, String) {
     let (after, window) = (ran_ns(pid), since.elapsed().as_nanos() as f64);
     let parts: Vec<_> = after
         .iter()
-        .map(|(name, ran)| (name, (ran - before.get(name).unwrap_or(&0)) as f64 / window))
+        .map(|(name, ran)| (name, (ran.saturating_sub(*before.get(name).unwrap_or(&0))) as f64 / window))
         .collect();
     let words: Vec<_> = parts.iter().map(|(name, share)| format!("{name} {:.4} %", share * 100.0)).collect();
     (parts.iter().map(|(_, share)| share).sum(), words.join(", "))

@@ -388,6 +388,7 @@ impl Core {
             stored_bytes: bytes_of(count(&[Stored])),
             untouched_bytes: bytes_of(count(&[Untouched])),
             poisoned_pages: count(&[Poisoned]),
+            bookkeeping_bytes: self.bookkeeping_bytes(),
             faults: crate::stats::FaultCounts {
                 total: counts.zero + counts.rescue + counts.store,
                 zero: counts.zero,
@@ -413,6 +414,14 @@ impl Core {
             },
             latency_us: crate::stats::Latencies::default(),
         }
+    }
+
+    /// Bytes of the core's books once every page has been touched; until then the host gives less.
+    fn bookkeeping_bytes(&self) -> u64 {
+        // A hash map fills 7/8 of its buckets at most, and needs a byte beside each.
+        let buckets = (self.slots_of.capacity() * 8 / 7).next_power_of_two();
+        let map = buckets * (size_of::<(PageNo, Slot)>() + 1);
+        (self.table.bytes() + size_of_val(&self.sums[..]) + self.staging.bytes() + map) as u64
     }
 
     // ── for the drivers' checks ──────────────────────────────────────────────────────────

@@ -163,6 +163,7 @@ impl Driver {
         let Some((reply, held)) = self.replies.remove(&ticket) else { return };
         if let Ok(Response::Stats(stats)) = &mut answer {
             stats.latency_us = self.latencies.figures();
+            stats.bookkeeping_bytes += ring::BYTES;
         }
         let granted = match &answer {
             Ok(Response::Frames(slots)) => Some(*slots),

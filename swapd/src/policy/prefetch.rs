@@ -109,13 +109,20 @@ pub struct Prefetcher {
     recent: [PageNo; RECENT],
     recent_at: usize,
     clock: u64,
-    /// Used minus wasted neighbours, as a moving score in 0..=SCORE_MAX.
+    /// Moving share of neighbours used, of SCORE_MAX.
     score: u32,
     pages: u64,
 }
 
-const SCORE_MAX: u32 = 256;
-const SCORE_START: u32 = 96;
+/// All neighbours used.
+const SCORE_MAX: u32 = 1 << 16;
+/// The last neighbour counts for one in so many.
+const SCORE_WEIGHT: u32 = 64;
+/// Below this share of neighbours used none is brought: a neighbour costs a tenth of the fault that it saves.
+const SCORE_LOW: u32 = SCORE_MAX / 8;
+/// From this share on all are.
+const SCORE_HIGH: u32 = SCORE_MAX / 3;
+const SCORE_START: u32 = SCORE_HIGH;
 
 impl Prefetcher {
     pub fn new(pages: u64) -> Self {
@@ -160,10 +167,9 @@ impl Prefetcher {
         let mut steps = remembered.map(|last| page.0.wrapping_sub(last.0) as i64);
         let before = |step: i64| page.0.checked_add_signed(-2 * step).map(PageNo);
         let third = |step: i64| before(step).is_some_and(|before| self.recent.contains(&before));
-        steps
-            .clone()
-            .find(|step| step.unsigned_abs() <= NEAR)
-            .or_else(|| steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step)))
+        steps.clone().find(|step| step.unsigned_abs() <= NEAR).or_else(|| {
+            steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step))
+        })
     }
 
     /// There were no frames for all of a plan: of a stream going up, the pages before `from` come, of another none. The stream
@@ -190,10 +196,8 @@ impl Prefetcher {
 
     /// A neighbour of a lone fault was touched, or thrown away untouched.
     pub fn judge_neighbour(&mut self, used: bool) {
-        let target = if used { SCORE_MAX } else { 0 };
-        // A quarter of the neighbours used keeps the score where it is: reading one more is that cheap.
-        let weight = if used { 12 } else { 4 };
-        self.score = (self.score * (256 - weight) + target * weight) / 256;
+        self.score -= self.score.div_ceil(SCORE_WEIGHT);
+        self.score += if used { SCORE_MAX / SCORE_WEIGHT } else { 0 };
     }
 
     fn start(
@@ -220,7 +224,8 @@ impl Prefetcher {
 
     fn solo(&self, page: PageNo) -> Option<Plan> {
         let probe = self.clock.is_multiple_of(u64::from(PROBE_EVERY));
-        let want = if probe { SOLO_MAX } else { SOLO_MAX * self.score / (SCORE_MAX / 2) }.min(SOLO_MAX);
+        let trust = self.score.clamp(SCORE_LOW, SCORE_HIGH) - SCORE_LOW;
+        let want = if probe { SOLO_MAX } else { SOLO_MAX * trust / (SCORE_HIGH - SCORE_LOW) };
         let start = page.plus(1);
         let len = u64::from(want).min(self.pages.saturating_sub(start.0)) as u32;
         (len > 0).then_some(Plan { run: Run::new(start, len), step: 1, marker: None })
@@ -247,7 +252,9 @@ impl Stream {
             let ahead = self.ahead(from, page);
             (0..=NEAR as i64).contains(&ahead) || ahead == self.step.abs() || ahead == 2 * self.step.abs()
         };
-        self.asked.iter().any(|window| window.marker == page) || near(self.frontier) || near(self.at.0 as i64)
+        self.asked.iter().any(|window| window.marker == page)
+            || near(self.frontier)
+            || near(self.at.0 as i64)
     }
 
     /// The guest is at `page`: windows behind it have been used, and new ones are asked for.

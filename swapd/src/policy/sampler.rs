@@ -68,6 +68,10 @@ impl Sampler {
         while samples.len() - before < SAMPLES_A_TICK && looked_at < SAMPLES_A_TICK * 64 && looked_at < blocks
         {
             looked_at += 1;
+            if let Some(next) = table.skip_empty_region(self.next_block) {
+                self.go_to(next, blocks);
+                continue;
+            }
             let block = table.block_of(PageNo(self.next_block as u64 * u64::from(BLOCK_PAGES)));
             if table.resident_in_block(self.next_block) > 0 {
                 let at = (self.pass * SAMPLE_PAGES * 7) % BLOCK_PAGES;
@@ -80,15 +84,19 @@ impl Sampler {
                     self.out.push_back((tick, run));
                 }
             }
-            self.next_block += 1;
-            if self.next_block == blocks {
-                self.next_block = 0;
-                self.pass += 1;
-            }
+            self.go_to(self.next_block + 1, blocks);
         }
         self.credit = self.credit.saturating_sub(samples.len() - before).min(blocks);
         if samples.len() == before {
             self.credit = 0;
+        }
+    }
+
+    fn go_to(&mut self, block: usize, blocks: usize) {
+        self.next_block = block;
+        if block >= blocks {
+            self.next_block = 0;
+            self.pass += 1;
         }
     }
 
@@ -140,7 +148,7 @@ mod tests {
             table.set(page, Resident);
         }
         let mut sampler = Sampler::default();
-        let mut pass = |sampler: &mut Sampler, touch_every: usize| {
+        let pass = |sampler: &mut Sampler, touch_every: usize| {
             let (mut samples, mut full_pace) = (vec![], 0);
             for nth in 0..512 / SAMPLES_A_TICK {
                 full_pace += usize::from(sampler.interval() == 1);
