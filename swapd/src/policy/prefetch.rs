@@ -34,6 +34,8 @@ pub const STREAMS: usize = 16;
 pub const SOLO_MAX: u32 = 7;
 /// Faults remembered for finding new streams.
 const RECENT: usize = 16;
+/// So many faults and markers later they do not count any more.
+const RECENT_AGE: u64 = 64;
 /// Two faults this close are a stream.
 const NEAR: u64 = 8;
 /// Three faults at the same distance are a stream up to this one: 2 MiB.
@@ -53,6 +55,8 @@ struct Stream {
     /// Windows asked for and not passed by the guest.
     asked: VecDeque<Window>,
     last_used: u64,
+    /// As in [`Proof`], since it was last asked for.
+    way: (u32, u32),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -100,14 +104,16 @@ impl std::fmt::Debug for Surroundings<'_> {
 pub struct Proof {
     pub used: u32,
     pub wasted: u32,
+    /// Pages that streams went over to find the next ones to bring, and those of them that were in RAM.
+    pub way: (u32, u32),
 }
 
 /// All that prefetching remembers of one VM.
 #[derive(Debug)]
 pub struct Prefetcher {
     streams: Vec<Stream>,
-    recent: [PageNo; RECENT],
-    recent_at: usize,
+    /// The last faults outside of streams, and when they were.
+    recent: VecDeque<(PageNo, u64)>,
     clock: u64,
     /// Moving share of neighbours used, of SCORE_MAX.
     score: u32,
@@ -128,8 +134,7 @@ impl Prefetcher {
     pub fn new(pages: u64) -> Self {
         Prefetcher {
             streams: Vec::with_capacity(STREAMS),
-            recent: [PageNo(u64::MAX); RECENT],
-            recent_at: 0,
+            recent: VecDeque::with_capacity(RECENT + 1),
             clock: 0,
             score: SCORE_START,
             pages,
@@ -147,11 +152,14 @@ impl Prefetcher {
             let stream = &mut self.streams[at];
             stream.last_used = clock;
             stream.window = stream.window.min(largest);
-            return stream.follow(page, pages, largest, around.stored, plans);
+            let used = stream.follow(page, pages, largest, around.stored, plans);
+            return Proof { used, way: std::mem::take(&mut stream.way), ..Proof::default() };
         }
         let step = self.step_to(page);
-        self.recent[self.recent_at] = page;
-        self.recent_at = (self.recent_at + 1) % RECENT;
+        self.recent.push_back((page, self.clock));
+        if self.recent.len() > RECENT {
+            self.recent.pop_front();
+        }
         match step {
             Some(step) => self.start(step, page, around.stored, plans),
             None => {
@@ -161,15 +169,14 @@ impl Prefetcher {
         }
     }
 
-    /// The step with which `page` continues faults remembered.
+    /// The step with which `page` continues faults remembered. Old ones belong to another walk of the guest.
     fn step_to(&self, page: PageNo) -> Option<i64> {
-        let remembered = self.recent.iter().filter(|last| last.0 != u64::MAX && **last != page);
-        let mut steps = remembered.map(|last| page.0.wrapping_sub(last.0) as i64);
-        let before = |step: i64| page.0.checked_add_signed(-2 * step).map(PageNo);
-        let third = |step: i64| before(step).is_some_and(|before| self.recent.contains(&before));
-        steps.clone().find(|step| step.unsigned_abs() <= NEAR).or_else(|| {
-            steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step))
-        })
+        let young = self.recent.iter().filter(|(_, when)| self.clock - when <= RECENT_AGE);
+        let pages = young.map(|(last, _)| last.0 as i64).filter(|last| *last != page.0 as i64);
+        let mut steps = pages.clone().map(|last| page.0 as i64 - last);
+        let third = |step: i64| pages.clone().any(|last| last == page.0 as i64 - 2 * step);
+        let near = steps.clone().find(|step| step.unsigned_abs() <= NEAR);
+        near.or_else(|| steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step)))
     }
 
     /// There were no frames for all of a plan: of a stream going up, the pages before `from` come, of another none. The stream
@@ -216,7 +223,8 @@ impl Prefetcher {
         let frontier = page.0 as i64 + step;
         let asked = VecDeque::with_capacity(AHEAD + 2);
         let window = WINDOW_MIN;
-        let mut stream = Stream { step, frontier, window, at: page, asked, last_used: self.clock };
+        let mut stream =
+            Stream { step, frontier, window, at: page, asked, last_used: self.clock, way: (0, 0) };
         plans.extend(stream.ask(self.pages, stored));
         self.streams.push(stream);
         proof
@@ -252,12 +260,10 @@ impl Stream {
             let ahead = self.ahead(from, page);
             (0..=NEAR as i64).contains(&ahead) || ahead == self.step.abs() || ahead == 2 * self.step.abs()
         };
-        self.asked.iter().any(|window| window.marker == page)
-            || near(self.frontier)
-            || near(self.at.0 as i64)
+        self.asked.iter().any(|window| window.marker == page) || near(self.frontier) || near(self.at.0 as i64)
     }
 
-    /// The guest is at `page`: windows behind it have been used, and new ones are asked for.
+    /// The guest is at `page`: windows behind it have been used, and new ones are asked for. Returns the pages used.
     fn follow(
         &mut self,
         page: PageNo,
@@ -265,7 +271,7 @@ impl Stream {
         largest: u32,
         stored: &dyn Fn(PageNo) -> bool,
         plans: &mut Vec<Plan>,
-    ) -> Proof {
+    ) -> u32 {
         let mut used = 0;
         let off = page.0.abs_diff(self.at.0);
         self.at = page;
@@ -276,7 +282,7 @@ impl Stream {
             self.window = WINDOW_MIN;
             self.frontier = page.0 as i64 + self.step;
             plans.extend(self.ask(pages, stored));
-            return Proof::default();
+            return 0;
         }
         while let Some(Window { span, count, .. }) = self.asked.front() {
             let passed = if self.step > 0 { span.end() <= page } else { span.start > page };
@@ -301,7 +307,7 @@ impl Stream {
                 None => break,
             }
         }
-        Proof { used, wasted: 0 }
+        used
     }
 
     /// The next window: reaches over a window's worth of stored pages, or as far as it may.
@@ -316,9 +322,12 @@ impl Stream {
             }
             span = Some((first, last));
             self.frontier += self.step;
+            self.way.0 += 1;
             if stored(page) {
                 count += 1;
                 marker = marker.or(Some(page));
+            } else {
+                self.way.1 += 1;
             }
         }
         let (marker, (first, last)) = (marker?, span?);
