@@ -20,9 +20,9 @@ use crate::vmm::Workload;
 
 /// What the processes in the swap target's cgroup take besides guest memory and its page tables: the daemon's and the VM's own
 /// pages (7 MB measured), socket buffers.
-const PROCESS_ALLOWANCE_BYTES: u64 = 16 << 20;
+pub(super) const PROCESS_ALLOWANCE_BYTES: u64 = 16 << 20;
 /// A page table entry of 8 bytes for each page of 4 KiB.
-const PAGE_TABLE_SHARE: u64 = 512;
+pub(super) const PAGE_TABLE_SHARE: u64 = 512;
 /// How long a stage may take at least, and at which rate memory must be dealt with at least.
 const STAGE_TIMEOUT: Duration = Duration::from_secs(120);
 const SLOWEST_BYTES_PER_SECOND: u64 = 4 << 20;
@@ -95,7 +95,7 @@ fn measure(setup: &mut Setup, settings: &Settings, target: Target) -> Result<Mea
     let half_pages = swapd::units::pages_in(memory) / 2;
     // Memory is filled, and has been rewritten once.
     setup.wait(&setup.source_dir.clone(), memory, |stat| stat.guest.rounds >= 1)?;
-    drop(super::warm(settings)?);
+    drop(super::warm(memory)?);
     let swapped = Swapped::now();
     let report = setup.migrate(settings, target)?;
     let swapped = swapped.until(Swapped::now());

@@ -5,18 +5,23 @@
 //! take turns within each repetition, so that a change of the machine's mood hits all of them.
 
 pub mod cgroup;
+mod compare;
 mod experiment;
-#[allow(dead_code, reason = "used by the next commits")]
+mod fio;
+mod ini;
 pub mod job;
+mod jobfile;
 #[allow(dead_code, reason = "used by the next commits")]
 pub mod optimum;
+mod output;
 pub(crate) mod pattern;
 mod report;
-#[allow(dead_code, reason = "used by the next commits")]
+mod results;
 pub mod sample;
 mod site;
-mod swapfile;
+pub mod swapfile;
 pub(crate) mod trace;
+pub(crate) mod worker;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -25,6 +30,7 @@ use crate::failure::{Failure, Kind};
 use crate::size::Size;
 use crate::vmm::Workload;
 use crate::{host, signals};
+pub use compare::{RunSettings, Style, run};
 use report::{Outcome, Results};
 use site::Site;
 
@@ -118,10 +124,10 @@ fn say(text: &str) {
 
 /// Memory that is in use just before a target takes it: the first touch of memory that a hypervisor below this host has taken
 /// back is about ten times as slow as the next, and would hit the targets unevenly. Dropped when the migration begins.
-fn warm(settings: &Settings) -> Result<memmap2::MmapMut, Failure> {
+fn warm(bytes: u64) -> Result<memmap2::MmapMut, Failure> {
     const STEP: usize = 64 << 20;
     let free = host::available_ram()?.saturating_sub(HOST_RESERVE_BYTES);
-    let bytes = settings.memory.bytes().min(free) as usize;
+    let bytes = bytes.min(free) as usize;
     let fail = |error| Failure::io("cannot warm the host's memory", &error);
     let mut memory = memmap2::MmapMut::map_anon(bytes.max(4096)).map_err(fail)?;
     for step in memory.chunks_mut(STEP) {

@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::experiment::Measured;
+use super::results::Spread;
 use super::{Settings, Target};
 use crate::failure::{Failure, Kind};
 
@@ -40,24 +41,6 @@ struct OfTarget {
 
 /// All runs so far.
 pub(super) struct Results(Vec<OfTarget>);
-
-/// Lowest, middle and highest of some values.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Spread {
-    min: f64,
-    median: f64,
-    max: f64,
-}
-
-impl Spread {
-    /// None without values. The median of an even number is the mean of the two in the middle.
-    fn of(mut values: Vec<f64>) -> Option<Spread> {
-        values.sort_by(f64::total_cmp);
-        let (min, max) = (*values.first()?, *values.last()?);
-        let median = f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2]);
-        Some(Spread { min, median, max })
-    }
-}
 
 impl OfTarget {
     fn runs(&self) -> impl Iterator<Item = &Measured> {
@@ -235,13 +218,6 @@ mod tests {
             bytes_sent: 1,
             throttle_max_percent: 0,
         })
-    }
-
-    #[test]
-    fn medians_of_odd_and_even_numbers() {
-        assert_eq!(Spread::of(vec![]), None);
-        assert_eq!(Spread::of(vec![3.0, 1.0, 2.0]), Some(Spread { min: 1.0, median: 2.0, max: 3.0 }));
-        assert_eq!(Spread::of(vec![4.0, 1.0]), Some(Spread { min: 1.0, median: 2.5, max: 4.0 }));
     }
 
     #[test]

@@ -5,20 +5,27 @@
 //! ends them in order) and die with it; those that they start in turn fall to it as the subreaper.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use super::{cgroup, swapfile};
 use crate::control::client::VmClient;
 use crate::control::rundir::RunDir;
 use crate::failure::{Failure, Kind};
+use crate::signals;
 
 /// Begins the name of everything that a benchmark makes.
 pub(super) const PREFIX: &str = "vmemd-bench-";
 pub(super) const SWAP_FILE: &str = "swapfile";
+
+/// Read at a time of what a process says.
+const OUTPUT_BYTES: usize = 64 << 10;
+/// How often a process that says nothing is asked whether it is in time.
+const POLL_MS: i32 = 500;
 
 /// Ends a process at once.
 pub(super) fn kill(pid: i32) {
@@ -178,6 +185,31 @@ impl Proc {
             let _ = BufReader::new(stdout).read_line(&mut line);
         }
         if line.is_empty() { Err(self.ended()) } else { Ok(line.trim().to_owned()) }
+    }
+
+    /// All of its stdout, once it has ended well.
+    pub(super) fn output(&mut self, deadline: Instant) -> Result<String, Failure> {
+        let mut stdout = self.child.stdout.take().ok_or_else(|| self.ended())?;
+        let (mut said, mut buffer) = (Vec::new(), vec![0; OUTPUT_BYTES]);
+        loop {
+            signals::check()?;
+            if Instant::now() >= deadline {
+                return Err(Failure::new(Kind::Vm, "it did not end within the time allowed"));
+            }
+            if !signals::wait_readable(stdout.as_raw_fd(), POLL_MS) {
+                continue;
+            }
+            match stdout.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(bytes) => said.extend_from_slice(&buffer[..bytes]),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Failure::io("cannot read what a process says", &error)),
+            }
+        }
+        match self.child.wait() {
+            Ok(status) if status.success() => Ok(String::from_utf8_lossy(&said).into_owned()),
+            _ => Err(self.ended()),
+        }
     }
 
     /// Fails if it has ended, with the last line of its log.

@@ -18,13 +18,16 @@ const INFO_OFFSET: usize = 1024;
 const MAGIC: &[u8; 10] = b"SWAPSPACE2";
 
 #[derive(Debug)]
-pub(super) struct SwapFile {
+pub struct SwapFile {
     path: PathBuf,
 }
 
 impl SwapFile {
     /// Makes the file, with all its room, and switches it on.
-    pub(super) fn create(path: &Path, bytes: u64) -> Result<SwapFile, Failure> {
+    ///
+    /// # Errors
+    /// If there is no room, or this user or the file system may not swap.
+    pub fn create(path: &Path, bytes: u64) -> Result<SwapFile, Failure> {
         let made = SwapFile { path: path.to_owned() };
         made.fill(bytes)
             .map_err(|error| Failure::io(format!("cannot make the swap file {}", path.display()), &error))?;

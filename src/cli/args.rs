@@ -222,6 +222,19 @@ The swap target needs root: it makes a memory cgroup and a swap file, and remove
     #[command(after_help = "Example:
   vmemd bench replay --synthetic zipf:0.99 --memory 4G --ram 2G --policy vmemd,s3-fifo,optimum")]
     Replay(super::traces::ReplayArgs),
+    /// Run jobs of fio-style files on several engines in turns, and compare: vmemd, kernel swap, the raw device, plain memory
+    #[command(after_help = "Example:
+  vmemd bench run benches/jobs/randrw8.fio --engine vmemd,swap,raw --repeat 5
+The keys of job files are in docs/jobs.md. swap needs root: it makes a memory cgroup and a swap file, and removes them.")]
+    Run(super::jobs::RunJobsArgs),
+    /// Touch memory, and print what that took as JSON (started by `vmemd bench run`)
+    #[command(hide = true)]
+    Worker { request: String },
+    /// Record which pages are touched, as a trace file for `replay`
+    #[command(after_help = "Examples:
+  vmemd bench record benches/jobs/zipf.fio --touches 20M -o zipf.trace
+  vmemd bench record --vm web --seconds 30 -o web.trace")]
+    Record(super::traces::RecordArgs),
 }
 
 #[derive(Debug, Args)]
@@ -249,7 +262,7 @@ pub(super) struct BenchMigrateArgs {
 }
 
 /// A time as people write it: `50ms`, `1s`, `1.5s`.
-fn parse_duration(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     let scale = match unit {
@@ -286,7 +299,7 @@ mod tests {
     #[test]
     fn every_command_shows_an_example() {
         for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
-            let leaves: Vec<_> = command.get_subcommands().collect();
+            let leaves: Vec<_> = command.get_subcommands().filter(|leaf| !leaf.is_hide_set()).collect();
             let leaves = if leaves.is_empty() { vec![command] } else { leaves };
             for leaf in leaves {
                 let help = leaf.get_after_help().map(ToString::to_string).unwrap_or_default();

@@ -1,6 +1,7 @@
 //! The `vmemd` command: raw arguments, resolved settings, the right mechanism, output, exit code.
 
 mod args;
+mod jobs;
 mod migrate;
 mod stat;
 mod traces;
@@ -72,6 +73,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Doctor(args) => doctor::doctor(&args.store.unwrap_or_else(default_store), args.json.json),
         Command::Bench(BenchCommand::Migrate(args)) => bench::migrate(&bench_settings(args)?),
         Command::Bench(BenchCommand::Replay(args)) => traces::replay(&args),
+        Command::Bench(BenchCommand::Run(args)) => bench::run(&args.settings()),
+        Command::Bench(BenchCommand::Worker { request }) => bench_worker(&request),
+        Command::Bench(BenchCommand::Record(args)) => traces::record(&run_dir, &args),
     }
 }
 
@@ -172,6 +176,13 @@ fn bench_settings(args: BenchMigrateArgs) -> Result<bench::Settings, Failure> {
         store: args.store.unwrap_or_else(default_store),
         json: args.json.json,
     })
+}
+
+fn bench_worker(request: &str) -> Result<(), Failure> {
+    let request = serde_json::from_str(request).map_err(|error| {
+        Failure::new(Kind::Usage, format!("`vmemd bench worker` is started by `vmemd bench run`: {error}"))
+    })?;
+    print_json(&bench::worker::main(&request)?)
 }
 
 /// Prints to stdout. A reader that has gone away is no error.

@@ -1,42 +1,48 @@
-//! `vmemd bench replay`: arguments, settings, output.
+//! `vmemd bench record` and `vmemd bench replay`: arguments, settings, output.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use swapd::replay::Pace;
 
 use super::args::JsonArg;
+use crate::bench::trace::record::{self, Recorded};
 use crate::bench::trace::replay::{self, Policy, Row};
 use crate::bench::trace::synthetic::{Synthetic, SyntheticSettings};
-use crate::failure::Failure;
+use crate::bench::trace::touches::Touches;
+use crate::control::client::VmClient;
+use crate::control::rundir::RunDir;
+use crate::failure::{Failure, Kind};
+use crate::host;
 use crate::size::Size;
 
 #[derive(Debug, Args)]
 pub(super) struct ReplayArgs {
-    /// What to touch: random, zipf[:THETA], seq, loop[:TIMES-THE-RAM] or stride:PAGES, after every page was written once
+    /// A trace file of `vmemd bench record`
+    #[arg(required_unless_present = "synthetic", conflicts_with_all = ["synthetic", "memory", "touches", "threads", "reads"])]
+    trace: Option<PathBuf>,
+    /// Instead of a trace: random, zipf[:THETA], seq, loop[:TIMES-THE-RAM] or stride:PAGES, after every page was written once
     #[arg(long, value_name = "WHAT")]
-    synthetic: Synthetic,
-    /// Memory of the VM
-    #[arg(long, value_name = "SIZE", default_value = "4G")]
-    memory: Size,
-    /// RAM that it may use
+    synthetic: Option<Synthetic>,
+    /// Memory of the VM [default: 4G]
     #[arg(long, value_name = "SIZE")]
-    ram: Size,
-    /// How many, after a tenth as many that do not count; as in 500K or 20M
-    #[arg(long, value_name = "N", default_value = "20M", value_parser = parse_count)]
-    touches: u64,
-    /// Threads that take turns
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
-    threads: u32,
-    /// Share of reads among them, in percent
-    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(0..=100))]
-    reads: u8,
-    #[command(flatten)]
-    how: HowArgs,
-}
-
-/// What to play touches on.
-#[derive(Debug, Args)]
-struct HowArgs {
+    memory: Option<Size>,
+    /// RAM that it may use [default: what the VM had when the trace was recorded; half of --memory]
+    #[arg(long, value_name = "SIZE")]
+    ram: Option<Size>,
+    /// How many, after a tenth as many that do not count; as in 500K or 20M [default: 20M]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    touches: Option<u64>,
+    /// Threads that take turns [default: 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    threads: Option<u32>,
+    /// Share of reads among them, in percent [default: 50]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    reads: Option<u8>,
     /// Who chooses what stays in RAM
     #[arg(long, value_enum, value_delimiter = ',', default_value = "vmemd,lru,fifo,clock,s3-fifo,optimum")]
     policy: Vec<Policy>,
@@ -50,6 +56,28 @@ struct HowArgs {
     json: JsonArg,
 }
 
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("source").required(true).args(["jobs", "vm"])))]
+pub(super) struct RecordArgs {
+    /// A job file: what its jobs touch
+    #[arg(value_name = "FILE.fio")]
+    jobs: Option<PathBuf>,
+    /// A running VM: the faults that its engine serves
+    #[arg(long, value_name = "NAME")]
+    vm: Option<String>,
+    /// How long a VM is recorded
+    #[arg(long, value_name = "N", default_value_t = 10, conflicts_with = "jobs", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// How many touches of a job file, after a tenth as many that do not count; as in 500K or 20M
+    #[arg(long, value_name = "N", default_value = "20M", conflicts_with = "vm", value_parser = parse_count)]
+    touches: u64,
+    /// The trace file
+    #[arg(short, long, value_name = "TRACE")]
+    output: PathBuf,
+    #[command(flatten)]
+    json: JsonArg,
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
     what: String,
@@ -58,39 +86,95 @@ struct Report {
     policies: Vec<Row>,
 }
 
-pub(super) fn replay(args: &ReplayArgs) -> Result<(), Failure> {
-    super::check_sizes(args.memory, args.ram)?;
-    let touches = SyntheticSettings {
-        what: args.synthetic,
-        memory: args.memory,
-        ram: args.ram,
-        touches: args.touches,
-        threads: args.threads,
-        read_percent: args.reads,
-    }
-    .make()?;
-    let pace = Pace { io: args.how.io_time, tick: args.how.tick };
-    let frames = args.ram.bytes() / swapd::PAGE_SIZE as u64;
-    let play = |policy: &Policy| replay::replay(&touches, frames, *policy, pace);
-    let report = Report {
-        what: args.synthetic.to_string(),
-        memory_bytes: args.memory.bytes(),
-        ram_bytes: args.ram.bytes(),
-        policies: args.how.policy.iter().map(play).collect(),
+/// What is played, with its name and the RAM to play it with.
+fn touches(args: &ReplayArgs) -> Result<(String, Touches, Size), Failure> {
+    let page_bytes = swapd::PAGE_SIZE as u64;
+    let Some(what) = args.synthetic else {
+        let path = args.trace.as_deref().expect("clap wants one of the two");
+        let (header, mut touches) = Touches::load(path)?;
+        if header.dropped > 0 {
+            let name = path.display();
+            print_warning(&format!("{name}: {} faults are missing, for they came too fast", header.dropped));
+        }
+        touches.pages = touches.pages.next_multiple_of(u64::from(swapd::BLOCK_PAGES));
+        let recorded = Some(Size(header.ram_pages * page_bytes)).filter(|ram| ram.bytes() > 0);
+        let ram = args.ram.or(recorded).ok_or_else(|| {
+            Failure::new(Kind::Usage, "the trace does not say how much RAM there was: give --ram")
+        })?;
+        return Ok((path.display().to_string(), touches, ram));
     };
-    if args.how.json.json {
+    let memory = args.memory.unwrap_or(Size(4 << 30));
+    let ram = args.ram.unwrap_or(Size(memory.bytes() / 2));
+    super::check_sizes(memory, ram)?;
+    let settings = SyntheticSettings {
+        what,
+        memory,
+        ram,
+        touches: args.touches.unwrap_or(20_000_000),
+        threads: args.threads.unwrap_or(4),
+        read_percent: args.reads.unwrap_or(50),
+    };
+    Ok((what.to_string(), settings.make()?, ram))
+}
+
+pub(super) fn replay(args: &ReplayArgs) -> Result<(), Failure> {
+    let (what, touches, ram) = touches(args)?;
+    let memory = Size(touches.pages * swapd::PAGE_SIZE as u64);
+    super::check_sizes(memory, ram)?;
+    host::need_free_ram(replay::needs_bytes(&touches), "this replay")?;
+    let pace = Pace { io: args.io_time, tick: args.tick };
+    let frames = ram.bytes() / swapd::PAGE_SIZE as u64;
+    let policies = args.policy.iter().map(|policy| replay::replay(&touches, frames, *policy, pace)).collect();
+    let report = Report { what, memory_bytes: memory.bytes(), ram_bytes: ram.bytes(), policies };
+    if args.json.json {
         return super::print_json(&report);
     }
     super::print(&format!(
-        "{}, {} in {}: {} touches after {} that do not count; counts a touch\n{}",
+        "{}, {memory} in {ram}: {} touches after {} that do not count; counts a touch\n{}",
         report.what,
-        args.memory,
-        args.ram,
         touches.counted(),
         touches.count_from,
         replay::table(&report.policies)
     ));
     Ok(())
+}
+
+pub(super) fn record(run_dir: &Path, args: &RecordArgs) -> Result<(), Failure> {
+    let recorded = match (&args.jobs, &args.vm) {
+        (Some(jobs), _) => record::of_jobs(jobs, args.touches, &args.output)?,
+        (None, Some(name)) => {
+            let mut vm = VmClient::connect(&RunDir::open(run_dir)?, name)?;
+            let bar = bar(args.seconds);
+            let started = Instant::now();
+            let recorded = record::of_vm(&mut vm, args.seconds, &args.output, &|faults| {
+                bar.set_position(started.elapsed().as_secs().min(args.seconds));
+                bar.set_message(format!("{faults} faults"));
+            });
+            bar.finish_and_clear();
+            recorded?
+        }
+        (None, None) => unreachable!("clap wants one of the two"),
+    };
+    if args.json.json {
+        return super::print_json(&recorded);
+    }
+    let Recorded { entries, dropped, file_bytes } = recorded;
+    let what = if args.vm.is_some() { "faults" } else { "touches" };
+    super::print(&format!("{}: {entries} {what}, {:#}", args.output.display(), Size(file_bytes)));
+    if dropped > 0 {
+        print_warning(&format!("{dropped} more faults came too fast to be recorded"));
+    }
+    Ok(())
+}
+
+fn bar(seconds: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("recording {bar:30} {pos}/{len} s, {msg}");
+    let target = ProgressDrawTarget::stderr_with_hz(4);
+    ProgressBar::with_draw_target(Some(seconds), target).with_style(style.expect("the template is constant"))
+}
+
+fn print_warning(text: &str) {
+    let _ = writeln!(std::io::stderr(), "vmemd: {text}");
 }
 
 /// A count as people write it: 5000, 500K, 20M.

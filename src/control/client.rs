@@ -66,7 +66,7 @@ impl VmClient {
         self.lines.write(request).map_err(|error| self.lost(&error))?;
         loop {
             match self.lines.read::<Reply>(timeout).map_err(|error| self.lost(&error))? {
-                Reply::Progress(_) => {}
+                Reply::Progress(_) | Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(value),
                 Reply::Error(failure) => return Err(failure),
             }
@@ -88,7 +88,30 @@ impl VmClient {
             crate::signals::check()?;
             match self.lines.read::<Reply>(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
                 Reply::Progress(state) => progress(state),
+                Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(value),
+                Reply::Error(failure) => return Err(failure),
+            }
+        }
+    }
+
+    /// Has every fault told for so long; `each` gets them. A signal ends the waiting.
+    ///
+    /// # Errors
+    /// The VM's refusal, no answer, [`Kind::Interrupted`], or an error of `each`.
+    pub fn record_faults(
+        &mut self,
+        seconds: u64,
+        each: &mut dyn FnMut(swapd::FaultsSeen) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        self.lines.write(&Request::RecordFaults { seconds }).map_err(|error| self.lost(&error))?;
+        loop {
+            self.lines.wait(PROGRESS_TIMEOUT);
+            crate::signals::check()?;
+            match self.lines.read::<Reply>(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
+                Reply::Progress(_) => {}
+                Reply::Faults(seen) => each(seen)?,
+                Reply::Ok(_) => return Ok(()),
                 Reply::Error(failure) => return Err(failure),
             }
         }

@@ -12,8 +12,14 @@ pub enum Request {
     Pause,
     Resume,
     Stop,
-    SetRam { ram_bytes: u64 },
+    SetRam {
+        ram_bytes: u64,
+    },
     Migrate(MigrateRequest),
+    /// Tell every fault for so long.
+    RecordFaults {
+        seconds: u64,
+    },
 }
 
 /// How a VM shall move away.
@@ -32,11 +38,12 @@ pub struct MigrateRequest {
     pub check_placement: bool,
 }
 
-/// What the VM's process answers. `Progress` may come any number of times before one of the others.
+/// What the VM's process answers. `Progress` and `Faults` may come any number of times before one of the others.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
     Progress(MigrationStat),
+    Faults(swapd::FaultsSeen),
     Ok(serde_json::Value),
     Error(Failure),
 }

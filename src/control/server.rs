@@ -41,6 +41,14 @@ impl Client<'_> {
         self.lines.write(&Reply::Progress(progress))
     }
 
+    /// Tells part of a recording.
+    ///
+    /// # Errors
+    /// If the client is gone.
+    pub fn faults(&mut self, seen: swapd::FaultsSeen) -> Result<(), LineError> {
+        self.lines.write(&Reply::Faults(seen))
+    }
+
     /// Whether the client has closed the connection (not only its sending half).
     pub fn gone(&self) -> bool {
         let mut polled = libc::pollfd { fd: self.lines.stream().as_raw_fd(), events: 0, revents: 0 };

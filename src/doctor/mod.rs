@@ -54,6 +54,13 @@ pub fn doctor(store: &Path, json: bool) -> Result<(), Failure> {
     verdict
 }
 
+/// The first of these requirements that the host lacks, with the remedy.
+pub(crate) fn lacks(store: &Path, names: &[&str]) -> Option<String> {
+    let missing = checks::all(store).into_iter().find(|check| !check.found && names.contains(&check.name))?;
+    let remedy = missing.remedy.map(|remedy| format!(": {remedy}")).unwrap_or_default();
+    Some(format!("{} ({}){remedy}", missing.name, missing.detail))
+}
+
 fn table(checks: &[Check], colour: bool) -> String {
     let paint =
         |code: &str, text: &str| if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() };

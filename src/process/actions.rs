@@ -22,6 +22,7 @@ impl Service for Control {
             Request::Pause => vm.pause(),
             Request::Resume => vm.resume(),
             Request::SetRam { ram_bytes } => vm.set_ram(ram_bytes),
+            Request::RecordFaults { seconds } => super::record::record_faults(vm, seconds, client),
             Request::Migrate(request) => super::leave::migrate(vm, &request, client),
             Request::Stop => {
                 let _ = vm.events.send(Event::Stop);
@@ -33,7 +34,7 @@ impl Service for Control {
 
 impl Vm {
     /// Refuses unless the VM is here, and neither coming nor going.
-    fn must_be_here(&self, to_do: &str) -> Result<(), Failure> {
+    pub(super) fn must_be_here(&self, to_do: &str) -> Result<(), Failure> {
         let name = &self.facts.name;
         let why = self.core(|core| match &core.phase {
             Phase::Here => None,

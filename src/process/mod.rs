@@ -11,6 +11,7 @@ pub mod arrive;
 mod leave;
 mod life;
 mod memory;
+mod record;
 pub mod run;
 mod vm;
 

@@ -76,6 +76,8 @@ pub(super) struct Vm {
     pub(super) events: Sender<Event>,
     /// Cancels the migration under way.
     pub(super) cancel: AtomicBool,
+    /// Its faults are being recorded.
+    pub(super) recording: AtomicBool,
     machine: Mutex<Option<Machine>>,
     core: Mutex<Core>,
     last_seen: Mutex<LastSeen>,
@@ -91,6 +93,7 @@ impl Vm {
             memory: OnceLock::new(),
             events,
             cancel: AtomicBool::new(false),
+            recording: AtomicBool::new(false),
             machine: Mutex::new(None),
             core: Mutex::new(core),
             last_seen: Mutex::default(),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use crate::core::{Request, Response};
+use crate::core::{FaultKind, Request, Response};
 use crate::driver::{Mailbox, Memory};
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, SlotRun};
@@ -74,6 +74,25 @@ pub struct Placed {
     pub pageouts: u64,
 }
 
+/// One fault, when it had been served.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct SeenFault {
+    /// Since the recording began.
+    pub at_us: u64,
+    pub page: PageNo,
+    pub kind: FaultKind,
+}
+
+/// Part of what a recording saw.
+#[derive(Clone, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct FaultsSeen {
+    pub faults: Vec<SeenFault>,
+    /// Seen as well, and kept for the next answers.
+    pub left: u64,
+    /// Faults since the last answer for which there was no room.
+    pub dropped: u64,
+}
+
 /// A request with the way back for its answer.
 pub(crate) struct Command {
     pub(crate) request: Request,
@@ -110,6 +129,7 @@ picker!(sums, Sums, Vec<u64>);
 picker!(heat, Heat, Vec<u8>);
 picker!(frames, Frames, SlotRun);
 picker!(placed, Placed, Placed);
+picker!(faults, Faults, FaultsSeen);
 
 fn stats(response: Response) -> Stats {
     match response {
@@ -179,6 +199,12 @@ impl EngineHandle {
     /// Pages out what is resident in the run, and answers when it is stored.
     pub fn evict(&self, run: Run) -> Result<(), CommandError> {
         self.call(Request::Evict(run), done)
+    }
+
+    /// Begins to record faults, or goes on with that, and answers with the next ones of those recorded; or ends it. There is one
+    /// recording at a time: who shares an engine agrees on who records.
+    pub fn record_faults(&self, on: bool) -> Result<FaultsSeen, CommandError> {
+        self.call(Request::RecordFaults(on), faults)
     }
 
     // ── the source's side of a migration ──────────────────────────────────────────────────

@@ -14,6 +14,8 @@ pub mod table;
 pub mod units;
 
 pub use driver::{Engine, EngineConfig, Notice, StartError, StoreConfig};
-pub use handle::{Answer, Arrival, CommandError, EngineHandle, Piece, Place, Placed, answered};
+pub use handle::{
+    Answer, Arrival, CommandError, EngineHandle, FaultsSeen, Piece, Place, Placed, SeenFault, answered,
+};
 pub use stats::Stats;
 pub use units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageNo, Run, Slot, SlotRun};

@@ -161,7 +161,8 @@ impl Replay {
 
     /// All that is due by now.
     fn catch_up(&mut self) {
-        while let Some(flight) = self.flights.pop_front_if(|flight| flight.due <= self.now) {
+        while self.flights.front().is_some_and(|flight| flight.due <= self.now) {
+            let flight = self.flights.pop_front().expect("there is one");
             self.io_done(&flight);
         }
         while self.next_tick <= self.now {

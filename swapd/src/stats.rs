@@ -63,6 +63,9 @@ pub struct SamplingCounts {
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StoreCounts {
+    pub pages_read: u64,
+    /// By page-out.
+    pub pages_written: u64,
     pub read_errors: u64,
     pub write_errors: u64,
     pub checksum_mismatches: u64,

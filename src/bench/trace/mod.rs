@@ -1,7 +1,14 @@
-//! Which pages are touched in which order, apart from any machine: made from jobs, replayed on policies.
+//! Which pages are touched in which order, apart from any machine: recorded, or made from jobs, and replayed on policies.
 //!
-//! A [`Touches`] is the list; `reference` has policies from the literature to compare with; `replay` runs them all and prints.
+//! ```text
+//!  job file ─┐                    ┌─▶ trace file ─▶ Touches
+//!  synthetic ┼─▶ Touches ─▶ save ─┘                   │
+//!            └───────────────────────────────────────▶ replay: the engine's core, policies of the literature, the optimum
+//!  running VM ─▶ faults ─▶ trace file (record)
+//! ```
 
+mod file;
+pub(crate) mod record;
 mod reference;
 pub(crate) mod replay;
 pub(crate) mod synthetic;

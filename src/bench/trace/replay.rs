@@ -65,6 +65,15 @@ impl Row {
     }
 }
 
+/// What replays need at most, beside the list itself.
+pub(crate) fn needs_bytes(touches: &Touches) -> u64 {
+    /// The optimum keeps the time of the next use, and a bit.
+    const PER_TOUCH: u64 = 5;
+    /// The engine's table, sums and versions, and room for its maps.
+    const PER_PAGE: u64 = 20;
+    touches.list.len() as u64 * PER_TOUCH + touches.pages * PER_PAGE
+}
+
 /// Plays the touches with so many frames.
 pub(crate) fn replay(touches: &Touches, frames: u64, policy: Policy, pace: Pace) -> Row {
     let pages = touches.pages as usize;
@@ -75,7 +84,7 @@ pub(crate) fn replay(touches: &Touches, frames: u64, policy: Policy, pace: Pace)
         Policy::Clock => by_demand(touches, policy, Clock::new(pages, frames as usize)),
         Policy::S3Fifo => by_demand(touches, policy, S3Fifo::new(pages, frames as usize)),
         Policy::Optimum => {
-            let done = optimum(&touches.list, &touches.warm, frames as usize, touches.count_from, |_| {});
+            let done = optimum(&touches.list, &[], frames as usize, touches.count_from, |_| {});
             Row::by_demand(policy, done.touched, done.misses, done.evicted_dirty)
         }
     }

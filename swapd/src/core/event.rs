@@ -1,6 +1,8 @@
 //! What goes into the core and what comes out of it.
 
-use crate::handle::{Arrival, CommandError, Piece, Placed};
+use serde::{Deserialize, Serialize};
+
+use crate::handle::{Arrival, CommandError, FaultsSeen, Piece, Placed};
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, Slot, SlotRun};
 
@@ -95,6 +97,8 @@ pub enum Request {
     FinishReceiving,
     ResidentMap,
     RetryStore,
+    /// Answered by the driver: only it knows the time.
+    RecordFaults(bool),
 }
 
 /// The core's answer to a request.
@@ -108,10 +112,12 @@ pub enum Response {
     Heat(Vec<u8>),
     Frames(SlotRun),
     Placed(Placed),
+    Faults(FaultsSeen),
 }
 
 /// How a fault was served.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FaultKind {
     Zero,
     Rescue,

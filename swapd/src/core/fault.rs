@@ -228,6 +228,7 @@ impl Core {
         let proof = self.prefetcher.on_fault(page, Surroundings { stored: &stored, frames }, &mut plans);
         self.counts.prefetch_used += u64::from(proof.used);
         self.counts.prefetch_wasted += u64::from(proof.wasted);
+        self.probation.note_way(proof.way, self.budget);
         plans.drain(..).for_each(|plan| self.bring(plan));
         self.plans = plans;
     }

@@ -2,6 +2,7 @@
 
 use super::event::{Action, IoError, IoId, Response};
 use super::{Core, Mutant};
+use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, SlotRun};
@@ -81,6 +82,9 @@ impl Core {
             panic!("{io:?} is not a read");
         };
         self.counts.read_errors += u64::from(result.is_err());
+        if matches!(landing, Landing::Guest { marker: Some(_) }) && !self.probation.admit(run, self.budget) {
+            run.pages().for_each(|page| self.table.warm(page, HEAT_RETURNED));
+        }
         let mut arrived = std::mem::take(&mut self.scratch);
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
             if self.staging.used(slot) == Use::Orphan {
@@ -104,12 +108,7 @@ impl Core {
                 Landing::Guest { marker } if marker == Some(page) && !wanted => {
                     self.enter_standby(page, slot)
                 }
-                landing => {
-                    if matches!(landing, Landing::Guest { marker: Some(_) }) {
-                        self.probation.admit(Run::one(page));
-                    }
-                    arrived.push((page, slot));
-                }
+                _ => arrived.push((page, slot)),
             }
         }
         self.move_in(arrived.drain(..));

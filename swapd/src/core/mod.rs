@@ -185,7 +185,7 @@ impl Core {
             budget: config.budget_frames,
             taken: 0,
             clock: Clock::default(),
-            probation: Probation::default(),
+            probation: Probation::new(config.pages),
             rescue_row: (PageNo(0), 1),
             prefetcher: Prefetcher::new(config.pages),
             prefetching: true,
@@ -284,6 +284,7 @@ impl Core {
             Request::ArriveZero(run) => Some(self.checked(run).and_then(|()| self.arrive_zero(run))),
             Request::ArrivePoisoned(run) => Some(self.checked(run).and_then(|()| self.arrive_poisoned(run))),
             Request::FinishReceiving => self.finish_receiving(ticket),
+            Request::RecordFaults(_) => Some(Err(CommandError::NotNow("there is no clock here"))),
         };
         if let Some(answer) = answer {
             self.actions.push_back(Action::Answer { ticket, answer });
@@ -407,6 +408,8 @@ impl Core {
             },
             sampling: crate::stats::SamplingCounts { pages: counts.sampled, touched: counts.samples_touched },
             store: crate::stats::StoreCounts {
+                pages_read: counts.pages_read,
+                pages_written: counts.written,
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,

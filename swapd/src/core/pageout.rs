@@ -5,6 +5,7 @@ use super::io::Purpose;
 use super::{Core, Mutant};
 use crate::handle::CommandError;
 use crate::policy::clock::may_leave;
+use crate::policy::probation::PROBATION_SHARE;
 use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, runs_of};
@@ -57,8 +58,10 @@ impl Core {
     fn page_out(&mut self, want: u32) {
         let mut victims = std::mem::take(&mut self.victims);
         let (mut started, mut passed) = (0, 0);
+        // What is under way to the guest must not be taken before it has been used.
+        let room = (self.budget / PROBATION_SHARE).max(u64::from(2 * self.marks.high));
         'batch: while started < want
-            && (self.probation.step(&self.table, self.budget, &mut victims)
+            && (self.probation.step(&self.table, room, &mut victims)
                 || self.clock.step(&mut self.table, &mut passed, &mut victims))
         {
             for run in &victims {

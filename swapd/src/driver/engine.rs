@@ -121,6 +121,7 @@ impl Engine {
                 _store: store,
                 notify,
                 latencies: LatencyBook::new(),
+                recorder: Default::default(),
                 replies: Default::default(),
                 next_ticket: 0,
                 reads: Default::default(),

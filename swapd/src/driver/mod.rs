@@ -12,6 +12,7 @@ mod engine;
 mod latency;
 mod mailbox;
 mod memory;
+mod recorder;
 mod ring;
 mod store;
 mod uffd;
@@ -33,6 +34,7 @@ use crate::handle::{Command, CommandError};
 use crate::policy::spin::Spin;
 use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
 use latency::LatencyBook;
+use recorder::Recorder;
 use ring::{Completion, Ring};
 use uffd::{Faults, HASTY, Moved, PATIENT};
 
@@ -49,6 +51,7 @@ struct Driver {
     _store: Arc<File>,
     notify: Box<dyn Fn(Notice) + Send>,
     latencies: LatencyBook,
+    recorder: Recorder,
     replies: HashMap<Ticket, (Reply, Option<Run>)>,
     next_ticket: u64,
     reads: HashMap<IoId, (Run, SlotRun)>,
@@ -149,6 +152,10 @@ impl Driver {
     }
 
     fn command(&mut self, command: Command) {
+        if let Request::RecordFaults(on) = command.request {
+            (command.reply)(Ok(Response::Faults(self.recorder.record(on))));
+            return;
+        }
         let held = match &command.request {
             Request::Hold(run) => Some(*run),
             _ => None,
@@ -200,7 +207,10 @@ impl Driver {
                 self.latencies.forget(page);
                 self.faults.wake(self.memory.page(page), PAGE_SIZE);
             }
-            Action::Resolved { page, kind } => self.latencies.resolved(page, kind),
+            Action::Resolved { page, kind } => {
+                self.latencies.resolved(page, kind);
+                self.recorder.note(page, kind);
+            }
             Action::ArmTracking => {
                 let (base, len) = (self.memory.guest_base(), self.memory.guest_len());
                 report(self.faults.scan_written(base, len, |_, _| {}), "track writes");

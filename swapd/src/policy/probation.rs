@@ -1,9 +1,14 @@
-//! The pages that came in last, in order: they leave first, unless they prove themselves.
+//! The pages that streams brought in last, in order: they leave first, unless they prove themselves.
 //!
-//! A scan over more than the budget would otherwise push out everything for pages that are used once. So what comes in
-//! from the store is on probation: once that is more than a tenth of the budget, the oldest of it goes to standby. A page that is
+//! A scan over more than the budget would otherwise push out everything for pages that are used once. So what a stream brings
+//! is on probation: once that is more than a small part of the budget, the oldest of it goes to standby. A page that is
 //! missed there is rescued and hot, and belongs to the clock from then on. This is the small queue of S3-FIFO (Yang et al., SOSP
-//! 2023), with the rescue in the place of the second access, and heat that outlives a page-out in the place of the ghost queue.
+//! 2023), with the rescue in the place of the second access.
+//!
+//! What comes back sooner than a budget's worth of pages has left was worth a frame (S3-FIFO's ghost queue; here, when a page of
+//! each 256 KiB left last). But a guest that goes round and round a little more than its budget brings back everything, and no
+//! page is better than another: only a part of it may stay, or all would push each other out (bimodal insertion, Qureshi et al.,
+//! ISCA 2007). That part is the smaller, the more of the streams' way is resident already.
 
 use std::collections::VecDeque;
 
@@ -12,19 +17,62 @@ use crate::table::PageTable;
 use crate::units::{PageNo, Run};
 
 /// One frame in so many is for pages on probation.
-pub const PROBATION_SHARE: u64 = 10;
+pub const PROBATION_SHARE: u64 = 64;
 /// A page fetched by one fault has this heat; one with more is no longer on probation.
 pub const HEAT_FAULT: u8 = 2;
+/// Heat of what a stream brought and that shall stay: older pages of which nothing is known go first.
+pub const HEAT_RETURNED: u8 = 4;
+/// Pages that share a note of when one of them left.
+const CHUNK_PAGES: u64 = 64;
+/// Shares are in parts of this.
+const WHOLE: u32 = 1 << 10;
+/// Of pages that did not leave lately so many stay all the same: the guest may have turned to something new.
+const STRANGERS: u32 = WHOLE / 64;
 
 /// Runs in the order in which they came in. Pages that left by another way meanwhile are still in it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Probation {
     runs: VecDeque<Run>,
     pages: u64,
+    /// Pages that have left so far, from 1, wrapping.
+    left: u32,
+    /// `left` when a page of the chunk left last; 0: never.
+    left_at: Vec<u32>,
+    /// Pages that streams went over lately, and those of them that were in RAM.
+    way: (u64, u64),
+    /// Pages that were to stay, not yet chosen, in parts of [`WHOLE`].
+    owed: u64,
 }
 
 impl Probation {
-    pub fn admit(&mut self, run: Run) {
+    /// For a memory of so many pages.
+    pub fn new(pages: u64) -> Self {
+        Probation {
+            runs: VecDeque::new(),
+            pages: 0,
+            left: 1,
+            left_at: vec![0; pages.div_ceil(CHUNK_PAGES) as usize],
+            way: (1, 0),
+            owed: 0,
+        }
+    }
+
+    /// A stream went over so many pages, of which so many were in RAM. What was longer ago than two budgets' worth fades.
+    pub fn note_way(&mut self, (pages, present): (u32, u32), budget: u64) {
+        self.way = (self.way.0 + u64::from(pages), self.way.1 + u64::from(present));
+        if self.way.0 > 2 * budget {
+            self.way = (self.way.0 / 2, self.way.1 / 2);
+        }
+    }
+
+    /// Takes in what a stream brought into a budget of so many frames. False: it shall stay, and is the clock's.
+    pub fn admit(&mut self, run: Run, budget: u64) -> bool {
+        self.owed += u64::from(run.len) * u64::from(self.share_to_stay(run, budget));
+        let price = u64::from(run.len) * u64::from(WHOLE);
+        if self.owed >= price {
+            self.owed -= price;
+            return false;
+        }
         self.pages += u64::from(run.len);
         match self.runs.back_mut() {
             Some(last) if last.end() == run.start && last.len + run.len <= VICTIM_RUN_MAX => {
@@ -32,14 +80,31 @@ impl Probation {
             }
             _ => self.runs.push_back(run),
         }
+        true
     }
 
-    /// Replaces `victims` by the next pages to go, if more are on probation than a budget of so many frames has room for.
-    pub fn step(&mut self, table: &PageTable, budget: u64, victims: &mut Vec<Run>) -> bool {
+    fn share_to_stay(&self, run: Run, budget: u64) -> u32 {
+        let left_at = self.left_at[(run.start.0 / CHUNK_PAGES) as usize];
+        let (pages, present) = self.way;
+        let missing = (u64::from(WHOLE) * (pages - present) / pages) as u32;
+        // While next to nothing of the way is in RAM, frames are better used even for what comes back later.
+        let beyond = (4 * missing).saturating_sub(3 * WHOLE);
+        let reach = budget + budget * u64::from(beyond) / u64::from(WHOLE);
+        // The note of a chunk says nothing of a single page: it may be another one's.
+        if run.len == 1 || left_at == 0 || u64::from(self.left.wrapping_sub(left_at)) >= reach {
+            return STRANGERS;
+        }
+        (missing / 2).max(STRANGERS)
+    }
+
+    /// Replaces `victims` by the next pages to go, if more are on probation than there is room for.
+    pub fn step(&mut self, table: &PageTable, room: u64, victims: &mut Vec<Run>) -> bool {
         victims.clear();
-        while victims.is_empty() && self.pages > budget / PROBATION_SHARE {
+        while victims.is_empty() && self.pages > room {
             let Some(run) = self.runs.pop_front() else { return false };
             self.pages -= u64::from(run.len);
+            self.left = self.left.wrapping_add(run.len).max(1);
+            self.left_at[(run.start.0 / CHUNK_PAGES) as usize] = self.left;
             let unproven = |page: &PageNo| may_leave(table, *page) && table.heat(*page) <= HEAT_FAULT;
             victims.extend(crate::units::runs_of(run.pages().filter(unproven), VICTIM_RUN_MAX));
         }
@@ -52,23 +117,49 @@ mod tests {
     use super::*;
     use crate::table::PageState::{Arriving, Resident};
 
+    fn bring(table: &mut PageTable, probation: &mut Probation, run: Run, budget: u64) {
+        for page in run.pages() {
+            if table.state(page) == crate::table::PageState::Untouched {
+                table.set(page, Arriving);
+                table.set(page, Resident);
+            }
+        }
+        probation.admit(run, budget);
+    }
+
     #[test]
     fn the_oldest_go_first_and_the_proven_stay() {
-        let mut table = PageTable::new(1000);
-        let mut probation = Probation::default();
-        for page in (0..300).map(PageNo) {
-            table.set(page, Arriving);
-            table.set(page, Resident);
-            probation.admit(Run::one(page));
-        }
+        let mut table = PageTable::new(1024);
+        let mut probation = Probation::new(1024);
+        (0..16).for_each(|nth| bring(&mut table, &mut probation, Run::new(PageNo(nth * 16), 16), 1000));
         table.set_heat(PageNo(10), HEAT_FAULT + 1);
         let mut victims = vec![];
-        assert!(probation.step(&table, 1000, &mut victims));
+        assert!(probation.step(&table, 100, &mut victims));
         assert_eq!(victims, [Run::new(PageNo(0), 10), Run::new(PageNo(11), 53)]);
         let mut steps = 1;
-        while probation.step(&table, 1000, &mut victims) {
+        while probation.step(&table, 100, &mut victims) {
             steps += 1;
         }
-        assert_eq!((steps, probation.pages), (4, 300 - 4 * 64), "until a tenth of the budget is left");
+        assert_eq!((steps, probation.pages), (3, 64), "until there is room again");
+    }
+
+    #[test]
+    fn half_of_what_comes_back_soon_stays_and_nearly_nothing_else() {
+        let chunks = 1000;
+        let mut table = PageTable::new(chunks * 64);
+        let mut stays = |probation: &mut Probation, budget: u64| {
+            let mut victims = vec![];
+            let before = probation.pages;
+            (0..chunks).for_each(|nth| bring(&mut table, probation, Run::new(PageNo(nth * 64), 64), budget));
+            let on_probation = (probation.pages - before) / 64;
+            while probation.step(&table, 0, &mut victims) {}
+            chunks - on_probation
+        };
+        let mut probation = Probation::new(chunks * 64);
+        assert!((10..20).contains(&stays(&mut probation, 100_000)), "of strangers one in 64");
+        assert!((490..510).contains(&stays(&mut probation, 100_000)), "of what comes back");
+        assert!((10..20).contains(&stays(&mut probation, 30_000)), "too late for so small a budget");
+        probation.note_way((1000, 900), 100_000);
+        assert!((45..55).contains(&stays(&mut probation, 100_000)), "when most of the way is in RAM");
     }
 }

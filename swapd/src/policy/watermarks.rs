@@ -7,7 +7,7 @@ pub const LOW_MAX: u32 = 1024;
 /// One frame in this many is kept free.
 pub const LOW_SHARE: u32 = 64;
 /// One frame in this many waits in standby, where a touch rescues it without I/O.
-pub const STANDBY_SHARE: u32 = 32;
+pub const STANDBY_SHARE: u32 = 64;
 pub const STANDBY_MIN: u32 = 128;
 
 /// Victims are chosen so many at a time.
