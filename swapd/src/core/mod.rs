@@ -424,7 +424,8 @@ impl Core {
         // A hash map fills 7/8 of its buckets at most, and needs a byte beside each.
         let buckets = (self.slots_of.capacity() * 8 / 7).next_power_of_two();
         let map = buckets * (size_of::<(PageNo, Slot)>() + 1);
-        (self.table.bytes() + size_of_val(&self.sums[..]) + self.staging.bytes() + map) as u64
+        let lists = self.staging.bytes() + self.probation.bytes();
+        (self.table.bytes() + size_of_val(&self.sums[..]) + lists + map) as u64
     }
 
     // ── for the drivers' checks ──────────────────────────────────────────────────────────
