@@ -12,7 +12,7 @@ const TIB: u64 = 1 << 40;
 const BUDGET: u64 = 64 * MIB;
 /// Blocks of 2 MiB that are touched, and pages of each.
 const BLOCKS: u64 = 512;
-const PAGES_A_BLOCK: u64 = 128;
+const PAGES_A_BLOCK: u64 = 48;
 const BLOCK_PAGES: u64 = 512;
 /// It takes a few ms; the limit is for a busy machine.
 const START_MAX: Duration = Duration::from_secs(3);
@@ -32,7 +32,7 @@ fn start(memory: u64) -> Option<(Vm, Duration)> {
     }
 }
 
-/// Writes 256 MiB, in blocks `step` pages apart, then touches them at random; the latencies in ns, sorted.
+/// Writes 96 MiB, in blocks `step` pages apart, then touches them at random; the latencies in ns, sorted.
 fn touch(vm: &Vm, step: u64) -> Vec<u64> {
     let page = |nth: u64| PageNo(nth / PAGES_A_BLOCK * step + nth % PAGES_A_BLOCK * 4);
     let count = BLOCKS * PAGES_A_BLOCK;
@@ -75,7 +75,7 @@ fn a_tebibyte_starts_at_once_and_pages_like_a_gibibyte() {
     let latencies = touch(&large, TIB / PAGE_SIZE as u64 / BLOCKS);
     told("1 TiB", start, &latencies);
     let stats = large.stats();
-    assert!(stats.frames_bytes <= BUDGET && stats.stored_bytes > 100 * MIB, "{stats:?}");
+    assert!(stats.frames_bytes <= BUDGET && stats.stored_bytes > 16 * MIB, "{stats:?}");
 }
 
 #[test]
