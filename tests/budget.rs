@@ -42,7 +42,7 @@ fn ram_stays_within_the_budget_at_every_moment() {
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes: 128 * MIB,
-        store: StoreConfig { path: PathBuf::from(env!("CARGO_TARGET_TMPDIR")) },
+        store: StoreConfig { path: PathBuf::from(env!("CARGO_TARGET_TMPDIR")), overcommit: false },
         prealloc: false,
         lock: true,
         sampling: true,

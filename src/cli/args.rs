@@ -112,6 +112,11 @@ pub(super) struct RunArgs {
     /// [default: /var/lib/vmemd, or ~/.local/share/vmemd]
     #[arg(long, value_name = "PATH")]
     pub(super) store: Option<PathBuf>,
+    /// Start even if the store has less room than the VM could need: for a large VM that leaves most of its memory
+    /// untouched. When the store is full the VM stands still (`stalled` in `vmemd stat`, with the reason) and loses
+    /// nothing; make room there, then `vmemd resume`
+    #[arg(long)]
+    pub(super) store_overcommit: bool,
     /// Take all RAM at the start
     #[arg(long)]
     pub(super) prealloc: bool,

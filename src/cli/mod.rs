@@ -106,6 +106,7 @@ fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure>
             memory_bytes: args.memory.bytes(),
             budget_bytes: ram.bytes(),
             store,
+            store_overcommit: args.store_overcommit,
             prealloc: args.prealloc,
             lock: !args.no_lock,
         },

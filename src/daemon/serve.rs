@@ -262,6 +262,7 @@ impl Daemon {
                 memory_bytes: hello.memory_bytes,
                 budget_bytes: granted,
                 store: self.settings.store.clone(),
+                store_overcommit: false,
                 prealloc: false,
                 lock: self.settings.lock,
             },

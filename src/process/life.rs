@@ -13,8 +13,10 @@ use crate::control::server::Server;
 use crate::failure::{Failure, Kind};
 use crate::signals;
 
-/// How often the guest is looked at without an event.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How often the guest is looked at without an event: only to log that it failed.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// The same while the VM is ending.
+const LOOK_EVERY_ENDING: Duration = Duration::from_millis(100);
 /// How long a migration may take to notice that it is cancelled.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long clients may take to fetch their answers.
@@ -68,7 +70,8 @@ pub(super) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
     let mut ending: Option<(Ended, Instant)> = None;
     let mut failure_told = false;
     loop {
-        match events.recv_timeout(LOOK_EVERY) {
+        let patience = if ending.is_some() { LOOK_EVERY_ENDING } else { LOOK_EVERY };
+        match events.recv_timeout(patience) {
             Ok(Event::Notice(notice)) => vm.notice(notice),
             Ok(Event::Arrived(Ok(()))) | Err(RecvTimeoutError::Timeout) => {}
             Ok(Event::Arrived(Err(failure))) => return Ended::NotArrived(failure),

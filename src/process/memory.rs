@@ -18,6 +18,8 @@ pub struct MemorySpec {
     pub budget_bytes: u64,
     /// A directory or a block device.
     pub store: PathBuf,
+    /// The store may have less room than the VM could need.
+    pub store_overcommit: bool,
     pub prealloc: bool,
     pub lock: bool,
 }
@@ -36,7 +38,7 @@ impl Memory {
                 let config = EngineConfig {
                     memory_bytes: spec.memory_bytes,
                     budget_bytes: spec.budget_bytes,
-                    store: StoreConfig { path: spec.store.clone() },
+                    store: StoreConfig { path: spec.store.clone(), overcommit: spec.store_overcommit },
                     prealloc: spec.prealloc,
                     lock: spec.lock,
                     sampling: true,

@@ -167,7 +167,7 @@ impl Replay {
         }
         while self.next_tick <= self.now {
             self.next_tick += self.pace.tick;
-            self.event(Event::Tick);
+            self.event(Event::Tick { ticks: 1 });
         }
     }
 

@@ -209,7 +209,10 @@ impl Sim {
             0..55 => self.schedule(),
             55..70 => self.deliver_fault(),
             70..93 => self.complete_io(),
-            93..96 => self.event(Event::Tick),
+            93..96 => {
+                let ticks = 1 + self.random.below(20);
+                self.event(Event::Tick { ticks });
+            }
             _ => self.operate(),
         }
     }
@@ -581,7 +584,7 @@ impl Sim {
         self.ask(Request::FinishReceiving, Asked::Placed);
         while !self.placed {
             self.complete_io();
-            self.event(Event::Tick);
+            self.event(Event::Tick { ticks: 1 });
         }
         self.check_contents();
         self.odds.write_error = errors;
@@ -591,7 +594,7 @@ impl Sim {
         self.ask(Request::GrantFrames(run.len), Asked::Frames);
         while self.granted.is_empty() {
             self.complete_io();
-            self.event(Event::Tick);
+            self.event(Event::Tick { ticks: 1 });
         }
         let granted = self.granted.pop().expect("there is one");
         let run = run.part(0, granted.len.min(run.len));
@@ -665,7 +668,7 @@ impl Sim {
             }
             self.deliver_fault();
             self.complete_io();
-            self.event(Event::Tick);
+            self.event(Event::Tick { ticks: 1 });
             self.core.check();
         }
         panic!(

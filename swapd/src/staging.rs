@@ -32,12 +32,45 @@ pub enum Use {
 
 const NIL: u32 = u32::MAX;
 
+/// A slot's use in 8 bytes: a page number, or one of the numbers beyond all pages.
+#[derive(Clone, Copy)]
+struct Packed(u64);
+
+impl Packed {
+    const EMPTY: u64 = u64::MAX;
+    const FREE: u64 = u64::MAX - 1;
+    const GRANTED: u64 = u64::MAX - 2;
+    const ORPHAN: u64 = u64::MAX - 3;
+
+    fn new(used: Use) -> Packed {
+        Packed(match used {
+            Use::Empty => Packed::EMPTY,
+            Use::Free => Packed::FREE,
+            Use::Granted => Packed::GRANTED,
+            Use::Orphan => Packed::ORPHAN,
+            Use::Bound(page) => page.0,
+        })
+    }
+
+    fn used(self) -> Use {
+        match self.0 {
+            Packed::EMPTY => Use::Empty,
+            Packed::FREE => Use::Free,
+            Packed::GRANTED => Use::Granted,
+            Packed::ORPHAN => Use::Orphan,
+            page => Use::Bound(PageNo(page)),
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Info {
-    used: Use,
+    used: Packed,
     prev: u32,
     next: u32,
 }
+
+const _: () = assert!(size_of::<Info>() == 16, "bookkeeping is to stay small");
 
 /// A set of slots with fast search for contiguous runs.
 #[derive(Debug)]
@@ -150,7 +183,7 @@ impl std::fmt::Debug for Staging {
 impl Staging {
     pub fn new(slots: u32) -> Self {
         Staging {
-            infos: vec![Info { used: Use::Empty, prev: NIL, next: NIL }; slots as usize],
+            infos: vec![Info { used: Packed::new(Use::Empty), prev: NIL, next: NIL }; slots as usize],
             free: SlotSet::new(slots, false),
             empty: SlotSet::new(slots, true),
             standby_first: NIL,
@@ -161,6 +194,12 @@ impl Staging {
 
     pub fn slots(&self) -> u32 {
         self.infos.len() as u32
+    }
+
+    /// Bytes that the books take.
+    pub fn bytes(&self) -> usize {
+        let sets = [&self.free, &self.empty].map(|set| size_of_val(&set.words[..]));
+        size_of_val(&self.infos[..]) + sets.iter().sum::<usize>()
     }
 
     /// Frames that nothing needs.
@@ -178,7 +217,7 @@ impl Staging {
     }
 
     pub fn used(&self, slot: Slot) -> Use {
-        self.infos[slot.index()].used
+        self.infos[slot.index()].used.used()
     }
 
     /// Up to `want` contiguous free frames. The caller binds or grants them.
@@ -196,20 +235,20 @@ impl Staging {
             !matches!(used, Use::Empty | Use::Free),
             "slots become empty or free through vacate and free"
         );
-        self.infos[slot.index()].used = used;
+        self.infos[slot.index()].used = Packed::new(used);
     }
 
     /// The slot's frame is not needed any more.
     pub fn free(&mut self, slot: Slot) {
         assert!(!self.free.contains(slot.0) && !self.empty.contains(slot.0), "{slot:?} is free already");
-        self.infos[slot.index()].used = Use::Free;
+        self.infos[slot.index()].used = Packed::new(Use::Free);
         self.free.insert(slot.0);
     }
 
     /// The slot's frame went to the guest, or to the host.
     pub fn vacate(&mut self, slot: Slot) {
         assert!(!self.free.contains(slot.0) && !self.empty.contains(slot.0), "{slot:?} is empty already");
-        self.infos[slot.index()].used = Use::Empty;
+        self.infos[slot.index()].used = Packed::new(Use::Empty);
         self.empty.insert(slot.0);
     }
 

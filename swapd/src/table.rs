@@ -9,8 +9,8 @@
 //!  bits 8-15  heat, as of the epoch of its 2 MiB block
 //! ```
 //! Invariant: a page's state changes only in [`PageTable::set`], which panics on an illegal transition.
-//! Pages of a block are summarised (resident count, heat epoch), so that sweeps skip empty blocks and
-//! decay costs nothing where nothing happens.
+//! Pages of a block are summarised (resident count, heat epoch), and blocks of a region (1 GiB), so that sweeps skip what is
+//! empty and decay costs nothing where nothing happens.
 
 use crate::units::{BLOCK_PAGES, PageNo, Run};
 
@@ -105,10 +105,15 @@ struct Block {
     epoch: u32,
 }
 
+/// Blocks of a region: 1 GiB.
+pub const REGION_BLOCKS: usize = 512;
+
 /// The table, and the counts that follow from it.
 pub struct PageTable {
     entries: Vec<u16>,
     blocks: Vec<Block>,
+    /// Resident pages of each region.
+    regions: Vec<u32>,
     epoch: u32,
     counts: [u64; STATES],
     transitions: [[u64; STATES]; STATES],
@@ -129,6 +134,7 @@ impl PageTable {
         PageTable {
             entries: vec![0; pages as usize],
             blocks: vec![Block::default(); blocks],
+            regions: vec![0; blocks.div_ceil(REGION_BLOCKS)],
             epoch: 0,
             counts,
             transitions: [[0; STATES]; STATES],
@@ -158,6 +164,9 @@ impl PageTable {
         let block = &mut self.blocks[page.block()];
         block.resident -= u16::from(from == Resident);
         block.resident += u16::from(to == Resident);
+        let region = &mut self.regions[page.block() / REGION_BLOCKS];
+        *region -= u32::from(from == Resident);
+        *region += u32::from(to == Resident);
     }
 
     pub fn has(&self, page: PageNo, flag: Flag) -> bool {
@@ -180,6 +189,17 @@ impl PageTable {
 
     pub fn resident_in_block(&self, block: usize) -> u16 {
         self.blocks[block].resident
+    }
+
+    /// The first block from `block` on that is in another region, if this one has no resident page at all.
+    pub fn skip_empty_region(&self, block: usize) -> Option<usize> {
+        let region = block / REGION_BLOCKS;
+        (self.regions[region] == 0).then(|| (region + 1) * REGION_BLOCKS)
+    }
+
+    /// Bytes that the table takes when every page has been touched.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&self.entries[..]) + size_of_val(&self.blocks[..]) + size_of_val(&self.regions[..])
     }
 
     /// The longest run of pages in `state` around `page` within `bounds`.
@@ -250,6 +270,7 @@ mod tests {
                 table.entries[0] = from as u16;
                 table.counts = [1; STATES];
                 table.blocks[0].resident = 1;
+                table.regions[0] = 1;
                 let legal = LEGAL.contains(&(from, to));
                 let done =
                     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| table.set(PageNo(0), to)));

@@ -17,7 +17,7 @@ pub fn engine(place: &Place, budget_bytes: u64) -> Option<Engine> {
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes,
-        store: StoreConfig { path: place.path().to_path_buf() },
+        store: StoreConfig { path: place.path().to_path_buf(), overcommit: false },
         prealloc: false,
         lock: true,
         sampling: false,

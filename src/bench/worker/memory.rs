@@ -89,7 +89,7 @@ fn start_engine(bytes: u64, ram: u64, store: &Path) -> Result<Engine, Failure> {
     let config = EngineConfig {
         memory_bytes: bytes,
         budget_bytes: ram,
-        store: StoreConfig { path: store.to_owned() },
+        store: StoreConfig { path: store.to_owned(), overcommit: false },
         prealloc: false,
         lock: true,
         sampling: true,

@@ -32,8 +32,10 @@ pub enum PageOut {
 pub enum Event<'a> {
     /// A vCPU, or the kernel for it, waits for the page.
     Fault(PageNo),
-    /// [`TICK_MS`] have passed.
-    Tick,
+    /// So many times [`TICK_MS`] have passed since the last tick: one while there is something to do.
+    Tick {
+        ticks: u64,
+    },
     /// The sums are of what was read, one a page of the run.
     ReadDone {
         io: IoId,

@@ -148,6 +148,7 @@ impl Core {
             self.table.warm(other, if run.contains(other) { HEAT_SAMPLED } else { HEAT_BESIDE_SAMPLE });
         }
         self.put_sample_back(run);
+        self.sampler.touched();
         self.counts.samples_touched += u64::from(run.len);
     }
 

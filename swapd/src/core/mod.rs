@@ -40,6 +40,8 @@ pub const IO_PAGES_MAX: u32 = 64;
 pub const BUDGET_MIN: u64 = 4096;
 /// Ticks in an epoch: heat halves every ten seconds, so that a sample outlives a pass of the sampler over some GiB.
 const EPOCH_TICKS: u64 = 100;
+/// Ticks between two looks while there is nothing to do.
+const IDLE_TICKS: u64 = 10;
 const SLOTS_MIN: u64 = 2048;
 const SLOTS_MAX: u64 = 131_072;
 /// One staging slot for so many pages of memory.
@@ -220,7 +222,7 @@ impl Core {
     pub fn handle(&mut self, event: Event<'_>) {
         match event {
             Event::Fault(page) => self.fault(page),
-            Event::Tick => self.on_tick(),
+            Event::Tick { ticks } => self.on_tick(ticks),
             Event::ReadDone { io, result } => self.read_done(io, result),
             Event::WriteDone { io, result } => self.write_done(io, result),
             Event::MovedIn { run, slots, moved } => self.moved_in(run, slots, moved),
@@ -231,11 +233,28 @@ impl Core {
         self.balance();
     }
 
-    fn on_tick(&mut self) {
-        self.tick += 1;
-        if self.tick.is_multiple_of(EPOCH_TICKS) {
-            self.table.next_epoch();
+    /// Ticks until there is something to do, if nothing else happens: an idle VM is to cost nothing. May shrink at any event.
+    pub fn ticks_to_sleep(&self) -> u64 {
+        let scarce_since = self.counts.victims != self.victims_at_tick;
+        // What met pinned pages is tried again; samples give way to victims.
+        let waits = !self.pinned_in.is_empty()
+            || !self.deferred.is_empty()
+            || !self.evict_waiters.is_empty()
+            || !self.budget_waiters.is_empty()
+            || (scarce_since && self.sampler.is_out());
+        if waits {
+            1
+        } else if self.may_sample() {
+            self.sampler.interval()
+        } else {
+            IDLE_TICKS
         }
+    }
+
+    fn on_tick(&mut self, ticks: u64) {
+        let epoch = self.tick / EPOCH_TICKS;
+        self.tick += ticks;
+        (epoch..self.tick / EPOCH_TICKS).for_each(|_| self.table.next_epoch());
         for (run, slots) in std::mem::take(&mut self.pinned_in) {
             self.move_in_again(run, slots);
         }
@@ -370,6 +389,7 @@ impl Core {
             stored_bytes: bytes_of(count(&[Stored])),
             untouched_bytes: bytes_of(count(&[Untouched])),
             poisoned_pages: count(&[Poisoned]),
+            bookkeeping_bytes: self.bookkeeping_bytes(),
             faults: crate::stats::FaultCounts {
                 total: counts.zero + counts.rescue + counts.store,
                 zero: counts.zero,
@@ -397,6 +417,15 @@ impl Core {
             },
             latency_us: crate::stats::Latencies::default(),
         }
+    }
+
+    /// Bytes of the core's books once every page has been touched; until then the host gives less.
+    fn bookkeeping_bytes(&self) -> u64 {
+        // A hash map fills 7/8 of its buckets at most, and needs a byte beside each.
+        let buckets = (self.slots_of.capacity() * 8 / 7).next_power_of_two();
+        let map = buckets * (size_of::<(PageNo, Slot)>() + 1);
+        let lists = self.staging.bytes() + self.probation.bytes();
+        (self.table.bytes() + size_of_val(&self.sums[..]) + lists + map) as u64
     }
 
     // ── for the drivers' checks ──────────────────────────────────────────────────────────

@@ -214,12 +214,15 @@ impl Core {
 
     // ── sampling ─────────────────────────────────────────────────────────────────────────
 
-    pub(super) fn sample(&mut self) {
-        let idle = self.config.sampling
+    pub(super) fn may_sample(&self) -> bool {
+        self.config.sampling
             && self.left_while_tracked.is_none()
             && self.receiving.is_none()
             && self.store_failed.is_none()
-            && self.counts.victims == self.victims_at_tick;
+    }
+
+    pub(super) fn sample(&mut self) {
+        let idle = self.may_sample() && self.counts.victims == self.victims_at_tick;
         self.victims_at_tick = self.counts.victims;
         if !idle {
             return self.end_sampling();

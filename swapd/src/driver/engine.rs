@@ -19,6 +19,9 @@ use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
 pub struct StoreConfig {
     /// A directory (the store is a nameless sparse file in it) or a block device.
     pub path: PathBuf,
+    /// Start even if the file system has less room than the VM could need. A store that fills up is latched as one whose
+    /// write failed: see [`Notice::StoreFailed`].
+    pub overcommit: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -89,7 +92,8 @@ impl Engine {
             .and_then(|()| faults.register_staging(memory.staging_base() as *mut u8, memory.staging_len()))
             .map_err(StartError::Host)?;
         let outside = config.memory_bytes.saturating_sub(config.budget_bytes);
-        let store = Arc::new(store::open(&config.store.path, config.memory_bytes, outside)?);
+        let needed = if config.store.overcommit { 0 } else { outside };
+        let store = Arc::new(store::open(&config.store.path, config.memory_bytes, needed)?);
         let mailbox =
             Arc::new(Mailbox::new().map_err(|error| StartError::Host(format!("eventfd: {error}")))?);
         let handle = EngineHandle { mailbox: mailbox.clone(), memory: memory.clone(), store: store.clone() };

@@ -64,11 +64,12 @@ const NO_TICKET: Ticket = Ticket(0);
 impl Driver {
     fn run(&mut self) {
         let tick = Duration::from_millis(TICK_MS);
-        let mut next_tick = Instant::now() + tick;
+        let mut last_tick = Instant::now();
         let mut completions = Vec::new();
         let mut commands = Vec::new();
         let mut closed = false;
         while !closed || self.ring.in_flight() > 0 {
+            let next_tick = last_tick + tick * self.core.ticks_to_sleep() as u32;
             let patience = next_tick.saturating_duration_since(Instant::now());
             self.ring.wait(patience, &mut completions);
             // Faults first: the device is to work on their reads while the rest is dealt with.
@@ -85,9 +86,10 @@ impl Driver {
             for command in commands.drain(..) {
                 self.command(command);
             }
-            if Instant::now() >= next_tick {
-                next_tick = Instant::now() + tick;
-                self.event(Event::Tick);
+            let passed = last_tick.elapsed().as_millis() as u64 / TICK_MS;
+            if passed >= self.core.ticks_to_sleep() {
+                last_tick += tick * passed as u32;
+                self.event(Event::Tick { ticks: passed });
             }
             self.core.make_ready();
             self.perform_all();
@@ -166,6 +168,7 @@ impl Driver {
         let Some((reply, held)) = self.replies.remove(&ticket) else { return };
         if let Ok(Response::Stats(stats)) = &mut answer {
             stats.latency_us = self.latencies.figures();
+            stats.bookkeeping_bytes += ring::BYTES;
         }
         let granted = match &answer {
             Ok(Response::Frames(slots)) => Some(*slots),

@@ -13,6 +13,8 @@ use crate::units::{PAGE_SIZE, Run};
 
 /// Submission entries; completions have twice as many. More operations than this wait in the kernel's overflow list.
 const ENTRIES: u32 = 512;
+/// Memory of the ring: submissions of 64 bytes, completions of 16.
+pub(super) const BYTES: u64 = ENTRIES as u64 * (64 + 2 * 16);
 const DATA_FAULTS: u64 = u64::MAX;
 const DATA_COMMANDS: u64 = u64::MAX - 1;
 /// The store's place among the registered files.

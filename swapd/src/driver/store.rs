@@ -8,7 +8,7 @@ use std::path::Path;
 use super::StartError;
 use crate::units::PAGE_SIZE;
 
-/// Opens the store for a VM of `memory_bytes`, of which `outside_bytes` do not fit into its RAM budget.
+/// Opens the store for a VM of `memory_bytes`, of which `outside_bytes` must find room in it.
 pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {
     let shown = path.display();
     let metadata = std::fs::metadata(path).map_err(|error| {
@@ -41,7 +41,7 @@ fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Resu
     if free < outside_bytes {
         return Err(StartError::Store(format!(
             "the store {shown} has {free} bytes free, and {outside_bytes} bytes of the VM do not fit into its RAM budget; free some \
-             space, name another store, or raise the budget"
+             space, name another store, raise the budget, or start with --store-overcommit if it will not touch all of its memory"
         )));
     }
     let direct = |flags| {

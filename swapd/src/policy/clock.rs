@@ -32,7 +32,9 @@ impl Clock {
             }
             let here = self.hand;
             let to_block_end = u64::from(BLOCK_PAGES) - here.0 % u64::from(BLOCK_PAGES);
-            let chunk = if table.resident_in_block(here.block()) == 0 {
+            let chunk = if let Some(block) = table.skip_empty_region(here.block()) {
+                block as u64 * u64::from(BLOCK_PAGES) - here.0
+            } else if table.resident_in_block(here.block()) == 0 {
                 to_block_end
             } else {
                 let chunk = to_block_end.min(u64::from(VICTIM_RUN_MAX)).min(pages - here.0);
@@ -115,6 +117,19 @@ mod tests {
         let mut victims = vec![];
         assert!(Clock::default().step(&mut table, &mut 0, &mut victims));
         assert_eq!(victims, [Run::new(PageNo(0), 5), Run::new(PageNo(7), 57)]);
+    }
+
+    #[test]
+    fn empty_regions_are_skipped_and_none_is_missed() {
+        let pages = 5 << 18;
+        let mut table = resident(pages, |page| page == 3 || page == (3 << 18) + 700 || page == pages - 1);
+        let (mut clock, mut victims, mut found) = (Clock::default(), vec![], vec![]);
+        for _ in 0..4 {
+            assert!(clock.step(&mut table, &mut 0, &mut victims));
+            found.append(&mut victims);
+        }
+        let one = |page| Run::one(PageNo(page));
+        assert_eq!(found, [one(3), one((3 << 18) + 700), one(pages - 1), one(3)]);
     }
 
     #[test]

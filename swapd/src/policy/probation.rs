@@ -45,6 +45,11 @@ pub struct Probation {
 }
 
 impl Probation {
+    /// Bytes that grow with the memory.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&self.left_at[..])
+    }
+
     /// For a memory of so many pages.
     pub fn new(pages: u64) -> Self {
         Probation {

@@ -10,7 +10,7 @@ pub fn config(memory_bytes: u64, budget_bytes: u64, store: PathBuf, prealloc: bo
     EngineConfig {
         memory_bytes,
         budget_bytes,
-        store: StoreConfig { path: store },
+        store: StoreConfig { path: store, overcommit: false },
         prealloc,
         lock: true,
         sampling: true,
@@ -116,6 +116,11 @@ impl Vm {
         let result =
             unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&null), self.word(page, 0).cast(), 8) };
         result < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
+    }
+
+    pub fn touch(&self, page: PageNo) {
+        // SAFETY: as above.
+        unsafe { self.word(page, 0).read_volatile() };
     }
 
     pub fn write_all(&self, round: u64) {

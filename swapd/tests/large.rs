@@ -1,0 +1,88 @@
+//! A VM of 1 TiB that touches little of it.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Vm, config, skipped, store_directory};
+use swapd::{Engine, PAGE_SIZE, PageNo, StartError};
+
+const MIB: u64 = 1 << 20;
+const TIB: u64 = 1 << 40;
+const BUDGET: u64 = 64 * MIB;
+/// Blocks of 2 MiB that are touched, and pages of each.
+const BLOCKS: u64 = 512;
+const PAGES_A_BLOCK: u64 = 48;
+const BLOCK_PAGES: u64 = 512;
+/// It takes a few ms; the limit is for a busy machine.
+const START_MAX: Duration = Duration::from_secs(3);
+
+/// The VM, and how long its start took. None, with the reason said, where no engine can run.
+fn start(memory: u64) -> Option<(Vm, Duration)> {
+    let mut config = config(memory, BUDGET, store_directory(), false);
+    config.store.overcommit = true;
+    let since = Instant::now();
+    match Engine::start(config, Box::new(|notice| println!("notice: {notice:?}"))) {
+        Ok(engine) => Some((Vm::of(engine), since.elapsed())),
+        Err(StartError::Host(reason)) => {
+            skipped(&reason);
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Writes 96 MiB, in blocks `step` pages apart, then touches them at random; the latencies in ns, sorted.
+fn touch(vm: &Vm, step: u64) -> Vec<u64> {
+    let page = |nth: u64| PageNo(nth / PAGES_A_BLOCK * step + nth % PAGES_A_BLOCK * 4);
+    let count = BLOCKS * PAGES_A_BLOCK;
+    (0..count).for_each(|nth| vm.write(page(nth), nth));
+    let mut random = 1u64;
+    let mut latencies: Vec<_> = (0..20_000)
+        .map(|_| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let nth = (random >> 33) % count;
+            let since = Instant::now();
+            vm.touch(page(nth));
+            let took = since.elapsed().as_nanos() as u64;
+            assert!(vm.is_right(page(nth), nth), "{:?}", page(nth));
+            took
+        })
+        // What was resident does not count.
+        .filter(|ns| *ns > 2000)
+        .collect();
+    latencies.sort_unstable();
+    latencies
+}
+
+#[test]
+fn a_tebibyte_starts_at_once_and_pages_like_a_gibibyte() {
+    let Some((small, small_start)) = start(1 << 30) else { return };
+    let latencies = touch(&small, BLOCK_PAGES);
+    let told = |what: &str, start: Duration, ns: &[u64]| {
+        println!(
+            "{what}: start {start:?}, {} misses, p50 {} us, p99 {} us",
+            ns.len(),
+            ns[ns.len() / 2] / 1000,
+            ns[ns.len() * 99 / 100] / 1000
+        );
+    };
+    told("1 GiB", small_start, &latencies);
+    drop(small);
+    let (large, start) = start(TIB).expect("the host has run one already");
+    assert!(start < START_MAX, "{start:?}");
+    // The same blocks, spread over all of the memory.
+    let latencies = touch(&large, TIB / PAGE_SIZE as u64 / BLOCKS);
+    told("1 TiB", start, &latencies);
+    let stats = large.stats();
+    assert!(stats.frames_bytes <= BUDGET && stats.stored_bytes > 16 * MIB, "{stats:?}");
+}
+
+#[test]
+fn a_store_with_too_little_room_names_the_option() {
+    match Engine::start(config(64 * TIB, BUDGET, store_directory(), false), Box::new(|_| {})) {
+        Err(StartError::Store(text)) => assert!(text.contains("--store-overcommit"), "{text}"),
+        Err(StartError::Host(reason)) => skipped(&reason),
+        other => panic!("{other:?}"),
+    }
+}

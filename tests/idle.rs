@@ -1,0 +1,90 @@
+//! What an idle VM costs: the processor time of its process, by thread.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use common::{DEADLINE, Host, cannot_run_vms};
+
+/// How long is measured.
+const WINDOW: Duration = Duration::from_secs(12);
+/// An idle VM's share of a core: 0.1 %.
+const SHARE_MAX: f64 = 0.001;
+
+/// Nanoseconds that each thread of a process has run.
+fn ran_ns(pid: u32) -> BTreeMap<String, u64> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the process lives");
+    tasks
+        .filter_map(|task| {
+            let path = task.ok()?.path();
+            let name = std::fs::read_to_string(path.join("comm")).ok()?;
+            let ran = std::fs::read_to_string(path.join("schedstat")).ok()?;
+            Some((name.trim().to_owned(), ran.split(' ').next()?.parse::<u64>().ok()?))
+        })
+        .collect()
+}
+
+/// The share of a core over the window, and the threads' parts of it.
+fn share(pid: u32) -> (f64, String) {
+    let (since, before) = (Instant::now(), ran_ns(pid));
+    // Time itself is what is measured here.
+    std::thread::sleep(WINDOW);
+    let (after, window) = (ran_ns(pid), since.elapsed().as_nanos() as f64);
+    let parts: Vec<_> = after
+        .iter()
+        .map(|(name, ran)| (name, (ran.saturating_sub(*before.get(name).unwrap_or(&0))) as f64 / window))
+        .collect();
+    let words: Vec<_> = parts.iter().map(|(name, share)| format!("{name} {:.4} %", share * 100.0)).collect();
+    (parts.iter().map(|(_, share)| share).sum(), words.join(", "))
+}
+
+fn measure(name: &str, memory: &str, ram: &str) {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("idle");
+    let store = host.store();
+    let args = [
+        "run",
+        "--name",
+        name,
+        "--memory",
+        memory,
+        "--ram",
+        ram,
+        "--guest",
+        "idle:fill=all",
+        "--store",
+        &store,
+    ];
+    let vm = host.start(&args);
+    let pages = host.wait_state(name, "running")["memory_bytes"].as_u64().unwrap() / 4096;
+    host.wait_stat(name, "the fill", |stat| {
+        stat["guest"]["filled_pages"].as_u64().is_some_and(|filled| filled + pages / 64 >= pages)
+    });
+    // The sampler takes one pass to see that nothing is in use; a host with others on it may take longer to fall silent.
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        let (share, words) = share(vm.pid());
+        println!("{memory} in {ram}: {:.4} % of a core ({words})", share * 100.0);
+        if share < SHARE_MAX {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{memory} in {ram}, idle: {:.4} % of a core: {words}",
+            share * 100.0
+        );
+    }
+}
+
+#[test]
+fn a_resident_vm_that_does_nothing_costs_nothing() {
+    measure("resident", "512M", "512M");
+}
+
+#[test]
+fn a_vm_in_a_quarter_of_its_memory_that_does_nothing_costs_nothing() {
+    measure("quarter", "512M", "128M");
+}
