@@ -80,6 +80,7 @@ impl Core {
         {
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
+                self.probation.note_left(*run);
                 started += out;
                 runs += 1;
                 if out < run.len {
@@ -135,13 +136,7 @@ impl Core {
     }
 
     /// A victim's frame is in staging: drop it, keep it, or write it.
-    pub(super) fn left_guest(
-        &mut self,
-        page: PageNo,
-        slot: Slot,
-        sum: u64,
-        zero: bool,
-    ) {
+    pub(super) fn left_guest(&mut self, page: PageNo, slot: Slot, sum: u64, zero: bool) {
         if zero {
             self.counts.dropped += 1;
             self.table.set(page, PageState::Untouched);
