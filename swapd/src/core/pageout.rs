@@ -41,12 +41,13 @@ impl Core {
     /// To be called when all events at hand are handled and their actions done: frames are made ready ahead of need. Nobody waits
     /// for that, so it comes behind what somebody waits for.
     pub fn make_ready(&mut self) {
+        // Before new victims start: what is listed has left for certain, with no move still to be done.
+        self.write_behind();
         if self.receiving.is_none() {
             self.make_room();
             self.serve_deferred();
             self.make_slots();
         }
-        self.write_behind();
     }
 
     fn make_room(&mut self) {
