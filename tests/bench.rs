@@ -149,6 +149,36 @@ fn ctrl_c_leaves_nothing() {
     }
 }
 
+#[test]
+fn a_run_that_was_killed_is_cleaned_up_by_the_next() {
+    if cannot_run_vms() || not_root("a swap file") {
+        return;
+    }
+    let mut host = Host::new("jobs-left");
+    let store = host.store();
+    let file = job_file(&host, "x.fio", &JOB.replace("300ms", "600s"));
+    let mut bench = host.start(&["bench", "run", &file, "--engine", "swap", "--store", &store]);
+    let pid = bench.pid();
+    let site = host.root.join(format!("store/vmemd-bench-{pid}"));
+    wait_for("the worker, or the end", || {
+        (site.join("1-swap/log").exists() || !common::lives(pid)).then_some(())
+    });
+    if !common::lives(pid) || bench.log().contains("left out") {
+        return skipped(&format_args!("no swap file here: {}", bench.log()));
+    }
+    bench.signal(libc::SIGKILL);
+    bench.end();
+    wait_for("its worker to die with it", || host.processes().is_empty().then_some(()));
+    assert!(site.exists() && !cgroups(pid).is_empty());
+    let next = job_file(&host, "y.fio", JOB);
+    let said = host.vmemd(&["bench", "run", &next, "--engine", "mem", "--repeat", "1", "--store", &store]);
+    assert_eq!(said.code, 0, "{said:?}");
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    assert!(!swaps.contains(&format!("vmemd-bench-{pid}")), "{swaps}");
+    assert!(cgroups(pid).is_empty(), "{:?}", cgroups(pid));
+    host.assert_clean();
+}
+
 /// Memory cgroups of a benchmark.
 fn cgroups(pid: u32) -> Vec<PathBuf> {
     let name = format!("vmemd-bench-{pid}-");

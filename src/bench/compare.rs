@@ -26,6 +26,9 @@ use crate::{doctor, host, signals};
 const RUN_TIMEOUT: Duration = Duration::from_secs(300);
 const SLOWEST_BYTES_PER_SECOND: u64 = 4 << 20;
 const SLOWEST_TOUCHES_PER_SECOND: u64 = 500;
+/// The swap file is so many times as large as what may be swapped. When more than half of its swap is in use, the kernel
+/// takes a page's slot back as soon as the page is read, and has to write the page again though it did not change.
+const SWAP_ROOM: u64 = 2;
 /// Of the swap file that is made to see whether it is allowed.
 const PROBE_BYTES: u64 = 1 << 20;
 
@@ -157,6 +160,11 @@ fn allowance(scenario: &Scenario) -> u64 {
     PROCESS_ALLOWANCE_BYTES + touched_bytes(scenario) / PAGE_TABLE_SHARE
 }
 
+/// What the worker itself holds may be swapped as well.
+fn swap_bytes(scenario: &Scenario) -> u64 {
+    SWAP_ROOM * (touched_bytes(scenario).next_multiple_of(PAGE_SIZE as u64) + PROCESS_ALLOWANCE_BYTES)
+}
+
 /// Fails unless the largest of the engines fits this host.
 fn need_room(scenario: &Scenario, settings: &RunSettings) -> Result<(), Failure> {
     let touched = touched_bytes(scenario);
@@ -169,11 +177,16 @@ fn need_room(scenario: &Scenario, settings: &RunSettings) -> Result<(), Failure>
     let most = scenario.engines.iter().map(ram).max().unwrap_or(0);
     let named = |failure: Failure| Failure::new(failure.kind, format!("{}: {}", scenario.name, failure.text));
     host::need_free_ram(most + HOST_RESERVE_BYTES, "this benchmark").map_err(named)?;
-    let on_disk = scenario.engines.iter().any(|engine| *engine != BenchEngine::Mem);
+    let disk = |engine: &BenchEngine| match engine {
+        BenchEngine::Mem => 0,
+        BenchEngine::Swap => swap_bytes(scenario),
+        BenchEngine::Vmemd | BenchEngine::Raw => touched,
+    };
+    let on_disk = scenario.engines.iter().map(disk).max().unwrap_or(0);
     let store = store(scenario, settings);
     let existing = store.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
     let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
-    host::need_free_disk(existing, if on_disk { touched } else { 0 }, 0).map_err(named)
+    host::need_free_disk(existing, on_disk, 0).map_err(named)
 }
 
 /// Why an engine cannot run these jobs on this host, if so.
@@ -270,10 +283,7 @@ impl Setup {
         let dir = Dir(site.fresh(&label)?);
         let (swap, cgroup) = match engine {
             BenchEngine::Swap => {
-                // What the worker itself holds may be swapped as well.
-                let bytes =
-                    touched_bytes(scenario).next_multiple_of(PAGE_SIZE as u64) + PROCESS_ALLOWANCE_BYTES;
-                let swap = SwapFile::create(&dir.0.join(SWAP_FILE), bytes)?;
+                let swap = SwapFile::create(&dir.0.join(SWAP_FILE), swap_bytes(scenario))?;
                 let name = format!("{}{}-{label}", site::PREFIX, std::process::id());
                 (Some(swap), Some(MemoryCgroup::create(&name, scenario.ram_bytes + allowance(scenario))?))
             }
