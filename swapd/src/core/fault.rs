@@ -103,13 +103,21 @@ impl Core {
         let want = if page == next { (last * 2).min(RESCUE_ROW_MAX) } else { 1 };
         let mut rescued = vec![(page, self.start_rescue(page))];
         let behind = (page.0 + 1..self.table.pages()).map(PageNo).take(want as usize - 1);
-        for page in
-            behind.take_while(|page| self.table.state(*page) == PageState::Standby).collect::<Vec<_>>()
-        {
+        for page in behind.take_while(|page| self.is_at_hand(*page)).collect::<Vec<_>>() {
             rescued.push((page, self.start_rescue(page)));
         }
         self.rescue_row = (page.plus(rescued.len() as u32), want);
         self.move_in(rescued);
+    }
+
+    /// In staging, and nobody reads its frame at this moment.
+    fn is_at_hand(&self, page: PageNo) -> bool {
+        match self.table.state(page) {
+            PageState::Standby => true,
+            // While pages leave by request, one of them may still have its move before it.
+            PageState::Leaving => self.evict_waiters.is_empty() && !self.table.has(page, Flag::Writing),
+            _ => false,
+        }
     }
 
     fn start_rescue(&mut self, page: PageNo) -> Slot {
@@ -252,7 +260,9 @@ impl Core {
                     }
                 }
                 // A stream that is proven takes its pages out of standby on the way.
-                PageState::Standby if plan.marker.is_some() => {
+                PageState::Standby | PageState::Leaving
+                    if plan.marker.is_some() && same.pages().all(|page| self.is_at_hand(page)) =>
+                {
                     let pages = same.pages().filter(|page| plan.marker != Some(*page));
                     let rescued: Vec<_> = pages.map(|page| (page, self.start_rescue(page))).collect();
                     self.move_in(rescued);

@@ -15,6 +15,8 @@ pub(super) const LEAVING_MAX: u32 = 2048;
 /// Pages written in one burst: 2 MiB. A read that meets writes takes twice as long, however few they are; so they come together and
 /// leave the device alone for the rest of the time.
 const BURST_MAX: u32 = 512;
+/// The same while streams and lone faults come side by side: then bursts are long, of whole runs.
+const BURST_POLITE_MAX: u32 = 64;
 /// Runs moved out after one event: about the time of a read. More would keep faults waiting.
 const OUT_RUNS_MAX: usize = 8;
 /// Runs moved out by request are cut to this length.
@@ -79,6 +81,10 @@ impl Core {
             && (self.probation.step(&self.table, room, &mut victims)
                 || self.clock.step(&mut self.table, &mut passed, &mut victims))
         {
+            // What a stream is about to use stays, unless there is nothing else.
+            if passed < self.table.pages() {
+                victims.retain(|run| !self.prefetcher.is_ahead(run.start));
+            }
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
                 self.probation.note_left(*run);
@@ -94,7 +100,8 @@ impl Core {
 
     /// Writes what has left, once it is a burst, or if its frames are wanted.
     fn write_behind(&mut self) {
-        let burst = BURST_MAX.min(self.marks.goal() / 4) as usize;
+        let most = if self.prefetcher.shares_device() { BURST_POLITE_MAX } else { BURST_MAX };
+        let burst = most.min(self.marks.goal() / 4) as usize;
         let scarce = self.available() + u64::from(self.staging.standby_count()) < u64::from(self.marks.low);
         let awaited = !self.evict_waiters.is_empty() || !self.budget_waiters.is_empty();
         if self.unwritten.len() > burst || scarce || awaited {

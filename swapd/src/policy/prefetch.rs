@@ -22,12 +22,18 @@ pub const WINDOW_MIN: u32 = 8;
 pub const WINDOW_MAX: u32 = 256;
 /// Largest window of a stream that leaves pages out: each of its pages is a read of its own, and two windows keep any SSD busy.
 pub const WINDOW_STRIDE_MAX: u32 = 64;
+/// Largest window while lone faults wait at the same device: 96 KiB, or they would stand behind megabytes.
+pub const WINDOW_POLITE_MAX: u32 = 24;
 /// Windows kept ahead of the guest: one that it is about to use, one that comes.
 const AHEAD: usize = 2;
 /// A window reaches over so many pages at most, to step over those that are in the guest.
 pub const SPAN_MAX: u64 = 8192;
 /// A stream is active if one of so many last faults was its.
 const ACTIVE: u64 = 32;
+/// Streams that have had none of so many last faults do not count as being there.
+const SIDE_BY_SIDE: u64 = 256;
+/// The last fault counts for one in so many in the share of lone ones.
+const LONE_WEIGHT: u32 = 64;
 /// Streams followed at once; the least recently used one is forgotten.
 pub const STREAMS: usize = 16;
 /// Neighbours of a lone fault at most: 32 KiB with the page itself, as Linux' page-cluster 3.
@@ -115,6 +121,8 @@ pub struct Prefetcher {
     /// The last faults outside of streams, and when they were.
     recent: VecDeque<(PageNo, u64)>,
     clock: u64,
+    /// Moving share of faults that belong to no stream, of SCORE_MAX.
+    lone: u32,
     /// Moving share of neighbours used, of SCORE_MAX.
     score: u32,
     pages: u64,
@@ -136,6 +144,7 @@ impl Prefetcher {
             streams: Vec::with_capacity(STREAMS),
             recent: VecDeque::with_capacity(RECENT + 1),
             clock: 0,
+            lone: 0,
             score: SCORE_START,
             pages,
         }
@@ -147,6 +156,8 @@ impl Prefetcher {
         let active =
             self.streams.iter().filter(|stream| self.clock - stream.last_used < ACTIVE).count() as u32;
         let largest = (around.frames / active.max(1) / (AHEAD as u32 + 2)).clamp(WINDOW_MIN, WINDOW_MAX);
+        let largest = if self.shares_device() { largest.min(WINDOW_POLITE_MAX) } else { largest };
+        self.lone -= self.lone / LONE_WEIGHT;
         if let Some(at) = self.streams.iter().position(|stream| stream.covers(page)) {
             let (clock, pages) = (self.clock, self.pages);
             let stream = &mut self.streams[at];
@@ -163,10 +174,26 @@ impl Prefetcher {
         match step {
             Some(step) => self.start(step, page, around.stored, plans),
             None => {
+                // A guest that runs ahead of its stream is not another one.
+                if !self.streams.iter().any(|stream| stream.is_beside(page)) {
+                    self.lone += SCORE_MAX / LONE_WEIGHT;
+                }
                 plans.extend(self.solo(page));
                 Proof::default()
             }
         }
+    }
+
+    /// Whether streams and lone faults come side by side.
+    pub fn shares_device(&self) -> bool {
+        let alive = self.streams.iter().any(|stream| self.clock - stream.last_used < SIDE_BY_SIDE);
+        alive && self.lone > SCORE_MAX / 16
+    }
+
+    /// Whether a stream that is alive gets to the page soon.
+    pub fn is_ahead(&self, page: PageNo) -> bool {
+        let alive = |stream: &&Stream| self.clock - stream.last_used < SIDE_BY_SIDE;
+        self.streams.iter().filter(alive).any(|stream| stream.is_beside(page))
     }
 
     /// The step with which `page` continues faults remembered. Old ones belong to another walk of the guest.
@@ -261,6 +288,11 @@ impl Stream {
             (0..=NEAR as i64).contains(&ahead) || ahead == self.step.abs() || ahead == 2 * self.step.abs()
         };
         self.asked.iter().any(|window| window.marker == page) || near(self.frontier) || near(self.at.0 as i64)
+    }
+
+    /// Whether the page is where this stream's guest could be if prefetch does not keep up with it.
+    fn is_beside(&self, page: PageNo) -> bool {
+        (0..SPAN_MAX as i64).contains(&self.ahead(self.at.0 as i64, page))
     }
 
     /// The guest is at `page`: windows behind it have been used, and new ones are asked for. Returns the pages used.
