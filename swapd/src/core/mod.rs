@@ -239,6 +239,7 @@ impl Core {
         // What met pinned pages is tried again; samples give way to victims.
         let waits = !self.pinned_in.is_empty()
             || !self.deferred.is_empty()
+            || !self.unwritten.is_empty()
             || !self.evict_waiters.is_empty()
             || !self.budget_waiters.is_empty()
             || (scarce_since && self.sampler.is_out());

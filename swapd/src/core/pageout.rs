@@ -41,12 +41,13 @@ impl Core {
     /// To be called when all events at hand are handled and their actions done: frames are made ready ahead of need. Nobody waits
     /// for that, so it comes behind what somebody waits for.
     pub fn make_ready(&mut self) {
+        // Before new victims start: what is listed has left for certain, with no move still to be done.
+        self.write_behind();
         if self.receiving.is_none() {
             self.make_room();
             self.serve_deferred();
             self.make_slots();
         }
-        self.write_behind();
     }
 
     fn make_room(&mut self) {
@@ -80,6 +81,7 @@ impl Core {
         {
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
+                self.probation.note_left(*run);
                 started += out;
                 runs += 1;
                 if out < run.len {
@@ -135,13 +137,7 @@ impl Core {
     }
 
     /// A victim's frame is in staging: drop it, keep it, or write it.
-    pub(super) fn left_guest(
-        &mut self,
-        page: PageNo,
-        slot: Slot,
-        sum: u64,
-        zero: bool,
-    ) {
+    pub(super) fn left_guest(&mut self, page: PageNo, slot: Slot, sum: u64, zero: bool) {
         if zero {
             self.counts.dropped += 1;
             self.table.set(page, PageState::Untouched);
