@@ -67,6 +67,25 @@ fn a_file_with_everything() {
 }
 
 #[test]
+fn every_key_is_documented() {
+    let docs = include_str!("../../docs/jobs.md");
+    for key in GLOBAL_KEYS.iter().chain(&JOB_KEYS).filter(|key| **key != "name") {
+        assert!(docs.contains(&format!("| `{key}`")), "{key}");
+    }
+    assert!(HARMLESS.iter().all(|key| docs.contains(&format!("`{key}`"))));
+}
+
+#[test]
+fn the_job_files_that_we_ship_are_good() {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/jobs");
+    let files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(files.len() >= 14);
+    for file in files {
+        assert!(!read(&file).unwrap().description.is_empty(), "{}", file.display());
+    }
+}
+
+#[test]
 fn defaults() {
     let found = good(&format!("{HEAD}[a]\nsize=64m\nrw=randread"));
     assert_eq!(found.engines, default_engines());

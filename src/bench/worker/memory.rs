@@ -89,7 +89,8 @@ fn start_engine(bytes: u64, ram: u64, store: &Path) -> Result<Engine, Failure> {
     let config = EngineConfig {
         memory_bytes: bytes,
         budget_bytes: ram,
-        store: StoreConfig { path: store.to_owned(), overcommit: false },
+        // `bench run` has seen to the room for what the jobs touch, which may be little of the memory.
+        store: StoreConfig { path: store.to_owned(), overcommit: true },
         prealloc: false,
         lock: true,
         sampling: true,
