@@ -76,13 +76,17 @@ const _: () = assert!(size_of::<Info>() == 16, "bookkeeping is to stay small");
 #[derive(Debug)]
 struct SlotSet {
     words: Vec<u64>,
+    /// One bit a word: it is not zero.
+    summary: Vec<u64>,
     count: u32,
     cursor: usize,
 }
 
 impl SlotSet {
     fn new(slots: u32, full: bool) -> Self {
-        let mut set = SlotSet { words: vec![0; slots.div_ceil(64) as usize], count: 0, cursor: 0 };
+        let words = slots.div_ceil(64) as usize;
+        let mut set =
+            SlotSet { words: vec![0; words], summary: vec![0; words.div_ceil(64)], count: 0, cursor: 0 };
         if full {
             (0..slots).for_each(|slot| set.insert(slot));
         }
@@ -96,13 +100,30 @@ impl SlotSet {
     fn insert(&mut self, slot: u32) {
         debug_assert!(!self.contains(slot));
         self.words[(slot / 64) as usize] |= 1 << (slot % 64);
+        self.summary[(slot / 4096) as usize] |= 1 << (slot / 64 % 64);
         self.count += 1;
     }
 
     fn remove(&mut self, slot: u32) {
         debug_assert!(self.contains(slot));
-        self.words[(slot / 64) as usize] &= !(1 << (slot % 64));
+        let word = &mut self.words[(slot / 64) as usize];
+        *word &= !(1 << (slot % 64));
+        if *word == 0 {
+            self.summary[(slot / 4096) as usize] &= !(1 << (slot / 64 % 64));
+        }
         self.count -= 1;
+    }
+
+    /// The first word from `from` on, round and round, that is not zero. There must be one.
+    fn next_word(&self, from: usize) -> usize {
+        let first = self.summary[from / 64] >> (from % 64);
+        if first != 0 {
+            return from + first.trailing_zeros() as usize;
+        }
+        let groups = self.summary.len();
+        let behind = (1..=groups).map(|step| (from / 64 + step) % groups);
+        let group = behind.into_iter().find(|group| self.summary[*group] != 0).expect("the set is not empty");
+        group * 64 + self.summary[group].trailing_zeros() as usize
     }
 
     /// Takes the first run of `want` slots found from the cursor on, or the longest of those looked at.
@@ -116,11 +137,9 @@ impl SlotSet {
         let mut at = self.cursor;
         let mut seen = 0;
         while seen < self.words.len() {
-            if self.words[at] == 0 {
-                at = (at + 1) % self.words.len();
-                seen += 1;
-                continue;
-            }
+            let next = self.next_word(at);
+            seen += (next + self.words.len() - at) % self.words.len();
+            at = next;
             let first = at as u32 * 64 + self.words[at].trailing_zeros();
             let mut start = first;
             // Runs within this word, and the one that goes on behind it.

@@ -86,6 +86,9 @@ impl Core {
     /// False when there is no frame for it.
     fn page_in(&mut self, page: PageNo) -> bool {
         let Some(taken) = self.take_one() else { return false };
+        if self.table.heat(page) == 0 {
+            self.probation.admit_lone(page);
+        }
         self.table.warm(page, HEAT_FAULT);
         self.read(Run::one(page), taken.slots, Landing::Guest { marker: None });
         true

@@ -5,7 +5,6 @@ use super::io::Purpose;
 use super::{Core, Mutant};
 use crate::handle::CommandError;
 use crate::policy::clock::may_leave;
-use crate::policy::probation::PROBATION_SHARE;
 use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, runs_of};
@@ -75,15 +74,15 @@ impl Core {
         let mut victims = std::mem::take(&mut self.victims);
         let (mut started, mut runs, mut passed) = (0, 0, 0);
         // What is under way to the guest must not be taken before it has been used.
-        let room = (self.budget / PROBATION_SHARE).max(u64::from(2 * self.marks.high));
+        let room = u64::from(2 * self.marks.high);
         'batch: while started < want
             && runs < OUT_RUNS_MAX
-            && (self.probation.step(&self.table, room, &mut victims)
+            && (self.probation.step(&self.table, self.budget, room, &mut victims)
                 || self.clock.step(&mut self.table, &mut passed, &mut victims))
         {
             // What a stream is about to use stays, unless there is nothing else.
             if passed < self.table.pages() {
-                victims.retain(|run| !self.prefetcher.is_ahead(run.start));
+                victims.retain(|run| !self.prefetcher.is_ahead(run.start, self.budget));
             }
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);

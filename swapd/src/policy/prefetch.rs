@@ -175,7 +175,7 @@ impl Prefetcher {
             Some(step) => self.start(step, page, around.stored, plans),
             None => {
                 // A guest that runs ahead of its stream is not another one.
-                if !self.streams.iter().any(|stream| stream.is_beside(page)) {
+                if !self.streams.iter().any(|stream| stream.is_beside(page, SPAN_MAX)) {
                     self.lone += SCORE_MAX / LONE_WEIGHT;
                 }
                 plans.extend(self.solo(page));
@@ -190,10 +190,11 @@ impl Prefetcher {
         alive && self.lone > SCORE_MAX / 16
     }
 
-    /// Whether a stream that is alive gets to the page soon.
-    pub fn is_ahead(&self, page: PageNo) -> bool {
+    /// Whether a stream that is alive gets to the page soon; of a budget of so many frames, all streams together claim half at most.
+    pub fn is_ahead(&self, page: PageNo, budget: u64) -> bool {
+        let reach = (budget / (2 * STREAMS as u64)).min(SPAN_MAX);
         let alive = |stream: &&Stream| self.clock - stream.last_used < SIDE_BY_SIDE;
-        self.streams.iter().filter(alive).any(|stream| stream.is_beside(page))
+        self.streams.iter().filter(alive).any(|stream| stream.is_beside(page, reach))
     }
 
     /// The step with which `page` continues faults remembered. Old ones belong to another walk of the guest.
@@ -290,9 +291,9 @@ impl Stream {
         self.asked.iter().any(|window| window.marker == page) || near(self.frontier) || near(self.at.0 as i64)
     }
 
-    /// Whether the page is where this stream's guest could be if prefetch does not keep up with it.
-    fn is_beside(&self, page: PageNo) -> bool {
-        (0..SPAN_MAX as i64).contains(&self.ahead(self.at.0 as i64, page))
+    /// Whether the page is within so many of where this stream's guest was last seen, on its way.
+    fn is_beside(&self, page: PageNo, reach: u64) -> bool {
+        (0..reach as i64).contains(&self.ahead(self.at.0 as i64, page))
     }
 
     /// The guest is at `page`: windows behind it have been used, and new ones are asked for. Returns the pages used.
