@@ -3,7 +3,7 @@
 //! Time is counted in touches: a hit takes one, and who misses waits for as many as a read takes. So the same touches give
 //! the same result everywhere, at millions of touches a second. Content is a version number a page: what the core
 //! is told about a page that leaves is the truth about whether it changed. Correctness is the simulation's business
-//! ([`crate::sim`]): nothing fails here, and nothing but waiting for ever is checked.
+//! (`sim.rs`): nothing fails here, and nothing but waiting for ever is checked.
 
 use std::collections::VecDeque;
 
@@ -55,6 +55,9 @@ impl Counts {
         }
     }
 }
+
+/// How often who misses may be woken in vain.
+const ROUNDS_MAX: u32 = 10_000;
 
 /// A read or write under way.
 #[derive(Debug)]
@@ -146,7 +149,10 @@ impl Replay {
     }
 
     fn miss(&mut self, page: PageNo) {
+        let mut rounds = 0;
         while self.core.table().state(page) != PageState::Resident {
+            rounds += 1;
+            assert!(rounds < ROUNDS_MAX, "{page} leaves again and again before it can be touched");
             // Woken, and the page has left again before the guest could touch it: it faults anew.
             if self.core.faults_waiting() == 0 {
                 self.event(Event::Fault(page));
@@ -269,6 +275,30 @@ mod tests {
             replay.counts()
         };
         assert_eq!(run(), run());
+    }
+
+    /// Walks and random touches in the smallest budget that a VM can have.
+    #[test]
+    fn a_small_vm_is_served() {
+        let slots = crate::core::staging_slots(12_000);
+        let config =
+            CoreConfig { pages: 12_000, budget_frames: 4096, budget_min: 4096, slots, sampling: true };
+        for io in [0, 7, 300] {
+            let mut replay = Replay::new(config, Pace { io, tick: 1000 });
+            let mut random = 1u64;
+            for step in 0..400_000u64 {
+                random =
+                    random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let page = match step % 4 {
+                    0 => step / 4 % 12_000,
+                    1 => 11_999 - step / 4 % 12_000,
+                    2 => step * 3 % 12_000,
+                    _ => (random >> 33) % 12_000,
+                };
+                replay.touch(PageNo(page), random & 1 == 0);
+            }
+            replay.core().check();
+        }
     }
 
     proptest! {

@@ -30,6 +30,8 @@ const AHEAD: usize = 2;
 pub const SPAN_MAX: u64 = 8192;
 /// A stream is active if one of so many last faults was its.
 const ACTIVE: u64 = 32;
+/// Streams claim nothing of a smaller budget: that of the smallest VM.
+const CLAIM_MIN: u64 = 4096;
 /// Streams that have had none of so many last faults do not count as being there.
 const SIDE_BY_SIDE: u64 = 256;
 /// The last fault counts for one in so many in the share of lone ones.
@@ -192,7 +194,8 @@ impl Prefetcher {
 
     /// Whether a stream that is alive gets to the page soon; of a budget of so many frames, all streams together claim half at most.
     pub fn is_ahead(&self, page: PageNo, budget: u64) -> bool {
-        let reach = (budget / (2 * STREAMS as u64)).min(SPAN_MAX);
+        // Of a handful of frames the rest would go round so fast that a page could leave before it is touched.
+        let reach = if budget < CLAIM_MIN { 0 } else { (budget / (2 * STREAMS as u64)).min(SPAN_MAX) };
         let alive = |stream: &&Stream| self.clock - stream.last_used < SIDE_BY_SIDE;
         self.streams.iter().filter(alive).any(|stream| stream.is_beside(page, reach))
     }
