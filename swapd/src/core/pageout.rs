@@ -35,6 +35,7 @@ impl Core {
             self.give_back();
         }
         if !self.evict_waiters.is_empty() {
+            self.make_slots();
             self.answer_evicted();
         }
     }
@@ -197,6 +198,8 @@ impl Core {
     fn evict_step(&mut self, run: Run) -> bool {
         let ready: Vec<_> = run.pages().filter(|page| may_leave(&self.table, *page)).collect();
         let leaving = self.table.count(PageState::Leaving) as u32;
+        // Some of it may find no slot at first.
+        let all_started = ready.is_empty();
         let mut started = 0;
         for part in runs_of(ready, EVICT_RUN_MAX) {
             if leaving + started >= LEAVING_MAX {
@@ -211,7 +214,7 @@ impl Core {
                 self.unbind(page);
             }
         }
-        started == 0 && run.pages().all(|page| self.table.state(page) != PageState::Leaving)
+        all_started && run.pages().all(|page| self.table.state(page) != PageState::Leaving)
     }
 
     // ── sampling ─────────────────────────────────────────────────────────────────────────
