@@ -277,7 +277,7 @@ fn memory_goes_on_above_the_hole() {
     for (vcpus, workload) in [(1, "random:fill=none"), (4, "rewrite:fill=none")] {
         let Some(mut guest) = Guest::new("5G", vcpus, workload) else { return };
         guest.machine.start().unwrap();
-        let counters = guest.wait("20000 pages", |counters| counters.verified_pages >= 20_000);
+        let counters = guest.wait("100000 pages", |counters| counters.verified_pages >= 100_000);
         assert_eq!(counters.mismatched_pages, 0);
         guest.machine.pause().unwrap();
         let pages = guest.data_pages();
