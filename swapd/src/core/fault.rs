@@ -104,13 +104,19 @@ impl Core {
         // A guest that walks through standby would fault at every page: it gets twice as many at each step.
         let (next, last) = self.rescue_row;
         let want = if page == next { (last * 2).min(RESCUE_ROW_MAX) } else { 1 };
-        let mut rescued = vec![(page, self.start_rescue(page))];
-        let behind = (page.0 + 1..self.table.pages()).map(PageNo).take(want as usize - 1);
-        for page in behind.take_while(|page| self.is_at_hand(*page)).collect::<Vec<_>>() {
-            rescued.push((page, self.start_rescue(page)));
+        let mut rescued = std::mem::take(&mut self.scratch);
+        let mut behind = page;
+        loop {
+            rescued.push((behind, self.start_rescue(behind)));
+            behind = behind.plus(1);
+            let more = behind.0 < page.0 + u64::from(want) && behind.0 < self.table.pages();
+            if !more || !self.is_at_hand(behind) {
+                break;
+            }
         }
-        self.rescue_row = (page.plus(rescued.len() as u32), want);
-        self.move_in(rescued);
+        self.rescue_row = (behind, want);
+        self.move_in(rescued.drain(..));
+        self.scratch = rescued;
     }
 
     /// In staging, and nobody reads its frame at this moment.
@@ -266,9 +272,11 @@ impl Core {
                 PageState::Standby | PageState::Leaving
                     if plan.marker.is_some() && same.pages().all(|page| self.is_at_hand(page)) =>
                 {
+                    let mut rescued = std::mem::take(&mut self.scratch);
                     let pages = same.pages().filter(|page| plan.marker != Some(*page));
-                    let rescued: Vec<_> = pages.map(|page| (page, self.start_rescue(page))).collect();
-                    self.move_in(rescued);
+                    rescued.extend(pages.map(|page| (page, self.start_rescue(page))));
+                    self.move_in(rescued.drain(..));
+                    self.scratch = rescued;
                 }
                 _ => {}
             }

@@ -23,7 +23,7 @@ pub use event::{Action, Event, FaultKind, IoError, IoId, PageOut, Request, Respo
 
 use crate::handle::CommandError;
 use crate::policy::clock::Clock;
-use crate::policy::prefetch::{Plan, Prefetcher};
+use crate::policy::prefetch::{Plan, Prefetcher, WINDOW_MAX};
 use crate::policy::probation::Probation;
 use crate::policy::sampler::Sampler;
 use crate::policy::watermarks::Watermarks;
@@ -208,7 +208,7 @@ impl Core {
             victims: Vec::with_capacity(64),
             unwritten: Vec::with_capacity(pageout::LEAVING_MAX as usize),
             plans: Vec::with_capacity(8),
-            scratch: Vec::with_capacity(IO_PAGES_MAX as usize),
+            scratch: Vec::with_capacity(WINDOW_MAX as usize),
             #[cfg(feature = "sim")]
             mutant: None,
         }
