@@ -418,7 +418,7 @@ mod tests {
     use super::*;
 
     fn make(results: &[Compared]) -> String {
-        report(results, &demands::judge(results), 0).expect("a report")
+        report(results, &demands::judge(results, &Default::default()), 0).expect("a report")
     }
 
     #[test]
