@@ -150,6 +150,34 @@ fn ctrl_c_leaves_nothing() {
 }
 
 #[test]
+fn ctrl_c_keeps_the_results_of_the_files_that_are_done() {
+    let mut host = Host::new("jobs-keep");
+    let (store, results) = (host.store(), host.root.join("results.json"));
+    let short = job_file(&host, "short.fio", JOB);
+    let long = job_file(&host, "long.fio", &JOB.replace("300ms", "600s"));
+    let last = job_file(&host, "last.fio", JOB);
+    let args = ["bench", "run", &short, &long, &last, "--engine", "mem", "--repeat", "1", "--store", &store];
+    let to_file = ["--output-format", "json", "--output", &results.display().to_string()];
+    for more in [&[][..], &to_file] {
+        let mut bench = host.start(&[&args, more].concat());
+        let log = host.root.join(format!("store/vmemd-bench-{}/2-mem/log", bench.pid()));
+        wait_for("the second file's worker", || log.exists().then_some(()));
+        bench.signal(libc::SIGINT);
+        bench.ends_with(130);
+        assert!(bench.log().contains("1 of 3 files were done"), "{}", bench.log());
+        if more.is_empty() {
+            assert_eq!(bench.first_line(), "short: 64M of memory in 32M");
+        }
+    }
+    let report = host.vmemd(&["bench", "report", &results.display().to_string()]);
+    assert_eq!((report.code, report.err.as_str()), (0, ""), "{report:?}");
+    let document: Value = serde_json::from_str(&fs::read_to_string(results).expect("results")).expect("JSON");
+    let summary = document["vmemd"]["summary"].as_array().expect("a summary");
+    assert!(summary.len() == 1 && summary[0]["scenario"] == "short", "{summary:?}");
+    host.assert_clean();
+}
+
+#[test]
 fn a_run_that_was_killed_is_cleaned_up_by_the_next() {
     if cannot_run_vms() || not_root("a swap file") {
         return;

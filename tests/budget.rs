@@ -31,6 +31,7 @@ fn watch(before: u64, done: impl Fn() -> bool) -> (u64, u64) {
         highest = highest.max(rss_anon_bytes().saturating_sub(before));
         samples += 1;
         next += SAMPLE_EVERY;
+        // Samples are taken by the clock: this waits for nothing.
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
     (highest, samples)

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::sync::mpsc::RecvTimeoutError;
+
 use common::{Host, cannot_run_vms, lives, not_root, signal, wait_for};
 use serde_json::Value;
 
@@ -64,6 +66,7 @@ fn rss_of_receiver(host: &Host) -> Option<u64> {
 fn an_arriving_vm_never_has_more_ram_than_its_budget() {
     /// Buffers, tables and queues of the receiving process.
     const BESIDE: u64 = 8 << 20;
+    const SAMPLE_EVERY: std::time::Duration = std::time::Duration::from_millis(10);
     if cannot_run_vms() {
         return;
     }
@@ -71,15 +74,16 @@ fn an_arriving_vm_never_has_more_ram_than_its_budget() {
     let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let mut run = host.start_vm("web", "rewrite");
     host.wait_rounds("web", 1);
-    let done = std::sync::atomic::AtomicBool::new(false);
+    let (done, is_done) = std::sync::mpsc::channel::<()>();
     let (highest, samples) = std::thread::scope(|scope| {
-        let sampler = scope.spawn(|| {
+        let host = &host;
+        let sampler = scope.spawn(move || {
             let (mut highest, mut samples) = (0, 0);
-            while !done.load(std::sync::atomic::Ordering::Acquire) {
-                let rss = rss_of_receiver(&host);
+            // The end of the channel is the end of the move.
+            while is_done.recv_timeout(SAMPLE_EVERY) == Err(RecvTimeoutError::Timeout) {
+                let rss = rss_of_receiver(host);
                 highest = highest.max(rss.unwrap_or(0));
                 samples += u32::from(rss.is_some());
-                std::thread::sleep(std::time::Duration::from_millis(10));
             }
             (highest, samples)
         });
@@ -87,7 +91,7 @@ fn an_arriving_vm_never_has_more_ram_than_its_budget() {
         if moved.code == 0 {
             host.wait_rounds("web", 2);
         }
-        done.store(true, std::sync::atomic::Ordering::Release);
+        drop(done);
         assert_eq!(moved.code, 0, "{moved:?}");
         sampler.join().expect("the sampler ends")
     });

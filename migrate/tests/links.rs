@@ -13,6 +13,7 @@ use migrate::wire::control::Control;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
 use migrate::wire::record::{Lane, Sequence};
 use migrate::{CancelFlag, Hello, Outcome, PlainMemory, RefuseKind, SendError, TargetMemory, send};
+use swapd::Engine;
 
 /// Stands between source and target.
 struct Proxy {
@@ -86,6 +87,14 @@ fn plain_target() -> (Target, PlainMemory) {
     (Target::start(TargetMemory::Plain(memory.clone())), memory)
 }
 
+/// A VM on a full engine, and a target in plain memory behind a link that works as yet.
+fn over_a_link(here: &Engine) -> (Writer, Proxy, Target, PlainMemory) {
+    fill(here);
+    let vm = Writer::start(here.memory_base() as usize, 100..200);
+    let (target, memory) = plain_target();
+    (vm, proxy(target.address, NEVER), target, memory)
+}
+
 #[test]
 fn nobody_there() {
     let place = Place::new();
@@ -138,8 +147,7 @@ fn a_broken_link_leaves_the_vm_where_it_was() {
         assert!(target.result().is_err());
         assert!(!target.vm.is_started());
     }
-    let memory = PlainMemory::new(MEMORY).unwrap();
-    let target = Target::start(TargetMemory::Plain(memory.clone()));
+    let (target, memory) = plain_target();
     send(&here.handle(), &mut vm, &options(target.address), &|_| {}, &CancelFlag::new(false)).unwrap();
     compare(&here, memory.base());
 }
@@ -148,10 +156,7 @@ fn a_broken_link_leaves_the_vm_where_it_was() {
 fn a_commit_that_gets_lost_is_taken_back() {
     let place = Place::new();
     let Some(here) = engine(&place, MEMORY) else { return };
-    fill(&here);
-    let mut vm = Writer::start(here.memory_base() as usize, 100..200);
-    let (target, _memory) = plain_target();
-    let proxy = proxy(target.address, NEVER);
+    let (mut vm, proxy, target, _memory) = over_a_link(&here);
     let link = proxy.link.clone();
     *target.vm.on_load.lock().unwrap() = Some(Box::new(move || link.swallow.store(true, Ordering::SeqCst)));
     let error =
@@ -166,10 +171,7 @@ fn a_commit_that_gets_lost_is_taken_back() {
 fn a_start_that_is_not_heard_of_is_asked_for() {
     let place = Place::new();
     let Some(here) = engine(&place, MEMORY) else { return };
-    fill(&here);
-    let mut vm = Writer::start(here.memory_base() as usize, 100..200);
-    let (target, memory) = plain_target();
-    let proxy = proxy(target.address, NEVER);
+    let (mut vm, proxy, target, memory) = over_a_link(&here);
     let link = proxy.link.clone();
     *target.vm.on_start.lock().unwrap() = Some(Box::new(move || link.cut()));
     let report =
@@ -183,10 +185,7 @@ fn a_start_that_is_not_heard_of_is_asked_for() {
 fn in_doubt_the_vm_stands_still() {
     let place = Place::new();
     let Some(here) = engine(&place, MEMORY) else { return };
-    fill(&here);
-    let mut vm = Writer::start(here.memory_base() as usize, 100..200);
-    let (target, _memory) = plain_target();
-    let proxy = proxy(target.address, NEVER);
+    let (mut vm, proxy, target, _memory) = over_a_link(&here);
     let (link, cancel) = (proxy.link.clone(), Arc::new(CancelFlag::new(false)));
     let patience = cancel.clone();
     *target.vm.on_start.lock().unwrap() = Some(Box::new(move || {

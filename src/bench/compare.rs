@@ -58,7 +58,8 @@ pub struct RunSettings {
     pub output_dir: Option<PathBuf>,
 }
 
-/// Runs, and writes what came out. A run that fails is noted, and the others go on.
+/// Runs, and writes what came out. A run that fails is noted, and the others go on. If a file cannot be done to its end, the results
+/// of the files before it are written all the same.
 ///
 /// # Errors
 /// If a file is wrong or does not fit, if it is interrupted, or if nothing could be measured.
@@ -75,8 +76,17 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
     let runs = scenarios.iter().map(|scenario| scenario.engines.len() as u32 * settings.repeat).sum();
     let mut progress = Progress { done: 0, runs };
     let mut results = Vec::with_capacity(scenarios.len());
+    let files = scenarios.len();
     for scenario in scenarios {
-        results.push(compare(scenario, settings, &mut progress)?);
+        match compare(scenario, settings, &mut progress) {
+            Ok(compared) => results.push(compared),
+            Err(failure) if results.is_empty() => return Err(failure),
+            Err(failure) => {
+                output::write(&results, settings)?;
+                say(&format!("{} of {files} files were done: their results are written", results.len()));
+                return Err(failure);
+            }
+        }
     }
     output::write(&results, settings)?;
     verdict(&results)

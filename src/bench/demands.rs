@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 
+use super::costs::Costs;
 use super::job::BenchEngine;
 use super::results::{Compared, Figure};
 
@@ -179,10 +180,23 @@ impl Row {
     }
 }
 
+/// What no job shows: a title, the most that it may be in percent, and the figure.
+type CostLine = (&'static str, f64, fn(&Costs) -> Option<f64>);
+
+const COST_LINES: [CostLine; 2] = [
+    ("an idle VM, of a core", 0.1, |costs| costs.idle_percent),
+    ("the engine's books, of the VM's memory", 0.35, |costs| costs.books_percent),
+];
+
 /// The rows of which anything was measured.
-pub(super) fn judge(results: &[Compared]) -> Vec<Row> {
+pub(super) fn judge(results: &[Compared], costs: &Costs) -> Vec<Row> {
     let rows = LINES.iter().map(|line| row(line, results));
-    rows.filter(|row| row.demands.iter().any(|judged| judged.measured.is_some())).collect()
+    let of_costs = COST_LINES.iter().map(|(title, most, figure)| Row {
+        title,
+        demands: vec![held(Bound::AtMost(*most), "itself".to_owned(), " %", figure(costs), "")],
+        cpu_us_per_miss: [None, None],
+    });
+    rows.chain(of_costs).filter(|row| row.demands.iter().any(|judged| judged.measured.is_some())).collect()
 }
 
 fn find<'a>(results: &'a [Compared], scenario: &str, job: &str) -> Option<(&'a Compared, usize)> {
@@ -241,16 +255,24 @@ fn judged(demand: &Demand, job: &str, found: Option<(&Compared, usize)>, results
             (to.name().to_owned(), " x", worst.map(|(ratio, _)| ratio))
         }
     };
-    let number = |value: f64| if value.abs() < 99.95 { format!("{value:.2}") } else { format!("{value:.0}") };
-    let demanded = match demand.bound {
+    held(demand.bound, against, unit, measured, &worst_in)
+}
+
+fn held(bound: Bound, against: String, unit: &str, measured: Option<f64>, place: &str) -> Judged {
+    let number = |value: f64| match value.abs() {
+        small if small > 0.0 && small < 0.0995 => format!("{value:.3}"),
+        middle if middle < 99.95 => format!("{value:.2}"),
+        _ => format!("{value:.0}"),
+    };
+    let demanded = match bound {
         Bound::AtLeast(bound) => format!("at least {}{unit}", number(bound)),
         Bound::AtMost(bound) => format!("at most {}{unit}", number(bound)),
     };
-    let met = measured.map(|value| match demand.bound {
+    let met = measured.map(|value| match bound {
         Bound::AtLeast(bound) => value >= bound,
         Bound::AtMost(bound) => value <= bound,
     });
-    let shown = measured.map_or_else(|| "-".to_owned(), |value| format!("{}{unit}{worst_in}", number(value)));
+    let shown = measured.map_or_else(|| "-".to_owned(), |value| format!("{}{unit}{place}", number(value)));
     Judged { against, demanded, measured, shown, met }
 }
 
@@ -318,10 +340,10 @@ mod tests {
 
     #[test]
     fn every_row_is_judged_and_no_more() {
-        assert!(judge(&[]).is_empty());
+        assert!(judge(&[], &Costs::default()).is_empty());
         let results =
             [named("seqrewrite", &["seqrewrite"]), named("zipf", &["zipf"]), named("two", &["seq", "rand"])];
-        let rows = judge(&results);
+        let rows = judge(&results, &Costs::default());
         let titles: Vec<_> = rows.iter().map(|row| row.title).collect();
         assert_eq!(
             titles,
@@ -342,7 +364,17 @@ mod tests {
     #[test]
     fn two_jobs_are_held_against_each_alone() {
         let results = [named("two", &["seq", "rand"]), named("two-alone-seq", &["seq"])];
-        let row = &judge(&results)[0];
+        let row = &judge(&results, &Costs::default())[0];
         assert_eq!((row.demands[0].measured, row.met()), (Some(1.0), Some(true)));
+    }
+
+    #[test]
+    fn costs_that_were_measured_have_rows() {
+        let rows = judge(&[], &Costs { idle_percent: Some(0.0153), books_percent: Some(0.36) });
+        let shown: Vec<_> = rows.iter().map(|row| (row.demands[0].shown.as_str(), row.met())).collect();
+        assert_eq!(shown, [("0.015 %", Some(true)), ("0.36 %", Some(false))]);
+        assert_eq!(rows[0].demands[0].demanded, "at most 0.10 %");
+        let one = judge(&[], &Costs { books_percent: Some(0.35), ..Costs::default() });
+        assert!(one.len() == 1 && one[0].title.contains("books") && one[0].met() == Some(true));
     }
 }

@@ -1,7 +1,7 @@
 //! The report: one HTML file that needs nothing else, with plots as SVG in it, for light and dark screens.
 
-use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::ops::Range;
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -276,32 +276,49 @@ fn distribution(compared: &Compared, job: usize) -> Result<Option<String>, Failu
     if lines.is_empty() {
         return Ok(None);
     }
-    let drawn = svg(CHART, |area| {
+    let across = Axis { range: 0.0..nines, labels: 6, label: percent };
+    let up = Axis { range: least * 0.8..most * 1.3, labels: 10, label: micros };
+    let drawn = curves(across, up, &lines)?;
+    Ok(Some(format!(
+        "<figure><figcaption>How long {what} takes, by percentile</figcaption>{drawn}</figure>\n"
+    )))
+}
+
+/// One side of a chart.
+struct Axis {
+    range: Range<f64>,
+    labels: usize,
+    label: fn(f64) -> String,
+}
+
+/// A line an engine, upwards by the logarithm.
+fn curves(across: Axis, up: Axis, lines: &[(BenchEngine, Vec<(f64, f64)>)]) -> Result<String, Failure> {
+    svg(CHART, |area| {
+        let lowest = up.range.start;
         let mut chart = ChartBuilder::on(area)
             .margin(10)
             .margin_right(24)
             .x_label_area_size(26)
             .y_label_area_size(54)
-            .build_cartesian_2d(0.0..nines, (least * 0.8..most * 1.3).log_scale())?;
+            .build_cartesian_2d(across.range, up.range.log_scale())?;
         chart
             .configure_mesh()
-            .x_labels(6)
-            .y_labels(10)
+            .x_labels(across.labels)
+            .y_labels(up.labels)
             .axis_style(INK.mix(0.4))
             .bold_line_style(INK.mix(0.12))
             .light_line_style(TRANSPARENT)
             .label_style(("sans-serif", 14).into_font().color(&INK))
-            .x_label_formatter(&|nines| percent(*nines))
-            .y_label_formatter(&|us| micros(*us))
+            .x_label_formatter(&|value| (across.label)(*value))
+            .y_label_formatter(&|value| (up.label)(*value))
             .draw()?;
-        for (engine, points) in &lines {
-            chart.draw_series(LineSeries::new(points.iter().copied(), colour(*engine).stroke_width(2)))?;
+        for (engine, points) in lines {
+            // A logarithm has no place for nothing.
+            let points = points.iter().map(|(at, value)| (*at, value.max(lowest)));
+            chart.draw_series(LineSeries::new(points, colour(*engine).stroke_width(2)))?;
         }
         Ok(())
-    })?;
-    Ok(Some(format!(
-        "<figure><figcaption>How long {what} takes, by percentile</figcaption>{drawn}</figure>\n"
-    )))
+    })
 }
 
 /// Percentiles on an axis that gives every further nine the same room, with times in µs.
@@ -347,8 +364,8 @@ fn over_time(compared: &Compared, job: usize) -> Result<Option<String>, Failure>
         }
         Some((of.engine, points))
     };
-    let lines: BTreeMap<BenchEngine, Vec<(f64, f64)>> = compared.engines.iter().filter_map(line).collect();
-    let points = || lines.values().flatten();
+    let lines: Vec<(BenchEngine, Vec<(f64, f64)>)> = compared.engines.iter().filter_map(line).collect();
+    let points = || lines.iter().flat_map(|(_, points)| points);
     let (end, most) =
         points().fold((0.0f64, 0.0f64), |(end, most), (at, rate)| (end.max(*at), most.max(*rate)));
     if end == 0.0 || most == 0.0 {
@@ -356,31 +373,10 @@ fn over_time(compared: &Compared, job: usize) -> Result<Option<String>, Failure>
     }
     let least = points().map(|(_, rate)| *rate).filter(|rate| *rate > 0.0).fold(most, f64::min);
     let least = least.max(most / 10_000.0);
-    let drawn = svg(CHART, |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin(10)
-            .margin_right(24)
-            .x_label_area_size(26)
-            .y_label_area_size(54)
-            .build_cartesian_2d(0.0..end, (least * 0.7..most * 1.4).log_scale())?;
-        chart
-            .configure_mesh()
-            .x_labels(8)
-            .y_labels(10)
-            .axis_style(INK.mix(0.4))
-            .bold_line_style(INK.mix(0.12))
-            .light_line_style(TRANSPARENT)
-            .label_style(("sans-serif", 14).into_font().color(&INK))
-            .x_label_formatter(&|seconds| format!("{} s", (seconds * 10.0).round() / 10.0))
-            .y_label_formatter(&|rate| short(*rate))
-            .draw()?;
-        for (engine, points) in &lines {
-            // A logarithm has no place for nothing.
-            let points = points.iter().map(|(at, rate)| (*at, rate.max(least * 0.7)));
-            chart.draw_series(LineSeries::new(points, colour(*engine).stroke_width(2)))?;
-        }
-        Ok(())
-    })?;
+    let seconds = |seconds: f64| format!("{} s", (seconds * 10.0).round() / 10.0);
+    let across = Axis { range: 0.0..end, labels: 8, label: seconds };
+    let up = Axis { range: least * 0.7..most * 1.4, labels: 10, label: short };
+    let drawn = curves(across, up, &lines)?;
     Ok(Some(format!("<figure><figcaption>Operations a second, over time</figcaption>{drawn}</figure>\n")))
 }
 
@@ -422,7 +418,7 @@ mod tests {
     use super::*;
 
     fn make(results: &[Compared]) -> String {
-        report(results, &demands::judge(results), 0).expect("a report")
+        report(results, &demands::judge(results, &Default::default()), 0).expect("a report")
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 mod compare;
+mod costs;
 mod demands;
 mod experiment;
 mod fio;

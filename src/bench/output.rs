@@ -16,7 +16,7 @@ use super::compare::{RunSettings, Style};
 use super::job::{BenchEngine, Job, Scenario};
 use super::results::{Compared, Figure, OfEngine, Outcome};
 use super::sample::{JobSample, Sample, Side};
-use super::{demands, fio, html};
+use super::{costs, demands, fio, html};
 use crate::failure::{Failure, Kind};
 use crate::size::Size;
 
@@ -100,6 +100,8 @@ pub(super) fn read(path: &Path) -> Result<Vec<Compared>, Failure> {
 #[derive(Clone, Debug)]
 pub struct ReportSettings {
     pub results: Vec<PathBuf>,
+    /// What `scripts/bench` has measured beside the jobs.
+    pub costs: Option<PathBuf>,
     /// The HTML file.
     pub output: Option<PathBuf>,
     pub json: bool,
@@ -120,7 +122,8 @@ pub fn report(settings: &ReportSettings) -> Result<(), Failure> {
         }
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let rows = demands::judge(&results);
+    let costs = settings.costs.as_deref().map(costs::read).transpose()?.unwrap_or_default();
+    let rows = demands::judge(&results, &costs);
     if let Some(path) = &settings.output {
         write_file(path, &html::report(&results, &rows, now)?)?;
     }

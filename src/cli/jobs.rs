@@ -72,6 +72,9 @@ pub(super) struct ReportArgs {
     /// What `bench run --output-format json` has written; of a job file that is there twice, the later counts
     #[arg(required = true, value_name = "RESULTS")]
     results: Vec<PathBuf>,
+    /// What an idle VM and the engine's books cost, as `scripts/bench` has measured it
+    #[arg(long, value_name = "FILE")]
+    costs: Option<PathBuf>,
     /// The HTML file to write
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -81,7 +84,8 @@ pub(super) struct ReportArgs {
 
 impl ReportArgs {
     pub(super) fn settings(self) -> ReportSettings {
-        ReportSettings { results: self.results, output: self.output, json: self.json.json }
+        let ReportArgs { results, costs, output, json } = self;
+        ReportSettings { results, costs, output, json: json.json }
     }
 }
 

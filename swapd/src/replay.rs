@@ -194,31 +194,30 @@ impl Replay {
 
     fn event(&mut self, event: Event<'_>) {
         self.core.handle(event);
-        self.perform_all();
+        self.perform();
         self.core.make_ready();
-        self.perform_all();
+        self.perform();
     }
 
-    fn perform_all(&mut self) {
+    /// Does what the core wants, until it wants no more.
+    fn perform(&mut self) {
         while let Some(action) = self.core.next_action() {
-            self.perform(action);
-        }
-    }
-
-    fn perform(&mut self, action: Action) {
-        match action {
-            Action::MoveIn { run, slots } => self.core.handle(Event::MovedIn { run, slots, moved: run.len }),
-            Action::MoveOut { run, slots, .. } => self.move_out(run, slots),
-            Action::Read { io, run, .. } => {
-                self.pages_read += u64::from(run.len);
-                self.flights.push_back(Flight { due: self.now + self.pace.io, io, read: Some(run) });
+            match action {
+                Action::MoveIn { run, slots } => {
+                    self.core.handle(Event::MovedIn { run, slots, moved: run.len });
+                }
+                Action::MoveOut { run, slots, .. } => self.move_out(run, slots),
+                Action::Read { io, run, .. } => {
+                    self.pages_read += u64::from(run.len);
+                    self.flights.push_back(Flight { due: self.now + self.pace.io, io, read: Some(run) });
+                }
+                Action::Write { io, run, .. } => {
+                    self.pages_written += u64::from(run.len);
+                    self.flights.push_back(Flight { due: self.now + self.pace.io, io, read: None });
+                }
+                // Frames and their contents are not modelled, and nobody asks for anything.
+                _ => {}
             }
-            Action::Write { io, run, .. } => {
-                self.pages_written += u64::from(run.len);
-                self.flights.push_back(Flight { due: self.now + self.pace.io, io, read: None });
-            }
-            // Frames and their contents are not modelled, and nobody asks for anything.
-            _ => {}
         }
     }
 

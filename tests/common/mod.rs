@@ -1,6 +1,7 @@
 //! A host of a test: a run directory, a store, and `vmemd` processes that do not outlive it.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+use std::cell::RefCell;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
@@ -16,13 +17,18 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(10);
 
 /// Waits until `what` gives something.
-pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    look_until(|| what.to_owned(), look)
+}
+
+/// Other processes' files, sockets and counters give no sign when they change: they are looked at again and again.
+fn look_until<T>(what: impl Fn() -> String, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + DEADLINE;
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(Instant::now() < deadline, "waited too long for {what}");
+        assert!(Instant::now() < deadline, "waited too long for {}", what());
         std::thread::sleep(POLL);
     }
 }
@@ -174,18 +180,14 @@ impl Host {
     }
 
     pub(crate) fn wait_stat(&self, name: &str, what: &str, done: impl Fn(&Value) -> bool) -> Value {
-        let mut last = Value::Null;
-        let deadline = Instant::now() + DEADLINE;
-        loop {
-            if let Some(stat) = self.stat(name) {
-                if done(&stat) {
-                    return stat;
-                }
-                last = stat;
-            }
-            assert!(Instant::now() < deadline, "{name}: waited too long for {what}: {last}");
-            std::thread::sleep(POLL);
-        }
+        let last = RefCell::new(Value::Null);
+        let what = || format!("{what} of {name}: {}", last.borrow());
+        look_until(what, || {
+            let stat = self.stat(name)?;
+            let is_done = done(&stat);
+            last.replace(stat.clone());
+            is_done.then_some(stat)
+        })
     }
 
     pub(crate) fn wait_state(&self, name: &str, state: &str) -> Value {

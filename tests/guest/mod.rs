@@ -62,15 +62,24 @@ impl Guest {
 
     /// Waits until the counters are so; panics with them if the guest fails or takes too long.
     pub(crate) fn wait(&self, what: &str, done: impl Fn(&GuestCounters) -> bool) -> GuestCounters {
+        self.look(what, |counters| {
+            if done(&counters) {
+                return Some(counters);
+            }
+            assert_eq!(self.machine.state(), RunState::Running, "waiting for {what}: {counters:?}");
+            None
+        })
+    }
+
+    /// A guest gives no sign of how far it is: its counters are looked at again and again.
+    fn look<T>(&self, what: &str, mut look: impl FnMut(GuestCounters) -> Option<T>) -> T {
         let start = Instant::now();
         loop {
             let counters = self.machine.counters();
-            if done(&counters) {
-                return counters;
-            }
-            let state = self.machine.state();
-            assert_eq!(state, RunState::Running, "waiting for {what}: {counters:?}");
             assert!(start.elapsed() < DEADLINE, "waiting for {what}: {counters:?}");
+            if let Some(found) = look(counters) {
+                return found;
+            }
             std::thread::sleep(POLL);
         }
     }
@@ -90,14 +99,10 @@ impl Guest {
 
     /// Waits until the guest has failed, and gives the reason.
     pub(crate) fn wait_failure(&self) -> String {
-        let start = Instant::now();
-        loop {
-            if let RunState::Failed(reason) = self.machine.state() {
-                return reason;
-            }
-            assert!(start.elapsed() < DEADLINE, "the guest does not fail: {:?}", self.machine.counters());
-            std::thread::sleep(POLL);
-        }
+        self.look("its failure", |_| match self.machine.state() {
+            RunState::Failed(reason) => Some(reason),
+            _ => None,
+        })
     }
 
     /// Where a page is in this process. The guest must be paused for what is read there to stand still.

@@ -62,10 +62,10 @@ impl PlainMemory {
     /// Makes the run's pages read as zeros, and gives their frames back.
     pub(crate) fn clear(&self, run: Run) -> io::Result<()> {
         assert!(run.end().offset() <= self.bytes(), "{run:?} is beyond the memory");
+        let start = self.page_address(run.start).cast();
         // SAFETY: within the mapping, as just checked, and private anonymous memory reads as zeros afterwards.
         // Nobody holds a Rust reference into it.
-        let done =
-            unsafe { libc::madvise(self.page_address(run.start).cast(), run.bytes(), libc::MADV_DONTNEED) };
+        let done = unsafe { libc::madvise(start, run.bytes(), libc::MADV_DONTNEED) };
         if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }

@@ -106,10 +106,10 @@ impl EngineSink {
             let slots = self.grant(inlet, (total - done) as u32).await?;
             let sums = &batch.sums[done..done + slots.len as usize];
             let part = take_runs(&mut runs, slots.len);
+            let frames = self.handle.slot_address(slots);
             // SAFETY: granted frames are ours until they arrive or go back, which happens below, behind the read; the
             // handle keeps the engine's staging area mapped as far as its owner lets it (it stops the engine only after us).
-            let region =
-                unsafe { Region::new(self.handle.slot_address(slots), slots.bytes(), self.handle.clone()) };
+            let region = unsafe { Region::new(frames, slots.bytes(), self.handle.clone()) };
             if let Err(trouble) = receive_checked(inlet, region, &part, sums).await {
                 self.give_back(slots).await;
                 return Err(trouble);
@@ -227,10 +227,10 @@ impl PlainSink {
 
     async fn pages(&mut self, inlet: &Inlet, batch: Batch<'_>) -> Result<(), Trouble> {
         if let [run] = batch.runs {
+            let start = self.memory.page_address(run.start);
             // SAFETY: within the mapping (`page_address` checks its start, the decoder its end), which the clone keeps; nobody
             // uses the memory of a VM that does not run yet, and streams own disjoint blocks.
-            let region =
-                unsafe { Region::new(self.memory.page_address(run.start), run.bytes(), self.memory.clone()) };
+            let region = unsafe { Region::new(start, run.bytes(), self.memory.clone()) };
             receive_checked(inlet, region, batch.runs, batch.sums).await?;
         } else {
             let bytes = batch.sums.len() * PAGE_SIZE;

@@ -32,18 +32,18 @@ pub(crate) enum Policy {
 /// What a policy made of the touches that count. All but the policies of the literature's `hit_rate` in pages or events.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Row {
-    pub(crate) policy: Policy,
-    pub(crate) touches: u64,
+    policy: Policy,
+    touches: u64,
     /// Pages read a touch, taken from one: prefetch in vain counts against it.
-    pub(crate) hit_rate: f64,
-    pub(crate) pages_read: u64,
+    hit_rate: f64,
+    pages_read: u64,
     /// Of these, the ones that nobody waited for yet.
-    pub(crate) pages_prefetched: u64,
-    pub(crate) pages_written: u64,
+    pages_prefetched: u64,
+    pages_written: u64,
     /// Touches that had to wait for the device.
-    pub(crate) waits: u64,
+    waits: u64,
     /// Touches that found the page's frame on its way out, or waiting to prove itself.
-    pub(crate) rescues: u64,
+    rescues: u64,
 }
 
 impl Row {

@@ -112,9 +112,9 @@ impl Vm {
             .write(true)
             .open("/proc/self/coredump_filter")
             .expect("proc is there");
+        let (null, word) = (std::os::fd::AsRawFd::as_raw_fd(&null), self.word(page, 0));
         // SAFETY: the kernel checks the range and fails with EFAULT instead of a signal.
-        let result =
-            unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&null), self.word(page, 0).cast(), 8) };
+        let result = unsafe { libc::write(null, word.cast(), 8) };
         result < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
     }
 

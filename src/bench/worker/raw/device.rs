@@ -52,38 +52,43 @@ pub(super) struct Transfer {
     pub(super) began: u64,
 }
 
-/// A fixed number of transfers at a time, each with a buffer of its own.
+/// A fixed number of transfers at a time. Each read has a buffer of its own; all writes take the same bytes.
 pub(super) struct Device {
     ring: IoUring,
     /// Never read or written but by the device; unmapped after the ring is gone.
     buffers: MmapMut,
     transfers: Vec<Option<Transfer>>,
     vacant: Vec<usize>,
+    vacant_for_writes: Vec<usize>,
+    reads: usize,
     _file: File,
 }
 
 impl Device {
-    pub(super) fn new(file: File, slots: usize) -> io::Result<Device> {
+    pub(super) fn new(file: File, reads: usize, writes: usize) -> io::Result<Device> {
+        let slots = reads + writes;
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_coop_taskrun()
             .setup_defer_taskrun()
             .build(slots.next_power_of_two() as u32)?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
-        let mut buffers = MmapMut::map_anon(slots * BUFFER_BYTES)?;
+        let mut buffers = MmapMut::map_anon((reads + 1) * BUFFER_BYTES)?;
         let mut random = Random::new(1);
         buffers.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&random.next().to_ne_bytes()));
         Ok(Device {
             ring,
             buffers,
             transfers: vec![None; slots],
-            vacant: (0..slots).rev().collect(),
+            vacant: (0..reads).rev().collect(),
+            vacant_for_writes: (reads..slots).rev().collect(),
+            reads,
             _file: file,
         })
     }
 
     pub(super) fn in_flight(&self) -> usize {
-        self.transfers.len() - self.vacant.len()
+        self.transfers.len() - self.vacant.len() - self.vacant_for_writes.len()
     }
 
     /// Begins a transfer; submitted with the next wait.
@@ -91,17 +96,18 @@ impl Device {
     /// # Panics
     /// If all slots are in use.
     pub(super) fn start(&mut self, transfer: Transfer) {
-        let slot = self.vacant.pop().expect("as many slots as lanes and writers need");
-        // SAFETY: within the mapping: the slot's own part of it.
-        let at = unsafe { self.buffers.as_mut_ptr().add(slot * BUFFER_BYTES) };
+        let vacant = if transfer.write { &mut self.vacant_for_writes } else { &mut self.vacant };
+        let slot = vacant.pop().expect("as many slots as lanes and writers need");
+        // SAFETY: within the mapping: a read's own part of it, or the part behind those, which all writes share.
+        let at = unsafe { self.buffers.as_mut_ptr().add(slot.min(self.reads) * BUFFER_BYTES) };
         let (len, offset) = (transfer.run.bytes() as u32, transfer.run.start.offset());
         let entry = match transfer.write {
             true => opcode::Write::new(FILE, at, len).offset(offset).build(),
             false => opcode::Read::new(FILE, at, len).offset(offset).build(),
         };
         self.transfers[slot] = Some(transfer);
-        // SAFETY: the buffer is this slot's until the transfer has completed, and the device is not dropped before. The ring has room
-        // for all slots.
+        // SAFETY: nobody else changes the buffer until the transfer has completed, and the device is not dropped before. The ring has
+        // room for all slots.
         unsafe { self.ring.submission().push(&entry.user_data(slot as u64)) }
             .expect("the ring has an entry for every slot");
     }
@@ -120,7 +126,11 @@ impl Device {
         for entry in self.ring.completion() {
             let slot = entry.user_data() as usize;
             let transfer = self.transfers[slot].take().expect("a transfer completes once");
-            self.vacant.push(slot);
+            if transfer.write {
+                self.vacant_for_writes.push(slot)
+            } else {
+                self.vacant.push(slot)
+            }
             if entry.result() < 0 {
                 return Err(io::Error::from_raw_os_error(-entry.result()));
             }

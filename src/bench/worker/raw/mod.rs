@@ -1,15 +1,16 @@
 //! The engine `raw`: the least device traffic that the jobs need, as fast as the device does it, with no memory behind it.
 //!
 //! Nobody can beat it, and nobody reaches it: it knows the future, and nothing is touched.
-//! A sample of it counts as touches those that the traffic done stands for, by each lane's last completed operation, and as times
+//! A sample of it counts as touches those that the traffic done stands for, by each lane's furthest completed operation, and as times
 //! those of the device's reads and writes.
 
+mod burst;
 mod device;
 mod plan;
 
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use self::burst::{Write, WriteBehind};
 use self::device::{Device, Transfer};
 use self::plan::{Lane, Operation, Plan};
 use super::clock::Clock;
@@ -20,9 +21,7 @@ use crate::failure::{Failure, Kind};
 use crate::host;
 
 /// Writes under way at most.
-const WRITES: usize = 16;
-/// Writes that wait at most: then their lanes wait too.
-const WRITES_BEHIND: usize = 16;
+const WRITES: usize = 128;
 /// How long a completion may take: longer than any disk.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -43,8 +42,8 @@ pub(super) fn run(request: &WorkerRequest) -> Result<Sample, Failure> {
     host::need_free_disk(&request.dir, scenario.memory_bytes(), 0)?;
     let fail = |error| Failure::io(format!("the raw file in {}", request.dir.display()), &error);
     let file = device::make(&request.dir, scenario.memory_bytes()).map_err(fail)?;
-    let slots = WRITES + plan.lanes.iter().map(|lane| lane.depth as usize).sum::<usize>();
-    let device = Device::new(file, slots).map_err(fail)?;
+    let reads = plan.lanes.iter().map(|lane| lane.depth as usize).sum();
+    let device = Device::new(file, reads, WRITES).map_err(fail)?;
     let cpu_ns = usage::process_cpu_ns();
     let mut run = RawRun::new(scenario, device, &plan);
     run.finish().map_err(fail)?;
@@ -96,7 +95,7 @@ struct RawRun<'a> {
     device: Device,
     start: u64,
     lanes: Vec<Progress<'a>>,
-    behind: VecDeque<(usize, Operation, u64)>,
+    behind: WriteBehind,
     writes_under_way: usize,
     tallies: Vec<Tally>,
     pages_read: u64,
@@ -132,7 +131,7 @@ impl<'a> RawRun<'a> {
             device,
             start,
             lanes: plan.lanes.iter().map(progress).collect(),
-            behind: VecDeque::with_capacity(WRITES_BEHIND),
+            behind: WriteBehind::default(),
             writes_under_way: 0,
             tallies: scenario.jobs.iter().map(tally).collect(),
             pages_read: 0,
@@ -147,7 +146,11 @@ impl<'a> RawRun<'a> {
             for lane in 0..self.lanes.len() {
                 self.issue(lane, now);
             }
-            self.issue_writes(now);
+            self.issue_writes(now, false);
+            // What waits at the end makes no burst.
+            if self.device.in_flight() == 0 {
+                self.issue_writes(now, true);
+            }
             if self.device.in_flight() == 0 {
                 return Ok(());
             }
@@ -170,27 +173,27 @@ impl<'a> RawRun<'a> {
         while let Some(operation) = lane.operation() {
             let touches = lane.before + operation.touches;
             if operation.write {
-                if self.behind.len() >= WRITES_BEHIND {
+                if self.behind.is_full() {
                     return;
                 }
-                self.behind.push_back((index, operation, touches));
+                self.behind.add(Write { lane: index, run: operation.run, touches });
             } else {
                 if lane.reads_under_way >= lane.lane.depth {
                     return;
                 }
                 lane.reads_under_way += 1;
-                let Operation { run, write, .. } = operation;
-                self.device.start(Transfer { lane: index, run, write, touches, began: now });
+                let run = operation.run;
+                self.device.start(Transfer { lane: index, run, write: false, touches, began: now });
             }
             lane.advance();
         }
     }
 
-    fn issue_writes(&mut self, now: u64) {
+    fn issue_writes(&mut self, now: u64, all: bool) {
         while self.writes_under_way < WRITES {
-            let Some((lane, Operation { run, write, .. }, touches)) = self.behind.pop_front() else { return };
+            let Some(Write { lane, run, touches }) = self.behind.next(all) else { return };
             self.writes_under_way += 1;
-            self.device.start(Transfer { lane, run, write, touches, began: now });
+            self.device.start(Transfer { lane, run, write: true, touches, began: now });
         }
     }
 
