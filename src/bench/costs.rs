@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, Kind};
 
 /// None is what was not measured: the host could not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
