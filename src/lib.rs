@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod failure;
 pub mod host;
 pub mod process;
+pub mod qemu;
 pub mod signals;
 pub mod size;
 pub mod vmm;
