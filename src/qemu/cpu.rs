@@ -11,8 +11,6 @@ use super::{Failure, Kind};
 const OF_THE_KERNEL: &[&str] = &[
     "acc_power",
     "acpi",
-    "almost",
-    "always",
     "amd_lbr_v2",
     "aperfmperf",
     "arat",

@@ -47,9 +47,8 @@ impl Host for ThisHost {
         let is_socket = path.metadata().is_ok_and(|meta| meta.file_type().is_socket());
         let Some(path) = path.to_str().filter(|_| is_socket) else { return false };
         let bound = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
-        bound
-            .lines()
-            .any(|line| line.splitn(8, ' ').last().is_some_and(|end| end.trim_start().ends_with(path)))
+        // Numbers, then the path: the first slash is the path's.
+        bound.lines().any(|line| line.find('/').is_some_and(|at| &line[at..] == path))
     }
 }
 
