@@ -1,0 +1,280 @@
+//! A VM's QEMU as the source describes it, and whether this host can start the same.
+//!
+//! The description comes over the network: it is bounded and parsed like anything else a stranger says. Still, a QEMU
+//! command line can name scripts to start, so whoever may reach the daemon's port can start programs on this host.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::cpu::{self, Cpu};
+use super::machine::{Ask, Machines, Pinned, Version};
+use super::options::CommandLine;
+use super::refuse::unmovable;
+use super::resources::{self, Host};
+use super::rewrite::Plan;
+use super::rules::Rules;
+use super::{Failure, Kind, binary};
+
+/// What the source sends: enough to start the same QEMU elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Offer {
+    pub binary: String,
+    /// As the user gave them, with absolute paths and the machine's version.
+    pub args: Vec<String>,
+    pub version: Version,
+    pub machine: Pinned,
+    /// If the guest sees the host's processor.
+    pub cpu: Option<Cpu>,
+}
+
+/// What the target starts.
+#[derive(Debug)]
+pub struct Accepted {
+    pub binary: PathBuf,
+    pub line: CommandLine,
+    pub plan: Plan,
+}
+
+impl Offer {
+    /// Pins the machine in `line` and makes its paths absolute: what is started and what is offered are the same.
+    pub fn of(
+        binary: &Path,
+        line: &mut CommandLine,
+        directory: &Path,
+        ask: &dyn Ask,
+        host: impl FnOnce() -> Result<Cpu, Failure>,
+    ) -> Result<Offer, Failure> {
+        let version = Version::of(ask, binary)?;
+        let machine = Machines::of(ask, binary)?.pin(line)?;
+        resources::absolute(line, directory)?;
+        let cpu = if cpu::shows_host(line)? {
+            let mut cpu = host()?;
+            let off = cpu::turned_off(line);
+            cpu.flags.retain(|flag| !off.contains(flag));
+            Some(cpu)
+        } else {
+            None
+        };
+        let binary = binary.to_str().ok_or_else(|| {
+            Failure::new(Kind::Usage, format!("{} is not UTF-8: rename it", binary.display()))
+        })?;
+        Ok(Offer { binary: binary.to_owned(), args: line.print(), version, machine, cpu })
+    }
+
+    /// Maps names by the rules, and checks that this host has all of it. `path` is `PATH`, `cpu` this host's.
+    pub fn accept(
+        &self,
+        rules: &Rules,
+        host: &dyn Host,
+        ask: &dyn Ask,
+        path: &OsStr,
+        cpu: &Cpu,
+    ) -> Result<Accepted, Failure> {
+        let mut line = CommandLine::parse(&self.args)?;
+        resources::map(&mut line, rules)?;
+        let plan = Plan::of(&line)?;
+        unmovable(&line)?;
+        let mut missing = resources::missing(&line, host)?;
+        let binary = self.find(rules, path);
+        match &binary {
+            Ok(binary) => missing.extend(self.unlike(&line, binary, ask)?),
+            Err(failure) => missing.insert(0, failure.text.clone()),
+        }
+        if let Some(source) = &self.cpu {
+            if !source.is_sane() {
+                return Err(Failure::new(
+                    Kind::Link,
+                    "the source names more processor features than there are",
+                ));
+            }
+            missing.extend(source.lost_on(cpu));
+        }
+        resources::report(&missing)?;
+        Ok(Accepted { binary: binary?, line, plan })
+    }
+
+    /// The QEMU binary of this host: of the same (or the mapped) path, else of the same name.
+    fn find(&self, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
+        let named = rules.path(&self.binary).unwrap_or_else(|| self.binary.clone());
+        let name = named.rsplit('/').next().unwrap_or_default();
+        if !name.starts_with("qemu") && name != "kvm" {
+            let text = format!(
+                "{named} is not a QEMU by its name (qemu-system-…): it is not started for a VM that arrives"
+            );
+            return Err(Failure::new(Kind::Usage, text));
+        }
+        let found =
+            if named.starts_with('/') { binary::find(&named, path) } else { binary::find(name, path) };
+        let found = found.or_else(|failure| binary::find(name, path).map_err(|_| failure))?;
+        binary::check(&found)?;
+        Ok(found)
+    }
+
+    /// In what this host's QEMU is not the source's.
+    fn unlike(&self, line: &CommandLine, binary: &Path, ask: &dyn Ask) -> Result<Vec<String>, Failure> {
+        let mut lines = Vec::new();
+        let version = Version::of(ask, binary)?;
+        if !Machines::of(ask, binary)?.has(&self.machine.machine) {
+            lines.push(format!(
+                "{} (version {version}) has no machine {:?}: use a QEMU that has it, the source's is {}",
+                binary.display(),
+                self.machine.machine,
+                self.version
+            ));
+        }
+        if !self.machine.versioned
+            && (version.major, version.minor) != (self.version.major, self.version.minor)
+        {
+            lines.push(format!(
+                "machine {:?} has no version, so both hosts need the same QEMU: here is {version}, there {}",
+                self.machine.machine, self.version
+            ));
+        }
+        if let Some(model) = cpu::model(line) {
+            let known = cpu::check_model(&ask.ask(binary, &["-cpu", "help"])?, model);
+            lines.extend(known.err().map(|failure| failure.text));
+        }
+        Ok(lines)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A QEMU of a version, with one family of machines.
+    #[derive(Debug)]
+    struct Fake(&'static str);
+
+    impl Ask for Fake {
+        fn ask(&self, _: &Path, args: &[&str]) -> Result<String, Failure> {
+            Ok(match args {
+                ["--version"] => format!("QEMU emulator version {}.1 (x)", self.0),
+                ["-machine", "help"] => format!(
+                    "Supported machines are:\nq35 x (alias of pc-q35-{0})\npc-q35-{0} x (default)\nmicrovm x\n",
+                    self.0
+                ),
+                _ => "Available CPUs:\nx86 qemu64 x\nx86 host x\n".to_owned(),
+            })
+        }
+    }
+
+    /// A host that has every file and no tap.
+    #[derive(Debug)]
+    struct Rich;
+
+    impl Host for Rich {
+        fn is_directory(&self, _: &Path) -> bool {
+            true
+        }
+        fn exists(&self, path: &Path) -> bool {
+            !path.starts_with("/missing")
+        }
+        fn is_program(&self, _: &Path) -> bool {
+            true
+        }
+        fn has_interface(&self, _: &str) -> bool {
+            false
+        }
+        fn is_bound(&self, _: &Path) -> bool {
+            false
+        }
+    }
+
+    fn cpu(flags: &str) -> Cpu {
+        Cpu::parse(&format!("vendor_id: A\nflags: {flags}\n"))
+    }
+
+    /// A directory with a program that is called a QEMU.
+    struct Bin(PathBuf);
+
+    impl Bin {
+        fn new(name: &str) -> Bin {
+            let dir = std::env::temp_dir().join(format!("vmemd-offer-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::copy("/proc/self/exe", dir.join("qemu-system-x")).unwrap();
+            Bin(dir.canonicalize().unwrap())
+        }
+    }
+
+    impl Drop for Bin {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn offer(text: &str) -> Offer {
+        let mut line = CommandLine::parse(&text.split_whitespace().collect::<Vec<_>>()).unwrap();
+        let binary = Path::new("/elsewhere/qemu-system-x");
+        let host = || Ok(cpu("sse avx2 arch_capabilities"));
+        let offer = Offer::of(binary, &mut line, Path::new("/home"), &Fake("7.2"), host).unwrap();
+        assert_eq!(offer.args, line.print());
+        serde_json::from_str(&serde_json::to_string(&offer).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn what_is_offered_can_be_started_elsewhere() {
+        let offer = offer("-m 1G -M q35,accel=kvm -cpu host,-arch-capabilities -drive file=a.img");
+        assert_eq!(
+            offer.args.join(" "),
+            "-m 1G -M pc-q35-7.2,accel=kvm -cpu host,-arch-capabilities -drive file=/home/a.img"
+        );
+        assert_eq!(offer.cpu, Some(cpu("sse avx2")));
+        let bin = Bin::new("same");
+        let mut rules = Rules::default();
+        rules.push("/home=/mnt").unwrap();
+        let path = bin.0.as_os_str();
+        let accepted = offer.accept(&rules, &Rich, &Fake("7.2"), path, &cpu("sse avx2 more")).unwrap();
+        assert_eq!(accepted.binary, bin.0.join("qemu-system-x"));
+        assert_eq!(accepted.line.print().last().unwrap(), "file=/mnt/a.img");
+        assert_eq!(accepted.plan.memory().bytes(), 1 << 30);
+    }
+
+    #[test]
+    fn everything_that_is_not_there_is_told_at_once() {
+        let offer = offer(
+            "-m 1G -M q35,accel=kvm -cpu host -drive file=/missing/a -netdev tap,id=n,ifname=t,script=no",
+        );
+        let bin = Bin::new("none");
+        let path = bin.0.as_os_str();
+        let error = offer.accept(&Rules::default(), &Rich, &Fake("6.0"), path, &cpu("sse")).unwrap_err();
+        assert_eq!(error.kind, Kind::Host);
+        for says in [
+            "disk /missing/a is missing here",
+            "tap interface t is missing here",
+            "has no machine \"pc-q35-7.2\": use a QEMU that has it, the source's is 7.2.1",
+            "lacks: arch_capabilities avx2",
+        ] {
+            assert!(error.text.contains(says), "{says}: {error}");
+        }
+        let error =
+            offer.accept(&Rules::default(), &Rich, &Fake("7.2"), OsStr::new(""), &cpu("")).unwrap_err();
+        assert!(error.text.contains("/elsewhere/qemu-system-x: No such file"), "{error}");
+    }
+
+    #[test]
+    fn what_is_only_alike_is_told() {
+        let bin = Bin::new("alike");
+        let accept = |offer: Offer, version| {
+            offer.accept(&Rules::default(), &Rich, &Fake(version), bin.0.as_os_str(), &cpu("")).map(|_| ())
+        };
+        let text = |result: Result<(), Failure>| result.unwrap_err().text;
+        accept(offer("-m 1G -M microvm"), "7.2").unwrap();
+        assert!(text(accept(offer("-m 1G -M microvm"), "8.0")).contains("both hosts need the same QEMU"));
+        assert!(text(accept(offer("-m 1G -cpu Next"), "7.2")).contains("no processor model \"Next\""));
+        assert!(text(accept(offer("-m 1G -snapshot"), "7.2")).starts_with("this VM cannot be moved"));
+        let mut wrong = offer("-m 1G");
+        wrong.binary = "/bin/sh".to_owned();
+        assert!(text(accept(wrong, "7.2")).contains("/bin/sh is not a QEMU by its name"));
+        let mut wrong = offer("-m 1G");
+        wrong.args.push("-daemonize".to_owned());
+        assert!(text(accept(wrong, "7.2")).contains("vmemd cannot run"));
+        let mut wrong = offer("-m 1G");
+        let flags = (0..2000).map(|n| n.to_string()).collect();
+        wrong.cpu = Some(Cpu { vendor: String::new(), flags });
+        assert!(text(accept(wrong, "7.2")).contains("more processor features"));
+    }
+}
