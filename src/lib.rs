@@ -2,12 +2,8 @@
 
 pub mod bench;
 pub mod cli;
-pub mod control;
 pub mod daemon;
 pub mod doctor;
-pub mod failure;
-pub mod host;
-pub mod process;
-pub mod signals;
-pub mod size;
+mod reference;
+pub mod run;
 pub mod vmm;

@@ -165,8 +165,8 @@ fn a_descriptor_goes_with_its_command() {
         (&theirs).write_all(b"{\"return\": {}, \"id\": 1}\n").unwrap();
         let count = (&theirs).read(&mut line).unwrap();
         assert!(std::str::from_utf8(&line[..count]).unwrap().contains("query-status"));
-        let (fd, bytes) = vmprocess::passing::receive_with_fd(&theirs, PATIENCE, 4096).unwrap();
-        assert!(std::str::from_utf8(&bytes).unwrap().contains(r#"{"fdname":"x"}"#));
+        let (fd, count) = vmprocess::passing::receive_with_fd(&theirs, &mut line, PATIENCE).unwrap();
+        assert!(std::str::from_utf8(&line[..count]).unwrap().contains(r#"{"fdname":"x"}"#));
         (&theirs).write_all(b"{\"return\": {}, \"id\": 2}\n").unwrap();
         UnixStream::from(fd).write_all(b"state").unwrap();
     });

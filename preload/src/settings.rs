@@ -1,50 +1,18 @@
-//! What the process that starts QEMU tells the preload: one JSON text in the environment.
+//! Takes the settings out of the environment, if they are for this program.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{OsStr, OsString};
+use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use vmprocess::qemu::{LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE};
 
-/// The environment variable that holds the settings.
-pub(crate) const VARIABLE: &str = "VMEMD_PRELOAD";
 const LD_PRELOAD: &str = "LD_PRELOAD";
-/// File name of this shared object, as it stands in `LD_PRELOAD`.
-const LIBRARY: &str = "libvmemd_preload.so";
 const LD_SEPARATORS: [u8; 2] = [b':', b' '];
 
-/// A `memory-backend-file` of QEMU's command line. Guest memory is the backends in this order.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Backend {
-    /// Its `mem-path`.
-    pub path: PathBuf,
-    /// A multiple of 2 MiB.
-    pub bytes: u64,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PreloadSettings {
-    /// The QEMU binary, without links in its path. Every other program is left alone.
-    pub program: PathBuf,
-    pub backends: Vec<Backend>,
-    /// The Unix socket of a QMP monitor of this QEMU.
-    pub qmp: PathBuf,
-    /// Where the log goes; standard error without it.
-    pub log: Option<PathBuf>,
-}
-
-impl Backend {
-    fn descriptor(&self) -> Option<libc::c_int> {
-        self.path.strip_prefix("/proc/self/fd").ok()?.to_str()?.parse().ok()
-    }
-
-    pub(crate) fn c_path(&self) -> Option<CString> {
-        CString::new(self.path.as_os_str().as_bytes()).ok()
-    }
-}
-
 /// The settings, if this process is the QEMU that they are for. They are gone from the environment then: what QEMU
-/// starts (network scripts) must not see them.
+/// starts (network scripts) must not see them, nor the descriptors. Any other program, such as a shell script around
+/// QEMU, hands all of it on.
 ///
 /// # Safety
 /// No other thread may use the environment meanwhile.
@@ -65,11 +33,27 @@ pub(crate) unsafe fn take() -> Option<Result<PreloadSettings, serde_json::Error>
             None => std::env::remove_var(LD_PRELOAD),
         }
     }
-    for fd in settings.backends.iter().filter_map(Backend::descriptor) {
+    for fd in inherited(&settings) {
         // SAFETY: changes a flag of the descriptor; fails on one that is not open.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
     Some(Ok(settings))
+}
+
+/// The descriptors that the settings name.
+fn inherited(settings: &PreloadSettings) -> Vec<RawFd> {
+    let mut all: Vec<RawFd> = settings.backends.iter().filter_map(|backend| descriptor(&backend.path)).collect();
+    if let QmpAddress::Descriptor(fd) = settings.qmp {
+        all.push(fd);
+    }
+    if let Role::Arriving(arrival) = &settings.role {
+        all.extend([arrival.control_fd, arrival.streams_fd, arrival.listener_fd]);
+    }
+    all
+}
+
+fn descriptor(path: &Path) -> Option<RawFd> {
+    path.strip_prefix("/proc/self/fd").ok()?.to_str()?.parse().ok()
 }
 
 /// What is left of a preload list without this library.
@@ -95,9 +79,8 @@ mod tests {
 
     #[test]
     fn inherited_descriptors_are_recognised() {
-        let fd = |path: &str| Backend { path: path.into(), bytes: 0 }.descriptor();
-        assert_eq!(fd("/proc/self/fd/17"), Some(17));
-        assert_eq!(fd("/dev/shm/vmemd-17"), None);
-        assert_eq!(fd("/proc/self/fd/x"), None);
+        assert_eq!(descriptor(Path::new("/proc/self/fd/17")), Some(17));
+        assert_eq!(descriptor(Path::new("/dev/shm/vmemd-17")), None);
+        assert_eq!(descriptor(Path::new("/proc/self/fd/x")), None);
     }
 }

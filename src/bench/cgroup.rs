@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, Kind};
 
 /// How long the kernel may take to let go of processes that were killed.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(20);

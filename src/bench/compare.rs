@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use swapd::PAGE_SIZE;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
+use vmprocess::{host, signals};
 
 use super::cgroup::{self, MemoryCgroup};
 use super::experiment::{PAGE_TABLE_SHARE, PROCESS_ALLOWANCE_BYTES};
@@ -18,9 +21,7 @@ use super::sample::Sample;
 use super::site::{self, Proc, SWAP_FILE, Site};
 use super::swapfile::SwapFile;
 use super::{HOST_RESERVE_BYTES, jobfile, output, say};
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
-use crate::{doctor, host, signals};
+use crate::doctor;
 
 /// Beside what a run takes at the slowest rates below.
 const RUN_TIMEOUT: Duration = Duration::from_secs(300);

@@ -5,17 +5,17 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vmprocess::control::client::VmClient;
+use vmprocess::control::protocol::{MigrateRequest, Request, VmStat};
+use vmprocess::control::rundir::RunDir;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::signals;
+use vmprocess::size::Size;
 
 use super::cgroup::MemoryCgroup;
 use super::site::{self, Proc, SWAP_FILE, Site};
 use super::swapfile::SwapFile;
 use super::{Settings, Target};
-use crate::control::client::VmClient;
-use crate::control::protocol::{MigrateRequest, Request, VmStat};
-use crate::control::rundir::RunDir;
-use crate::failure::{Failure, Kind};
-use crate::signals;
-use crate::size::Size;
 use crate::vmm::Workload;
 
 /// What the processes in the swap target's cgroup take besides guest memory and its page tables: the daemon's and the VM's own

@@ -3,12 +3,12 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
+use vmprocess::size::Size;
 
 use super::job::{BenchEngine, Job, Scenario};
 use super::jobfile;
 use super::results::Spread;
 use super::sample::{JobSample, SERIES_MS, Sample, Side, Times};
-use crate::size::Size;
 
 /// As in fio's own output.
 const PERCENTILES: [f64; 17] =

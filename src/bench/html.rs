@@ -6,6 +6,8 @@ use std::fmt::Write;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
 
 use super::demands::Row;
 use super::job::BenchEngine;
@@ -13,8 +15,6 @@ use super::output::short;
 use super::results::{Compared, Figure, OfEngine};
 use super::sample::{SERIES_MS, Times};
 use super::{fio, output};
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
 
 /// Stands for the colour of text, which the page chooses.
 const INK: RGBColor = RGBColor(1, 2, 3);

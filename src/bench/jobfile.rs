@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use swapd::PAGE_SIZE;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
 
 use super::ini::{self, Entry, Fault, Place, Section, Word};
 use super::job::{Access, BenchEngine, Job, Length, Order, Scenario};
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
 
 /// A job file is text of a person; whatever is larger is not one.
 const FILE_MAX_BYTES: u64 = 1 << 20;

@@ -27,10 +27,11 @@ pub(crate) mod worker;
 use std::io::Write;
 use std::path::PathBuf;
 
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
+use vmprocess::{host, signals};
+
 use crate::vmm::Workload;
-use crate::{host, signals};
 pub use compare::{RunSettings, Style, run};
 pub use output::{ReportSettings, report as jobs_report};
 use report::{Outcome, Results};

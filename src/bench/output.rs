@@ -11,14 +11,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
 
 use super::compare::{RunSettings, Style};
 use super::job::{BenchEngine, Job, Scenario};
 use super::results::{Compared, Figure, OfEngine, Outcome};
 use super::sample::{JobSample, Sample, Side};
 use super::{demands, fio, html};
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
 
 /// Changes whenever older readers would misunderstand results.
 const FORMAT: u32 = 1;

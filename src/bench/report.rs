@@ -2,11 +2,11 @@
 
 use serde::Serialize;
 use serde_json::{Value, json};
+use vmprocess::failure::{Failure, Kind};
 
 use super::experiment::Measured;
 use super::results::Spread;
 use super::{Settings, Target};
-use crate::failure::{Failure, Kind};
 
 /// How one run ended.
 #[derive(Clone, Debug, Serialize)]

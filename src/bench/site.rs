@@ -12,11 +12,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use vmprocess::control::client::VmClient;
+use vmprocess::control::rundir::RunDir;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::signals;
+
 use super::{cgroup, swapfile};
-use crate::control::client::VmClient;
-use crate::control::rundir::RunDir;
-use crate::failure::{Failure, Kind};
-use crate::signals;
 
 /// Begins the name of everything that a benchmark makes.
 pub(super) const PREFIX: &str = "vmemd-bench-";

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, Kind};
 
 /// `swapoff` gives up when a signal is pending (a second Ctrl-C): try again.
 const SWAPOFF_TRIES: u32 = 20;

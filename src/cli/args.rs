@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use vmprocess::control::protocol::EngineKind;
+use vmprocess::size::Size;
 
-use crate::control::protocol::EngineKind;
-use crate::size::Size;
 use crate::vmm::Workload;
 
 /// Gives each VM a private virtual memory: a fixed budget of RAM, an SSD behind it, and a way to move while it runs.
@@ -124,7 +124,7 @@ pub(super) struct RunArgs {
     #[arg(long)]
     pub(super) no_lock: bool,
     #[arg(long, hide = true, value_enum, default_value = "vmemd")]
-    pub(super) engine: EngineKind,
+    pub(super) engine: EngineArg,
 }
 
 #[derive(Debug, Args)]
@@ -140,7 +140,7 @@ pub(super) struct ServeArgs {
     pub(super) store: PathBuf,
     /// What holds the memory of VMs that arrive: plain is ordinary memory, for comparisons
     #[arg(long, value_enum, default_value = "vmemd")]
-    pub(super) engine: EngineKind,
+    pub(super) engine: EngineArg,
     /// Do not lock the VMs' RAM against the host's own swap
     #[arg(long)]
     pub(super) no_lock: bool,
@@ -264,6 +264,24 @@ pub(super) struct BenchMigrateArgs {
     pub(super) store: Option<PathBuf>,
     #[command(flatten)]
     pub(super) json: JsonArg,
+}
+
+/// [`EngineKind`] as it is typed.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum EngineArg {
+    /// The swap engine: a RAM budget, and a store behind it
+    Vmemd,
+    /// Ordinary memory with the host's own paging, for comparisons
+    Plain,
+}
+
+impl From<EngineArg> for EngineKind {
+    fn from(engine: EngineArg) -> EngineKind {
+        match engine {
+            EngineArg::Vmemd => EngineKind::Vmemd,
+            EngineArg::Plain => EngineKind::Plain,
+        }
+    }
 }
 
 /// A time as people write it: `50ms`, `1s`, `1.5s`.

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use vmprocess::size::Size;
 
 use super::args::{JsonArg, parse_duration};
 use super::default_store;
 use crate::bench::job::BenchEngine;
 use crate::bench::{ReportSettings, RunSettings, Style};
-use crate::size::Size;
 
 #[derive(Debug, Args)]
 pub(super) struct RunJobsArgs {

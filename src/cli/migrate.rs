@@ -5,15 +5,15 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
+use vmprocess::control::client::VmClient;
+use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request, State};
+use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::signals;
+use vmprocess::size::Size;
 
 use super::args::MigrateArgs;
 use super::{print, print_json};
-use crate::control::client::VmClient;
-use crate::control::protocol::{MigrateRequest, MigrationStat, Request, State};
-use crate::control::rundir::{Place, RunDir};
-use crate::failure::{Failure, Kind};
-use crate::signals;
-use crate::size::Size;
 
 /// Highest share of time for which a guest is held back so that the migration ends.
 const THROTTLE_MAX: u8 = 99;

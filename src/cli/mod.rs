@@ -12,15 +12,15 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
+use vmprocess::MemorySpec;
+use vmprocess::control::protocol::EngineKind;
+use vmprocess::control::rundir::RunDir;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
 
-use crate::control::protocol::EngineKind;
-use crate::control::rundir::RunDir;
 use crate::daemon::serve::ServeSettings;
-use crate::failure::{Failure, Kind};
-use crate::process::run::RunSettings;
-use crate::process::{MemorySpec, arrive};
-use crate::size::Size;
-use crate::{bench, daemon, doctor, process};
+use crate::run::{self, RunSettings};
+use crate::{bench, daemon, doctor};
 use args::{BenchCommand, BenchMigrateArgs, Cli, Command, RunArgs, ServeArgs};
 
 /// Runs the command and returns the process's exit code.
@@ -55,13 +55,13 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         .or_else(|| std::env::var_os("VMEMD_RUN_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from))
         .unwrap_or_else(RunDir::default_path);
     match cli.command {
-        Command::Run(args) => process::run::run(&run_settings(args, run_dir)?),
+        Command::Run(args) => run::run(&run_settings(args, run_dir)?),
         Command::Serve(args) => daemon::serve::serve(serve_settings(args, run_dir)?),
         Command::Receive { settings } => {
             let settings = serde_json::from_str(&settings).map_err(|error| {
                 Failure::new(Kind::Usage, format!("`vmemd receive` is started by `vmemd serve`: {error}"))
             })?;
-            arrive::receive(&settings)
+            run::receive(&settings)
         }
         Command::Migrate(args) => migrate::migrate(&RunDir::open(&run_dir)?, args),
         Command::List(json) => vms::list(&RunDir::open(&run_dir)?, json.json),
@@ -91,18 +91,19 @@ fn default_store() -> PathBuf {
 }
 
 fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure> {
-    crate::control::rundir::check_name(&args.name)?;
+    vmprocess::control::rundir::check_name(&args.name)?;
     let ram = args.ram.unwrap_or(args.memory);
     check_sizes(args.memory, ram)?;
     let store = args.store.unwrap_or_else(default_store);
-    if args.engine == EngineKind::Vmemd {
+    let engine = EngineKind::from(args.engine);
+    if engine == EngineKind::Vmemd {
         make_store(&store)?;
     }
     Ok(RunSettings {
         run_dir,
         name: args.name,
         memory: MemorySpec {
-            engine: args.engine,
+            engine,
             memory_bytes: args.memory.bytes(),
             budget_bytes: ram.bytes(),
             store,
@@ -159,7 +160,7 @@ fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Fa
         listen: args.listen,
         ram_bytes: args.ram.bytes(),
         store: args.store,
-        engine: args.engine,
+        engine: args.engine.into(),
         lock: !args.no_lock,
         log_dir: args.log_dir,
         json: args.json.json,

@@ -5,14 +5,14 @@ use std::io::{IsTerminal, Write as _};
 use std::time::{Duration, Instant};
 
 use swapd::stats::Percentiles;
+use vmprocess::control::client::VmClient;
+use vmprocess::control::protocol::VmStat;
+use vmprocess::control::rundir::RunDir;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
 
 use super::args::StatArgs;
 use super::{print, print_json};
-use crate::control::client::VmClient;
-use crate::control::protocol::VmStat;
-use crate::control::rundir::RunDir;
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
 
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 

@@ -8,17 +8,17 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use swapd::replay::Pace;
+use vmprocess::control::client::VmClient;
+use vmprocess::control::rundir::RunDir;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::host;
+use vmprocess::size::Size;
 
 use super::args::JsonArg;
 use crate::bench::trace::record::{self, Recorded};
 use crate::bench::trace::replay::{self, Policy, Row};
 use crate::bench::trace::synthetic::{Synthetic, SyntheticSettings};
 use crate::bench::trace::touches::Touches;
-use crate::control::client::VmClient;
-use crate::control::rundir::RunDir;
-use crate::failure::{Failure, Kind};
-use crate::host;
-use crate::size::Size;
 
 #[derive(Debug, Args)]
 #[command(group(clap::ArgGroup::new("touched").required(true).args(["trace", "synthetic"])))]

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Value, json};
+use vmprocess::control::client::{ACTION_TIMEOUT, VmClient};
+use vmprocess::control::protocol::{Request, State, VmStat};
+use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
 
 use super::args::{NameArgs, SetArgs};
 use super::{print, print_json};
-use crate::control::client::{ACTION_TIMEOUT, VmClient};
-use crate::control::protocol::{Request, State, VmStat};
-use crate::control::rundir::{Place, RunDir};
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
 
 /// How long a VM may take to end: a cancelled migration and a fault that is being served come first.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);

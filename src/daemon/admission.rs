@@ -5,13 +5,12 @@ use std::path::Path;
 use migrate::{RefuseKind, SessionHello};
 use swapd::Engine;
 use tracing::warn;
-
-use crate::control::client::VmClient;
-use crate::control::protocol::{EngineKind, State, VmStat};
-use crate::control::rundir::{Place, RunDir, check_name, name_taken};
-use crate::failure::{Failure, Kind};
-use crate::host;
-use crate::size::Size;
+use vmprocess::control::client::VmClient;
+use vmprocess::control::protocol::{EngineKind, State, VmStat};
+use vmprocess::control::rundir::{Place, RunDir, check_name, name_taken};
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::host;
+use vmprocess::size::Size;
 
 /// Guest memory comes in blocks of this size.
 pub(super) const MEMORY_STEP: u64 = 2 << 20;

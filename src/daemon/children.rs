@@ -7,8 +7,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use crate::failure::{Failure, Kind};
-use crate::process::arrive::ArriveSettings;
+use vmprocess::ArriveSettings;
+use vmprocess::failure::{Failure, Kind};
 
 /// What the child gets besides its settings.
 #[derive(Debug)]

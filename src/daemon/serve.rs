@@ -12,16 +12,13 @@ use std::time::Duration;
 
 use migrate::{FileRegistry, Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello};
 use tracing::{debug, info, warn};
+use vmprocess::control::protocol::EngineKind;
+use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::{ArriveSettings, MemorySpec, host, passing, signals};
 
 use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
 use super::children::{self, Descriptors};
-use super::passing;
-use crate::control::protocol::EngineKind;
-use crate::control::rundir::{Place, RunDir};
-use crate::failure::{Failure, Kind, chain};
-use crate::process::MemorySpec;
-use crate::process::arrive::ArriveSettings;
-use crate::{host, signals};
 
 /// Connections whose purpose is not known yet; more are closed at once.
 const GREETING_MAX: usize = 32;
@@ -65,7 +62,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     signals::install()?;
     let total = host::total_ram()?;
     if settings.ram_bytes > total {
-        let (asked, total) = (crate::size::Size(settings.ram_bytes), crate::size::Size(total));
+        let (asked, total) = (vmprocess::size::Size(settings.ram_bytes), vmprocess::size::Size(total));
         return Err(Failure::new(
             Kind::Resources,
             format!("--ram {asked:#} is more than this host has ({total:#})"),
@@ -84,7 +81,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let fail = |error| Failure::io("cannot listen", &error);
     listener.set_nonblocking(true).map_err(fail)?;
     let listen = listener.local_addr().map_err(fail)?.to_string();
-    let sessions_dir = super::sessions_dir(&dir);
+    let sessions_dir = dir.sessions_dir();
     let registry =
         FileRegistry::new(&sessions_dir).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
     remove_old_records(&sessions_dir);
@@ -228,7 +225,7 @@ impl Daemon {
         match children::start(settings, &descriptors, self.settings.log_dir.as_deref()) {
             Ok(child) => {
                 claim.hand_over();
-                info!(vm = %hello.name, ram = %crate::size::Size(granted), pid = child.id(), "arriving");
+                info!(vm = %hello.name, ram = %vmprocess::size::Size(granted), pid = child.id(), "arriving");
                 self.reap_in_thread(child, hello.clone());
                 Ok(())
             }

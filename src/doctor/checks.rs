@@ -4,10 +4,11 @@ use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use vmprocess::host;
+use vmprocess::size::Size;
+
 use super::{Check, kernel};
 use crate::bench::cgroup;
-use crate::host;
-use crate::size::Size;
 
 const KERNEL: (u32, u32) = (6, 8);
 const KERNEL_REMEDY: &str =

@@ -7,8 +7,7 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use serde::Serialize;
-
-use crate::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, Kind};
 
 /// One thing that vmemd wants of a host.
 #[derive(Clone, Debug, Serialize)]

@@ -1,6 +1,7 @@
 //! What can go wrong with the reference guest, in words that say what to do about it.
 
-use crate::size::Size;
+use vmprocess::size::Size;
+
 use crate::vmm::workload::WorkloadError;
 
 /// An error of the reference guest or of the KVM underneath it.

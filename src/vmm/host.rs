@@ -2,8 +2,8 @@
 
 use kvm_bindings::{CpuId, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vmprocess::size::Size;
 
-use crate::size::Size;
 use crate::vmm::error::kvm;
 use crate::vmm::layout::{HOLE_END, HOLE_START, PAGE, VCPUS_MAX, physical};
 use crate::vmm::memory::GuestMemory;

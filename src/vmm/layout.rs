@@ -9,7 +9,8 @@
 
 use std::ops::Range;
 
-use crate::size::Size;
+use vmprocess::size::Size;
+
 use crate::vmm::content::PAGE_BYTES;
 use crate::vmm::{MachineConfig, VmmError};
 

@@ -5,8 +5,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
+use vmprocess::size::Size;
 
-use crate::size::Size;
 use crate::vmm::counters::Counters;
 use crate::vmm::gate::{Gate, Goal};
 use crate::vmm::host::Host;

@@ -5,7 +5,8 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::size::Size;
+use vmprocess::size::Size;
+
 use crate::vmm::layout::PAGE;
 
 /// How much unused time may be made up for.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::size::{Size, SizeError};
+use vmprocess::size::{Size, SizeError};
 
 /// Skew of `zipf` unless the text says otherwise, as in the YCSB benchmark.
 pub const THETA_DEFAULT: f64 = 0.99;

@@ -9,10 +9,10 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapOptions};
-use vmemd::size::Size;
 use vmemd::vmm::{
     GuestCounters, Machine, MachineConfig, PAGE_BYTES, PAGE_WORDS, RunState, VmmError, page_content,
 };
+use vmprocess::size::Size;
 
 /// No condition takes longer, even on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(120);

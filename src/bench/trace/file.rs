@@ -7,10 +7,10 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use vmprocess::failure::{Failure, Kind};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::touches::{PAGES_MAX, TOUCHES_MAX};
-use crate::failure::{Failure, Kind};
 
 const MAGIC: [u8; 8] = *b"VMEMDTRC";
 const VERSION: u32 = 1;
@@ -241,7 +241,7 @@ impl TraceWriter {
     }
 
     fn flush(&mut self) -> Result<(), Failure> {
-        crate::signals::check()?;
+        vmprocess::signals::check()?;
         self.sum.update(&self.buffer);
         self.body_bytes += self.buffer.len() as u64;
         let written = self.file.write_all(&self.buffer);

@@ -164,7 +164,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
 mod tests {
     use super::*;
     use crate::bench::trace::synthetic::{Synthetic, SyntheticSettings};
-    use crate::size::Size;
+    use vmprocess::size::Size;
 
     #[test]
     fn every_policy_on_a_small_zipf() {

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
+
 use super::touches::Touches;
 use crate::bench::job::{Access, Job, Length, Order};
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
 
 /// What to touch.
 #[derive(Clone, Copy, Debug, PartialEq)]

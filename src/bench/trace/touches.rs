@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use swapd::{PageNo, Run};
+use vmprocess::failure::{Failure, Kind};
 
 use super::file::{self, Entry, Header, TraceKind, TraceWriter, What};
 use crate::bench::job::Job;
 use crate::bench::optimum::WRITE;
 use crate::bench::pattern::Pattern;
-use crate::failure::{Failure, Kind};
 
 /// Most touches of one list: 1 GiB of them.
 pub(crate) const TOUCHES_MAX: u64 = 1 << 28;

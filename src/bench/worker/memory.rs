@@ -4,12 +4,12 @@ use std::path::Path;
 
 use migrate::PlainMemory;
 use swapd::{Engine, EngineConfig, Notice, StartError, StoreConfig};
+use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::host;
 
 use super::content::Base;
 use crate::bench::HOST_RESERVE_BYTES;
 use crate::bench::job::{BenchEngine, WorkerRequest};
-use crate::failure::{Failure, Kind, chain};
-use crate::host;
 
 /// Unmapped when dropped: nothing may touch it any more then.
 #[derive(Debug)]

@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use swapd::{PAGE_SIZE, PageNo, Run};
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
 
 use self::clock::Clock;
 use self::content::{Base, Content};
@@ -27,8 +29,6 @@ use self::touch::{MissRule, Record, Toucher};
 use super::job::{BenchEngine, Job, Scenario, WorkerRequest};
 use super::pattern::Pattern;
 use super::sample::{JobSample, SERIES_MS, Sample, Side, Times};
-use crate::failure::{Failure, Kind};
-use crate::size::Size;
 
 /// Enough for a loop of touches; a cgroup's memory is dear.
 const STACK_BYTES: usize = 256 << 10;

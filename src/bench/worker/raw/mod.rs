@@ -10,14 +10,15 @@ mod plan;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::host;
+
 use self::device::{Device, Transfer};
 use self::plan::{Lane, Operation, Plan};
 use super::clock::Clock;
 use super::{areas, usage};
 use crate::bench::job::{Access, BenchEngine, Job, Length, Scenario, WorkerRequest};
 use crate::bench::sample::{JobSample, SERIES_MS, Sample, Side, Times};
-use crate::failure::{Failure, Kind};
-use crate::host;
 
 /// Writes under way at most.
 const WRITES: usize = 16;

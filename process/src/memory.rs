@@ -1,12 +1,10 @@
 //! What holds a VM's memory: the swap engine, or (for comparisons) an ordinary mapping.
 
 use std::path::PathBuf;
-use std::sync::mpsc::Sender;
 
 use migrate::{PlainMemory, TargetMemory};
-use swapd::{Engine, EngineConfig, EngineHandle, Notice, Stats, StoreConfig};
+use swapd::{Engine, EngineConfig, EngineHandle, Notice, PageNo, Stats, StoreConfig};
 
-use super::vm::Event;
 use crate::control::protocol::EngineKind;
 use crate::failure::{Failure, Kind};
 
@@ -24,15 +22,24 @@ pub struct MemorySpec {
     pub lock: bool,
 }
 
-/// A VM's memory. Stop it only when nothing touches it any more.
+/// A VM's memory. Ends with the VM, unless it is another's.
 #[derive(Debug)]
-pub(super) enum Memory {
+pub struct Memory(Kept);
+
+#[derive(Debug)]
+enum Kept {
     Engine(Engine),
+    External(EngineHandle),
     Plain(PlainMemory),
 }
 
 impl Memory {
-    pub(super) fn start(spec: &MemorySpec, events: Sender<Event>) -> Result<Memory, Failure> {
+    /// Starts an engine, or maps plain memory. `notify` is called on the engine's thread and must not block: it is
+    /// [`Process::notices`](crate::Process::notices).
+    ///
+    /// # Errors
+    /// Whatever the host lacks; nothing is left behind.
+    pub fn start(spec: &MemorySpec, notify: impl Fn(Notice) + Send + 'static) -> Result<Memory, Failure> {
         match spec.engine {
             EngineKind::Vmemd => {
                 let config = EngineConfig {
@@ -43,57 +50,68 @@ impl Memory {
                     lock: spec.lock,
                     sampling: true,
                 };
-                let notify = move |notice: Notice| {
-                    // The receiver is gone only when the process is ending.
-                    let _ = events.send(Event::Notice(notice));
-                };
-                Ok(Memory::Engine(Engine::start(config, Box::new(notify))?))
+                Ok(Memory(Kept::Engine(Engine::start(config, Box::new(notify))?)))
             }
-            EngineKind::Plain => PlainMemory::new(spec.memory_bytes).map(Memory::Plain).map_err(|error| {
-                Failure::new(Kind::Resources, format!("no address space for the VM's memory: {error}"))
-            }),
+            EngineKind::Plain => match PlainMemory::new(spec.memory_bytes) {
+                Ok(memory) => Ok(Memory(Kept::Plain(memory))),
+                Err(error) => {
+                    let text = format!("no address space for the VM's memory: {error}");
+                    Err(Failure::new(Kind::Resources, text))
+                }
+            },
         }
+    }
+
+    /// The memory of an engine that another has started and keeps: it serves for as long as the process lives, and is
+    /// not stopped here.
+    pub fn external(engine: EngineHandle) -> Memory {
+        Memory(Kept::External(engine))
     }
 
     /// Address of guest page 0.
-    pub(super) fn base(&self) -> *mut u8 {
-        match self {
-            Memory::Engine(engine) => engine.memory_base(),
-            Memory::Plain(memory) => memory.base(),
+    pub fn base(&self) -> *mut u8 {
+        match &self.0 {
+            Kept::Engine(engine) => engine.memory_base(),
+            Kept::External(engine) => engine.page_address(PageNo(0)),
+            Kept::Plain(memory) => memory.base(),
         }
     }
 
-    pub(super) fn view(&self) -> MemoryView {
-        match self {
-            Memory::Engine(engine) => MemoryView::Engine(engine.handle()),
-            Memory::Plain(memory) => MemoryView::Plain(memory.bytes()),
+    pub(crate) fn view(&self) -> MemoryView {
+        match &self.0 {
+            Kept::Engine(engine) => MemoryView::Engine(engine.handle()),
+            Kept::External(engine) => MemoryView::Engine(engine.clone()),
+            Kept::Plain(memory) => MemoryView::Plain(memory.bytes()),
         }
     }
 
-    pub(super) fn target(&self) -> TargetMemory {
-        match self {
-            Memory::Engine(engine) => TargetMemory::Engine(engine.handle()),
-            Memory::Plain(memory) => TargetMemory::Plain(memory.clone()),
+    pub(crate) fn target(&self) -> TargetMemory {
+        match &self.0 {
+            Kept::Engine(engine) => TargetMemory::Engine(engine.handle()),
+            Kept::External(engine) => TargetMemory::Engine(engine.clone()),
+            Kept::Plain(memory) => TargetMemory::Plain(memory.clone()),
         }
     }
 
-    pub(super) fn stop(self) {
-        if let Memory::Engine(engine) = self {
-            engine.stop();
+    /// Gives it back to the host, if it is ours. Nothing may touch it any more.
+    pub(crate) fn stop(self) {
+        match self.0 {
+            Kept::Engine(engine) => engine.stop(),
+            Kept::External(_) | Kept::Plain(_) => {}
         }
     }
 }
 
 /// What other threads need of the memory.
 #[derive(Clone, Debug)]
-pub(super) enum MemoryView {
+pub(crate) enum MemoryView {
     Engine(EngineHandle),
     /// Bytes of an ordinary mapping.
     Plain(u64),
 }
 
 impl MemoryView {
-    pub(super) fn stats(&self) -> Result<Stats, Failure> {
+    pub(crate) fn stats(&self) -> Result<Stats, Failure> {
         match self {
             MemoryView::Engine(handle) => Ok(handle.stats()?),
             MemoryView::Plain(bytes) => Ok(Stats {
@@ -106,7 +124,7 @@ impl MemoryView {
     }
 
     /// The engine, or why there is none.
-    pub(super) fn engine(&self) -> Result<&EngineHandle, Failure> {
+    pub(crate) fn engine(&self) -> Result<&EngineHandle, Failure> {
         match self {
             MemoryView::Engine(handle) => Ok(handle),
             MemoryView::Plain(_) => Err(Failure::new(

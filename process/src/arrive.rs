@@ -1,11 +1,11 @@
-//! `vmemd receive`: a VM that arrives. Started by the daemon, in a session of its own, with three descriptors.
+//! A VM that arrives: in a process that the daemon starts, in a session of its own, with three descriptors.
 
 use std::net::TcpStream;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use migrate::{
@@ -14,16 +14,14 @@ use migrate::{
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::actions::Control;
-use super::life;
-use super::memory::{Memory, MemorySpec};
-use super::vm::{Event, Facts, Phase, Vm};
 use crate::control::protocol::ArrivalStat;
 use crate::control::rundir::{Place, RunDir};
-use crate::control::server::Server;
-use crate::daemon::passing;
 use crate::failure::{Failure, Kind, chain};
-use crate::vmm::Machine;
+use crate::guest::Newcomer;
+use crate::memory::MemorySpec;
+use crate::passing;
+use crate::process::{Owner, Process};
+use crate::vm::{Event, Facts, Phase, Vm};
 
 /// How long the next data stream may take to be passed on.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
@@ -72,79 +70,76 @@ fn take(settings: &ArriveSettings) -> Result<Passed, Failure> {
     })
 }
 
-/// Receives the VM, and lives with it until it is stopped or moves on.
-///
-/// # Errors
-/// If it does not arrive, or ends other than by being stopped or moved.
-pub fn receive(settings: &ArriveSettings) -> Result<(), Failure> {
-    let Passed { mut control, streams, listener } = take(settings)?;
-    let hello = &settings.hello;
-    let dir = RunDir::open(&settings.run_dir)?;
-    let (claim, listener) = dir.adopt(Place::arriving(&hello.name, &hello.session.to_string()), listener);
-    let facts = Facts {
-        name: hello.name.clone(),
-        memory_bytes: settings.memory.memory_bytes,
-        budget_bytes: settings.memory.budget_bytes,
-        engine: settings.memory.engine,
-        daemon: Some(settings.daemon.clone()),
-    };
-    let (events, received) = channel();
-    let vm = Arc::new(Vm::new(facts, Phase::Arriving, claim, events));
-    life::forward_signals(&vm)?;
-    let server = Server::start(listener, Arc::new(Control(vm.clone())))?;
-    let registry = FileRegistry::new(&crate::daemon::sessions_dir(&dir));
-    let set_up = registry.map_err(|error| Failure::new(Kind::Other, chain(&error))).and_then(|registry| {
-        Memory::start(&settings.memory, vm.events.clone()).map(|memory| (registry, memory))
-    });
-    let (registry, memory) = match set_up {
-        Ok(set_up) => set_up,
-        Err(failure) => {
-            let kind = if failure.kind == Kind::Resources { RefuseKind::NoRoom } else { RefuseKind::Other };
-            migrate::refuse(&mut control, kind, &failure.text);
-            drop(vm.core(|core| core.claim.take()));
-            return Err(failure);
-        }
-    };
-    let _ = vm.memory.set(memory.view());
-    let arrival =
-        Arrival { vm: vm.clone(), memory: memory.target(), base: memory.base() as usize, registry, streams };
-    let settings = settings.clone();
-    let work = std::thread::Builder::new()
-        .name("receive".to_owned())
-        .spawn(move || arrival.run(&settings, control))
-        .map_err(|error| Failure::io("cannot start the receiving thread", &error))?;
-    let ended = life::live(&vm, &received);
-    life::finish(&vm, memory, &server, Some(work), ended)
-}
-
-/// What the receiving thread works with.
-struct Arrival {
-    vm: Arc<Vm>,
-    memory: TargetMemory,
-    /// Address of guest page 0.
-    base: usize,
-    registry: FileRegistry,
+/// A VM on its way to this process.
+#[derive(Debug)]
+pub struct Arrival {
+    settings: ArriveSettings,
+    control: TcpStream,
     streams: UnixStream,
+    registry: FileRegistry,
 }
 
 impl Arrival {
-    fn run(self, settings: &ArriveSettings, control: TcpStream) {
-        let vm = &self.vm;
+    /// Takes over what the daemon holds for the VM, and serves its control socket. Call it before the process opens
+    /// descriptors of its own.
+    ///
+    /// # Errors
+    /// If the settings are not the daemon's, or the host lacks something. The source has been told if it could be.
+    pub fn begin(settings: &ArriveSettings, owner: Owner) -> Result<(Process, Arrival), Failure> {
+        let Passed { mut control, streams, listener } = take(settings)?;
+        let hello = &settings.hello;
+        let dir = RunDir::open(&settings.run_dir)?;
+        let place = dir.adopt(Place::arriving(&hello.name, &hello.session.to_string()), listener);
+        let facts = Facts {
+            name: hello.name.clone(),
+            memory_bytes: settings.memory.memory_bytes,
+            budget_bytes: settings.memory.budget_bytes,
+            engine: settings.memory.engine,
+            daemon: Some(settings.daemon.clone()),
+        };
+        let process = Process::begin(facts, place, owner)?;
+        let registry = FileRegistry::new(&dir.sessions_dir())
+            .map_err(|error| Failure::new(Kind::Other, chain(&error)))
+            .inspect_err(|failure| tell_refusal(&mut control, failure))?;
+        Ok((process, Arrival { settings: settings.clone(), control, streams, registry }))
+    }
+
+    /// Tells the source that the VM cannot come.
+    pub fn refuse(mut self, failure: &Failure) {
+        tell_refusal(&mut self.control, failure);
+    }
+
+    /// Starts receiving, on a thread of its own. Its end is an event of the VM.
+    pub(crate) fn start(
+        self,
+        vm: &Arc<Vm>,
+        memory: TargetMemory,
+        newcomer: Box<dyn Newcomer>,
+    ) -> Result<JoinHandle<()>, Failure> {
+        let vm = vm.clone();
+        std::thread::Builder::new()
+            .name("receive".to_owned())
+            .spawn(move || self.run(&vm, memory, newcomer))
+            .map_err(|error| Failure::io("cannot start the receiving thread", &error))
+    }
+
+    fn run(self, vm: &Vm, memory: TargetMemory, newcomer: Box<dyn Newcomer>) {
+        let Arrival { settings, control, streams, registry } = self;
         let mut streams = || {
-            let (fd, index) = passing::receive_fd(&self.streams, STREAM_TIMEOUT)?;
+            let (fd, index) = passing::receive_fd(&streams, STREAM_TIMEOUT)?;
             Ok(DataStream { index, socket: TcpStream::from(fd) })
         };
         let link = TargetLink {
             control,
-            hello: settings.hello.clone(),
+            hello: settings.hello,
             granted_ram_bytes: settings.granted_ram_bytes,
             streams: &mut streams,
-            registry: &self.registry,
+            registry: &registry,
             progress: &|_| {},
             cancel: &vm.cancel,
         };
-        let mut target = Target { vm, base: self.base };
-        let result = match migrate::receive(link, self.memory.clone(), &mut target) {
+        let mut target = Target { vm, newcomer: Some(newcomer) };
+        let result = match migrate::receive(link, memory, &mut target) {
             Ok(received) => {
                 info!(vm = %vm.facts.name, bytes = received.bytes_received, "arrived and running");
                 vm.core(|core| core.arrival = Some(arrival_of(&received)));
@@ -167,6 +162,11 @@ impl Arrival {
     }
 }
 
+fn tell_refusal(control: &mut TcpStream, failure: &Failure) {
+    let kind = if failure.kind == Kind::Resources { RefuseKind::NoRoom } else { RefuseKind::Other };
+    migrate::refuse(control, kind, &failure.text);
+}
+
 fn arrival_of(received: &Received) -> ArrivalStat {
     ArrivalStat {
         session: received.session.to_string(),
@@ -182,20 +182,21 @@ fn arrival_of(received: &Received) -> ArrivalStat {
 /// The VM as a migration's target sees it.
 struct Target<'a> {
     vm: &'a Vm,
-    base: usize,
+    /// Until its state has come.
+    newcomer: Option<Box<dyn Newcomer>>,
 }
 
 impl TargetVm for Target<'_> {
     fn load(&mut self, state: &[u8]) -> Result<(), VmError> {
-        let machine = Machine::restore_sized(state, self.base as *mut u8, self.vm.facts.memory_bytes)
-            .map_err(|error| VmError(chain(&error)))?;
-        self.vm.set_machine(machine);
+        let newcomer = self.newcomer.take().ok_or_else(|| VmError("its state came twice".to_owned()))?;
+        let guest = newcomer.load(state).map_err(|failure| VmError(failure.text))?;
+        self.vm.set_guest(guest);
         Ok(())
     }
 
     fn start(&mut self) -> Result<(), VmError> {
         self.vm.claim(|claim| claim.settle()).map_err(|failure| VmError(failure.text))?;
-        if let Err(failure) = self.vm.machine(|machine| Ok(machine.start()?)) {
+        if let Err(failure) = self.vm.guest(|guest| guest.resume()) {
             // The source is to have its name back.
             let _ = self.vm.claim(|claim| claim.leave("0"));
             return Err(VmError(failure.text));

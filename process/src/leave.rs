@@ -10,10 +10,10 @@ use migrate::{Outcome, Progress, Report, SendError, SessionId, SourceOptions, So
 use serde_json::Value;
 use tracing::{error, info, warn};
 
-use super::vm::{Event, Phase, Vm};
 use crate::control::protocol::{MigrateRequest, MigrationStat};
 use crate::control::server::Client;
 use crate::failure::{Failure, Kind};
+use crate::vm::{Event, Phase, Vm};
 
 /// How often it is looked whether whoever asked is still there.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
@@ -30,7 +30,7 @@ enum Step {
 }
 
 /// Moves the VM away. Answers when it has moved, or stays; cancels if the client goes away.
-pub(super) fn migrate(
+pub(crate) fn migrate(
     vm: &Arc<Vm>,
     request: &MigrateRequest,
     client: &mut Client<'_>,
@@ -224,7 +224,7 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
 }
 
 /// Asks the target what became of a hand-over in doubt, and goes on here if the VM is not there.
-pub(super) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Value, Failure> {
+pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Value, Failure> {
     let name = &vm.facts.name;
     let outcome = migrate::resolve(to, session).map_err(|error| {
         let text =
@@ -258,7 +258,7 @@ fn text(failure: Failure) -> VmError {
 
 impl SourceVm for Leaving<'_> {
     fn pause(&mut self) -> Result<(), VmError> {
-        self.vm.machine(|machine| Ok(machine.pause()?)).map_err(text)
+        self.vm.guest(|guest| guest.pause()).map_err(text)
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
@@ -266,16 +266,16 @@ impl SourceVm for Leaving<'_> {
         if self.vm.core(|core| core.stalled.is_some()) {
             return Ok(());
         }
-        self.vm.machine(|machine| Ok(machine.resume()?)).map_err(text)
+        self.vm.guest(|guest| guest.resume()).map_err(text)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        self.vm.machine(|machine| Ok(machine.save()?)).map_err(text)
+        self.vm.guest(|guest| guest.save()).map_err(text)
     }
 
     fn throttle(&mut self, percent: u8) {
-        let _ = self.vm.machine(|machine| {
-            machine.throttle(percent);
+        let _ = self.vm.guest(|guest| {
+            guest.throttle(percent);
             Ok(())
         });
     }

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::vm::Vm;
 use crate::control::server::Client;
 use crate::failure::{Failure, Kind};
+use crate::vm::Vm;
 
 /// Longest recording: a day.
 const SECONDS_MAX: u64 = 86_400;
@@ -27,7 +27,7 @@ impl Drop for Turn<'_> {
     }
 }
 
-pub(super) fn record_faults(vm: &Vm, seconds: u64, client: &mut Client<'_>) -> Result<Value, Failure> {
+pub(crate) fn record_faults(vm: &Vm, seconds: u64, client: &mut Client<'_>) -> Result<Value, Failure> {
     vm.must_be_here("record the faults of")?;
     let name = &vm.facts.name;
     if !(1..=SECONDS_MAX).contains(&seconds) {

@@ -146,6 +146,11 @@ impl RunDir {
         &self.path
     }
 
+    /// Where the fates of hand-overs are recorded.
+    pub fn sessions_dir(&self) -> PathBuf {
+        self.path.join(".sessions")
+    }
+
     /// Waits for the directory's flock.
     ///
     /// # Errors

@@ -1,16 +1,18 @@
 //! What a VM's process does when it is asked over its control socket.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 use tracing::info;
 
-use super::vm::{Event, Phase, Vm};
 use crate::control::protocol::Request;
 use crate::control::server::{Client, Service};
 use crate::failure::{Failure, Kind};
+use crate::vm::{Event, Phase, Vm};
 
 /// The VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
 #[derive(Debug)]
-pub(super) struct Control(pub(super) std::sync::Arc<Vm>);
+pub(crate) struct Control(pub(crate) Arc<Vm>);
 
 impl Service for Control {
     fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure> {
@@ -22,8 +24,8 @@ impl Service for Control {
             Request::Pause => vm.pause(),
             Request::Resume => vm.resume(),
             Request::SetRam { ram_bytes } => vm.set_ram(ram_bytes),
-            Request::RecordFaults { seconds } => super::record::record_faults(vm, seconds, client),
-            Request::Migrate(request) => super::leave::migrate(vm, &request, client),
+            Request::RecordFaults { seconds } => crate::record::record_faults(vm, seconds, client),
+            Request::Migrate(request) => crate::leave::migrate(vm, &request, client),
             Request::Stop => {
                 let _ = vm.events.send(Event::Stop);
                 Ok(json!({ "name": vm.facts.name, "stopping": true }))
@@ -34,7 +36,7 @@ impl Service for Control {
 
 impl Vm {
     /// Refuses unless the VM is here, and neither coming nor going.
-    pub(super) fn must_be_here(&self, to_do: &str) -> Result<(), Failure> {
+    pub(crate) fn must_be_here(&self, to_do: &str) -> Result<(), Failure> {
         let name = &self.facts.name;
         let why = self.core(|core| match &core.phase {
             Phase::Here => None,
@@ -53,7 +55,7 @@ impl Vm {
 
     fn pause(&self) -> Result<Value, Failure> {
         self.must_be_here("pause")?;
-        self.machine(|machine| Ok(machine.pause()?))?;
+        self.guest(|guest| guest.pause())?;
         self.core(|core| core.paused = true);
         info!(vm = %self.facts.name, "paused");
         self.done("paused")
@@ -61,7 +63,7 @@ impl Vm {
 
     fn resume(&self) -> Result<Value, Failure> {
         if let Phase::InDoubt { session, to } = self.core(|core| core.phase.clone()) {
-            return super::leave::resolve_doubt(self, session, &to);
+            return crate::leave::resolve_doubt(self, session, &to);
         }
         self.must_be_here("resume")?;
         if self.core(|core| core.stalled.is_some()) {
@@ -77,7 +79,7 @@ impl Vm {
             })?;
             self.core(|core| core.stalled = None);
         }
-        self.machine(|machine| Ok(machine.resume()?))?;
+        self.guest(|guest| guest.resume())?;
         self.core(|core| core.paused = false);
         info!(vm = %self.facts.name, "resumed");
         self.done("running")
@@ -95,7 +97,7 @@ impl Vm {
         Ok(json!({ "name": self.facts.name, "ram_budget_bytes": engine.stats()?.ram_budget_bytes }))
     }
 
-    pub(super) fn done(&self, state: &str) -> Result<Value, Failure> {
+    pub(crate) fn done(&self, state: &str) -> Result<Value, Failure> {
         Ok(json!({ "name": self.facts.name, "state": state }))
     }
 }

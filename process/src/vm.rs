@@ -2,22 +2,22 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use migrate::SessionId;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
-use super::memory::MemoryView;
-use crate::control::protocol::{ArrivalStat, EngineKind, GuestStat, MigrationStat, State, VmStat};
+use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, VmStat};
 use crate::control::rundir::Claim;
 use crate::failure::{Failure, Kind};
-use crate::vmm::{GuestCounters, Machine, RunState};
+use crate::guest::{Guest, GuestView};
+use crate::memory::MemoryView;
 
 /// What the process's main loop is told.
 #[derive(Debug)]
-pub(super) enum Event {
+pub(crate) enum Event {
     Notice(Notice),
     Signal(i32),
     Stop,
@@ -28,18 +28,19 @@ pub(super) enum Event {
 
 /// What does not change in a VM's life here.
 #[derive(Clone, Debug)]
-pub(super) struct Facts {
-    pub(super) name: String,
-    pub(super) memory_bytes: u64,
-    pub(super) budget_bytes: u64,
-    pub(super) engine: EngineKind,
+pub struct Facts {
+    pub name: String,
+    pub memory_bytes: u64,
+    /// At the start: what `stat` shows until there is memory.
+    pub budget_bytes: u64,
+    pub engine: EngineKind,
     /// Listen address of the daemon that received it.
-    pub(super) daemon: Option<String>,
+    pub daemon: Option<String>,
 }
 
 /// Where the VM is in its life.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(crate) enum Phase {
     Arriving,
     Here,
     Migrating,
@@ -49,43 +50,35 @@ pub(super) enum Phase {
 
 /// What changes, under one lock. Nothing slow is done while it is held.
 #[derive(Debug)]
-pub(super) struct Core {
-    pub(super) phase: Phase,
+pub(crate) struct Core {
+    pub(crate) phase: Phase,
     /// By the user.
-    pub(super) paused: bool,
+    pub(crate) paused: bool,
     /// The store's failure that made it stand still.
-    pub(super) stalled: Option<String>,
-    pub(super) migration: Option<MigrationStat>,
-    pub(super) arrival: Option<ArrivalStat>,
-    pub(super) claim: Option<Claim>,
-}
-
-/// The machine's last known account, for when it is busy being paused.
-#[derive(Clone, Debug, Default)]
-struct LastSeen {
-    counters: GuestCounters,
-    failed: Option<String>,
-    vcpus: u32,
-    workload: String,
+    pub(crate) stalled: Option<String>,
+    pub(crate) migration: Option<MigrationStat>,
+    pub(crate) arrival: Option<ArrivalStat>,
+    pub(crate) claim: Option<Claim>,
 }
 
 #[derive(Debug)]
-pub(super) struct Vm {
-    pub(super) facts: Facts,
-    pub(super) memory: OnceLock<MemoryView>,
-    pub(super) events: Sender<Event>,
+pub(crate) struct Vm {
+    pub(crate) facts: Facts,
+    pub(crate) memory: OnceLock<MemoryView>,
+    pub(crate) events: Sender<Event>,
     /// Cancels the migration under way.
-    pub(super) cancel: AtomicBool,
+    pub(crate) cancel: AtomicBool,
     /// Its faults are being recorded.
-    pub(super) recording: AtomicBool,
-    machine: Mutex<Option<Machine>>,
+    pub(crate) recording: AtomicBool,
+    guest: Mutex<Option<Box<dyn Guest>>>,
     core: Mutex<Core>,
-    last_seen: Mutex<LastSeen>,
+    /// The guest's last known account, for when it is busy being paused.
+    last_seen: Mutex<GuestView>,
     started: Instant,
 }
 
 impl Vm {
-    pub(super) fn new(facts: Facts, phase: Phase, claim: Claim, events: Sender<Event>) -> Vm {
+    pub(crate) fn new(facts: Facts, phase: Phase, claim: Claim, events: Sender<Event>) -> Vm {
         let core =
             Core { phase, paused: false, stalled: None, migration: None, arrival: None, claim: Some(claim) };
         Vm {
@@ -94,7 +87,7 @@ impl Vm {
             events,
             cancel: AtomicBool::new(false),
             recording: AtomicBool::new(false),
-            machine: Mutex::new(None),
+            guest: Mutex::new(None),
             core: Mutex::new(core),
             last_seen: Mutex::default(),
             started: Instant::now(),
@@ -102,12 +95,12 @@ impl Vm {
     }
 
     /// Looks at, or changes, what changes. For short work only.
-    pub(super) fn core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> T {
+    pub(crate) fn core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> T {
         work(&mut lock(&self.core))
     }
 
     /// Works with the name's claim, which may wait for the run directory's lock, without holding up `stat`.
-    pub(super) fn claim(&self, work: impl FnOnce(&mut Claim) -> Result<(), Failure>) -> Result<(), Failure> {
+    pub(crate) fn claim(&self, work: impl FnOnce(&mut Claim) -> Result<(), Failure>) -> Result<(), Failure> {
         let Some(mut claim) = self.core(|core| core.claim.take()) else {
             return Err(Failure::new(Kind::Name, "this process is ending"));
         };
@@ -116,23 +109,23 @@ impl Vm {
         result
     }
 
-    pub(super) fn set_machine(&self, machine: Machine) {
-        *lock(&self.machine) = Some(machine);
+    pub(crate) fn set_guest(&self, guest: Box<dyn Guest>) {
+        *lock(&self.guest) = Some(guest);
     }
 
-    /// Ends the vCPUs.
-    pub(super) fn drop_machine(&self) {
-        let machine = lock(&self.machine).take();
-        drop(machine);
+    /// Ends the guest, if there is one yet. Says whether it was told.
+    pub(crate) fn quit_guest(&self) -> Result<bool, Failure> {
+        let guest = lock(&self.guest).take();
+        guest.map_or(Ok(false), |guest| guest.quit().map(|()| true))
     }
 
-    /// Works with the machine; waits for its turn.
-    pub(super) fn machine<T>(
+    /// Works with the guest; waits for its turn.
+    pub(crate) fn guest<T>(
         &self,
-        work: impl FnOnce(&mut Machine) -> Result<T, Failure>,
+        work: impl FnOnce(&mut dyn Guest) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        match lock(&self.machine).as_mut() {
-            Some(machine) => work(machine),
+        match lock(&self.guest).as_mut() {
+            Some(guest) => work(&mut **guest),
             None => Err(Failure::new(
                 Kind::Name,
                 format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name),
@@ -140,43 +133,32 @@ impl Vm {
         }
     }
 
-    pub(super) fn memory(&self) -> Result<&MemoryView, Failure> {
+    pub(crate) fn memory(&self) -> Result<&MemoryView, Failure> {
         self.memory.get().ok_or_else(|| {
             Failure::new(Kind::Name, format!("{:?} is still being set up: try again", self.facts.name))
         })
     }
 
-    fn seen(&self) -> LastSeen {
-        match self.machine.try_lock() {
-            Ok(machine) => {
-                let mut last = lock(&self.last_seen);
-                if let Some(machine) = machine.as_ref() {
-                    *last = LastSeen {
-                        counters: machine.counters(),
-                        failed: match machine.state() {
-                            RunState::Failed(reason) => Some(reason),
-                            _ => None,
-                        },
-                        vcpus: machine.config().vcpus,
-                        workload: machine.config().workload.to_string(),
-                    };
-                }
-                last.clone()
-            }
-            Err(TryLockError::WouldBlock | TryLockError::Poisoned(_)) => lock(&self.last_seen).clone(),
+    fn seen(&self) -> GuestView {
+        let mut last = lock(&self.last_seen);
+        if let Ok(guest) = self.guest.try_lock()
+            && let Some(guest) = guest.as_ref()
+        {
+            *last = guest.view();
         }
+        last.clone()
     }
 
     /// Why the guest failed, if it did.
-    pub(super) fn guest_failure(&self) -> Option<String> {
+    pub(crate) fn guest_failure(&self) -> Option<String> {
         self.seen().failed
     }
 
-    pub(super) fn mismatched_pages(&self) -> u64 {
-        self.seen().counters.mismatched_pages
+    pub(crate) fn mismatched_pages(&self) -> u64 {
+        self.seen().guest.mismatched_pages
     }
 
-    pub(super) fn stat(&self) -> Result<VmStat, Failure> {
+    pub(crate) fn stat(&self) -> Result<VmStat, Failure> {
         let memory = match self.memory.get() {
             Some(memory) => memory.stats()?,
             None => Stats {
@@ -200,14 +182,7 @@ impl Vm {
                 uptime_ms: self.started.elapsed().as_millis() as u64,
                 daemon: self.facts.daemon.clone(),
                 memory,
-                guest: GuestStat {
-                    rounds: seen.counters.rounds,
-                    verified_pages: seen.counters.verified_pages,
-                    mismatched_pages: seen.counters.mismatched_pages,
-                    filled_pages: seen.counters.filled_pages,
-                    rewritten_pages: seen.counters.rewritten_pages,
-                    first_mismatch: seen.counters.first_mismatch,
-                },
+                guest: seen.guest,
                 migration: core.migration.clone(),
                 arrival: core.arrival.clone(),
             }
@@ -215,13 +190,13 @@ impl Vm {
     }
 
     /// The engine has something to say.
-    pub(super) fn notice(&self, notice: Notice) {
+    pub(crate) fn notice(&self, notice: Notice) {
         match notice {
             Notice::StoreFailed(reason) => {
                 warn!(vm = %self.facts.name, %reason, "the store failed: the VM is paused; `vmemd resume` tries again");
                 self.core(|core| core.stalled = Some(reason));
                 // vCPUs whose faults cannot be served stop by themselves when they are: an error here is no news.
-                if let Err(error) = self.machine(|machine| Ok(machine.pause()?)) {
+                if let Err(error) = self.guest(|guest| guest.pause()) {
                     info!(vm = %self.facts.name, %error, "while pausing the stalled VM");
                 }
             }
@@ -252,6 +227,6 @@ fn state_of(core: &Core, failed: Option<String>) -> (State, Option<String>) {
 }
 
 /// A panic elsewhere does not make what a lock protects unusable: every change under these locks is complete in itself.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

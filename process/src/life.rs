@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 
-use super::memory::Memory;
-use super::vm::{Event, Phase, Vm};
 use crate::control::server::Server;
 use crate::failure::{Failure, Kind};
+use crate::memory::Memory;
 use crate::signals;
+use crate::vm::{Event, Phase, Vm};
 
 /// How often the guest is looked at without an event: only to log that it failed.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -24,16 +24,16 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Why the VM's process ends.
 #[derive(Debug)]
-pub(super) enum Ended {
+pub(crate) enum Ended {
     Stopped,
     Signal(i32),
     Moved { to: String },
     NotArrived(Failure),
 }
 
-/// Turns signals into events. A signal before there is memory ends the process at once: nothing is there to unwind
+/// Makes the process the VM's own. Signals become events. A signal before there is memory ends the process at once: nothing is there to unwind
 /// but the socket, and setting memory up cannot be interrupted.
-pub(super) fn forward_signals(vm: &Arc<Vm>) -> Result<(), Failure> {
+pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
     signals::install()?;
     die_on_panic();
     let vm = vm.clone();
@@ -66,7 +66,7 @@ fn die_on_panic() {
 }
 
 /// Serves the VM's events until it is to end.
-pub(super) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
+pub(crate) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
     let mut ending: Option<(Ended, Instant)> = None;
     let mut failure_told = false;
     loop {
@@ -102,29 +102,53 @@ pub(super) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
     }
 }
 
+/// How a VM's life in this process has ended.
+#[derive(Debug)]
+pub struct End {
+    /// Stopped or moved away, or why it ended otherwise: what the process's exit code says.
+    pub result: Result<(), Failure>,
+    /// The guest has been told to quit. If not, it does not end by itself: it had not come yet, or a vCPU of it waits
+    /// for a page that never comes. The process must then be ended without it.
+    pub quit: bool,
+}
+
+impl End {
+    pub(crate) fn failed(failure: Failure) -> End {
+        End { result: Err(failure), quit: false }
+    }
+}
+
 /// Takes the VM apart and says how the process shall end. `work`: a thread that may still use the memory.
-pub(super) fn finish(
+pub(crate) fn finish(
     vm: &Vm,
     memory: Memory,
     server: &Server,
     work: Option<JoinHandle<()>>,
     ended: Ended,
-) -> Result<(), Failure> {
+) -> End {
     let name = &vm.facts.name;
     let result = outcome(vm, &ended);
+    let mut quit = false;
     server.drain(DRAIN_TIMEOUT);
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
     if worker_done && still && !vm.core(|core| core.phase == Phase::Migrating) {
-        vm.drop_machine();
-        memory.stop();
+        match vm.quit_guest() {
+            Ok(told) => {
+                quit = told;
+                memory.stop();
+            }
+            Err(error) => {
+                warn!(vm = %name, %error, "the guest cannot be told to quit");
+                std::mem::forget(memory);
+            }
+        }
     } else {
         // vCPUs that wait for a page which never comes cannot be joined: the kernel takes all of it at exit.
         warn!(vm = %name, "ends without waiting for its vCPUs");
         std::mem::forget(memory);
     }
-    drop(vm.core(|core| core.claim.take()));
-    result
+    End { result, quit }
 }
 
 fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
@@ -159,10 +183,7 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
 }
 
 fn stand_still(vm: &Vm) -> bool {
-    match vm.machine(|machine| match machine.state() {
-        crate::vmm::RunState::Failed(_) => Ok(()),
-        _ => Ok(machine.pause()?),
-    }) {
+    match vm.guest(|guest| if guest.view().failed.is_some() { Ok(()) } else { guest.pause() }) {
         Ok(()) => true,
         Err(error) => {
             info!(vm = %vm.facts.name, %error, "while stopping");

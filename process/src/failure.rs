@@ -114,21 +114,6 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-impl From<crate::vmm::VmmError> for Failure {
-    fn from(error: crate::vmm::VmmError) -> Failure {
-        use crate::vmm::VmmError as E;
-        let kind = match &error {
-            E::NoKvm | E::NoPermission | E::Kvm { .. } | E::Register(_) => Kind::Host,
-            E::Thread { .. } => Kind::Other,
-            E::PauseTimeout(_) | E::Failed(_) => Kind::Vm,
-            E::NotPaused => Kind::Name,
-            E::StateVersion { .. } | E::BadState(_) | E::MemorySize { .. } => Kind::Link,
-            _ => Kind::Usage,
-        };
-        Failure::new(kind, chain(&error))
-    }
-}
-
 impl From<migrate::SendError> for Failure {
     fn from(error: migrate::SendError) -> Failure {
         use migrate::SendError as E;

@@ -84,7 +84,7 @@ impl State {
 }
 
 /// What holds a VM's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EngineKind {
     /// The swap engine: a RAM budget, and a store behind it.

@@ -1,0 +1,65 @@
+//! What a VM's process needs of the machine that it runs.
+
+use std::fmt;
+
+use crate::control::protocol::GuestStat;
+use crate::failure::Failure;
+
+/// A VM's processors and devices, as its process drives them. Only one of these calls is under way at a time.
+pub trait Guest: Send + fmt::Debug {
+    /// Returns when no vCPU is in the guest, and none will be until [`resume`](Self::resume). Pausing what is paused
+    /// already is no error.
+    ///
+    /// # Errors
+    /// If a vCPU does not stop in time, or the guest has failed.
+    fn pause(&mut self) -> Result<(), Failure>;
+
+    /// Lets the vCPUs go on, or run for the first time after [`Newcomer::load`].
+    ///
+    /// # Errors
+    /// If the guest has failed. No vCPU has entered it then.
+    fn resume(&mut self) -> Result<(), Failure>;
+
+    /// Everything of the paused guest that is not in its memory. It can be resumed afterwards all the same.
+    ///
+    /// # Errors
+    /// If it runs, or cannot be saved.
+    fn save(&mut self) -> Result<Vec<u8>, Failure>;
+
+    /// Keeps the vCPUs out of the guest for that share of the time, 0 to 99 percent.
+    fn throttle(&mut self, percent: u8);
+
+    /// What it is and how it does. Must not wait for anything: `stat` is answered from it.
+    fn view(&self) -> GuestView;
+
+    /// Ends it for good: the VM was stopped, or runs elsewhere. Called when it is paused or has failed.
+    ///
+    /// A machine in a process of ours has touched its memory for the last time when this returns. A program that is
+    /// its own process (QEMU) is told to end, which it may do later: its memory is served until then.
+    ///
+    /// # Errors
+    /// If it cannot be told.
+    fn quit(self: Box<Self>) -> Result<(), Failure>;
+}
+
+/// A guest as `stat` shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GuestView {
+    pub vcpus: u32,
+    /// What it runs, in a word.
+    pub workload: String,
+    /// What it reports itself; zeros from one that does not.
+    pub guest: GuestStat,
+    /// Why it cannot go on, if it has failed.
+    pub failed: Option<String>,
+}
+
+/// A VM's machine at the target, before its state has come. It knows its memory, which fills meanwhile.
+pub trait Newcomer: Send {
+    /// Takes the state of [`Guest::save`]. Memory has its final content, or provides it when touched. No vCPU may run
+    /// before [`Guest::resume`].
+    ///
+    /// # Errors
+    /// If the state is not for this machine. The guest then stays at the source.
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure>;
+}

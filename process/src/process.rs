@@ -1,0 +1,130 @@
+//! The process of one VM from the claim of its name to its end, for whoever makes the machine.
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+use swapd::Notice;
+
+use crate::actions::Control;
+use crate::arrive::Arrival;
+use crate::control::rundir::Claim;
+use crate::control::server::Server;
+use crate::failure::Failure;
+use crate::guest::{Guest, Newcomer};
+use crate::life::{self, End, Ended};
+use crate::memory::Memory;
+use crate::vm::{Event, Facts, Phase, Vm};
+
+/// Whose process a VM lives in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Ours: SIGINT, SIGTERM and SIGHUP end the VM, and a panic of any thread ends the process.
+    Ours,
+    /// Another program's: its signals, its panics and its end are left to it.
+    Embedder,
+}
+
+/// A VM's process whose control socket is served. Holds the VM's name until it is dropped.
+#[derive(Debug)]
+pub struct Process {
+    pub(crate) vm: Arc<Vm>,
+    server: Server,
+    events: Receiver<Event>,
+}
+
+impl Process {
+    /// Serves the control socket of a VM that is to come.
+    ///
+    /// # Errors
+    /// If the kernel gives no thread, or no handler of signals.
+    pub fn begin(
+        facts: Facts,
+        (claim, listener): (Claim, UnixListener),
+        owner: Owner,
+    ) -> Result<Process, Failure> {
+        let (sender, events) = channel();
+        let vm = Arc::new(Vm::new(facts, Phase::Arriving, claim, sender));
+        let name = NameHold(vm.clone());
+        let serve = || {
+            if owner == Owner::Ours {
+                life::take_process_over(&vm)?;
+            }
+            Server::start(listener, Arc::new(Control(vm.clone())))
+        };
+        match serve() {
+            Ok(server) => Ok(Process { vm, server, events }),
+            Err(failure) => {
+                name.release();
+                Err(failure)
+            }
+        }
+    }
+
+    /// What the engine is to tell its notices to.
+    pub fn notices(&self) -> impl Fn(Notice) + Send + 'static {
+        let events = self.vm.events.clone();
+        move |notice| {
+            // The receiver is gone only when the process is ending.
+            let _ = events.send(Event::Notice(notice));
+        }
+    }
+
+    /// For exit handlers of a program that may end at any time.
+    pub fn name_hold(&self) -> NameHold {
+        NameHold(self.vm.clone())
+    }
+
+    /// Lives with a new VM, which `set_up` makes and lets run, until it is stopped or has moved away.
+    pub fn run(&self, memory: Memory, set_up: impl FnOnce() -> Result<Box<dyn Guest>, Failure>) -> End {
+        let vm = &self.vm;
+        let _ = vm.memory.set(memory.view());
+        match set_up() {
+            Ok(guest) => {
+                vm.set_guest(guest);
+                vm.core(|core| core.phase = Phase::Here);
+            }
+            Err(failure) => {
+                memory.stop();
+                return End::failed(failure);
+            }
+        }
+        let ended = life::live(vm, &self.events);
+        if let Ended::Moved { to } = &ended {
+            eprintln!("{} has moved to {to}", vm.facts.name);
+        }
+        life::finish(vm, memory, &self.server, None, ended)
+    }
+
+    /// Receives a VM, and lives with it until it is stopped or moves on.
+    pub fn receive(&self, arrival: Arrival, memory: Memory, newcomer: Box<dyn Newcomer>) -> End {
+        let _ = self.vm.memory.set(memory.view());
+        match arrival.start(&self.vm, memory.target(), newcomer) {
+            Ok(work) => {
+                let ended = life::live(&self.vm, &self.events);
+                life::finish(&self.vm, memory, &self.server, Some(work), ended)
+            }
+            Err(failure) => {
+                memory.stop();
+                End::failed(failure)
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.name_hold().release();
+    }
+}
+
+/// The VM's name, for letting go of it when the process ends by another way than [`Process`]'s.
+#[derive(Clone, Debug)]
+pub struct NameHold(Arc<Vm>);
+
+impl NameHold {
+    /// Removes the control socket's file. Short, and harmless when repeated: fit for an `atexit` handler.
+    pub fn release(&self) {
+        drop(self.0.core(|core| core.claim.take()));
+    }
+}

@@ -1,0 +1,85 @@
+//! The reference guest as its process drives it.
+
+use vmprocess::control::protocol::GuestStat;
+use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::{Guest, GuestView, Newcomer};
+
+use crate::vmm::{Machine, RunState, VmmError};
+
+/// A machine in this very process.
+#[derive(Debug)]
+pub(crate) struct ReferenceGuest(pub(crate) Machine);
+
+impl Guest for ReferenceGuest {
+    fn pause(&mut self) -> Result<(), Failure> {
+        Ok(self.0.pause()?)
+    }
+
+    fn resume(&mut self) -> Result<(), Failure> {
+        Ok(self.0.resume()?)
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Failure> {
+        Ok(self.0.save()?)
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        self.0.throttle(percent);
+    }
+
+    fn view(&self) -> GuestView {
+        let (config, counters) = (self.0.config(), self.0.counters());
+        GuestView {
+            vcpus: config.vcpus,
+            workload: config.workload.to_string(),
+            guest: GuestStat {
+                rounds: counters.rounds,
+                verified_pages: counters.verified_pages,
+                mismatched_pages: counters.mismatched_pages,
+                filled_pages: counters.filled_pages,
+                rewritten_pages: counters.rewritten_pages,
+                first_mismatch: counters.first_mismatch,
+            },
+            failed: match self.0.state() {
+                RunState::Failed(reason) => Some(reason),
+                RunState::Running | RunState::Paused => None,
+            },
+        }
+    }
+
+    fn quit(self: Box<Self>) -> Result<(), Failure> {
+        // Dropping the machine ends its threads and waits for them.
+        drop(self);
+        Ok(())
+    }
+}
+
+/// Memory of this process that a machine is to come into.
+#[derive(Debug)]
+pub(crate) struct ReferenceNewcomer {
+    /// Address of guest page 0.
+    pub(crate) base: usize,
+    pub(crate) memory_bytes: u64,
+}
+
+impl Newcomer for ReferenceNewcomer {
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
+        let machine = Machine::restore_sized(state, self.base as *mut u8, self.memory_bytes)?;
+        Ok(Box::new(ReferenceGuest(machine)))
+    }
+}
+
+impl From<VmmError> for Failure {
+    fn from(error: VmmError) -> Failure {
+        use VmmError as E;
+        let kind = match &error {
+            E::NoKvm | E::NoPermission | E::Kvm { .. } | E::Register(_) => Kind::Host,
+            E::Thread { .. } => Kind::Other,
+            E::PauseTimeout(_) | E::Failed(_) => Kind::Vm,
+            E::NotPaused => Kind::Name,
+            E::StateVersion { .. } | E::BadState(_) | E::MemorySize { .. } => Kind::Link,
+            _ => Kind::Usage,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
