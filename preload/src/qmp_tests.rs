@@ -90,11 +90,11 @@ fn why_the_machine_stands_still_is_asked_and_kept() {
         r#"{"return": {}, "id": $}"#,
         ">query-status",
         r#"{"return": {"status": "running", "running": true}, "id": 0}"#,
+        ">cont",
         r#"{"event": "STOP"}"#,
         ">query-status",
         r#"{"return": {"status": "guest-panicked", "running": false}, "id": $}"#,
-        ">cont",
-        r#"{"return": {}, "id": $}"#,
+        r#"{"return": {}, "id": 2}"#,
     ]);
     let mut qmp = qmp.unwrap();
     let standing = qmp.standing();
@@ -158,13 +158,13 @@ fn a_descriptor_goes_with_its_command() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (mut end, given) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || {
-        let mut line = [0; 4096];
+        // Byte by byte: what is read beyond a line would take the descriptor with it.
+        let skip_line = || (&theirs).bytes().take_while(|byte| *byte.as_ref().unwrap() != b'\n').count();
         (&theirs).write_all(format!("{GREETING}\n").as_bytes()).unwrap();
-        let count = (&theirs).read(&mut line).unwrap();
-        assert!(line[..count].ends_with(b"\n"));
+        skip_line();
         (&theirs).write_all(b"{\"return\": {}, \"id\": 1}\n").unwrap();
-        let count = (&theirs).read(&mut line).unwrap();
-        assert!(std::str::from_utf8(&line[..count]).unwrap().contains("query-status"));
+        skip_line();
+        let mut line = [0; 4096];
         let (fd, count) = vmprocess::passing::receive_with_fd(&theirs, &mut line, PATIENCE).unwrap();
         assert!(std::str::from_utf8(&line[..count]).unwrap().contains(r#"{"fdname":"x"}"#));
         (&theirs).write_all(b"{\"return\": {}, \"id\": 2}\n").unwrap();
