@@ -1,14 +1,15 @@
 //! What other threads may ask of a VM's engine: one command queue into its loop, one answer a command.
 //!
 //! Every call here sends a request and waits for its answer. Calls that end in `_async` return the
-//! answer as a future; the others block the calling thread and must not be used on an async runtime.
+//! answer as a future; the others block the calling thread and must not be used on an async runtime, nor in a notice (on the
+//! engine's own thread), nor by a thread that holds a lock which somebody may hold while touching guest memory.
 
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
 use crate::core::{FaultKind, Request, Response};
-use crate::driver::{Mailbox, Memory};
+use crate::driver::{Mailbox, Memory, StartError};
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, SlotRun};
 
@@ -93,11 +94,23 @@ pub struct FaultsSeen {
     pub dropped: u64,
 }
 
-/// A request with the way back for its answer.
-pub(crate) struct Command {
-    pub(crate) request: Request,
-    /// False if nobody waits for the answer any more.
-    pub(crate) reply: Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>,
+/// What is to be done, with the way back for its answer.
+pub(crate) enum Command {
+    /// A request to the core.
+    Ask {
+        request: Request,
+        /// False if nobody waits for the answer any more.
+        reply: Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>,
+    },
+    Attach {
+        region: usize,
+        base: usize,
+        reply: oneshot::Sender<Result<(), StartError>>,
+    },
+    Detach {
+        region: usize,
+        reply: oneshot::Sender<()>,
+    },
 }
 
 /// Cheap to clone; safe to use from any thread.
@@ -154,7 +167,7 @@ impl EngineHandle {
         let (sender, answer) = oneshot::channel();
         let reply =
             Box::new(move |response: Result<Response, CommandError>| sender.send(response.map(pick)).is_ok());
-        self.mailbox.send(Command { request, reply });
+        self.mailbox.send(Command::Ask { request, reply });
         answer
     }
 
@@ -167,9 +180,13 @@ impl EngineHandle {
     }
 
     /// Address of guest page `page`. Only pages held and in [`Place::Memory`] may be read through it.
+    ///
+    /// # Panics
+    /// If the page is not within the VM's memory, or in a region that is not attached: such a page is never in memory.
     pub fn page_address(&self, page: PageNo) -> *mut u8 {
         assert!(page.offset() < self.memory_bytes(), "{page} is beyond the VM's memory");
-        self.memory.page(page) as *mut u8
+        self.memory.page(page).unwrap_or_else(|| panic!("{page} is in a region that is not attached"))
+            as *mut u8
     }
 
     /// Address of the first of `slots`, which must be granted to the caller.
@@ -191,7 +208,8 @@ impl EngineHandle {
         self.call(Request::SetBudget(bytes), done)
     }
 
-    /// Memory that the guest gave back: reads as zeros from now on; frames return to the budget.
+    /// Memory that the guest gave back: reads as zeros from now on; frames return to the host. Waits for no I/O. When it has
+    /// answered nothing is left for `madvise` to do.
     pub fn discard(&self, run: Run) -> Result<(), CommandError> {
         self.call(Request::Discard(run), done)
     }
@@ -205,6 +223,59 @@ impl EngineHandle {
     /// recording at a time: who shares an engine agrees on who records.
     pub fn record_faults(&self, on: bool) -> Result<FaultsSeen, CommandError> {
         self.call(Request::RecordFaults(on), faults)
+    }
+
+    // ── memory that its owner maps ────────────────────────────────────────────────────────
+
+    /// Hands over a region of external memory, which its owner has just mapped at `base`. From the answer on it serves the VM; what
+    /// was in it is dropped, and forked children do not get it.
+    ///
+    /// # Errors
+    /// It is attached already, `base` is no page's address, overlaps memory in use or is not all mapped, or the host refuses. Then
+    /// the memory still is the owner's.
+    ///
+    /// # Safety
+    /// All of the region's length from `base` on must be private, anonymous, readable and writable memory, to which there is no
+    /// Rust reference: its content comes and goes. It stays mapped like that until [`EngineHandle::detach`] has answered or the
+    /// engine has ended.
+    pub unsafe fn attach(&self, region: usize, base: *mut u8) -> Result<(), StartError> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(Command::Attach { region, base: base as usize, reply });
+        answer.blocking_recv().unwrap_or_else(|_| Err(StartError::Host(CommandError::Gone.to_string())))
+    }
+
+    /// Gives a region back to its owner, who may unmap it after the answer: plain memory that reads as zeros. Its pages are
+    /// untouched, as before it was attached, and it may be attached anew. Nothing to do if it is not attached.
+    ///
+    /// Who reads guest memory by [`EngineHandle::page_address`] (a migration's source) must have ended before.
+    ///
+    /// # Errors
+    /// [`CommandError::Gone`]; then the memory is its owner's too.
+    pub fn detach(&self, region: usize) -> Result<(), CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(Command::Detach { region, reply });
+        answer.blocking_recv().map_err(|_| CommandError::Gone)
+    }
+
+    /// Whether every region is attached, so that the VM may run or be received.
+    pub fn is_attached(&self) -> bool {
+        self.memory.is_whole()
+    }
+
+    /// The pages of a region, whether it is attached or not.
+    pub fn region_pages(&self, region: usize) -> Option<Run> {
+        self.memory.pages_of(region)
+    }
+
+    /// The page that an address of guest memory belongs to.
+    pub fn page_of(&self, address: *const u8) -> Option<PageNo> {
+        self.memory.page_at(address as usize)
+    }
+
+    /// The guest's pages that lie wholly within an address range, as at most one run a region: what a discard of the range gives
+    /// back.
+    pub fn runs_in(&self, address: *const u8, bytes: usize) -> Vec<Run> {
+        self.memory.runs_in(address as usize, bytes)
     }
 
     // ── the source's side of a migration ──────────────────────────────────────────────────

@@ -31,7 +31,7 @@ pub struct EngineConfig {
     /// RAM budget, at least [`Engine::MIN_BUDGET_BYTES`], at most the memory.
     pub budget_bytes: u64,
     pub store: StoreConfig,
-    /// Take all frames at start.
+    /// Take all frames at start; of external memory, when it is attached.
     pub prealloc: bool,
     /// Lock frames against the host's own swap.
     pub lock: bool,
@@ -82,15 +82,44 @@ impl Engine {
     /// A setting that cannot be, or a host that lacks something; nothing is left behind.
     pub fn start(config: EngineConfig, notify: Box<dyn Fn(Notice) + Send>) -> Result<Engine, StartError> {
         check(&config)?;
+        let slots = staging_slots(pages_in(config.memory_bytes));
+        let memory = Memory::reserve(config.memory_bytes, slots, config.lock).map_err(StartError::Memory)?;
+        Self::start_with(config, memory, notify)
+    }
+
+    /// The same for memory that somebody else maps, in regions of so many bytes: each a multiple of 2 MiB, together the VM's
+    /// memory. Page numbers run on over them. Each serves the VM once it is attached ([`EngineHandle::attach`]); until then its
+    /// pages are untouched.
+    ///
+    /// # Errors
+    /// As [`Engine::start`].
+    pub fn start_external(
+        config: EngineConfig,
+        regions: &[u64],
+        notify: Box<dyn Fn(Notice) + Send>,
+    ) -> Result<Engine, StartError> {
+        check(&config)?;
+        check_regions(&config, regions)?;
+        let slots = staging_slots(pages_in(config.memory_bytes));
+        let memory = Memory::external(regions, slots, config.lock).map_err(StartError::Memory)?;
+        Self::start_with(config, memory, notify)
+    }
+
+    fn start_with(
+        config: EngineConfig,
+        memory: Memory,
+        notify: Box<dyn Fn(Notice) + Send>,
+    ) -> Result<Engine, StartError> {
         let pages = pages_in(config.memory_bytes);
         let slots = staging_slots(pages);
-        let memory = Memory::reserve(config.memory_bytes, slots, config.lock).map_err(StartError::Memory)?;
         let memory = Arc::new(memory);
         let faults = Faults::open().map_err(StartError::Host)?;
         faults
-            .register_guest(memory.guest_base() as *mut u8, memory.guest_len())
-            .and_then(|()| faults.register_staging(memory.staging_base() as *mut u8, memory.staging_len()))
+            .register_staging(memory.staging_base() as *mut u8, memory.staging_len())
             .map_err(StartError::Host)?;
+        if let Some(base) = memory.own_base() {
+            memory.map_in(&faults, 0, base)?;
+        }
         let outside = config.memory_bytes.saturating_sub(config.budget_bytes);
         let needed = if config.store.overcommit { 0 } else { outside };
         let store = Arc::new(store::open(&config.store.path, config.memory_bytes, needed)?);
@@ -127,9 +156,10 @@ impl Engine {
                 reads: Default::default(),
                 page_outs: Vec::new(),
                 sums: Vec::new(),
+                prealloc: config.prealloc,
             };
-            if config.prealloc {
-                driver.prealloc();
+            if config.prealloc && driver.memory.is_whole() {
+                driver.prealloc(driver.memory.pages());
             }
             let _ = started.send(Ok(()));
             let _end = AbortOnPanic;
@@ -151,8 +181,11 @@ impl Engine {
     }
 
     /// Address of guest page 0.
+    ///
+    /// # Panics
+    /// If the memory is external, and its first region not attached.
     pub fn memory_base(&self) -> *mut u8 {
-        self.memory.guest_base() as *mut u8
+        self.memory.page(PageNo(0)).expect("the first region is attached") as *mut u8
     }
 
     /// Ends the thread and gives everything back. Nothing may touch the guest's memory any more: who does would
@@ -211,6 +244,23 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
         return Err(StartError::Budget(format!(
             "a RAM budget of {budget_bytes} bytes is more than the {available} bytes that this host has available; lower the \
              budget or free some memory"
+        )));
+    }
+    Ok(())
+}
+
+fn check_regions(config: &EngineConfig, regions: &[u64]) -> Result<(), StartError> {
+    let block = bytes_of(u64::from(BLOCK_PAGES));
+    if let Some(bytes) = regions.iter().find(|bytes| **bytes == 0 || !bytes.is_multiple_of(block)) {
+        return Err(StartError::Budget(format!(
+            "a memory region of {bytes} bytes is not a multiple of 2 MiB; choose one that is"
+        )));
+    }
+    let together = regions.iter().try_fold(0u64, |sum, bytes| sum.checked_add(*bytes));
+    if together != Some(config.memory_bytes) {
+        return Err(StartError::Budget(format!(
+            "memory regions of {regions:?} bytes are not the VM's memory of {} bytes; give each of its regions once",
+            config.memory_bytes
         )));
     }
     Ok(())

@@ -1,12 +1,16 @@
-//! The two mappings of a VM: guest memory and staging. Both anonymous, locked alike, without huge pages.
+//! The mappings of a VM: guest memory (the engine's own, or regions that its owner maps) and staging. All anonymous, locked alike,
+//! without huge pages.
 
 use std::io;
 
 use memmap2::{MmapMut, MmapOptions};
 
+use super::StartError;
+use super::regions::Regions;
+use super::uffd::Faults;
 use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun};
 
-/// Guest memory starts on such a boundary, so that its 2 MiB blocks are the page tables' own.
+/// Guest memory of the engine's own starts on such a boundary, so that its 2 MiB blocks are the page tables' own.
 const ALIGN: usize = 2 << 20;
 
 /// Reserved address space; frames come to it by faults and moves alone.
@@ -24,16 +28,14 @@ impl Area {
         let base = (map.as_ptr() as usize).next_multiple_of(ALIGN);
         Ok(Area { _map: map, base, len })
     }
-
-    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
-        advise(self.base, self.len, advice)
-    }
 }
 
+/// Straight to the kernel: a process whose guest memory is its own may intercept `madvise` to hear what the guest gives back, and
+/// the engine's own calls are no news to it.
 fn advise(at: usize, len: usize, advice: libc::c_int) -> io::Result<()> {
-    // SAFETY: the callers pass parts of mappings that this module owns, and advice that keeps them mapped. No Rust
+    // SAFETY: the callers pass parts of mappings that the engine has for itself, and advice that keeps them mapped. No Rust
     // reference to their content exists.
-    match unsafe { libc::madvise(at as *mut libc::c_void, len, advice) } {
+    match unsafe { libc::syscall(libc::SYS_madvise, at, len, advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -42,40 +44,93 @@ fn advise(at: usize, len: usize, advice: libc::c_int) -> io::Result<()> {
 /// A VM's memory in this process.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    guest: Area,
+    regions: Regions,
+    /// Guest memory, unless its owner maps it.
+    own: Option<Area>,
     staging: Area,
+    lock: bool,
 }
 
 impl Memory {
-    /// Reserves guest memory of `bytes` and `slots` staging slots; takes no frame.
+    /// Guest memory of `bytes`, reserved here but not mapped in yet, and `slots` staging slots; takes no frame.
     pub(super) fn reserve(bytes: u64, slots: u32, lock: bool) -> Result<Self, String> {
-        let reserve = |len: usize, what: &str| {
-            Area::reserve(len).map_err(|error| {
-                format!("cannot reserve {len} bytes of address space for {what} ({error}); see `ulimit -v`")
-            })
-        };
-        let memory = Memory {
-            guest: reserve(bytes as usize, "guest memory")?,
-            staging: reserve(slots as usize * PAGE_SIZE, "staging")?,
-        };
-        for area in [&memory.guest, &memory.staging] {
-            // A kernel without huge pages has none to switch off, one without dumps none to leave out.
-            for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
-                let _ = area.advise(advice);
-            }
-            if lock {
-                lock_on_fault(area)?;
-            }
-        }
+        let mut memory = Self::external(&[bytes], slots, lock)?;
+        memory.own = Some(reserve(bytes as usize, "guest memory")?);
         Ok(memory)
     }
 
-    pub(crate) fn guest_base(&self) -> usize {
-        self.guest.base
+    /// Guest memory that its owner maps in regions of such sizes.
+    pub(super) fn external(regions: &[u64], slots: u32, lock: bool) -> Result<Self, String> {
+        let staging = reserve(slots as usize * PAGE_SIZE, "staging")?;
+        prepare(staging.base, staging.len, lock)?;
+        Ok(Memory { regions: Regions::new(regions), own: None, staging, lock })
+    }
+
+    /// The engine's own guest memory, which is the only region then.
+    pub(super) fn own_base(&self) -> Option<usize> {
+        self.own.as_ref().map(|area| area.base)
+    }
+
+    /// From now on `region` is at `base`, which has passed `check`; it is empty, and its faults come to `faults`.
+    pub(super) fn map_in(&self, faults: &Faults, region: usize, base: usize) -> Result<(), StartError> {
+        let len = self.regions.pages_of(region).map_or(0, Run::bytes);
+        prepare(base, len, self.lock).map_err(StartError::Memory)?;
+        faults.register_guest(base as *mut u8, len).map_err(StartError::Host)?;
+        // What it has of frames is not in the books. Registered first, so that no new ones come.
+        if let Err(error) = drop_frames(base, len) {
+            faults.unregister(base as *mut u8, len);
+            return Err(StartError::Memory(format!(
+                "{len} bytes at {base:#x} cannot be guest memory ({error}); map all of them first, private and anonymous"
+            )));
+        }
+        self.regions.set_base(region, Some(base));
+        Ok(())
+    }
+
+    /// The region is its owner's again. Nothing of it may be in the core's books.
+    pub(super) fn map_out(&self, faults: &Faults, region: usize) {
+        if let (Some(base), Some(run)) = (self.regions.base_of(region), self.regions.pages_of(region)) {
+            self.regions.set_base(region, None);
+            faults.unregister(base as *mut u8, run.bytes());
+        }
+    }
+
+    /// The pages of the region, if it may be mapped in at `base`.
+    pub(super) fn check(&self, region: usize, base: usize) -> Result<Run, String> {
+        let Some(run) = self.regions.pages_of(region) else {
+            return Err(format!("the VM's memory has no region {region}"));
+        };
+        let len = run.bytes();
+        if let Some(at) = self.regions.base_of(region) {
+            return Err(format!("region {region} is attached already, at {at:#x}; detach it first"));
+        }
+        if base == 0 || !base.is_multiple_of(PAGE_SIZE) || base.checked_add(len).is_none() {
+            return Err(format!("region {region} cannot be at {base:#x}: that is no page's address"));
+        }
+        let staging = self.staging.base < base + len && base < self.staging.base + self.staging.len;
+        if staging || self.regions.overlap(base, len) {
+            return Err(format!(
+                "region {region}, {len} bytes at {base:#x}, overlaps memory that is in use already"
+            ));
+        }
+        Ok(run)
     }
 
     pub(crate) fn guest_len(&self) -> usize {
-        self.guest.len
+        self.regions.all().bytes()
+    }
+
+    /// All pages of guest memory.
+    pub(super) fn pages(&self) -> Run {
+        self.regions.all()
+    }
+
+    pub(crate) fn pages_of(&self, region: usize) -> Option<Run> {
+        self.regions.pages_of(region)
+    }
+
+    pub(crate) fn is_whole(&self) -> bool {
+        self.regions.are_all_mapped()
     }
 
     pub(super) fn staging_base(&self) -> usize {
@@ -86,8 +141,24 @@ impl Memory {
         self.staging.len
     }
 
-    pub(crate) fn page(&self, page: PageNo) -> usize {
-        self.guest.base + page.offset() as usize
+    /// Where the page is, if its region is mapped.
+    pub(crate) fn page(&self, page: PageNo) -> Option<usize> {
+        self.parts(Run::one(page)).next().and_then(|(_, at)| at)
+    }
+
+    /// The run, cut at the borders of regions, each part with its address if it is mapped.
+    pub(super) fn parts(&self, run: Run) -> impl Iterator<Item = (Run, Option<usize>)> {
+        self.regions.parts(run)
+    }
+
+    /// Those of the parts that are mapped.
+    pub(super) fn mapped_parts(&self, run: Run) -> impl Iterator<Item = (Run, usize)> {
+        self.parts(run).filter_map(|(part, at)| Some((part, at?)))
+    }
+
+    /// The first part of a run that is not empty.
+    pub(super) fn first_part(&self, run: Run) -> (Run, Option<usize>) {
+        self.parts(run).next().unwrap_or_else(|| panic!("{run:?} is not within guest memory"))
     }
 
     pub(crate) fn slot(&self, slot: Slot) -> usize {
@@ -95,9 +166,13 @@ impl Memory {
     }
 
     /// The page that an address of guest memory belongs to.
-    pub(super) fn page_at(&self, address: usize) -> Option<PageNo> {
-        let offset = address.checked_sub(self.guest.base)?;
-        (offset < self.guest.len).then(|| PageNo::from_offset(offset as u64))
+    pub(crate) fn page_at(&self, address: usize) -> Option<PageNo> {
+        self.regions.page_at(address)
+    }
+
+    /// The pages that lie wholly within an address range.
+    pub(crate) fn runs_in(&self, address: usize, len: usize) -> Vec<Run> {
+        self.regions.runs_in(address, len)
     }
 
     /// The content of staging slots whose frames are the engine's at this moment.
@@ -134,7 +209,7 @@ impl Memory {
 
     /// Gives the guest's frames back to the host; the range is missing afterwards.
     pub(super) fn drop_guest(&self, run: Run) -> io::Result<()> {
-        drop_frames(self.page(run.start), run.bytes())
+        self.mapped_parts(run).try_for_each(|(part, at)| drop_frames(at, part.bytes()))
     }
 }
 
@@ -144,9 +219,24 @@ fn drop_frames(at: usize, len: usize) -> io::Result<()> {
     advise(at, len, MADV_DONTNEED_LOCKED)
 }
 
-fn lock_on_fault(area: &Area) -> Result<(), String> {
-    // SAFETY: the range is a mapping of this module; locking changes nothing of its content.
-    let result = unsafe { libc::mlock2(area.base as *const libc::c_void, area.len, libc::MLOCK_ONFAULT) };
+fn reserve(len: usize, what: &str) -> Result<Area, String> {
+    Area::reserve(len).map_err(|error| {
+        format!("cannot reserve {len} bytes of address space for {what} ({error}); see `ulimit -v`")
+    })
+}
+
+/// Makes a mapping fit for frames to come and go by moves.
+fn prepare(base: usize, len: usize, lock: bool) -> Result<(), String> {
+    // A kernel without huge pages has none to switch off, one without dumps none to leave out.
+    for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+        let _ = advise(base, len, advice);
+    }
+    if lock { lock_on_fault(base, len) } else { Ok(()) }
+}
+
+fn lock_on_fault(base: usize, len: usize) -> Result<(), String> {
+    // SAFETY: locking changes nothing of the content of what is mapped there.
+    let result = unsafe { libc::mlock2(base as *const libc::c_void, len, libc::MLOCK_ONFAULT) };
     if result == 0 {
         return Ok(());
     }

@@ -8,11 +8,13 @@
 //! Invariant: actions are executed in the order of issue, each before the next event is read; so the core's
 //! table and the kernel's page tables agree whenever an event is handled.
 
+mod attach;
 mod engine;
 mod latency;
 mod mailbox;
 mod memory;
 mod recorder;
+mod regions;
 mod ring;
 mod store;
 mod uffd;
@@ -56,6 +58,8 @@ struct Driver {
     reads: HashMap<IoId, (Run, SlotRun)>,
     page_outs: Vec<PageOut>,
     sums: Vec<u64>,
+    /// Take frames for memory when it is mapped.
+    prealloc: bool,
 }
 
 /// Answers to requests that nobody asked the driver for.
@@ -150,18 +154,36 @@ impl Driver {
     }
 
     fn command(&mut self, command: Command) {
-        if let Request::RecordFaults(on) = command.request {
-            (command.reply)(Ok(Response::Faults(self.recorder.record(on))));
-            return;
-        }
-        let held = match &command.request {
+        let (request, reply) = match command {
+            Command::Ask { request, reply } => (request, reply),
+            // Who asked and does not wait any more needs no answer.
+            Command::Attach { region, base, reply } => {
+                let _ = reply.send(self.attach(region, base));
+                return;
+            }
+            Command::Detach { region, reply } => {
+                self.detach(region);
+                let _ = reply.send(());
+                return;
+            }
+        };
+        let held = match &request {
+            Request::RecordFaults(on) => {
+                reply(Ok(Response::Faults(self.recorder.record(*on))));
+                return;
+            }
+            // Received pages need a place to be moved to.
+            Request::StartReceiving(_) if !self.memory.is_whole() => {
+                reply(Err(CommandError::NotNow("not all of the VM's memory is mapped yet")));
+                return;
+            }
             Request::Hold(run) => Some(*run),
             _ => None,
         };
         self.next_ticket += 1;
         let ticket = Ticket(self.next_ticket);
-        self.replies.insert(ticket, (command.reply, held));
-        self.event(Event::Request { ticket, request: command.request });
+        self.replies.insert(ticket, (reply, held));
+        self.event(Event::Request { ticket, request });
     }
 
     fn answer(&mut self, ticket: Ticket, mut answer: Result<Response, CommandError>) {
@@ -199,19 +221,22 @@ impl Driver {
             Action::ReleaseFrames { slots } => report(self.memory.release_slots(slots), "give frames back"),
             Action::Poison { page } => {
                 self.latencies.forget(page);
-                report(self.faults.poison(self.memory.page(page), PAGE_SIZE), "poison a page");
+                if let Some(at) = self.memory.page(page) {
+                    report(self.faults.poison(at, PAGE_SIZE), "poison a page");
+                }
             }
             Action::Wake { page } => {
                 self.latencies.forget(page);
-                self.faults.wake(self.memory.page(page), PAGE_SIZE);
+                if let Some(at) = self.memory.page(page) {
+                    self.faults.wake(at, PAGE_SIZE);
+                }
             }
             Action::Resolved { page, kind } => {
                 self.latencies.resolved(page, kind);
                 self.recorder.note(page, kind);
             }
             Action::ArmTracking => {
-                let (base, len) = (self.memory.guest_base(), self.memory.guest_len());
-                report(self.faults.scan_written(base, len, |_, _| {}), "track writes");
+                report(self.scan_all(|_| {}), "track writes");
             }
             Action::ScanWritten { ticket } => self.scan_written(ticket),
             Action::Answer { ticket, answer } => self.answer(ticket, answer),
@@ -225,11 +250,23 @@ impl Driver {
     }
 
     fn move_in(&mut self, run: Run, slots: SlotRun) {
-        let (to, from) = (self.memory.page(run.start), self.memory.slot(slots.start));
-        let moved = match self.faults.move_pages(to, from, run.bytes(), PATIENT) {
-            Moved::All => run.len,
-            Moved::Pinned(bytes) => pages_in(bytes as u64) as u32,
-        };
+        let mut moved = 0;
+        while moved < run.len {
+            let (part, to) = self.memory.first_part(run.part(moved, run.len - moved));
+            let from = slots.part(moved, part.len);
+            let Some(to) = to else {
+                self.drop_moved(from);
+                moved += part.len;
+                continue;
+            };
+            match self.faults.move_pages(to, self.memory.slot(from.start), part.bytes(), PATIENT) {
+                Moved::All => moved += part.len,
+                Moved::Pinned(bytes) => {
+                    moved += pages_in(bytes as u64) as u32;
+                    break;
+                }
+            }
+        }
         self.core.handle(Event::MovedIn { run, slots, moved });
     }
 
@@ -239,8 +276,13 @@ impl Driver {
         self.page_outs.clear();
         while (self.page_outs.len() as u32) < run.len {
             let done = self.page_outs.len() as u32;
-            let (rest, rest_slots) = (run.part(done, run.len - done), slots.part(done, run.len - done));
-            let (to, from) = (self.memory.slot(rest_slots.start), self.memory.page(rest.start));
+            let (rest, from) = self.memory.first_part(run.part(done, run.len - done));
+            let rest_slots = slots.part(done, rest.len);
+            let to = self.memory.slot(rest_slots.start);
+            let Some(from) = from else {
+                self.page_outs.extend(rest.pages().map(|_| NOTHING_LEFT));
+                continue;
+            };
             let (moved, pinned) = match self.faults.move_pages(to, from, rest.bytes(), HASTY) {
                 Moved::All => (rest.len, false),
                 Moved::Pinned(bytes) => (pages_in(bytes as u64) as u32, true),
@@ -262,34 +304,38 @@ impl Driver {
 
     fn scan_written(&mut self, ticket: Ticket) {
         let mut runs = Vec::new();
-        let (base, len, memory) = (self.memory.guest_base(), self.memory.guest_len(), &self.memory);
-        let scanned = self.faults.scan_written(base, len, |at, bytes| {
-            let start = memory.page_at(at).expect("the scan stays within guest memory");
-            runs.push(Run::new(start, pages_in(bytes as u64) as u32));
-        });
-        match scanned {
+        match self.scan_all(|run| runs.push(run)) {
             Ok(()) => self.core.handle(Event::Written { ticket, runs: &runs }),
             Err(error) => {
                 tracing::error!(%error, "cannot scan for written pages");
                 // Nothing is known, so everything counts as written.
-                let all = Run::new(PageNo(0), pages_in(len as u64) as u32);
-                self.core.handle(Event::Written { ticket, runs: &[all] });
+                self.core.handle(Event::Written { ticket, runs: &[self.memory.pages()] });
             }
         }
     }
 
-    /// Takes the whole budget from the host before the VM runs, but for what is kept free.
-    fn prealloc(&mut self) {
-        let pages = self.core.table().pages();
-        for start in (0..pages).step_by(IO_PAGES_MAX as usize) {
-            let len = (pages - start).min(u64::from(IO_PAGES_MAX)) as u32;
-            let request = Request::Fill(Run::new(PageNo(start), len));
+    /// Finds the pages written since they were last protected, and protects them again.
+    fn scan_all(&mut self, mut found: impl FnMut(Run)) -> std::io::Result<()> {
+        for (part, base) in self.memory.mapped_parts(self.memory.pages()) {
+            self.faults.scan_written(base, part.bytes(), |at, bytes| {
+                found(part.part(pages_in((at - base) as u64) as u32, pages_in(bytes as u64) as u32));
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes the budget from the host before the VM runs, as far as the run's pages need it, but for what is kept free.
+    fn prealloc(&mut self, run: Run) {
+        for start in (0..run.len).step_by(IO_PAGES_MAX as usize) {
+            let request = Request::Fill(run.part(start, IO_PAGES_MAX.min(run.len - start)));
             self.event(Event::Request { ticket: NO_TICKET, request });
         }
     }
 }
 
 const NO_DIGEST: PageOut = PageOut::Moved { sum: 0, zero: false };
+/// Of a page whose region has been taken back. The slot gets its frame from the host once it is used.
+const NOTHING_LEFT: PageOut = PageOut::Moved { sum: 0, zero: true };
 
 fn report(result: std::io::Result<()>, what: &str) {
     if let Err(error) = result {

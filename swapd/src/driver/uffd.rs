@@ -144,6 +144,12 @@ impl Faults {
         self.register(base, len, RegisterMode::WRITE_PROTECT)
     }
 
+    /// Who waits there is woken, and finds plain memory.
+    pub(super) fn unregister(&self, base: *mut u8, len: usize) {
+        // The only error is a range that has been unmapped, and then nothing is left to unregister.
+        let _ = self.uffd.unregister(base.cast(), len);
+    }
+
     fn register(&self, base: *mut u8, len: usize, mode: RegisterMode) -> Result<(), String> {
         self.uffd
             .register_with_mode(base.cast(), len, mode)
@@ -207,7 +213,7 @@ impl Faults {
     }
 
     pub(super) fn wake(&self, at: usize, len: usize) {
-        // The only error is a range that is not registered, and it is registered for the engine's life.
+        // The only error is a range that is not registered: then nobody waits there.
         let _ = self.uffd.wake(at as *mut libc::c_void, len);
     }
 

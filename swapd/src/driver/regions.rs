@@ -1,0 +1,181 @@
+//! Where guest memory is mapped: page numbers run on over a few regions, each of them one piece of the address space.
+//!
+//! A region that nobody has mapped yet, or that its owner has taken back, has no address. To the core its pages are untouched.
+//! `parts` is the only way from a run to addresses, so that no kernel call is given a range that crosses a border.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::units::{PAGE_SIZE, PageNo, Run, pages_in};
+
+/// Regions in the order of their pages.
+#[derive(Debug)]
+pub(super) struct Regions(Box<[Region]>);
+
+#[derive(Debug)]
+struct Region {
+    pages: Run,
+    /// 0: not mapped. Changed by the engine's thread alone (before it runs: by who starts it), read by any.
+    base: AtomicUsize,
+}
+
+impl Region {
+    fn base(&self) -> Option<usize> {
+        match self.base.load(Ordering::Acquire) {
+            0 => None,
+            base => Some(base),
+        }
+    }
+
+    fn address(&self, page: PageNo) -> Option<usize> {
+        Some(self.base()? + ((page.0 - self.pages.start.0) as usize) * PAGE_SIZE)
+    }
+}
+
+impl Regions {
+    /// None of them is mapped yet.
+    pub(super) fn new(sizes: &[u64]) -> Self {
+        let mut next = PageNo(0);
+        let regions = sizes.iter().map(|bytes| {
+            let pages = Run::new(next, pages_in(*bytes) as u32);
+            next = pages.end();
+            Region { pages, base: AtomicUsize::new(0) }
+        });
+        Regions(regions.collect())
+    }
+
+    /// The pages of a region, if there is one of that number.
+    pub(super) fn pages_of(&self, region: usize) -> Option<Run> {
+        self.0.get(region).map(|region| region.pages)
+    }
+
+    pub(super) fn all(&self) -> Run {
+        let end = self.0.last().map_or(PageNo(0), |region| region.pages.end());
+        Run::new(PageNo(0), end.0 as u32)
+    }
+
+    pub(super) fn base_of(&self, region: usize) -> Option<usize> {
+        self.0.get(region)?.base()
+    }
+
+    pub(super) fn are_all_mapped(&self) -> bool {
+        self.0.iter().all(|region| region.base().is_some())
+    }
+
+    /// From now on the region is at `base`; `None`: nowhere.
+    pub(super) fn set_base(&self, region: usize, base: Option<usize>) {
+        self.0[region].base.store(base.unwrap_or(0), Ordering::Release);
+    }
+
+    /// The run, cut at the borders of regions, each part with its address if it is mapped.
+    pub(super) fn parts(&self, run: Run) -> impl Iterator<Item = (Run, Option<usize>)> {
+        self.0.iter().filter_map(move |region| {
+            let part = common(run, region.pages)?;
+            Some((part, region.address(part.start)))
+        })
+    }
+
+    /// The page that an address of guest memory belongs to.
+    pub(super) fn page_at(&self, address: usize) -> Option<PageNo> {
+        self.0.iter().find_map(|region| {
+            let nth = address.checked_sub(region.base()?)? / PAGE_SIZE;
+            (nth < region.pages.len as usize).then(|| region.pages.start.plus(nth as u32))
+        })
+    }
+
+    /// The pages that lie wholly within an address range, in ascending runs.
+    pub(super) fn runs_in(&self, address: usize, len: usize) -> Vec<Run> {
+        let end = address.saturating_add(len);
+        let within = self.0.iter().filter_map(|region| {
+            let base = region.base()?;
+            let first = address.saturating_sub(base).div_ceil(PAGE_SIZE);
+            let behind = (end.checked_sub(base)? / PAGE_SIZE).min(region.pages.len as usize);
+            (first < behind).then(|| region.pages.part(first as u32, (behind - first) as u32))
+        });
+        within.collect()
+    }
+
+    /// Whether a mapped region has an address in common with the range.
+    pub(super) fn overlap(&self, base: usize, len: usize) -> bool {
+        self.0
+            .iter()
+            .any(|region| region.base().is_some_and(|at| at < base + len && base < at + region.pages.bytes()))
+    }
+}
+
+fn common(one: Run, other: Run) -> Option<Run> {
+    let (start, end) = (one.start.max(other.start), one.end().min(other.end()));
+    (start < end).then(|| Run::new(start, (end.0 - start.0) as u32))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZES: [u64; 3] = [4 << 20, 2 << 20, 6 << 20];
+    const BASES: [Option<usize>; 3] = [Some(0x70_0000_1000), None, Some(0x10_0000_3000)];
+    const PAGES: u32 = 3072;
+
+    fn regions() -> Regions {
+        let regions = Regions::new(&SIZES);
+        (0..).zip(BASES).for_each(|(nth, base)| regions.set_base(nth, base));
+        regions
+    }
+
+    /// What `parts` says, page by page, without it.
+    fn address(page: PageNo) -> Option<usize> {
+        let region = [0, 1024, 1536].iter().rposition(|first| page.0 >= *first).unwrap();
+        Some(BASES[region]? + (page.0 as usize - [0, 1024, 1536][region]) * PAGE_SIZE)
+    }
+
+    proptest! {
+        #[test]
+        fn parts_cover_the_run_and_cross_no_border(start in 0..PAGES, len in 0..PAGES) {
+            let run = Run::new(PageNo(u64::from(start)), len.min(PAGES - start));
+            let mut next = run.start;
+            for (part, at) in regions().parts(run) {
+                prop_assert_eq!(part.start, next);
+                for (nth, page) in part.pages().enumerate() {
+                    prop_assert_eq!(at.map(|at| at + nth * PAGE_SIZE), address(page));
+                }
+                next = part.end();
+            }
+            prop_assert_eq!(next, run.end());
+        }
+
+        #[test]
+        fn whole_pages_of_a_range_are_found_and_no_others(
+            region in prop_oneof![Just(0usize), Just(2)],
+            skip in -20_000i64..7_000_000,
+            len in 0usize..8_000_000,
+        ) {
+            let from = (BASES[region].unwrap() as i64 + skip) as usize;
+            let found: Vec<_> = regions().runs_in(from, len).iter().flat_map(|run| run.pages()).collect();
+            let inside = |page: &PageNo| {
+                address(*page).is_some_and(|at| at >= from && at + PAGE_SIZE <= from + len)
+            };
+            let right: Vec<_> = (0..u64::from(PAGES)).map(PageNo).filter(inside).collect();
+            prop_assert_eq!(found, right);
+        }
+    }
+
+    #[test]
+    fn addresses_belong_to_pages_only_where_memory_is_mapped() {
+        let regions = regions();
+        for page in (0..u64::from(PAGES)).map(PageNo) {
+            if let Some(at) = address(page) {
+                assert_eq!(regions.page_at(at), Some(page));
+                assert_eq!(regions.page_at(at + PAGE_SIZE - 1), Some(page));
+            }
+        }
+        let (low, high) = (BASES[2].unwrap(), BASES[0].unwrap());
+        for outside in [0, low - 1, low + (6 << 20), high - 1, high + (4 << 20), usize::MAX] {
+            assert_eq!(regions.page_at(outside), None, "{outside:#x}");
+        }
+        assert!(
+            regions.overlap(low - PAGE_SIZE, 2 * PAGE_SIZE) && !regions.overlap(low - PAGE_SIZE, PAGE_SIZE)
+        );
+        assert!(!regions.are_all_mapped());
+    }
+}

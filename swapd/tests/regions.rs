@@ -1,0 +1,391 @@
+//! Guest memory that somebody else maps, in several regions, on the real kernel.
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{Patience, config, skipped, store_directory};
+use swapd::{CommandError, Engine, EngineHandle, PAGE_SIZE, PageNo, Place, Run, StartError};
+
+const MIB: u64 = 1 << 20;
+/// Uneven, so that no border is a multiple of anything but 2 MiB.
+const SIZES: [u64; 3] = [14 * MIB, 22 * MIB, 28 * MIB];
+const MEMORY: u64 = 64 * MIB;
+const BUDGET: u64 = 16 * MIB;
+const PAGES: u64 = MEMORY / PAGE_SIZE as u64;
+/// First pages of the second and the third region.
+const BORDERS: [u64; 2] = [14 * 256, 36 * 256];
+const WORDS: usize = PAGE_SIZE / 8;
+
+/// An engine, and the owner of its memory.
+///
+/// In the address space the regions follow upon each other in another order than their pages, at addresses that are multiples of
+/// 4 KiB alone: who runs over a border comes to a wrong page, or to a guard page.
+struct Owner {
+    engine: Engine,
+    mapping: usize,
+    bases: [usize; 3],
+}
+
+const MAPPING: usize = MEMORY as usize + 8 * PAGE_SIZE;
+
+/// Memory of this process that only raw pointers reach.
+fn map(at: usize, len: usize, protection: i32, fixed: i32) -> usize {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | fixed;
+    // SAFETY: with `MAP_FIXED` the range is part of an `Owner`'s mapping, which nothing refers to; else it is new.
+    let mapped = unsafe { libc::mmap(at as *mut libc::c_void, len, protection, flags, -1, 0) };
+    assert_ne!(mapped, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    mapped as usize
+}
+
+impl Owner {
+    /// None, with the reason said, on a host that cannot run an engine.
+    fn start(prealloc: bool) -> Option<Owner> {
+        let config = config(MEMORY, BUDGET, store_directory(), prealloc);
+        let engine = match Engine::start_external(config, &SIZES, Box::new(|notice| println!("{notice:?}"))) {
+            Ok(engine) => engine,
+            Err(StartError::Host(reason)) => {
+                skipped(&reason);
+                return None;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let mapping = map(0, MAPPING, libc::PROT_NONE, 0);
+        // guard, region 1, region 2, guard, region 0, guards; the first region at an odd page.
+        let first = mapping + PAGE_SIZE * if mapping / PAGE_SIZE % 2 == 0 { 1 } else { 2 };
+        let second = first + SIZES[1] as usize;
+        let bases = [second + SIZES[2] as usize + PAGE_SIZE, first, second];
+        assert!(bases[1] / PAGE_SIZE % 2 == 1);
+        let owner = Owner { engine, mapping, bases };
+        (0..3).for_each(|region| owner.map(region));
+        Some(owner)
+    }
+
+    fn started(prealloc: bool) -> Option<Owner> {
+        let owner = Owner::start(prealloc)?;
+        assert!(!owner.handle().is_attached());
+        (0..3).for_each(|region| owner.attach(region).unwrap());
+        assert!(owner.handle().is_attached());
+        Some(owner)
+    }
+
+    fn map(&self, region: usize) {
+        map(self.bases[region], SIZES[region] as usize, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED);
+    }
+
+    fn unmap(&self, region: usize) {
+        map(self.bases[region], SIZES[region] as usize, libc::PROT_NONE, libc::MAP_FIXED);
+    }
+
+    fn handle(&self) -> EngineHandle {
+        self.engine.handle()
+    }
+
+    fn attach(&self, region: usize) -> Result<(), StartError> {
+        self.attach_at(region, self.bases[region])
+    }
+
+    fn attach_at(&self, region: usize, base: usize) -> Result<(), StartError> {
+        // SAFETY: in this mapping, if anywhere, which only raw pointers refer to. It is replaced only after a detach.
+        unsafe { self.handle().attach(region, base as *mut u8) }
+    }
+
+    /// Not by the engine's own table.
+    fn address(&self, page: u64) -> usize {
+        let region = BORDERS.iter().filter(|first| page >= **first).count();
+        let first = if region == 0 { 0 } else { BORDERS[region - 1] };
+        self.bases[region] + (page - first) as usize * PAGE_SIZE
+    }
+
+    fn word(&self, page: u64, nth: usize) -> *mut u64 {
+        assert!(page < PAGES && nth < WORDS);
+        (self.address(page) + nth * 8) as *mut u64
+    }
+
+    fn write(&self, page: u64, round: u64) {
+        for nth in [0, 77, WORDS - 1] {
+            // SAFETY: within a region that is mapped; volatile, for other threads and the engine work on it too.
+            unsafe { self.word(page, nth).write_volatile(page << 32 | round << 16 | nth as u64) };
+        }
+    }
+
+    fn is_right(&self, page: u64, round: u64) -> bool {
+        [0, 77, WORDS - 1].into_iter().all(|nth| {
+            // SAFETY: as above.
+            unsafe { self.word(page, nth).read_volatile() == page << 32 | round << 16 | nth as u64 }
+        })
+    }
+
+    fn is_zero(&self, page: u64) -> bool {
+        (0..WORDS).all(|nth| {
+            // SAFETY: as above.
+            unsafe { self.word(page, nth).read_volatile() == 0 }
+        })
+    }
+
+    fn write_all(&self, round: u64) {
+        (0..PAGES).for_each(|page| self.write(page, round));
+    }
+
+    fn assert_right(&self, pages: impl IntoIterator<Item = u64>, round: u64) {
+        let wrong: Vec<_> = pages.into_iter().filter(|page| !self.is_right(*page, round)).collect();
+        assert!(wrong.is_empty(), "{} wrong pages of round {round}, first {:?}", wrong.len(), wrong.first());
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        for region in 0..3 {
+            let _ = self.handle().detach(region);
+        }
+        // SAFETY: mapped by `start`, detached from the engine, and nobody else has addresses of it.
+        unsafe { libc::munmap(self.mapping as *mut libc::c_void, MAPPING) };
+    }
+}
+
+fn all() -> Run {
+    Run::new(PageNo(0), PAGES as u32)
+}
+
+fn count(runs: &[Run]) -> u64 {
+    runs.iter().map(|run| u64::from(run.len)).sum()
+}
+
+#[test]
+fn threads_find_all_pages_right_while_the_budget_changes() {
+    let Some(owner) = Owner::started(false) else { return };
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..4)
+            .map(|nth| {
+                let owner = &owner;
+                // Each has every fourth page, so that all of them work on both sides of each border.
+                let mine = move || (nth..PAGES).step_by(4);
+                scope.spawn(move || {
+                    for round in 1..=3 {
+                        mine().for_each(|page| owner.write(page, round));
+                        owner.assert_right(mine(), round);
+                    }
+                })
+            })
+            .collect();
+        let handle = owner.handle();
+        let done = &done;
+        scope.spawn(move || {
+            for budget in [64, 20, 40, 16].into_iter().cycle() {
+                handle.set_budget(budget * MIB).unwrap();
+                assert!(handle.stats().unwrap().frames_bytes <= budget * MIB);
+                if done.load(Ordering::Acquire) {
+                    break;
+                }
+            }
+        });
+        let ends: Vec<_> = workers.into_iter().map(|worker| worker.join()).collect();
+        done.store(true, Ordering::Release);
+        ends.into_iter().for_each(|end| end.unwrap());
+    });
+    owner.assert_right(0..PAGES, 3);
+    let stats = owner.handle().stats().unwrap();
+    assert_eq!(stats.resident_bytes + stats.stored_bytes + stats.untouched_bytes, MEMORY);
+}
+
+#[test]
+fn runs_across_borders_are_evicted_and_given_back() {
+    let Some(owner) = Owner::started(false) else { return };
+    let handle = owner.handle();
+    // With a frame for each page, the regions' last and first pages are resident together.
+    handle.set_budget(MEMORY).unwrap();
+    owner.write_all(1);
+    assert_eq!(count(&handle.resident_map().unwrap()), PAGES);
+    handle.evict(all()).unwrap();
+    assert_eq!(handle.stats().unwrap().stored_bytes, MEMORY);
+    owner.assert_right(0..PAGES, 1);
+    let given = Run::new(PageNo(BORDERS[0] - 700), (BORDERS[1] - BORDERS[0]) as u32 + 1400);
+    // One half of it in memory, the other in the store.
+    handle.evict(given.part(0, given.len / 2)).unwrap();
+    handle.discard(given).unwrap();
+    let within = |page: &u64| given.contains(PageNo(*page));
+    owner.assert_right((0..PAGES).filter(|page| !within(page)), 1);
+    assert_eq!(handle.stats().unwrap().untouched_bytes, given.bytes() as u64);
+    let not_zero: Vec<_> = (0..PAGES).filter(within).filter(|page| !owner.is_zero(*page)).collect();
+    assert!(not_zero.is_empty(), "{not_zero:?}");
+}
+
+#[test]
+fn tracking_names_pages_written_on_either_side_of_a_border() {
+    let Some(owner) = Owner::started(false) else { return };
+    let handle = owner.handle();
+    handle.set_budget(MEMORY).unwrap();
+    owner.write_all(1);
+    handle.track_writes(true).unwrap();
+    handle.collect_written().unwrap();
+    let written: Vec<u64> =
+        BORDERS.iter().flat_map(|border| [border - 9, border - 1, *border, border + 5]).collect();
+    written.iter().for_each(|page| owner.write(*page, 2));
+    let named: Vec<u64> =
+        handle.collect_written().unwrap().iter().flat_map(|run| run.pages()).map(|page| page.0).collect();
+    assert_eq!(named, written);
+    // And of memory that left the guest or was given back meanwhile.
+    let left = Run::new(PageNo(BORDERS[0] - 100), 200);
+    handle.evict(left).unwrap();
+    handle.discard(Run::new(PageNo(BORDERS[1] - 3), 6)).unwrap();
+    assert_eq!(count(&handle.collect_written().unwrap()), 206);
+    assert_eq!(handle.collect_written().unwrap(), []);
+}
+
+#[test]
+fn before_it_is_attached_memory_is_untouched() {
+    let Some(owner) = Owner::start(false) else { return };
+    let handle = owner.handle();
+    handle.track_writes(true).unwrap();
+    handle.evict(all()).unwrap();
+    handle.discard(all()).unwrap();
+    let pieces = handle.hold(all()).unwrap();
+    assert!(pieces.iter().all(|piece| piece.place == Place::Zero), "{pieces:?}");
+    handle.release(all()).unwrap();
+    assert_eq!(count(&handle.collect_written().unwrap()), PAGES, "what was given back");
+    assert_eq!(handle.resident_map().unwrap(), []);
+    let refused = handle.start_receiving_async(vec![0; PAGES as usize]).blocking_recv().unwrap();
+    assert!(matches!(refused, Err(CommandError::NotNow(_))), "{refused:?}");
+    // What was there before is dropped, and the region works without the others.
+    let second = || BORDERS[0]..BORDERS[1];
+    second().step_by(100).for_each(|page| owner.write(page, 9));
+    owner.attach(1).unwrap();
+    assert!(second().all(|page| owner.is_zero(page)));
+    second().for_each(|page| owner.write(page, 1));
+    let written = handle.collect_written().unwrap();
+    assert!(second().all(|page| written.iter().any(|run| run.contains(PageNo(page)))), "{written:?}");
+    handle.track_writes(false).unwrap();
+    handle.evict(all()).unwrap();
+    assert_eq!(handle.stats().unwrap().stored_bytes, SIZES[1]);
+    handle.discard(Run::new(PageNo(BORDERS[0] - 10), 20)).unwrap();
+    owner.attach(2).unwrap();
+    owner.attach(0).unwrap();
+    assert!(handle.is_attached());
+    assert!((BORDERS[0] - 10..BORDERS[0] + 10).all(|page| owner.is_zero(page)));
+    owner.assert_right(BORDERS[0] + 10..BORDERS[1], 1);
+    owner.write_all(2);
+    owner.assert_right(0..PAGES, 2);
+}
+
+#[test]
+fn addresses_and_pages_are_found_both_ways() {
+    let Some(owner) = Owner::started(false) else { return };
+    let handle = owner.handle();
+    for page in [0, BORDERS[0] - 1, BORDERS[0], BORDERS[1] - 1, BORDERS[1], PAGES - 1] {
+        let address = owner.address(page) as *mut u8;
+        assert_eq!(handle.page_of(address), Some(PageNo(page)));
+        assert_eq!(handle.page_address(PageNo(page)), address);
+    }
+    assert_eq!(handle.page_of(owner.mapping as *const u8), None);
+    // The second and the third region follow upon each other in the address space as well.
+    let from = owner.address(BORDERS[1] - 2) + 1;
+    let found = handle.runs_in(from as *const u8, 5 * PAGE_SIZE);
+    assert_eq!(found, [Run::new(PageNo(BORDERS[1] - 1), 1), Run::new(PageNo(BORDERS[1]), 3)]);
+    assert_eq!(handle.region_pages(1), Some(Run::new(PageNo(BORDERS[0]), SIZES[1] as u32 / 4096)));
+    handle.detach(2).unwrap();
+    assert_eq!(handle.page_of(owner.address(PAGES - 1) as *const u8), None);
+}
+
+#[test]
+fn what_cannot_be_attached_is_refused_with_the_reason() {
+    let Some(owner) = Owner::start(false) else { return };
+    let handle = owner.handle();
+    owner.attach(0).unwrap();
+    let elsewhere = map(0, SIZES[1] as usize + PAGE_SIZE, libc::PROT_READ | libc::PROT_WRITE, 0);
+    // SAFETY: a mapping of this test alone, to which nothing refers; its first half is unmapped, nothing else.
+    unsafe { libc::munmap(elsewhere as *mut libc::c_void, SIZES[1] as usize / 2) };
+    let cases = [
+        (owner.attach(0), "attached already"),
+        (owner.attach_at(3, owner.bases[1]), "no region 3"),
+        (owner.attach_at(1, owner.bases[1] + 8), "no page's address"),
+        (owner.attach_at(1, 0), "no page's address"),
+        (owner.attach_at(1, owner.bases[0] - PAGE_SIZE), "overlaps"),
+        (owner.attach_at(1, owner.bases[0] + SIZES[0] as usize - PAGE_SIZE), "overlaps"),
+        (owner.attach_at(1, elsewhere), "map"),
+    ];
+    for (result, reason) in cases {
+        let error = result.expect_err(reason).to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+    // Nothing of that is in the way of the right ones.
+    owner.attach(1).unwrap();
+    owner.attach(2).unwrap();
+    owner.write_all(1);
+    owner.assert_right(0..PAGES, 1);
+    handle.detach(7).unwrap();
+    let refused = |sizes: &[u64]| {
+        let config = config(MEMORY, BUDGET, store_directory(), false);
+        Engine::start_external(config, sizes, Box::new(|_| {})).unwrap_err().to_string()
+    };
+    assert!(refused(&[32 * MIB, 30 * MIB]).contains("give each of its regions once"));
+    assert!(refused(&[33 * MIB, 31 * MIB]).contains("multiple of 2 MiB"));
+    assert!(refused(&[64 * MIB, 0]).contains("multiple of 2 MiB"));
+    assert!(refused(&[]).contains("give each of its regions once"));
+}
+
+#[test]
+fn frames_are_taken_when_a_region_is_attached() {
+    let Some(owner) = Owner::start(true) else { return };
+    let handle = owner.handle();
+    let frames = || handle.stats().unwrap().frames_bytes;
+    assert_eq!(frames(), 0);
+    owner.attach(0).unwrap();
+    let first = frames();
+    assert!(first > 12 * MIB && first <= SIZES[0], "{first}");
+    owner.attach(1).unwrap();
+    owner.attach(2).unwrap();
+    assert!(frames() > 14 * MIB && frames() <= BUDGET, "{}", frames());
+    owner.write_all(1);
+    owner.assert_right(0..PAGES, 1);
+}
+
+#[test]
+fn a_region_is_taken_back_under_load_and_attached_anew() {
+    let Some(owner) = Owner::started(false) else { return };
+    let handle = owner.handle();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // They keep the budget short, so that faults wait for frames while the region goes.
+        for nth in 0..3 {
+            let (owner, done) = (&owner, &done);
+            scope.spawn(move || {
+                while !done.load(Ordering::Acquire) {
+                    (BORDERS[0] + nth..PAGES).step_by(3).for_each(|page| owner.write(page, 1));
+                }
+            });
+        }
+        for nth in 0..40 {
+            handle.evict(Run::new(PageNo(BORDERS[1] - 512), 512)).unwrap();
+            handle.detach(1).unwrap();
+            assert!(handle.stats().unwrap().frames_bytes <= BUDGET);
+            // Some of it may have been moved to nowhere: it is moved back, or forgotten.
+            if nth % 2 == 0 {
+                handle.evict(Run::new(PageNo(BORDERS[0]), (BORDERS[1] - BORDERS[0]) as u32)).unwrap();
+            }
+            owner.attach(1).unwrap();
+        }
+        done.store(true, Ordering::Release);
+    });
+    owner.write_all(2);
+    owner.assert_right(0..PAGES, 2);
+    // Its owner is gone with it; the rest goes on.
+    handle.detach(1).unwrap();
+    owner.unmap(1);
+    let rest = || (0..BORDERS[0]).chain(BORDERS[1]..PAGES);
+    owner.assert_right(rest(), 2);
+    handle.evict(all()).unwrap();
+    handle.track_writes(true).unwrap();
+    rest().for_each(|page| owner.write(page, 3));
+    handle.collect_written().unwrap();
+    handle.track_writes(false).unwrap();
+    owner.assert_right(rest(), 3);
+    let stats = Patience::default().until("nothing is under way to the region", || {
+        let stats = handle.stats().unwrap();
+        (stats.untouched_bytes == SIZES[1]).then_some(stats)
+    });
+    assert!(stats.frames_bytes <= BUDGET, "{stats:?}");
+    owner.map(1);
+    owner.attach(1).unwrap();
+    assert!((BORDERS[0]..BORDERS[1]).all(|page| owner.is_zero(page)));
+}
