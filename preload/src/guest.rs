@@ -194,3 +194,7 @@ fn read_all(mut channel: UnixStream, deadline: Instant) -> Result<Vec<u8>, Failu
     }
     Ok(state)
 }
+
+#[cfg(test)]
+#[path = "guest_tests.rs"]
+mod tests;

@@ -194,3 +194,7 @@ fn each_part(
     }
     if at < end || len == 0 { real(at, end - at) } else { 0 }
 }
+
+#[cfg(test)]
+#[path = "interpose_tests.rs"]
+mod tests;
