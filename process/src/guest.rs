@@ -8,7 +8,7 @@ use crate::failure::Failure;
 /// A VM's processors and devices, as its process drives them. Only one of these calls is under way at a time.
 pub trait Guest: Send + fmt::Debug {
     /// Returns when no vCPU is in the guest, and none will be until [`resume`](Self::resume). Pausing what is paused
-    /// already is no error.
+    /// already is no error. Bounded in time: a vCPU may wait for a page that the store has no room for.
     ///
     /// # Errors
     /// If a vCPU does not stop in time, or the guest has failed.

@@ -14,7 +14,7 @@ use clap::Parser;
 use tracing_subscriber::EnvFilter;
 use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
-use vmprocess::control::rundir::RunDir;
+use vmprocess::control::rundir::{RunDir, check_name};
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
@@ -91,7 +91,7 @@ fn default_store() -> PathBuf {
 }
 
 fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure> {
-    vmprocess::control::rundir::check_name(&args.name)?;
+    check_name(&args.name)?;
     let ram = args.ram.unwrap_or(args.memory);
     check_sizes(args.memory, ram)?;
     let store = args.store.unwrap_or_else(default_store);

@@ -15,6 +15,7 @@ use tracing::{debug, info, warn};
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{Place, RunDir};
 use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::size::Size;
 use vmprocess::{ArriveSettings, MemorySpec, host, passing, signals};
 
 use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
@@ -62,7 +63,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     signals::install()?;
     let total = host::total_ram()?;
     if settings.ram_bytes > total {
-        let (asked, total) = (vmprocess::size::Size(settings.ram_bytes), vmprocess::size::Size(total));
+        let (asked, total) = (Size(settings.ram_bytes), Size(total));
         return Err(Failure::new(
             Kind::Resources,
             format!("--ram {asked:#} is more than this host has ({total:#})"),
@@ -225,7 +226,7 @@ impl Daemon {
         match children::start(settings, &descriptors, self.settings.log_dir.as_deref()) {
             Ok(child) => {
                 claim.hand_over();
-                info!(vm = %hello.name, ram = %vmprocess::size::Size(granted), pid = child.id(), "arriving");
+                info!(vm = %hello.name, ram = %Size(granted), pid = child.id(), "arriving");
                 self.reap_in_thread(child, hello.clone());
                 Ok(())
             }

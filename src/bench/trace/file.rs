@@ -8,6 +8,7 @@ use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::signals;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::touches::{PAGES_MAX, TOUCHES_MAX};
@@ -241,7 +242,7 @@ impl TraceWriter {
     }
 
     fn flush(&mut self) -> Result<(), Failure> {
-        vmprocess::signals::check()?;
+        signals::check()?;
         self.sum.update(&self.buffer);
         self.body_bytes += self.buffer.len() as u64;
         let written = self.file.write_all(&self.buffer);

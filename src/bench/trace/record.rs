@@ -6,6 +6,7 @@ use swapd::core::FaultKind;
 use swapd::units::pages_in;
 use vmprocess::control::client::VmClient;
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::signals;
 
 use super::file::{Entry, Header, TraceKind, TraceWriter, What};
 use super::touches::{PAGES_MAX, Touches};
@@ -25,7 +26,7 @@ pub(crate) struct Recorded {
 /// # Errors
 /// If the job file is wrong, the trace cannot be written, or at a signal.
 pub(crate) fn of_jobs(job_file: &Path, count: u64, trace: &Path) -> Result<Recorded, Failure> {
-    vmprocess::signals::install()?;
+    signals::install()?;
     let scenario = jobfile::read(job_file)?;
     let touches = Touches::of_jobs(&scenario.jobs, scenario.memory_bytes(), count)?;
     let file_bytes = touches.save(trace, pages_in(scenario.ram_bytes).min(touches.pages))?;
@@ -42,7 +43,7 @@ pub(crate) fn of_vm(
     trace: &Path,
     progress: &dyn Fn(u64),
 ) -> Result<Recorded, Failure> {
-    vmprocess::signals::install()?;
+    signals::install()?;
     let memory = vm.stat()?.memory;
     let (pages, ram_pages) = (pages_in(memory.memory_bytes), pages_in(memory.ram_budget_bytes));
     if pages > PAGES_MAX {

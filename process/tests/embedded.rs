@@ -1,0 +1,386 @@
+//! VMs embedded in a program that is not ours (this test), with guests that are not ours either and engines that
+//! somebody else has started: what a preloaded QEMU does.
+
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::IntoRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use migrate::{Hello, SessionHello};
+use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, StartError, StoreConfig};
+use vmprocess::control::client::VmClient;
+use vmprocess::control::protocol::{EngineKind, GuestStat, MigrateRequest, Request, State};
+use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::{
+    Arrival, ArriveSettings, End, Facts, Guest, GuestView, Memory, MemorySpec, Newcomer, Owner, Process,
+    passing,
+};
+
+/// No test waits longer for anything.
+const DEADLINE: Duration = Duration::from_secs(60);
+const MEMORY: u64 = 64 << 20;
+const BUDGET: u64 = 32 << 20;
+const STATE: &[u8] = b"the state of the devices";
+/// Pages that have content, spread over more memory than the budget.
+const PAGES: u64 = 100;
+
+/// A run directory and a store, which go when the test ends.
+struct Host(PathBuf);
+
+impl Host {
+    fn new() -> Host {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        // Not /tmp, which may be a tmpfs without O_DIRECT.
+        let path =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("embedded-{}-{count}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Host(path)
+    }
+
+    fn run_dir(&self) -> RunDir {
+        RunDir::open(&self.0.join("run")).unwrap()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.0.join("run/web.sock")
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What guests were asked to do, in turn.
+type Log = Arc<Mutex<Vec<&'static str>>>;
+
+fn logged(log: &Log) -> Vec<&'static str> {
+    std::mem::take(&mut *log.lock().unwrap())
+}
+
+#[derive(Debug)]
+struct LoggedGuest(Log);
+
+impl LoggedGuest {
+    fn note(&self, what: &'static str) -> Result<(), Failure> {
+        self.0.lock().unwrap().push(what);
+        Ok(())
+    }
+}
+
+impl Guest for LoggedGuest {
+    fn pause(&mut self) -> Result<(), Failure> {
+        self.note("pause")
+    }
+
+    fn resume(&mut self) -> Result<(), Failure> {
+        self.note("resume")
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Failure> {
+        self.note("save")?;
+        Ok(STATE.to_vec())
+    }
+
+    fn throttle(&mut self, _percent: u8) {}
+
+    fn view(&self) -> GuestView {
+        GuestView {
+            vcpus: 3,
+            workload: "an operating system".to_owned(),
+            guest: GuestStat::default(),
+            failed: None,
+        }
+    }
+
+    fn quit(self: Box<Self>) -> Result<(), Failure> {
+        self.note("quit")
+    }
+}
+
+struct LoggedNewcomer {
+    log: Log,
+    refuses: bool,
+}
+
+impl Newcomer for LoggedNewcomer {
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
+        if self.refuses || state != STATE {
+            return Err(Failure::new(Kind::Vm, "these devices are unknown here"));
+        }
+        let guest = LoggedGuest(self.log);
+        guest.note("load")?;
+        Ok(Box::new(guest))
+    }
+}
+
+/// None: this host cannot run an engine, and says why.
+fn engine(host: &Host, notify: impl Fn(swapd::Notice) + Send + 'static) -> Option<Engine> {
+    let config = EngineConfig {
+        memory_bytes: MEMORY,
+        budget_bytes: BUDGET,
+        store: StoreConfig { path: host.0.clone(), overcommit: false },
+        prealloc: false,
+        lock: false,
+        sampling: false,
+    };
+    match Engine::start(config, Box::new(notify)) {
+        Ok(engine) => Some(engine),
+        Err(StartError::Host(reason)) => {
+            println!("not tested on this host: {reason}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn word_of(engine: &Engine, number: u64) -> *mut u64 {
+    let page = PageNo(number * (MEMORY / PAGE_SIZE as u64 / PAGES));
+    engine.handle().page_address(page).cast()
+}
+
+/// A VM that runs, in a thread of this process.
+struct Running {
+    engine: Engine,
+    log: Log,
+    process: JoinHandle<(Process, End)>,
+}
+
+fn start(host: &Host) -> Option<Running> {
+    let facts = Facts {
+        name: "web".to_owned(),
+        memory_bytes: MEMORY,
+        budget_bytes: BUDGET,
+        engine: EngineKind::Vmemd,
+        daemon: None,
+    };
+    let place = host.run_dir().claim_name("web").unwrap();
+    let process = Process::begin(facts, place, Owner::Embedder).unwrap();
+    let engine = engine(host, process.notices())?;
+    for number in 0..PAGES {
+        // SAFETY: an aligned word of the engine's memory, which lives as long as the engine; only this thread uses it.
+        unsafe { word_of(&engine, number).write_volatile(number + 1) };
+    }
+    let (memory, log) = (Memory::external(engine.handle()), Log::default());
+    let guest = LoggedGuest(log.clone());
+    let process = std::thread::spawn(move || {
+        let end = process.run(memory, || Ok(Box::new(guest)));
+        (process, end)
+    });
+    Some(Running { engine, log, process })
+}
+
+fn connect(host: &Host) -> VmClient {
+    VmClient::connect(&host.run_dir(), "web").unwrap()
+}
+
+/// The VM's facts once it is in that state.
+fn wait_for(host: &Host, state: State) -> vmprocess::control::protocol::VmStat {
+    let mut client = connect(host);
+    let begun = std::time::Instant::now();
+    loop {
+        let stat = client.stat().unwrap();
+        if stat.state == state {
+            return stat;
+        }
+        assert!(begun.elapsed() < DEADLINE, "{:?}, not {state:?}", stat.state);
+        std::thread::yield_now();
+    }
+}
+
+/// What the daemon and the program that it starts do for one VM that comes.
+fn receive_one(host: &Host, refuses: bool) -> (String, JoinHandle<(Engine, Log, Process, End)>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (dir, path) = (host.run_dir(), host.0.clone());
+    let receiver = std::thread::spawn(move || {
+        let (mut control, _) = listener.accept().unwrap();
+        let Hello::Session(hello) = migrate::read_hello(&mut control).unwrap() else { panic!("a session") };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let streams = hello.streams;
+        let settings = settings_of(&dir, path.clone(), hello, control, theirs);
+        let passing = std::thread::spawn(move || {
+            for _ in 0..streams {
+                let (mut stream, _) = listener.accept().unwrap();
+                let Hello::Stream(hello) = migrate::read_hello(&mut stream).unwrap() else {
+                    panic!("a stream")
+                };
+                passing::send_fd(&ours, &stream, hello.index).unwrap();
+            }
+        });
+        let (process, arrival) = Arrival::begin(&settings, Owner::Embedder).unwrap();
+        // `Host` removes its directory: this thread only borrows it.
+        let host = std::mem::ManuallyDrop::new(Host(path));
+        let engine = engine(&host, process.notices()).expect("the source's engine started");
+        let log = Log::default();
+        let newcomer = LoggedNewcomer { log: log.clone(), refuses };
+        let end = process.receive(arrival, Memory::external(engine.handle()), Box::new(newcomer));
+        passing.join().unwrap();
+        (engine, log, process, end)
+    });
+    (address, receiver)
+}
+
+fn settings_of(
+    dir: &RunDir,
+    store: PathBuf,
+    hello: SessionHello,
+    control: TcpStream,
+    streams: UnixStream,
+) -> ArriveSettings {
+    let place = Place::arriving(&hello.name, &hello.session.to_string());
+    let (claim, listener) = dir.claim(&dir.lock().unwrap(), place).unwrap();
+    claim.hand_over();
+    ArriveSettings {
+        run_dir: dir.path().to_owned(),
+        granted_ram_bytes: BUDGET,
+        memory: MemorySpec {
+            engine: EngineKind::Vmemd,
+            memory_bytes: hello.memory_bytes,
+            budget_bytes: BUDGET,
+            store,
+            store_overcommit: false,
+            prealloc: false,
+            lock: false,
+        },
+        hello,
+        daemon: "a daemon".to_owned(),
+        control_fd: control.into_raw_fd(),
+        streams_fd: streams.into_raw_fd(),
+        listener_fd: listener.into_raw_fd(),
+    }
+}
+
+fn migrate_to(host: &Host, to: String) -> Result<serde_json::Value, Failure> {
+    let request = Request::Migrate(MigrateRequest {
+        to,
+        ram_bytes: None,
+        downtime_target_ms: 50,
+        streams: 2,
+        max_rounds: 3,
+        max_throttle: 0,
+        check_placement: false,
+    });
+    connect(host).ask_long(&request, &mut |_| {})
+}
+
+fn sigterm_handler() -> libc::sighandler_t {
+    // SAFETY: an all-zero sigaction is a valid value of that plain C struct.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: a null new action only queries; `action` outlives the call.
+    assert_eq!(unsafe { libc::sigaction(libc::SIGTERM, std::ptr::null(), &mut action) }, 0);
+    action.sa_sigaction
+}
+
+#[test]
+fn an_embedded_vm_obeys_and_leaves_its_program_alone() {
+    let host = Host::new();
+    let handler = sigterm_handler();
+    let Some(vm) = start(&host) else { return };
+    let stat = wait_for(&host, State::Running);
+    assert_eq!((stat.vcpus, stat.workload.as_str()), (3, "an operating system"));
+    assert_eq!((stat.memory.memory_bytes, stat.engine), (MEMORY, EngineKind::Vmemd));
+    assert!(stat.memory.resident_bytes + stat.memory.stored_bytes >= PAGES * PAGE_SIZE as u64);
+
+    let mut client = connect(&host);
+    client.ask(&Request::Pause, DEADLINE).unwrap();
+    assert_eq!(client.stat().unwrap().state, State::Paused);
+    client.ask(&Request::Resume, DEADLINE).unwrap();
+    let smaller = BUDGET / 2;
+    let set = client.ask(&Request::SetRam { ram_bytes: smaller }, DEADLINE).unwrap();
+    assert_eq!(set["ram_budget_bytes"], smaller);
+    assert_eq!(logged(&vm.log), ["pause", "resume"]);
+
+    assert_eq!(sigterm_handler(), handler, "signals are the program's");
+    assert!(std::thread::spawn(|| panic!("a panic of the program's own")).join().is_err(), "so are panics");
+
+    client.ask(&Request::Stop, DEADLINE).unwrap();
+    let (process, end) = vm.process.join().unwrap();
+    assert_eq!((end.result, end.quit), (Ok(()), true));
+    assert_eq!(logged(&vm.log), ["pause", "quit"]);
+    // The guest has only been told: until its program ends, its memory is served and its name is taken.
+    vm.engine.handle().stats().unwrap();
+    assert_eq!(host.run_dir().claim_name("web").unwrap_err().kind, Kind::Name);
+    drop(process);
+    assert!(!host.socket().exists());
+}
+
+#[test]
+fn a_program_that_ends_by_itself_takes_the_name_with_it() {
+    let host = Host::new();
+    let place = host.run_dir().claim_name("web").unwrap();
+    let facts = Facts {
+        name: "web".to_owned(),
+        memory_bytes: MEMORY,
+        budget_bytes: BUDGET,
+        engine: EngineKind::Vmemd,
+        daemon: None,
+    };
+    let process = Process::begin(facts, place, Owner::Embedder).unwrap();
+    let name = process.name_hold();
+    assert_eq!(connect(&host).stat().unwrap().state, State::Arriving);
+    assert!(host.socket().exists());
+    name.release();
+    assert!(!host.socket().exists());
+    // Another VM's socket of that name stays.
+    let _other = host.run_dir().claim_name("web").unwrap();
+    name.release();
+    drop(process);
+    assert!(host.socket().exists());
+}
+
+#[test]
+fn a_vm_moves_from_one_program_to_another() {
+    let host = Host::new();
+    let Some(source) = start(&host) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, false);
+    let report = migrate_to(&host, address).unwrap();
+    assert_eq!(report["bytes_total"], MEMORY);
+
+    let (process, end) = source.process.join().unwrap();
+    assert_eq!((end.result, end.quit), (Ok(()), true));
+    assert_eq!(logged(&source.log), ["pause", "save", "quit"], "nothing runs it here again");
+    drop(process);
+
+    let stat = wait_for(&host, State::Running);
+    assert_eq!((stat.vcpus, stat.daemon.as_deref()), (3, Some("a daemon")));
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    let (engine, log, _process, end) = target.join().unwrap();
+    assert_eq!((end.result, end.quit), (Ok(()), true));
+    assert_eq!(logged(&log), ["load", "resume", "pause", "quit"]);
+    for number in 0..PAGES {
+        // SAFETY: an aligned word of the engine's memory, which lives as long as the engine; only this thread uses it.
+        let word = unsafe { word_of(&engine, number).read_volatile() };
+        assert_eq!(word, number + 1);
+    }
+}
+
+#[test]
+fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
+    let host = Host::new();
+    let Some(source) = start(&host) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, true);
+    let failure = migrate_to(&host, address).unwrap_err();
+    assert!(failure.text.contains("runs on here"), "{failure}");
+
+    let (_engine, log, _process, end) = target.join().unwrap();
+    let text = end.result.unwrap_err().text;
+    assert!(text.contains("did not arrive") && text.contains("these devices are unknown here"), "{text}");
+    assert!(!end.quit, "there was no guest to tell");
+    assert!(logged(&log).is_empty());
+
+    wait_for(&host, State::Running);
+    assert_eq!(logged(&source.log), ["pause", "save", "resume"]);
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    let (_process, end) = source.process.join().unwrap();
+    assert_eq!((end.result, end.quit), (Ok(()), true));
+}
