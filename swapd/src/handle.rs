@@ -262,17 +262,12 @@ impl EngineHandle {
         self.memory.is_whole()
     }
 
-    /// The pages of a region, whether it is attached or not.
-    pub fn region_pages(&self, region: usize) -> Option<Run> {
-        self.memory.pages_of(region)
-    }
-
     /// The page that an address of guest memory belongs to.
     pub fn page_of(&self, address: *const u8) -> Option<PageNo> {
         self.memory.page_at(address as usize)
     }
 
-    /// The guest's pages that lie wholly within an address range, as at most one run a region: what a discard of the range gives
+    /// The guest's pages that lie wholly within an address range, in ascending runs: what a discard of the range gives
     /// back.
     pub fn runs_in(&self, address: *const u8, bytes: usize) -> Vec<Run> {
         self.memory.runs_in(address as usize, bytes)

@@ -6,30 +6,30 @@
 
 use super::{Driver, NO_TICKET, StartError, report};
 use crate::core::{Event, Request};
-use crate::units::{Run, SlotRun};
+use crate::units::SlotRun;
 
 impl Driver {
     pub(super) fn attach(&mut self, region: usize, base: usize) -> Result<(), StartError> {
-        let run = self.memory.check(region, base).map_err(StartError::Memory)?;
+        self.memory.check(region, base).map_err(StartError::Memory)?;
         // Of what the core moved there while it was nowhere, nothing is left.
-        self.forget(run);
+        self.forget(region);
         self.memory.map_in(&self.faults, region, base)?;
         if self.prealloc {
-            self.prealloc(run);
+            self.memory.runs_of(region).for_each(|run| self.prealloc(run));
         }
         Ok(())
     }
 
     /// A region that is not attached has nothing to give back.
     pub(super) fn detach(&mut self, region: usize) {
-        if let Some(run) = self.memory.pages_of(region) {
-            self.forget(run);
-            self.memory.map_out(&self.faults, region);
-        }
+        self.forget(region);
+        self.memory.map_out(&self.faults, region);
     }
 
-    fn forget(&mut self, run: Run) {
-        self.event(Event::Request { ticket: NO_TICKET, request: Request::Discard(run) });
+    fn forget(&mut self, region: usize) {
+        for run in self.memory.runs_of(region) {
+            self.event(Event::Request { ticket: NO_TICKET, request: Request::Discard(run) });
+        }
     }
 
     /// Instead of a move to a region that has been taken back.

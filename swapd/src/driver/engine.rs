@@ -159,7 +159,7 @@ impl Engine {
                 prealloc: config.prealloc,
             };
             if config.prealloc && driver.memory.is_whole() {
-                driver.prealloc(driver.memory.pages());
+                driver.memory.runs_of(0).for_each(|run| driver.prealloc(run));
             }
             let _ = started.send(Ok(()));
             let _end = AbortOnPanic;

@@ -73,15 +73,15 @@ impl Memory {
 
     /// From now on `region` is at `base`, which has passed `check`; it is empty, and its faults come to `faults`.
     pub(super) fn map_in(&self, faults: &Faults, region: usize, base: usize) -> Result<(), StartError> {
-        let len = self.regions.pages_of(region).map_or(0, Run::bytes);
-        prepare(base, len, self.lock).map_err(StartError::Memory)?;
+        let len = self.regions.len_of(region).unwrap_or(0);
         faults.register_guest(base as *mut u8, len).map_err(StartError::Host)?;
         // What it has of frames is not in the books. Registered first, so that no new ones come.
-        if let Err(error) = drop_frames(base, len) {
+        let emptied = drop_frames(base, len).map_err(|error| {
+            format!("{len} bytes at {base:#x} cannot be guest memory ({error}); map all of them first, private and anonymous")
+        });
+        if let Err(reason) = emptied.and_then(|()| prepare(base, len, self.lock)) {
             faults.unregister(base as *mut u8, len);
-            return Err(StartError::Memory(format!(
-                "{len} bytes at {base:#x} cannot be guest memory ({error}); map all of them first, private and anonymous"
-            )));
+            return Err(StartError::Memory(reason));
         }
         self.regions.set_base(region, Some(base));
         Ok(())
@@ -89,18 +89,17 @@ impl Memory {
 
     /// The region is its owner's again. Nothing of it may be in the core's books.
     pub(super) fn map_out(&self, faults: &Faults, region: usize) {
-        if let (Some(base), Some(run)) = (self.regions.base_of(region), self.regions.pages_of(region)) {
+        if let (Some(base), Some(len)) = (self.regions.base_of(region), self.regions.len_of(region)) {
             self.regions.set_base(region, None);
-            faults.unregister(base as *mut u8, run.bytes());
+            faults.unregister(base as *mut u8, len);
         }
     }
 
-    /// The pages of the region, if it may be mapped in at `base`.
-    pub(super) fn check(&self, region: usize, base: usize) -> Result<Run, String> {
-        let Some(run) = self.regions.pages_of(region) else {
+    /// Whether the region may be mapped in at `base`, or why not.
+    pub(super) fn check(&self, region: usize, base: usize) -> Result<(), String> {
+        let Some(len) = self.regions.len_of(region) else {
             return Err(format!("the VM's memory has no region {region}"));
         };
-        let len = run.bytes();
         if let Some(at) = self.regions.base_of(region) {
             return Err(format!("region {region} is attached already, at {at:#x}; detach it first"));
         }
@@ -113,20 +112,21 @@ impl Memory {
                 "region {region}, {len} bytes at {base:#x}, overlaps memory that is in use already"
             ));
         }
-        Ok(run)
+        Ok(())
     }
 
     pub(crate) fn guest_len(&self) -> usize {
-        self.regions.all().bytes()
+        self.regions.bytes()
     }
 
     /// All pages of guest memory.
-    pub(super) fn pages(&self) -> Run {
+    pub(super) fn pages(&self) -> impl Iterator<Item = Run> {
         self.regions.all()
     }
 
-    pub(crate) fn pages_of(&self, region: usize) -> Option<Run> {
-        self.regions.pages_of(region)
+    /// All pages of a region; none if there is no such region.
+    pub(super) fn runs_of(&self, region: usize) -> impl Iterator<Item = Run> + use<> {
+        self.regions.runs_of(region)
     }
 
     pub(crate) fn is_whole(&self) -> bool {

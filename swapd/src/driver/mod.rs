@@ -309,14 +309,17 @@ impl Driver {
             Err(error) => {
                 tracing::error!(%error, "cannot scan for written pages");
                 // Nothing is known, so everything counts as written.
-                self.core.handle(Event::Written { ticket, runs: &[self.memory.pages()] });
+                runs.clear();
+                runs.extend(self.memory.pages());
+                self.core.handle(Event::Written { ticket, runs: &runs });
             }
         }
     }
 
     /// Finds the pages written since they were last protected, and protects them again.
     fn scan_all(&mut self, mut found: impl FnMut(Run)) -> std::io::Result<()> {
-        for (part, base) in self.memory.mapped_parts(self.memory.pages()) {
+        let memory = &self.memory;
+        for (part, base) in memory.pages().flat_map(|run| memory.mapped_parts(run)) {
             self.faults.scan_written(base, part.bytes(), |at, bytes| {
                 found(part.part(pages_in((at - base) as u64) as u32, pages_in(bytes as u64) as u32));
             })?;

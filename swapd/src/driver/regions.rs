@@ -7,13 +7,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::units::{PAGE_SIZE, PageNo, Run, pages_in};
 
+/// Pages in a run of those that stand for a whole region: 4 TiB.
+const RUN_MAX: u32 = 1 << 30;
+
 /// Regions in the order of their pages.
 #[derive(Debug)]
 pub(super) struct Regions(Box<[Region]>);
 
 #[derive(Debug)]
 struct Region {
-    pages: Run,
+    first: PageNo,
+    pages: u64,
     /// 0: not mapped. Changed by the engine's thread alone (before it runs: by who starts it), read by any.
     base: AtomicUsize,
 }
@@ -27,7 +31,19 @@ impl Region {
     }
 
     fn address(&self, page: PageNo) -> Option<usize> {
-        Some(self.base()? + ((page.0 - self.pages.start.0) as usize) * PAGE_SIZE)
+        Some(self.base()? + ((page.0 - self.first.0) as usize) * PAGE_SIZE)
+    }
+
+    fn bytes(&self) -> usize {
+        self.pages as usize * PAGE_SIZE
+    }
+
+    /// Its pages from the `from`th to before the `to`th.
+    fn runs(&self, from: u64, to: u64) -> impl Iterator<Item = Run> + use<> {
+        let first = self.first.0;
+        (from..to)
+            .step_by(RUN_MAX as usize)
+            .map(move |nth| Run::new(PageNo(first + nth), (to - nth).min(u64::from(RUN_MAX)) as u32))
     }
 }
 
@@ -36,21 +52,30 @@ impl Regions {
     pub(super) fn new(sizes: &[u64]) -> Self {
         let mut next = PageNo(0);
         let regions = sizes.iter().map(|bytes| {
-            let pages = Run::new(next, pages_in(*bytes) as u32);
-            next = pages.end();
-            Region { pages, base: AtomicUsize::new(0) }
+            let (first, pages) = (next, pages_in(*bytes));
+            next = PageNo(first.0 + pages);
+            Region { first, pages, base: AtomicUsize::new(0) }
         });
         Regions(regions.collect())
     }
 
-    /// The pages of a region, if there is one of that number.
-    pub(super) fn pages_of(&self, region: usize) -> Option<Run> {
-        self.0.get(region).map(|region| region.pages)
+    /// The length of a region, if there is one of that number.
+    pub(super) fn len_of(&self, region: usize) -> Option<usize> {
+        self.0.get(region).map(Region::bytes)
     }
 
-    pub(super) fn all(&self) -> Run {
-        let end = self.0.last().map_or(PageNo(0), |region| region.pages.end());
-        Run::new(PageNo(0), end.0 as u32)
+    /// All pages of a region.
+    pub(super) fn runs_of(&self, region: usize) -> impl Iterator<Item = Run> + use<> {
+        self.0.get(region).map(|region| region.runs(0, region.pages)).into_iter().flatten()
+    }
+
+    /// All pages of guest memory.
+    pub(super) fn all(&self) -> impl Iterator<Item = Run> {
+        self.0.iter().flat_map(|region| region.runs(0, region.pages))
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.0.iter().map(Region::bytes).sum()
     }
 
     pub(super) fn base_of(&self, region: usize) -> Option<usize> {
@@ -69,7 +94,7 @@ impl Regions {
     /// The run, cut at the borders of regions, each part with its address if it is mapped.
     pub(super) fn parts(&self, run: Run) -> impl Iterator<Item = (Run, Option<usize>)> {
         self.0.iter().filter_map(move |region| {
-            let part = common(run, region.pages)?;
+            let part = common(run, region)?;
             Some((part, region.address(part.start)))
         })
     }
@@ -78,7 +103,7 @@ impl Regions {
     pub(super) fn page_at(&self, address: usize) -> Option<PageNo> {
         self.0.iter().find_map(|region| {
             let nth = address.checked_sub(region.base()?)? / PAGE_SIZE;
-            (nth < region.pages.len as usize).then(|| region.pages.start.plus(nth as u32))
+            (nth < region.pages as usize).then(|| PageNo(region.first.0 + nth as u64))
         })
     }
 
@@ -88,23 +113,23 @@ impl Regions {
         let within = self.0.iter().filter_map(|region| {
             let base = region.base()?;
             let first = address.saturating_sub(base).div_ceil(PAGE_SIZE);
-            let behind = (end.checked_sub(base)? / PAGE_SIZE).min(region.pages.len as usize);
-            (first < behind).then(|| region.pages.part(first as u32, (behind - first) as u32))
+            let behind = (end.checked_sub(base)? / PAGE_SIZE).min(region.pages as usize);
+            Some(region.runs(first as u64, behind as u64))
         });
-        within.collect()
+        within.flatten().collect()
     }
 
     /// Whether a mapped region has an address in common with the range.
     pub(super) fn overlap(&self, base: usize, len: usize) -> bool {
         self.0
             .iter()
-            .any(|region| region.base().is_some_and(|at| at < base + len && base < at + region.pages.bytes()))
+            .any(|region| region.base().is_some_and(|at| at < base + len && base < at + region.bytes()))
     }
 }
 
-fn common(one: Run, other: Run) -> Option<Run> {
-    let (start, end) = (one.start.max(other.start), one.end().min(other.end()));
-    (start < end).then(|| Run::new(start, (end.0 - start.0) as u32))
+fn common(run: Run, region: &Region) -> Option<Run> {
+    let (start, end) = (run.start.max(region.first), run.end().0.min(region.first.0 + region.pages));
+    (start.0 < end).then(|| Run::new(start, (end - start.0) as u32))
 }
 
 #[cfg(test)]
