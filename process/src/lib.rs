@@ -23,6 +23,7 @@ pub mod control;
 pub mod failure;
 pub mod host;
 pub mod passing;
+pub mod qemu;
 pub mod signals;
 pub mod size;
 

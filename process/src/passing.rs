@@ -19,9 +19,19 @@ const _: () = assert!(align_of::<ControlBuffer>() >= align_of::<libc::cmsghdr>()
 /// # Errors
 /// If the other side is gone.
 pub fn send_fd(socket: &UnixStream, fd: &impl AsRawFd, tag: u32) -> io::Result<()> {
-    let mut tag = tag.to_le_bytes();
+    match send_with_fd(socket, &tag.to_le_bytes(), fd)? {
+        TAG_BYTES => Ok(()),
+        _ => Err(io::ErrorKind::WriteZero.into()),
+    }
+}
+
+/// Sends a descriptor with the first of some bytes, of which there must be one. Returns how many of them were sent.
+///
+/// # Errors
+/// If the other side is gone.
+pub fn send_with_fd(socket: &UnixStream, bytes: &[u8], fd: &impl AsRawFd) -> io::Result<usize> {
     let mut control = ControlBuffer([0; CONTROL_BYTES]);
-    let mut part = libc::iovec { iov_base: tag.as_mut_ptr().cast(), iov_len: TAG_BYTES };
+    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let message = header(&mut part, &mut control);
     // SAFETY: the message's control buffer is large enough and aligned for one header and one descriptor; header and
     // data pointers come from the CMSG functions over that buffer.
@@ -32,13 +42,9 @@ pub fn send_fd(socket: &UnixStream, fd: &impl AsRawFd, tag: u32) -> io::Result<(
         (*first).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
         libc::CMSG_DATA(first).cast::<RawFd>().write_unaligned(fd.as_raw_fd());
     }
-    // SAFETY: every pointer in the message points to a local that outlives the call.
+    // SAFETY: every pointer in the message points to what outlives the call; sending only reads the bytes.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
-    match sent {
-        count if count == TAG_BYTES as isize => Ok(()),
-        -1 => Err(io::Error::last_os_error()),
-        _ => Err(io::ErrorKind::WriteZero.into()),
-    }
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
 /// Receives a descriptor with its number.
@@ -46,16 +52,29 @@ pub fn send_fd(socket: &UnixStream, fd: &impl AsRawFd, tag: u32) -> io::Result<(
 /// # Errors
 /// `TimedOut`/`WouldBlock` after `timeout`, `UnexpectedEof` if the sender is gone.
 pub fn receive_fd(socket: &UnixStream, timeout: Duration) -> io::Result<(OwnedFd, u32)> {
-    socket.set_read_timeout(Some(timeout))?;
     let mut tag = [0; TAG_BYTES];
-    let mut control = ControlBuffer([0; CONTROL_BYTES]);
-    let mut part = libc::iovec { iov_base: tag.as_mut_ptr().cast(), iov_len: TAG_BYTES };
-    let mut message = header(&mut part, &mut control);
-    // SAFETY: every pointer in the message points to a local that outlives the call.
-    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
-    if count < 0 {
-        return Err(io::Error::last_os_error());
+    match receive_with_fd(socket, &mut tag, timeout)? {
+        (fd, TAG_BYTES) => Ok((fd, u32::from_le_bytes(tag))),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
     }
+}
+
+/// Receives a descriptor with some bytes, and says how many.
+///
+/// # Errors
+/// As [`receive_fd`].
+pub fn receive_with_fd(
+    socket: &UnixStream,
+    bytes: &mut [u8],
+    timeout: Duration,
+) -> io::Result<(OwnedFd, usize)> {
+    socket.set_read_timeout(Some(timeout))?;
+    let mut control = ControlBuffer([0; CONTROL_BYTES]);
+    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let mut message = header(&mut part, &mut control);
+    // SAFETY: every pointer in the message points to a local, or to the caller's bytes, which outlive the call.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
+    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
     // SAFETY: the kernel filled the control buffer; CMSG_FIRSTHDR gives null if there is no whole header in it, and the
     // descriptor is only read if the header says that it is there. It is new and owned by nobody else.
     let fd = unsafe {
@@ -66,10 +85,7 @@ pub fn receive_fd(socket: &UnixStream, timeout: Duration) -> io::Result<(OwnedFd
             && (*first).cmsg_len == libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
         whole.then(|| OwnedFd::from_raw_fd(libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned()))
     };
-    match fd {
-        Some(fd) if count == TAG_BYTES as isize => Ok((fd, u32::from_le_bytes(tag))),
-        _ => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
+    fd.map(|fd| (fd, count)).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 fn header(part: &mut libc::iovec, control: &mut ControlBuffer) -> libc::msghdr {

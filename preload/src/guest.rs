@@ -1,0 +1,200 @@
+//! The VM of this QEMU, driven over its QMP monitor.
+//!
+//! The device state travels through a socket pair whose other end QEMU is given: nothing of it is ever in a file system.
+//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vmprocess::control::protocol::GuestStat;
+use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::{Guest, GuestView, Newcomer};
+
+use crate::qmp::{Qmp, QmpError, Standing};
+use crate::throttle::Throttle;
+
+/// For what QEMU does at once, unless a disk or the store keeps it waiting.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+/// For all of the device state to be written or read.
+const STATE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Between two looks at how that stands.
+const STATE_POLL: Duration = Duration::from_millis(2);
+/// Device state is some hundred KiB and the memory of displays.
+const STATE_BYTES_MAX: usize = 1 << 30;
+/// What QEMU calls the descriptor that it is given.
+const STATE_FD: &str = "vmemd-state";
+/// As fast as can be: the VM stands still, and nothing leaves this machine.
+const BYTES_PER_SECOND: u64 = 1 << 40;
+const DOWNTIME_LIMIT_MS: u64 = 1_000_000;
+
+/// A QEMU that can be asked.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    qmp: Qmp,
+    standing: Standing,
+    throttle: Option<Throttle>,
+    vcpus: u32,
+    workload: String,
+}
+
+fn failure(error: QmpError) -> Failure {
+    Failure::new(Kind::Vm, chain(&error))
+}
+
+impl Qemu {
+    /// # Errors
+    /// If it does not say what it is.
+    pub(crate) fn new(mut qmp: Qmp) -> Result<Qemu, Failure> {
+        let vcpus = qmp.ask("query-cpus-fast", Value::Null, COMMAND_TIMEOUT).map_err(failure)?;
+        let program = std::env::current_exe().ok();
+        let workload = program.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
+        Ok(Qemu {
+            standing: qmp.standing(),
+            throttle: Throttle::find(),
+            vcpus: vcpus.as_array().map_or(0, |list| list.len() as u32),
+            workload: workload.to_string_lossy().into_owned(),
+            qmp,
+        })
+    }
+
+    fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
+        self.qmp.ask(command, arguments, COMMAND_TIMEOUT).map_err(failure)
+    }
+
+    /// Gives QEMU the other end of a connection for its device state, and sets what is to go over it.
+    fn state_channel(&mut self) -> Result<UnixStream, Failure> {
+        let on = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+        self.ask("migrate-set-capabilities", on)?;
+        let io = |error| Failure::io("a socket for QEMU's device state", &error);
+        let (ours, theirs) = UnixStream::pair().map_err(io)?;
+        self.qmp.give_fd(STATE_FD, theirs.as_fd(), COMMAND_TIMEOUT).map_err(failure)?;
+        Ok(ours)
+    }
+
+    /// Waits until QEMU's own migration has ended one way or the other.
+    fn settle(&mut self, deadline: Instant) -> Result<(), Failure> {
+        loop {
+            let answer = self.ask("query-migrate", Value::Null)?;
+            match answer["status"].as_str().unwrap_or_default() {
+                "completed" => return Ok(()),
+                "failed" | "cancelled" | "none" | "" => {
+                    let why = answer["error-desc"].as_str().unwrap_or("it does not say why");
+                    return Err(Failure::new(Kind::Vm, format!("QEMU's device state: {why}")));
+                }
+                status if Instant::now() >= deadline => {
+                    let text = format!("QEMU's device state is still {status:?} after {STATE_TIMEOUT:?}");
+                    return Err(Failure::new(Kind::Vm, text));
+                }
+                _ => std::thread::sleep(STATE_POLL),
+            }
+        }
+    }
+
+    fn write_state(&mut self) -> Result<Vec<u8>, Failure> {
+        let parameters = json!({ "max-bandwidth": BYTES_PER_SECOND, "downtime-limit": DOWNTIME_LIMIT_MS });
+        self.ask("migrate-set-parameters", parameters)?;
+        let channel = self.state_channel()?;
+        let deadline = Instant::now() + STATE_TIMEOUT;
+        self.ask("migrate", json!({ "uri": format!("fd:{STATE_FD}") }))?;
+        let state = read_all(channel, deadline)?;
+        self.settle(deadline)?;
+        Ok(state)
+    }
+
+    /// QEMU may still be at it: it can go on with the guest only when it is not.
+    fn give_state_up(&mut self) {
+        let cancelled = self.ask("migrate_cancel", Value::Null);
+        let settled = cancelled.and_then(|_| self.settle(Instant::now() + COMMAND_TIMEOUT));
+        if let Err(error) = settled {
+            tracing::info!(%error, "the saving of the device state was given up");
+        }
+    }
+}
+
+impl Guest for Qemu {
+    fn pause(&mut self) -> Result<(), Failure> {
+        self.ask("stop", Value::Null).map(|_| ())
+    }
+
+    fn resume(&mut self) -> Result<(), Failure> {
+        self.ask("cont", Value::Null).map(|_| ())
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Failure> {
+        self.write_state().inspect_err(|_| self.give_state_up())
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        match self.throttle {
+            Some(throttle) => throttle.set(percent),
+            None if percent > 0 => tracing::warn!(
+                "this QEMU exports no cpu_throttle_set: a guest that writes faster than the network carries is not held back"
+            ),
+            None => {}
+        }
+    }
+
+    fn view(&self) -> GuestView {
+        let failed = match self.standing.get().as_str() {
+            "guest-panicked" => Some("the guest panicked"),
+            "internal-error" => Some("QEMU found the guest in a state that it cannot run (internal-error)"),
+            "io-error" => Some("a disk of the guest failed (io-error); see QEMU's log, then `vmemd resume`"),
+            "shutdown" => Some("the guest has shut down"),
+            "watchdog" => Some("the guest's watchdog went off"),
+            _ => None,
+        };
+        GuestView {
+            vcpus: self.vcpus,
+            workload: self.workload.clone(),
+            guest: GuestStat::default(),
+            failed: failed.map(str::to_owned),
+        }
+    }
+
+    fn quit(mut self: Box<Self>) -> Result<(), Failure> {
+        match self.qmp.ask("quit", Value::Null, COMMAND_TIMEOUT) {
+            // It may be gone before it has answered.
+            Ok(_) | Err(QmpError::Closed) => Ok(()),
+            Err(error) => Err(failure(error)),
+        }
+    }
+}
+
+/// A QEMU that was started with `-incoming defer` and waits for its device state.
+#[derive(Debug)]
+pub(crate) struct Incoming(pub(crate) Qemu);
+
+impl Newcomer for Incoming {
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
+        let mut qemu = self.0;
+        let mut channel = qemu.state_channel()?;
+        let deadline = Instant::now() + STATE_TIMEOUT;
+        qemu.ask("migrate-incoming", json!({ "uri": format!("fd:{STATE_FD}") }))?;
+        let io = |error| Failure::io("QEMU does not take its device state", &error);
+        channel.set_write_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
+        channel.write_all(state).map_err(io)?;
+        drop(channel);
+        qemu.settle(deadline)?;
+        Ok(Box::new(qemu))
+    }
+}
+
+fn read_all(mut channel: UnixStream, deadline: Instant) -> Result<Vec<u8>, Failure> {
+    let io = |error| Failure::io("QEMU's device state", &error);
+    let left = deadline.saturating_duration_since(Instant::now()).max(STATE_POLL);
+    channel.set_read_timeout(Some(left)).map_err(io)?;
+    let mut state = Vec::new();
+    (&mut channel).take(STATE_BYTES_MAX as u64 + 1).read_to_end(&mut state).map_err(io)?;
+    if state.len() > STATE_BYTES_MAX {
+        let text = format!("QEMU's device state is larger than {STATE_BYTES_MAX} bytes: is its memory really shared?");
+        return Err(Failure::new(Kind::Vm, text));
+    }
+    Ok(state)
+}
+
+#[cfg(test)]
+#[path = "guest_tests.rs"]
+mod tests;

@@ -1,0 +1,147 @@
+//! With real QEMUs, without vmemd's memory: theirs is a memfd that both sides of a hand-over map.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const MEMORY_BYTES: u64 = 256 << 20;
+
+/// The QEMUs that there are.
+fn qemus() -> Vec<PathBuf> {
+    let newest = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().join("qemu/newest/usr/bin");
+    let found = [PathBuf::from("/usr/bin"), newest].map(|dir| dir.join("qemu-system-x86_64"));
+    let found: Vec<PathBuf> = found.into_iter().filter(|path| path.exists()).collect();
+    if found.is_empty() {
+        let name = std::thread::current().name().unwrap_or("test").to_owned();
+        let _ = writeln!(std::io::stderr(), "{name}: skipped: no QEMU (scripts/setup --qemu)");
+    }
+    found
+}
+
+fn memory() -> File {
+    // SAFETY: the name is a C string; the new descriptor is owned by nobody else.
+    unsafe { File::from_raw_fd(libc::memfd_create(c"vmemd-test".as_ptr(), libc::MFD_CLOEXEC)) }
+}
+
+struct Process(Child);
+
+impl Process {
+    fn end(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "QEMU does not end");
+            std::thread::sleep(STATE_POLL);
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A QEMU that runs its firmware, or waits for a state.
+fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (memory, theirs_fd) = (memory.as_raw_fd(), theirs.as_raw_fd());
+    let backend = format!(
+        "memory-backend-file,id=ram,mem-path=/proc/self/fd/{memory},size={MEMORY_BYTES},share=on,align=2M"
+    );
+    let mut command = Command::new(program);
+    command.args(["-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-vga", "std"]);
+    command.args(["-m", "256M", "-object", &backend, "-machine", "pc,memory-backend=ram"]).args(arguments);
+    command.args(["-chardev", &format!("socket,id=q,fd={theirs_fd}"), "-mon", "chardev=q,mode=control"]);
+    // SAFETY: between fork and exec only fcntl and prctl are called, on descriptors that are open here.
+    unsafe {
+        command.pre_exec(move || {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::fcntl(memory, libc::F_SETFD, 0);
+            libc::fcntl(theirs_fd, libc::F_SETFD, 0);
+            Ok(())
+        });
+    }
+    let child = Process(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    drop(theirs);
+    (Qemu::new(Qmp::over(ours, PATIENCE).unwrap()).unwrap(), child)
+}
+
+fn status(qemu: &mut Qemu) -> String {
+    qemu.ask("query-status", Value::Null).unwrap()["status"].as_str().unwrap().to_owned()
+}
+
+const INCOMING: [&str; 3] = ["-incoming", "defer", "-S"];
+
+#[test]
+fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {
+    for program in qemus() {
+        let memory = memory();
+        let (mut source, mut process) = start(&program, &memory, &["-smp", "2"]);
+        assert_eq!(source.view().vcpus, 2);
+        assert_eq!(status(&mut source), "running");
+        source.pause().unwrap();
+        source.pause().unwrap();
+        assert_eq!(status(&mut source), "paused");
+        let state = source.save().unwrap();
+        assert!((1 << 12..64 << 20).contains(&state.len()), "{} bytes", state.len());
+        // It was not taken: it goes on, and can be saved again.
+        source.resume().unwrap();
+        assert_eq!(status(&mut source), "running");
+        source.pause().unwrap();
+        let state = source.save().unwrap();
+
+        let (target, mut target_process) = start(&program, &memory, &[&["-smp", "2"][..], &INCOMING].concat());
+        let mut target = Box::new(Incoming(target)).load(&state).unwrap();
+        target.resume().unwrap();
+        assert_eq!(target.view().failed, None);
+        Box::new(source).quit().unwrap();
+        assert!(process.end().success());
+        target.pause().unwrap();
+        target.quit().unwrap();
+        assert!(target_process.end().success());
+    }
+}
+
+#[test]
+fn a_state_that_is_rubbish_is_an_error() {
+    for program in qemus() {
+        let memory = memory();
+        let (mut source, _process) = start(&program, &memory, &[]);
+        source.pause().unwrap();
+        let whole = source.save().unwrap();
+        for state in [&b"rubbish"[..], &whole[..whole.len() / 2], &[]] {
+            let (target, mut process) = start(&program, &memory, &INCOMING);
+            let refused = Box::new(Incoming(target)).load(state).unwrap_err();
+            assert_eq!(refused.kind, Kind::Vm, "{refused}");
+            // Older QEMUs end by themselves, newer ones when nobody holds their monitor any more.
+            let _ = process.0.kill();
+            process.end();
+        }
+        source.resume().unwrap();
+        assert_eq!(status(&mut source), "running");
+    }
+}
+
+#[test]
+fn a_qemu_that_is_gone_is_an_error_at_once() {
+    for program in qemus() {
+        let memory = memory();
+        let (mut qemu, mut process) = start(&program, &memory, &[]);
+        process.0.kill().unwrap();
+        process.end();
+        let began = Instant::now();
+        assert_eq!(qemu.pause().unwrap_err().kind, Kind::Vm);
+        assert!(qemu.save().is_err());
+        assert!(Box::new(qemu).quit().is_ok(), "it has ended, which is what was asked");
+        assert!(began.elapsed() < COMMAND_TIMEOUT);
+    }
+}

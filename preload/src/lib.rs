@@ -1,0 +1,31 @@
+//! The shared object that gives an unmodified QEMU its memory, loaded into it by `LD_PRELOAD`.
+//!
+//! ```text
+//!   QEMU ── mmap, fallocate, madvise ──▶ interpose ─▶ backends ─▶ life ─▶ swapd (frames, store)
+//!     ▲                                                            │
+//!     └──────────────── QMP ◀── guest ◀── vmprocess (control socket, migration)
+//! ```
+//! It does nothing in a program that is not the QEMU of its settings. Its threads start when the first memory backend
+//! is mapped (after QEMU has forked, if it does), take no signals, and end with the process.
+
+mod backends;
+mod guest;
+mod interpose;
+mod life;
+mod qmp;
+mod settings;
+mod throttle;
+
+use std::panic::catch_unwind;
+
+/// Runs before QEMU's own `main`, when the process has one thread.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static BEGIN: extern "C" fn() = begin;
+
+extern "C" fn begin() {
+    // A panic has said what it is by now; a QEMU without its memory tier must not run.
+    if catch_unwind(life::prepare).is_err() {
+        std::process::abort();
+    }
+}

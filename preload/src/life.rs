@@ -1,0 +1,279 @@
+//! The VM's life in the process of its QEMU: from the first memory backend to the end of the process.
+//!
+//! The engine is never stopped: QEMU touches guest memory until its last moment. The kernel takes everything at the end;
+//! only the files that stand for the VM (control socket, QMP socket) are removed, by an exit handler.
+
+use std::ffi::CString;
+use std::os::fd::FromRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
+
+use libc::c_int;
+use swapd::{Engine, EngineConfig, EngineHandle, PageNo, Run, StoreConfig};
+use tracing::{error, info};
+use tracing_subscriber::EnvFilter;
+use vmprocess::control::protocol::EngineKind;
+use vmprocess::control::rundir::RunDir;
+use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::qemu::{Backend, PreloadSettings, QmpAddress, Role};
+use vmprocess::{Arrival, End, Facts, Guest, Memory, NameHold, Owner, Process};
+
+use crate::backends::{Backends, Keeper};
+use crate::guest::{Incoming, Qemu};
+use crate::interpose::BACKENDS;
+use crate::qmp::{Qmp, lock};
+use crate::settings;
+
+/// From the first memory backend to a machine that answers. Large disks take their time to be opened.
+const SET_UP_TIMEOUT: Duration = Duration::from_secs(300);
+/// What the log shows; `VMEMD_LOG` may ask for more.
+const LOG_DEFAULT: &str = "info";
+
+/// In QEMU's place before its `main`: if this is the QEMU meant, its backends are known from here on.
+pub(crate) fn prepare() {
+    // SAFETY: the dynamic linker runs this before `main`; the program has no other thread yet.
+    let settings = match unsafe { settings::take() } {
+        None => return,
+        Some(Ok(settings)) => settings,
+        Some(Err(error)) => {
+            eprintln!("vmemd: {} is not for this version of vmemd: {error}", vmprocess::qemu::VARIABLE);
+            // SAFETY: ends the process at once; nothing has been set up.
+            unsafe { libc::_exit(i32::from(Kind::Usage.exit_code())) }
+        }
+    };
+    start_logging(settings.log.as_deref());
+    let path = |backend: &Backend| CString::new(backend.path.as_os_str().as_bytes()).unwrap_or_default();
+    let files: Vec<_> =
+        settings.backends.iter().map(|backend| (path(backend), backend.bytes as usize)).collect();
+    let life = Life { settings, engine: OnceLock::new() };
+    let _ = BACKENDS.set(Backends::new(files, Box::new(life)));
+}
+
+fn start_logging(file: Option<&Path>) {
+    let filter = EnvFilter::try_from_env("VMEMD_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_target(false);
+    let open = |path: &Path| std::fs::OpenOptions::new().append(true).create(true).open(path);
+    let started = match file.map(open) {
+        None => builder.with_writer(std::io::stderr).try_init(),
+        Some(Ok(file)) => builder.with_writer(Mutex::new(file)).try_init(),
+        Some(Err(error)) => {
+            eprintln!("vmemd: cannot write the log {}: {error}", file.unwrap_or(Path::new("")).display());
+            builder.with_writer(std::io::stderr).try_init()
+        }
+    };
+    if let Err(error) = started {
+        eprintln!("vmemd: no log: {error}");
+    }
+}
+
+/// Holds the VM's memory for [`Backends`].
+struct Life {
+    settings: PreloadSettings,
+    /// Once the first backend is mapped.
+    engine: OnceLock<EngineHandle>,
+}
+
+impl Keeper for Life {
+    fn attach(&self, index: usize, address: usize, _bytes: usize) -> Result<(), c_int> {
+        let name = self.settings.role.name();
+        let attached = self.engine().and_then(|engine| {
+            // SAFETY: Backends has just mapped the region so, as long as the settings say (the engine was started with the
+            // same sizes), and never unmaps it; QEMU has no pointer to it yet, and Rust code none at all.
+            unsafe { engine.attach(index, address as *mut u8) }.map_err(Failure::from)
+        });
+        attached.map_err(|failure| {
+            error!(vm = name, "QEMU gets no memory: {failure}");
+            libc::ENOMEM
+        })
+    }
+
+    fn discard(&self, index: usize, offset: usize, bytes: usize) {
+        let Some(engine) = self.engine.get() else { return };
+        let Some(region) = engine.region_pages(index) else { return };
+        let first = PageNo::from_offset(region.start.offset() + offset as u64);
+        let run = Run::new(first, (bytes / swapd::PAGE_SIZE) as u32);
+        if let Err(error) = engine.discard(run) {
+            error!(%error, "what the guest gave back stays where it is");
+        }
+    }
+}
+
+impl Life {
+    /// The running engine. Called by one thread at a time.
+    fn engine(&self) -> Result<&EngineHandle, Failure> {
+        if let Some(engine) = self.engine.get() {
+            return Ok(engine);
+        }
+        let _blocked = BlockedSignals::new();
+        let engine = start(&self.settings)?;
+        Ok(self.engine.get_or_init(|| engine))
+    }
+}
+
+/// Claims the VM's name, starts its engine and the thread that serves both.
+fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
+    let spec = settings.role.memory();
+    if spec.engine != EngineKind::Vmemd {
+        return Err(Failure::new(Kind::Usage, "plain memory is what QEMU has without vmemd: start it so"));
+    }
+    let (process, arrival) = match &settings.role {
+        Role::New { run_dir, name, .. } => {
+            vmprocess::host::need_free_ram(spec.budget_bytes, "this VM")?;
+            let place = RunDir::open(run_dir)?.claim_name(name)?;
+            let facts = Facts {
+                name: name.clone(),
+                memory_bytes: spec.memory_bytes,
+                budget_bytes: spec.budget_bytes,
+                engine: spec.engine,
+                daemon: None,
+            };
+            (Process::begin(facts, place, Owner::Embedder)?, None)
+        }
+        Role::Arriving(arrive) => {
+            let (process, arrival) = Arrival::begin(arrive, Owner::Embedder)?;
+            (process, Some(arrival))
+        }
+    };
+    let config = EngineConfig {
+        memory_bytes: spec.memory_bytes,
+        budget_bytes: spec.budget_bytes,
+        store: StoreConfig { path: spec.store.clone(), overcommit: spec.store_overcommit },
+        prealloc: spec.prealloc,
+        lock: spec.lock,
+        sampling: true,
+    };
+    let regions: Vec<u64> = settings.backends.iter().map(|backend| backend.bytes).collect();
+    let engine = match Engine::start_external(config, &regions, Box::new(process.notices())) {
+        Ok(engine) => engine,
+        Err(error) => {
+            let failure = Failure::from(error);
+            if let Some(arrival) = arrival {
+                arrival.refuse(&failure);
+            }
+            return Err(failure);
+        }
+    };
+    let handle = engine.handle();
+    // It serves as long as the process lives.
+    std::mem::forget(engine);
+    Leftovers::remove_at_exit(process.name_hold(), &settings.qmp);
+    let (settings, memory) = (settings.clone(), handle.clone());
+    std::thread::Builder::new()
+        .name("vmemd-life".to_owned())
+        .spawn(move || live(&settings, process, arrival, memory))
+        .map_err(|error| Failure::io("cannot start the VM's thread", &error))?;
+    Ok(handle)
+}
+
+/// Serves the VM until it ends, or the process does.
+fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, engine: EngineHandle) {
+    let name = settings.role.name();
+    let memory = Memory::external(engine.clone());
+    let meet = || {
+        let qemu = meet(&settings.qmp)?;
+        if engine.is_attached() {
+            info!(vm = name, "QEMU answers, and has its memory from vmemd");
+            return Ok(qemu);
+        }
+        Err(Failure::new(Kind::Usage, "QEMU has not mapped all of its memory backends: see its command line"))
+    };
+    let end = match arrival {
+        None => process.run(memory, || Ok(Box::new(meet()?) as Box<dyn Guest>)),
+        Some(arrival) => match meet() {
+            Ok(qemu) => process.receive(arrival, memory, Box::new(Incoming(qemu))),
+            Err(failure) => {
+                arrival.refuse(&failure);
+                End { result: Err(failure), quit: false }
+            }
+        },
+    };
+    let code = end.result.as_ref().map_or_else(|failure| failure.kind.exit_code(), |()| 0);
+    if let Err(failure) = &end.result {
+        error!(vm = name, "{failure}");
+    }
+    if end.quit {
+        // QEMU ends now; its exit handler gives the name up.
+        std::mem::forget(process);
+        return;
+    }
+    Leftovers::remove();
+    // SAFETY: ends the process at once, with threads that wait for pages which never come.
+    unsafe { libc::_exit(i32::from(code)) };
+}
+
+fn meet(address: &QmpAddress) -> Result<Qemu, Failure> {
+    let qmp = match address {
+        QmpAddress::Socket(path) => Qmp::connect(path, SET_UP_TIMEOUT),
+        QmpAddress::Descriptor(fd) => {
+            // SAFETY: inherited for this alone; taken once, because a process has one life.
+            Qmp::over(unsafe { UnixStream::from_raw_fd(*fd) }, SET_UP_TIMEOUT)
+        }
+    };
+    Qemu::new(qmp.map_err(|error| Failure::new(Kind::Vm, chain(&error)))?)
+}
+
+/// Files that stand for the VM.
+struct Leftovers {
+    name: NameHold,
+    qmp: Option<PathBuf>,
+    /// A forked child that exits removes nothing.
+    pid: u32,
+}
+
+static LEFTOVERS: Mutex<Option<Leftovers>> = Mutex::new(None);
+
+impl Leftovers {
+    fn remove_at_exit(name: NameHold, qmp: &QmpAddress) {
+        let qmp = match qmp {
+            QmpAddress::Socket(path) => Some(path.clone()),
+            QmpAddress::Descriptor(_) => None,
+        };
+        *lock(&LEFTOVERS) = Some(Leftovers { name, qmp, pid: std::process::id() });
+        // SAFETY: the handler may run at any exit of the process.
+        unsafe { libc::atexit(at_exit) };
+    }
+
+    fn remove() {
+        let Some(leftovers) = lock(&LEFTOVERS).take_if(|leftovers| leftovers.pid == std::process::id()) else {
+            return;
+        };
+        leftovers.name.release();
+        if let Some(path) = leftovers.qmp {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+extern "C" fn at_exit() {
+    // There is nobody left to tell.
+    let _ = std::panic::catch_unwind(Leftovers::remove);
+}
+
+/// Blocks all signals of this thread for as long as it lives, so that threads started meanwhile never take one: QEMU
+/// expects them on threads of its own.
+struct BlockedSignals {
+    before: libc::sigset_t,
+}
+
+impl BlockedSignals {
+    fn new() -> BlockedSignals {
+        // SAFETY: zero is a valid signal set; both outlive the calls.
+        unsafe {
+            let mut before: libc::sigset_t = std::mem::zeroed();
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+            BlockedSignals { before }
+        }
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        // SAFETY: the set is the one that this thread had.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+    }
+}

@@ -1,0 +1,303 @@
+//! A QMP client: one command at a time over a Unix socket, one JSON value a line.
+//!
+//! ```text
+//!   ask ──▶ writer ──▶ QEMU ──▶ reader's thread ──▶ answers ──▶ ask
+//!                                 │ STOP, RESUME
+//!                                 └──▶ query-status ──▶ what the machine does ([`Standing`])
+//! ```
+//! Every command carries a number that its answer repeats: the late answer to a command that was given up is skipped.
+//! Every wait has an end, every line a greatest length. Rubbish ends the conversation.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// Longest line that is read. QEMU's longest answers to what we ask have a few KiB.
+const LINE_BYTES_MAX: usize = 1 << 20;
+const CHUNK_BYTES: usize = 4096;
+/// A command has some hundred bytes: QEMU takes it at once, or is not well.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between two tries to connect to a QEMU that is still starting.
+const CONNECT_RETRY: Duration = Duration::from_millis(20);
+/// The number of what the reader's thread asks for itself.
+const READERS_ID: u64 = 0;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum QmpError {
+    #[error("QEMU does not answer {command:?} within {timeout:?}")]
+    Timeout { command: String, timeout: Duration },
+    #[error("QEMU has closed its QMP socket")]
+    Closed,
+    #[error("QEMU's QMP socket")]
+    Io(#[source] std::io::Error),
+    #[error("what comes over the QMP socket is not QMP: {0}")]
+    Rubbish(String),
+    #[error("QEMU refuses {command:?}: {text}")]
+    Refused { command: String, text: String },
+}
+
+/// A line from QEMU; which of the fields are there says what it is.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Line {
+    #[serde(rename = "QMP")]
+    greeting: Option<Value>,
+    event: Option<String>,
+    id: Option<u64>,
+    #[serde(rename = "return")]
+    value: Option<Value>,
+    error: Option<Refusal>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Refusal {
+    desc: String,
+}
+
+type Answer = Result<Line, QmpError>;
+
+/// The machine's run state as QEMU calls it (`running`, `paused`, `io-error`), as last heard.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Standing(Arc<Mutex<String>>);
+
+impl Standing {
+    pub(crate) fn get(&self) -> String {
+        lock(&self.0).clone()
+    }
+
+    fn set(&self, state: &str) {
+        state.clone_into(&mut lock(&self.0));
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Qmp {
+    writer: Arc<Mutex<UnixStream>>,
+    answers: Receiver<Answer>,
+    standing: Standing,
+    last_id: u64,
+    ended: bool,
+}
+
+impl Qmp {
+    /// Connects to a QEMU that may still be starting.
+    ///
+    /// # Errors
+    /// If it does not speak QMP within `timeout`.
+    pub(crate) fn connect(path: &Path, timeout: Duration) -> Result<Qmp, QmpError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => return Qmp::over(stream, deadline.saturating_duration_since(Instant::now())),
+                Err(error) if Instant::now() >= deadline => return Err(QmpError::Io(error)),
+                Err(_) => std::thread::sleep(CONNECT_RETRY),
+            }
+        }
+    }
+
+    /// Begins a conversation.
+    ///
+    /// # Errors
+    /// If nobody greets within `timeout`, or the other side does not speak QMP.
+    pub(crate) fn over(stream: UnixStream, timeout: Duration) -> Result<Qmp, QmpError> {
+        let deadline = Instant::now() + timeout;
+        stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(QmpError::Io)?;
+        let reading = stream.try_clone().map_err(QmpError::Io)?;
+        let (sender, answers) = channel();
+        let writer = Arc::new(Mutex::new(stream));
+        let standing = Standing::default();
+        let reader = Reader { stream: reading, writer: writer.clone(), standing: standing.clone() };
+        std::thread::Builder::new()
+            .name("vmemd-qmp".to_owned())
+            .spawn(move || reader.run(&sender))
+            .map_err(QmpError::Io)?;
+        let mut qmp = Qmp { writer, answers, standing, last_id: READERS_ID, ended: false };
+        let greeting = qmp.answer("the greeting", deadline, timeout)?;
+        if greeting.greeting.is_none() {
+            return Err(qmp.end(QmpError::Rubbish("no greeting".to_owned())));
+        }
+        qmp.ask("qmp_capabilities", Value::Null, deadline.saturating_duration_since(Instant::now()))?;
+        send_query(&qmp.writer);
+        Ok(qmp)
+    }
+
+    pub(crate) fn standing(&self) -> Standing {
+        self.standing.clone()
+    }
+
+    /// Has QEMU do `command`, and returns what it answers.
+    ///
+    /// # Errors
+    /// QEMU's refusal, or a conversation that broke. After a timeout the command may still be carried out.
+    pub(crate) fn ask(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, QmpError> {
+        self.ask_with(command, arguments, None, timeout)
+    }
+
+    /// Gives QEMU a descriptor that commands then call `name`.
+    ///
+    /// # Errors
+    /// As [`Qmp::ask`].
+    pub(crate) fn give_fd(&mut self, name: &str, fd: BorrowedFd<'_>, timeout: Duration) -> Result<(), QmpError> {
+        self.ask_with("getfd", json!({ "fdname": name }), Some(fd), timeout).map(|_| ())
+    }
+
+    fn ask_with(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        timeout: Duration,
+    ) -> Result<Value, QmpError> {
+        if self.ended {
+            return Err(QmpError::Closed);
+        }
+        let deadline = Instant::now() + timeout;
+        self.last_id += 1;
+        let id = self.last_id;
+        let mut request = json!({ "execute": command, "id": id });
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        let written = write(&self.writer, &format!("{request}\n"), fd);
+        written.map_err(|error| match error.kind() {
+            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => self.end(QmpError::Closed),
+            // Part of a line may have been written, which would spoil the next one.
+            _ => self.end(QmpError::Io(error)),
+        })?;
+        loop {
+            let answer = self.answer(command, deadline, timeout)?;
+            match (answer.id, answer.value, answer.error) {
+                (Some(of), ..) if of < id => {}
+                (Some(of), Some(value), None) if of == id => return Ok(value),
+                (Some(of), None, Some(error)) if of == id => {
+                    return Err(QmpError::Refused { command: command.to_owned(), text: error.desc });
+                }
+                // QEMU could not make out the request, so it cannot repeat its number.
+                (None, None, Some(error)) => return Err(self.end(QmpError::Rubbish(error.desc))),
+                _ => return Err(self.end(QmpError::Rubbish("an answer to nothing".to_owned()))),
+            }
+        }
+    }
+
+    fn answer(&mut self, command: &str, deadline: Instant, timeout: Duration) -> Answer {
+        match self.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Ok(line)) => Ok(line),
+            Ok(Err(error)) => Err(self.end(error)),
+            Err(RecvTimeoutError::Timeout) => Err(QmpError::Timeout { command: command.to_owned(), timeout }),
+            Err(RecvTimeoutError::Disconnected) => Err(self.end(QmpError::Closed)),
+        }
+    }
+
+    /// Nothing is said any more: the answers could not be told apart.
+    fn end(&mut self, why: QmpError) -> QmpError {
+        self.ended = true;
+        why
+    }
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        // The reader's thread sees the end.
+        let _ = lock(&self.writer).shutdown(Shutdown::Both);
+    }
+}
+
+fn write(writer: &Mutex<UnixStream>, line: &str, fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
+    let mut stream = lock(writer);
+    let sent = match fd {
+        Some(fd) => vmprocess::passing::send_with_fd(&stream, line.as_bytes(), &fd)?,
+        None => 0,
+    };
+    stream.write_all(&line.as_bytes()[sent..])
+}
+
+fn send_query(writer: &Mutex<UnixStream>) {
+    // If it cannot be sent, whoever asks next hears of it.
+    let _ = write(writer, &format!("{}\n", json!({ "execute": "query-status", "id": READERS_ID })), None);
+}
+
+struct Reader {
+    stream: UnixStream,
+    writer: Arc<Mutex<UnixStream>>,
+    standing: Standing,
+}
+
+impl Reader {
+    fn run(mut self, answers: &Sender<Answer>) {
+        let mut lines = Lines::default();
+        loop {
+            let line = lines.next(&mut self.stream);
+            let end = line.is_err();
+            match line {
+                Ok(Line { event: Some(event), .. }) => self.hear(&event),
+                Ok(Line { id: Some(READERS_ID), value, .. }) => {
+                    let state = value.as_ref().and_then(|value| value["status"].as_str());
+                    self.standing.set(state.unwrap_or_default());
+                }
+                answer => {
+                    if answers.send(answer).is_err() {
+                        return;
+                    }
+                }
+            }
+            if end {
+                let _ = self.stream.shutdown(Shutdown::Both);
+                return;
+            }
+        }
+    }
+
+    /// Why a machine stands still, its status says, not the event.
+    fn hear(&self, event: &str) {
+        if matches!(event, "STOP" | "RESUME" | "RESET" | "SHUTDOWN" | "GUEST_PANICKED") {
+            send_query(&self.writer);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Lines {
+    read: Vec<u8>,
+}
+
+impl Lines {
+    fn next(&mut self, stream: &mut impl Read) -> Answer {
+        let mut searched = 0;
+        loop {
+            if let Some(end) = self.read[searched..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.read.drain(..=searched + end).collect();
+                return serde_json::from_slice(&line).map_err(|error| QmpError::Rubbish(error.to_string()));
+            }
+            searched = self.read.len();
+            if searched > LINE_BYTES_MAX {
+                return Err(QmpError::Rubbish(format!("a line of more than {LINE_BYTES_MAX} bytes")));
+            }
+            let mut chunk = [0; CHUNK_BYTES];
+            match stream.read(&mut chunk) {
+                Ok(0) => return Err(QmpError::Closed),
+                Ok(count) => self.read.extend_from_slice(&chunk[..count]),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Err(QmpError::Closed),
+                Err(error) => return Err(QmpError::Io(error)),
+            }
+        }
+    }
+}
+
+/// A panic elsewhere does not spoil what these locks protect: each change is complete in itself.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+#[path = "qmp_tests.rs"]
+mod tests;

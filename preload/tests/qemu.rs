@@ -1,0 +1,174 @@
+//! Stock QEMUs whose memory is vmemd's, under TCG: a guest that checks its memory finds no wrong byte, whatever is done.
+
+mod machine;
+
+use machine::{Kit, MIB, Monitor, Plan, Site, Vm, wait_for};
+use serde_json::json;
+use vmprocess::control::protocol::{Request, State};
+use vmprocess::failure::Kind;
+
+const SANDBOX: [&str; 2] =
+    ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"];
+
+/// The end of a guest that has checked its memory: nothing differed, QEMU ended well, nothing was left behind.
+fn ended_well(mut vm: Vm, site: &Site) {
+    assert!(vm.end().success());
+    let said = vm.all_said();
+    let done = said.lines().find(|line| line.starts_with("checker memory done"));
+    assert!(done.is_some_and(|line| line.ends_with("mismatched=0")), "{said}");
+    assert_eq!(site.files(), Vec::<String>::new(), "{said}");
+}
+
+#[test]
+fn a_guest_in_a_quarter_of_its_memory_finds_every_byte_right() {
+    let Some(kit) = Kit::find() else { return };
+    for qemu in kit.qemus.clone() {
+        let site = Site::new("quarter");
+        let plan = Plan { qemu, ..Plan::new(&kit, "quarter", "checker memory 700M 2") };
+        let mut vm = Vm::start(&kit, &site, &plan);
+        vm.says("checker memory round=1");
+        let stat = vm.stat();
+        assert_eq!((stat.state, stat.pid, stat.vcpus), (State::Running, vm.pid(), 2));
+        assert_eq!(stat.workload, "qemu-system-x86_64");
+        assert_eq!(stat.memory.memory_bytes, 1024 * MIB);
+        assert!(stat.memory.resident_bytes <= 256 * MIB, "{stat:?}");
+        assert!(stat.memory.stored_bytes >= 400 * MIB, "{stat:?}");
+        ended_well(vm, &site);
+    }
+}
+
+#[test]
+fn budgets_change_and_the_guest_is_paused_while_it_checks_its_memory() {
+    let Some(kit) = Kit::find() else { return };
+    let site = Site::new("changes");
+    let mut vm = Vm::start(&kit, &site, &Plan::new(&kit, "changes", "checker memory 500M 6"));
+    vm.says("checker memory fill");
+    for budget in [128, 512, 64, 384, 96] {
+        vm.ask(&Request::SetRam { ram_bytes: budget * MIB });
+        let stat = vm.stat();
+        assert_eq!(stat.memory.ram_budget_bytes, budget * MIB);
+        assert!(stat.memory.resident_bytes <= budget * MIB, "{stat:?}");
+        vm.ask(&Request::Pause);
+        let paused = vm.stat();
+        assert_eq!(paused.state, State::Paused);
+        vm.ask(&Request::Resume);
+        assert_eq!(vm.stat().state, State::Running);
+    }
+    ended_well(vm, &site);
+}
+
+#[test]
+fn a_paused_guest_stands_still() {
+    let Some(kit) = Kit::find() else { return };
+    let site = Site::new("paused");
+    let plan = Plan::new(&kit, "paused", "while true; do checker memory 100M 1; done");
+    let mut vm = Vm::start(&kit, &site, &plan);
+    vm.says("checker memory fill");
+    vm.ask(&Request::Pause);
+    // All of it is written out; nothing comes back in, because nobody touches it.
+    vm.ask(&Request::SetRam { ram_bytes: 16 * MIB });
+    let before = vm.stat().memory;
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let after = vm.stat().memory;
+    assert_eq!(before.resident_bytes, after.resident_bytes);
+    vm.ask(&Request::Resume);
+    wait_for("a page to come in", || (vm.stat().memory.stored_bytes < after.stored_bytes).then_some(()));
+    vm.ask(&Request::Stop);
+    assert!(vm.end().success());
+    assert_eq!(site.files(), Vec::<String>::new());
+}
+
+#[test]
+fn sandbox_preallocation_and_two_numa_nodes() {
+    let Some(kit) = Kit::find() else { return };
+    for qemu in kit.qemus.clone() {
+        let site = Site::new("sandbox");
+        let plan = Plan {
+            qemu,
+            regions: vec![256 * MIB, 128 * MIB],
+            budget_bytes: 96 * MIB,
+            backend_options: ",prealloc=on",
+            ..Plan::new(&kit, "sandbox", "checker memory 200M 2")
+        };
+        let mut vm = Vm::start(&kit, &site, &plan.with(&SANDBOX));
+        vm.says("checker memory round=1");
+        assert!(vm.stat().memory.resident_bytes <= 96 * MIB);
+        ended_well(vm, &site);
+    }
+}
+
+#[test]
+fn what_a_balloon_takes_is_untouched_and_comes_back_whole() {
+    let Some(kit) = Kit::find() else { return };
+    let site = Site::new("balloon");
+    let monitor = site.path("monitor");
+    let plan = Plan {
+        regions: vec![512 * MIB],
+        budget_bytes: 128 * MIB,
+        ..Plan::new(&kit, "balloon", "checker memory 300M 1; echo checked; read answer; checker memory 300M 1")
+    };
+    let arguments = ["-device", "virtio-balloon-pci", "-qmp", &Monitor::argument(&monitor)];
+    let mut vm = Vm::start(&kit, &site, &plan.with(&arguments));
+    vm.says("checked");
+    let before = vm.stat().memory;
+    let mut monitor = Monitor::connect(&monitor);
+    monitor.ask("balloon", json!({ "value": 212 * MIB }));
+    // Pages that the checker has written are given back: neither resident nor stored.
+    let untouched = |vm: &Vm| vm.stat().memory.untouched_bytes;
+    wait_for("the balloon to be inflated", || (untouched(&vm) > before.untouched_bytes + 250 * MIB).then_some(()));
+    let after = vm.stat().memory;
+    assert!(after.resident_bytes + after.stored_bytes < 260 * MIB, "{after:?}");
+    monitor.ask("balloon", json!({ "value": 512 * MIB }));
+    wait_for("the balloon to be deflated", || {
+        (monitor.ask("query-balloon", json!({}))["actual"] == 512 * MIB).then_some(())
+    });
+    vm.types("go");
+    ended_well(vm, &site);
+}
+
+#[test]
+fn a_killed_qemu_leaves_only_what_the_next_one_cleans() {
+    let Some(kit) = Kit::find() else { return };
+    let site = Site::new("killed");
+    let plan = Plan { regions: vec![512 * MIB], ..Plan::new(&kit, "killed", "checker memory 300M 1") };
+    let mut vm = Vm::start(&kit, &site, &plan);
+    vm.says("checker memory fill");
+    // SAFETY: no memory arguments; the process is this test's child.
+    unsafe { libc::kill(vm.pid() as i32, libc::SIGKILL) };
+    vm.end();
+    assert_eq!(site.files(), ["killed.sock"]);
+    ended_well(Vm::start(&kit, &site, &plan), &site);
+}
+
+#[test]
+fn a_name_that_is_taken_keeps_a_second_qemu_from_starting() {
+    let Some(kit) = Kit::find() else { return };
+    let site = Site::new("taken");
+    let plan = Plan { regions: vec![512 * MIB], ..Plan::new(&kit, "taken", "echo up; read answer") };
+    let mut vm = Vm::start(&kit, &site, &plan);
+    vm.says("up");
+    let mut second = Vm::start(&kit, &site, &plan);
+    assert!(!second.end().success());
+    let said = second.all_said();
+    assert!(said.contains("QEMU gets no memory") && said.contains("\"taken\" is taken"), "{said}");
+    assert_eq!(vm.stat().state, State::Running);
+    vm.types("go");
+    assert!(vm.end().success());
+    assert_eq!(site.files(), Vec::<String>::new());
+}
+
+#[test]
+fn a_budget_that_cannot_be_is_refused_and_the_guest_goes_on() {
+    let Some(kit) = Kit::find() else { return };
+    let site = Site::new("refused");
+    let plan = Plan { regions: vec![256 * MIB], budget_bytes: 64 * MIB, ..Plan::new(&kit, "refused", "echo up; read a") };
+    let mut vm = Vm::start(&kit, &site, &plan);
+    vm.says("up");
+    let refused = vm.try_ask(&Request::SetRam { ram_bytes: 512 * MIB }).unwrap_err();
+    assert_eq!(refused.kind, Kind::Usage, "{refused}");
+    // SAFETY: no memory arguments; the process is this test's child.
+    unsafe { libc::kill(vm.pid() as i32, libc::SIGTERM) };
+    // QEMU's own way to end, which takes the socket along.
+    assert!(vm.end().success());
+    assert_eq!(site.files(), Vec::<String>::new());
+}

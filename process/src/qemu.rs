@@ -1,0 +1,75 @@
+//! What is agreed between whoever starts a QEMU and the preload in it: one JSON text in the environment.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::arrive::ArriveSettings;
+use crate::memory::MemorySpec;
+
+/// The environment variable that holds the [`PreloadSettings`].
+pub const VARIABLE: &str = "VMEMD_PRELOAD";
+/// File name of the shared object that goes to `LD_PRELOAD`.
+pub const LIBRARY: &str = "libvmemd_preload.so";
+
+/// What the preload is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PreloadSettings {
+    /// The QEMU binary, without links in its path. Every other program is left alone.
+    pub program: PathBuf,
+    /// Guest memory, in the order of its page numbers.
+    pub backends: Vec<Backend>,
+    pub qmp: QmpAddress,
+    /// Where the log goes; standard error without it.
+    pub log: Option<PathBuf>,
+    pub role: Role,
+}
+
+/// Whether the VM starts here or comes from elsewhere.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    New {
+        run_dir: PathBuf,
+        name: String,
+        memory: MemorySpec,
+    },
+    /// QEMU was started with `-incoming defer -S`.
+    Arriving(Box<ArriveSettings>),
+}
+
+impl Role {
+    pub fn name(&self) -> &str {
+        match self {
+            Role::New { name, .. } => name,
+            Role::Arriving(settings) => &settings.hello.name,
+        }
+    }
+
+    pub fn memory(&self) -> &MemorySpec {
+        match self {
+            Role::New { memory, .. } => memory,
+            Role::Arriving(settings) => &settings.memory,
+        }
+    }
+}
+
+/// A `memory-backend-file,share=on` of QEMU's command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backend {
+    /// Its `mem-path`. A descriptor in `/proc/self/fd` is not passed on to what QEMU starts.
+    pub path: PathBuf,
+    /// A multiple of 2 MiB.
+    pub bytes: u64,
+}
+
+/// Where a QMP monitor of the QEMU is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QmpAddress {
+    /// A socket on which QEMU listens. Removed when it ends.
+    Socket(PathBuf),
+    /// An inherited end of a socket pair; QEMU has the other one, as `-chardev socket,fd=…`.
+    Descriptor(RawFd),
+}
