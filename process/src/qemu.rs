@@ -34,6 +34,8 @@ pub enum Role {
         run_dir: PathBuf,
         name: String,
         memory: MemorySpec,
+        /// What a target needs to start the same machine; opaque here.
+        offer: String,
     },
     /// QEMU was started with `-incoming defer -S`.
     Arriving(Box<ArriveSettings>),

@@ -1,5 +1,6 @@
 //! The command line as it is typed.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::size::Size;
 
+use crate::qemu::output::Format;
 use crate::vmm::Workload;
 
 /// Gives each VM a private virtual memory: a fixed budget of RAM, an SSD behind it, and a way to move while it runs.
@@ -32,11 +34,18 @@ pub(super) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Run a VM in the foreground, with the built-in reference guest
-    #[command(after_help = "Example:
+    /// Run a VM in the foreground: a QEMU of yours, or the built-in reference guest
+    #[command(after_help = "Examples:
+  vmemd run --name db --ram 512M -- qemu-system-x86_64 -m 1G -kernel vmlinuz -nographic
   vmemd run --name web --memory 2G --ram 1G --guest rewrite:working-set=1500M
+The QEMU after -- is started as it stands there, with what vmemd needs added (`vmemd qemu-args` shows it), and takes this
+process's place.
 Ctrl-C stops the VM. After it has moved to another host the command ends with 0.")]
     Run(RunArgs),
+    /// Print the QEMU arguments and environment that `run` would use, for a QEMU that something else starts
+    #[command(after_help = "Example:
+  vmemd qemu-args --name db --ram 512M --format libvirt -- qemu-system-x86_64 -m 1G")]
+    QemuArgs(QemuArgs),
     /// Let VMs arrive at this host
     #[command(after_help = "Example:
   vmemd serve --listen 127.0.0.1:7070 --ram 1G --store /var/lib/vmemd
@@ -96,18 +105,30 @@ pub(super) struct RunArgs {
     /// Its name: letters, digits, '.', '_' and '-'
     #[arg(long)]
     pub(super) name: String,
-    /// Memory of the guest, a multiple of 2M
-    #[arg(long, value_name = "SIZE")]
-    pub(super) memory: Size,
-    /// RAM that it may use [default: all of --memory]
+    /// Memory of the reference guest, a multiple of 2M (a QEMU has its -m)
+    #[arg(long, value_name = "SIZE", required_unless_present = "qemu", conflicts_with = "qemu")]
+    pub(super) memory: Option<Size>,
+    /// What the reference guest does: fill, rewrite, random, zipf, read or idle, as in rewrite:working-set=1500M,rate=200M
+    #[arg(long, value_name = "WORKLOAD", default_value = "rewrite", conflicts_with = "qemu")]
+    pub(super) guest: Workload,
+    /// Number of vCPUs of the reference guest, 1 to 8
+    #[arg(long, default_value_t = 1, conflicts_with = "qemu")]
+    pub(super) vcpus: u32,
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
+    #[arg(long, hide = true, value_enum, default_value = "vmemd", conflicts_with = "qemu")]
+    pub(super) engine: EngineArg,
+    /// A QEMU and its arguments, as you would start it yourself
+    #[arg(last = true, value_name = "QEMU")]
+    pub(super) qemu: Vec<OsString>,
+}
+
+/// What a VM may use.
+#[derive(Debug, Args)]
+pub(super) struct LimitArgs {
+    /// RAM that it may use [default: all of its memory]
     #[arg(long, value_name = "SIZE")]
     pub(super) ram: Option<Size>,
-    /// What the guest does: fill, rewrite, random, zipf, read or idle, as in rewrite:working-set=1500M,rate=200M
-    #[arg(long, value_name = "WORKLOAD", default_value = "rewrite")]
-    pub(super) guest: Workload,
-    /// Number of vCPUs, 1 to 8
-    #[arg(long, default_value_t = 1)]
-    pub(super) vcpus: u32,
     /// Where the pages go that have no RAM: a directory on an SSD, or a block device
     /// [default: /var/lib/vmemd, or ~/.local/share/vmemd]
     #[arg(long, value_name = "PATH")]
@@ -123,8 +144,45 @@ pub(super) struct RunArgs {
     /// Do not lock the VM's RAM against the host's own swap
     #[arg(long)]
     pub(super) no_lock: bool,
-    #[arg(long, hide = true, value_enum, default_value = "vmemd")]
-    pub(super) engine: EngineArg,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct QemuArgs {
+    /// Its name: letters, digits, '.', '_' and '-'
+    #[arg(long)]
+    pub(super) name: String,
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
+    /// What is to be printed
+    #[arg(long, value_enum, default_value = "shell")]
+    pub(super) format: FormatArg,
+    /// Directory on tmpfs for the (empty) files that stand for guest memory
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    pub(super) mem_dir: PathBuf,
+    /// A QEMU and its arguments, as you would start it yourself
+    #[arg(last = true, required = true, value_name = "QEMU")]
+    pub(super) qemu: Vec<OsString>,
+}
+
+/// How `qemu-args` prints.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum FormatArg {
+    /// A line for a POSIX shell
+    Shell,
+    /// For programs
+    Json,
+    /// Elements for a libvirt domain
+    Libvirt,
+}
+
+impl From<FormatArg> for Format {
+    fn from(format: FormatArg) -> Format {
+        match format {
+            FormatArg::Shell => Format::Shell,
+            FormatArg::Json => Format::Json,
+            FormatArg::Libvirt => Format::Libvirt,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -7,6 +7,7 @@ mod stat;
 mod traces;
 mod vms;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -19,9 +20,10 @@ use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
 use crate::daemon::serve::ServeSettings;
+use crate::qemu::run::QemuSettings;
 use crate::run::{self, RunSettings};
-use crate::{bench, daemon, doctor};
-use args::{BenchCommand, BenchMigrateArgs, Cli, Command, RunArgs, ServeArgs};
+use crate::{bench, daemon, doctor, qemu};
+use args::{BenchCommand, BenchMigrateArgs, Cli, Command, LimitArgs, RunArgs, ServeArgs};
 
 /// Runs the command and returns the process's exit code.
 pub fn main() -> u8 {
@@ -55,7 +57,17 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         .or_else(|| std::env::var_os("VMEMD_RUN_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from))
         .unwrap_or_else(RunDir::default_path);
     match cli.command {
+        Command::Run(mut args) if !args.qemu.is_empty() => {
+            let words = std::mem::take(&mut args.qemu);
+            match qemu::run::run(&qemu_settings(args.name, args.limits, words, run_dir)?)? {}
+        }
         Command::Run(args) => run::run(&run_settings(args, run_dir)?),
+        Command::QemuArgs(args) => {
+            let settings = qemu_settings(args.name, args.limits, args.qemu, run_dir)?;
+            let text = qemu::run::arguments(&settings, args.format.into(), &args.mem_dir)?;
+            print(text.trim_end());
+            Ok(())
+        }
         Command::Serve(args) => daemon::serve::serve(serve_settings(args, run_dir)?),
         Command::Receive { settings } => {
             let settings = serde_json::from_str(&settings).map_err(|error| {
@@ -92,9 +104,12 @@ fn default_store() -> PathBuf {
 
 fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure> {
     check_name(&args.name)?;
-    let ram = args.ram.unwrap_or(args.memory);
-    check_sizes(args.memory, ram)?;
-    let store = args.store.unwrap_or_else(default_store);
+    let limits = args.limits;
+    // Clap has seen to it.
+    let memory = args.memory.ok_or_else(|| Failure::new(Kind::Usage, "--memory is missing"))?;
+    let ram = limits.ram.unwrap_or(memory);
+    check_sizes(memory, ram)?;
+    let store = limits.store.unwrap_or_else(default_store);
     let engine = EngineKind::from(args.engine);
     if engine == EngineKind::Vmemd {
         make_store(&store)?;
@@ -104,15 +119,40 @@ fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure>
         name: args.name,
         memory: MemorySpec {
             engine,
-            memory_bytes: args.memory.bytes(),
+            memory_bytes: memory.bytes(),
             budget_bytes: ram.bytes(),
             store,
-            store_overcommit: args.store_overcommit,
-            prealloc: args.prealloc,
-            lock: !args.no_lock,
+            store_overcommit: limits.store_overcommit,
+            prealloc: limits.prealloc,
+            lock: !limits.no_lock,
         },
         vcpus: args.vcpus,
         workload: args.guest,
+    })
+}
+
+fn qemu_settings(
+    name: String,
+    limits: LimitArgs,
+    words: Vec<OsString>,
+    run_dir: PathBuf,
+) -> Result<QemuSettings, Failure> {
+    check_name(&name)?;
+    let store = limits.store.unwrap_or_else(default_store);
+    make_store(&store)?;
+    let absolute = |path: PathBuf| {
+        std::path::absolute(&path)
+            .map_err(|error| Failure::io(format!("cannot use {}", path.display()), &error))
+    };
+    Ok(QemuSettings {
+        run_dir: absolute(run_dir)?,
+        name,
+        ram: limits.ram,
+        store: absolute(store)?,
+        store_overcommit: limits.store_overcommit,
+        prealloc: limits.prealloc,
+        lock: !limits.no_lock,
+        words,
     })
 }
 

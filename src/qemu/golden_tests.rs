@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::options::CommandLine;
 use super::resources::{What, list};
-use super::rewrite::{Plan, Rewritten, Role, Settings};
+use super::rewrite::{Monitor, Plan, Rewritten, Role, Settings};
 
 const QMP: &str = "-chardev socket,id=vmemd-qmp,path=/run/vmemd/vm.qmp,server=on,wait=off -mon chardev=vmemd-qmp,mode=control";
 
@@ -22,7 +22,8 @@ fn rewrite(line: &str, role: Role) -> Rewritten {
     let plan = Plan::of(&parse(line)).unwrap();
     let files: Vec<_> =
         (0..plan.backends.len()).map(|n| PathBuf::from(format!("/proc/self/fd/{}", 10 + n))).collect();
-    plan.rewrite(&Settings { files: &files, qmp: Path::new("/run/vmemd/vm.qmp"), role }).unwrap()
+    plan.rewrite(&Settings { files: &files, monitor: Monitor::Socket(Path::new("/run/vmemd/vm.qmp")), role })
+        .unwrap()
 }
 
 /// The line with these parts replaced, and these words at its end.
@@ -115,7 +116,11 @@ fn libvirts() {
     // What can only be added to libvirt's own line does the same.
     let plan = Plan::appended(&parse(LIBVIRT)).unwrap();
     let files = [PathBuf::from("/proc/self/fd/10")];
-    let settings = Settings { files: &files, qmp: Path::new("/run/vmemd/vm.qmp"), role: Role::Start };
+    let settings = Settings {
+        files: &files,
+        monitor: Monitor::Socket(Path::new("/run/vmemd/vm.qmp")),
+        role: Role::Start,
+    };
     let added = plan.rewrite(&settings).unwrap().added.join(" ");
     assert_eq!(added, format!("{} -machine memory-backend=vmemd-ram0 {QMP}", ours("4G")));
 }

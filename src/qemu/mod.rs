@@ -10,6 +10,7 @@ pub mod binary;
 pub mod cpu;
 #[cfg(test)]
 mod golden_tests;
+pub mod launch;
 pub mod machine;
 pub mod offer;
 pub mod options;
@@ -19,6 +20,20 @@ pub mod refuse;
 pub mod resources;
 pub mod rewrite;
 pub mod rules;
+pub mod run;
 
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
+
+/// Refuses a RAM budget that a VM of that memory cannot have.
+fn check_ram(memory: Size, ram: Size) -> Result<(), Failure> {
+    let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);
+    let text = if ram > memory {
+        format!("--ram {ram} is more than the VM's memory of {memory}: a VM cannot use more RAM than that")
+    } else if ram < minimum {
+        format!("--ram {ram} is below the minimum of {minimum}")
+    } else {
+        return Ok(());
+    };
+    Err(Failure::new(Kind::Usage, text))
+}

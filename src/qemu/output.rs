@@ -14,11 +14,6 @@ pub enum Format {
     Libvirt,
 }
 
-/// What has to be in QEMU's environment, with the settings that the preloaded object reads.
-pub fn environment(preload: &Path, settings: &str) -> Vec<(&'static str, String)> {
-    vec![("LD_PRELOAD", preload.display().to_string()), ("VMEMD_PRELOAD", settings.to_owned())]
-}
-
 /// The command line with its environment, as one text that ends with a line feed.
 pub fn print(format: Format, binary: &Path, made: &Rewritten, environment: &[(&str, String)]) -> String {
     match format {
@@ -58,7 +53,6 @@ fn in_json(binary: &Path, made: &Rewritten, environment: &[(&str, String)]) -> S
         "env": environment,
         "backends": backends,
         "memory": made.memory,
-        "qmp": made.qmp.display().to_string(),
         "machine": made.machine,
         "notes": made.notes,
     });
@@ -102,7 +96,7 @@ fn escaped(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::qemu::options::CommandLine;
-    use crate::qemu::rewrite::{Plan, Role, Settings};
+    use crate::qemu::rewrite::{Monitor, Plan, Role, Settings};
     use proptest::prelude::*;
     use std::path::PathBuf;
     use std::process::Command;
@@ -110,12 +104,19 @@ mod tests {
     fn made() -> Rewritten {
         let line = CommandLine::parse(&["-m", "1G", "-name", "it's"]).unwrap();
         let files = [PathBuf::from("/dev/shm/vmemd/db.ram0")];
-        let settings = Settings { files: &files, qmp: Path::new("/run/vmemd/db.qmp"), role: Role::Start };
+        let settings = Settings {
+            files: &files,
+            monitor: Monitor::Socket(Path::new("/run/vmemd/db.qmp")),
+            role: Role::Start,
+        };
         Plan::appended(&line).unwrap().rewrite(&settings).unwrap()
     }
 
     fn printed(format: Format) -> String {
-        let environment = environment(Path::new("/usr/lib/libvmemd_preload.so"), r#"{"name":"db"}"#);
+        let environment = [
+            ("LD_PRELOAD", "/usr/lib/libvmemd_preload.so".to_owned()),
+            ("VMEMD_PRELOAD", r#"{"name":"db"}"#.to_owned()),
+        ];
         print(format, Path::new("/usr/bin/qemu-system-x86_64"), &made(), &environment)
     }
 

@@ -4,6 +4,7 @@
 //! Guest RAM is either one piece (`-m`), and gets a backend of ours; or it is in `memory-backend-ram` (or `-memfd`)
 //! objects that the machine or its NUMA nodes name, and each becomes a file in its place, with its id and policy.
 
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use super::options::{CommandLine, Word, size};
@@ -39,13 +40,21 @@ pub enum Role {
     Arrive,
 }
 
+/// Where QEMU's monitor for us is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Monitor<'a> {
+    /// A socket that QEMU makes.
+    Socket(&'a Path),
+    /// An inherited, connected socket.
+    Descriptor(RawFd),
+}
+
 /// What the caller has made for QEMU.
 #[derive(Clone, Debug)]
 pub struct Settings<'a> {
     /// A file for each of [`Plan::backends`], in that order: `/proc/self/fd/N`, or a path on tmpfs.
     pub files: &'a [PathBuf],
-    /// Where QEMU's QMP socket is to be.
-    pub qmp: &'a Path,
+    pub monitor: Monitor<'a>,
     pub role: Role,
 }
 
@@ -65,7 +74,6 @@ pub struct Rewritten {
     pub added: Vec<String>,
     pub backends: Vec<Backend>,
     pub memory: Size,
-    pub qmp: PathBuf,
     /// As given; see [`Machines::pin`](super::machine::Machines::pin).
     pub machine: Option<String>,
     /// To tell the user.
@@ -121,10 +129,7 @@ impl Plan {
 
     /// The command line for QEMU.
     pub fn rewrite(self, settings: &Settings<'_>) -> Result<Rewritten, Failure> {
-        let qmp = text(settings.qmp)?;
-        if qmp.len() > MAX_SOCKET_PATH {
-            return Err(usage(format!("{qmp} is too long for a socket's path: choose a shorter --run-dir")));
-        }
+        let monitor = monitor(settings.monitor)?;
         assert_eq!(settings.files.len(), self.backends.len(), "one file for each backend");
         let memory = self.memory();
         let Plan { mut line, backends } = self;
@@ -142,8 +147,7 @@ impl Plan {
                 None => added.extend(own_object(backend, path)),
             }
         }
-        let chardev = format!("socket,id={OUR_QMP},path={},server=on,wait=off", qmp.replace(',', ",,"));
-        added.push(Word::new("-chardev", Some(chardev)));
+        added.push(Word::new("-chardev", Some(format!("socket,id={OUR_QMP},{monitor}"))));
         added.push(Word::new("-mon", Some(format!("chardev={OUR_QMP},mode=control"))));
         if settings.role == Role::Arrive {
             if line.has("loadvm") {
@@ -174,8 +178,22 @@ impl Plan {
         let machine = line.machine("type")?;
         line.words.extend(added);
         let added = CommandLine { words: alone }.print();
-        let qmp = settings.qmp.to_owned();
-        Ok(Rewritten { args: line.print(), added, backends, memory, qmp, machine, notes })
+        Ok(Rewritten { args: line.print(), added, backends, memory, machine, notes })
+    }
+}
+
+fn monitor(monitor: Monitor<'_>) -> Result<String, Failure> {
+    match monitor {
+        Monitor::Descriptor(fd) => Ok(format!("fd={fd}")),
+        Monitor::Socket(path) => {
+            let path = text(path)?;
+            if path.len() > MAX_SOCKET_PATH {
+                return Err(usage(format!(
+                    "{path} is too long for a socket's path: choose a shorter --run-dir"
+                )));
+            }
+            Ok(format!("path={},server=on,wait=off", path.replace(',', ",,")))
+        }
     }
 }
 
@@ -287,7 +305,8 @@ mod tests {
     fn rewritten(plan: Plan, role: Role) -> Rewritten {
         let files: Vec<_> =
             (0..plan.backends.len()).map(|n| PathBuf::from(format!("/proc/self/fd/{}", n + 5))).collect();
-        plan.rewrite(&Settings { files: &files, qmp: Path::new("/run/vm.qmp"), role }).unwrap()
+        plan.rewrite(&Settings { files: &files, monitor: Monitor::Socket(Path::new("/run/vm.qmp")), role })
+            .unwrap()
     }
 
     fn start(line: &str) -> Rewritten {
@@ -435,13 +454,19 @@ mod tests {
         let files = [PathBuf::from("/a,b")];
         let made = plan
             .clone()
-            .rewrite(&Settings { files: &files, qmp: Path::new("/c,d"), role: Role::Start })
+            .rewrite(&Settings {
+                files: &files,
+                monitor: Monitor::Socket(Path::new("/c,d")),
+                role: Role::Start,
+            })
             .unwrap();
         assert!(made.args.iter().any(|arg| arg.contains("mem-path=/a,,b,share")));
         assert!(made.args.iter().any(|arg| arg.contains("path=/c,,d,server")));
         assert_eq!(made.notes, ["-new is no option of QEMU that vmemd knows; it is passed on"]);
         let long = PathBuf::from(format!("/{}", "x".repeat(107)));
-        let error = plan.rewrite(&Settings { files: &files, qmp: &long, role: Role::Start }).unwrap_err();
+        let error = plan
+            .rewrite(&Settings { files: &files, monitor: Monitor::Socket(&long), role: Role::Start })
+            .unwrap_err();
         assert!(error.text.contains("too long for a socket's path"), "{error}");
     }
 

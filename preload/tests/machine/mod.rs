@@ -52,7 +52,10 @@ impl Kit {
             return Some(Kit { dir, qemus });
         }
         let name = std::thread::current().name().unwrap_or("test").to_owned();
-        let _ = writeln!(std::io::stderr(), "{name}: skipped: no QEMU, kernel or initramfs (scripts/setup --qemu)");
+        let _ = writeln!(
+            std::io::stderr(),
+            "{name}: skipped: no QEMU, kernel or initramfs (scripts/setup --qemu)"
+        );
         None
     }
 }
@@ -165,12 +168,20 @@ impl Vm {
         let files: Vec<OwnedFd> = plan.regions.iter().map(|_| memfd()).collect();
         let (ours, qemus) = UnixStream::pair().unwrap();
         let path = |file: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let backends: Vec<Backend> =
-            files.iter().zip(&plan.regions).map(|(file, bytes)| Backend { path: path(file), bytes: *bytes }).collect();
+        let backends: Vec<Backend> = files
+            .iter()
+            .zip(&plan.regions)
+            .map(|(file, bytes)| Backend { path: path(file), bytes: *bytes })
+            .collect();
         let mut command = Command::new(&plan.qemu);
         command.args(["-accel", "tcg", "-smp", "2", "-nodefaults", "-no-user-config", "-display", "none"]);
         command.args(["-serial", "stdio", "-no-reboot", "-m", &format!("{}M", total / MIB)]);
-        command.args(["-kernel".into(), kit.dir.join("vmlinuz"), "-initrd".into(), kit.dir.join("initramfs.gz")]);
+        command.args([
+            "-kernel".into(),
+            kit.dir.join("vmlinuz"),
+            "-initrd".into(),
+            kit.dir.join("initramfs.gz"),
+        ]);
         command.args(["-append", &format!("console=ttyS0 quiet panic=-1 vmemd.run=\"{}\"", plan.jobs)]);
         for (index, Backend { path, bytes }) in backends.iter().enumerate() {
             let (path, options) = (path.display(), plan.backend_options);
@@ -206,6 +217,7 @@ impl Vm {
                     prealloc: false,
                     lock: false,
                 },
+                offer: String::new(),
             },
         };
         command.env("LD_PRELOAD", library()).env(VARIABLE, serde_json::to_string(&settings).unwrap());

@@ -151,6 +151,20 @@ impl RunDir {
         self.path.join(".sessions")
     }
 
+    /// Where monitor sockets of QEMUs are that somebody else starts.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn monitors_dir(&self) -> Result<PathBuf, Failure> {
+        let path = self.path.join(".monitors");
+        match std::fs::DirBuilder::new().mode(0o700).create(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(Failure::io(format!("cannot make {}", path.display()), &error))
+            }
+            _ => Ok(path),
+        }
+    }
+
     /// Waits for the directory's flock.
     ///
     /// # Errors

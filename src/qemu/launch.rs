@@ -1,0 +1,129 @@
+//! A QEMU with vmemd's engine in it: files for its memory, a monitor for us, the preload and its settings.
+//!
+//! What it needs besides its command line is inherited: memfds that stand for its memory and stay empty, and a connected
+//! socket for its monitor. So nothing is left behind however it ends.
+
+use std::ffi::{CStr, OsString};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE};
+
+use super::rewrite::{self, Monitor, Plan, Rewritten, Settings};
+use super::{Failure, Kind};
+
+const LD_PRELOAD: &str = "LD_PRELOAD";
+/// Where a distribution's package puts the preload, from the command's directory.
+const INSTALLED: &str = "../lib/vmemd";
+/// Where `cargo test` leaves it, from the command's directory.
+const TESTED: &str = "deps";
+
+/// The shared object for `LD_PRELOAD`: beside the command, or where it is installed.
+///
+/// # Errors
+/// If it is in none of these places.
+pub fn library() -> Result<PathBuf, Failure> {
+    let command =
+        std::env::current_exe().map_err(|error| Failure::io("cannot tell where vmemd is", &error))?;
+    let beside = command.parent().unwrap_or(Path::new("/"));
+    let places = [beside.to_owned(), beside.join(INSTALLED), beside.join(TESTED)];
+    let found = places.iter().filter_map(|dir| dir.join(LIBRARY).canonicalize().ok()).next();
+    found.ok_or_else(|| {
+        let text = format!(
+            "{LIBRARY} is neither in {} nor in {INSTALLED} from there: build it with `cargo build --release`, or install it",
+            beside.display()
+        );
+        Failure::new(Kind::Host, text)
+    })
+}
+
+/// A command that is ready to be started, and what it inherits.
+#[derive(Debug)]
+pub struct Launch {
+    pub command: Command,
+    /// What the user should know.
+    pub notes: Vec<String>,
+    /// Open until the command has been started.
+    _inherited: Vec<OwnedFd>,
+}
+
+/// Makes what a QEMU needs, with `role` for its preload. Descriptors in `also` are inherited as well.
+///
+/// # Errors
+/// If the kernel gives no descriptor, or the preload is missing.
+pub fn launch(
+    binary: &Path,
+    plan: Plan,
+    role: Role,
+    log: Option<PathBuf>,
+    also: &[RawFd],
+) -> Result<Launch, Failure> {
+    let files: Vec<OwnedFd> = plan.backends.iter().map(|_| memfd()).collect::<Result<_, _>>()?;
+    let paths: Vec<PathBuf> =
+        files.iter().map(|file| format!("/proc/self/fd/{}", file.as_raw_fd()).into()).collect();
+    let (theirs, ours) = UnixStream::pair().map_err(|error| Failure::io("no socket pair", &error))?;
+    let backends = backends(&plan, &paths);
+    let settings = Settings {
+        files: &paths,
+        monitor: Monitor::Descriptor(theirs.as_raw_fd()),
+        role: match &role {
+            Role::New { .. } => rewrite::Role::Start,
+            Role::Arriving(_) => rewrite::Role::Arrive,
+        },
+    };
+    let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;
+    let qmp = QmpAddress::Descriptor(ours.as_raw_fd());
+    let preload = PreloadSettings { program: binary.to_owned(), backends, qmp, log, role };
+    let mut command = Command::new(binary);
+    command.args(args).envs(environment(&preload)?);
+    let mut inherited = files;
+    inherited.extend([OwnedFd::from(theirs), OwnedFd::from(ours)]);
+    let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).chain(also.iter().copied()).collect();
+    // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
+    unsafe { command.pre_exec(move || inherit(&numbers)) };
+    Ok(Launch { command, notes, _inherited: inherited })
+}
+
+/// What the preload is to know of the guest's memory.
+pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
+    let each = plan.backends.iter().zip(files);
+    each.map(|(backend, path)| Backend { path: path.clone(), bytes: backend.size.bytes() }).collect()
+}
+
+/// What has to be in QEMU's environment.
+pub fn environment(settings: &PreloadSettings) -> Result<[(&'static str, OsString); 2], Failure> {
+    let text = serde_json::to_string(settings).map_err(|error| {
+        Failure::new(Kind::Usage, format!("the preload cannot be told what to do: {error}"))
+    })?;
+    let mut libraries = library()?.into_os_string();
+    if let Some(others) = std::env::var_os(LD_PRELOAD).filter(|others| !others.is_empty()) {
+        libraries.push(":");
+        libraries.push(others);
+    }
+    Ok([(LD_PRELOAD, libraries), (VARIABLE, text.into())])
+}
+
+fn memfd() -> Result<OwnedFd, Failure> {
+    const NAME: &CStr = c"vmemd-guest-memory";
+    // SAFETY: the name is a C string; the result is checked.
+    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(Failure::io("no memfd", &std::io::Error::last_os_error()));
+    }
+    // SAFETY: a descriptor just made, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// In the process that is about to become QEMU: these descriptors stay open over exec.
+fn inherit(numbers: &[RawFd]) -> std::io::Result<()> {
+    for fd in numbers {
+        // SAFETY: changes a flag of a descriptor that is open.
+        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! `vmemd run -- QEMU…` and `vmemd qemu-args -- QEMU…`: a new VM in a QEMU of the user's own.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+
+use tracing::{info, warn};
+use vmprocess::MemorySpec;
+use vmprocess::control::protocol::EngineKind;
+use vmprocess::control::rundir::{RunDir, name_taken};
+use vmprocess::host;
+use vmprocess::qemu::{PreloadSettings, QmpAddress, Role};
+
+use super::cpu::Cpu;
+use super::launch;
+use super::machine::Really;
+use super::offer::Offer;
+use super::options::{self, CommandLine};
+use super::output::{self, Format};
+use super::rewrite::{self, Monitor, Plan, Settings};
+use super::{Failure, Kind, Size, binary};
+
+/// What the user asks for.
+#[derive(Clone, Debug)]
+pub struct QemuSettings {
+    pub run_dir: PathBuf,
+    pub name: String,
+    /// All of QEMU's `-m` without it.
+    pub ram: Option<Size>,
+    pub store: PathBuf,
+    pub store_overcommit: bool,
+    /// Take all RAM at the start.
+    pub prealloc: bool,
+    pub lock: bool,
+    /// The binary and its arguments.
+    pub words: Vec<OsString>,
+}
+
+/// A QEMU that can be started.
+struct Planned {
+    binary: PathBuf,
+    line: CommandLine,
+    plan: Plan,
+    role: Role,
+}
+
+fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
+    let (name, args) =
+        settings.words.split_first().ok_or_else(|| Failure::new(Kind::Usage, "no QEMU is named after --"))?;
+    let name = options::text(std::slice::from_ref(name))?.remove(0);
+    let binary = binary::find(&name, &std::env::var_os("PATH").unwrap_or_default())?;
+    binary::check(&binary)?;
+    let mut line = CommandLine::parse(&options::text(args)?)?;
+    let here = std::env::current_dir().map_err(|error| Failure::io("cannot tell the directory", &error))?;
+    let offer = Offer::of(&binary, &mut line, &here, &Really, Cpu::of_this_host)?;
+    let plan = Plan::of(&line)?;
+    let memory = plan.memory();
+    let ram = settings.ram.unwrap_or(memory);
+    super::check_ram(memory, ram)?;
+    let offer =
+        serde_json::to_string(&offer).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
+    let role = Role::New {
+        run_dir: settings.run_dir.clone(),
+        name: settings.name.clone(),
+        memory: MemorySpec {
+            engine: EngineKind::Vmemd,
+            memory_bytes: memory.bytes(),
+            budget_bytes: ram.bytes(),
+            store: settings.store.clone(),
+            store_overcommit: settings.store_overcommit,
+            prealloc: settings.prealloc,
+            lock: settings.lock,
+        },
+        offer,
+    };
+    Ok(Planned { binary, line, plan, role })
+}
+
+/// Becomes QEMU, which is the VM's process: nothing stands between it and whoever started it.
+///
+/// # Errors
+/// Whatever keeps it from starting. What goes wrong afterwards, QEMU says, and ends.
+pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure> {
+    let Planned { binary, plan, role, .. } = plan(settings)?;
+    let memory = role.memory();
+    host::need_free_ram(memory.budget_bytes, "this VM")?;
+    // The preload claims the name; but by then QEMU would have to say why it ends.
+    if let Ok(place) = RunDir::open(&settings.run_dir)?.find(&settings.name) {
+        return Err(name_taken(&place));
+    }
+    info!(vm = %settings.name, memory = %Size(memory.memory_bytes), ram = %Size(memory.budget_bytes), qemu = %binary.display(), "starting");
+    let mut launch = launch::launch(&binary, plan, role, None, &[])?;
+    launch.notes.iter().for_each(|note| warn!("{note}"));
+    let error = launch.command.exec();
+    Err(Failure::io(format!("cannot start {}", binary.display()), &error))
+}
+
+/// What somebody else has to start: arguments and environment, as one text.
+///
+/// `files` is a directory on tmpfs for the files that stand for guest memory.
+///
+/// # Errors
+/// What cannot work.
+pub fn arguments(settings: &QemuSettings, format: Format, files: &Path) -> Result<String, Failure> {
+    let Planned { binary, line, mut plan, role } = plan(settings)?;
+    if format == Format::Libvirt {
+        plan = Plan::appended(&line)?;
+    }
+    let name = &settings.name;
+    let files: Vec<PathBuf> =
+        (0..plan.backends.len()).map(|index| files.join(format!("vmemd-{name}-{index}"))).collect();
+    let qmp = RunDir::open(&settings.run_dir)?.monitors_dir()?.join(format!("{name}.qmp"));
+    let preload = PreloadSettings {
+        program: binary.clone(),
+        backends: launch::backends(&plan, &files),
+        qmp: QmpAddress::Socket(qmp.clone()),
+        log: None,
+        role,
+    };
+    let environment =
+        launch::environment(&preload)?.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
+    let made = plan.rewrite(&Settings {
+        files: &files,
+        monitor: Monitor::Socket(&qmp),
+        role: rewrite::Role::Start,
+    })?;
+    made.notes.iter().for_each(|note| warn!("{note}"));
+    Ok(output::print(format, &binary, &made, &environment))
+}
