@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use qemu::{BOOT, Guest, Machine, Qemu, checker, field, free_port};
+use qemu::{BOOT, Guest, Machine, Qemu, field, free_port, on_host};
 
 /// How long a guest's job of a few seconds may take on a slow, busy machine.
 const JOB: Duration = Duration::from_secs(120);
@@ -16,14 +16,6 @@ fn start(qemu: &Qemu, machine: &Machine, devices: &[&str]) -> Guest {
     let mut command = Command::new(&qemu.binary);
     command.args(machine.args()).args(devices);
     Guest::start(command)
-}
-
-/// Runs the checker on the host; its line.
-fn on_host(arguments: &[&str]) -> String {
-    let output = checker().args(arguments).output().expect("the checker runs");
-    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    assert!(output.status.success(), "{said}");
-    said
 }
 
 #[test]

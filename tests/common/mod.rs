@@ -118,7 +118,7 @@ impl Host {
         self.root.join("store").display().to_string()
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmemd"));
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
         // Tests started in the background of a script inherit an ignored SIGINT; Ctrl-C is to be heard all the same.

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 pub(crate) use console::{Console, field};
-pub(crate) use kit::{Machine, Qemu, checker};
+pub(crate) use kit::{Machine, Qemu, on_host};
 
 /// How long a boot may take on a slow, busy machine.
 pub(crate) const BOOT: Duration = Duration::from_secs(120);
