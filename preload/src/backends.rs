@@ -60,7 +60,10 @@ impl std::fmt::Debug for Backends {
 }
 
 impl Backends {
-    pub(crate) fn new(files: impl IntoIterator<Item = (CString, usize)>, keeper: Box<dyn Keeper>) -> Backends {
+    pub(crate) fn new(
+        files: impl IntoIterator<Item = (CString, usize)>,
+        keeper: Box<dyn Keeper>,
+    ) -> Backends {
         let backend = |(path, bytes)| Backend { path, bytes, id: OnceLock::new(), address: OnceLock::new() };
         Backends { list: files.into_iter().map(backend).collect(), keeper, mapping: Mutex::new(()) }
     }

@@ -104,7 +104,9 @@ fn parts_of_address_ranges_and_of_the_file() {
     let mib = MIB as i64;
     assert_eq!(backends.part_of_file(0, mib, mib), part(0, 37 * MIB, MIB, MIB));
     assert_eq!(backends.part_of_file(0, mib, i64::MAX), part(0, 37 * MIB, MIB, 3 * MIB));
-    for (offset, bytes) in [(-1, 4096), (0, 0), (0, -4096), (1, 4096), (0, 100), (4 * mib, 4096), (i64::MAX, 1)] {
+    for (offset, bytes) in
+        [(-1, 4096), (0, 0), (0, -4096), (1, 4096), (0, 100), (4 * mib, 4096), (i64::MAX, 1)]
+    {
         assert_eq!(backends.part_of_file(0, offset, bytes), None, "{offset} {bytes}");
     }
 }

@@ -189,7 +189,9 @@ fn read_all(mut channel: UnixStream, deadline: Instant) -> Result<Vec<u8>, Failu
     let mut state = Vec::new();
     (&mut channel).take(STATE_BYTES_MAX as u64 + 1).read_to_end(&mut state).map_err(io)?;
     if state.len() > STATE_BYTES_MAX {
-        let text = format!("QEMU's device state is larger than {STATE_BYTES_MAX} bytes: is its memory really shared?");
+        let text = format!(
+            "QEMU's device state is larger than {STATE_BYTES_MAX} bytes: is its memory really shared?"
+        );
         return Err(Failure::new(Kind::Vm, text));
     }
     Ok(state)

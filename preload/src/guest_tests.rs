@@ -99,7 +99,8 @@ fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {
         source.pause().unwrap();
         let state = source.save().unwrap();
 
-        let (target, mut target_process) = start(&program, &memory, &[&["-smp", "2"][..], &INCOMING].concat());
+        let (target, mut target_process) =
+            start(&program, &memory, &[&["-smp", "2"][..], &INCOMING].concat());
         let mut target = Box::new(Incoming(target)).load(&state).unwrap();
         target.resume().unwrap();
         assert_eq!(target.view().failed, None);

@@ -67,7 +67,8 @@ unsafe extern "C" fn mmap(
     {
         let mapped = deviate("mapping", || {
             backends.map(index, len, offset, addr as usize, flags & libc::MAP_FIXED != 0, |at| {
-                let flags = flags & libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+                let flags =
+                    flags & libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
                 // SAFETY: the range is the one that QEMU wanted replaced by the file's content; it is anonymous instead.
                 match unsafe { real_mmap(at, len, prot, flags, -1, 0) } {
                     -1 => Err(errno()),

@@ -120,7 +120,11 @@ fn a_backend_is_anonymous_memory_that_behaves_as_a_shared_file() {
         assert_eq!(byte(at + 2 * PAGE).read_volatile(), 0);
         assert_eq!(libc::fallocate(fd, 0, 0, BYTES as i64), 0);
         assert_eq!((libc::fallocate(fd, punch, 1, 2), errno()), (-1, libc::EINVAL));
-        assert_eq!(std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()), 0, "the file stays empty");
+        assert_eq!(
+            std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()),
+            0,
+            "the file stays empty"
+        );
         assert_eq!(*memory.discarded.lock().unwrap(), [(PAGE, PAGE), (2 * PAGE, PAGE)]);
 
         // A panic stays on our side.

@@ -237,7 +237,8 @@ impl Leftovers {
     }
 
     fn remove() {
-        let Some(leftovers) = lock(&LEFTOVERS).take_if(|leftovers| leftovers.pid == std::process::id()) else {
+        let Some(leftovers) = lock(&LEFTOVERS).take_if(|leftovers| leftovers.pid == std::process::id())
+        else {
             return;
         };
         leftovers.name.release();

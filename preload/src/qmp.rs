@@ -138,7 +138,12 @@ impl Qmp {
     ///
     /// # Errors
     /// QEMU's refusal, or a conversation that broke. After a timeout the command may still be carried out.
-    pub(crate) fn ask(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, QmpError> {
+    pub(crate) fn ask(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        timeout: Duration,
+    ) -> Result<Value, QmpError> {
         self.ask_with(command, arguments, None, timeout)
     }
 
@@ -146,7 +151,12 @@ impl Qmp {
     ///
     /// # Errors
     /// As [`Qmp::ask`].
-    pub(crate) fn give_fd(&mut self, name: &str, fd: BorrowedFd<'_>, timeout: Duration) -> Result<(), QmpError> {
+    pub(crate) fn give_fd(
+        &mut self,
+        name: &str,
+        fd: BorrowedFd<'_>,
+        timeout: Duration,
+    ) -> Result<(), QmpError> {
         self.ask_with("getfd", json!({ "fdname": name }), Some(fd), timeout).map(|_| ())
     }
 
@@ -169,7 +179,9 @@ impl Qmp {
         }
         let written = write(&self.writer, &format!("{request}\n"), fd);
         written.map_err(|error| match error.kind() {
-            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => self.end(QmpError::Closed),
+            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => {
+                self.end(QmpError::Closed)
+            }
             // Part of a line may have been written, which would spoil the next one.
             _ => self.end(QmpError::Io(error)),
         })?;
@@ -286,7 +298,9 @@ impl Lines {
                 Ok(0) => return Err(QmpError::Closed),
                 Ok(count) => self.read.extend_from_slice(&chunk[..count]),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Err(QmpError::Closed),
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {
+                    return Err(QmpError::Closed);
+                }
                 Err(error) => return Err(QmpError::Io(error)),
             }
         }

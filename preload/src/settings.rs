@@ -42,7 +42,8 @@ pub(crate) unsafe fn take() -> Option<Result<PreloadSettings, serde_json::Error>
 
 /// The descriptors that the settings name.
 fn inherited(settings: &PreloadSettings) -> Vec<RawFd> {
-    let mut all: Vec<RawFd> = settings.backends.iter().filter_map(|backend| descriptor(&backend.path)).collect();
+    let mut all: Vec<RawFd> =
+        settings.backends.iter().filter_map(|backend| descriptor(&backend.path)).collect();
     if let QmpAddress::Descriptor(fd) = settings.qmp {
         all.push(fd);
     }

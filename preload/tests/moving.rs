@@ -2,13 +2,15 @@
 
 mod machine;
 
-use machine::{Kit, MIB, Plan, Site, Vm, target};
+use machine::target::Target;
+use machine::{DEADLINE, Kit, MIB, Plan, Site, Vm};
 use serde_json::Value;
+use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{MigrateRequest, Request, State};
 use vmprocess::failure::Failure;
 
-fn migrate(vm: &Vm, to: &str) -> Result<Value, Failure> {
-    vm.try_ask(&Request::Migrate(MigrateRequest {
+fn migrate(mut client: VmClient, to: &str) -> Result<Value, Failure> {
+    let request = Request::Migrate(MigrateRequest {
         to: to.to_owned(),
         ram_bytes: None,
         downtime_target_ms: 50,
@@ -16,7 +18,17 @@ fn migrate(vm: &Vm, to: &str) -> Result<Value, Failure> {
         max_rounds: 30,
         max_throttle: 99,
         check_placement: false,
-    }))
+    });
+    client.ask(&request, DEADLINE)
+}
+
+/// Moves the VM to a QEMU of another plan, and returns what the source says of it.
+fn moved(source: &Vm, (kit, site, plan): (&Kit, &Site, &Plan)) -> (Result<Value, Failure>, Vm) {
+    let (target, client) = (Target::new(), source.client());
+    let to = target.address();
+    let asking = std::thread::spawn(move || migrate(client, &to));
+    let vm = target.take(kit, site, plan);
+    (asking.join().unwrap(), vm)
 }
 
 fn plan(kit: &Kit) -> Plan {
@@ -39,10 +51,13 @@ fn a_guest_moves_while_it_checks_its_memory() {
         let plan = Plan { qemu, ..plan(&kit) };
         let mut source = Vm::start(&kit, &here, &plan);
         source.says("checker memory round=1");
-        let (address, arriving) = target::expect(kit, &there, Plan { budget_bytes: 192 * MIB, ..plan.clone() });
-        let report = migrate(&source, &address).unwrap();
+        let there_plan = Plan { budget_bytes: 192 * MIB, ..plan.clone() };
+        let (report, mut target) = moved(&source, (&kit, &there, &there_plan));
+        let report = match report {
+            Ok(report) => report,
+            Err(failure) => panic!("{failure}; the target: {:?} {}", target.end(), target.all_said()),
+        };
         println!("{report}");
-        let mut target = arriving.join().unwrap();
         assert!(source.end().success());
         assert_eq!(here.files(), Vec::<String>::new());
         let stat = target.stat();
@@ -65,10 +80,9 @@ fn a_guest_that_another_machine_cannot_take_runs_on_where_it_was() {
     source.says("checker memory round=1");
     // It has a device that the source's state knows nothing of, and lacks nothing: QEMU finds that out while it loads.
     let other = plan.clone().with(&["-device", "virtio-rng-pci", "-smp", "3"]);
-    let (address, arriving) = target::expect(kit, &there, other);
-    let refused = migrate(&source, &address).unwrap_err();
+    let (refused, mut target) = moved(&source, (&kit, &there, &other));
+    let refused = refused.unwrap_err();
     assert!(refused.text.contains("runs on here"), "{refused}");
-    let mut target = arriving.join().unwrap();
     assert!(!target.end().success());
     assert_eq!(there.files(), Vec::<String>::new());
     assert_eq!(source.stat().state, State::Running);

@@ -105,7 +105,11 @@ fn what_a_balloon_takes_is_untouched_and_comes_back_whole() {
     let plan = Plan {
         regions: vec![512 * MIB],
         budget_bytes: 128 * MIB,
-        ..Plan::new(&kit, "balloon", "checker memory 300M 1; echo checked; read answer; checker memory 300M 1")
+        ..Plan::new(
+            &kit,
+            "balloon",
+            "checker memory 300M 1; echo checked; read answer; checker memory 300M 1",
+        )
     };
     let arguments = ["-device", "virtio-balloon-pci", "-qmp", &Monitor::argument(&monitor)];
     let mut vm = Vm::start(&kit, &site, &plan.with(&arguments));
@@ -115,7 +119,9 @@ fn what_a_balloon_takes_is_untouched_and_comes_back_whole() {
     monitor.ask("balloon", json!({ "value": 212 * MIB }));
     // Pages that the checker has written are given back: neither resident nor stored.
     let untouched = |vm: &Vm| vm.stat().memory.untouched_bytes;
-    wait_for("the balloon to be inflated", || (untouched(&vm) > before.untouched_bytes + 250 * MIB).then_some(()));
+    wait_for("the balloon to be inflated", || {
+        (untouched(&vm) > before.untouched_bytes + 250 * MIB).then_some(())
+    });
     let after = vm.stat().memory;
     assert!(after.resident_bytes + after.stored_bytes < 260 * MIB, "{after:?}");
     monitor.ask("balloon", json!({ "value": 512 * MIB }));
@@ -161,7 +167,11 @@ fn a_name_that_is_taken_keeps_a_second_qemu_from_starting() {
 fn a_budget_that_cannot_be_is_refused_and_the_guest_goes_on() {
     let Some(kit) = Kit::find() else { return };
     let site = Site::new("refused");
-    let plan = Plan { regions: vec![256 * MIB], budget_bytes: 64 * MIB, ..Plan::new(&kit, "refused", "echo up; read a") };
+    let plan = Plan {
+        regions: vec![256 * MIB],
+        budget_bytes: 64 * MIB,
+        ..Plan::new(&kit, "refused", "echo up; read a")
+    };
     let mut vm = Vm::start(&kit, &site, &plan);
     vm.says("up");
     let refused = vm.try_ask(&Request::SetRam { ram_bytes: 512 * MIB }).unwrap_err();

@@ -55,7 +55,10 @@ impl Kit {
             return Some(Kit { dir, qemus });
         }
         let name = std::thread::current().name().unwrap_or("test").to_owned();
-        let _ = writeln!(std::io::stderr(), "{name}: skipped: no QEMU, kernel or initramfs (scripts/setup --qemu)");
+        let _ = writeln!(
+            std::io::stderr(),
+            "{name}: skipped: no QEMU, kernel or initramfs (scripts/setup --qemu)"
+        );
         None
     }
 }
@@ -119,7 +122,7 @@ impl Site {
         let of = |dir: &str| std::fs::read_dir(self.dir.join(dir)).unwrap();
         let names = ["run", "store"].into_iter().flat_map(of).map(|entry| entry.unwrap().file_name());
         let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
-        names.retain(|name| name != ".lock" && name != "sessions");
+        names.retain(|name| name != ".lock" && name != ".sessions");
         names.sort();
         names
     }
@@ -200,12 +203,20 @@ impl Vm {
         let files: Vec<OwnedFd> = plan.regions.iter().map(|_| memfd()).collect();
         let (ours, qemus) = UnixStream::pair().unwrap();
         let path = |file: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let backends: Vec<Backend> =
-            files.iter().zip(&plan.regions).map(|(file, bytes)| Backend { path: path(file), bytes: *bytes }).collect();
+        let backends: Vec<Backend> = files
+            .iter()
+            .zip(&plan.regions)
+            .map(|(file, bytes)| Backend { path: path(file), bytes: *bytes })
+            .collect();
         let mut command = Command::new(&plan.qemu);
         command.args(["-accel", "tcg", "-smp", "2", "-nodefaults", "-no-user-config", "-display", "none"]);
         command.args(["-serial", "stdio", "-no-reboot", "-m", &format!("{}M", total / MIB)]);
-        command.args(["-kernel".into(), kit.dir.join("vmlinuz"), "-initrd".into(), kit.dir.join("initramfs.gz")]);
+        command.args([
+            "-kernel".into(),
+            kit.dir.join("vmlinuz"),
+            "-initrd".into(),
+            kit.dir.join("initramfs.gz"),
+        ]);
         command.args(["-append", &format!("console=ttyS0 quiet panic=-1 vmemd.run=\"{}\"", plan.jobs)]);
         for (index, Backend { path, bytes }) in backends.iter().enumerate() {
             let (path, options) = (path.display(), plan.backend_options);
@@ -287,7 +298,11 @@ impl Vm {
     }
 
     pub(crate) fn try_ask(&self, request: &Request) -> Result<Value, Failure> {
-        VmClient::connect(&self.dir, self.name)?.ask(request, DEADLINE)
+        self.client().ask(request, DEADLINE)
+    }
+
+    pub(crate) fn client(&self) -> VmClient {
+        VmClient::connect(&self.dir, self.name).unwrap()
     }
 
     pub(crate) fn ask(&self, request: &Request) -> Value {

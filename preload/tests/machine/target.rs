@@ -3,7 +3,6 @@
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::thread::JoinHandle;
 
 use migrate::Hello;
 use vmprocess::control::rundir::Place;
@@ -12,14 +11,27 @@ use vmprocess::{ArriveSettings, passing};
 
 use super::{Kit, Plan, Site, Vm};
 
-/// Lets the next VM in that comes, as the plan says. The address to send it to, and the QEMU that it then is in.
-pub(crate) fn expect(kit: Kit, site: &Site, plan: Plan) -> (String, JoinHandle<Vm>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let (daemon, site) = (address.clone(), site.same());
-    let serve = move || {
-        let (mut control, _) = listener.accept().unwrap();
-        let Hello::Session(hello) = migrate::read_hello(&mut control).unwrap() else { panic!("a session first") };
+/// Where a VM may come to.
+#[derive(Debug)]
+pub(crate) struct Target {
+    listener: TcpListener,
+}
+
+impl Target {
+    pub(crate) fn new() -> Target {
+        Target { listener: TcpListener::bind("127.0.0.1:0").unwrap() }
+    }
+
+    pub(crate) fn address(&self) -> String {
+        self.listener.local_addr().unwrap().to_string()
+    }
+
+    /// Lets the next VM in that comes, to a QEMU of that plan. On the test's own thread: QEMU ends with it.
+    pub(crate) fn take(&self, kit: &Kit, site: &Site, plan: &Plan) -> Vm {
+        let (mut control, _) = self.listener.accept().unwrap();
+        let Hello::Session(hello) = migrate::read_hello(&mut control).unwrap() else {
+            panic!("a session first")
+        };
         let dir = site.run_dir();
         let lock = dir.lock().unwrap();
         let place = Place::arriving(&hello.name, &hello.session.to_string());
@@ -31,23 +43,22 @@ pub(crate) fn expect(kit: Kit, site: &Site, plan: Plan) -> (String, JoinHandle<V
             run_dir: site.path("run"),
             granted_ram_bytes: plan.budget_bytes,
             memory: site.memory(hello.memory_bytes, plan.budget_bytes),
-            daemon,
+            daemon: self.address(),
             control_fd: control.as_raw_fd(),
             streams_fd: theirs.as_raw_fd(),
             listener_fd: socket.as_raw_fd(),
             hello,
         };
         let passed = [control.as_raw_fd(), theirs.as_raw_fd(), socket.as_raw_fd()];
-        let plan = plan.with(&["-incoming", "defer", "-S"]);
-        let vm = Vm::start_as(&kit, &site, &plan, Role::Arriving(Box::new(settings)), &passed);
+        let plan = plan.clone().with(&["-incoming", "defer", "-S"]);
+        let vm = Vm::start_as(kit, site, &plan, Role::Arriving(Box::new(settings)), &passed);
         claim.hand_over();
         drop(control);
         for _ in 0..streams {
-            let (mut stream, _) = listener.accept().unwrap();
+            let (mut stream, _) = self.listener.accept().unwrap();
             let Hello::Stream(hello) = migrate::read_hello(&mut stream).unwrap() else { panic!("a stream") };
             passing::send_fd(&ours, &stream, hello.index).unwrap();
         }
         vm
-    };
-    (address, std::thread::spawn(serve))
+    }
 }
