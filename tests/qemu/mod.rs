@@ -18,7 +18,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+#[allow(unused_imports, reason = "each test file uses a part")]
 pub(crate) use console::{Console, field};
+#[allow(unused_imports, reason = "each test file uses a part")]
 pub(crate) use kit::{Machine, Qemu, on_host};
 
 /// How long a boot may take on a slow, busy machine.
