@@ -278,6 +278,23 @@ fn every_job_file_runs_on_every_engine() {
     host.assert_clean();
 }
 
+#[test]
+fn files_take_turns_if_asked_to() {
+    let host = Host::new("jobs-turns");
+    let jobs = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/jobs");
+    let files = ["stride3.fio", "stride17.fio"].map(|name| jobs.join(name).display().to_string());
+    let store = host.store();
+    let mut args =
+        vec!["bench", "run", &files[0], &files[1], "--turns", "--engine", "mem", "--store", &store];
+    args.extend("--scale 1/64 --runtime 50ms --ramp-time 10ms --repeat 2".split(' '));
+    let said = host.vmemd(&args);
+    assert_eq!(said.code, 0, "{said:?}");
+    let runs = said.err.lines().filter_map(|line| line.split_once("] ")?.1.split_once(": "));
+    let order: Vec<&str> = runs.map(|(run, _)| run).collect();
+    assert_eq!(order, ["stride3 mem #1", "stride17 mem #1", "stride3 mem #2", "stride17 mem #2"], "{said:?}");
+    host.assert_clean();
+}
+
 /// A run of two jobs writes one file for two rows.
 fn two_jobs_in_a_file(summary: &[Value]) -> usize {
     let second =

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -45,6 +46,8 @@ pub struct RunSettings {
     pub files: Vec<PathBuf>,
     pub engines: Vec<BenchEngine>,
     pub repeat: u32,
+    /// Files take turns too: for comparisons between files.
+    pub turns: bool,
     pub store: Option<PathBuf>,
     /// Used if neither this nor the file names a store.
     pub default_store: PathBuf,
@@ -78,9 +81,11 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
     let mut progress = Progress { done: 0, runs };
     let mut results = Vec::with_capacity(scenarios.len());
     let files = scenarios.len();
-    for scenario in scenarios {
-        match compare(scenario, settings, &mut progress) {
-            Ok(compared) => results.push(compared),
+    let groups: Vec<Vec<Scenario>> =
+        if settings.turns { vec![scenarios] } else { scenarios.into_iter().map(|one| vec![one]).collect() };
+    for group in groups {
+        match compare(group, settings, &mut progress) {
+            Ok(compared) => results.extend(compared),
             Err(failure) if results.is_empty() => return Err(failure),
             Err(failure) => {
                 output::write(&results, settings)?;
@@ -220,38 +225,54 @@ fn lacks(engine: BenchEngine, scenario: &Scenario, site: &Site) -> Option<String
     }
 }
 
-fn compare(scenario: Scenario, settings: &RunSettings, progress: &mut Progress) -> Result<Compared, Failure> {
-    let site = Site::open(store(&scenario, settings))?;
-    let of = |engine: &BenchEngine| {
-        let left_out = lacks(*engine, &scenario, &site);
-        if let Some(reason) = &left_out {
-            say(&format!("{}: {} is left out: {reason}", scenario.name, engine.name()));
-        }
-        OfEngine { engine: *engine, left_out, outcomes: Vec::new() }
-    };
-    let engines = scenario.engines.iter().map(of).collect();
-    let mut compared = Compared { scenario, engines };
-    for repetition in 1..=settings.repeat {
-        for of in &mut compared.engines {
-            signals::check()?;
-            progress.done += 1;
-            if of.left_out.is_some() {
-                continue;
+/// Scenarios and their engines, in turns.
+fn compare(
+    scenarios: Vec<Scenario>,
+    settings: &RunSettings,
+    progress: &mut Progress,
+) -> Result<Vec<Compared>, Failure> {
+    let mut sites: BTreeMap<PathBuf, Rc<Site>> = BTreeMap::new();
+    let mut all = Vec::with_capacity(scenarios.len());
+    for scenario in scenarios {
+        let store = store(&scenario, settings);
+        let site = match sites.get(store) {
+            Some(site) => site.clone(),
+            None => Rc::new(Site::open(store)?),
+        };
+        sites.insert(store.to_owned(), site.clone());
+        let of = |engine: &BenchEngine| {
+            let left_out = lacks(*engine, &scenario, &site);
+            if let Some(reason) = &left_out {
+                say(&format!("{}: {} is left out: {reason}", scenario.name, engine.name()));
             }
-            let label = format!("{} {} #{repetition}", compared.scenario.name, of.engine.name());
-            let shown = progress.begin(&label);
-            let outcome = one(&site, &compared.scenario, of.engine, progress.done);
-            shown.finish_and_clear();
-            signals::check()?;
-            let outcome = outcome.map_or_else(
-                |failure| Outcome::Failed(failure.text),
-                |sample| Outcome::Measured(Box::new(sample)),
-            );
-            say(&format!("[{}/{}] {label}: {}", progress.done, progress.runs, line(&outcome)));
-            of.outcomes.push(outcome);
+            OfEngine { engine: *engine, left_out, outcomes: Vec::new() }
+        };
+        let engines = scenario.engines.iter().map(of).collect();
+        all.push((site, Compared { scenario, engines }));
+    }
+    for repetition in 1..=settings.repeat {
+        for (site, Compared { scenario, engines }) in &mut all {
+            for of in engines {
+                signals::check()?;
+                progress.done += 1;
+                if of.left_out.is_some() {
+                    continue;
+                }
+                let label = format!("{} {} #{repetition}", scenario.name, of.engine.name());
+                let shown = progress.begin(&label);
+                let outcome = one(site, scenario, of.engine, progress.done);
+                shown.finish_and_clear();
+                signals::check()?;
+                let outcome = outcome.map_or_else(
+                    |failure| Outcome::Failed(failure.text),
+                    |sample| Outcome::Measured(Box::new(sample)),
+                );
+                say(&format!("[{}/{}] {label}: {}", progress.done, progress.runs, line(&outcome)));
+                of.outcomes.push(outcome);
+            }
         }
     }
-    Ok(compared)
+    Ok(all.into_iter().map(|(_, compared)| compared).collect())
 }
 
 struct Progress {

@@ -22,6 +22,9 @@ pub(super) struct RunJobsArgs {
     /// Repetitions; medians of them are shown
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     repeat: u32,
+    /// Files take turns as well, each repetition through all of them: for comparisons between files
+    #[arg(long)]
+    turns: bool,
     /// Text that reads like fio's, or JSON with fio's field names
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "normal")]
     output_format: Style,
@@ -54,6 +57,7 @@ impl RunJobsArgs {
             files: self.files,
             engines: self.engine,
             repeat: self.repeat,
+            turns: self.turns,
             store: self.store,
             default_store: default_store(),
             ram: self.ram,
