@@ -12,7 +12,7 @@ use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use libc::c_int;
-use swapd::{Engine, EngineConfig, EngineHandle, StoreConfig};
+use swapd::{Engine, EngineHandle};
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 use vmprocess::control::protocol::EngineKind;
@@ -136,16 +136,8 @@ fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
             (process, Some(arrival))
         }
     };
-    let config = EngineConfig {
-        memory_bytes: spec.memory_bytes,
-        budget_bytes: spec.budget_bytes,
-        store: StoreConfig { path: spec.store.clone(), overcommit: spec.store_overcommit },
-        prealloc: spec.prealloc,
-        lock: spec.lock,
-        sampling: true,
-    };
     let regions: Vec<u64> = settings.backends.iter().map(|backend| backend.bytes).collect();
-    let engine = match Engine::start_external(config, &regions, Box::new(process.notices())) {
+    let engine = match Engine::start_external(spec.engine_config(), &regions, Box::new(process.notices())) {
         Ok(engine) => engine,
         Err(error) => {
             let failure = Failure::from(error);

@@ -22,6 +22,20 @@ pub struct MemorySpec {
     pub lock: bool,
 }
 
+impl MemorySpec {
+    /// For an engine of this memory.
+    pub fn engine_config(&self) -> EngineConfig {
+        EngineConfig {
+            memory_bytes: self.memory_bytes,
+            budget_bytes: self.budget_bytes,
+            store: StoreConfig { path: self.store.clone(), overcommit: self.store_overcommit },
+            prealloc: self.prealloc,
+            lock: self.lock,
+            sampling: true,
+        }
+    }
+}
+
 /// A VM's memory. Ends with the VM, unless it is another's.
 #[derive(Debug)]
 pub struct Memory(Kept);
@@ -42,15 +56,7 @@ impl Memory {
     pub fn start(spec: &MemorySpec, notify: impl Fn(Notice) + Send + 'static) -> Result<Memory, Failure> {
         match spec.engine {
             EngineKind::Vmemd => {
-                let config = EngineConfig {
-                    memory_bytes: spec.memory_bytes,
-                    budget_bytes: spec.budget_bytes,
-                    store: StoreConfig { path: spec.store.clone(), overcommit: spec.store_overcommit },
-                    prealloc: spec.prealloc,
-                    lock: spec.lock,
-                    sampling: true,
-                };
-                Ok(Memory(Kept::Engine(Engine::start(config, Box::new(notify))?)))
+                Ok(Memory(Kept::Engine(Engine::start(spec.engine_config(), Box::new(notify))?)))
             }
             EngineKind::Plain => match PlainMemory::new(spec.memory_bytes) {
                 Ok(memory) => Ok(Memory(Kept::Plain(memory))),
