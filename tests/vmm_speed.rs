@@ -1,8 +1,9 @@
-//! What the reference guest costs: a page verified and rewritten, a pause, a save, a restore.
+//! How fast the reference guest is: throttled (the one test here that is run by default, so that no other test's VM runs beside it), and what
+//! a page, a pause, a save and a restore cost.
 
 mod guest;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use guest::Guest;
 use vmemd::vmm::RunState;
@@ -49,4 +50,20 @@ fn speed() {
         );
         assert_eq!(restored.machine.state(), RunState::Paused);
     }
+}
+
+#[test]
+fn throttling_slows_the_guest() {
+    let Some(mut guest) = Guest::new("32M", 2, "rewrite:working-set=4M") else { return };
+    guest.machine.start().unwrap();
+    guest.wait("a round", |counters| counters.rounds >= 1);
+    let pages_per_s = |percent| {
+        guest.machine.throttle(percent);
+        let (start, before) = (Instant::now(), guest.machine.counters().verified_pages);
+        let window = Duration::from_millis(400);
+        let after = guest.wait("the window's end", |_| start.elapsed() >= window);
+        (after.verified_pages - before) as f64 / start.elapsed().as_secs_f64()
+    };
+    let (free, most, free_again) = (pages_per_s(0), pages_per_s(90), pages_per_s(0));
+    assert!(most < free * 0.4 && most < free_again * 0.4, "{free:.0}, {most:.0}, {free_again:.0} pages/s");
 }
