@@ -4,10 +4,11 @@ mod qemu;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use qemu::{BOOT, Guest, Machine, Qemu, checker, field, free_port};
+use qemu::{BOOT, Console, Guest, Machine, Qemu, checker, field, free_port};
 
 /// How long a guest's job of a few seconds may take on a slow, busy machine.
 const JOB: Duration = Duration::from_secs(120);
@@ -38,6 +39,28 @@ fn boots_to_a_shell_that_hears_the_console() {
         guest.wait_for("init done", JOB);
         assert!(guest.wait_end(JOB).success(), "{}", guest.log());
     }
+}
+
+#[test]
+fn a_console_goes_on_from_one_qemu_to_the_next() {
+    let directory = qemu::directory("console");
+    let path = directory.join("console");
+    let console = Console::listen(&path);
+    let connect = |count| {
+        let stream = UnixStream::connect(&path).expect("the console");
+        while console.connections() < count {
+            std::thread::yield_now();
+        }
+        stream
+    };
+    // The second is there before the first has ended, as a migration's target is; the line is cut between them.
+    let (mut first, mut second) = (connect(1), connect(2));
+    second.write_all(b"t 2\r\nbeat 3\r\nbe").expect("the console");
+    first.write_all(b"beat 1\r\nbea").expect("the console");
+    console.find(|line| line == "beat 2", JOB).expect("a line of both");
+    assert_eq!(console.lines(), ["beat 1", "beat 2", "beat 3"]);
+    assert!(!console.is_over());
+    std::fs::remove_dir_all(&directory).expect("the test's directory");
 }
 
 #[test]

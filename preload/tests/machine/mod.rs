@@ -1,5 +1,8 @@
 //! A QEMU with the preload in it, started as `vmemd run` would: its memory backends are memfds, its monitor is one end of a
 //! socket pair.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+pub(crate) mod target;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -77,6 +80,8 @@ fn library() -> PathBuf {
 #[derive(Debug)]
 pub(crate) struct Site {
     dir: PathBuf,
+    /// Removes it.
+    owns: bool,
 }
 
 impl Site {
@@ -84,7 +89,12 @@ impl Site {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
         std::fs::create_dir_all(dir.join("run")).unwrap();
         std::fs::create_dir_all(dir.join("store")).unwrap();
-        Site { dir }
+        Site { dir, owns: true }
+    }
+
+    /// The same site, for another thread.
+    pub(crate) fn same(&self) -> Site {
+        Site { dir: self.dir.clone(), owns: false }
     }
 
     pub(crate) fn run_dir(&self) -> RunDir {
@@ -95,12 +105,24 @@ impl Site {
         self.dir.join(name)
     }
 
+    pub(crate) fn memory(&self, memory_bytes: u64, budget_bytes: u64) -> MemorySpec {
+        MemorySpec {
+            engine: EngineKind::Vmemd,
+            memory_bytes,
+            budget_bytes,
+            store: self.path("store"),
+            store_overcommit: false,
+            prealloc: false,
+            lock: false,
+        }
+    }
+
     /// What lies in the run directory and in the store's, but for the lock.
     pub(crate) fn files(&self) -> Vec<String> {
         let of = |dir: &str| std::fs::read_dir(self.dir.join(dir)).unwrap();
         let names = ["run", "store"].into_iter().flat_map(of).map(|entry| entry.unwrap().file_name());
         let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
-        names.retain(|name| name != ".lock" && name != "sessions");
+        names.retain(|name| name != ".lock" && name != ".sessions");
         names.sort();
         names
     }
@@ -108,7 +130,9 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
+        if self.owns {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
     }
 }
 
@@ -163,7 +187,19 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
+    /// A new VM.
     pub(crate) fn start(kit: &Kit, site: &Site, plan: &Plan) -> Vm {
+        let role = Role::New {
+            run_dir: site.path("run"),
+            name: plan.name.to_owned(),
+            memory: site.memory(plan.regions.iter().sum(), plan.budget_bytes),
+            offer: String::new(),
+        };
+        Vm::start_as(kit, site, plan, role, &[])
+    }
+
+    /// A VM of any role, which is passed those descriptors.
+    pub(crate) fn start_as(kit: &Kit, site: &Site, plan: &Plan, role: Role, descriptors: &[RawFd]) -> Vm {
         let total: u64 = plan.regions.iter().sum();
         let files: Vec<OwnedFd> = plan.regions.iter().map(|_| memfd()).collect();
         let (ours, qemus) = UnixStream::pair().unwrap();
@@ -205,24 +241,12 @@ impl Vm {
             backends,
             qmp: QmpAddress::Descriptor(ours.as_raw_fd()),
             log: None,
-            role: Role::New {
-                run_dir: site.path("run"),
-                name: plan.name.to_owned(),
-                memory: MemorySpec {
-                    engine: EngineKind::Vmemd,
-                    memory_bytes: total,
-                    budget_bytes: plan.budget_bytes,
-                    store: site.path("store"),
-                    store_overcommit: false,
-                    prealloc: false,
-                    lock: false,
-                },
-                offer: String::new(),
-            },
+            role,
         };
         command.env("LD_PRELOAD", library()).env(VARIABLE, serde_json::to_string(&settings).unwrap());
         let mut passed: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
         passed.extend([ours.as_raw_fd(), qemus.as_raw_fd()]);
+        passed.extend(descriptors);
         // SAFETY: between fork and exec only fcntl and prctl are called, on descriptors that are open here.
         unsafe {
             command.pre_exec(move || {
@@ -275,7 +299,11 @@ impl Vm {
     }
 
     pub(crate) fn try_ask(&self, request: &Request) -> Result<Value, Failure> {
-        VmClient::connect(&self.dir, self.name)?.ask(request, DEADLINE)
+        self.client().ask(request, DEADLINE)
+    }
+
+    pub(crate) fn client(&self) -> VmClient {
+        VmClient::connect(&self.dir, self.name).unwrap()
     }
 
     pub(crate) fn ask(&self, request: &Request) -> Value {
