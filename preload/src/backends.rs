@@ -18,7 +18,7 @@ pub(crate) trait Keeper: Send + Sync {
     fn attach(&self, index: usize, address: usize, bytes: usize) -> Result<(), c_int>;
 
     /// The guest gave it back. Reads as zeros from the moment that this returns.
-    fn discard(&self, index: usize, offset: usize, bytes: usize);
+    fn discard(&self, part: Part);
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -151,7 +151,7 @@ impl Backends {
     }
 
     pub(crate) fn discard(&self, part: Part) {
-        self.keeper.discard(part.index, part.offset, part.bytes);
+        self.keeper.discard(part);
     }
 }
 

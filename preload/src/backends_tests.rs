@@ -18,8 +18,8 @@ impl Keeper for Arc<Notes> {
         if self.refuse { Err(libc::ENOMEM) } else { Ok(()) }
     }
 
-    fn discard(&self, index: usize, offset: usize, bytes: usize) {
-        self.seen.lock().unwrap().push(("discard", index, offset, bytes));
+    fn discard(&self, part: Part) {
+        self.seen.lock().unwrap().push(("discard", part.index, part.offset, part.bytes));
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::backends::Keeper;
+use crate::backends::{Keeper, Part};
 
 const MIB: usize = 1 << 20;
 const BYTES: usize = 4 * MIB;
@@ -28,7 +28,7 @@ impl Keeper for Memory {
         Ok(())
     }
 
-    fn discard(&self, _: usize, offset: usize, bytes: usize) {
+    fn discard(&self, Part { offset, bytes, .. }: Part) {
         if bytes == PAGE * 3 {
             panic!("a discard that panics");
         }

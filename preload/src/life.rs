@@ -12,7 +12,7 @@ use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use libc::c_int;
-use swapd::{Engine, EngineConfig, EngineHandle, PageNo, Run, StoreConfig};
+use swapd::{Engine, EngineConfig, EngineHandle, StoreConfig};
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 use vmprocess::control::protocol::EngineKind;
@@ -21,7 +21,7 @@ use vmprocess::failure::{Failure, Kind, chain};
 use vmprocess::qemu::{Backend, PreloadSettings, QmpAddress, Role};
 use vmprocess::{Arrival, End, Facts, Guest, Memory, NameHold, Owner, Process};
 
-use crate::backends::{Backends, Keeper};
+use crate::backends::{Backends, Keeper, Part};
 use crate::guest::{Incoming, Qemu};
 use crate::interpose::BACKENDS;
 use crate::qmp::{Qmp, lock};
@@ -90,13 +90,12 @@ impl Keeper for Life {
         })
     }
 
-    fn discard(&self, index: usize, offset: usize, bytes: usize) {
+    fn discard(&self, part: Part) {
         let Some(engine) = self.engine.get() else { return };
-        let Some(region) = engine.region_pages(index) else { return };
-        let first = PageNo::from_offset(region.start.offset() + offset as u64);
-        let run = Run::new(first, (bytes / swapd::PAGE_SIZE) as u32);
-        if let Err(error) = engine.discard(run) {
-            error!(%error, "what the guest gave back stays where it is");
+        for run in engine.runs_in(part.address as *const u8, part.bytes) {
+            if let Err(error) = engine.discard(run) {
+                error!(%error, "what the guest gave back stays where it is");
+            }
         }
     }
 }

@@ -2,8 +2,13 @@
 
 mod machine;
 
-use machine::{Kit, MIB, Monitor, Plan, Site, Vm, wait_for};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use machine::{DEADLINE, Kit, MIB, Monitor, Plan, Site, Vm, wait_for};
 use serde_json::json;
+use swapd::PAGE_SIZE;
+use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{Request, State};
 use vmprocess::failure::Kind;
 
@@ -136,13 +141,17 @@ fn what_a_balloon_takes_is_untouched_and_comes_back_whole() {
 fn a_killed_qemu_leaves_only_what_the_next_one_cleans() {
     let Some(kit) = Kit::find() else { return };
     let site = Site::new("killed");
-    let plan = Plan { regions: vec![512 * MIB], ..Plan::new(&kit, "killed", "checker memory 300M 1") };
+    let plan = Plan {
+        regions: vec![512 * MIB],
+        qmp_socket: true,
+        ..Plan::new(&kit, "killed", "checker memory 300M 1")
+    };
     let mut vm = Vm::start(&kit, &site, &plan);
     vm.says("checker memory fill");
     // SAFETY: no memory arguments; the process is this test's child.
     unsafe { libc::kill(vm.pid() as i32, libc::SIGKILL) };
     vm.end();
-    assert_eq!(site.files(), ["killed.sock"]);
+    assert_eq!(site.files(), ["killed.qmp", "killed.sock"]);
     ended_well(Vm::start(&kit, &site, &plan), &site);
 }
 
@@ -181,4 +190,53 @@ fn a_budget_that_cannot_be_is_refused_and_the_guest_goes_on() {
     // QEMU's own way to end, which takes the socket along.
     assert!(vm.end().success());
     assert_eq!(site.files(), Vec::<String>::new());
+}
+
+#[test]
+fn a_disk_without_cache_reads_right_while_pages_leave() {
+    let Some(kit) = Kit::find() else { return };
+    for aio in ["threads", "native", "io_uring"] {
+        let site = Site::new("disk");
+        let image = site.path("image");
+        let made = Command::new(kit.checker()).arg("image").arg(&image).arg("256M").status();
+        assert!(made.unwrap().success());
+        let plan = Plan {
+            regions: vec![384 * MIB],
+            budget_bytes: 96 * MIB,
+            ..Plan::new(&kit, "disk", "checker memory 150M 1000s & checker disk /dev/vda 60")
+        };
+        let drive = format!("file={},format=raw,if=virtio,cache=none,aio={aio}", image.display());
+        let mut vm = Vm::start(&kit, &site, &plan.with(&["-drive", &drive]));
+        vm.says("checker memory fill");
+        let done = AtomicBool::new(false);
+        let evicted = std::thread::scope(|scope| {
+            let client = vm.client();
+            let squeezing = scope.spawn(|| squeeze(client, &done));
+            // Told for every look at the disk; the last one says all.
+            let said = vm.says("checker disk done");
+            done.store(true, Ordering::SeqCst);
+            assert!(said.ends_with("mismatched=0") || said.contains("mismatched=0 "), "{aio}: {said}");
+            squeezing.join().unwrap()
+        });
+        assert!(evicted >= 2 * 384 * MIB / PAGE_SIZE as u64, "{aio}: only {evicted} pages left");
+        assert!(vm.end().success());
+        let said = vm.all_said();
+        assert!(!said.contains("mismatch page"), "{aio}: {said}");
+    }
+}
+
+/// Drives the guest's pages out and lets them in again, until `done`. How many have left.
+fn squeeze(mut client: VmClient, done: &AtomicBool) -> u64 {
+    let before = client.stat().unwrap().memory.evict.written;
+    let mut after = before;
+    for budget in [16, 96].into_iter().cycle() {
+        if done.load(Ordering::SeqCst) {
+            break;
+        }
+        // Refused, the VM is ending.
+        let set = Request::SetRam { ram_bytes: budget * MIB };
+        let Ok(stat) = client.ask(&set, DEADLINE).and_then(|_| client.stat()) else { break };
+        after = stat.memory.evict.written;
+    }
+    after - before
 }

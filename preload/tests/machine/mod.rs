@@ -63,6 +63,13 @@ impl Kit {
     }
 }
 
+impl Kit {
+    /// The checker, for the host's side.
+    pub(crate) fn checker(&self) -> PathBuf {
+        self.dir.join("checker")
+    }
+}
+
 /// The directory that holds this test's profile directory.
 fn target_dir() -> PathBuf {
     let test = std::env::current_exe().unwrap();
@@ -148,6 +155,8 @@ pub(crate) struct Plan {
     /// Of each memory backend.
     pub(crate) backend_options: &'static str,
     pub(crate) arguments: Vec<String>,
+    /// The monitor is a socket in the run directory.
+    pub(crate) qmp_socket: bool,
 }
 
 impl Plan {
@@ -160,6 +169,7 @@ impl Plan {
             jobs,
             backend_options: "",
             arguments: Vec::new(),
+            qmp_socket: false,
         }
     }
 
@@ -234,15 +244,16 @@ impl Vm {
                 command.args(["-numa", &format!("node,nodeid={index},memdev=vmemd{index}")]);
             }),
         }
-        command.args(["-chardev", &format!("socket,id=vmemd-qmp,fd={}", qemus.as_raw_fd())]);
-        command.args(["-mon", "chardev=vmemd-qmp,mode=control"]).args(&plan.arguments);
-        let settings = PreloadSettings {
-            program: plan.qemu.canonicalize().unwrap(),
-            backends,
-            qmp: QmpAddress::Descriptor(ours.as_raw_fd()),
-            log: None,
-            role,
+        let socket = site.path("run").join(format!("{}.qmp", plan.name));
+        let (chardev, qmp) = if plan.qmp_socket {
+            (format!("path={},server=on,wait=off", socket.display()), QmpAddress::Socket(socket))
+        } else {
+            (format!("fd={}", qemus.as_raw_fd()), QmpAddress::Descriptor(ours.as_raw_fd()))
         };
+        command.args(["-chardev", &format!("socket,id=vmemd-qmp,{chardev}")]);
+        command.args(["-mon", "chardev=vmemd-qmp,mode=control"]).args(&plan.arguments);
+        let settings =
+            PreloadSettings { program: plan.qemu.canonicalize().unwrap(), backends, qmp, log: None, role };
         command.env("LD_PRELOAD", library()).env(VARIABLE, serde_json::to_string(&settings).unwrap());
         let mut passed: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
         passed.extend([ours.as_raw_fd(), qemus.as_raw_fd()]);
