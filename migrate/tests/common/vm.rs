@@ -65,6 +65,7 @@ pub struct Writer {
     thread: Option<JoinHandle<()>>,
     pub named: Arc<AtomicBool>,
     pub fail_pause: bool,
+    pub stood_still: bool,
 }
 
 impl Writer {
@@ -94,7 +95,13 @@ impl Writer {
                 }
             }
         });
-        Writer { switch, thread: Some(thread), named: Arc::new(AtomicBool::new(true)), fail_pause: false }
+        Writer {
+            switch,
+            thread: Some(thread),
+            named: Arc::new(AtomicBool::new(true)),
+            fail_pause: false,
+            stood_still: false,
+        }
     }
 
     pub fn writes(&self) -> u64 {
@@ -117,6 +124,10 @@ impl SourceVm for Writer {
             state = self.switch.changed.wait(state).unwrap();
         }
         if self.fail_pause { Err(VmError("stuck".to_string())) } else { Ok(()) }
+    }
+
+    fn stood_still(&self) -> bool {
+        self.stood_still
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
