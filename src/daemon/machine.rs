@@ -109,7 +109,7 @@ mod tests {
         let text = refused(offer, Some(&Rules::default()), EngineKind::Vmemd);
         assert!(!text.contains('\n'), "{text}");
         for says in
-            ["/nowhere/qemu-system-none", "disk /nowhere/disk is missing here", "kernel /nowhere/kernel"]
+            ["/nowhere/qemu-system-none", "disk /nowhere/disk is missing here", "file /nowhere/kernel"]
         {
             assert!(text.contains(says), "{says}: {text}");
         }
