@@ -255,6 +255,14 @@ mod tests {
     }
 
     #[test]
+    fn a_commit_says_one_of_two_things() {
+        let decoded = |number| Control::decode(&Header::plain(Kind::Commit, number, 0), &[]);
+        assert_eq!(decoded(0), Ok(Control::Commit { paused: false }));
+        assert_eq!(decoded(1), Ok(Control::Commit { paused: true }));
+        assert_eq!(decoded(2), Err(WireError::BadValue { what: "a commit", value: 2 }));
+    }
+
+    #[test]
     fn a_state_comes_in_parts() {
         let parts: Vec<_> = state_parts(&vec![1; MAX_STATE_PART + 5]).collect();
         assert!(matches!(&parts[1], Control::State { bytes, last: true, .. } if bytes.len() == 5));

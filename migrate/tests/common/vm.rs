@@ -65,7 +65,6 @@ pub struct Writer {
     thread: Option<JoinHandle<()>>,
     pub named: Arc<AtomicBool>,
     pub fail_pause: bool,
-    pub stood_still: bool,
 }
 
 impl Writer {
@@ -99,8 +98,7 @@ impl Writer {
             switch,
             thread: Some(thread),
             named: Arc::new(AtomicBool::new(true)),
-            fail_pause: false,
-            stood_still: false,
+            fail_pause: false
         }
     }
 
@@ -127,7 +125,7 @@ impl SourceVm for Writer {
     }
 
     fn stood_still(&self) -> bool {
-        self.stood_still
+        false
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
