@@ -15,6 +15,14 @@ impl Guest for ReferenceGuest {
         Ok(self.0.pause()?)
     }
 
+    fn runs(&mut self) -> Result<bool, Failure> {
+        match self.0.state() {
+            RunState::Running => Ok(true),
+            RunState::Paused => Ok(false),
+            RunState::Failed(reason) => Err(Failure::new(Kind::Vm, format!("the guest failed: {reason}"))),
+        }
+    }
+
     fn resume(&mut self) -> Result<(), Failure> {
         Ok(self.0.resume()?)
     }

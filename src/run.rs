@@ -39,6 +39,8 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
         budget_bytes: spec.budget_bytes,
         engine: spec.engine,
         daemon: None,
+        // All of it is in the guest's state.
+        offer: None,
     };
     let process = Process::begin(facts, place, Owner::Ours)?;
     let memory = Memory::start(spec, process.notices())?;

@@ -128,7 +128,7 @@ fn stat_has_the_documented_fields_and_commands_do_what_they_say() {
     let paused = host.wait_state("web", "paused");
     let again = host.stat("web").expect("it is there");
     assert_eq!(paused["guest"]["verified_pages"], again["guest"]["verified_pages"]);
-    host.vmemd(&["migrate", "web", "--to", "127.0.0.1:1"]).fails(4, &["paused", "resume"]);
+    host.vmemd(&["migrate", "web", "--to", "127.0.0.1:1"]).fails(6, &["cannot reach", "stays paused here"]);
     assert_eq!(host.vmemd(&["resume", "web"]).code, 0);
     host.wait_rounds("web", 1);
 

@@ -32,6 +32,8 @@ pub struct SessionHello {
     pub ram_bytes: Option<u64>,
     pub streams: u32,
     pub check_placement: bool,
+    /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's state.
+    pub offer: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,6 +10,9 @@ pub struct VmError(pub String);
 pub trait SourceVm {
     /// Returns when no vCPU runs in the guest and none will until [`resume`](Self::resume).
     fn pause(&mut self) -> Result<(), VmError>;
+    /// Whether it stood still by its user's will before it was paused here: wherever it then is, it stays paused.
+    fn stood_still(&self) -> bool;
+    /// Undoes [`pause`](Self::pause): it runs again, unless it [stood still](Self::stood_still) before.
     fn resume(&mut self) -> Result<(), VmError>;
     /// vCPU and device state, while paused.
     fn save(&mut self) -> Result<Vec<u8>, VmError>;
@@ -25,6 +28,6 @@ pub trait SourceVm {
 pub trait TargetVm {
     /// Takes the state from [`SourceVm::save`]. Memory already has its final content. Must not run the guest.
     fn load(&mut self, state: &[u8]) -> Result<(), VmError>;
-    /// The hand-over is decided: take the name and run. If this fails, no vCPU may have entered the guest.
-    fn start(&mut self) -> Result<(), VmError>;
+    /// The hand-over is decided: take the name and run, or stay `paused`. If this fails, no vCPU may have entered the guest.
+    fn start(&mut self, paused: bool) -> Result<(), VmError>;
 }

@@ -33,6 +33,7 @@ fn hello() -> SessionHello {
         ram_bytes: None,
         streams: 2,
         check_placement: false,
+        offer: None,
     }
 }
 
@@ -184,7 +185,7 @@ fn a_well_behaved_source_gets_its_vm_moved() {
         matches!(source.hear(), Control::Prepared(placed) if placed.pages_zero == 1023 && placed.pages_ram == 1)
     );
     assert!(!target.vm.is_started());
-    source.say(&Control::Commit);
+    source.say(&Control::Commit { paused: false });
     assert_eq!(source.hear(), Control::Running);
     let received = target.result().unwrap();
     assert_eq!((received.pages_ram, received.pageins_during), (1, 0));
@@ -263,7 +264,7 @@ fn the_same_stream_twice() {
 fn messages_in_a_wrong_order() {
     assert_refused("a commit at the wrong time", |source| {
         source.heat();
-        source.say(&Control::Commit);
+        source.say(&Control::Commit { paused: false });
     });
     assert_refused("VM state at the wrong time", Source::state);
     assert_refused("the end of the memory at the wrong time", |source| {
@@ -470,7 +471,7 @@ fn a_vm_that_cannot_start_goes_back() {
     source.state();
     source.say(&Control::Final(totals));
     assert!(matches!(source.hear(), Control::Prepared(_)));
-    source.say(&Control::Commit);
+    source.say(&Control::Commit { paused: false });
     assert!(matches!(source.hear(), Control::NotStarted(_)));
     assert!(matches!(target.result(), Err(ReceiveError::Vm(_))));
     let outcome = migrate::resolve(&target.address.to_string(), SESSION).unwrap();

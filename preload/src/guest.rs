@@ -13,6 +13,7 @@ use vmprocess::control::protocol::GuestStat;
 use vmprocess::failure::{Failure, Kind, chain};
 use vmprocess::{Guest, GuestView, Newcomer};
 
+use crate::farewell;
 use crate::qmp::{Qmp, QmpError, Standing};
 use crate::throttle::Throttle;
 
@@ -24,6 +25,8 @@ const STATE_TIMEOUT: Duration = Duration::from_secs(30);
 const STATE_POLL: Duration = Duration::from_millis(2);
 /// Device state is some hundred KiB and the memory of displays.
 const STATE_BYTES_MAX: usize = 1 << 30;
+/// Of QEMU's migration: memory that others share is not its to send.
+const IGNORE_SHARED: &str = "x-ignore-shared";
 /// What QEMU calls the descriptor that it is given.
 const STATE_FD: &str = "vmemd-state";
 /// As fast as can be: the VM stands still, and nothing leaves this machine.
@@ -38,6 +41,25 @@ pub(crate) struct Qemu {
     throttle: Option<Throttle>,
     vcpus: u32,
     workload: String,
+    /// Its network may know the guest's addresses elsewhere: at the target that it did not go to.
+    given_away: bool,
+}
+
+/// Why the guest of a machine in that state cannot go on, if it cannot.
+fn why_failed(status: &str) -> Option<&'static str> {
+    match status {
+        "guest-panicked" => Some("the guest panicked"),
+        "internal-error" => Some("QEMU found the guest in a state that it cannot run (internal-error)"),
+        "io-error" => Some("a disk of the guest failed (io-error); see QEMU's log, then `vmemd resume`"),
+        "shutdown" => Some("the guest has shut down"),
+        "watchdog" => Some("the guest's watchdog went off"),
+        _ => None,
+    }
+}
+
+/// As a QEMU does by itself that takes a guest.
+fn announcement() -> Value {
+    json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 })
 }
 
 fn failure(error: QmpError) -> Failure {
@@ -56,6 +78,7 @@ impl Qemu {
             throttle: Throttle::find(),
             vcpus: vcpus.as_array().map_or(0, |list| list.len() as u32),
             workload: workload.to_string_lossy().into_owned(),
+            given_away: false,
             qmp,
         })
     }
@@ -65,9 +88,10 @@ impl Qemu {
     }
 
     /// Gives QEMU the other end of a connection for its device state, and sets what is to go over it.
-    fn state_channel(&mut self) -> Result<UnixStream, Failure> {
-        let on = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
-        self.ask("migrate-set-capabilities", on)?;
+    fn state_channel(&mut self, capabilities: &[&str]) -> Result<UnixStream, Failure> {
+        let on: Vec<Value> =
+            capabilities.iter().map(|name| json!({ "capability": name, "state": true })).collect();
+        self.ask("migrate-set-capabilities", json!({ "capabilities": on }))?;
         let io = |error| Failure::io("a socket for QEMU's device state", &error);
         let (ours, theirs) = UnixStream::pair().map_err(io)?;
         self.qmp.give_fd(STATE_FD, theirs.as_fd(), COMMAND_TIMEOUT).map_err(failure)?;
@@ -96,12 +120,26 @@ impl Qemu {
     fn write_state(&mut self) -> Result<Vec<u8>, Failure> {
         let parameters = json!({ "max-bandwidth": BYTES_PER_SECOND, "downtime-limit": DOWNTIME_LIMIT_MS });
         self.ask("migrate-set-parameters", parameters)?;
-        let channel = self.state_channel()?;
+        let channel = self.state_channel(&[IGNORE_SHARED])?;
         let deadline = Instant::now() + STATE_TIMEOUT;
         self.ask("migrate", json!({ "uri": format!("fd:{STATE_FD}") }))?;
         let state = read_all(channel, deadline)?;
         self.settle(deadline)?;
         Ok(state)
+    }
+
+    fn read_state(&mut self, state: &[u8]) -> Result<(), Failure> {
+        // Disks stay the source's until the guest is to run: it may be resumed there.
+        let mut channel = self.state_channel(&[IGNORE_SHARED, "late-block-activate"])?;
+        let deadline = Instant::now() + STATE_TIMEOUT;
+        self.ask("migrate-incoming", json!({ "uri": format!("fd:{STATE_FD}") }))?;
+        let io = |error| Failure::io("QEMU does not take its device state", &error);
+        channel.set_write_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
+        // If it does not take all of it, it says why.
+        let written = channel.write_all(state).map_err(io);
+        drop(channel);
+        self.settle(deadline)?;
+        written
     }
 
     /// QEMU may still be at it: it can go on with the guest only when it is not.
@@ -119,11 +157,28 @@ impl Guest for Qemu {
         self.ask("stop", Value::Null).map(|_| ())
     }
 
+    fn runs(&mut self) -> Result<bool, Failure> {
+        let answer = self.ask("query-status", Value::Null)?;
+        let status = answer["status"].as_str().unwrap_or_default();
+        match why_failed(status) {
+            Some(why) => Err(Failure::new(Kind::Vm, why)),
+            // A guest that sleeps wakes up by itself.
+            None => Ok(answer["running"] == true || status == "suspended"),
+        }
+    }
+
     fn resume(&mut self) -> Result<(), Failure> {
-        self.ask("cont", Value::Null).map(|_| ())
+        self.ask("cont", Value::Null)?;
+        if std::mem::take(&mut self.given_away)
+            && let Err(error) = self.ask("announce-self", announcement())
+        {
+            tracing::info!(%error, "bridges learn where the guest is when it sends next");
+        }
+        Ok(())
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Failure> {
+        self.given_away = true;
         self.write_state().inspect_err(|_| self.give_state_up())
     }
 
@@ -138,14 +193,7 @@ impl Guest for Qemu {
     }
 
     fn view(&self) -> GuestView {
-        let failed = match self.standing.get().as_str() {
-            "guest-panicked" => Some("the guest panicked"),
-            "internal-error" => Some("QEMU found the guest in a state that it cannot run (internal-error)"),
-            "io-error" => Some("a disk of the guest failed (io-error); see QEMU's log, then `vmemd resume`"),
-            "shutdown" => Some("the guest has shut down"),
-            "watchdog" => Some("the guest's watchdog went off"),
-            _ => None,
-        };
+        let failed = why_failed(&self.standing.get());
         GuestView {
             vcpus: self.vcpus,
             workload: self.workload.clone(),
@@ -170,15 +218,14 @@ pub(crate) struct Incoming(pub(crate) Qemu);
 impl Newcomer for Incoming {
     fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
         let mut qemu = self.0;
-        let mut channel = qemu.state_channel()?;
-        let deadline = Instant::now() + STATE_TIMEOUT;
-        qemu.ask("migrate-incoming", json!({ "uri": format!("fd:{STATE_FD}") }))?;
-        let io = |error| Failure::io("QEMU does not take its device state", &error);
-        channel.set_write_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
-        channel.write_all(state).map_err(io)?;
-        drop(channel);
-        qemu.settle(deadline)?;
-        Ok(Box::new(qemu))
+        match qemu.read_state(state) {
+            Ok(()) => {
+                farewell::over();
+                Ok(Box::new(qemu))
+            }
+            // QEMU ends when it does not understand its state.
+            Err(failure) => Err(farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why))),
+        }
     }
 }
 

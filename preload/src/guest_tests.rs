@@ -87,10 +87,10 @@ fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {
         let memory = memory();
         let (mut source, mut process) = start(&program, &memory, &["-smp", "2"]);
         assert_eq!(source.view().vcpus, 2);
-        assert_eq!(status(&mut source), "running");
+        assert_eq!((status(&mut source).as_str(), source.runs().unwrap()), ("running", true));
         source.pause().unwrap();
         source.pause().unwrap();
-        assert_eq!(status(&mut source), "paused");
+        assert_eq!((status(&mut source).as_str(), source.runs().unwrap()), ("paused", false));
         let state = source.save().unwrap();
         assert!((1 << 12..64 << 20).contains(&state.len()), "{} bytes", state.len());
         // It was not taken: it goes on, and can be saved again.

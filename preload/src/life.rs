@@ -22,6 +22,7 @@ use vmprocess::qemu::{Backend, PreloadSettings, QmpAddress, Role};
 use vmprocess::{Arrival, End, Facts, Guest, Memory, NameHold, Owner, Process};
 
 use crate::backends::{Backends, Keeper, Part};
+use crate::farewell;
 use crate::guest::{Incoming, Qemu};
 use crate::interpose::BACKENDS;
 use crate::qmp::{Qmp, lock};
@@ -45,6 +46,9 @@ pub(crate) fn prepare() {
         }
     };
     start_logging(settings.log.as_deref());
+    if let Role::Arriving(arrive) = &settings.role {
+        farewell::expect(arrive);
+    }
     let path = |backend: &Backend| CString::new(backend.path.as_os_str().as_bytes()).unwrap_or_default();
     let files: Vec<_> =
         settings.backends.iter().map(|backend| (path(backend), backend.bytes as usize)).collect();
@@ -119,7 +123,7 @@ fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
         return Err(Failure::new(Kind::Usage, "plain memory is what QEMU has without vmemd: start it so"));
     }
     let (process, arrival) = match &settings.role {
-        Role::New { run_dir, name, .. } => {
+        Role::New { run_dir, name, offer, .. } => {
             vmprocess::host::need_free_ram(spec.budget_bytes, "this VM")?;
             let place = RunDir::open(run_dir)?.claim_name(name)?;
             let facts = Facts {
@@ -128,10 +132,12 @@ fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
                 budget_bytes: spec.budget_bytes,
                 engine: spec.engine,
                 daemon: None,
+                offer: Some(offer.clone()).filter(|offer| !offer.is_empty()),
             };
             (Process::begin(facts, place, Owner::Embedder)?, None)
         }
         Role::Arriving(arrive) => {
+            farewell::taken();
             let (process, arrival) = Arrival::begin(arrive, Owner::Embedder)?;
             (process, Some(arrival))
         }
@@ -163,8 +169,9 @@ fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
 fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, engine: EngineHandle) {
     let name = settings.role.name();
     let memory = Memory::external(engine.clone());
+    let arrives = arrival.is_some();
     let meet = || {
-        let qemu = meet(&settings.qmp)?;
+        let qemu = meet(&settings.qmp, arrives)?;
         if engine.is_attached() {
             info!(vm = name, "QEMU answers, and has its memory from vmemd");
             return Ok(qemu);
@@ -176,6 +183,7 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
         Some(arrival) => match meet() {
             Ok(qemu) => process.receive(arrival, memory, Box::new(Incoming(qemu))),
             Err(failure) => {
+                let failure = farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why));
                 arrival.refuse(&failure);
                 End { result: Err(failure), quit: false }
             }
@@ -195,12 +203,16 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     unsafe { libc::_exit(i32::from(code)) };
 }
 
-fn meet(address: &QmpAddress) -> Result<Qemu, Failure> {
+fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
     let qmp = match address {
         QmpAddress::Socket(path) => Qmp::connect(path, SET_UP_TIMEOUT),
         QmpAddress::Descriptor(fd) => {
             // SAFETY: inherited for this alone; taken once, because a process has one life.
-            Qmp::over(unsafe { UnixStream::from_raw_fd(*fd) }, SET_UP_TIMEOUT)
+            let monitor = unsafe { UnixStream::from_raw_fd(*fd) };
+            if arrives {
+                farewell::coming(&monitor);
+            }
+            Qmp::over(monitor, SET_UP_TIMEOUT)
         }
     };
     Qemu::new(qmp.map_err(|error| Failure::new(Kind::Vm, chain(&error)))?)

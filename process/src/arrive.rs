@@ -35,6 +35,8 @@ pub struct ArriveSettings {
     pub memory: MemorySpec,
     /// Listen address of the daemon.
     pub daemon: String,
+    /// For the VM's way onward, in the words of this host. The hello's own is left out.
+    pub offer: Option<String>,
     /// The source's control connection.
     pub control_fd: RawFd,
     /// Where the daemon passes the data streams on.
@@ -96,6 +98,7 @@ impl Arrival {
             budget_bytes: settings.memory.budget_bytes,
             engine: settings.memory.engine,
             daemon: Some(settings.daemon.clone()),
+            offer: settings.offer.clone(),
         };
         let process = Process::begin(facts, place, owner)?;
         let registry = FileRegistry::new(&dir.sessions_dir())
@@ -194,14 +197,15 @@ impl TargetVm for Target<'_> {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<(), VmError> {
+    fn start(&mut self, paused: bool) -> Result<(), VmError> {
         self.vm.claim(|claim| claim.settle()).map_err(|failure| VmError(failure.text))?;
-        if let Err(failure) = self.vm.guest(|guest| guest.resume()) {
+        let resumed = if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) };
+        if let Err(failure) = resumed {
             // The source is to have its name back.
             let _ = self.vm.claim(|claim| claim.leave("0"));
             return Err(VmError(failure.text));
         }
-        self.vm.core(|core| core.phase = Phase::Here);
+        self.vm.core(|core| (core.phase, core.paused) = (Phase::Here, paused));
         Ok(())
     }
 }

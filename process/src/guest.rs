@@ -14,6 +14,12 @@ pub trait Guest: Send + fmt::Debug {
     /// If a vCPU does not stop in time, or the guest has failed.
     fn pause(&mut self) -> Result<(), Failure>;
 
+    /// Whether its vCPUs are let into the guest. Not if it was paused, be it by other means than [`pause`](Self::pause).
+    ///
+    /// # Errors
+    /// If the guest has failed.
+    fn runs(&mut self) -> Result<bool, Failure>;
+
     /// Lets the vCPUs go on, or run for the first time after [`Newcomer::load`].
     ///
     /// # Errors

@@ -94,6 +94,7 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
     options.max_rounds = request.max_rounds;
     options.max_throttle = request.max_throttle;
     options.check_placement = request.check_placement;
+    options.offer.clone_from(&vm.facts.offer);
     Ok(options)
 }
 
@@ -106,7 +107,6 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     vm.core(|core| {
         let why = match &core.phase {
             Phase::Here if core.stalled.is_some() => "its store failed: `vmemd resume` it first",
-            Phase::Here if core.paused => "it is paused: `vmemd resume` it first",
             Phase::Here => {
                 vm.cancel.store(false, Ordering::SeqCst);
                 core.phase = Phase::Migrating;
@@ -194,7 +194,7 @@ fn settle(vm: &Vm, to: &str, result: &Result<Report, SendError>) {
             Phase::InDoubt { session: *session, to: to.clone() }
         }
         Err(error) => {
-            warn!(vm = %name, to, %error, "not moved: it runs on here");
+            warn!(vm = %name, to, %error, "not moved: it stays here");
             Phase::Here
         }
     };
@@ -216,7 +216,8 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
             let still_here = error.still_here();
             let mut failure = Failure::from(error);
             if still_here {
-                failure.text = format!("{}; {:?} runs on here", failure.text, vm.facts.name);
+                let stays = if vm.core(|core| core.paused) { "stays paused here" } else { "runs on here" };
+                failure.text = format!("{}; {:?} {stays}", failure.text, vm.facts.name);
             }
             Err(failure)
         }
@@ -241,8 +242,11 @@ pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Val
             let mut source = Leaving { vm };
             source.take_name_back();
             source.resume().map_err(|error| Failure::new(Kind::Vm, error.0))?;
-            vm.core(|core| core.phase = Phase::Here);
-            vm.done("running")
+            let paused = vm.core(|core| {
+                core.phase = Phase::Here;
+                core.paused
+            });
+            vm.done(if paused { "paused" } else { "running" })
         }
     }
 }
@@ -258,12 +262,19 @@ fn text(failure: Failure) -> VmError {
 
 impl SourceVm for Leaving<'_> {
     fn pause(&mut self) -> Result<(), VmError> {
+        let runs = self.vm.guest(|guest| guest.runs()).map_err(text)?;
+        // By whatever means, such as a monitor of its user's.
+        self.vm.core(|core| core.paused |= !runs && core.stalled.is_none());
         self.vm.guest(|guest| guest.pause()).map_err(text)
+    }
+
+    fn stood_still(&self) -> bool {
+        self.vm.core(|core| core.paused)
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
         // Whoever stalled it meanwhile wants it to stand still.
-        if self.vm.core(|core| core.stalled.is_some()) {
+        if self.vm.core(|core| core.stalled.is_some() || core.paused) {
             return Ok(());
         }
         self.vm.guest(|guest| guest.resume()).map_err(text)

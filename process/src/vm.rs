@@ -36,6 +36,8 @@ pub struct Facts {
     pub engine: EngineKind,
     /// Listen address of the daemon that received it.
     pub daemon: Option<String>,
+    /// What a target needs to make the same machine, if that is not in the guest's state.
+    pub offer: Option<String>,
 }
 
 /// Where the VM is in its life.

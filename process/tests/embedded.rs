@@ -25,6 +25,8 @@ use vmprocess::{
 const DEADLINE: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 64 << 20;
 const BUDGET: u64 = 32 << 20;
+/// What a target needs to know of the machine.
+const OFFER: &str = "{\"a machine\": 3}";
 const STATE: &[u8] = b"the state of the devices";
 /// Pages that have content, spread over more memory than the budget.
 const PAGES: u64 = 100;
@@ -66,11 +68,15 @@ fn logged(log: &Log) -> Vec<&'static str> {
 }
 
 #[derive(Debug)]
-struct LoggedGuest(Log);
+struct LoggedGuest {
+    log: Log,
+    /// Somebody else has paused it.
+    stands: bool,
+}
 
 impl LoggedGuest {
     fn note(&self, what: &'static str) -> Result<(), Failure> {
-        self.0.lock().unwrap().push(what);
+        self.log.lock().unwrap().push(what);
         Ok(())
     }
 }
@@ -78,6 +84,10 @@ impl LoggedGuest {
 impl Guest for LoggedGuest {
     fn pause(&mut self) -> Result<(), Failure> {
         self.note("pause")
+    }
+
+    fn runs(&mut self) -> Result<bool, Failure> {
+        Ok(!self.stands)
     }
 
     fn resume(&mut self) -> Result<(), Failure> {
@@ -115,7 +125,7 @@ impl Newcomer for LoggedNewcomer {
         if self.refuses || state != STATE {
             return Err(Failure::new(Kind::Vm, "these devices are unknown here"));
         }
-        let guest = LoggedGuest(self.log);
+        let guest = LoggedGuest { log: self.log, stands: false };
         guest.note("load")?;
         Ok(Box::new(guest))
     }
@@ -154,12 +164,17 @@ struct Running {
 }
 
 fn start(host: &Host) -> Option<Running> {
+    start_as(host, false)
+}
+
+fn start_as(host: &Host, stands: bool) -> Option<Running> {
     let facts = Facts {
         name: "web".to_owned(),
         memory_bytes: MEMORY,
         budget_bytes: BUDGET,
         engine: EngineKind::Vmemd,
         daemon: None,
+        offer: Some(OFFER.to_owned()),
     };
     let place = host.run_dir().claim_name("web").unwrap();
     let process = Process::begin(facts, place, Owner::Embedder).unwrap();
@@ -169,7 +184,7 @@ fn start(host: &Host) -> Option<Running> {
         unsafe { word_of(&engine, number).write_volatile(number + 1) };
     }
     let (memory, log) = (Memory::external(engine.handle()), Log::default());
-    let guest = LoggedGuest(log.clone());
+    let guest = LoggedGuest { log: log.clone(), stands };
     let process = std::thread::spawn(move || {
         let end = process.run(memory, || Ok(Box::new(guest)));
         (process, end)
@@ -235,6 +250,7 @@ fn settings_of(
     control: TcpStream,
     streams: UnixStream,
 ) -> ArriveSettings {
+    assert_eq!(hello.offer.as_deref(), Some(OFFER));
     let place = Place::arriving(&hello.name, &hello.session.to_string());
     let (claim, listener) = dir.claim(&dir.lock().unwrap(), place).unwrap();
     claim.hand_over();
@@ -250,6 +266,7 @@ fn settings_of(
             prealloc: false,
             lock: false,
         },
+        offer: hello.offer.clone(),
         hello,
         daemon: "a daemon".to_owned(),
         control_fd: control.into_raw_fd(),
@@ -322,6 +339,7 @@ fn a_program_that_ends_by_itself_takes_the_name_with_it() {
         budget_bytes: BUDGET,
         engine: EngineKind::Vmemd,
         daemon: None,
+        offer: Some(OFFER.to_owned()),
     };
     let process = Process::begin(facts, place, Owner::Embedder).unwrap();
     let name = process.name_hold();
@@ -370,7 +388,9 @@ fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
     wait_for(&host, State::Running);
     let (address, target) = receive_one(&host, true);
     let failure = migrate_to(&host, address).unwrap_err();
-    assert!(failure.text.contains("runs on here"), "{failure}");
+    for says in ["these devices are unknown here", "runs on here"] {
+        assert!(failure.text.contains(says), "{failure}");
+    }
 
     let (_engine, log, _process, end) = target.join().unwrap();
     let text = end.result.unwrap_err().text;
@@ -383,4 +403,35 @@ fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
     let (_process, end) = source.process.join().unwrap();
     assert_eq!((end.result, end.quit), (Ok(()), true));
+}
+
+#[test]
+fn a_vm_that_stands_still_arrives_so() {
+    for by_its_user in [true, false] {
+        let host = Host::new();
+        let Some(source) = start_as(&host, !by_its_user) else { return };
+        wait_for(&host, State::Running);
+        if by_its_user {
+            connect(&host).ask(&Request::Pause, DEADLINE).unwrap();
+            logged(&source.log);
+        }
+        // What it does not get away from, it stands still at.
+        let (address, target) = receive_one(&host, true);
+        let failure = migrate_to(&host, address).unwrap_err();
+        assert!(failure.text.contains("stays paused here"), "{failure}");
+        drop(target.join().unwrap());
+        wait_for(&host, State::Paused);
+        assert_eq!(logged(&source.log), ["pause", "save"]);
+
+        let (address, target) = receive_one(&host, false);
+        migrate_to(&host, address).unwrap();
+        drop(source.process.join().unwrap());
+        wait_for(&host, State::Paused);
+        connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
+        wait_for(&host, State::Running);
+        connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+        let (_engine, log, _process, end) = target.join().unwrap();
+        assert_eq!((end.result, end.quit), (Ok(()), true));
+        assert_eq!(logged(&log), ["load", "resume", "pause", "quit"]);
+    }
 }

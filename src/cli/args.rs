@@ -205,6 +205,10 @@ pub(super) struct ServeArgs {
     /// One log file a VM in this directory, instead of the daemon's stderr
     #[arg(long, value_name = "DIR")]
     pub(super) log_dir: Option<PathBuf>,
+    /// Let QEMU VMs come, with names in their command lines mapped by this TOML file (see docs/qemu.md; it may be empty).
+    /// Whoever reaches the port can then start programs here
+    #[arg(long, value_name = "FILE")]
+    pub(super) qemu_rules: Option<PathBuf>,
     #[command(flatten)]
     pub(super) json: JsonArg,
 }

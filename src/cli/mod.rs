@@ -20,6 +20,7 @@ use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
 use crate::daemon::serve::ServeSettings;
+use crate::qemu::rules::Rules;
 use crate::qemu::run::QemuSettings;
 use crate::run::{self, RunSettings};
 use crate::{bench, daemon, doctor, qemu};
@@ -203,6 +204,7 @@ fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Fa
         engine: args.engine.into(),
         lock: !args.no_lock,
         log_dir: args.log_dir,
+        qemu_rules: args.qemu_rules.as_deref().map(Rules::read).transpose()?,
         json: args.json.json,
     })
 }

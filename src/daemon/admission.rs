@@ -198,6 +198,7 @@ mod tests {
             ram_bytes,
             streams: 2,
             check_placement: false,
+            offer: None,
         }
     }
 

@@ -7,8 +7,13 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use tracing::warn;
 use vmprocess::ArriveSettings;
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::qemu::Role;
+
+use super::machine::{Machine, Qemu};
+use crate::qemu::launch::{Launch, launch};
 
 /// What the child gets besides its settings.
 #[derive(Debug)]
@@ -18,32 +23,49 @@ pub(super) struct Descriptors<'a> {
     pub(super) listener: &'a UnixListener,
 }
 
-/// Starts `vmemd receive`. `settings`' descriptor numbers are filled in here.
+/// Starts `vmemd receive`, or the VM's QEMU. `settings`' descriptor numbers are filled in here.
 ///
 /// # Errors
 /// If no process can be started, or its log cannot be opened.
 pub(super) fn start(
     mut settings: ArriveSettings,
+    machine: Machine,
     descriptors: &Descriptors<'_>,
     log_dir: Option<&Path>,
 ) -> Result<Child, Failure> {
     let fds =
         [descriptors.control.as_raw_fd(), descriptors.streams.as_raw_fd(), descriptors.listener.as_raw_fd()];
     [settings.control_fd, settings.streams_fd, settings.listener_fd] = fds;
-    let text =
-        serde_json::to_string(&settings).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0("vmemd").arg("receive").arg(text).stdin(Stdio::null()).stdout(Stdio::null());
-    if let Some(dir) = log_dir {
-        let path = dir.join(format!("{}.log", settings.hello.name));
-        let file = std::fs::File::options().create(true).append(true).open(&path);
+    let log = log_dir.map(|dir| dir.join(format!("{}.log", settings.hello.name)));
+    let mut launch = match machine {
+        Machine::Reference => Launch::from(receive(&settings)?),
+        Machine::Qemu(qemu) => {
+            let Qemu { binary, plan, .. } = *qemu;
+            launch(&binary, plan, Role::Arriving(Box::new(settings)), None, &[])?
+        }
+    };
+    launch.notes.iter().for_each(|note| warn!("{note}"));
+    let command = &mut launch.command;
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    if let Some(path) = log {
+        // The end of it is read, to tell the source why its QEMU ended.
+        let file = std::fs::File::options().create(true).append(true).read(true).open(&path);
         command.stderr(
             file.map_err(|error| Failure::io(format!("cannot open the log {}", path.display()), &error))?,
         );
     }
     // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
     unsafe { command.pre_exec(move || prepare(&fds)) };
-    command.spawn().map_err(|error| Failure::io("cannot start `vmemd receive`", &error))
+    let program = command.get_program().to_owned();
+    command.spawn().map_err(|error| Failure::io(format!("cannot start {}", program.display()), &error))
+}
+
+fn receive(settings: &ArriveSettings) -> Result<Command, Failure> {
+    let text =
+        serde_json::to_string(settings).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("vmemd").arg("receive").arg(text);
+    Ok(command)
 }
 
 /// In the child: a session of its own, and the descriptors kept over exec.

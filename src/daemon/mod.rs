@@ -2,4 +2,5 @@
 
 mod admission;
 mod children;
+mod machine;
 pub mod serve;

@@ -20,6 +20,8 @@ use vmprocess::{ArriveSettings, MemorySpec, host, passing, signals};
 
 use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
 use super::children::{self, Descriptors};
+use super::machine::{self, Machine};
+use crate::qemu::rules::Rules;
 
 /// Connections whose purpose is not known yet; more are closed at once.
 const GREETING_MAX: usize = 32;
@@ -38,6 +40,8 @@ pub struct ServeSettings {
     pub engine: EngineKind,
     pub lock: bool,
     pub log_dir: Option<PathBuf>,
+    /// How names of other hosts' QEMU command lines are called here; None: QEMU VMs may not come.
+    pub qemu_rules: Option<Rules>,
     pub json: bool,
 }
 
@@ -204,8 +208,9 @@ impl Daemon {
 
     /// Lets a VM in: its name, its room, its process.
     fn admit(self: &Arc<Daemon>, stream: &mut TcpStream, hello: &SessionHello) -> Result<(), Refusal> {
-        let _one_at_a_time = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         check_hello(hello)?;
+        let machine = machine::find(hello, self.settings.qemu_rules.as_ref(), self.settings.engine)?;
+        let _one_at_a_time = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         let tolerated = tolerated_holders(&self.dir, &hello.name)?;
         let granted = self.find_room(hello)?;
         let lock = self.dir.lock()?;
@@ -219,11 +224,11 @@ impl Daemon {
         drop(lock);
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
-        let settings = self.arrive_settings(hello, granted);
+        let settings = self.arrive_settings(hello, granted, &machine);
         // Before the child can tell the source to go on.
         self.sessions().insert(hello.session, ours);
         let descriptors = Descriptors { control: stream, streams: &theirs, listener: &listener };
-        match children::start(settings, &descriptors, self.settings.log_dir.as_deref()) {
+        match children::start(settings, machine, &descriptors, self.settings.log_dir.as_deref()) {
             Ok(child) => {
                 claim.hand_over();
                 info!(vm = %hello.name, ram = %Size(granted), pid = child.id(), "arriving");
@@ -250,10 +255,10 @@ impl Daemon {
         Ok(granted)
     }
 
-    fn arrive_settings(&self, hello: &SessionHello, granted: u64) -> ArriveSettings {
+    fn arrive_settings(&self, hello: &SessionHello, granted: u64, machine: &Machine) -> ArriveSettings {
         ArriveSettings {
             run_dir: self.dir.path().to_owned(),
-            hello: hello.clone(),
+            hello: SessionHello { offer: None, ..hello.clone() },
             granted_ram_bytes: granted,
             memory: MemorySpec {
                 engine: self.settings.engine,
@@ -265,6 +270,10 @@ impl Daemon {
                 lock: self.settings.lock,
             },
             daemon: self.listen.clone(),
+            offer: match machine {
+                Machine::Reference => None,
+                Machine::Qemu(qemu) => Some(qemu.offer.clone()),
+            },
             control_fd: -1,
             streams_fd: -1,
             listener_fd: -1,

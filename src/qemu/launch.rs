@@ -50,6 +50,13 @@ pub struct Launch {
     _inherited: Vec<OwnedFd>,
 }
 
+impl From<Command> for Launch {
+    /// A command that inherits nothing of this.
+    fn from(command: Command) -> Launch {
+        Launch { command, notes: Vec::new(), _inherited: Vec::new() }
+    }
+}
+
 /// Makes what a QEMU needs, with `role` for its preload. Descriptors in `also` are inherited as well.
 ///
 /// # Errors

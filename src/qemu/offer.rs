@@ -34,8 +34,9 @@ pub struct Offer {
 #[derive(Debug)]
 pub struct Accepted {
     pub binary: PathBuf,
-    pub line: CommandLine,
     pub plan: Plan,
+    /// The same machine in the names of this host, for the VM's way onward.
+    pub onward: Offer,
 }
 
 impl Offer {
@@ -58,10 +59,7 @@ impl Offer {
         } else {
             None
         };
-        let binary = binary.to_str().ok_or_else(|| {
-            Failure::new(Kind::Usage, format!("{} is not UTF-8: rename it", binary.display()))
-        })?;
-        Ok(Offer { binary: binary.to_owned(), args: line.print(), version, machine, cpu })
+        Ok(Offer { binary: utf8(binary)?, args: line.print(), version, machine, cpu })
     }
 
     /// Maps names by the rules, and checks that this host has all of it. `path` is `PATH`, `cpu` this host's.
@@ -78,10 +76,13 @@ impl Offer {
         let plan = Plan::of(&line)?;
         unmovable(&line)?;
         let mut missing = resources::missing(&line, host)?;
-        let binary = self.find(rules, path);
-        match &binary {
-            Ok(binary) => missing.extend(self.unlike(&line, binary, ask)?),
-            Err(failure) => missing.insert(0, failure.text.clone()),
+        let found = self.find(rules, path).and_then(|binary| {
+            let version = Version::of(ask, &binary)?;
+            missing.extend(self.unlike(&line, &binary, version, ask)?);
+            Ok((binary, version))
+        });
+        if let Err(failure) = &found {
+            missing.insert(0, failure.text.clone());
         }
         if let Some(source) = &self.cpu {
             if !source.is_sane() {
@@ -93,7 +94,9 @@ impl Offer {
             missing.extend(source.lost_on(cpu));
         }
         resources::report(&missing)?;
-        Ok(Accepted { binary: binary?, line, plan })
+        let (binary, version) = found?;
+        let onward = Offer { binary: utf8(&binary)?, args: line.print(), version, ..self.clone() };
+        Ok(Accepted { binary, plan, onward })
     }
 
     /// The QEMU binary of this host: of the same (or the mapped) path, else of the same name.
@@ -114,9 +117,14 @@ impl Offer {
     }
 
     /// In what this host's QEMU is not the source's.
-    fn unlike(&self, line: &CommandLine, binary: &Path, ask: &dyn Ask) -> Result<Vec<String>, Failure> {
+    fn unlike(
+        &self,
+        line: &CommandLine,
+        binary: &Path,
+        version: Version,
+        ask: &dyn Ask,
+    ) -> Result<Vec<String>, Failure> {
         let mut lines = Vec::new();
-        let version = Version::of(ask, binary)?;
         if !Machines::of(ask, binary)?.has(&self.machine.machine) {
             lines.push(format!(
                 "{} (version {version}) has no machine {:?}: use a QEMU that has it, the source's is {}",
@@ -139,6 +147,11 @@ impl Offer {
         }
         Ok(lines)
     }
+}
+
+fn utf8(binary: &Path) -> Result<String, Failure> {
+    let text = || Failure::new(Kind::Usage, format!("{} is not UTF-8: rename it", binary.display()));
+    binary.to_str().map(str::to_owned).ok_or_else(text)
 }
 
 #[cfg(test)]
@@ -229,7 +242,12 @@ mod tests {
         let path = bin.0.as_os_str();
         let accepted = offer.accept(&rules, &Rich, &Fake("7.2"), path, &cpu("sse avx2 more")).unwrap();
         assert_eq!(accepted.binary, bin.0.join("qemu-system-x"));
-        assert_eq!(accepted.line.print().last().unwrap(), "file=/mnt/a.img");
+        assert_eq!(accepted.onward.args.last().unwrap(), "file=/mnt/a.img");
+        assert_eq!(Path::new(&accepted.onward.binary), accepted.binary);
+        // Back home: what has been mapped is not mapped again, and the processor is still the one that the guest knows.
+        let back =
+            accepted.onward.accept(&Rules::default(), &Rich, &Fake("7.2"), path, &cpu("sse avx2")).unwrap();
+        assert_eq!(back.onward, accepted.onward);
         assert_eq!(accepted.plan.memory().bytes(), 1 << 30);
     }
 

@@ -98,16 +98,25 @@ impl Said {
 pub(crate) struct Host {
     pub(crate) root: PathBuf,
     children: Vec<u32>,
+    /// The network namespace of its processes, if it is not the test's.
+    namespace: Option<String>,
 }
 
 impl Host {
+    /// With a network of its own, which somebody else has made.
+    pub(crate) fn within(name: &str, namespace: &str) -> Host {
+        let mut host = Host::new(name);
+        host.namespace = Some(namespace.to_owned());
+        host
+    }
+
     pub(crate) fn new(name: &str) -> Host {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let root =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{number}", std::process::id()));
         fs::create_dir_all(root.join("store")).expect("a directory for the test");
-        Host { root, children: Vec::new() }
+        Host { root, children: Vec::new(), namespace: None }
     }
 
     pub(crate) fn run_dir(&self) -> PathBuf {
@@ -119,7 +128,16 @@ impl Host {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmemd"));
+        const VMEMD: &str = env!("CARGO_BIN_EXE_vmemd");
+        let mut command = match &self.namespace {
+            None => Command::new(VMEMD),
+            Some(namespace) => {
+                // It becomes the command, under the same pid.
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace, VMEMD]);
+                command
+            }
+        };
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
         // Tests started in the background of a script inherit an ignored SIGINT; Ctrl-C is to be heard all the same.
         // SAFETY: between fork and exec only this one async-signal-safe call is made, which touches no memory.

@@ -6,10 +6,11 @@
 //! ```
 //! The console listens and QEMU connects, so that a QEMU that takes the VM over (a migration's target, started from the same
 //! arguments) comes to the same console. What VMs print is read in the order of their connections.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses a part")]
 
 mod console;
 mod kit;
+mod network;
 
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
@@ -22,6 +23,8 @@ use std::time::{Duration, Instant};
 pub(crate) use console::{Console, field};
 #[allow(unused_imports, reason = "each test file uses a part")]
 pub(crate) use kit::{Machine, Qemu, on_host};
+#[allow(unused_imports, reason = "each test file uses a part")]
+pub(crate) use network::Network;
 
 /// How long a boot may take on a slow, busy machine.
 pub(crate) const BOOT: Duration = Duration::from_secs(120);

@@ -12,7 +12,7 @@ use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT};
 use crate::resolve;
 use crate::session::SessionId;
 use crate::wire::WireError;
-use crate::wire::opening::{Answer, MAX_MEMORY_BYTES, MAX_STREAMS, is_name};
+use crate::wire::opening::{Answer, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, is_name};
 
 /// A target that has accepted the VM.
 #[derive(Debug)]
@@ -38,6 +38,12 @@ fn check(options: &SourceOptions, memory_bytes: u64) -> Result<(), SendError> {
     if options.streams == 0 || options.streams > MAX_STREAMS {
         return wrong(format!("{} data streams are not 1 to {MAX_STREAMS}", options.streams));
     }
+    let offer_bytes = options.offer.as_ref().map_or(0, String::len);
+    if offer_bytes > MAX_OFFER {
+        return wrong(format!(
+            "its command line of {offer_bytes} bytes is too long to be sent (at most {MAX_OFFER}): shorten it"
+        ));
+    }
     if options.max_throttle > 99 {
         return wrong(format!("a throttle of {} % would stop the VM: at most 99", options.max_throttle));
     }
@@ -60,6 +66,7 @@ pub(crate) fn connect(
         ram_bytes: options.ram_bytes,
         streams: options.streams,
         check_placement: options.check_placement,
+        offer: options.offer.clone(),
     });
     write_opening(&mut control, &hello.encode()).map_err(link("offering the VM"))?;
     let ram_bytes = accepted(&mut control, cancel)?;

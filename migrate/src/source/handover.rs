@@ -106,10 +106,11 @@ fn prepare(moving: &mut Moving<'_, '_>) -> Result<Placed, Failed> {
 /// After this, the VM may run there.
 fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
     moving.rounds.enter(Phase::HandOver);
+    let paused = moving.vm.stood_still();
     let (runtime, rounds) = (moving.runtime, &mut moving.rounds);
     let limit = Instant::now() + RUNNING_LIMIT;
     runtime.block_on(async {
-        rounds.control.outbox().send(Control::Commit).await;
+        rounds.control.outbox().send(Control::Commit { paused }).await;
         // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
         let life = rounds.watch.life.clone();
         let word = life.unless_failed(rounds.control.next());

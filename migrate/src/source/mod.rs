@@ -41,6 +41,8 @@ pub struct SourceOptions {
     pub max_throttle: u8,
     /// Have the target measure how much of what the VM touches in the first second is in RAM.
     pub check_placement: bool,
+    /// What the target needs to make the VM's machine, if that is not in its state.
+    pub offer: Option<String>,
 }
 
 impl SourceOptions {
@@ -55,6 +57,7 @@ impl SourceOptions {
             max_rounds: 30,
             max_throttle: 99,
             check_placement: false,
+            offer: None,
         }
     }
 }

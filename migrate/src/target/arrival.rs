@@ -243,7 +243,7 @@ fn name(message: &Control) -> &'static str {
         Control::Heat(_) => "a heat map",
         Control::State { .. } => "VM state",
         Control::Final(_) => "the end of the memory",
-        Control::Commit => "a commit",
+        Control::Commit { .. } => "a commit",
         Control::Alive => "a sign of life",
         Control::Abort(_) => "an abort",
         _ => "a message that only a target may send",

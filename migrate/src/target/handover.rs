@@ -38,12 +38,12 @@ pub(super) fn run(
     let (control, watch) = (&mut session.control, &session.watch);
     let word = session.runtime.block_on(watch.wait("waiting for the commit", COMMIT_LIMIT, control.next()));
     let word = word.map_err(|trouble| fail(session, trouble))?;
-    if word != Control::Commit {
+    let Control::Commit { paused } = word else {
         return Err(fail(session, Trouble::Peer("something else than a commit or an abort".to_string())));
-    }
-    if let Err(error) = commit(link).and_then(|()| start(link, vm)) {
+    };
+    if let Err(error) = commit(link).and_then(|()| start(link, vm, paused)) {
         // Only this message, or the registry's record, gives the VM back to the source.
-        session.runtime.block_on(outbox.deliver(Control::NotStarted(error.to_string())));
+        session.runtime.block_on(outbox.deliver(Control::NotStarted(error.chain())));
         return Err(Failed::Said(error));
     }
     session.runtime.block_on(outbox.deliver(Control::Running));
@@ -80,8 +80,8 @@ fn commit(link: &TargetLink<'_>) -> Result<(), ReceiveError> {
     }
 }
 
-fn start(link: &TargetLink<'_>, vm: &mut dyn TargetVm) -> Result<(), ReceiveError> {
-    vm.start().map_err(|error| {
+fn start(link: &TargetLink<'_>, vm: &mut dyn TargetVm, paused: bool) -> Result<(), ReceiveError> {
+    vm.start(paused).map_err(|error| {
         if let Err(error) = link.registry.revoke(link.hello.session) {
             tracing::error!(%error, "a VM that could not start is recorded as running here");
         }

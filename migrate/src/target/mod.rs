@@ -84,6 +84,14 @@ pub enum ReceiveError {
     Registry(#[from] RegistryError),
 }
 
+impl ReceiveError {
+    /// With its causes, for the source: it has no other account of what went wrong here.
+    fn chain(&self) -> String {
+        let causes = std::iter::successors(std::error::Error::source(self), |error| error.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
+    }
+}
+
 impl From<Trouble> for ReceiveError {
     fn from(trouble: Trouble) -> ReceiveError {
         match trouble {
@@ -172,7 +180,7 @@ fn accepted(
     let last_word = match &result {
         Ok(_) => None,
         Err(Failed::Trouble) => life.farewell(),
-        Err(Failed::Said(error)) => Some(error.to_string()),
+        Err(Failed::Said(error)) => Some(error.chain()),
     };
     runtime.block_on(control.close(&life, last_word));
     match result {

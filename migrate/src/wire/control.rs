@@ -42,8 +42,11 @@ pub enum Control {
     },
     /// All pages are sent: what that was, on all streams together.
     Final(Totals),
-    /// The target runs the VM from now on.
-    Commit,
+    /// The VM is the target's from now on.
+    Commit {
+        /// It stands still, and is to stay so.
+        paused: bool,
+    },
     Alive,
     Abort(String),
     HeatTaken,
@@ -127,7 +130,7 @@ impl Control {
             Control::Final(totals) => {
                 (Kind::Final, 0, numbers([totals.pages, totals.zeros, totals.poisoned]))
             }
-            Control::Commit => (Kind::Commit, 0, Vec::new()),
+            Control::Commit { paused } => (Kind::Commit, u64::from(*paused), Vec::new()),
             Control::Alive => (Kind::Alive, 0, Vec::new()),
             Control::Abort(text) => (Kind::Abort, 0, short_text(text).as_bytes().to_vec()),
             Control::HeatTaken => (Kind::HeatTaken, 0, Vec::new()),
@@ -157,7 +160,10 @@ impl Control {
                 Ok(Control::State { at: header.number, bytes: body.to_vec(), last: header.has(FLAG_LAST) })
             }
             Kind::Final => read_totals(body).map(Control::Final),
-            Kind::Commit => empty(Control::Commit),
+            Kind::Commit if header.number > 1 => {
+                Err(WireError::BadValue { what: "a commit", value: header.number })
+            }
+            Kind::Commit => empty(Control::Commit { paused: header.number == 1 }),
             Kind::Alive => empty(Control::Alive),
             Kind::Abort => text(body).map(Control::Abort),
             Kind::HeatTaken => empty(Control::HeatTaken),
@@ -201,7 +207,7 @@ mod tests {
                 0 => Control::Heat(Part { first: n[0], heat: bytes, last }),
                 1 => Control::State { at: n[0] % 1000, bytes, last },
                 2 => Control::Final(Totals { pages: n[0], zeros: n[1], poisoned: n[2] }),
-                3 => Control::Commit,
+                3 => Control::Commit { paused: last },
                 4 => Control::Alive,
                 5 => Control::Abort(text),
                 6 => Control::HeatTaken,
@@ -246,6 +252,14 @@ mod tests {
         assert_eq!(short_text(&long).len(), MAX_TEXT);
         assert_eq!(text(b"a\x1b[2Jb\nc"), Ok("a [2Jb c".to_string()));
         assert_eq!(text(&[0xFF]), Err(WireError::NotText));
+    }
+
+    #[test]
+    fn a_commit_says_one_of_two_things() {
+        let decoded = |number| Control::decode(&Header::plain(Kind::Commit, number, 0), &[]);
+        assert_eq!(decoded(0), Ok(Control::Commit { paused: false }));
+        assert_eq!(decoded(1), Ok(Control::Commit { paused: true }));
+        assert_eq!(decoded(2), Err(WireError::BadValue { what: "a commit", value: 2 }));
     }
 
     #[test]

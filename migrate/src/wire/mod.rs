@@ -10,7 +10,7 @@ pub mod opening;
 pub mod record;
 
 /// The version of everything in this module. A peer of another version is refused.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Why bytes are not what they should be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -17,8 +17,12 @@ use crate::session::SessionId;
 /// First bytes of every connection, and of every answer to it.
 pub const OPENING_MAGIC: [u8; 8] = *b"vmemdmig";
 pub const PREAMBLE_BYTES: usize = 16;
-/// Most bytes behind a preamble, checksum included.
+/// Most bytes behind a preamble, checksum included; of a session's, [`MAX_SESSION_BODY`].
 pub const MAX_BODY: usize = MAX_TEXT + 64;
+/// Most bytes of the text that describes a VM's machine.
+pub const MAX_OFFER: usize = 64 << 10;
+/// Most bytes behind the preamble of a session.
+pub const MAX_SESSION_BODY: usize = size_of::<RawSession>() + MAX_NAME + MAX_OFFER + SUM_BYTES;
 /// Most bytes of a VM's name.
 pub const MAX_NAME: usize = 255;
 /// Most data streams of a session.
@@ -37,7 +41,6 @@ const KIND_RESOLVED: u8 = 67;
 /// A run may be all of the memory, and counts its pages in 32 bits.
 const _: () = assert!(MAX_MEMORY_BYTES >> swapd::PAGE_SHIFT <= u32::MAX as u64);
 const _: () = assert!(size_of::<RawPreamble>() == PREAMBLE_BYTES);
-const _: () = assert!(size_of::<RawSession>() + MAX_NAME + SUM_BYTES <= MAX_BODY);
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -60,6 +63,8 @@ struct RawSession {
     check_placement: u8,
     reserved: u8,
     name_bytes: U16,
+    /// 0: no offer.
+    offer_bytes: U32,
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -94,7 +99,8 @@ impl Preamble {
         if raw.version.get() != VERSION && raw.kind != KIND_REFUSED {
             return Err(WireError::Version(raw.version.get()));
         }
-        let body_bytes = at_most("bytes of an opening", u64::from(raw.body_bytes.get()), MAX_BODY as u64)?;
+        let most = if raw.kind == KIND_SESSION { MAX_SESSION_BODY } else { MAX_BODY };
+        let body_bytes = at_most("bytes of an opening", u64::from(raw.body_bytes.get()), most as u64)?;
         if (body_bytes as usize) < SUM_BYTES {
             return Err(WireError::Lengths("an opening"));
         }
@@ -137,6 +143,7 @@ impl Hello {
     pub fn encode(&self) -> Vec<u8> {
         match self {
             Hello::Session(hello) => {
+                let offer = hello.offer.as_deref().unwrap_or_default();
                 let raw = RawSession {
                     session: hello.session.0,
                     memory_bytes: hello.memory_bytes.into(),
@@ -145,8 +152,9 @@ impl Hello {
                     check_placement: hello.check_placement.into(),
                     reserved: 0,
                     name_bytes: (hello.name.len() as u16).into(),
+                    offer_bytes: (offer.len() as u32).into(),
                 };
-                sealed(KIND_SESSION, &[raw.as_bytes(), hello.name.as_bytes()].concat())
+                sealed(KIND_SESSION, &[raw.as_bytes(), hello.name.as_bytes(), offer.as_bytes()].concat())
             }
             Hello::Stream(hello) => {
                 let raw = RawStream { session: hello.session.0, index: hello.index.into() };
@@ -174,7 +182,7 @@ impl Hello {
 }
 
 fn decode_session(body: &[u8]) -> Result<SessionHello, WireError> {
-    let (raw, name) =
+    let (raw, texts) =
         RawSession::read_from_prefix(body).map_err(|_| WireError::Lengths("a session's opening"))?;
     let memory_bytes = at_most("bytes of memory", raw.memory_bytes.get(), MAX_MEMORY_BYTES)?;
     let block_bytes = u64::from(swapd::BLOCK_PAGES) << swapd::PAGE_SHIFT;
@@ -185,9 +193,12 @@ fn decode_session(body: &[u8]) -> Result<SessionHello, WireError> {
     if streams == 0 {
         return Err(WireError::BadValue { what: "the number of data streams", value: 0 });
     }
-    if name.len() != usize::from(raw.name_bytes.get()) {
-        return Err(WireError::Lengths("a session's name"));
-    }
+    let offer_bytes = at_most("bytes of an offer", u64::from(raw.offer_bytes.get()), MAX_OFFER as u64)?;
+    let (name, offer) = texts
+        .split_at_checked(usize::from(raw.name_bytes.get()))
+        .filter(|(_, offer)| offer.len() as u64 == offer_bytes)
+        .ok_or(WireError::Lengths("a session's texts"))?;
+    let offer = str::from_utf8(offer).map_err(|_| WireError::NotText)?;
     Ok(SessionHello {
         session: SessionId(raw.session),
         name: checked_name(name)?,
@@ -195,6 +206,7 @@ fn decode_session(body: &[u8]) -> Result<SessionHello, WireError> {
         ram_bytes: Some(raw.ram_bytes.get()).filter(|bytes| *bytes != 0),
         streams,
         check_placement: raw.check_placement != 0,
+        offer: Some(offer).filter(|offer| !offer.is_empty()).map(str::to_owned),
     })
 }
 
@@ -280,6 +292,7 @@ mod tests {
             ram_bytes: None,
             streams: 2,
             check_placement: true,
+            offer: None,
         }
     }
 
@@ -289,6 +302,45 @@ mod tests {
             let bytes = Hello::Session(session(name)).encode();
             let (preamble, body) = split(&bytes);
             assert!(Hello::decode(preamble, body).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn offers_are_bounded_and_texts() {
+        let encoded = |offer: &str| {
+            Hello::Session(SessionHello { offer: Some(offer.to_owned()), ..session("web") }).encode()
+        };
+        let longest = "x".repeat(MAX_OFFER);
+        let bytes = encoded(&longest);
+        let (preamble, body) = split(&bytes);
+        let Ok(Hello::Session(hello)) = Hello::decode(preamble, body) else {
+            panic!("the longest is too long")
+        };
+        assert_eq!(hello.offer.as_deref(), Some(longest.as_str()));
+        let bytes = encoded(&format!("{longest}x"));
+        let (preamble, body) = split(&bytes);
+        assert!(matches!(Hello::decode(preamble, body), Err(WireError::TooLarge { .. })));
+        // Of all other kinds, no such length is believed.
+        let mut preamble = *preamble;
+        preamble[10] = KIND_STREAM;
+        assert!(matches!(Preamble::open(&preamble), Err(WireError::TooLarge { .. })));
+
+        let resealed = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut bytes = encoded("{}");
+            bytes.truncate(bytes.len() - SUM_BYTES);
+            change(&mut bytes);
+            let sum = xxh3_64(&bytes);
+            bytes.extend_from_slice(&sum.to_le_bytes());
+            let (preamble, body) = split(&bytes);
+            Hello::decode(preamble, body)
+        };
+        assert!(resealed(&|_| {}).is_ok());
+        assert_eq!(resealed(&|bytes| *bytes.last_mut().unwrap() = 0xFF), Err(WireError::NotText));
+        // A length that takes from the name, one that says too much, and one that says too little.
+        let lengths = PREAMBLE_BYTES + size_of::<RawSession>() - 6;
+        for (at, by) in [(lengths, 1), (lengths + 2, 1), (lengths + 2, u8::MAX), (lengths + 5, 0x7F)] {
+            let told = resealed(&|bytes| bytes[at] = bytes[at].wrapping_add(by));
+            assert!(told.is_err(), "{at} {by}: {told:?}");
         }
     }
 
@@ -316,11 +368,12 @@ mod tests {
     proptest! {
         #[test]
         fn hellos_round_trip(id: [u8; 16], name in "[a-z0-9][a-z0-9._-]{0,30}", blocks in 1_u64..4096,
-                             ram in prop::option::of(1_u64..1 << 40), streams in 1_u32..=MAX_STREAMS, check: bool) {
+                             ram in prop::option::of(1_u64..1 << 40), streams in 1_u32..=MAX_STREAMS, check: bool,
+                             offer in prop::option::of(".{1,2000}")) {
             let session = SessionId(id);
             let all = [
                 Hello::Session(SessionHello {
-                    session, name, memory_bytes: blocks << 21, ram_bytes: ram, streams, check_placement: check,
+                    session, name, memory_bytes: blocks << 21, ram_bytes: ram, streams, check_placement: check, offer,
                 }),
                 Hello::Stream(StreamHello { session, index: streams - 1 }),
                 Hello::Resolve { session },

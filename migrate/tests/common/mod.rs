@@ -77,7 +77,7 @@ impl TargetVm for TestVm {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<(), VmError> {
+    fn start(&mut self, _: bool) -> Result<(), VmError> {
         if self.refuse_start.load(Ordering::SeqCst) {
             return Err(VmError("no vCPU today".to_string()));
         }

@@ -119,6 +119,10 @@ impl SourceVm for Writer {
         if self.fail_pause { Err(VmError("stuck".to_string())) } else { Ok(()) }
     }
 
+    fn stood_still(&self) -> bool {
+        false
+    }
+
     fn resume(&mut self) -> Result<(), VmError> {
         self.switch.state.lock().unwrap().0 = false;
         self.switch.changed.notify_all();

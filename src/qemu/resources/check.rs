@@ -1,5 +1,6 @@
 //! Whether what a command line names is there, on the host where it is to be started.
 
+use std::ffi::CString;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -38,8 +39,10 @@ impl Host for ThisHost {
     }
 
     fn has_interface(&self, name: &str) -> bool {
-        // An interface's name is never a path of its own.
-        !name.is_empty() && !name.contains('/') && Path::new("/sys/class/net").join(name).exists()
+        // Not by sysfs, which may be another network namespace's.
+        let Ok(name) = CString::new(name) else { return false };
+        // SAFETY: the name is zero-terminated and lives through the call.
+        unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
     }
 
     fn is_bound(&self, path: &Path) -> bool {
