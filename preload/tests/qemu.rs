@@ -11,6 +11,7 @@ use swapd::PAGE_SIZE;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{Request, State};
 use vmprocess::failure::Kind;
+use vmprocess::qemu::LIBRARY;
 
 const SANDBOX: [&str; 2] =
     ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"];
@@ -153,6 +154,28 @@ fn a_killed_qemu_leaves_only_what_the_next_one_cleans() {
     vm.end();
     assert_eq!(site.files(), ["killed.qmp", "killed.sock"]);
     ended_well(Vm::start(&kit, &site, &plan), &site);
+}
+
+#[test]
+fn what_qemu_starts_sees_nothing_of_the_preload() {
+    let Some(kit) = Kit::find() else { return };
+    let site = Site::new("children");
+    let (monitor, seen) = (site.path("monitor"), site.path("environment"));
+    let plan = Plan {
+        regions: vec![128 * MIB],
+        budget_bytes: 64 * MIB,
+        ..Plan::new(&kit, "children", "echo up; read answer")
+    };
+    let mut vm = Vm::start(&kit, &site, &plan.with(&["-qmp", &Monitor::argument(&monitor)]));
+    vm.says("up");
+    let mut monitor = Monitor::connect(&monitor);
+    let shell = format!("exec:(env; echo end) > {}; cat > /dev/null", seen.display());
+    monitor.ask("migrate", json!({ "uri": shell }));
+    let seen = wait_for("a child of QEMU", || {
+        std::fs::read_to_string(&seen).ok().filter(|text| text.ends_with("end\n"))
+    });
+    assert!(seen.contains("PATH="), "{seen}");
+    assert!(!seen.contains("PRELOAD") && !seen.contains(LIBRARY), "{seen}");
 }
 
 #[test]
