@@ -193,7 +193,7 @@ fn a_qemu_that_cannot_take_the_vm_says_why_and_the_vm_runs_on() {
             eprintln!("{}", said.err.lines().last().unwrap_or_default());
             said.fails(6, &[says, "\"db\" runs on here"]);
             runs_on(&here, &guest);
-            there.assert_clean_but(&[daemon.pid()]);
+            there.assert_clean_but(&[daemon.pid(), other.id()]);
             daemon.signal(libc::SIGTERM);
             daemon.ends_with(0);
         }

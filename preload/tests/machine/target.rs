@@ -44,6 +44,7 @@ impl Target {
             granted_ram_bytes: plan.budget_bytes,
             memory: site.memory(hello.memory_bytes, plan.budget_bytes),
             daemon: self.address(),
+            offer: None,
             control_fd: control.as_raw_fd(),
             streams_fd: theirs.as_raw_fd(),
             listener_fd: socket.as_raw_fd(),
