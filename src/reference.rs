@@ -11,6 +11,10 @@ use crate::vmm::{Machine, RunState, VmmError};
 pub(crate) struct ReferenceGuest(pub(crate) Machine);
 
 impl Guest for ReferenceGuest {
+    fn does_dma(&self) -> bool {
+        false
+    }
+
     fn pause(&mut self) -> Result<(), Failure> {
         Ok(self.0.pause()?)
     }

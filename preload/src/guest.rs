@@ -153,6 +153,10 @@ impl Qemu {
 }
 
 impl Guest for Qemu {
+    fn does_dma(&self) -> bool {
+        true
+    }
+
     fn pause(&mut self) -> Result<(), Failure> {
         self.ask("stop", Value::Null).map(|_| ())
     }

@@ -261,6 +261,11 @@ fn text(failure: Failure) -> VmError {
 }
 
 impl SourceVm for Leaving<'_> {
+    fn does_dma(&self) -> bool {
+        // Who cannot be asked just now is taken for one that does.
+        self.vm.guest(|guest| Ok(guest.does_dma())).unwrap_or(true)
+    }
+
     fn pause(&mut self) -> Result<(), VmError> {
         let runs = self.vm.guest(|guest| guest.runs()).map_err(text)?;
         // By whatever means, such as a monitor of its user's.

@@ -82,6 +82,10 @@ impl LoggedGuest {
 }
 
 impl Guest for LoggedGuest {
+    fn does_dma(&self) -> bool {
+        false
+    }
+
     fn pause(&mut self) -> Result<(), Failure> {
         self.note("pause")
     }

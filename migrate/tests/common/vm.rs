@@ -110,6 +110,10 @@ impl Writer {
 }
 
 impl SourceVm for Writer {
+    fn does_dma(&self) -> bool {
+        false
+    }
+
     fn pause(&mut self) -> Result<(), VmError> {
         let mut state = self.switch.state.lock().unwrap();
         state.0 = true;
