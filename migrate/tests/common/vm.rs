@@ -94,12 +94,7 @@ impl Writer {
                 }
             }
         });
-        Writer {
-            switch,
-            thread: Some(thread),
-            named: Arc::new(AtomicBool::new(true)),
-            fail_pause: false
-        }
+        Writer { switch, thread: Some(thread), named: Arc::new(AtomicBool::new(true)), fail_pause: false }
     }
 
     pub fn writes(&self) -> u64 {
