@@ -168,7 +168,14 @@ impl Guest for Qemu {
     }
 
     fn resume(&mut self) -> Result<(), Failure> {
-        self.ask("cont", Value::Null)?;
+        if self.qmp.has_ended() {
+            return Err(failure(QmpError::Closed));
+        }
+        self.qmp.ask("cont", Value::Null, COMMAND_TIMEOUT).map_err(|error| match error {
+            QmpError::Refused { .. } => failure(error),
+            // It may have been heard, and be carried out later.
+            error => Failure::new(Kind::InDoubt, chain(&error)),
+        })?;
         if std::mem::take(&mut self.given_away)
             && let Err(error) = self.ask("announce-self", announcement())
         {

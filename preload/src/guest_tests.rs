@@ -1,6 +1,7 @@
 //! With real QEMUs, without vmemd's memory: theirs is a memfd that both sides of a hand-over map.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -145,4 +146,34 @@ fn a_qemu_that_is_gone_is_an_error_at_once() {
         assert!(Box::new(qemu).quit().is_ok(), "it has ended, which is what was asked");
         assert!(began.elapsed() < COMMAND_TIMEOUT);
     }
+}
+
+/// A QEMU that carries everything out, until it hears `cont`: what it says to that is `answer`'s, where `$` stands for the
+/// command's number.
+fn fake(answer: Option<&'static str>) -> Qemu {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    std::thread::spawn(move || {
+        let say = |line: &str| (&theirs).write_all(format!("{line}\n").as_bytes()).unwrap();
+        say(r#"{"QMP": {}}"#);
+        for line in BufReader::new(&theirs).lines() {
+            let Ok(request) = serde_json::from_str::<Value>(&line.unwrap()) else { return };
+            match (request["execute"] == "cont", answer) {
+                (false, _) => say(&json!({ "return": {}, "id": request["id"] }).to_string()),
+                (true, Some("")) => return,
+                (true, Some(answer)) => say(&answer.replace('$', &request["id"].to_string())),
+                (true, None) => {}
+            }
+        }
+    });
+    Qemu::new(Qmp::over(ours, PATIENCE).unwrap()).unwrap()
+}
+
+#[test]
+fn a_guest_that_may_yet_run_is_in_doubt() {
+    let refusal = r#"{"error": {"desc": "no"}, "id": $}"#;
+    assert_eq!(fake(Some(refusal)).resume().unwrap_err().kind, Kind::Vm);
+    assert_eq!(fake(None).resume().unwrap_err().kind, Kind::InDoubt, "no answer");
+    let mut gone = fake(Some(""));
+    assert_eq!(gone.resume().unwrap_err().kind, Kind::InDoubt);
+    assert_eq!(gone.resume().unwrap_err().kind, Kind::Vm, "it cannot have heard this");
 }

@@ -200,10 +200,17 @@ impl TargetVm for Target<'_> {
     fn start(&mut self, paused: bool) -> Result<(), VmError> {
         self.vm.claim(|claim| claim.settle()).map_err(|failure| VmError(failure.text))?;
         let resumed = if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) };
-        if let Err(failure) = resumed {
-            // The source is to have its name back.
-            let _ = self.vm.claim(|claim| claim.leave("0"));
-            return Err(VmError(failure.text));
+        match resumed {
+            Err(failure) if failure.kind == Kind::InDoubt => {
+                // It may run at any time, so it must run nowhere else: it is this host's from here on.
+                warn!(vm = %self.vm.facts.name, %failure, "told to run, without an answer: if it stands still, `vmemd resume`");
+            }
+            Err(failure) => {
+                // The source is to have its name back.
+                let _ = self.vm.claim(|claim| claim.leave("0"));
+                return Err(VmError(failure.text));
+            }
+            Ok(()) => {}
         }
         self.vm.core(|core| (core.phase, core.paused) = (Phase::Here, paused));
         Ok(())

@@ -183,24 +183,23 @@ impl Speed {
 
 /// Notes where the VM is now.
 fn settle(vm: &Vm, to: &str, result: &Result<Report, SendError>) {
-    let name = &vm.facts.name;
     let phase = match result {
+        Ok(_) => Phase::Moved { to: to.to_owned() },
+        Err(SendError::InDoubt { session, to }) => Phase::InDoubt { session: *session, to: to.clone() },
+        Err(_) => Phase::Here,
+    };
+    vm.core(|core| (core.phase, core.migration) = (phase, None));
+    // Only now: whatever becomes of the log, the VM is where it is.
+    let name = &vm.facts.name;
+    match result {
         Ok(report) => {
+            let _ = vm.events.send(Event::Moved);
             info!(vm = %name, to, downtime_ms = report.downtime_ms, "moved");
-            Phase::Moved { to: to.to_owned() }
         }
         Err(SendError::InDoubt { session, to }) => {
             error!(vm = %name, to, %session, "in doubt: the VM stays paused here; `vmemd resume` asks again");
-            Phase::InDoubt { session: *session, to: to.clone() }
         }
-        Err(error) => {
-            warn!(vm = %name, to, %error, "not moved: it stays here");
-            Phase::Here
-        }
-    };
-    vm.core(|core| (core.phase, core.migration) = (phase, None));
-    if result.is_ok() {
-        let _ = vm.events.send(Event::Moved);
+        Err(error) => warn!(vm = %name, to, %error, "not moved: it stays here"),
     }
 }
 
