@@ -24,6 +24,10 @@ const SET_UP_GRACE: Duration = Duration::from_secs(60);
 /// Over which time the speed of sending is measured.
 const SPEED_WINDOW: Duration = Duration::from_millis(500);
 
+/// How long it is tried again to let a VM go on that has not left: a target that ends may hold its disks' locks still.
+const RESUME_LIMIT: Duration = Duration::from_secs(5);
+const RESUME_RETRY: Duration = Duration::from_millis(100);
+
 enum Step {
     Progress(MigrationStat),
     Ended(Result<Report, SendError>),
@@ -140,7 +144,7 @@ fn send(vm: &Arc<Vm>, options: &SourceOptions, steps: &Sender<Step>) -> Result<R
         let _ = steps.send(Step::Progress(stat));
     };
     info!(vm = %options.name, to = %options.to, "migration begins");
-    migrate::send(&handle, &mut Leaving { vm }, options, &progress, &vm.cancel)
+    migrate::send(&handle, &mut Leaving { vm, paused: false }, options, &progress, &vm.cancel)
 }
 
 fn stat_of(to: &str, progress: &Progress, started: Instant) -> MigrationStat {
@@ -215,7 +219,11 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
             let still_here = error.still_here();
             let mut failure = Failure::from(error);
             if still_here {
-                let stays = if vm.core(|core| core.paused) { "stays paused here" } else { "runs on here" };
+                let stays = match vm.guest_failure() {
+                    Some(_) => "stays here, failed",
+                    None if vm.core(|core| core.paused) => "stays paused here",
+                    None => "runs on here",
+                };
                 failure.text = format!("{}; {:?} {stays}", failure.text, vm.facts.name);
             }
             Err(failure)
@@ -238,13 +246,16 @@ pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Val
             vm.done("moved")
         }
         Outcome::NotThere => {
-            let mut source = Leaving { vm };
+            let mut source = Leaving { vm, paused: true };
             source.take_name_back();
-            source.resume().map_err(|error| Failure::new(Kind::Vm, error.0))?;
+            let resumed = source.resume();
             let paused = vm.core(|core| {
                 core.phase = Phase::Here;
                 core.paused
             });
+            resumed.map_err(|error| {
+                Failure::new(Kind::Vm, format!("{name:?} is here, and could not be resumed: {error}"))
+            })?;
             vm.done(if paused { "paused" } else { "running" })
         }
     }
@@ -253,6 +264,8 @@ pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Val
 /// The VM as a migration's source sees it.
 struct Leaving<'a> {
     vm: &'a Vm,
+    /// It was told to stand still for this: what stood still by itself is not made to run.
+    paused: bool,
 }
 
 fn text(failure: Failure) -> VmError {
@@ -264,6 +277,7 @@ impl SourceVm for Leaving<'_> {
         let runs = self.vm.guest(|guest| guest.runs()).map_err(text)?;
         // By whatever means, such as a monitor of its user's.
         self.vm.core(|core| core.paused |= !runs && core.stalled.is_none());
+        self.paused = true;
         self.vm.guest(|guest| guest.pause()).map_err(text)
     }
 
@@ -273,10 +287,19 @@ impl SourceVm for Leaving<'_> {
 
     fn resume(&mut self) -> Result<(), VmError> {
         // Whoever stalled it meanwhile wants it to stand still.
-        if self.vm.core(|core| core.stalled.is_some() || core.paused) {
+        if !self.paused || self.vm.core(|core| core.stalled.is_some() || core.paused) {
             return Ok(());
         }
-        self.vm.guest(|guest| guest.resume()).map_err(text)
+        let deadline = Instant::now() + RESUME_LIMIT;
+        loop {
+            let Err(failure) = self.vm.guest(|guest| guest.resume()) else { return Ok(()) };
+            if Instant::now() >= deadline {
+                // Until its user resumes it.
+                self.vm.core(|core| core.paused = true);
+                return Err(text(failure));
+            }
+            std::thread::sleep(RESUME_RETRY);
+        }
     }
 
     fn save(&mut self) -> Result<Vec<u8>, VmError> {

@@ -470,3 +470,21 @@ fn a_vm_that_may_run_at_the_target_runs_nowhere_else() {
     assert_eq!((end.result, end.quit), (Ok(()), true));
     assert_eq!(logged(&log), ["load", "resume", "pause", "quit"]);
 }
+
+#[test]
+fn a_vm_that_stays_and_cannot_be_resumed_is_said_to_be_paused() {
+    let host = Host::new();
+    let Some(source) = start_as(&host, Manner::RefusesToRun) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, Manner::RefusesState);
+    let failure = migrate_to(&host, address).unwrap_err();
+    for says in ["could not be resumed: a disk is locked", "stays paused here"] {
+        assert!(failure.text.contains(says), "{failure}");
+    }
+    drop(target.join().unwrap());
+    wait_for(&host, State::Paused);
+    let log = logged(&source.log);
+    assert!(log.starts_with(&["pause", "save", "resume", "resume"]), "tried again: {log:?}");
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    drop(source.process.join().unwrap());
+}
