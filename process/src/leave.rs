@@ -1,6 +1,7 @@
 //! The source's side of a migration: the VM leaves this process, or stays.
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -46,7 +47,9 @@ pub(crate) fn migrate(
     let (steps, progress) = channel();
     let (mover, name) = (vm.clone(), vm.facts.name.clone());
     let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
-        let result = send(&mover, &options, &steps);
+        let mut leaving = Leaving { vm: &mover, paused: false, session: None };
+        let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
+        let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         settle(&mover, &options.to, &result);
         let _ = steps.send(Step::Ended(result));
     });
@@ -130,7 +133,12 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     })
 }
 
-fn send(vm: &Arc<Vm>, options: &SourceOptions, steps: &Sender<Step>) -> Result<Report, SendError> {
+fn send(
+    leaving: &mut Leaving<'_>,
+    options: &SourceOptions,
+    steps: &Sender<Step>,
+) -> Result<Report, SendError> {
+    let vm = leaving.vm;
     let handle = match vm.memory().and_then(|memory| memory.engine()) {
         Ok(handle) => handle.clone(),
         Err(failure) => return Err(SendError::Vm(VmError(failure.text))),
@@ -144,7 +152,7 @@ fn send(vm: &Arc<Vm>, options: &SourceOptions, steps: &Sender<Step>) -> Result<R
         let _ = steps.send(Step::Progress(stat));
     };
     info!(vm = %options.name, to = %options.to, "migration begins");
-    migrate::send(&handle, &mut Leaving { vm, paused: false }, options, &progress, &vm.cancel)
+    migrate::send(&handle, leaving, options, &progress, &vm.cancel)
 }
 
 fn stat_of(to: &str, progress: &Progress, started: Instant) -> MigrationStat {
@@ -246,7 +254,7 @@ pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Val
             vm.done("moved")
         }
         Outcome::NotThere => {
-            let mut source = Leaving { vm, paused: true };
+            let mut source = Leaving { vm, paused: true, session: None };
             source.take_name_back();
             let resumed = source.resume();
             let paused = vm.core(|core| {
@@ -266,6 +274,21 @@ struct Leaving<'a> {
     vm: &'a Vm,
     /// It was told to stand still for this: what stood still by itself is not made to run.
     paused: bool,
+    /// From the moment on that the target may start it.
+    session: Option<SessionId>,
+}
+
+impl Leaving<'_> {
+    /// A bug ended the migration (in a process of ours, all of it). The VM is never left between here and there.
+    fn after_panic(&mut self, to: &str) -> SendError {
+        self.throttle(0);
+        if let Some(session) = self.session {
+            return SendError::InDoubt { session, to: to.to_owned() };
+        }
+        let paused = self.paused;
+        self.vm.core(|core| core.paused |= paused);
+        SendError::Vm(VmError("a bug in vmemd ended the migration: see the panic in its log".to_owned()))
+    }
 }
 
 fn text(failure: Failure) -> VmError {
@@ -313,12 +336,13 @@ impl SourceVm for Leaving<'_> {
         });
     }
 
-    fn give_up_name(&mut self) -> Result<(), VmError> {
-        let id = SessionId::random().map_err(|error| VmError(error.to_string()))?.to_string();
-        self.vm.claim(|claim| claim.leave(&id)).map_err(text)
+    fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
+        self.session = Some(session);
+        self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(text)
     }
 
     fn take_name_back(&mut self) {
+        self.session = None;
         if let Err(error) = self.vm.claim(|claim| claim.settle()) {
             error!(vm = %self.vm.facts.name, %error, "the name could not be taken back: the VM runs on as one that is leaving");
         }

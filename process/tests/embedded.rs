@@ -488,3 +488,33 @@ fn a_vm_that_stays_and_cannot_be_resumed_is_said_to_be_paused() {
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
     drop(source.process.join().unwrap());
 }
+
+#[test]
+fn a_bug_on_either_side_leaves_no_vm_half_way() {
+    let host = Host::new();
+    let Some(source) = start(&host) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, Manner::Panics);
+    let failure = migrate_to(&host, address).unwrap_err();
+    assert!(failure.text.contains("runs on here"), "{failure}");
+    let (_engine, _log, process, end) = target.join().unwrap();
+    assert!(end.result.unwrap_err().text.contains("a bug in vmemd"));
+    drop(process);
+    wait_for(&host, State::Running);
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    drop(source.process.join().unwrap());
+
+    let Some(source) = start_as(&host, Manner::Panics) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, Manner::Well);
+    let failure = migrate_to(&host, address).unwrap_err();
+    for says in ["a bug in vmemd", "stays paused here"] {
+        assert!(failure.text.contains(says), "{failure}");
+    }
+    assert!(target.join().unwrap().3.result.is_err());
+    wait_for(&host, State::Paused);
+    connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
+    wait_for(&host, State::Running);
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    drop(source.process.join().unwrap());
+}
