@@ -76,10 +76,6 @@ fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process
     (Qemu::new(Qmp::over(ours, PATIENCE).unwrap()).unwrap(), child)
 }
 
-fn status(qemu: &mut Qemu) -> String {
-    qemu.ask("query-status", Value::Null).unwrap()["status"].as_str().unwrap().to_owned()
-}
-
 const INCOMING: [&str; 3] = ["-incoming", "defer", "-S"];
 
 #[test]
@@ -88,21 +84,22 @@ fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {
         let memory = memory();
         let (mut source, mut process) = start(&program, &memory, &["-smp", "2"]);
         assert_eq!(source.view().vcpus, 2);
-        assert_eq!((status(&mut source).as_str(), source.runs().unwrap()), ("running", true));
+        assert_eq!((source.status().unwrap().as_str(), source.runs().unwrap()), ("running", true));
         source.pause().unwrap();
         source.pause().unwrap();
-        assert_eq!((status(&mut source).as_str(), source.runs().unwrap()), ("paused", false));
+        assert_eq!((source.status().unwrap().as_str(), source.runs().unwrap()), ("paused", false));
         let state = source.save().unwrap();
         assert!((1 << 12..64 << 20).contains(&state.len()), "{} bytes", state.len());
         // It was not taken: it goes on, and can be saved again.
         source.resume().unwrap();
-        assert_eq!(status(&mut source), "running");
+        assert_eq!(source.status().unwrap(), "running");
         source.pause().unwrap();
         let state = source.save().unwrap();
 
         let (target, mut target_process) =
             start(&program, &memory, &[&["-smp", "2"][..], &INCOMING].concat());
         let mut target = Box::new(Incoming(target)).load(&state).unwrap();
+        assert!(target.save().unwrap_err().text.contains("not run since it arrived"));
         target.resume().unwrap();
         assert_eq!(target.view().failed, None);
         Box::new(source).quit().unwrap();
@@ -129,7 +126,7 @@ fn a_state_that_is_rubbish_is_an_error() {
             process.end();
         }
         source.resume().unwrap();
-        assert_eq!(status(&mut source), "running");
+        assert_eq!(source.status().unwrap(), "running");
     }
 }
 
