@@ -166,8 +166,8 @@ impl Qemu {
 impl Guest for Qemu {
     fn pause(&mut self) -> Result<(), Failure> {
         if self.status()? == SUSPENDED {
-            // It would not stand still: it wakes up by itself.
-            return Err(Failure::new(Kind::Vm, "the guest sleeps (suspend to RAM): wake it first"));
+            // It would not stand still: it wakes up by itself. It can be stopped for good all the same.
+            return Err(Failure::new(Kind::Name, "the guest sleeps (suspend to RAM): wake it first"));
         }
         self.ask("stop", Value::Null).map(|_| ())
     }
