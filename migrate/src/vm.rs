@@ -1,5 +1,7 @@
 //! What a session needs of the VM on its side. The VM's owner implements it.
 
+use crate::session::SessionId;
+
 /// Why a VM did not do what it was asked. The text stands for itself.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -21,8 +23,9 @@ pub trait SourceVm {
     fn save(&mut self) -> Result<Vec<u8>, VmError>;
     /// Keeps the vCPUs out of the guest for this share of time (0: not at all).
     fn throttle(&mut self, percent: u8);
-    /// Frees the VM's name, so that the target may take it (both can be on one host).
-    fn give_up_name(&mut self) -> Result<(), VmError>;
+    /// Frees the VM's name, so that the target may take it (both can be on one host). From here on the target may start
+    /// it: who does not hear how this ends asks it what became of `session`.
+    fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError>;
     /// The hand-over did not happen after all: undo [`give_up_name`](Self::give_up_name).
     fn take_name_back(&mut self);
 }

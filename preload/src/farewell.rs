@@ -12,7 +12,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use migrate::RefuseKind;
@@ -37,12 +37,15 @@ enum Stage {
 
 static STAGE: Mutex<Option<Stage>> = Mutex::new(None);
 static ENDING: AtomicBool = AtomicBool::new(false);
+/// A forked child that exits says nothing: the connections are its parent's too.
+static PID: AtomicU32 = AtomicU32::new(0);
 /// Where QEMU's log ended when it started.
 static LOG_START: Mutex<u64> = Mutex::new(0);
 
 /// Before QEMU's `main`.
 pub(crate) fn expect(settings: &ArriveSettings) {
     *lock(&LOG_START) = log().and_then(|mut log| log.seek(SeekFrom::End(0)).ok()).unwrap_or(0);
+    PID.store(std::process::id(), Ordering::SeqCst);
     *lock(&STAGE) = Some(Stage::Expected { control: settings.control_fd });
     // SAFETY: the handler may run at any exit of the process.
     unsafe { libc::atexit(at_exit) };
@@ -73,6 +76,9 @@ pub(crate) fn reason() -> Option<String> {
 }
 
 extern "C" fn at_exit() {
+    if PID.load(Ordering::SeqCst) != std::process::id() {
+        return;
+    }
     // There is nobody left to tell of a panic.
     let _ = std::panic::catch_unwind(|| {
         let Some(stage) = lock(&STAGE).take() else { return };

@@ -27,6 +27,9 @@ const STATE_POLL: Duration = Duration::from_millis(2);
 const STATE_BYTES_MAX: usize = 1 << 30;
 /// Of QEMU's migration: memory that others share is not its to send.
 const IGNORE_SHARED: &str = "x-ignore-shared";
+/// What a machine does that will go on by itself, in QEMU's words.
+const RUNNING: &str = "running";
+const SUSPENDED: &str = "suspended";
 /// What QEMU calls the descriptor that it is given.
 const STATE_FD: &str = "vmemd-state";
 /// As fast as can be: the VM stands still, and nothing leaves this machine.
@@ -43,6 +46,8 @@ pub(crate) struct Qemu {
     workload: String,
     /// Its network may know the guest's addresses elsewhere: at the target that it did not go to.
     given_away: bool,
+    /// It came and has not run yet, so its disks are not its own: a QEMU that gives them away once more ends there.
+    disks_away: bool,
 }
 
 /// Why the guest of a machine in that state cannot go on, if it cannot.
@@ -52,7 +57,6 @@ fn why_failed(status: &str) -> Option<&'static str> {
         "internal-error" => Some("QEMU found the guest in a state that it cannot run (internal-error)"),
         "io-error" => Some("a disk of the guest failed (io-error); see QEMU's log, then `vmemd resume`"),
         "shutdown" => Some("the guest has shut down"),
-        "watchdog" => Some("the guest's watchdog went off"),
         _ => None,
     }
 }
@@ -79,12 +83,19 @@ impl Qemu {
             vcpus: vcpus.as_array().map_or(0, |list| list.len() as u32),
             workload: workload.to_string_lossy().into_owned(),
             given_away: false,
+            disks_away: false,
             qmp,
         })
     }
 
     fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
         self.qmp.ask(command, arguments, COMMAND_TIMEOUT).map_err(failure)
+    }
+
+    /// What the machine does, as QEMU calls it.
+    fn status(&mut self) -> Result<String, Failure> {
+        let answer = self.ask("query-status", Value::Null)?;
+        Ok(answer["status"].as_str().unwrap_or_default().to_owned())
     }
 
     /// Gives QEMU the other end of a connection for its device state, and sets what is to go over it.
@@ -158,21 +169,34 @@ impl Guest for Qemu {
     }
 
     fn pause(&mut self) -> Result<(), Failure> {
+        if self.status()? == SUSPENDED {
+            // It would not stand still: it wakes up by itself. It can be stopped for good all the same.
+            return Err(Failure::new(Kind::Name, "the guest sleeps (suspend to RAM): wake it first"));
+        }
         self.ask("stop", Value::Null).map(|_| ())
     }
 
     fn runs(&mut self) -> Result<bool, Failure> {
-        let answer = self.ask("query-status", Value::Null)?;
-        let status = answer["status"].as_str().unwrap_or_default();
-        match why_failed(status) {
-            Some(why) => Err(Failure::new(Kind::Vm, why)),
-            // A guest that sleeps wakes up by itself.
-            None => Ok(answer["running"] == true || status == "suspended"),
+        let status = self.status()?;
+        if let Some(why) = why_failed(&status) {
+            return Err(Failure::new(Kind::Vm, why));
         }
+        // A guest that sleeps wakes up by itself.
+        let runs = status == RUNNING || status == SUSPENDED;
+        self.disks_away &= !runs;
+        Ok(runs)
     }
 
     fn resume(&mut self) -> Result<(), Failure> {
-        self.ask("cont", Value::Null)?;
+        if self.qmp.has_ended() {
+            return Err(failure(QmpError::Closed));
+        }
+        self.qmp.ask("cont", Value::Null, COMMAND_TIMEOUT).map_err(|error| match error {
+            QmpError::Refused { .. } => failure(error),
+            // It may have been heard, and be carried out later.
+            error => Failure::new(Kind::InDoubt, chain(&error)),
+        })?;
+        self.disks_away = false;
         if std::mem::take(&mut self.given_away)
             && let Err(error) = self.ask("announce-self", announcement())
         {
@@ -182,6 +206,10 @@ impl Guest for Qemu {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Failure> {
+        if self.disks_away {
+            let text = "it has not run since it arrived, so its disks are not its own yet: `vmemd resume` it first";
+            return Err(Failure::new(Kind::Vm, text));
+        }
         self.given_away = true;
         self.write_state().inspect_err(|_| self.give_state_up())
     }
@@ -225,6 +253,7 @@ impl Newcomer for Incoming {
         match qemu.read_state(state) {
             Ok(()) => {
                 farewell::over();
+                qemu.disks_away = true;
                 Ok(Box::new(qemu))
             }
             // QEMU ends when it does not understand its state.

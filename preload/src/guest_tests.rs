@@ -1,6 +1,7 @@
 //! With real QEMUs, without vmemd's memory: theirs is a memfd that both sides of a hand-over map.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -75,10 +76,6 @@ fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process
     (Qemu::new(Qmp::over(ours, PATIENCE).unwrap()).unwrap(), child)
 }
 
-fn status(qemu: &mut Qemu) -> String {
-    qemu.ask("query-status", Value::Null).unwrap()["status"].as_str().unwrap().to_owned()
-}
-
 const INCOMING: [&str; 3] = ["-incoming", "defer", "-S"];
 
 #[test]
@@ -87,21 +84,22 @@ fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {
         let memory = memory();
         let (mut source, mut process) = start(&program, &memory, &["-smp", "2"]);
         assert_eq!(source.view().vcpus, 2);
-        assert_eq!((status(&mut source).as_str(), source.runs().unwrap()), ("running", true));
+        assert_eq!((source.status().unwrap().as_str(), source.runs().unwrap()), ("running", true));
         source.pause().unwrap();
         source.pause().unwrap();
-        assert_eq!((status(&mut source).as_str(), source.runs().unwrap()), ("paused", false));
+        assert_eq!((source.status().unwrap().as_str(), source.runs().unwrap()), ("paused", false));
         let state = source.save().unwrap();
         assert!((1 << 12..64 << 20).contains(&state.len()), "{} bytes", state.len());
         // It was not taken: it goes on, and can be saved again.
         source.resume().unwrap();
-        assert_eq!(status(&mut source), "running");
+        assert_eq!(source.status().unwrap(), "running");
         source.pause().unwrap();
         let state = source.save().unwrap();
 
         let (target, mut target_process) =
             start(&program, &memory, &[&["-smp", "2"][..], &INCOMING].concat());
         let mut target = Box::new(Incoming(target)).load(&state).unwrap();
+        assert!(target.save().unwrap_err().text.contains("not run since it arrived"));
         target.resume().unwrap();
         assert_eq!(target.view().failed, None);
         Box::new(source).quit().unwrap();
@@ -128,7 +126,7 @@ fn a_state_that_is_rubbish_is_an_error() {
             process.end();
         }
         source.resume().unwrap();
-        assert_eq!(status(&mut source), "running");
+        assert_eq!(source.status().unwrap(), "running");
     }
 }
 
@@ -145,4 +143,34 @@ fn a_qemu_that_is_gone_is_an_error_at_once() {
         assert!(Box::new(qemu).quit().is_ok(), "it has ended, which is what was asked");
         assert!(began.elapsed() < COMMAND_TIMEOUT);
     }
+}
+
+/// A QEMU that carries everything out, until it hears `cont`: what it says to that is `answer`'s, where `$` stands for the
+/// command's number.
+fn fake(answer: Option<&'static str>) -> Qemu {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    std::thread::spawn(move || {
+        let say = |line: &str| (&theirs).write_all(format!("{line}\n").as_bytes()).unwrap();
+        say(r#"{"QMP": {}}"#);
+        for line in BufReader::new(&theirs).lines() {
+            let Ok(request) = serde_json::from_str::<Value>(&line.unwrap()) else { return };
+            match (request["execute"] == "cont", answer) {
+                (false, _) => say(&json!({ "return": {}, "id": request["id"] }).to_string()),
+                (true, Some("")) => return,
+                (true, Some(answer)) => say(&answer.replace('$', &request["id"].to_string())),
+                (true, None) => {}
+            }
+        }
+    });
+    Qemu::new(Qmp::over(ours, PATIENCE).unwrap()).unwrap()
+}
+
+#[test]
+fn a_guest_that_may_yet_run_is_in_doubt() {
+    let refusal = r#"{"error": {"desc": "no"}, "id": $}"#;
+    assert_eq!(fake(Some(refusal)).resume().unwrap_err().kind, Kind::Vm);
+    assert_eq!(fake(None).resume().unwrap_err().kind, Kind::InDoubt, "no answer");
+    let mut gone = fake(Some(""));
+    assert_eq!(gone.resume().unwrap_err().kind, Kind::InDoubt);
+    assert_eq!(gone.resume().unwrap_err().kind, Kind::Vm, "it cannot have heard this");
 }

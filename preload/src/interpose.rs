@@ -19,8 +19,6 @@ pub(crate) static BACKENDS: OnceLock<Backends> = OnceLock::new();
 
 /// What the kernel's own fork and core dump are told.
 const ADVICE_TO_FOLLOW: [c_int; 3] = [libc::MADV_DONTFORK, libc::MADV_DONTDUMP, libc::MADV_DODUMP];
-/// How the engine itself drops frames: its calls come by here as well. QEMU does not know it.
-const MADV_DONTNEED_LOCKED: c_int = 24;
 
 fn errno() -> c_int {
     // SAFETY: the location of this thread's errno is always valid.
@@ -129,12 +127,10 @@ unsafe extern "C" fn madvise(addr: *mut c_void, len: size_t, advice: c_int) -> c
         }
         // As on any shared file.
         libc::MADV_FREE => Err(libc::EINVAL),
-        advice if advice == MADV_DONTNEED_LOCKED || ADVICE_TO_FOLLOW.contains(&advice) => {
-            match real(part.address, part.bytes) {
-                0 => Ok(()),
-                _ => Err(errno()),
-            }
-        }
+        advice if ADVICE_TO_FOLLOW.contains(&advice) => match real(part.address, part.bytes) {
+            0 => Ok(()),
+            _ => Err(errno()),
+        },
         // DONTNEED loses nothing of shared memory. Where frames are, and of which size, is the engine's business:
         // POPULATE, WILLNEED, HUGEPAGE, MERGEABLE, COLD and the like are heard and not followed.
         _ => Ok(()),

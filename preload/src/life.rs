@@ -59,6 +59,8 @@ pub(crate) fn prepare() {
 fn start_logging(file: Option<&Path>) {
     let filter = EnvFilter::try_from_env("VMEMD_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_target(false);
+    // A log that cannot be written (nobody reads this stderr any more) is no reason to panic in QEMU.
+    let builder = builder.log_internal_errors(false);
     let open = |path: &Path| std::fs::OpenOptions::new().append(true).create(true).open(path);
     let started = match file.map(open) {
         None => builder.with_writer(std::io::stderr).try_init(),

@@ -134,6 +134,11 @@ impl Qmp {
         self.standing.clone()
     }
 
+    /// Nothing can be said any more: what is asked now does not reach QEMU.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// Has QEMU do `command`, and returns what it answers.
     ///
     /// # Errors

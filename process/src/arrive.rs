@@ -3,6 +3,7 @@
 use std::net::TcpStream;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -89,6 +90,22 @@ impl Arrival {
     /// If the settings are not the daemon's, or the host lacks something. The source has been told if it could be.
     pub fn begin(settings: &ArriveSettings, owner: Owner) -> Result<(Process, Arrival), Failure> {
         let Passed { mut control, streams, listener } = take(settings)?;
+        match Arrival::serve(settings, listener, owner) {
+            Ok((process, registry)) => {
+                Ok((process, Arrival { settings: settings.clone(), control, streams, registry }))
+            }
+            Err(failure) => {
+                tell_refusal(&mut control, &failure);
+                Err(failure)
+            }
+        }
+    }
+
+    fn serve(
+        settings: &ArriveSettings,
+        listener: OwnedFd,
+        owner: Owner,
+    ) -> Result<(Process, FileRegistry), Failure> {
         let hello = &settings.hello;
         let dir = RunDir::open(&settings.run_dir)?;
         let place = dir.adopt(Place::arriving(&hello.name, &hello.session.to_string()), listener);
@@ -102,9 +119,8 @@ impl Arrival {
         };
         let process = Process::begin(facts, place, owner)?;
         let registry = FileRegistry::new(&dir.sessions_dir())
-            .map_err(|error| Failure::new(Kind::Other, chain(&error)))
-            .inspect_err(|failure| tell_refusal(&mut control, failure))?;
-        Ok((process, Arrival { settings: settings.clone(), control, streams, registry }))
+            .map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+        Ok((process, registry))
     }
 
     /// Tells the source that the VM cannot come.
@@ -122,11 +138,21 @@ impl Arrival {
         let vm = vm.clone();
         std::thread::Builder::new()
             .name("receive".to_owned())
-            .spawn(move || self.run(&vm, memory, newcomer))
+            .spawn(move || {
+                let ran = catch_unwind(AssertUnwindSafe(|| self.run(&vm, memory, newcomer)));
+                let result = match ran {
+                    Ok(result) => result,
+                    Err(_) if vm.core(|core| core.phase == Phase::Here) => Ok(()),
+                    Err(_) => {
+                        Err(Failure::new(Kind::Vm, "a bug in vmemd ended the arrival: see the panic above"))
+                    }
+                };
+                let _ = vm.events.send(Event::Arrived(result));
+            })
             .map_err(|error| Failure::io("cannot start the receiving thread", &error))
     }
 
-    fn run(self, vm: &Vm, memory: TargetMemory, newcomer: Box<dyn Newcomer>) {
+    fn run(self, vm: &Vm, memory: TargetMemory, newcomer: Box<dyn Newcomer>) -> Result<(), Failure> {
         let Arrival { settings, control, streams, registry } = self;
         let mut streams = || {
             let (fd, index) = passing::receive_fd(&streams, STREAM_TIMEOUT)?;
@@ -142,7 +168,7 @@ impl Arrival {
             cancel: &vm.cancel,
         };
         let mut target = Target { vm, newcomer: Some(newcomer) };
-        let result = match migrate::receive(link, memory, &mut target) {
+        match migrate::receive(link, memory, &mut target) {
             Ok(received) => {
                 info!(vm = %vm.facts.name, bytes = received.bytes_received, "arrived and running");
                 vm.core(|core| core.arrival = Some(arrival_of(&received)));
@@ -160,8 +186,7 @@ impl Arrival {
                     format!("{:?} did not arrive: {}", vm.facts.name, failure.text),
                 ))
             }
-        };
-        let _ = vm.events.send(Event::Arrived(result));
+        }
     }
 }
 
@@ -200,10 +225,17 @@ impl TargetVm for Target<'_> {
     fn start(&mut self, paused: bool) -> Result<(), VmError> {
         self.vm.claim(|claim| claim.settle()).map_err(|failure| VmError(failure.text))?;
         let resumed = if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) };
-        if let Err(failure) = resumed {
-            // The source is to have its name back.
-            let _ = self.vm.claim(|claim| claim.leave("0"));
-            return Err(VmError(failure.text));
+        match resumed {
+            Err(failure) if failure.kind == Kind::InDoubt => {
+                // It may run at any time, so it must run nowhere else: it is this host's from here on.
+                warn!(vm = %self.vm.facts.name, %failure, "told to run, without an answer: if it stands still, `vmemd resume`");
+            }
+            Err(failure) => {
+                // The source is to have its name back.
+                let _ = self.vm.claim(|claim| claim.leave("0"));
+                return Err(VmError(failure.text));
+            }
+            Ok(()) => {}
         }
         self.vm.core(|core| (core.phase, core.paused) = (Phase::Here, paused));
         Ok(())

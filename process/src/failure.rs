@@ -22,7 +22,7 @@ pub enum Kind {
     Link,
     /// The VM itself failed, or found a page with the wrong content.
     Vm,
-    /// A hand-over was interrupted and it is not known which side has the VM.
+    /// A hand-over was interrupted and it is not known which side has the VM; or whether it runs is not known.
     InDoubt,
     /// Ctrl-C or a termination signal.
     Interrupted,

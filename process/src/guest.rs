@@ -25,7 +25,8 @@ pub trait Guest: Send + fmt::Debug {
     /// Lets the vCPUs go on, or run for the first time after [`Newcomer::load`].
     ///
     /// # Errors
-    /// If the guest has failed. No vCPU has entered it then.
+    /// If the guest has failed. No vCPU has entered it then, except with [`Kind::InDoubt`](crate::failure::Kind::InDoubt):
+    /// it was told to go on and has not said that it does, so it may do so at any time.
     fn resume(&mut self) -> Result<(), Failure>;
 
     /// Everything of the paused guest that is not in its memory. It can be resumed afterwards all the same.

@@ -1,6 +1,7 @@
 //! The source's side of a migration: the VM leaves this process, or stays.
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -24,6 +25,10 @@ const SET_UP_GRACE: Duration = Duration::from_secs(60);
 /// Over which time the speed of sending is measured.
 const SPEED_WINDOW: Duration = Duration::from_millis(500);
 
+/// How long it is tried again to let a VM go on that has not left: a target that ends may hold its disks' locks still.
+const RESUME_LIMIT: Duration = Duration::from_secs(5);
+const RESUME_RETRY: Duration = Duration::from_millis(100);
+
 enum Step {
     Progress(MigrationStat),
     Ended(Result<Report, SendError>),
@@ -42,7 +47,9 @@ pub(crate) fn migrate(
     let (steps, progress) = channel();
     let (mover, name) = (vm.clone(), vm.facts.name.clone());
     let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
-        let result = send(&mover, &options, &steps);
+        let mut leaving = Leaving { vm: &mover, paused: false, session: None };
+        let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
+        let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         settle(&mover, &options.to, &result);
         let _ = steps.send(Step::Ended(result));
     });
@@ -126,7 +133,12 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     })
 }
 
-fn send(vm: &Arc<Vm>, options: &SourceOptions, steps: &Sender<Step>) -> Result<Report, SendError> {
+fn send(
+    leaving: &mut Leaving<'_>,
+    options: &SourceOptions,
+    steps: &Sender<Step>,
+) -> Result<Report, SendError> {
+    let vm = leaving.vm;
     let handle = match vm.memory().and_then(|memory| memory.engine()) {
         Ok(handle) => handle.clone(),
         Err(failure) => return Err(SendError::Vm(VmError(failure.text))),
@@ -140,7 +152,7 @@ fn send(vm: &Arc<Vm>, options: &SourceOptions, steps: &Sender<Step>) -> Result<R
         let _ = steps.send(Step::Progress(stat));
     };
     info!(vm = %options.name, to = %options.to, "migration begins");
-    migrate::send(&handle, &mut Leaving { vm }, options, &progress, &vm.cancel)
+    migrate::send(&handle, leaving, options, &progress, &vm.cancel)
 }
 
 fn stat_of(to: &str, progress: &Progress, started: Instant) -> MigrationStat {
@@ -183,24 +195,23 @@ impl Speed {
 
 /// Notes where the VM is now.
 fn settle(vm: &Vm, to: &str, result: &Result<Report, SendError>) {
-    let name = &vm.facts.name;
     let phase = match result {
+        Ok(_) => Phase::Moved { to: to.to_owned() },
+        Err(SendError::InDoubt { session, to }) => Phase::InDoubt { session: *session, to: to.clone() },
+        Err(_) => Phase::Here,
+    };
+    vm.core(|core| (core.phase, core.migration) = (phase, None));
+    // Only now: whatever becomes of the log, the VM is where it is.
+    let name = &vm.facts.name;
+    match result {
         Ok(report) => {
+            let _ = vm.events.send(Event::Moved);
             info!(vm = %name, to, downtime_ms = report.downtime_ms, "moved");
-            Phase::Moved { to: to.to_owned() }
         }
         Err(SendError::InDoubt { session, to }) => {
             error!(vm = %name, to, %session, "in doubt: the VM stays paused here; `vmemd resume` asks again");
-            Phase::InDoubt { session: *session, to: to.clone() }
         }
-        Err(error) => {
-            warn!(vm = %name, to, %error, "not moved: it stays here");
-            Phase::Here
-        }
-    };
-    vm.core(|core| (core.phase, core.migration) = (phase, None));
-    if result.is_ok() {
-        let _ = vm.events.send(Event::Moved);
+        Err(error) => warn!(vm = %name, to, %error, "not moved: it stays here"),
     }
 }
 
@@ -216,7 +227,11 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
             let still_here = error.still_here();
             let mut failure = Failure::from(error);
             if still_here {
-                let stays = if vm.core(|core| core.paused) { "stays paused here" } else { "runs on here" };
+                let stays = match vm.guest_failure() {
+                    Some(_) => "stays here, failed",
+                    None if vm.core(|core| core.paused) => "stays paused here",
+                    None => "runs on here",
+                };
                 failure.text = format!("{}; {:?} {stays}", failure.text, vm.facts.name);
             }
             Err(failure)
@@ -239,13 +254,16 @@ pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Val
             vm.done("moved")
         }
         Outcome::NotThere => {
-            let mut source = Leaving { vm };
+            let mut source = Leaving { vm, paused: true, session: None };
             source.take_name_back();
-            source.resume().map_err(|error| Failure::new(Kind::Vm, error.0))?;
+            let resumed = source.resume();
             let paused = vm.core(|core| {
                 core.phase = Phase::Here;
                 core.paused
             });
+            resumed.map_err(|error| {
+                Failure::new(Kind::Vm, format!("{name:?} is here, and could not be resumed: {error}"))
+            })?;
             vm.done(if paused { "paused" } else { "running" })
         }
     }
@@ -254,6 +272,23 @@ pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Val
 /// The VM as a migration's source sees it.
 struct Leaving<'a> {
     vm: &'a Vm,
+    /// It was told to stand still for this: what stood still by itself is not made to run.
+    paused: bool,
+    /// From the moment on that the target may start it.
+    session: Option<SessionId>,
+}
+
+impl Leaving<'_> {
+    /// A bug ended the migration (in a process of ours, all of it). The VM is never left between here and there.
+    fn after_panic(&mut self, to: &str) -> SendError {
+        self.throttle(0);
+        if let Some(session) = self.session {
+            return SendError::InDoubt { session, to: to.to_owned() };
+        }
+        let paused = self.paused;
+        self.vm.core(|core| core.paused |= paused);
+        SendError::Vm(VmError("a bug in vmemd ended the migration: see the panic in its log".to_owned()))
+    }
 }
 
 fn text(failure: Failure) -> VmError {
@@ -270,6 +305,7 @@ impl SourceVm for Leaving<'_> {
         let runs = self.vm.guest(|guest| guest.runs()).map_err(text)?;
         // By whatever means, such as a monitor of its user's.
         self.vm.core(|core| core.paused |= !runs && core.stalled.is_none());
+        self.paused = true;
         self.vm.guest(|guest| guest.pause()).map_err(text)
     }
 
@@ -279,10 +315,19 @@ impl SourceVm for Leaving<'_> {
 
     fn resume(&mut self) -> Result<(), VmError> {
         // Whoever stalled it meanwhile wants it to stand still.
-        if self.vm.core(|core| core.stalled.is_some() || core.paused) {
+        if !self.paused || self.vm.core(|core| core.stalled.is_some() || core.paused) {
             return Ok(());
         }
-        self.vm.guest(|guest| guest.resume()).map_err(text)
+        let deadline = Instant::now() + RESUME_LIMIT;
+        loop {
+            let Err(failure) = self.vm.guest(|guest| guest.resume()) else { return Ok(()) };
+            if Instant::now() >= deadline {
+                // Until its user resumes it.
+                self.vm.core(|core| core.paused = true);
+                return Err(text(failure));
+            }
+            std::thread::sleep(RESUME_RETRY);
+        }
     }
 
     fn save(&mut self) -> Result<Vec<u8>, VmError> {
@@ -296,12 +341,13 @@ impl SourceVm for Leaving<'_> {
         });
     }
 
-    fn give_up_name(&mut self) -> Result<(), VmError> {
-        let id = SessionId::random().map_err(|error| VmError(error.to_string()))?.to_string();
-        self.vm.claim(|claim| claim.leave(&id)).map_err(text)
+    fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
+        self.session = Some(session);
+        self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(text)
     }
 
     fn take_name_back(&mut self) {
+        self.session = None;
         if let Err(error) = self.vm.claim(|claim| claim.settle()) {
             error!(vm = %self.vm.facts.name, %error, "the name could not be taken back: the VM runs on as one that is leaving");
         }

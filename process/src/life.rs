@@ -187,6 +187,7 @@ fn stand_still(vm: &Vm) -> bool {
         Ok(()) => true,
         Err(error) => {
             info!(vm = %vm.facts.name, %error, "while stopping");
+            // It is not here, or sleeps.
             error.kind == Kind::Name
         }
     }

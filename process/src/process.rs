@@ -1,5 +1,6 @@
 //! The process of one VM from the claim of its name to its end, for whoever makes the machine.
 
+use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -91,7 +92,7 @@ impl Process {
         }
         let ended = life::live(vm, &self.events);
         if let Ended::Moved { to } = &ended {
-            eprintln!("{} has moved to {to}", vm.facts.name);
+            let _ = writeln!(std::io::stderr(), "{} has moved to {to}", vm.facts.name);
         }
         life::finish(vm, memory, &self.server, None, ended)
     }

@@ -230,5 +230,8 @@ fn state_of(core: &Core, failed: Option<String>) -> (State, Option<String>) {
 
 /// A panic elsewhere does not make what a lock protects unusable: every change under these locks is complete in itself.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
+        mutex.clear_poison();
+        poisoned.into_inner()
+    })
 }

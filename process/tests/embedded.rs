@@ -67,11 +67,23 @@ fn logged(log: &Log) -> Vec<&'static str> {
     std::mem::take(&mut *log.lock().unwrap())
 }
 
+/// What a guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    Well,
+    /// Somebody else has paused it.
+    Stands,
+    RefusesState,
+    RefusesToRun,
+    /// Does not say whether it runs.
+    MayRun,
+    Panics,
+}
+
 #[derive(Debug)]
 struct LoggedGuest {
     log: Log,
-    /// Somebody else has paused it.
-    stands: bool,
+    manner: Manner,
 }
 
 impl LoggedGuest {
@@ -91,15 +103,21 @@ impl Guest for LoggedGuest {
     }
 
     fn runs(&mut self) -> Result<bool, Failure> {
-        Ok(!self.stands)
+        Ok(self.manner != Manner::Stands)
     }
 
     fn resume(&mut self) -> Result<(), Failure> {
-        self.note("resume")
+        self.note("resume")?;
+        match self.manner {
+            Manner::RefusesToRun => Err(Failure::new(Kind::Vm, "a disk is locked")),
+            Manner::MayRun => Err(Failure::new(Kind::InDoubt, "no answer")),
+            _ => Ok(()),
+        }
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Failure> {
         self.note("save")?;
+        assert_ne!(self.manner, Manner::Panics);
         Ok(STATE.to_vec())
     }
 
@@ -121,15 +139,16 @@ impl Guest for LoggedGuest {
 
 struct LoggedNewcomer {
     log: Log,
-    refuses: bool,
+    manner: Manner,
 }
 
 impl Newcomer for LoggedNewcomer {
     fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
-        if self.refuses || state != STATE {
+        assert_ne!(self.manner, Manner::Panics);
+        if self.manner == Manner::RefusesState || state != STATE {
             return Err(Failure::new(Kind::Vm, "these devices are unknown here"));
         }
-        let guest = LoggedGuest { log: self.log, stands: false };
+        let guest = LoggedGuest { log: self.log, manner: self.manner };
         guest.note("load")?;
         Ok(Box::new(guest))
     }
@@ -168,10 +187,10 @@ struct Running {
 }
 
 fn start(host: &Host) -> Option<Running> {
-    start_as(host, false)
+    start_as(host, Manner::Well)
 }
 
-fn start_as(host: &Host, stands: bool) -> Option<Running> {
+fn start_as(host: &Host, manner: Manner) -> Option<Running> {
     let facts = Facts {
         name: "web".to_owned(),
         memory_bytes: MEMORY,
@@ -188,7 +207,7 @@ fn start_as(host: &Host, stands: bool) -> Option<Running> {
         unsafe { word_of(&engine, number).write_volatile(number + 1) };
     }
     let (memory, log) = (Memory::external(engine.handle()), Log::default());
-    let guest = LoggedGuest { log: log.clone(), stands };
+    let guest = LoggedGuest { log: log.clone(), manner };
     let process = std::thread::spawn(move || {
         let end = process.run(memory, || Ok(Box::new(guest)));
         (process, end)
@@ -215,7 +234,7 @@ fn wait_for(host: &Host, state: State) -> vmprocess::control::protocol::VmStat {
 }
 
 /// What the daemon and the program that it starts do for one VM that comes.
-fn receive_one(host: &Host, refuses: bool) -> (String, JoinHandle<(Engine, Log, Process, End)>) {
+fn receive_one(host: &Host, manner: Manner) -> (String, JoinHandle<(Engine, Log, Process, End)>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (dir, path) = (host.run_dir(), host.0.clone());
@@ -239,7 +258,7 @@ fn receive_one(host: &Host, refuses: bool) -> (String, JoinHandle<(Engine, Log, 
         let host = std::mem::ManuallyDrop::new(Host(path));
         let engine = engine(&host, process.notices()).expect("the source's engine started");
         let log = Log::default();
-        let newcomer = LoggedNewcomer { log: log.clone(), refuses };
+        let newcomer = LoggedNewcomer { log: log.clone(), manner };
         let end = process.receive(arrival, Memory::external(engine.handle()), Box::new(newcomer));
         passing.join().unwrap();
         (engine, log, process, end)
@@ -363,7 +382,7 @@ fn a_vm_moves_from_one_program_to_another() {
     let host = Host::new();
     let Some(source) = start(&host) else { return };
     wait_for(&host, State::Running);
-    let (address, target) = receive_one(&host, false);
+    let (address, target) = receive_one(&host, Manner::Well);
     let report = migrate_to(&host, address).unwrap();
     assert_eq!(report["bytes_total"], MEMORY);
 
@@ -390,7 +409,7 @@ fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
     let host = Host::new();
     let Some(source) = start(&host) else { return };
     wait_for(&host, State::Running);
-    let (address, target) = receive_one(&host, true);
+    let (address, target) = receive_one(&host, Manner::RefusesState);
     let failure = migrate_to(&host, address).unwrap_err();
     for says in ["these devices are unknown here", "runs on here"] {
         assert!(failure.text.contains(says), "{failure}");
@@ -413,21 +432,21 @@ fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
 fn a_vm_that_stands_still_arrives_so() {
     for by_its_user in [true, false] {
         let host = Host::new();
-        let Some(source) = start_as(&host, !by_its_user) else { return };
+        let Some(source) = start_as(&host, if by_its_user { Manner::Well } else { Manner::Stands }) else { return };
         wait_for(&host, State::Running);
         if by_its_user {
             connect(&host).ask(&Request::Pause, DEADLINE).unwrap();
             logged(&source.log);
         }
         // What it does not get away from, it stands still at.
-        let (address, target) = receive_one(&host, true);
+        let (address, target) = receive_one(&host, Manner::RefusesState);
         let failure = migrate_to(&host, address).unwrap_err();
         assert!(failure.text.contains("stays paused here"), "{failure}");
         drop(target.join().unwrap());
         wait_for(&host, State::Paused);
         assert_eq!(logged(&source.log), ["pause", "save"]);
 
-        let (address, target) = receive_one(&host, false);
+        let (address, target) = receive_one(&host, Manner::Well);
         migrate_to(&host, address).unwrap();
         drop(source.process.join().unwrap());
         wait_for(&host, State::Paused);
@@ -438,4 +457,68 @@ fn a_vm_that_stands_still_arrives_so() {
         assert_eq!((end.result, end.quit), (Ok(()), true));
         assert_eq!(logged(&log), ["load", "resume", "pause", "quit"]);
     }
+}
+
+#[test]
+fn a_vm_that_may_run_at_the_target_runs_nowhere_else() {
+    let host = Host::new();
+    let Some(source) = start(&host) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, Manner::MayRun);
+    migrate_to(&host, address).unwrap();
+    drop(source.process.join().unwrap());
+    assert_eq!(logged(&source.log), ["pause", "save", "quit"]);
+    wait_for(&host, State::Running);
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    let (_engine, log, _process, end) = target.join().unwrap();
+    assert_eq!((end.result, end.quit), (Ok(()), true));
+    assert_eq!(logged(&log), ["load", "resume", "pause", "quit"]);
+}
+
+#[test]
+fn a_vm_that_stays_and_cannot_be_resumed_is_said_to_be_paused() {
+    let host = Host::new();
+    let Some(source) = start_as(&host, Manner::RefusesToRun) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, Manner::RefusesState);
+    let failure = migrate_to(&host, address).unwrap_err();
+    for says in ["could not be resumed: a disk is locked", "stays paused here"] {
+        assert!(failure.text.contains(says), "{failure}");
+    }
+    drop(target.join().unwrap());
+    wait_for(&host, State::Paused);
+    let log = logged(&source.log);
+    assert!(log.starts_with(&["pause", "save", "resume", "resume"]), "tried again: {log:?}");
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    drop(source.process.join().unwrap());
+}
+
+#[test]
+fn a_bug_on_either_side_leaves_no_vm_half_way() {
+    let host = Host::new();
+    let Some(source) = start(&host) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, Manner::Panics);
+    let failure = migrate_to(&host, address).unwrap_err();
+    assert!(failure.text.contains("runs on here"), "{failure}");
+    let (_engine, _log, process, end) = target.join().unwrap();
+    assert!(end.result.unwrap_err().text.contains("a bug in vmemd"));
+    drop(process);
+    wait_for(&host, State::Running);
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    drop(source.process.join().unwrap());
+
+    let Some(source) = start_as(&host, Manner::Panics) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, Manner::Well);
+    let failure = migrate_to(&host, address).unwrap_err();
+    for says in ["a bug in vmemd", "stays paused here"] {
+        assert!(failure.text.contains(says), "{failure}");
+    }
+    assert!(target.join().unwrap().3.result.is_err());
+    wait_for(&host, State::Paused);
+    connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
+    wait_for(&host, State::Running);
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    drop(source.process.join().unwrap());
 }

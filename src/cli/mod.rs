@@ -49,6 +49,8 @@ fn start_logging(long_running: bool) {
         .with_writer(std::io::stderr)
         .with_ansi(ansi)
         .with_target(false)
+        // It would be told on stderr, which panics if it is stderr that cannot be written.
+        .log_internal_errors(false)
         .init();
 }
 

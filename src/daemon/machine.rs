@@ -9,7 +9,7 @@ use vmprocess::size::Size;
 
 use super::admission::Refusal;
 use crate::qemu::cpu::Cpu;
-use crate::qemu::machine::Really;
+use crate::qemu::ask::Really;
 use crate::qemu::offer::{Accepted, Offer};
 use crate::qemu::resources::ThisHost;
 use crate::qemu::rewrite::Plan;

@@ -131,6 +131,15 @@ fn remove_old_records(dir: &std::path::Path) {
     }
 }
 
+/// A connection whose purpose is not known yet, counted until this is dropped: also if its thread panics.
+struct Greeting(Arc<Daemon>);
+
+impl Drop for Greeting {
+    fn drop(&mut self) {
+        self.0.greeting.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl Daemon {
     fn accept(self: &Arc<Daemon>, listener: &TcpListener) {
         while signals::caught().is_none() {
@@ -149,17 +158,14 @@ impl Daemon {
     }
 
     fn greet_in_thread(self: &Arc<Daemon>, stream: TcpStream, peer: String) {
+        let greeting = Greeting(self.clone());
         if self.greeting.fetch_add(1, Ordering::SeqCst) >= GREETING_MAX {
-            self.greeting.fetch_sub(1, Ordering::SeqCst);
             return warn!(peer, "closed: {GREETING_MAX} connections have not said yet what they are for");
         }
-        let daemon = self.clone();
-        let spawned = std::thread::Builder::new().name("greeting".to_owned()).spawn(move || {
-            daemon.greet(stream, &peer);
-            daemon.greeting.fetch_sub(1, Ordering::SeqCst);
-        });
+        let spawned = std::thread::Builder::new()
+            .name("greeting".to_owned())
+            .spawn(move || greeting.0.greet(stream, &peer));
         if let Err(error) = spawned {
-            self.greeting.fetch_sub(1, Ordering::SeqCst);
             warn!(%error, "no thread for a connection");
         }
     }

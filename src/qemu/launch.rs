@@ -5,6 +5,7 @@
 
 use std::ffi::{CStr, OsString};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -24,20 +25,34 @@ const TESTED: &str = "deps";
 /// The shared object for `LD_PRELOAD`: beside the command, or where it is installed.
 ///
 /// # Errors
-/// If it is in none of these places.
+/// If it is in none of these places, or in one that `LD_PRELOAD` cannot name.
 pub fn library() -> Result<PathBuf, Failure> {
     let command =
         std::env::current_exe().map_err(|error| Failure::io("cannot tell where vmemd is", &error))?;
     let beside = command.parent().unwrap_or(Path::new("/"));
     let places = [beside.to_owned(), beside.join(INSTALLED), beside.join(TESTED)];
     let found = places.iter().filter_map(|dir| dir.join(LIBRARY).canonicalize().ok()).next();
-    found.ok_or_else(|| {
+    let found = found.ok_or_else(|| {
         let text = format!(
             "{LIBRARY} is neither in {} nor in {INSTALLED} from there: build it with `cargo build --release`, or install it",
             beside.display()
         );
         Failure::new(Kind::Host, text)
-    })
+    })?;
+    can_be_preloaded(&found)?;
+    Ok(found)
+}
+
+/// Blanks and colons separate the names in `LD_PRELOAD`, and nothing quotes them: QEMU would start without it.
+fn can_be_preloaded(library: &Path) -> Result<(), Failure> {
+    if !library.as_os_str().as_bytes().iter().any(|byte| b" \t\n:".contains(byte)) {
+        return Ok(());
+    }
+    let text = format!(
+        "{LD_PRELOAD} cannot name {}, which has a blank or a colon in its path: install it elsewhere",
+        library.display()
+    );
+    Err(Failure::new(Kind::Host, text))
 }
 
 /// A command that is ready to be started, and what it inherits.
@@ -133,4 +148,18 @@ fn inherit(numbers: &[RawFd]) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_cannot_be_preloaded_is_refused() {
+        can_be_preloaded(Path::new("/opt/vm-emd/lib.so")).unwrap();
+        for path in ["/my programs/lib.so", "/a:b/lib.so"] {
+            let refused = can_be_preloaded(Path::new(path)).unwrap_err();
+            assert!(refused.kind == Kind::Host && refused.text.contains("elsewhere"), "{refused}");
+        }
+    }
 }

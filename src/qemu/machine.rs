@@ -2,42 +2,12 @@
 //! another QEMU. A VM that may move says the version from the start.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
+use super::ask::Ask;
 use super::options::{CommandLine, Word};
 use super::{Failure, Kind};
-
-/// Asks a QEMU binary: the only place here where one is started.
-pub trait Ask {
-    /// What `binary args…` prints.
-    fn ask(&self, binary: &Path, args: &[&str]) -> Result<String, Failure>;
-}
-
-/// Really asks it.
-#[derive(Clone, Copy, Debug)]
-pub struct Really;
-
-impl Ask for Really {
-    fn ask(&self, binary: &Path, args: &[&str]) -> Result<String, Failure> {
-        let shown = format!("{} {}", binary.display(), args.join(" "));
-        // The caller's preload is for the VM, not for a question.
-        let output =
-            Command::new(binary)
-                .args(args)
-                .env_remove("LD_PRELOAD")
-                .stdin(Stdio::null())
-                .output()
-                .map_err(|error| Failure::new(Kind::Host, format!("`{shown}` cannot be started: {error}")))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let text = format!("`{shown}` failed ({}): {}", output.status, said.trim());
-            return Err(Failure::new(Kind::Host, text));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-}
 
 /// Of a QEMU binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

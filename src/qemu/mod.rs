@@ -6,6 +6,7 @@
 //! ```
 //! `docs/qemu.md` says the same to users.
 
+pub mod ask;
 pub mod binary;
 pub mod cpu;
 #[cfg(test)]

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::cpu::{self, Cpu};
-use super::machine::{Ask, Machines, Pinned, Version};
+use super::ask::Ask;
+use super::machine::{Machines, Pinned, Version};
 use super::options::CommandLine;
 use super::refuse::unmovable;
 use super::resources::{self, Host};

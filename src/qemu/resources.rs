@@ -473,6 +473,9 @@ mod tests {
             names("-drive file=blkdebug:/rules:/img -drive file=fat:rw:/dir"),
             ["File /rules", "Disk /img", "Directory /dir"]
         );
+        assert_eq!(names("blkdebug::blkverify:/a:/b"), ["File /a", "Disk /b"]);
+        let stranger = found(&format!("{}/img", "blkdebug::".repeat(100_000)));
+        assert!(stranger.len() == 1 && stranger[0].1.starts_with("blkdebug::"), "no file is called so");
     }
 
     #[test]

@@ -103,6 +103,8 @@ impl Plan {
                 return Err(usage(text));
             }
         }
+        let total = backends.iter().try_fold(0u64, |sum, backend| sum.checked_add(backend.size.bytes()));
+        total.ok_or_else(|| usage("its memory backends are larger together than any address: see size="))?;
         Ok(Plan { line: line.clone(), backends })
     }
 

@@ -13,7 +13,7 @@ use vmprocess::qemu::{PreloadSettings, QmpAddress, Role};
 
 use super::cpu::Cpu;
 use super::launch;
-use super::machine::Really;
+use super::ask::Really;
 use super::offer::Offer;
 use super::options::{self, CommandLine};
 use super::output::{self, Format};

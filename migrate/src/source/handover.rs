@@ -49,7 +49,7 @@ pub(super) fn run(moving: &mut Moving<'_, '_>) -> Result<Report, Failed> {
     }
     let prepared = prepare(moving);
     let placed = prepared.map_err(|failed| resume(moving, failed))?;
-    if let Err(error) = moving.vm.give_up_name() {
+    if let Err(error) = moving.vm.give_up_name(moving.session) {
         moving.vm.take_name_back();
         return Err(resume(moving, said(moving, error)));
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
-use migrate::{SourceOptions, SourceVm, VmError};
+use migrate::{SessionId, SourceOptions, SourceVm, VmError};
 use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, Run, StartError, StoreConfig};
 
 use super::{Place, eventually};
@@ -141,7 +141,7 @@ impl SourceVm for Writer {
         self.switch.throttle.store(percent, Ordering::SeqCst);
     }
 
-    fn give_up_name(&mut self) -> Result<(), VmError> {
+    fn give_up_name(&mut self, _: SessionId) -> Result<(), VmError> {
         self.named.store(false, Ordering::SeqCst);
         Ok(())
     }

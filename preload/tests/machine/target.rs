@@ -48,7 +48,6 @@ impl Target {
             control_fd: control.as_raw_fd(),
             streams_fd: theirs.as_raw_fd(),
             listener_fd: socket.as_raw_fd(),
-            offer: None,
             hello,
         };
         let passed = [control.as_raw_fd(), theirs.as_raw_fd(), socket.as_raw_fd()];

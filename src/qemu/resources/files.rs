@@ -5,8 +5,15 @@ use serde_json::Value;
 use super::{SeeOne, What};
 use crate::qemu::props::Props;
 
+/// Filters over one image: nobody means more, and a stranger's command line may name any number.
+const FILTERS_MAX: u32 = 8;
+
 /// A file name as QEMU's block layer reads it: a path, `protocol:…`, or `json:{…}`. The new one, if it was changed.
 pub(super) fn disk(spec: &str, see: SeeOne<'_>) -> Option<String> {
+    disk_within(FILTERS_MAX, spec, see)
+}
+
+fn disk_within(filters: u32, spec: &str, see: SeeOne<'_>) -> Option<String> {
     if let Some(set) = spec.strip_prefix("/dev/fdset/") {
         see(What::Descriptor, set);
         return None;
@@ -30,10 +37,12 @@ pub(super) fn disk(spec: &str, see: SeeOne<'_>) -> Option<String> {
             };
             storage("blockdev", &mut props, see).then(|| format!("json:{}", props.print()))
         }
+        // Taken for a file's name, and so missing everywhere.
+        "blkdebug" | "blkverify" if filters == 0 => see(What::Disk, spec),
         "blkdebug" | "blkverify" => {
             let (rules, image) = rest.split_once(':')?;
             let first = if rules.is_empty() { None } else { see(What::File, rules) };
-            let second = disk(image, see);
+            let second = disk_within(filters - 1, image, see);
             let changed = first.is_some() || second.is_some();
             let (first, second) =
                 (first.unwrap_or_else(|| rules.to_owned()), second.unwrap_or_else(|| image.to_owned()));
