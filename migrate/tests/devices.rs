@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::vm::{MEMORY, Writer, engine, fill, options};
 use common::{Place, Target};
 use io_uring::{IoUring, opcode, types};
-use migrate::{CancelFlag, Phase, Progress, SourceOptions, SourceVm, TargetMemory, VmError, send};
+use migrate::{CancelFlag, Phase, Progress, SessionId, SourceOptions, SourceVm, TargetMemory, VmError, send};
 use swapd::PAGE_SIZE;
 
 /// The page that the device reads into: one that the guest itself leaves alone.
@@ -87,8 +87,8 @@ impl SourceVm for WithDevice {
         self.writer.throttle(percent);
     }
 
-    fn give_up_name(&mut self) -> Result<(), VmError> {
-        self.writer.give_up_name()
+    fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
+        self.writer.give_up_name(session)
     }
 
     fn take_name_back(&mut self) {

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::cpu::{self, Cpu};
 use super::ask::Ask;
+use super::cpu::{self, Cpu};
 use super::machine::{Machines, Pinned, Version};
 use super::options::CommandLine;
 use super::refuse::unmovable;

@@ -11,9 +11,9 @@ use vmprocess::control::rundir::{RunDir, name_taken};
 use vmprocess::host;
 use vmprocess::qemu::{PreloadSettings, QmpAddress, Role};
 
+use super::ask::Really;
 use super::cpu::Cpu;
 use super::launch;
-use super::ask::Really;
 use super::offer::Offer;
 use super::options::{self, CommandLine};
 use super::output::{self, Format};
