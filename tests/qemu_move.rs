@@ -232,15 +232,13 @@ fn a_paused_vm_arrives_paused() {
     let (_here, here_address) = serve(&mut here, "127.0.0.1:0", "192M", &rule("path", &theirs, &ours));
     let monitor = format!("unix:{ours},server=on,wait=off");
     let drive = format!("file={},format=raw,if=virtio", image(&here, "disk", b""));
-    let guest =
-        start(&here, &qemu, &Machine::new("256M").run(JOBS), &["-qmp", &monitor, "-drive", &drive]);
+    let guest = start(&here, &qemu, &Machine::new("256M").run(JOBS), &["-qmp", &monitor, "-drive", &drive]);
     guest.wait_for("checker memory round=1", BOOT);
     // By its user, with vmemd; then by a monitor that vmemd has no part in.
     assert_eq!(here.vmemd(&["pause", "db"]).code, 0);
-    for (from, to, address, back) in [
-        (&here, &there, &there_address, &here_address),
-        (&there, &here, &here_address, &there_address),
-    ] {
+    for (from, to, address, back) in
+        [(&here, &there, &there_address, &here_address), (&there, &here, &here_address, &there_address)]
+    {
         let printed = guest.lines().len();
         migrate(from, address);
         to.wait_state("db", "paused");

@@ -203,7 +203,8 @@ impl Guest for Qemu {
 
     fn save(&mut self) -> Result<Vec<u8>, Failure> {
         if self.disks_away {
-            let text = "it has not run since it arrived, so its disks are not its own yet: `vmemd resume` it first";
+            let text =
+                "it has not run since it arrived, so its disks are not its own yet: `vmemd resume` it first";
             return Err(Failure::new(Kind::Vm, text));
         }
         self.given_away = true;

@@ -428,7 +428,9 @@ fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
 fn a_vm_that_stands_still_arrives_so() {
     for by_its_user in [true, false] {
         let host = Host::new();
-        let Some(source) = start_as(&host, if by_its_user { Manner::Well } else { Manner::Stands }) else { return };
+        let Some(source) = start_as(&host, if by_its_user { Manner::Well } else { Manner::Stands }) else {
+            return;
+        };
         wait_for(&host, State::Running);
         if by_its_user {
             connect(&host).ask(&Request::Pause, DEADLINE).unwrap();

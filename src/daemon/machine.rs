@@ -8,8 +8,8 @@ use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 
 use super::admission::Refusal;
-use crate::qemu::cpu::Cpu;
 use crate::qemu::ask::Really;
+use crate::qemu::cpu::Cpu;
 use crate::qemu::offer::{Accepted, Offer};
 use crate::qemu::resources::ThisHost;
 use crate::qemu::rewrite::Plan;

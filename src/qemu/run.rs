@@ -11,9 +11,9 @@ use vmprocess::control::rundir::{RunDir, name_taken};
 use vmprocess::host;
 use vmprocess::qemu::{PreloadSettings, QmpAddress, Role};
 
+use super::ask::Really;
 use super::cpu::Cpu;
 use super::launch;
-use super::ask::Really;
 use super::offer::Offer;
 use super::options::{self, CommandLine};
 use super::output::{self, Format};
@@ -89,7 +89,7 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
         return Err(name_taken(&place));
     }
     info!(vm = %settings.name, memory = %Size(memory.memory_bytes), ram = %Size(memory.budget_bytes), qemu = %binary.display(), "starting");
-    let mut launch = launch::launch(&binary, plan, role, None, &[])?;
+    let mut launch = launch::launch(&binary, plan, role, None)?;
     launch.notes.iter().for_each(|note| warn!("{note}"));
     let error = launch.command.exec();
     Err(Failure::io(format!("cannot start {}", binary.display()), &error))
