@@ -208,9 +208,9 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
 fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
     let qmp = match address {
         QmpAddress::Socket(path) => Qmp::connect(path, SET_UP_TIMEOUT),
-        QmpAddress::Descriptor(fd) => {
+        QmpAddress::Descriptor { ours, .. } => {
             // SAFETY: inherited for this alone; taken once, because a process has one life.
-            let monitor = unsafe { UnixStream::from_raw_fd(*fd) };
+            let monitor = unsafe { UnixStream::from_raw_fd(*ours) };
             if arrives {
                 farewell::coming(&monitor);
             }
@@ -234,7 +234,7 @@ impl Leftovers {
     fn remove_at_exit(name: NameHold, qmp: &QmpAddress) {
         let qmp = match qmp {
             QmpAddress::Socket(path) => Some(path.clone()),
-            QmpAddress::Descriptor(_) => None,
+            QmpAddress::Descriptor { .. } => None,
         };
         *lock(&LEFTOVERS) = Some(Leftovers { name, qmp, pid: std::process::id() });
         // SAFETY: the handler may run at any exit of the process.

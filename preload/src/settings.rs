@@ -44,8 +44,8 @@ pub(crate) unsafe fn take() -> Option<Result<PreloadSettings, serde_json::Error>
 fn inherited(settings: &PreloadSettings) -> Vec<RawFd> {
     let mut all: Vec<RawFd> =
         settings.backends.iter().filter_map(|backend| descriptor(&backend.path)).collect();
-    if let QmpAddress::Descriptor(fd) = settings.qmp {
-        all.push(fd);
+    if let QmpAddress::Descriptor { ours, theirs } = settings.qmp {
+        all.extend([ours, theirs]);
     }
     if let Role::Arriving(arrival) = &settings.role {
         all.extend([arrival.control_fd, arrival.streams_fd, arrival.listener_fd]);

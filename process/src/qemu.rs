@@ -72,6 +72,6 @@ pub struct Backend {
 pub enum QmpAddress {
     /// A socket on which QEMU listens. Removed when it ends.
     Socket(PathBuf),
-    /// An inherited end of a socket pair; QEMU has the other one, as `-chardev socket,fd=…`.
-    Descriptor(RawFd),
+    /// The ends of a socket pair, both inherited; QEMU knows `theirs`, as `-chardev socket,fd=…`.
+    Descriptor { ours: RawFd, theirs: RawFd },
 }

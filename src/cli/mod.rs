@@ -161,20 +161,11 @@ fn qemu_settings(
 
 /// What can be said about sizes without looking at the host.
 fn check_sizes(memory: Size, ram: Size) -> Result<(), Failure> {
-    let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);
-    let usage = |text: String| Err(Failure::new(Kind::Usage, text));
     if memory.bytes() == 0 || !memory.bytes().is_multiple_of(2 << 20) {
-        return usage(format!("--memory {memory} is not a multiple of 2M: round it up or down"));
+        let text = format!("--memory {memory} is not a multiple of 2M: round it up or down");
+        return Err(Failure::new(Kind::Usage, text));
     }
-    if ram > memory {
-        return usage(format!(
-            "--ram {ram} is more than --memory {memory}: a VM cannot use more RAM than its memory"
-        ));
-    }
-    if ram < minimum {
-        return usage(format!("--ram {ram} is below the minimum of {minimum}"));
-    }
-    Ok(())
+    qemu::check_ram(memory, ram)
 }
 
 /// A store directory that is missing is made; a device or file must be there.

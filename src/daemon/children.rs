@@ -13,7 +13,7 @@ use vmprocess::failure::{Failure, Kind};
 use vmprocess::qemu::Role;
 
 use super::machine::{Machine, Qemu};
-use crate::qemu::launch::{Launch, launch};
+use crate::qemu::launch::{Launch, inherit, launch};
 
 /// What the child gets besides its settings.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ pub(super) fn start(
         Machine::Reference => Launch::from(receive(&settings)?),
         Machine::Qemu(qemu) => {
             let Qemu { binary, plan, .. } = *qemu;
-            launch(&binary, plan, Role::Arriving(Box::new(settings)), None, &[])?
+            launch(&binary, plan, Role::Arriving(Box::new(settings)), None)?
         }
     };
     launch.notes.iter().for_each(|note| warn!("{note}"));
@@ -74,11 +74,5 @@ fn prepare(fds: &[RawFd]) -> std::io::Result<()> {
     if unsafe { libc::setsid() } < 0 {
         return Err(std::io::Error::last_os_error());
     }
-    for fd in fds {
-        // SAFETY: changes a flag of a descriptor that the parent keeps open over the fork.
-        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-    }
-    Ok(())
+    inherit(fds)
 }

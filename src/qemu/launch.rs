@@ -72,17 +72,11 @@ impl From<Command> for Launch {
     }
 }
 
-/// Makes what a QEMU needs, with `role` for its preload. Descriptors in `also` are inherited as well.
+/// Makes what a QEMU needs, with `role` for its preload.
 ///
 /// # Errors
 /// If the kernel gives no descriptor, or the preload is missing.
-pub fn launch(
-    binary: &Path,
-    plan: Plan,
-    role: Role,
-    log: Option<PathBuf>,
-    also: &[RawFd],
-) -> Result<Launch, Failure> {
+pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Result<Launch, Failure> {
     let files: Vec<OwnedFd> = plan.backends.iter().map(|_| memfd()).collect::<Result<_, _>>()?;
     let paths: Vec<PathBuf> =
         files.iter().map(|file| format!("/proc/self/fd/{}", file.as_raw_fd()).into()).collect();
@@ -97,13 +91,13 @@ pub fn launch(
         },
     };
     let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;
-    let qmp = QmpAddress::Descriptor(ours.as_raw_fd());
+    let qmp = QmpAddress::Descriptor { ours: ours.as_raw_fd(), theirs: theirs.as_raw_fd() };
     let preload = PreloadSettings { program: binary.to_owned(), backends, qmp, log, role };
     let mut command = Command::new(binary);
     command.args(args).envs(environment(&preload)?);
     let mut inherited = files;
     inherited.extend([OwnedFd::from(theirs), OwnedFd::from(ours)]);
-    let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).chain(also.iter().copied()).collect();
+    let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
     unsafe { command.pre_exec(move || inherit(&numbers)) };
     Ok(Launch { command, notes, _inherited: inherited })
@@ -139,8 +133,8 @@ fn memfd() -> Result<OwnedFd, Failure> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// In the process that is about to become QEMU: these descriptors stay open over exec.
-fn inherit(numbers: &[RawFd]) -> std::io::Result<()> {
+/// In a process that is about to become another program: these descriptors stay open over exec.
+pub(crate) fn inherit(numbers: &[RawFd]) -> std::io::Result<()> {
     for fd in numbers {
         // SAFETY: changes a flag of a descriptor that is open.
         if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } != 0 {

@@ -27,7 +27,7 @@ use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
 /// Refuses a RAM budget that a VM of that memory cannot have.
-fn check_ram(memory: Size, ram: Size) -> Result<(), Failure> {
+pub fn check_ram(memory: Size, ram: Size) -> Result<(), Failure> {
     let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);
     let text = if ram > memory {
         format!("--ram {ram} is more than the VM's memory of {memory}: a VM cannot use more RAM than that")

@@ -238,8 +238,7 @@ mod tests {
         );
         assert_eq!(offer.cpu, Some(cpu("sse avx2")));
         let bin = Bin::new("same");
-        let mut rules = Rules::default();
-        rules.push("/home=/mnt").unwrap();
+        let rules = Rules::parse("[[map]]\nfrom = \"/home\"\nto = \"/mnt\"\n", "rules").unwrap();
         let path = bin.0.as_os_str();
         let accepted = offer.accept(&rules, &Rich, &Fake("7.2"), path, &cpu("sse avx2 more")).unwrap();
         assert_eq!(accepted.binary, bin.0.join("qemu-system-x"));

@@ -103,10 +103,10 @@ mod tests {
 
     fn made() -> Rewritten {
         let line = CommandLine::parse(&["-m", "1G", "-name", "it's"]).unwrap();
-        let files = [PathBuf::from("/dev/shm/vmemd/db.ram0")];
+        let files = [PathBuf::from("/dev/shm/vmemd-db-0")];
         let settings = Settings {
             files: &files,
-            monitor: Monitor::Socket(Path::new("/run/vmemd/db.qmp")),
+            monitor: Monitor::Socket(Path::new("/run/vmemd/.monitors/db.qmp")),
             role: Role::Start,
         };
         Plan::appended(&line).unwrap().rewrite(&settings).unwrap()
@@ -114,7 +114,7 @@ mod tests {
 
     fn printed(format: Format) -> String {
         let environment = [
-            ("LD_PRELOAD", "/usr/lib/libvmemd_preload.so".to_owned()),
+            ("LD_PRELOAD", "/usr/lib/vmemd/libvmemd_preload.so".to_owned()),
             ("VMEMD_PRELOAD", r#"{"name":"db"}"#.to_owned()),
         ];
         print(format, Path::new("/usr/bin/qemu-system-x86_64"), &made(), &environment)
@@ -124,10 +124,10 @@ mod tests {
     fn for_a_shell() {
         assert_eq!(
             printed(Format::Shell),
-            "LD_PRELOAD=/usr/lib/libvmemd_preload.so VMEMD_PRELOAD='{\"name\":\"db\"}' /usr/bin/qemu-system-x86_64 -m \
-             1G -name 'it'\\''s' -object memory-backend-file,id=vmemd-ram0,size=1G,mem-path=/dev/shm/vmemd/db.ram0,\
+            "LD_PRELOAD=/usr/lib/vmemd/libvmemd_preload.so VMEMD_PRELOAD='{\"name\":\"db\"}' /usr/bin/qemu-system-x86_64 -m \
+             1G -name 'it'\\''s' -object memory-backend-file,id=vmemd-ram0,size=1G,mem-path=/dev/shm/vmemd-db-0,\
              share=on,align=2M -machine memory-backend=vmemd-ram0 -chardev \
-             socket,id=vmemd-qmp,path=/run/vmemd/db.qmp,server=on,wait=off -mon chardev=vmemd-qmp,mode=control\n"
+             socket,id=vmemd-qmp,path=/run/vmemd/.monitors/db.qmp,server=on,wait=off -mon chardev=vmemd-qmp,mode=control\n"
         );
     }
 
@@ -147,7 +147,7 @@ mod tests {
         for part in [
             "<qemu:arg value='-object'/>\n",
             "<qemu:arg value='memory-backend=vmemd-ram0'/>\n",
-            "<qemu:env name='LD_PRELOAD' value='/usr/lib/libvmemd_preload.so'/>\n",
+            "<qemu:env name='LD_PRELOAD' value='/usr/lib/vmemd/libvmemd_preload.so'/>\n",
             "<qemu:env name='VMEMD_PRELOAD' value='{&quot;name&quot;:&quot;db&quot;}'/>\n",
         ] {
             assert!(text.contains(part), "{part}: {text}");

@@ -76,20 +76,6 @@ impl Rules {
         Ok(rules)
     }
 
-    /// One rule as an argument: `FROM=TO`, `tap:FROM=TO` or `bridge:FROM=TO`.
-    pub fn push(&mut self, text: &str) -> Result<(), Failure> {
-        let (kind, pair) = match text.split_once(':') {
-            Some(("tap", pair)) => (Names::Tap, pair),
-            Some(("bridge", pair)) => (Names::Bridge, pair),
-            _ => (Names::Path, text),
-        };
-        let wrong = |why: String| Failure::new(Kind::Usage, format!("rule {text:?}: {why}"));
-        let (from, to) = pair.split_once('=').ok_or_else(|| {
-            wrong("write FROM=TO, tap:FROM=TO or bridge:FROM=TO, such as /srv/images=/mnt/images".to_owned())
-        })?;
-        self.add(Rule { kind, from: from.to_owned(), to: to.to_owned() }).map_err(wrong)
-    }
-
     fn add(&mut self, mut rule: Rule) -> Result<(), String> {
         if rule.kind == Names::Path {
             for path in [&mut rule.from, &mut rule.to] {
@@ -181,30 +167,24 @@ to = "virbr0"
     }
 
     #[test]
-    fn rules_as_arguments_are_the_same() {
-        let mut rules = Rules::default();
-        for rule in ["/srv/images=/mnt/images/", "/srv=/data", "tap:tap0=tap7", "bridge:br0=virbr0"] {
-            rules.push(rule).unwrap();
-        }
-        assert_eq!(rules, Rules::parse(TEXT, "rules").unwrap());
-        for (rule, says) in [
-            ("", "write FROM=TO"),
-            ("a=/b", "\"a\" is not an absolute path"),
-            ("/a=b", "\"b\" is not an absolute path"),
-            ("tap:=b", "write names of interfaces"),
-            ("/srv=/x", "there is a rule for \"/srv\" already"),
-        ] {
-            let error = rules.push(rule).unwrap_err();
-            assert!(error.text.contains(says), "{error}");
-        }
+    fn everything_can_be_mapped() {
+        let rules = Rules::parse("[[map]]\nfrom = \"/\"\nto = \"/jail\"\n", "rules").unwrap();
+        assert_eq!(rules.path("/a/b").as_deref(), Some("/jail/a/b"));
+        assert_eq!(rules.path("a"), None);
     }
 
     #[test]
-    fn everything_can_be_mapped() {
-        let mut rules = Rules::default();
-        rules.push("/=/jail").unwrap();
-        assert_eq!(rules.path("/a/b").as_deref(), Some("/jail/a/b"));
-        assert_eq!(rules.path("a"), None);
+    fn rules_that_mean_nothing_are_refused() {
+        for (kind, from, to, says) in [
+            ("path", "a", "/b", "\"a\" is not an absolute path"),
+            ("path", "/a", "b", "\"b\" is not an absolute path"),
+            ("tap", "", "b", "write names of interfaces"),
+            ("path", "/srv", "/x", "there is a rule for \"/srv\" already"),
+        ] {
+            let text = format!("{TEXT}[[map]]\nkind = \"{kind}\"\nfrom = \"{from}\"\nto = \"{to}\"\n");
+            let error = Rules::parse(&text, "rules").unwrap_err();
+            assert!(error.text.contains(says), "{error}");
+        }
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
         return Err(name_taken(&place));
     }
     info!(vm = %settings.name, memory = %Size(memory.memory_bytes), ram = %Size(memory.budget_bytes), qemu = %binary.display(), "starting");
-    let mut launch = launch::launch(&binary, plan, role, None, &[])?;
+    let mut launch = launch::launch(&binary, plan, role, None)?;
     launch.notes.iter().for_each(|note| warn!("{note}"));
     let error = launch.command.exec();
     Err(Failure::io(format!("cannot start {}", binary.display()), &error))

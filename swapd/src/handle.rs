@@ -262,11 +262,6 @@ impl EngineHandle {
         self.memory.is_whole()
     }
 
-    /// The page that an address of guest memory belongs to.
-    pub fn page_of(&self, address: *const u8) -> Option<PageNo> {
-        self.memory.page_at(address as usize)
-    }
-
     /// The guest's pages that lie wholly within an address range, in ascending runs: what a discard of the range gives
     /// back.
     pub fn runs_in(&self, address: *const u8, bytes: usize) -> Vec<Run> {

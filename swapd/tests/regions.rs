@@ -262,16 +262,16 @@ fn addresses_and_pages_are_found_both_ways() {
     let handle = owner.handle();
     for page in [0, BORDERS[0] - 1, BORDERS[0], BORDERS[1] - 1, BORDERS[1], PAGES - 1] {
         let address = owner.address(page) as *mut u8;
-        assert_eq!(handle.page_of(address), Some(PageNo(page)));
+        assert_eq!(handle.runs_in(address, PAGE_SIZE), [Run::new(PageNo(page), 1)]);
         assert_eq!(handle.page_address(PageNo(page)), address);
     }
-    assert_eq!(handle.page_of(owner.mapping as *const u8), None);
+    assert_eq!(handle.runs_in(owner.mapping as *const u8, PAGE_SIZE), []);
     // The second and the third region follow upon each other in the address space as well.
     let from = owner.address(BORDERS[1] - 2) + 1;
     let found = handle.runs_in(from as *const u8, 5 * PAGE_SIZE);
     assert_eq!(found, [Run::new(PageNo(BORDERS[1] - 1), 1), Run::new(PageNo(BORDERS[1]), 3)]);
     handle.detach(2).unwrap();
-    assert_eq!(handle.page_of(owner.address(PAGES - 1) as *const u8), None);
+    assert_eq!(handle.runs_in(owner.address(PAGES - 1) as *const u8, PAGE_SIZE), []);
 }
 
 #[test]

@@ -248,7 +248,10 @@ impl Vm {
         let (chardev, qmp) = if plan.qmp_socket {
             (format!("path={},server=on,wait=off", socket.display()), QmpAddress::Socket(socket))
         } else {
-            (format!("fd={}", qemus.as_raw_fd()), QmpAddress::Descriptor(ours.as_raw_fd()))
+            (
+                format!("fd={}", qemus.as_raw_fd()),
+                QmpAddress::Descriptor { ours: ours.as_raw_fd(), theirs: qemus.as_raw_fd() },
+            )
         };
         command.args(["-chardev", &format!("socket,id=vmemd-qmp,{chardev}")]);
         command.args(["-mon", "chardev=vmemd-qmp,mode=control"]).args(&plan.arguments);
