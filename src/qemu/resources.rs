@@ -1,6 +1,6 @@
 //! What of a QEMU command line lives outside of it: files, sockets, network interfaces, descriptors.
 //!
-//! One walk ([`visit`]) finds them all, so what is listed, made absolute and mapped for another host is the same.
+//! One walk (`visit`) finds them all, so what is listed, made absolute and mapped for another host is the same.
 
 mod check;
 mod files;
