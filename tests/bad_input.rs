@@ -18,7 +18,7 @@ fn numbers_and_names_that_make_no_sense() {
     run("run --name .a --memory 64M").fails(2, &["dot"]);
     run("run --name x --memory 3").fails(2, &["multiple of 2M"]);
     run("run --name x --memory 64X").fails(2, &["4G"]);
-    run("run --name x --memory 64M --ram 65M").fails(2, &["more than --memory"]);
+    run("run --name x --memory 64M --ram 65M").fails(2, &["more than the VM's memory of 64M"]);
     run("run --name x --memory 64M --ram 4M").fails(2, &["minimum of 16M"]);
     run("run --name x --memory 64M --guest explode").fails(2, &["explode", "rewrite"]);
     run("migrate x --to").fails(2, &["--to"]);
@@ -26,7 +26,7 @@ fn numbers_and_names_that_make_no_sense() {
     run("migrate x --to h:1 --streams 0").fails(2, &["--streams"]);
     run("serve --listen nowhere --ram 64M --store /tmp").fails(2, &["ADDRESS:PORT"]);
     run("serve --listen 127.0.0.1:0 --ram 1M --store /tmp").fails(2, &["minimum of 16M"]);
-    run("bench migrate --memory 64M --ram 65M").fails(2, &["more than --memory"]);
+    run("bench migrate --memory 64M --ram 65M").fails(2, &["more than the VM's memory of 64M"]);
     run("bench replay").fails(2, &["TRACE", "--synthetic"]);
     run("bench replay --synthetic zap").fails(2, &["zipf:0.99"]);
     run("bench replay --synthetic random --ram 1M").fails(2, &["minimum of 16M"]);
