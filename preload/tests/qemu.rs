@@ -74,6 +74,7 @@ fn a_paused_guest_stands_still() {
     // All of it is written out; nothing comes back in, because nobody touches it.
     vm.ask(&Request::SetRam { ram_bytes: 16 * MIB });
     let before = vm.stat().memory;
+    // That nothing happens gives no event: this is how long nothing is watched.
     std::thread::sleep(std::time::Duration::from_millis(300));
     let after = vm.stat().memory;
     assert_eq!(before.resident_bytes, after.resident_bytes);

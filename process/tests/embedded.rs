@@ -233,6 +233,13 @@ fn wait_for(host: &Host, state: State) -> vmprocess::control::protocol::VmStat {
     }
 }
 
+/// A VM came, ran when it was told to, and was stopped.
+fn arrived_and_stopped(target: JoinHandle<(Engine, Log, Process, End)>) {
+    let (_engine, log, _process, end) = target.join().unwrap();
+    assert_eq!((end.result, end.quit), (Ok(()), true));
+    assert_eq!(logged(&log), ["load", "resume", "pause", "quit"]);
+}
+
 /// What the daemon and the program that it starts do for one VM that comes.
 fn receive_one(host: &Host, manner: Manner) -> (String, JoinHandle<(Engine, Log, Process, End)>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -455,9 +462,7 @@ fn a_vm_that_stands_still_arrives_so() {
         connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
         wait_for(&host, State::Running);
         connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
-        let (_engine, log, _process, end) = target.join().unwrap();
-        assert_eq!((end.result, end.quit), (Ok(()), true));
-        assert_eq!(logged(&log), ["load", "resume", "pause", "quit"]);
+        arrived_and_stopped(target);
     }
 }
 
@@ -472,9 +477,7 @@ fn a_vm_that_may_run_at_the_target_runs_nowhere_else() {
     assert_eq!(logged(&source.log), ["pause", "save", "quit"]);
     wait_for(&host, State::Running);
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
-    let (_engine, log, _process, end) = target.join().unwrap();
-    assert_eq!((end.result, end.quit), (Ok(()), true));
-    assert_eq!(logged(&log), ["load", "resume", "pause", "quit"]);
+    arrived_and_stopped(target);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The QEMU binary: where it is, and whether the dynamic loader will take our shared object into it.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
@@ -113,10 +113,9 @@ fn elf(file: &File) -> Elf {
 
 fn has_capabilities(path: &Path) -> bool {
     let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    const NAME: &CStr = c"security.capability";
     // SAFETY: both names are zero-terminated and live through the call; a size of 0 asks for the length alone.
-    let length =
-        unsafe { libc::getxattr(path.as_ptr(), c"security.capability".as_ptr(), std::ptr::null_mut(), 0) };
-    length > 0
+    unsafe { libc::getxattr(path.as_ptr(), NAME.as_ptr(), std::ptr::null_mut(), 0) > 0 }
 }
 
 #[cfg(test)]

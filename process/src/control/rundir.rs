@@ -301,13 +301,9 @@ impl RunDir {
 /// Waits for the file's exclusive lock. It goes with the file.
 fn flock(file: &File) -> io::Result<()> {
     loop {
-        // SAFETY: no memory arguments; the descriptor is open.
-        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } == 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
+        match file.lock() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }
