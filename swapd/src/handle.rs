@@ -107,10 +107,6 @@ pub(crate) enum Command {
         base: usize,
         reply: oneshot::Sender<Result<(), StartError>>,
     },
-    Detach {
-        region: usize,
-        reply: oneshot::Sender<()>,
-    },
 }
 
 /// Cheap to clone; safe to use from any thread.
@@ -185,8 +181,7 @@ impl EngineHandle {
     /// If the page is not within the VM's memory, or in a region that is not attached: such a page is never in memory.
     pub fn page_address(&self, page: PageNo) -> *mut u8 {
         assert!(page.offset() < self.memory_bytes(), "{page} is beyond the VM's memory");
-        self.memory.page(page).unwrap_or_else(|| panic!("{page} is in a region that is not attached"))
-            as *mut u8
+        self.memory.page(page) as *mut u8
     }
 
     /// Address of the first of `slots`, which must be granted to the caller.
@@ -236,25 +231,11 @@ impl EngineHandle {
     ///
     /// # Safety
     /// All of the region's length from `base` on must be private, anonymous, readable and writable memory, to which there is no
-    /// Rust reference: its content comes and goes. It stays mapped like that until [`EngineHandle::detach`] has answered or the
-    /// engine has ended.
+    /// Rust reference: its content comes and goes. It stays mapped like that until the engine has ended.
     pub unsafe fn attach(&self, region: usize, base: *mut u8) -> Result<(), StartError> {
         let (reply, answer) = oneshot::channel();
         self.mailbox.send(Command::Attach { region, base: base as usize, reply });
         answer.blocking_recv().unwrap_or_else(|_| Err(StartError::Host(CommandError::Gone.to_string())))
-    }
-
-    /// Gives a region back to its owner, who may unmap it after the answer: plain memory that reads as zeros. Its pages are
-    /// untouched, as before it was attached, and it may be attached anew. Nothing to do if it is not attached.
-    ///
-    /// Who reads guest memory by [`EngineHandle::page_address`] (a migration's source) must have ended before.
-    ///
-    /// # Errors
-    /// [`CommandError::Gone`]; then the memory is its owner's too.
-    pub fn detach(&self, region: usize) -> Result<(), CommandError> {
-        let (reply, answer) = oneshot::channel();
-        self.mailbox.send(Command::Detach { region, reply });
-        answer.blocking_recv().map_err(|_| CommandError::Gone)
     }
 
     /// Whether every region is attached, so that the VM may run or be received.

@@ -2,9 +2,7 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use common::{Patience, config, skipped, store_directory};
+use common::{config, skipped, store_directory};
 use swapd::{CommandError, Engine, EngineHandle, PAGE_SIZE, PageNo, Place, Run, StartError};
 
 const MIB: u64 = 1 << 20;
@@ -22,9 +20,19 @@ const WORDS: usize = PAGE_SIZE / 8;
 /// In the address space the regions follow upon each other in another order than their pages, at addresses that are multiples of
 /// 4 KiB alone: who runs over a border comes to a wrong page, or to a guard page.
 struct Owner {
+    /// Ends before its memory goes: fields are dropped in this order.
     engine: Engine,
-    mapping: usize,
+    mapping: Mapping,
     bases: [usize; 3],
+}
+
+struct Mapping(usize);
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `Owner::start`; its engine has ended, and nobody else has addresses of it.
+        unsafe { libc::munmap(self.0 as *mut libc::c_void, MAPPING) };
+    }
 }
 
 const MAPPING: usize = MEMORY as usize + 8 * PAGE_SIZE;
@@ -56,7 +64,7 @@ impl Owner {
         let second = first + SIZES[1] as usize;
         let bases = [second + SIZES[2] as usize + PAGE_SIZE, first, second];
         assert!(bases[1] / PAGE_SIZE % 2 == 1);
-        let owner = Owner { engine, mapping, bases };
+        let owner = Owner { engine, mapping: Mapping(mapping), bases };
         (0..3).for_each(|region| owner.map(region));
         Some(owner)
     }
@@ -73,10 +81,6 @@ impl Owner {
         map(self.bases[region], SIZES[region] as usize, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED);
     }
 
-    fn unmap(&self, region: usize) {
-        map(self.bases[region], SIZES[region] as usize, libc::PROT_NONE, libc::MAP_FIXED);
-    }
-
     fn handle(&self) -> EngineHandle {
         self.engine.handle()
     }
@@ -86,7 +90,7 @@ impl Owner {
     }
 
     fn attach_at(&self, region: usize, base: usize) -> Result<(), StartError> {
-        // SAFETY: in this mapping, if anywhere, which only raw pointers refer to. It is replaced only after a detach.
+        // SAFETY: in this mapping, if anywhere, which only raw pointers refer to. It stays until the engine has ended.
         unsafe { self.handle().attach(region, base as *mut u8) }
     }
 
@@ -130,16 +134,6 @@ impl Owner {
     fn assert_right(&self, pages: impl IntoIterator<Item = u64>, round: u64) {
         let wrong: Vec<_> = pages.into_iter().filter(|page| !self.is_right(*page, round)).collect();
         assert!(wrong.is_empty(), "{} wrong pages of round {round}, first {:?}", wrong.len(), wrong.first());
-    }
-}
-
-impl Drop for Owner {
-    fn drop(&mut self) {
-        for region in 0..3 {
-            let _ = self.handle().detach(region);
-        }
-        // SAFETY: mapped by `start`, detached from the engine, and nobody else has addresses of it.
-        unsafe { libc::munmap(self.mapping as *mut libc::c_void, MAPPING) };
     }
 }
 
@@ -265,19 +259,16 @@ fn addresses_and_pages_are_found_both_ways() {
         assert_eq!(handle.runs_in(address, PAGE_SIZE), [Run::new(PageNo(page), 1)]);
         assert_eq!(handle.page_address(PageNo(page)), address);
     }
-    assert_eq!(handle.runs_in(owner.mapping as *const u8, PAGE_SIZE), []);
+    assert_eq!(handle.runs_in(owner.mapping.0 as *const u8, PAGE_SIZE), []);
     // The second and the third region follow upon each other in the address space as well.
     let from = owner.address(BORDERS[1] - 2) + 1;
     let found = handle.runs_in(from as *const u8, 5 * PAGE_SIZE);
     assert_eq!(found, [Run::new(PageNo(BORDERS[1] - 1), 1), Run::new(PageNo(BORDERS[1]), 3)]);
-    handle.detach(2).unwrap();
-    assert_eq!(handle.runs_in(owner.address(PAGES - 1) as *const u8, PAGE_SIZE), []);
 }
 
 #[test]
 fn what_cannot_be_attached_is_refused_with_the_reason() {
     let Some(owner) = Owner::start(false) else { return };
-    let handle = owner.handle();
     owner.attach(0).unwrap();
     let elsewhere = map(0, SIZES[1] as usize + PAGE_SIZE, libc::PROT_READ | libc::PROT_WRITE, 0);
     // SAFETY: a mapping of this test alone, to which nothing refers; its first half is unmapped, nothing else.
@@ -300,7 +291,6 @@ fn what_cannot_be_attached_is_refused_with_the_reason() {
     owner.attach(2).unwrap();
     owner.write_all(1);
     owner.assert_right(0..PAGES, 1);
-    handle.detach(7).unwrap();
     let refused = |sizes: &[u64]| {
         let config = config(MEMORY, BUDGET, store_directory(), false);
         Engine::start_external(config, sizes, Box::new(|_| {})).unwrap_err().to_string()
@@ -325,54 +315,4 @@ fn frames_are_taken_when_a_region_is_attached() {
     assert!(frames() > 14 * MIB && frames() <= BUDGET, "{}", frames());
     owner.write_all(1);
     owner.assert_right(0..PAGES, 1);
-}
-
-#[test]
-fn a_region_is_taken_back_under_load_and_attached_anew() {
-    let Some(owner) = Owner::started(false) else { return };
-    let handle = owner.handle();
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        // They keep the budget short, so that faults wait for frames while the region goes.
-        for nth in 0..3 {
-            let (owner, done) = (&owner, &done);
-            scope.spawn(move || {
-                while !done.load(Ordering::Acquire) {
-                    (BORDERS[0] + nth..PAGES).step_by(3).for_each(|page| owner.write(page, 1));
-                }
-            });
-        }
-        for nth in 0..40 {
-            handle.evict(Run::new(PageNo(BORDERS[1] - 512), 512)).unwrap();
-            handle.detach(1).unwrap();
-            assert!(handle.stats().unwrap().frames_bytes <= BUDGET);
-            // Some of it may have been moved to nowhere: it is moved back, or forgotten.
-            if nth % 2 == 0 {
-                handle.evict(Run::new(PageNo(BORDERS[0]), (BORDERS[1] - BORDERS[0]) as u32)).unwrap();
-            }
-            owner.attach(1).unwrap();
-        }
-        done.store(true, Ordering::Release);
-    });
-    owner.write_all(2);
-    owner.assert_right(0..PAGES, 2);
-    // Its owner is gone with it; the rest goes on.
-    handle.detach(1).unwrap();
-    owner.unmap(1);
-    let rest = || (0..BORDERS[0]).chain(BORDERS[1]..PAGES);
-    owner.assert_right(rest(), 2);
-    handle.evict(all()).unwrap();
-    handle.track_writes(true).unwrap();
-    rest().for_each(|page| owner.write(page, 3));
-    handle.collect_written().unwrap();
-    handle.track_writes(false).unwrap();
-    owner.assert_right(rest(), 3);
-    let stats = Patience::default().until("nothing is under way to the region", || {
-        let stats = handle.stats().unwrap();
-        (stats.untouched_bytes == SIZES[1]).then_some(stats)
-    });
-    assert!(stats.frames_bytes <= BUDGET, "{stats:?}");
-    owner.map(1);
-    owner.attach(1).unwrap();
-    assert!((BORDERS[0]..BORDERS[1]).all(|page| owner.is_zero(page)));
 }

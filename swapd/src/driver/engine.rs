@@ -185,7 +185,7 @@ impl Engine {
     /// # Panics
     /// If the memory is external, and its first region not attached.
     pub fn memory_base(&self) -> *mut u8 {
-        self.memory.page(PageNo(0)).expect("the first region is attached") as *mut u8
+        self.memory.page(PageNo(0)) as *mut u8
     }
 
     /// Ends the thread and gives everything back. Nothing may touch the guest's memory any more: who does would

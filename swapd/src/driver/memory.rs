@@ -83,16 +83,8 @@ impl Memory {
             faults.unregister(base as *mut u8, len);
             return Err(StartError::Memory(reason));
         }
-        self.regions.set_base(region, Some(base));
+        self.regions.set_base(region, base);
         Ok(())
-    }
-
-    /// The region is its owner's again. Nothing of it may be in the core's books.
-    pub(super) fn map_out(&self, faults: &Faults, region: usize) {
-        if let (Some(base), Some(len)) = (self.regions.base_of(region), self.regions.len_of(region)) {
-            self.regions.set_base(region, None);
-            faults.unregister(base as *mut u8, len);
-        }
     }
 
     /// Whether the region may be mapped in at `base`, or why not.
@@ -101,7 +93,7 @@ impl Memory {
             return Err(format!("the VM's memory has no region {region}"));
         };
         if let Some(at) = self.regions.base_of(region) {
-            return Err(format!("region {region} is attached already, at {at:#x}; detach it first"));
+            return Err(format!("region {region} is attached already, at {at:#x}"));
         }
         if base == 0 || !base.is_multiple_of(PAGE_SIZE) || base.checked_add(len).is_none() {
             return Err(format!("region {region} cannot be at {base:#x}: that is no page's address"));
@@ -141,24 +133,24 @@ impl Memory {
         self.staging.len
     }
 
-    /// Where the page is, if its region is mapped.
-    pub(crate) fn page(&self, page: PageNo) -> Option<usize> {
-        self.parts(Run::one(page)).next().and_then(|(_, at)| at)
+    /// # Panics
+    /// If it is in a region that is not mapped: such a page is untouched, so there is no cause to go to it.
+    pub(crate) fn page(&self, page: PageNo) -> usize {
+        self.first_part(Run::one(page)).1
     }
 
-    /// The run, cut at the borders of regions, each part with its address if it is mapped.
-    pub(super) fn parts(&self, run: Run) -> impl Iterator<Item = (Run, Option<usize>)> {
-        self.regions.parts(run)
-    }
-
-    /// Those of the parts that are mapped.
+    /// The run, cut at the borders of regions, each part with its address, without those of regions that are not mapped.
     pub(super) fn mapped_parts(&self, run: Run) -> impl Iterator<Item = (Run, usize)> {
-        self.parts(run).filter_map(|(part, at)| Some((part, at?)))
+        self.regions.mapped_parts(run)
     }
 
-    /// The first part of a run that is not empty.
-    pub(super) fn first_part(&self, run: Run) -> (Run, Option<usize>) {
-        self.parts(run).next().unwrap_or_else(|| panic!("{run:?} is not within guest memory"))
+    /// The first part of a run of which every page has been touched.
+    ///
+    /// # Panics
+    /// As [`Memory::page`].
+    pub(super) fn first_part(&self, run: Run) -> (Run, usize) {
+        let first = self.mapped_parts(run).next().filter(|(part, _)| part.start == run.start);
+        first.unwrap_or_else(|| panic!("{run:?} is not in mapped guest memory"))
     }
 
     pub(crate) fn slot(&self, slot: Slot) -> usize {

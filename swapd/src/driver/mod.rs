@@ -8,7 +8,6 @@
 //! Invariant: actions are executed in the order of issue, each before the next event is read; so the core's
 //! table and the kernel's page tables agree whenever an event is handled.
 
-mod attach;
 mod engine;
 mod latency;
 mod mailbox;
@@ -156,14 +155,9 @@ impl Driver {
     fn command(&mut self, command: Command) {
         let (request, reply) = match command {
             Command::Ask { request, reply } => (request, reply),
-            // Who asked and does not wait any more needs no answer.
             Command::Attach { region, base, reply } => {
+                // Who asked and does not wait any more needs no answer.
                 let _ = reply.send(self.attach(region, base));
-                return;
-            }
-            Command::Detach { region, reply } => {
-                self.detach(region);
-                let _ = reply.send(());
                 return;
             }
         };
@@ -221,15 +215,11 @@ impl Driver {
             Action::ReleaseFrames { slots } => report(self.memory.release_slots(slots), "give frames back"),
             Action::Poison { page } => {
                 self.latencies.forget(page);
-                if let Some(at) = self.memory.page(page) {
-                    report(self.faults.poison(at, PAGE_SIZE), "poison a page");
-                }
+                report(self.faults.poison(self.memory.page(page), PAGE_SIZE), "poison a page");
             }
             Action::Wake { page } => {
                 self.latencies.forget(page);
-                if let Some(at) = self.memory.page(page) {
-                    self.faults.wake(at, PAGE_SIZE);
-                }
+                self.faults.wake(self.memory.page(page), PAGE_SIZE);
             }
             Action::Resolved { page, kind } => {
                 self.latencies.resolved(page, kind);
@@ -253,13 +243,8 @@ impl Driver {
         let mut moved = 0;
         while moved < run.len {
             let (part, to) = self.memory.first_part(run.part(moved, run.len - moved));
-            let from = slots.part(moved, part.len);
-            let Some(to) = to else {
-                self.drop_moved(from);
-                moved += part.len;
-                continue;
-            };
-            match self.faults.move_pages(to, self.memory.slot(from.start), part.bytes(), PATIENT) {
+            let from = self.memory.slot(slots.part(moved, part.len).start);
+            match self.faults.move_pages(to, from, part.bytes(), PATIENT) {
                 Moved::All => moved += part.len,
                 Moved::Pinned(bytes) => {
                     moved += pages_in(bytes as u64) as u32;
@@ -279,10 +264,6 @@ impl Driver {
             let (rest, from) = self.memory.first_part(run.part(done, run.len - done));
             let rest_slots = slots.part(done, rest.len);
             let to = self.memory.slot(rest_slots.start);
-            let Some(from) = from else {
-                self.page_outs.extend(rest.pages().map(|_| NOTHING_LEFT));
-                continue;
-            };
             let (moved, pinned) = match self.faults.move_pages(to, from, rest.bytes(), HASTY) {
                 Moved::All => (rest.len, false),
                 Moved::Pinned(bytes) => (pages_in(bytes as u64) as u32, true),
@@ -327,6 +308,16 @@ impl Driver {
         Ok(())
     }
 
+    /// Takes over a region of memory that its owner has mapped. Until then its pages are untouched, and nobody can touch them.
+    fn attach(&mut self, region: usize, base: usize) -> Result<(), StartError> {
+        self.memory.check(region, base).map_err(StartError::Memory)?;
+        self.memory.map_in(&self.faults, region, base)?;
+        if self.prealloc {
+            self.memory.runs_of(region).for_each(|run| self.prealloc(run));
+        }
+        Ok(())
+    }
+
     /// Takes the budget from the host before the VM runs, as far as the run's pages need it, but for what is kept free.
     fn prealloc(&mut self, run: Run) {
         for start in (0..run.len).step_by(IO_PAGES_MAX as usize) {
@@ -337,8 +328,6 @@ impl Driver {
 }
 
 const NO_DIGEST: PageOut = PageOut::Moved { sum: 0, zero: false };
-/// Of a page whose region has been taken back. The slot gets its frame from the host once it is used.
-const NOTHING_LEFT: PageOut = PageOut::Moved { sum: 0, zero: true };
 
 fn report(result: std::io::Result<()>, what: &str) {
     if let Err(error) = result {
