@@ -4,6 +4,8 @@ pub mod bench;
 pub mod cli;
 pub mod daemon;
 pub mod doctor;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod qemu;
 mod reference;
 pub mod run;

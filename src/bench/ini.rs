@@ -7,7 +7,7 @@ const LONGEST_SHOWN: usize = 160;
 
 /// Characters of a text: line and column of the first, both counted from one, and how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(crate) struct Place {
     pub(super) line: usize,
     pub(super) column: usize,
     pub(super) width: usize,
@@ -34,7 +34,7 @@ pub(super) struct Section<'a> {
 
 /// What is wrong with a text, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Fault {
+pub(crate) struct Fault {
     pub(super) place: Place,
     pub(super) text: String,
 }
@@ -45,7 +45,7 @@ impl Fault {
     }
 
     /// `file:line:column: what`, and below it the line with the place marked.
-    pub(super) fn show(&self, file: &str, text: &str) -> String {
+    pub(crate) fn show(&self, file: &str, text: &str) -> String {
         let Place { line, column, width } = self.place;
         let head = format!("{file}:{line}:{column}: {}", self.text);
         let shown = text.lines().nth(line - 1).map(str::trim_end).unwrap_or_default();

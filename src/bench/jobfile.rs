@@ -107,7 +107,7 @@ fn not_text(file: &str, bytes: &[u8], at: usize) -> String {
 }
 
 /// A job file's text, with defaults and what jobs inherit from `[global]`.
-pub(super) fn parse(name: &str, text: &str) -> Result<Scenario, Fault> {
+pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Fault> {
     let sections = ini::sections(text)?;
     check_sections(&sections)?;
     let (global, jobs): (Vec<_>, Vec<_>) = sections.iter().partition(|section| section.name.text == GLOBAL);

@@ -18,7 +18,7 @@ mod memory;
 mod pace;
 mod program;
 mod registers;
-mod state;
+pub(crate) mod state;
 mod throttle;
 mod vcpu;
 mod vcpu_state;

@@ -28,14 +28,7 @@ impl MachineState {
         body.block(self.config.workload.to_string().as_bytes());
         self.counters.iter().for_each(|counter| body.u64(*counter));
         self.vcpus.iter().for_each(|vcpu| vcpu.write(&mut body));
-        let body = body.into_bytes();
-
-        let mut out = Writer::default();
-        out.raw(MAGIC);
-        out.u32(VERSION);
-        out.u32((HEAD_BYTES + body.len() + SUM_BYTES) as u32);
-        out.raw(&body);
-        out.finish()
+        sealed(&body.into_bytes())
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Result<MachineState, VmmError> {
@@ -57,6 +50,16 @@ impl MachineState {
         }
         decode_body(&mut Reader::new(&summed[HEAD_BYTES..]))
     }
+}
+
+/// A body with what goes around it.
+pub(crate) fn sealed(body: &[u8]) -> Vec<u8> {
+    let mut out = Writer::default();
+    out.raw(MAGIC);
+    out.u32(VERSION);
+    out.u32((HEAD_BYTES + body.len() + SUM_BYTES) as u32);
+    out.raw(body);
+    out.finish()
 }
 
 fn decode_body(input: &mut Reader<'_>) -> Result<MachineState, VmmError> {

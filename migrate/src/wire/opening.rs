@@ -113,7 +113,8 @@ impl Preamble {
     }
 }
 
-fn sealed(kind: u8, body: &[u8]) -> Vec<u8> {
+/// A connection's first bytes, with their checksum.
+pub fn sealed(kind: u8, body: &[u8]) -> Vec<u8> {
     let preamble = RawPreamble {
         magic: OPENING_MAGIC,
         version: VERSION.into(),

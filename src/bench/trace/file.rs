@@ -303,7 +303,11 @@ pub(crate) fn read(path: &Path, each: impl FnMut(Entry)) -> Result<Header, Failu
     })
 }
 
-fn decode(mut file: impl Read, file_bytes: u64, mut each: impl FnMut(Entry)) -> Result<Header, TraceError> {
+pub(crate) fn decode(
+    mut file: impl Read,
+    file_bytes: u64,
+    mut each: impl FnMut(Entry),
+) -> Result<Header, TraceError> {
     if file_bytes < HEADER_BYTES as u64 {
         let mut start = [0; MAGIC.len()];
         let is_start = file.read_exact(&mut start).is_ok() && start == MAGIC;

@@ -7,7 +7,7 @@
 //!  running VM ─▶ faults ─▶ trace file (record)
 //! ```
 
-mod file;
+pub(crate) mod file;
 pub(crate) mod record;
 mod reference;
 pub(crate) mod replay;

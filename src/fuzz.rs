@@ -1,0 +1,208 @@
+//! Every decoder of bytes that somebody else chose, one function each: what the fuzzer calls, and what the tests call with the corpus.
+//!
+//! A function here fails (panics) if the decoder does, or if a value that it let through does not come back the same when it is written
+//! and read again. Checksums are made right first, where there are any: they keep accidents out, not a peer.
+
+use std::path::{Path, PathBuf};
+
+use migrate::wire::control::{Control, sealed as sealed_record};
+use migrate::wire::extents::{self, Bounds};
+use migrate::wire::heat::Assembly;
+use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble, sealed as sealed_opening};
+use migrate::wire::record::{HEADER_BYTES, Header, Kind, Lane, Sequence};
+use migrate::{Hello, SessionId};
+use swapd::BLOCK_PAGES;
+use vmprocess::control::protocol::{Reply, Request};
+
+use crate::bench::{jobfile, trace::file};
+use crate::qemu::offer::Offer;
+use crate::qemu::options::CommandLine;
+use crate::qemu::refuse::{refuse, unmovable};
+use crate::qemu::resources;
+use crate::qemu::rewrite::{Monitor, Plan, Role, Settings};
+use crate::qemu::rules::Rules;
+use crate::vmm::{saved_config, state};
+
+/// Of the VM whose memory records are about.
+const MEMORY_PAGES: u64 = 64 * BLOCK_PAGES as u64;
+const STREAMS: u32 = 2;
+const SESSION: SessionId = SessionId([7; 16]);
+
+/// A decoder under test, by its name: that of its corpus and of its file in `fuzz/fuzz_targets`.
+pub type Target = (&'static str, fn(&[u8]));
+
+pub const TARGETS: [Target; 9] = [
+    ("wire_opening", wire_opening),
+    ("wire_record", wire_record),
+    ("machine_state", machine_state),
+    ("control_line", control_line),
+    ("qemu_line", qemu_line),
+    ("qemu_offer", qemu_offer),
+    ("qemu_rules", qemu_rules),
+    ("job_file", job_file),
+    ("trace", trace),
+];
+
+/// The first bytes of a connection: a kind, then the body.
+pub fn wire_opening(data: &[u8]) {
+    if let Some(preamble) = data.first_chunk() {
+        let _ = Preamble::open(preamble);
+    }
+    let Some((kind, body)) = data.split_first() else { return };
+    let bytes = sealed_opening(*kind, body);
+    let (preamble, rest) = bytes.split_first_chunk::<PREAMBLE_BYTES>().expect("made whole");
+    if Preamble::open(preamble).is_err() {
+        return;
+    }
+    if let Ok(hello) = Hello::decode(preamble, rest) {
+        let again = hello.encode();
+        let (preamble, rest) = again.split_first_chunk().expect("made whole");
+        assert_eq!(Hello::decode(preamble, rest).as_ref(), Ok(&hello));
+    }
+    if let Ok(answer) = Answer::decode(preamble, rest) {
+        let again = answer.encode();
+        let (preamble, rest) = again.split_first_chunk().expect("made whole");
+        assert_eq!(Answer::decode(preamble, rest).as_ref(), Ok(&answer));
+    }
+}
+
+/// Records, one behind the other: a header's fields (kind, flags, pages, number, metadata's length), then the metadata.
+pub fn wire_record(mut data: &[u8]) {
+    if let Some(head) = data.first_chunk() {
+        let _ = Header::open(head);
+    }
+    let bounds = Bounds { memory_pages: MEMORY_PAGES, stream: 0, streams: STREAMS };
+    let (mut runs, mut heat) = (Vec::new(), Assembly::new(MEMORY_PAGES));
+    while let Some((fields, rest)) = data.split_first_chunk::<8>() {
+        let [kind, flags, pages, pages_high, number, number_high, len, len_high] = *fields;
+        let wanted = usize::from(u16::from_le_bytes([len, len_high]));
+        let (meta, rest) = rest.split_at(wanted.min(rest.len()));
+        data = rest;
+        let kind = Kind::ALL[usize::from(kind) % Kind::ALL.len()];
+        let pages = u32::from(u16::from_le_bytes([pages, pages_high]));
+        let number = u64::from(u16::from_le_bytes([number, number_high]));
+        let payload_bytes = if kind == Kind::Pages { pages << 12 } else { 0 };
+        let header = Header { kind, flags, pages, number, meta_bytes: meta.len() as u32, payload_bytes };
+        let lane = || Sequence::new(SESSION, Lane::ToTarget);
+        let bytes = sealed_record(&header, meta, &mut lane());
+        let (head, meta) = bytes.split_first_chunk::<HEADER_BYTES>().expect("made whole");
+        let Ok(header) = Header::open(head) else { continue };
+        assert_eq!(Header::verify(head, meta, &mut lane()), Ok(()));
+        if kind.is_data() {
+            let count = if kind == Kind::RoundEnd { 0 } else { 8 * header.number as usize };
+            if bounds.decode(&meta[..count.min(meta.len())], header.pages, &mut runs).is_ok() {
+                let encoded: Vec<u8> = runs.iter().flat_map(|run| extents::encode(*run)).collect();
+                assert_eq!(encoded, meta[..encoded.len()]);
+            }
+            let _ = migrate::wire::control::read_totals(meta);
+        } else if let Ok(message) = Control::decode(&header, meta) {
+            let bytes = message.encode(&mut lane());
+            let (head, meta) = bytes.split_first_chunk::<HEADER_BYTES>().expect("made whole");
+            assert_eq!(
+                Header::open(head).and_then(|header| Control::decode(&header, meta)),
+                Ok(message.clone())
+            );
+            if let Control::Heat(part) = message {
+                let _ = heat.add(part);
+            }
+        }
+    }
+}
+
+/// What a peer says the reference guest's processors were at.
+pub fn machine_state(data: &[u8]) {
+    let _ = saved_config(&state::sealed(data));
+}
+
+/// A line of the control socket, either way.
+pub fn control_line(data: &[u8]) {
+    if let Ok(request) = serde_json::from_slice::<Request>(data) {
+        let again = serde_json::to_vec(&request).expect("requests can be written");
+        assert_eq!(serde_json::from_slice::<Request>(&again).ok(), Some(request));
+    }
+    if let Ok(reply) = serde_json::from_slice::<Reply>(data) {
+        let _ = serde_json::to_vec(&reply).expect("replies can be written");
+    }
+}
+
+/// QEMU's arguments, one a line.
+pub fn qemu_line(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let args: Vec<&str> = text.split('\n').collect();
+    let Ok(mut line) = CommandLine::parse(&args) else { return };
+    assert_eq!(CommandLine::parse(&line.print()).map(|again| again.print()).ok(), Some(line.print()));
+    let _ = (refuse(&line), unmovable(&line));
+    if let Ok(plan) = Plan::of(&line) {
+        rewrite(plan);
+    }
+    let _ = (resources::list(&line), resources::absolute(&mut line, Path::new("/home")));
+}
+
+fn rewrite(plan: Plan) {
+    let files = vec![PathBuf::from("/backend"); plan.backends.len()];
+    for role in [Role::Start, Role::Arrive] {
+        let settings = Settings { files: &files, monitor: Monitor::Socket(Path::new("/monitor")), role };
+        if let Ok(made) = plan.clone().rewrite(&settings) {
+            let again = CommandLine::parse(&made.args).and_then(|line| Plan::of(&line));
+            assert!(again.is_err(), "it does not know its own work: {:?}", made.args);
+        }
+    }
+}
+
+/// A QEMU VM as another host describes it.
+pub fn qemu_offer(data: &[u8]) {
+    let Ok(offer) = serde_json::from_slice::<Offer>(data) else { return };
+    let rules = "[[map]]\nfrom = \"/home\"\nto = \"/mnt\"\n";
+    let rules = Rules::parse(rules, "rules").expect("these are rules");
+    let Ok(mut line) = CommandLine::parse(&offer.args) else { return };
+    if resources::map(&mut line, &rules).is_ok()
+        && unmovable(&line).is_ok()
+        && let Ok(plan) = Plan::of(&line)
+    {
+        rewrite(plan);
+    }
+}
+
+/// The daemon's rules for names of other hosts; a path to map behind the last line.
+pub fn qemu_rules(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let (text, name) = text.rsplit_once('\n').unwrap_or((text, "/home/a"));
+    if let Ok(rules) = Rules::parse(text, "rules") {
+        let _ = rules.path(name);
+    }
+}
+
+/// A benchmark's job file.
+pub fn job_file(data: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(data) {
+        let _ = jobfile::parse("job", text).map_err(|fault| fault.show("job", text));
+    }
+}
+
+/// A recorded trace.
+pub fn trace(data: &[u8]) {
+    let mut entries = 0_u64;
+    if let Ok(header) = file::decode(data, data.len() as u64, |_| entries += 1) {
+        assert_eq!(header.entries, entries);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_corpus_is_survived() {
+        let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
+        for (name, target) in TARGETS {
+            assert!(
+                fuzz.join(format!("fuzz_targets/{name}.rs")).is_file(),
+                "the fuzzer has no target {name}"
+            );
+            let corpus = std::fs::read_dir(fuzz.join("corpus").join(name)).unwrap();
+            let files: Vec<_> = corpus.map(|entry| entry.unwrap().path()).collect();
+            assert!(files.len() > 2, "the corpus of {name} is almost empty");
+            files.iter().for_each(|file| target(&std::fs::read(file).unwrap()));
+        }
+    }
+}
