@@ -19,7 +19,11 @@ struct Vm {
 impl Vm {
     /// None on a host without userfaultfd or io_uring.
     fn start(memory: u64, budget: u64) -> Option<Vm> {
-        let store = StoreConfig { path: PathBuf::from(env!("CARGO_TARGET_TMPDIR")), overcommit: false };
+        let store = StoreConfig {
+            path: PathBuf::from(env!("CARGO_TARGET_TMPDIR")),
+            overcommit: false,
+            encrypt: false,
+        };
         let config = EngineConfig {
             memory_bytes: memory,
             budget_bytes: budget,

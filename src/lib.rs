@@ -9,4 +9,5 @@ pub mod fuzz;
 pub mod qemu;
 mod reference;
 pub mod run;
+mod sandbox;
 pub mod vmm;

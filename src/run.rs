@@ -10,6 +10,7 @@ use vmprocess::size::Size;
 use vmprocess::{Arrival, ArriveSettings, Facts, Guest, Memory, MemorySpec, Owner, Process, host};
 
 use crate::reference::{ReferenceGuest, ReferenceNewcomer};
+use crate::sandbox;
 use crate::vmm::{Machine, MachineConfig, Workload};
 
 /// What `vmemd run` shall start.
@@ -32,6 +33,7 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
         host::need_free_ram(spec.budget_bytes, "this VM")?;
     }
     let dir = RunDir::open(&settings.run_dir)?;
+    sandbox::enter(&[dir.path(), &spec.store])?;
     let place = dir.claim_name(&settings.name)?;
     let facts = Facts {
         name: settings.name.clone(),
@@ -62,8 +64,9 @@ fn start(settings: &RunSettings, base: *mut u8) -> Result<Box<dyn Guest>, Failur
 /// # Errors
 /// If it does not arrive, or ends other than by being stopped or moved.
 pub fn receive(settings: &ArriveSettings) -> Result<(), Failure> {
-    let (process, arrival) = Arrival::begin(settings, Owner::Ours)?;
     let spec = &settings.memory;
+    sandbox::enter(&[&settings.run_dir, &spec.store])?;
+    let (process, arrival) = Arrival::begin(settings, Owner::Ours)?;
     let memory = match Memory::start(spec, process.notices()) {
         Ok(memory) => memory,
         Err(failure) => {

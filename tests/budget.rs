@@ -43,7 +43,11 @@ fn ram_stays_within_the_budget_at_every_moment() {
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes: 128 * MIB,
-        store: StoreConfig { path: PathBuf::from(env!("CARGO_TARGET_TMPDIR")), overcommit: false },
+        store: StoreConfig {
+            path: PathBuf::from(env!("CARGO_TARGET_TMPDIR")),
+            overcommit: false,
+            encrypt: false,
+        },
         prealloc: false,
         lock: true,
         sampling: true,

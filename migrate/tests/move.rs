@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::vm::{MEMORY, PAGES, Writer, compare, engine, fill, options, write};
+use common::vm::{MEMORY, PAGES, Writer, compare, engine, engine_with, fill, options, write};
 use common::{Place, Target};
 use migrate::{CancelFlag, PlainMemory, Progress, SendError, SourceOptions, SourceVm, TargetMemory, send};
 use swapd::PAGE_SIZE;
@@ -46,8 +46,17 @@ fn a_writing_vm_moves_into_half_of_its_memory() {
 
 #[test]
 fn from_half_memory_into_plain_memory_over_one_stream() {
+    from_half_memory(false);
+}
+
+#[test]
+fn from_an_encrypted_store_too() {
+    from_half_memory(true);
+}
+
+fn from_half_memory(encrypt: bool) {
     let place = Place::new();
-    let Some(here) = engine(&place, MEMORY / 4) else { return };
+    let Some(here) = engine_with(&place, MEMORY / 4, encrypt) else { return };
     let base = here.memory_base() as usize;
     (0..PAGES).for_each(|page| write(base, page, 7));
     let before = here.handle().stats().unwrap();

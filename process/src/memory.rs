@@ -18,6 +18,8 @@ pub struct MemorySpec {
     pub store: PathBuf,
     /// The store may have less room than the VM could need.
     pub store_overcommit: bool,
+    /// With a key that only the VM's process knows.
+    pub store_encrypt: bool,
     pub prealloc: bool,
     pub lock: bool,
 }
@@ -28,7 +30,11 @@ impl MemorySpec {
         EngineConfig {
             memory_bytes: self.memory_bytes,
             budget_bytes: self.budget_bytes,
-            store: StoreConfig { path: self.store.clone(), overcommit: self.store_overcommit },
+            store: StoreConfig {
+                path: self.store.clone(),
+                overcommit: self.store_overcommit,
+                encrypt: self.store_encrypt,
+            },
             prealloc: self.prealloc,
             lock: self.lock,
             sampling: true,

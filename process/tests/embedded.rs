@@ -159,7 +159,7 @@ fn engine(host: &Host, notify: impl Fn(swapd::Notice) + Send + 'static) -> Optio
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes: BUDGET,
-        store: StoreConfig { path: host.0.clone(), overcommit: false },
+        store: StoreConfig { path: host.0.clone(), overcommit: false, encrypt: false },
         prealloc: false,
         lock: false,
         sampling: false,
@@ -293,6 +293,7 @@ fn settings_of(
             budget_bytes: BUDGET,
             store,
             store_overcommit: false,
+            store_encrypt: false,
             prealloc: false,
             lock: false,
         },

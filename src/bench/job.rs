@@ -40,6 +40,8 @@ pub struct Scenario {
     pub engines: Vec<BenchEngine>,
     /// From the file; the command line's wins.
     pub store: Option<PathBuf>,
+    /// Whether the engine encrypts its store.
+    pub encrypt: bool,
     pub jobs: Vec<Job>,
 }
 

@@ -30,7 +30,7 @@ const PAGE: u64 = PAGE_SIZE as u64;
 
 const GLOBAL: &str = "global";
 /// These say something about the whole run.
-const GLOBAL_KEYS: [&str; 3] = ["ram", "engine", "store"];
+const GLOBAL_KEYS: [&str; 4] = ["ram", "engine", "store", "encrypt"];
 const JOB_KEYS: [&str; 15] = [
     "size",
     "working_set",
@@ -137,6 +137,7 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Fault> {
         ram_bytes: ram,
         engines: shared.get("engine", engines)?.unwrap_or_else(default_engines),
         store: shared.get("store", |text| Ok(PathBuf::from(text)))?,
+        encrypt: shared.switch("encrypt")?.unwrap_or(false),
         jobs: Vec::with_capacity(jobs.len()),
     };
     scenario.description = shared.get("description", |text| Ok(text.to_owned()))?.unwrap_or_default();
@@ -468,6 +469,7 @@ fn text(scenario: &Scenario) -> String {
     if let Some(store) = &scenario.store {
         let _ = writeln!(text, "store={}", store.display());
     }
+    let _ = writeln!(text, "encrypt={}", u8::from(scenario.encrypt));
     for job in &scenario.jobs {
         let _ = writeln!(text, "[{}]", job.name);
         for (key, value) in options(job) {

@@ -239,6 +239,7 @@ proptest! {
             ram_bytes: ram << 20,
             engines: vec![BenchEngine::Raw, BenchEngine::Vmemd],
             store: Some("/var/tmp".into()),
+            encrypt: true,
             jobs: named.collect(),
         };
         prop_assert_eq!(parse("x", &text(&scenario)), Ok(scenario));

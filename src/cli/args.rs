@@ -138,6 +138,9 @@ pub(super) struct LimitArgs {
     /// nothing; make room there, then `vmemd resume`
     #[arg(long)]
     pub(super) store_overcommit: bool,
+    /// Encrypt the store, with a key that only the VM's process knows (AES-256-XTS)
+    #[arg(long)]
+    pub(super) encrypt_store: bool,
     /// Take all RAM at the start
     #[arg(long)]
     pub(super) prealloc: bool,
@@ -202,6 +205,9 @@ pub(super) struct ServeArgs {
     /// Do not lock the VMs' RAM against the host's own swap
     #[arg(long)]
     pub(super) no_lock: bool,
+    /// Encrypt the stores of VMs that arrive, each with a key that only its process knows (AES-256-XTS)
+    #[arg(long)]
+    pub(super) encrypt_store: bool,
     /// One log file a VM in this directory, instead of the daemon's stderr
     #[arg(long, value_name = "DIR")]
     pub(super) log_dir: Option<PathBuf>,

@@ -39,6 +39,7 @@ pub struct ServeSettings {
     pub store: PathBuf,
     pub engine: EngineKind,
     pub lock: bool,
+    pub encrypt_store: bool,
     pub log_dir: Option<PathBuf>,
     /// How names of other hosts' QEMU command lines are called here; None: QEMU VMs may not come.
     pub qemu_rules: Option<Rules>,
@@ -272,6 +273,7 @@ impl Daemon {
                 budget_bytes: granted,
                 store: self.settings.store.clone(),
                 store_overcommit: false,
+                store_encrypt: self.settings.encrypt_store,
                 prealloc: false,
                 lock: self.settings.lock,
             },

@@ -21,6 +21,7 @@ const KVM_GROUP_REMEDY: &str =
     "add the user to the group kvm (usermod -aG kvm USER, then log in again), or run as root";
 const URING_REMEDY: &str =
     "`sysctl kernel.io_uring_disabled=0`, and allow io_uring_setup in the container's seccomp profile";
+const LANDLOCK_REMEDY: &str = "add landlock to the kernel's lsm= parameter: it keeps the processes of VMs from files that are not theirs";
 const DIRECT_REMEDY: &str =
     "choose a --store on ext4, xfs or btrfs on a local SSD (not tmpfs, overlay or a network file system)";
 const LOCK_REMEDY: &str =
@@ -34,6 +35,7 @@ pub(super) fn all(store: &Path) -> Vec<Check> {
     checks.push(device_kvm());
     checks.push(io_uring());
     checks.push(direct_io(store));
+    checks.push(landlock());
     checks.push(lock_limit());
     checks.push(free_ram());
     checks.push(free_disk(store));
@@ -94,6 +96,11 @@ fn io_uring() -> Check {
         }
     };
     check("io_uring", true, outcome, URING_REMEDY)
+}
+
+fn landlock() -> Check {
+    let outcome = kernel::landlock().map(|version| format!("version {version} of its interface"));
+    check("landlock", false, outcome.map_err(|error| error.to_string()), LANDLOCK_REMEDY)
 }
 
 /// The directory itself, or the nearest one above it that exists.

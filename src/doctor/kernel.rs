@@ -67,6 +67,21 @@ pub(super) fn io_uring() -> io::Result<()> {
     Ok(())
 }
 
+/// The version of Landlock's interface.
+pub(super) fn landlock() -> io::Result<i64> {
+    const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
+    // SAFETY: with this flag there is no structure to read.
+    let version = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0_usize,
+            LANDLOCK_CREATE_RULESET_VERSION,
+        )
+    };
+    if version > 0 { Ok(version) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The limit on locked memory in bytes; `None`: unlimited.
 pub(super) fn lock_limit() -> io::Result<Option<u64>> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };

@@ -29,6 +29,7 @@ pub struct QemuSettings {
     pub ram: Option<Size>,
     pub store: PathBuf,
     pub store_overcommit: bool,
+    pub store_encrypt: bool,
     /// Take all RAM at the start.
     pub prealloc: bool,
     pub lock: bool,
@@ -68,6 +69,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
             budget_bytes: ram.bytes(),
             store: settings.store.clone(),
             store_overcommit: settings.store_overcommit,
+            store_encrypt: settings.store_encrypt,
             prealloc: settings.prealloc,
             lock: settings.lock,
         },

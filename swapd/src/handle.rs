@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
+use crate::cipher::Cipher;
 use crate::core::{FaultKind, Request, Response};
 use crate::driver::{Mailbox, Memory, StartError};
 use crate::stats::Stats;
@@ -115,6 +116,7 @@ pub struct EngineHandle {
     pub(crate) mailbox: Arc<Mailbox>,
     pub(crate) memory: Arc<Memory>,
     pub(crate) store: Arc<std::fs::File>,
+    pub(crate) cipher: Option<Arc<Cipher>>,
 }
 
 fn done(response: Response) {
@@ -189,9 +191,19 @@ impl EngineHandle {
         self.memory.slot(slots.start) as *mut u8
     }
 
-    /// The store, opened with O_DIRECT: page *n* at offset *n* x 4096.
+    /// The store, opened with O_DIRECT: page *n* at offset *n* x 4096. What is read from it goes through [`EngineHandle::decrypt`].
     pub fn store(&self) -> Arc<std::fs::File> {
         self.store.clone()
+    }
+
+    /// Makes plain content of what was read from the store, if that is encrypted.
+    ///
+    /// # Panics
+    /// If `bytes` are not as many as the run's pages have.
+    pub fn decrypt(&self, run: Run, bytes: &mut [u8]) {
+        if let Some(cipher) = &self.cipher {
+            cipher.decrypt(run, bytes);
+        }
     }
 
     pub fn stats(&self) -> Result<Stats, CommandError> {

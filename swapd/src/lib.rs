@@ -1,5 +1,6 @@
 //! vmemd's swap engine: one VM's private virtual memory.
 
+mod cipher;
 pub mod core;
 pub mod digest;
 pub mod driver;

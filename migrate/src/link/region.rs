@@ -29,6 +29,11 @@ impl<K> Region<K> {
         // SAFETY: initialised and ours alone by the contract of `new`.
         unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.len) }
     }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and the region is borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.len) }
+    }
 }
 
 // SAFETY: the bytes do not move with the struct, and they are initialised (contract of `new`).

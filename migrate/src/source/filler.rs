@@ -185,11 +185,12 @@ impl Filler {
     /// Reads pages from the store behind the record's last. False: the device said no, and nothing was added.
     async fn read(&mut self, run: Run, sum_of: impl Fn(PageNo) -> u64) -> bool {
         let region = self.record.tail(run.len);
-        let (result, region) = self.ship.store.read_exact_at(region, run.start.offset()).await;
+        let (result, mut region) = self.ship.store.read_exact_at(region, run.start.offset()).await;
         if let Err(error) = result {
             tracing::warn!(%error, ?run, "the store could not be read");
             return false;
         }
+        self.ship.handle.decrypt(run, region.bytes_mut());
         let bad: Vec<PageNo> = run
             .pages()
             .zip(region.bytes().chunks_exact(PAGE_SIZE))

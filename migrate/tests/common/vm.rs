@@ -14,10 +14,15 @@ pub const PAGES: u64 = MEMORY / PAGE_SIZE as u64;
 
 /// None, with the reason said, on a host that cannot run an engine.
 pub fn engine(place: &Place, budget_bytes: u64) -> Option<Engine> {
+    engine_with(place, budget_bytes, false)
+}
+
+/// The same, perhaps with an encrypted store.
+pub fn engine_with(place: &Place, budget_bytes: u64, encrypt: bool) -> Option<Engine> {
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes,
-        store: StoreConfig { path: place.path().to_path_buf(), overcommit: false },
+        store: StoreConfig { path: place.path().to_path_buf(), overcommit: false, encrypt },
         prealloc: false,
         lock: true,
         sampling: false,

@@ -119,6 +119,7 @@ impl Site {
             budget_bytes,
             store: self.path("store"),
             store_overcommit: false,
+            store_encrypt: false,
             prealloc: false,
             lock: false,
         }

@@ -150,6 +150,7 @@ mod tests {
             ram_bytes: 64 << 12,
             engines: vec![],
             store: None,
+            encrypt: false,
             jobs: vec![job],
         };
         assert_eq!(hit_rate(&scenario, &[area], &[records.into()]), Some(1.0));

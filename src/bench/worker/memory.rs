@@ -51,7 +51,7 @@ impl Memory {
         match request.engine {
             BenchEngine::Vmemd => {
                 host::need_free_ram(ram, "this job")?;
-                start_engine(bytes, ram, &request.dir).map(Memory::Engine)
+                start_engine(bytes, ram, &request.dir, request.scenario.encrypt).map(Memory::Engine)
             }
             BenchEngine::Swap => plain().map(Memory::Swapped),
             BenchEngine::Mem => {
@@ -85,12 +85,12 @@ impl Memory {
     }
 }
 
-fn start_engine(bytes: u64, ram: u64, store: &Path) -> Result<Engine, Failure> {
+fn start_engine(bytes: u64, ram: u64, store: &Path, encrypt: bool) -> Result<Engine, Failure> {
     let config = EngineConfig {
         memory_bytes: bytes,
         budget_bytes: ram,
         // `bench run` has seen to the room for what the jobs touch, which may be little of the memory.
-        store: StoreConfig { path: store.to_owned(), overcommit: true },
+        store: StoreConfig { path: store.to_owned(), overcommit: true, encrypt },
         prealloc: false,
         lock: true,
         sampling: true,

@@ -8,8 +8,10 @@ use super::latency::LatencyBook;
 use super::mailbox::Mailbox;
 use super::memory::Memory;
 use super::ring::Ring;
+use super::sealer::Sealer;
 use super::uffd::Faults;
 use super::{Driver, store};
+use crate::cipher::Cipher;
 use crate::core::{BUDGET_MIN, Core, CoreConfig, staging_slots};
 use crate::handle::EngineHandle;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
@@ -22,6 +24,8 @@ pub struct StoreConfig {
     /// Start even if the file system has less room than the VM could need. A store that fills up is latched as one whose
     /// write failed: see [`Notice::StoreFailed`].
     pub overcommit: bool,
+    /// Encrypt it, with a key that only this engine knows.
+    pub encrypt: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -125,7 +129,13 @@ impl Engine {
         let store = Arc::new(store::open(&config.store.path, config.memory_bytes, needed)?);
         let mailbox =
             Arc::new(Mailbox::new().map_err(|error| StartError::Host(format!("eventfd: {error}")))?);
-        let handle = EngineHandle { mailbox: mailbox.clone(), memory: memory.clone(), store: store.clone() };
+        let cipher = if config.store.encrypt { Some(Arc::new(new_cipher(config.lock)?)) } else { None };
+        let handle = EngineHandle {
+            mailbox: mailbox.clone(),
+            memory: memory.clone(),
+            store: store.clone(),
+            cipher: cipher.clone(),
+        };
         let core = Core::new(CoreConfig {
             pages,
             budget_frames: pages_in(config.budget_bytes),
@@ -147,6 +157,7 @@ impl Engine {
                 ring,
                 memory: thread_memory,
                 mailbox,
+                sealer: cipher.map(Sealer::new),
                 _store: store,
                 notify,
                 latencies: LatencyBook::new(),
@@ -217,6 +228,15 @@ impl Drop for AbortOnPanic {
             std::process::abort();
         }
     }
+}
+
+fn new_cipher(lock: bool) -> Result<Cipher, StartError> {
+    Cipher::random(lock).map_err(|error| {
+        StartError::Host(format!(
+            "cannot make a key for the store, or keep it out of the host's swap: {error}; see `ulimit -l`, or give up locking with \
+             --no-lock"
+        ))
+    })
 }
 
 fn check(config: &EngineConfig) -> Result<(), StartError> {

@@ -176,6 +176,16 @@ impl Memory {
         unsafe { std::slice::from_raw_parts(self.slot(slots.start) as *const u8, slots.bytes()) }
     }
 
+    /// The same, to be changed.
+    ///
+    /// # Safety
+    /// As for [`Memory::slot_bytes`], and nobody may read them either.
+    #[expect(clippy::mut_from_ref, reason = "the slots belong to the caller, not to this")]
+    pub(super) unsafe fn slot_bytes_mut(&self, slots: SlotRun) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.slot(slots.start) as *mut u8, slots.bytes()) }
+    }
+
     pub(super) fn copy_slot(&self, from: Slot, to: Slot) {
         // SAFETY: two different slots of the staging mapping; the device may read `from` at the same time, which is no write.
         unsafe {

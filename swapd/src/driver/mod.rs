@@ -15,6 +15,7 @@ mod memory;
 mod recorder;
 mod regions;
 mod ring;
+mod sealer;
 mod store;
 mod uffd;
 
@@ -36,6 +37,7 @@ use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
 use latency::LatencyBook;
 use recorder::Recorder;
 use ring::{Completion, Ring};
+use sealer::Sealer;
 use uffd::{Faults, HASTY, Moved, PATIENT};
 
 type Reply = Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>;
@@ -47,6 +49,8 @@ struct Driver {
     ring: Ring,
     memory: Arc<Memory>,
     mailbox: Arc<Mailbox>,
+    /// If the store is encrypted.
+    sealer: Option<Sealer>,
     /// Kept open for the ring.
     _store: Arc<File>,
     notify: Box<dyn Fn(Notice) + Send>,
@@ -127,6 +131,9 @@ impl Driver {
     fn io_done(&mut self, io: IoId, result: std::io::Result<()>) {
         let error = result.err().map(|error| IoError(error.to_string()));
         let Some((run, slots)) = self.reads.remove(&io) else {
+            if let Some(sealer) = &mut self.sealer {
+                sealer.written(io);
+            }
             if let Some(error) = &error {
                 tracing::error!(error = error.0, "write to the store failed");
             }
@@ -144,7 +151,10 @@ impl Driver {
         let mut sums = std::mem::take(&mut self.sums);
         sums.clear();
         // SAFETY: the read has completed, the slots are bound to its pages, and only the engine moves frames.
-        let bytes = unsafe { self.memory.slot_bytes(slots) };
+        let bytes = unsafe { self.memory.slot_bytes_mut(slots) };
+        if let Some(sealer) = &self.sealer {
+            sealer.open(run, bytes);
+        }
         sums.extend(
             run.pages().zip(bytes.chunks_exact(PAGE_SIZE)).map(|(page, bytes)| page_sum(page, bytes)),
         );
@@ -210,7 +220,7 @@ impl Driver {
                 self.reads.insert(io, (run, slots));
                 self.ring.start(io, false, run, self.memory.slot(slots.start));
             }
-            Action::Write { io, run, slots } => self.ring.start(io, true, run, self.memory.slot(slots.start)),
+            Action::Write { io, run, slots } => self.write(io, run, slots),
             Action::DropGuest { run } => report(self.memory.drop_guest(run), "give frames back"),
             Action::ReleaseFrames { slots } => report(self.memory.release_slots(slots), "give frames back"),
             Action::Poison { page } => {
@@ -237,6 +247,15 @@ impl Driver {
                 (self.notify)(Notice::Poisoned(page));
             }
         }
+    }
+
+    fn write(&mut self, io: IoId, run: Run, slots: SlotRun) {
+        let at = match &mut self.sealer {
+            // SAFETY: pages on their way to the store are in staging, where the core lets nobody write to them.
+            Some(sealer) => sealer.seal(io, run, unsafe { self.memory.slot_bytes(slots) }),
+            None => self.memory.slot(slots.start),
+        };
+        self.ring.start(io, true, run, at);
     }
 
     fn move_in(&mut self, run: Run, slots: SlotRun) {

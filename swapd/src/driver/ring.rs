@@ -46,7 +46,7 @@ pub(super) struct Ring {
     ring: IoUring,
     faults: RawFd,
     commands: RawFd,
-    /// By number of the operation. The buffers are staging slots, which outlive the ring.
+    /// By number of the operation. The buffers are staging slots or a sealer's copies, which outlive the ring.
     transfers: Vec<Option<Transfer>>,
     in_flight: usize,
 }
@@ -93,7 +93,7 @@ impl Ring {
     fn push(&mut self, entry: &squeue::Entry) {
         loop {
             // SAFETY: a poll has no buffer; the buffer of a transfer is staging memory, which is unmapped only after the
-            // ring is gone, and whose slots the core keeps until the operation has completed.
+            // ring is gone, and whose slots the core keeps until the operation has completed, or a sealer's copy, kept as long.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return;
             }
@@ -103,7 +103,7 @@ impl Ring {
         }
     }
 
-    /// Starts a transfer between the store and staging memory at `address`.
+    /// Starts a transfer between the store and memory at `address`, which stays until it has completed.
     pub(super) fn start(&mut self, io: IoId, write: bool, run: Run, address: usize) {
         let at = io.0 as usize;
         if self.transfers.len() <= at {

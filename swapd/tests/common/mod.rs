@@ -10,7 +10,7 @@ pub fn config(memory_bytes: u64, budget_bytes: u64, store: PathBuf, prealloc: bo
     EngineConfig {
         memory_bytes,
         budget_bytes,
-        store: StoreConfig { path: store, overcommit: false },
+        store: StoreConfig { path: store, overcommit: false, encrypt: false },
         prealloc,
         lock: true,
         sampling: true,

@@ -249,6 +249,7 @@ mod tests {
             ram_bytes: 512 << 12,
             engines: vec![],
             store: None,
+            encrypt: false,
             jobs: vec![job],
         }
     }
