@@ -4,6 +4,7 @@ pub mod bench;
 pub mod cli;
 pub mod daemon;
 pub mod doctor;
+pub mod pki;
 pub mod qemu;
 mod reference;
 pub mod run;
