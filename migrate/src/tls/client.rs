@@ -54,12 +54,7 @@ impl Client {
     ///
     /// # Errors
     /// [`TlsError`]; the target has been told by a TLS alert if it could be.
-    pub fn secure(
-        &self,
-        mut tcp: TcpStream,
-        to: &str,
-        limit: Duration,
-    ) -> Result<TcpStream, TlsError> {
+    pub fn secure(&self, mut tcp: TcpStream, to: &str, limit: Duration) -> Result<TcpStream, TlsError> {
         let name = match &self.name {
             Some(name) => name.clone(),
             None => server_name(host_of(to))?,
