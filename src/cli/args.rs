@@ -224,7 +224,7 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) log_dir: Option<PathBuf>,
     /// Let QEMU VMs come, with names in their command lines mapped by this TOML file (see docs/qemu.md; it may be empty).
-    /// Whoever reaches the port can then start programs here
+    /// Whoever may send VMs here (--tls, --allow-peer) can then start programs
     #[arg(long, value_name = "FILE")]
     pub(super) qemu_rules: Option<PathBuf>,
     #[command(flatten)]

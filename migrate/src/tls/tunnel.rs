@@ -7,7 +7,7 @@
 //! There is no clean end: a session that has all that it wants does not look whether its connection ends, and to one that
 //! waits for more, an end is a broken link. So an attacker who cuts a connection short, or changes a byte, can only break it.
 
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -30,6 +30,8 @@ pub(super) fn start(tls: Connection, tcp: TcpStream) -> io::Result<TcpStream> {
     let tunnel = Tunnel::new(tls, tcp, ours)?;
     std::thread::Builder::new().name("tunnel".to_string()).spawn(move || match tunnel.run() {
         Ok(()) => tracing::debug!("a secured connection has ended"),
+        // Links break; this is somebody who breaks them.
+        Err(error @ TlsError::Peer(_)) => tracing::warn!(%error, "a secured connection was tampered with"),
         Err(error) => tracing::debug!(%error, "a secured connection broke"),
     })?;
     Ok(TcpStream::from(OwnedFd::from(near)))
@@ -44,6 +46,9 @@ struct Tunnel {
     /// From the peer, of which `unread` has not been looked at yet.
     wire: Box<[u8]>,
     unread: Range<usize>,
+    /// From the peer, of which `verified` is to go to the near end.
+    clear: Box<[u8]>,
+    verified: Range<usize>,
     /// Nobody has the near end any more, though something may be left in it.
     hung_up: bool,
     /// What was written to the near end has all been read, and what comes from the peer is of no use any more.
@@ -70,6 +75,8 @@ impl Tunnel {
             plain: chunk(),
             wire: chunk(),
             unread: 0..0,
+            clear: chunk(),
+            verified: 0..0,
             hung_up: false,
             near_ended: false,
             until: None,
@@ -85,7 +92,7 @@ impl Tunnel {
                 continue;
             }
             // What arrived before the end is delivered first.
-            if self.ended.is_some() && !self.has_arrived() {
+            if self.ended.is_some() && self.verified.is_empty() {
                 return self.ended.unwrap_or(Ok(()));
             }
             if !self.wait()? {
@@ -136,19 +143,17 @@ impl Tunnel {
     fn inward(&mut self) -> bool {
         let mut went = false;
         loop {
-            while let Ok(arrived @ [_, ..]) = self.tls.reader().fill_buf() {
-                let taken = match self.near.write(arrived) {
-                    Ok(count) => count,
+            while !self.verified.is_empty() {
+                match self.near.write(&self.clear[self.verified.clone()]) {
+                    Ok(count) => self.verified.start += count,
                     Err(error) if is_wait(&error) => return went,
                     // Nobody is there to read it.
-                    Err(_) => arrived.len(),
-                };
-                self.tls.reader().consume(taken);
+                    Err(_) => self.verified = 0..0,
+                }
                 went = true;
             }
-            if !self.unread.is_empty() {
-                self.decrypt();
-                went = true;
+            self.decrypt();
+            if !self.verified.is_empty() {
                 continue;
             }
             if went || self.deaf {
@@ -163,8 +168,22 @@ impl Tunnel {
         }
     }
 
-    /// Looks at one read's worth of what has come.
+    /// Verifies what has come, until all of it has been looked at, or there is no room for more.
     fn decrypt(&mut self) {
+        let mut filled = 0;
+        while filled < self.clear.len() {
+            // An error is that there is nothing now, or ever more.
+            match self.tls.reader().read(&mut self.clear[filled..]) {
+                Ok(count @ 1..) => filled += count,
+                _ if self.unread.is_empty() => break,
+                _ => self.decrypt_record(),
+            }
+        }
+        self.verified = 0..filled;
+    }
+
+    /// Looks at a record, or a part of one.
+    fn decrypt_record(&mut self) {
         let mut unread = &self.wire[self.unread.clone()];
         let looked_at = self.tls.read_tls(&mut unread);
         self.unread.start = self.unread.end - unread.len();
@@ -189,14 +208,9 @@ impl Tunnel {
         self.ended.get_or_insert(how);
     }
 
-    /// Whether something has arrived that the near end has not taken.
-    fn has_arrived(&mut self) -> bool {
-        matches!(self.tls.reader().fill_buf(), Ok([_, ..]))
-    }
-
     /// Waits until there is something to do. False: there was not, for as long as last words may take.
     fn wait(&mut self) -> io::Result<bool> {
-        let (arrived, leaving) = (self.has_arrived(), self.tls.wants_write());
+        let (arrived, leaving) = (!self.verified.is_empty(), self.tls.wants_write());
         if self.near_ended && !leaving {
             // It has all been said; what the peer still says is waited for, lest it be told that its words were lost.
             let _ = self.tcp.shutdown(Shutdown::Write);

@@ -93,11 +93,10 @@ impl Place {
     }
 }
 
-/// Why a directory cannot be relied on, if it has these owners (of its name, and its own) and this mode.
-fn untrusted(owners: [u32; 2], mode: u32) -> Option<String> {
-    // SAFETY: geteuid has no arguments and cannot fail.
-    let own = unsafe { libc::geteuid() };
-    if let Some(other) = owners.iter().find(|owner| **owner != own && **owner != 0) {
+/// Why a user cannot rely on a directory that has these owners (of its name, and its own) and this mode. Root may look after the
+/// VMs of others.
+fn untrusted(own: u32, owners: [u32; 2], mode: u32) -> Option<String> {
+    if let Some(other) = owners.iter().find(|owner| own != 0 && **owner != own && **owner != 0) {
         return Some(format!("belongs to another user ({other})"));
     }
     (mode & 0o022 != 0).then(|| "can be written by others (`chmod 700` it)".to_owned())
@@ -152,7 +151,9 @@ impl RunDir {
         let found = dir.metadata().map_err(fail)?;
         // The name as well: who owns a link may let it point elsewhere at any time.
         let name = std::fs::symlink_metadata(path).map_err(fail)?;
-        if let Some(why) = untrusted([name.uid(), found.uid()], found.mode()) {
+        // SAFETY: geteuid has no arguments and cannot fail.
+        let own = unsafe { libc::geteuid() };
+        if let Some(why) = untrusted(own, [name.uid(), found.uid()], found.mode()) {
             return Err(Failure::new(
                 Kind::Host,
                 format!(

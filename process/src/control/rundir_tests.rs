@@ -97,14 +97,16 @@ fn stale_sockets_vanish_from_the_list() {
 
 #[test]
 fn a_directory_of_somebody_else_is_not_used() {
-    // SAFETY: geteuid has no arguments and cannot fail.
-    let own = unsafe { libc::geteuid() };
-    assert_eq!(untrusted([own, own], 0o40700), None);
-    assert_eq!(untrusted([own, 0], 0o40755), None);
-    assert!(untrusted([own, own], 0o41777).unwrap().contains("chmod"));
-    assert!(untrusted([own, own], 0o40770).unwrap().contains("chmod"));
-    for owners in [[own, own + 1], [own + 1, own]] {
-        assert!(untrusted(owners, 0o40700).unwrap().contains("another user"));
+    let (own, other, root) = (1000, 1001, 0);
+    assert_eq!(untrusted(own, [own, own], 0o40700), None);
+    assert_eq!(untrusted(own, [own, root], 0o40755), None);
+    assert_eq!(untrusted(root, [other, other], 0o40700), None);
+    for mode in [0o41777, 0o40770, 0o40702] {
+        assert!(untrusted(own, [own, own], mode).unwrap().contains("chmod"));
+        assert!(untrusted(root, [root, root], mode).unwrap().contains("chmod"));
+    }
+    for owners in [[own, other], [other, own]] {
+        assert!(untrusted(own, owners, 0o40700).unwrap().contains("another user"));
     }
     let temp = Temp::new("widened");
     std::fs::set_permissions(temp.0.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
