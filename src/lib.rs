@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod pki;
 pub mod qemu;
 mod reference;
 pub mod run;

@@ -26,6 +26,18 @@ fn numbers_and_names_that_make_no_sense() {
     run("migrate x --to h:1 --streams 0").fails(2, &["--streams"]);
     run("serve --listen nowhere --ram 64M --store /tmp").fails(2, &["ADDRESS:PORT"]);
     run("serve --listen 127.0.0.1:0 --ram 1M --store /tmp").fails(2, &["minimum of 16M"]);
+    for beyond in ["0.0.0.0:0", "[::]:0", "192.0.2.1:7070"] {
+        run(&format!("serve --listen {beyond} --ram 64M --store /tmp")).fails(2, &["--tls DIR", "--plain"]);
+    }
+    run("serve --listen 127.0.0.1:0 --ram 64M --store /tmp --tls /nowhere")
+        .fails(2, &["ca.crt", "vmemd pki"]);
+    run("serve --listen 127.0.0.1:0 --ram 64M --store /tmp --tls /nowhere --plain").fails(2, &["--plain"]);
+    run("serve --listen 127.0.0.1:0 --ram 64M --store /tmp --allow-peer a").fails(2, &["--tls"]);
+    run("migrate web --to 127.0.0.1:1 --tls /nowhere").fails(2, &["ca.crt", "vmemd pki"]);
+    for name in ["..", "../x", "/tmp/x", "a/b", ""] {
+        run(&format!("pki init /nowhere/pki --host a,{name}")).fails(2, &["no name or address"]);
+    }
+    run("pki issue /nowhere/pki --host a").fails(1, &["ca.key", "vmemd pki init"]);
     run("bench migrate --memory 64M --ram 65M").fails(2, &["more than the VM's memory of 64M"]);
     run("bench replay").fails(2, &["TRACE", "--synthetic"]);
     run("bench replay --synthetic zap").fails(2, &["zipf:0.99"]);

@@ -96,23 +96,26 @@ impl Proxy {
 fn hand_over(
     loses: Loses,
     open: bool,
+    secured: bool,
 ) -> Option<(Host, Arc<Proxy>, common::Running, common::Running, common::Said)> {
     if cannot_run_vms() {
         return None;
     }
     let mut host = Host::new("handover");
-    let (daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
+    let certificates = secured.then(|| host.pki("pki", &["127.0.0.1"]).remove(0));
+    let tls: Vec<&str> = certificates.iter().flat_map(|dir| ["--tls", dir]).collect();
+    let (daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &tls);
     let run = host.start_vm("web", "rewrite:working-set=40M,rate=400M");
     host.wait_rounds("web", 1);
     let (proxy, address) = Proxy::start(&address, host.run_dir(), loses, open);
-    let said = host.vmemd(&["migrate", "web", "--to", &address, "--json"]);
+    let said = host.vmemd(&[&["migrate", "web", "--to", &address, "--json"], tls.as_slice()].concat());
     assert!(proxy.cut.load(Ordering::SeqCst), "the link was never cut: {said:?}");
     Some((host, proxy, daemon, run, said))
 }
 
 #[test]
 fn a_lost_commit_leaves_the_vm_at_the_source() {
-    let Some((host, _proxy, _daemon, mut run, said)) = hand_over(Loses::Commit, true) else { return };
+    let Some((host, _proxy, _daemon, mut run, said)) = hand_over(Loses::Commit, true, false) else { return };
     said.fails(6, &["runs on here"]);
     let stat = host.wait_state("web", "running");
     assert_eq!(stat["pid"], run.pid());
@@ -124,7 +127,7 @@ fn a_lost_commit_leaves_the_vm_at_the_source() {
 
 #[test]
 fn a_lost_answer_leaves_the_vm_at_the_target() {
-    let Some((host, _proxy, _daemon, mut run, said)) = hand_over(Loses::Answer, true) else { return };
+    let Some((host, _proxy, _daemon, mut run, said)) = hand_over(Loses::Answer, true, false) else { return };
     assert_eq!(said.code, 0, "{said:?}");
     assert_eq!(said.json()["resolved_later"], true);
     run.ends_with(0);
@@ -134,9 +137,9 @@ fn a_lost_answer_leaves_the_vm_at_the_target() {
     assert_eq!(host.sockets(), ["web.sock"]);
 }
 
-/// Until the target can be asked, the VM stays paused where it was. Takes the minute for which the source asks by itself.
+/// Until the target can be asked, which is done by TLS as well, the VM stays paused where it was. Takes the minute for which the source asks by itself.
 fn stays_in_doubt(loses: Loses) -> Option<(Host, common::Running, common::Running)> {
-    let (host, proxy, daemon, run, said) = hand_over(loses, false)?;
+    let (host, proxy, daemon, run, said) = hand_over(loses, false, true)?;
     said.fails(8, &["paused"]);
     let stat = host.vmemd(&["list", "--json"]).json();
     let rows = stat.as_array().expect("a list");

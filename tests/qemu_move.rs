@@ -42,10 +42,14 @@ fn start(host: &Host, qemu: &Qemu, machine: &Machine, more: &[&str]) -> Guest {
 
 /// A daemon that takes QEMU VMs, and its address.
 fn serve(host: &mut Host, listen: &str, ram: &str, rules: &str) -> (Running, String) {
+    serve_by(host, listen, ram, rules, &[])
+}
+
+fn serve_by(host: &mut Host, listen: &str, ram: &str, rules: &str, more: &[&str]) -> (Running, String) {
     let path = host.root.join("rules.toml");
     std::fs::write(&path, rules).expect("a file of rules");
     let (rules, logs) = (path.display().to_string(), host.root.display().to_string());
-    host.start_daemon(listen, ram, &["--qemu-rules", &rules, "--log-dir", &logs])
+    host.start_daemon(listen, ram, &[&["--qemu-rules", &rules, "--log-dir", &logs], more].concat())
 }
 
 fn rule(kind: &str, from: &str, to: &str) -> String {
@@ -54,7 +58,11 @@ fn rule(kind: &str, from: &str, to: &str) -> String {
 
 /// Moves the VM, and returns the report.
 fn migrate(from: &Host, to: &str) -> Value {
-    let said = from.vmemd(&["migrate", "db", "--to", to, "--json"]);
+    migrate_by(from, to, &[])
+}
+
+fn migrate_by(from: &Host, to: &str, more: &[&str]) -> Value {
+    let said = from.vmemd(&[&["migrate", "db", "--to", to, "--json"], more].concat());
     assert_eq!(said.code, 0, "{said:?}");
     let report = said.json();
     eprintln!(
@@ -381,8 +389,12 @@ fn between_two_networks_connections_and_consoles_survive() {
             [0, 1].map(|side| Host::within(["qnet-a", "qnet-b"][side], &network.namespaces[side]));
         let [a, b] = Network::TAPS;
         let listen = Network::HOSTS.map(|host| format!("{host}:0"));
-        let (_here_daemon, here_address) = serve(&mut here, &listen[0], &memory, &rule("tap", b, a));
-        let (_there_daemon, there_address) = serve(&mut there, &listen[1], &memory, &rule("tap", a, b));
+        let certificates = here.pki("pki", &Network::HOSTS);
+        let tls = [0, 1].map(|side| ["--tls", certificates[side].as_str()]);
+        let (_here_daemon, here_address) =
+            serve_by(&mut here, &listen[0], &memory, &rule("tap", b, a), &tls[0]);
+        let (_there_daemon, there_address) =
+            serve_by(&mut there, &listen[1], &memory, &rule("tap", a, b), &tls[1]);
         let netdev = format!("tap,id=net,ifname={a},script=no,downscript=no");
         let machine = Machine::new(&memory)
             .ip(&format!("{}/24", Network::GUEST))
@@ -394,10 +406,10 @@ fn between_two_networks_connections_and_consoles_survive() {
         guest.wait_for("checker memory round=1", BOOT);
         for _ in 0..moves {
             let pid = here.stat("db").expect("it runs")["pid"].as_u64().expect("a number") as u32;
-            migrate(&here, &there_address);
+            migrate_by(&here, &there_address, &tls[0]);
             let left = runs_on(&there, &guest);
             assert!(!lives(pid), "two run");
-            migrate(&there, &here_address);
+            migrate_by(&there, &here_address, &tls[1]);
             runs_on(&here, &guest);
             assert!(!lives(left), "two run");
         }

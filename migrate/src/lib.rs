@@ -20,6 +20,7 @@ mod resolve;
 mod session;
 mod source;
 mod target;
+pub mod tls;
 mod vm;
 pub mod wire;
 
@@ -28,7 +29,7 @@ pub use hello::{Hello, RefuseKind, SessionHello, StreamHello, read_hello, refuse
 pub use progress::{Phase, Progress};
 pub use registry::{FileRegistry, Outcome, Registry, RegistryError};
 pub use report::{Placement, Received, Report};
-pub use resolve::{ResolveError, answer_resolve, resolve};
+pub use resolve::{ReachError, ResolveError, answer_resolve, resolve};
 pub use session::SessionId;
 pub use source::{SendError, SourceOptions, send};
 pub use target::{DataStream, PlainMemory, ReceiveError, TargetLink, TargetMemory, receive};

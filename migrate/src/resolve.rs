@@ -8,12 +8,15 @@ use crate::hello::{Hello, OpeningError, RefuseKind, read_opening, refuse, write_
 use crate::limits::RESOLVE_CALL_LIMIT;
 use crate::registry::{Outcome, Registry, RegistryError};
 use crate::session::SessionId;
+use crate::tls::{Security, TlsError};
 use crate::wire::opening::Answer;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
     #[error("could not ask {to}")]
     Link { to: String, source: io::Error },
+    #[error("{to} was not asked")]
+    Insecure { to: String, source: TlsError },
     #[error("{to} answered rubbish: {text}")]
     Peer { to: String, text: String },
     #[error("{to} cannot say: {text}")]
@@ -24,9 +27,12 @@ pub enum ResolveError {
 ///
 /// # Errors
 /// If there is no clear answer: the session is in doubt still.
-pub fn resolve(to: &str, session: SessionId) -> Result<Outcome, ResolveError> {
+pub fn resolve(to: &str, security: &Security, session: SessionId) -> Result<Outcome, ResolveError> {
     let link = |source| ResolveError::Link { to: to.to_string(), source };
-    let mut stream = connect(to, RESOLVE_CALL_LIMIT).map_err(link)?;
+    let mut stream = connect(to, security, RESOLVE_CALL_LIMIT).map_err(|error| match error {
+        ReachError::Link(source) => link(source),
+        ReachError::Insecure(source) => ResolveError::Insecure { to: to.to_string(), source },
+    })?;
     write_opening(&mut stream, &Hello::Resolve { session }.encode()).map_err(link)?;
     let rubbish = |text: String| ResolveError::Peer { to: to.to_string(), text };
     let (preamble, body) =
@@ -65,8 +71,38 @@ pub fn answer_resolve(
     }
 }
 
-/// Connects to the first address of `to` that answers.
-pub(crate) fn connect(to: &str, limit: Duration) -> io::Result<TcpStream> {
+/// Why there is no connection to a target, or none that may be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ReachError {
+    #[error("cannot be reached")]
+    Link(#[from] io::Error),
+    #[error("is not secure")]
+    Insecure(#[from] TlsError),
+}
+
+/// Connects to the first address of `to` that answers, and makes sure of who does.
+pub(crate) fn connect(to: &str, security: &Security, limit: Duration) -> Result<TcpStream, ReachError> {
+    let stream = connect_tcp(to, limit)?;
+    match security {
+        Security::Plain => Ok(stream),
+        Security::ThisHost if is_this_host(&stream)? => Ok(stream),
+        Security::ThisHost => Err(TlsError::Ours(
+            "the VM's memory would go to another host unencrypted, and to whoever answers there: use --tls DIR \
+             (`vmemd pki` makes one), or --plain if the network is yours alone"
+                .to_string(),
+        )
+        .into()),
+        Security::Tls(client) => Ok(client.secure(stream, to, limit)?),
+    }
+}
+
+fn is_this_host(stream: &TcpStream) -> io::Result<bool> {
+    let [here, there] =
+        [stream.local_addr()?, stream.peer_addr()?].map(|address| address.ip().to_canonical());
+    Ok(there.is_loopback() || there == here)
+}
+
+fn connect_tcp(to: &str, limit: Duration) -> io::Result<TcpStream> {
     let addresses: Vec<SocketAddr> = to.to_socket_addrs()?.collect();
     let mut result = Err(io::Error::new(io::ErrorKind::NotFound, "no such address"));
     for address in addresses {

@@ -8,6 +8,7 @@ use std::io::Write;
 use std::net::Shutdown;
 
 use common::{Target, TestVm};
+use migrate::tls::Security;
 use migrate::wire::control::{Control, Totals, round_end, sealed};
 use migrate::wire::heat::parts;
 use migrate::wire::opening::Answer;
@@ -31,7 +32,10 @@ fn refusal(spoil: impl FnOnce(&mut Source)) -> String {
     spoil(&mut source);
     let error = target.result().expect_err("the target accepted it");
     assert!(!target.vm.is_started());
-    assert_eq!(migrate::resolve(&target.address.to_string(), SESSION).unwrap(), migrate::Outcome::NotThere);
+    assert_eq!(
+        migrate::resolve(&target.address.to_string(), &Security::ThisHost, SESSION).unwrap(),
+        migrate::Outcome::NotThere
+    );
     match error {
         ReceiveError::Link { during, source } => format!("link while {during}: {source}"),
         error => error.to_string(),
@@ -62,7 +66,7 @@ fn a_well_behaved_source_gets_its_vm_moved() {
     assert_eq!(target.vm.loaded.lock().unwrap().as_deref(), Some(b"registers".as_slice()));
     // SAFETY: page 3 of a mapping that nobody writes to any more.
     assert_eq!(unsafe { *memory.base().add(3 * PAGE_SIZE + 17) }, 9);
-    let outcome = migrate::resolve(&target.address.to_string(), SESSION).unwrap();
+    let outcome = migrate::resolve(&target.address.to_string(), &Security::ThisHost, SESSION).unwrap();
     assert_eq!(outcome, migrate::Outcome::RunningThere);
 }
 
@@ -343,7 +347,7 @@ fn a_vm_that_cannot_start_goes_back() {
     source.say(&Control::Commit { paused: false });
     assert!(matches!(source.hear(), Control::NotStarted(_)));
     assert!(matches!(target.result(), Err(ReceiveError::Vm(_))));
-    let outcome = migrate::resolve(&target.address.to_string(), SESSION).unwrap();
+    let outcome = migrate::resolve(&target.address.to_string(), &Security::ThisHost, SESSION).unwrap();
     assert_eq!(outcome, migrate::Outcome::NotThere);
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use common::vm::{MEMORY, Writer, compare, engine, fill, options};
 use common::{Place, Target};
+use migrate::tls::Security;
 use migrate::wire::control::Control;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
 use migrate::wire::record::{Lane, Sequence};
@@ -199,7 +200,10 @@ fn in_doubt_the_vm_stands_still() {
     assert!(!error.still_here());
     let writes = vm.writes();
     assert!(target.result().is_ok());
-    assert_eq!(migrate::resolve(&target.address.to_string(), *session).unwrap(), Outcome::RunningThere);
+    assert_eq!(
+        migrate::resolve(&target.address.to_string(), &Security::ThisHost, *session).unwrap(),
+        Outcome::RunningThere
+    );
     assert_eq!(vm.writes(), writes);
 }
 

@@ -6,7 +6,7 @@ use machine::target::Target;
 use machine::{DEADLINE, Kit, MIB, Plan, Site, Vm};
 use serde_json::Value;
 use vmprocess::control::client::VmClient;
-use vmprocess::control::protocol::{MigrateRequest, Request, State};
+use vmprocess::control::protocol::{MigrateRequest, Request, State, Trust};
 use vmprocess::failure::Failure;
 
 fn migrate(mut client: VmClient, to: &str) -> Result<Value, Failure> {
@@ -18,6 +18,7 @@ fn migrate(mut client: VmClient, to: &str) -> Result<Value, Failure> {
         max_rounds: 30,
         max_throttle: 99,
         check_placement: false,
+        trust: Trust::default(),
     });
     client.ask(&request, DEADLINE)
 }

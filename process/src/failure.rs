@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use migrate::tls::TlsError;
 use serde::{Deserialize, Serialize};
 
 /// The kinds of failure. Each has one exit code, documented in `docs/operating.md`.
@@ -100,6 +101,13 @@ impl From<swapd::CommandError> for Failure {
     }
 }
 
+impl From<TlsError> for Failure {
+    fn from(error: TlsError) -> Failure {
+        let kind = if matches!(error, TlsError::Ours(_)) { Kind::Usage } else { Kind::Link };
+        Failure::new(kind, chain(&error))
+    }
+}
+
 /// An error with its causes, as one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -124,6 +132,8 @@ impl From<migrate::SendError> for Failure {
             | E::Peer(_)
             | E::GaveUp(_)
             | E::Refused(_) => Kind::Link,
+            E::Insecure { source: TlsError::Ours(_), .. } => Kind::Usage,
+            E::Insecure { .. } => Kind::Link,
             E::Options(_) => Kind::Usage,
             E::NoRoom(_) => Kind::Resources,
             E::NameTaken(_) => Kind::Name,

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
+use migrate::tls::Security;
 use migrate::{Outcome, Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
 use serde_json::Value;
 use tracing::{error, info, warn};
@@ -50,7 +51,7 @@ pub(crate) fn migrate(
         let mut leaving = Leaving { vm: &mover, paused: false, session: None };
         let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
-        settle(&mover, &options.to, &result);
+        settle(&mover, &options, &result);
         let _ = steps.send(Step::Ended(result));
     });
     if let Err(error) = spawned {
@@ -95,6 +96,7 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
         return Err(Failure::new(Kind::Usage, text));
     }
     let mut options = SourceOptions::new(&vm.facts.name, &request.to);
+    options.security = request.trust.security()?;
     options.ram_bytes = request.ram_bytes;
     options.streams = request.streams;
     options.downtime_target = Duration::from_millis(request.downtime_target_ms);
@@ -194,13 +196,19 @@ impl Speed {
 }
 
 /// Notes where the VM is now.
-fn settle(vm: &Vm, to: &str, result: &Result<Report, SendError>) {
+fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) {
+    let SourceOptions { to, security, .. } = options;
     let phase = match result {
-        Ok(_) => Phase::Moved { to: to.to_owned() },
+        Ok(_) => Phase::Moved { to: to.clone() },
         Err(SendError::InDoubt { session, to }) => Phase::InDoubt { session: *session, to: to.clone() },
         Err(_) => Phase::Here,
     };
-    vm.core(|core| (core.phase, core.migration) = (phase, None));
+    vm.core(|core| {
+        if matches!(phase, Phase::InDoubt { .. }) {
+            core.security.clone_from(security);
+        }
+        (core.phase, core.migration) = (phase, None);
+    });
     // Only now: whatever becomes of the log, the VM is where it is.
     let name = &vm.facts.name;
     match result {
@@ -242,7 +250,8 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
 /// Asks the target what became of a hand-over in doubt, and goes on here if the VM is not there.
 pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Value, Failure> {
     let name = &vm.facts.name;
-    let outcome = migrate::resolve(to, session).map_err(|error| {
+    let security = vm.core(|core| core.security.clone());
+    let outcome = migrate::resolve(to, &security, session).map_err(|error| {
         let text =
             format!("{name:?} may run at {to}, which cannot be asked: {}", crate::failure::chain(&error));
         Failure::new(Kind::InDoubt, text)
@@ -258,7 +267,7 @@ pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Val
             source.take_name_back();
             let resumed = source.resume();
             let paused = vm.core(|core| {
-                core.phase = Phase::Here;
+                (core.phase, core.security) = (Phase::Here, Security::default());
                 core.paused
             });
             resumed.map_err(|error| {

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use migrate::SessionId;
+use migrate::tls::Security;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
@@ -59,6 +60,8 @@ pub(crate) struct Core {
     /// The store's failure that made it stand still.
     pub(crate) stalled: Option<String>,
     pub(crate) migration: Option<MigrationStat>,
+    /// How to be sure of the target of a hand-over that is in doubt.
+    pub(crate) security: Security,
     pub(crate) arrival: Option<ArrivalStat>,
     pub(crate) claim: Option<Claim>,
 }
@@ -81,8 +84,15 @@ pub(crate) struct Vm {
 
 impl Vm {
     pub(crate) fn new(facts: Facts, phase: Phase, claim: Claim, events: Sender<Event>) -> Vm {
-        let core =
-            Core { phase, paused: false, stalled: None, migration: None, arrival: None, claim: Some(claim) };
+        let core = Core {
+            phase,
+            paused: false,
+            stalled: None,
+            migration: None,
+            security: Security::default(),
+            arrival: None,
+            claim: Some(claim),
+        };
         Vm {
             facts,
             memory: OnceLock::new(),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use migrate::{Hello, SessionHello};
 use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, StartError, StoreConfig};
 use vmprocess::control::client::VmClient;
-use vmprocess::control::protocol::{EngineKind, GuestStat, MigrateRequest, Request, State};
+use vmprocess::control::protocol::{EngineKind, GuestStat, MigrateRequest, Request, State, Trust};
 use vmprocess::control::rundir::{Place, RunDir};
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::{
@@ -315,6 +315,7 @@ fn migrate_to(host: &Host, to: String) -> Result<serde_json::Value, Failure> {
         max_rounds: 3,
         max_throttle: 0,
         check_placement: false,
+        trust: Trust::default(),
     });
     connect(host).ask_long(&request, &mut |_| {})
 }

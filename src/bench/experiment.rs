@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use migrate::tls::Credentials;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vmprocess::control::client::VmClient;
-use vmprocess::control::protocol::{MigrateRequest, Request, VmStat};
+use vmprocess::control::protocol::{MigrateRequest, Request, Trust, VmStat};
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::signals;
@@ -16,6 +17,7 @@ use super::cgroup::MemoryCgroup;
 use super::site::{self, Proc, SWAP_FILE, Site};
 use super::swapfile::SwapFile;
 use super::{Settings, Target};
+use crate::pki::{self, PkiSettings};
 use crate::vmm::Workload;
 
 /// What the processes in the swap target's cgroup take besides guest memory and its page tables: the daemon's and the VM's own
@@ -54,6 +56,7 @@ struct Setup {
     source_dir: RunDir,
     target_dir: RunDir,
     listen: String,
+    trust: Trust,
 }
 
 /// Ends the processes that a daemon has started.
@@ -141,7 +144,13 @@ impl Setup {
         let (source_path, target_path) = (dir.0.join("source"), dir.0.join("target"));
         let (source_dir, target_dir) = (RunDir::open(&source_path)?, RunDir::open(&target_path)?);
         let entrance = cgroup.as_ref().map(MemoryCgroup::entrance).transpose()?;
-        let serve = serve_args(settings, target, &dir.0);
+        let credentials = settings.tls.then(|| certificates(&dir.0)).transpose()?;
+        let mut serve = serve_args(settings, target, &dir.0);
+        let mut trust = Trust::default();
+        if let Some(path) = credentials {
+            trust.tls = Some(Credentials::read(&path)?);
+            serve.extend(["--tls".to_owned(), path.display().to_string()]);
+        }
         let mut daemon = Proc::start(&serve, &dir.0.join("serve.log"), entrance.as_ref())?;
         let line = daemon.first_line()?;
         let listen = line.rsplit(' ').next().unwrap_or_default().to_owned();
@@ -156,6 +165,7 @@ impl Setup {
             source_dir,
             target_dir,
             listen,
+            trust,
         })
     }
 
@@ -206,9 +216,18 @@ impl Setup {
             max_rounds: 30,
             max_throttle: 99,
             check_placement: false,
+            trust: self.trust.clone(),
         });
         VmClient::connect(&self.source_dir, NAME)?.ask_long(&request, &mut |_| {})
     }
+}
+
+/// Certificates for the address at which the daemon listens.
+fn certificates(dir: &Path) -> Result<PathBuf, Failure> {
+    const HOST: &str = "127.0.0.1";
+    let dir = dir.join("pki");
+    pki::init(&PkiSettings { dir: dir.clone(), hosts: vec![HOST.to_owned()], days: 1 })?;
+    Ok(dir.join(HOST))
 }
 
 fn serve_args(settings: &Settings, target: Target, dir: &Path) -> Vec<String> {

@@ -70,6 +70,7 @@ pub struct Settings {
     pub targets: Vec<Target>,
     pub repeat: u32,
     pub guest: Option<Workload>,
+    pub tls: bool,
     /// A directory on the disk to measure.
     pub store: PathBuf,
     pub json: bool,

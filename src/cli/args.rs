@@ -5,9 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use vmprocess::control::protocol::EngineKind;
+use migrate::tls::Credentials;
+use vmprocess::control::protocol::{EngineKind, Trust};
+use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 
+use crate::pki::PkiSettings;
 use crate::qemu::output::Format;
 use crate::vmm::Workload;
 
@@ -49,13 +52,18 @@ Ctrl-C stops the VM. After it has moved to another host the command ends with 0.
     /// Let VMs arrive at this host
     #[command(after_help = "Example:
   vmemd serve --listen 127.0.0.1:7070 --ram 1G --store /var/lib/vmemd
+  vmemd serve --listen 192.0.2.2:7070 --tls /etc/vmemd --ram 1G --store /var/lib/vmemd
 The daemon may end or be restarted: running VMs go on.")]
     Serve(ServeArgs),
     /// Move a running VM to another host
     #[command(after_help = "Example:
   vmemd migrate web --to 127.0.0.1:7070 --json
+  vmemd migrate web --to b.example:7070 --tls /etc/vmemd
 Ctrl-C cancels, and the VM runs on where it was.")]
     Migrate(MigrateArgs),
+    /// Make certificates by which hosts know each other
+    #[command(subcommand)]
+    Pki(PkiCommand),
     /// List the VMs of this host
     #[command(after_help = "Example:\n  vmemd list --json")]
     List(JsonArg),
@@ -193,6 +201,16 @@ pub(super) struct ServeArgs {
     /// Where to listen: ADDRESS:PORT (port 0: any, see stdout)
     #[arg(long, value_name = "ADDR")]
     pub(super) listen: String,
+    /// Directory with this host's ca.crt, host.crt and host.key (`vmemd pki`): only hosts with a certificate of that CA may
+    /// come, by TLS 1.3. Read again when they have changed
+    #[arg(long, value_name = "DIR", conflicts_with = "plain")]
+    pub(super) tls: Option<PathBuf>,
+    /// Of those, only hosts with one of these names in their certificate [default: all]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', requires = "tls")]
+    pub(super) allow_peer: Vec<String>,
+    /// Listen without TLS where other hosts can connect: whoever does may send VMs, and read them on their way
+    #[arg(long)]
+    pub(super) plain: bool,
     /// RAM for all VMs that arrive
     #[arg(long, value_name = "SIZE")]
     pub(super) ram: Size,
@@ -212,7 +230,7 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) log_dir: Option<PathBuf>,
     /// Let QEMU VMs come, with names in their command lines mapped by this TOML file (see docs/qemu.md; it may be empty).
-    /// Whoever reaches the port can then start programs here
+    /// Whoever may send VMs here (--tls, --allow-peer) can then start programs
     #[arg(long, value_name = "FILE")]
     pub(super) qemu_rules: Option<PathBuf>,
     #[command(flatten)]
@@ -226,6 +244,8 @@ pub(super) struct MigrateArgs {
     /// The target's daemon: HOST:PORT
     #[arg(long, value_name = "ADDR")]
     pub(super) to: String,
+    #[command(flatten)]
+    pub(super) trust: TrustArgs,
     /// RAM that it shall have there [default: what the daemon has left]
     #[arg(long, value_name = "SIZE")]
     pub(super) ram: Option<Size>,
@@ -246,6 +266,59 @@ pub(super) struct MigrateArgs {
     pub(super) check_placement: bool,
     #[command(flatten)]
     pub(super) json: JsonArg,
+}
+
+/// How to be sure of a target.
+#[derive(Debug, Args)]
+pub(super) struct TrustArgs {
+    /// Directory with this host's ca.crt, host.crt and host.key (`vmemd pki`): by TLS 1.3, to a target of the same CA
+    #[arg(long, value_name = "DIR", conflicts_with = "plain")]
+    tls: Option<PathBuf>,
+    /// Name in the target's certificate [default: the host in --to]
+    #[arg(long, value_name = "NAME", requires = "tls")]
+    tls_name: Option<String>,
+    /// To another host without TLS: unencrypted, and to whoever answers
+    #[arg(long)]
+    plain: bool,
+}
+
+impl TrustArgs {
+    /// Reads the files.
+    pub(super) fn read(self) -> Result<Trust, Failure> {
+        let tls = self.tls.as_deref().map(Credentials::read).transpose()?;
+        Ok(Trust { tls, tls_name: self.tls_name, plain: self.plain })
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum PkiCommand {
+    /// Make a small CA, for a test set-up, and the certificates of its hosts
+    #[command(after_help = "Example:
+  vmemd pki init ca --host a.example,192.0.2.1 --host b.example,192.0.2.2
+makes ca/a.example and ca/b.example, for `serve --tls` and `migrate --tls` on those hosts. Keep ca/ca.key off them.")]
+    Init(PkiArgs),
+    /// Make certificates of a CA that `init` has made: for more hosts, or new ones for those whose have expired
+    #[command(after_help = "Example:
+  vmemd pki issue ca --host c.example,192.0.2.3 --days 90")]
+    Issue(PkiArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PkiArgs {
+    /// Directory of the CA; nothing in it is overwritten
+    dir: PathBuf,
+    /// A host's names and addresses, by which others call it, with commas between them; the first names its directory
+    #[arg(long = "host", value_name = "NAME[,NAME]", required = true)]
+    hosts: Vec<String>,
+    /// How long the hosts' certificates are valid
+    #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36500))]
+    days: u32,
+}
+
+impl From<PkiArgs> for PkiSettings {
+    fn from(args: PkiArgs) -> PkiSettings {
+        PkiSettings { dir: args.dir, hosts: args.hosts, days: args.days }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -327,6 +400,9 @@ pub(super) struct BenchMigrateArgs {
     /// What the guest does [default: rewrite all of its memory, again and again]
     #[arg(long, value_name = "WORKLOAD")]
     pub(super) guest: Option<Workload>,
+    /// Migrate by TLS, with certificates made for it
+    #[arg(long)]
+    pub(super) tls: bool,
     /// Directory on the disk to measure: store and swap file are made in it [default: that of `vmemd run`]
     #[arg(long, value_name = "DIR")]
     pub(super) store: Option<PathBuf>,

@@ -33,6 +33,7 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
         max_rounds: args.max_rounds,
         max_throttle: if args.no_throttle { 0 } else { THROTTLE_MAX },
         check_placement: args.check_placement,
+        trust: args.trust.read()?,
     });
     let place = find(dir, &args.name)?;
     let mut vm = VmClient::connect_to(dir, &place)?;

@@ -19,12 +19,13 @@ use vmprocess::control::rundir::{RunDir, check_name};
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
+use crate::daemon::door::DoorSettings;
 use crate::daemon::serve::ServeSettings;
 use crate::qemu::rules::Rules;
 use crate::qemu::run::QemuSettings;
 use crate::run::{self, RunSettings};
-use crate::{bench, daemon, doctor, qemu};
-use args::{BenchCommand, BenchMigrateArgs, Cli, Command, LimitArgs, RunArgs, ServeArgs};
+use crate::{bench, daemon, doctor, pki, qemu};
+use args::{BenchCommand, BenchMigrateArgs, Cli, Command, LimitArgs, PkiCommand, RunArgs, ServeArgs};
 
 /// Runs the command and returns the process's exit code.
 pub fn main() -> u8 {
@@ -79,6 +80,8 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
             run::receive(&settings)
         }
         Command::Migrate(args) => migrate::migrate(&RunDir::open(&run_dir)?, args),
+        Command::Pki(PkiCommand::Init(args)) => pki::init(&args.into()),
+        Command::Pki(PkiCommand::Issue(args)) => pki::issue(&args.into()),
         Command::List(json) => vms::list(&RunDir::open(&run_dir)?, json.json),
         Command::Stat(args) => stat::stat(&RunDir::open(&run_dir)?, &args),
         Command::Set(args) => vms::set(&RunDir::open(&run_dir)?, &args),
@@ -194,6 +197,8 @@ fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Fa
     Ok(ServeSettings {
         run_dir,
         listen: args.listen,
+        door: DoorSettings { tls: args.tls, peers: args.allow_peer },
+        plain: args.plain,
         ram_bytes: args.ram.bytes(),
         store: args.store,
         engine: args.engine.into(),
@@ -213,6 +218,7 @@ fn bench_settings(args: BenchMigrateArgs) -> Result<bench::Settings, Failure> {
         targets: args.targets,
         repeat: args.repeat,
         guest: args.guest,
+        tls: args.tls,
         store: args.store.unwrap_or_else(default_store),
         json: args.json.json,
     })

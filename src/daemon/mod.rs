@@ -2,5 +2,7 @@
 
 mod admission;
 mod children;
+pub mod door;
 mod machine;
+mod refusals;
 pub mod serve;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -20,6 +20,7 @@ use vmprocess::{ArriveSettings, MemorySpec, host, passing, signals};
 
 use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
 use super::children::{self, Descriptors};
+use super::door::{Door, DoorSettings};
 use super::machine::{self, Machine};
 use crate::qemu::rules::Rules;
 
@@ -35,6 +36,9 @@ const RECORDS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 pub struct ServeSettings {
     pub run_dir: PathBuf,
     pub listen: String,
+    pub door: DoorSettings,
+    /// Without TLS, whoever can reach the address.
+    pub plain: bool,
     pub ram_bytes: u64,
     pub store: PathBuf,
     pub engine: EngineKind,
@@ -50,6 +54,7 @@ pub struct ServeSettings {
 struct Daemon {
     settings: ServeSettings,
     dir: RunDir,
+    door: Door,
     /// The address that it listens on; names the daemon in its VMs' `stat`.
     listen: String,
     registry: FileRegistry,
@@ -78,12 +83,8 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
         make_dir(dir)?;
     }
     let dir = RunDir::open(&settings.run_dir)?;
-    let listener = TcpListener::bind(&settings.listen).map_err(|error| {
-        let text =
-            format!("cannot listen on {}: {error}; choose another --listen ADDRESS:PORT", settings.listen);
-        let kind = if error.kind() == std::io::ErrorKind::InvalidInput { Kind::Usage } else { Kind::Link };
-        Failure::new(kind, text)
-    })?;
+    let door = Door::new(&settings.door)?;
+    let listener = bind(&settings)?;
     let fail = |error| Failure::io("cannot listen", &error);
     listener.set_nonblocking(true).map_err(fail)?;
     let listen = listener.local_addr().map_err(fail)?.to_string();
@@ -95,6 +96,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let daemon = Arc::new(Daemon {
         settings,
         dir,
+        door,
         listen,
         registry,
         sessions: Mutex::default(),
@@ -104,6 +106,28 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     daemon.accept(&listener);
     info!("the daemon ends; VMs run on");
     Ok(())
+}
+
+/// Listens, where everybody can connect only if they are asked who they are, or if that is the user's will.
+fn bind(settings: &ServeSettings) -> Result<TcpListener, Failure> {
+    let listen = &settings.listen;
+    let fail = |error: std::io::Error| {
+        let text = format!("cannot listen on {listen}: {error}; choose another --listen ADDRESS:PORT");
+        let kind = if error.kind() == std::io::ErrorKind::InvalidInput { Kind::Usage } else { Kind::Link };
+        Failure::new(kind, text)
+    };
+    let addresses: Vec<SocketAddr> = listen.to_socket_addrs().map_err(fail)?.collect();
+    let this_host = addresses.iter().all(|address| address.ip().to_canonical().is_loopback());
+    if !this_host && settings.door.tls.is_none() && !settings.plain {
+        return Err(Failure::new(
+            Kind::Usage,
+            format!(
+                "--listen {listen} can be reached from other hosts: give --tls DIR (`vmemd pki init` makes one), so that \
+                 only hosts of yours come in, or --plain if the network is yours alone"
+            ),
+        ));
+    }
+    TcpListener::bind(addresses.as_slice()).map_err(fail)
 }
 
 fn make_dir(path: &std::path::Path) -> Result<(), Failure> {
@@ -148,7 +172,7 @@ impl Daemon {
                 continue;
             }
             match listener.accept() {
-                Ok((stream, peer)) => self.greet_in_thread(stream, peer.to_string()),
+                Ok((stream, peer)) => self.greet_in_thread(stream, peer),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => {
                     debug!(%error, "accept");
@@ -158,40 +182,41 @@ impl Daemon {
         }
     }
 
-    fn greet_in_thread(self: &Arc<Daemon>, stream: TcpStream, peer: String) {
+    fn greet_in_thread(self: &Arc<Daemon>, stream: TcpStream, peer: SocketAddr) {
         let greeting = Greeting(self.clone());
         if self.greeting.fetch_add(1, Ordering::SeqCst) >= GREETING_MAX {
-            return warn!(peer, "closed: {GREETING_MAX} connections have not said yet what they are for");
+            let why = format!("{GREETING_MAX} connections have not said yet what they are for");
+            return self.door.turned_away(peer.ip(), &why);
         }
         let spawned = std::thread::Builder::new()
             .name("greeting".to_owned())
-            .spawn(move || greeting.0.greet(stream, &peer));
+            .spawn(move || greeting.0.greet(stream, peer));
         if let Err(error) = spawned {
             warn!(%error, "no thread for a connection");
         }
     }
 
-    fn greet(self: &Arc<Daemon>, mut stream: TcpStream, peer: &str) {
+    fn greet(self: &Arc<Daemon>, stream: TcpStream, peer: SocketAddr) {
         if let Err(error) = stream.set_nonblocking(false) {
-            return debug!(peer, %error, "connection lost");
+            return debug!(%peer, %error, "connection lost");
         }
-        match migrate::read_hello(&mut stream) {
-            Ok(Hello::Session(hello)) => {
+        let Some((mut stream, hello)) = self.door.open(stream, peer) else { return };
+        match hello {
+            Hello::Session(hello) => {
                 if let Err(refusal) = self.admit(&mut stream, &hello) {
-                    info!(peer, vm = %hello.name, reason = %refusal.text, "refused");
+                    info!(%peer, vm = %hello.name, reason = %refusal.text, "refused");
                     migrate::refuse(&mut stream, refusal.kind, &refusal.text);
                 }
             }
-            Ok(Hello::Stream(hello)) => self.pass_on(stream, hello),
-            Ok(Hello::Resolve { session }) => {
+            Hello::Stream(hello) => self.pass_on(stream, hello),
+            Hello::Resolve { session } => {
                 match migrate::answer_resolve(&mut stream, session, &self.registry) {
-                    Ok(outcome) => info!(peer, %session, ?outcome, "told what became of a session"),
+                    Ok(outcome) => info!(%peer, %session, ?outcome, "told what became of a session"),
                     Err(error) => {
-                        warn!(peer, %session, error = %chain(&error), "cannot tell what became of a session")
+                        warn!(%peer, %session, error = %chain(&error), "cannot tell what became of a session")
                     }
                 }
             }
-            Err(error) => warn!(peer, error = %chain(&error), "closed a connection"),
         }
     }
 

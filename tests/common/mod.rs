@@ -180,6 +180,16 @@ impl Host {
         running
     }
 
+    /// Makes a CA, and returns where the certificates of each host are.
+    pub(crate) fn pki(&self, ca: &str, hosts: &[&str]) -> Vec<String> {
+        let dir = self.root.join(ca).display().to_string();
+        let mut args = vec!["pki", "init", &dir];
+        hosts.iter().for_each(|host| args.extend(["--host", host]));
+        let said = self.vmemd(&args);
+        assert_eq!(said.code, 0, "{said:?}");
+        hosts.iter().map(|host| format!("{dir}/{}", host.split(',').next().expect("a name"))).collect()
+    }
+
     /// Starts a daemon and returns it with its address.
     pub(crate) fn start_daemon(&mut self, listen: &str, ram: &str, more: &[&str]) -> (Running, String) {
         let store = self.root.join("made/by/serve").display().to_string();

@@ -45,7 +45,8 @@ pub(crate) async fn read_exact<B: IoBufMut>(
 pub(crate) fn split(socket: StdStream) -> io::Result<(TcpStream, StdStream)> {
     // A nonblocking socket would make io_uring answer EAGAIN instead of waiting.
     socket.set_nonblocking(false)?;
-    socket.set_nodelay(true)?;
+    // The near end of a tunnel has no such option; the connection behind it has it set.
+    let _ = socket.set_nodelay(true);
     let ender = socket.try_clone()?;
     Ok((TcpStream::from_std(socket), ender))
 }

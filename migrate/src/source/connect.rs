@@ -9,7 +9,7 @@ use super::{SendError, SourceOptions};
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::hello::{Hello, OpeningError, RefuseKind, SessionHello, StreamHello, read_opening, write_opening};
 use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT};
-use crate::resolve;
+use crate::resolve::{self, ReachError};
 use crate::session::SessionId;
 use crate::wire::WireError;
 use crate::wire::opening::{Answer, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, is_name};
@@ -105,17 +105,21 @@ fn accepted(control: &mut TcpStream, cancel: &CancelFlag) -> Result<u64, SendErr
 /// Connects on another thread, because neither a name look-up nor a connect can be cancelled. It ends by itself.
 fn reach(options: &SourceOptions, limit: Duration, cancel: &CancelFlag) -> Result<TcpStream, SendError> {
     let unreachable = |source| SendError::Unreachable { to: options.to.clone(), source };
+    let failed = |error| match error {
+        ReachError::Link(source) => unreachable(source),
+        ReachError::Insecure(source) => SendError::Insecure { to: options.to.clone(), source },
+    };
     let (done, result) = sync_channel(1);
-    let to = options.to.clone();
+    let (to, security) = (options.to.clone(), options.security.clone());
     std::thread::Builder::new()
         .name("vmemd-connect".to_string())
         // If nobody waits any more, the connection is closed at once.
-        .spawn(move || drop(done.send(resolve::connect(&to, limit))))
+        .spawn(move || drop(done.send(resolve::connect(&to, &security, limit))))
         .map_err(unreachable)?;
     let deadline = Instant::now() + limit;
     loop {
         match result.recv_timeout(CANCEL_POLL) {
-            Ok(connected) => return connected.map_err(unreachable),
+            Ok(connected) => return connected.map_err(failed),
             Err(RecvTimeoutError::Disconnected) => return Err(unreachable(io::ErrorKind::Other.into())),
             Err(RecvTimeoutError::Timeout) if is_cancelled(cancel) => return Err(SendError::Cancelled),
             Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {

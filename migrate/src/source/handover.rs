@@ -127,7 +127,7 @@ fn ask(moving: &Moving<'_, '_>) -> Option<Outcome> {
     let deadline = Instant::now() + RESOLVE_LIMIT;
     let enough = || Instant::now() >= deadline || is_cancelled(moving.rounds.watch.cancel);
     loop {
-        match resolve(&moving.options.to, moving.session) {
+        match resolve(&moving.options.to, &moving.options.security, moving.session) {
             Ok(outcome) => return Some(outcome),
             Err(error) => tracing::debug!(%error, "the outcome is not known yet"),
         }

@@ -23,6 +23,7 @@ use crate::link::trouble::Trouble;
 use crate::progress::Progress;
 use crate::report::Report;
 use crate::session::SessionId;
+use crate::tls::{Security, TlsError};
 use crate::vm::{SourceVm, VmError};
 use pace::{Decision, Rules, Standing, decide};
 use rounds::Rounds;
@@ -32,6 +33,7 @@ pub struct SourceOptions {
     pub name: String,
     /// `HOST:PORT` of the target's daemon.
     pub to: String,
+    pub security: Security,
     /// RAM that the VM shall have there; None: as the target likes.
     pub ram_bytes: Option<u64>,
     pub streams: u32,
@@ -51,6 +53,7 @@ impl SourceOptions {
         SourceOptions {
             name: name.into(),
             to: to.into(),
+            security: Security::default(),
             ram_bytes: None,
             streams: 2,
             downtime_target: Duration::from_millis(50),
@@ -67,6 +70,9 @@ impl SourceOptions {
 pub enum SendError {
     #[error("cannot reach {to}: is `vmemd serve` running there?")]
     Unreachable { to: String, source: std::io::Error },
+    /// It is not known to be the right one, or cannot be told in secret.
+    #[error("{to} gets nothing")]
+    Insecure { to: String, source: TlsError },
     #[error("{0}")]
     Options(String),
     #[error("the target speaks another version: {0}")]

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod lines;
+mod peer;
 pub mod protocol;
 pub mod rundir;
 pub mod server;

@@ -1,7 +1,11 @@
 //! What is said over a VM's control socket: one JSON value a line. `docs/control.md` describes every field.
 
+use std::sync::Arc;
+
+use migrate::tls::{Client, Credentials, Security, TlsError};
 use serde::{Deserialize, Serialize};
 
+use super::lines::LINE_MAX;
 use crate::failure::Failure;
 
 /// What a client asks, tagged by `op`.
@@ -36,6 +40,39 @@ pub struct MigrateRequest {
     /// Highest share of time, in percent, for which the guest may be held back; 0: never.
     pub max_throttle: u8,
     pub check_placement: bool,
+    #[serde(flatten)]
+    pub trust: Trust,
+}
+
+/// How to be sure of a target. Without either: only if it is on this very host.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Trust {
+    /// TLS with these; what they hold, so that the VM's process need not read files.
+    #[serde(default)]
+    pub tls: Option<Credentials>,
+    /// Name in the target's certificate; the host in its address without it.
+    #[serde(default)]
+    pub tls_name: Option<String>,
+    /// Unencrypted, to whoever answers.
+    #[serde(default)]
+    pub plain: bool,
+}
+
+// With what JSON adds for the ends of lines.
+const _: () = assert!(Credentials::BYTES_MAX + Credentials::BYTES_MAX / 16 < LINE_MAX - (4 << 10));
+
+impl Trust {
+    /// # Errors
+    /// If the credentials are of no use.
+    pub fn security(&self) -> Result<Security, TlsError> {
+        match &self.tls {
+            Some(credentials) => {
+                Ok(Security::Tls(Arc::new(Client::new(credentials, self.tls_name.as_deref())?)))
+            }
+            None if self.plain => Ok(Security::Plain),
+            None => Ok(Security::ThisHost),
+        }
+    }
 }
 
 /// What the VM's process answers. `Progress` and `Faults` may come any number of times before one of the others.

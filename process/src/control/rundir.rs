@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -93,6 +93,15 @@ impl Place {
     }
 }
 
+/// Why a user cannot rely on a directory that has these owners (of its name, and its own) and this mode. Root may look after the
+/// VMs of others.
+fn untrusted(own: u32, owners: [u32; 2], mode: u32) -> Option<String> {
+    if let Some(other) = owners.iter().find(|owner| own != 0 && **owner != own && **owner != 0) {
+        return Some(format!("belongs to another user ({other})"));
+    }
+    (mode & 0o022 != 0).then(|| "can be written by others (`chmod 700` it)".to_owned())
+}
+
 fn short(session: &str) -> String {
     session.chars().filter(char::is_ascii_hexdigit).take(ID_DIGITS).collect()
 }
@@ -139,6 +148,20 @@ impl RunDir {
             .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
             .open(path)
             .map_err(fail)?;
+        let found = dir.metadata().map_err(fail)?;
+        // The name as well: who owns a link may let it point elsewhere at any time.
+        let name = std::fs::symlink_metadata(path).map_err(fail)?;
+        // SAFETY: geteuid has no arguments and cannot fail.
+        let own = unsafe { libc::geteuid() };
+        if let Some(why) = untrusted(own, [name.uid(), found.uid()], found.mode()) {
+            return Err(Failure::new(
+                Kind::Host,
+                format!(
+                    "the run directory {} {why}: whoever controls it controls the VMs; choose another with --run-dir",
+                    path.display()
+                ),
+            ));
+        }
         Ok(RunDir { path: path.to_owned(), dir: Arc::new(dir) })
     }
 

@@ -28,7 +28,21 @@ impl Drop for Temp {
 
 #[test]
 fn names_that_are_no_file_names_are_refused() {
-    for name in ["", ".hidden", "a/b", "a b", "ä", &"x".repeat(65), "..", "a.leaving-1"] {
+    for name in [
+        "",
+        ".hidden",
+        "a/b",
+        "a b",
+        "ä",
+        &"x".repeat(65),
+        ".",
+        "..",
+        "../a",
+        "/a",
+        "a\0",
+        "a\n",
+        "a.leaving-1",
+    ] {
         assert_eq!(check_name(name).unwrap_err().kind, Kind::Usage, "{name}");
     }
     for name in ["a", "web-1", "A.b_c", &"x".repeat(64)] {
@@ -79,6 +93,34 @@ fn stale_sockets_vanish_from_the_list() {
     assert_eq!(temp.files(), ["live.sock"]);
     let text = temp.0.find("dead").unwrap_err().text;
     assert!(text.contains("live"), "{text}");
+}
+
+#[test]
+fn a_directory_of_somebody_else_is_not_used() {
+    let (own, other, root) = (1000, 1001, 0);
+    assert_eq!(untrusted(own, [own, own], 0o40700), None);
+    assert_eq!(untrusted(own, [own, root], 0o40755), None);
+    assert_eq!(untrusted(root, [other, other], 0o40700), None);
+    for mode in [0o41777, 0o40770, 0o40702] {
+        assert!(untrusted(own, [own, own], mode).unwrap().contains("chmod"));
+        assert!(untrusted(root, [root, root], mode).unwrap().contains("chmod"));
+    }
+    for owners in [[own, other], [other, own]] {
+        assert!(untrusted(own, owners, 0o40700).unwrap().contains("another user"));
+    }
+    let temp = Temp::new("widened");
+    std::fs::set_permissions(temp.0.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let failure = RunDir::open(temp.0.path()).unwrap_err();
+    assert!(failure.kind == Kind::Host && failure.text.contains("--run-dir"), "{failure}");
+}
+
+#[test]
+fn sockets_and_their_directory_are_their_users_alone() {
+    let temp = Temp::new("modes");
+    let (claim, _listener) = temp.0.claim_name("web").unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+    assert_eq!(mode(temp.0.path()), 0o700);
+    assert_eq!(mode(&temp.0.path().join(claim.place().file_name())), 0o600);
 }
 
 #[test]

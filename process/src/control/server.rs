@@ -9,6 +9,7 @@ use serde_json::Value;
 use tracing::{debug, warn};
 
 use super::lines::{LineError, Lines};
+use super::peer::Peers;
 use super::protocol::{MigrationStat, Reply, Request};
 use crate::failure::{Failure, Kind};
 
@@ -98,6 +99,7 @@ impl Server {
     }
 
     fn accept(&self, listener: &UnixListener, service: &Arc<dyn Service>) {
+        let mut peers = Peers::default();
         loop {
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
@@ -107,13 +109,18 @@ impl Server {
                     continue;
                 }
             };
+            if let Err(failure) = peers.check(&stream) {
+                refuse(stream, failure);
+                continue;
+            }
             let mut full = false;
             self.change(|load| {
                 full = load.connections >= CONNECTIONS_MAX;
                 load.connections += usize::from(!full);
             });
             if full {
-                refuse(stream);
+                let text = format!("{CONNECTIONS_MAX} connections are open already: try again later");
+                refuse(stream, Failure::new(Kind::Other, text));
                 continue;
             }
             let (server, service) = (self.clone(), service.clone());
@@ -155,9 +162,8 @@ impl Server {
     }
 }
 
-fn refuse(stream: UnixStream) {
-    let text = format!("{CONNECTIONS_MAX} connections are open already: try again later");
-    let _ = Lines::new(stream).write(&Reply::Error(Failure::new(Kind::Other, text)));
+fn refuse(stream: UnixStream, failure: Failure) {
+    let _ = Lines::new(stream).write(&Reply::Error(failure));
 }
 
 #[cfg(test)]
