@@ -10,9 +10,9 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -100,6 +100,11 @@ fn runs_on(host: &Host, guest: &Guest) -> u32 {
     now["pid"].as_u64().expect("a number") as u32
 }
 
+/// The QEMU that a VM has left ends when the next one runs.
+fn gone(pid: u32) {
+    wait_for("the QEMU that it left to end", || (!lives(pid)).then_some(()));
+}
+
 fn stop(host: &Host) {
     let said = host.vmemd(&["stop", "db"]);
     assert_eq!(said.code, 0, "{said:?}");
@@ -137,7 +142,7 @@ fn a_vm_moves_to_another_daemon_and_back() {
         assert!(stat["resident_bytes"].as_u64() <= Some(192 << 20), "{stat}");
 
         migrate(&there, &here_address);
-        wait_for("the QEMU that it left to end", || (!lives(pid)).then_some(()));
+        gone(pid);
         there.assert_clean_but(&[there_daemon.pid()]);
         runs_on(&here, &guest);
         stop(&here);
@@ -421,12 +426,10 @@ fn between_two_networks_connections_and_consoles_survive() {
         let (_here_daemon, here_address) = serve(&mut here, &listen[0], &memory, &rule("tap", b, a));
         let (_there_daemon, there_address) = serve(&mut there, &listen[1], &memory, &rule("tap", a, b));
         let netdev = format!("tap,id=net,ifname={a},script=no,downscript=no");
-        let machine = Machine::new(&memory)
-            .ip(&format!("{}/24", Network::GUEST))
-            .run(&format!(
-                "checker echo 7001 & checker stream 7002 & checker disk /dev/vda 1000000 & checker beat & \
+        let machine = Machine::new(&memory).ip(&format!("{}/24", Network::GUEST)).run(&format!(
+            "checker echo 7001 & checker stream 7002 & checker disk /dev/vda 1000000 & checker beat & \
                  checker memory {checked} 100000"
-            ));
+        ));
         let image = here.root.join("image").display().to_string();
         on_host(&["image", &image, "80M"]);
         let drive = format!("file={image},format=raw,if=none,id=disk,cache=none,aio={aio}");
@@ -442,10 +445,10 @@ fn between_two_networks_connections_and_consoles_survive() {
             let pid = here.stat("db").expect("it runs")["pid"].as_u64().expect("a number") as u32;
             migrate(&here, &there_address);
             let left = runs_on(&there, &guest);
-            assert!(!lives(pid), "two run");
+            gone(pid);
             migrate(&there, &here_address);
             runs_on(&here, &guest);
-            assert!(!lives(left), "two run");
+            gone(left);
         }
         for job in ["checker disk pieces=", "checker stream bytes="] {
             wait_more(&guest, job, 1);

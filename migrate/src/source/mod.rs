@@ -141,8 +141,7 @@ pub fn send(
     let _tracking = Tracking::start(handle)?;
     let life = Rc::new(Life::default());
     let session = connected.session;
-    let rounds = runtime
-        .block_on(async { Rounds::start(handle, connected, &life, cancel, progress) })?;
+    let rounds = runtime.block_on(async { Rounds::start(handle, connected, &life, cancel, progress) })?;
     let mut moving =
         Moving { runtime: &runtime, rounds, vm, options, session, started, throttle: 0, throttle_max: 0 };
     let result = moving.run();
