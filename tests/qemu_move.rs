@@ -10,14 +10,16 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{Host, Running, cannot_run_vms, lives, not_root, signal, wait_for};
-use qemu::{BOOT, Guest, Machine, Network, Qemu, field};
+use qemu::{BOOT, Guest, Machine, Network, Qemu, checker, field, on_host};
 use serde_json::Value;
+use vmprocess::size::Size;
 
 /// How long a guest's job of a few seconds may take on a slow, busy machine.
 const JOB: Duration = Duration::from_secs(120);
@@ -66,9 +68,10 @@ fn migrate_by(from: &Host, to: &str, more: &[&str]) -> Value {
     assert_eq!(said.code, 0, "{said:?}");
     let report = said.json();
     eprintln!(
-        "moved to {to}: downtime {:.1} ms, {} rounds, {:.2} s, {} MiB sent",
+        "moved to {to}: downtime {:.1} ms, {} rounds, throttle {} %, {:.2} s, {} MiB sent",
         report["downtime_ms"].as_f64().expect("a number"),
         report["rounds"],
+        report["throttle_max_percent"],
         report["duration_ms"].as_f64().expect("a number") / 1000.0,
         report["bytes_sent"].as_u64().expect("a number") >> 20,
     );
@@ -77,14 +80,18 @@ fn migrate_by(from: &Host, to: &str, more: &[&str]) -> Value {
     report
 }
 
+/// Waits until the guest has printed so many more lines that begin with these words.
+fn wait_more(guest: &Guest, words: &str, count: usize) {
+    let printed = || guest.lines().iter().filter(|line| line.starts_with(words)).count();
+    let goal = printed() + count;
+    wait_for(words, || (printed() >= goal).then_some(()));
+}
+
 /// Waits for two more rounds of the memory checker, and looks at everything that was printed so far.
 fn checks_on(guest: &Guest) {
-    let rounds =
-        |lines: &[String]| lines.iter().filter(|line| line.starts_with("checker memory round=")).count();
-    let goal = rounds(&guest.lines()) + 2;
-    wait_for("the guest's memory checker", || (rounds(&guest.lines()) >= goal).then_some(()));
+    wait_more(guest, "checker memory round=", 2);
     let lines = guest.lines();
-    for line in lines.iter().filter(|line| line.starts_with("checker memory round=")) {
+    for line in lines.iter().filter(|line| line.contains(" mismatched=")) {
         assert_eq!(field::<u64>(line, "mismatched"), 0, "{lines:?}");
     }
     let beats = lines.iter().filter(|line| line.starts_with("checker beat"));
@@ -99,6 +106,11 @@ fn runs_on(host: &Host, guest: &Guest) -> u32 {
     let now = host.stat("db").expect("it runs");
     assert_eq!((&now["state"], &now["pid"]), (&stat["state"], &stat["pid"]));
     now["pid"].as_u64().expect("a number") as u32
+}
+
+/// The QEMU that a VM has left ends when the next one runs.
+fn gone(pid: u32) {
+    wait_for("the QEMU that it left to end", || (!lives(pid)).then_some(()));
 }
 
 fn stop(host: &Host) {
@@ -138,7 +150,7 @@ fn a_vm_moves_to_another_daemon_and_back() {
         assert!(stat["resident_bytes"].as_u64() <= Some(192 << 20), "{stat}");
 
         migrate(&there, &here_address);
-        wait_for("the QEMU that it left to end", || (!lives(pid)).then_some(()));
+        gone(pid);
         there.assert_clean_but(&[there_daemon.pid()]);
         runs_on(&here, &guest);
         stop(&here);
@@ -372,6 +384,35 @@ impl Chat {
     }
 }
 
+/// A stream into the guest, which checks it, until it is ended.
+struct Stream(Child);
+
+impl Stream {
+    fn start(network: &Network, port: &str) -> Stream {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &network.namespaces[0]]).arg(checker());
+        command.args(["send", Network::GUEST, port]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Stream(command.spawn().expect("the checker runs"))
+    }
+
+    /// The sender's last line. All that it sent was received, and right.
+    fn end(mut self) -> String {
+        drop(self.0.stdin.take());
+        let mut said = String::new();
+        self.0.stdout.take().expect("a pipe").read_to_string(&mut said).expect("the checker's words");
+        assert!(self.0.wait().expect("a child").success(), "{said}");
+        said.trim().to_owned()
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The guest checks its memory, a disk without a page cache, and a stream; it counts, and answers.
 #[test]
 fn between_two_networks_connections_and_consoles_survive() {
     let qemus = qemus();
@@ -384,7 +425,8 @@ fn between_two_networks_connections_and_consoles_survive() {
     };
     let moves: u32 = std::env::var("VMEMD_MOVES").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     let memory = std::env::var("VMEMD_MOVE_MEMORY").unwrap_or("256M".to_owned());
-    for qemu in qemus {
+    let checked = memory.parse::<Size>().expect("a size").bytes() / 4;
+    for (qemu, aio) in qemus.into_iter().zip(["native", "io_uring"]) {
         let [mut here, mut there] =
             [0, 1].map(|side| Host::within(["qnet-a", "qnet-b"][side], &network.namespaces[side]));
         let [a, b] = Network::TAPS;
@@ -396,25 +438,39 @@ fn between_two_networks_connections_and_consoles_survive() {
         let (_there_daemon, there_address) =
             serve_by(&mut there, &listen[1], &memory, &rule("tap", a, b), &tls[1]);
         let netdev = format!("tap,id=net,ifname={a},script=no,downscript=no");
-        let machine = Machine::new(&memory)
-            .ip(&format!("{}/24", Network::GUEST))
-            .run(&format!("checker echo 7001 & {JOBS}"));
-        let devices = ["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="];
-        let guest = start(&here, &qemu, &machine, &devices);
+        let machine = Machine::new(&memory).ip(&format!("{}/24", Network::GUEST)).run(&format!(
+            "checker echo 7001 & checker stream 7002 & checker disk /dev/vda 1000000 & checker beat & \
+                 checker memory {checked} 100000"
+        ));
+        let image = here.root.join("image").display().to_string();
+        on_host(&["image", &image, "80M"]);
+        let drive = format!("file={image},format=raw,if=none,id=disk,cache=none,aio={aio}");
+        let net = ["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net,romfile="];
+        let disk = ["-drive", &drive, "-device", "virtio-blk-pci,drive=disk"];
+        let guest = start(&here, &qemu, &machine, &[net, disk].concat());
         guest.wait_for("checker echo listening", BOOT);
+        guest.wait_for("checker stream listening", BOOT);
         let chat = Chat::start(network.connect(&format!("{}:7001", Network::GUEST)));
+        let stream = Stream::start(&network, "7002");
         guest.wait_for("checker memory round=1", BOOT);
         for _ in 0..moves {
             let pid = here.stat("db").expect("it runs")["pid"].as_u64().expect("a number") as u32;
             migrate_by(&here, &there_address, &tls[0]);
             let left = runs_on(&there, &guest);
-            assert!(!lives(pid), "two run");
+            gone(pid);
             migrate_by(&there, &here_address, &tls[1]);
             runs_on(&here, &guest);
-            assert!(!lives(left), "two run");
+            gone(left);
+        }
+        for job in ["checker disk pieces=", "checker stream bytes="] {
+            wait_more(&guest, job, 1);
         }
         let (lines, longest) = chat.end();
         eprintln!("QEMU {}: {lines} lines over one connection, the longest took {longest:?}", qemu.version);
+        eprintln!("{}", stream.end());
+        checks_on(&guest);
+        let last = |words: &str| guest.lines().into_iter().rfind(|line| line.starts_with(words));
+        eprintln!("{}", last("checker disk pieces=").unwrap_or_default());
         assert!(lines > 10 * u64::from(moves), "{lines} lines");
         let stat = here.stat("db").expect("it runs");
         assert_eq!(stat["arrival"]["pageins_during"], 0, "{stat}");

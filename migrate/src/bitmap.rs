@@ -44,27 +44,6 @@ impl Bitmap {
         was
     }
 
-    /// Adds all pages of another set, of the same VM.
-    pub(crate) fn add(&mut self, other: &Bitmap) {
-        assert_eq!(self.pages, other.pages);
-        for (word, more) in self.words.iter_mut().zip(&other.words) {
-            self.count += u64::from((more & !*word).count_ones());
-            *word |= more;
-        }
-    }
-
-    /// Removes all pages.
-    pub(crate) fn empty(&mut self) {
-        self.words.fill(0);
-        self.count = 0;
-    }
-
-    /// How many pages of this set are not in the other.
-    pub(crate) fn count_beside(&self, other: &Bitmap) -> u64 {
-        assert_eq!(self.pages, other.pages);
-        self.words.iter().zip(&other.words).map(|(word, not)| u64::from((word & !not).count_ones())).sum()
-    }
-
     pub(crate) fn set_run(&mut self, run: Run) {
         self.for_words(run, |word, mask| *word |= mask, |had, mask| i64::from((mask & !had).count_ones()));
     }

@@ -30,8 +30,6 @@ pub const PLACEMENT_WINDOW: Duration = Duration::from_secs(1);
 pub const PLACEMENT_LIMIT: Duration = Duration::from_secs(10);
 /// How often the cancel flag is looked at.
 pub const CANCEL_POLL: Duration = Duration::from_millis(50);
-/// How long a device's write to memory may take from the time that it pins the page: longer than any disk's that is not about to fail.
-pub const DMA_LIMIT: Duration = Duration::from_secs(2);
 /// How often the source asks its engine for written pages.
 pub const SCAN_EVERY: Duration = Duration::from_millis(120);
 /// How often the target hears, during the first round, what is known of heat by then.
@@ -39,7 +37,6 @@ pub const HEAT_EVERY: Duration = Duration::from_millis(750);
 /// How often the owner hears of progress.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
-const _: () = assert!(DMA_LIMIT.as_secs() < SILENCE_LIMIT.as_secs());
 const _: () = assert!(ALIVE_EVERY.as_secs() * 3 < SILENCE_LIMIT.as_secs());
 const _: () = assert!(CANCEL_POLL.as_millis() < 100);
 const _: () = assert!(COMMIT_LIMIT.as_secs() < RESOLVE_LIMIT.as_secs());

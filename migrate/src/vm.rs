@@ -10,10 +10,10 @@ pub struct VmError(pub String);
 /// The VM at the source. Called on the thread that called [`crate::send`], never from inside its async runtime,
 /// so an implementation may block (shortly: while the VM is paused, all of it counts as downtime).
 pub trait SourceVm {
-    /// Whether devices of the VM write to its memory by themselves (disks without a page cache in between): such a write into a page
-    /// whose I/O had begun before leaves no trace in the page tables. All of them have ended when [`pause`](Self::pause) returns.
-    fn does_dma(&self) -> bool;
-    /// Returns when no vCPU runs in the guest and none will until [`resume`](Self::resume).
+    /// Returns when all that was under way when it was called has ended of what devices write to memory by themselves (disks without a
+    /// page cache in between): the end of such I/O leaves no trace in the page tables. The VM runs on, and new I/O may have begun.
+    fn drain(&mut self) -> Result<(), VmError>;
+    /// Returns when no vCPU runs in the guest, no device writes to memory, and none will until [`resume`](Self::resume).
     fn pause(&mut self) -> Result<(), VmError>;
     /// Whether it stood still by its user's will before it was paused here: wherever it then is, it stays paused.
     fn stood_still(&self) -> bool;

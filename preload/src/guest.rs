@@ -164,8 +164,9 @@ impl Qemu {
 }
 
 impl Guest for Qemu {
-    fn does_dma(&self) -> bool {
-        true
+    fn drain(&mut self) -> Result<(), Failure> {
+        // Whatever a transaction is made of, it begins by waiting for all I/O under way.
+        self.ask("transaction", json!({ "actions": [] })).map(|_| ())
     }
 
     fn pause(&mut self) -> Result<(), Failure> {

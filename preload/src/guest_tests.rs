@@ -174,3 +174,34 @@ fn a_guest_that_may_yet_run_is_in_doubt() {
     assert_eq!(gone.resume().unwrap_err().kind, Kind::InDoubt);
     assert_eq!(gone.resume().unwrap_err().kind, Kind::Vm, "it cannot have heard this");
 }
+
+/// A disk whose reads take this long.
+const SLOW: Duration = Duration::from_secs(2);
+
+#[test]
+fn draining_waits_for_the_disk() {
+    for program in qemus() {
+        let memory = memory();
+        let disk =
+            format!("null-co,node-name=slow,size=67108864,read-zeroes=on,latency-ns={}", SLOW.as_nanos());
+        let devices = ["-blockdev", &disk, "-device", "virtio-blk-pci,drive=slow"];
+        let (mut qemu, _process) = start(&program, &memory, &devices);
+        let reads = |qemu: &mut Qemu| {
+            let stats = qemu.ask("query-blockstats", Value::Null).unwrap();
+            stats[0]["stats"]["rd_operations"].as_u64().expect("a number")
+        };
+        // The firmware looks for something to start. Its first read begins between two of these calls, and ends in the next.
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let began = Instant::now();
+            qemu.drain().unwrap();
+            let took = began.elapsed();
+            if reads(&mut qemu) > 0 {
+                assert!(took > SLOW / 2, "it waited for {took:?}");
+                break;
+            }
+            assert!(Instant::now() < deadline, "the firmware does not read its disk");
+        }
+        assert_eq!((reads(&mut qemu), qemu.runs().unwrap()), (1, true));
+    }
+}

@@ -7,8 +7,13 @@ use crate::failure::Failure;
 
 /// A VM's processors and devices, as its process drives them. Only one of these calls is under way at a time.
 pub trait Guest: Send + fmt::Debug {
-    /// Whether its devices write to guest memory by themselves.
-    fn does_dma(&self) -> bool;
+    /// Returns when every write to guest memory has ended that devices had under way when this was called, such as a disk's read
+    /// past the page cache. The guest runs on. Bounded in time.
+    ///
+    /// # Errors
+    /// If they do not end in time.
+    fn drain(&mut self) -> Result<(), Failure>;
+
     /// Returns when no vCPU is in the guest, and none will be until [`resume`](Self::resume). Pausing what is paused
     /// already is no error. Bounded in time: a vCPU may wait for a page that the store has no room for.
     ///

@@ -305,9 +305,8 @@ fn text(failure: Failure) -> VmError {
 }
 
 impl SourceVm for Leaving<'_> {
-    fn does_dma(&self) -> bool {
-        // Who cannot be asked just now is taken for one that does.
-        self.vm.guest(|guest| Ok(guest.does_dma())).unwrap_or(true)
+    fn drain(&mut self) -> Result<(), VmError> {
+        self.vm.guest(|guest| guest.drain()).map_err(text)
     }
 
     fn pause(&mut self) -> Result<(), VmError> {

@@ -94,8 +94,8 @@ impl LoggedGuest {
 }
 
 impl Guest for LoggedGuest {
-    fn does_dma(&self) -> bool {
-        false
+    fn drain(&mut self) -> Result<(), Failure> {
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<(), Failure> {

@@ -9,10 +9,14 @@ fn directory() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the target directory").join("qemu")
 }
 
+/// The checker, for the host.
+pub(crate) fn checker() -> PathBuf {
+    directory().join("checker")
+}
+
 /// Runs the checker on the host (`image`, `send`); its line.
 pub(crate) fn on_host(arguments: &[&str]) -> String {
-    let output =
-        Command::new(directory().join("checker")).args(arguments).output().expect("the checker runs");
+    let output = Command::new(checker()).args(arguments).output().expect("the checker runs");
     let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     assert!(output.status.success(), "{said}");
     said

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 #[allow(unused_imports, reason = "each test file uses a part")]
 pub(crate) use console::{Console, field};
 #[allow(unused_imports, reason = "each test file uses a part")]
-pub(crate) use kit::{Machine, Qemu, on_host};
+pub(crate) use kit::{Machine, Qemu, checker, on_host};
 #[allow(unused_imports, reason = "each test file uses a part")]
 pub(crate) use network::Network;
 

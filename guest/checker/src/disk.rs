@@ -13,7 +13,7 @@ const PIECE: usize = 16 << 20;
 /// Buffers that are read into in turn. A buffer's pages lie untouched for the time of the reads between, and may be evicted.
 const BUFFERS: usize = 4;
 /// Pieces between two lines.
-const SAY_EVERY: u64 = 20;
+const SAY_EVERY: u64 = 5;
 
 /// Reads `count` pieces, from the start again after the last.
 pub(crate) fn check(device: &str, count: u64) -> Result<Mismatched, Failure> {

@@ -11,12 +11,12 @@ mod memory;
 mod stream;
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const USAGE: &str = "\
 usage: checker memory SIZE ROUNDS|SECONDSs [sequential|random]
        checker disk DEVICE PIECES          checker image FILE SIZE
-       checker stream PORT                 checker send HOST PORT SECONDS
+       checker stream PORT                 checker send HOST PORT [SECONDS] (else until its input ends)
        checker beat                        checker echo PORT
        checker bench SECONDS [SIZE]";
 
@@ -47,8 +47,10 @@ fn run(arguments: &[&str]) -> Result<Mismatched, Failure> {
         ["disk", device, pieces] => disk::check(device, number(pieces)?),
         ["image", file, size] => disk::write_image(file, bytes(size)?),
         ["stream", port] => stream::receive(number(port)?),
+        ["send", host, port] => stream::send(host, number(port)?, stream::until_input_ends()),
         ["send", host, port, seconds] => {
-            stream::send(host, number(port)?, Duration::from_secs(number(seconds)?))
+            let (started, time) = (Instant::now(), Duration::from_secs(number(seconds)?));
+            stream::send(host, number(port)?, move || started.elapsed() >= time)
         }
         ["beat"] => beat::beat(),
         ["echo", port] => beat::echo(number(port)?),

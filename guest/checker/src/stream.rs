@@ -2,7 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use crate::content::{self, PAGE, STREAM};
 use crate::{Differences, Failure, Memory, Mismatched};
@@ -67,13 +69,24 @@ fn fill_from(sender: &mut TcpStream, buffer: &mut [u8]) -> Result<usize, Failure
     Ok(filled)
 }
 
-/// Sends for so long, then waits for the receiver's answer.
-pub(crate) fn send(host: &str, port: u16, time: Duration) -> Result<Mismatched, Failure> {
+/// Whether whoever started this has closed its standard input.
+pub(crate) fn until_input_ends() -> impl Fn() -> bool {
+    let ended = Arc::new(AtomicBool::new(false));
+    let seen = ended.clone();
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        ended.store(true, Ordering::Relaxed);
+    });
+    move || seen.load(Ordering::Relaxed)
+}
+
+/// Sends until it is enough, then waits for the receiver's answer.
+pub(crate) fn send(host: &str, port: u16, enough: impl Fn() -> bool) -> Result<Mismatched, Failure> {
     let mut receiver = TcpStream::connect((host, port)).map_err(|error| format!("{host}:{port}: {error}"))?;
     let mut buffer = vec![0; PIECE];
     let (mut page, mut sent) = (0, 0);
     let started = Instant::now();
-    while started.elapsed() < time {
+    while !enough() {
         for bytes in buffer.chunks_exact_mut(PAGE) {
             content::fill(bytes, STREAM, page);
             page += 1;

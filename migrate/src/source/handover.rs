@@ -173,7 +173,7 @@ fn resume(moving: &mut Moving<'_, '_>, failed: Failed) -> Failed {
 }
 
 /// The VM failed: the target hears of it as well.
-fn said(moving: &Moving<'_, '_>, error: VmError) -> Failed {
+pub(super) fn said(moving: &Moving<'_, '_>, error: VmError) -> Failed {
     moving.rounds.watch.failed(Trouble::GaveUp(format!("the VM failed: {error}")));
     Failed::Said(error.into())
 }

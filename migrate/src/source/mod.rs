@@ -25,6 +25,7 @@ use crate::report::Report;
 use crate::session::SessionId;
 use crate::tls::{Security, TlsError};
 use crate::vm::{SourceVm, VmError};
+use handover::said;
 use pace::{Decision, Rules, Standing, decide};
 use rounds::Rounds;
 
@@ -146,8 +147,7 @@ pub fn send(
     let _tracking = Tracking::start(handle)?;
     let life = Rc::new(Life::default());
     let session = connected.session;
-    let rounds = runtime
-        .block_on(async { Rounds::start(handle, connected, &life, cancel, progress, vm.does_dma()) })?;
+    let rounds = runtime.block_on(async { Rounds::start(handle, connected, &life, cancel, progress) })?;
     let mut moving =
         Moving { runtime: &runtime, rounds, vm, options, session, started, throttle: 0, throttle_max: 0 };
     let result = moving.run();
@@ -215,6 +215,8 @@ impl Moving<'_, '_> {
             max_rounds: self.options.max_rounds,
             max_throttle: self.options.max_throttle,
         };
+        // What devices had begun before writes were tracked.
+        self.drain()?;
         let first = self.runtime.block_on(self.rounds.first());
         self.checked(first)?;
         loop {
@@ -229,9 +231,17 @@ impl Moving<'_, '_> {
             tracing::debug!(?standing, ?decision, "a round has ended");
             let Decision::Go { throttle } = decision else { return Ok(()) };
             self.set_throttle(throttle);
+            self.drain()?;
             let again = self.runtime.block_on(self.rounds.again(throttle));
             self.checked(again)?;
         }
+    }
+
+    /// Has what was reported as written, or not tracked yet, get its last bytes from devices: then it can be sent.
+    fn drain(&mut self) -> Result<(), Failed> {
+        let drained = self.vm.drain();
+        self.rounds.watch.resume();
+        drained.map_err(|error| said(self, error))
     }
 
     fn set_throttle(&mut self, percent: u8) {

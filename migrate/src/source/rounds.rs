@@ -13,9 +13,7 @@ use super::pace::{SendRate, WriteRate};
 use super::sender;
 use super::shipment::{Lane, Parcel, RECORDS_PER_STREAM, Shipment};
 use super::tracker::Tracker;
-use crate::limits::{
-    CANCEL_POLL, DMA_LIMIT, HEAT_EVERY, PREPARE_LIMIT, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT,
-};
+use crate::limits::{CANCEL_POLL, HEAT_EVERY, PREPARE_LIMIT, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT};
 use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
@@ -60,9 +58,6 @@ pub(crate) struct Rounds<'a> {
     base_heat: Vec<u8>,
     /// RAM that the VM gets at the target.
     room_pages: u64,
-    /// Devices write to memory.
-    dma: bool,
-    last_turn: Instant,
     last_scan: Instant,
     last_heat: Instant,
     last_progress: Instant,
@@ -76,7 +71,6 @@ impl<'a> Rounds<'a> {
         life: &Rc<Life>,
         cancel: &'a crate::CancelFlag,
         progress: &'a dyn Fn(Progress),
-        dma: bool,
     ) -> Result<Rounds<'a>, Trouble> {
         let link = Trouble::link("starting the streams");
         let store = handle.store().try_clone().map_err(Trouble::Memory)?;
@@ -85,7 +79,7 @@ impl<'a> Rounds<'a> {
             handle: handle.clone(),
             store: tokio_uring::fs::File::from_std(store),
             life: life.clone(),
-            tracker: Tracker::new(swapd::units::pages_in(handle.memory_bytes()), dma).into(),
+            tracker: Tracker::new(swapd::units::pages_in(handle.memory_bytes())).into(),
             lanes: connected.streams.iter().map(|_| Lane::new()).collect(),
             pages_sent: Default::default(),
         });
@@ -118,8 +112,6 @@ impl<'a> Rounds<'a> {
             fillers: JoinSet::new(),
             base_heat: Vec::new(),
             room_pages: swapd::units::pages_in(connected.ram_bytes),
-            dma,
-            last_turn: now,
             last_scan: now,
             last_heat: now,
             last_progress: now,
@@ -132,11 +124,6 @@ impl<'a> Rounds<'a> {
         let heat = answered(self.ship.handle.heat_async());
         self.base_heat = self.watch.wait("asking for heat", SILENCE_LIMIT, heat).await??;
         self.send_heat(self.base_heat.clone()).await?;
-        if self.dma {
-            // What devices had begun before writes were tracked leaves no trace.
-            let ended = tokio::time::sleep(DMA_LIMIT);
-            self.watch.wait("waiting for devices' writes to end", SILENCE_LIMIT, ended).await?;
-        }
         let blocks = self.survey().await?;
         self.ship.assign(order::first_round(blocks));
         self.last_heat = Instant::now();
@@ -160,7 +147,6 @@ impl<'a> Rounds<'a> {
             self.throttle = throttle;
             self.write_rate.forget();
         }
-        self.watch.resume();
         self.begin_round();
         self.enter(Phase::Converging);
         self.send_measured().await?;
@@ -172,7 +158,6 @@ impl<'a> Rounds<'a> {
         self.enter(Phase::Stopped);
         self.watch.resume();
         self.scan().await?;
-        self.ship.tracker.borrow_mut().settle();
         for _ in 0..MOVING_RETRIES {
             self.begin_round();
             self.send_round().await?;
@@ -312,10 +297,6 @@ impl<'a> Rounds<'a> {
         let written = self.watch.wait("looking for written pages", SILENCE_LIMIT, written).await??;
         let mut tracker = self.ship.tracker.borrow_mut();
         written.iter().for_each(|run| tracker.written(*run));
-        if self.last_turn.elapsed() >= DMA_LIMIT {
-            tracker.turn();
-            self.last_turn = Instant::now();
-        }
         drop(tracker);
         let pages = written.iter().map(|run| u64::from(run.len)).sum();
         self.write_rate.scan(pages, self.last_scan.elapsed());
@@ -355,7 +336,7 @@ impl<'a> Rounds<'a> {
     }
 
     pub(crate) fn left_pages(&self) -> u64 {
-        self.ship.tracker.borrow().left()
+        self.ship.tracker.borrow().next.count()
     }
 
     /// Ends everything and waits until nothing is in flight and no page is held.

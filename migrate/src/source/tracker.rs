@@ -3,33 +3,20 @@
 //! ```text
 //!   todo ── taken ──▶ sent ── written ──▶ next ── a round begins ──▶ todo
 //!     └───────── written, or moving just now ──────▲
-//!                     └──▶ unsettled ── later ──────┘
 //! ```
 //! A page leaves `todo` *before* it is copied: if it is written while or after that, a later scan says so. Not so for devices: a page that was
-//! pinned for I/O when a scan reported it, and protected it again, gets its content without another trace. So what a scan
-//! reports is looked at once more when such I/O must have ended; if it was not, nothing new is found, and nothing sent.
+//! pinned for I/O when a scan reported it, and protected it again, gets its content without another trace. But what a scan reports is never
+//! sent before the next round, and between the scan and that round such I/O [ends](crate::SourceVm::drain).
 
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
 use crate::bitmap::Bitmap;
-
-/// Pages reported as written, which I/O may still reach: since the last turn, and before.
-#[derive(Debug)]
-struct Unsettled {
-    young: Bitmap,
-    old: Bitmap,
-}
-
-/// A page that is only looked at again costs this part of one that is sent.
-const LOOK_SHARE: u64 = 4;
 
 #[derive(Debug)]
 pub(crate) struct Tracker {
     pages: u64,
     pub(crate) todo: Bitmap,
     pub(crate) next: Bitmap,
-    /// Of a VM whose devices write to memory.
-    unsettled: Option<Unsettled>,
     sent: Bitmap,
     /// Last sent as zeros.
     zero: Bitmap,
@@ -41,14 +28,13 @@ pub(crate) struct Tracker {
 
 impl Tracker {
     /// Everything is to be sent.
-    pub(crate) fn new(pages: u64, dma: bool) -> Tracker {
+    pub(crate) fn new(pages: u64) -> Tracker {
         let mut todo = Bitmap::new(pages);
         todo.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("checked when the target was asked")));
         Tracker {
             pages,
             todo,
             next: Bitmap::new(pages),
-            unsettled: dma.then(|| Unsettled { young: Bitmap::new(pages), old: Bitmap::new(pages) }),
             sent: Bitmap::new(pages),
             zero: Bitmap::new(pages),
             sums: vec![0; pages as usize],
@@ -70,37 +56,9 @@ impl Tracker {
     pub(crate) fn written(&mut self, run: Run) {
         self.todo.clear_run(run);
         self.next.set_run(run);
-        if let Some(unsettled) = &mut self.unsettled {
-            unsettled.young.set_run(run);
-        }
         for scans in &mut self.scans[run.indices()] {
             *scans = scans.saturating_add(1);
         }
-    }
-
-    /// To be called when I/O that was under way at the last turn must have ended: what was reported before that is looked at once more.
-    pub(crate) fn turn(&mut self) {
-        if let Some(unsettled) = &mut self.unsettled {
-            self.next.add(&unsettled.old);
-            std::mem::swap(&mut unsettled.old, &mut unsettled.young);
-            unsettled.young.empty();
-        }
-    }
-
-    /// All I/O has ended.
-    pub(crate) fn settle(&mut self) {
-        self.turn();
-        self.turn();
-    }
-
-    /// What is left to do, in pages to be sent.
-    pub(crate) fn left(&self) -> u64 {
-        let looks = self.unsettled.as_ref().map_or(0, |unsettled| {
-            let mut all = unsettled.young.clone();
-            all.add(&unsettled.old);
-            all.count_beside(&self.next)
-        });
-        self.next.count() + looks / LOOK_SHARE
     }
 
     /// From the first to the last page of a block that is to be sent now.
@@ -166,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_written_page_waits_for_the_next_round() {
-        let mut tracker = Tracker::new(1024, false);
+        let mut tracker = Tracker::new(1024);
         tracker.written(Run::new(PageNo(0), 510));
         assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
         tracker.take(PageNo(511));
@@ -177,32 +135,8 @@ mod tests {
     }
 
     #[test]
-    fn what_devices_may_still_write_is_looked_at_again() {
-        let mut tracker = Tracker::new(1024, true);
-        tracker.todo.empty();
-        tracker.written(Run::new(PageNo(3), 8));
-        assert_eq!(tracker.left(), 8);
-        tracker.begin_round();
-        tracker.todo.empty();
-        assert_eq!((tracker.next.count(), tracker.left()), (0, 8 / LOOK_SHARE));
-        tracker.turn();
-        assert_eq!(tracker.next.count(), 0, "I/O from just before the turn may be under way");
-        tracker.turn();
-        assert_eq!(tracker.next.count(), 8);
-        tracker.begin_round();
-        tracker.todo.empty();
-        tracker.written(Run::one(PageNo(5)));
-        tracker.begin_round();
-        tracker.todo.empty();
-        tracker.settle();
-        assert_eq!((tracker.next.count(), tracker.left()), (1, 1));
-        tracker.begin_round();
-        assert_eq!(tracker.left(), 0);
-    }
-
-    #[test]
     fn only_news_is_sent() {
-        let (mut tracker, page) = (Tracker::new(512, false), PageNo(7));
+        let (mut tracker, page) = (Tracker::new(512), PageNo(7));
         assert!(tracker.is_news(page, 5));
         assert!(!tracker.is_news(page, 5));
         assert!(tracker.is_news_zero(page));

@@ -115,8 +115,8 @@ impl Writer {
 }
 
 impl SourceVm for Writer {
-    fn does_dma(&self) -> bool {
-        false
+    fn drain(&mut self) -> Result<(), VmError> {
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
