@@ -21,6 +21,7 @@ mod session;
 mod source;
 mod target;
 mod vm;
+mod wait;
 pub mod wire;
 
 pub use cancel::CancelFlag;
@@ -33,3 +34,4 @@ pub use session::SessionId;
 pub use source::{SendError, SourceOptions, send};
 pub use target::{DataStream, PlainMemory, ReceiveError, TargetLink, TargetMemory, receive};
 pub use vm::{SourceVm, TargetVm, VmError};
+pub use wait::Wait;

@@ -3,13 +3,13 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use migrate::SessionId;
+use migrate::{SessionId, Wait};
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
-use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, VmStat};
+use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::failure::{Failure, Kind};
 use crate::guest::{Guest, GuestView};
@@ -46,7 +46,8 @@ pub(crate) enum Phase {
     Arriving,
     Here,
     Migrating,
-    InDoubt { session: SessionId, to: String },
+    /// `said`: what the target said when it was asked last, or why it could not be asked.
+    InDoubt { session: SessionId, to: String, since: Instant, said: String },
     Moved { to: String },
 }
 
@@ -59,8 +60,33 @@ pub(crate) struct Core {
     /// The store's failure that made it stand still.
     pub(crate) stalled: Option<String>,
     pub(crate) migration: Option<MigrationStat>,
+    pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
     pub(crate) claim: Option<Claim>,
+}
+
+/// What is waited for, since when, and what ends the waiting.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Waiting {
+    what: &'static str,
+    limit: (&'static str, Duration),
+    since: Instant,
+}
+
+impl Waiting {
+    pub(crate) fn new(what: &'static str, limit: (&'static str, Duration)) -> Waiting {
+        Waiting { what, limit, since: Instant::now() }
+    }
+
+    fn stat(&self) -> WaitStat {
+        let (limit, time) = self.limit;
+        WaitStat {
+            what: self.what.to_owned(),
+            limit: limit.to_owned(),
+            limit_ms: time.as_millis() as u64,
+            elapsed_ms: self.since.elapsed().as_millis() as u64,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -72,6 +98,8 @@ pub(crate) struct Vm {
     pub(crate) cancel: AtomicBool,
     /// Its faults are being recorded.
     pub(crate) recording: AtomicBool,
+    /// One at a time asks what became of a hand-over, and draws the conclusion.
+    pub(crate) resolving: Mutex<()>,
     guest: Mutex<Option<Box<dyn Guest>>>,
     core: Mutex<Core>,
     /// The guest's last known account, for when it is busy being paused.
@@ -81,14 +109,22 @@ pub(crate) struct Vm {
 
 impl Vm {
     pub(crate) fn new(facts: Facts, phase: Phase, claim: Claim, events: Sender<Event>) -> Vm {
-        let core =
-            Core { phase, paused: false, stalled: None, migration: None, arrival: None, claim: Some(claim) };
+        let core = Core {
+            phase,
+            paused: false,
+            stalled: None,
+            migration: None,
+            waiting: None,
+            arrival: None,
+            claim: Some(claim),
+        };
         Vm {
             facts,
             memory: OnceLock::new(),
             events,
             cancel: AtomicBool::new(false),
             recording: AtomicBool::new(false),
+            resolving: Mutex::default(),
             guest: Mutex::new(None),
             core: Mutex::new(core),
             last_seen: Mutex::default(),
@@ -99,6 +135,16 @@ impl Vm {
     /// Looks at, or changes, what changes. For short work only.
     pub(crate) fn core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> T {
         work(&mut lock(&self.core))
+    }
+
+    /// Notes what a migration's session waits for, with the time at which that began.
+    pub(crate) fn waits(&self, wait: Option<Wait>) {
+        let waiting = wait.map(|wait| Waiting::new(wait.what(), wait.limit()));
+        self.core(|core| {
+            if core.waiting.map(|old| old.what) != waiting.map(|new| new.what) {
+                core.waiting = waiting;
+            }
+        });
     }
 
     /// Works with the name's claim, which may wait for the run directory's lock, without holding up `stat`.
@@ -185,6 +231,7 @@ impl Vm {
                 daemon: self.facts.daemon.clone(),
                 memory,
                 guest: seen.guest,
+                waiting: core.waiting.as_ref().map(Waiting::stat),
                 migration: core.migration.clone(),
                 arrival: core.arrival.clone(),
             }
@@ -214,11 +261,9 @@ fn state_of(core: &Core, failed: Option<String>) -> (State, Option<String>) {
     match (&core.phase, failed, &core.stalled) {
         (Phase::Moved { .. }, _, _) => (State::Moved, None),
         (Phase::Arriving, _, _) => (State::Arriving, None),
-        (Phase::InDoubt { session, to }, _, _) => (
+        (Phase::InDoubt { session, to, said, .. }, _, _) => (
             State::InDoubt,
-            Some(format!(
-                "it may run at {to} (session {session}): `vmemd resume` asks there and goes on if it does not"
-            )),
+            Some(format!("it may run at {to} (session {session}; {said}): see `vmemd resolve`")),
         ),
         (_, Some(reason), _) => (State::Failed, Some(reason)),
         (_, None, Some(reason)) => (State::Stalled, Some(reason.clone())),
