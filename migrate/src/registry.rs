@@ -32,7 +32,9 @@ pub enum Outcome {
 pub enum RegistryError {
     #[error("session {0} was given up before the source's commit arrived")]
     Burned(SessionId),
-    #[error("session {0} has no record here: it was never begun, or the record is lost (this host was started anew, or it is over a week old)")]
+    #[error(
+        "session {0} has no record here: it was never begun, or the record is lost (this host was started anew, or it is over a week old)"
+    )]
     Unknown(SessionId),
     #[error("session {0} exists here already")]
     Exists(SessionId),

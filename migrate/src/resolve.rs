@@ -30,12 +30,11 @@ pub fn resolve(to: &str, session: SessionId) -> Result<Outcome, ResolveError> {
     let mut stream = connect(to, limit).map_err(link)?;
     write_opening(&mut stream, &Hello::Resolve { session }.encode()).map_err(link)?;
     let rubbish = |text: String| ResolveError::Peer { to: to.to_string(), text };
-    let (preamble, body) =
-        read_opening(&mut stream, limit, || false).map_err(|error| match error {
-            OpeningError::Io(source) => link(source),
-            OpeningError::Wire(error) => rubbish(error.to_string()),
-            OpeningError::Cancelled => link(io::ErrorKind::Interrupted.into()),
-        })?;
+    let (preamble, body) = read_opening(&mut stream, limit, || false).map_err(|error| match error {
+        OpeningError::Io(source) => link(source),
+        OpeningError::Wire(error) => rubbish(error.to_string()),
+        OpeningError::Cancelled => link(io::ErrorKind::Interrupted.into()),
+    })?;
     match Answer::decode(&preamble, &body).map_err(|error| rubbish(error.to_string()))? {
         Answer::Resolved(outcome) => Ok(outcome),
         Answer::Refused { text, .. } => Err(ResolveError::Refused { to: to.to_string(), text }),

@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
-    ACCEPT_LIMIT, COMMIT_LIMIT, CONNECT_LIMIT, PLACEMENT_LIMIT, PLACEMENT_WINDOW, PREPARE_LIMIT, RESOLVE_LIMIT,
-    RUNNING_LIMIT, SILENCE_LIMIT, patience,
+    ACCEPT_LIMIT, COMMIT_LIMIT, CONNECT_LIMIT, PLACEMENT_LIMIT, PLACEMENT_WINDOW, PREPARE_LIMIT,
+    RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, patience,
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

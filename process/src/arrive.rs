@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use migrate::limits::patience;
 use migrate::{
     DataStream, FileRegistry, Received, RefuseKind, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
 };
@@ -22,7 +23,7 @@ use crate::guest::Newcomer;
 use crate::memory::MemorySpec;
 use crate::passing;
 use crate::process::{Owner, Process};
-use crate::vm::{Event, Facts, Phase, Vm};
+use crate::vm::{Event, Facts, Phase, Vm, Waiting};
 
 /// The thread that receives. What it leaves behind when it panics is put in order here.
 pub(crate) const RECEIVER: &str = "receive";
@@ -158,7 +159,10 @@ impl Arrival {
     fn run(self, vm: &Vm, memory: TargetMemory, newcomer: Box<dyn Newcomer>) -> Result<(), Failure> {
         let Arrival { settings, control, streams, registry } = self;
         let mut streams = || {
-            let (fd, index) = passing::receive_fd(&streams, STREAM_TIMEOUT)?;
+            let limit = patience(STREAM_TIMEOUT);
+            let waiting = Waiting::new("the source's data connections", ("STREAM_TIMEOUT", limit));
+            vm.core(|core| core.waiting = Some(waiting));
+            let (fd, index) = passing::receive_fd(&streams, limit)?;
             Ok(DataStream { index, socket: TcpStream::from(fd) })
         };
         let link = TargetLink {

@@ -113,8 +113,7 @@ fn no_doubt(vm: &Vm, force: Option<Force>) -> Result<Value, Failure> {
         let asks = stat.waiting.filter(|_| state == "migrating").map(|waiting| {
             format!(", waiting for {} ({}, {} ms)", waiting.what, waiting.limit, waiting.limit_ms)
         });
-        let text =
-            format!("{:?} is not in doubt: it is {state}{}", vm.facts.name, asks.unwrap_or_default());
+        let text = format!("{:?} is not in doubt: it is {state}{}", vm.facts.name, asks.unwrap_or_default());
         return Err(Failure::new(Kind::Name, text));
     }
     Ok(json!({ "name": stat.name, "state": state, "waiting": stat.waiting }))

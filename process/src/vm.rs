@@ -47,8 +47,15 @@ pub(crate) enum Phase {
     Here,
     Migrating,
     /// `said`: what the target said when it was asked last, or why it could not be asked.
-    InDoubt { session: SessionId, to: String, since: Instant, said: String },
-    Moved { to: String },
+    InDoubt {
+        session: SessionId,
+        to: String,
+        since: Instant,
+        said: String,
+    },
+    Moved {
+        to: String,
+    },
 }
 
 /// What changes, under one lock. Nothing slow is done while it is held.

@@ -17,8 +17,8 @@ use swapd::Placed;
 use super::{Failed, Moving, SendError};
 use crate::cancel::is_cancelled;
 use crate::limits::{
-    CANCEL_POLL, PLACEMENT_LIMIT, PLACEMENT_WINDOW, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT,
-    patience,
+    CANCEL_POLL, PLACEMENT_LIMIT, PLACEMENT_WINDOW, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT,
+    SILENCE_LIMIT, patience,
 };
 use crate::link::trouble::Trouble;
 use crate::progress::Phase;

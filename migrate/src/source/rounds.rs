@@ -13,9 +13,7 @@ use super::pace::{SendRate, WriteRate};
 use super::sender;
 use super::shipment::{Lane, Parcel, RECORDS_PER_STREAM, Shipment};
 use super::tracker::Tracker;
-use crate::limits::{
-    CANCEL_POLL, DMA_LIMIT, HEAT_EVERY, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT,
-};
+use crate::limits::{CANCEL_POLL, DMA_LIMIT, HEAT_EVERY, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT};
 use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;

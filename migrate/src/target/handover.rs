@@ -11,7 +11,7 @@ use swapd::{EngineHandle, Placed, Run};
 
 use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
 use crate::bitmap::Bitmap;
-use crate::limits::{PLACEMENT_WINDOW};
+use crate::limits::PLACEMENT_WINDOW;
 use crate::link::trouble::Trouble;
 use crate::progress::{Phase, Progress};
 use crate::registry::{Outcome, RegistryError};
