@@ -445,7 +445,7 @@ fn a_cable_that_is_pulled_and_put_back_leaves_one_vm() {
     };
     let first = first_seed();
     let mut usual = Duration::from_secs(1);
-    for seed in (0..).take(1).chain(first..first + if long() { 60 } else { 3 }) {
+    for seed in (0..).take(1).chain(first..first + if long() { 60 } else { 2 }) {
         let [mut here, mut there] =
             [0, 1].map(|side| Host::within(["cable-a", "cable-b"][side], &network.namespaces[side]));
         (here.haste, there.haste) = (CABLE_HASTE, CABLE_HASTE);
@@ -460,7 +460,7 @@ fn a_cable_that_is_pulled_and_put_back_leaves_one_vm() {
                 std::thread::sleep(Duration::from_millis(random.below(usual.as_millis() as u64 * 5 / 4)));
                 network.cable("down");
                 // Short enough to be borne, or not.
-                let longest = [500, 8000][random.below(2) as usize];
+                let longest = [500, 6000][random.below(2) as usize];
                 std::thread::sleep(Duration::from_millis(random.below(longest)));
                 network.cable("up");
             }
