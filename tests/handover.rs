@@ -1,5 +1,7 @@
 //! The link breaks at the moment of the hand-over: exactly one side runs the VM, and both know which.
 //!
+//! `tests/cuts.rs` does much more of this; here the cable knows nothing of what it carries, so that it may be a tunnel's.
+//!
 //! A proxy between source and daemon cuts the control connection when the source has given up its name, which it does
 //! right before it sends its commit.
 
@@ -102,6 +104,7 @@ fn hand_over(
         return None;
     }
     let mut host = Host::new("handover");
+    host.haste = 4;
     let certificates = secured.then(|| host.pki("pki", &["127.0.0.1"]).remove(0));
     let tls: Vec<&str> = certificates.iter().flat_map(|dir| ["--tls", dir]).collect();
     let (daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &tls);

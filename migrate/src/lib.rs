@@ -22,6 +22,7 @@ mod source;
 mod target;
 pub mod tls;
 mod vm;
+mod wait;
 pub mod wire;
 
 pub use cancel::CancelFlag;
@@ -34,3 +35,4 @@ pub use session::SessionId;
 pub use source::{SendError, SourceOptions, send};
 pub use target::{DataStream, PlainMemory, ReceiveError, TargetLink, TargetMemory, receive};
 pub use vm::{SourceVm, TargetVm, VmError};
+pub use wait::Wait;

@@ -37,6 +37,19 @@ pub const HEAT_EVERY: Duration = Duration::from_millis(750);
 /// How often the owner hears of progress.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
+/// A limit on waiting for the peer as it holds in this process. Tests of what happens at its end cannot wait for minutes: in builds
+/// with debug assertions, and only there, `VMEMD_TEST_HASTE=10` makes it a tenth.
+pub fn patience(limit: Duration) -> Duration {
+    #[cfg(debug_assertions)]
+    {
+        static HASTE: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
+        let haste = || std::env::var("VMEMD_TEST_HASTE").ok()?.parse().ok();
+        limit / *HASTE.get_or_init(|| haste().unwrap_or(1).max(1))
+    }
+    #[cfg(not(debug_assertions))]
+    limit
+}
+
 const _: () = assert!(ALIVE_EVERY.as_secs() * 3 < SILENCE_LIMIT.as_secs());
 const _: () = assert!(CANCEL_POLL.as_millis() < 100);
 const _: () = assert!(COMMIT_LIMIT.as_secs() < RESOLVE_LIMIT.as_secs());

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::wait::Wait;
+
 /// What a migration is doing, in this order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -35,19 +37,23 @@ pub struct Progress {
     pub bytes_left: u64,
     pub bytes_per_second: u64,
     pub throttle_percent: u8,
+    /// What it waits for, if it can do nothing else.
+    pub waiting: Option<Wait>,
 }
 
 impl Progress {
-    pub(crate) fn connecting(bytes_total: u64) -> Progress {
+    /// Nothing is known of the pages: none has been sent yet, or all have.
+    pub(crate) fn waiting(phase: Phase, bytes_total: u64, waiting: Wait) -> Progress {
         Progress {
-            phase: Phase::Connecting,
+            phase,
             round: 0,
             bytes_total,
-            bytes_done: 0,
+            bytes_done: if phase == Phase::Connecting { 0 } else { bytes_total },
             bytes_sent: 0,
-            bytes_left: bytes_total,
+            bytes_left: if phase == Phase::Connecting { bytes_total } else { 0 },
             bytes_per_second: 0,
             throttle_percent: 0,
+            waiting: Some(waiting),
         }
     }
 }

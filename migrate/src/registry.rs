@@ -32,7 +32,9 @@ pub enum Outcome {
 pub enum RegistryError {
     #[error("session {0} was given up before the source's commit arrived")]
     Burned(SessionId),
-    #[error("session {0} was never begun here")]
+    #[error(
+        "session {0} has no record here: it was never begun, or the record is lost (this host was started anew, or it is over a week old)"
+    )]
     Unknown(SessionId),
     #[error("session {0} exists here already")]
     Exists(SessionId),
@@ -48,7 +50,8 @@ pub trait Registry {
     fn begin(&self, session: SessionId) -> Result<(), RegistryError>;
     /// The source's commit arrived: from now on the VM may run here. Part of the downtime.
     fn commit(&self, session: SessionId) -> Result<(), RegistryError>;
-    /// The VM must not start here any more, unless it was committed: says which of them it is.
+    /// The VM must not start here any more, unless it was committed: says which of them it is. Who knows nothing of the session
+    /// must not answer: its record may have been lost, with the answer in it.
     fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError>;
     /// A committed session's VM failed to start, and no vCPU has run: the source may have it back.
     fn revoke(&self, session: SessionId) -> Result<(), RegistryError>;
@@ -110,7 +113,7 @@ impl FileRegistry {
             let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
             if let (Some(session), Some(age)) = (session, age)
                 && age > older_than
-                && self.change(session, false, |decision| Ok((decision, decision)))? != Decision::Open
+                && self.change(session, |decision| Ok((decision, decision)))? != Decision::Open
             {
                 let path = entry.path();
                 std::fs::remove_file(&path).map_err(|source| RegistryError::Io {
@@ -127,7 +130,6 @@ impl FileRegistry {
     fn change<T>(
         &self,
         session: SessionId,
-        create: bool,
         decide: impl FnOnce(Decision) -> Result<(Decision, T), RegistryError>,
     ) -> Result<T, RegistryError> {
         let path = self.directory.join(session.to_string());
@@ -135,8 +137,7 @@ impl FileRegistry {
             let path = path.clone();
             move |source| RegistryError::Io { what, path, source }
         };
-        let file = match OpenOptions::new().read(true).write(true).create(create).truncate(false).open(&path)
-        {
+        let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(RegistryError::Unknown(session));
@@ -190,14 +191,14 @@ impl Registry for FileRegistry {
             }
             Err(source) => return Err(RegistryError::Io { what: "create", path, source }),
         }
-        self.change(session, false, |decision| match decision {
+        self.change(session, |decision| match decision {
             Decision::Open => Ok((Decision::Open, ())),
             Decision::Committed | Decision::Burned => Err(RegistryError::Exists(session)),
         })
     }
 
     fn commit(&self, session: SessionId) -> Result<(), RegistryError> {
-        self.change(session, false, |decision| match decision {
+        self.change(session, |decision| match decision {
             Decision::Open => Ok((Decision::Committed, ())),
             Decision::Committed => Err(RegistryError::Exists(session)),
             Decision::Burned => Err(RegistryError::Burned(session)),
@@ -205,14 +206,14 @@ impl Registry for FileRegistry {
     }
 
     fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError> {
-        self.change(session, true, |decision| match decision {
+        self.change(session, |decision| match decision {
             Decision::Committed => Ok((Decision::Committed, Outcome::RunningThere)),
             Decision::Open | Decision::Burned => Ok((Decision::Burned, Outcome::NotThere)),
         })
     }
 
     fn revoke(&self, session: SessionId) -> Result<(), RegistryError> {
-        self.change(session, false, |_| Ok((Decision::Burned, ())))
+        self.change(session, |_| Ok((Decision::Burned, ())))
     }
 }
 
@@ -255,11 +256,11 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_never_came_is_burned_too() {
+    fn a_session_without_a_record_is_no_answer() {
         let (_place, registry, session) = fresh();
         assert!(matches!(registry.commit(session), Err(RegistryError::Unknown(_))));
-        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
-        assert!(matches!(registry.begin(session), Err(RegistryError::Exists(_))));
+        assert!(matches!(registry.burn(session), Err(RegistryError::Unknown(_))));
+        registry.begin(session).unwrap();
     }
 
     #[test]

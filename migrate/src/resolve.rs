@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
 use crate::hello::{Hello, OpeningError, RefuseKind, read_opening, refuse, write_opening};
-use crate::limits::RESOLVE_CALL_LIMIT;
+use crate::limits::{RESOLVE_CALL_LIMIT, patience};
 use crate::registry::{Outcome, Registry, RegistryError};
 use crate::session::SessionId;
 use crate::tls::{Security, TlsError};
@@ -29,18 +29,18 @@ pub enum ResolveError {
 /// If there is no clear answer: the session is in doubt still.
 pub fn resolve(to: &str, security: &Security, session: SessionId) -> Result<Outcome, ResolveError> {
     let link = |source| ResolveError::Link { to: to.to_string(), source };
-    let mut stream = connect(to, security, RESOLVE_CALL_LIMIT).map_err(|error| match error {
+    let limit = patience(RESOLVE_CALL_LIMIT);
+    let mut stream = connect(to, security, limit).map_err(|error| match error {
         ReachError::Link(source) => link(source),
         ReachError::Insecure(source) => ResolveError::Insecure { to: to.to_string(), source },
     })?;
     write_opening(&mut stream, &Hello::Resolve { session }.encode()).map_err(link)?;
     let rubbish = |text: String| ResolveError::Peer { to: to.to_string(), text };
-    let (preamble, body) =
-        read_opening(&mut stream, RESOLVE_CALL_LIMIT, || false).map_err(|error| match error {
-            OpeningError::Io(source) => link(source),
-            OpeningError::Wire(error) => rubbish(error.to_string()),
-            OpeningError::Cancelled => link(io::ErrorKind::Interrupted.into()),
-        })?;
+    let (preamble, body) = read_opening(&mut stream, limit, || false).map_err(|error| match error {
+        OpeningError::Io(source) => link(source),
+        OpeningError::Wire(error) => rubbish(error.to_string()),
+        OpeningError::Cancelled => link(io::ErrorKind::Interrupted.into()),
+    })?;
     match Answer::decode(&preamble, &body).map_err(|error| rubbish(error.to_string()))? {
         Answer::Resolved(outcome) => Ok(outcome),
         Answer::Refused { text, .. } => Err(ResolveError::Refused { to: to.to_string(), text }),

@@ -5,6 +5,7 @@ mod common;
 mod source;
 
 use common::Target;
+use migrate::tls::Security;
 use migrate::wire::control::{Control, Totals};
 use migrate::wire::heat::parts;
 use migrate::wire::record::{Header, Kind};
@@ -158,7 +159,7 @@ fn run(script: &[Step]) -> Result<bool, TestCaseError> {
     teller.source.hang_up();
     let result = target.result();
     let runs = target.vm.is_started();
-    let told = migrate::resolve(&target.address.to_string(), SESSION).unwrap();
+    let told = migrate::resolve(&target.address.to_string(), &Security::ThisHost, SESSION).unwrap();
     prop_assert_eq!(told == Outcome::RunningThere, runs);
     if result.is_ok() {
         prop_assert!(runs);

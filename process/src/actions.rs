@@ -23,6 +23,7 @@ impl Service for Control {
             }
             Request::Pause => vm.pause(),
             Request::Resume => vm.resume(),
+            Request::Resolve { force } => crate::doubt::resolve(vm, force),
             Request::SetRam { ram_bytes } => vm.set_ram(ram_bytes),
             Request::RecordFaults { seconds } => crate::record::record_faults(vm, seconds, client),
             Request::Migrate(request) => crate::leave::migrate(vm, &request, client),
@@ -44,7 +45,7 @@ impl Vm {
             Phase::Migrating => {
                 Some("it is migrating; cancel that first (Ctrl-C of `vmemd migrate`)".to_owned())
             }
-            Phase::InDoubt { to, .. } => Some(format!("it may run at {to}; `vmemd resume {name}` finds out")),
+            Phase::InDoubt { to, .. } => Some(format!("it may run at {to}; see `vmemd resolve {name}`")),
             Phase::Moved { to } => Some(format!("it has moved to {to}")),
         });
         match why {
@@ -62,8 +63,8 @@ impl Vm {
     }
 
     fn resume(&self) -> Result<Value, Failure> {
-        if let Phase::InDoubt { session, to } = self.core(|core| core.phase.clone()) {
-            return crate::leave::resolve_doubt(self, session, &to);
+        if self.core(|core| matches!(core.phase, Phase::InDoubt { .. })) {
+            return crate::doubt::resume(self);
         }
         self.must_be_here("resume")?;
         if self.core(|core| core.stalled.is_some()) {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use migrate::limits::patience;
 use migrate::{
     DataStream, FileRegistry, Received, RefuseKind, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
 };
@@ -22,7 +23,10 @@ use crate::guest::Newcomer;
 use crate::memory::MemorySpec;
 use crate::passing;
 use crate::process::{Owner, Process};
-use crate::vm::{Event, Facts, Phase, Vm};
+use crate::vm::{Event, Facts, Phase, Vm, Waiting};
+
+/// The thread that receives. What it leaves behind when it panics is put in order here.
+pub(crate) const RECEIVER: &str = "receive";
 
 /// How long the next data stream may take to be passed on.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
@@ -137,12 +141,12 @@ impl Arrival {
     ) -> Result<JoinHandle<()>, Failure> {
         let vm = vm.clone();
         std::thread::Builder::new()
-            .name("receive".to_owned())
+            .name(RECEIVER.to_owned())
             .spawn(move || {
                 let ran = catch_unwind(AssertUnwindSafe(|| self.run(&vm, memory, newcomer)));
                 let result = match ran {
                     Ok(result) => result,
-                    Err(_) if vm.core(|core| core.phase == Phase::Here) => Ok(()),
+                    Err(_) if vm.core(|core| matches!(core.phase, Phase::Here)) => Ok(()),
                     Err(_) => {
                         Err(Failure::new(Kind::Vm, "a bug in vmemd ended the arrival: see the panic above"))
                     }
@@ -155,7 +159,10 @@ impl Arrival {
     fn run(self, vm: &Vm, memory: TargetMemory, newcomer: Box<dyn Newcomer>) -> Result<(), Failure> {
         let Arrival { settings, control, streams, registry } = self;
         let mut streams = || {
-            let (fd, index) = passing::receive_fd(&streams, STREAM_TIMEOUT)?;
+            let limit = patience(STREAM_TIMEOUT);
+            let waiting = Waiting::new("the source's data connections", ("STREAM_TIMEOUT", limit));
+            vm.core(|core| core.waiting = Some(waiting));
+            let (fd, index) = passing::receive_fd(&streams, limit)?;
             Ok(DataStream { index, socket: TcpStream::from(fd) })
         };
         let link = TargetLink {
@@ -164,18 +171,20 @@ impl Arrival {
             granted_ram_bytes: settings.granted_ram_bytes,
             streams: &mut streams,
             registry: &registry,
-            progress: &|_| {},
+            progress: &|progress| vm.waits(progress.waiting),
             cancel: &vm.cancel,
         };
         let mut target = Target { vm, newcomer: Some(newcomer) };
-        match migrate::receive(link, memory, &mut target) {
+        let received = migrate::receive(link, memory, &mut target);
+        vm.waits(None);
+        match received {
             Ok(received) => {
                 info!(vm = %vm.facts.name, bytes = received.bytes_received, "arrived and running");
                 vm.core(|core| core.arrival = Some(arrival_of(&received)));
                 Ok(())
             }
             // The VM runs here, whatever went wrong afterwards (the source left while the placement was measured).
-            Err(error) if vm.core(|core| core.phase == Phase::Here) => {
+            Err(error) if vm.core(|core| matches!(core.phase, Phase::Here)) => {
                 warn!(vm = %vm.facts.name, error = %chain(&error), "arrived and running, but the session did not end well");
                 Ok(())
             }
@@ -223,21 +232,28 @@ impl TargetVm for Target<'_> {
     }
 
     fn start(&mut self, paused: bool) -> Result<(), VmError> {
-        self.vm.claim(|claim| claim.settle()).map_err(|failure| VmError(failure.text))?;
-        let resumed = if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) };
-        match resumed {
+        // The commit is recorded. Whatever ends this thread from here on, a bug as well, the VM is this host's unless that is taken back
+        // below: it may run already, so it must run nowhere else.
+        self.vm.core(|core| (core.phase, core.paused, core.waiting) = (Phase::Here, paused, None));
+        let started = self.vm.claim(|claim| claim.settle()).and_then(|()| {
+            let resumed = if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) };
+            // The source is to have its name back.
+            resumed.inspect_err(|failure| {
+                if failure.kind != Kind::InDoubt {
+                    let _ = self.vm.claim(|claim| claim.leave("0"));
+                }
+            })
+        });
+        match started {
             Err(failure) if failure.kind == Kind::InDoubt => {
-                // It may run at any time, so it must run nowhere else: it is this host's from here on.
                 warn!(vm = %self.vm.facts.name, %failure, "told to run, without an answer: if it stands still, `vmemd resume`");
+                Ok(())
             }
             Err(failure) => {
-                // The source is to have its name back.
-                let _ = self.vm.claim(|claim| claim.leave("0"));
-                return Err(VmError(failure.text));
+                self.vm.core(|core| core.phase = Phase::Arriving);
+                Err(VmError(failure.text))
             }
-            Ok(()) => {}
+            Ok(()) => Ok(()),
         }
-        self.vm.core(|core| (core.phase, core.paused) = (Phase::Here, paused));
-        Ok(())
     }
 }

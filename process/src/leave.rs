@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use migrate::tls::Security;
-use migrate::{Outcome, Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
+use migrate::{Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
 use serde_json::Value;
 use tracing::{error, info, warn};
 
 use crate::control::protocol::{MigrateRequest, MigrationStat};
 use crate::control::server::Client;
+use crate::doubt;
 use crate::failure::{Failure, Kind};
 use crate::vm::{Event, Phase, Vm};
 
@@ -53,6 +53,7 @@ pub(crate) fn migrate(
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         settle(&mover, &options, &result);
         let _ = steps.send(Step::Ended(result));
+        doubt::ask_until_known(&mover);
     });
     if let Err(error) = spawned {
         vm.core(|core| (core.phase, core.migration) = (Phase::Here, None));
@@ -81,7 +82,7 @@ pub(crate) fn migrate(
 /// A VM that was started a moment ago may be asked to move at once.
 fn wait_until_set_up(vm: &Vm, client: &Client<'_>) {
     let deadline = Instant::now() + SET_UP_GRACE;
-    let setting_up = || vm.facts.daemon.is_none() && vm.core(|core| core.phase == Phase::Arriving);
+    let setting_up = || vm.facts.daemon.is_none() && vm.core(|core| matches!(core.phase, Phase::Arriving));
     while setting_up() && !client.gone() && Instant::now() < deadline {
         std::thread::sleep(CLIENT_POLL);
     }
@@ -128,7 +129,7 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
             }
             Phase::Arriving => "it is still arriving",
             Phase::Migrating => "it is migrating already",
-            Phase::InDoubt { .. } => "a former hand-over is in doubt: `vmemd resume` it first",
+            Phase::InDoubt { .. } => "a former hand-over is in doubt: `vmemd resolve` it first",
             Phase::Moved { .. } => "it has moved already",
         };
         Err(Failure::new(Kind::Name, format!("{name:?} cannot move: {why}")))
@@ -151,6 +152,7 @@ fn send(
         let mut stat = stat_of(&options.to, &progress, started);
         stat.bytes_per_second = speed.of(progress.bytes_sent);
         vm.core(|core| core.migration = Some(stat.clone()));
+        vm.waits(progress.waiting);
         let _ = steps.send(Step::Progress(stat));
     };
     info!(vm = %options.name, to = %options.to, "migration begins");
@@ -200,24 +202,16 @@ fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) 
     let SourceOptions { to, security, .. } = options;
     let phase = match result {
         Ok(_) => Phase::Moved { to: to.clone() },
-        Err(SendError::InDoubt { session, to }) => Phase::InDoubt { session: *session, to: to.clone() },
+        Err(SendError::InDoubt { session, to }) => return doubt::begin(vm, *session, to, security),
         Err(_) => Phase::Here,
     };
-    vm.core(|core| {
-        if matches!(phase, Phase::InDoubt { .. }) {
-            core.security.clone_from(security);
-        }
-        (core.phase, core.migration) = (phase, None);
-    });
+    vm.core(|core| (core.phase, core.migration, core.waiting) = (phase, None, None));
     // Only now: whatever becomes of the log, the VM is where it is.
     let name = &vm.facts.name;
     match result {
         Ok(report) => {
             let _ = vm.events.send(Event::Moved);
             info!(vm = %name, to, downtime_ms = report.downtime_ms, "moved");
-        }
-        Err(SendError::InDoubt { session, to }) => {
-            error!(vm = %name, to, %session, "in doubt: the VM stays paused here; `vmemd resume` asks again");
         }
         Err(error) => warn!(vm = %name, to, %error, "not moved: it stays here"),
     }
@@ -247,39 +241,8 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
     }
 }
 
-/// Asks the target what became of a hand-over in doubt, and goes on here if the VM is not there.
-pub(crate) fn resolve_doubt(vm: &Vm, session: SessionId, to: &str) -> Result<Value, Failure> {
-    let name = &vm.facts.name;
-    let security = vm.core(|core| core.security.clone());
-    let outcome = migrate::resolve(to, &security, session).map_err(|error| {
-        let text =
-            format!("{name:?} may run at {to}, which cannot be asked: {}", crate::failure::chain(&error));
-        Failure::new(Kind::InDoubt, text)
-    })?;
-    match outcome {
-        Outcome::RunningThere => {
-            vm.core(|core| core.phase = Phase::Moved { to: to.to_owned() });
-            let _ = vm.events.send(Event::Moved);
-            vm.done("moved")
-        }
-        Outcome::NotThere => {
-            let mut source = Leaving { vm, paused: true, session: None };
-            source.take_name_back();
-            let resumed = source.resume();
-            let paused = vm.core(|core| {
-                (core.phase, core.security) = (Phase::Here, Security::default());
-                core.paused
-            });
-            resumed.map_err(|error| {
-                Failure::new(Kind::Vm, format!("{name:?} is here, and could not be resumed: {error}"))
-            })?;
-            vm.done(if paused { "paused" } else { "running" })
-        }
-    }
-}
-
 /// The VM as a migration's source sees it.
-struct Leaving<'a> {
+pub(crate) struct Leaving<'a> {
     vm: &'a Vm,
     /// It was told to stand still for this: what stood still by itself is not made to run.
     paused: bool,
@@ -287,7 +250,18 @@ struct Leaving<'a> {
     session: Option<SessionId>,
 }
 
-impl Leaving<'_> {
+impl<'a> Leaving<'a> {
+    /// A VM that stands still, and may have left.
+    pub(crate) fn in_doubt(vm: &'a Vm) -> Leaving<'a> {
+        Leaving { vm, paused: true, session: None }
+    }
+
+    /// It has not left after all.
+    pub(crate) fn come_back(&mut self) -> Result<(), VmError> {
+        self.take_name_back();
+        self.resume()
+    }
+
     /// A bug ended the migration (in a process of ours, all of it). The VM is never left between here and there.
     fn after_panic(&mut self, to: &str) -> SendError {
         self.throttle(0);

@@ -29,6 +29,7 @@ pub mod size;
 
 mod actions;
 mod arrive;
+mod doubt;
 mod guest;
 mod leave;
 mod life;

@@ -56,11 +56,15 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
         .map_err(|error| Failure::io("cannot start the signal thread", &error))
 }
 
-/// A VM with one of its threads missing would hang rather than fail: a panic ends the process, once it has been told.
+/// A VM with one of its threads missing would hang rather than fail: a panic ends the process, once it has been told. Not of the
+/// thread that receives, which the VM can do without once it is here, and which knows whether it is.
 fn die_on_panic() {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         tell(panic);
+        if std::thread::current().name() == Some(crate::arrive::RECEIVER) {
+            return;
+        }
         std::process::exit(i32::from(Kind::Vm.exit_code()));
     }));
 }
@@ -132,7 +136,7 @@ pub(crate) fn finish(
     server.drain(DRAIN_TIMEOUT);
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
-    if worker_done && still && !vm.core(|core| core.phase == Phase::Migrating) {
+    if worker_done && still && !vm.core(|core| matches!(core.phase, Phase::Migrating)) {
         match vm.quit_guest() {
             Ok(told) => {
                 quit = told;
@@ -170,7 +174,7 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
         let text = format!("the guest of {name:?} found {mismatched} pages with the wrong content");
         return Err(Failure::new(Kind::Vm, text));
     }
-    if let Phase::InDoubt { session, to } = vm.core(|core| core.phase.clone()) {
+    if let Phase::InDoubt { session, to, .. } = vm.core(|core| core.phase.clone()) {
         let text = format!(
             "{name:?} was stopped here while it was in doubt whether it runs at {to} (session {session})"
         );

@@ -3,14 +3,14 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use migrate::SessionId;
 use migrate::tls::Security;
+use migrate::{SessionId, Wait};
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
-use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, VmStat};
+use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::failure::{Failure, Kind};
 use crate::guest::{Guest, GuestView};
@@ -42,13 +42,23 @@ pub struct Facts {
 }
 
 /// Where the VM is in its life.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Phase {
     Arriving,
     Here,
     Migrating,
-    InDoubt { session: SessionId, to: String },
-    Moved { to: String },
+    /// `said`: what the target said when it was asked last, or why it could not be asked.
+    InDoubt {
+        session: SessionId,
+        /// How to be sure that it is the target who answers.
+        security: Security,
+        to: String,
+        since: Instant,
+        said: String,
+    },
+    Moved {
+        to: String,
+    },
 }
 
 /// What changes, under one lock. Nothing slow is done while it is held.
@@ -60,10 +70,33 @@ pub(crate) struct Core {
     /// The store's failure that made it stand still.
     pub(crate) stalled: Option<String>,
     pub(crate) migration: Option<MigrationStat>,
-    /// How to be sure of the target of a hand-over that is in doubt.
-    pub(crate) security: Security,
+    pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
     pub(crate) claim: Option<Claim>,
+}
+
+/// What is waited for, since when, and what ends the waiting.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Waiting {
+    what: &'static str,
+    limit: (&'static str, Duration),
+    since: Instant,
+}
+
+impl Waiting {
+    pub(crate) fn new(what: &'static str, limit: (&'static str, Duration)) -> Waiting {
+        Waiting { what, limit, since: Instant::now() }
+    }
+
+    fn stat(&self) -> WaitStat {
+        let (limit, time) = self.limit;
+        WaitStat {
+            what: self.what.to_owned(),
+            limit: limit.to_owned(),
+            limit_ms: time.as_millis() as u64,
+            elapsed_ms: self.since.elapsed().as_millis() as u64,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -75,6 +108,8 @@ pub(crate) struct Vm {
     pub(crate) cancel: AtomicBool,
     /// Its faults are being recorded.
     pub(crate) recording: AtomicBool,
+    /// One at a time asks what became of a hand-over, and draws the conclusion.
+    pub(crate) resolving: Mutex<()>,
     guest: Mutex<Option<Box<dyn Guest>>>,
     core: Mutex<Core>,
     /// The guest's last known account, for when it is busy being paused.
@@ -89,7 +124,7 @@ impl Vm {
             paused: false,
             stalled: None,
             migration: None,
-            security: Security::default(),
+            waiting: None,
             arrival: None,
             claim: Some(claim),
         };
@@ -99,6 +134,7 @@ impl Vm {
             events,
             cancel: AtomicBool::new(false),
             recording: AtomicBool::new(false),
+            resolving: Mutex::default(),
             guest: Mutex::new(None),
             core: Mutex::new(core),
             last_seen: Mutex::default(),
@@ -109,6 +145,16 @@ impl Vm {
     /// Looks at, or changes, what changes. For short work only.
     pub(crate) fn core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> T {
         work(&mut lock(&self.core))
+    }
+
+    /// Notes what a migration's session waits for, with the time at which that began.
+    pub(crate) fn waits(&self, wait: Option<Wait>) {
+        let waiting = wait.map(|wait| Waiting::new(wait.what(), wait.limit()));
+        self.core(|core| {
+            if core.waiting.map(|old| old.what) != waiting.map(|new| new.what) {
+                core.waiting = waiting;
+            }
+        });
     }
 
     /// Works with the name's claim, which may wait for the run directory's lock, without holding up `stat`.
@@ -195,6 +241,7 @@ impl Vm {
                 daemon: self.facts.daemon.clone(),
                 memory,
                 guest: seen.guest,
+                waiting: core.waiting.as_ref().map(Waiting::stat),
                 migration: core.migration.clone(),
                 arrival: core.arrival.clone(),
             }
@@ -224,11 +271,9 @@ fn state_of(core: &Core, failed: Option<String>) -> (State, Option<String>) {
     match (&core.phase, failed, &core.stalled) {
         (Phase::Moved { .. }, _, _) => (State::Moved, None),
         (Phase::Arriving, _, _) => (State::Arriving, None),
-        (Phase::InDoubt { session, to }, _, _) => (
+        (Phase::InDoubt { session, to, said, .. }, _, _) => (
             State::InDoubt,
-            Some(format!(
-                "it may run at {to} (session {session}): `vmemd resume` asks there and goes on if it does not"
-            )),
+            Some(format!("it may run at {to} (session {session}; {said}): see `vmemd resolve`")),
         ),
         (_, Some(reason), _) => (State::Failed, Some(reason)),
         (_, None, Some(reason)) => (State::Stalled, Some(reason.clone())),

@@ -1,6 +1,7 @@
 //! VMs embedded in a program that is not ours (this test), with guests that are not ours either and engines that
 //! somebody else has started: what a preloaded QEMU does.
 
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::IntoRawFd;
 use std::os::unix::net::UnixStream;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use migrate::{Hello, SessionHello};
 use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, StartError, StoreConfig};
 use vmprocess::control::client::VmClient;
-use vmprocess::control::protocol::{EngineKind, GuestStat, MigrateRequest, Request, State, Trust};
+use vmprocess::control::protocol::{EngineKind, Force, GuestStat, MigrateRequest, Request, State, Trust};
 use vmprocess::control::rundir::{Place, RunDir};
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::{
@@ -77,6 +78,8 @@ enum Manner {
     RefusesToRun,
     /// Does not say whether it runs.
     MayRun,
+    /// A bug shows when it is told to run.
+    PanicsAtStart,
     Panics,
 }
 
@@ -111,6 +114,11 @@ impl Guest for LoggedGuest {
         match self.manner {
             Manner::RefusesToRun => Err(Failure::new(Kind::Vm, "a disk is locked")),
             Manner::MayRun => Err(Failure::new(Kind::InDoubt, "no answer")),
+            // Once: its user tells it again.
+            Manner::PanicsAtStart => {
+                self.manner = Manner::Well;
+                panic!("a bug at the start");
+            }
             _ => Ok(()),
         }
     }
@@ -233,6 +241,14 @@ fn wait_for(host: &Host, state: State) -> vmprocess::control::protocol::VmStat {
     }
 }
 
+fn until(mut done: impl FnMut() -> bool) {
+    let begun = std::time::Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < DEADLINE);
+        std::thread::yield_now();
+    }
+}
+
 /// A VM came, ran when it was told to, and was stopped.
 fn arrived_and_stopped(target: JoinHandle<(Engine, Log, Process, End)>) {
     let (_engine, log, _process, end) = target.join().unwrap();
@@ -307,7 +323,11 @@ fn settings_of(
 }
 
 fn migrate_to(host: &Host, to: String) -> Result<serde_json::Value, Failure> {
-    let request = Request::Migrate(MigrateRequest {
+    connect(host).ask_long(&migrate_request(to), &mut |_| {})
+}
+
+fn migrate_request(to: String) -> Request {
+    Request::Migrate(MigrateRequest {
         to,
         ram_bytes: None,
         downtime_target_ms: 50,
@@ -316,8 +336,7 @@ fn migrate_to(host: &Host, to: String) -> Result<serde_json::Value, Failure> {
         max_throttle: 0,
         check_placement: false,
         trust: Trust::default(),
-    });
-    connect(host).ask_long(&request, &mut |_| {})
+    })
 }
 
 fn sigterm_handler() -> libc::sighandler_t {
@@ -480,6 +499,39 @@ fn a_vm_that_may_run_at_the_target_runs_nowhere_else() {
     wait_for(&host, State::Running);
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
     arrived_and_stopped(target);
+}
+
+#[test]
+fn a_bug_at_the_start_leaves_the_vm_where_the_record_says() {
+    let host = Host::new();
+    let Some(source) = start(&host) else { return };
+    wait_for(&host, State::Running);
+    let (address, target) = receive_one(&host, Manner::PanicsAtStart);
+    // Its daemon is not there to be asked: in doubt, until somebody who knows says so.
+    let mut client = UnixStream::connect(host.socket()).unwrap();
+    writeln!(client, "{}", serde_json::to_string(&migrate_request(address)).unwrap()).unwrap();
+    until(|| connect(&host).stat().is_ok_and(|stat| stat.daemon.is_some()));
+    assert_eq!(connect(&host).stat().unwrap().state, State::Running);
+    // It has not run: whoever panicked did so before.
+    connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
+    let places = host.run_dir().places().unwrap();
+    let left = places.iter().find(|place| matches!(place, Place::Leaving(..))).unwrap();
+    let mut doubter = VmClient::connect_to(&host.run_dir(), left).unwrap();
+    until(|| doubter.stat().unwrap().waiting.is_some_and(|waiting| waiting.limit == "RESOLVE_LIMIT"));
+    // Ends the asking, not the doubt.
+    drop(client);
+    until(|| doubter.stat().unwrap().state == State::InDoubt);
+    // What holds the name here is taken for what it is: the VM.
+    let here = Request::Resolve { force: Some(Force::RunHere) };
+    assert_eq!(doubter.ask(&here, DEADLINE).unwrap_err().kind, Kind::Name);
+    let gone = Request::Resolve { force: Some(Force::Gone) };
+    assert_eq!(doubter.ask(&gone, DEADLINE).unwrap()["state"], "moved");
+    drop(source.process.join().unwrap());
+    assert_eq!(logged(&source.log), ["pause", "save", "quit"]);
+    connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
+    let (_engine, log, _process, end) = target.join().unwrap();
+    assert_eq!((end.result, end.quit), (Ok(()), true));
+    assert_eq!(logged(&log), ["load", "resume", "resume", "pause", "quit"]);
 }
 
 #[test]

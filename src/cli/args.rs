@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use migrate::tls::Credentials;
-use vmprocess::control::protocol::{EngineKind, Trust};
+use vmprocess::control::protocol::{EngineKind, Force, Trust};
 use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 
@@ -79,6 +79,14 @@ Ctrl-C cancels, and the VM runs on where it was.")]
     /// Let a VM go on: one that was paused, whose store failed, or whose hand-over is in doubt
     #[command(after_help = "Example:\n  vmemd resume web")]
     Resume(NameArgs),
+    /// Find out what became of a hand-over in doubt, and end the doubt
+    #[command(after_help = "Examples:
+  vmemd resolve web
+  vmemd resolve web --force run-here
+Asks the target, and does what it says. Exit code 8: it does not answer, and the VM stands still as before. Only then --force counts:
+run-here if you know that the VM does not run at the target and never will (that host is off, or its VM has been killed), gone if
+you know that it runs there. If run-here is wrong, the VM runs twice, and both write to its disks; if gone is wrong, it is lost.")]
+    Resolve(ResolveArgs),
     /// End a VM
     #[command(after_help = "Example:\n  vmemd stop web")]
     Stop(NameArgs),
@@ -106,6 +114,35 @@ pub(super) struct NameArgs {
     pub(super) name: String,
     #[command(flatten)]
     pub(super) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ResolveArgs {
+    /// The VM
+    pub(super) name: String,
+    /// What you know, if the target does not answer
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(super) force: Option<ForceArg>,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+/// What somebody knows of a VM whose hand-over is in doubt.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum ForceArg {
+    /// It does not run at the target and never will: it goes on here
+    RunHere,
+    /// It runs at the target: it ends here
+    Gone,
+}
+
+impl From<ForceArg> for Force {
+    fn from(force: ForceArg) -> Force {
+        match force {
+            ForceArg::RunHere => Force::RunHere,
+            ForceArg::Gone => Force::Gone,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

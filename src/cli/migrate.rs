@@ -83,7 +83,7 @@ fn cancelled(dir: &RunDir, name: &str, place: &Place) -> Failure {
             Ok(State::InDoubt) => {
                 return Failure::new(
                     Kind::InDoubt,
-                    format!("the hand-over of {name:?} is in doubt: `vmemd resume {name}`"),
+                    format!("the hand-over of {name:?} is in doubt: see `vmemd resolve {name}`"),
                 );
             }
             Ok(State::Moved) | Err(_) => format!("too late to cancel: {name:?} has moved"),

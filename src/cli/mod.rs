@@ -3,6 +3,7 @@
 mod args;
 mod jobs;
 mod migrate;
+mod resolve;
 mod stat;
 mod traces;
 mod vms;
@@ -87,6 +88,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Set(args) => vms::set(&RunDir::open(&run_dir)?, &args),
         Command::Pause(args) => vms::pause(&RunDir::open(&run_dir)?, &args),
         Command::Resume(args) => vms::resume(&RunDir::open(&run_dir)?, &args),
+        Command::Resolve(args) => resolve::resolve(&RunDir::open(&run_dir)?, &args),
         Command::Stop(args) => vms::stop(&RunDir::open(&run_dir)?, &args),
         Command::Doctor(args) => doctor::doctor(&args.store.unwrap_or_else(default_store), args.json.json),
         Command::Bench(BenchCommand::Migrate(args)) => bench::migrate(&bench_settings(args)?),

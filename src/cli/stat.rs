@@ -169,6 +169,11 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
     if memory.poisoned_pages > 0 {
         row("lost", &[format!("{} pages", memory.poisoned_pages)]);
     }
+    if let Some(waiting) = &stat.waiting {
+        let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1000.0);
+        let (elapsed, limit) = (seconds(waiting.elapsed_ms), seconds(waiting.limit_ms));
+        row("waiting", &[format!("{elapsed} for {}, at most {limit} ({})", waiting.what, waiting.limit)]);
+    }
     if let Some(migration) = &stat.migration {
         row(
             "migrating",

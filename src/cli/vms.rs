@@ -127,7 +127,7 @@ pub(super) fn resume(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
 }
 
 /// The VM of that name whose hand-over is in doubt: on the target's own host another process may have the name by now.
-fn in_doubt(dir: &RunDir, name: &str) -> Result<Option<VmClient>, Failure> {
+pub(super) fn in_doubt(dir: &RunDir, name: &str) -> Result<Option<VmClient>, Failure> {
     for place in
         dir.places()?.iter().filter(|place| place.name() == name && matches!(place, Place::Leaving(..)))
     {
@@ -151,7 +151,7 @@ pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
     )
 }
 
-fn say(as_json: bool, value: &Value, text: &str) -> Result<(), Failure> {
+pub(super) fn say(as_json: bool, value: &Value, text: &str) -> Result<(), Failure> {
     if as_json {
         return print_json(value);
     }

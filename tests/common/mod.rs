@@ -100,6 +100,8 @@ pub(crate) struct Host {
     children: Vec<u32>,
     /// The network namespace of its processes, if it is not the test's.
     namespace: Option<String>,
+    /// Its processes wait for each other this many times less long.
+    pub(crate) haste: u32,
 }
 
 impl Host {
@@ -116,7 +118,7 @@ impl Host {
         let root =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{number}", std::process::id()));
         fs::create_dir_all(root.join("store")).expect("a directory for the test");
-        Host { root, children: Vec::new(), namespace: None }
+        Host { root, children: Vec::new(), namespace: None, haste: 1 }
     }
 
     pub(crate) fn run_dir(&self) -> PathBuf {
@@ -139,6 +141,9 @@ impl Host {
             }
         };
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
+        if self.haste > 1 {
+            command.env("VMEMD_TEST_HASTE", self.haste.to_string());
+        }
         // Tests started in the background of a script inherit an ignored SIGINT; Ctrl-C is to be heard all the same.
         // SAFETY: between fork and exec only this one async-signal-safe call is made, which touches no memory.
         unsafe {

@@ -4,6 +4,7 @@
 //!   namespace A                                  namespace B
 //!   tapA ── br0 (10.99.0.1) ── veth ════ veth ── br0 (10.99.0.2) ── tapB
 //! ```
+#![allow(dead_code, reason = "each test file uses a part")]
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
@@ -47,6 +48,11 @@ impl Network {
             }
         }
         Ok(network)
+    }
+
+    /// Pulls the cable, or puts it back.
+    pub(crate) fn cable(&self, state: &str) {
+        ip(&format!("-n {} link set cable {state}", self.namespaces[0])).expect("a cable");
     }
 
     /// A connection from the first host, with patience for a guest that is still starting.

@@ -10,7 +10,8 @@ use super::control::Outbox;
 use super::life::Life;
 use super::trouble::Trouble;
 use crate::cancel::{CancelFlag, is_cancelled};
-use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT};
+use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT, patience};
+use crate::wait::Wait;
 use crate::wire::control::Control;
 
 /// Of one session, for its main thread of control.
@@ -30,6 +31,20 @@ impl<'a> Watch<'a> {
 
     /// Waits for `work`, which must bear being dropped half-way.
     pub(crate) async fn wait<T>(
+        &self,
+        during: &'static str,
+        limit: Duration,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Trouble> {
+        self.wait_at_most(during, patience(limit), work).await
+    }
+
+    /// Waits for what the other side is to do.
+    pub(crate) async fn wait_for<T>(&self, wait: Wait, work: impl Future<Output = T>) -> Result<T, Trouble> {
+        self.wait_at_most(wait.during(), wait.limit().1, work).await
+    }
+
+    async fn wait_at_most<T>(
         &self,
         during: &'static str,
         limit: Duration,
@@ -63,14 +78,19 @@ impl<'a> Watch<'a> {
         let (beats, at) = self.heard.get();
         if beats != self.life.beats() {
             self.heard.set((self.life.beats(), Instant::now()));
-        } else if at.elapsed() > SILENCE_LIMIT {
+        } else if at.elapsed() > patience(SILENCE_LIMIT) {
             return Err(Trouble::Link { during, source: io::ErrorKind::TimedOut.into() });
         }
-        if self.said.get().elapsed() > ALIVE_EVERY {
+        if self.said.get().elapsed() > patience(ALIVE_EVERY) {
             self.said.set(Instant::now());
             self.outbox.try_send(Control::Alive);
         }
         Ok(())
+    }
+
+    /// Nothing was heard for so long that a sign of life is overdue.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.heard.get().1.elapsed() > patience(ALIVE_EVERY) + patience(ALIVE_EVERY) / 2
     }
 
     /// The session ends of this, unless it has failed already.

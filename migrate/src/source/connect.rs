@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use super::{SendError, SourceOptions};
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::hello::{Hello, OpeningError, RefuseKind, SessionHello, StreamHello, read_opening, write_opening};
-use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT};
+use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, patience};
 use crate::resolve::{self, ReachError};
 use crate::session::SessionId;
+use crate::wait::Wait;
 use crate::wire::WireError;
 use crate::wire::opening::{Answer, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, is_name};
 
@@ -53,12 +54,14 @@ fn check(options: &SourceOptions, memory_bytes: u64) -> Result<(), SendError> {
 pub(crate) fn connect(
     options: &SourceOptions,
     memory_bytes: u64,
+    waits: &dyn Fn(Wait),
     cancel: &CancelFlag,
 ) -> Result<Connected, SendError> {
     check(options, memory_bytes)?;
     let link = |during| move |source| SendError::Link { during, source };
     let session = SessionId::random().map_err(link("choosing a session"))?;
-    let mut control = reach(options, CONNECT_LIMIT, cancel)?;
+    waits(Wait::Connect);
+    let mut control = reach(options, patience(CONNECT_LIMIT), cancel)?;
     let hello = Hello::Session(SessionHello {
         session,
         name: options.name.clone(),
@@ -69,10 +72,12 @@ pub(crate) fn connect(
         offer: options.offer.clone(),
     });
     write_opening(&mut control, &hello.encode()).map_err(link("offering the VM"))?;
+    waits(Wait::Accept);
     let ram_bytes = accepted(&mut control, cancel)?;
+    waits(Wait::Connect);
     let mut streams = Vec::new();
     for index in 0..options.streams {
-        let mut stream = reach(options, CONNECT_LIMIT, cancel)?;
+        let mut stream = reach(options, patience(CONNECT_LIMIT), cancel)?;
         let hello = Hello::Stream(StreamHello { session, index });
         write_opening(&mut stream, &hello.encode()).map_err(link("opening the streams"))?;
         streams.push(stream);
@@ -82,7 +87,7 @@ pub(crate) fn connect(
 
 /// Waits for the target's answer: the RAM that the VM gets.
 fn accepted(control: &mut TcpStream, cancel: &CancelFlag) -> Result<u64, SendError> {
-    let answer = read_opening(control, ACCEPT_LIMIT, || is_cancelled(cancel))
+    let answer = read_opening(control, patience(ACCEPT_LIMIT), || is_cancelled(cancel))
         .and_then(|(preamble, body)| Answer::decode(&preamble, &body).map_err(OpeningError::Wire));
     match answer {
         Ok(Answer::Accepted { ram_bytes }) => Ok(ram_bytes),

@@ -17,8 +17,8 @@ use swapd::Placed;
 use super::{Failed, Moving, SendError};
 use crate::cancel::is_cancelled;
 use crate::limits::{
-    CANCEL_POLL, PLACEMENT_LIMIT, PLACEMENT_WINDOW, PREPARE_LIMIT, RESOLVE_EVERY, RESOLVE_LIMIT,
-    RUNNING_LIMIT, SILENCE_LIMIT,
+    CANCEL_POLL, PLACEMENT_LIMIT, PLACEMENT_WINDOW, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT,
+    SILENCE_LIMIT, patience,
 };
 use crate::link::trouble::Trouble;
 use crate::progress::Phase;
@@ -26,6 +26,7 @@ use crate::registry::Outcome;
 use crate::report::{Placement, Report};
 use crate::resolve::resolve;
 use crate::vm::VmError;
+use crate::wait::Wait;
 use crate::wire::control::{Control, MAX_STATE_BYTES, state_parts};
 
 /// What became of a commit.
@@ -95,7 +96,7 @@ fn prepare(moving: &mut Moving<'_, '_>) -> Result<Placed, Failed> {
         }
         rounds.last().await?;
         rounds.control.outbox().send(Control::Final(rounds.ship.totals())).await;
-        match rounds.watch.wait("waiting until it is prepared", PREPARE_LIMIT, rounds.control.next()).await? {
+        match rounds.hear(Wait::Prepared).await? {
             Control::Prepared(placed) => Ok(placed),
             other => Err(Trouble::Peer(format!("{other:?} instead of a word that it is prepared"))),
         }
@@ -108,7 +109,8 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
     moving.rounds.enter(Phase::HandOver);
     let paused = moving.vm.stood_still();
     let (runtime, rounds) = (moving.runtime, &mut moving.rounds);
-    let limit = Instant::now() + RUNNING_LIMIT;
+    rounds.waits(Some(Wait::Running));
+    let limit = Instant::now() + patience(RUNNING_LIMIT);
     runtime.block_on(async {
         rounds.control.outbox().send(Control::Commit { paused }).await;
         // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
@@ -123,8 +125,9 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
 }
 
 /// Asks the target's daemon until it answers, for a bounded time. A cancel ends only the asking.
-fn ask(moving: &Moving<'_, '_>) -> Option<Outcome> {
-    let deadline = Instant::now() + RESOLVE_LIMIT;
+fn ask(moving: &mut Moving<'_, '_>) -> Option<Outcome> {
+    moving.rounds.waits(Some(Wait::Resolve));
+    let deadline = Instant::now() + patience(RESOLVE_LIMIT);
     let enough = || Instant::now() >= deadline || is_cancelled(moving.rounds.watch.cancel);
     loop {
         match resolve(&moving.options.to, &moving.options.security, moving.session) {
@@ -148,6 +151,7 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
     }
     let rounds = &mut moving.rounds;
     rounds.enter(Phase::Checking);
+    rounds.waits(Some(Wait::Placement));
     moving.runtime.block_on(async {
         let life = rounds.watch.life.clone();
         let word = life.unless_failed(rounds.control.next());

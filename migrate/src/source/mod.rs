@@ -20,7 +20,7 @@ use tokio_uring::Runtime;
 use crate::cancel::CancelFlag;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
-use crate::progress::Progress;
+use crate::progress::{Phase, Progress};
 use crate::report::Report;
 use crate::session::SessionId;
 use crate::tls::{Security, TlsError};
@@ -140,8 +140,9 @@ pub fn send(
     cancel: &CancelFlag,
 ) -> Result<Report, SendError> {
     let started = Instant::now();
-    progress(Progress::connecting(handle.memory_bytes()));
-    let connected = connect::connect(options, handle.memory_bytes(), cancel)?;
+    let memory_bytes = handle.memory_bytes();
+    let waits = |wait| progress(Progress::waiting(Phase::Connecting, memory_bytes, wait));
+    let connected = connect::connect(options, memory_bytes, &waits, cancel)?;
     let runtime = Runtime::new(&tokio_uring::builder())
         .map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;
     let _tracking = Tracking::start(handle)?;

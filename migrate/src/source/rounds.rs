@@ -13,13 +13,14 @@ use super::pace::{SendRate, WriteRate};
 use super::sender;
 use super::shipment::{Lane, Parcel, RECORDS_PER_STREAM, Shipment};
 use super::tracker::Tracker;
-use crate::limits::{CANCEL_POLL, HEAT_EVERY, PREPARE_LIMIT, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT};
+use crate::limits::{CANCEL_POLL, HEAT_EVERY, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT};
 use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::link::{end, split};
 use crate::progress::{Phase, Progress};
+use crate::wait::Wait;
 use crate::wire::control::Control;
 use crate::wire::extents::stream_of;
 use crate::wire::heat;
@@ -51,6 +52,7 @@ pub(crate) struct Rounds<'a> {
     progress: &'a dyn Fn(Progress),
     phase: Phase,
     throttle: u8,
+    waiting: Option<Wait>,
     outs: Vec<mpsc::Sender<Parcel>>,
     senders: Vec<JoinHandle<()>>,
     enders: Vec<std::net::TcpStream>,
@@ -106,6 +108,7 @@ impl<'a> Rounds<'a> {
             progress,
             phase: Phase::Copying,
             throttle: 0,
+            waiting: None,
             outs,
             senders,
             enders,
@@ -186,12 +189,26 @@ impl<'a> Rounds<'a> {
             let sent = self.control.outbox().send(Control::Heat(part));
             self.watch.wait("sending the heat map", SILENCE_LIMIT, sent).await?;
         }
-        self.expect(Control::HeatTaken, "waiting for the target to take the heat map", SILENCE_LIMIT).await
+        self.expect(Control::HeatTaken, Wait::Heat).await
     }
 
-    async fn expect(&mut self, word: Control, during: &'static str, limit: Duration) -> Result<(), Trouble> {
-        let said = self.watch.wait(during, limit, self.control.next()).await?;
+    async fn expect(&mut self, word: Control, wait: Wait) -> Result<(), Trouble> {
+        let said = self.hear(wait).await?;
         if said == word { Ok(()) } else { Err(Trouble::Peer(format!("{said:?} instead of {word:?}"))) }
+    }
+
+    /// The target's next word.
+    pub(crate) async fn hear(&mut self, wait: Wait) -> Result<Control, Trouble> {
+        self.waits(Some(wait));
+        let said = self.watch.wait_for(wait, self.control.next()).await;
+        self.waits(None);
+        said
+    }
+
+    /// Says what is waited for.
+    pub(crate) fn waits(&mut self, wait: Option<Wait>) {
+        self.waiting = wait;
+        self.tell();
     }
 
     /// Looks where everything is. Sends what was never touched, and returns what is known of the other blocks.
@@ -288,7 +305,7 @@ impl<'a> Rounds<'a> {
             let sent = out.send(Parcel::RoundEnd { round, last });
             let _ = self.watch.wait(DURING, SILENCE_LIMIT, sent).await?;
         }
-        self.expect(Control::RoundDone { round }, "waiting for the round to arrive", PREPARE_LIMIT).await
+        self.expect(Control::RoundDone { round }, Wait::Round).await
     }
 
     /// Asks what was written since the last time.
@@ -332,6 +349,7 @@ impl<'a> Rounds<'a> {
             bytes_left: bytes(tracker.todo.count()),
             bytes_per_second: bytes(self.send_rate.per_s() as u64),
             throttle_percent: self.throttle,
+            waiting: self.waiting.or(self.watch.is_silent().then_some(Wait::Peer)),
         });
     }
 

@@ -23,6 +23,7 @@ use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::link::{end, split};
 use crate::progress::{Phase, Progress};
+use crate::wait::Wait;
 use crate::wire::control::{Control, Totals};
 use crate::wire::extents::Bounds;
 use crate::wire::heat::{Assembly, Part};
@@ -221,6 +222,7 @@ impl<'a> Arrival<'a> {
             bytes_left: self.hello.memory_bytes - seen,
             bytes_per_second: 0,
             throttle_percent: 0,
+            waiting: watch.is_silent().then_some(Wait::Peer),
         }
     }
 

@@ -11,11 +11,13 @@ use swapd::{EngineHandle, Placed, Run};
 
 use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
 use crate::bitmap::Bitmap;
-use crate::limits::{COMMIT_LIMIT, PLACEMENT_WINDOW};
+use crate::limits::PLACEMENT_WINDOW;
 use crate::link::trouble::Trouble;
+use crate::progress::{Phase, Progress};
 use crate::registry::{Outcome, RegistryError};
 use crate::report::{Placement, Received};
 use crate::vm::TargetVm;
+use crate::wait::Wait;
 use crate::wire::control::Control;
 
 /// From a VM that is complete here to one that runs here.
@@ -36,7 +38,8 @@ pub(super) fn run(
     // While the source gives up the name: nothing moves now, so this is what is resident at the start.
     let resident = check.map(before_start).transpose().map_err(|error| Failed::Said(error.into()))?;
     let (control, watch) = (&mut session.control, &session.watch);
-    let word = session.runtime.block_on(watch.wait("waiting for the commit", COMMIT_LIMIT, control.next()));
+    (link.progress)(Progress::waiting(Phase::HandOver, link.hello.memory_bytes, Wait::Commit));
+    let word = session.runtime.block_on(watch.wait_for(Wait::Commit, control.next()));
     let word = word.map_err(|trouble| fail(session, trouble))?;
     let Control::Commit { paused } = word else {
         return Err(fail(session, Trouble::Peer("something else than a commit or an abort".to_string())));

@@ -15,6 +15,12 @@ pub enum Request {
     Stat,
     Pause,
     Resume,
+    /// What became of a hand-over in doubt: asks the target again.
+    Resolve {
+        /// What to do if it does not answer; without it the doubt stays.
+        #[serde(default)]
+        force: Option<Force>,
+    },
     Stop,
     SetRam {
         ram_bytes: u64,
@@ -24,6 +30,16 @@ pub enum Request {
     RecordFaults {
         seconds: u64,
     },
+}
+
+/// How a doubt is to end of which its target says nothing: somebody knows what the target would say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Force {
+    /// It does not run there, and never will: it goes on here.
+    RunHere,
+    /// It runs there: it ends here.
+    Gone,
 }
 
 /// How a VM shall move away.
@@ -147,6 +163,8 @@ pub struct VmStat {
     #[serde(flatten)]
     pub memory: swapd::Stats,
     pub guest: GuestStat,
+    /// What it waits for, and how long at most.
+    pub waiting: Option<WaitStat>,
     /// The migration under way.
     pub migration: Option<MigrationStat>,
     /// How the memory was received, if it was.
@@ -180,6 +198,17 @@ pub struct MigrationStat {
     pub bytes_total: u64,
     pub bytes_per_second: u64,
     pub throttle_percent: u8,
+    pub elapsed_ms: u64,
+}
+
+/// What a VM's hand-over waits for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitStat {
+    #[serde(rename = "for")]
+    pub what: String,
+    /// The name of the limit that ends the waiting (`docs/operating.md` lists them), and its value.
+    pub limit: String,
+    pub limit_ms: u64,
     pub elapsed_ms: u64,
 }
 
