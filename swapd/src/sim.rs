@@ -346,7 +346,7 @@ impl Sim {
                 self.poisoned += 1;
             }
             Action::Wake { page } => self.wake(Run::one(page)),
-            Action::Resolved { .. } | Action::StoreRecovered => {}
+            Action::Resolved { .. } | Action::StoreRecovered | Action::Starved(_) | Action::Relieved => {}
             Action::ArmTracking => self.kernel_written.fill(false),
             Action::ScanWritten { ticket } => {
                 let written: Vec<_> = (0..self.pages)
@@ -618,8 +618,10 @@ impl Sim {
             "{frames} frames, {} on record",
             self.core.frames_taken()
         );
+        let budget = self.core.budget_frames();
+        // Once within, it stays so, even if nobody could be told.
+        self.budget_lowered &= self.core.frames_taken() > budget;
         if !self.budget_lowered {
-            let budget = self.core.budget_frames();
             assert!(self.core.frames_taken() <= budget, "frames above the budget of {budget}");
         }
     }

@@ -1,6 +1,9 @@
 //! A host of a test: a run directory, a store, and `vmemd` processes that do not outlive it.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub(crate) mod disk;
+pub(crate) mod limits;
+
 use std::cell::RefCell;
 use std::fs;
 use std::io::{BufRead, BufReader};

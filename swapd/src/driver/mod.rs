@@ -125,20 +125,13 @@ impl Driver {
     }
 
     fn io_done(&mut self, io: IoId, result: std::io::Result<()>) {
-        let error = result.err().map(|error| IoError(error.to_string()));
-        let Some((run, slots)) = self.reads.remove(&io) else {
-            if let Some(error) = &error {
-                tracing::error!(error = error.0, "write to the store failed");
-            }
+        let read = self.reads.remove(&io);
+        let error = result.err().map(|error| explain(read.is_some(), &error));
+        let Some((run, slots)) = read else {
             return self.event(Event::WriteDone { io, result: error.map_or(Ok(()), Err) });
         };
         if let Some(error) = error {
-            tracing::error!(
-                error = error.0,
-                first = run.start.0,
-                pages = run.len,
-                "read from the store failed"
-            );
+            tracing::error!(first = run.start.0, pages = run.len, "{}", error.0);
             return self.event(Event::ReadDone { io, result: Err(error) });
         }
         let mut sums = std::mem::take(&mut self.sums);
@@ -185,6 +178,7 @@ impl Driver {
         if let Ok(Response::Stats(stats)) = &mut answer {
             stats.latency_us = self.latencies.figures();
             stats.bookkeeping_bytes += ring::BYTES;
+            stats.store.oldest_ms = self.ring.oldest().as_millis() as u64;
         }
         let granted = match &answer {
             Ok(Response::Frames(slots)) => Some(*slots),
@@ -232,10 +226,9 @@ impl Driver {
             Action::Answer { ticket, answer } => self.answer(ticket, answer),
             Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error)),
             Action::StoreRecovered => (self.notify)(Notice::StoreRecovered),
-            Action::PagePoisoned(page) => {
-                tracing::error!(page = page.0, "page lost: the store does not give back what was written");
-                (self.notify)(Notice::Poisoned(page));
-            }
+            Action::Starved(error) => (self.notify)(Notice::Starved(error)),
+            Action::Relieved => (self.notify)(Notice::Relieved),
+            Action::PagePoisoned(page) => (self.notify)(Notice::Poisoned(page)),
         }
     }
 
@@ -328,6 +321,15 @@ impl Driver {
 }
 
 const NO_DIGEST: PageOut = PageOut::Moved { sum: 0, zero: false };
+
+/// What an operator is told of an operation that failed.
+fn explain(read: bool, error: &std::io::Error) -> IoError {
+    IoError(match error.raw_os_error() {
+        _ if read => format!("the store cannot be read: {error}"),
+        Some(libc::ENOSPC | libc::EDQUOT) => format!("the store is full: {error}"),
+        _ => format!("the store cannot be written: {error}"),
+    })
+}
 
 fn report(result: std::io::Result<()>, what: &str) {
     if let Err(error) = result {
