@@ -111,6 +111,12 @@ fn a_disk_that_gets_room_is_enough() {
     }
     let mut host = Host::new("room");
     let Some(disk) = file_system(&host) else { return };
+    disk.leave_free(40 * MIB);
+    let mut vm = run(&mut host, &disk.store(), "zipf");
+    host.wait_state("web", "stalled");
+    assert_eq!(host.vmemd(&["stop", "web"]).code, 0);
+    vm.ends_with(0);
+    disk.drop_ballast();
     for _ in 0..times() {
         disk.leave_free(40 * MIB);
         let mut vm = run(&mut host, &disk.store(), "zipf");

@@ -6,6 +6,7 @@ mod common;
 #[allow(dead_code, reason = "each test file uses a part")]
 mod disk;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver};
 
 use common::{Vm, store_directory};
@@ -105,4 +106,36 @@ fn bad_sectors_lose_their_pages_alone() {
     vm.handle().discard(first).unwrap();
     assert!(first.pages().all(|page| !vm.is_unreadable(page)));
     assert!(vm.stats().lost.is_empty());
+}
+
+/// A processor that cannot be stopped in the middle of an access gets the frames that it needs to come to its end, from a reserve within
+/// the budget.
+#[test]
+fn a_reserve_is_let_go_of_when_nothing_can_be_written() {
+    let directory = Directory::new("reserve");
+    let disk = match Disk::bare(&directory.0, 128 * MIB) {
+        Ok(disk) => disk,
+        Err(why) => return common::skipped(&format_args!("no loop device here: {why}")),
+    };
+    let (vm, notices) = start(&disk);
+    vm.write_all(1);
+    disk.set_writable(false);
+    let written = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            for page in 0..vm.pages() {
+                vm.write(PageNo(page), 2);
+                written.store(page, Ordering::SeqCst);
+            }
+        });
+        while !matches!(notices.recv().expect("the engine tells"), Notice::Starved(_)) {}
+        let then = written.load(Ordering::SeqCst);
+        common::Patience::default()
+            .until("the reserve is used", || (written.load(Ordering::SeqCst) >= then + 32).then_some(()));
+        let stats = vm.stats();
+        assert!(stats.frames_bytes <= stats.ram_budget_bytes && !writer.is_finished(), "{stats:?}");
+        disk.set_writable(true);
+        while !matches!(notices.recv().expect("the engine tells"), Notice::Relieved) {}
+    });
+    assert_eq!(vm.mismatches(2), 0);
 }

@@ -98,6 +98,12 @@ impl Disk {
         self.cut(bytes);
     }
 
+    /// Whether a bare device takes writes.
+    pub(crate) fn set_writable(&self, writable: bool) {
+        let how = if writable { "--setrw" } else { "--setro" };
+        run("blockdev", &[how, text(&self.device)]).expect("a device that can be set so");
+    }
+
     fn resize_image(&self, bytes: u64) {
         let image = fs::OpenOptions::new().write(true).open(&self.image).expect("the image");
         image.set_len(bytes).expect("a file system that truncates");

@@ -147,7 +147,9 @@ impl Core {
     }
 
     pub(super) fn ticks_to_retry(&self) -> u64 {
-        let until = |latch: &Latch| if latch.retrying { u64::MAX } else { latch.retry_tick - self.tick };
+        let until = |latch: &Latch| {
+            if latch.retrying { u64::MAX } else { latch.retry_tick.saturating_sub(self.tick) }
+        };
         self.latch.as_ref().map_or(u64::MAX, until).max(1)
     }
 

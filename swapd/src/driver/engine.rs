@@ -161,6 +161,7 @@ impl Engine {
                 reads: Default::default(),
                 page_outs: Vec::new(),
                 sums: Vec::new(),
+                read_error_told: None,
                 prealloc: config.prealloc,
             };
             if config.prealloc && driver.memory.is_whole() {

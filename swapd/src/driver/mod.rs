@@ -57,10 +57,14 @@ struct Driver {
     reads: HashMap<IoId, (Run, SlotRun)>,
     page_outs: Vec<PageOut>,
     sums: Vec<u64>,
+    /// When a read that failed was last logged: a disk that is gone fails all of them.
+    read_error_told: Option<Instant>,
     /// Take frames for memory when it is mapped.
     prealloc: bool,
 }
 
+/// Reads that fail are not logged more often than this.
+const READ_ERROR_EVERY: Duration = Duration::from_secs(1);
 /// Answers to requests that nobody asked the driver for.
 const NO_TICKET: Ticket = Ticket(0);
 
@@ -131,7 +135,10 @@ impl Driver {
             return self.event(Event::WriteDone { io, result: error.map_or(Ok(()), Err) });
         };
         if let Some(error) = error {
-            tracing::error!(first = run.start.0, pages = run.len, "{}", error.0);
+            if self.read_error_told.is_none_or(|told| told.elapsed() >= READ_ERROR_EVERY) {
+                tracing::error!(first = run.start.0, pages = run.len, "{}", error.0);
+                self.read_error_told = Some(Instant::now());
+            }
             return self.event(Event::ReadDone { io, result: Err(error) });
         }
         let mut sums = std::mem::take(&mut self.sums);
