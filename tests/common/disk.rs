@@ -8,6 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// A loop device of a test, which goes with it.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub(crate) struct Disk {
     /// `/dev/loopN`.
     device: PathBuf,
     mount: Option<PathBuf>,
+    /// Bytes free when there was nothing on it.
+    room: u64,
 }
 
 impl Disk {
@@ -28,7 +31,7 @@ impl Disk {
         let file = fs::File::create(&image).map_err(|error| error.to_string())?;
         file.set_len(bytes).map_err(|error| error.to_string())?;
         let device = run("losetup", &["--find", "--show", "--direct-io=on", text(&image)])?;
-        Ok(Disk { image, device: device.into(), mount: None })
+        Ok(Disk { image, device: device.into(), mount: None, room: 0 })
     }
 
     /// With a file system on it, mounted, without a journal: what fails is what is asked of it.
@@ -42,6 +45,7 @@ impl Disk {
         fs::create_dir_all(&mount).map_err(|error| error.to_string())?;
         run("mount", &[text(&disk.device), text(&mount)])?;
         disk.mount = Some(mount);
+        disk.room = disk.free_bytes();
         Ok(disk)
     }
 
@@ -61,8 +65,14 @@ impl Disk {
         df.lines().last().and_then(|line| line.trim().parse().ok()).expect("df prints a number")
     }
 
-    /// Fills the file system with ballast until so many bytes are free.
+    /// Fills the empty file system with ballast until so many bytes are free.
     pub(crate) fn leave_free(&self, bytes: u64) {
+        // A process that has ended may still have its file: the kernel closes what an io_uring used by and by.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.free_bytes() < self.room {
+            assert!(Instant::now() < deadline, "the last store stays");
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let length = self.free_bytes().saturating_sub(bytes).to_string();
         run("fallocate", &["-l", &length, text(&self.ballast())]).expect("the ballast fits");
     }

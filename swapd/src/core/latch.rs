@@ -66,8 +66,11 @@ impl Core {
         self.latch.as_ref().map(|latch| CommandError::Store(latch.reason.clone()))
     }
 
-    /// Frames that pages can have: all of the budget but what is left of the reserve.
+    /// Frames that pages can have: all of the budget but what is left of the reserve. (A VM that arrives runs no vCPUs.)
     pub(super) fn limit(&self) -> u64 {
+        if self.receiving.is_some() {
+            return self.budget;
+        }
         let dripped = self.latch.as_ref().map_or(0, |latch| latch.dripped);
         self.budget.saturating_sub(u64::from(self.marks.reserve).saturating_sub(dripped))
     }
