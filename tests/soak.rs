@@ -134,8 +134,19 @@ impl World {
 
     fn start_vm(&mut self, name: &str, guest: &str, at: usize) {
         let side = &mut self.sides[at];
-        let args =
-            ["run", "--name", name, "--memory", MEMORY, "--ram", "20M", "--guest", guest, "--store", &side.store];
+        let args = [
+            "run",
+            "--name",
+            name,
+            "--memory",
+            MEMORY,
+            "--ram",
+            "20M",
+            "--guest",
+            guest,
+            "--store",
+            &side.store,
+        ];
         let running = side.host.start(&args);
         side.host.wait_state(name, "running");
         self.started.retain_mut(|running| lives(running.pid()));
@@ -151,7 +162,10 @@ impl World {
                 let rows = rows(&side.host);
                 found.extend(rows.into_iter().filter(|row| row["name"] == name).map(|row| (at, row)));
             }
-            found.iter().all(|(_, row)| !open.contains(&row["state"].as_str().expect("a state"))).then_some(found)
+            found
+                .iter()
+                .all(|(_, row)| !open.contains(&row["state"].as_str().expect("a state")))
+                .then_some(found)
         });
         assert!(found.len() <= 1, "{name} runs twice: {found:?}");
         let (at, row) = found.first()?;
@@ -183,7 +197,8 @@ impl World {
     /// Migrates, perhaps with a fault. Returns where the VM is then.
     fn migrate(&mut self, name: &str, from: usize, fault: Option<Fault>) -> Option<usize> {
         let to = 1 - from;
-        let row = rows(&self.sides[from].host).into_iter().find(|row| row["name"] == name).expect("it is there");
+        let row =
+            rows(&self.sides[from].host).into_iter().find(|row| row["name"] == name).expect("it is there");
         let (source, daemon) = (pid(&row), self.sides[to].daemon.pid());
         let settled: Vec<u32> = rows(&self.sides[to].host).iter().map(pid).collect();
         let arriving = self.sides[to].host.processes();
@@ -192,7 +207,10 @@ impl World {
         let then = move || match fault {
             Some(Fault::KillSource) => kill(source),
             Some(Fault::KillTarget) => {
-                common::processes_of(&root).into_iter().filter(|pid| !bystanders.contains(pid)).for_each(kill);
+                common::processes_of(&root)
+                    .into_iter()
+                    .filter(|pid| !bystanders.contains(pid))
+                    .for_each(kill);
             }
             Some(Fault::KillDaemon) => kill(daemon),
             _ => {}
@@ -206,9 +224,10 @@ impl World {
         let at = match fault {
             None => At::Byte(u64::MAX),
             // Half of them in the hand-over, where it matters most.
-            Some(_) if self.random.below(2) == 0 => {
-                At::Word(self.random.of(&[Word::State, Word::Final, Word::Prepared, Word::Commit, Word::Running]), 1)
-            }
+            Some(_) if self.random.below(2) == 0 => At::Word(
+                self.random.of(&[Word::State, Word::Final, Word::Prepared, Word::Commit, Word::Running]),
+                1,
+            ),
             Some(_) => At::Byte(self.random.below(50 * MIB)),
         };
         let proxy = &self.sides[to].proxy;
@@ -236,7 +255,13 @@ impl World {
             (None, _) | (_, None) => "migrated".to_owned(),
             (Some(fault), _) => format!("migration with {fault:?}"),
         };
-        let end = if place.is_none() { "killed with who had it" } else if place == Some(to) { "there" } else { "here" };
+        let end = if place.is_none() {
+            "killed with who had it"
+        } else if place == Some(to) {
+            "there"
+        } else {
+            "here"
+        };
         self.count(format!("{how}: {end}"));
         place
     }
@@ -265,7 +290,11 @@ impl World {
             .collect();
         let stat = self.sides[1].host.stat(STAYS).expect("it stays");
         let frames = stat["frames_bytes"].as_u64().expect("its frames");
-        all.push((STAYS.to_owned(), anonymous_bytes(pid(&stat)).saturating_sub(frames), open_files(pid(&stat))));
+        all.push((
+            STAYS.to_owned(),
+            anonymous_bytes(pid(&stat)).saturating_sub(frames),
+            open_files(pid(&stat)),
+        ));
         all
     }
 }
@@ -273,7 +302,9 @@ impl World {
 #[test]
 fn nothing_is_lost_for_as_long_as_it_takes() {
     let minutes = std::env::var("VMEMD_SOAK_MINUTES").ok().and_then(|minutes| minutes.parse::<u64>().ok());
-    let Some(minutes) = minutes else { return skipped(&"runs for as long as VMEMD_SOAK_MINUTES says: scripts/soak") };
+    let Some(minutes) = minutes else {
+        return skipped(&"runs for as long as VMEMD_SOAK_MINUTES says: scripts/soak");
+    };
     if cannot_run_vms() {
         return;
     }
@@ -285,8 +316,14 @@ fn nothing_is_lost_for_as_long_as_it_takes() {
     }
     let disk = disk.ok();
     let sides = [Side::new(disk.as_ref()), Side::new(None)];
-    let mut world =
-        World { sides, disk, random: Random(seed), started: Vec::new(), counts: BTreeMap::new(), verified: 0 };
+    let mut world = World {
+        sides,
+        disk,
+        random: Random(seed),
+        started: Vec::new(),
+        counts: BTreeMap::new(),
+        verified: 0,
+    };
     let names: Vec<String> = (0..GUESTS.len()).map(|number| format!("vm{number}")).collect();
     let mut at: Vec<usize> = (0..GUESTS.len()).map(|number| number % 2).collect();
     for (number, name) in names.iter().enumerate() {
@@ -331,7 +368,14 @@ fn nothing_is_lost_for_as_long_as_it_takes() {
     println!("seed {seed}, {minutes} minutes, {} times verified, 0 mismatched pages", world.verified);
     world.counts.iter().for_each(|(what, times)| println!("{times:6} x {what}"));
     for (before, after) in first.expect("more than a moment").iter().zip(world.footprint()) {
-        println!("{}: {} KiB, {} files, then {} KiB, {} files", before.0, before.1 >> 10, before.2, after.1 >> 10, after.2);
+        println!(
+            "{}: {} KiB, {} files, then {} KiB, {} files",
+            before.0,
+            before.1 >> 10,
+            before.2,
+            after.1 >> 10,
+            after.2
+        );
         assert!(after.1 < before.1 + GROWTH_MAX, "{} has grown", before.0);
         assert!(after.2 <= before.2 + 4, "{} keeps files open", before.0);
     }

@@ -22,6 +22,9 @@ pub struct Report {
     pub pages_ram: u64,
     pub pages_store: u64,
     pub pages_zero: u64,
+    /// That the store here did not give back: a touch there is a memory error.
+    #[serde(default)]
+    pub pages_lost: u64,
     pub pageins_during: u64,
     pub pageouts_during: u64,
     pub throttle_max_percent: u8,

@@ -67,21 +67,28 @@ impl Vm {
             return crate::doubt::resume(self);
         }
         self.must_be_here("resume")?;
-        if self.core(|core| core.stalled.is_some()) {
-            self.memory()?.engine()?.retry_store().map_err(|error| {
-                let failure = Failure::from(error);
-                Failure::new(
-                    failure.kind,
-                    format!(
-                        "{:?} still cannot go on: {failure}; give its store room, then resume again",
-                        self.facts.name
-                    ),
-                )
-            })?;
-            self.core(|core| core.stalled = None);
+        // Even if it cannot go on yet: it is to, as soon as it can.
+        let stalled = self.core(|core| {
+            core.paused = false;
+            core.stalled.is_some()
+        });
+        if let Ok(engine) = self.memory()?.engine()
+            && let Err(error) = engine.retry_store()
+            && stalled
+        {
+            let failure = Failure::from(error);
+            let text = format!(
+                "{:?} still cannot go on: {failure}; it does by itself when its store takes writes",
+                self.facts.name
+            );
+            return Err(Failure::new(failure.kind, text));
         }
-        self.guest(|guest| guest.resume())?;
-        self.core(|core| core.paused = false);
+        self.guest(|guest| {
+            // Under the guest's lock, so that a migration which begins now pauses it later than this.
+            self.must_be_here("resume")?;
+            guest.resume()
+        })?;
+        self.core(|core| (core.stalled, core.paused) = (None, false));
         info!(vm = %self.facts.name, "resumed");
         self.done("running")
     }
@@ -93,7 +100,13 @@ impl Vm {
         if ram_bytes > before {
             crate::host::need_free_ram(ram_bytes - before, "a larger budget")?;
         }
-        engine.set_budget(ram_bytes)?;
+        engine.set_budget(ram_bytes).map_err(|error| match error {
+            swapd::CommandError::Store(reason) => {
+                let text = format!("{reason}; its RAM shrinks to the new budget when the store takes writes");
+                Failure::new(Kind::Resources, text)
+            }
+            error => error.into(),
+        })?;
         info!(vm = %self.facts.name, ram_bytes, "budget changed");
         Ok(json!({ "name": self.facts.name, "ram_budget_bytes": engine.stats()?.ram_budget_bytes }))
     }

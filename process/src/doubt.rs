@@ -139,6 +139,7 @@ fn come_back(vm: &Vm, forced: bool) -> Result<&'static str, Failure> {
         (core.phase, core.waiting) = (Phase::Here, None);
         core.paused
     });
+    vm.go_on();
     resumed.map_err(|error| {
         Failure::new(Kind::Vm, format!("{name:?} is here, and could not be resumed: {error}"))
     })?;

@@ -116,7 +116,6 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     }
     vm.core(|core| {
         let why = match &core.phase {
-            Phase::Here if core.stalled.is_some() => "its store failed: `vmemd resume` it first",
             Phase::Here => {
                 vm.cancel.store(false, Ordering::SeqCst);
                 core.phase = Phase::Migrating;
@@ -206,12 +205,16 @@ fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) 
         Err(_) => Phase::Here,
     };
     vm.core(|core| (core.phase, core.migration, core.waiting) = (phase, None, None));
+    vm.go_on();
     // Only now: whatever becomes of the log, the VM is where it is.
     let name = &vm.facts.name;
     match result {
         Ok(report) => {
             let _ = vm.events.send(Event::Moved);
             info!(vm = %name, to, downtime_ms = report.downtime_ms, "moved");
+            if report.pages_lost > 0 {
+                warn!(vm = %name, pages = report.pages_lost, "lost: the store did not give them back, and a touch of them is a memory error there");
+            }
         }
         Err(error) => warn!(vm = %name, to, %error, "not moved: it stays here"),
     }
@@ -231,6 +234,7 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
             if still_here {
                 let stays = match vm.guest_failure() {
                     Some(_) => "stays here, failed",
+                    None if vm.core(|core| core.stalled.is_some()) => "stays here, stalled",
                     None if vm.core(|core| core.paused) => "stays paused here",
                     None => "runs on here",
                 };
@@ -286,7 +290,7 @@ impl SourceVm for Leaving<'_> {
     fn pause(&mut self) -> Result<(), VmError> {
         let runs = self.vm.guest(|guest| guest.runs()).map_err(text)?;
         // By whatever means, such as a monitor of its user's.
-        self.vm.core(|core| core.paused |= !runs && core.stalled.is_none());
+        self.vm.core(|core| core.paused |= !runs && !core.stalled.as_ref().is_some_and(|stall| stall.ran));
         self.paused = true;
         self.vm.guest(|guest| guest.pause()).map_err(text)
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use migrate::tls::Security;
 use migrate::{SessionId, Wait};
+use swapd::stats::StoreCounts;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
@@ -41,6 +42,9 @@ pub struct Facts {
     pub offer: Option<String>,
 }
 
+/// Without an answer for so long, `stat` says that the store does not give one.
+const STORE_SILENCE_MS: u64 = 5000;
+
 /// Where the VM is in its life.
 #[derive(Clone, Debug)]
 pub(crate) enum Phase {
@@ -61,14 +65,24 @@ pub(crate) enum Phase {
     },
 }
 
+/// A VM that is paused because it needs frames and its store takes no writes.
+#[derive(Clone, Debug)]
+pub(crate) struct Stall {
+    reason: String,
+    /// It ran until then: it goes on by itself.
+    pub(crate) ran: bool,
+    /// There are frames again, but a migration had the VM then.
+    relieved: bool,
+}
+
 /// What changes, under one lock. Nothing slow is done while it is held.
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) phase: Phase,
     /// By the user.
     pub(crate) paused: bool,
-    /// The store's failure that made it stand still.
-    pub(crate) stalled: Option<String>,
+    /// It stands still for want of RAM, because its store takes no writes.
+    pub(crate) stalled: Option<Stall>,
     pub(crate) migration: Option<MigrationStat>,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
@@ -228,7 +242,7 @@ impl Vm {
         };
         let seen = self.seen();
         Ok(self.core(|core| {
-            let (state, reason) = state_of(core, seen.failed);
+            let (state, reason) = state_of(core, seen.failed, &memory.store);
             VmStat {
                 name: self.facts.name.clone(),
                 state,
@@ -250,36 +264,105 @@ impl Vm {
 
     /// The engine has something to say.
     pub(crate) fn notice(&self, notice: Notice) {
+        let name = &self.facts.name;
         match notice {
             Notice::StoreFailed(reason) => {
-                warn!(vm = %self.facts.name, %reason, "the store failed: the VM is paused; `vmemd resume` tries again");
-                self.core(|core| core.stalled = Some(reason));
-                // vCPUs whose faults cannot be served stop by themselves when they are: an error here is no news.
-                if let Err(error) = self.guest(|guest| guest.pause()) {
-                    info!(vm = %self.facts.name, %error, "while pausing the stalled VM");
-                }
+                warn!(vm = %name, "{reason}: what the VM changes stays in RAM, and is written as soon as that works");
             }
-            Notice::StoreRecovered => info!(vm = %self.facts.name, "the store works again"),
+            Notice::StoreRecovered => info!(vm = %name, "the store takes writes again: nothing was lost"),
+            Notice::Starved(reason) => self.stall(reason),
+            Notice::Relieved => {
+                self.core(|core| core.stalled.as_mut().map(|stall| stall.relieved = true));
+                self.go_on();
+            }
             Notice::Poisoned(page) => {
-                warn!(vm = %self.facts.name, %page, "lost: the guest gets a memory error when it touches it");
+                warn!(vm = %name, page = page.0, "lost: the store does not give back what was written; the guest gets a memory error if it touches that page");
+            }
+        }
+    }
+
+    /// Pauses the VM rather than let it hang.
+    fn stall(&self, reason: String) {
+        let name = &self.facts.name;
+        warn!(vm = %name, "{reason}: the VM is paused, for it needs RAM and nothing can leave it; it goes on by itself when that works again");
+        // Before it is paused: who finds it so is to know why.
+        let migrating = self.core(|core| {
+            core.stalled = Some(Stall { reason, ran: true, relieved: false });
+            matches!(core.phase, Phase::Migrating)
+        });
+        let paused = self.guest(|guest| {
+            // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
+            if !migrating && guest.runs().is_ok_and(|runs| !runs) {
+                self.core(|core| core.stalled.as_mut().map(|stall| stall.ran = false));
+                return Ok(());
+            }
+            guest.pause()
+        });
+        // A vCPU that waits for a page stops behind that.
+        if let Err(error) = paused {
+            info!(vm = %name, %error, "while pausing the VM");
+        }
+    }
+
+    /// Lets a VM go on that stood still for want of frames and has them again, unless somebody else has it or wants it to
+    /// stand still.
+    pub(crate) fn go_on(&self) {
+        let may = |core: &mut Core| {
+            let relieved = core.stalled.as_ref().is_some_and(|stall| stall.relieved);
+            relieved && matches!(core.phase, Phase::Here)
+        };
+        if !self.core(may) {
+            return;
+        }
+        let gone_on = self.guest(|guest| {
+            // Under the guest's lock, so that a migration which begins now pauses it later than this.
+            let go = self.core(|core| {
+                let stall = if may(core) { core.stalled.take() } else { None };
+                stall.is_some_and(|stall| stall.ran && !core.paused)
+            });
+            if go { guest.resume().map(|()| true) } else { Ok(false) }
+        });
+        match gone_on {
+            Ok(true) => info!(vm = %self.facts.name, "it goes on"),
+            Ok(false) => {}
+            Err(error) => {
+                warn!(vm = %self.facts.name, %error, "it could go on, but does not: `vmemd resume` it");
+                self.core(|core| core.paused = true);
             }
         }
     }
 }
 
-fn state_of(core: &Core, failed: Option<String>) -> (State, Option<String>) {
-    match (&core.phase, failed, &core.stalled) {
-        (Phase::Moved { .. }, _, _) => (State::Moved, None),
-        (Phase::Arriving, _, _) => (State::Arriving, None),
-        (Phase::InDoubt { session, to, said, .. }, _, _) => (
+fn state_of(core: &Core, failed: Option<String>, store: &StoreCounts) -> (State, Option<String>) {
+    let stalled = core.stalled.as_ref().map(|stall| {
+        let reason = &stall.reason;
+        format!(
+            "{reason}; it goes on by itself when the store takes writes; it may also get more RAM, or migrate"
+        )
+    });
+    match (&core.phase, failed) {
+        (Phase::Moved { .. }, _) => (State::Moved, None),
+        (Phase::Arriving, _) => (State::Arriving, None),
+        (Phase::InDoubt { session, to, said, .. }, _) => (
             State::InDoubt,
             Some(format!("it may run at {to} (session {session}; {said}): see `vmemd resolve`")),
         ),
-        (_, Some(reason), _) => (State::Failed, Some(reason)),
-        (_, None, Some(reason)) => (State::Stalled, Some(reason.clone())),
-        (Phase::Migrating, None, None) => (State::Migrating, None),
-        (Phase::Here, None, None) if core.paused => (State::Paused, None),
-        (Phase::Here, None, None) => (State::Running, None),
+        (_, Some(reason)) => (State::Failed, Some(reason)),
+        (Phase::Migrating, None) => (State::Migrating, stalled.or_else(|| trouble(store))),
+        (Phase::Here, None) if stalled.is_some() => (State::Stalled, stalled),
+        (Phase::Here, None) if core.paused => (State::Paused, trouble(store)),
+        (Phase::Here, None) => (State::Running, trouble(store)),
+    }
+}
+
+/// What is wrong with the store of a VM that can do with it for now.
+fn trouble(store: &StoreCounts) -> Option<String> {
+    match &store.failed {
+        Some(reason) => Some(format!("{reason}; as long as that lasts it has only its RAM")),
+        None if store.oldest_ms >= STORE_SILENCE_MS => {
+            Some(format!("the store has not answered for {} s", store.oldest_ms / 1000))
+        }
+        None => None,
     }
 }
 

@@ -114,6 +114,9 @@ fn summary(report: &Value) -> String {
         number("pageins_during"),
         number("pageouts_during"),
     );
+    if number("pages_lost") > 0 {
+        text += &format!("\n  lost       {} pages: the store did not give them back", number("pages_lost"));
+    }
     if number("throttle_max_percent") > 0 {
         text += &format!("\n  throttle   up to {} %", number("throttle_max_percent"));
     }

@@ -167,7 +167,7 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
         ],
     );
     if memory.poisoned_pages > 0 {
-        row("lost", &[format!("{} pages", memory.poisoned_pages)]);
+        row("lost", &[lost(memory)]);
     }
     if let Some(waiting) = &stat.waiting {
         let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1000.0);
@@ -185,4 +185,20 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
         );
     }
     text
+}
+
+/// How many pages are lost, and which.
+fn lost(memory: &swapd::Stats) -> String {
+    const SHOWN: usize = 8;
+    let shown = memory.lost.iter().take(SHOWN);
+    let mut runs: Vec<String> = shown
+        .map(|run| match run.pages {
+            1 => run.first.to_string(),
+            pages => format!("{}-{}", run.first, run.first + pages - 1),
+        })
+        .collect();
+    if memory.lost.len() > SHOWN {
+        runs.push("…".to_owned());
+    }
+    format!("{} pages: {}", memory.poisoned_pages, runs.join(", "))
 }

@@ -25,7 +25,7 @@ pub enum CommandError {
     BudgetTooLarge { asked: u64, memory: u64 },
     #[error("{0} is not within the VM's memory")]
     OutOfRange(PageNo),
-    #[error("the store failed: {0}")]
+    #[error("{0}")]
     Store(String),
     #[error("{0}")]
     NotNow(&'static str),
@@ -344,7 +344,10 @@ impl EngineHandle {
         self.call(Request::ResidentMap, runs)
     }
 
-    /// Unlatches a store whose write failed, and writes again what is waiting.
+    /// Writes again what a store refused, if it did, and answers when all of it is written.
+    ///
+    /// # Errors
+    /// [`CommandError::Store`] if it is refused again.
     pub fn retry_store(&self) -> Result<(), CommandError> {
         self.call(Request::RetryStore, done)
     }

@@ -111,6 +111,7 @@ pub struct Sim {
     next_value: u64,
     budget_lowered: bool,
     store_failures: u64,
+    starved: bool,
     poisoned: u64,
     hot_page: u64,
     granted: Vec<SlotRun>,
@@ -174,6 +175,7 @@ impl Sim {
             next_value: 1,
             budget_lowered: false,
             store_failures: 0,
+            starved: false,
             poisoned: 0,
             hot_page: 0,
             granted: Vec::new(),
@@ -347,6 +349,8 @@ impl Sim {
             }
             Action::Wake { page } => self.wake(Run::one(page)),
             Action::Resolved { .. } | Action::StoreRecovered => {}
+            Action::Starved(_) => assert!(!std::mem::replace(&mut self.starved, true), "told twice"),
+            Action::Relieved => assert!(std::mem::take(&mut self.starved), "relieved of nothing"),
             Action::ArmTracking => self.kernel_written.fill(false),
             Action::ScanWritten { ticket } => {
                 let written: Vec<_> = (0..self.pages)
@@ -618,8 +622,10 @@ impl Sim {
             "{frames} frames, {} on record",
             self.core.frames_taken()
         );
+        let budget = self.core.budget_frames();
+        // Once within, it stays so, even if nobody could be told.
+        self.budget_lowered &= self.core.frames_taken() > budget;
         if !self.budget_lowered {
-            let budget = self.core.budget_frames();
             assert!(self.core.frames_taken() <= budget, "frames above the budget of {budget}");
         }
     }
@@ -664,6 +670,7 @@ impl Sim {
             let waiting = self.awake.iter().any(|awake| !awake);
             if !waiting && self.flights.is_empty() && self.asked.is_empty() && self.faults.is_empty() {
                 assert_eq!(self.core.faults_waiting(), 0);
+                assert!(!self.starved, "nobody says that there are frames again");
                 return;
             }
             self.deliver_fault();

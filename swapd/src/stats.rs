@@ -15,6 +15,9 @@ pub struct Stats {
     pub stored_bytes: u64,
     pub untouched_bytes: u64,
     pub poisoned_pages: u64,
+    /// Which these are: the first [`LOST_RUNS_MAX`] runs.
+    #[serde(default)]
+    pub lost: Vec<LostRun>,
     /// What the engine itself takes beside the frames, once all memory has been touched: page table, checksums, staging books,
     /// the ring. Of a 1 GiB VM 0.30 to 0.33 %, of a large one 0.25 %; see `docs/engine.md`.
     #[serde(default)]
@@ -25,6 +28,16 @@ pub struct Stats {
     pub sampling: SamplingCounts,
     pub store: StoreCounts,
     pub latency_us: Latencies,
+}
+
+/// Runs of lost pages that are listed.
+pub const LOST_RUNS_MAX: usize = 64;
+
+/// Neighbouring pages whose content is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostRun {
+    pub first: u64,
+    pub pages: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -71,6 +84,9 @@ pub struct StoreCounts {
     pub checksum_mismatches: u64,
     /// The store is latched: nothing is written until it is retried. Holds the reason.
     pub failed: Option<String>,
+    /// Age of the oldest operation under way, 0 without one. Seconds of it mean that the device does not answer.
+    #[serde(default)]
+    pub oldest_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]

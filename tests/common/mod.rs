@@ -1,6 +1,9 @@
 //! A host of a test: a run directory, a store, and `vmemd` processes that do not outlive it.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub(crate) mod disk;
+pub(crate) mod limits;
+
 use std::cell::RefCell;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -266,18 +269,22 @@ impl Host {
 
     /// Living vmemd processes of this host: those with its directory among their arguments or in their environment.
     pub(crate) fn processes(&self) -> Vec<u32> {
-        let root = self.root.display().to_string();
-        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        pids.filter(|pid| *pid != std::process::id() && lives(*pid))
-            .filter(|pid| {
-                ["cmdline", "environ"].iter().any(|file| {
-                    let text = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
-                    String::from_utf8_lossy(&text).contains(&root)
-                })
-            })
-            .collect()
+        processes_of(&self.root.display().to_string())
     }
+}
+
+/// Living processes with this directory among their arguments or in their environment.
+pub(crate) fn processes_of(root: &str) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| *pid != std::process::id() && lives(*pid))
+        .filter(|pid| {
+            ["cmdline", "environ"].iter().any(|file| {
+                let text = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+                String::from_utf8_lossy(&text).contains(root)
+            })
+        })
+        .collect()
 }
 
 impl Drop for Host {

@@ -4,6 +4,7 @@
 //! work on the same page in one round: a page is taken from the tracker before anything else happens to it.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use swapd::digest::page_sum;
 use swapd::{PAGE_SIZE, PageNo, Piece, Place, Run, answered};
@@ -13,6 +14,12 @@ use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
 use crate::link::trouble::Trouble;
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
+
+/// How often a page that could not be read is read once more.
+const REREADS: u32 = 3;
+const REREAD_EVERY: Duration = Duration::from_millis(300);
+/// In a session it is not waited between them more often than that: a disk that is gone gives nothing back.
+pub(crate) const REREAD_WAITS: u32 = 32;
 
 /// One record in the making, and the pages found on the way that have no content.
 struct Filler {
@@ -149,7 +156,7 @@ impl Filler {
             if !self.read(wanted, sum_of).await {
                 // One page that cannot be read does not spoil its neighbours.
                 for page in wanted.pages() {
-                    if !self.read(Run::one(page), sum_of).await {
+                    if !self.read_again(page, sum_of).await {
                         self.lose(page);
                     }
                 }
@@ -182,39 +189,50 @@ impl Filler {
         wanted
     }
 
-    /// Reads pages from the store behind the record's last. False: the device said no, and nothing was added.
+    /// Reads pages from the store behind the record's last. False: they are not there, or not all of them as they were
+    /// written, and nothing was added.
     async fn read(&mut self, run: Run, sum_of: impl Fn(PageNo) -> u64) -> bool {
         let region = self.record.tail(run.len);
         let (result, mut region) = self.ship.store.read_exact_at(region, run.start.offset()).await;
         if let Err(error) = result {
-            tracing::warn!(%error, ?run, "the store could not be read");
+            if self.ship.patience.get() > 0 {
+                tracing::warn!(%error, ?run, "the store cannot be read");
+            }
             return false;
         }
         self.ship.handle.decrypt(run, region.bytes_mut());
-        let bad: Vec<PageNo> = run
-            .pages()
-            .zip(region.bytes().chunks_exact(PAGE_SIZE))
-            .filter_map(|(page, bytes)| (page_sum(page, bytes) != sum_of(page)).then_some(page))
-            .collect();
+        let pages = run.pages().zip(region.bytes().chunks_exact(PAGE_SIZE));
+        let good = pages.into_iter().all(|(page, bytes)| page_sum(page, bytes) == sum_of(page));
         drop(region);
-        let mut gap = 0;
-        for page in run.pages() {
-            if bad.contains(&page) {
-                self.lose(page);
-                gap += 1;
-                continue;
-            }
-            if gap > 0 {
-                self.record.close_gap(gap);
-            }
-            self.record.keep(page, sum_of(page));
+        if good {
+            run.pages().for_each(|page| self.record.keep(page, sum_of(page)));
         }
-        true
+        good
+    }
+
+    /// Reads a page that was bad, again and again for a while, as the engine does: the device may have had a hiccup.
+    async fn read_again(&mut self, page: PageNo, sum_of: impl Fn(PageNo) -> u64) -> bool {
+        for _ in 0..REREADS {
+            if self.read(Run::one(page), &sum_of).await {
+                return true;
+            }
+            match self.ship.patience.get() {
+                0 => {}
+                left => {
+                    self.ship.patience.set(left - 1);
+                    tokio::time::sleep(REREAD_EVERY).await;
+                }
+            }
+        }
+        false
     }
 
     /// The content is gone: the target poisons the page, as the engine here will when it is touched.
     fn lose(&mut self, page: PageNo) {
-        tracing::warn!(%page, "a stored page does not have its checksum: it moves as a poisoned page");
+        // Where nearly everything is lost, a line for each would tell no more.
+        if self.ship.patience.get() > 0 {
+            tracing::warn!(%page, "the store does not give back what was written: it moves as a lost page");
+        }
         self.ship.tracker.borrow_mut().unsent(page);
         push(&mut self.poisoned, page);
     }

@@ -196,6 +196,7 @@ fn report(moving: &Moving<'_, '_>, placed: Option<Placed>, downtime: Duration) -
         pages_ram: counts.pages_ram,
         pages_store: counts.pages_store,
         pages_zero: counts.pages_zero,
+        pages_lost: moving.rounds.ship.totals().poisoned,
         pageins_during: counts.pageins,
         pageouts_during: counts.pageouts,
         throttle_max_percent: moving.throttle_max,

@@ -93,14 +93,6 @@ impl Record {
         unsafe { self.buffer.region(from, from + pages as usize * PAGE_SIZE) }
     }
 
-    /// Moves the page that is `gap` pages behind the record's end to that end: those between them were left out.
-    pub(crate) fn close_gap(&mut self, gap: u32) {
-        assert!(gap < self.room(), "a gap of {gap} pages behind {} pages", self.pages());
-        let (from, to) = (self.at(self.pages() + gap), self.at(self.pages()));
-        // SAFETY: both are whole pages of our buffer, with no operation in flight on it.
-        unsafe { std::ptr::copy(self.buffer.base().add(from), self.buffer.base().add(to), PAGE_SIZE) };
-    }
-
     /// Seals the record: the bytes to send.
     pub(crate) fn seal(&mut self, sequence: &mut Sequence) -> Region<Rc<Pages>> {
         let meta_bytes = 8 * (self.runs.len() + self.sums.len());

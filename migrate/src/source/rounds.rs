@@ -84,6 +84,7 @@ impl<'a> Rounds<'a> {
             tracker: Tracker::new(swapd::units::pages_in(handle.memory_bytes())).into(),
             lanes: connected.streams.iter().map(|_| Lane::new()).collect(),
             pages_sent: Default::default(),
+            patience: super::filler::REREAD_WAITS.into(),
         });
         let lanes = [WireLane::ToSource, WireLane::ToTarget];
         let control = ControlLink::start(connected.control, session, lanes, life).map_err(&link)?;

@@ -26,6 +26,8 @@ pub(crate) struct Shipment {
     pub(crate) lanes: Vec<Lane>,
     /// Pages whose content was sent since this was last reset.
     pub(crate) pages_sent: Cell<u64>,
+    /// How often it will still be waited for a store that does not give a page.
+    pub(crate) patience: Cell<u32>,
 }
 
 /// One data stream's share.

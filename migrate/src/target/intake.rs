@@ -32,7 +32,7 @@ pub(crate) struct Lane {
 /// Runs until the stream's last round has ended, or the session fails.
 pub(crate) async fn run(inlet: Inlet, mut lane: Lane, mut sink: Sink) {
     let result = receive(&inlet, &mut lane, &mut sink).await;
-    let closed = sink.close().await;
+    let closed = sink.rest().await;
     match result.and_then(|last| closed.map(|()| last)) {
         // Said only now, when every frame is back.
         Ok(last) => {
@@ -80,6 +80,7 @@ async fn receive(inlet: &Inlet, lane: &mut Lane, sink: &mut Sink) -> Result<Roun
                 if end.last {
                     return Ok(end);
                 }
+                sink.rest().await?;
                 // Nobody listens any more if the session has failed.
                 let _ = lane.ends.send(end).await;
             }

@@ -75,10 +75,11 @@ impl Sink {
         Ok(())
     }
 
-    /// Nothing more comes: gives back what was granted.
-    pub(crate) async fn close(self) -> Result<(), Trouble> {
+    /// Nothing more comes for now: gives back what was granted. Another stream may have to wait for it, of whose round this one's next
+    /// page must wait for the end.
+    pub(crate) async fn rest(&mut self) -> Result<(), Trouble> {
         match self {
-            Sink::Engine(sink) => sink.close().await,
+            Sink::Engine(sink) => sink.rest().await,
             Sink::Plain(_) => Ok(()),
         }
     }
@@ -199,7 +200,7 @@ impl EngineSink {
         }
     }
 
-    async fn close(mut self) -> Result<(), Trouble> {
+    async fn rest(&mut self) -> Result<(), Trouble> {
         if let Some(mut coming) = self.coming.take() {
             coming.close();
             // It may have been answered before it was closed.

@@ -107,11 +107,11 @@ fn start_engine(bytes: u64, ram: u64, store: &Path, encrypt: bool) -> Result<Eng
 /// Threads that touch memory would wait for ever, or be killed by a signal: better say why, and end.
 fn end_on_failure(notice: Notice) {
     let failure = match notice {
-        Notice::StoreFailed(reason) => Failure::new(Kind::Resources, format!("the store failed: {reason}")),
+        Notice::StoreFailed(reason) => Failure::new(Kind::Resources, reason),
         Notice::Poisoned(page) => {
             Failure::new(Kind::Vm, format!("{page} is lost: the store gave wrong content"))
         }
-        Notice::StoreRecovered => return,
+        Notice::StoreRecovered | Notice::Starved(_) | Notice::Relieved => return,
     };
     super::say(&chain(&failure));
     std::process::exit(i32::from(failure.kind.exit_code()));

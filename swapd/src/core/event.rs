@@ -189,7 +189,12 @@ pub enum Action {
         ticket: Ticket,
         answer: Result<Response, CommandError>,
     },
+    /// A write failed: nothing more is written until a retry succeeds.
     StoreFailed(String),
     StoreRecovered,
+    /// A fault waits for a frame, and there will be none as long as the store fails.
+    Starved(String),
+    /// That is over.
+    Relieved,
     PagePoisoned(PageNo),
 }

@@ -84,7 +84,7 @@ impl Core {
     }
 
     /// False when there is no frame for it.
-    fn page_in(&mut self, page: PageNo) -> bool {
+    pub(super) fn page_in(&mut self, page: PageNo) -> bool {
         let Some(taken) = self.take_one() else { return false };
         if self.table.heat(page) == 0 {
             self.probation.admit_lone(page);
@@ -187,7 +187,11 @@ impl Core {
     fn fill(&mut self, page: PageNo) -> bool {
         let block = self.table.run_around(page, PageState::Untouched, self.table.block_of(page));
         let plenty = self.budget.saturating_sub(self.taken) > u64::from(self.marks.goal());
-        let chunk = if plenty { FILL_FIRST } else { FILL_SCARCE };
+        let chunk = match plenty {
+            true => FILL_FIRST,
+            false if self.latch.is_some() => 1,
+            false => FILL_SCARCE,
+        };
         let start = PageNo(page.0 - page.0 % u64::from(chunk)).max(block.start);
         let end = PageNo(start.0 - start.0 % u64::from(chunk) + u64::from(chunk)).min(block.end());
         // The page itself first: it must get a frame even if nothing else does.
@@ -234,7 +238,8 @@ impl Core {
     }
 
     fn prefetch_after(&mut self, page: PageNo) {
-        if !self.prefetching {
+        // With a store that takes nothing, frames are for those who wait.
+        if !self.prefetching || self.latch.is_some() {
             return;
         }
         let mut plans = std::mem::take(&mut self.plans);

@@ -18,8 +18,9 @@ pub(super) struct Taken {
 impl Core {
     /// Frames to be had without taking one from a page.
     pub(super) fn available(&self) -> u64 {
-        let over = self.taken.saturating_sub(self.budget);
-        u64::from(self.staging.free_frames()).saturating_sub(over) + self.budget.saturating_sub(self.taken)
+        let limit = self.limit();
+        let over = self.taken.saturating_sub(limit);
+        u64::from(self.staging.free_frames()).saturating_sub(over) + limit.saturating_sub(self.taken)
     }
 
     /// Up to `want` contiguous frames, not yet bound.
@@ -33,7 +34,7 @@ impl Core {
 
     /// The same, from the host alone.
     pub(super) fn take_fresh(&mut self, want: u32) -> Option<Taken> {
-        let want = u64::from(want).min(self.budget.saturating_sub(self.taken)) as u32;
+        let want = u64::from(want).min(self.limit().saturating_sub(self.taken)) as u32;
         let slots = self.staging.take_empty(want)?;
         self.taken += u64::from(slots.len);
         Some(Taken { slots, fresh: true })
@@ -119,14 +120,20 @@ impl Core {
         None
     }
 
-    /// Gives frames above the budget back to the host, and tells who waits for that.
+    /// Gives frames above the budget back to the host, and tells who waits for that, or why he waits in vain.
     pub(super) fn give_back(&mut self) {
         let over = self.taken.saturating_sub(self.budget);
         self.release_free(u32::try_from(over).unwrap_or(u32::MAX));
-        if self.taken <= self.budget {
-            for ticket in std::mem::take(&mut self.budget_waiters) {
-                self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
-            }
+        if self.taken > self.budget && self.latch.is_none() {
+            return;
+        }
+        for ticket in std::mem::take(&mut self.budget_waiters) {
+            let answer = match self.store_error() {
+                // What is changed cannot leave.
+                Some(error) if self.taken > self.budget => Err(error),
+                _ => Ok(Response::Done),
+            };
+            self.actions.push_back(Action::Answer { ticket, answer });
         }
     }
 
@@ -180,7 +187,10 @@ impl Core {
         match state {
             PageState::Untouched => return false,
             PageState::Resident => self.taken -= 1,
-            PageState::Poisoned | PageState::Stored => {}
+            PageState::Poisoned => {
+                self.lost.remove(&page);
+            }
+            PageState::Stored => {}
             PageState::Standby => {
                 self.leave_standby(page);
                 self.unbind(page);

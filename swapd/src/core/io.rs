@@ -1,14 +1,15 @@
 //! The store: operations under way, and what follows from their results.
 
-use super::event::{Action, IoError, IoId, Response};
+use super::event::{Action, IoError, IoId};
 use super::{Core, Mutant};
 use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, SlotRun};
 
-/// How often a page that somebody waits for is read before it is given up.
-pub(super) const READ_ATTEMPTS: u8 = 3;
+/// Ticks between the readings of a page that somebody waits for, before it is given up: once more at once, then after a hiccup of the
+/// device may be over.
+const REREAD_TICKS: [u64; 3] = [0, 1, 10];
 
 /// Where pages go once they are read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,7 +30,7 @@ pub(super) enum Purpose {
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    Read { landing: Landing, attempt: u8 },
+    Read { landing: Landing },
     Write(Purpose),
 }
 
@@ -40,15 +41,24 @@ struct Io {
     slots: SlotRun,
 }
 
+/// A page that could not be read, or came back with another content, while somebody waits for it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct BadReads {
+    count: usize,
+    again_tick: u64,
+}
+
 /// Operations under way, by number; numbers are used again.
 #[derive(Debug, Default)]
 pub(super) struct Ios {
     entries: Vec<Option<Io>>,
     vacant: Vec<u32>,
+    writes: u32,
 }
 
 impl Ios {
     fn start(&mut self, io: Io) -> IoId {
+        self.writes += u32::from(matches!(io.kind, Kind::Write(_)));
         let id = self.vacant.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() as u32 - 1
@@ -59,7 +69,14 @@ impl Ios {
 
     fn end(&mut self, id: IoId) -> Io {
         self.vacant.push(id.0);
-        self.entries[id.0 as usize].take().expect("an operation ends once")
+        let io = self.entries[id.0 as usize].take().expect("an operation ends once");
+        self.writes -= u32::from(matches!(io.kind, Kind::Write(_)));
+        io
+    }
+
+    /// Writes under way.
+    pub(super) fn writes(&self) -> u32 {
+        self.writes
     }
 }
 
@@ -69,16 +86,16 @@ impl Core {
         run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
         self.bind_run(run, slots);
         self.counts.pages_read += u64::from(run.len);
-        self.start_read(run, slots, landing, 1);
+        self.start_read(run, slots, landing);
     }
 
-    fn start_read(&mut self, run: Run, slots: SlotRun, landing: Landing, attempt: u8) {
-        let io = self.ios.start(Io { kind: Kind::Read { landing, attempt }, run, slots });
+    fn start_read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
+        let io = self.ios.start(Io { kind: Kind::Read { landing }, run, slots });
         self.actions.push_back(Action::Read { io, run, slots });
     }
 
     pub(super) fn read_done(&mut self, io: IoId, result: Result<&[u64], IoError>) {
-        let Io { kind: Kind::Read { landing, attempt }, run, slots } = self.ios.end(io) else {
+        let Io { kind: Kind::Read { landing }, run, slots } = self.ios.end(io) else {
             panic!("{io:?} is not a read");
         };
         self.counts.read_errors += u64::from(result.is_err());
@@ -96,8 +113,11 @@ impl Core {
                 .is_ok_and(|sums| sums[nth] == self.sums[page.index()] || self.mutant(Mutant::TrustsReads));
             if !good {
                 self.counts.mismatches += u64::from(result.is_ok());
-                self.bad_read(page, slot, attempt);
+                self.bad_read(page, slot);
                 continue;
+            }
+            if !self.bad_reads.is_empty() {
+                self.bad_reads.remove(&page);
             }
             let wanted = self.waiting.contains_key(&page);
             match landing {
@@ -116,21 +136,51 @@ impl Core {
     }
 
     /// A page that could not be read, or came back with another content.
-    fn bad_read(&mut self, page: PageNo, slot: Slot, attempt: u8) {
+    fn bad_read(&mut self, page: PageNo, slot: Slot) {
         if !self.waiting.contains_key(&page) {
             // Nobody asked for it: whoever does will find out for himself.
             self.table.set(page, PageState::Stored);
             self.unbind(page);
-        } else if attempt < READ_ATTEMPTS {
-            let landing = Landing::Guest { marker: None };
-            self.start_read(Run::one(page), SlotRun::new(slot, 1), landing, attempt + 1);
-        } else {
-            self.table.set(page, PageState::Poisoned);
-            self.table.put(page, Flag::Stored, false);
-            self.unbind(page);
-            self.waiting.remove(&page);
-            self.actions.push_back(Action::Poison { page });
-            self.actions.push_back(Action::PagePoisoned(page));
+            return;
+        }
+        let bad = self.bad_reads.entry(page).or_default();
+        match REREAD_TICKS.get(bad.count) {
+            Some(0) => {
+                bad.count += 1;
+                self.start_read(Run::one(page), SlotRun::new(slot, 1), Landing::Guest { marker: None });
+            }
+            Some(ticks) => {
+                (bad.count, bad.again_tick) = (bad.count + 1, self.tick + ticks);
+                self.table.set(page, PageState::Stored);
+                self.unbind(page);
+            }
+            None => {
+                self.bad_reads.remove(&page);
+                self.table.set(page, PageState::Poisoned);
+                self.table.put(page, Flag::Stored, false);
+                self.unbind(page);
+                self.waiting.remove(&page);
+                self.lost.insert(page);
+                self.actions.push_back(Action::Poison { page });
+                self.actions.push_back(Action::PagePoisoned(page));
+            }
+        }
+    }
+
+    /// Reads once more what came back bad some time ago and is still waited for.
+    pub(super) fn reread(&mut self) {
+        let due = |bad: &BadReads| bad.again_tick <= self.tick;
+        let mut due: Vec<_> =
+            self.bad_reads.iter().filter(|(_, bad)| due(bad)).map(|(page, _)| *page).collect();
+        due.sort_unstable();
+        for page in due {
+            // If it is not in the store any more, or waits for a frame, it needs no help.
+            let idle = self.table.state(page) == PageState::Stored && !self.deferred.contains(&page);
+            if !self.waiting.contains_key(&page) {
+                self.bad_reads.remove(&page);
+            } else if idle && !self.page_in(page) {
+                self.deferred.push_back(page);
+            }
         }
     }
 
@@ -191,41 +241,16 @@ impl Core {
             }
         }
         match result {
-            Ok(()) if purpose == Purpose::PageOut => self.counts.written += u64::from(run.len),
-            Ok(()) => {}
+            Ok(()) => {
+                self.counts.written += if purpose == Purpose::PageOut { u64::from(run.len) } else { 0 };
+                if self.latch.is_none() {
+                    self.backoff.reset();
+                }
+            }
             Err(error) => self.latch_store(error),
         }
         self.move_in(rescued);
         self.write(&to_write, purpose);
-    }
-
-    fn latch_store(&mut self, error: IoError) {
-        self.counts.write_errors += 1;
-        if self.store_failed.is_none() {
-            self.store_failed = Some(error.0.clone());
-            self.actions.push_back(Action::StoreFailed(error.0));
-        }
-    }
-
-    /// Writes again what a failed store left in staging.
-    pub(super) fn retry_store(&mut self) -> Response {
-        if self.store_failed.take().is_some() {
-            // They are among those found below.
-            self.unwritten.clear();
-            let unwritten: Vec<_> = (0..self.staging.slots())
-                .map(Slot)
-                .filter_map(|slot| match self.staging.used(slot) {
-                    Use::Bound(page) => Some((page, slot)),
-                    _ => None,
-                })
-                .filter(|(page, _)| {
-                    self.table.state(*page) == PageState::Leaving && !self.table.has(*page, Flag::Writing)
-                })
-                .collect();
-            let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
-            self.write(&unwritten, purpose);
-            self.actions.push_back(Action::StoreRecovered);
-        }
-        Response::Done
+        self.end_retry();
     }
 }

@@ -1,7 +1,7 @@
 //! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
-//! `frames` (where frames come from), `source` and `receive` (the two ends of a migration).
+//! `latch` (a store that takes no writes), `frames` (where frames come from), `source` and `receive` (the two ends of a migration).
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
@@ -12,11 +12,12 @@ mod event;
 mod fault;
 mod frames;
 mod io;
+mod latch;
 mod pageout;
 mod receive;
 mod source;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
 pub use event::{Action, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
@@ -28,10 +29,11 @@ use crate::policy::probation::Probation;
 use crate::policy::sampler::Sampler;
 use crate::policy::watermarks::Watermarks;
 use crate::staging::{Staging, Use};
-use crate::stats::Stats;
+use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
 use crate::table::{Flag, PageState, PageTable, STATES};
 use crate::units::{PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
-use io::Ios;
+use io::{BadReads, Ios};
+use latch::{Backoff, Latch};
 use receive::Receiving;
 
 /// Pages in one read or write of the store at most: 256 KiB.
@@ -132,7 +134,13 @@ pub struct Core {
     /// Pages that left the guest since the last collection, while writes are tracked.
     left_while_tracked: Option<Vec<u64>>,
     receiving: Option<Receiving>,
-    store_failed: Option<String>,
+    /// The store takes no writes.
+    latch: Option<Latch>,
+    backoff: Backoff,
+    /// Pages of which a reading failed, until one succeeds or the page is lost.
+    bad_reads: PageMap<BadReads>,
+    /// Poisoned pages.
+    lost: BTreeSet<PageNo>,
     budget_waiters: Vec<Ticket>,
     evict_waiters: Vec<(Ticket, Run)>,
     tick: u64,
@@ -198,7 +206,10 @@ impl Core {
             pinned_in: Vec::new(),
             left_while_tracked: None,
             receiving: None,
-            store_failed: None,
+            latch: None,
+            backoff: Backoff::default(),
+            bad_reads: PageMap::default(),
+            lost: BTreeSet::new(),
             budget_waiters: Vec::new(),
             evict_waiters: Vec::new(),
             tick: 0,
@@ -239,6 +250,7 @@ impl Core {
         // What met pinned pages is tried again; samples give way to victims.
         let waits = !self.pinned_in.is_empty()
             || !self.deferred.is_empty()
+            || !self.bad_reads.is_empty()
             || !self.unwritten.is_empty()
             || !self.evict_waiters.is_empty()
             || !self.budget_waiters.is_empty()
@@ -248,7 +260,7 @@ impl Core {
         } else if self.may_sample() {
             self.sampler.interval()
         } else {
-            IDLE_TICKS
+            IDLE_TICKS.min(self.ticks_to_retry())
         }
     }
 
@@ -259,6 +271,10 @@ impl Core {
         for (run, slots) in std::mem::take(&mut self.pinned_in) {
             self.move_in_again(run, slots);
         }
+        if !self.bad_reads.is_empty() {
+            self.reread();
+        }
+        self.tick_latch();
         self.sample();
         self.write_all_behind();
     }
@@ -280,7 +296,7 @@ impl Core {
             }
             Request::Heat => Some(Ok(self.heat_map())),
             Request::ResidentMap => Some(Ok(self.resident_map())),
-            Request::RetryStore => Some(Ok(self.retry_store())),
+            Request::RetryStore => self.retry_on_request(ticket),
             Request::StartReceiving(heat) => Some(self.start_receiving(&heat)),
             Request::UpdateHeat(heat) => Some(self.update_heat(&heat)),
             Request::GrantFrames(count) => self.grant(ticket, count),
@@ -390,6 +406,7 @@ impl Core {
             stored_bytes: bytes_of(count(&[Stored])),
             untouched_bytes: bytes_of(count(&[Untouched])),
             poisoned_pages: count(&[Poisoned]),
+            lost: self.lost_runs(),
             bookkeeping_bytes: self.bookkeeping_bytes(),
             faults: crate::stats::FaultCounts {
                 total: counts.zero + counts.rescue + counts.store,
@@ -414,10 +431,17 @@ impl Core {
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
-                failed: self.store_failed.clone(),
+                failed: self.latch.as_ref().map(|latch| latch.reason().to_owned()),
+                ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),
         }
+    }
+
+    /// The first of the runs of pages that are lost.
+    fn lost_runs(&self) -> Vec<LostRun> {
+        let runs = runs_of(self.lost.iter().copied(), u32::MAX).take(LOST_RUNS_MAX);
+        runs.map(|run| LostRun { first: run.start.0, pages: u64::from(run.len) }).collect()
     }
 
     /// Bytes of the core's books once every page has been touched; until then the host gives less.
@@ -477,7 +501,9 @@ impl Core {
             let served = match state {
                 PageState::Arriving => true,
                 PageState::Leaving => self.table.has(*page, Flag::Writing),
-                PageState::Stored | PageState::Untouched => self.deferred.contains(page),
+                PageState::Stored | PageState::Untouched => {
+                    self.deferred.contains(page) || self.bad_reads.contains_key(page)
+                }
                 _ => false,
             };
             assert!(served, "{page} is {state:?}, and nobody will wake who waits for it");

@@ -38,6 +38,9 @@ impl Core {
             self.make_slots();
             self.answer_evicted();
         }
+        if self.latch.is_some() {
+            self.tell_starved();
+        }
     }
 
     /// To be called when all events at hand are handled and their actions done: frames are made ready ahead of need. Nobody waits
@@ -65,7 +68,7 @@ impl Core {
             .saturating_add(self.staging.standby_count())
             .saturating_add(leaving);
         let goal = self.marks.goal().saturating_add(over);
-        if self.store_failed.is_none() && outside + self.marks.batch <= goal && leaving < LEAVING_MAX {
+        if self.latch.is_none() && outside + self.marks.batch <= goal && leaving < LEAVING_MAX {
             self.page_out((goal - outside).min(LEAVING_MAX - leaving));
         }
     }
@@ -110,7 +113,7 @@ impl Core {
     }
 
     pub(super) fn write_all_behind(&mut self) {
-        if self.store_failed.is_some() || self.unwritten.is_empty() {
+        if self.latch.is_some() || self.unwritten.is_empty() {
             return;
         }
         let mut unwritten = std::mem::take(&mut self.unwritten);
@@ -182,8 +185,8 @@ impl Core {
 
     fn answer_evicted(&mut self) {
         for (ticket, run) in std::mem::take(&mut self.evict_waiters) {
-            let answer = match self.store_failed.clone() {
-                Some(error) => Some(Err(CommandError::Store(error))),
+            let answer = match self.store_error() {
+                Some(error) => Some(Err(error)),
                 None if self.evict_step(run) => Some(Ok(Response::Done)),
                 None => None,
             };
@@ -223,7 +226,7 @@ impl Core {
         self.config.sampling
             && self.left_while_tracked.is_none()
             && self.receiving.is_none()
-            && self.store_failed.is_none()
+            && self.latch.is_none()
     }
 
     pub(super) fn sample(&mut self) {

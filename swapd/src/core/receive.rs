@@ -97,8 +97,8 @@ impl Core {
     pub(super) fn arrive(&mut self, arrival: &Arrival) -> Result<Response, CommandError> {
         assert_eq!(arrival.run.len, arrival.slots.len, "one frame a page");
         assert_eq!(arrival.run.len as usize, arrival.sums.len(), "one sum a page");
-        if let Some(error) = &self.store_failed {
-            return Err(CommandError::Store(error.clone()));
+        if let Some(error) = self.store_error() {
+            return Err(error);
         }
         if self.receiving.is_none() {
             return Err(NOT_RECEIVING);
@@ -142,6 +142,7 @@ impl Core {
         self.arrive_zero(run)?;
         for page in run.pages() {
             self.table.set(page, PageState::Poisoned);
+            self.lost.insert(page);
             self.actions.push_back(Action::Poison { page });
         }
         Ok(Response::Done)
@@ -200,13 +201,13 @@ impl Core {
 
     /// Grants what can be granted, and ends the receiving when everything is in its place.
     pub(super) fn serve_receiving(&mut self) {
-        let failed = self.store_failed.clone();
+        let failed = self.store_error();
         while let Some((ticket, count)) =
             self.receiving.as_ref().and_then(|receiving| receiving.grants.front())
         {
             let (ticket, count) = (*ticket, *count);
             let answer = match (&failed, self.take_frames(count)) {
-                (Some(error), _) => Err(CommandError::Store(error.clone())),
+                (Some(error), _) => Err(error.clone()),
                 (None, Some(taken)) => {
                     taken.slots.slots().for_each(|slot| self.staging.assign(slot, Use::Granted));
                     Ok(Response::Frames(taken.slots))
@@ -220,7 +221,7 @@ impl Core {
         let in_motion = self.table.count(PageState::Leaving) + self.table.count(PageState::Arriving);
         if let Some(error) = failed {
             self.receiving.as_mut().expect("still receiving").finish = None;
-            self.actions.push_back(Action::Answer { ticket, answer: Err(CommandError::Store(error)) });
+            self.actions.push_back(Action::Answer { ticket, answer: Err(error) });
         } else if in_motion == 0 {
             let receiving = self.receiving.take().expect("still receiving");
             let placed = Placed {

@@ -46,10 +46,15 @@ pub struct EngineConfig {
 /// What the engine tells its owner unasked. Called on the engine's thread: must not block.
 #[derive(Clone, Debug)]
 pub enum Notice {
-    /// A write failed: the VM stands still as soon as it needs a frame. Pause it and say why.
+    /// A write failed. Nothing is lost: what could not be written stays in RAM, and is tried again now and then.
     StoreFailed(String),
-    /// The store works again after a retry.
+    /// All of that is written.
     StoreRecovered,
+    /// The VM needs a frame, and there will be none as long as the store fails: pause it, and say why. Few frames are kept
+    /// for what a vCPU touches until it can be stopped.
+    Starved(String),
+    /// There are frames again.
+    Relieved,
     /// The guest sees a memory error when it touches this page.
     Poisoned(PageNo),
 }
@@ -167,6 +172,7 @@ impl Engine {
                 reads: Default::default(),
                 page_outs: Vec::new(),
                 sums: Vec::new(),
+                read_error_told: None,
                 prealloc: config.prealloc,
             };
             if config.prealloc && driver.memory.is_whole() {

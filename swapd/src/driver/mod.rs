@@ -61,10 +61,14 @@ struct Driver {
     reads: HashMap<IoId, (Run, SlotRun)>,
     page_outs: Vec<PageOut>,
     sums: Vec<u64>,
+    /// When a read that failed was last logged: a disk that is gone fails all of them.
+    read_error_told: Option<Instant>,
     /// Take frames for memory when it is mapped.
     prealloc: bool,
 }
 
+/// Reads that fail are not logged more often than this.
+const READ_ERROR_EVERY: Duration = Duration::from_secs(1);
 /// Answers to requests that nobody asked the driver for.
 const NO_TICKET: Ticket = Ticket(0);
 
@@ -129,23 +133,19 @@ impl Driver {
     }
 
     fn io_done(&mut self, io: IoId, result: std::io::Result<()>) {
-        let error = result.err().map(|error| IoError(error.to_string()));
-        let Some((run, slots)) = self.reads.remove(&io) else {
+        let read = self.reads.remove(&io);
+        let error = result.err().map(|error| explain(read.is_some(), &error));
+        let Some((run, slots)) = read else {
             if let Some(sealer) = &mut self.sealer {
                 sealer.written(io);
-            }
-            if let Some(error) = &error {
-                tracing::error!(error = error.0, "write to the store failed");
             }
             return self.event(Event::WriteDone { io, result: error.map_or(Ok(()), Err) });
         };
         if let Some(error) = error {
-            tracing::error!(
-                error = error.0,
-                first = run.start.0,
-                pages = run.len,
-                "read from the store failed"
-            );
+            if self.read_error_told.is_none_or(|told| told.elapsed() >= READ_ERROR_EVERY) {
+                tracing::error!(first = run.start.0, pages = run.len, "{}", error.0);
+                self.read_error_told = Some(Instant::now());
+            }
             return self.event(Event::ReadDone { io, result: Err(error) });
         }
         let mut sums = std::mem::take(&mut self.sums);
@@ -195,6 +195,7 @@ impl Driver {
         if let Ok(Response::Stats(stats)) = &mut answer {
             stats.latency_us = self.latencies.figures();
             stats.bookkeeping_bytes += ring::BYTES;
+            stats.store.oldest_ms = self.ring.oldest().as_millis() as u64;
         }
         let granted = match &answer {
             Ok(Response::Frames(slots)) => Some(*slots),
@@ -242,10 +243,9 @@ impl Driver {
             Action::Answer { ticket, answer } => self.answer(ticket, answer),
             Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error)),
             Action::StoreRecovered => (self.notify)(Notice::StoreRecovered),
-            Action::PagePoisoned(page) => {
-                tracing::error!(page = page.0, "page lost: the store does not give back what was written");
-                (self.notify)(Notice::Poisoned(page));
-            }
+            Action::Starved(error) => (self.notify)(Notice::Starved(error)),
+            Action::Relieved => (self.notify)(Notice::Relieved),
+            Action::PagePoisoned(page) => (self.notify)(Notice::Poisoned(page)),
         }
     }
 
@@ -347,6 +347,15 @@ impl Driver {
 }
 
 const NO_DIGEST: PageOut = PageOut::Moved { sum: 0, zero: false };
+
+/// What an operator is told of an operation that failed.
+fn explain(read: bool, error: &std::io::Error) -> IoError {
+    IoError(match error.raw_os_error() {
+        _ if read => format!("the store cannot be read: {error}"),
+        Some(libc::ENOSPC | libc::EDQUOT) => format!("the store is full: {error}"),
+        _ => format!("the store cannot be written: {error}"),
+    })
+}
 
 fn report(result: std::io::Result<()>, what: &str) {
     if let Err(error) = result {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -40,6 +40,7 @@ struct Transfer {
     address: usize,
     len: usize,
     done: usize,
+    started: Instant,
 }
 
 pub(super) struct Ring {
@@ -85,6 +86,12 @@ impl Ring {
         self.in_flight
     }
 
+    /// How long the oldest transfer under way has been so.
+    pub(super) fn oldest(&self) -> Duration {
+        let started = self.transfers.iter().flatten().map(|transfer| transfer.started).min();
+        started.map_or(Duration::ZERO, |started| started.elapsed())
+    }
+
     fn watch(&mut self, fd: RawFd, data: u64) {
         let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
         self.push(&poll.user_data(data));
@@ -109,13 +116,20 @@ impl Ring {
         if self.transfers.len() <= at {
             self.transfers.resize(at + 1, None);
         }
-        let transfer = Transfer { write, offset: run.start.offset(), address, len: run.bytes(), done: 0 };
+        let transfer = Transfer {
+            write,
+            offset: run.start.offset(),
+            address,
+            len: run.bytes(),
+            done: 0,
+            started: Instant::now(),
+        };
         self.in_flight += 1;
         self.submit(io, transfer);
     }
 
     fn submit(&mut self, io: IoId, transfer: Transfer) {
-        let Transfer { write, offset, address, len, done } = transfer;
+        let Transfer { write, offset, address, len, done, .. } = transfer;
         let (at, rest, offset) = ((address + done) as *mut u8, (len - done) as u32, offset + done as u64);
         let entry = if write {
             opcode::Write::new(STORE, at, rest).offset(offset).build()

@@ -10,6 +10,11 @@ pub const LOW_SHARE: u32 = 64;
 pub const STANDBY_SHARE: u32 = 64;
 pub const STANDBY_MIN: u32 = 128;
 
+/// Frames that nobody gets but while the store takes no writes: what vCPUs need to come to a place where they can be stopped.
+pub const RESERVE_MAX: u32 = 64;
+/// One frame in this many at most.
+pub const RESERVE_SHARE: u32 = 64;
+
 /// Victims are chosen so many at a time.
 pub const BATCH_MAX: u32 = 128;
 
@@ -24,6 +29,8 @@ pub struct Watermarks {
     pub standby: u32,
     /// Victims are chosen when so many frames are missing from the goal.
     pub batch: u32,
+    /// Kept for when the store fails.
+    pub reserve: u32,
 }
 
 impl Watermarks {
@@ -31,7 +38,7 @@ impl Watermarks {
     pub fn of(budget: u64, pages: u64, slots: u32) -> Self {
         if budget >= pages {
             // Every page can have a frame of its own: nothing need ever leave.
-            return Watermarks { low: 0, high: 0, standby: 0, batch: 1 };
+            return Watermarks { low: 0, high: 0, standby: 0, batch: 1, reserve: 0 };
         }
         let share = |part: u32| u32::try_from(budget / u64::from(part)).unwrap_or(u32::MAX);
         let low_min = LOW_MIN.min(share(16));
@@ -39,7 +46,8 @@ impl Watermarks {
         let standby_min = STANDBY_MIN.min(share(16));
         let standby = share(STANDBY_SHARE).clamp(standby_min, (slots / 4).max(standby_min));
         let batch = BATCH_MAX.min((low + standby) / 2);
-        Watermarks { low, high: low * 2, standby, batch }
+        let reserve = share(RESERVE_SHARE).min(RESERVE_MAX);
+        Watermarks { low, high: low * 2, standby, batch, reserve }
     }
 
     /// Frames outside the guest that the engine aims for when memory is short.
