@@ -3,6 +3,7 @@
 //! has grown. `VMEMD_SEED` is the seed of what happens.
 
 mod common;
+#[allow(dead_code, reason = "this file uses a part")]
 #[path = "common/disk.rs"]
 mod disk;
 mod proxy;
