@@ -149,7 +149,9 @@ fn a_vm_on_a_full_disk_can_be_moved_away() {
         let failed = host.vmemd(&["migrate", "web", "--to", "127.0.0.1:1"]);
         failed.fails(6, &["stalled"]);
         host.wait_state("web", "stalled");
-        let said = host.vmemd(&["migrate", "web", "--to", &address, "--ram", "32M", "--json"]);
+        // More streams than there are frames for all of them at once.
+        let args = "migrate web --ram 16M --streams 8 --json --to";
+        let said = host.vmemd(&args.split(' ').chain([&*address]).collect::<Vec<_>>());
         assert_eq!(said.code, 0, "{said:?}");
         vm.ends_with(0);
         // It stood still for its store alone: there it runs.
@@ -359,7 +361,8 @@ fn a_qemu_on_a_full_disk_is_paused_goes_on_and_moves() {
         host.wait_state("vm", "stalled");
         let said = host.vmemd(&["migrate", "vm", "--to", &address, "--ram", "128M", "--json"]);
         assert_eq!(said.code, 0, "{said:?}");
-        assert!(guest.wait_end(BOOT).success());
+        let end = guest.wait_end(BOOT);
+        assert!(end.success(), "{end}: {}", guest.log());
         host.wait_state("vm", "running");
         let rounds = || guest.lines().into_iter().filter(|line| line.starts_with("checker memory round="));
         wait_for("two rounds of the guest's checker", || (rounds().count() >= 2).then_some(()));
