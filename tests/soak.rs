@@ -270,7 +270,7 @@ impl World {
     /// The first side's disk is full for a while.
     fn fill_disk(&mut self) {
         let Some(disk) = &self.disk else { return };
-        disk.leave_free(MIB);
+        disk.fill(MIB);
         let mut stalled = 0;
         // Until somebody stands still for it, or nobody needs the disk.
         let deadline = Instant::now() + Duration::from_secs(5);

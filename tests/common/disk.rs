@@ -73,6 +73,11 @@ impl Disk {
             assert!(Instant::now() < deadline, "the last store stays");
             std::thread::sleep(Duration::from_millis(20));
         }
+        self.fill(bytes);
+    }
+
+    /// The same, whatever is there already.
+    pub(crate) fn fill(&self, bytes: u64) {
         let length = self.free_bytes().saturating_sub(bytes).to_string();
         run("fallocate", &["-l", &length, text(&self.ballast())]).expect("the ballast fits");
     }
