@@ -67,8 +67,9 @@ impl Disk {
 
     /// Fills the empty file system with ballast until so many bytes are free.
     pub(crate) fn leave_free(&self, bytes: u64) {
-        // A process that has ended may still have its file: the kernel closes what an io_uring used by and by.
-        let deadline = Instant::now() + Duration::from_secs(20);
+        // A process that has ended may still have its file: the kernel closes what an io_uring used by and by,
+        // on a busy machine within a minute.
+        let deadline = Instant::now() + Duration::from_secs(120);
         while self.free_bytes() < self.room {
             assert!(Instant::now() < deadline, "the last store stays");
             std::thread::sleep(Duration::from_millis(20));
