@@ -5,7 +5,7 @@
 //!            the VM's process at the source                        the daemon at the target        the VM's process
 //! ```
 //! Sessions read and write plain descriptors, and at the target in another process than the one that has the host's key. So a
-//! secured connection ends in a [`tunnel`]: its near end behaves as the TCP connection would, and whatever goes wrong on
+//! secured connection ends in a tunnel: its near end behaves as the TCP connection would, and whatever goes wrong on
 //! the way (a record that was tampered with, an end without a farewell) is a connection that broke.
 
 mod client;
