@@ -449,12 +449,12 @@ fn a_cable_that_is_pulled_and_put_back_leaves_one_vm() {
         let [mut here, mut there] =
             [0, 1].map(|side| Host::within(["cable-a", "cable-b"][side], &network.namespaces[side]));
         (here.haste, there.haste) = (CABLE_HASTE, CABLE_HASTE);
-        let (daemon, to) = there.start_daemon(&format!("{}:0", Network::HOSTS[1]), BUDGET, &[]);
+        let (daemon, to) = there.start_daemon(&format!("{}:0", Network::HOSTS[1]), BUDGET, &["--plain"]);
         let source = start_vm(&mut here);
         let mut random = Random(seed);
         let began = Instant::now();
         let said = std::thread::scope(|scope| {
-            let migrating = scope.spawn(|| here.vmemd(&["migrate", "web", "--to", &to, "--json"]));
+            let migrating = scope.spawn(|| here.vmemd(&["migrate", "web", "--to", &to, "--plain", "--json"]));
             // The first goes undisturbed, to see how long it takes.
             while seed != 0 && !migrating.is_finished() {
                 std::thread::sleep(Duration::from_millis(random.below(usual.as_millis() as u64 * 5 / 4)));

@@ -195,7 +195,7 @@ impl Proxy {
     pub(crate) fn plan(&self, plan: Plan) {
         let mut state = self.shared.lock();
         (state.messages, state.bytes) = (0, 0);
-        (state.heard, state.delivered) = (Vec::new(), Vec::new());
+        (state.heard, state.delivered, state.delivered_before) = (Vec::new(), Vec::new(), 0);
         (state.struck, state.closed, state.plan) = (None, false, Some(plan));
         self.shared.silent.store(false, Ordering::SeqCst);
     }
