@@ -12,9 +12,9 @@ mod proxy;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Host, Running, Said, cannot_run_vms, lives, not_root, signal, wait_for};
+use common::{Host, Random, Running, Said, cannot_run_vms, kill, lives, not_root, signal, wait_for};
 use network::Network;
-use proxy::{After, At, Plan, Proxy, Strike, Word};
+use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
 
 /// Verifies its memory all the time; some of it is never touched.
@@ -27,43 +27,12 @@ const HASTE: u32 = 10;
 /// The same where the first packet may have to be sent again after a second.
 const CABLE_HASTE: u32 = 4;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    CutThis,
-    CutAll,
-    Silence,
-    KillSource,
-    KillTarget,
-    KillDaemon,
-}
-
-const FAULTS: [Fault; 6] =
-    [Fault::CutThis, Fault::CutAll, Fault::Silence, Fault::KillSource, Fault::KillTarget, Fault::KillDaemon];
-
 fn long() -> bool {
     std::env::var_os("VMEMD_LONG").is_some_and(|value| value != "0")
 }
 
 fn first_seed() -> u64 {
     std::env::var("VMEMD_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
-}
-
-/// SplitMix64: enough to scatter faults.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % end
-    }
-}
-
-fn kill(pid: u32) {
-    signal(pid, libc::SIGKILL);
-    wait_for("a killed process to die", || (!lives(pid)).then_some(()));
 }
 
 fn children_of(parent: u32) -> Vec<u32> {
@@ -113,12 +82,7 @@ impl Site {
             Fault::KillTarget => children_of(daemon).into_iter().for_each(kill),
             Fault::KillDaemon => kill(daemon),
         };
-        let strike = match fault {
-            Fault::CutThis => Strike::CutThis,
-            Fault::CutAll => Strike::CutAll,
-            Fault::Silence => Strike::Silence,
-            _ => Strike::Kill,
-        };
+        let strike = fault.strike();
         self.proxy.plan(Plan { at, strike, after, then: Box::new(then) });
         self.here().vmemd(&["migrate", "web", "--to", &self.proxy.address, "--json"])
     }

@@ -3,17 +3,14 @@
 //! has grown. `VMEMD_SEED` is the seed of what happens.
 
 mod common;
-#[allow(dead_code, reason = "this file uses a part")]
-#[path = "common/disk.rs"]
-mod disk;
 mod proxy;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use common::{Host, Running, cannot_run_vms, lives, signal, skipped, wait_for};
-use disk::Disk;
-use proxy::{After, At, Plan, Proxy, Strike, Word};
+use common::disk::Disk;
+use common::{Host, Random, Running, cannot_run_vms, kill, lives, skipped, wait_for};
+use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -31,41 +28,6 @@ const STAYS: &str = "stays";
 const HASTE: u32 = 10;
 /// How much a process may have grown in all that time: what an allocator keeps back, not a leak that goes on.
 const GROWTH_MAX: u64 = 4 * MIB;
-
-/// SplitMix64: enough to choose what happens next.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % end
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as u64) as usize]
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    CutThis,
-    CutAll,
-    Silence,
-    KillSource,
-    KillTarget,
-    KillDaemon,
-}
-
-const FAULTS: [Fault; 6] =
-    [Fault::CutThis, Fault::CutAll, Fault::Silence, Fault::KillSource, Fault::KillTarget, Fault::KillDaemon];
-
-fn kill(pid: u32) {
-    signal(pid, libc::SIGKILL);
-    wait_for("a killed process to die", || (!lives(pid)).then_some(()));
-}
 
 fn rows(host: &Host) -> Vec<Value> {
     host.vmemd(&["list", "--json"]).json().as_array().expect("a list").clone()
@@ -216,12 +178,7 @@ impl World {
             Some(Fault::KillDaemon) => kill(daemon),
             _ => {}
         };
-        let strike = match fault {
-            Some(Fault::CutThis) => Strike::CutThis,
-            Some(Fault::CutAll) => Strike::CutAll,
-            Some(Fault::Silence) => Strike::Silence,
-            _ => Strike::Kill,
-        };
+        let strike = fault.map_or(Strike::Kill, Fault::strike);
         let at = match fault {
             None => At::Byte(u64::MAX),
             // Half of them in the hand-over, where it matters most.

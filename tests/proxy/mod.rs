@@ -124,6 +124,32 @@ pub(crate) enum Strike {
     Kill,
 }
 
+/// What a test has happen to a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    CutThis,
+    CutAll,
+    Silence,
+    KillSource,
+    KillTarget,
+    KillDaemon,
+}
+
+pub(crate) const FAULTS: [Fault; 6] =
+    [Fault::CutThis, Fault::CutAll, Fault::Silence, Fault::KillSource, Fault::KillTarget, Fault::KillDaemon];
+
+impl Fault {
+    /// What of it is the proxy's.
+    pub(crate) fn strike(self) -> Strike {
+        match self {
+            Fault::CutThis => Strike::CutThis,
+            Fault::CutAll => Strike::CutAll,
+            Fault::Silence => Strike::Silence,
+            Fault::KillSource | Fault::KillTarget | Fault::KillDaemon => Strike::Kill,
+        }
+    }
+}
+
 /// What passes after the strike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum After {
