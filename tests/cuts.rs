@@ -12,7 +12,7 @@ mod proxy;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Host, Random, Running, Said, cannot_run_vms, kill, lives, not_root, signal, wait_for};
+use common::{Host, Random, Running, Said, cannot_run_vms, kill, not_root, signal, wait_for};
 use network::Network;
 use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
