@@ -40,7 +40,8 @@ pub struct Scenario {
     pub engines: Vec<BenchEngine>,
     /// From the file; the command line's wins.
     pub store: Option<PathBuf>,
-    /// Whether the engine encrypts its store.
+    /// Whether the engine encrypts its store. Results of before have no word about it.
+    #[serde(default)]
     pub encrypt: bool,
     pub jobs: Vec<Job>,
 }
