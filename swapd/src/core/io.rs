@@ -1,7 +1,7 @@
 //! The store: operations under way, and what follows from their results.
 
+use super::Core;
 use super::event::{Action, IoError, IoId, Response};
-use super::{Core, Mutant};
 use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
@@ -57,6 +57,15 @@ impl Ios {
         IoId(id)
     }
 
+    /// The slots that the device works with.
+    pub(super) fn slots(&self) -> impl Iterator<Item = SlotRun> {
+        self.entries.iter().flatten().map(|io| io.slots)
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.vacant.len() == self.entries.len()
+    }
+
     fn end(&mut self, id: IoId) -> Io {
         self.vacant.push(id.0);
         self.entries[id.0 as usize].take().expect("an operation ends once")
@@ -91,9 +100,13 @@ impl Core {
                 self.staging.free(slot);
                 continue;
             }
-            let good = result
-                .as_ref()
-                .is_ok_and(|sums| sums[nth] == self.sums[page.index()] || self.mutant(Mutant::TrustsReads));
+            let trusted = mutant!(TrustsReads)
+                || (nth > 0 && mutant!(ChecksFirstPageOnly))
+                || (attempt > 1 && mutant!(TrustsRereads));
+            let good = match &result {
+                Ok(sums) => sums[nth] == self.sums[page.index()] || trusted,
+                Err(_) => mutant!(TrustsFailedReads),
+            };
             if !good {
                 self.counts.mismatches += u64::from(result.is_ok());
                 self.bad_read(page, slot, attempt);
@@ -121,7 +134,7 @@ impl Core {
             // Nobody asked for it: whoever does will find out for himself.
             self.table.set(page, PageState::Stored);
             self.unbind(page);
-        } else if attempt < READ_ATTEMPTS {
+        } else if attempt < READ_ATTEMPTS && !mutant!(PoisonsAtFirstError) {
             let landing = Landing::Guest { marker: None };
             self.start_read(Run::one(page), SlotRun::new(slot, 1), landing, attempt + 1);
         } else {
@@ -160,7 +173,7 @@ impl Core {
         let Io { kind: Kind::Write(purpose), run, slots } = self.ios.end(io) else {
             panic!("{io:?} is not a write");
         };
-        let result = if self.mutant(Mutant::TrustsFailedWrites) { Ok(()) } else { result };
+        let result = if mutant!(TrustsFailedWrites) { Ok(()) } else { result };
         let mut rescued = Vec::new();
         let mut to_write = Vec::new();
         for (page, slot) in run.pages().zip(slots.slots()) {
@@ -170,14 +183,19 @@ impl Core {
                 self.staging.free(slot);
                 match state {
                     // A newer version waits for this write to end.
+                    PageState::Leaving if mutant!(ForgetsNewerVersion) => {}
                     PageState::Leaving => to_write.push((page, self.slots_of[&page])),
                     PageState::Untouched => {}
-                    _ => self.table.put(page, Flag::Stored, result.is_ok()),
+                    // While pages arrive, the sum on record may be that of a newer version.
+                    _ => {
+                        let newest = self.receiving.is_none() || mutant!(TrustsReplacedVersions);
+                        self.table.put(page, Flag::Stored, result.is_ok() && newest);
+                    }
                 }
                 continue;
             }
             self.table.put(page, Flag::Stored, result.is_ok());
-            if self.waiting.contains_key(&page) {
+            if self.waiting.contains_key(&page) && !mutant!(ForgetsWaitersOfWrite) {
                 self.table.set(page, PageState::Arriving);
                 rescued.push((page, slot));
             } else if result.is_ok() {
@@ -201,7 +219,7 @@ impl Core {
 
     fn latch_store(&mut self, error: IoError) {
         self.counts.write_errors += 1;
-        if self.store_failed.is_none() {
+        if self.store_failed.is_none() && !mutant!(IgnoresFullStore) {
             self.store_failed = Some(error.0.clone());
             self.actions.push_back(Action::StoreFailed(error.0));
         }
@@ -223,7 +241,9 @@ impl Core {
                 })
                 .collect();
             let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
-            self.write(&unwritten, purpose);
+            if !mutant!(ForgetsUnwrittenOnRetry) {
+                self.write(&unwritten, purpose);
+            }
             self.actions.push_back(Action::StoreRecovered);
         }
         Response::Done

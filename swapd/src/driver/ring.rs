@@ -8,8 +8,9 @@ use std::time::Duration;
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use super::transfer::Transfer;
 use crate::core::IoId;
-use crate::units::{PAGE_SIZE, Run};
+use crate::units::Run;
 
 /// Submission entries; completions have twice as many. More operations than this wait in the kernel's overflow list.
 const ENTRIES: u32 = 512;
@@ -30,16 +31,6 @@ pub(super) enum Completion {
         io: IoId,
         result: io::Result<()>,
     },
-}
-
-/// A read or write under way; short ones go on where they stopped.
-#[derive(Clone, Copy, Debug)]
-struct Transfer {
-    write: bool,
-    offset: u64,
-    address: usize,
-    len: usize,
-    done: usize,
 }
 
 pub(super) struct Ring {
@@ -168,23 +159,9 @@ impl Ring {
         }
         let io = IoId(entry.user_data() as u32);
         let mut transfer = self.transfers[io.0 as usize].take().expect("a transfer completes once");
-        let result = match entry.result() {
-            errno if [-libc::EAGAIN, -libc::EINTR].contains(&errno) => {
-                self.submit(io, transfer);
-                return None;
-            }
-            errno if errno < 0 => Err(io::Error::from_raw_os_error(-errno)),
-            bytes => {
-                transfer.done += bytes as usize;
-                if transfer.done == transfer.len {
-                    Ok(())
-                } else if bytes > 0 && (bytes as usize).is_multiple_of(PAGE_SIZE) {
-                    self.submit(io, transfer);
-                    return None;
-                } else {
-                    Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the store ends before the VM's memory"))
-                }
-            }
+        let Some(result) = transfer.completed(entry.result()) else {
+            self.submit(io, transfer);
+            return None;
         };
         self.in_flight -= 1;
         Some(Completion::Io { io, result })
