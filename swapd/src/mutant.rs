@@ -50,6 +50,8 @@ mod planted {
         RescuesRowUnderWrite,
         /// A page leaves a second time while its first version is being written.
         EvictsPagesUnderWrite,
+        /// A page that has left twice before it is written is written from where it was the first time.
+        WritesFromOldSlot,
         /// The copy for a page that is being written is not made.
         RescuesWithoutCopy,
         /// Frames that are not next to each other are moved as if they were.

@@ -121,7 +121,7 @@ fn no_seed_loses_a_page() {
     );
     let gaps = match seeds {
         ..SEEDS_FOR_TRANSITIONS => return,
-        ..SEEDS_FOR_CAUSES => total.gaps(Depth::Transitions),
+        SEEDS_FOR_TRANSITIONS..SEEDS_FOR_CAUSES => total.gaps(Depth::Transitions),
         _ => total.gaps(Depth::Causes),
     };
     assert!(gaps.is_empty(), "the seeds do not reach what the coverage table says:\n{}", gaps.join("\n"));

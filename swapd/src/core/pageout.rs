@@ -118,7 +118,7 @@ impl Core {
         unwritten.retain(|(page, slot)| {
             let here = self.table.state(*page) == PageState::Leaving
                 && !self.table.has(*page, Flag::Writing)
-                && self.slots_of.get(page) == Some(slot);
+                && (self.slots_of.get(page) == Some(slot) || mutant!(WritesFromOldSlot));
             self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
             here
         });

@@ -291,6 +291,7 @@ impl Sim {
     }
 
     fn put(&mut self, page: PageNo, value: u64, damage: Option<Fault>) {
+        self.changed = true;
         self.forget_damage(page, Outcome::WrittenAnew);
         self.disk.content[page.index()] = value;
         self.disk.damage[page.index()] = damage;
@@ -305,6 +306,14 @@ impl Sim {
     pub(super) fn forget_damage(&mut self, page: PageNo, outcome: Outcome) {
         if let Some(fault) = self.disk.damage[page.index()].take() {
             self.coverage.outcome(fault, outcome);
+        }
+    }
+
+    /// Nobody wants the stored content any more: unless it is a part of a write that goes on.
+    pub(super) fn abandon(&mut self, page: PageNo, outcome: Outcome) {
+        let in_flight = |flight: &Flight| flight.is_write() && flight.run.contains(page);
+        if !self.disk.flights.iter().any(in_flight) {
+            self.forget_damage(page, outcome);
         }
     }
 
@@ -345,6 +354,7 @@ impl Sim {
         if !self.disk.allocated[index] || self.disk.damage[index].is_some() {
             return;
         }
+        self.changed = true;
         self.disk.damage[index] = Some(fault);
         self.coverage.injected(fault);
         if fault == Fault::Rot {

@@ -266,6 +266,7 @@ impl Sim {
 
     pub(super) fn hand(&mut self, event: Event<'_>) {
         let cause = Cause::of(&event);
+        self.changed = true;
         let may_evict = self.core.take(event);
         self.coverage.note(cause, self.core.transitions());
         self.core.balance(may_evict);
@@ -276,6 +277,7 @@ impl Sim {
         self.perform_all();
         // Several events may be at hand at once.
         if !self.random.one_in(3) {
+            self.changed = true;
             self.core.make_ready();
             self.coverage.note(Cause::MakeReady, self.core.transitions());
             self.perform_all();

@@ -110,6 +110,8 @@ pub struct Sim {
     session: Option<Session>,
     asked: Vec<(Ticket, Asked)>,
     next_ticket: u64,
+    /// Something has happened that the oracle has not looked at.
+    changed: bool,
     trace: Trace,
     coverage: Coverage,
 }
@@ -137,6 +139,7 @@ impl Sim {
             session: None,
             asked: Vec::new(),
             next_ticket: 0,
+            changed: true,
             trace: Trace::default(),
             coverage: Coverage::default(),
             random,

@@ -94,7 +94,7 @@ impl Sim {
         for page in run.pages() {
             self.oracle.truth[page.index()] = Some(0);
             self.oracle.written[page.index()] = true;
-            self.forget_damage(page, Outcome::GivenBack);
+            self.abandon(page, Outcome::GivenBack);
             self.oracle.is_not_as_held(page);
         }
         self.ask(Request::Discard(run), Asked::Other);

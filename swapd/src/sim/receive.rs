@@ -101,7 +101,7 @@ impl Sim {
 
     fn replaced(&mut self, run: Run, truth: Option<u64>) {
         for page in run.pages() {
-            self.forget_damage(page, Outcome::WrittenAnew);
+            self.abandon(page, Outcome::WrittenAnew);
             self.oracle.truth[page.index()] = truth;
             self.session().came[page.index()] = true;
         }
