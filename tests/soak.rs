@@ -3,16 +3,13 @@
 //! has grown. `VMEMD_SEED` is the seed of what happens.
 
 mod common;
-#[allow(dead_code, reason = "this file uses a part")]
-#[path = "common/disk.rs"]
-mod disk;
 mod proxy;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use common::disk::Disk;
 use common::{Host, Running, cannot_run_vms, lives, signal, skipped, wait_for};
-use disk::Disk;
 use proxy::{After, At, Plan, Proxy, Strike, Word};
 use serde_json::Value;
 

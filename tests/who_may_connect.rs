@@ -2,7 +2,6 @@
 
 mod common;
 #[path = "qemu/network.rs"]
-#[allow(dead_code, reason = "no guest is in this network")]
 mod network;
 #[path = "../migrate/tests/common/pki.rs"]
 mod pki;

@@ -65,7 +65,7 @@ fn what_is_written_again_and_again_comes_back() {
             if writer.is_finished() {
                 break;
             }
-            vm.handle().set_budget([16, 40, 12, 64][nth % 4] * MIB).unwrap();
+            vm.handle().set_budget([16, 40, 20, 64][nth % 4] * MIB).unwrap();
         }
     });
     let stats = vm.stats();
