@@ -1,5 +1,8 @@
 //! vmemd's swap engine: one VM's private virtual memory.
 
+#[macro_use]
+pub mod mutant;
+
 mod cipher;
 pub mod core;
 pub mod digest;

@@ -3,7 +3,7 @@
 //! Time is counted in touches: a hit takes one, and who misses waits for as many as a read takes. So the same touches give
 //! the same result everywhere, at millions of touches a second. Content is a version number a page: what the core
 //! is told about a page that leaves is the truth about whether it changed. Correctness is the simulation's business
-//! (`sim.rs`): nothing fails here, and nothing but waiting for ever is checked.
+//! (`sim/`): nothing fails here, and nothing but waiting for ever is checked.
 
 use std::collections::VecDeque;
 

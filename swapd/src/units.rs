@@ -125,6 +125,10 @@ impl SlotRun {
         SlotRun { start, len }
     }
 
+    pub fn contains(self, slot: Slot) -> bool {
+        self.start <= slot && slot.0 < self.start.0 + self.len
+    }
+
     pub fn slots(self) -> impl DoubleEndedIterator<Item = Slot> + Clone {
         (self.start.0..self.start.0 + self.len).map(Slot)
     }

@@ -1,8 +1,8 @@
 //! A vCPU touched a page that is not in the guest.
 
+use super::Core;
 use super::event::{Action, FaultKind, Response};
 use super::io::Landing;
-use super::{Core, Mutant};
 use crate::policy::prefetch::{Plan, Surroundings};
 use crate::policy::probation::HEAT_FAULT;
 use crate::table::{Flag, PageState};
@@ -76,7 +76,7 @@ impl Core {
                 // Prefetched, or given back, meanwhile.
                 _ => true,
             };
-            if !served {
+            if !served && !mutant!(ForgetsDeferredFault) {
                 return;
             }
             self.deferred.pop_front();
@@ -123,8 +123,7 @@ impl Core {
     fn is_at_hand(&self, page: PageNo) -> bool {
         match self.table.state(page) {
             PageState::Standby => true,
-            // While pages leave by request, one of them may still have its move before it.
-            PageState::Leaving => self.evict_waiters.is_empty() && !self.table.has(page, Flag::Writing),
+            PageState::Leaving => !self.table.has(page, Flag::Writing) || mutant!(RescuesRowUnderWrite),
             _ => false,
         }
     }
@@ -143,7 +142,7 @@ impl Core {
     }
 
     fn is_under_write(&self, page: PageNo) -> bool {
-        self.table.has(page, Flag::Writing) && !self.mutant(Mutant::RescuesUnderWrite)
+        self.table.has(page, Flag::Writing) && !mutant!(RescuesUnderWrite)
     }
 
     /// The device reads the frame at this moment: the guest must not change it. It gets a copy, or waits for the write.
@@ -155,7 +154,9 @@ impl Core {
         let to = taken.slots.start;
         self.bind(page, to);
         self.table.set(page, PageState::Arriving);
-        self.actions.push_back(Action::Copy { from, to });
+        if !mutant!(RescuesWithoutCopy) {
+            self.actions.push_back(Action::Copy { from, to });
+        }
         self.move_in([(page, to)]);
     }
 

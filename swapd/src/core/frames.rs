@@ -34,7 +34,8 @@ impl Core {
 
     /// The same, from the host alone.
     pub(super) fn take_fresh(&mut self, want: u32) -> Option<Taken> {
-        let want = u64::from(want).min(self.limit().saturating_sub(self.taken)) as u32;
+        let left = self.limit().saturating_sub(self.taken) + u64::from(mutant!(OverspendsBudget));
+        let want = u64::from(want).min(left) as u32;
         let slots = self.staging.take_empty(want)?;
         self.taken += u64::from(slots.len);
         Some(Taken { slots, fresh: true })
@@ -62,6 +63,12 @@ impl Core {
     pub(super) fn unbind(&mut self, page: PageNo) {
         let slot = self.slots_of.remove(&page).expect("the page is in staging");
         self.staging.free(slot);
+    }
+
+    /// The device reads the page's frame. (A version that arrived anew waits in another one until the older is written.)
+    fn is_being_written(&self, page: PageNo) -> bool {
+        let of_page = |slots: SlotRun| slots.contains(self.slots_of[&page]) || mutant!(LeaksReplacedVersions);
+        self.table.has(page, Flag::Writing) && self.ios.slots().any(of_page)
     }
 
     /// The page goes another way while the device still works with its frame.
@@ -103,6 +110,12 @@ impl Core {
         ticket: Ticket,
         bytes: u64,
     ) -> Option<Result<Response, CommandError>> {
+        if self.receiving.is_some() {
+            // Nothing is paged out for a lower one, and frames for what is still to come would never be free.
+            return Some(Err(CommandError::NotNow(
+                "the VM is being received; change its budget once it runs",
+            )));
+        }
         let frames = pages_in(bytes);
         if frames < self.config.budget_min {
             return Some(Err(CommandError::BudgetTooSmall {
@@ -123,8 +136,10 @@ impl Core {
     /// Gives frames above the budget back to the host, and tells who waits for that, or why he waits in vain.
     pub(super) fn give_back(&mut self) {
         let over = self.taken.saturating_sub(self.budget);
-        self.release_free(u32::try_from(over).unwrap_or(u32::MAX));
-        if self.taken > self.budget && self.latch.is_none() {
+        if !mutant!(KeepsFramesAboveBudget) {
+            self.release_free(u32::try_from(over).unwrap_or(u32::MAX));
+        }
+        if self.taken > self.budget && self.latch.is_none() && !mutant!(AnswersBudgetEarly) {
             return;
         }
         for ticket in std::mem::take(&mut self.budget_waiters) {
@@ -162,7 +177,9 @@ impl Core {
     pub(super) fn discard(&mut self, run: Run) -> Response {
         let mut dropped: Option<Run> = None;
         for page in run.pages() {
-            self.mark_left(page);
+            if !mutant!(DiscardUnseenByTracking) {
+                self.mark_left(page);
+            }
             let in_guest = self.forget(page);
             match &mut dropped {
                 Some(run) if in_guest && run.end() == page => run.len += 1,
@@ -186,7 +203,7 @@ impl Core {
         let state = self.table.state(page);
         match state {
             PageState::Untouched => return false,
-            PageState::Resident => self.taken -= 1,
+            PageState::Resident => self.taken -= u64::from(!mutant!(MiscountsDiscards)),
             PageState::Poisoned => {
                 self.lost.remove(&page);
             }
@@ -195,13 +212,21 @@ impl Core {
                 self.leave_standby(page);
                 self.unbind(page);
             }
-            PageState::Leaving if self.table.has(page, Flag::Writing) => self.orphan(page),
+            PageState::Leaving if self.is_being_written(page) && !mutant!(FreesFrameUnderWrite) => {
+                self.orphan(page);
+            }
             PageState::Leaving | PageState::Sampled => self.unbind(page),
+            PageState::Arriving if mutant!(FreesFrameUnderRead) => self.unbind(page),
             PageState::Arriving => self.orphan(page),
         }
         self.table.set(page, PageState::Untouched);
-        self.table.put(page, Flag::Stored, false);
-        if self.waiting.remove(&page).is_some() {
+        if !mutant!(DiscardKeepsStoredBit) {
+            self.table.put(page, Flag::Stored, false);
+        }
+        if !self.bad_reads.is_empty() {
+            self.bad_reads.remove(&page);
+        }
+        if self.waiting.remove(&page).is_some() && !mutant!(ForgetsWakeOnDiscard) {
             // Who waited for the old content touches again and gets zeros.
             self.actions.push_back(Action::Wake { page });
         }

@@ -1,7 +1,7 @@
 //! The store: operations under way, and what follows from their results.
 
+use super::Core;
 use super::event::{Action, IoError, IoId};
-use super::{Core, Mutant};
 use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
@@ -67,6 +67,15 @@ impl Ios {
         IoId(id)
     }
 
+    /// The slots that the device works with.
+    pub(super) fn slots(&self) -> impl Iterator<Item = SlotRun> {
+        self.entries.iter().flatten().map(|io| io.slots)
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.vacant.len() == self.entries.len()
+    }
+
     fn end(&mut self, id: IoId) -> Io {
         self.vacant.push(id.0);
         let io = self.entries[id.0 as usize].take().expect("an operation ends once");
@@ -108,9 +117,13 @@ impl Core {
                 self.staging.free(slot);
                 continue;
             }
-            let good = result
-                .as_ref()
-                .is_ok_and(|sums| sums[nth] == self.sums[page.index()] || self.mutant(Mutant::TrustsReads));
+            let trusted = mutant!(TrustsReads)
+                || (nth > 0 && mutant!(ChecksFirstPageOnly))
+                || (mutant!(TrustsRereads) && self.bad_reads.contains_key(&page));
+            let good = match &result {
+                Ok(sums) => sums[nth] == self.sums[page.index()] || trusted,
+                Err(_) => mutant!(TrustsFailedReads),
+            };
             if !good {
                 self.counts.mismatches += u64::from(result.is_ok());
                 self.bad_read(page, slot);
@@ -144,7 +157,8 @@ impl Core {
             return;
         }
         let bad = self.bad_reads.entry(page).or_default();
-        match REREAD_TICKS.get(bad.count) {
+        let next = if mutant!(PoisonsAtFirstError) { None } else { REREAD_TICKS.get(bad.count) };
+        match next {
             Some(0) => {
                 bad.count += 1;
                 self.start_read(Run::one(page), SlotRun::new(slot, 1), Landing::Guest { marker: None });
@@ -178,7 +192,7 @@ impl Core {
             let idle = self.table.state(page) == PageState::Stored && !self.deferred.contains(&page);
             if !self.waiting.contains_key(&page) {
                 self.bad_reads.remove(&page);
-            } else if idle && !self.page_in(page) {
+            } else if idle && !mutant!(ForgetsRereads) && !self.page_in(page) {
                 self.deferred.push_back(page);
             }
         }
@@ -210,7 +224,7 @@ impl Core {
         let Io { kind: Kind::Write(purpose), run, slots } = self.ios.end(io) else {
             panic!("{io:?} is not a write");
         };
-        let result = if self.mutant(Mutant::TrustsFailedWrites) { Ok(()) } else { result };
+        let result = if mutant!(TrustsFailedWrites) { Ok(()) } else { result };
         let mut rescued = Vec::new();
         let mut to_write = Vec::new();
         for (page, slot) in run.pages().zip(slots.slots()) {
@@ -220,14 +234,19 @@ impl Core {
                 self.staging.free(slot);
                 match state {
                     // A newer version waits for this write to end.
+                    PageState::Leaving if mutant!(ForgetsNewerVersion) => {}
                     PageState::Leaving => to_write.push((page, self.slots_of[&page])),
                     PageState::Untouched => {}
-                    _ => self.table.put(page, Flag::Stored, result.is_ok()),
+                    // While pages arrive, the sum on record may be that of a newer version.
+                    _ => {
+                        let newest = self.receiving.is_none() || mutant!(TrustsReplacedVersions);
+                        self.table.put(page, Flag::Stored, result.is_ok() && newest);
+                    }
                 }
                 continue;
             }
             self.table.put(page, Flag::Stored, result.is_ok());
-            if self.waiting.contains_key(&page) {
+            if self.waiting.contains_key(&page) && !mutant!(ForgetsWaitersOfWrite) {
                 self.table.set(page, PageState::Arriving);
                 rescued.push((page, slot));
             } else if result.is_ok() {

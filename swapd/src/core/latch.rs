@@ -79,6 +79,9 @@ impl Core {
     pub(super) fn latch_store(&mut self, error: IoError) {
         self.counts.write_errors += 1;
         let IoError(reason) = error;
+        if mutant!(IgnoresFullStore) {
+            return;
+        }
         let Some(latch) = &mut self.latch else {
             self.actions.push_back(Action::StoreFailed(reason.clone()));
             let retry_tick = self.tick + self.backoff.next();
@@ -89,6 +92,9 @@ impl Core {
         if std::mem::take(&mut latch.retrying) {
             latch.retry_tick = self.tick + self.backoff.next();
             for ticket in std::mem::take(&mut latch.waiters) {
+                if mutant!(ForgetsWhoAskedForRetry) {
+                    break;
+                }
                 let answer = Err(CommandError::Store(reason.clone()));
                 self.actions.push_back(Action::Answer { ticket, answer });
             }
@@ -122,7 +128,9 @@ impl Core {
             })
             .collect();
         let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
-        self.write(&unwritten, purpose);
+        if !mutant!(ForgetsUnwrittenOnRetry) {
+            self.write(&unwritten, purpose);
+        }
         self.end_retry();
     }
 
@@ -133,7 +141,7 @@ impl Core {
         }
         let Some(latch) = self.latch.take_if(|latch| latch.retrying) else { return };
         self.actions.push_back(Action::StoreRecovered);
-        self.actions.extend(latch.starved.then_some(Action::Relieved));
+        self.actions.extend((latch.starved && !mutant!(ForgetsRelief)).then_some(Action::Relieved));
         for ticket in latch.waiters {
             self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
         }
@@ -144,7 +152,7 @@ impl Core {
         if !self.deferred.is_empty() {
             latch.dripped = (latch.dripped + DRIP_FRAMES).min(u64::from(self.marks.reserve));
         }
-        if self.tick >= latch.retry_tick {
+        if self.tick >= latch.retry_tick && !mutant!(RetriesOnlyWhenAsked) {
             self.retry_store();
         }
     }

@@ -16,6 +16,8 @@ mod latch;
 mod pageout;
 mod receive;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -90,19 +92,6 @@ pub struct CoreConfig {
     pub sampling: bool,
 }
 
-/// A deliberate fault of the core, for the test that the simulation finds it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Mutant {
-    /// Takes a changed page for an unchanged one.
-    DropsChangedPages,
-    /// Hands out a frame that the device still reads from.
-    RescuesUnderWrite,
-    /// Takes a frame whose page is not stored yet.
-    TrustsFailedWrites,
-    /// Does not look at checksums.
-    TrustsReads,
-}
-
 /// One VM's engine, without hands.
 #[derive(Debug)]
 pub struct Core {
@@ -154,8 +143,6 @@ pub struct Core {
     plans: Vec<Plan>,
     /// Kept between events, so that none of them allocates.
     scratch: Vec<(PageNo, Slot)>,
-    #[cfg(feature = "sim")]
-    pub mutant: Option<Mutant>,
 }
 
 /// What the core counts beside the page table's own counts.
@@ -220,8 +207,6 @@ impl Core {
             unwritten: Vec::with_capacity(pageout::LEAVING_MAX as usize),
             plans: Vec::with_capacity(8),
             scratch: Vec::with_capacity(WINDOW_MAX as usize),
-            #[cfg(feature = "sim")]
-            mutant: None,
         }
     }
 
@@ -231,6 +216,16 @@ impl Core {
     }
 
     pub fn handle(&mut self, event: Event<'_>) {
+        let may_evict = self.take(event);
+        self.balance(may_evict);
+    }
+
+    /// What the event itself brings about. Says whether pages may be started on their way out behind it.
+    pub(crate) fn take(&mut self, event: Event<'_>) -> bool {
+        // Not after a move out, which may have met a page that is pinned still; nor after a move in, before who waited has had the
+        // page; nor after a fault: others may come before anything moves, one of them of a page that is about to leave.
+        let may_evict = matches!(event, Event::Tick { .. } | Event::WriteDone { .. } | Event::Request { .. })
+            || (matches!(event, Event::Fault(_)) && mutant!(EvictsBetweenFaults));
         match event {
             Event::Fault(page) => self.fault(page),
             Event::Tick { ticks } => self.on_tick(ticks),
@@ -241,7 +236,7 @@ impl Core {
             Event::Written { ticket, runs } => self.written(ticket, runs),
             Event::Request { ticket, request } => self.request(ticket, request),
         }
-        self.balance();
+        may_evict
     }
 
     /// Ticks until there is something to do, if nothing else happens: an idle VM is to cost nothing. May shrink at any event.
@@ -328,7 +323,9 @@ impl Core {
         while let Some((page, slot)) = pages.next() {
             let (mut run, mut slots) = (Run::one(page), SlotRun::new(slot, 1));
             while pages
-                .next_if(|(page, slot)| *page == run.end() && *slot == slots.start.plus(slots.len))
+                .next_if(|(page, slot)| {
+                    *page == run.end() && (*slot == slots.start.plus(slots.len) || mutant!(RescuesWrongSlot))
+                })
                 .is_some()
             {
                 run.len += 1;
@@ -349,7 +346,7 @@ impl Core {
                 self.actions.push_back(Action::Resolved { page, kind });
             }
         }
-        if moved < run.len {
+        if moved < run.len && !mutant!(ForgetsPinnedMoves) {
             let rest = run.len - moved;
             self.pinned_in.push((run.part(moved, rest), slots.part(moved, rest)));
         }
@@ -362,6 +359,7 @@ impl Core {
             match self.staging.used(slot) {
                 Use::Bound(bound) if bound == page => again.push((page, slot)),
                 // Given back by the guest meanwhile.
+                Use::Orphan if mutant!(LeaksPinnedOrphans) => {}
                 Use::Orphan => self.staging.free(slot),
                 other => unreachable!("{slot:?} of a pinned move is {other:?}"),
             }
@@ -374,8 +372,11 @@ impl Core {
             match (self.staging.used(slot), *out) {
                 // The old version of a page that arrives anew: only its frame is wanted.
                 (Use::Orphan, PageOut::Moved { .. }) => self.staging.free(slot),
+                // It cannot be recycled, and must be gone before the new version comes.
                 (Use::Orphan, PageOut::Pinned) => {
-                    unreachable!("no VM runs while it is received, so nothing pins {page}")
+                    self.staging.vacate(slot);
+                    self.taken -= 1;
+                    self.actions.push_front(Action::DropGuest { run: Run::one(page) });
                 }
                 (_, PageOut::Pinned) => {
                     self.counts.pinned += 1;
@@ -384,7 +385,9 @@ impl Core {
                     self.staging.vacate(slot);
                 }
                 (_, PageOut::Moved { sum, zero }) => {
-                    self.mark_left(page);
+                    if !mutant!(LeavesUnseenByTracking) {
+                        self.mark_left(page);
+                    }
                     if self.table.state(page) == PageState::Leaving {
                         self.counts.victims += 1;
                         self.left_guest(page, slot, sum, zero);
@@ -480,6 +483,10 @@ impl Core {
         self.budget
     }
 
+    pub fn is_waited_for(&self, page: PageNo) -> bool {
+        self.waiting.contains_key(&page)
+    }
+
     /// Pages that vCPUs wait for.
     pub fn faults_waiting(&self) -> usize {
         self.waiting.len()
@@ -493,6 +500,7 @@ impl Core {
         for (page, slot) in &self.slots_of {
             assert_eq!(self.staging.used(*slot), Use::Bound(*page), "{page} is bound to {slot:?}");
         }
+        self.check_slots();
         let in_staging = [PageState::Leaving, PageState::Standby, PageState::Arriving, PageState::Sampled];
         let count: u64 = in_staging.iter().map(|state| self.table.count(*state)).sum();
         assert_eq!(count, self.slots_of.len() as u64, "every page in staging has one slot");
@@ -510,14 +518,25 @@ impl Core {
         }
     }
 
-    #[cfg(feature = "sim")]
-    fn mutant(&self, which: Mutant) -> bool {
-        self.mutant == Some(which)
-    }
-
-    #[cfg(not(feature = "sim"))]
-    fn mutant(&self, _: Mutant) -> bool {
-        false
+    /// No slot is bound to a page that knows nothing of it, and no frame waits for the end of what is not under way.
+    fn check_slots(&self) {
+        let (mut bound, mut orphans, mut empty, mut free) = (0, 0, 0, 0);
+        for slot in (0..self.staging.slots()).map(Slot) {
+            match self.staging.used(slot) {
+                Use::Bound(_) => bound += 1,
+                Use::Orphan => orphans += 1,
+                Use::Empty => empty += 1,
+                Use::Free => free += 1,
+                Use::Granted => {}
+            }
+        }
+        let to_be_had = (self.staging.empty_slots(), self.staging.free_frames());
+        assert_eq!((empty, free), to_be_had, "every empty slot and every free frame can be had");
+        assert_eq!(bound, self.slots_of.len(), "every bound slot is that of its page");
+        let pinned = self.pinned_in.iter().map(|(_, slots)| *slots);
+        let awaited = self.ios.slots().chain(pinned).flat_map(|slots| slots.slots());
+        let awaited = awaited.filter(|slot| self.staging.used(*slot) == Use::Orphan).count();
+        assert_eq!(awaited, orphans, "every frame without a page becomes free in the end");
     }
 
     fn runs_in_state(&self, state: PageState) -> Vec<Run> {

@@ -1,8 +1,8 @@
 //! Frames ahead of need: victims leave in batches, so that a fault never waits for a write.
 
+use super::Core;
 use super::event::{Action, Response, Ticket};
 use super::io::Purpose;
-use super::{Core, Mutant};
 use crate::handle::CommandError;
 use crate::policy::clock::may_leave;
 use crate::policy::watermarks::BATCH_MAX;
@@ -26,7 +26,7 @@ const _: () = assert!(BATCH_MAX * 4 <= LEAVING_MAX, "several batches fit under w
 
 impl Core {
     /// After every event: serve who waits for a frame.
-    pub(super) fn balance(&mut self) {
+    pub(crate) fn balance(&mut self, may_evict: bool) {
         self.serve_deferred();
         if self.receiving.is_some() {
             self.serve_receiving();
@@ -36,7 +36,7 @@ impl Core {
         }
         if !self.evict_waiters.is_empty() {
             self.make_slots();
-            self.answer_evicted();
+            self.answer_evicted(may_evict);
         }
         if self.latch.is_some() {
             self.tell_starved();
@@ -121,7 +121,7 @@ impl Core {
         unwritten.retain(|(page, slot)| {
             let here = self.table.state(*page) == PageState::Leaving
                 && !self.table.has(*page, Flag::Writing)
-                && self.slots_of.get(page) == Some(slot);
+                && (self.slots_of.get(page) == Some(slot) || mutant!(WritesFromOldSlot));
             self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
             here
         });
@@ -159,14 +159,13 @@ impl Core {
         } else {
             self.sums[page.index()] = sum;
             // The sum is not that of what the store has, until it is written.
-            self.table.put(page, Flag::Stored, false);
+            self.table.put(page, Flag::Stored, mutant!(KeepsStoredBit));
             self.unwritten.push((page, slot));
         }
     }
 
     fn is_unchanged(&self, page: PageNo, sum: u64) -> bool {
-        self.table.has(page, Flag::Stored)
-            && (self.sums[page.index()] == sum || self.mutant(Mutant::DropsChangedPages))
+        self.table.has(page, Flag::Stored) && (self.sums[page.index()] == sum || mutant!(DropsChangedPages))
     }
 
     // ── by request ───────────────────────────────────────────────────────────────────────
@@ -183,11 +182,11 @@ impl Core {
         None
     }
 
-    fn answer_evicted(&mut self) {
+    fn answer_evicted(&mut self, may_evict: bool) {
         for (ticket, run) in std::mem::take(&mut self.evict_waiters) {
             let answer = match self.store_error() {
                 Some(error) => Some(Err(error)),
-                None if self.evict_step(run) => Some(Ok(Response::Done)),
+                None if self.evict_step(run, may_evict) => Some(Ok(Response::Done)),
                 None => None,
             };
             match answer {
@@ -198,8 +197,11 @@ impl Core {
     }
 
     /// Starts what can leave; true when nothing of the run is on its way any more.
-    fn evict_step(&mut self, run: Run) -> bool {
+    fn evict_step(&mut self, run: Run, may_evict: bool) -> bool {
         let ready: Vec<_> = run.pages().filter(|page| may_leave(&self.table, *page)).collect();
+        if !may_evict && !ready.is_empty() {
+            return false;
+        }
         let leaving = self.table.count(PageState::Leaving) as u32;
         // Some of it may find no slot at first.
         let all_started = ready.is_empty();

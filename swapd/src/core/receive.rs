@@ -117,7 +117,7 @@ impl Core {
                 self.table.set(page, PageState::Leaving);
                 self.sums[page.index()] = arrival.sums[nth];
                 // An older version that is still being written comes first; its end starts this one.
-                if !self.table.has(page, Flag::Writing) {
+                if !self.table.has(page, Flag::Writing) || mutant!(WritesTwoVersionsAtOnce) {
                     to_store.push((page, slot));
                 }
             }
@@ -206,13 +206,12 @@ impl Core {
             self.receiving.as_ref().and_then(|receiving| receiving.grants.front())
         {
             let (ticket, count) = (*ticket, *count);
-            let answer = match (&failed, self.take_frames(count)) {
-                (Some(error), _) => Err(error.clone()),
-                (None, Some(taken)) => {
-                    taken.slots.slots().for_each(|slot| self.staging.assign(slot, Use::Granted));
-                    Ok(Response::Frames(taken.slots))
-                }
-                (None, None) => break,
+            let answer = if let Some(error) = &failed {
+                Err(error.clone())
+            } else {
+                let Some(taken) = self.take_frames(count) else { break };
+                taken.slots.slots().for_each(|slot| self.staging.assign(slot, Use::Granted));
+                Ok(Response::Frames(taken.slots))
             };
             self.actions.push_back(Action::Answer { ticket, answer });
             self.receiving.as_mut().expect("still receiving").grants.pop_front();
@@ -222,7 +221,7 @@ impl Core {
         if let Some(error) = failed {
             self.receiving.as_mut().expect("still receiving").finish = None;
             self.actions.push_back(Action::Answer { ticket, answer: Err(error) });
-        } else if in_motion == 0 {
+        } else if (in_motion == 0 && self.ios.is_idle()) || mutant!(FinishesReceivingEarly) {
             let receiving = self.receiving.take().expect("still receiving");
             let placed = Placed {
                 pages_ram: self.table.count(PageState::Resident),

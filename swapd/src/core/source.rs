@@ -65,6 +65,7 @@ impl Core {
                 PageState::Standby | PageState::Stored => Place::Stored,
                 PageState::Poisoned => Place::Poisoned,
                 PageState::Arriving => Place::Moving,
+                PageState::Leaving if mutant!(HoldsLeavingAsStored) => Place::Stored,
                 PageState::Leaving if self.table.has(page, Flag::Writing) => Place::Moving,
                 // It has only its frame, and no way to it but through the guest.
                 PageState::Leaving | PageState::Sampled => {

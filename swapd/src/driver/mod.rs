@@ -12,11 +12,13 @@ mod engine;
 mod latency;
 mod mailbox;
 mod memory;
+pub(crate) mod moves;
 mod recorder;
 mod regions;
 mod ring;
 mod sealer;
 mod store;
+pub(crate) mod transfer;
 mod uffd;
 
 pub use engine::{Engine, EngineConfig, Notice, StartError, StoreConfig};
@@ -35,10 +37,11 @@ use crate::digest::{is_zero, page_sum};
 use crate::handle::{Command, CommandError};
 use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
 use latency::LatencyBook;
+use moves::{HASTY, Moved, PATIENT};
 use recorder::Recorder;
 use ring::{Completion, Ring};
 use sealer::Sealer;
-use uffd::{Faults, HASTY, Moved, PATIENT};
+use uffd::Faults;
 
 type Reply = Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>;
 

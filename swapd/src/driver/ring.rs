@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use super::transfer::Transfer;
 use crate::core::IoId;
-use crate::units::{PAGE_SIZE, Run};
+use crate::units::Run;
 
 /// Submission entries; completions have twice as many. More operations than this wait in the kernel's overflow list.
 const ENTRIES: u32 = 512;
@@ -32,23 +33,12 @@ pub(super) enum Completion {
     },
 }
 
-/// A read or write under way; short ones go on where they stopped.
-#[derive(Clone, Copy, Debug)]
-struct Transfer {
-    write: bool,
-    offset: u64,
-    address: usize,
-    len: usize,
-    done: usize,
-    started: Instant,
-}
-
 pub(super) struct Ring {
     ring: IoUring,
     faults: RawFd,
     commands: RawFd,
-    /// By number of the operation. The buffers are staging slots or a sealer's copies, which outlive the ring.
-    transfers: Vec<Option<Transfer>>,
+    /// By number of the operation, with when they were started. The buffers are staging slots or a sealer's copies, which outlive the ring.
+    transfers: Vec<Option<(Transfer, Instant)>>,
     in_flight: usize,
 }
 
@@ -88,7 +78,7 @@ impl Ring {
 
     /// How long the oldest transfer under way has been so.
     pub(super) fn oldest(&self) -> Duration {
-        let started = self.transfers.iter().flatten().map(|transfer| transfer.started).min();
+        let started = self.transfers.iter().flatten().map(|(_, started)| *started).min();
         started.map_or(Duration::ZERO, |started| started.elapsed())
     }
 
@@ -116,27 +106,20 @@ impl Ring {
         if self.transfers.len() <= at {
             self.transfers.resize(at + 1, None);
         }
-        let transfer = Transfer {
-            write,
-            offset: run.start.offset(),
-            address,
-            len: run.bytes(),
-            done: 0,
-            started: Instant::now(),
-        };
+        let transfer = Transfer { write, offset: run.start.offset(), address, len: run.bytes(), done: 0 };
         self.in_flight += 1;
-        self.submit(io, transfer);
+        self.submit(io, transfer, Instant::now());
     }
 
-    fn submit(&mut self, io: IoId, transfer: Transfer) {
-        let Transfer { write, offset, address, len, done, .. } = transfer;
+    fn submit(&mut self, io: IoId, transfer: Transfer, started: Instant) {
+        let Transfer { write, offset, address, len, done } = transfer;
         let (at, rest, offset) = ((address + done) as *mut u8, (len - done) as u32, offset + done as u64);
         let entry = if write {
             opcode::Write::new(STORE, at, rest).offset(offset).build()
         } else {
             opcode::Read::new(STORE, at, rest).offset(offset).build()
         };
-        self.transfers[io.0 as usize] = Some(transfer);
+        self.transfers[io.0 as usize] = Some((transfer, started));
         self.push(&entry.user_data(u64::from(io.0)));
     }
 
@@ -181,24 +164,11 @@ impl Ring {
             return Some(completion);
         }
         let io = IoId(entry.user_data() as u32);
-        let mut transfer = self.transfers[io.0 as usize].take().expect("a transfer completes once");
-        let result = match entry.result() {
-            errno if [-libc::EAGAIN, -libc::EINTR].contains(&errno) => {
-                self.submit(io, transfer);
-                return None;
-            }
-            errno if errno < 0 => Err(io::Error::from_raw_os_error(-errno)),
-            bytes => {
-                transfer.done += bytes as usize;
-                if transfer.done == transfer.len {
-                    Ok(())
-                } else if bytes > 0 && (bytes as usize).is_multiple_of(PAGE_SIZE) {
-                    self.submit(io, transfer);
-                    return None;
-                } else {
-                    Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the store ends before the VM's memory"))
-                }
-            }
+        let (mut transfer, started) =
+            self.transfers[io.0 as usize].take().expect("a transfer completes once");
+        let Some(result) = transfer.completed(entry.result()) else {
+            self.submit(io, transfer, started);
+            return None;
         };
         self.in_flight -= 1;
         Some(Completion::Io { io, result })

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
+use super::moves::{self, Moved, Refused};
 use userfaultfd::{Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 const FEATURE_POISON: u64 = 1 << 14;
@@ -16,12 +17,6 @@ const FEATURES: u64 = FEATURE_POISON | FEATURE_WP_ASYNC | FEATURE_MOVE;
 
 /// Faults read by one system call.
 const EVENTS_A_READ: usize = 64;
-/// Tries for a frame whose pin the kernel is about to drop: it comes from a read that has just ended.
-pub(super) const PATIENT: u32 = 200;
-/// Tries for a page of the guest that may be pinned for as long as its I/O takes.
-pub(super) const HASTY: u32 = 2;
-/// Tries for a move that met a change of the address space.
-const RETRIES: u32 = 2000;
 
 const fn iowr(kind: u8, number: u8, size: usize) -> libc::c_ulong {
     (3 << 30) | ((size as libc::c_ulong) << 16) | ((kind as libc::c_ulong) << 8) | number as libc::c_ulong
@@ -82,14 +77,6 @@ const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 /// Regions returned by one scan call.
 const REGIONS_A_SCAN: usize = 1024;
-
-/// How far a move came.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Moved {
-    All,
-    /// So many bytes, then a page pinned by I/O.
-    Pinned(usize),
-}
 
 /// One VM's userfaultfd.
 pub(super) struct Faults {
@@ -162,9 +149,7 @@ impl Faults {
     /// # Panics
     /// If the kernel says that source or destination are not as the page table has them: going on could lose data.
     pub(super) fn move_pages(&self, to: usize, from: usize, len: usize, patience: u32) -> Moved {
-        let mut done = 0;
-        let mut retries = 0;
-        while done < len {
+        let moved = moves::carry(len, patience, |done| {
             let mut arg = UffdioMove {
                 dst: (to + done) as u64,
                 src: (from + done) as u64,
@@ -176,24 +161,14 @@ impl Faults {
             // that the engine owns (guest memory and staging), of which no Rust reference exists.
             let result = unsafe { libc::ioctl(self.fd(), UFFDIO_MOVE, &mut arg) };
             let errno = if result == 0 { 0 } else { last_errno() };
-            if arg.moved > 0 {
-                done += arg.moved as usize;
-                retries = 0;
-                continue;
-            }
-            retries += 1;
-            match errno {
-                libc::EBUSY if retries < patience => std::hint::spin_loop(),
-                libc::EBUSY => return Moved::Pinned(done),
-                libc::EAGAIN if retries < RETRIES => std::thread::yield_now(),
-                libc::EAGAIN => return Moved::Pinned(done),
-                errno => panic!(
-                    "UFFDIO_MOVE of {len:#x} bytes from {from:#x} to {to:#x} stopped at {done:#x}: {}",
-                    io::Error::from_raw_os_error(errno)
-                ),
-            }
-        }
-        Moved::All
+            (arg.moved.max(0) as usize, errno)
+        });
+        moved.unwrap_or_else(|Refused { done, errno }| {
+            panic!(
+                "UFFDIO_MOVE of {len:#x} bytes from {from:#x} to {to:#x} stopped at {done:#x}: {}",
+                io::Error::from_raw_os_error(errno)
+            )
+        })
     }
 
     /// Makes a missing page raise a memory error when touched, and wakes who waits for it.

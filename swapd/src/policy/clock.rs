@@ -58,8 +58,8 @@ impl Clock {
 /// Whether the page may leave the guest at all.
 pub fn may_leave(table: &PageTable, page: PageNo) -> bool {
     table.state(page) == PageState::Resident
-        && !table.has(page, Flag::Held)
-        && !table.has(page, Flag::Writing)
+        && (!table.has(page, Flag::Held) || mutant!(EvictsHeldPages))
+        && (!table.has(page, Flag::Writing) || mutant!(EvictsPagesUnderWrite))
 }
 
 fn take_chunk(table: &mut PageTable, chunk: Run, victims: &mut Vec<Run>) {

@@ -41,10 +41,11 @@ impl Watermarks {
             return Watermarks { low: 0, high: 0, standby: 0, batch: 1, reserve: 0 };
         }
         let share = |part: u32| u32::try_from(budget / u64::from(part)).unwrap_or(u32::MAX);
-        let low_min = LOW_MIN.min(share(16));
-        let low = share(LOW_SHARE).clamp(low_min, LOW_MAX.min(slots / 8).max(low_min));
-        let standby_min = STANDBY_MIN.min(share(16));
-        let standby = share(STANDBY_SHARE).clamp(standby_min, (slots / 4).max(standby_min));
+        // Whatever the budget, most slots are for pages that leave.
+        let low_max = LOW_MAX.min(slots / 8);
+        let low = share(LOW_SHARE).clamp(LOW_MIN.min(share(16)).min(low_max), low_max);
+        let standby_max = slots / 4;
+        let standby = share(STANDBY_SHARE).clamp(STANDBY_MIN.min(share(16)).min(standby_max), standby_max);
         let batch = BATCH_MAX.min((low + standby) / 2);
         let reserve = share(RESERVE_SHARE).min(RESERVE_MAX);
         Watermarks { low, high: low * 2, standby, batch, reserve }

@@ -1,0 +1,173 @@
+//! What the simulation has found, each in as few events as show it.
+
+use super::*;
+use crate::handle::Arrival;
+
+const PAGE: PageNo = PageNo(7);
+
+fn core() -> Core {
+    Core::new(CoreConfig { pages: 256, budget_frames: 64, budget_min: 48, slots: 128, sampling: false })
+}
+
+/// Hands the event in, has all moves succeed, and returns what else is to be done.
+fn actions(core: &mut Core, event: Event<'_>) -> Vec<Action> {
+    core.handle(event);
+    let mut rest = Vec::new();
+    while let Some(action) = core.next_action() {
+        match action {
+            Action::MoveIn { run, slots } => core.handle(Event::MovedIn { run, slots, moved: run.len }),
+            Action::MoveOut { run, slots, .. } => {
+                let out = vec![PageOut::Moved { sum: 1, zero: false }; run.len as usize];
+                core.handle(Event::MovedOut { run, slots, pages: &out });
+            }
+            other => rest.push(other),
+        }
+    }
+    core.check();
+    rest
+}
+
+fn ask(core: &mut Core, request: Request) -> Vec<Action> {
+    actions(core, Event::Request { ticket: Ticket(1), request })
+}
+
+fn written(core: &mut Core, io: IoId, result: Result<(), IoError>) -> Vec<Action> {
+    actions(core, Event::WriteDone { io, result })
+}
+
+/// With a source that says that `PAGE` is hot, or that nothing is.
+fn receiving(hot: bool) -> Core {
+    let mut core = core();
+    let mut heat = vec![0; 256];
+    heat[PAGE.index()] = if hot { 80 } else { 0 };
+    ask(&mut core, Request::StartReceiving(heat));
+    core
+}
+
+/// A version of the page, with its checksum. Cold ones are written, as long as many more are to come.
+fn arrive(core: &mut Core, sum: u64) -> Vec<Action> {
+    let granted = ask(core, Request::GrantFrames(1));
+    let [Action::Answer { answer: Ok(Response::Frames(slots)), .. }] = granted[..] else {
+        panic!("{granted:?} instead of a frame")
+    };
+    let arrival = Arrival { run: Run::one(PAGE), slots, sums: vec![sum], again: false };
+    ask(core, Request::Arrive(arrival))
+}
+
+fn io_of(actions: &[Action]) -> IoId {
+    let write = actions.iter().find_map(|action| match action {
+        Action::Write { io, .. } => Some(*io),
+        _ => None,
+    });
+    write.unwrap_or_else(|| panic!("no write in {actions:?}"))
+}
+
+fn answers(actions: &[Action]) -> usize {
+    actions.iter().filter(|action| matches!(action, Action::Answer { .. })).count()
+}
+
+#[test]
+fn a_pinned_page_is_evicted_at_the_next_tick_not_at_once_again_and_again() {
+    let mut core = core();
+    actions(&mut core, Event::Fault(PAGE));
+    core.handle(Event::Request { ticket: Ticket(1), request: Request::Evict(Run::one(PAGE)) });
+    let Some(Action::MoveOut { run, slots, .. }) = core.next_action() else { panic!("it is to leave") };
+    core.handle(Event::MovedOut { run, slots, pages: &[PageOut::Pinned] });
+    assert!(core.next_action().is_none(), "tried again while nothing can have changed");
+    core.handle(Event::Tick { ticks: 1 });
+    assert!(matches!(core.next_action(), Some(Action::MoveOut { .. })));
+}
+
+#[test]
+fn a_late_fault_finds_no_page_that_is_about_to_leave() {
+    let mut core = core();
+    actions(&mut core, Event::Fault(PAGE));
+    // It cannot leave now, and waits.
+    core.handle(Event::Request { ticket: Ticket(1), request: Request::Evict(Run::one(PAGE)) });
+    let Some(Action::MoveOut { run, slots, .. }) = core.next_action() else { panic!("it is to leave") };
+    core.handle(Event::MovedOut { run, slots, pages: &[PageOut::Pinned] });
+    // Two faults at once: the move would come between them.
+    core.handle(Event::Fault(PageNo(200)));
+    core.handle(Event::Fault(PAGE));
+    while let Some(action) = core.next_action() {
+        assert!(!matches!(action, Action::MoveOut { .. }), "{action:?} behind a fault");
+    }
+}
+
+#[test]
+fn a_failed_store_takes_no_frames_for_those_who_ask() {
+    let mut core = receiving(false);
+    let io = io_of(&arrive(&mut core, 1));
+    written(&mut core, io, Err(IoError("no space".into())));
+    // `check` finds frames that nobody has.
+    let refused = ask(&mut core, Request::GrantFrames(8));
+    assert!(
+        matches!(refused[..], [Action::Answer { answer: Err(CommandError::Store(_)), .. }]),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_newer_version_that_waits_for_an_older_ones_write_keeps_no_frame_when_it_is_replaced() {
+    let mut core = receiving(false);
+    let first = io_of(&arrive(&mut core, 1));
+    arrive(&mut core, 2);
+    // `check` finds frames that wait for nothing.
+    arrive(&mut core, 3);
+    let third = io_of(&written(&mut core, first, Ok(())));
+    written(&mut core, third, Ok(()));
+    assert_eq!(core.recorded_sum(PAGE), Some(3));
+}
+
+#[test]
+fn an_older_version_that_is_written_does_not_count_as_the_newest() {
+    let mut core = receiving(false);
+    let first = io_of(&arrive(&mut core, 1));
+    arrive(&mut core, 2);
+    ask(&mut core, Request::ArriveZero(Run::one(PAGE)));
+    ask(&mut core, Request::ArrivePoisoned(Run::one(PAGE)));
+    written(&mut core, first, Ok(()));
+    assert_eq!(
+        core.recorded_sum(PAGE),
+        None,
+        "the store has version 1, the sum on record is that of version 2"
+    );
+}
+
+#[test]
+fn receiving_ends_when_the_last_write_has_ended_whatever_it_was_of() {
+    let mut core = receiving(false);
+    let first = io_of(&arrive(&mut core, 1));
+    ask(&mut core, Request::ArriveZero(Run::one(PAGE)));
+    assert_eq!(answers(&ask(&mut core, Request::FinishReceiving)), 0, "a write is under way");
+    assert_eq!(answers(&written(&mut core, first, Ok(()))), 1);
+}
+
+#[test]
+fn an_old_version_that_is_pinned_is_gone_before_the_new_one_comes() {
+    let mut core = receiving(true);
+    arrive(&mut core, 1);
+    assert_eq!(core.table().state(PAGE), PageState::Resident, "hot ones are kept");
+    let granted = ask(&mut core, Request::GrantFrames(1));
+    let [Action::Answer { answer: Ok(Response::Frames(slots)), .. }] = granted[..] else {
+        panic!("{granted:?}")
+    };
+    let arrival = Arrival { run: Run::one(PAGE), slots, sums: vec![2], again: true };
+    core.handle(Event::Request { ticket: Ticket(1), request: Request::Arrive(arrival) });
+    let Some(Action::MoveOut { run, slots, .. }) = core.next_action() else { panic!("the old one leaves") };
+    core.handle(Event::MovedOut { run, slots, pages: &[PageOut::Pinned] });
+    assert!(matches!(core.next_action(), Some(Action::DropGuest { run: dropped }) if dropped == run));
+    let Some(Action::MoveIn { run, slots }) = core.next_action() else { panic!("the new one comes") };
+    core.handle(Event::MovedIn { run, slots, moved: 1 });
+    core.check();
+}
+
+#[test]
+fn a_budget_cannot_change_while_pages_arrive() {
+    let mut core = receiving(true);
+    let refused = ask(&mut core, Request::SetBudget(bytes_of(48)));
+    assert!(
+        matches!(refused[..], [Action::Answer { answer: Err(CommandError::NotNow(_)), .. }]),
+        "{refused:?}"
+    );
+}

@@ -1,0 +1,152 @@
+//! Deliberate bugs, for the test that the simulation finds each of them (`docs/simulation.md`).
+//!
+//! `mutant!(Name)` is an expression at the place of the bug: true while that one is planted in this thread. Without the feature
+//! `mutants` it is the constant `false`, and nothing else of this file exists.
+
+#[cfg(feature = "mutants")]
+mod planted {
+    use std::cell::Cell;
+
+    macro_rules! mutants {
+        ($($(#[doc = $what:literal])+ $name:ident,)+) => {
+            /// What can be planted.
+            #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+            pub enum Mutant { $($(#[doc = $what])+ $name,)+ }
+
+            /// All of them, each with what is wrong with it.
+            pub const MUTANTS: &[(Mutant, &str)] = &[$((Mutant::$name, concat!($($what),+)),)+];
+        };
+    }
+
+    mutants! {
+        // ── checksums ──
+        /// A changed page is taken for an unchanged one, and not written.
+        DropsChangedPages,
+        /// Nobody looks at what was read.
+        TrustsReads,
+        /// Of a read of several pages only the first one is checked.
+        ChecksFirstPageOnly,
+        /// What comes back wrong twice is believed.
+        TrustsRereads,
+        /// A read that failed counts as a good one.
+        TrustsFailedReads,
+        // ── the store ──
+        /// A write that failed counts as done.
+        TrustsFailedWrites,
+        /// A short read or write counts as whole.
+        TrustsShortTransfers,
+        /// A full store is no reason to stop, nor to write again.
+        IgnoresFullStore,
+        /// A page's store copy counts as good from the moment it is to be written.
+        KeepsStoredBit,
+        /// The first error of a read is the page's end.
+        PoisonsAtFirstError,
+        /// A store that works again gets only what leaves from now on.
+        ForgetsUnwrittenOnRetry,
+        /// A store that failed is tried again only when somebody asks.
+        RetriesOnlyWhenAsked,
+        /// Who asked for a retry that fails is not answered.
+        ForgetsWhoAskedForRetry,
+        /// Nobody is told that there are frames again.
+        ForgetsRelief,
+        /// A page that came back bad twice is not read again later.
+        ForgetsRereads,
+        // ── pages under I/O ──
+        /// The guest gets a frame that the device still reads from.
+        RescuesUnderWrite,
+        /// The same, of a row of pages of which the first is touched.
+        RescuesRowUnderWrite,
+        /// A page leaves a second time while its first version is being written.
+        EvictsPagesUnderWrite,
+        /// A page that has left twice before it is written is written from where it was the first time.
+        WritesFromOldSlot,
+        /// The copy for a page that is being written is not made.
+        RescuesWithoutCopy,
+        /// Frames that are not next to each other are moved as if they were.
+        RescuesWrongSlot,
+        /// A page leaves between a fault that is late and what is done about it.
+        EvictsBetweenFaults,
+        // ── memory given back ──
+        /// A page given back frees its frame though the device reads from it.
+        FreesFrameUnderWrite,
+        /// A page given back frees its frame though the device writes to it.
+        FreesFrameUnderRead,
+        /// Who waits for a page that is given back is not woken.
+        ForgetsWakeOnDiscard,
+        /// A frame given back with its page still counts.
+        MiscountsDiscards,
+        /// A page given back keeps its bit that the store has it.
+        DiscardKeepsStoredBit,
+        // ── waiting ──
+        /// Who waits for a frame is forgotten when there is none.
+        ForgetsDeferredFault,
+        /// Who waits for a page that is being written is forgotten.
+        ForgetsWaitersOfWrite,
+        /// A move that met a pinned page is not tried again.
+        ForgetsPinnedMoves,
+        /// The frame of a page given back while its move waits is lost.
+        LeaksPinnedOrphans,
+        // ── budget ──
+        /// One frame more is always to be had.
+        OverspendsBudget,
+        /// A lower budget is confirmed before it is kept.
+        AnswersBudgetEarly,
+        /// Frames above a lowered budget stay.
+        KeepsFramesAboveBudget,
+        // ── migration ──
+        /// Held pages leave the guest.
+        EvictsHeldPages,
+        /// A page that waits to be written is said to be in the store.
+        HoldsLeavingAsStored,
+        /// Pages that leave the guest while writes are tracked are not reported.
+        LeavesUnseenByTracking,
+        /// Pages given back while writes are tracked are not reported.
+        DiscardUnseenByTracking,
+        /// Two versions of an arriving page are written at once.
+        WritesTwoVersionsAtOnce,
+        /// The newer version of an arriving page is forgotten when the older one is written.
+        ForgetsNewerVersion,
+        /// Of three versions of an arriving page, the second one's frame is lost.
+        LeaksReplacedVersions,
+        /// An older version of an arriving page that is written counts as the newest.
+        TrustsReplacedVersions,
+        /// The receiving ends while pages are still on their way.
+        FinishesReceivingEarly,
+    }
+
+    thread_local! {
+        static PLANTED: Cell<Option<Mutant>> = const { Cell::new(None) };
+    }
+
+    /// Plants a bug in what this thread runs from now on, or removes it.
+    pub fn plant(mutant: Option<Mutant>) {
+        PLANTED.set(mutant);
+    }
+
+    pub(crate) fn is_planted(mutant: Mutant) -> bool {
+        PLANTED.get() == Some(mutant)
+    }
+}
+
+#[cfg(feature = "mutants")]
+pub(crate) use planted::is_planted;
+#[cfg(feature = "mutants")]
+pub use planted::{MUTANTS, Mutant, plant};
+
+/// A constant by name, so that the lints do not find conditions with a literal in them.
+#[cfg(not(feature = "mutants"))]
+pub(crate) const NONE: bool = false;
+
+#[cfg(feature = "mutants")]
+macro_rules! mutant {
+    ($name:ident) => {
+        crate::mutant::is_planted(crate::mutant::Mutant::$name)
+    };
+}
+
+#[cfg(not(feature = "mutants"))]
+macro_rules! mutant {
+    ($name:ident) => {
+        crate::mutant::NONE
+    };
+}
