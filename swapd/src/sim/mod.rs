@@ -34,7 +34,6 @@ use trace::Trace;
 
 /// Small enough for budgets to matter in a VM of a few hundred pages.
 const BUDGET_MIN: u64 = 48;
-const SLOTS: u32 = 128;
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
 
@@ -125,14 +124,16 @@ impl Sim {
         let budget_frames = BUDGET_MIN + random.below(most.max(BUDGET_MIN + 1) - BUDGET_MIN);
         let room = if random.one_in(4) { random.below(pages) } else { u64::from(u32::MAX) };
         let sampling = random.one_in(2);
-        let config = CoreConfig { pages, budget_frames, budget_min: BUDGET_MIN, slots: SLOTS, sampling };
+        // Twice the frames that are kept free at the largest budget, as a real staging area has at least.
+        let slots = if pages < 500 { 128 } else { 256 };
+        let config = CoreConfig { pages, budget_frames, budget_min: BUDGET_MIN, slots, sampling };
         let count = pages as usize;
         Sim {
             seed,
             odds,
             core: Core::new(config),
             pages,
-            kernel: Kernel::new(count, SLOTS as usize),
+            kernel: Kernel::new(count, slots as usize),
             disk: Disk::new(count, room),
             guest: Guest::new(),
             oracle: Oracle::new(count),
