@@ -8,14 +8,13 @@
 //! `commit` is called by the process that received the VM, before the VM starts; `burn` by that process
 //! when it gives up, and by the daemon when the source asks ([`crate::answer_resolve`]). Whichever comes first stands.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::outside::{File, FileExt, OpenOptions, create_dir_all};
 use crate::session::SessionId;
 
 /// Where a VM whose hand-over was in doubt may run.
@@ -88,7 +87,7 @@ impl FileRegistry {
     /// If the directory cannot be made.
     pub fn new(directory: &Path) -> Result<FileRegistry, RegistryError> {
         let path = directory.to_path_buf();
-        match std::fs::create_dir_all(directory) {
+        match create_dir_all(directory) {
             Ok(()) => Ok(FileRegistry { directory: path }),
             Err(source) => Err(RegistryError::Io { what: "create", path, source }),
         }
@@ -213,95 +212,5 @@ impl Registry for FileRegistry {
 
     fn revoke(&self, session: SessionId) -> Result<(), RegistryError> {
         self.change(session, false, |_| Ok((Decision::Burned, ())))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    struct Place(PathBuf);
-
-    impl Drop for Place {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
-    fn fresh() -> (Place, FileRegistry, SessionId) {
-        let session = SessionId::random().unwrap();
-        let place = Place(std::env::temp_dir().join(format!("vmemd-registry-{session}")));
-        let registry = FileRegistry::new(&place.0).unwrap();
-        (place, registry, session)
-    }
-
-    #[test]
-    fn what_is_committed_stays() {
-        let (_place, registry, session) = fresh();
-        registry.begin(session).unwrap();
-        registry.commit(session).unwrap();
-        assert_eq!(registry.burn(session).unwrap(), Outcome::RunningThere);
-        assert!(matches!(registry.commit(session), Err(RegistryError::Exists(_))));
-        assert!(matches!(registry.begin(session), Err(RegistryError::Exists(_))));
-    }
-
-    #[test]
-    fn what_is_burned_never_starts() {
-        let (_place, registry, session) = fresh();
-        registry.begin(session).unwrap();
-        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
-        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
-        assert!(matches!(registry.commit(session), Err(RegistryError::Burned(_))));
-    }
-
-    #[test]
-    fn a_session_that_never_came_is_burned_too() {
-        let (_place, registry, session) = fresh();
-        assert!(matches!(registry.commit(session), Err(RegistryError::Unknown(_))));
-        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
-        assert!(matches!(registry.begin(session), Err(RegistryError::Exists(_))));
-    }
-
-    #[test]
-    fn a_vm_that_could_not_start_goes_back() {
-        let (_place, registry, session) = fresh();
-        registry.begin(session).unwrap();
-        registry.commit(session).unwrap();
-        registry.revoke(session).unwrap();
-        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
-    }
-
-    #[test]
-    fn a_damaged_record_is_no_answer() {
-        let (place, registry, session) = fresh();
-        registry.begin(session).unwrap();
-        std::fs::write(place.0.join(session.to_string()), "COMMIT?\n").unwrap();
-        assert!(matches!(registry.burn(session), Err(RegistryError::Damaged { .. })));
-    }
-
-    #[test]
-    fn commit_and_burn_never_both_win() {
-        for _ in 0..20 {
-            let (_place, registry, session) = fresh();
-            registry.begin(session).unwrap();
-            let (committed, outcome) = std::thread::scope(|scope| {
-                let commit = scope.spawn(|| registry.commit(session).is_ok());
-                let burn = scope.spawn(|| registry.burn(session).unwrap());
-                (commit.join().unwrap(), burn.join().unwrap())
-            });
-            assert_eq!(committed, outcome == Outcome::RunningThere);
-        }
-    }
-
-    #[test]
-    fn pruning_keeps_the_undecided() {
-        let (_place, registry, open) = fresh();
-        let decided = SessionId::random().unwrap();
-        registry.begin(open).unwrap();
-        registry.begin(decided).unwrap();
-        registry.commit(decided).unwrap();
-        registry.prune(Duration::ZERO).unwrap();
-        assert!(matches!(registry.commit(decided), Err(RegistryError::Unknown(_))));
-        registry.commit(open).unwrap();
     }
 }

@@ -1,11 +1,12 @@
 //! What became of a session whose hand-over is in doubt.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
 use crate::hello::{Hello, OpeningError, RefuseKind, read_opening, refuse, write_opening};
 use crate::limits::RESOLVE_CALL_LIMIT;
+use crate::outside::StdStream;
 use crate::registry::{Outcome, Registry, RegistryError};
 use crate::session::SessionId;
 use crate::wire::opening::Answer;
@@ -47,7 +48,7 @@ pub fn resolve(to: &str, session: SessionId) -> Result<Outcome, ResolveError> {
 /// # Errors
 /// If the registry cannot say; the source hears that as well and asks again.
 pub fn answer_resolve(
-    stream: &mut TcpStream,
+    stream: &mut StdStream,
     session: SessionId,
     registry: &dyn Registry,
 ) -> Result<Outcome, RegistryError> {
@@ -66,11 +67,11 @@ pub fn answer_resolve(
 }
 
 /// Connects to the first address of `to` that answers.
-pub(crate) fn connect(to: &str, limit: Duration) -> io::Result<TcpStream> {
+pub(crate) fn connect(to: &str, limit: Duration) -> io::Result<StdStream> {
     let addresses: Vec<SocketAddr> = to.to_socket_addrs()?.collect();
     let mut result = Err(io::Error::new(io::ErrorKind::NotFound, "no such address"));
     for address in addresses {
-        result = TcpStream::connect_timeout(&address, limit);
+        result = StdStream::connect_timeout(&address, limit);
         if result.is_ok() {
             break;
         }

@@ -4,13 +4,14 @@ use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::control::Outbox;
 use super::life::Life;
 use super::trouble::Trouble;
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT};
+use crate::outside::{Instant, sleep};
 use crate::wire::control::Control;
 
 /// Of one session, for its main thread of control.
@@ -42,7 +43,7 @@ impl<'a> Watch<'a> {
                 biased;
                 result = &mut work => return Ok(result),
                 () = self.life.failure() => {}
-                () = tokio::time::sleep(CANCEL_POLL) => {}
+                () = sleep(CANCEL_POLL) => {}
             }
             self.check(during)?;
             if Instant::now() >= deadline {

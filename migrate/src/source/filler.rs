@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
 use crate::link::trouble::Trouble;
+use crate::outside::breathe;
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
 
 /// One record in the making, and the pages found on the way that have no content.
@@ -37,8 +38,7 @@ pub(crate) async fn run(ship: Rc<Shipment>, stream: usize, out: mpsc::Sender<Par
         if filler.ship_off(&out).await.is_err() || !more {
             return;
         }
-        // The runtime hands operations to the kernel when it has nothing else to do: give it the occasion.
-        let _ = tokio_uring::no_op().await;
+        breathe().await;
     }
 }
 

@@ -10,7 +10,7 @@
 //! ```
 //! From the commit on, the VM is resumed only if the target says that it did not and will not start it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use swapd::Placed;
 
@@ -21,6 +21,7 @@ use crate::limits::{
     RUNNING_LIMIT, SILENCE_LIMIT,
 };
 use crate::link::trouble::Trouble;
+use crate::outside::{Instant, pause, timeout, timeout_at};
 use crate::progress::Phase;
 use crate::registry::Outcome;
 use crate::report::{Placement, Report};
@@ -114,7 +115,7 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
         // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
         let life = rounds.watch.life.clone();
         let word = life.unless_failed(rounds.control.next());
-        match tokio::time::timeout_at(limit.into(), word).await {
+        match timeout_at(limit, word).await {
             Ok(Some(Control::Running)) => Committed::Running { downtime: stopped_at.elapsed() },
             Ok(Some(Control::NotStarted(text))) => Committed::NotStarted(text),
             _ => Committed::Unknown,
@@ -133,7 +134,7 @@ fn ask(moving: &Moving<'_, '_>) -> Option<Outcome> {
         }
         let until = Instant::now() + RESOLVE_EVERY;
         while Instant::now() < until && !enough() {
-            std::thread::sleep(CANCEL_POLL);
+            pause(CANCEL_POLL);
         }
         if enough() {
             return None;
@@ -151,7 +152,7 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
     moving.runtime.block_on(async {
         let life = rounds.watch.life.clone();
         let word = life.unless_failed(rounds.control.next());
-        match tokio::time::timeout(PLACEMENT_WINDOW + PLACEMENT_LIMIT, word).await {
+        match timeout(PLACEMENT_WINDOW + PLACEMENT_LIMIT, word).await {
             Ok(Some(Control::Placement(placement))) => Some(placement),
             _ => None,
         }

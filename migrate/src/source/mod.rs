@@ -12,14 +12,14 @@ mod shipment;
 mod tracker;
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use swapd::{CommandError, EngineHandle};
-use tokio_uring::Runtime;
+use swapd::CommandError;
 
 use crate::cancel::CancelFlag;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
+use crate::outside::{EngineHandle, Instant, Runtime, runtime};
 use crate::progress::Progress;
 use crate::report::Report;
 use crate::session::SessionId;
@@ -135,8 +135,7 @@ pub fn send(
     let started = Instant::now();
     progress(Progress::connecting(handle.memory_bytes()));
     let connected = connect::connect(options, handle.memory_bytes(), cancel)?;
-    let runtime = Runtime::new(&tokio_uring::builder())
-        .map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;
+    let runtime = runtime().map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;
     let _tracking = Tracking::start(handle)?;
     let life = Rc::new(Life::default());
     let session = connected.session;

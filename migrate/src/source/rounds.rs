@@ -1,11 +1,10 @@
 //! The rounds of a source's session: what is sent when, and the scans meanwhile.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use swapd::{BLOCK_PAGES, EngineHandle, PageNo, Piece, Place, Run, answered};
+use swapd::{BLOCK_PAGES, PageNo, Piece, Place, Run, answered};
 use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, JoinSet};
 
 use super::connect::Connected;
 use super::order::{self, BlockFacts};
@@ -21,6 +20,7 @@ use crate::link::life::Life;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::link::{end, split};
+use crate::outside::{EngineHandle, Instant, JoinHandle, JoinSet, StdStream, StoreFile, sleep, spawn};
 use crate::progress::{Phase, Progress};
 use crate::wire::control::Control;
 use crate::wire::extents::stream_of;
@@ -55,7 +55,7 @@ pub(crate) struct Rounds<'a> {
     throttle: u8,
     outs: Vec<mpsc::Sender<Parcel>>,
     senders: Vec<JoinHandle<()>>,
-    enders: Vec<std::net::TcpStream>,
+    enders: Vec<StdStream>,
     fillers: JoinSet<()>,
     base_heat: Vec<u8>,
     /// RAM that the VM gets at the target.
@@ -83,7 +83,7 @@ impl<'a> Rounds<'a> {
         let session = connected.session;
         let ship = Rc::new(Shipment {
             handle: handle.clone(),
-            store: tokio_uring::fs::File::from_std(store),
+            store: StoreFile::from_std(store),
             life: life.clone(),
             tracker: Tracker::new(swapd::units::pages_in(handle.memory_bytes()), dma).into(),
             lanes: connected.streams.iter().map(|_| Lane::new()).collect(),
@@ -97,7 +97,7 @@ impl<'a> Rounds<'a> {
             let (socket, ender) = split(socket).map_err(&link)?;
             let (out, parcels) = mpsc::channel(RECORDS_PER_STREAM);
             let sequence = Sequence::new(session, WireLane::Stream(index as u32));
-            senders.push(tokio_uring::spawn(sender::run(ship.clone(), index, socket, sequence, parcels)));
+            senders.push(spawn(sender::run(ship.clone(), index, socket, sequence, parcels)));
             outs.push(out);
             enders.push(ender);
         }
@@ -134,7 +134,7 @@ impl<'a> Rounds<'a> {
         self.send_heat(self.base_heat.clone()).await?;
         if self.dma {
             // What devices had begun before writes were tracked leaves no trace.
-            let ended = tokio::time::sleep(DMA_LIMIT);
+            let ended = sleep(DMA_LIMIT);
             self.watch.wait("waiting for devices' writes to end", SILENCE_LIMIT, ended).await?;
         }
         let blocks = self.survey().await?;
@@ -180,7 +180,7 @@ impl<'a> Rounds<'a> {
                 return self.end_round(true).await;
             }
             // Only pages that the engine is just moving are left.
-            tokio::time::sleep(MOVING_RETRY).await;
+            sleep(MOVING_RETRY).await;
         }
         Err(Trouble::Unable("the engine does not come to rest: some pages stay on the move".to_string()))
     }
@@ -283,7 +283,7 @@ impl<'a> Rounds<'a> {
                 return Err(Trouble::Peer(format!("{word:?} in the middle of a round")));
             }
                 () = self.watch.life.failure() => {}
-                () = tokio::time::sleep(CANCEL_POLL) => {}
+                () = sleep(CANCEL_POLL) => {}
             }
             if self.phase != Phase::Stopped && self.last_scan.elapsed() >= SCAN_EVERY {
                 self.scan().await?;

@@ -7,12 +7,13 @@
 //!    discarded       revoked, the source has it back
 //! ```
 
-use swapd::{EngineHandle, Placed, Run};
+use swapd::{Placed, Run};
 
 use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
 use crate::bitmap::Bitmap;
 use crate::limits::{COMMIT_LIMIT, PLACEMENT_WINDOW};
 use crate::link::trouble::Trouble;
+use crate::outside::{EngineHandle, sleep};
 use crate::registry::{Outcome, RegistryError};
 use crate::report::{Placement, Received};
 use crate::vm::TargetVm;
@@ -103,7 +104,7 @@ fn placement(
 ) -> Result<Placement, swapd::CommandError> {
     // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
     handle.track_writes(true)?;
-    session.runtime.block_on(async { tokio::time::sleep(PLACEMENT_WINDOW).await });
+    session.runtime.block_on(async { sleep(PLACEMENT_WINDOW).await });
     let touched = handle.collect_written();
     handle.track_writes(false)?;
     handle.set_prefetch(true)?;

@@ -9,12 +9,9 @@ mod sink;
 
 pub use plain::PlainMemory;
 
-use std::net::TcpStream;
 use std::rc::Rc;
-use std::time::Instant;
 
-use swapd::{CommandError, EngineHandle};
-use tokio_uring::Runtime;
+use swapd::CommandError;
 
 use arrival::Arrival;
 
@@ -24,6 +21,7 @@ use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
+use crate::outside::{EngineHandle, Instant, Runtime, StdStream, runtime};
 use crate::progress::Progress;
 use crate::registry::{Registry, RegistryError};
 use crate::report::Received;
@@ -43,13 +41,13 @@ pub enum TargetMemory {
 #[derive(Debug)]
 pub struct DataStream {
     pub index: u32,
-    pub socket: TcpStream,
+    pub socket: StdStream,
 }
 
 /// One accepted session, and what it needs besides memory and a VM.
 #[allow(missing_debug_implementations, reason = "holds borrowed callbacks")]
 pub struct TargetLink<'a> {
-    pub control: TcpStream,
+    pub control: StdStream,
     pub hello: SessionHello,
     /// What the source is told that the VM has got here.
     pub granted_ram_bytes: u64,
@@ -164,8 +162,7 @@ fn accepted(
     write_opening(&mut link.control, &Answer::Accepted { ram_bytes: link.granted_ram_bytes }.encode())
         .map_err(broken)?;
     let streams = data_streams(link)?;
-    let runtime =
-        Runtime::new(&tokio_uring::builder()).map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
+    let runtime = runtime().map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
     let control = link.control.try_clone().map_err(broken)?;
     let life = Rc::new(Life::default());
     let lanes = [WireLane::ToTarget, WireLane::ToSource];

@@ -5,15 +5,15 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use swapd::digest::page_sum;
-use swapd::{Answer, Arrival, EngineHandle, PAGE_SIZE, Run, SlotRun, answered};
+use swapd::{Answer, Arrival, PAGE_SIZE, Run, SlotRun, answered};
 use tokio_uring::buf::BoundedBuf;
-use tokio_uring::net::TcpStream;
 
 use super::ledger::Ledger;
 use super::plain::PlainMemory;
 use crate::link::life::Life;
 use crate::link::region::{Pages, Region};
 use crate::link::trouble::Trouble;
+use crate::outside::{EngineHandle, TcpStream};
 use crate::wire::record::MAX_RECORD_PAGES;
 
 /// Frames that a stream asks for at once.
