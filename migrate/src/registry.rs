@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::outside::{File, FileExt, OpenOptions, create_dir_all};
+use crate::outside::{File, FileExt, OpenOptions, create_dir_all, planted};
 use crate::session::SessionId;
 
 /// Where a VM whose hand-over was in doubt may run.
@@ -206,6 +206,7 @@ impl Registry for FileRegistry {
     fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError> {
         self.change(session, true, |decision| match decision {
             Decision::Committed => Ok((Decision::Committed, Outcome::RunningThere)),
+            Decision::Open if planted!(AnswersWithoutBurning) => Ok((Decision::Open, Outcome::NotThere)),
             Decision::Open | Decision::Burned => Ok((Decision::Burned, Outcome::NotThere)),
         })
     }

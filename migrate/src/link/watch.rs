@@ -11,7 +11,7 @@ use super::life::Life;
 use super::trouble::Trouble;
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT};
-use crate::outside::{Instant, sleep};
+use crate::outside::{Instant, planted, sleep};
 use crate::wire::control::Control;
 
 /// Of one session, for its main thread of control.
@@ -64,7 +64,7 @@ impl<'a> Watch<'a> {
         let (beats, at) = self.heard.get();
         if beats != self.life.beats() {
             self.heard.set((self.life.beats(), Instant::now()));
-        } else if at.elapsed() > SILENCE_LIMIT {
+        } else if at.elapsed() > SILENCE_LIMIT && !planted!(WaitsForever) {
             return Err(Trouble::Link { during, source: io::ErrorKind::TimedOut.into() });
         }
         if self.said.get().elapsed() > ALIVE_EVERY {

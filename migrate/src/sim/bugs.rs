@@ -6,7 +6,7 @@ use std::cell::Cell;
 pub(crate) enum Bug {
     /// The target lets the VM run, and then records the commit.
     StartsBeforeTheRecord,
-    /// The record of a commit is written, but not flushed.
+    /// The record of a commit is written, but not flushed (planted in the file system).
     LeavesRecordsUnflushed,
     /// A commit that could not be recorded is taken for one that was.
     IgnoresAFailedRecord,

@@ -233,6 +233,10 @@ impl EngineHandle {
         bad != Bad::Once
     }
 
+    pub(crate) fn is_zero(&self, page: PageNo) -> bool {
+        self.0.borrow().place[page.index()] == Place::Zero
+    }
+
     /// What the guest would find in the page; None: poison.
     pub(crate) fn look(&self, page: PageNo) -> Option<[u8; PAGE_SIZE]> {
         let state = self.0.borrow();

@@ -63,7 +63,6 @@ struct Pipe {
     arrived: VecDeque<u8>,
     fin: bool,
     said: u64,
-    ended: bool,
 }
 
 #[derive(Default)]

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
 use crate::link::trouble::Trouble;
-use crate::outside::breathe;
+use crate::outside::{breathe, planted};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
 
 /// One record in the making, and the pages found on the way that have no content.
@@ -55,7 +55,9 @@ impl Filler {
             let pieces = answered(self.ship.handle.hold_async(cover)).await?;
             let result = self.take_pieces(&pieces).await;
             // The engine's answer says nothing new, so nobody waits for it.
-            drop(self.ship.handle.release_async(cover));
+            if !planted!(KeepsPagesHeld) {
+                drop(self.ship.handle.release_async(cover));
+            }
             result?;
             if self.ship.tracker.borrow().cover(block).is_some() {
                 self.lane().put_back(block);
@@ -193,7 +195,8 @@ impl Filler {
         let bad: Vec<PageNo> = run
             .pages()
             .zip(region.bytes().chunks_exact(PAGE_SIZE))
-            .filter_map(|(page, bytes)| (page_sum(page, bytes) != sum_of(page)).then_some(page))
+            .filter(|(page, bytes)| page_sum(*page, bytes) != sum_of(*page) && !planted!(TrustsTheStore))
+            .map(|(page, _)| page)
             .collect();
         drop(region);
         let mut gap = 0;

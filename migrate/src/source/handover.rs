@@ -21,7 +21,7 @@ use crate::limits::{
     RUNNING_LIMIT, SILENCE_LIMIT,
 };
 use crate::link::trouble::Trouble;
-use crate::outside::{Instant, pause, timeout, timeout_at};
+use crate::outside::{Instant, pause, planted, timeout, timeout_at};
 use crate::progress::Phase;
 use crate::registry::Outcome;
 use crate::report::{Placement, Report};
@@ -67,6 +67,7 @@ pub(super) fn run(moving: &mut Moving<'_, '_>) -> Result<Report, Failed> {
             Ok(Report { placement, ..report })
         }
         Committed::NotStarted(text) => Err(take_back(moving, Trouble::GaveUp(text))),
+        Committed::Unknown if planted!(ResumesAfterTheCommit) => Err(take_back(moving, Trouble::Cancelled)),
         Committed::Unknown => match ask(moving) {
             Some(Outcome::RunningThere) => Ok(report(moving, None, stopped_at.elapsed())),
             Some(Outcome::NotThere) => {
@@ -161,7 +162,9 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
 
 /// The VM did not leave after all.
 fn take_back(moving: &mut Moving<'_, '_>, trouble: Trouble) -> Failed {
-    moving.vm.take_name_back();
+    if !planted!(ForgetsTheName) {
+        moving.vm.take_name_back();
+    }
     // Said as it is: the session's `Life` knows only that the link broke.
     resume(moving, Failed::Said(trouble.into()))
 }

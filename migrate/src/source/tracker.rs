@@ -12,6 +12,7 @@
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
 use crate::bitmap::Bitmap;
+use crate::outside::planted;
 
 /// Pages reported as written, which I/O may still reach: since the last turn, and before.
 #[derive(Debug)]
@@ -68,8 +69,10 @@ impl Tracker {
 
     /// A scan found these pages written: they need no sending now, because they would need it again.
     pub(crate) fn written(&mut self, run: Run) {
+        if !planted!(ForgetsWrittenPages) || self.todo.count_run(run) == 0 {
+            self.next.set_run(run);
+        }
         self.todo.clear_run(run);
-        self.next.set_run(run);
         if let Some(unsettled) = &mut self.unsettled {
             unsettled.young.set_run(run);
         }
