@@ -3,7 +3,7 @@
 //! ```text
 //!   (nothing) ── begin ──▶ open ── commit ──▶ committed      "it may run here; the source must not"
 //!       │                    │                    │
-//!       └───── burn ─────────┴──────▶ burned ◀────┘ revoke (the VM could not start)
+//!       └───── burn ─────────┴──────▶ burned ◀────┘ revoke (the VM could not start, or the record not be flushed)
 //! ```
 //! `commit` is called by the process that received the VM, before the VM starts; `burn` by that process
 //! when it gives up, and by the daemon when the source asks ([`crate::answer_resolve`]). Whichever comes first stands.
@@ -49,7 +49,7 @@ pub trait Registry {
     fn commit(&self, session: SessionId) -> Result<(), RegistryError>;
     /// The VM must not start here any more, unless it was committed: says which of them it is.
     fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError>;
-    /// A committed session's VM failed to start, and no vCPU has run: the source may have it back.
+    /// The session's VM does not start here, whatever was recorded of it, and no vCPU has run: the source may have it back.
     fn revoke(&self, session: SessionId) -> Result<(), RegistryError>;
 }
 
@@ -93,7 +93,8 @@ impl FileRegistry {
         }
     }
 
-    /// Forgets decided sessions whose source has long had its answer. One that is undecided stays.
+    /// Forgets sessions that were given up: who asks later hears the same. A committed one stays for ever, because its source may ask
+    /// at any later time, and one that is undecided stays too.
     ///
     /// # Errors
     /// If the directory cannot be read.
@@ -109,7 +110,7 @@ impl FileRegistry {
             let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
             if let (Some(session), Some(age)) = (session, age)
                 && age > older_than
-                && self.change(session, false, |decision| Ok((decision, decision)))? != Decision::Open
+                && self.change(session, false, |decision| Ok((decision, decision)))? == Decision::Burned
             {
                 let path = entry.path();
                 std::fs::remove_file(&path).map_err(|source| RegistryError::Io {

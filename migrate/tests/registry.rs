@@ -79,13 +79,14 @@ fn commit_and_burn_never_both_win() {
 }
 
 #[test]
-fn pruning_keeps_the_undecided() {
+fn pruning_keeps_what_a_source_may_ask_for() {
     let (_place, registry, open) = fresh();
-    let decided = SessionId::random().unwrap();
-    registry.begin(open).unwrap();
-    registry.begin(decided).unwrap();
-    registry.commit(decided).unwrap();
+    let [committed, burned] = [(); 2].map(|()| SessionId::random().unwrap());
+    [open, committed, burned].into_iter().for_each(|session| registry.begin(session).unwrap());
+    registry.commit(committed).unwrap();
+    registry.burn(burned).unwrap();
     registry.prune(Duration::ZERO).unwrap();
-    assert!(matches!(registry.commit(decided), Err(RegistryError::Unknown(_))));
+    assert_eq!(registry.burn(committed).unwrap(), Outcome::RunningThere, "or the VM would run at both hosts");
+    assert!(matches!(registry.commit(burned), Err(RegistryError::Unknown(_))));
     registry.commit(open).unwrap();
 }

@@ -22,12 +22,21 @@ pub(crate) fn summary(error: &(dyn Error + 'static)) -> String {
         cause = error.source();
     }
     // Numbers and names differ from seed to seed.
-    text = text.split(' ').filter(|word| !word.chars().any(|c| c.is_ascii_digit() || c == '/')).collect::<Vec<_>>().join(" ");
+    text = text
+        .split(' ')
+        .filter(|word| !word.chars().any(|c| c.is_ascii_digit() || c == '/'))
+        .collect::<Vec<_>>()
+        .join(" ");
     text.truncate(text.char_indices().nth(110).map_or(text.len(), |(at, _)| at));
     text
 }
 
 impl Coverage {
+    /// No session has ended yet.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.source.is_empty()
+    }
+
     pub(crate) fn fault(&mut self, step: Step, class: Class) {
         *self.faults.entry((step, class)).or_default() += 1;
     }
@@ -50,7 +59,9 @@ impl Coverage {
     pub(crate) fn zeros(&self) -> Vec<(Step, Class)> {
         let cells = Step::ALL.into_iter().flat_map(|step| Class::ALL.map(|class| (step, class)));
         cells
-            .filter(|(step, class)| !is_impossible(*step, *class) && !self.faults.contains_key(&(*step, *class)))
+            .filter(|(step, class)| {
+                !is_impossible(*step, *class) && !self.faults.contains_key(&(*step, *class))
+            })
             .collect()
     }
 

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use swapd::digest::page_sum;
 use swapd::units::{bytes_of, runs_of};
-use swapd::{Answer, Arrival, CommandError, PAGE_SIZE, PageNo, Piece, Place, Placed, Run, Slot, SlotRun, answered};
+use swapd::{
+    Answer, Arrival, CommandError, PAGE_SIZE, PageNo, Piece, Place, Placed, Run, Slot, SlotRun, answered,
+};
 use tokio::sync::oneshot;
 use tokio_uring::buf::BoundedBufMut;
 
@@ -171,7 +173,9 @@ impl EngineHandle {
     /// The guest writes; false if the page cannot be had just now.
     pub(crate) fn write(&self, page: PageNo, generation: u64) -> bool {
         let mut state = self.0.borrow_mut();
-        if matches!(state.place[page.index()], Place::Moving | Place::Poisoned) || state.bad.contains_key(&page) {
+        if matches!(state.place[page.index()], Place::Moving | Place::Poisoned)
+            || state.bad.contains_key(&page)
+        {
             return false;
         }
         state.put(page, &content(page, generation));
@@ -299,11 +303,18 @@ impl EngineHandle {
         }
     }
 
-    fn ask<T: 'static>(&self, work: impl FnOnce(&mut State) -> Result<T, CommandError> + 'static) -> Answer<T> {
+    fn ask<T: 'static>(
+        &self,
+        work: impl FnOnce(&mut State) -> Result<T, CommandError> + 'static,
+    ) -> Answer<T> {
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| {
             let failed = state.failed;
-            let _ = reply.send(if failed { Err(CommandError::Store("no space left".to_string())) } else { work(state) });
+            let _ = reply.send(if failed {
+                Err(CommandError::Store("no space left".to_string()))
+            } else {
+                work(state)
+            });
         }));
         answer
     }
@@ -367,7 +378,8 @@ impl EngineHandle {
 
     pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
         self.call(self.ask(|state| {
-            let resident = (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == Place::Memory);
+            let resident =
+                (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == Place::Memory);
             Ok(runs_of(resident, u32::MAX).collect())
         }))
     }
@@ -378,7 +390,9 @@ impl EngineHandle {
 
     pub fn collect_written_async(&self) -> Answer<Vec<Run>> {
         self.ask(|state| {
-            let Some(written) = &mut state.written else { return Err(CommandError::NotNow("writes are not tracked")) };
+            let Some(written) = &mut state.written else {
+                return Err(CommandError::NotNow("writes are not tracked"));
+            };
             Ok(runs_of(std::mem::take(written), u32::MAX).collect())
         })
     }
@@ -404,7 +418,9 @@ impl EngineHandle {
 
     pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
         self.ask(move |state| {
-            let sum = |page| state.store.get(&page).map_or(0, |generation| page_sum(page, &content(page, *generation)));
+            let sum = |page| {
+                state.store.get(&page).map_or(0, |generation| page_sum(page, &content(page, *generation)))
+            };
             Ok(run.pages().map(sum).collect())
         })
     }
@@ -479,7 +495,11 @@ impl EngineHandle {
             assert_eq!(state.granted.len(), 0, "the receiving is finished with frames on their way");
             state.receiving = false;
             let count = |place| state.place.iter().filter(|is| **is == place).count() as u64;
-            Ok(Placed { pages_ram: count(Place::Memory), pages_zero: count(Place::Zero), ..Placed::default() })
+            Ok(Placed {
+                pages_ram: count(Place::Memory),
+                pages_zero: count(Place::Zero),
+                ..Placed::default()
+            })
         })
     }
 }
@@ -513,10 +533,9 @@ impl StoreFile {
             let mut read = content(page, state.store[&page]);
             match state.bad.get(&page) {
                 Some(Bad::Rotten) => read[usize::from(world().random.next() as u8)] ^= 0x10,
-                Some(bad) => {
-                    if *bad == Bad::Once {
-                        state.bad.remove(&page);
-                    }
+                Some(_) => {
+                    // What fails only once has failed, for all that this read is about.
+                    state.bad.retain(|page, bad| *bad != Bad::Once || !run.contains(*page));
                     return (Err(io::Error::from_raw_os_error(libc::EIO)), buf);
                 }
                 None => {}

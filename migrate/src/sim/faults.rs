@@ -67,19 +67,33 @@ impl Class {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Fault {
-    Cut { all: bool },
-    Silence { silent: [bool; 2], lasts: Duration },
+    Cut {
+        all: bool,
+    },
+    Silence {
+        silent: [bool; 2],
+        lasts: Duration,
+    },
     SourceDies,
     TargetDies,
     DaemonDies,
     HostCrashes,
     Fails(Chore),
-    EngineFails { source: bool },
-    Cancel { source: bool },
-    Disk { skip: u32, count: u32 },
+    EngineFails {
+        source: bool,
+    },
+    Cancel {
+        source: bool,
+    },
+    Disk {
+        skip: u32,
+        count: u32,
+    },
     Turned(crate::hello::RefuseKind),
     /// A byte is spoilt on its way.
-    Spoilt { after: u64 },
+    Spoilt {
+        after: u64,
+    },
     /// A connection comes twice.
     Twice,
 }

@@ -15,12 +15,11 @@ use super::world::world;
 
 const STEP: Duration = Duration::from_millis(2);
 
-#[derive(Clone, Debug)]
-pub(crate) struct Inode {
-    pub(crate) content: Vec<u8>,
+struct Inode {
+    content: Vec<u8>,
     /// What a crash leaves.
-    pub(crate) flushed: Vec<u8>,
-    pub(crate) entry_flushed: bool,
+    flushed: Vec<u8>,
+    entry_flushed: bool,
 }
 
 #[derive(Default)]
@@ -29,7 +28,6 @@ struct Disk {
     locked: BTreeMap<PathBuf, Vec<Waker>>,
     /// After so many more writes and flushes, so many of them fail.
     failing: Option<(u32, u32)>,
-    failures: u64,
 }
 
 thread_local!(static DISK: RefCell<Disk> = RefCell::default());
@@ -49,10 +47,6 @@ pub(crate) fn fail(skip: u32, count: u32) {
 
 pub(crate) fn heal() {
     with(|disk| disk.failing = None);
-}
-
-pub(crate) fn failures() -> u64 {
-    with(|disk| disk.failures)
 }
 
 /// The host has lost its power.
@@ -76,7 +70,7 @@ pub(crate) fn flushed(path: &Path) -> Option<Vec<u8>> {
     with(|disk| disk.files.get(path).filter(|file| file.entry_flushed).map(|file| file.flushed.clone()))
 }
 
-pub(crate) fn content(path: &Path) -> Option<Vec<u8>> {
+fn content(path: &Path) -> Option<Vec<u8>> {
     with(|disk| disk.files.get(path).map(|file| file.content.clone()))
 }
 
@@ -93,13 +87,11 @@ fn changing() -> io::Result<()> {
         if *count == 0 {
             disk.failing = None;
         }
-        disk.failures += 1;
         world().note(|| "the disk says no".to_string());
         Err(io::Error::from_raw_os_error(libc::EIO))
     })
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "has the shape of the real one")]
 pub fn create_dir_all(_: &Path) -> io::Result<()> {
     Ok(())
 }
@@ -182,12 +174,10 @@ impl File {
     }
 
     /// Of a directory: to flush its entries.
-    #[expect(clippy::unnecessary_wraps, reason = "has the shape of the real one")]
     pub fn open(path: &Path) -> io::Result<File> {
         Ok(File { path: path.to_path_buf(), locked: false.into() })
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "has the shape of the real one")]
     pub fn lock(&self) -> io::Result<()> {
         world().block(poll_fn(|context| {
             with(|disk| {

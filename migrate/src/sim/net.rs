@@ -18,7 +18,6 @@ use super::world::{ProcessId, world};
 
 /// On its way and not yet read, in one direction of a connection.
 const WINDOW: usize = 64 << 10;
-const LATENCY: Duration = Duration::from_millis(8);
 /// A packet that got lost and is sent again.
 const SPIKE: Duration = Duration::from_secs(3);
 const SPIKE_ODDS: u64 = 300;
@@ -106,13 +105,13 @@ pub(crate) struct Net {
     hosts: BTreeMap<ProcessId, usize>,
     /// What the host says does not get through.
     silent: [bool; 2],
+    latency: Duration,
     pub(crate) watcher: Option<Rc<dyn Fn(Said)>>,
     pub(crate) countdown: Option<Countdown>,
     /// So many bytes, of all, and then one is spoilt.
     pub(crate) spoil: Option<u64>,
     /// The next so many connections come twice.
     pub(crate) twice: u32,
-    pub(crate) refused: u64,
 }
 
 thread_local!(static NET: RefCell<Net> = RefCell::default());
@@ -123,8 +122,9 @@ pub(crate) fn with<T>(act: impl FnOnce(&mut Net) -> T) -> T {
 
 /// An empty network, for a new world.
 pub(crate) fn begin() {
-    let old = with(std::mem::take);
-    drop(old);
+    end();
+    let latencies = [1, 8, 60].map(Duration::from_millis);
+    with(|net| net.latency = world().random.pick(&latencies));
     world().on_death(close_all);
 }
 
@@ -160,7 +160,8 @@ impl Net {
         let world = world();
         let spike = if world.random.one_in(SPIKE_ODDS) { world.delay(SPIKE) } else { Duration::ZERO };
         let pipe = self.pipe(from);
-        let at = (world.now() + world.delay(LATENCY) + spike).max(pipe.last_at + Duration::from_nanos(1));
+        let at =
+            (world.now() + world.delay(self.latency) + spike).max(pipe.last_at + Duration::from_nanos(1));
         pipe.last_at = at;
         pipe.flying.push_back(segment);
         world.at(at, move || with(|net| net.pump(from)));
@@ -241,7 +242,9 @@ impl Net {
     }
 
     fn mirror(&mut self, from: End, bytes: &[u8]) {
-        let Some((copy, left)) = self.connections[from.connection].mirror.filter(|_| from.side == 0) else { return };
+        let Some((copy, left)) = self.connections[from.connection].mirror.filter(|_| from.side == 0) else {
+            return;
+        };
         let count = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         let end = End { connection: copy, side: 0 };
         self.pipe(end).flying_bytes += count;
@@ -253,14 +256,17 @@ impl Net {
         }
     }
 
-    fn hear(&mut self, end: End, into: &mut dyn FnMut(&[u8])) -> Option<io::Result<usize>> {
+    fn hear(&mut self, end: End, most: usize, into: &mut dyn FnMut(&[u8])) -> Option<io::Result<usize>> {
         let pipe = self.pipe(end.other());
         if !pipe.arrived.is_empty() {
             let (bytes, _) = pipe.arrived.as_slices();
+            let most = most.min(bytes.len());
             // As much as there is, or somewhat less.
-            let count = if world().random.one_in(4) { 1 + world().random.below(bytes.len() as u64) as usize } else { bytes.len() };
-            let bytes: Vec<u8> = bytes[..count].to_vec();
-            into(&bytes);
+            let less = world().random.one_in(4);
+            let count = if less { 1 + world().random.below(most as u64) as usize } else { most };
+            into(&bytes[..count]);
+            pipe.arrived.drain(..count);
+            wake(&mut self.side(end.other()).waiting);
             return Some(Ok(count));
         }
         let fin = pipe.fin;
@@ -300,7 +306,6 @@ impl Net {
         let own_host = self.hosts[&owner];
         let connection = self.connections.len();
         if !self.listeners.contains_key(&(host, port)) {
-            self.refused += 1;
             return Err(broken(ErrorKind::ConnectionRefused));
         }
         let twice = self.twice > 0;
@@ -340,7 +345,8 @@ fn close_all(process: ProcessId) {
                 }
             }
         }
-        let ports: Vec<_> = net.listeners.iter().filter(|(_, it)| it.owner == process).map(|(port, _)| *port).collect();
+        let ports: Vec<_> =
+            net.listeners.iter().filter(|(_, it)| it.owner == process).map(|(port, _)| *port).collect();
         for port in ports {
             let listener = net.listeners.remove(&port).expect("just listed");
             listener.queue.into_iter().for_each(|connection| net.reset(connection));
@@ -351,8 +357,10 @@ fn close_all(process: ProcessId) {
 /// Every connection between the hosts breaks, or only one of those that live.
 pub(crate) fn cut(all: bool) {
     with(|net| {
-        let alive = |it: &Connection| it.sides.iter().all(|side| !side.closed && !side.reset && side.handles > 0);
-        let living: Vec<usize> = (0..net.connections.len()).filter(|at| alive(&net.connections[*at])).collect();
+        let alive =
+            |it: &Connection| it.sides.iter().all(|side| !side.closed && !side.reset && side.handles > 0);
+        let living: Vec<usize> =
+            (0..net.connections.len()).filter(|at| alive(&net.connections[*at])).collect();
         if living.is_empty() {
             return;
         }
@@ -442,7 +450,7 @@ impl StdStream {
         let (me, host, port) = (world().me(), host_of(to.ip()), to.port());
         let work = async {
             loop {
-                sleep(world().delay(LATENCY)).await;
+                sleep(world().delay(with(|net| net.latency))).await;
                 if !with(|net| net.silent.contains(&true)) {
                     return with(|net| net.connected(me, host, port));
                 }
@@ -462,12 +470,10 @@ impl StdStream {
         Ok(StdStream::new(self.end))
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "has the shape of the real one")]
     pub fn set_nonblocking(&self, _: bool) -> io::Result<()> {
         Ok(())
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "has the shape of the real one")]
     pub fn set_nodelay(&self, _: bool) -> io::Result<()> {
         Ok(())
     }
@@ -494,22 +500,17 @@ impl StdStream {
         })
     }
 
-    fn poll_read(&self, context: &mut Context<'_>, most: usize, into: &mut dyn FnMut(&[u8])) -> Poll<io::Result<usize>> {
-        with(|net| {
-            let mut take = |bytes: &[u8]| into(&bytes[..bytes.len().min(most)]);
-            match net.hear(self.end, &mut take) {
-                Some(result) => {
-                    let result = result.map(|count| count.min(most));
-                    if let Ok(count) = result {
-                        net.pipe(self.end.other()).arrived.drain(..count);
-                    }
-                    wake(&mut net.side(self.end.other()).waiting);
-                    Poll::Ready(result)
-                }
-                None => {
-                    net.side(self.end).waiting.push(context.waker().clone());
-                    Poll::Pending
-                }
+    fn poll_read(
+        &self,
+        context: &mut Context<'_>,
+        most: usize,
+        into: &mut dyn FnMut(&[u8]),
+    ) -> Poll<io::Result<usize>> {
+        with(|net| match net.hear(self.end, most, into) {
+            Some(result) => Poll::Ready(result),
+            None => {
+                net.side(self.end).waiting.push(context.waker().clone());
+                Poll::Pending
             }
         })
     }
@@ -535,7 +536,15 @@ impl StdStream {
             let (kind, flags) = if opening { (bytes[10], 0) } else { (bytes[2], bytes[3]) };
             (Said { end, purpose: net.connections[end.connection].purpose, kind, flags }, net.watcher.clone())
         });
-        world().note(|| format!("{} says {} on connection {} (for {})", ["client", "server"][end.side], said.kind, end.connection, said.purpose));
+        world().note(|| {
+            format!(
+                "{} says {} on connection {} (for {})",
+                ["client", "server"][end.side],
+                said.kind,
+                end.connection,
+                said.purpose
+            )
+        });
         if let Some(watcher) = watcher {
             watcher(said);
         }

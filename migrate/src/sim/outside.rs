@@ -4,6 +4,6 @@ pub(crate) use super::engine::{EngineHandle, StoreFile};
 pub(crate) use super::fs::{File, FileExt, OpenOptions, create_dir_all};
 pub(crate) use super::net::{StdStream, TcpStream};
 pub(crate) use super::runtime::{
-    Instant, JoinHandle, JoinSet, Runtime, breathe, elsewhere, pause, random_bytes, runtime, sleep, spawn, timeout,
-    timeout_at,
+    Instant, JoinHandle, JoinSet, Runtime, breathe, elsewhere, pause, random_bytes, runtime, sleep, spawn,
+    timeout, timeout_at,
 };

@@ -42,6 +42,8 @@ const LONG: Duration = Duration::from_secs(1800);
 const PATIENCE: Duration = Duration::from_secs(45);
 /// No session takes longer, whatever happens to it.
 const SESSION_MAX: Duration = Duration::from_secs(360);
+/// Nor than this if nothing happens to it, or a connection comes twice.
+const UNDISTURBED_MAX: Duration = Duration::from_secs(40);
 /// What a session may take of this process's memory, besides the VM's own: records and messages on their way.
 const MEMORY_MAX: usize = 96 << 20;
 
@@ -72,6 +74,8 @@ pub(crate) struct Story {
     step: Cell<Step>,
     cancel: RefCell<Rc<CancelFlag>>,
     turned: Cell<Option<RefuseKind>>,
+    /// Nothing is wrong in this attempt but that connections may come twice.
+    undisturbed: Cell<bool>,
     done: Cell<bool>,
     /// The process that had the VM was killed, so nobody has it any more.
     killed: Cell<bool>,
@@ -82,6 +86,7 @@ pub(crate) struct Story {
 pub(crate) fn run(seed: u64, target: Option<(Step, Class)>, coverage: &mut Coverage) -> Result<(), String> {
     let story: Rc<RefCell<Option<Rc<Story>>>> = Rc::default();
     let (begun, ending) = (story.clone(), story.clone());
+    memory::begin();
     let before = memory::in_use();
     memory::reset_peak();
     let result = World::run(
@@ -120,6 +125,7 @@ fn begin(target: Option<(Step, Class)>) -> Rc<Story> {
         step: Cell::new(Step::Connecting),
         cancel: RefCell::default(),
         turned: Cell::new(None),
+        undisturbed: Cell::new(false),
         done: Cell::new(false),
         killed: Cell::new(false),
         coverage: RefCell::default(),
@@ -206,8 +212,11 @@ impl Story {
     fn begin_attempt(self: &Rc<Self>, target: Option<(Step, Class)>, last: bool) {
         *self.cancel.borrow_mut() = Rc::default();
         self.step.set(Step::Connecting);
+        let first = self.coverage.borrow().is_empty();
         if !last {
             self.draw_faults(target);
+            let harmless = |planned: &Planned| planned.fault == Fault::Twice;
+            self.undisturbed.set(first && self.plan.borrow().iter().all(harmless));
             if world().random.one_in(10) {
                 self.vm.lose_some();
             }
@@ -237,6 +246,9 @@ impl Story {
         let took = world().now() - began;
         world().note(|| format!("the source's session has ended: {result:?}"));
         assert!(took < SESSION_MAX, "the source's session took {took:?}");
+        if self.undisturbed.take() {
+            assert!(took < UNDISTURBED_MAX, "a session took {took:?}, and nothing was in its way");
+        }
         self.vm.engine.assert_at_rest();
         let how = match &result {
             Ok(report) if report.resolved_later => "moved, by asking".to_string(),
@@ -322,7 +334,8 @@ impl Story {
             Ok(Hello::Session(hello)) => self.admit(socket, hello, daemon),
             Ok(Hello::Stream(hello)) => {
                 let receivers = self.receivers.borrow();
-                let taker = receivers.get(&hello.session).filter(|it| !it.ended && world().is_alive(it.process));
+                let taker =
+                    receivers.get(&hello.session).filter(|it| !it.ended && world().is_alive(it.process));
                 let handed = taker.filter(|it| it.streams.borrow().daemon == Some(daemon));
                 if let Some(receiver) = handed {
                     socket.pass_to(receiver.process);
@@ -406,7 +419,12 @@ impl Story {
             Err(error) => super::coverage::summary(error),
         };
         self.coverage.borrow_mut().target(how);
-        assert_eq!(result.is_ok(), started, "{result:?}, and it was {}started here", if started { "" } else { "not " });
+        assert_eq!(
+            result.is_ok(),
+            started,
+            "{result:?}, and it was {}started here",
+            if started { "" } else { "not " }
+        );
         if let TargetMemory::Engine(engine) = &coming.memory {
             engine.assert_at_rest();
         }
@@ -465,7 +483,8 @@ impl Story {
             return;
         }
         self.step.set(step);
-        let due: Vec<Planned> = self.plan.borrow_mut().extract_if(.., |planned| planned.step == step).collect();
+        let due: Vec<Planned> =
+            self.plan.borrow_mut().extract_if(.., |planned| planned.step == step).collect();
         for Planned { later, fault, .. } in due {
             let story = self.clone();
             let strike = move || story.strike(fault);
@@ -515,7 +534,10 @@ impl Story {
                 net::crash(TARGET);
                 net::silence([true; 2]);
                 let alive: Vec<ProcessId> = self.receivers.borrow().values().map(|it| it.process).collect();
-                alive.into_iter().filter(|process| world().is_alive(*process)).for_each(|process| self.target_dies(process));
+                alive
+                    .into_iter()
+                    .filter(|process| world().is_alive(*process))
+                    .for_each(|process| self.target_dies(process));
                 self.daemon_dies(REBOOT);
                 fs::crash();
                 world().after(REBOOT, || net::silence([false; 2]));
@@ -527,7 +549,11 @@ impl Story {
                 world().after(PATIENCE, move || engine.fail(false));
             }
             Fault::EngineFails { source: false } => {
-                self.receivers.borrow().values().filter_map(|it| it.engine.as_ref()).for_each(|engine| engine.fail(true));
+                self.receivers
+                    .borrow()
+                    .values()
+                    .filter_map(|it| it.engine.as_ref())
+                    .for_each(|engine| engine.fail(true));
             }
             Fault::Cancel { source: true } => self.cancel.borrow().store(true, Ordering::Relaxed),
             Fault::Cancel { source: false } => {
@@ -568,11 +594,19 @@ impl Story {
         if let Some((step, class)) = target.filter(|(step, class)| !is_impossible(*step, *class)) {
             if step >= Step::Asked {
                 // Something must make the source ask.
-                let fault = if random.one_in(2) { self.draw(Class::Cut, Step::CommitSent) } else { Fault::TargetDies };
+                let fault = if random.one_in(2) {
+                    self.draw(Class::Cut, Step::CommitSent)
+                } else {
+                    Fault::TargetDies
+                };
                 let step = random.pick(&[Step::CommitSent, Step::Recorded]);
                 plan.push(Planned { step, later: Later::Now, fault });
             }
             plan.push(Planned { step, later: later(), fault: self.draw(class, step) });
+        }
+        if target.is_none() && random.one_in(2) {
+            let step = random.pick(&[Step::Connecting, Step::Accepted]);
+            plan.push(Planned { step, later: Later::Now, fault: Fault::Twice });
         }
         while random.one_in(3) {
             let step = random.pick(&Step::ALL);
@@ -582,7 +616,6 @@ impl Story {
                 1 => Fault::Spoilt { after: random.below(300_000) },
                 _ => self.draw(class, step),
             };
-            let step = if fault == Fault::Twice { Step::Connecting } else { step };
             plan.push(Planned { step, later: later(), fault });
         }
         world().note(|| format!("planned: {plan:?}"));
@@ -595,7 +628,7 @@ impl Story {
             Class::Cut => Fault::Cut { all: random.one_in(2) },
             Class::Silence => Fault::Silence {
                 silent: random.pick(&[[true, true], [true, false], [false, true]]),
-                lasts: random.pick(&[Duration::from_secs(1), Duration::from_secs(25), Duration::from_secs(100), LONG]),
+                lasts: random.pick(&[Duration::from_secs(1), Duration::from_secs(25), LONG, LONG]),
             },
             Class::SourceDies => Fault::SourceDies,
             Class::TargetDies => Fault::TargetDies,
@@ -620,13 +653,23 @@ fn draw_refusal(step: Step) -> Fault {
             Fault::Turned(random.pick(&kinds))
         }
         Step::Offered => random.pick(&[disk, Fault::Cancel { source: true }]),
-        Step::LaterRounds => {
-            random.pick(&[Fault::Fails(Chore::Pause), Fault::Fails(Chore::Save), anybody[0], anybody[2], anybody[3]])
+        Step::LaterRounds => random.pick(&[
+            Fault::Fails(Chore::Pause),
+            Fault::Fails(Chore::Save),
+            anybody[0],
+            anybody[2],
+            anybody[3],
+        ]),
+        Step::StateSent | Step::LastRound | Step::FinalSent => random.pick(&[
+            Fault::Fails(Chore::Load),
+            Fault::Fails(Chore::GiveUpName),
+            anybody[1],
+            anybody[3],
+            disk,
+        ]),
+        Step::Prepared | Step::CommitSent => {
+            random.pick(&[Fault::Fails(Chore::Start), disk, disk, anybody[0], anybody[1]])
         }
-        Step::StateSent | Step::LastRound | Step::FinalSent => {
-            random.pick(&[Fault::Fails(Chore::Load), Fault::Fails(Chore::GiveUpName), anybody[1], anybody[3], disk])
-        }
-        Step::Prepared | Step::CommitSent => random.pick(&[Fault::Fails(Chore::Start), disk, disk, anybody[0], anybody[1]]),
         Step::Recorded => random.pick(&[Fault::Fails(Chore::Start), disk]),
         Step::Asked => random.pick(&[disk, Fault::Cancel { source: true }]),
         _ => random.pick(&anybody),

@@ -105,7 +105,7 @@ impl Vm {
     }
 
     pub(crate) fn lose_some(&self) {
-        for _ in 0..3000 {
+        for _ in 0..200 {
             let page = self.any_page();
             if self.engine.spoil(page) {
                 self.lost.borrow_mut().insert(page);
@@ -179,7 +179,10 @@ impl Vm {
     /// It goes on here: never again once it has been let run elsewhere.
     fn goes_on_here(&self) {
         assert!(world().is_alive(self.process));
-        assert!(self.started.get().is_none(), "two: it goes on at the source, and has been started at the target");
+        assert!(
+            self.started.get().is_none(),
+            "two: it goes on at the source, and has been started at the target"
+        );
         assert!(self.named.get(), "it goes on at the source without its name");
         self.runs.set(!self.stood_still);
         world().note(|| "the VM goes on at the source".to_string());
@@ -189,11 +192,18 @@ impl Vm {
     fn starts_there(&self, session: SessionId, memory: &TargetMemory, paused: bool) {
         world().note(|| "the VM starts at the target".to_string());
         let source_alive = world().is_alive(self.process);
-        assert!(!(source_alive && self.runs.get()), "two: it is started at the target, and runs at the source");
+        assert!(
+            !(source_alive && self.runs.get()),
+            "two: it is started at the target, and runs at the source"
+        );
         assert!(self.started.get().is_none(), "it is started twice");
         assert_eq!(paused, self.stood_still, "who stood still stays so, who ran goes on");
         let record = fs::flushed(&record_of(session));
-        assert_eq!(record.as_deref(), Some(b"COMMIT \n".as_slice()), "it is started before that is recorded for good");
+        assert_eq!(
+            record.as_deref(),
+            Some(b"COMMIT \n".as_slice()),
+            "it is started before that is recorded for good"
+        );
         self.compare(memory);
         self.started.set(Some((session, world().me())));
     }
@@ -209,9 +219,15 @@ impl Vm {
                 TargetMemory::Plain(memory) => Some(look_at(memory, page)),
             };
             match found {
-                None => assert!(self.lost.borrow().contains(&page), "{page} is poisoned at the target, and was not lost"),
+                None => assert!(
+                    self.lost.borrow().contains(&page),
+                    "{page} is poisoned at the target, and was not lost"
+                ),
                 Some(bytes) => {
-                    assert!(bytes == content(page, generation), "{page} is not what the guest wrote last ({generation})");
+                    assert!(
+                        bytes == content(page, generation),
+                        "{page} is not what the guest wrote last ({generation})"
+                    );
                 }
             }
         }
@@ -219,7 +235,10 @@ impl Vm {
 
     /// Still here, and as before.
     pub(crate) fn assert_stays(&self) {
-        assert!(self.started.get().is_none(), "the source says that it stays, and it was started at the target");
+        assert!(
+            self.started.get().is_none(),
+            "the source says that it stays, and it was started at the target"
+        );
         assert_eq!(self.runs.get(), !self.stood_still, "it stays, but does not run");
         assert!(self.named.get(), "it stays without its name");
         assert_eq!(self.throttle.get(), 0, "it stays throttled");
@@ -271,7 +290,8 @@ impl SourceVm for Leaving {
     fn save(&mut self) -> Result<Vec<u8>, VmError> {
         self.0.fails(Chore::Save)?;
         let random = &world().random;
-        let bytes = if random.one_in(6) { 600_000 + random.below(6_000_000) } else { random.below(3000) };
+        // More than a queue of messages and a connection hold, now and then.
+        let bytes = if random.one_in(8) { 4_500_000 + random.below(500_000) } else { random.below(3000) };
         *self.0.state.borrow_mut() = vec![random.next() as u8; bytes as usize];
         Ok(self.0.state.borrow().clone())
     }

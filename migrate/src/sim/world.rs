@@ -140,7 +140,8 @@ impl World {
         }));
         // Whatever is left is unwound, as if everything had been killed.
         let left = world.processes.borrow().len();
-        let ended = catch_unwind(AssertUnwindSafe(|| (0..left).for_each(|process| world.kill(ProcessId(process)))));
+        let ended =
+            catch_unwind(AssertUnwindSafe(|| (0..left).for_each(|process| world.kill(ProcessId(process)))));
         world.events.borrow_mut().clear();
         let result = result.and(ended).map_err(|panic| format!("{}{}", text_of(&*panic), world.told()));
         world.on_death.borrow_mut().clear();
@@ -173,7 +174,9 @@ impl World {
         self.current.set(before);
         match result {
             CoroutineResult::Yield(()) => self.actors.borrow_mut()[actor].thread = Some(thread),
-            CoroutineResult::Return(()) => STACKS.with(|stacks| stacks.borrow_mut().push(thread.into_stack())),
+            CoroutineResult::Return(()) => {
+                STACKS.with(|stacks| stacks.borrow_mut().push(thread.into_stack()))
+            }
         }
         if let Some(panic) = self.panic.borrow_mut().take() {
             resume_unwind(panic);

@@ -96,7 +96,9 @@ fn prepare(moving: &mut Moving<'_, '_>) -> Result<Placed, Failed> {
             rounds.watch.wait("sending the VM's state", SILENCE_LIMIT, sent).await?;
         }
         rounds.last().await?;
-        rounds.control.outbox().send(Control::Final(rounds.ship.totals())).await;
+        // Behind a large state the queue may be full, and the link silent.
+        let word = rounds.control.outbox().send(Control::Final(rounds.ship.totals()));
+        rounds.watch.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
         match rounds.watch.wait("waiting until it is prepared", PREPARE_LIMIT, rounds.control.next()).await? {
             Control::Prepared(placed) => Ok(placed),
             other => Err(Trouble::Peer(format!("{other:?} instead of a word that it is prepared"))),
@@ -112,10 +114,13 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
     let (runtime, rounds) = (moving.runtime, &mut moving.rounds);
     let limit = Instant::now() + RUNNING_LIMIT;
     runtime.block_on(async {
-        rounds.control.outbox().send(Control::Commit { paused }).await;
         // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
         let life = rounds.watch.life.clone();
-        let word = life.unless_failed(rounds.control.next());
+        let outbox = rounds.control.outbox().clone();
+        let word = life.unless_failed(async {
+            outbox.send(Control::Commit { paused }).await;
+            rounds.control.next().await
+        });
         match timeout_at(limit, word).await {
             Ok(Some(Control::Running)) => Committed::Running { downtime: stopped_at.elapsed() },
             Ok(Some(Control::NotStarted(text))) => Committed::NotStarted(text),

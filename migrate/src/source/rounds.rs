@@ -20,7 +20,9 @@ use crate::link::life::Life;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::link::{end, split};
-use crate::outside::{EngineHandle, Instant, JoinHandle, JoinSet, StdStream, StoreFile, planted, sleep, spawn};
+use crate::outside::{
+    EngineHandle, Instant, JoinHandle, JoinSet, StdStream, StoreFile, planted, sleep, spawn,
+};
 use crate::progress::{Phase, Progress};
 use crate::wire::control::Control;
 use crate::wire::extents::stream_of;
