@@ -159,9 +159,9 @@ impl Net {
     fn fly(&mut self, from: End, segment: Segment) {
         let world = world();
         let spike = if world.random.one_in(SPIKE_ODDS) { world.delay(SPIKE) } else { Duration::ZERO };
+        let soonest = world.now() + world.delay(self.latency) + spike;
         let pipe = self.pipe(from);
-        let at =
-            (world.now() + world.delay(self.latency) + spike).max(pipe.last_at + Duration::from_nanos(1));
+        let at = soonest.max(pipe.last_at + Duration::from_nanos(1));
         pipe.last_at = at;
         pipe.flying.push_back(segment);
         world.at(at, move || with(|net| net.pump(from)));
