@@ -594,15 +594,12 @@ impl Story {
         if let Some((step, class)) = target.filter(|(step, class)| !is_impossible(*step, *class)) {
             if step >= Step::Asked {
                 // Something must make the source ask.
-                let fault = if random.one_in(2) {
-                    self.draw(Class::Cut, Step::CommitSent)
-                } else {
-                    Fault::TargetDies
-                };
+                let fault = random.pick(&[Fault::Cut { all: true }, Fault::TargetDies]);
                 let step = random.pick(&[Step::CommitSent, Step::Recorded]);
                 plan.push(Planned { step, later: Later::Now, fault });
             }
-            plan.push(Planned { step, later: later(), fault: self.draw(class, step) });
+            let later = if random.one_in(2) { Later::Now } else { later() };
+            plan.push(Planned { step, later, fault: self.draw(class, step) });
         }
         if target.is_none() && random.one_in(2) {
             let step = random.pick(&[Step::Connecting, Step::Accepted]);
