@@ -32,11 +32,6 @@ pub(crate) fn summary(error: &(dyn Error + 'static)) -> String {
 }
 
 impl Coverage {
-    /// No session has ended yet.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.source.is_empty()
-    }
-
     pub(crate) fn fault(&mut self, step: Step, class: Class) {
         *self.faults.entry((step, class)).or_default() += 1;
     }

@@ -46,6 +46,9 @@ enum Bad {
     Rotten,
 }
 
+type GrantReply = oneshot::Sender<Result<SlotRun, CommandError>>;
+type Command = Box<dyn FnOnce(&mut State)>;
+
 struct State {
     pages: u64,
     memory: Rc<Pages>,
@@ -60,8 +63,8 @@ struct State {
     receiving: bool,
     free: BTreeSet<u32>,
     granted: BTreeSet<u32>,
-    grants: VecDeque<(u32, oneshot::Sender<Result<SlotRun, CommandError>>)>,
-    queue: VecDeque<Box<dyn FnOnce(&mut State)>>,
+    grants: VecDeque<(u32, GrantReply)>,
+    queue: VecDeque<Command>,
     busy: bool,
     failed: bool,
     /// The guest has a chance to write.
@@ -291,7 +294,7 @@ impl EngineHandle {
         world().after(world().delay(COMMAND), move || handle.turn());
     }
 
-    fn push(&self, command: Box<dyn FnOnce(&mut State)>) {
+    fn push(&self, command: Command) {
         let idle = {
             let mut state = self.0.borrow_mut();
             state.queue.push_back(command);

@@ -49,12 +49,6 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Large buffers, of which little is used, come from the kernel each time, and need not be zeroed.
-pub(crate) fn begin() {
-    // SAFETY: sets a number of the allocator's.
-    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 10) };
-}
-
 pub(crate) fn in_use() -> usize {
     IN_USE.get()
 }

@@ -554,6 +554,10 @@ impl StdStream {
 impl Drop for StdStream {
     fn drop(&mut self) {
         with(|net| {
+            // One that nobody took outlives its world.
+            if net.connections.len() <= self.end.connection {
+                return;
+            }
             let side = net.side(self.end);
             side.handles -= 1;
             if side.handles == 0 {

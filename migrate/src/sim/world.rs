@@ -26,6 +26,7 @@ const END: Duration = Duration::from_secs(4 * 3600);
 const TRACE_LINES: usize = 60;
 const STACK_BYTES: usize = 512 << 10;
 
+type DeathHook = Box<dyn Fn(ProcessId)>;
 type Thread = Coroutine<(), (), (), DefaultStack>;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
@@ -84,7 +85,7 @@ pub(crate) struct World {
     current: Cell<Option<usize>>,
     processes: RefCell<Vec<Process>>,
     /// Called when a process has died, before its threads are unwound: the kernel closes what it had open.
-    on_death: RefCell<Vec<Box<dyn Fn(ProcessId)>>>,
+    on_death: RefCell<Vec<DeathHook>>,
     trace: RefCell<Vec<(u64, String)>>,
     panic: RefCell<Option<Box<dyn Any + Send>>>,
 }
@@ -317,7 +318,7 @@ impl World {
     /// Somewhat less than `most`, mostly much less.
     pub(crate) fn delay(&self, most: Duration) -> Duration {
         let share = self.random.below(1 << 16);
-        Duration::from_nanos((most.as_nanos() as u64 >> 16) * (share * share >> 16))
+        Duration::from_nanos((most.as_nanos() as u64 >> 16) * ((share * share) >> 16))
     }
 
     pub(crate) fn note(&self, text: impl FnOnce() -> String) {

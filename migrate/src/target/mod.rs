@@ -22,7 +22,7 @@ use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
-use crate::outside::{EngineHandle, Instant, Runtime, StdStream, planted, runtime};
+use crate::outside::{EngineHandle, Instant, Runtime, StdStream, runtime};
 use crate::progress::Progress;
 use crate::registry::{Registry, RegistryError};
 use crate::report::Received;
@@ -195,7 +195,7 @@ fn data_streams(link: &mut TargetLink<'_>) -> Result<Vec<DataStream>, ReceiveErr
     for _ in 0..link.hello.streams {
         let stream = (link.streams)()
             .map_err(|source| ReceiveError::Link { during: "waiting for its streams", source })?;
-        let known = !planted!(TakesStreamsTwice) && streams.iter().any(|known| known.index == stream.index);
+        let known = streams.iter().any(|known| known.index == stream.index);
         if known || stream.index >= link.hello.streams {
             let text =
                 format!("data stream {} of {} twice or out of range", stream.index, link.hello.streams);
