@@ -70,7 +70,7 @@ pub(crate) fn flushed(path: &Path) -> Option<Vec<u8>> {
     with(|disk| disk.files.get(path).filter(|file| file.entry_flushed).map(|file| file.flushed.clone()))
 }
 
-fn content(path: &Path) -> Option<Vec<u8>> {
+pub(crate) fn content(path: &Path) -> Option<Vec<u8>> {
     with(|disk| disk.files.get(path).map(|file| file.content.clone()))
 }
 

@@ -22,6 +22,8 @@ const WINDOW: usize = 64 << 10;
 const SPIKE: Duration = Duration::from_secs(3);
 const SPIKE_ODDS: u64 = 300;
 const SYN_RETRY: Duration = Duration::from_secs(1);
+/// Until a connection notices that the link has healed.
+const RESEND: Duration = Duration::from_secs(8);
 const OPENING: usize = 16;
 
 /// What went into a connection: seen by whoever plans the faults.
@@ -375,12 +377,14 @@ pub(crate) fn silence(silent: [bool; 2]) {
     with(|net| {
         net.silent = silent;
         for connection in 0..net.connections.len() {
+            // What was lost is sent again, by and by: new connections may be faster.
+            let again = world().delay(RESEND);
             for side in 0..2 {
                 let from = End { connection, side };
                 let count = net.pipe(from).flying.len();
                 // One for each: the events of those that had to wait are over.
                 for nth in 0..count {
-                    let at = world().now() + Duration::from_micros(nth as u64 + 1);
+                    let at = world().now() + again + Duration::from_micros(nth as u64 + 1);
                     world().at(at, move || with(|net| net.pump(from)));
                 }
             }

@@ -17,7 +17,7 @@ use super::engine::EngineHandle;
 use super::faults::{Class, Fault, Later, Planned, Step, is_impossible};
 use super::net::{self, Countdown, Said, StdStream};
 use super::runtime::{pause, timeout};
-use super::vm::{Chore, Coming, Leaving, SESSIONS, Vm};
+use super::vm::{Chore, Coming, Leaving, SESSIONS, Vm, record_of};
 use super::world::{ProcessId, World, world};
 use super::{fs, memory};
 use crate::cancel::CancelFlag;
@@ -189,15 +189,23 @@ impl Story {
     /// Everything works again, and what was left of before has ended.
     fn heal(&self) {
         self.plan.borrow_mut().clear();
+        // Each side's own limits end what is left.
+        self.wait_until("a target does not give up", || self.is_quiet());
         net::with(|net| (net.countdown, net.spoil, net.twice) = (None, None, 0));
         net::silence([false; 2]);
         fs::heal();
         self.vm.engine.fail(false);
         self.vm.failing.set(None);
         self.turned.set(None);
+        self.wait_until("no daemon", || self.is_quiet() && self.daemon.get().is_some());
+        // Connections of before have noticed that the link is back.
+        pause(PATIENCE);
+    }
+
+    fn wait_until(&self, what: &str, holds: impl Fn() -> bool) {
         let mut waited = Duration::ZERO;
-        while !self.is_quiet() || self.daemon.get().is_none() {
-            assert!(waited < SESSION_MAX, "a target does not give up");
+        while !holds() {
+            assert!(waited < SESSION_MAX, "{what}");
             pause(PATIENCE);
             waited += PATIENCE;
         }
@@ -407,6 +415,9 @@ impl Story {
             Err(error) => super::coverage::summary(error),
         };
         self.coverage.borrow_mut().target(how);
+        let record = fs::content(&record_of(session));
+        let committed = record.as_deref() == Some(b"COMMIT \n".as_slice());
+        assert!(started || !committed, "it has not been started, and is recorded as running here");
         assert_eq!(
             result.is_ok(),
             started,
@@ -618,7 +629,13 @@ impl Story {
             Class::Cut => Fault::Cut { all: random.one_in(3) },
             Class::Silence => Fault::Silence {
                 silent: random.pick(&[[true, true], [true, false], [false, true]]),
-                lasts: random.pick(&[Duration::from_secs(1), Duration::from_secs(25), LONG, LONG]),
+                lasts: random.pick(&[
+                    Duration::from_secs(1),
+                    Duration::from_secs(14),
+                    Duration::from_secs(25),
+                    LONG,
+                    LONG,
+                ]),
             },
             Class::SourceDies => Fault::SourceDies,
             Class::TargetDies => Fault::TargetDies,
