@@ -1,12 +1,12 @@
 //! The first message of a connection and the answer to it, read and written by blocking calls of bounded time.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{CANCEL_POLL, HELLO_LIMIT};
+use crate::outside::{Instant, StdStream};
 use crate::session::SessionId;
 use crate::target::ReceiveError;
 use crate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
@@ -57,7 +57,7 @@ pub enum RefuseKind {
 ///
 /// # Errors
 /// Rubbish, another version, silence, a broken link.
-pub fn read_hello(stream: &mut TcpStream) -> Result<Hello, ReceiveError> {
+pub fn read_hello(stream: &mut StdStream) -> Result<Hello, ReceiveError> {
     const DURING: &str = "it was to say what it wants";
     stream.set_nonblocking(false).map_err(|source| ReceiveError::Link { during: DURING, source })?;
     let hello = read_opening(stream, HELLO_LIMIT, || false)
@@ -78,7 +78,7 @@ pub fn read_hello(stream: &mut TcpStream) -> Result<Hello, ReceiveError> {
 }
 
 /// Answers a [`Hello::Session`] (or anything else that is not wanted) with a refusal. Best effort.
-pub fn refuse(stream: &mut TcpStream, kind: RefuseKind, text: &str) {
+pub fn refuse(stream: &mut StdStream, kind: RefuseKind, text: &str) {
     let answer = Answer::Refused { kind, text: text.to_string() };
     if let Err(error) = write_opening(stream, &answer.encode()) {
         tracing::debug!(%error, "a refusal could not be delivered");
@@ -94,14 +94,14 @@ pub(crate) enum OpeningError {
 }
 
 /// Writes an opening or an answer, which is small enough for the socket's buffer.
-pub(crate) fn write_opening(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_opening(stream: &mut StdStream, bytes: &[u8]) -> io::Result<()> {
     stream.set_write_timeout(Some(HELLO_LIMIT))?;
     stream.write_all(bytes)
 }
 
 /// Reads an opening or an answer, and nothing behind it.
 pub(crate) fn read_opening(
-    stream: &mut TcpStream,
+    stream: &mut StdStream,
     limit: Duration,
     cancelled: impl Fn() -> bool,
 ) -> Result<([u8; PREAMBLE_BYTES], Vec<u8>), OpeningError> {
@@ -116,7 +116,7 @@ pub(crate) fn read_opening(
 
 /// A slow peer cannot make it longer than `deadline` by sending a byte now and then.
 fn read_until(
-    stream: &mut TcpStream,
+    stream: &mut StdStream,
     into: &mut [u8],
     deadline: Instant,
     cancelled: &impl Fn() -> bool,

@@ -13,11 +13,15 @@ mod cancel;
 mod hello;
 pub mod limits;
 mod link;
+mod outside;
 mod progress;
 mod registry;
 mod report;
 mod resolve;
 mod session;
+#[cfg(test)]
+#[allow(unreachable_pub, missing_debug_implementations, reason = "has the shape of what it stands for")]
+mod sim;
 mod source;
 mod target;
 pub mod tls;

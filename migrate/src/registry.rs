@@ -3,19 +3,18 @@
 //! ```text
 //!   (nothing) ── begin ──▶ open ── commit ──▶ committed      "it may run here; the source must not"
 //!       │                    │                    │
-//!       └───── burn ─────────┴──────▶ burned ◀────┘ revoke (the VM could not start)
+//!       └───── burn ─────────┴──────▶ burned ◀────┘ revoke (the VM could not start, or the record not be flushed)
 //! ```
 //! `commit` is called by the process that received the VM, before the VM starts; `burn` by that process
 //! when it gives up, and by the daemon when the source asks ([`crate::answer_resolve`]). Whichever comes first stands.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::outside::{File, FileExt, OpenOptions, create_dir_all, planted};
 use crate::session::SessionId;
 
 /// Where a VM whose hand-over was in doubt may run.
@@ -33,7 +32,7 @@ pub enum RegistryError {
     #[error("session {0} was given up before the source's commit arrived")]
     Burned(SessionId),
     #[error(
-        "session {0} has no record here: it was never begun, or the record is lost (this host was started anew, or it is over a week old)"
+        "session {0} has no record here: it was never begun, or the record is lost (this host was started anew, or it was given up over a week ago)"
     )]
     Unknown(SessionId),
     #[error("session {0} exists here already")]
@@ -53,7 +52,7 @@ pub trait Registry {
     /// The VM must not start here any more, unless it was committed: says which of them it is. Who knows nothing of the session
     /// must not answer: its record may have been lost, with the answer in it.
     fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError>;
-    /// A committed session's VM failed to start, and no vCPU has run: the source may have it back.
+    /// The session's VM does not start here, whatever was recorded of it, and no vCPU has run: the source may have it back.
     fn revoke(&self, session: SessionId) -> Result<(), RegistryError>;
 }
 
@@ -91,13 +90,14 @@ impl FileRegistry {
     /// If the directory cannot be made.
     pub fn new(directory: &Path) -> Result<FileRegistry, RegistryError> {
         let path = directory.to_path_buf();
-        match std::fs::create_dir_all(directory) {
+        match create_dir_all(directory) {
             Ok(()) => Ok(FileRegistry { directory: path }),
             Err(source) => Err(RegistryError::Io { what: "create", path, source }),
         }
     }
 
-    /// Forgets decided sessions whose source has long had its answer. One that is undecided stays.
+    /// Forgets sessions that were given up, whose source has had its answer, or keeps its VM paused until somebody decides. A committed
+    /// one stays for ever, because its source may ask at any later time, and one that is undecided stays too.
     ///
     /// # Errors
     /// If the directory cannot be read.
@@ -113,7 +113,7 @@ impl FileRegistry {
             let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
             if let (Some(session), Some(age)) = (session, age)
                 && age > older_than
-                && self.change(session, |decision| Ok((decision, decision)))? != Decision::Open
+                && self.change(session, |decision| Ok((decision, decision)))? == Decision::Burned
             {
                 let path = entry.path();
                 std::fs::remove_file(&path).map_err(|source| RegistryError::Io {
@@ -182,7 +182,7 @@ fn lock(file: &File) -> io::Result<()> {
 
 impl Registry for FileRegistry {
     fn begin(&self, session: SessionId) -> Result<(), RegistryError> {
-        // A file that is there already belongs to an earlier attempt, or to a source that asked before it sent.
+        // A file that is there already belongs to an earlier attempt.
         let path = self.directory.join(session.to_string());
         match File::create_new(&path) {
             Ok(_) => {}
@@ -208,101 +208,12 @@ impl Registry for FileRegistry {
     fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError> {
         self.change(session, |decision| match decision {
             Decision::Committed => Ok((Decision::Committed, Outcome::RunningThere)),
+            Decision::Open if planted!(AnswersWithoutBurning) => Ok((Decision::Open, Outcome::NotThere)),
             Decision::Open | Decision::Burned => Ok((Decision::Burned, Outcome::NotThere)),
         })
     }
 
     fn revoke(&self, session: SessionId) -> Result<(), RegistryError> {
         self.change(session, |_| Ok((Decision::Burned, ())))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    struct Place(PathBuf);
-
-    impl Drop for Place {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
-    fn fresh() -> (Place, FileRegistry, SessionId) {
-        let session = SessionId::random().unwrap();
-        let place = Place(std::env::temp_dir().join(format!("vmemd-registry-{session}")));
-        let registry = FileRegistry::new(&place.0).unwrap();
-        (place, registry, session)
-    }
-
-    #[test]
-    fn what_is_committed_stays() {
-        let (_place, registry, session) = fresh();
-        registry.begin(session).unwrap();
-        registry.commit(session).unwrap();
-        assert_eq!(registry.burn(session).unwrap(), Outcome::RunningThere);
-        assert!(matches!(registry.commit(session), Err(RegistryError::Exists(_))));
-        assert!(matches!(registry.begin(session), Err(RegistryError::Exists(_))));
-    }
-
-    #[test]
-    fn what_is_burned_never_starts() {
-        let (_place, registry, session) = fresh();
-        registry.begin(session).unwrap();
-        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
-        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
-        assert!(matches!(registry.commit(session), Err(RegistryError::Burned(_))));
-    }
-
-    #[test]
-    fn a_session_without_a_record_is_no_answer() {
-        let (_place, registry, session) = fresh();
-        assert!(matches!(registry.commit(session), Err(RegistryError::Unknown(_))));
-        assert!(matches!(registry.burn(session), Err(RegistryError::Unknown(_))));
-        registry.begin(session).unwrap();
-    }
-
-    #[test]
-    fn a_vm_that_could_not_start_goes_back() {
-        let (_place, registry, session) = fresh();
-        registry.begin(session).unwrap();
-        registry.commit(session).unwrap();
-        registry.revoke(session).unwrap();
-        assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
-    }
-
-    #[test]
-    fn a_damaged_record_is_no_answer() {
-        let (place, registry, session) = fresh();
-        registry.begin(session).unwrap();
-        std::fs::write(place.0.join(session.to_string()), "COMMIT?\n").unwrap();
-        assert!(matches!(registry.burn(session), Err(RegistryError::Damaged { .. })));
-    }
-
-    #[test]
-    fn commit_and_burn_never_both_win() {
-        for _ in 0..20 {
-            let (_place, registry, session) = fresh();
-            registry.begin(session).unwrap();
-            let (committed, outcome) = std::thread::scope(|scope| {
-                let commit = scope.spawn(|| registry.commit(session).is_ok());
-                let burn = scope.spawn(|| registry.burn(session).unwrap());
-                (commit.join().unwrap(), burn.join().unwrap())
-            });
-            assert_eq!(committed, outcome == Outcome::RunningThere);
-        }
-    }
-
-    #[test]
-    fn pruning_keeps_the_undecided() {
-        let (_place, registry, open) = fresh();
-        let decided = SessionId::random().unwrap();
-        registry.begin(open).unwrap();
-        registry.begin(decided).unwrap();
-        registry.commit(decided).unwrap();
-        registry.prune(Duration::ZERO).unwrap();
-        assert!(matches!(registry.commit(decided), Err(RegistryError::Unknown(_))));
-        registry.commit(open).unwrap();
     }
 }

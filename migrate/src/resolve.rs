@@ -1,11 +1,12 @@
 //! What became of a session whose hand-over is in doubt.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
 use crate::hello::{Hello, OpeningError, RefuseKind, read_opening, refuse, write_opening};
 use crate::limits::{RESOLVE_CALL_LIMIT, patience};
+use crate::outside::{StdStream, secure};
 use crate::registry::{Outcome, Registry, RegistryError};
 use crate::session::SessionId;
 use crate::tls::{Security, TlsError};
@@ -53,7 +54,7 @@ pub fn resolve(to: &str, security: &Security, session: SessionId) -> Result<Outc
 /// # Errors
 /// If the registry cannot say; the source hears that as well and asks again.
 pub fn answer_resolve(
-    stream: &mut TcpStream,
+    stream: &mut StdStream,
     session: SessionId,
     registry: &dyn Registry,
 ) -> Result<Outcome, RegistryError> {
@@ -81,7 +82,7 @@ pub enum ReachError {
 }
 
 /// Connects to the first address of `to` that answers, and makes sure of who does.
-pub(crate) fn connect(to: &str, security: &Security, limit: Duration) -> Result<TcpStream, ReachError> {
+pub(crate) fn connect(to: &str, security: &Security, limit: Duration) -> Result<StdStream, ReachError> {
     let stream = connect_tcp(to, limit)?;
     match security {
         Security::Plain => Ok(stream),
@@ -92,21 +93,21 @@ pub(crate) fn connect(to: &str, security: &Security, limit: Duration) -> Result<
                 .to_string(),
         )
         .into()),
-        Security::Tls(client) => Ok(client.secure(stream, to, limit)?),
+        Security::Tls(client) => Ok(secure(client, stream, to, limit)?),
     }
 }
 
-fn is_this_host(stream: &TcpStream) -> io::Result<bool> {
+fn is_this_host(stream: &StdStream) -> io::Result<bool> {
     let [here, there] =
         [stream.local_addr()?, stream.peer_addr()?].map(|address| address.ip().to_canonical());
     Ok(there.is_loopback() || there == here)
 }
 
-fn connect_tcp(to: &str, limit: Duration) -> io::Result<TcpStream> {
+fn connect_tcp(to: &str, limit: Duration) -> io::Result<StdStream> {
     let addresses: Vec<SocketAddr> = to.to_socket_addrs()?.collect();
     let mut result = Err(io::Error::new(io::ErrorKind::NotFound, "no such address"));
     for address in addresses {
-        result = TcpStream::connect_timeout(&address, limit);
+        result = StdStream::connect_timeout(&address, limit);
         if result.is_ok() {
             break;
         }

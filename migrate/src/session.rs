@@ -15,12 +15,8 @@ impl SessionId {
     /// If the kernel has no random bytes to give.
     pub fn random() -> std::io::Result<SessionId> {
         let mut bytes = [0; 16];
-        // SAFETY: the pointer and length are those of a live local array; getrandom writes no more than that.
-        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-        match got {
-            16 => Ok(SessionId(bytes)),
-            _ => Err(std::io::Error::last_os_error()),
-        }
+        crate::outside::random_bytes(&mut bytes)?;
+        Ok(SessionId(bytes))
     }
 
     /// What this session's record checksums are seeded with, so that another session's records do not pass.

@@ -28,7 +28,7 @@ use crate::qemu::rules::Rules;
 const GREETING_MAX: usize = 32;
 /// Pause after an accept that failed for want of descriptors or memory.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
-/// Records of hand-overs older than this are removed: a source asks within seconds, a person within hours.
+/// Records of hand-overs that were given up longer ago are removed.
 const RECORDS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// What `vmemd serve` shall do.
@@ -88,10 +88,11 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let fail = |error| Failure::io("cannot listen", &error);
     listener.set_nonblocking(true).map_err(fail)?;
     let listen = listener.local_addr().map_err(fail)?.to_string();
-    let sessions_dir = dir.sessions_dir();
     let registry =
-        FileRegistry::new(&sessions_dir).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
-    remove_old_records(&sessions_dir);
+        FileRegistry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+    if let Err(error) = registry.prune(RECORDS_KEPT) {
+        warn!(error = %chain(&error), "old records of hand-overs stay");
+    }
     announce(&listen, settings.json);
     let daemon = Arc::new(Daemon {
         settings,
@@ -145,15 +146,6 @@ fn announce(listen: &str, json: bool) {
     let mut out = std::io::stdout();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     info!(listen, "ready");
-}
-
-fn remove_old_records(dir: &std::path::Path) {
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let age = entry.metadata().and_then(|meta| meta.modified()).map(|then| then.elapsed());
-        if matches!(age, Ok(Ok(age)) if age > RECORDS_KEPT) {
-            let _ = std::fs::remove_file(entry.path());
-        }
-    }
 }
 
 /// A connection whose purpose is not known yet, counted until this is dropped: also if its thread panics.

@@ -1,16 +1,14 @@
 //! The control connection: one task that reads, one that writes, a bounded queue for each.
 
-use std::net::TcpStream as StdStream;
 use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
-use tokio_uring::net::TcpStream;
 
 use super::life::Life;
 use super::trouble::Trouble;
 use super::{end, read_exact, split};
+use crate::outside::{JoinHandle, StdStream, TcpStream, spawn, timeout};
 use crate::session::SessionId;
 use crate::wire::control::Control;
 use crate::wire::record::{HEADER_BYTES, Header, Lane, Sequence};
@@ -71,7 +69,7 @@ impl ControlLink {
         let (messages_in, inbox) = mpsc::channel(QUEUE);
         let reading = read(socket.clone(), Sequence::new(session, from), messages_in, life.clone());
         let writing = write(socket, Sequence::new(session, to), letters_out, life.clone());
-        let (reader, writer) = (tokio_uring::spawn(reading), tokio_uring::spawn(writing));
+        let (reader, writer) = (spawn(reading), spawn(writing));
         Ok(ControlLink { outbox: Outbox(letters_in), inbox, reader, writer, ender })
     }
 
@@ -90,10 +88,10 @@ impl ControlLink {
     /// Says a last word, and ends the connection. If the link broke, the peer's last word is waited for.
     pub(crate) async fn close(mut self, life: &Life, last_word: Option<String>) {
         if life.is_link_trouble() {
-            let _ = tokio::time::timeout(FAREWELL_LIMIT, &mut self.reader).await;
+            let _ = timeout(FAREWELL_LIMIT, &mut self.reader).await;
         }
         if let Some(text) = last_word {
-            let _ = tokio::time::timeout(FAREWELL_LIMIT, self.outbox.deliver(Control::Abort(text))).await;
+            let _ = timeout(FAREWELL_LIMIT, self.outbox.deliver(Control::Abort(text))).await;
         }
         end(&self.ender);
         drop(self.inbox);

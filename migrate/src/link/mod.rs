@@ -10,11 +10,10 @@ pub(crate) mod trouble;
 pub(crate) mod watch;
 
 use std::io;
-use std::net::TcpStream as StdStream;
 
 use tokio_uring::buf::{BoundedBuf, IoBufMut};
-use tokio_uring::net::TcpStream;
 
+use crate::outside::{StdStream, TcpStream};
 use life::Life;
 
 /// Fills `buf` from byte `from` to byte `to`.

@@ -4,13 +4,14 @@ use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::control::Outbox;
 use super::life::Life;
 use super::trouble::Trouble;
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT, patience};
+use crate::outside::{Instant, planted, sleep};
 use crate::wait::Wait;
 use crate::wire::control::Control;
 
@@ -57,7 +58,7 @@ impl<'a> Watch<'a> {
                 biased;
                 result = &mut work => return Ok(result),
                 () = self.life.failure() => {}
-                () = tokio::time::sleep(CANCEL_POLL) => {}
+                () = sleep(CANCEL_POLL) => {}
             }
             self.check(during)?;
             if Instant::now() >= deadline {
@@ -78,7 +79,7 @@ impl<'a> Watch<'a> {
         let (beats, at) = self.heard.get();
         if beats != self.life.beats() {
             self.heard.set((self.life.beats(), Instant::now()));
-        } else if at.elapsed() > patience(SILENCE_LIMIT) {
+        } else if at.elapsed() > patience(SILENCE_LIMIT) && !planted!(WaitsForever) {
             return Err(Trouble::Link { during, source: io::ErrorKind::TimedOut.into() });
         }
         if self.said.get().elapsed() > patience(ALIVE_EVERY) {

@@ -1,14 +1,14 @@
 //! Reaches the target, offers the VM, and opens the data streams.
 
 use std::io;
-use std::net::TcpStream;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use super::{SendError, SourceOptions};
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::hello::{Hello, OpeningError, RefuseKind, SessionHello, StreamHello, read_opening, write_opening};
 use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, patience};
+use crate::outside::{Instant, StdStream, elsewhere};
 use crate::resolve::{self, ReachError};
 use crate::session::SessionId;
 use crate::wait::Wait;
@@ -21,8 +21,8 @@ pub(crate) struct Connected {
     pub(crate) session: SessionId,
     /// RAM that the VM gets there.
     pub(crate) ram_bytes: u64,
-    pub(crate) control: TcpStream,
-    pub(crate) streams: Vec<TcpStream>,
+    pub(crate) control: StdStream,
+    pub(crate) streams: Vec<StdStream>,
 }
 
 fn check(options: &SourceOptions, memory_bytes: u64) -> Result<(), SendError> {
@@ -86,7 +86,7 @@ pub(crate) fn connect(
 }
 
 /// Waits for the target's answer: the RAM that the VM gets.
-fn accepted(control: &mut TcpStream, cancel: &CancelFlag) -> Result<u64, SendError> {
+fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendError> {
     let answer = read_opening(control, patience(ACCEPT_LIMIT), || is_cancelled(cancel))
         .and_then(|(preamble, body)| Answer::decode(&preamble, &body).map_err(OpeningError::Wire));
     match answer {
@@ -108,22 +108,19 @@ fn accepted(control: &mut TcpStream, cancel: &CancelFlag) -> Result<u64, SendErr
 }
 
 /// Connects on another thread, because neither a name look-up nor a connect can be cancelled. It ends by itself.
-fn reach(options: &SourceOptions, limit: Duration, cancel: &CancelFlag) -> Result<TcpStream, SendError> {
+fn reach(options: &SourceOptions, limit: Duration, cancel: &CancelFlag) -> Result<StdStream, SendError> {
     let unreachable = |source| SendError::Unreachable { to: options.to.clone(), source };
     let failed = |error| match error {
         ReachError::Link(source) => unreachable(source),
         ReachError::Insecure(source) => SendError::Insecure { to: options.to.clone(), source },
     };
-    let (done, result) = sync_channel(1);
     let (to, security) = (options.to.clone(), options.security.clone());
-    std::thread::Builder::new()
-        .name("vmemd-connect".to_string())
-        // If nobody waits any more, the connection is closed at once.
-        .spawn(move || drop(done.send(resolve::connect(&to, &security, limit))))
-        .map_err(unreachable)?;
+    // If nobody waits any more, the connection is closed at once.
+    let result =
+        elsewhere("vmemd-connect", move || resolve::connect(&to, &security, limit)).map_err(unreachable)?;
     let deadline = Instant::now() + limit;
     loop {
-        match result.recv_timeout(CANCEL_POLL) {
+        match result.wait(CANCEL_POLL) {
             Ok(connected) => return connected.map_err(failed),
             Err(RecvTimeoutError::Disconnected) => return Err(unreachable(io::ErrorKind::Other.into())),
             Err(RecvTimeoutError::Timeout) if is_cancelled(cancel) => return Err(SendError::Cancelled),

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
 use crate::link::trouble::Trouble;
+use crate::outside::{breathe, planted, sleep};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
 
 /// How often a page that could not be read is read once more.
@@ -44,8 +45,7 @@ pub(crate) async fn run(ship: Rc<Shipment>, stream: usize, out: mpsc::Sender<Par
         if filler.ship_off(&out).await.is_err() || !more {
             return;
         }
-        // The runtime hands operations to the kernel when it has nothing else to do: give it the occasion.
-        let _ = tokio_uring::no_op().await;
+        breathe().await;
     }
 }
 
@@ -62,7 +62,9 @@ impl Filler {
             let pieces = answered(self.ship.handle.hold_async(cover)).await?;
             let result = self.take_pieces(&pieces).await;
             // The engine's answer says nothing new, so nobody waits for it.
-            drop(self.ship.handle.release_async(cover));
+            if !planted!(KeepsPagesHeld) {
+                drop(self.ship.handle.release_async(cover));
+            }
             result?;
             if self.ship.tracker.borrow().cover(block).is_some() {
                 self.lane().put_back(block);
@@ -202,7 +204,8 @@ impl Filler {
         }
         self.ship.handle.decrypt(run, region.bytes_mut());
         let pages = run.pages().zip(region.bytes().chunks_exact(PAGE_SIZE));
-        let good = pages.into_iter().all(|(page, bytes)| page_sum(page, bytes) == sum_of(page));
+        let good = planted!(TrustsTheStore)
+            || pages.into_iter().all(|(page, bytes)| page_sum(page, bytes) == sum_of(page));
         drop(region);
         if good {
             run.pages().for_each(|page| self.record.keep(page, sum_of(page)));
@@ -220,7 +223,7 @@ impl Filler {
                 0 => {}
                 left => {
                     self.ship.patience.set(left - 1);
-                    tokio::time::sleep(REREAD_EVERY).await;
+                    sleep(REREAD_EVERY).await;
                 }
             }
         }

@@ -10,7 +10,7 @@
 //! ```
 //! From the commit on, the VM is resumed only if the target says that it did not and will not start it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use swapd::Placed;
 
@@ -21,6 +21,7 @@ use crate::limits::{
     SILENCE_LIMIT, patience,
 };
 use crate::link::trouble::Trouble;
+use crate::outside::{Instant, pause, planted, timeout, timeout_at};
 use crate::progress::Phase;
 use crate::registry::Outcome;
 use crate::report::{Placement, Report};
@@ -67,6 +68,7 @@ pub(super) fn run(moving: &mut Moving<'_, '_>) -> Result<Report, Failed> {
             Ok(Report { placement, ..report })
         }
         Committed::NotStarted(text) => Err(take_back(moving, Trouble::GaveUp(text))),
+        Committed::Unknown if planted!(ResumesAfterTheCommit) => Err(take_back(moving, Trouble::Cancelled)),
         Committed::Unknown => match ask(moving) {
             Some(Outcome::RunningThere) => Ok(report(moving, None, stopped_at.elapsed())),
             Some(Outcome::NotThere) => {
@@ -95,7 +97,9 @@ fn prepare(moving: &mut Moving<'_, '_>) -> Result<Placed, Failed> {
             rounds.watch.wait("sending the VM's state", SILENCE_LIMIT, sent).await?;
         }
         rounds.last().await?;
-        rounds.control.outbox().send(Control::Final(rounds.ship.totals())).await;
+        // Behind a large state the queue may be full, and the link silent.
+        let word = rounds.control.outbox().send(Control::Final(rounds.ship.totals()));
+        rounds.watch.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
         match rounds.hear(Wait::Prepared).await? {
             Control::Prepared(placed) => Ok(placed),
             other => Err(Trouble::Peer(format!("{other:?} instead of a word that it is prepared"))),
@@ -112,11 +116,14 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
     rounds.waits(Some(Wait::Running));
     let limit = Instant::now() + patience(RUNNING_LIMIT);
     runtime.block_on(async {
-        rounds.control.outbox().send(Control::Commit { paused }).await;
         // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
         let life = rounds.watch.life.clone();
-        let word = life.unless_failed(rounds.control.next());
-        match tokio::time::timeout_at(limit.into(), word).await {
+        let outbox = rounds.control.outbox().clone();
+        let word = life.unless_failed(async {
+            outbox.send(Control::Commit { paused }).await;
+            rounds.control.next().await
+        });
+        match timeout_at(limit, word).await {
             Ok(Some(Control::Running)) => Committed::Running { downtime: stopped_at.elapsed() },
             Ok(Some(Control::NotStarted(text))) => Committed::NotStarted(text),
             _ => Committed::Unknown,
@@ -136,7 +143,7 @@ fn ask(moving: &mut Moving<'_, '_>) -> Option<Outcome> {
         }
         let until = Instant::now() + RESOLVE_EVERY;
         while Instant::now() < until && !enough() {
-            std::thread::sleep(CANCEL_POLL);
+            pause(CANCEL_POLL);
         }
         if enough() {
             return None;
@@ -155,7 +162,7 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
     moving.runtime.block_on(async {
         let life = rounds.watch.life.clone();
         let word = life.unless_failed(rounds.control.next());
-        match tokio::time::timeout(PLACEMENT_WINDOW + PLACEMENT_LIMIT, word).await {
+        match timeout(PLACEMENT_WINDOW + PLACEMENT_LIMIT, word).await {
             Ok(Some(Control::Placement(placement))) => Some(placement),
             _ => None,
         }
@@ -164,7 +171,9 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
 
 /// The VM did not leave after all.
 fn take_back(moving: &mut Moving<'_, '_>, trouble: Trouble) -> Failed {
-    moving.vm.take_name_back();
+    if !planted!(ForgetsTheName) {
+        moving.vm.take_name_back();
+    }
     // Said as it is: the session's `Life` knows only that the link broke.
     resume(moving, Failed::Said(trouble.into()))
 }

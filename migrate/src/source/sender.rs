@@ -6,10 +6,10 @@ use std::rc::Rc;
 use swapd::Run;
 use tokio::sync::mpsc;
 use tokio_uring::buf::BoundedBuf;
-use tokio_uring::net::TcpStream;
 
 use super::shipment::{Parcel, Shipment};
 use crate::link::trouble::Trouble;
+use crate::outside::TcpStream;
 use crate::wire::control::{round_end, sealed};
 use crate::wire::extents;
 use crate::wire::record::{Header, Kind, MAX_RECORD_RUNS, Sequence};

@@ -4,13 +4,13 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use swapd::{BLOCK_PAGES, EngineHandle, PageNo, Run};
+use swapd::{BLOCK_PAGES, PageNo, Run};
 use tokio::sync::Notify;
-use tokio_uring::fs::File;
 
 use super::record::Record;
 use super::tracker::Tracker;
 use crate::link::life::Life;
+use crate::outside::{EngineHandle, StoreFile};
 use crate::wire::control::Totals;
 use crate::wire::extents::stream_of;
 use crate::wire::record::Kind;
@@ -20,7 +20,7 @@ pub(crate) const RECORDS_PER_STREAM: usize = 4;
 
 pub(crate) struct Shipment {
     pub(crate) handle: EngineHandle,
-    pub(crate) store: File,
+    pub(crate) store: StoreFile,
     pub(crate) life: Rc<Life>,
     pub(crate) tracker: RefCell<Tracker>,
     pub(crate) lanes: Vec<Lane>,

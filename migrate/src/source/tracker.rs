@@ -11,6 +11,7 @@
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
 use crate::bitmap::Bitmap;
+use crate::outside::planted;
 
 #[derive(Debug)]
 pub(crate) struct Tracker {
@@ -54,8 +55,10 @@ impl Tracker {
 
     /// A scan found these pages written: they need no sending now, because they would need it again.
     pub(crate) fn written(&mut self, run: Run) {
+        if !planted!(ForgetsWrittenPages) || self.todo.count_run(run) == 0 {
+            self.next.set_run(run);
+        }
         self.todo.clear_run(run);
-        self.next.set_run(run);
         for scans in &mut self.scans[run.indices()] {
             *scans = scans.saturating_add(1);
         }

@@ -5,12 +5,10 @@
 //! ```
 
 use std::cell::RefCell;
-use std::net::TcpStream as StdStream;
 use std::rc::Rc;
 
 use swapd::{Placed, answered};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 
 use super::intake::{self, Lane, RoundEnd};
 use super::ledger::Ledger;
@@ -22,6 +20,7 @@ use crate::link::control::ControlLink;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::link::{end, split};
+use crate::outside::{JoinHandle, StdStream, sleep, spawn};
 use crate::progress::{Phase, Progress};
 use crate::wait::Wait;
 use crate::wire::control::{Control, Totals};
@@ -104,7 +103,7 @@ impl<'a> Arrival<'a> {
                 Some(ended) = self.ends.recv() => self.round_ended(ended, control).await?,
                 message = control.next() => self.message(message, control, watch).await?,
                 () = watch.life.failure() => {}
-                () = tokio::time::sleep(CANCEL_POLL) => progress(self.progress(watch)),
+                () = sleep(CANCEL_POLL) => progress(self.progress(watch)),
             }
         }
         let claimed = self.claimed.unwrap_or_default();
@@ -187,7 +186,7 @@ impl<'a> Arrival<'a> {
                 TargetMemory::Engine(handle) => Sink::Engine(EngineSink::new(handle.clone())),
                 TargetMemory::Plain(memory) => Sink::Plain(PlainSink::new(memory.clone())),
             };
-            self.tasks.push(tokio_uring::spawn(intake::run(inlet, lane, sink)));
+            self.tasks.push(spawn(intake::run(inlet, lane, sink)));
         }
         Ok(())
     }

@@ -7,14 +7,17 @@
 //!    discarded       revoked, the source has it back
 //! ```
 
-use swapd::{EngineHandle, Placed, Run};
+use std::time::Duration;
+
+use swapd::{Placed, Run};
 
 use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
 use crate::bitmap::Bitmap;
-use crate::limits::PLACEMENT_WINDOW;
+use crate::limits::{PLACEMENT_WINDOW, RESOLVE_EVERY};
 use crate::link::trouble::Trouble;
+use crate::outside::{EngineHandle, Instant, pause, planted, sleep};
 use crate::progress::{Phase, Progress};
-use crate::registry::{Outcome, RegistryError};
+use crate::registry::RegistryError;
 use crate::report::{Placement, Received};
 use crate::vm::TargetVm;
 use crate::wait::Wait;
@@ -44,7 +47,11 @@ pub(super) fn run(
     let Control::Commit { paused } = word else {
         return Err(fail(session, Trouble::Peer("something else than a commit or an abort".to_string())));
     };
-    if let Err(error) = commit(link).and_then(|()| start(link, vm, paused)) {
+    if planted!(StartsBeforeTheRecord) {
+        let _ = vm.start(paused);
+    }
+    if let Err(error) = commit(link).and_then(|()| Ok(vm.start(paused)?)) {
+        give_up(link, Duration::ZERO);
         // Only this message, or the registry's record, gives the VM back to the source.
         session.runtime.block_on(outbox.deliver(Control::NotStarted(error.chain())));
         return Err(Failed::Said(error));
@@ -69,27 +76,28 @@ fn fail(session: &Session<'_>, trouble: Trouble) -> Failed {
     Failed::Trouble
 }
 
-/// Records that the VM may run here. If that fails, it is certain that it must not, or nothing is done.
+/// Records that the VM may run here. If that fails it does not, whatever the record says: what could not be flushed may be gone when
+/// it is asked for.
 fn commit(link: &TargetLink<'_>) -> Result<(), ReceiveError> {
-    let error = match link.registry.commit(link.hello.session) {
-        Ok(()) => return Ok(()),
-        Err(error @ RegistryError::Burned(_)) => return Err(error.into()),
-        Err(error) => error,
-    };
-    match link.registry.burn(link.hello.session) {
-        // The record was made, and only then something failed: what counts is the record.
-        Ok(Outcome::RunningThere) => Ok(()),
-        _ => Err(error.into()),
+    match link.registry.commit(link.hello.session) {
+        Err(error) if !planted!(IgnoresAFailedRecord) => Err(error.into()),
+        _ => Ok(()),
     }
 }
 
-fn start(link: &TargetLink<'_>, vm: &mut dyn TargetVm, paused: bool) -> Result<(), ReceiveError> {
-    vm.start(paused).map_err(|error| {
-        if let Err(error) = link.registry.revoke(link.hello.session) {
-            tracing::error!(%error, "a VM that could not start is recorded as running here");
+/// Records that the VM never starts here, also if a commit was recorded: a source that asks shall hear it. A disk that fails is tried
+/// again.
+pub(super) fn give_up(link: &TargetLink<'_>, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    while !planted!(ForgetsToRevoke)
+        && let Err(error) = link.registry.revoke(link.hello.session)
+    {
+        tracing::error!(%error, session = %link.hello.session, "that a VM does not start here could not be recorded");
+        if !matches!(error, RegistryError::Io { .. }) || Instant::now() >= deadline {
+            return;
         }
-        error.into()
-    })
+        pause(RESOLVE_EVERY);
+    }
 }
 
 /// What is resident now. From here on only what is touched comes in.
@@ -106,7 +114,7 @@ fn placement(
 ) -> Result<Placement, swapd::CommandError> {
     // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
     handle.track_writes(true)?;
-    session.runtime.block_on(async { tokio::time::sleep(PLACEMENT_WINDOW).await });
+    session.runtime.block_on(async { sleep(PLACEMENT_WINDOW).await });
     let touched = handle.collect_written();
     handle.track_writes(false)?;
     handle.set_prefetch(true)?;

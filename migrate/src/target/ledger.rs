@@ -4,6 +4,7 @@ use swapd::{PageNo, Placed, Run};
 
 use crate::bitmap::Bitmap;
 use crate::link::trouble::Trouble;
+use crate::outside::planted;
 use crate::wire::control::Totals;
 
 /// Of one session, for all its streams.
@@ -50,6 +51,9 @@ impl Ledger {
 
     /// Whether this is all, by what the source says that it sent and by what arrived on all streams.
     pub(crate) fn settle(&self, theirs: Totals, ours: Totals) -> Result<(), Trouble> {
+        if planted!(BelievesLostStreams) {
+            return Ok(());
+        }
         if theirs != ours {
             return Err(Trouble::Peer(format!("it sent {theirs:?}, but {ours:?} arrived")));
         }

@@ -9,21 +9,20 @@ mod sink;
 
 pub use plain::PlainMemory;
 
-use std::net::TcpStream;
 use std::rc::Rc;
-use std::time::Instant;
 
-use swapd::{CommandError, EngineHandle};
-use tokio_uring::Runtime;
+use swapd::CommandError;
 
 use arrival::Arrival;
 
 use crate::cancel::CancelFlag;
 use crate::hello::{RefuseKind, SessionHello, refuse, write_opening};
+use crate::limits::{RESOLVE_LIMIT, patience};
 use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
+use crate::outside::{EngineHandle, Instant, Runtime, StdStream, runtime};
 use crate::progress::Progress;
 use crate::registry::{Registry, RegistryError};
 use crate::report::Received;
@@ -43,13 +42,13 @@ pub enum TargetMemory {
 #[derive(Debug)]
 pub struct DataStream {
     pub index: u32,
-    pub socket: TcpStream,
+    pub socket: StdStream,
 }
 
 /// One accepted session, and what it needs besides memory and a VM.
 #[allow(missing_debug_implementations, reason = "holds borrowed callbacks")]
 pub struct TargetLink<'a> {
-    pub control: TcpStream,
+    pub control: StdStream,
     pub hello: SessionHello,
     /// What the source is told that the VM has got here.
     pub granted_ram_bytes: u64,
@@ -124,10 +123,8 @@ pub fn receive(
     }
     let result = accepted(&mut link, &memory, vm);
     if result.is_err() {
-        // So that a source that asks hears at once that the VM will not start here. If it was committed, it stays so.
-        if let Err(error) = link.registry.burn(link.hello.session) {
-            tracing::warn!(%error, session = %link.hello.session, "a failed session could not be recorded");
-        }
+        // For as long as a source asks.
+        handover::give_up(&link, patience(RESOLVE_LIMIT));
     }
     let mut received = result?;
     received.duration_ms = started.elapsed().as_secs_f64() * 1000.0;
@@ -164,8 +161,7 @@ fn accepted(
     write_opening(&mut link.control, &Answer::Accepted { ram_bytes: link.granted_ram_bytes }.encode())
         .map_err(broken)?;
     let streams = data_streams(link)?;
-    let runtime =
-        Runtime::new(&tokio_uring::builder()).map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
+    let runtime = runtime().map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
     let control = link.control.try_clone().map_err(broken)?;
     let life = Rc::new(Life::default());
     let lanes = [WireLane::ToTarget, WireLane::ToSource];

@@ -5,15 +5,15 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use swapd::digest::page_sum;
-use swapd::{Answer, Arrival, EngineHandle, PAGE_SIZE, Run, SlotRun, answered};
+use swapd::{Answer, Arrival, PAGE_SIZE, Run, SlotRun, answered};
 use tokio_uring::buf::BoundedBuf;
-use tokio_uring::net::TcpStream;
 
 use super::ledger::Ledger;
 use super::plain::PlainMemory;
 use crate::link::life::Life;
 use crate::link::region::{Pages, Region};
 use crate::link::trouble::Trouble;
+use crate::outside::{EngineHandle, TcpStream, planted};
 use crate::wire::record::MAX_RECORD_PAGES;
 
 /// Frames that a stream asks for at once.
@@ -309,7 +309,7 @@ async fn receive_checked<K: Unpin + 'static>(
         let whole = &region.bytes()[checked * PAGE_SIZE..filled / PAGE_SIZE * PAGE_SIZE];
         for bytes in whole.chunks_exact(PAGE_SIZE) {
             let page = numbers.next().expect("as many pages as checksums");
-            if page_sum(page, bytes).to_le_bytes() != sums[checked] {
+            if page_sum(page, bytes).to_le_bytes() != sums[checked] && !planted!(TrustsTheWire) {
                 return Err(Trouble::Peer(format!("the content of {page} does not match its checksum")));
             }
             checked += 1;

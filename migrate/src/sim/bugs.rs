@@ -1,0 +1,70 @@
+//! Deliberate bugs in the sessions, one of which may be planted: what finds none of them finds no others either.
+
+use std::cell::Cell;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Bug {
+    /// The target lets the VM run, and then records the commit.
+    StartsBeforeTheRecord,
+    /// The record of a commit is written, but not flushed (planted in the file system).
+    LeavesRecordsUnflushed,
+    /// A commit that could not be recorded is taken for one that was.
+    IgnoresAFailedRecord,
+    /// The target's host says that a VM is not there, and does not see to it that it stays so.
+    AnswersWithoutBurning,
+    /// A VM that could not start stays recorded as one that runs.
+    ForgetsToRevoke,
+    /// The source goes on by itself when nothing is heard after its commit.
+    ResumesAfterTheCommit,
+    /// The source goes on without its name.
+    ForgetsTheName,
+    /// A data stream that breaks counts as one that has ended, and the totals are believed.
+    BelievesLostStreams,
+    /// A round counts as arrived before its pages have been taken from the stream.
+    EndsRoundsEarly,
+    /// What was written between the last scan and the pause is left behind.
+    SkipsTheLastScan,
+    /// A round begins while devices still write, without a trace, to pages that it sends.
+    SkipsTheDrains,
+    /// A page that is written while it waits to be sent is not sent in the next round.
+    ForgetsWrittenPages,
+    /// What was read from the store is not looked at.
+    TrustsTheStore,
+    /// The content of pages is not compared with their checksums.
+    TrustsTheWire,
+    /// Pages stay held when they have been sent.
+    KeepsPagesHeld,
+    /// A peer that says nothing is waited for.
+    WaitsForever,
+}
+
+impl Bug {
+    pub(crate) const ALL: [Bug; 16] = [
+        Bug::StartsBeforeTheRecord,
+        Bug::LeavesRecordsUnflushed,
+        Bug::IgnoresAFailedRecord,
+        Bug::AnswersWithoutBurning,
+        Bug::ForgetsToRevoke,
+        Bug::ResumesAfterTheCommit,
+        Bug::ForgetsTheName,
+        Bug::BelievesLostStreams,
+        Bug::EndsRoundsEarly,
+        Bug::SkipsTheLastScan,
+        Bug::SkipsTheDrains,
+        Bug::ForgetsWrittenPages,
+        Bug::TrustsTheStore,
+        Bug::TrustsTheWire,
+        Bug::KeepsPagesHeld,
+        Bug::WaitsForever,
+    ];
+}
+
+thread_local!(static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) });
+
+pub(crate) fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
+}
+
+pub(crate) fn is_planted(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}

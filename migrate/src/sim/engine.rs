@@ -1,0 +1,561 @@
+//! A simulated engine, as its handle promises it to be and no better: answers take their time, pages that are not held wander between
+//! memory and the store, a scan may name pages that did not change, the store cannot read some pages, and has spoilt others.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use swapd::digest::page_sum;
+use swapd::units::{bytes_of, runs_of};
+use swapd::{
+    Answer, Arrival, CommandError, PAGE_SIZE, PageNo, Piece, Place, Placed, Run, Slot, SlotRun, answered,
+};
+use tokio::sync::oneshot;
+use tokio_uring::buf::BoundedBufMut;
+
+use super::runtime::sleep;
+use super::world::world;
+use crate::link::region::Pages;
+
+const COMMAND: Duration = Duration::from_micros(400);
+const DEVICE: Duration = Duration::from_millis(3);
+const SLOTS: u32 = 600;
+const CIPHER: u8 = 0x5A;
+/// Commands waiting; a session that has more under way has no bound.
+const QUEUE_MAX: usize = 4096;
+
+/// A page's content, as the guest's `generation`th write leaves it. 0: never written.
+pub(crate) fn content(page: PageNo, generation: u64) -> [u8; PAGE_SIZE] {
+    let mut bytes = [0; PAGE_SIZE];
+    if generation > 0 {
+        let mix = (page.0 << 32 ^ generation).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        for (word, value) in [(0, mix), (1, generation), (511, !mix)] {
+            bytes[word * 8..word * 8 + 8].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Bad {
+    /// The first attempt fails.
+    Once,
+    Unreadable,
+    Rotten,
+}
+
+type GrantReply = oneshot::Sender<Result<SlotRun, CommandError>>;
+type Command = Box<dyn FnOnce(&mut State)>;
+
+struct State {
+    pages: u64,
+    memory: Rc<Pages>,
+    staging: Rc<Pages>,
+    place: Vec<Place>,
+    held: Vec<bool>,
+    /// Devices have them in use: they cannot move.
+    pinned: BTreeSet<PageNo>,
+    store: BTreeMap<PageNo, u64>,
+    bad: BTreeMap<PageNo, Bad>,
+    written: Option<BTreeSet<PageNo>>,
+    receiving: bool,
+    free: BTreeSet<u32>,
+    granted: BTreeSet<u32>,
+    grants: VecDeque<(u32, GrantReply)>,
+    queue: VecDeque<Command>,
+    busy: bool,
+    failed: bool,
+    /// The guest has a chance to write.
+    touch: Option<Rc<dyn Fn(PageNo)>>,
+}
+
+#[derive(Clone)]
+pub struct EngineHandle(Rc<RefCell<State>>);
+
+impl std::fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a simulated engine")
+    }
+}
+
+impl State {
+    /// # Panics
+    /// If the page is not there: nobody may look.
+    fn bytes(&self, page: PageNo) -> *mut u8 {
+        assert!(page.0 < self.pages);
+        // SAFETY: within the allocation, as just checked.
+        unsafe { self.memory.base().add(page.index() * PAGE_SIZE) }
+    }
+
+    fn put(&mut self, page: PageNo, bytes: &[u8; PAGE_SIZE]) {
+        // SAFETY: a page of our own allocation, to which nobody holds a reference.
+        unsafe { self.bytes(page).copy_from_nonoverlapping(bytes.as_ptr(), PAGE_SIZE) };
+    }
+
+    fn mark(&mut self, page: PageNo) {
+        if let Some(written) = &mut self.written {
+            written.insert(page);
+        }
+    }
+
+    fn take_slots(&mut self, count: u32) -> Option<SlotRun> {
+        let first = *self.free.first()?;
+        let len = (first..first + count).take_while(|slot| self.free.contains(slot)).count() as u32;
+        for slot in first..first + len {
+            self.free.remove(&slot);
+            self.granted.insert(slot);
+        }
+        Some(SlotRun::new(Slot(first), len))
+    }
+
+    fn give_slots(&mut self, slots: SlotRun) {
+        for slot in slots.slots() {
+            assert!(self.granted.remove(&slot.0), "{slot:?} was not granted");
+            self.free.insert(slot.0);
+        }
+    }
+
+    fn serve_grants(&mut self) {
+        while !self.grants.is_empty() {
+            let answer = if self.failed {
+                Err(CommandError::Store("no space left".to_string()))
+            } else {
+                let count = self.grants[0].0;
+                let Some(slots) = self.take_slots(count) else { return };
+                Ok(slots)
+            };
+            let (_, reply) = self.grants.pop_front().expect("just looked at");
+            // Nobody waits for it any more.
+            if let Err(Ok(slots)) = reply.send(answer) {
+                self.give_slots(slots);
+            }
+        }
+    }
+
+    fn need_receiving(&self) -> Result<(), CommandError> {
+        if self.receiving { Ok(()) } else { Err(CommandError::NotNow("the VM is not being received")) }
+    }
+}
+
+impl EngineHandle {
+    pub(crate) fn new(pages: u64) -> EngineHandle {
+        EngineHandle(Rc::new(RefCell::new(State {
+            pages,
+            memory: Pages::new(bytes_of(pages) as usize),
+            staging: Pages::new(SLOTS as usize * PAGE_SIZE),
+            place: vec![Place::Zero; pages as usize],
+            held: vec![false; pages as usize],
+            pinned: BTreeSet::new(),
+            store: BTreeMap::new(),
+            bad: BTreeMap::new(),
+            written: None,
+            receiving: false,
+            free: (0..SLOTS).collect(),
+            granted: BTreeSet::new(),
+            grants: VecDeque::new(),
+            queue: VecDeque::new(),
+            busy: false,
+            failed: false,
+            touch: None,
+        })))
+    }
+
+    // ── what the simulation does ────────────────────────────────────────────────────────
+
+    pub(crate) fn on_touch(&self, touch: Rc<dyn Fn(PageNo)>) {
+        self.0.borrow_mut().touch = Some(touch);
+    }
+
+    pub(crate) fn fail(&self, failed: bool) {
+        self.0.borrow_mut().failed = failed;
+        self.0.borrow_mut().serve_grants();
+    }
+
+    /// The guest writes; false if the page cannot be had just now.
+    pub(crate) fn write(&self, page: PageNo, generation: u64) -> bool {
+        let mut state = self.0.borrow_mut();
+        if matches!(state.place[page.index()], Place::Moving | Place::Poisoned)
+            || state.bad.contains_key(&page)
+        {
+            return false;
+        }
+        state.put(page, &content(page, generation));
+        state.place[page.index()] = Place::Memory;
+        state.mark(page);
+        true
+    }
+
+    /// A device takes a page for a write of its own: that counts as one, and what it writes later leaves no trace.
+    pub(crate) fn pin(&self, page: PageNo) -> bool {
+        let mut state = self.0.borrow_mut();
+        if state.place[page.index()] != Place::Memory {
+            return false;
+        }
+        state.mark(page);
+        state.pinned.insert(page)
+    }
+
+    pub(crate) fn write_by_device(&self, page: PageNo, generation: u64) {
+        let mut state = self.0.borrow_mut();
+        assert!(state.pinned.remove(&page) && state.place[page.index()] == Place::Memory);
+        state.put(page, &content(page, generation));
+    }
+
+    /// Pages the page out or in, if it is not held.
+    pub(crate) fn wander(&self, page: PageNo, generation: u64) {
+        let mut state = self.0.borrow_mut();
+        let at = page.index();
+        if state.held[at] || state.pinned.contains(&page) || state.bad.contains_key(&page) {
+            return;
+        }
+        match state.place[at] {
+            Place::Memory if generation > 0 => {
+                state.place[at] = Place::Moving;
+                state.mark(page);
+                state.store.insert(page, generation);
+                let handle = self.clone();
+                world().after(world().delay(DEVICE), move || {
+                    handle.0.borrow_mut().place[page.index()] = Place::Stored;
+                });
+            }
+            Place::Stored => {
+                state.put(page, &content(page, generation));
+                state.place[at] = Place::Memory;
+                state.mark(page);
+            }
+            _ => {}
+        }
+    }
+
+    /// The store has lost a page that it has. Says whether it is lost for good.
+    pub(crate) fn spoil(&self, page: PageNo) -> bool {
+        let mut state = self.0.borrow_mut();
+        if state.place[page.index()] != Place::Stored {
+            return false;
+        }
+        let bad = world().random.pick(&[Bad::Once, Bad::Unreadable, Bad::Rotten]);
+        state.bad.insert(page, bad);
+        bad != Bad::Once
+    }
+
+    pub(crate) fn is_zero(&self, page: PageNo) -> bool {
+        self.0.borrow().place[page.index()] == Place::Zero
+    }
+
+    /// What the guest would find in the page; None: poison.
+    pub(crate) fn look(&self, page: PageNo) -> Option<[u8; PAGE_SIZE]> {
+        let state = self.0.borrow();
+        match state.place[page.index()] {
+            Place::Zero => Some([0; PAGE_SIZE]),
+            Place::Memory => {
+                let mut bytes = [0; PAGE_SIZE];
+                // SAFETY: a page of our own allocation.
+                unsafe { state.bytes(page).copy_to_nonoverlapping(bytes.as_mut_ptr(), PAGE_SIZE) };
+                Some(bytes)
+            }
+            Place::Stored => Some(content(page, state.store[&page])),
+            Place::Moving => unreachable!("nothing moves in memory that was received"),
+            Place::Poisoned => None,
+        }
+    }
+
+    /// Nothing of a session is left behind: no page held, no frame granted, no writes tracked.
+    pub(crate) fn assert_at_rest(&self) {
+        let mut state = self.0.borrow_mut();
+        // What was asked last, and nobody waits for.
+        while let Some(command) = state.queue.pop_front() {
+            command(&mut state);
+        }
+        state.grants.clear();
+        let held = state.held.iter().filter(|held| **held).count();
+        assert_eq!(held, 0, "pages are still held");
+        assert_eq!(state.granted.len(), 0, "frames are still granted");
+        assert!(state.written.is_none(), "writes are still tracked");
+    }
+
+    fn turn(&self) {
+        let command = self.0.borrow_mut().queue.pop_front();
+        if let Some(command) = command {
+            let mut state = self.0.borrow_mut();
+            command(&mut state);
+            state.serve_grants();
+        }
+        let again = !self.0.borrow().queue.is_empty();
+        self.0.borrow_mut().busy = again;
+        if again {
+            self.later();
+        }
+    }
+
+    fn later(&self) {
+        let handle = self.clone();
+        world().after(world().delay(COMMAND), move || handle.turn());
+    }
+
+    fn push(&self, command: Command) {
+        let idle = {
+            let mut state = self.0.borrow_mut();
+            state.queue.push_back(command);
+            assert!(state.queue.len() < QUEUE_MAX, "a session has no end of commands under way");
+            !std::mem::replace(&mut state.busy, true)
+        };
+        if idle {
+            self.later();
+        }
+    }
+
+    fn ask<T: 'static>(
+        &self,
+        work: impl FnOnce(&mut State) -> Result<T, CommandError> + 'static,
+    ) -> Answer<T> {
+        let (reply, answer) = oneshot::channel();
+        self.push(Box::new(move |state| {
+            let failed = state.failed;
+            let _ = reply.send(if failed {
+                Err(CommandError::Store("no space left".to_string()))
+            } else {
+                work(state)
+            });
+        }));
+        answer
+    }
+
+    /// What an engine that has failed does all the same.
+    fn ask_always<T: 'static>(&self, work: impl FnOnce(&mut State) -> T + 'static) -> Answer<T> {
+        let (reply, answer) = oneshot::channel();
+        self.push(Box::new(move |state| drop(reply.send(Ok(work(state))))));
+        answer
+    }
+
+    fn call<T>(&self, answer: Answer<T>) -> Result<T, CommandError> {
+        // A process that dies does not wait.
+        if std::thread::panicking() { Err(CommandError::Gone) } else { world().block(answered(answer)) }
+    }
+
+    // ── the handle as the sessions know it ──────────────────────────────────────────────
+
+    pub fn memory_bytes(&self) -> u64 {
+        bytes_of(self.0.borrow().pages)
+    }
+
+    pub fn page_address(&self, page: PageNo) -> *mut u8 {
+        let touch = self.0.borrow().touch.clone();
+        if let Some(touch) = touch {
+            touch(page);
+        }
+        let state = self.0.borrow();
+        assert!(state.held[page.index()], "{page} is looked at and not held");
+        assert_eq!(state.place[page.index()], Place::Memory, "{page} is looked at");
+        state.bytes(page)
+    }
+
+    pub fn slot_address(&self, slots: SlotRun) -> *mut u8 {
+        let state = self.0.borrow();
+        assert!(slots.slots().all(|slot| state.granted.contains(&slot.0)), "{slots:?} is not granted");
+        // SAFETY: within the allocation: only such slots are granted.
+        unsafe { state.staging.base().add(slots.start.offset()) }
+    }
+
+    pub fn store(&self) -> Arc<StoreDevice> {
+        #[expect(clippy::arc_with_non_send_sync, reason = "has the shape of the real one")]
+        Arc::new(StoreDevice(self.clone()))
+    }
+
+    pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
+        let work = move |state: &mut State| state.written = on.then(BTreeSet::new);
+        if !on {
+            let answer = self.ask_always(work);
+            return self.call(answer);
+        }
+        self.call(self.ask(move |state| {
+            work(state);
+            Ok(())
+        }))
+    }
+
+    pub fn set_prefetch(&self, _: bool) -> Result<(), CommandError> {
+        self.call(self.ask(|_| Ok(())))
+    }
+
+    pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
+        self.call(self.ask(|state| {
+            let resident =
+                (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == Place::Memory);
+            Ok(runs_of(resident, u32::MAX).collect())
+        }))
+    }
+
+    pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {
+        self.call(self.collect_written_async())
+    }
+
+    pub fn collect_written_async(&self) -> Answer<Vec<Run>> {
+        self.ask(|state| {
+            let Some(written) = &mut state.written else {
+                return Err(CommandError::NotNow("writes are not tracked"));
+            };
+            Ok(runs_of(std::mem::take(written), u32::MAX).collect())
+        })
+    }
+
+    pub fn hold_async(&self, run: Run) -> Answer<Vec<Piece>> {
+        self.ask(move |state| {
+            let mut pieces: Vec<Piece> = Vec::new();
+            for page in run.pages() {
+                assert!(!std::mem::replace(&mut state.held[page.index()], true), "{page} is held twice");
+                let place = state.place[page.index()];
+                match pieces.last_mut() {
+                    Some(piece) if piece.place == place => piece.run.len += 1,
+                    _ => pieces.push(Piece { run: Run::one(page), place }),
+                }
+            }
+            Ok(pieces)
+        })
+    }
+
+    pub fn release_async(&self, run: Run) -> Answer<()> {
+        self.ask_always(move |state| run.pages().for_each(|page| state.held[page.index()] = false))
+    }
+
+    /// What the store has is encrypted.
+    pub fn decrypt(&self, _: Run, bytes: &mut [u8]) {
+        bytes.iter_mut().for_each(|byte| *byte ^= CIPHER);
+    }
+
+    pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
+        self.ask(move |state| {
+            let sum = |page| {
+                state.store.get(&page).map_or(0, |generation| page_sum(page, &content(page, *generation)))
+            };
+            Ok(run.pages().map(sum).collect())
+        })
+    }
+
+    pub fn heat_async(&self) -> Answer<Vec<u8>> {
+        self.ask(|state| Ok((0..state.pages).map(|_| world().random.next() as u8).collect()))
+    }
+
+    pub fn start_receiving_async(&self, heat: Vec<u8>) -> Answer<()> {
+        self.ask(move |state| {
+            assert_eq!(heat.len() as u64, state.pages);
+            assert!(!std::mem::replace(&mut state.receiving, true), "received into twice");
+            Ok(())
+        })
+    }
+
+    pub fn update_heat_async(&self, heat: Vec<u8>) -> Answer<()> {
+        self.ask(move |state| {
+            assert_eq!(heat.len() as u64, state.pages);
+            state.need_receiving()
+        })
+    }
+
+    pub fn grant_frames_async(&self, count: u32) -> Answer<SlotRun> {
+        let (reply, answer) = oneshot::channel();
+        self.push(Box::new(move |state| state.grants.push_back((count.max(1), reply))));
+        answer
+    }
+
+    pub fn return_frames_async(&self, slots: SlotRun) -> Answer<()> {
+        self.ask_always(move |state| state.give_slots(slots))
+    }
+
+    pub fn arrive_async(&self, arrival: Arrival) -> Answer<()> {
+        let (reply, answer) = oneshot::channel();
+        self.push(Box::new(move |state| {
+            let failed = state.failed || !state.receiving;
+            for (page, slot) in arrival.run.pages().zip(arrival.slots.slots()) {
+                // SAFETY: two pages of two allocations of ours.
+                unsafe {
+                    let from = state.staging.base().add(slot.offset());
+                    state.bytes(page).copy_from_nonoverlapping(from, PAGE_SIZE);
+                }
+                state.place[page.index()] = Place::Memory;
+            }
+            state.give_slots(arrival.slots);
+            let answer = if failed { Err(CommandError::Store("no space left".to_string())) } else { Ok(()) };
+            let _ = reply.send(answer);
+        }));
+        answer
+    }
+
+    pub fn arrive_zero_async(&self, run: Run) -> Answer<()> {
+        self.arrive_as(run, Place::Zero)
+    }
+
+    pub fn arrive_poisoned_async(&self, run: Run) -> Answer<()> {
+        self.arrive_as(run, Place::Poisoned)
+    }
+
+    fn arrive_as(&self, run: Run, place: Place) -> Answer<()> {
+        self.ask(move |state| {
+            state.need_receiving()?;
+            state.place[run.indices()].fill(place);
+            Ok(())
+        })
+    }
+
+    pub fn finish_receiving_async(&self) -> Answer<Placed> {
+        self.ask(|state| {
+            state.need_receiving()?;
+            assert_eq!(state.granted.len(), 0, "the receiving is finished with frames on their way");
+            state.receiving = false;
+            let count = |place| state.place.iter().filter(|is| **is == place).count() as u64;
+            Ok(Placed {
+                pages_ram: count(Place::Memory),
+                pages_zero: count(Place::Zero),
+                ..Placed::default()
+            })
+        })
+    }
+}
+
+/// The source's store, as a file.
+#[derive(Debug)]
+pub struct StoreDevice(EngineHandle);
+
+impl StoreDevice {
+    pub fn try_clone(&self) -> io::Result<StoreDevice> {
+        Ok(StoreDevice(self.0.clone()))
+    }
+}
+
+/// As `tokio_uring::fs::File`.
+#[derive(Debug)]
+pub struct StoreFile(StoreDevice);
+
+impl StoreFile {
+    pub fn from_std(device: StoreDevice) -> StoreFile {
+        StoreFile(device)
+    }
+
+    pub async fn read_exact_at<B: BoundedBufMut>(&self, mut buf: B, from: u64) -> (io::Result<()>, B) {
+        sleep(world().delay(DEVICE)).await;
+        let mut state = self.0.0.0.borrow_mut();
+        let run = Run::new(PageNo(from / PAGE_SIZE as u64), (buf.bytes_total() / PAGE_SIZE) as u32);
+        let mut bytes = Vec::with_capacity(run.bytes());
+        for page in run.pages() {
+            assert!(state.held[page.index()], "{page} is read from the store and not held");
+            let mut read = content(page, state.store[&page]);
+            match state.bad.get(&page) {
+                Some(Bad::Rotten) => read[usize::from(world().random.next() as u8)] ^= 0x10,
+                Some(_) => {
+                    // What fails only once has failed, for all that this read is about.
+                    state.bad.retain(|page, bad| *bad != Bad::Once || !run.contains(*page));
+                    return (Err(io::Error::from_raw_os_error(libc::EIO)), buf);
+                }
+                None => {}
+            }
+            bytes.extend(read.map(|byte| byte ^ CIPHER));
+        }
+        // SAFETY: the buffer is ours until we give it back, and as long as what was read.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), buf.stable_mut_ptr(), bytes.len());
+            buf.set_init(bytes.len());
+        }
+        (Ok(()), buf)
+    }
+}

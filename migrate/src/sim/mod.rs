@@ -1,0 +1,135 @@
+//! The simulation: the real sessions, hand-over, records and questions of both sides, on a simulated network, file system and engine,
+//! in virtual time, with faults at every step of the protocol. `docs/simulation-migration.md` says what is checked.
+
+pub(crate) mod bugs;
+mod coverage;
+mod engine;
+mod faults;
+mod fs;
+mod memory;
+mod net;
+pub(crate) mod outside;
+mod random;
+mod runtime;
+mod scenario;
+mod vm;
+mod world;
+
+use bugs::Bug;
+use coverage::Coverage;
+use faults::{Class, Step};
+
+const SEEDS: u64 = 500;
+/// With fewer seeds, cells of the table may stay empty.
+const ENOUGH: u64 = 500;
+/// Every bug is found within so many seeds.
+const WITHIN: u64 = 1000;
+
+/// How sessions must have ended, some of them, at the source and at the target: each named limit, and each way of doubt.
+const ENDS: [[&str; 8]; 2] = [
+    [
+        "moved, by asking",
+        "in doubt, then",
+        "cannot reach is `vmemd serve` running there?: timed out",
+        "waiting for it to accept the VM: timed out",
+        "waiting for the target to have all pages of the round: timed out",
+        "while handing over",
+        "cancelled",
+        "the name is taken",
+    ],
+    [
+        "waiting for its streams: timed out",
+        "waiting for its streams: unexpected end",
+        "while receiving the VM: timed out",
+        "the hand-over could not be recorded",
+        "twice or out of range",
+        "no Load today",
+        "no Start today",
+        "does not match its checksum",
+    ],
+];
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}")))
+}
+
+/// Seeds take their turns at the cells of the coverage table; what else goes wrong is drawn.
+fn run(seed: u64, coverage: &mut Coverage) -> Result<(), String> {
+    let cells = (Step::ALL.len() * Class::ALL.len()) as u64;
+    let cell = (seed % (cells + cells / 8)) as usize;
+    let target = (cell < cells as usize)
+        .then(|| (Step::ALL[cell / Class::ALL.len()], Class::ALL[cell % Class::ALL.len()]));
+    scenario::run(seed, target, coverage)
+}
+
+/// A seed that fails says so with its trace, and no panic's message before that.
+fn quietly<T>(work: impl FnOnce() -> T) -> T {
+    thread_local!(static QUIET: std::cell::Cell<bool> = const { std::cell::Cell::new(false) });
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let tell = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                tell(panic);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = work();
+    QUIET.set(false);
+    result
+}
+
+#[test]
+fn exactly_one_side_runs_the_vm_and_nothing_is_lost() {
+    let mut coverage = Coverage::default();
+    if let Some(seed) = number("VMEMD_SIM_SEED") {
+        if let Err(error) = run(seed, &mut coverage) {
+            panic!("seed {seed}: {error}");
+        }
+        return;
+    }
+    let seeds = number("VMEMD_SIM_SEEDS").unwrap_or(SEEDS);
+    for seed in 0..seeds {
+        if let Err(error) = quietly(|| run(seed, &mut coverage)) {
+            panic!("seed {seed} failed; replay it with VMEMD_SIM_SEED={seed}\n{error}");
+        }
+    }
+    println!("{seeds} seeds; faults by step:");
+    coverage.print();
+    if seeds >= ENOUGH {
+        assert_eq!(coverage.zeros(), [], "nothing has reached these cells");
+        assert_eq!(coverage.missing_ends(&ENDS[0], &ENDS[1]), [""; 0], "no session has ended like this");
+    }
+}
+
+fn find(bug: Bug) -> Option<(u64, String)> {
+    bugs::plant(Some(bug));
+    let found = quietly(|| {
+        (0..WITHIN).find_map(|seed| run(seed, &mut Coverage::default()).err().map(|error| (seed, error)))
+    });
+    bugs::plant(None);
+    found
+}
+
+#[test]
+fn every_planted_bug_is_found() {
+    // A world is one thread's own, so two can be looked into at once.
+    let bugs = std::sync::Mutex::new(Bug::ALL.to_vec());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let Some(bug) = bugs.lock().expect("nobody panicked").pop() else { return };
+                    match find(bug) {
+                        Some((seed, error)) => {
+                            println!("{bug:?}: seed {seed}: {}", error.lines().next().unwrap_or_default());
+                        }
+                        None => panic!("{bug:?} was not found in {WITHIN} seeds"),
+                    }
+                }
+            });
+        }
+    });
+}
