@@ -634,16 +634,17 @@ impl Story {
         let random = &world().random;
         match class {
             Class::Cut => Fault::Cut { all: random.one_in(3) },
-            Class::Silence => Fault::Silence {
-                silent: random.pick(&[[true, true], [true, false], [false, true]]),
-                lasts: random.pick(&[
-                    Duration::from_secs(1),
-                    Duration::from_secs(14),
-                    Duration::from_secs(25),
-                    LONG,
-                    LONG,
-                ]),
-            },
+            Class::Silence => {
+                let silent = random.pick(&[[true, true], [true, false], [false, true]]);
+                // Just long enough that the source asks while its commit is still on its way.
+                let [short, middle] = [14, 25].map(Duration::from_secs);
+                let lasts = if step == Step::CommitSent {
+                    random.pick(&[short, short, LONG])
+                } else {
+                    random.pick(&[Duration::from_secs(1), short, middle, LONG, LONG])
+                };
+                Fault::Silence { silent, lasts }
+            }
             Class::SourceDies => Fault::SourceDies,
             Class::TargetDies => Fault::TargetDies,
             Class::HostDies => random.pick(&[Fault::DaemonDies, Fault::HostCrashes]),
