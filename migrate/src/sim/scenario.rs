@@ -188,6 +188,8 @@ impl Story {
     /// Everything works again, and what was left of before has ended.
     fn heal(&self) {
         self.plan.borrow_mut().clear();
+        // What is due has struck.
+        pause(Duration::from_secs(2));
         // Each side's own limits end what is left.
         self.wait_until("a target does not give up", || self.is_quiet());
         net::with(|net| (net.countdown, net.spoil, net.twice) = (None, None, 0));
