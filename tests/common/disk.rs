@@ -31,6 +31,8 @@ impl Disk {
         let file = fs::File::create(&image).map_err(|error| error.to_string())?;
         file.set_len(bytes).map_err(|error| error.to_string())?;
         let device = run("losetup", &["--find", "--show", "--direct-io=on", text(&image)])?;
+        // The kernel keeps that from a device of this number that a test left behind when it was killed.
+        run("blockdev", &["--setrw", &device])?;
         Ok(Disk { image, device: device.into(), mount: None, room: 0 })
     }
 
