@@ -12,7 +12,7 @@ mod proxy;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Host, Random, Running, Said, cannot_run_vms, kill, not_root, signal, wait_for};
+use common::{Host, LOOKS_IN_VAIN, Random, Running, Said, cannot_run_vms, kill, not_root, signal, wait_for};
 use network::Network;
 use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
@@ -92,8 +92,13 @@ impl Site {
         let all = || self.hosts.iter().flat_map(rows).collect::<Vec<_>>();
         // Unknown: it ends just now.
         let open = ["arriving", "migrating", "in_doubt", "moved", "unknown"];
+        let mut in_vain = 0;
         let rows = wait_for("an end of the hand-over", || {
             let rows = all();
+            in_vain += u32::from(rows.is_empty());
+            if rows.is_empty() && in_vain < LOOKS_IN_VAIN {
+                return None;
+            }
             rows.iter().all(|row| !open.contains(&row["state"].as_str().expect("a state"))).then_some(rows)
         });
         assert!(rows.len() <= 1, "it runs twice: {rows:?}");

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use common::disk::Disk;
-use common::{Host, Random, Running, cannot_run_vms, kill, lives, skipped, wait_for};
+use common::{Host, LOOKS_IN_VAIN, Random, Running, cannot_run_vms, kill, lives, skipped, wait_for};
 use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
 
@@ -119,11 +119,16 @@ impl World {
     /// Where the VM runs, once that is decided: None, if nowhere.
     fn settled(&self, name: &str) -> Option<usize> {
         let open = ["arriving", "migrating", "in_doubt", "moved", "unknown", "stalled"];
+        let mut in_vain = 0;
         let found = wait_for("a VM to run, or to be gone", || {
             let mut found = Vec::new();
             for (at, side) in self.sides.iter().enumerate() {
                 let rows = rows(&side.host);
                 found.extend(rows.into_iter().filter(|row| row["name"] == name).map(|row| (at, row)));
+            }
+            in_vain += u32::from(found.is_empty());
+            if found.is_empty() && in_vain < LOOKS_IN_VAIN {
+                return None;
             }
             found
                 .iter()

@@ -18,6 +18,8 @@ use serde_json::Value;
 /// How long anything that a test waits for may take on a slow, busy machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(10);
+/// A VM that takes its name back is under none for a moment: it is gone when so many looks found nothing.
+pub(crate) const LOOKS_IN_VAIN: u32 = 20;
 
 /// Waits until `what` gives something.
 pub(crate) fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
