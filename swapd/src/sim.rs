@@ -12,7 +12,7 @@ use crate::core::{
 };
 use crate::handle::{Arrival, Place};
 use crate::table::{PageState, STATES};
-use crate::units::{PageNo, Run, Slot, SlotRun, bytes_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of};
 
 /// SplitMix64 (Steele, Lea, Flood 2014): small, and the same everywhere.
 #[derive(Debug)]
@@ -135,8 +135,9 @@ impl Sim {
     pub fn new(seed: u64, mutant: Option<Mutant>) -> Self {
         let mut random = Random::new(seed);
         let pages = 256 + random.below(700);
-        let budget = 64 + random.below(pages / 3);
-        let slots = 128;
+        // Now and then enough for all of it, in huge pages as far as they go.
+        let budget = if random.one_in(4) { pages } else { 64 + random.below(pages / 3) };
+        let (slots, blocks) = (128, 1);
         let trouble = !random.one_in(3);
         let odds = |random: &mut Random, times: u64| if trouble { times + random.below(times) } else { 0 };
         let odds = Odds {
@@ -146,8 +147,8 @@ impl Sim {
             rot: odds(&mut random, 200),
             write_error: odds(&mut random, 60),
         };
-        let config =
-            CoreConfig { pages, budget_frames: budget, budget_min: 48, slots, sampling: random.one_in(2) };
+        let sampling = random.one_in(2);
+        let config = CoreConfig { pages, budget_frames: budget, budget_min: 48, slots, blocks, sampling };
         let mut core = Core::new(config);
         core.mutant = mutant;
         let count = pages as usize;
@@ -157,7 +158,7 @@ impl Sim {
             pages,
             slots,
             guest: vec![None; count],
-            staging: vec![None; slots as usize],
+            staging: vec![None; (slots + blocks * BLOCK_PAGES) as usize],
             disk: vec![0xDEAD; count],
             truth: vec![Some(0); count],
             rotten: BTreeSet::new(),
@@ -318,6 +319,16 @@ impl Sim {
                     self.staging[slot.index()] = Some(0);
                 }
             }
+            Action::FillBlock { run } => {
+                for page in run.indices() {
+                    assert!(self.guest[page].replace(0).is_none(), "page {page} has a frame already");
+                    self.kernel_written[page] = true;
+                }
+                self.wake(run);
+                let huge = !self.random.one_in(4);
+                self.core.handle(Event::Filled { run, huge });
+            }
+            Action::Split { page } => assert!(self.guest[page.index()].is_some(), "{page} has no frame"),
             Action::Copy { from, to } => {
                 self.staging[to.index()] = Some(self.staging[from.index()].expect("a frame to copy from"));
             }
@@ -346,7 +357,7 @@ impl Sim {
                 self.poisoned += 1;
             }
             Action::Wake { page } => self.wake(Run::one(page)),
-            Action::Resolved { .. } | Action::StoreRecovered => {}
+            Action::Resolved { .. } | Action::StoreRecovered | Action::HugePages(_) => {}
             Action::ArmTracking => self.kernel_written.fill(false),
             Action::ScanWritten { ticket } => {
                 let written: Vec<_> = (0..self.pages)
@@ -466,7 +477,8 @@ impl Sim {
     fn operate(&mut self) {
         match self.random.below(9) {
             0 => {
-                let frames = 48 + self.random.below(self.pages / 2);
+                let frames =
+                    if self.random.one_in(4) { self.pages } else { 48 + self.random.below(self.pages / 2) };
                 self.budget_lowered = true;
                 self.ask(Request::SetBudget(bytes_of(frames)), Asked::Budget);
             }
