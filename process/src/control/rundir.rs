@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -179,6 +179,11 @@ impl RunDir {
             .mode(0o600)
             .open(&path)
             .map_err(fail)?;
+        // Root may look at another user's VMs; the file is to stay that user's.
+        let owner = self.dir.metadata().map_err(fail)?;
+        if file.metadata().map_err(fail)?.uid() != owner.uid() {
+            let _ = std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()));
+        }
         flock(&file).map_err(fail)?;
         Ok(Lock { _file: file })
     }
