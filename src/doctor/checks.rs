@@ -13,8 +13,8 @@ use crate::bench::cgroup;
 const KERNEL: (u32, u32) = (6, 8);
 const KERNEL_REMEDY: &str =
     "use Linux 6.8 or newer: Ubuntu 24.04, Debian 13 (or 12 with the backports kernel), Fedora 40, RHEL 10";
-const UFFD_REMEDY: &str =
-    "run as root, or `sysctl vm.unprivileged_userfaultfd=1`, or give the user access to /dev/userfaultfd";
+const UFFD_REMEDY: &str = "give the user access to /dev/userfaultfd (a udev rule: KERNEL==\"userfaultfd\", GROUP=\"kvm\", MODE=\"0660\"), or \
+                           `sysctl vm.unprivileged_userfaultfd=1`, or run as root";
 const KVM_REMEDY: &str = "load kvm_intel or kvm_amd (modprobe), and enable virtualisation in the firmware (in a VM: nested \
                           virtualisation)";
 const KVM_GROUP_REMEDY: &str =
@@ -25,7 +25,8 @@ const LANDLOCK_REMEDY: &str = "add landlock to the kernel's lsm= parameter: it k
 const DIRECT_REMEDY: &str =
     "choose a --store on ext4, xfs or btrfs on a local SSD (not tmpfs, overlay or a network file system)";
 const LOCK_REMEDY: &str =
-    "raise it (`ulimit -l unlimited`, LimitMEMLOCK=infinity in a unit), or run with --no-lock";
+    "raise it (memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity in a unit), or run with --no-lock";
+const HUGE_REMEDY: &str = "`echo madvise >/sys/kernel/mm/transparent_hugepage/enabled`: guests whose memory fits their --ram run faster";
 const SWAP_REMEDY: &str =
     "run `vmemd bench migrate` as root on a host with the memory controller, or without the swap target";
 
@@ -37,6 +38,7 @@ pub(super) fn all(store: &Path) -> Vec<Check> {
     checks.push(direct_io(store));
     checks.push(landlock());
     checks.push(lock_limit());
+    checks.push(huge_pages());
     checks.push(free_ram());
     checks.push(free_disk(store));
     checks.push(swap_target());
@@ -122,18 +124,28 @@ fn direct_io(store: &Path) -> Check {
 }
 
 fn lock_limit() -> Check {
-    // SAFETY: geteuid has no arguments and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    let outcome = match kernel::lock_limit() {
-        _ if root => Ok("none for root".to_owned()),
-        Ok(None) => Ok("unlimited".to_owned()),
-        Ok(Some(bytes)) if bytes >= swapd::Engine::MIN_BUDGET_BYTES => {
-            Ok(format!("{:#}: a VM's --ram must fit it", Size(bytes)))
-        }
-        Ok(Some(bytes)) => Err(format!("{:#}", Size(bytes))),
+    let least = swapd::Engine::locked_bytes(swapd::Engine::MIN_BUDGET_BYTES);
+    let outcome = match swapd::lock_limit() {
+        Ok(None) => Ok("none for this user".to_owned()),
+        Ok(Some(bytes)) if bytes >= least => Ok(format!(
+            "{:#}: all of a VM's memory and a little more must fit it, whatever its --ram",
+            Size(bytes)
+        )),
+        Ok(Some(bytes)) => Err(format!("{:#}, less than any VM takes", Size(bytes))),
         Err(error) => Err(error.to_string()),
     };
     check("memory-lock limit", false, outcome, LOCK_REMEDY)
+}
+
+fn huge_pages() -> Check {
+    let modes = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    let mode = modes.ok().and_then(|modes| Some(modes.split_once('[')?.1.split_once(']')?.0.to_owned()));
+    let outcome = match mode.as_deref() {
+        Some("never") => Err("switched off".to_owned()),
+        Some(mode) => Ok(mode.to_owned()),
+        None => Err("not in this kernel".to_owned()),
+    };
+    check("huge pages", false, outcome, HUGE_REMEDY)
 }
 
 fn free_ram() -> Check {

@@ -1,4 +1,4 @@
-//! Asks the kernel what it offers: userfaultfd and its features, io_uring, limits.
+//! Asks the kernel what it offers: userfaultfd and its features, io_uring.
 
 use std::fs::File;
 use std::io;
@@ -80,16 +80,6 @@ pub(super) fn landlock() -> io::Result<i64> {
         )
     };
     if version > 0 { Ok(version) } else { Err(io::Error::last_os_error()) }
-}
-
-/// The limit on locked memory in bytes; `None`: unlimited.
-pub(super) fn lock_limit() -> io::Result<Option<u64>> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: fills one struct that outlives the call.
-    if unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur))
 }
 
 /// `6.8.0-31-generic` as (6, 8), with the text.

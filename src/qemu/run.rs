@@ -86,6 +86,9 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
     let Planned { binary, plan, role, .. } = plan(settings)?;
     let memory = role.memory();
     host::need_free_ram(memory.budget_bytes, "this VM")?;
+    if memory.lock {
+        swapd::Engine::check_lock(memory.memory_bytes)?;
+    }
     // The preload claims the name; but by then QEMU would have to say why it ends.
     if let Ok(place) = RunDir::open(&settings.run_dir)?.find(&settings.name) {
         return Err(name_taken(&place));

@@ -89,6 +89,8 @@ mod planted {
         // ── budget ──
         /// One frame more is always to be had.
         OverspendsBudget,
+        /// A block filled at once counts as one frame.
+        MiscountsBlocks,
         /// A lower budget is confirmed before it is kept.
         AnswersBudgetEarly,
         /// Frames above a lowered budget stay.

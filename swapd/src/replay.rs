@@ -207,6 +207,7 @@ impl Replay {
                     self.core.handle(Event::MovedIn { run, slots, moved: run.len });
                 }
                 Action::MoveOut { run, slots, .. } => self.move_out(run, slots),
+                Action::FillBlock { run } => self.core.handle(Event::Filled { run, huge: true }),
                 Action::Read { io, run, .. } => {
                     self.pages_read += u64::from(run.len);
                     self.flights.push_back(Flight { due: self.now + self.pace.io, io, read: Some(run) });
@@ -241,7 +242,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn replay(pages: u64, frames: u64, io: u64) -> Replay {
-        let config = CoreConfig { pages, budget_frames: frames, budget_min: 48, slots: 128, sampling: true };
+        let config = CoreConfig {
+            pages,
+            budget_frames: frames,
+            budget_min: 48,
+            slots: 128,
+            blocks: 2,
+            sampling: true,
+        };
         Replay::new(config, Pace { io, tick: 1000 })
     }
 
@@ -280,8 +288,14 @@ mod tests {
     #[test]
     fn a_small_vm_is_served() {
         let slots = crate::core::staging_slots(12_000);
-        let config =
-            CoreConfig { pages: 12_000, budget_frames: 4096, budget_min: 4096, slots, sampling: true };
+        let config = CoreConfig {
+            pages: 12_000,
+            budget_frames: 4096,
+            budget_min: 4096,
+            slots,
+            blocks: 2,
+            sampling: true,
+        };
         for io in [0, 7, 300] {
             let mut replay = Replay::new(config, Pace { io, tick: 1000 });
             let mut random = 1u64;

@@ -11,9 +11,10 @@
 //!                     └──────────────▶ Bound(page) or Granted ────────┘
 //! ```
 //! Slots are handed out in contiguous runs, so that a batch moves by one ioctl and is written by one
-//! operation. Standby slots form a list in the order in which they became standby.
+//! operation. Behind the other slots there are whole blocks of them for huge pages, apart: the host has page tables of its own for
+//! single frames, and a huge page that comes to where there is one falls to pieces. Standby slots form a list in the order in which they became standby.
 
-use crate::units::{PageNo, Slot, SlotRun};
+use crate::units::{BLOCK_PAGES, PageNo, Slot, SlotRun};
 
 /// What a slot is used for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -180,7 +181,10 @@ impl SlotSet {
 pub struct Staging {
     infos: Vec<Info>,
     free: SlotSet,
+    /// Without those of the blocks.
     empty: SlotSet,
+    /// How many slots of each block are empty.
+    blocks: Box<[u32]>,
     standby_first: u32,
     standby_last: u32,
     standby_count: u32,
@@ -200,19 +204,26 @@ impl std::fmt::Debug for Staging {
 }
 
 impl Staging {
-    pub fn new(slots: u32) -> Self {
+    pub fn new(slots: u32, blocks: u32) -> Self {
+        let all = slots + blocks * BLOCK_PAGES;
         Staging {
-            infos: vec![Info { used: Packed::new(Use::Empty), prev: NIL, next: NIL }; slots as usize],
-            free: SlotSet::new(slots, false),
+            infos: vec![Info { used: Packed::new(Use::Empty), prev: NIL, next: NIL }; all as usize],
+            free: SlotSet::new(all, false),
             empty: SlotSet::new(slots, true),
+            blocks: vec![BLOCK_PAGES; blocks as usize].into(),
             standby_first: NIL,
             standby_last: NIL,
             standby_count: 0,
         }
     }
 
-    pub fn slots(&self) -> u32 {
+    pub fn all_slots(&self) -> u32 {
         self.infos.len() as u32
+    }
+
+    /// Those without the blocks'.
+    pub fn slots(&self) -> u32 {
+        self.infos.len() as u32 - self.blocks.len() as u32 * BLOCK_PAGES
     }
 
     /// Bytes that the books take.
@@ -232,7 +243,7 @@ impl Staging {
 
     /// Slots with a frame in them, whatever for.
     pub fn held_frames(&self) -> u32 {
-        self.slots() - self.empty.count
+        self.infos.len() as u32 - self.empty.count - self.blocks.iter().sum::<u32>()
     }
 
     pub fn used(&self, slot: Slot) -> Use {
@@ -247,6 +258,18 @@ impl Staging {
     /// Up to `want` contiguous slots without a frame. The caller binds or grants them.
     pub fn take_empty(&mut self, want: u32) -> Option<SlotRun> {
         self.empty.take(want)
+    }
+
+    /// Blocks of slots without any frame.
+    pub fn whole_blocks(&self) -> u32 {
+        self.blocks.iter().filter(|empty| **empty == BLOCK_PAGES).count() as u32
+    }
+
+    /// A block of slots without frames. The caller binds them.
+    pub fn take_block(&mut self) -> Option<SlotRun> {
+        let block = self.blocks.iter().position(|empty| *empty == BLOCK_PAGES)?;
+        self.blocks[block] = 0;
+        Some(SlotRun::new(Slot(self.slots() + block as u32 * BLOCK_PAGES), BLOCK_PAGES))
     }
 
     pub fn assign(&mut self, slot: Slot, used: Use) {
@@ -266,9 +289,12 @@ impl Staging {
 
     /// The slot's frame went to the guest, or to the host.
     pub fn vacate(&mut self, slot: Slot) {
-        assert!(!self.free.contains(slot.0) && !self.empty.contains(slot.0), "{slot:?} is empty already");
+        assert!(!matches!(self.used(slot), Use::Free | Use::Empty), "{slot:?} is empty already");
         self.infos[slot.index()].used = Packed::new(Use::Empty);
-        self.empty.insert(slot.0);
+        match slot.0.checked_sub(self.slots()) {
+            None => self.empty.insert(slot.0),
+            Some(beyond) => self.blocks[(beyond / BLOCK_PAGES) as usize] += 1,
+        }
     }
 
     // ── the standby list ──────────────────────────────────────────────────────────────────
@@ -321,8 +347,28 @@ mod tests {
     }
 
     #[test]
+    fn a_block_is_had_whole_or_not_at_all() {
+        let mut staging = Staging::new(64, 2);
+        let bind = |staging: &mut Staging, slots: SlotRun| {
+            slots.slots().for_each(|slot| staging.assign(slot, Use::Bound(PageNo(u64::from(slot.0)))));
+        };
+        let [first, second] = [staging.take_block().unwrap(), staging.take_block().unwrap()];
+        assert_eq!((first.start, first.len, second.start), (Slot(64), BLOCK_PAGES, Slot(64 + BLOCK_PAGES)));
+        [first, second].into_iter().for_each(|slots| bind(&mut staging, slots));
+        assert_eq!((staging.take_block(), staging.held_frames(), staging.empty_slots()), (None, 1024, 64));
+        second.slots().skip(1).for_each(|slot| staging.vacate(slot));
+        assert_eq!((staging.whole_blocks(), staging.held_frames()), (0, 513));
+        // Its last frame is needed by nobody, and then by another page.
+        staging.free(second.start);
+        let slots = staging.take_free(1).unwrap();
+        bind(&mut staging, slots);
+        staging.vacate(slots.start);
+        assert_eq!((staging.take_block(), staging.empty_slots()), (Some(second), 64));
+    }
+
+    #[test]
     fn standby_leaves_in_the_order_of_arrival() {
-        let mut staging = Staging::new(64);
+        let mut staging = Staging::new(64, 0);
         let run = staging.take_empty(4).unwrap();
         for slot in run.slots() {
             staging.assign(slot, Use::Bound(PageNo(u64::from(slot.0))));

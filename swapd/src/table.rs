@@ -101,6 +101,8 @@ pub enum Flag {
 struct Block {
     /// Resident pages in the block.
     resident: u16,
+    /// See [`PageTable::is_huge`].
+    huge: bool,
     /// The epoch that the block's heats are of.
     epoch: u32,
 }
@@ -162,6 +164,7 @@ impl PageTable {
         self.counts[to as usize] += 1;
         self.transitions[from as usize][to as usize] += 1;
         let block = &mut self.blocks[page.block()];
+        block.huge &= matches!(to, Resident | Sampled | Arriving);
         block.resident -= u16::from(from == Resident);
         block.resident += u16::from(to == Resident);
         let region = &mut self.regions[page.block() / REGION_BLOCKS];
@@ -189,6 +192,16 @@ impl PageTable {
 
     pub fn resident_in_block(&self, block: usize) -> u16 {
         self.blocks[block].resident
+    }
+
+    /// The host gave the block one huge page, and no part of it has gone another way since.
+    pub fn is_huge(&self, block: usize) -> bool {
+        self.blocks[block].huge
+    }
+
+    /// The whole block has come in one huge page, or one has lost a part.
+    pub fn set_huge(&mut self, block: usize, huge: bool) {
+        self.blocks[block].huge = huge;
     }
 
     /// The first block from `block` on that is in another region, if this one has no resident page at all.

@@ -210,6 +210,85 @@ fn samples_find_the_pages_in_use() {
     );
 }
 
+/// A field of this address range's mappings, summed.
+fn mapped_kib(vm: &common::Vm, field: &str) -> u64 {
+    let within = vm.addresses();
+    let smaps = std::fs::read_to_string("/proc/self/smaps").expect("proc is there");
+    let mut counts = false;
+    let lines = smaps.lines().filter_map(|line| {
+        if let Some((from, _)) = line.split_once('-')
+            && let Ok(from) = usize::from_str_radix(from, 16)
+        {
+            counts = within.contains(&from);
+        }
+        line.strip_prefix(field).filter(|_| counts)
+    });
+    lines.map(|rest| rest.trim_matches([':', ' ', 'k', 'B']).parse::<u64>().expect("a number")).sum()
+}
+
+/// Whether the page's frame is part of a huge page; None for a user who may not know.
+fn is_of_huge_page(vm: &common::Vm, page: PageNo) -> Option<bool> {
+    use std::os::unix::fs::FileExt;
+    let word = |path: &str, nth: u64| {
+        let mut bytes = [0; 8];
+        std::fs::File::open(path).ok()?.read_exact_at(&mut bytes, nth * 8).ok()?;
+        Some(u64::from_le_bytes(bytes))
+    };
+    let address = vm.addresses().start as u64 + page.offset();
+    let frame = word("/proc/self/pagemap", address / 4096)? & ((1 << 55) - 1);
+    // Flags 15 and 16: first, and another, of a compound page.
+    (frame != 0).then(|| word("/proc/kpageflags", frame).map(|flags| flags >> 15 & 3 != 0))?
+}
+
+#[test]
+fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
+    const MEMORY: u64 = 64 * MIB;
+    let mode = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    if mode.is_empty() || mode.contains("[never]") {
+        return common::skipped(&"no transparent huge pages");
+    }
+    let Some(vm) = start(MEMORY, MEMORY) else { return };
+    let blocks = vm.pages() / 512;
+    let huge_blocks = || mapped_kib(&vm, "AnonHugePages") / 2048;
+    // Half of the blocks at first sight of a read, half of a write.
+    (0..blocks).step_by(2).for_each(|block| assert!(vm.is_zero(PageNo(block * 512 + 77))));
+    vm.write_all(1);
+    let had = huge_blocks();
+    // Two of them may be out as samples.
+    if had < blocks - 2 {
+        return common::skipped(&format_args!("the host had {had} huge pages, not {blocks}"));
+    }
+    assert_eq!(vm.stats().frames_bytes, MEMORY);
+    Patience::default().until("samples were touched", || {
+        assert_eq!(vm.mismatches(1), 0);
+        (vm.stats().sampling.touched > 8 * 512).then_some(())
+    });
+    // All but those that are out at this moment.
+    Patience::default().until("all huge pages are back", || (huge_blocks() == blocks).then_some(()));
+
+    // Of what is given back singly, the host has the frames: the rest is a huge page no more.
+    let handle = vm.handle();
+    assert_ne!(is_of_huge_page(&vm, PageNo(999)), Some(false));
+    handle.discard(Run::new(PageNo(1000), 3)).unwrap();
+    assert_ne!(is_of_huge_page(&vm, PageNo(999)), Some(true));
+    assert!(vm.is_zero(PageNo(1001)) && vm.is_right(PageNo(999), 1) && vm.is_right(PageNo(1003), 1));
+    // A block given back whole comes again as a huge page.
+    handle.discard(Run::new(PageNo(2048), 512)).unwrap();
+    assert_eq!(vm.stats().frames_bytes, MEMORY - 2 * MIB);
+    assert!(vm.is_zero(PageNo(2048)));
+    Patience::default()
+        .until("the other blocks are huge pages", || (huge_blocks() == blocks - 1).then_some(()));
+
+    // A smaller budget takes them to pieces; nothing of them is lost.
+    handle.set_budget(MEMORY / 2).unwrap();
+    vm.write_all(2);
+    assert_eq!(vm.mismatches(2), 0);
+    let stats = vm.stats();
+    assert!(stats.frames_bytes <= MEMORY / 2 && stats.store.pages_written > 0, "{stats:?}");
+    handle.set_budget(MEMORY).unwrap();
+    assert_eq!(vm.mismatches(2), 0);
+}
+
 #[test]
 fn a_store_that_lies_poisons_one_page_and_no_more() {
     use std::os::unix::fs::FileExt;

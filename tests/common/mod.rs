@@ -126,8 +126,8 @@ impl Said {
 pub(crate) struct Host {
     pub(crate) root: PathBuf,
     children: Vec<u32>,
-    /// The network namespace of its processes, if it is not the test's.
-    namespace: Option<String>,
+    /// What starts its processes, and becomes them, under the same pid.
+    starter: Vec<String>,
     /// Its processes wait for each other this many times less long.
     pub(crate) haste: u32,
 }
@@ -135,9 +135,13 @@ pub(crate) struct Host {
 impl Host {
     /// With a network of its own, which somebody else has made.
     pub(crate) fn within(name: &str, namespace: &str) -> Host {
-        let mut host = Host::new(name);
-        host.namespace = Some(namespace.to_owned());
-        host
+        Host::new(name).started_by(["ip", "netns", "exec", namespace])
+    }
+
+    /// Its processes are started by this command, of which they are the last arguments.
+    pub(crate) fn started_by<const N: usize>(mut self, starter: [&str; N]) -> Host {
+        self.starter = starter.map(str::to_owned).to_vec();
+        self
     }
 
     pub(crate) fn new(name: &str) -> Host {
@@ -146,7 +150,7 @@ impl Host {
         let root =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{number}", std::process::id()));
         fs::create_dir_all(root.join("store")).expect("a directory for the test");
-        Host { root, children: Vec::new(), namespace: None, haste: 1 }
+        Host { root, children: Vec::new(), starter: Vec::new(), haste: 1 }
     }
 
     pub(crate) fn run_dir(&self) -> PathBuf {
@@ -159,15 +163,9 @@ impl Host {
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         const VMEMD: &str = env!("CARGO_BIN_EXE_vmemd");
-        let mut command = match &self.namespace {
-            None => Command::new(VMEMD),
-            Some(namespace) => {
-                // It becomes the command, under the same pid.
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", namespace, VMEMD]);
-                command
-            }
-        };
+        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([VMEMD]).collect();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
         if self.haste > 1 {
             command.env("VMEMD_TEST_HASTE", self.haste.to_string());

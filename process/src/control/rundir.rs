@@ -202,6 +202,11 @@ impl RunDir {
             .mode(0o600)
             .open(&path)
             .map_err(fail)?;
+        // Root may look at another user's VMs; the file is to stay that user's.
+        let owner = self.dir.metadata().map_err(fail)?;
+        if file.metadata().map_err(fail)?.uid() != owner.uid() {
+            let _ = std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()));
+        }
         flock(&file).map_err(fail)?;
         Ok(Lock { _file: file })
     }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use swapd::PageNo;
-use swapd::core::{BUDGET_MIN, CoreConfig, staging_slots};
+use swapd::core::{BUDGET_MIN, CoreConfig, staging_blocks, staging_slots};
 use swapd::replay::{Counts, Pace, Replay};
 
 use super::reference::{Clock, Fifo, Lfu, Lru, Outcome, S3Fifo};
@@ -103,6 +103,7 @@ fn engine(touches: &Touches, frames: u64, pace: Pace) -> Row {
             budget_frames: frames,
             budget_min: BUDGET_MIN,
             slots: staging_slots(touches.pages),
+            blocks: staging_blocks(touches.pages),
             sampling: true,
         },
         pace,

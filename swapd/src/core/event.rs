@@ -57,6 +57,11 @@ pub enum Event<'a> {
         slots: SlotRun,
         pages: &'a [PageOut],
     },
+    /// Answer to [`Action::FillBlock`]; `huge`: the host had a huge page for it.
+    Filled {
+        run: Run,
+        huge: bool,
+    },
     /// Answer to [`Action::ScanWritten`]: present pages written since the last scan.
     Written {
         ticket: Ticket,
@@ -143,6 +148,17 @@ pub enum Action {
         slots: SlotRun,
         fresh: bool,
     },
+    /// Zeros for a whole block, from the host straight to the guest, in one huge page if it has one. Answered by `Filled`.
+    FillBlock {
+        run: Run,
+    },
+    /// Part of a huge page is given back next, this page with it: have the host take it to pieces, so that what is given
+    /// back is free at once.
+    Split {
+        page: PageNo,
+    },
+    /// Whether the host may have huge pages ready for faults of the guest's memory.
+    HugePages(bool),
     Copy {
         from: Slot,
         to: Slot,

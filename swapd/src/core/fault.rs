@@ -6,7 +6,7 @@ use super::io::Landing;
 use crate::policy::prefetch::{Plan, Surroundings};
 use crate::policy::probation::HEAT_FAULT;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot, runs_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, runs_of};
 
 /// Never-touched pages filled at once before the vCPU goes on; the rest of the 2 MiB block follows behind it.
 const FILL_FIRST: u32 = 64;
@@ -187,6 +187,10 @@ impl Core {
     /// False when there is no frame for it.
     fn fill(&mut self, page: PageNo) -> bool {
         let block = self.table.run_around(page, PageState::Untouched, self.table.block_of(page));
+        if self.may_fill_whole(block) {
+            self.fill_run(block);
+            return true;
+        }
         let plenty = self.budget.saturating_sub(self.taken) > u64::from(self.marks.goal());
         let chunk = match plenty {
             true => FILL_FIRST,
@@ -219,7 +223,17 @@ impl Core {
         Response::Done
     }
 
+    /// Huge pages are for memory that need not be paged: to take a part out of one costs as much as some hundred moves.
+    fn may_fill_whole(&self, run: Run) -> bool {
+        self.covers() && run.len == BLOCK_PAGES && self.budget - self.taken >= u64::from(BLOCK_PAGES)
+    }
+
     fn fill_run(&mut self, mut run: Run) {
+        if self.may_fill_whole(run) {
+            run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
+            self.taken += if mutant!(MiscountsBlocks) { 1 } else { u64::from(run.len) };
+            return self.actions.push_back(Action::FillBlock { run });
+        }
         while run.len > 0 {
             let Some(taken) = self.take_fresh(run.len).or_else(|| self.take_frames(run.len)) else { return };
             let (part, slots) = (run.part(0, taken.slots.len), taken.slots);
@@ -229,6 +243,11 @@ impl Core {
             self.actions.push_back(Action::MoveIn { run: part, slots });
             run = run.part(part.len, run.len - part.len);
         }
+    }
+
+    pub(super) fn filled(&mut self, run: Run, huge: bool) {
+        run.pages().for_each(|page| self.came_in(page));
+        self.table.set_huge(run.start.block(), huge);
     }
 
     // ── prefetch ─────────────────────────────────────────────────────────────────────────

@@ -105,6 +105,11 @@ impl Core {
 
     // ── budget ───────────────────────────────────────────────────────────────────────────
 
+    /// Every page can have a frame: nothing need ever leave.
+    pub(super) fn covers(&self) -> bool {
+        self.budget >= self.table.pages()
+    }
+
     pub(super) fn set_budget(
         &mut self,
         ticket: Ticket,
@@ -127,7 +132,13 @@ impl Core {
         if bytes > memory.max(bytes_of(self.config.budget_min)) {
             return Some(Err(CommandError::BudgetTooLarge { asked: bytes, memory }));
         }
+        let covered = self.covers();
         self.budget = frames;
+        if self.covers() != covered {
+            // While huge pages still find the way back to where they were.
+            self.end_sampling();
+            self.actions.push_back(Action::HugePages(!covered));
+        }
         self.marks = Watermarks::of(frames, self.table.pages(), self.staging.slots());
         self.budget_waiters.push(ticket);
         None
@@ -179,6 +190,13 @@ impl Core {
         for page in run.pages() {
             if !mutant!(DiscardUnseenByTracking) {
                 self.mark_left(page);
+            }
+            let block = self.table.block_of(page);
+            if self.table.is_huge(page.block())
+                && self.table.state(page) == PageState::Resident
+                && !(run.contains(block.start) && run.contains(PageNo(block.end().0 - 1)))
+            {
+                self.actions.push_back(Action::Split { page });
             }
             let in_guest = self.forget(page);
             match &mut dropped {

@@ -117,7 +117,7 @@ impl Core {
         }
         // They are among those found below.
         self.unwritten.clear();
-        let unwritten: Vec<_> = (0..self.staging.slots())
+        let unwritten: Vec<_> = (0..self.staging.all_slots())
             .map(Slot)
             .filter_map(|slot| match self.staging.used(slot) {
                 Use::Bound(page) => Some((page, slot)),

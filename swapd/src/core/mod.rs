@@ -33,7 +33,7 @@ use crate::policy::watermarks::Watermarks;
 use crate::staging::{Staging, Use};
 use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
 use crate::table::{Flag, PageState, PageTable, STATES};
-use crate::units::{PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
 use io::{BadReads, Ios};
 use latch::{Backoff, Latch};
 use receive::Receiving;
@@ -54,9 +54,19 @@ const SLOT_SHARE: u64 = 16;
 const _: () = assert!(SLOTS_MIN >= 4 * IO_PAGES_MAX as u64, "staging must hold several batches");
 const _: () = assert!(BUDGET_MIN >= SLOTS_MIN, "the smallest budget must cover a full staging area");
 
-/// Staging slots for a memory of so many pages.
+/// Of these, 2 MiB blocks for samples of huge pages: one for so many pages of memory.
+const BLOCK_SHARE: u64 = 32_768;
+const BLOCKS_MIN: u64 = 2;
+const BLOCKS_MAX: u64 = 16;
+
+/// Staging slots for a memory of so many pages: whole blocks of them.
 pub fn staging_slots(pages: u64) -> u32 {
-    (pages / SLOT_SHARE).clamp(SLOTS_MIN, SLOTS_MAX) as u32
+    ((pages / SLOT_SHARE).clamp(SLOTS_MIN, SLOTS_MAX) as u32).next_multiple_of(BLOCK_PAGES)
+}
+
+/// Blocks of slots beside them, for huge pages.
+pub fn staging_blocks(pages: u64) -> u32 {
+    (pages / BLOCK_SHARE).clamp(BLOCKS_MIN, BLOCKS_MAX) as u32
 }
 
 /// Page numbers are spread well by one multiplication.
@@ -89,6 +99,8 @@ pub struct CoreConfig {
     pub budget_min: u64,
     /// Size of the staging area.
     pub slots: u32,
+    /// Blocks of slots behind it, for huge pages.
+    pub blocks: u32,
     pub sampling: bool,
 }
 
@@ -176,7 +188,7 @@ impl Core {
             config,
             table: PageTable::new(config.pages),
             sums: vec![0; config.pages as usize],
-            staging: Staging::new(slots),
+            staging: Staging::new(slots, config.blocks),
             slots_of: PageMap::with_capacity_and_hasher(slots as usize / 2, BuildHasherDefault::default()),
             marks: Watermarks::of(config.budget_frames, config.pages, slots),
             budget: config.budget_frames,
@@ -233,6 +245,7 @@ impl Core {
             Event::WriteDone { io, result } => self.write_done(io, result),
             Event::MovedIn { run, slots, moved } => self.moved_in(run, slots, moved),
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
+            Event::Filled { run, huge } => self.filled(run, huge),
             Event::Written { ticket, runs } => self.written(ticket, runs),
             Event::Request { ticket, request } => self.request(ticket, request),
         }
@@ -337,18 +350,23 @@ impl Core {
 
     fn moved_in(&mut self, run: Run, slots: SlotRun, moved: u32) {
         for (page, slot) in run.pages().zip(slots.slots()).take(moved as usize) {
-            self.table.set(page, PageState::Resident);
             self.slots_of.remove(&page);
             self.staging.vacate(slot);
-            if !self.waiting.is_empty()
-                && let Some(kind) = self.waiting.remove(&page)
-            {
-                self.actions.push_back(Action::Resolved { page, kind });
-            }
+            self.came_in(page);
         }
         if moved < run.len && !mutant!(ForgetsPinnedMoves) {
             let rest = run.len - moved;
             self.pinned_in.push((run.part(moved, rest), slots.part(moved, rest)));
+        }
+    }
+
+    /// Its frame is in the guest.
+    fn came_in(&mut self, page: PageNo) {
+        self.table.set(page, PageState::Resident);
+        if !self.waiting.is_empty()
+            && let Some(kind) = self.waiting.remove(&page)
+        {
+            self.actions.push_back(Action::Resolved { page, kind });
         }
     }
 
@@ -379,7 +397,7 @@ impl Core {
                     self.actions.push_front(Action::DropGuest { run: Run::one(page) });
                 }
                 (_, PageOut::Pinned) => {
-                    self.counts.pinned += 1;
+                    self.counts.pinned += u64::from(self.table.state(page) == PageState::Leaving);
                     self.table.set(page, PageState::Resident);
                     self.slots_of.remove(&page);
                     self.staging.vacate(slot);
@@ -521,7 +539,7 @@ impl Core {
     /// No slot is bound to a page that knows nothing of it, and no frame waits for the end of what is not under way.
     fn check_slots(&self) {
         let (mut bound, mut orphans, mut empty, mut free) = (0, 0, 0, 0);
-        for slot in (0..self.staging.slots()).map(Slot) {
+        for slot in (0..self.staging.all_slots()).map(Slot) {
             match self.staging.used(slot) {
                 Use::Bound(_) => bound += 1,
                 Use::Orphan => orphans += 1,
@@ -530,7 +548,7 @@ impl Core {
                 Use::Granted => {}
             }
         }
-        let to_be_had = (self.staging.empty_slots(), self.staging.free_frames());
+        let to_be_had = (self.staging.all_slots() - self.staging.held_frames(), self.staging.free_frames());
         assert_eq!((empty, free), to_be_had, "every empty slot and every free frame can be had");
         assert_eq!(bound, self.slots_of.len(), "every bound slot is that of its page");
         let pinned = self.pinned_in.iter().map(|(_, slots)| *slots);

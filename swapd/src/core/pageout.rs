@@ -7,7 +7,7 @@ use crate::handle::CommandError;
 use crate::policy::clock::may_leave;
 use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot, runs_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
 
 /// Pages under way to the store at most: 8 MiB.
 pub(super) const LEAVING_MAX: u32 = 2048;
@@ -135,15 +135,20 @@ impl Core {
         let mut started = 0;
         while run.len > 0 {
             let Some(slots) = self.staging.take_empty(run.len) else { break };
+            self.table.set_huge(run.start.block(), false);
             let part = run.part(0, slots.len);
-            part.pages().for_each(|page| self.table.set(page, state));
-            self.bind_run(part, slots);
-            let digest = state == PageState::Leaving;
-            self.actions.push_back(Action::MoveOut { run: part, slots, digest });
-            started += part.len;
+            started += self.start_out_to(part, slots, state);
             run = run.part(part.len, run.len - part.len);
         }
         started
+    }
+
+    fn start_out_to(&mut self, run: Run, slots: SlotRun, state: PageState) -> u32 {
+        run.pages().for_each(|page| self.table.set(page, state));
+        self.bind_run(run, slots);
+        let digest = state == PageState::Leaving;
+        self.actions.push_back(Action::MoveOut { run, slots, digest });
+        run.len
     }
 
     /// A victim's frame is in staging: drop it, keep it, or write it.
@@ -242,9 +247,15 @@ impl Core {
         }
         let mut samples = std::mem::take(&mut self.victims);
         samples.clear();
-        self.sampler.choose(&self.table, self.tick, &mut samples);
+        // While all of memory has frames. Else huge pages fall to pieces anyway.
+        let room = self.covers().then(|| self.staging.whole_blocks());
+        self.sampler.choose(&self.table, self.tick, room, &mut samples);
         for run in samples.drain(..) {
-            self.counts.sampled += u64::from(self.start_out(run, PageState::Sampled));
+            let slots = if run.len == BLOCK_PAGES { self.staging.take_block() } else { None };
+            self.counts.sampled += u64::from(match slots {
+                Some(slots) => self.start_out_to(run, slots, PageState::Sampled),
+                None => self.start_out(run, PageState::Sampled),
+            });
         }
         self.victims = samples;
     }

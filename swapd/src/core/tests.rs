@@ -6,7 +6,14 @@ use crate::handle::Arrival;
 const PAGE: PageNo = PageNo(7);
 
 fn core() -> Core {
-    Core::new(CoreConfig { pages: 256, budget_frames: 64, budget_min: 48, slots: 128, sampling: false })
+    Core::new(CoreConfig {
+        pages: 256,
+        budget_frames: 64,
+        budget_min: 48,
+        slots: 128,
+        blocks: 1,
+        sampling: false,
+    })
 }
 
 /// Hands the event in, has all moves succeed, and returns what else is to be done.

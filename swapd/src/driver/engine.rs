@@ -10,9 +10,9 @@ use super::memory::Memory;
 use super::ring::Ring;
 use super::sealer::Sealer;
 use super::uffd::Faults;
-use super::{Driver, store};
+use super::{Driver, locking, store};
 use crate::cipher::Cipher;
-use crate::core::{BUDGET_MIN, Core, CoreConfig, staging_slots};
+use crate::core::{BUDGET_MIN, Core, CoreConfig, staging_blocks, staging_slots};
 use crate::handle::EngineHandle;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
 
@@ -85,13 +85,26 @@ impl Engine {
     /// The smallest RAM budget.
     pub const MIN_BUDGET_BYTES: u64 = BUDGET_MIN * PAGE_SIZE as u64;
 
+    /// Bytes that are locked of a VM of so much memory, unless it does without.
+    pub fn locked_bytes(memory_bytes: u64) -> u64 {
+        memory_bytes + Memory::staging_bytes(slots_and_blocks(memory_bytes)) as u64
+    }
+
+    /// Whether this process may lock the memory of such a VM; raises its limit as far as that takes no privilege.
+    ///
+    /// # Errors
+    /// It may not, and what to do about it.
+    pub fn check_lock(memory_bytes: u64) -> Result<(), StartError> {
+        locking::allow(Self::locked_bytes(memory_bytes)).map_err(StartError::Host)
+    }
+
     /// Reserves the memory, opens the store and starts the thread.
     ///
     /// # Errors
     /// A setting that cannot be, or a host that lacks something; nothing is left behind.
     pub fn start(config: EngineConfig, notify: Box<dyn Fn(Notice) + Send>) -> Result<Engine, StartError> {
         check(&config)?;
-        let slots = staging_slots(pages_in(config.memory_bytes));
+        let slots = slots_and_blocks(config.memory_bytes);
         let memory = Memory::reserve(config.memory_bytes, slots, config.lock).map_err(StartError::Memory)?;
         Self::start_with(config, memory, notify)
     }
@@ -109,7 +122,7 @@ impl Engine {
     ) -> Result<Engine, StartError> {
         check(&config)?;
         check_regions(&config, regions)?;
-        let slots = staging_slots(pages_in(config.memory_bytes));
+        let slots = slots_and_blocks(config.memory_bytes);
         let memory = Memory::external(regions, slots, config.lock).map_err(StartError::Memory)?;
         Self::start_with(config, memory, notify)
     }
@@ -120,7 +133,7 @@ impl Engine {
         notify: Box<dyn Fn(Notice) + Send>,
     ) -> Result<Engine, StartError> {
         let pages = pages_in(config.memory_bytes);
-        let slots = staging_slots(pages);
+        memory.allow_huge(config.budget_bytes >= config.memory_bytes);
         let memory = Arc::new(memory);
         let faults = Faults::open().map_err(StartError::Host)?;
         faults
@@ -145,7 +158,8 @@ impl Engine {
             pages,
             budget_frames: pages_in(config.budget_bytes),
             budget_min: BUDGET_MIN,
-            slots,
+            slots: staging_slots(pages),
+            blocks: staging_blocks(pages),
             sampling: config.sampling,
         });
         let (started, start) = mpsc::channel();
@@ -245,6 +259,12 @@ fn new_cipher(lock: bool) -> Result<Cipher, StartError> {
     })
 }
 
+/// All staging slots of a memory of so many bytes.
+fn slots_and_blocks(memory_bytes: u64) -> u32 {
+    let pages = pages_in(memory_bytes);
+    staging_slots(pages) + staging_blocks(pages) * BLOCK_PAGES
+}
+
 fn check(config: &EngineConfig) -> Result<(), StartError> {
     let EngineConfig { memory_bytes, budget_bytes, .. } = *config;
     let block = bytes_of(u64::from(BLOCK_PAGES));
@@ -272,7 +292,7 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
              budget or free some memory"
         )));
     }
-    Ok(())
+    if config.lock { Engine::check_lock(memory_bytes) } else { Ok(()) }
 }
 
 fn check_regions(config: &EngineConfig, regions: &[u64]) -> Result<(), StartError> {

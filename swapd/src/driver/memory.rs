@@ -1,17 +1,27 @@
-//! The mappings of a VM: guest memory (the engine's own, or regions that its owner maps) and staging. All anonymous, locked alike,
-//! without huge pages.
+//! The mappings of a VM: guest memory (the engine's own, or regions that its owner maps) and staging. All anonymous, locked alike.
+//!
+//! ```text
+//! staging:  slots for single frames │ blocks of slots for huge pages │ the bay
+//! ```
+//! Huge pages come from the bay alone, a 2 MiB block that is empty between two of them. Elsewhere no touch may take one. Guest memory
+//! is advised to have huge pages all the same while no page of it need ever leave: at the touch of a missing page the kernel then
+//! makes no page table for single frames there, in which no huge page could be placed.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::{MmapMut, MmapOptions};
 
 use super::StartError;
+use super::locking::lock_on_fault;
 use super::regions::Regions;
 use super::uffd::Faults;
-use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun};
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun};
 
-/// Guest memory of the engine's own starts on such a boundary, so that its 2 MiB blocks are the page tables' own.
-const ALIGN: usize = 2 << 20;
+/// A huge page.
+const BLOCK: usize = BLOCK_PAGES as usize * PAGE_SIZE;
+/// Guest memory of the engine's own and staging start on such a boundary, so that their 2 MiB blocks are the page tables' own.
+const ALIGN: usize = BLOCK;
 
 /// Reserved address space; frames come to it by faults and moves alone.
 #[derive(Debug)]
@@ -49,6 +59,8 @@ pub(crate) struct Memory {
     own: Option<Area>,
     staging: Area,
     lock: bool,
+    /// Whether guest memory may have huge pages.
+    huge: AtomicBool,
 }
 
 impl Memory {
@@ -61,9 +73,18 @@ impl Memory {
 
     /// Guest memory that its owner maps in regions of such sizes.
     pub(super) fn external(regions: &[u64], slots: u32, lock: bool) -> Result<Self, String> {
-        let staging = reserve(slots as usize * PAGE_SIZE, "staging")?;
-        prepare(staging.base, staging.len, lock)?;
-        Ok(Memory { regions: Regions::new(regions), own: None, staging, lock })
+        let staging = reserve(Self::staging_bytes(slots), "staging")?;
+        prepare(staging.base, staging.len, lock, libc::MADV_NOHUGEPAGE)?;
+        let memory =
+            Memory { regions: Regions::new(regions), own: None, staging, lock, huge: AtomicBool::new(false) };
+        // As above: nothing is lost on a kernel without huge pages.
+        let _ = advise(memory.bay(), BLOCK, libc::MADV_HUGEPAGE);
+        Ok(memory)
+    }
+
+    /// Of staging with so many slots.
+    pub(super) fn staging_bytes(slots: u32) -> usize {
+        slots as usize * PAGE_SIZE + BLOCK
     }
 
     /// The engine's own guest memory, which is the only region then.
@@ -79,12 +100,42 @@ impl Memory {
         let emptied = drop_frames(base, len).map_err(|error| {
             format!("{len} bytes at {base:#x} cannot be guest memory ({error}); map all of them first, private and anonymous")
         });
-        if let Err(reason) = emptied.and_then(|()| prepare(base, len, self.lock)) {
+        if let Err(reason) = emptied.and_then(|()| prepare(base, len, self.lock, self.huge_advice())) {
             faults.unregister(base as *mut u8, len);
             return Err(StartError::Memory(reason));
         }
         self.regions.set_base(region, base);
         Ok(())
+    }
+
+    fn huge_advice(&self) -> libc::c_int {
+        if self.huge.load(Ordering::Relaxed) { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE }
+    }
+
+    /// Whether guest memory may have huge pages from now on. Those that it has, it keeps.
+    pub(super) fn allow_huge(&self, allowed: bool) {
+        self.huge.store(allowed, Ordering::Relaxed);
+        for (part, at) in self.pages().flat_map(|run| self.mapped_parts(run)) {
+            let _ = advise(at, part.bytes(), self.huge_advice());
+        }
+    }
+
+    /// The bay, filled with zeros fresh from the host, in one huge page if it has one.
+    pub(super) fn fill_bay(&self) -> usize {
+        if advise(self.bay(), BLOCK, libc::MADV_POPULATE_WRITE).is_err() {
+            // As with single frames. Whatever is there already reads as zeros.
+            // SAFETY: the bay belongs to the engine's thread, which calls this.
+            unsafe { std::ptr::write_bytes(self.bay() as *mut u8, 0, BLOCK) };
+        }
+        self.bay()
+    }
+
+    pub(super) fn empty_bay(&self) -> io::Result<()> {
+        drop_frames(self.bay(), BLOCK)
+    }
+
+    pub(super) fn bay(&self) -> usize {
+        self.staging.base + self.staging.len - BLOCK
     }
 
     /// Whether the region may be mapped in at `base`, or why not.
@@ -228,23 +279,10 @@ fn reserve(len: usize, what: &str) -> Result<Area, String> {
 }
 
 /// Makes a mapping fit for frames to come and go by moves.
-fn prepare(base: usize, len: usize, lock: bool) -> Result<(), String> {
-    // A kernel without huge pages has none to switch off, one without dumps none to leave out.
-    for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+fn prepare(base: usize, len: usize, lock: bool, huge: libc::c_int) -> Result<(), String> {
+    // A kernel without huge pages has none to switch on or off, one without dumps none to leave out.
+    for advice in [huge, libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
         let _ = advise(base, len, advice);
     }
     if lock { lock_on_fault(base, len) } else { Ok(()) }
-}
-
-fn lock_on_fault(base: usize, len: usize) -> Result<(), String> {
-    // SAFETY: locking changes nothing of the content of what is mapped there.
-    let result = unsafe { libc::mlock2(base as *const libc::c_void, len, libc::MLOCK_ONFAULT) };
-    if result == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    Err(format!(
-        "cannot lock the VM's frames against the host's swap ({error}); raise the limit (`ulimit -l`, systemd's \
-         LimitMEMLOCK=infinity), or give up locking with --no-lock"
-    ))
 }

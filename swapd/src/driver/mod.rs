@@ -10,6 +10,7 @@
 
 mod engine;
 mod latency;
+mod locking;
 mod mailbox;
 mod memory;
 pub(crate) mod moves;
@@ -22,6 +23,7 @@ pub(crate) mod transfer;
 mod uffd;
 
 pub use engine::{Engine, EngineConfig, Notice, StartError, StoreConfig};
+pub use locking::lock_limit;
 pub(crate) use mailbox::Mailbox;
 pub(crate) use memory::Memory;
 
@@ -30,12 +32,10 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::core::{
-    Action, Core, Event, IO_PAGES_MAX, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket,
-};
+use crate::core::{Action, Core, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 use crate::digest::{is_zero, page_sum};
 use crate::handle::{Command, CommandError};
-use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
 use latency::LatencyBook;
 use moves::{HASTY, Moved, PATIENT};
 use recorder::Recorder;
@@ -72,6 +72,9 @@ struct Driver {
 
 /// Reads that fail are not logged more often than this.
 const READ_ERROR_EVERY: Duration = Duration::from_secs(1);
+/// Tries to move a frame of the bay.
+const BAY_TRIES: u32 = 1000;
+
 /// Answers to requests that nobody asked the driver for.
 const NO_TICKET: Ticket = Ticket(0);
 
@@ -219,6 +222,9 @@ impl Driver {
             Action::MoveIn { run, slots } => self.move_in(run, slots),
             Action::MoveOut { run, slots, digest } => self.move_out(run, slots, digest),
             Action::Prepare { slots, fresh } => self.memory.zero_slots(slots, fresh),
+            Action::FillBlock { run } => self.fill_block(run),
+            Action::Split { page } => self.split(page),
+            Action::HugePages(allowed) => self.memory.allow_huge(allowed),
             Action::Copy { from, to } => self.memory.copy_slot(from, to),
             Action::Read { io, run, slots } => {
                 self.reads.insert(io, (run, slots));
@@ -277,10 +283,37 @@ impl Driver {
         self.core.handle(Event::MovedIn { run, slots, moved });
     }
 
+    fn fill_block(&mut self, run: Run) {
+        let (part, to) = self.memory.first_part(run);
+        let (from, len) = (self.memory.fill_bay(), part.bytes());
+        let (mut moved, mut tries) = (0, 0);
+        while let Moved::Pinned(more) = self.faults.move_pages(to + moved, from + moved, len - moved, PATIENT)
+        {
+            (moved, tries) = (moved + more, tries + 1);
+            assert!(tries < BAY_TRIES, "a frame that nobody else has ever seen cannot be moved");
+        }
+        self.core.handle(Event::Filled { run, huge: self.faults.is_huge(to, len) });
+    }
+
+    /// The page goes to the bay, and is given back from there. If it is pinned by I/O, its huge page stays whole, and the host has
+    /// what is given back of it when it runs short of memory.
+    fn split(&self, page: PageNo) {
+        if self.faults.move_pages(self.memory.bay(), self.memory.page(page), PAGE_SIZE, HASTY) == Moved::All {
+            report(self.memory.empty_bay(), "give a frame back");
+        }
+    }
+
     fn move_out(&mut self, run: Run, slots: SlotRun, digest: bool) {
         // Page-out is work for the time in which the device reads what somebody waits for.
         self.ring.submit_now();
         self.page_outs.clear();
+        // Page tables of a huge page that is tracked for writes are for single frames. Such a page would fall to pieces on its way, and
+        // leave a page table where none must be.
+        let falls_apart =
+            run.len == BLOCK_PAGES && !self.faults.is_huge(self.memory.page(run.start), run.bytes());
+        if falls_apart {
+            self.page_outs.resize(run.len as usize, PageOut::Pinned);
+        }
         while (self.page_outs.len() as u32) < run.len {
             let done = self.page_outs.len() as u32;
             let (rest, from) = self.memory.first_part(run.part(done, run.len - done));
@@ -294,7 +327,10 @@ impl Driver {
                 let out = if digest { self.digest(page, SlotRun::new(slot, 1)) } else { NO_DIGEST };
                 self.page_outs.push(out);
             }
-            self.page_outs.extend(pinned.then_some(PageOut::Pinned));
+            // A sample is not worth a try for each page: those of a huge page are pinned together.
+            let left_alone =
+                if pinned && !digest { run.len as usize - self.page_outs.len() } else { usize::from(pinned) };
+            self.page_outs.extend(std::iter::repeat_n(PageOut::Pinned, left_alone));
         }
         self.core.handle(Event::MovedOut { run, slots, pages: &self.page_outs });
     }
@@ -342,8 +378,8 @@ impl Driver {
 
     /// Takes the budget from the host before the VM runs, as far as the run's pages need it, but for what is kept free.
     fn prealloc(&mut self, run: Run) {
-        for start in (0..run.len).step_by(IO_PAGES_MAX as usize) {
-            let request = Request::Fill(run.part(start, IO_PAGES_MAX.min(run.len - start)));
+        for start in (0..run.len).step_by(BLOCK_PAGES as usize) {
+            let request = Request::Fill(run.part(start, BLOCK_PAGES.min(run.len - start)));
             self.event(Event::Request { ticket: NO_TICKET, request });
         }
     }

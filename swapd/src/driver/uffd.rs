@@ -73,6 +73,7 @@ const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_HUGE: u64 = 1 << 6;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 /// Regions returned by one scan call.
@@ -169,6 +170,24 @@ impl Faults {
                 io::Error::from_raw_os_error(errno)
             )
         })
+    }
+
+    /// Whether one huge page is mapped at this block. No, if the kernel does not say.
+    pub(super) fn is_huge(&self, block: usize, len: usize) -> bool {
+        let mut region = PageRegion::default();
+        let mut arg = PmScanArg {
+            size: size_of::<PmScanArg>() as u64,
+            start: block as u64,
+            end: (block + len) as u64,
+            vec: (&raw mut region) as u64,
+            vec_len: 1,
+            category_mask: PAGE_IS_HUGE,
+            return_mask: PAGE_IS_HUGE,
+            ..PmScanArg::default()
+        };
+        // SAFETY: `vec` points to one region that lives as long as the call; the kernel writes no more than that.
+        let count = unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
+        count == 1 && (region.start, region.end) == (arg.start, arg.end)
     }
 
     /// Makes a missing page raise a memory error when touched, and wakes who waits for it.

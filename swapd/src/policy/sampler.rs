@@ -6,6 +6,9 @@
 //! A sample costs the same whether or not the VM is idle, so its pace follows what is found: a *credit* that each run
 //! taken uses up and each run touched renews. A VM that uses more than 1/64 of what it has is sampled at full pace;
 //! one that uses nothing, rarely, until the first touch of a sample.
+//!
+//! A huge page is moved whole, for to take a run out of it would take it to pieces. It is out for a shorter time: of so many
+//! pages, one is touched sooner.
 
 use std::collections::VecDeque;
 
@@ -19,6 +22,8 @@ pub const SAMPLE_PAGES: u32 = 16;
 pub const SAMPLES_A_TICK: usize = 8;
 /// Ticks after which an untouched sample is put back.
 pub const SAMPLE_TICKS: u64 = 10;
+/// The same of a huge page.
+const HUGE_TICKS: u64 = 2;
 /// Ticks between samples of a VM that seems idle.
 const INTERVAL_IDLE: u64 = 16;
 /// Runs taken at full pace for each that was touched.
@@ -33,6 +38,7 @@ const _: () = assert!(INTERVAL_IDLE >= SAMPLE_TICKS, "no sample stays out while 
 pub struct Sampler {
     next_block: usize,
     pass: u32,
+    /// With the tick at which each is put back.
     out: VecDeque<(u64, Run)>,
     credit: usize,
 }
@@ -59,8 +65,8 @@ impl Sampler {
         !self.out.is_empty()
     }
 
-    /// Runs to move out at this tick.
-    pub fn choose(&mut self, table: &PageTable, tick: u64, samples: &mut Vec<Run>) {
+    /// Runs to move out at this tick, of these `room` at most that are whole huge pages; without it, huge pages are no different.
+    pub fn choose(&mut self, table: &PageTable, tick: u64, mut room: Option<u32>, samples: &mut Vec<Run>) {
         let blocks = table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
         let mut looked_at = 0;
         let before = samples.len();
@@ -73,7 +79,18 @@ impl Sampler {
                 continue;
             }
             let block = table.block_of(PageNo(self.next_block as u64 * u64::from(BLOCK_PAGES)));
-            if table.resident_in_block(self.next_block) > 0 {
+            if let Some(room) = &mut room
+                && table.is_huge(self.next_block)
+            {
+                if *room == 0 {
+                    break;
+                }
+                if block.pages().all(|page| may_leave(table, page)) {
+                    *room -= 1;
+                    samples.push(block);
+                    self.out.push_back((tick + HUGE_TICKS, block));
+                }
+            } else if table.resident_in_block(self.next_block) > 0 {
                 let at = (self.pass * SAMPLE_PAGES * 7) % BLOCK_PAGES;
                 let run =
                     block.part(at.min(block.len - 1), SAMPLE_PAGES.min(block.len - at.min(block.len - 1)));
@@ -81,7 +98,7 @@ impl Sampler {
                 if whole > 0 {
                     let run = run.part(0, whole);
                     samples.push(run);
-                    self.out.push_back((tick, run));
+                    self.out.push_back((tick + SAMPLE_TICKS, run));
                 }
             }
             self.go_to(self.next_block + 1, blocks);
@@ -102,8 +119,8 @@ impl Sampler {
 
     /// The next run that has been out for long enough, or any if `all`.
     pub fn overdue(&mut self, tick: u64, all: bool) -> Option<Run> {
-        let (since, run) = *self.out.front()?;
-        if !all && tick - since < SAMPLE_TICKS {
+        let (due, run) = *self.out.front()?;
+        if !all && tick < due {
             return None;
         }
         self.out.pop_front();
@@ -119,6 +136,7 @@ impl Sampler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::Flag;
     use crate::table::PageState::{Arriving, Resident};
 
     #[test]
@@ -130,14 +148,36 @@ mod tests {
         }
         let mut sampler = Sampler::default();
         let mut samples = vec![];
-        sampler.choose(&table, 0, &mut samples);
+        sampler.choose(&table, 0, None, &mut samples);
         assert_eq!(samples.len(), 8);
         assert!(sampler.overdue(SAMPLE_TICKS - 1, false).is_none());
         assert_eq!(sampler.overdue(SAMPLE_TICKS, false), Some(samples[0]));
         assert_eq!(sampler.run_of(samples[1].start.plus(3)), Some(samples[1]));
         samples.clear();
-        sampler.choose(&table, 1, &mut samples);
+        sampler.choose(&table, 1, None, &mut samples);
         assert_eq!(samples[0].start, PageNo(112), "another part of each block at the next pass");
+    }
+
+    #[test]
+    fn a_huge_page_is_sampled_whole_and_waits_for_room() {
+        let mut table = PageTable::new(4096);
+        for page in (0..4096).map(PageNo) {
+            table.set(page, Arriving);
+            table.set(page, Resident);
+        }
+        (1..3).for_each(|block| table.set_huge(block, true));
+        table.put(PageNo(1023), Flag::Held, true);
+        let mut sampler = Sampler::default();
+        let mut samples = vec![];
+        sampler.choose(&table, 0, Some(1), &mut samples);
+        let block = Run::new(PageNo(1024), BLOCK_PAGES);
+        assert_eq!(samples[..2], [Run::new(PageNo(0), SAMPLE_PAGES), block], "the held one is left out");
+        assert_eq!(samples.len(), 7);
+        samples.clear();
+        (0..2).for_each(|tick| sampler.choose(&table, tick, Some(0), &mut samples));
+        assert_eq!(samples, [Run::new(PageNo(112), SAMPLE_PAGES)], "it stops before the first one");
+        sampler.choose(&table, 2, Some(1), &mut samples);
+        assert_eq!(samples[1], block);
     }
 
     #[test]
@@ -152,7 +192,7 @@ mod tests {
             let (mut samples, mut full_pace) = (vec![], 0);
             for nth in 0..512 / SAMPLES_A_TICK {
                 full_pace += usize::from(sampler.interval() == 1);
-                sampler.choose(&table, nth as u64, &mut samples);
+                sampler.choose(&table, nth as u64, None, &mut samples);
                 if nth % touch_every == touch_every - 1 {
                     sampler.touched();
                 }

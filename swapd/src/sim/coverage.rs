@@ -19,8 +19,8 @@ named! {
     /// What the core was told when a page changed its state; `Balance` and `MakeReady` are what it does behind every event, and
     /// when all events at hand are dealt with.
     Cause {
-        Fault, Tick, ReadDone, ReadFailed, WriteDone, WriteFailed, MovedIn, MovedOut, Balance, MakeReady,
-        Discard, Fill, TrackWrites, Hold, Arrive, ArriveZero, ArrivePoisoned, Other,
+        Fault, Tick, ReadDone, ReadFailed, WriteDone, WriteFailed, MovedIn, MovedOut, Filled, Balance, MakeReady,
+        SetBudget, Discard, Fill, TrackWrites, Hold, Arrive, ArriveZero, ArrivePoisoned, Other,
     }
 }
 
@@ -209,8 +209,10 @@ impl Cause {
             Event::WriteDone { result: Err(_), .. } => Cause::WriteFailed,
             Event::MovedIn { .. } => Cause::MovedIn,
             Event::MovedOut { .. } => Cause::MovedOut,
+            Event::Filled { .. } => Cause::Filled,
             Event::Written { .. } => Cause::Other,
             Event::Request { request, .. } => match request {
+                Request::SetBudget(_) => Cause::SetBudget,
                 Request::Discard(_) => Cause::Discard,
                 Request::Fill(_) => Cause::Fill,
                 Request::TrackWrites(_) => Cause::TrackWrites,
@@ -245,12 +247,12 @@ const REACHED: &[(PageState, PageState, &[Cause])] = {
         (Standby, Untouched, &[Discard]),
         (Stored, Arriving, &[Cause::Fault, Tick, Balance, MakeReady]),
         (Stored, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
-        (Arriving, Resident, &[MovedIn]),
+        (Arriving, Resident, &[MovedIn, Filled]),
         (Arriving, Standby, &[ReadDone]),
         (Arriving, Stored, &[ReadDone, ReadFailed]),
         (Arriving, Poisoned, &[ReadDone, ReadFailed]),
         (Arriving, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
-        (Sampled, Arriving, &[Cause::Fault, Tick, TrackWrites, Hold]),
+        (Sampled, Arriving, &[Cause::Fault, Tick, SetBudget, TrackWrites, Hold]),
         (Sampled, Resident, &[MovedOut]),
         (Sampled, Untouched, &[Discard]),
         (Poisoned, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),

@@ -108,6 +108,22 @@ impl Sim {
                     self.kernel.staging[slot.index()] = Some(0);
                 }
             }
+            Action::FillBlock { run } => {
+                self.trace.add("fill a block", run, None, None);
+                for page in run.indices() {
+                    let before = std::mem::replace(&mut self.kernel.guest[page], Entry::Frame(0));
+                    assert_eq!(before, Entry::Missing, "page {page} is in the guest already");
+                    self.kernel.written[page] = true;
+                }
+                self.wake(run);
+                let huge = !self.random.one_in(4);
+                self.hand(Event::Filled { run, huge });
+            }
+            Action::Split { page } => {
+                let here = matches!(self.kernel.guest[page.index()], Entry::Frame(_));
+                assert!(here, "{page} is to be split off, and has no frame");
+            }
+            Action::HugePages(_) => {}
             Action::Copy { from, to } => {
                 self.kernel.claim(to, "copied to");
                 let content = self.kernel.staging[from.index()].expect("a frame to copy from");

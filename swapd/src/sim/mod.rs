@@ -22,7 +22,7 @@ pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
 
 use crate::core::{Core, CoreConfig, Event, Request, Ticket};
 use crate::table::PageState;
-use crate::units::PageNo;
+use crate::units::{BLOCK_PAGES, PageNo};
 use disk::Disk;
 use guest::{Access, Guest};
 use kernel::Kernel;
@@ -34,6 +34,7 @@ use trace::Trace;
 
 /// Small enough for budgets to matter in a VM of a few hundred pages.
 const BUDGET_MIN: u64 = 48;
+const BLOCKS: u32 = 1;
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
 
@@ -119,21 +120,26 @@ impl Sim {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let odds = Odds::draw(&mut random);
-        let pages = if random.one_in(10) { 500 + random.below(700) } else { 130 + random.below(400) };
+        // Now and then enough for all of it, in huge pages as far as they go.
+        let covered = random.one_in(8);
+        let pages =
+            if covered || random.one_in(10) { 500 + random.below(700) } else { 130 + random.below(400) };
         let most = if random.one_in(8) { pages } else { pages / 3 };
-        let budget_frames = BUDGET_MIN + random.below(most.max(BUDGET_MIN + 1) - BUDGET_MIN);
+        let part = BUDGET_MIN + random.below(most.max(BUDGET_MIN + 1) - BUDGET_MIN);
+        let budget_frames = if covered { pages } else { part };
         let room = if random.one_in(4) { random.below(pages) } else { u64::from(u32::MAX) };
         let sampling = random.one_in(2);
         // Twice the frames that are kept free at the largest budget, as a real staging area has at least.
         let slots = if pages < 500 { 128 } else { 256 };
-        let config = CoreConfig { pages, budget_frames, budget_min: BUDGET_MIN, slots, sampling };
+        let (budget_min, blocks) = (BUDGET_MIN, BLOCKS);
+        let config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling };
         let count = pages as usize;
         Sim {
             seed,
             odds,
             core: Core::new(config),
             pages,
-            kernel: Kernel::new(count, slots as usize),
+            kernel: Kernel::new(count, slots as usize + (BLOCKS * BLOCK_PAGES) as usize),
             disk: Disk::new(count, room),
             guest: Guest::new(),
             oracle: Oracle::new(count),

@@ -83,6 +83,7 @@ impl Sim {
         let most = if self.random.one_in(6) { self.pages } else { self.pages / 2 };
         let frames =
             super::BUDGET_MIN + self.random.below(most.max(super::BUDGET_MIN + 1) - super::BUDGET_MIN);
+        let frames = if self.random.one_in(6) { self.pages } else { frames };
         self.trace.note("budget", frames);
         self.ask(Request::SetBudget(bytes_of(frames)), Asked::Budget);
     }

@@ -75,6 +75,11 @@ impl Vm {
         self.pages
     }
 
+    /// Where its memory is.
+    pub fn addresses(&self) -> std::ops::Range<usize> {
+        self.base..self.base + self.pages as usize * PAGE_SIZE
+    }
+
     fn word(&self, page: PageNo, nth: usize) -> *mut u64 {
         assert!(page.0 < self.pages && nth < PAGE_SIZE / 8);
         (self.base + page.offset() as usize + nth * 8) as *mut u64

@@ -1,0 +1,68 @@
+//! Locking frames against the host's own swap, and the limit that a user without privileges has for it.
+//!
+//! The kernel counts address space, not frames: all of guest memory and staging, whatever the budget.
+
+use std::io;
+
+const CAP_IPC_LOCK: u32 = 14;
+
+/// Bytes that this process may lock; `None`: as many as it likes.
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn lock_limit() -> io::Result<Option<u64>> {
+    let hard = limits()?.rlim_max;
+    Ok((hard != libc::RLIM_INFINITY && !is_exempt()).then_some(hard))
+}
+
+/// Sees to it that so many bytes may be locked, as far as that takes no privilege.
+pub(super) fn allow(bytes: u64) -> Result<(), String> {
+    let limits =
+        limits().map_err(|error| format!("the kernel does not tell the limit of locked memory: {error}"))?;
+    if limits.rlim_cur >= bytes || is_exempt() {
+        return Ok(());
+    }
+    if limits.rlim_max < bytes {
+        return Err(format!(
+            "the VM's memory cannot be locked against the host's swap: that takes {bytes} bytes, and this user may lock {} \
+             (`ulimit -l`, in KiB); raise the limit (memlock in /etc/security/limits.conf, systemd's \
+             LimitMEMLOCK=infinity), or do without by --no-lock",
+            limits.rlim_max
+        ));
+    }
+    let raised = libc::rlimit { rlim_cur: limits.rlim_max, ..limits };
+    // SAFETY: reads one struct that outlives the call. If it fails, so does what it is for, which says so.
+    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const raised) };
+    Ok(())
+}
+
+/// Locks what is or will be mapped there.
+pub(super) fn lock_on_fault(base: usize, len: usize) -> Result<(), String> {
+    // SAFETY: locking changes nothing of the content of what is mapped there.
+    let result = unsafe { libc::mlock2(base as *const libc::c_void, len, libc::MLOCK_ONFAULT) };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    Err(format!(
+        "cannot lock {len} bytes of the VM's memory against the host's swap ({error}); raise the limit (`ulimit -l`, systemd's \
+         LimitMEMLOCK=infinity), or do without by --no-lock"
+    ))
+}
+
+fn limits() -> io::Result<libc::rlimit> {
+    let mut limits = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: fills one struct that outlives the call.
+    match unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limits) } {
+        0 => Ok(limits),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the limit is not for this process.
+fn is_exempt() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    effective.is_some_and(|bits| bits >> CAP_IPC_LOCK & 1 == 1)
+}
