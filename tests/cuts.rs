@@ -118,7 +118,9 @@ impl Site {
             let decided = [b"COMMIT \n", b"BURNED \n"];
             records
                 .all(|record| {
-                    decided.iter().any(|mark| std::fs::read(record.path()).is_ok_and(|is| is == *mark))
+                    decided
+                        .iter()
+                        .any(|mark| std::fs::read(record.path()).is_ok_and(|is| is.starts_with(*mark)))
                 })
                 .then_some(())
         });

@@ -32,7 +32,7 @@ pub mod wire;
 pub use cancel::CancelFlag;
 pub use hello::{Hello, RefuseKind, SessionHello, StreamHello, read_hello, refuse};
 pub use progress::{Phase, Progress};
-pub use registry::{FileRegistry, Outcome, Registry, RegistryError};
+pub use registry::{Committed, Outcome, Registry, RegistryError};
 pub use report::{Placement, Received, Report};
 pub use resolve::{ReachError, ResolveError, answer_resolve, resolve};
 pub use session::SessionId;

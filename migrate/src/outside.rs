@@ -67,6 +67,11 @@ mod real {
         let _ = tokio_uring::no_op().await;
     }
 
+    /// Another one each time that this host is started.
+    pub(crate) fn boot_id() -> io::Result<String> {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+    }
+
     pub(crate) fn random_bytes(into: &mut [u8]) -> io::Result<()> {
         // SAFETY: the pointer and length are those of a live slice; getrandom writes no more than that.
         let got = unsafe { libc::getrandom(into.as_mut_ptr().cast(), into.len(), 0) };

@@ -56,7 +56,7 @@ pub fn resolve(to: &str, security: &Security, session: SessionId) -> Result<Outc
 pub fn answer_resolve(
     stream: &mut StdStream,
     session: SessionId,
-    registry: &dyn Registry,
+    registry: &Registry,
 ) -> Result<Outcome, RegistryError> {
     match registry.burn(session) {
         Ok(outcome) => {

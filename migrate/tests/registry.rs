@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use migrate::{FileRegistry, Outcome, Registry, RegistryError, SessionId};
+use migrate::{Outcome, Registry, RegistryError, SessionId};
 
 struct Place(PathBuf);
 
@@ -13,10 +13,10 @@ impl Drop for Place {
     }
 }
 
-fn fresh() -> (Place, FileRegistry, SessionId) {
+fn fresh() -> (Place, Registry, SessionId) {
     let session = SessionId::random().unwrap();
     let place = Place(std::env::temp_dir().join(format!("vmemd-registry-{session}")));
-    let registry = FileRegistry::new(&place.0).unwrap();
+    let registry = Registry::new(&place.0).unwrap();
     (place, registry, session)
 }
 
@@ -24,7 +24,7 @@ fn fresh() -> (Place, FileRegistry, SessionId) {
 fn what_is_committed_stays() {
     let (_place, registry, session) = fresh();
     registry.begin(session).unwrap();
-    registry.commit(session).unwrap();
+    registry.commit(session).unwrap().keep().unwrap();
     assert_eq!(registry.burn(session).unwrap(), Outcome::RunningThere);
     assert!(matches!(registry.commit(session), Err(RegistryError::Exists(_))));
     assert!(matches!(registry.begin(session), Err(RegistryError::Exists(_))));
@@ -51,8 +51,36 @@ fn a_session_without_a_record_is_no_answer() {
 fn a_vm_that_could_not_start_goes_back() {
     let (_place, registry, session) = fresh();
     registry.begin(session).unwrap();
-    registry.commit(session).unwrap();
-    registry.revoke(session).unwrap();
+    registry.commit(session).unwrap().revoke().unwrap();
+    assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
+}
+
+#[test]
+fn nobody_hears_of_a_commit_before_the_vm_has_started() {
+    let (_place, registry, session) = fresh();
+    registry.begin(session).unwrap();
+    let committed = registry.commit(session).unwrap();
+    let asked = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| registry.burn(session).unwrap());
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!asked.is_finished(), "it waits");
+        committed.revoke().unwrap();
+        drop(committed);
+        asked.join().unwrap()
+    });
+    assert_eq!(asked, Outcome::NotThere);
+}
+
+#[test]
+fn a_commit_that_was_never_flushed_was_none_unless_the_host_went_down() {
+    let (place, registry, session) = fresh();
+    registry.begin(session).unwrap();
+    let path = place.0.join(session.to_string());
+    let this_boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    std::fs::write(&path, format!("COMMIT?\n{}", "another-boot-".repeat(3))).unwrap();
+    assert!(matches!(registry.burn(session), Err(RegistryError::Lost(_))));
+    assert!(matches!(registry.commit(session), Err(RegistryError::Exists(_))));
+    std::fs::write(&path, format!("COMMIT?\n{this_boot}")).unwrap();
     assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
 }
 
@@ -60,7 +88,7 @@ fn a_vm_that_could_not_start_goes_back() {
 fn a_damaged_record_is_no_answer() {
     let (place, registry, session) = fresh();
     registry.begin(session).unwrap();
-    std::fs::write(place.0.join(session.to_string()), "COMMIT?\n").unwrap();
+    std::fs::write(place.0.join(session.to_string()), "COMMITS\n").unwrap();
     assert!(matches!(registry.burn(session), Err(RegistryError::Damaged { .. })));
 }
 
@@ -83,10 +111,10 @@ fn pruning_keeps_what_a_source_may_ask_for() {
     let (_place, registry, open) = fresh();
     let [committed, burned] = [(); 2].map(|()| SessionId::random().unwrap());
     [open, committed, burned].into_iter().for_each(|session| registry.begin(session).unwrap());
-    registry.commit(committed).unwrap();
+    drop(registry.commit(committed).unwrap());
     registry.burn(burned).unwrap();
     registry.prune(Duration::ZERO).unwrap();
     assert_eq!(registry.burn(committed).unwrap(), Outcome::RunningThere, "or the VM would run at both hosts");
     assert!(matches!(registry.commit(burned), Err(RegistryError::Unknown(_))));
-    registry.commit(open).unwrap();
+    drop(registry.commit(open).unwrap());
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use migrate::limits::patience;
 use migrate::{
-    DataStream, FileRegistry, Received, RefuseKind, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
+    DataStream, Received, RefuseKind, Registry, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
 };
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
@@ -83,7 +83,7 @@ pub struct Arrival {
     settings: ArriveSettings,
     control: TcpStream,
     streams: UnixStream,
-    registry: FileRegistry,
+    registry: Registry,
 }
 
 impl Arrival {
@@ -109,7 +109,7 @@ impl Arrival {
         settings: &ArriveSettings,
         listener: OwnedFd,
         owner: Owner,
-    ) -> Result<(Process, FileRegistry), Failure> {
+    ) -> Result<(Process, Registry), Failure> {
         let hello = &settings.hello;
         let dir = RunDir::open(&settings.run_dir)?;
         let place = dir.adopt(Place::arriving(&hello.name, &hello.session.to_string()), listener);
@@ -122,8 +122,8 @@ impl Arrival {
             offer: settings.offer.clone(),
         };
         let process = Process::begin(facts, place, owner)?;
-        let registry = FileRegistry::new(&dir.sessions_dir())
-            .map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+        let registry =
+            Registry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
         Ok((process, registry))
     }
 

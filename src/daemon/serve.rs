@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use migrate::{FileRegistry, Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello};
+use migrate::{Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello};
 use tracing::{debug, info, warn};
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{Place, RunDir};
@@ -57,7 +57,7 @@ struct Daemon {
     door: Door,
     /// The address that it listens on; names the daemon in its VMs' `stat`.
     listen: String,
-    registry: FileRegistry,
+    registry: Registry,
     /// Where the data streams of each session being received go.
     sessions: Mutex<HashMap<SessionId, UnixStream>>,
     /// One VM is let in at a time: what it gets must be seen by the next.
@@ -89,7 +89,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     listener.set_nonblocking(true).map_err(fail)?;
     let listen = listener.local_addr().map_err(fail)?.to_string();
     let registry =
-        FileRegistry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+        Registry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
     if let Err(error) = registry.prune(RECORDS_KEPT) {
         warn!(error = %chain(&error), "old records of hand-overs stay");
     }

@@ -12,6 +12,12 @@ pub(crate) enum Bug {
     IgnoresAFailedRecord,
     /// The target's host says that a VM is not there, and does not see to it that it stays so.
     AnswersWithoutBurning,
+    /// A commit whose flush failed counts as one when the source asks.
+    BelievesUnflushedCommits,
+    /// A commit of which a crash of the host left half a record counts as one that failed.
+    ForgetsTheCrash,
+    /// A commit can be read before the VM has started.
+    UnlocksTheRecordEarly,
     /// A VM that could not start stays recorded as one that runs.
     ForgetsToRevoke,
     /// The source goes on by itself when nothing is heard after its commit.
@@ -39,11 +45,14 @@ pub(crate) enum Bug {
 }
 
 impl Bug {
-    pub(crate) const ALL: [Bug; 16] = [
+    pub(crate) const ALL: [Bug; 19] = [
         Bug::StartsBeforeTheRecord,
         Bug::LeavesRecordsUnflushed,
         Bug::IgnoresAFailedRecord,
         Bug::AnswersWithoutBurning,
+        Bug::BelievesUnflushedCommits,
+        Bug::ForgetsTheCrash,
+        Bug::UnlocksTheRecordEarly,
         Bug::ForgetsToRevoke,
         Bug::ResumesAfterTheCommit,
         Bug::ForgetsTheName,

@@ -28,6 +28,7 @@ struct Disk {
     locked: BTreeMap<PathBuf, Vec<Waker>>,
     /// After so many more writes and flushes, so many of them fail.
     failing: Option<(u32, u32)>,
+    crashes: u32,
 }
 
 thread_local!(static DISK: RefCell<Disk> = RefCell::default());
@@ -53,6 +54,7 @@ pub(crate) fn heal() {
 pub(crate) fn crash() {
     with(|disk| {
         disk.locked.clear();
+        disk.crashes += 1;
         disk.files.retain(|_, file| {
             if world().random.one_in(2) {
                 // Nothing was written back by itself.
@@ -90,6 +92,10 @@ fn changing() -> io::Result<()> {
         world().note(|| "the disk says no".to_string());
         Err(io::Error::from_raw_os_error(libc::EIO))
     })
+}
+
+pub fn boot_id() -> io::Result<String> {
+    Ok(with(|disk| format!("{:036}\n", disk.crashes)))
 }
 
 pub fn create_dir_all(_: &Path) -> io::Result<()> {

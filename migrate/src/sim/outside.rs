@@ -1,7 +1,7 @@
 //! The simulated world in the shape of the real one: what the sessions are given in its place.
 
 pub(crate) use super::engine::{EngineHandle, StoreFile};
-pub(crate) use super::fs::{File, FileExt, OpenOptions, create_dir_all};
+pub(crate) use super::fs::{File, FileExt, OpenOptions, boot_id, create_dir_all};
 pub(crate) use super::net::{StdStream, TcpStream, secure};
 pub(crate) use super::runtime::{
     Instant, JoinHandle, JoinSet, Runtime, breathe, elsewhere, pause, random_bytes, runtime, sleep, spawn,

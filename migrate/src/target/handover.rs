@@ -7,17 +7,15 @@
 //!    discarded       revoked, the source has it back
 //! ```
 
-use std::time::Duration;
-
 use swapd::{Placed, Run};
 
 use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
 use crate::bitmap::Bitmap;
-use crate::limits::{PLACEMENT_WINDOW, RESOLVE_EVERY};
+use crate::limits::{PLACEMENT_WINDOW, RESOLVE_EVERY, RESOLVE_LIMIT, patience};
 use crate::link::trouble::Trouble;
 use crate::outside::{EngineHandle, Instant, pause, planted, sleep};
 use crate::progress::{Phase, Progress};
-use crate::registry::RegistryError;
+use crate::registry::{Committed, RegistryError};
 use crate::report::{Placement, Received};
 use crate::vm::TargetVm;
 use crate::wait::Wait;
@@ -50,13 +48,28 @@ pub(super) fn run(
     if planted!(StartsBeforeTheRecord) {
         let _ = vm.start(paused);
     }
-    if let Err(error) = commit(link).and_then(|()| Ok(vm.start(paused)?)) {
-        give_up(link, Duration::ZERO);
-        // Only this message, or the registry's record, gives the VM back to the source.
-        session.runtime.block_on(outbox.deliver(Control::NotStarted(error.chain())));
-        return Err(Failed::Said(error));
+    let committed = match link.registry.commit(link.hello.session) {
+        Ok(committed) => Some(committed),
+        Err(_) if planted!(IgnoresAFailedRecord) => None,
+        Err(error) => return Err(not_started(session, error.into())),
+    };
+    let committed = committed.filter(|_| !planted!(UnlocksTheRecordEarly));
+    if let Err(error) = vm.start(paused) {
+        let revoke = || match &committed {
+            Some(committed) if !planted!(ForgetsToRevoke) => committed.revoke(),
+            _ => Ok(()),
+        };
+        let revoked = revoke();
+        let failed = not_started(session, error.into());
+        if let Err(error) = revoked {
+            persist(link, error, revoke);
+        }
+        return Err(failed);
     }
     session.runtime.block_on(outbox.deliver(Control::Running));
+    if let Some(Err(error)) = committed.map(Committed::keep) {
+        tracing::warn!(%error, "that the VM runs here may be forgotten if this host goes down soon");
+    }
     let mut received = Received::new(link.hello.name.clone(), link.hello.session, placed);
     if let (Some(handle), Some(resident)) = (check, resident) {
         // The VM runs, so nothing here is a failure of the migration.
@@ -76,27 +89,34 @@ fn fail(session: &Session<'_>, trouble: Trouble) -> Failed {
     Failed::Trouble
 }
 
-/// Records that the VM may run here. If that fails it does not, whatever the record says: what could not be flushed may be gone when
-/// it is asked for.
-fn commit(link: &TargetLink<'_>) -> Result<(), ReceiveError> {
-    match link.registry.commit(link.hello.session) {
-        Err(error) if !planted!(IgnoresAFailedRecord) => Err(error.into()),
-        _ => Ok(()),
+/// Only this message, or the registry's record, gives the VM back to the source.
+fn not_started(session: &Session<'_>, error: ReceiveError) -> Failed {
+    let word = Control::NotStarted(error.chain());
+    session.runtime.block_on(session.control.outbox().deliver(word));
+    Failed::Said(error)
+}
+
+/// Records that the VM never starts here: a source that asks shall hear it.
+pub(super) fn give_up(link: &TargetLink<'_>) {
+    let burn = || link.registry.burn(link.hello.session).map(drop);
+    if let Err(error) = burn() {
+        persist(link, error, burn);
     }
 }
 
-/// Records that the VM never starts here, also if a commit was recorded: a source that asks shall hear it. A disk that fails is tried
-/// again.
-pub(super) fn give_up(link: &TargetLink<'_>, limit: Duration) {
-    let deadline = Instant::now() + limit;
-    while !planted!(ForgetsToRevoke)
-        && let Err(error) = link.registry.revoke(link.hello.session)
-    {
+/// A disk that fails is tried again for as long as a source asks.
+fn persist(link: &TargetLink<'_>, mut error: RegistryError, record: impl Fn() -> Result<(), RegistryError>) {
+    let deadline = Instant::now() + patience(RESOLVE_LIMIT);
+    loop {
         tracing::error!(%error, session = %link.hello.session, "that a VM does not start here could not be recorded");
         if !matches!(error, RegistryError::Io { .. }) || Instant::now() >= deadline {
             return;
         }
         pause(RESOLVE_EVERY);
+        match record() {
+            Ok(()) => return,
+            Err(again) => error = again,
+        }
     }
 }
 

@@ -17,7 +17,6 @@ use arrival::Arrival;
 
 use crate::cancel::CancelFlag;
 use crate::hello::{RefuseKind, SessionHello, refuse, write_opening};
-use crate::limits::{RESOLVE_LIMIT, patience};
 use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
@@ -54,7 +53,7 @@ pub struct TargetLink<'a> {
     pub granted_ram_bytes: u64,
     /// Waits, bounded in time, for the session's next data stream. Called `hello.streams` times, after the source was told to go on.
     pub streams: &'a mut dyn FnMut() -> std::io::Result<DataStream>,
-    pub registry: &'a dyn Registry,
+    pub registry: &'a Registry,
     pub progress: &'a dyn Fn(Progress),
     pub cancel: &'a CancelFlag,
 }
@@ -123,8 +122,7 @@ pub fn receive(
     }
     let result = accepted(&mut link, &memory, vm);
     if result.is_err() {
-        // For as long as a source asks.
-        handover::give_up(&link, patience(RESOLVE_LIMIT));
+        handover::give_up(&link);
     }
     let mut received = result?;
     received.duration_ms = started.elapsed().as_secs_f64() * 1000.0;

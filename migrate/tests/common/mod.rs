@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use migrate::{
-    DataStream, FileRegistry, Hello, ReceiveError, Received, TargetLink, TargetMemory, TargetVm, VmError,
+    DataStream, Hello, ReceiveError, Received, Registry, TargetLink, TargetMemory, TargetVm, VmError,
     answer_resolve, read_hello, receive,
 };
 
@@ -105,7 +105,7 @@ impl Target {
         let (vm, cancel, stop) =
             (TestVm::default(), Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let place = Place::new();
-        let registry = FileRegistry::new(&place.path().join("sessions")).unwrap();
+        let registry = Registry::new(&place.path().join("sessions")).unwrap();
         let (done, result) = channel();
         let daemon =
             Daemon { listener, memory, vm: vm.clone(), cancel: cancel.clone(), stop: stop.clone(), registry };
@@ -147,7 +147,7 @@ struct Daemon {
     vm: TestVm,
     cancel: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
-    registry: FileRegistry,
+    registry: Registry,
 }
 
 impl Daemon {

@@ -11,7 +11,6 @@ use std::time::Duration;
 use super::{SESSION_MAX, Story, TARGET};
 use crate::cancel::CancelFlag;
 use crate::hello::{Hello, RefuseKind, SessionHello, read_hello, refuse};
-use crate::registry::Registry;
 use crate::resolve::answer_resolve;
 use crate::session::SessionId;
 use crate::sim::engine::EngineHandle;
@@ -150,7 +149,7 @@ impl Story {
         };
         self.coverage.borrow_mut().target(how);
         let record = fs::content(&record_of(session));
-        let committed = record.as_deref() == Some(b"COMMIT \n".as_slice());
+        let committed = record.is_some_and(|bytes| bytes.starts_with(b"COMMIT \n"));
         assert!(started || !committed, "it has not been started, and is recorded as running here");
         assert_eq!(
             result.is_ok(),

@@ -39,13 +39,26 @@ pub(super) fn draw(target: Option<(Step, Class)>) -> Vec<Planned> {
         };
         plan.push(Planned { step, later: later(), fault });
     }
-    if random.one_in(8) && !plan.iter().any(|planned| matches!(planned.fault, Fault::Disk { .. })) {
+    if random.one_in(8) {
         // The commit may come when it has been asked for already, and still in time.
         plan.push(Planned {
             step: Step::CommitSent,
             later: Later::Now,
             fault: Fault::Silence { silent: [true, false], lasts: Duration::from_secs(14) },
         });
+    }
+    if random.one_in(8) {
+        // The source asks while the target finds out that the VM cannot run there.
+        let step = random.pick(&[Step::CommitSent, Step::Recorded]);
+        let disk = Fault::Disk { skip: random.below(4) as u32, count: 1 + random.below(4) as u32 };
+        let trouble = random.pick(&[disk, Fault::Fails(Chore::Start), Fault::HostCrashes]);
+        plan.push(Planned { step, later: Later::Now, fault: trouble });
+        let away = random.pick(&[
+            Fault::Cut { all: true },
+            Fault::Silence { silent: [false, true], lasts: Duration::from_secs(14) },
+        ]);
+        let soon = Later::Time(world().delay(Duration::from_millis(20)));
+        plan.push(Planned { step, later: soon, fault: away });
     }
     world().note(|| format!("planned: {plan:?}"));
     plan
