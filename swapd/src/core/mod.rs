@@ -54,9 +54,7 @@ const SLOT_SHARE: u64 = 16;
 const _: () = assert!(SLOTS_MIN >= 4 * IO_PAGES_MAX as u64, "staging must hold several batches");
 const _: () = assert!(BUDGET_MIN >= SLOTS_MIN, "the smallest budget must cover a full staging area");
 
-/// Of these, 2 MiB blocks for samples of huge pages: one for so many pages of memory.
-const BLOCK_SHARE: u64 = 32_768;
-const BLOCKS_MIN: u64 = 2;
+/// Blocks of slots for samples of huge pages: as many as are out at full pace.
 const BLOCKS_MAX: u64 = 16;
 
 /// Staging slots for a memory of so many pages: whole blocks of them.
@@ -66,7 +64,7 @@ pub fn staging_slots(pages: u64) -> u32 {
 
 /// Blocks of slots beside them, for huge pages.
 pub fn staging_blocks(pages: u64) -> u32 {
-    (pages / BLOCK_SHARE).clamp(BLOCKS_MIN, BLOCKS_MAX) as u32
+    (pages / u64::from(BLOCK_PAGES)).min(BLOCKS_MAX) as u32
 }
 
 /// Page numbers are spread well by one multiplication.
