@@ -197,12 +197,16 @@ fn prealloc_takes_the_frames_at_start() {
 fn samples_find_the_pages_in_use() {
     let Some(vm) = start(32 * MIB, 32 * MIB) else { return };
     vm.write_all(1);
+    // A sample may have been out while that was written.
+    let before = vm.heat();
     let hot = 0..vm.pages() / 4;
     let heat = Patience::default().until("samples were touched", || {
         hot.clone().for_each(|page| assert!(vm.is_right(PageNo(page), 1)));
         (vm.stats().sampling.touched > 500).then(|| vm.heat())
     });
-    let warm = |pages: std::ops::Range<u64>| pages.filter(|page| heat[*page as usize] > 0).count();
+    let warm = |pages: std::ops::Range<u64>| {
+        pages.filter(|page| heat[*page as usize] > before[*page as usize]).count()
+    };
     let (inside, outside) = (warm(hot), warm(vm.pages() / 2..vm.pages()));
     assert!(
         inside > 500 && outside < inside / 10,
@@ -254,8 +258,8 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     (0..blocks).step_by(2).for_each(|block| assert!(vm.is_zero(PageNo(block * 512 + 77))));
     vm.write_all(1);
     let had = huge_blocks();
-    // Two of them may be out as samples.
-    if had < blocks - 2 {
+    // Some of them may be out as samples.
+    if had < blocks - 16 {
         return common::skipped(&format_args!("the host had {had} huge pages, not {blocks}"));
     }
     assert_eq!(vm.stats().frames_bytes, MEMORY);
@@ -263,8 +267,11 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
         assert_eq!(vm.mismatches(1), 0);
         (vm.stats().sampling.touched > 8 * 512).then_some(())
     });
-    // All but those that are out at this moment.
-    Patience::default().until("all huge pages are back", || (huge_blocks() == blocks).then_some(()));
+    // What has been touched is not out, until the next tick.
+    Patience::default().until("all huge pages are back", || {
+        assert_eq!(vm.mismatches(1), 0);
+        (huge_blocks() == blocks).then_some(())
+    });
 
     // Of what is given back singly, the host has the frames: the rest is a huge page no more.
     let handle = vm.handle();
@@ -273,11 +280,18 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     assert_ne!(is_of_huge_page(&vm, PageNo(999)), Some(true));
     assert!(vm.is_zero(PageNo(1001)) && vm.is_right(PageNo(999), 1) && vm.is_right(PageNo(1003), 1));
     // A block given back whole comes again as a huge page.
-    handle.discard(Run::new(PageNo(2048), 512)).unwrap();
-    assert_eq!(vm.stats().frames_bytes, MEMORY - 2 * MIB);
+    Patience::default().until("the frames of a block are given back", || {
+        // It may be out as a sample: then they are kept for others.
+        vm.is_zero(PageNo(2048));
+        handle.discard(Run::new(PageNo(2048), 512)).unwrap();
+        (vm.stats().frames_bytes == MEMORY - 2 * MIB).then_some(())
+    });
     assert!(vm.is_zero(PageNo(2048)));
-    Patience::default()
-        .until("the other blocks are huge pages", || (huge_blocks() == blocks - 1).then_some(()));
+    Patience::default().until("the other blocks are huge pages", || {
+        // All of them, but for what was given back.
+        vm.mismatches(1);
+        (huge_blocks() == blocks - 1).then_some(())
+    });
 
     // A smaller budget takes them to pieces; nothing of them is lost.
     handle.set_budget(MEMORY / 2).unwrap();
