@@ -87,6 +87,42 @@ fn cost_when_everything_fits() {
     }
 }
 
+/// The same of a guest that has arrived by migration, with RAM for all of its memory.
+#[test]
+#[ignore = "a measurement: scripts/bench-qemu"]
+fn cost_after_a_move_when_everything_fits() {
+    for qemu in versions() {
+        let machine = Machine::new("512M").run("checker memory 200M 40; checker bench 8");
+        let mut scores = [Vec::new(), Vec::new()];
+        for _ in 0..TURNS {
+            for (side, scores) in scores.iter_mut().enumerate() {
+                let (host, mut there) = (Host::new("qemu-moves"), Host::new("qemu-moved"));
+                let rules = there.root.join("rules.toml").display().to_string();
+                std::fs::write(&rules, "").expect("a file of rules");
+                let daemon = there.start_daemon("127.0.0.1:0", "512M", &["--qemu-rules", &rules]);
+                let command =
+                    if side == 0 { plain(&qemu, &machine) } else { managed(&host, &qemu, "512M", &machine) };
+                let guest = Guest::start(command);
+                guest.wait_for("checker memory round=1", BOOT);
+                if side == 1 {
+                    let said = host.vmemd(&["migrate", "vm", "--to", &daemon.1]);
+                    assert_eq!(said.code, 0, "{said:?}");
+                }
+                let line = guest.wait_for("checker bench done", BOOT + JOB);
+                scores.push(field::<f64>(&line, "score"));
+                if side == 1 {
+                    assert_eq!(there.vmemd(&["stop", "vm"]).code, 0);
+                }
+            }
+        }
+        let scores = scores.map(Figure);
+        eprintln!("QEMU {} behind a move, {TURNS} turns: median (range)", qemu.version);
+        eprintln!("  score, plain {}, vmemd {}", scores[0].shown(), scores[1].shown());
+        let slower = scores[0].median() / scores[1].median() - 1.0;
+        verdict(&format!("  slower by {:.1} %", slower * 100.0), "at most 3 %", slower <= 0.03);
+    }
+}
+
 /// In half of its memory: vmemd against a memory cgroup with a swap file on the same disk.
 #[test]
 #[ignore = "a measurement: scripts/bench-qemu"]

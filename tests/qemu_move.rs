@@ -158,6 +158,36 @@ fn a_vm_moves_to_another_daemon_and_back() {
     }
 }
 
+/// Huge pages of anonymous memory that a process has mapped, in MiB.
+fn huge_mib(pid: u32) -> u64 {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let line = smaps.lines().find_map(|line| line.strip_prefix("AnonHugePages:")).unwrap_or("0 kB");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") / 1024
+}
+
+#[test]
+fn a_vm_that_fits_has_huge_pages_again_when_it_has_arrived() {
+    let mode = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    if mode.is_empty() || mode.contains("[never]") {
+        return common::skipped(&"no transparent huge pages");
+    }
+    let Some(qemu) = qemus().into_iter().next() else { return };
+    let (here, mut there) = (Host::new("qhuge"), Host::new("qhuge-there"));
+    let (_daemon, address) = serve(&mut there, "127.0.0.1:0", "256M", "");
+    let mut guest = start(&here, &qemu, &Machine::new("256M").run("checker memory 150M 1000000"), &[]);
+    guest.wait_for("checker memory round=1", BOOT);
+    migrate(&here, &address);
+    assert!(guest.wait_end(JOB).success(), "{}", guest.log());
+    let stat = there.wait_state("db", "running");
+    let pid = stat["pid"].as_u64().expect("a number") as u32;
+    // The rest has holes, or pages in the store.
+    wait_for("huge pages", || (huge_mib(pid) >= 130).then_some(()));
+    wait_more(&guest, "checker memory round=", 2);
+    let rounds = guest.lines().into_iter().filter(|line| line.starts_with("checker memory round="));
+    assert!(rounds.into_iter().all(|line| field::<u64>(&line, "mismatched") == 0));
+    stop(&there);
+}
+
 #[test]
 fn what_is_not_there_at_the_target_is_told_before_a_byte_moves() {
     let Some(qemu) = qemus().into_iter().next() else { return };

@@ -108,6 +108,10 @@ pub(crate) enum Command {
         base: usize,
         reply: oneshot::Sender<Result<(), StartError>>,
     },
+    /// The host has done what it could to put this in huge pages.
+    Collapsed {
+        run: Run,
+    },
 }
 
 /// Cheap to clone; safe to use from any thread.

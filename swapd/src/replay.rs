@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use crate::core::{Action, Core, CoreConfig, Event, IoId, PageOut};
 use crate::stats::Stats;
 use crate::table::PageState;
-use crate::units::{PageNo, Run, SlotRun};
+use crate::units::{BLOCK_PAGES, PageNo, Run, SlotRun};
 
 /// How time passes, in touches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -207,6 +207,12 @@ impl Replay {
                     self.core.handle(Event::MovedIn { run, slots, moved: run.len });
                 }
                 Action::MoveOut { run, slots, .. } => self.move_out(run, slots),
+                Action::Collapse { run } => {
+                    for start in (0..run.len).step_by(BLOCK_PAGES as usize) {
+                        let block = run.part(start, BLOCK_PAGES);
+                        self.core.handle(Event::Collapsed { block, huge: true });
+                    }
+                }
                 Action::FillBlock { run } => self.core.handle(Event::Filled { run, huge: true }),
                 Action::Read { io, run, .. } => {
                     self.pages_read += u64::from(run.len);

@@ -300,7 +300,14 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     let stats = vm.stats();
     assert!(stats.frames_bytes <= MEMORY / 2 && stats.store.pages_written > 0, "{stats:?}");
     handle.set_budget(MEMORY).unwrap();
+    // What has come back in single frames is put together again, also where it has been tracked.
+    handle.track_writes(true).unwrap();
     assert_eq!(vm.mismatches(2), 0);
+    handle.track_writes(false).unwrap();
+    Patience::default().until("huge pages again", || {
+        assert_eq!(vm.mismatches(2), 0);
+        (huge_blocks() == blocks).then_some(())
+    });
 }
 
 #[test]

@@ -62,6 +62,11 @@ pub enum Event<'a> {
         run: Run,
         huge: bool,
     },
+    /// Answer to [`Action::Collapse`], for each block of it; `huge`: it is in one huge page now.
+    Collapsed {
+        block: Run,
+        huge: bool,
+    },
     /// Answer to [`Action::ScanWritten`]: present pages written since the last scan.
     Written {
         ticket: Ticket,
@@ -150,6 +155,10 @@ pub enum Action {
     },
     /// Zeros for a whole block, from the host straight to the guest, in one huge page if it has one. Answered by `Filled`.
     FillBlock {
+        run: Run,
+    },
+    /// Whole blocks in single frames, all in the guest: have the host put huge pages in the place of these. Answered by `Collapsed`.
+    Collapse {
         run: Run,
     },
     /// Part of a huge page is given back next, this page with it: have the host take it to pieces, so that what is given

@@ -138,6 +138,7 @@ impl Core {
             // While huge pages still find the way back to where they were.
             self.end_sampling();
             self.actions.push_back(Action::HugePages(!covered));
+            self.begin_collapse(false);
         }
         self.marks = Watermarks::of(frames, self.table.pages(), self.staging.slots());
         self.budget_waiters.push(ticket);

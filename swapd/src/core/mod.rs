@@ -11,6 +11,7 @@
 mod event;
 mod fault;
 mod frames;
+mod huge;
 mod io;
 mod latch;
 mod pageout;
@@ -123,6 +124,7 @@ pub struct Core {
     prefetcher: Prefetcher,
     prefetching: bool,
     sampler: Sampler,
+    collapse: huge::Pass,
     ios: Ios,
     /// Pages that vCPUs wait for.
     waiting: PageMap<FaultKind>,
@@ -197,6 +199,7 @@ impl Core {
             prefetcher: Prefetcher::new(config.pages),
             prefetching: true,
             sampler: Sampler::default(),
+            collapse: huge::Pass::default(),
             ios: Ios::default(),
             waiting: PageMap::default(),
             deferred: VecDeque::new(),
@@ -244,6 +247,7 @@ impl Core {
             Event::MovedIn { run, slots, moved } => self.moved_in(run, slots, moved),
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
             Event::Filled { run, huge } => self.filled(run, huge),
+            Event::Collapsed { block, huge } => self.collapsed(block, huge),
             Event::Written { ticket, runs } => self.written(ticket, runs),
             Event::Request { ticket, request } => self.request(ticket, request),
         }
@@ -261,7 +265,7 @@ impl Core {
             || !self.evict_waiters.is_empty()
             || !self.budget_waiters.is_empty()
             || (scarce_since && self.sampler.is_out());
-        if waits {
+        if waits || self.is_collapsing() {
             1
         } else if self.may_sample() {
             self.sampler.interval()
@@ -281,6 +285,7 @@ impl Core {
             self.reread();
         }
         self.tick_latch();
+        self.collapse();
         self.sample();
         self.write_all_behind();
     }

@@ -234,6 +234,8 @@ impl Core {
             && self.left_while_tracked.is_none()
             && self.receiving.is_none()
             && self.latch.is_none()
+            // A block of which a part is out stays as it is.
+            && !self.is_collapsing()
     }
 
     pub(super) fn sample(&mut self) {

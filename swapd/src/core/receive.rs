@@ -223,6 +223,7 @@ impl Core {
             self.actions.push_back(Action::Answer { ticket, answer: Err(error) });
         } else if (in_motion == 0 && self.ios.is_idle()) || mutant!(FinishesReceivingEarly) {
             let receiving = self.receiving.take().expect("still receiving");
+            self.begin_collapse(false);
             let placed = Placed {
                 pages_ram: self.table.count(PageState::Resident),
                 pages_store: self.table.count(PageState::Stored),

@@ -19,6 +19,7 @@ impl Core {
             self.actions.push_back(Action::ArmTracking);
         } else {
             self.left_while_tracked = None;
+            self.begin_collapse(true);
         }
         Response::Done
     }

@@ -59,6 +59,8 @@ pub(crate) struct Memory {
     own: Option<Area>,
     staging: Area,
     lock: bool,
+    /// Its administrator wants huge pages where they are asked for: `MADV_COLLAPSE` does not look.
+    collapses: bool,
     /// Whether guest memory may have huge pages.
     huge: AtomicBool,
 }
@@ -75,8 +77,14 @@ impl Memory {
     pub(super) fn external(regions: &[u64], slots: u32, lock: bool) -> Result<Self, String> {
         let staging = reserve(Self::staging_bytes(slots), "staging")?;
         prepare(staging.base, staging.len, lock, libc::MADV_NOHUGEPAGE)?;
-        let memory =
-            Memory { regions: Regions::new(regions), own: None, staging, lock, huge: AtomicBool::new(false) };
+        let memory = Memory {
+            regions: Regions::new(regions),
+            own: None,
+            staging,
+            lock,
+            collapses: host_has_huge(),
+            huge: AtomicBool::new(false),
+        };
         // As above: nothing is lost on a kernel without huge pages.
         let _ = advise(memory.bay(), BLOCK, libc::MADV_HUGEPAGE);
         Ok(memory)
@@ -117,6 +125,16 @@ impl Memory {
         self.huge.store(allowed, Ordering::Relaxed);
         for (part, at) in self.pages().flat_map(|run| self.mapped_parts(run)) {
             let _ = advise(at, part.bytes(), self.huge_advice());
+        }
+    }
+
+    /// Has the host put huge pages in the place of single frames, as far as it has some. The guest may touch them meanwhile, and
+    /// waits for as long as one is copied; the engine may move them.
+    pub(super) fn collapse(&self, at: usize, len: usize) {
+        const MADV_COLLAPSE: libc::c_int = 25;
+        if self.collapses {
+            // A kernel before 6.1 cannot; none can where a page is pinned.
+            let _ = advise(at, len, MADV_COLLAPSE);
         }
     }
 
@@ -285,4 +303,9 @@ fn prepare(base: usize, len: usize, lock: bool, huge: libc::c_int) -> Result<(),
         let _ = advise(base, len, advice);
     }
     if lock { lock_on_fault(base, len) } else { Ok(()) }
+}
+
+fn host_has_huge() -> bool {
+    let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    setting.is_ok_and(|setting| !setting.contains("[never]"))
 }

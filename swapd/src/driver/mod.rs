@@ -176,6 +176,7 @@ impl Driver {
                 let _ = reply.send(self.attach(region, base));
                 return;
             }
+            Command::Collapsed { run } => return self.collapsed(run),
         };
         let held = match &request {
             Request::RecordFaults(on) => {
@@ -223,6 +224,7 @@ impl Driver {
             Action::MoveOut { run, slots, digest } => self.move_out(run, slots, digest),
             Action::Prepare { slots, fresh } => self.memory.zero_slots(slots, fresh),
             Action::FillBlock { run } => self.fill_block(run),
+            Action::Collapse { run } => self.collapse(run),
             Action::Split { page } => self.split(page),
             Action::HugePages(allowed) => self.memory.allow_huge(allowed),
             Action::Copy { from, to } => self.memory.copy_slot(from, to),
@@ -293,6 +295,29 @@ impl Driver {
             assert!(tries < BAY_TRIES, "a frame that nobody else has ever seen cannot be moved");
         }
         self.core.handle(Event::Filled { run, huge: self.faults.is_huge(to, len) });
+    }
+
+    /// By a thread for it alone: on a busy host a huge page takes its time.
+    fn collapse(&mut self, run: Run) {
+        let parts: Vec<_> = self.memory.mapped_parts(run).map(|(part, at)| (at, part.bytes())).collect();
+        // Pages that are protected since they were tracked would stay as they are.
+        parts.iter().for_each(|(at, len)| self.faults.end_tracking(*at, *len));
+        let (memory, mailbox) = (self.memory.clone(), self.mailbox.clone());
+        let work = move || {
+            parts.iter().for_each(|(at, len)| memory.collapse(*at, *len));
+            mailbox.send(Command::Collapsed { run });
+        };
+        if let Err(error) = std::thread::Builder::new().name("vmemd-huge".into()).spawn(work) {
+            tracing::debug!(%error, "no thread to put huge pages together");
+            self.collapsed(run);
+        }
+    }
+
+    fn collapsed(&mut self, run: Run) {
+        for block in (0..run.len).step_by(BLOCK_PAGES as usize).map(|start| run.part(start, BLOCK_PAGES)) {
+            let huge = self.faults.is_huge(self.memory.page(block.start), block.bytes());
+            self.event(Event::Collapsed { block, huge });
+        }
     }
 
     /// The page goes to the bay, and is given back from there. If it is pinned by I/O, its huge page stays whole, and the host has

@@ -172,6 +172,12 @@ impl Faults {
         })
     }
 
+    /// Writes to these pages, which are in the guest, are not noted until they are scanned again.
+    pub(super) fn end_tracking(&self, at: usize, len: usize) {
+        // If it fails, they are noted.
+        let _ = self.uffd.remove_write_protection(at as *mut _, len, false);
+    }
+
     /// Whether one huge page is mapped at this block. No, if the kernel does not say.
     pub(super) fn is_huge(&self, block: usize, len: usize) -> bool {
         let mut region = PageRegion::default();

@@ -210,7 +210,7 @@ impl Cause {
             Event::MovedIn { .. } => Cause::MovedIn,
             Event::MovedOut { .. } => Cause::MovedOut,
             Event::Filled { .. } => Cause::Filled,
-            Event::Written { .. } => Cause::Other,
+            Event::Collapsed { .. } | Event::Written { .. } => Cause::Other,
             Event::Request { request, .. } => match request {
                 Request::SetBudget(_) => Cause::SetBudget,
                 Request::Discard(_) => Cause::Discard,

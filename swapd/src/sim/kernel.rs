@@ -5,7 +5,7 @@ use super::coverage::{Cause, Fault, Outcome};
 use crate::core::{Action, Event, PageOut};
 use crate::driver::moves::{self, Moved};
 use crate::table::PageState;
-use crate::units::{PageNo, Run, Slot, SlotRun, runs_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
 
 /// The guest's page table entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,6 +29,8 @@ pub(super) struct Kernel {
     pins: Vec<(PageNo, u64)>,
     /// Faults that nobody has read.
     pub(super) faults: Vec<PageNo>,
+    /// What is being put in huge pages.
+    pub(super) collapsing: Option<Run>,
 }
 
 impl Kernel {
@@ -40,6 +42,7 @@ impl Kernel {
             written: vec![false; pages],
             pins: Vec::new(),
             faults: Vec::new(),
+            collapsing: None,
         }
     }
 
@@ -118,6 +121,16 @@ impl Sim {
                 self.wake(run);
                 let huge = !self.random.one_in(4);
                 self.hand(Event::Filled { run, huge });
+            }
+            Action::Collapse { run } => {
+                assert!(
+                    run.start.0.is_multiple_of(u64::from(BLOCK_PAGES)) && run.len.is_multiple_of(BLOCK_PAGES)
+                );
+                for page in run.indices() {
+                    let here = matches!(self.kernel.guest[page], Entry::Frame(_));
+                    assert!(here, "page {page} is to be part of a huge page, and has no frame");
+                }
+                assert_eq!(self.kernel.collapsing.replace(run), None, "one at a time");
             }
             Action::Split { page } => {
                 let here = matches!(self.kernel.guest[page.index()], Entry::Frame(_));

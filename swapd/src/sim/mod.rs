@@ -25,7 +25,7 @@ use crate::table::PageState;
 use crate::units::{BLOCK_PAGES, PageNo};
 use disk::Disk;
 use guest::{Access, Guest};
-use kernel::Kernel;
+use kernel::{Entry, Kernel};
 use operator::Asked;
 use oracle::Oracle;
 use random::Random;
@@ -208,6 +208,14 @@ impl Sim {
     }
 
     fn tick(&mut self) {
+        if let Some(run) = self.kernel.collapsing.take() {
+            for start in (0..run.len).step_by(BLOCK_PAGES as usize) {
+                let block = run.part(start, BLOCK_PAGES);
+                let there = |page| matches!(self.kernel.guest[page], Entry::Frame(_));
+                let huge = block.indices().all(there) && self.random.one_in(2);
+                self.event(Event::Collapsed { block, huge });
+            }
+        }
         let ticks = 1 + self.random.below(20);
         self.event(Event::Tick { ticks });
     }
