@@ -167,8 +167,7 @@ fn huge_mib(pid: u32) -> u64 {
 
 #[test]
 fn a_vm_that_fits_has_huge_pages_again_when_it_has_arrived() {
-    let mode = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
-    if mode.is_empty() || mode.contains("[never]") {
+    if swapd::huge_page_mode().is_none_or(|mode| mode == "never") {
         return common::skipped(&"no transparent huge pages");
     }
     let Some(qemu) = qemus().into_iter().next() else { return };

@@ -138,9 +138,7 @@ fn lock_limit() -> Check {
 }
 
 fn huge_pages() -> Check {
-    let modes = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
-    let mode = modes.ok().and_then(|modes| Some(modes.split_once('[')?.1.split_once(']')?.0.to_owned()));
-    let outcome = match mode.as_deref() {
+    let outcome = match swapd::huge_page_mode().as_deref() {
         Some("never") => Err("switched off".to_owned()),
         Some(mode) => Ok(mode.to_owned()),
         None => Err("not in this kernel".to_owned()),

@@ -17,7 +17,7 @@ pub mod stats;
 pub mod table;
 pub mod units;
 
-pub use driver::{Engine, EngineConfig, Notice, StartError, StoreConfig, lock_limit};
+pub use driver::{Engine, EngineConfig, Notice, StartError, StoreConfig, huge_page_mode, lock_limit};
 pub use handle::{
     Answer, Arrival, CommandError, EngineHandle, FaultsSeen, Piece, Place, Placed, SeenFault, answered,
 };

@@ -247,8 +247,7 @@ fn is_of_huge_page(vm: &common::Vm, page: PageNo) -> Option<bool> {
 #[test]
 fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     const MEMORY: u64 = 64 * MIB;
-    let mode = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
-    if mode.is_empty() || mode.contains("[never]") {
+    if swapd::huge_page_mode().is_none_or(|mode| mode == "never") {
         return common::skipped(&"no transparent huge pages");
     }
     let Some(vm) = start(MEMORY, MEMORY) else { return };

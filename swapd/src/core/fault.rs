@@ -188,7 +188,7 @@ impl Core {
     fn fill(&mut self, page: PageNo) -> bool {
         let block = self.table.run_around(page, PageState::Untouched, self.table.block_of(page));
         if self.may_fill_whole(block) {
-            self.fill_run(block);
+            self.fill_whole(block);
             return true;
         }
         let plenty = self.budget.saturating_sub(self.taken) > u64::from(self.marks.goal());
@@ -219,21 +219,25 @@ impl Core {
         let spare = self.available().saturating_sub(u64::from(self.marks.goal()));
         let pages = run.pages().filter(|page| self.table.state(*page) == PageState::Untouched);
         let runs: Vec<_> = runs_of(pages.take(spare as usize), run.len).collect();
-        runs.into_iter().for_each(|run| self.fill_run(run));
+        for run in runs {
+            if self.may_fill_whole(run) { self.fill_whole(run) } else { self.fill_run(run) }
+        }
         Response::Done
     }
 
     /// Huge pages are for memory that need not be paged: to take a part out of one costs as much as some hundred moves.
     fn may_fill_whole(&self, run: Run) -> bool {
-        self.covers() && run.len == BLOCK_PAGES && self.budget - self.taken >= u64::from(BLOCK_PAGES)
+        let whole = run.len == BLOCK_PAGES && run == self.table.block_of(run.start);
+        whole && self.covers() && self.budget - self.taken >= u64::from(BLOCK_PAGES)
+    }
+
+    fn fill_whole(&mut self, run: Run) {
+        run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
+        self.taken += if mutant!(MiscountsBlocks) { 1 } else { u64::from(run.len) };
+        self.actions.push_back(Action::FillBlock { run });
     }
 
     fn fill_run(&mut self, mut run: Run) {
-        if self.may_fill_whole(run) {
-            run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
-            self.taken += if mutant!(MiscountsBlocks) { 1 } else { u64::from(run.len) };
-            return self.actions.push_back(Action::FillBlock { run });
-        }
         while run.len > 0 {
             let Some(taken) = self.take_fresh(run.len).or_else(|| self.take_frames(run.len)) else { return };
             let (part, slots) = (run.part(0, taken.slots.len), taken.slots);

@@ -73,13 +73,19 @@ fn answers(actions: &[Action]) -> usize {
     actions.iter().filter(|action| matches!(action, Action::Answer { .. })).count()
 }
 
-#[test]
-fn a_pinned_page_is_evicted_at_the_next_tick_not_at_once_again_and_again() {
+/// A page was to leave, and could not.
+fn evicting_a_pinned_page() -> Core {
     let mut core = core();
     actions(&mut core, Event::Fault(PAGE));
     core.handle(Event::Request { ticket: Ticket(1), request: Request::Evict(Run::one(PAGE)) });
     let Some(Action::MoveOut { run, slots, .. }) = core.next_action() else { panic!("it is to leave") };
     core.handle(Event::MovedOut { run, slots, pages: &[PageOut::Pinned] });
+    core
+}
+
+#[test]
+fn a_pinned_page_is_evicted_at_the_next_tick_not_at_once_again_and_again() {
+    let mut core = evicting_a_pinned_page();
     assert!(core.next_action().is_none(), "tried again while nothing can have changed");
     core.handle(Event::Tick { ticks: 1 });
     assert!(matches!(core.next_action(), Some(Action::MoveOut { .. })));
@@ -87,12 +93,8 @@ fn a_pinned_page_is_evicted_at_the_next_tick_not_at_once_again_and_again() {
 
 #[test]
 fn a_late_fault_finds_no_page_that_is_about_to_leave() {
-    let mut core = core();
-    actions(&mut core, Event::Fault(PAGE));
-    // It cannot leave now, and waits.
-    core.handle(Event::Request { ticket: Ticket(1), request: Request::Evict(Run::one(PAGE)) });
-    let Some(Action::MoveOut { run, slots, .. }) = core.next_action() else { panic!("it is to leave") };
-    core.handle(Event::MovedOut { run, slots, pages: &[PageOut::Pinned] });
+    // It waits.
+    let mut core = evicting_a_pinned_page();
     // Two faults at once: the move would come between them.
     core.handle(Event::Fault(PageNo(200)));
     core.handle(Event::Fault(PAGE));

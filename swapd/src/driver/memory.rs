@@ -82,7 +82,7 @@ impl Memory {
             own: None,
             staging,
             lock,
-            collapses: host_has_huge(),
+            collapses: huge_page_mode().is_some_and(|mode| mode != "never"),
             huge: AtomicBool::new(false),
         };
         // As above: nothing is lost on a kernel without huge pages.
@@ -305,7 +305,8 @@ fn prepare(base: usize, len: usize, lock: bool, huge: libc::c_int) -> Result<(),
     if lock { lock_on_fault(base, len) } else { Ok(()) }
 }
 
-fn host_has_huge() -> bool {
-    let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
-    setting.is_ok_and(|setting| !setting.contains("[never]"))
+/// What this host's administrator has set for transparent huge pages (`always`, `madvise`, `never`); none if its kernel has none.
+pub fn huge_page_mode() -> Option<String> {
+    let modes = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
+    Some(modes.split_once('[')?.1.split_once(']')?.0.to_owned())
 }

@@ -26,6 +26,7 @@ pub use engine::{Engine, EngineConfig, Notice, StartError, StoreConfig};
 pub use locking::lock_limit;
 pub(crate) use mailbox::Mailbox;
 pub(crate) use memory::Memory;
+pub use memory::huge_page_mode;
 
 use std::collections::HashMap;
 use std::fs::File;
