@@ -95,6 +95,9 @@ mod planted {
         AnswersBudgetEarly,
         /// Frames above a lowered budget stay.
         KeepsFramesAboveBudget,
+        // ── huge pages ──
+        /// Pages are taken out as samples while the host puts them together.
+        SamplesWhileCollapsing,
         // ── migration ──
         /// Held pages leave the guest.
         EvictsHeldPages,

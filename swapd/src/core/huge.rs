@@ -43,8 +43,10 @@ impl Core {
         self.covers() && self.left_while_tracked.is_none() && self.receiving.is_none()
     }
 
+    /// Also while the host is at the last blocks: at the first that misses a page it leaves those behind it as they are.
     pub(super) fn is_collapsing(&self) -> bool {
-        self.collapse.next.is_some() && self.could_collapse()
+        let under_way = !mutant!(SamplesWhileCollapsing) && self.collapse.under_way > 0;
+        (self.collapse.next.is_some() || under_way) && self.could_collapse()
     }
 
     /// The next blocks that are next to each other.

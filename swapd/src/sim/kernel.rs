@@ -259,6 +259,10 @@ impl Sim {
 
     fn move_out(&mut self, run: Run, slots: SlotRun, digest: bool) {
         self.trace.add("move out", run, Some(slots), None);
+        let (table, fits) = (self.core.table(), self.core.budget_frames() >= self.pages);
+        let spoilt = self.kernel.collapsing.is_some_and(|at| fits && at.contains(run.start));
+        let sampled = table.state(run.start) == PageState::Sampled;
+        assert!(!(spoilt && sampled), "{run:?} is sampled while it is put together");
         let mut out = Vec::with_capacity(run.len as usize);
         for (page, slot) in run.pages().zip(slots.slots()) {
             self.pin_at_random(page);

@@ -208,7 +208,7 @@ impl Sim {
     }
 
     fn tick(&mut self) {
-        if let Some(run) = self.kernel.collapsing.take() {
+        if let Some(run) = self.kernel.collapsing.take_if(|_| self.random.one_in(2)) {
             for start in (0..run.len).step_by(BLOCK_PAGES as usize) {
                 let block = run.part(start, BLOCK_PAGES);
                 let there = |page| matches!(self.kernel.guest[page], Entry::Frame(_));
