@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::mpsc::RecvTimeoutError;
 
-use common::{Host, cannot_run_vms, lives, not_root, signal, wait_for};
+use common::{Host, cannot_run_vms, freeze, lives, not_root, signal, wait_for};
 use serde_json::Value;
 
 const GUEST: &str = "rewrite:working-set=40M,rate=400M";
@@ -171,7 +171,7 @@ fn ctrl_c_of_migrate_or_its_death_leaves_the_vm_where_it_was() {
     let _run = host.start_vm("web", GUEST);
     for number in [libc::SIGINT, libc::SIGKILL] {
         // A target that accepts and then says nothing.
-        daemon.signal(libc::SIGSTOP);
+        freeze(daemon.pid());
         let mut migrate = host.start(&["migrate", "web", "--to", &address]);
         host.wait_state("web", "migrating");
         migrate.signal(number);
@@ -204,7 +204,7 @@ fn start_frozen_migration(host: &mut Host, address: &str) -> (common::Running, u
     host.wait_stat("web", "data on its way", |stat| {
         stat["migration"]["bytes_sent"].as_u64() >= Some(1 << 20)
     });
-    signal(arriving, libc::SIGSTOP);
+    freeze(arriving);
     host.wait_state("web", "migrating");
     (migrate, arriving)
 }

@@ -12,7 +12,9 @@ mod proxy;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Host, LOOKS_IN_VAIN, Random, Running, Said, cannot_run_vms, kill, not_root, signal, wait_for};
+use common::{
+    Host, LOOKS_IN_VAIN, Random, Running, Said, cannot_run_vms, freeze, kill, not_root, signal, wait_for,
+};
 use network::Network;
 use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
@@ -368,7 +370,7 @@ fn what_waits_says_so_and_names_its_limit() {
         assert!(host.vmemd(&["stat", "web"]).out.contains(limit));
     };
     std::thread::scope(|scope| {
-        signal(daemon, libc::SIGSTOP);
+        freeze(daemon);
         let migrating = scope.spawn(|| here.vmemd(&["migrate", "web", "--to", &site.address, "--json"]));
         waits(here, "ACCEPT_LIMIT");
         signal(daemon, libc::SIGCONT);
@@ -382,7 +384,7 @@ fn what_waits_says_so_and_names_its_limit() {
     let (source, daemon) = (site.source.pid(), site.daemon.pid());
     let there = site.there();
     std::thread::scope(|scope| {
-        let stop = move || signal(source, libc::SIGSTOP);
+        let stop = move || freeze(source);
         let plan = Plan {
             at: At::Word(Word::Prepared, 1),
             strike: Strike::Kill,
@@ -395,7 +397,7 @@ fn what_waits_says_so_and_names_its_limit() {
         assert!(site.proxy.wait_for_strike(common::DEADLINE));
         waits(there, "COMMIT_LIMIT");
         let target = children_of(daemon)[0];
-        signal(target, libc::SIGSTOP);
+        freeze(target);
         signal(source, libc::SIGCONT);
         waits(site.here(), "RUNNING_LIMIT");
         signal(target, libc::SIGCONT);

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::{Host, Running, cannot_run_vms, lives, not_root, signal, wait_for};
+use common::{Host, Running, cannot_run_vms, freeze, lives, not_root, signal, wait_for};
 use qemu::{BOOT, Guest, Machine, Network, Qemu, checker, field, on_host};
 use serde_json::Value;
 use vmprocess::size::Size;
@@ -290,6 +290,8 @@ fn a_paused_vm_arrives_paused() {
     {
         let printed = guest.lines().len();
         migrate(from, address);
+        let left = if std::ptr::eq(from, &here) { &ours } else { &theirs };
+        assert!(UnixStream::connect(left).is_err(), "what it held here is free for its return");
         to.wait_state("db", "paused");
         assert_eq!(guest.lines().len(), printed, "it ran");
         // Its disks become its own when it runs.
@@ -321,7 +323,7 @@ fn frozen_migration(here: &mut Host, there: &Host, address: &str) -> (Running, u
         Some(row["pid"].as_u64()? as u32)
     });
     here.wait_stat("db", "data on its way", |stat| stat["migration"]["bytes_sent"].as_u64() >= Some(1 << 20));
-    signal(arriving, libc::SIGSTOP);
+    freeze(arriving);
     here.wait_state("db", "migrating");
     (migrate, arriving)
 }

@@ -19,6 +19,8 @@ use super::{print, print_json};
 const THROTTLE_MAX: u8 = 99;
 /// How long a VM that does not exist is waited for.
 const START_GRACE: Duration = Duration::from_secs(1);
+/// How long the process of a VM that has moved may take to end.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a cancelled migration may take to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 const CANCEL_POLL: Duration = Duration::from_millis(50);
@@ -39,17 +41,22 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
     let mut vm = VmClient::connect_to(dir, &place)?;
     let bar = Bar::new(&args.name);
     let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
-    // Closing the connection is what cancels.
-    drop(vm);
     bar.end();
     match answer {
         Err(failure) if failure.kind == Kind::Interrupted && signals::caught().is_some() => {
+            // Closing the connection is what cancels.
+            drop(vm);
             Err(cancelled(dir, &args.name, &place))
         }
         Err(failure) => Err(failure),
-        Ok(report) if args.json.json => print_json(&report),
         Ok(report) => {
-            print(&summary(&report));
+            if args.json.json {
+                print_json(&report)?;
+            } else {
+                print(&summary(&report));
+            }
+            // What it still holds, such as a monitor's socket, would be in the way of a VM that comes back.
+            let _ = vm.wait_for_end(LEAVE_TIMEOUT);
             Ok(())
         }
     }

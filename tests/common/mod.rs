@@ -72,6 +72,18 @@ pub(crate) fn signal(pid: u32, signal: i32) {
     unsafe { libc::kill(pid as i32, signal) };
 }
 
+/// By SIGSTOP, and sees every thread stand still: those that run go on until they see the signal.
+pub(crate) fn freeze(pid: u32) {
+    signal(pid, libc::SIGSTOP);
+    wait_for("a stopped process to stand still", || {
+        let mut threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.map(|thread| {
+            let stat = fs::read_to_string(thread.ok()?.path().join("stat")).ok()?;
+            Some(stat.rsplit_once(") ")?.1.starts_with(['T', 't']))
+        });
+        threads.all(|stands| stands == Some(true)).then_some(())
+    });
+}
+
 /// By SIGKILL, and sees it die.
 pub(crate) fn kill(pid: u32) {
     signal(pid, libc::SIGKILL);

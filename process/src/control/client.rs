@@ -117,11 +117,13 @@ impl VmClient {
         }
     }
 
-    /// Waits until the VM's process has ended.
+    /// Waits until the VM's process has ended. A signal ends the waiting.
     ///
     /// # Errors
-    /// If it still lives after `timeout`.
+    /// If it still lives after `timeout`, or [`Kind::Interrupted`].
     pub fn wait_for_end(&mut self, timeout: Duration) -> Result<(), Failure> {
+        self.lines.wait(timeout);
+        crate::signals::check()?;
         match self.lines.read::<Reply>(timeout) {
             Err(LineError::Timeout(after)) => Err(Failure::new(
                 Kind::Vm,
