@@ -20,8 +20,8 @@ pub(super) struct Receiving {
     /// Hot pages, and those of them that are in the store.
     hot: u64,
     hot_in_store: u64,
-    /// The source has watched the VM since, and told what it saw.
-    observed: bool,
+    /// What the source told last, having watched the VM, made so many pages hot that are in the store.
+    found_hot: Option<u64>,
     pages_read_before: u64,
     victims_before: u64,
     grants: VecDeque<(Ticket, u32)>,
@@ -47,37 +47,42 @@ impl Core {
             to_come: pages,
             hot: 0,
             hot_in_store: 0,
-            observed: false,
+            found_hot: None,
             pages_read_before: self.counts.pages_read,
             victims_before: self.counts.victims,
             grants: VecDeque::new(),
             finish: None,
         });
-        self.take_heat(heat)
+        self.take_heat(heat)?;
+        Ok(Response::Done)
     }
 
     pub(super) fn update_heat(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
-        let taken = self.take_heat(heat)?;
-        self.receiving.as_mut().expect("checked by take_heat").observed = true;
-        Ok(taken)
+        let found = self.take_heat(heat)?;
+        self.receiving.as_mut().expect("checked by take_heat").found_hot = Some(found);
+        Ok(Response::Done)
     }
 
-    fn take_heat(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
+    /// Returns how many pages in the store it made hot.
+    fn take_heat(&mut self, heat: &[u8]) -> Result<u64, CommandError> {
         let Some(receiving) = &mut self.receiving else { return Err(NOT_RECEIVING) };
         if heat.len() as u64 != self.table.pages() {
             return Err(CommandError::NotNow("the heat map is not of this VM's size"));
         }
         (receiving.hot, receiving.hot_in_store) = (0, 0);
+        let mut found = 0;
         for (page, heat) in (0..).map(PageNo).zip(heat.iter().copied()) {
+            let before = self.table.heat(page);
             // Untouched table entries stay untouched in memory as well.
-            if heat > 0 || self.table.heat(page) > 0 {
+            if heat > 0 || before > 0 {
                 self.table.set_heat(page, heat);
             }
             let stored = matches!(self.table.state(page), PageState::Leaving | PageState::Stored);
             receiving.hot += u64::from(heat >= HOT);
             receiving.hot_in_store += u64::from(heat >= HOT && stored);
+            found += u64::from(heat >= HOT && stored && before < HOT);
         }
-        Ok(Response::Done)
+        Ok(found)
     }
 
     pub(super) fn grant(&mut self, ticket: Ticket, count: u32) -> Option<Result<Response, CommandError>> {
@@ -156,13 +161,14 @@ impl Core {
         let heat = self.table.heat(page);
         let receiving = self.receiving.as_ref().expect("checked by the caller");
         let in_store = self.table.count(PageState::Leaving) + self.table.count(PageState::Stored);
-        let guessed = if receiving.observed { 0 } else { in_store / HOT_UNSEEN_SHARE };
+        // What was found last shows how many are still to be found: none, when the guest has been everywhere it goes.
+        let unseen = receiving.found_hot.unwrap_or(in_store / HOT_UNSEEN_SHARE);
         let facts = Arrivals {
             room: self.budget - reserve,
             // Its own old version makes room.
             in_ram: in_ram - u64::from(matches!(before, PageState::Resident | PageState::Arriving)),
             to_come: receiving.to_come,
-            hot_in_store: receiving.hot_in_store.max(guessed),
+            hot_in_store: receiving.hot_in_store + unseen,
             hot: receiving.hot,
         };
         let to_ram = facts.into_ram(heat, again);

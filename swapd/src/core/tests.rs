@@ -53,11 +53,15 @@ fn receiving(hot: bool) -> Core {
 
 /// A version of the page, with its checksum. Cold ones are written, as long as many more are to come.
 fn arrive(core: &mut Core, sum: u64) -> Vec<Action> {
+    arrive_at(core, PAGE, sum, false)
+}
+
+fn arrive_at(core: &mut Core, page: PageNo, sum: u64, again: bool) -> Vec<Action> {
     let granted = ask(core, Request::GrantFrames(1));
     let [Action::Answer { answer: Ok(Response::Frames(slots)), .. }] = granted[..] else {
         panic!("{granted:?} instead of a frame")
     };
-    let arrival = Arrival { run: Run::one(PAGE), slots, sums: vec![sum], again: false };
+    let arrival = Arrival { run: Run::one(page), slots, sums: vec![sum], again };
     ask(core, Request::Arrive(arrival))
 }
 
@@ -71,6 +75,28 @@ fn io_of(actions: &[Action]) -> IoId {
 
 fn answers(actions: &[Action]) -> usize {
     actions.iter().filter(|action| matches!(action, Action::Answer { .. })).count()
+}
+
+#[test]
+fn while_hot_pages_are_still_found_ram_is_kept_for_those_to_come() {
+    let mut core = receiving(false);
+    let mut heat = vec![0; 256];
+    let place = |core: &mut Core, page: usize, again: bool| {
+        let done = arrive_at(core, PageNo(page as u64), 1, again);
+        if done.iter().any(|action| matches!(action, Action::Write { .. })) {
+            written(core, io_of(&done), Ok(()));
+        }
+    };
+    // The guest is seen to write 12 pages more each time; the last 10 when everything has come.
+    let rounds = [(0..100, 0..12), (100..200, 12..24), (200..256, 24..34)];
+    for (come, hot) in rounds {
+        come.for_each(|page| place(&mut core, page, false));
+        heat[hot].fill(128);
+        ask(&mut core, Request::UpdateHeat(heat.clone()));
+    }
+    (0..34).for_each(|page| place(&mut core, page, true));
+    assert_eq!(core.table.count(PageState::Resident), 54, "34 hot pages, and 20 of those that came last");
+    (0..34).for_each(|page| assert_eq!(core.table.state(PageNo(page)), PageState::Resident, "{page}"));
 }
 
 /// A page was to leave, and could not.
