@@ -91,6 +91,8 @@ mod planted {
         OverspendsBudget,
         /// A block filled at once counts as one frame.
         MiscountsBlocks,
+        /// A page that is copied to the guest takes no frame.
+        MiscountsCopies,
         /// A lower budget is confirmed before it is kept.
         AnswersBudgetEarly,
         /// Frames above a lowered budget stay.

@@ -206,6 +206,9 @@ impl Replay {
                 Action::MoveIn { run, slots } => {
                     self.core.handle(Event::MovedIn { run, slots, moved: run.len });
                 }
+                Action::CopyIn { page, slot } => {
+                    self.core.handle(Event::CopiedIn { page, slot, copied: true });
+                }
                 Action::MoveOut { run, slots, .. } => self.move_out(run, slots),
                 Action::Collapse { run } => {
                     for start in (0..run.len).step_by(BLOCK_PAGES as usize) {

@@ -45,6 +45,12 @@ pub enum Event<'a> {
         io: IoId,
         result: Result<(), IoError>,
     },
+    /// Answer to [`Action::CopyIn`]: not, if the host has no frame for it.
+    CopiedIn {
+        page: PageNo,
+        slot: Slot,
+        copied: bool,
+    },
     /// Answer to [`Action::MoveIn`]: the first `moved` pages are in the guest; the next one is pinned for now.
     MovedIn {
         run: Run,
@@ -141,6 +147,11 @@ pub enum Action {
     MoveIn {
         run: Run,
         slots: SlotRun,
+    },
+    /// Copy what is in `slot` to a new frame of the guest's; wakes who waits there. Answered by `CopiedIn`.
+    CopyIn {
+        page: PageNo,
+        slot: Slot,
     },
     /// Move the guest's frames into `slots`. Answered by `MovedOut`.
     MoveOut {

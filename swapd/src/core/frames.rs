@@ -8,6 +8,11 @@ use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, SlotRun, bytes_of, pages_in};
 
+/// Frames given back at a time for pages that are copied to the guest.
+const HEADROOM: u32 = 64;
+/// Fewer are not worth it.
+const HEADROOM_MIN: u32 = 16;
+
 /// Frames and whether they come from the host just now (and read as zeros).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Taken {
@@ -171,17 +176,38 @@ impl Core {
         }
     }
 
+    /// Gives frames back for the copies that have been made, or could not be: so many that lie side by side, for this flushes too.
+    pub(super) fn make_headroom(&mut self) {
+        if self.lone < HEADROOM {
+            return;
+        }
+        self.lone = 0;
+        let Some(slots) = self.staging.take_free(HEADROOM.min(self.staging.free_frames() / 2)) else {
+            return;
+        };
+        if slots.len >= HEADROOM_MIN {
+            self.hand_back(slots);
+        } else {
+            slots.slots().for_each(|slot| self.staging.free(slot));
+        }
+    }
+
     fn release_free(&mut self, mut count: u32) {
         while count > 0 {
             let Some(slots) = self.staging.take_free(count) else { return };
-            slots.slots().for_each(|slot| {
-                self.staging.assign(slot, Use::Orphan);
-                self.staging.vacate(slot);
-            });
-            self.taken -= u64::from(slots.len);
+            self.hand_back(slots);
             count -= slots.len;
-            self.actions.push_back(Action::ReleaseFrames { slots });
         }
+    }
+
+    /// Frames just taken from the free ones go to the host.
+    fn hand_back(&mut self, slots: SlotRun) {
+        slots.slots().for_each(|slot| {
+            self.staging.assign(slot, Use::Orphan);
+            self.staging.vacate(slot);
+        });
+        self.taken -= u64::from(slots.len);
+        self.actions.push_back(Action::ReleaseFrames { slots });
     }
 
     // ── memory that the guest gave back ──────────────────────────────────────────────────

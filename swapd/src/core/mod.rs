@@ -130,6 +130,8 @@ pub struct Core {
     waiting: PageMap<FaultKind>,
     /// Of these, the ones for which there was no frame, in order.
     deferred: VecDeque<PageNo>,
+    /// Pages that came to the guest one by one since frames were last given back for copies.
+    lone: u32,
     /// Moves into the guest that met a pinned page.
     pinned_in: Vec<(Run, SlotRun)>,
     /// Pages that left the guest since the last collection, while writes are tracked.
@@ -203,6 +205,7 @@ impl Core {
             ios: Ios::default(),
             waiting: PageMap::default(),
             deferred: VecDeque::new(),
+            lone: 0,
             pinned_in: Vec::new(),
             left_while_tracked: None,
             receiving: None,
@@ -245,6 +248,7 @@ impl Core {
             Event::ReadDone { io, result } => self.read_done(io, result),
             Event::WriteDone { io, result } => self.write_done(io, result),
             Event::MovedIn { run, slots, moved } => self.moved_in(run, slots, moved),
+            Event::CopiedIn { page, slot, copied } => self.copied_in(page, slot, copied),
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
             Event::Filled { run, huge } => self.filled(run, huge),
             Event::Collapsed { block, huge } => self.collapsed(block, huge),
@@ -347,7 +351,35 @@ impl Core {
                 run.len += 1;
                 slots.len += 1;
             }
-            self.actions.push_back(Action::MoveIn { run, slots });
+            if run.len == 1 {
+                self.move_in_lone(page, slot);
+            } else {
+                self.actions.push_back(Action::MoveIn { run, slots });
+            }
+        }
+    }
+
+    /// A frame that leaves staging has to be flushed from the TLBs of all processors that run the VM, which takes longer than to
+    /// copy a page. The copy takes one frame more, until that in staging is given back with others.
+    fn move_in_lone(&mut self, page: PageNo, slot: Slot) {
+        let recycles = !self.covers() && self.receiving.is_none();
+        self.lone += u32::from(recycles);
+        if recycles && self.taken < self.limit() {
+            self.taken += u64::from(!mutant!(MiscountsCopies));
+            self.actions.push_back(Action::CopyIn { page, slot });
+        } else {
+            self.actions.push_back(Action::MoveIn { run: Run::one(page), slots: SlotRun::new(slot, 1) });
+        }
+    }
+
+    /// If the host had no frame for a copy, that in staging goes.
+    fn copied_in(&mut self, page: PageNo, slot: Slot, copied: bool) {
+        if copied {
+            self.unbind(page);
+            self.came_in(page);
+        } else {
+            self.taken -= 1;
+            self.actions.push_front(Action::MoveIn { run: Run::one(page), slots: SlotRun::new(slot, 1) });
         }
     }
 

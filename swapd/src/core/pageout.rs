@@ -52,6 +52,7 @@ impl Core {
             self.make_room();
             self.serve_deferred();
             self.make_slots();
+            self.make_headroom();
         }
     }
 

@@ -23,6 +23,7 @@ fn actions(core: &mut Core, event: Event<'_>) -> Vec<Action> {
     while let Some(action) = core.next_action() {
         match action {
             Action::MoveIn { run, slots } => core.handle(Event::MovedIn { run, slots, moved: run.len }),
+            Action::CopyIn { page, slot } => core.handle(Event::CopiedIn { page, slot, copied: true }),
             Action::MoveOut { run, slots, .. } => {
                 let out = vec![PageOut::Moved { sum: 1, zero: false }; run.len as usize];
                 core.handle(Event::MovedOut { run, slots, pages: &out });
@@ -205,4 +206,27 @@ fn a_budget_cannot_change_while_pages_arrive() {
         matches!(refused[..], [Action::Answer { answer: Err(CommandError::NotNow(_)), .. }]),
         "{refused:?}"
     );
+}
+
+#[test]
+fn a_lone_page_is_copied_but_never_beyond_the_budget() {
+    let mut core = evicting_a_pinned_page();
+    actions(&mut core, Event::Tick { ticks: 1 });
+    let burst = actions(&mut core, Event::Tick { ticks: 1 });
+    written(&mut core, io_of(&burst), Ok(()));
+    // What was filled beside it.
+    ask(&mut core, Request::Discard(Run::new(PAGE.plus(1), 32)));
+    let (taken, free) = (core.frames_taken(), core.staging.free_frames());
+    core.handle(Event::Fault(PAGE));
+    let Some(Action::Read { io, .. }) = core.next_action() else { panic!("it is read") };
+    core.handle(Event::ReadDone { io, result: Ok(&[1]) });
+    let Some(Action::CopyIn { page, slot }) = core.next_action() else { panic!("it is copied") };
+    assert_eq!((page, core.frames_taken()), (PAGE, taken + 1));
+    // The host has none: then the frame itself goes, as it does when the budget is used up.
+    core.handle(Event::CopiedIn { page, slot, copied: false });
+    let Some(Action::MoveIn { run, slots }) = core.next_action() else { panic!("it is moved") };
+    assert_eq!((run, slots.start), (Run::one(PAGE), slot));
+    core.handle(Event::MovedIn { run, slots, moved: 1 });
+    assert_eq!((core.frames_taken(), core.staging.free_frames()), (taken, free - 1));
+    core.check();
 }

@@ -222,6 +222,10 @@ impl Driver {
     fn perform(&mut self, action: Action) {
         match action {
             Action::MoveIn { run, slots } => self.move_in(run, slots),
+            Action::CopyIn { page, slot } => {
+                let copied = self.faults.copy_page(self.memory.page(page), self.memory.slot(slot));
+                self.core.handle(Event::CopiedIn { page, slot, copied });
+            }
             Action::MoveOut { run, slots, digest } => self.move_out(run, slots, digest),
             Action::Prepare { slots, fresh } => self.memory.zero_slots(slots, fresh),
             Action::FillBlock { run } => self.fill_block(run),

@@ -7,7 +7,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
-use super::moves::{self, Moved, Refused};
+use super::moves::{self, Moved, PATIENT, Refused};
+use crate::units::PAGE_SIZE;
 use userfaultfd::{Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 const FEATURE_POISON: u64 = 1 << 14;
@@ -29,6 +30,15 @@ struct UffdioMove {
     len: u64,
     mode: u64,
     moved: i64,
+}
+
+#[repr(C)]
+struct UffdioCopy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
 }
 
 #[repr(C)]
@@ -65,9 +75,11 @@ struct PageRegion {
 }
 
 const UFFDIO_MOVE: libc::c_ulong = iowr(0xAA, 0x05, size_of::<UffdioMove>());
+const UFFDIO_COPY: libc::c_ulong = iowr(0xAA, 0x03, size_of::<UffdioCopy>());
 const UFFDIO_POISON: libc::c_ulong = iowr(0xAA, 0x08, size_of::<UffdioPoison>());
 const PAGEMAP_SCAN: libc::c_ulong = iowr(b'f', 16, size_of::<PmScanArg>());
 const _: () = assert!(UFFDIO_MOVE == 0xC028_AA05);
+const _: () = assert!(UFFDIO_COPY == 0xC028_AA03);
 const _: () = assert!(UFFDIO_POISON == 0xC020_AA08);
 const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 
@@ -170,6 +182,28 @@ impl Faults {
                 io::Error::from_raw_os_error(errno)
             )
         })
+    }
+
+    /// Copies a page to a new frame where there is none, and wakes who waits there. False, if the host has no frame to give now.
+    ///
+    /// # Panics
+    /// As [`Faults::move_pages`].
+    pub(super) fn copy_page(&self, to: usize, from: usize) -> bool {
+        let copied = moves::carry(PAGE_SIZE, PATIENT, |_| {
+            let mut arg =
+                UffdioCopy { dst: to as u64, src: from as u64, len: PAGE_SIZE as u64, mode: 0, copy: 0 };
+            // SAFETY: the kernel checks both; the source is a slot of staging, which only the engine uses.
+            let result = unsafe { libc::ioctl(self.fd(), UFFDIO_COPY, &mut arg) };
+            let errno = if result == 0 { 0 } else { last_errno() };
+            (arg.copy.max(0) as usize, errno)
+        });
+        match copied {
+            Ok(moved) => moved == Moved::All,
+            Err(Refused { errno: libc::ENOMEM, .. }) => false,
+            Err(Refused { errno, .. }) => {
+                panic!("UFFDIO_COPY from {from:#x} to {to:#x}: {}", io::Error::from_raw_os_error(errno))
+            }
+        }
     }
 
     /// Writes to these pages, which are in the guest, are not noted until they are scanned again.

@@ -28,7 +28,7 @@ named! {
     /// What goes wrong, or goes otherwise than one would like.
     Fault {
         ReadError, Misread, BadSector, Torn, LostWrite, Misdirected, Overwritten, Rot, WriteError, BadRegion, DiskFull,
-        ShortTransfer, TryAgain, LatencySpike, PinnedOut, PinnedIn, MoveAgain, LateFault, SessionGone,
+        ShortTransfer, TryAgain, LatencySpike, PinnedOut, PinnedIn, MoveAgain, NoFrame, LateFault, SessionGone,
     }
 }
 
@@ -61,6 +61,7 @@ pub const OUTCOMES: &[(Fault, &[Outcome])] = {
         (Fault::PinnedOut, &[StayedInGuest]),
         (Fault::PinnedIn, &[WentOn]),
         (Fault::MoveAgain, &[WentOn]),
+        (Fault::NoFrame, &[WentOn]),
         (Fault::LateFault, &[Served]),
         (Fault::SessionGone, &[Returned]),
     ]
@@ -207,7 +208,7 @@ impl Cause {
             Event::ReadDone { result: Err(_), .. } => Cause::ReadFailed,
             Event::WriteDone { result: Ok(()), .. } => Cause::WriteDone,
             Event::WriteDone { result: Err(_), .. } => Cause::WriteFailed,
-            Event::MovedIn { .. } => Cause::MovedIn,
+            Event::MovedIn { .. } | Event::CopiedIn { .. } => Cause::MovedIn,
             Event::MovedOut { .. } => Cause::MovedOut,
             Event::Filled { .. } => Cause::Filled,
             Event::Collapsed { .. } | Event::Written { .. } => Cause::Other,

@@ -99,6 +99,7 @@ impl Sim {
     pub(super) fn perform(&mut self, action: Action) {
         match action {
             Action::MoveIn { run, slots } => self.move_in(run, slots),
+            Action::CopyIn { page, slot } => self.copy_in(page, slot),
             Action::MoveOut { run, slots, digest } => self.move_out(run, slots, digest),
             Action::Prepare { slots, fresh } => {
                 for slot in slots.slots() {
@@ -255,6 +256,24 @@ impl Sim {
         };
         self.wake(run.part(0, moved));
         self.hand(Event::MovedIn { run, slots, moved });
+    }
+
+    fn copy_in(&mut self, page: PageNo, slot: Slot) {
+        self.trace.add("copy in", Run::one(page), Some(SlotRun::new(slot, 1)), None);
+        let copied = !self.random.one_in(self.odds.pinned * 2);
+        if copied {
+            self.kernel.claim(slot, "copied from");
+            let content = self.kernel.staging[slot.index()]
+                .unwrap_or_else(|| panic!("no frame in {slot:?} for {page}"));
+            let before = std::mem::replace(&mut self.kernel.guest[page.index()], Entry::Frame(content));
+            assert_eq!(before, Entry::Missing, "{page} is in the guest already");
+            self.kernel.written[page.index()] = true;
+            self.wake(Run::one(page));
+        } else {
+            self.coverage.injected(Fault::NoFrame);
+            self.coverage.outcome(Fault::NoFrame, Outcome::WentOn);
+        }
+        self.hand(Event::CopiedIn { page, slot, copied });
     }
 
     fn move_out(&mut self, run: Run, slots: SlotRun, digest: bool) {
