@@ -144,7 +144,11 @@ impl Core {
                 _ => arrived.push((page, slot)),
             }
         }
-        self.move_in(arrived.drain(..));
+        match arrived[..] {
+            [(page, slot)] if run.len == 1 => self.bring_in(page, slot),
+            _ => self.move_in(arrived.iter().copied()),
+        }
+        arrived.clear();
         self.scratch = arrived;
     }
 

@@ -130,7 +130,7 @@ pub struct Core {
     waiting: PageMap<FaultKind>,
     /// Of these, the ones for which there was no frame, in order.
     deferred: VecDeque<PageNo>,
-    /// Pages that came to the guest one by one since frames were last given back for copies.
+    /// Pages that were read alone and came to the guest since frames were last given back for copies.
     lone: u32,
     /// Moves into the guest that met a pinned page.
     pinned_in: Vec<(Run, SlotRun)>,
@@ -351,24 +351,20 @@ impl Core {
                 run.len += 1;
                 slots.len += 1;
             }
-            if run.len == 1 {
-                self.move_in_lone(page, slot);
-            } else {
-                self.actions.push_back(Action::MoveIn { run, slots });
-            }
+            self.actions.push_back(Action::MoveIn { run, slots });
         }
     }
 
-    /// A frame that leaves staging has to be flushed from the TLBs of all processors that run the VM, which takes longer than to
-    /// copy a page. The copy takes one frame more, until that in staging is given back with others.
-    fn move_in_lone(&mut self, page: PageNo, slot: Slot) {
+    /// A page that was read alone. A frame that leaves staging has to be flushed from the TLBs of all processors that run the VM, which
+    /// takes longer than to copy a page. The copy takes one frame more, until that in staging is given back with others.
+    pub(super) fn bring_in(&mut self, page: PageNo, slot: Slot) {
         let recycles = !self.covers() && self.receiving.is_none();
         self.lone += u32::from(recycles);
         if recycles && self.taken < self.limit() {
             self.taken += u64::from(!mutant!(MiscountsCopies));
             self.actions.push_back(Action::CopyIn { page, slot });
         } else {
-            self.actions.push_back(Action::MoveIn { run: Run::one(page), slots: SlotRun::new(slot, 1) });
+            self.move_in([(page, slot)]);
         }
     }
 
