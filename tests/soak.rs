@@ -1,5 +1,5 @@
-//! VMs that work, change their budgets, and move between two hosts, while links are cut, processes killed and a disk fills up: for as
-//! long as `VMEMD_SOAK_MINUTES` says (`scripts/soak`). At the end no page was wrong, no VM is lost that ought to live, and no process
+//! VMs that work, change their budgets, and move between two hosts, while links are cut, processes killed, a disk fills up and memory is
+//! compacted: for as long as `VMEMD_SOAK_MINUTES` says (`scripts/soak`). At the end no page was wrong, no VM is lost that ought to live, and no process
 //! has grown. `VMEMD_SEED` is the seed of what happens.
 
 mod common;
@@ -243,6 +243,13 @@ impl World {
         self.count(if stalled > 0 { "disk full: VMs stood still" } else { "disk full: nobody noticed" });
     }
 
+    /// The host puts pages of the VMs elsewhere.
+    fn compact(&mut self) {
+        if std::fs::write("/proc/sys/vm/compact_memory", "1").is_ok() {
+            self.count("the host compacted its memory");
+        }
+    }
+
     /// What each process that stays holds: daemons, and the VM that never moves without its guest's frames.
     fn footprint(&self) -> Vec<(String, u64, usize)> {
         let mut all: Vec<_> = (0..2)
@@ -297,6 +304,7 @@ fn nothing_is_lost_for_as_long_as_it_takes() {
     let mut first = None;
     let mut said = began;
     while began.elapsed() < whole {
+        world.compact();
         let number = world.random.below(names.len() as u64) as usize;
         let name = &names[number];
         match world.random.below(10) {

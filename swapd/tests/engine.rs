@@ -129,6 +129,78 @@ fn the_budget_changes_under_load_both_ways() {
     assert!(matches!(error, CommandError::BudgetTooLarge { .. }), "{error}");
 }
 
+/// Calls `work` while the host compacts its memory all the time: pages of the VM are on their way elsewhere now and then.
+fn while_the_host_compacts(work: impl FnOnce() + Send) {
+    let compact = || std::fs::write("/proc/sys/vm/compact_memory", "1");
+    if let Err(error) = compact() {
+        return common::skipped(&format!("cannot have the host compact its memory: {error}"));
+    }
+    let before = pages_put_elsewhere();
+    std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        while !working.is_finished() {
+            let _gaps = with_gaps();
+            compact().unwrap();
+        }
+    });
+    if pages_put_elsewhere() == before {
+        common::skipped(&"the host found nothing to compact");
+    }
+}
+
+/// Linux 6.18 says of some pages that they have not moved, and they have.
+#[test]
+fn memory_that_the_host_compacts_stays_right() {
+    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    while_the_host_compacts(|| {
+        for round in 1..=12 {
+            vm.write_all(round);
+            assert_eq!(vm.mismatches(round), 0, "round {round}");
+        }
+    });
+}
+
+#[test]
+fn tracking_misses_nothing_that_the_host_puts_elsewhere() {
+    let Some(vm) = start(96 * MIB, 64 * MIB) else { return };
+    let touched = 12 * 1024;
+    while_the_host_compacts(|| {
+        let handle = vm.handle();
+        handle.track_writes(true).unwrap();
+        for round in 1..=60 {
+            // What comes back gets frames from among the gaps.
+            handle.evict(Run::new(PageNo(round * 1000 % touched), 1000)).unwrap();
+            (0..touched).for_each(|page| vm.write(PageNo(page), round));
+            let runs = handle.collect_written().unwrap();
+            let mut named = vec![false; touched as usize];
+            runs.into_iter().flat_map(Run::indices).for_each(|page| named[page] = true);
+            let missed: Vec<_> = (0..touched).filter(|page| !named[*page as usize]).collect();
+            assert!(missed.is_empty(), "round {round}: {missed:?}");
+        }
+    });
+}
+
+/// Memory of which every other page is free: something to compact.
+fn with_gaps() -> memmap2::MmapMut {
+    let mut memory = memmap2::MmapMut::map_anon(64 * MIB as usize).expect("memory");
+    for at in (0..memory.len()).step_by(PAGE_SIZE) {
+        memory[at] = 1;
+    }
+    for at in (0..memory.len()).step_by(2 * PAGE_SIZE) {
+        // SAFETY: it is private, and there is no reference to it.
+        unsafe { memory.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, at, PAGE_SIZE) }
+            .expect("it can be given back");
+    }
+    memory
+}
+
+/// Since the host was started.
+fn pages_put_elsewhere() -> u64 {
+    let counts = std::fs::read_to_string("/proc/vmstat").expect("the host's counts");
+    let count = counts.lines().find_map(|line| line.strip_prefix("pgmigrate_success "));
+    count.map_or(0, |count| count.parse().expect("a number"))
+}
+
 #[test]
 fn given_back_memory_reads_as_zeros_and_frees_frames() {
     let Some(vm) = start(64 * MIB, 16 * MIB) else { return };

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 
 use super::moves::{self, Moved, PATIENT, Refused};
 use crate::units::PAGE_SIZE;
@@ -85,6 +86,8 @@ const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
+/// Also of a page that the host is putting elsewhere at this moment.
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_HUGE: u64 = 1 << 6;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
@@ -159,6 +162,9 @@ impl Faults {
 
     /// Moves pages between two registered ranges of this process, and wakes who waits at the destination.
     ///
+    /// Linux 6.18 forgets moves: at a page that the host is putting elsewhere (compaction) it waits, moves it and others behind it, still
+    /// holds the error that made it wait, begins again at the same page, and ends with "exists". It has counted and woken none of them.
+    ///
     /// # Panics
     /// If the kernel says that source or destination are not as the page table has them: going on could lose data.
     pub(super) fn move_pages(&self, to: usize, from: usize, len: usize, patience: u32) -> Moved {
@@ -174,7 +180,12 @@ impl Faults {
             // that the engine owns (guest memory and staging), of which no Rust reference exists.
             let result = unsafe { libc::ioctl(self.fd(), UFFDIO_MOVE, &mut arg) };
             let errno = if result == 0 { 0 } else { last_errno() };
-            (arg.moved.max(0) as usize, errno)
+            if errno != libc::EEXIST {
+                return (arg.moved.max(0) as usize, errno);
+            }
+            let forgotten = self.moved_already(to + done, from + done, len - done);
+            self.wake(to + done, forgotten);
+            (forgotten, errno)
         });
         moved.unwrap_or_else(|Refused { done, errno }| {
             panic!(
@@ -182,6 +193,21 @@ impl Faults {
                 io::Error::from_raw_os_error(errno)
             )
         })
+    }
+
+    /// How many bytes of the source, from its start on, are at the destination instead.
+    fn moved_already(&self, to: usize, from: usize, len: usize) -> usize {
+        let (Ok(there), Ok(here)) = (self.mapped(to, len), self.mapped(from, len)) else { return 0 };
+        there.iter().zip(here).take_while(|(there, here)| **there && !*here).count() * PAGE_SIZE
+    }
+
+    /// Which pages have an entry in the page tables.
+    fn mapped(&self, at: usize, len: usize) -> io::Result<Vec<bool>> {
+        const PRESENT_OR_ON_ITS_WAY: u64 = 3 << 62;
+        let mut entries = vec![[0; 8]; len / PAGE_SIZE];
+        self.pagemap.read_exact_at(entries.as_flattened_mut(), (at / PAGE_SIZE * 8) as u64)?;
+        let mapped = |entry| u64::from_ne_bytes(entry) & PRESENT_OR_ON_ITS_WAY != 0;
+        Ok(entries.into_iter().map(mapped).collect())
     }
 
     /// Copies a page to a new frame where there is none, and wakes who waits there. False, if the host has no frame to give now.
@@ -247,7 +273,7 @@ impl Faults {
     }
 
     pub(super) fn wake(&self, at: usize, len: usize) {
-        // The only error is a range that is not registered: then nobody waits there.
+        // The only errors are of a range that is empty or not registered: nobody waits there.
         let _ = self.uffd.wake(at as *mut libc::c_void, len);
     }
 
@@ -274,7 +300,7 @@ impl Faults {
         }
     }
 
-    /// Present pages written since they were last protected, as address ranges; protects them again.
+    /// Pages written since they were last protected, as address ranges; protects them again.
     /// Holes are left alone: a move into a protected hole would fail.
     pub(super) fn scan_written(
         &mut self,
@@ -292,7 +318,8 @@ impl Faults {
                 end,
                 vec: self.regions.as_mut_ptr() as u64,
                 vec_len: self.regions.len() as u64,
-                category_mask: PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
+                category_mask: PAGE_IS_WRITTEN,
+                category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 return_mask: PAGE_IS_WRITTEN,
                 ..PmScanArg::default()
             };
@@ -341,5 +368,64 @@ fn explain(error: &userfaultfd::Error) -> String {
             format!("this kernel has no userfaultfd ({text}); it needs CONFIG_USERFAULTFD")
         }
         _ => format!("cannot open a userfaultfd: {text}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two mappings of so many pages, of which the second has frames. None, if this host has no userfaultfd for us.
+    fn hole_and_frames(pages: usize) -> Option<(Faults, [memmap2::MmapMut; 2])> {
+        let faults = match Faults::open() {
+            Ok(faults) => faults,
+            Err(why) => {
+                eprintln!("skipped: {why}");
+                return None;
+            }
+        };
+        let [mut hole, mut frames] = [(); 2].map(|()| memmap2::MmapMut::map_anon(pages * PAGE_SIZE).unwrap());
+        faults.register_guest(hole.as_mut_ptr(), hole.len()).unwrap();
+        faults.register_staging(frames.as_mut_ptr(), frames.len()).unwrap();
+        frames.fill(7);
+        Some((faults, [hole, frames]))
+    }
+
+    /// As Linux 6.18 does when it forgets what it has moved.
+    fn move_and_say_nothing(faults: &Faults, to: usize, from: usize, len: usize) {
+        const UFFDIO_MOVE_MODE_DONTWAKE: u64 = 1;
+        let mode = UFFDIO_MOVE_MODE_DONTWAKE;
+        let mut arg = UffdioMove { dst: to as u64, src: from as u64, len: len as u64, mode, moved: 0 };
+        // SAFETY: both are mappings of the test's own, to which there is no reference.
+        assert_eq!(unsafe { libc::ioctl(faults.fd(), UFFDIO_MOVE, &mut arg) }, 0, "{}", last_errno());
+    }
+
+    #[test]
+    fn what_the_kernel_forgot_to_count_is_counted_and_who_waits_there_is_woken() {
+        let Some((faults, [hole, frames])) = hole_and_frames(5) else { return };
+        let (to, from) = (hole.as_ptr() as usize, frames.as_ptr() as usize);
+        let (told, tells) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            // SAFETY: it is mapped until the test has heard of it.
+            told.send(unsafe { std::ptr::read_volatile((to + PAGE_SIZE) as *const u8) })
+        });
+        let mut waits = libc::pollfd { fd: faults.fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one descriptor, which lives.
+        assert_eq!(unsafe { libc::poll(&mut waits, 1, 10_000) }, 1, "it waits for the second page");
+        move_and_say_nothing(&faults, to, from, 3 * PAGE_SIZE);
+        assert_eq!(faults.move_pages(to, from, hole.len(), PATIENT), Moved::All);
+        assert_eq!(tells.recv_timeout(std::time::Duration::from_secs(10)), Ok(7), "it is woken");
+        assert!(hole.iter().all(|byte| *byte == 7), "all of it is there");
+    }
+
+    #[test]
+    fn a_destination_with_something_else_in_it_is_refused() {
+        let Some((faults, [hole, frames])) = hole_and_frames(2) else { return };
+        let (to, from) = (hole.as_ptr() as usize, frames.as_ptr() as usize);
+        assert!(faults.copy_page(to, from));
+        let moving = std::panic::AssertUnwindSafe(|| faults.move_pages(to, from, hole.len(), PATIENT));
+        let refused = std::panic::catch_unwind(moving).expect_err("nothing may be moved over a page");
+        let said = refused.downcast_ref::<String>().expect("a text");
+        assert!(said.contains("stopped at 0x0: File exists"), "{said}");
     }
 }
