@@ -281,7 +281,8 @@ fn a_paused_vm_arrives_paused() {
     let (_here, here_address) = serve(&mut here, "127.0.0.1:0", "192M", &rule("path", &theirs, &ours));
     let monitor = format!("unix:{ours},server=on,wait=off");
     let drive = format!("file={},format=raw,if=virtio", image(&here, "disk", b""));
-    let guest = start(&here, &qemu, &Machine::new("256M").run(JOBS), &["-qmp", &monitor, "-drive", &drive]);
+    let mut guest =
+        start(&here, &qemu, &Machine::new("256M").run(JOBS), &["-qmp", &monitor, "-drive", &drive]);
     guest.wait_for("checker memory round=1", BOOT);
     // By its user, with vmemd; then by a monitor that vmemd has no part in.
     assert_eq!(here.vmemd(&["pause", "db"]).code, 0);
@@ -292,6 +293,7 @@ fn a_paused_vm_arrives_paused() {
         migrate(from, address);
         let left = if std::ptr::eq(from, &here) { &ours } else { &theirs };
         assert!(UnixStream::connect(left).is_err(), "what it held here is free for its return");
+        assert!(guest.wait_end(JOB).success(), "{}", guest.log());
         to.wait_state("db", "paused");
         assert_eq!(guest.lines().len(), printed, "it ran");
         // Its disks become its own when it runs.

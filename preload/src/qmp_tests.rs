@@ -105,6 +105,27 @@ fn why_the_machine_stands_still_is_asked_and_kept() {
 }
 
 #[test]
+fn a_qemu_that_ends_is_asked_nothing() {
+    let (qmp, qemu) = over(&[
+        GREETING,
+        ">qmp_capabilities",
+        r#"{"return": {}, "id": $}"#,
+        ">query-status",
+        r#"{"return": {"status": "running", "running": true}, "id": 0}"#,
+        ">quit",
+        r#"{"event": "SHUTDOWN"}"#,
+        r#"{"return": {}, "id": $}"#,
+        // Whatever the event has led to would have been said before this.
+        ">stop",
+        r#"{"return": {}, "id": $}"#,
+    ]);
+    let mut qmp = qmp.unwrap();
+    qmp.ask("quit", Value::Null, PATIENCE).unwrap();
+    qmp.ask("stop", Value::Null, PATIENCE).unwrap();
+    qemu.join().unwrap();
+}
+
+#[test]
 fn what_is_not_qmp_ends_the_conversation() {
     const CAPABLE: [&str; 3] = [GREETING, ">qmp_capabilities", r#"{"return": {}, "id": $}"#];
     for (said, expected) in [

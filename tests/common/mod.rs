@@ -328,9 +328,12 @@ impl Drop for Host {
             signal(pid, libc::SIGKILL);
         }
         if std::thread::panicking() {
-            for number in 0..self.children.len() {
-                let log = fs::read_to_string(self.root.join(format!("log-{number}"))).unwrap_or_default();
-                eprintln!("── log {number}\n{log}");
+            // Those of its commands, and of the VMs that came to its daemons.
+            for file in fs::read_dir(&self.root).into_iter().flatten().flatten() {
+                let name = file.file_name().display().to_string();
+                if name.starts_with("log-") || name.ends_with(".log") {
+                    eprintln!("── {name}\n{}", fs::read_to_string(file.path()).unwrap_or_default());
+                }
             }
         }
         let _ = fs::remove_dir_all(&self.root);
