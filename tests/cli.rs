@@ -216,6 +216,25 @@ fn arriving_pid(host: &Host) -> Option<u32> {
 }
 
 #[test]
+fn what_is_left_of_a_try_is_not_in_the_way_of_the_next() {
+    if cannot_run_vms() {
+        return;
+    }
+    let mut host = Host::new("again");
+    let (_daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
+    let _run = host.start_vm("web", "rewrite");
+    let (mut migrate, arriving) = start_frozen_migration(&mut host, &address);
+    migrate.signal(libc::SIGINT);
+    migrate.ends_with(130);
+    // The process of the first try has not heard of its end yet.
+    let mut migrate = host.start(&["migrate", "web", "--to", &address]);
+    host.wait_state("web", "migrating");
+    signal(arriving, libc::SIGCONT);
+    migrate.ends_with(0);
+    host.wait_rounds("web", 1);
+}
+
+#[test]
 fn whoever_dies_in_the_middle_the_rest_is_cleaned_up() {
     if cannot_run_vms() {
         return;

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use migrate::{Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello};
@@ -28,6 +28,8 @@ use crate::qemu::rules::Rules;
 const GREETING_MAX: usize = 32;
 /// Pause after an accept that failed for want of descriptors or memory.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// How long a VM that comes again is kept waiting for what is left of its last try.
+const LEFTOVER_LIMIT: Duration = Duration::from_secs(3);
 /// Records of hand-overs that were given up longer ago are removed.
 const RECORDS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -58,8 +60,9 @@ struct Daemon {
     /// The address that it listens on; names the daemon in its VMs' `stat`.
     listen: String,
     registry: Registry,
-    /// Where the data streams of each session being received go.
-    sessions: Mutex<HashMap<SessionId, UnixStream>>,
+    /// Sessions whose process lives.
+    sessions: Mutex<HashMap<SessionId, Receiver>>,
+    session_ended: Condvar,
     /// One VM is let in at a time: what it gets must be seen by the next.
     admission: Mutex<()>,
     greeting: AtomicUsize,
@@ -101,6 +104,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
         listen,
         registry,
         sessions: Mutex::default(),
+        session_ended: Condvar::new(),
         admission: Mutex::default(),
         greeting: AtomicUsize::new(0),
     });
@@ -146,6 +150,14 @@ fn announce(listen: &str, json: bool) {
     let mut out = std::io::stdout();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     info!(listen, "ready");
+}
+
+/// The process that receives a VM.
+#[derive(Debug)]
+struct Receiver {
+    vm: String,
+    /// Where the session's data streams go.
+    streams: UnixStream,
 }
 
 /// A connection whose purpose is not known yet, counted until this is dropped: also if its thread panics.
@@ -195,7 +207,7 @@ impl Daemon {
         let Some((mut stream, hello)) = self.door.open(stream, peer) else { return };
         match hello {
             Hello::Session(hello) => {
-                if let Err(refusal) = self.admit(&mut stream, &hello) {
+                if let Err(refusal) = self.admit_again(&mut stream, &hello) {
                     info!(%peer, vm = %hello.name, reason = %refusal.text, "refused");
                     migrate::refuse(&mut stream, refusal.kind, &refusal.text);
                 }
@@ -214,7 +226,7 @@ impl Daemon {
 
     /// Gives a data stream to the process of its session.
     fn pass_on(&self, mut stream: TcpStream, hello: StreamHello) {
-        let socket = self.sessions().get(&hello.session).map(UnixStream::try_clone);
+        let socket = self.sessions().get(&hello.session).map(|receiver| receiver.streams.try_clone());
         let passed = match socket {
             Some(Ok(socket)) => passing::send_fd(&socket, &stream, hello.index),
             Some(Err(error)) => Err(error),
@@ -226,11 +238,33 @@ impl Daemon {
         }
     }
 
-    fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, UnixStream>> {
+    fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, Receiver>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a VM in: its name, its room, its process.
+    /// Lets a VM in. The source hears of a failure before the process that was to take the VM has ended: that must not be in the way
+    /// of the next try.
+    fn admit_again(self: &Arc<Daemon>, stream: &mut TcpStream, hello: &SessionHello) -> Result<(), Refusal> {
+        let before = self.sessions_of(&hello.name);
+        self.admit(stream, hello).or_else(|refusal| {
+            let ended = !before.is_empty() && self.wait_for_end(&before);
+            if ended { self.admit(stream, hello) } else { Err(refusal) }
+        })
+    }
+
+    fn sessions_of(&self, vm: &str) -> Vec<SessionId> {
+        let sessions = self.sessions();
+        sessions.iter().filter(|(_, receiver)| receiver.vm == vm).map(|(session, _)| *session).collect()
+    }
+
+    /// Whether all of these processes end within [`LEFTOVER_LIMIT`].
+    fn wait_for_end(&self, before: &[SessionId]) -> bool {
+        let live = |sessions: &mut HashMap<_, _>| before.iter().any(|session| sessions.contains_key(session));
+        let waited = self.session_ended.wait_timeout_while(self.sessions(), LEFTOVER_LIMIT, live);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// A VM's name, its room, its process.
     fn admit(self: &Arc<Daemon>, stream: &mut TcpStream, hello: &SessionHello) -> Result<(), Refusal> {
         check_hello(hello)?;
         let machine = machine::find(hello, self.settings.qemu_rules.as_ref(), self.settings.engine)?;
@@ -250,7 +284,7 @@ impl Daemon {
             UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
         let settings = self.arrive_settings(hello, granted, &machine);
         // Before the child can tell the source to go on.
-        self.sessions().insert(hello.session, ours);
+        self.sessions().insert(hello.session, Receiver { vm: hello.name.clone(), streams: ours });
         let descriptors = Descriptors { control: stream, streams: &theirs, listener: &listener };
         match children::start(settings, machine, &descriptors, self.settings.log_dir.as_deref()) {
             Ok(child) => {
@@ -310,6 +344,7 @@ impl Daemon {
         let spawned = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || {
             let status = child.wait();
             daemon.sessions().remove(&hello.session);
+            daemon.session_ended.notify_all();
             match status {
                 Ok(status) if status.success() => info!(vm = %hello.name, "the VM's process has ended"),
                 Ok(status) => warn!(vm = %hello.name, %status, "the VM's process has ended"),
