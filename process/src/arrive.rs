@@ -179,13 +179,13 @@ impl Arrival {
         vm.waits(None);
         match received {
             Ok(received) => {
-                info!(vm = %vm.facts.name, bytes = received.bytes_received, "arrived and running");
+                info!(vm = %vm.facts.name, bytes = received.bytes_received, "arrived");
                 vm.core(|core| core.arrival = Some(arrival_of(&received)));
                 Ok(())
             }
             // The VM runs here, whatever went wrong afterwards (the source left while the placement was measured).
             Err(error) if vm.core(|core| matches!(core.phase, Phase::Here)) => {
-                warn!(vm = %vm.facts.name, error = %chain(&error), "arrived and running, but the session did not end well");
+                warn!(vm = %vm.facts.name, error = %chain(&error), "arrived, but the session did not end well");
                 Ok(())
             }
             Err(error) => {
