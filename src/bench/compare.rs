@@ -209,7 +209,8 @@ fn need_room(scenario: &Scenario, settings: &RunSettings) -> Result<(), Failure>
 fn lacks(engine: BenchEngine, scenario: &Scenario, site: &Site) -> Option<String> {
     let probe = || -> Result<(), Failure> {
         cgroup::available()?;
-        SwapFile::create(&site.fresh("probe")?.join(SWAP_FILE), PROBE_BYTES).map(drop)
+        let dir = Dir(site.fresh("probe")?);
+        SwapFile::create(&dir.0.join(SWAP_FILE), PROBE_BYTES).map(drop)
     };
     match engine {
         BenchEngine::Vmemd => doctor::lacks(
