@@ -27,6 +27,8 @@ const JOB: Duration = Duration::from_secs(120);
 const DOWNTIME_MAX_MS: f64 = 3000.0;
 /// Pace of the lines over a connection, so that the guest's processor is not theirs alone.
 const TALK_EVERY: Duration = Duration::from_millis(5);
+/// A guest that runs prints several lines in that time.
+const AT_REST: Duration = Duration::from_millis(300);
 /// The guest beats and checks its memory as long as it lives.
 const JOBS: &str = "checker beat & checker memory 150M 100000";
 
@@ -272,6 +274,19 @@ fn tell_monitor(path: &str, command: &str) {
     }
 }
 
+/// How many lines a guest that stands still has printed: what it said just before may still be on its way.
+fn printed_at_rest(guest: &Guest) -> usize {
+    let mut printed = guest.lines().len();
+    loop {
+        std::thread::sleep(AT_REST);
+        let now = guest.lines().len();
+        if now == printed {
+            return now;
+        }
+        printed = now;
+    }
+}
+
 #[test]
 fn a_paused_vm_arrives_paused() {
     let Some(qemu) = qemus().into_iter().next() else { return };
@@ -289,7 +304,7 @@ fn a_paused_vm_arrives_paused() {
     for (from, to, address, back) in
         [(&here, &there, &there_address, &here_address), (&there, &here, &here_address, &there_address)]
     {
-        let printed = guest.lines().len();
+        let printed = printed_at_rest(&guest);
         migrate(from, address);
         let left = if std::ptr::eq(from, &here) { &ours } else { &theirs };
         assert!(UnixStream::connect(left).is_err(), "what it held here is free for its return");
