@@ -128,8 +128,8 @@ fn say(text: &str) {
 }
 
 /// Memory that is in use just before a target takes it: the first touch of memory that a hypervisor below this host has taken
-/// back is ten to fifty times as slow as the next, and would hit the targets unevenly. In huge pages and in single frames: the host
-/// gives the one from where the other never comes back to. Dropped when the migration, or the run, begins.
+/// back is ten to fifty times as slow as the next, and would hit the targets unevenly. In huge pages and in single frames, because a
+/// host finds the two in different places. Dropped when the migration, or the run, begins.
 fn warm(bytes: u64) -> Result<[memmap2::MmapMut; 2], Failure> {
     const STEP: usize = 64 << 20;
     let free = host::available_ram()?.saturating_sub(HOST_RESERVE_BYTES);
