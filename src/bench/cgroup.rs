@@ -10,6 +10,9 @@ use vmprocess::failure::{Failure, Kind};
 /// How long the kernel may take to let go of processes that were killed.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(20);
+/// No kernel swaps a cgroup out faster than this: so long its statistics may be let alone.
+const FASTEST_BYTES_PER_MS: u64 = 2 << 20;
+const REFRESH_MS_MAX: u64 = 500;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
@@ -70,6 +73,9 @@ impl MemoryCgroup {
             Version::Two => "memory.max",
         };
         fs::write(path.join(limit), limit_bytes.to_string()).map_err(fail)?;
+        let period = Duration::from_millis((limit_bytes / FASTEST_BYTES_PER_MS).clamp(1, REFRESH_MS_MAX));
+        let kept = path.clone();
+        std::thread::Builder::new().spawn(move || keep_fresh(&kept, period)).map_err(fail)?;
         Ok(cgroup)
     }
 
@@ -92,6 +98,15 @@ impl MemoryCgroup {
             .write(true)
             .open(&path)
             .map_err(|error| Failure::io(format!("cannot open {}", path.display()), &error))
+    }
+}
+
+/// Reads a cgroup's statistics until it is gone, which makes the kernel add them up. By itself it does so every 2 s (Linux 6.18,
+/// `FLUSH_TIME`), and meanwhile reclaim takes pages to be inactive that no longer are (`inactive_is_low`): of a cgroup of
+/// 32 MiB it can have swapped out all that were, makes no others so, and kills for want of memory beside a free swap file.
+fn keep_fresh(path: &Path, period: Duration) {
+    while fs::read(path.join("memory.stat")).is_ok() {
+        std::thread::sleep(period);
     }
 }
 
