@@ -1,5 +1,6 @@
 //! The short commands: list, set, pause, resume, stop.
 
+use std::panic::resume_unwind;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -38,13 +39,11 @@ struct Facts {
 }
 
 pub(super) fn list(dir: &RunDir, as_json: bool) -> Result<(), Failure> {
-    // All at once: one that does not answer must not hold up the others.
-    let places = dir.places()?;
-    let rows: Vec<Option<Row>> = std::thread::scope(|scope| {
-        let asked: Vec<_> = places.iter().map(|place| scope.spawn(move || ask(dir, place))).collect();
-        asked.into_iter().map(|row| row.join().unwrap_or(None)).collect()
-    });
-    let rows: Vec<Row> = rows.into_iter().flatten().collect();
+    let rows = loop {
+        if let Some(rows) = ask_all(dir, &dir.places()?) {
+            break rows;
+        }
+    };
     if as_json {
         return print_json(&rows);
     }
@@ -77,7 +76,16 @@ fn rounded(bytes: u64) -> String {
     format!("{:#}", Size(bytes))
 }
 
-/// None: it has ended between being listed and being asked.
+/// None: one has ended, or changed its place (a hand-over), between being listed and being asked. The next list tells.
+fn ask_all(dir: &RunDir, places: &[Place]) -> Option<Vec<Row>> {
+    // All at once: one that does not answer must not hold up the others.
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = places.iter().map(|place| scope.spawn(move || ask(dir, place))).collect();
+        asked.into_iter().map(|row| row.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
+}
+
+/// None: it is not there any more.
 fn ask(dir: &RunDir, place: &Place) -> Option<Row> {
     match VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()) {
         Ok(stat) => Some(row(stat)),

@@ -29,8 +29,14 @@ impl VmClient {
     /// # Errors
     /// [`Kind::Name`] if there is none.
     pub fn connect(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
-        let place = dir.find(name)?;
-        VmClient::connect_to(dir, &place)
+        loop {
+            let place = dir.find(name)?;
+            match VmClient::connect_to(dir, &place) {
+                // It lived when it was found: it has changed its place since (a hand-over), or ended. The next look tells.
+                Err(failure) if failure.kind == Kind::Name => {}
+                connected => return connected,
+            }
+        }
     }
 
     /// # Errors

@@ -1,4 +1,8 @@
+use std::io::{Read, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
+use crate::control::client::VmClient;
 
 /// A run directory of a test, removed at its end.
 struct Temp(RunDir);
@@ -80,6 +84,36 @@ fn a_hand_over_within_one_directory() {
     assert_eq!(source.settle().unwrap_err().kind, Kind::Name);
     drop(source);
     assert_eq!(temp.files(), ["web.sock"]);
+}
+
+#[test]
+fn a_vm_that_changes_its_place_is_reached() {
+    let temp = Temp::new("reached");
+    let (mut claim, listener) = temp.0.claim_name("web").unwrap();
+    let acceptor = std::thread::spawn(move || listener.incoming().take_while(|stream| !ends(stream)).count());
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let mover = scope.spawn(|| {
+            let mut moves = 0;
+            while !over.load(Ordering::Relaxed) {
+                claim.leave("0123456789abcdef").unwrap();
+                claim.settle().unwrap();
+                moves += 1;
+            }
+            moves
+        });
+        let connected = (0..500).all(|_| VmClient::connect(&temp.0, "web").is_ok());
+        over.store(true, Ordering::Relaxed);
+        assert!(mover.join().unwrap() > 0);
+        assert!(connected);
+    });
+    temp.0.connect(claim.place()).unwrap().write_all(b"x").unwrap();
+    acceptor.join().unwrap();
+}
+
+/// Whether somebody says something: those that only look do not.
+fn ends(stream: &io::Result<UnixStream>) -> bool {
+    stream.as_ref().unwrap().read(&mut [0]).unwrap() > 0
 }
 
 #[test]
