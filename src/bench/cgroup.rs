@@ -10,7 +10,7 @@ use vmprocess::failure::{Failure, Kind};
 /// How long the kernel may take to let go of processes that were killed.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(20);
-/// No kernel swaps a cgroup out faster than this: so long its statistics may be let alone.
+/// Several times as fast as a kernel here swaps out: so long its statistics may be let alone.
 const FASTEST_BYTES_PER_MS: u64 = 2 << 20;
 const REFRESH_MS_MAX: u64 = 500;
 

@@ -37,8 +37,7 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
         check_placement: args.check_placement,
         trust: args.trust.read()?,
     });
-    let place = find(dir, &args.name)?;
-    let mut vm = VmClient::connect_to(dir, &place)?;
+    let (place, mut vm) = find(dir, &args.name)?;
     let bar = Bar::new(&args.name);
     let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
     bar.end();
@@ -62,11 +61,13 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
     }
 }
 
-/// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above).
-fn find(dir: &RunDir, name: &str) -> Result<Place, Failure> {
+/// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above), or which may be arriving and
+/// change its place.
+fn find(dir: &RunDir, name: &str) -> Result<(Place, VmClient), Failure> {
     let deadline = Instant::now() + START_GRACE;
+    let connect = |place: Place| VmClient::connect_to(dir, &place).map(|vm| (place, vm));
     loop {
-        match dir.find(name) {
+        match dir.find(name).and_then(connect) {
             Err(failure) if failure.kind == Kind::Name && Instant::now() < deadline => {
                 signals::check()?;
                 std::thread::sleep(CANCEL_POLL);
