@@ -12,10 +12,12 @@ mod backends;
 mod farewell;
 mod guest;
 mod interpose;
+mod inventory;
 mod life;
 mod qmp;
 mod settings;
 mod throttle;
+mod tuning;
 
 use std::panic::catch_unwind;
 
