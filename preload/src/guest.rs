@@ -7,6 +7,7 @@
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -14,6 +15,7 @@ use vmprocess::control::protocol::GuestStat;
 use vmprocess::failure::{Failure, Kind, chain};
 use vmprocess::{Guest, GuestView, Newcomer};
 
+use crate::devices;
 use crate::farewell;
 use crate::inventory::Inventory;
 use crate::qmp::{Qmp, QmpError, Standing};
@@ -27,7 +29,7 @@ const STATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks at how that stands.
 const STATE_POLL: Duration = Duration::from_millis(2);
 /// Device state is some hundred KiB and the memory of displays.
-const STATE_BYTES_MAX: usize = 1 << 30;
+const STATE_BYTES_MAX: usize = migrate::wire::control::MAX_STATE_BYTES;
 /// Of QEMU's migration: memory that others share is not its to send.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 /// What a machine does that will go on by itself, in QEMU's words.
@@ -54,6 +56,10 @@ pub(crate) struct Qemu {
     started_with: Inventory,
     /// Why it does not move, whatever its state, if its command line is the reason.
     stays: Option<String>,
+    /// What its guest memory is called.
+    memory: Vec<String>,
+    /// Its directory in /proc.
+    process: PathBuf,
     /// The user's settings of QEMU's migration, while they are not set.
     set_aside: Option<Tuning>,
     /// Its network may know the guest's addresses elsewhere: at the target that it did not go to.
@@ -141,6 +147,9 @@ impl Qemu {
         let vcpus = qmp.ask("query-cpus-fast", Value::Null, COMMAND_TIMEOUT).map_err(failure)?;
         let program = std::env::current_exe().ok();
         let started_with = inventory(&mut qmp)?;
+        let backends = answers(&mut qmp, &[("query-memdev", Value::Null)])?.remove(0);
+        let id = |backend: &Value| backend["id"].as_str().map(str::to_owned);
+        let memory = backends.as_array().into_iter().flatten().filter_map(id).collect();
         let workload = program.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
         Ok(Qemu {
             standing: qmp.standing(),
@@ -149,6 +158,8 @@ impl Qemu {
             workload: workload.to_string_lossy().into_owned(),
             started_with,
             stays: None,
+            memory,
+            process: Path::new("/proc/self").to_owned(),
             set_aside: None,
             given_away: false,
             disks_away: false,
@@ -176,7 +187,7 @@ impl Qemu {
     fn check_move(&mut self) -> Result<Vec<&'static str>, Failure> {
         let cannot = |why: String| Failure::new(Kind::CannotMove, format!("cannot move: {why}"));
         if let Some(why) = &self.stays {
-            return Err(cannot(why.clone()));
+            return Err(Failure::new(Kind::CannotMove, why.clone()));
         }
         if self.disks_away {
             let text =
@@ -334,7 +345,21 @@ fn inventory(qmp: &mut Qmp) -> Result<Inventory, Failure> {
 
 impl Guest for Qemu {
     fn may_move(&mut self) -> Result<(), Failure> {
-        self.check_move().map(|_| ())
+        self.check_move()?;
+        let bytes = self.state_bytes().unwrap_or(0);
+        if bytes > STATE_BYTES_MAX as u64 {
+            let text = format!(
+                "cannot move: its devices have about {bytes} bytes of memory in use (frame buffers?), and no more than {STATE_BYTES_MAX} can go with its state"
+            );
+            return Err(Failure::new(Kind::CannotMove, text));
+        }
+        Ok(())
+    }
+
+    fn state_bytes(&mut self) -> Option<u64> {
+        let question = ("human-monitor-command", json!({ "command-line": "info ramblock" }));
+        let told = answers(&mut self.qmp, &[question]).ok()?.remove(0);
+        Some(devices::state_bytes(told.as_str()?, &self.memory, &self.process))
     }
 
     fn drain(&mut self) -> Result<(), Failure> {

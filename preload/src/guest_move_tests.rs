@@ -188,11 +188,6 @@ fn a_machine_that_a_monitor_has_changed_is_told_from_that_of_its_command_line() 
             ),
             ("device_add scsi-hd,drive=late,id=late", "device_del late", "device late was added"),
             (
-                "device_add qemu64-x86_64-cpu,id=cpu9,socket-id=1,core-id=0,thread-id=0",
-                "",
-                "number of processors is now 2, it was started with 1",
-            ),
-            (
                 &format!("change cd {other} raw"),
                 "",
                 &format!(
@@ -221,6 +216,15 @@ fn a_machine_that_a_monitor_has_changed_is_told_from_that_of_its_command_line() 
             qemu.resume().unwrap();
             say(&mut qemu, undo);
         }
+        let slots = qemu.ask("query-hotpluggable-cpus", Value::Null).unwrap();
+        let slots = slots.as_array().unwrap();
+        let free = slots.iter().find(|slot| slot["qom-path"].is_null()).expect("a free slot");
+        let mut processor = free["props"].clone();
+        (processor["driver"], processor["id"]) = (free["type"].clone(), json!("more"));
+        qemu.ask("device_add", processor).unwrap();
+        let refused = qemu.may_move().unwrap_err();
+        let says = ["device more was added", "number of processors is now 2, it was started with 1"];
+        assert!(says.iter().all(|says| refused.text.contains(says)), "{refused}");
     }
 }
 
@@ -297,7 +301,60 @@ fn a_state_that_was_given_away_is_known_before() {
     assert!(refused.kind == Kind::CannotMove && refused.text.contains("postmigrate"), "{refused}");
     qemu.resume().unwrap();
     qemu.may_move().unwrap();
-    let stays = qemu.stays(Some("-snapshot: for a reason".to_owned()));
+    let stays = qemu.stays(Some("this VM cannot be moved: for a reason".to_owned()));
     let refused = { stays }.may_move().unwrap_err();
-    assert_eq!(refused.text, "cannot move: -snapshot: for a reason");
+    assert_eq!(refused.text, "this VM cannot be moved: for a reason");
+}
+
+/// What QEMU's test socket answers.
+fn tell_test_socket(path: &str, line: &str) -> String {
+    let mut socket = UnixStream::connect(path).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.write_all(format!("{line}\n").as_bytes()).unwrap();
+    let mut answer = [0; 256];
+    let read = socket.read(&mut answer).unwrap();
+    String::from_utf8_lossy(&answer[..read]).into_owned()
+}
+
+#[test]
+fn the_size_of_the_state_is_known_while_the_guest_runs() {
+    const FRAME_BUFFER: u64 = 256 << 20;
+    for program in qemus() {
+        let (memory, directory) = (memory(), Directory::new("frames"));
+        let socket = directory.0.join("qtest").display().to_string();
+        let door = format!("unix:{socket},server=on,wait=off");
+        let device = "secondary-vga,id=frames,vgamem_mb=256";
+        let (mut qemu, process) = start(&program, &memory, &["-device", device, "-qtest", &door]);
+        qemu.process = format!("/proc/{}", process.0.id()).into();
+        // The firmware maps it.
+        let deadline = Instant::now() + PATIENCE;
+        let address = loop {
+            let buses = qemu.ask("query-pci", Value::Null).unwrap();
+            let devices = buses[0]["devices"].as_array().unwrap();
+            let frames = devices.iter().find(|device| device["qdev_id"] == "frames").unwrap();
+            match frames["regions"][0]["address"].as_i64() {
+                Some(address @ 1..) => break address,
+                _ => assert!(Instant::now() < deadline, "the firmware does not map it"),
+            }
+        };
+        let about = |estimate: u64, state: u64| estimate >= state && estimate < state + (8 << 20);
+        let empty = qemu.state_bytes().unwrap();
+        assert!(empty < 24 << 20, "an empty frame buffer costs nothing: {empty}");
+        let line = format!("memset {address:#x} {FRAME_BUFFER:#x} 0x41");
+        assert!(tell_test_socket(&socket, &line).starts_with("OK"));
+        let began = Instant::now();
+        let estimate = qemu.state_bytes().unwrap();
+        let looked = began.elapsed();
+        qemu.may_move().unwrap();
+        qemu.pause().unwrap();
+        let began = Instant::now();
+        let state = qemu.save().unwrap().len() as u64;
+        eprintln!(
+            "{} MiB, of which {} MiB were known in {looked:?}; saved in {:?}",
+            state >> 20,
+            estimate >> 20,
+            began.elapsed()
+        );
+        assert!(state > FRAME_BUFFER && about(estimate, state), "{estimate} for {state}");
+    }
 }

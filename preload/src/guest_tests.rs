@@ -29,7 +29,7 @@ pub(super) fn memory() -> File {
     unsafe { File::from_raw_fd(libc::memfd_create(c"vmemd-test".as_ptr(), libc::MFD_CLOEXEC)) }
 }
 
-pub(super) struct Process(Child);
+pub(super) struct Process(pub(super) Child);
 
 impl Process {
     fn end(&mut self) -> ExitStatus {

@@ -9,6 +9,7 @@
 //! is mapped (after QEMU has forked, if it does), take no signals, and end with the process.
 
 mod backends;
+mod devices;
 mod farewell;
 mod guest;
 mod interpose;

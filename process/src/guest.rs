@@ -49,6 +49,11 @@ pub trait Guest: Send + fmt::Debug {
     /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move).
     fn save(&mut self) -> Result<Vec<u8>, Failure>;
 
+    /// About how many bytes [`save`](Self::save) will give, as far as that is known while the guest runs.
+    fn state_bytes(&mut self) -> Option<u64> {
+        None
+    }
+
     /// Keeps the vCPUs out of the guest for that share of the time, 0 to 99 percent.
     fn throttle(&mut self, percent: u8);
 

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use migrate::{Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
+use migrate::{Progress, Report, SendError, SessionId, SourceOptions, SourceVm, StateEstimate, VmError};
 use serde_json::Value;
 use tracing::{error, info, warn};
 
@@ -337,6 +337,11 @@ impl SourceVm for Leaving<'_> {
 
     fn save(&mut self) -> Result<Vec<u8>, VmError> {
         self.vm.guest(|guest| guest.save()).map_err(|failure| self.failed(failure))
+    }
+
+    fn state_estimate(&mut self) -> Option<StateEstimate> {
+        let bytes = self.vm.guest(|guest| Ok(guest.state_bytes())).ok()??;
+        Some(StateEstimate { bytes })
     }
 
     fn throttle(&mut self, percent: u8) {

@@ -223,6 +223,10 @@ impl Moving<'_, '_> {
             let standing = Standing {
                 rounds: self.rounds.round as u32,
                 left_pages: self.rounds.left_pages(),
+                state_pages: self
+                    .vm
+                    .state_estimate()
+                    .map_or(0, |state| state.bytes / swapd::PAGE_SIZE as u64),
                 sent_per_s: self.rounds.send_rate.per_s(),
                 written_per_s: self.rounds.write_rate.per_s().unwrap_or(0.0),
                 throttle: self.throttle,
