@@ -15,6 +15,7 @@ const ZERO_PAGE_BYTES: u64 = 9;
 const REST_BYTES: u64 = 300 << 10;
 /// Of a pagemap's entry: in memory, or in swap.
 const PRESENT: u64 = 0b11 << 62;
+const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
 /// Looked at in one piece.
 const CHUNK_PAGES: u64 = 256;
 
@@ -89,17 +90,21 @@ fn mappings(process: &Path) -> Vec<(u64, u64)> {
 fn full_pages(process: &Path, address: u64, pages: u64) -> std::io::Result<u64> {
     let (pagemap, memory) = (File::open(process.join("pagemap"))?, File::open(process.join("mem"))?);
     let mut entries = vec![0; (CHUNK_PAGES * 8) as usize];
-    let mut page = vec![0; PAGE as usize];
+    let mut content = vec![0; (CHUNK_PAGES * PAGE) as usize];
     let mut full = 0;
     for first in (0..pages).step_by(CHUNK_PAGES as usize) {
-        let count = CHUNK_PAGES.min(pages - first);
-        let entries = &mut entries[..(count * 8) as usize];
+        let entries = &mut entries[..(CHUNK_PAGES.min(pages - first) * 8) as usize];
         pagemap.read_exact_at(entries, (address / PAGE + first) * 8)?;
-        for (index, entry) in entries.as_chunks().0.iter().enumerate() {
-            if u64::from_le_bytes(*entry) & PRESENT != 0 {
-                memory.read_exact_at(&mut page, address + (first + index as u64) * PAGE)?;
-                full += u64::from(page.iter().any(|byte| *byte != 0));
+        let entries: &[[u8; 8]] = entries.as_chunks().0;
+        let is_there = |entry: &[u8; 8]| u64::from_le_bytes(*entry) & PRESENT != 0;
+        let mut at = first;
+        for alike in entries.chunk_by(|one, next| is_there(one) == is_there(next)) {
+            if is_there(&alike[0]) {
+                let content = &mut content[..alike.len() * PAGE as usize];
+                memory.read_exact_at(content, address + at * PAGE)?;
+                full += content.chunks(PAGE as usize).filter(|page| **page != ZEROS).count() as u64;
             }
+            at += alike.len() as u64;
         }
     }
     Ok(full)
