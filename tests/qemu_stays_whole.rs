@@ -131,7 +131,7 @@ fn qcow2(host: &Host, qemu: &Qemu, name: &str) -> String {
 /// Puts what the snapshot has got back into the first image, and goes on with that alone.
 fn merge(monitor: &mut Monitor) {
     monitor.ask("block-commit", json!({ "device": "d0", "job-id": "merge" }));
-    let mut jobs = |monitor: &mut Monitor| monitor.ask("query-block-jobs", json!({}));
+    let jobs = |monitor: &mut Monitor| monitor.ask("query-block-jobs", json!({}));
     wait("the job to be ready", || jobs(monitor)[0]["ready"] == true);
     monitor.ask("block-job-complete", json!({ "device": "merge" }));
     wait("the job to end", || jobs(monitor) == json!([]));
@@ -193,7 +193,7 @@ fn saves_and_goes_back(monitor: &mut Monitor, guest: &Guest, name: &str) {
 #[test]
 fn snapshots_hold_memory_after_a_move_and_after_one_that_failed() {
     for qemu in qemus() {
-        let (mut here, mut there) = (Place::new("wsave"), Place::new("wsave-there"));
+        let (here, mut there) = (Place::new("wsave"), Place::new("wsave-there"));
         let disk = qcow2(&here.host, &qemu, "disk");
         let [rom, larger] = ["rom", "larger"].map(|name| image(&here.host, name));
         std::fs::File::options().write(true).open(&rom).expect("a file").set_len(64 << 10).expect("a file");
@@ -303,7 +303,7 @@ fn what_begins_while_memory_goes_is_found_when_it_stands_still() {
 #[test]
 fn a_migration_of_the_users_own_goes_on() {
     for qemu in qemus() {
-        let (mut here, mut there) = (Place::new("wown"), Place::new("wown-there"));
+        let (here, mut there) = (Place::new("wown"), Place::new("wown-there"));
         let (_daemon, address) = there.serve(&here, "");
         let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &[]);
         guest.wait_for("checker memory round=1", BOOT);
@@ -327,7 +327,7 @@ fn a_migration_of_the_users_own_goes_on() {
 #[test]
 fn what_qemu_cannot_migrate_is_told_before_a_byte_moves() {
     for qemu in qemus() {
-        let (mut here, mut there) = (Place::new("wblock"), Place::new("wblock-there"));
+        let (here, mut there) = (Place::new("wblock"), Place::new("wblock-there"));
         let (daemon, address) = there.serve(&here, "");
         let shared = here.host.root.join("shared");
         std::fs::create_dir(&shared).expect("a directory");
@@ -369,7 +369,7 @@ fn fill(socket: &str, address: u64, bytes: u64, byte: u8) {
 fn a_full_frame_buffer_moves_too() {
     const FRAME_BUFFER: u64 = 256 << 20;
     for qemu in qemus() {
-        let (mut here, mut there) = (Place::new("wvga"), Place::new("wvga-there"));
+        let (here, mut there) = (Place::new("wvga"), Place::new("wvga-there"));
         let (_daemon, address) = there.serve(&here, "");
         let socket = here.host.root.join("qtest").display().to_string();
         let door = format!("unix:{socket},server=on,wait=off");
