@@ -313,7 +313,7 @@ fn a_paused_vm_arrives_paused() {
         assert_eq!(guest.lines().len(), printed, "it ran");
         // Its disks become its own when it runs.
         let onward = to.vmemd(&["migrate", "db", "--to", back]);
-        onward.fails(7, &["it has not run since it arrived", "\"db\" stays paused here"]);
+        onward.fails(9, &["it has not run since it arrived", "\"db\" stays paused here"]);
         to.wait_state("db", "paused");
         assert_eq!(to.vmemd(&["resume", "db"]).code, 0);
         runs_on(to, &guest);

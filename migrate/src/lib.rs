@@ -38,5 +38,5 @@ pub use resolve::{ReachError, ResolveError, answer_resolve, resolve};
 pub use session::SessionId;
 pub use source::{SendError, SourceOptions, send};
 pub use target::{DataStream, PlainMemory, ReceiveError, TargetLink, TargetMemory, receive};
-pub use vm::{SourceVm, TargetVm, VmError};
+pub use vm::{SourceVm, StateEstimate, TargetVm, VmError};
 pub use wait::Wait;

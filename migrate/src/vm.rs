@@ -7,6 +7,12 @@ use crate::session::SessionId;
 #[error("{0}")]
 pub struct VmError(pub String);
 
+/// A look ahead at a VM's vCPU and device state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateEstimate {
+    pub bytes: u64,
+}
+
 /// The VM at the source. Called on the thread that called [`crate::send`], never from inside its async runtime,
 /// so an implementation may block (shortly: while the VM is paused, all of it counts as downtime).
 pub trait SourceVm {
@@ -21,6 +27,10 @@ pub trait SourceVm {
     fn resume(&mut self) -> Result<(), VmError>;
     /// vCPU and device state, while paused.
     fn save(&mut self) -> Result<Vec<u8>, VmError>;
+    /// What [`save`](Self::save) is going to give, as far as that is known while the VM runs: all of it goes in the pause.
+    fn state_estimate(&mut self) -> Option<StateEstimate> {
+        None
+    }
     /// Keeps the vCPUs out of the guest for this share of time (0: not at all).
     fn throttle(&mut self, percent: u8);
     /// Frees the VM's name, so that the target may take it (both can be on one host). From here on the target may start

@@ -1,11 +1,13 @@
 //! The VM of this QEMU, driven over its QMP monitor.
 //!
 //! The device state travels through a socket pair whose other end QEMU is given: nothing of it is ever in a file system.
-//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file.
+//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is also its
+//! user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set as before.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -13,9 +15,12 @@ use vmprocess::control::protocol::GuestStat;
 use vmprocess::failure::{Failure, Kind, chain};
 use vmprocess::{Guest, GuestView, Newcomer};
 
+use crate::devices;
 use crate::farewell;
+use crate::inventory::Inventory;
 use crate::qmp::{Qmp, QmpError, Standing};
 use crate::throttle::Throttle;
+use crate::tuning::{self, Tuning};
 
 /// For what QEMU does at once, unless a disk or the store keeps it waiting.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
@@ -24,7 +29,7 @@ const STATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks at how that stands.
 const STATE_POLL: Duration = Duration::from_millis(2);
 /// Device state is some hundred KiB and the memory of displays.
-const STATE_BYTES_MAX: usize = 1 << 30;
+const STATE_BYTES_MAX: usize = migrate::wire::control::MAX_STATE_BYTES;
 /// Of QEMU's migration: memory that others share is not its to send.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 /// What a machine does that will go on by itself, in QEMU's words.
@@ -32,9 +37,12 @@ const RUNNING: &str = "running";
 const SUSPENDED: &str = "suspended";
 /// What QEMU calls the descriptor that it is given.
 const STATE_FD: &str = "vmemd-state";
-/// As fast as can be: the VM stands still, and nothing leaves this machine.
-const BYTES_PER_SECOND: u64 = 1 << 40;
-const DOWNTIME_LIMIT_MS: u64 = 1_000_000;
+/// Of QEMU's migration: disks are opened when the guest is to run, not when its state has come.
+const LATE_BLOCK_ACTIVATE: &str = "late-block-activate";
+/// Of QEMU's migration: what was written to a disk since, for a backup (a bitmap that is in no image).
+const DIRTY_BITMAPS: &str = "dirty-bitmaps";
+/// What is asked before the VM moves, besides its inventory.
+const OBSTACLES: [&str; 4] = ["query-migrate", "query-status", "query-jobs", "query-block-exports"];
 
 /// A QEMU that can be asked.
 #[derive(Debug)]
@@ -44,6 +52,16 @@ pub(crate) struct Qemu {
     throttle: Option<Throttle>,
     vcpus: u32,
     workload: String,
+    /// What it was made of when it was started: so its target is.
+    started_with: Inventory,
+    /// Why it does not move, whatever its state, if its command line is the reason.
+    stays: Option<String>,
+    /// What its guest memory is called.
+    memory: Vec<String>,
+    /// Its directory in /proc.
+    process: PathBuf,
+    /// The user's settings of QEMU's migration, while they are not set.
+    set_aside: Option<Tuning>,
     /// Its network may know the guest's addresses elsewhere: at the target that it did not go to.
     given_away: bool,
     /// It came and has not run yet, so its disks are not its own: a QEMU that gives them away once more ends there.
@@ -66,6 +84,58 @@ fn announcement() -> Value {
     json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 })
 }
 
+/// Whether QEMU's migration is under way, in its words.
+fn is_busy(status: &str) -> bool {
+    !matches!(status, "" | "none" | "completed" | "failed" | "cancelled")
+}
+
+/// What keeps a machine from moving as it is now, from QEMU's answers to [`OBSTACLES`].
+fn obstacles(answers: &[Value]) -> Vec<String> {
+    let [migration, status, jobs, exports] = answers else { return Vec::new() };
+    let mut found = Vec::new();
+    let at = migration["status"].as_str().unwrap_or_default();
+    if is_busy(at) {
+        found.push(format!(
+            "QEMU is at a migration that vmemd did not start ({at}): wait for its end, or cancel it"
+        ));
+    }
+    match status["status"].as_str().unwrap_or_default() {
+        SUSPENDED => found.push("the guest sleeps (suspend to RAM): wake it first".to_owned()),
+        "postmigrate" if !is_busy(at) => found.push(
+            "its state was given away and it has not run since (postmigrate): `vmemd resume` it first, if it runs nowhere else"
+                .to_owned(),
+        ),
+        _ => {}
+    }
+    let list = |value: &'_ Value| value.as_array().cloned().unwrap_or_default();
+    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    found.extend(list(&migration["blocked-reasons"]).iter().map(word));
+    let over = ["concluded", "null"];
+    for job in list(jobs).iter().filter(|job| !over.contains(&word(&job["status"]).as_str())) {
+        found.push(format!(
+            "job {} ({}) is {}: wait for its end, or cancel it",
+            word(&job["id"]),
+            word(&job["type"]),
+            word(&job["status"])
+        ));
+    }
+    for export in list(exports) {
+        let (id, node) = (word(&export["id"]), word(&export["node-name"]));
+        found
+            .push(format!("block node {node} is exported ({}, {id}): end that first", word(&export["type"])));
+    }
+    found
+}
+
+/// Whether the answer to `query-named-block-nodes` has bitmaps that are in no image.
+fn has_loose_bitmaps(nodes: &Value) -> bool {
+    let mut nodes = nodes.as_array().into_iter().flatten();
+    nodes.any(|node| {
+        let mut bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
+        bitmaps.any(|bitmap| bitmap["name"].is_string() && bitmap["persistent"] != true)
+    })
+}
+
 fn failure(error: QmpError) -> Failure {
     Failure::new(Kind::Vm, chain(&error))
 }
@@ -76,12 +146,21 @@ impl Qemu {
     pub(crate) fn new(mut qmp: Qmp) -> Result<Qemu, Failure> {
         let vcpus = qmp.ask("query-cpus-fast", Value::Null, COMMAND_TIMEOUT).map_err(failure)?;
         let program = std::env::current_exe().ok();
+        let started_with = inventory(&mut qmp)?;
+        let backends = answers(&mut qmp, &[("query-memdev", Value::Null)])?.remove(0);
+        let id = |backend: &Value| backend["id"].as_str().map(str::to_owned);
+        let memory = backends.as_array().into_iter().flatten().filter_map(id).collect();
         let workload = program.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
         Ok(Qemu {
             standing: qmp.standing(),
             throttle: Throttle::find(),
             vcpus: vcpus.as_array().map_or(0, |list| list.len() as u32),
             workload: workload.to_string_lossy().into_owned(),
+            started_with,
+            stays: None,
+            memory,
+            process: Path::new("/proc/self").to_owned(),
+            set_aside: None,
             given_away: false,
             disks_away: false,
             qmp,
@@ -98,11 +177,85 @@ impl Qemu {
         Ok(answer["status"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Gives QEMU the other end of a connection for its device state, and sets what is to go over it.
-    fn state_channel(&mut self, capabilities: &[&str]) -> Result<UnixStream, Failure> {
-        let on: Vec<Value> =
-            capabilities.iter().map(|name| json!({ "capability": name, "state": true })).collect();
-        self.ask("migrate-set-capabilities", json!({ "capabilities": on }))?;
+    /// Never moves, for that reason.
+    pub(crate) fn stays(self, why: Option<String>) -> Qemu {
+        Qemu { stays: why, ..self }
+    }
+
+    /// Whether it can move as it is now: its command line is to make the same machine at the target. What it takes, in
+    /// capabilities of QEMU's migration.
+    fn check_move(&mut self) -> Result<Vec<&'static str>, Failure> {
+        let cannot = |why: String| Failure::new(Kind::CannotMove, format!("cannot move: {why}"));
+        if let Some(why) = &self.stays {
+            return Err(Failure::new(Kind::CannotMove, why.clone()));
+        }
+        if self.disks_away {
+            let text =
+                "it has not run since it arrived, so its disks are not its own yet: `vmemd resume` it first";
+            return Err(cannot(text.to_owned()));
+        }
+        let questions = [OBSTACLES.map(|command| (command, Value::Null)).to_vec(), Inventory::questions()];
+        let answers = answers(&mut self.qmp, &questions.concat())?;
+        let (state, machine) = answers.split_at(OBSTACLES.len());
+        let mut why = obstacles(state);
+        let changes = Inventory::new(machine).changes(&self.started_with);
+        if !changes.is_empty() {
+            why.push(format!(
+                "it is not the machine that its command line makes: {}; undo that, or start it anew with a command line that says so",
+                changes.join("; ")
+            ));
+        }
+        if !why.is_empty() {
+            return Err(cannot(why.join("; ")));
+        }
+        let mut on = vec![IGNORE_SHARED];
+        on.extend(machine.iter().any(has_loose_bitmaps).then_some(DIRTY_BITMAPS));
+        Ok(on)
+    }
+
+    /// Does that with no capabilities but these, and parameters for a state that goes at once. What the user has set is set
+    /// again behind it, whatever becomes of it.
+    fn with_capabilities<T>(
+        &mut self,
+        on: &[&str],
+        work: impl FnOnce(&mut Qemu) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        struct PutBack<'a>(&'a mut Qemu);
+        impl Drop for PutBack<'_> {
+            fn drop(&mut self) {
+                self.0.put_back();
+            }
+        }
+        self.put_back();
+        let qemu = PutBack(self);
+        let questions = tuning::QUESTIONS.map(|command| (command, Value::Null));
+        let now = answers(&mut qemu.0.qmp, &questions)?;
+        let tuning = Tuning::new(&now[0], &now[1], on);
+        let ours = tuning.ours();
+        qemu.0.set_aside = Some(tuning);
+        qemu.0.set(ours)?;
+        work(&mut *qemu.0)
+    }
+
+    /// The arguments of [`tuning::COMMANDS`].
+    fn set(&mut self, arguments: [Value; 2]) -> Result<(), Failure> {
+        let commands: Vec<(&str, Value)> = tuning::COMMANDS.into_iter().zip(arguments).collect();
+        let answers = self.qmp.ask_all(&commands, COMMAND_TIMEOUT).map_err(failure)?;
+        answers.into_iter().try_for_each(|answer| answer.map(|_| ()).map_err(failure))
+    }
+
+    /// Sets what the user had set, if it is not.
+    fn put_back(&mut self) {
+        let Some(tuning) = self.set_aside.take().filter(|_| !self.qmp.has_ended()) else { return };
+        if let Err(error) = self.set(tuning.theirs()) {
+            tracing::warn!(%error, "the settings of QEMU's migration could not be put back: `savevm` may leave memory out");
+            // Its migration may be ending still.
+            self.set_aside = Some(tuning);
+        }
+    }
+
+    /// Gives QEMU the other end of a connection for its device state.
+    fn state_channel(&mut self) -> Result<UnixStream, Failure> {
         let io = |error| Failure::io("a socket for QEMU's device state", &error);
         let (ours, theirs) = UnixStream::pair().map_err(io)?;
         self.qmp.give_fd(STATE_FD, theirs.as_fd(), COMMAND_TIMEOUT).map_err(failure)?;
@@ -129,19 +282,31 @@ impl Qemu {
     }
 
     fn write_state(&mut self) -> Result<Vec<u8>, Failure> {
-        let parameters = json!({ "max-bandwidth": BYTES_PER_SECOND, "downtime-limit": DOWNTIME_LIMIT_MS });
-        self.ask("migrate-set-parameters", parameters)?;
-        let channel = self.state_channel(&[IGNORE_SHARED])?;
+        let channel = self.state_channel()?;
         let deadline = Instant::now() + STATE_TIMEOUT;
-        self.ask("migrate", json!({ "uri": format!("fd:{STATE_FD}") }))?;
-        let state = read_all(channel, deadline)?;
-        self.settle(deadline)?;
-        Ok(state)
+        let begun = self.qmp.ask("migrate", json!({ "uri": format!("fd:{STATE_FD}") }), COMMAND_TIMEOUT);
+        if let Err(error) = begun {
+            // What QEMU refuses has not begun. What is under way then is somebody else's.
+            if !matches!(error, QmpError::Refused { .. }) {
+                self.give_state_up();
+            }
+            return Err(failure(error));
+        }
+        let state = read_all(channel, deadline).and_then(|state| {
+            self.settle(deadline)?;
+            Ok(state)
+        });
+        state.inspect_err(|_| self.give_state_up())
+    }
+
+    fn take_state(&mut self, state: &[u8]) -> Result<(), Failure> {
+        // Disks stay the source's until the guest is to run: it may be resumed there.
+        let on = [IGNORE_SHARED, LATE_BLOCK_ACTIVATE, DIRTY_BITMAPS];
+        self.with_capabilities(&on, |qemu| qemu.read_state(state))
     }
 
     fn read_state(&mut self, state: &[u8]) -> Result<(), Failure> {
-        // Disks stay the source's until the guest is to run: it may be resumed there.
-        let mut channel = self.state_channel(&[IGNORE_SHARED, "late-block-activate"])?;
+        let mut channel = self.state_channel()?;
         let deadline = Instant::now() + STATE_TIMEOUT;
         self.ask("migrate-incoming", json!({ "uri": format!("fd:{STATE_FD}") }))?;
         let io = |error| Failure::io("QEMU does not take its device state", &error);
@@ -155,15 +320,48 @@ impl Qemu {
 
     /// QEMU may still be at it: it can go on with the guest only when it is not.
     fn give_state_up(&mut self) {
-        let cancelled = self.ask("migrate_cancel", Value::Null);
-        let settled = cancelled.and_then(|_| self.settle(Instant::now() + COMMAND_TIMEOUT));
-        if let Err(error) = settled {
+        let given_up = self.ask("query-migrate", Value::Null).and_then(|answer| {
+            if !is_busy(answer["status"].as_str().unwrap_or_default()) {
+                return Ok(());
+            }
+            self.ask("migrate_cancel", Value::Null)?;
+            self.settle(Instant::now() + COMMAND_TIMEOUT)
+        });
+        if let Err(error) = given_up {
             tracing::info!(%error, "the saving of the device state was given up");
         }
     }
 }
 
+/// The answers to all of it; null to what this QEMU refuses.
+fn answers(qmp: &mut Qmp, questions: &[(&str, Value)]) -> Result<Vec<Value>, Failure> {
+    let answers = qmp.ask_all(questions, COMMAND_TIMEOUT).map_err(failure)?;
+    Ok(answers.into_iter().map(Result::unwrap_or_default).collect())
+}
+
+fn inventory(qmp: &mut Qmp) -> Result<Inventory, Failure> {
+    Ok(Inventory::new(&answers(qmp, &Inventory::questions())?))
+}
+
 impl Guest for Qemu {
+    fn may_move(&mut self) -> Result<(), Failure> {
+        self.check_move()?;
+        let bytes = self.state_bytes().unwrap_or(0);
+        if bytes > STATE_BYTES_MAX as u64 {
+            let text = format!(
+                "cannot move: its devices have about {bytes} bytes of memory in use (frame buffers?), and no more than {STATE_BYTES_MAX} can go with its state"
+            );
+            return Err(Failure::new(Kind::CannotMove, text));
+        }
+        Ok(())
+    }
+
+    fn state_bytes(&mut self) -> Option<u64> {
+        let question = ("human-monitor-command", json!({ "command-line": "info ramblock" }));
+        let told = answers(&mut self.qmp, &[question]).ok()?.remove(0);
+        Some(devices::state_bytes(told.as_str()?, &self.memory, &self.process))
+    }
+
     fn drain(&mut self) -> Result<(), Failure> {
         // Whatever a transaction is made of, it begins by waiting for all I/O under way.
         self.ask("transaction", json!({ "actions": [] })).map(|_| ())
@@ -198,6 +396,7 @@ impl Guest for Qemu {
             error => Failure::new(Kind::InDoubt, chain(&error)),
         })?;
         self.disks_away = false;
+        self.put_back();
         if std::mem::take(&mut self.given_away)
             && let Err(error) = self.ask("announce-self", announcement())
         {
@@ -207,13 +406,10 @@ impl Guest for Qemu {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Failure> {
-        if self.disks_away {
-            let text =
-                "it has not run since it arrived, so its disks are not its own yet: `vmemd resume` it first";
-            return Err(Failure::new(Kind::Vm, text));
-        }
+        // Once more: a monitor may have changed it while its memory went.
+        let on = self.check_move()?;
         self.given_away = true;
-        self.write_state().inspect_err(|_| self.give_state_up())
+        self.with_capabilities(&on, Qemu::write_state)
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -252,7 +448,7 @@ pub(crate) struct Incoming(pub(crate) Qemu);
 impl Newcomer for Incoming {
     fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
         let mut qemu = self.0;
-        match qemu.read_state(state) {
+        match qemu.take_state(state) {
             Ok(()) => {
                 farewell::over();
                 qemu.disks_away = true;
@@ -279,6 +475,9 @@ fn read_all(mut channel: UnixStream, deadline: Instant) -> Result<Vec<u8>, Failu
     Ok(state)
 }
 
+#[cfg(test)]
+#[path = "guest_move_tests.rs"]
+mod move_tests;
 #[cfg(test)]
 #[path = "guest_tests.rs"]
 mod tests;

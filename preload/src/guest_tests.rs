@@ -9,11 +9,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 use super::*;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 const MEMORY_BYTES: u64 = 256 << 20;
 
 /// The QEMUs that there are.
-fn qemus() -> Vec<PathBuf> {
+pub(super) fn qemus() -> Vec<PathBuf> {
     let newest = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().join("qemu/newest/usr/bin");
     let found = [PathBuf::from("/usr/bin"), newest].map(|dir| dir.join("qemu-system-x86_64"));
     let found: Vec<PathBuf> = found.into_iter().filter(|path| path.exists()).collect();
@@ -24,12 +24,12 @@ fn qemus() -> Vec<PathBuf> {
     found
 }
 
-fn memory() -> File {
+pub(super) fn memory() -> File {
     // SAFETY: the name is a C string; the new descriptor is owned by nobody else.
     unsafe { File::from_raw_fd(libc::memfd_create(c"vmemd-test".as_ptr(), libc::MFD_CLOEXEC)) }
 }
 
-struct Process(Child);
+pub(super) struct Process(pub(super) Child);
 
 impl Process {
     fn end(&mut self) -> ExitStatus {
@@ -52,7 +52,7 @@ impl Drop for Process {
 }
 
 /// A QEMU that runs its firmware, or waits for a state.
-fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process) {
+pub(super) fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (memory, theirs_fd) = (memory.as_raw_fd(), theirs.as_raw_fd());
     let backend = format!(
@@ -76,7 +76,7 @@ fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process
     (Qemu::new(Qmp::over(ours, PATIENCE).unwrap()).unwrap(), child)
 }
 
-const INCOMING: [&str; 3] = ["-incoming", "defer", "-S"];
+pub(super) const INCOMING: [&str; 3] = ["-incoming", "defer", "-S"];
 
 #[test]
 fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {

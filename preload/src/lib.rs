@@ -9,13 +9,16 @@
 //! is mapped (after QEMU has forked, if it does), take no signals, and end with the process.
 
 mod backends;
+mod devices;
 mod farewell;
 mod guest;
 mod interpose;
+mod inventory;
 mod life;
 mod qmp;
 mod settings;
 mod throttle;
+mod tuning;
 
 use std::panic::catch_unwind;
 

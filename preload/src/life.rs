@@ -172,8 +172,12 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     let name = settings.role.name();
     let memory = Memory::external(engine.clone());
     let arrives = arrival.is_some();
+    let stays = match &settings.role {
+        Role::New { stays, .. } => stays.clone(),
+        Role::Arriving(_) => None,
+    };
     let meet = || {
-        let qemu = meet(&settings.qmp, arrives)?;
+        let qemu = meet(&settings.qmp, arrives)?.stays(stays);
         if engine.is_attached() {
             info!(vm = name, "QEMU answers, and has its memory from vmemd");
             return Ok(qemu);

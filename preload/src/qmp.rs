@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// Longest line that is read. QEMU's longest answers to what we ask have a few KiB.
-const LINE_BYTES_MAX: usize = 1 << 20;
+/// Longest line that is read. QEMU's longest answers have a KiB for each image behind a disk.
+const LINE_BYTES_MAX: usize = 16 << 20;
 const CHUNK_BYTES: usize = 4096;
 /// A command has some hundred bytes: QEMU takes it at once, or is not well.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -152,6 +152,27 @@ impl Qmp {
         self.ask_with(command, arguments, None, timeout)
     }
 
+    /// Has QEMU do all of these commands, one after the other, without waiting for an answer in between: what QEMU refuses is an
+    /// answer like any other.
+    ///
+    /// # Errors
+    /// A conversation that broke, as in [`Qmp::ask`].
+    pub(crate) fn ask_all(
+        &mut self,
+        commands: &[(&str, Value)],
+        timeout: Duration,
+    ) -> Result<Vec<Result<Value, QmpError>>, QmpError> {
+        let deadline = Instant::now() + timeout;
+        let sent: Result<Vec<u64>, QmpError> =
+            commands.iter().map(|(command, arguments)| self.say(command, arguments, None)).collect();
+        let answer =
+            |(id, (command, _)): (u64, &(&str, Value))| match self.heard(command, id, deadline, timeout) {
+                Err(error) if !matches!(error, QmpError::Refused { .. }) => Err(error),
+                answer => Ok(answer),
+            };
+        sent?.into_iter().zip(commands).map(answer).collect()
+    }
+
     /// Gives QEMU a descriptor that commands then call `name`.
     ///
     /// # Errors
@@ -172,15 +193,21 @@ impl Qmp {
         fd: Option<BorrowedFd<'_>>,
         timeout: Duration,
     ) -> Result<Value, QmpError> {
+        let deadline = Instant::now() + timeout;
+        let id = self.say(command, &arguments, fd)?;
+        self.heard(command, id, deadline, timeout)
+    }
+
+    /// Sends a command; its number.
+    fn say(&mut self, command: &str, arguments: &Value, fd: Option<BorrowedFd<'_>>) -> Result<u64, QmpError> {
         if self.ended {
             return Err(QmpError::Closed);
         }
-        let deadline = Instant::now() + timeout;
         self.last_id += 1;
         let id = self.last_id;
         let mut request = json!({ "execute": command, "id": id });
         if !arguments.is_null() {
-            request["arguments"] = arguments;
+            request["arguments"] = arguments.clone();
         }
         let written = write(&self.writer, &format!("{request}\n"), fd);
         written.map_err(|error| match error.kind() {
@@ -190,6 +217,17 @@ impl Qmp {
             // Part of a line may have been written, which would spoil the next one.
             _ => self.end(QmpError::Io(error)),
         })?;
+        Ok(id)
+    }
+
+    /// The answer to the command of that number.
+    fn heard(
+        &mut self,
+        command: &str,
+        id: u64,
+        deadline: Instant,
+        timeout: Duration,
+    ) -> Result<Value, QmpError> {
         loop {
             let answer = self.answer(command, deadline, timeout)?;
             match (answer.id, answer.value, answer.error) {

@@ -25,6 +25,8 @@ pub enum Kind {
     Vm,
     /// A hand-over was interrupted and it is not known which side has the VM; or whether it runs is not known.
     InDoubt,
+    /// The VM is one, or in a state, that cannot move to another host. Nothing of it has moved.
+    CannotMove,
     /// Ctrl-C or a termination signal.
     Interrupted,
 }
@@ -41,6 +43,7 @@ impl Kind {
             Kind::Link => 6,
             Kind::Vm => 7,
             Kind::InDoubt => 8,
+            Kind::CannotMove => 9,
             Kind::Interrupted => 130,
         }
     }

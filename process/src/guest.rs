@@ -7,6 +7,15 @@ use crate::failure::Failure;
 
 /// A VM's processors and devices, as its process drives them. Only one of these calls is under way at a time.
 pub trait Guest: Send + fmt::Debug {
+    /// Whether a target could make the same machine, as it is now. Asked before a byte moves, while the guest runs; what changes
+    /// after that, [`save`](Self::save) finds.
+    ///
+    /// # Errors
+    /// Why it cannot move ([`Kind::CannotMove`](crate::failure::Kind::CannotMove)).
+    fn may_move(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
+
     /// Returns when every write to guest memory has ended that devices had under way when this was called, such as a disk's read
     /// past the page cache. The guest runs on. Bounded in time.
     ///
@@ -37,8 +46,13 @@ pub trait Guest: Send + fmt::Debug {
     /// Everything of the paused guest that is not in its memory. It can be resumed afterwards all the same.
     ///
     /// # Errors
-    /// If it runs, or cannot be saved.
+    /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move).
     fn save(&mut self) -> Result<Vec<u8>, Failure>;
+
+    /// About how many bytes [`save`](Self::save) will give, as far as that is known while the guest runs.
+    fn state_bytes(&mut self) -> Option<u64> {
+        None
+    }
 
     /// Keeps the vCPUs out of the guest for that share of the time, 0 to 99 percent.
     fn throttle(&mut self, percent: u8);

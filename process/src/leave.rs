@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use migrate::{Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
+use migrate::{Progress, Report, SendError, SessionId, SourceOptions, SourceVm, StateEstimate, VmError};
 use serde_json::Value;
 use tracing::{error, info, warn};
 
@@ -32,7 +32,8 @@ const RESUME_RETRY: Duration = Duration::from_millis(100);
 
 enum Step {
     Progress(MigrationStat),
-    Ended(Result<Report, SendError>),
+    /// With the reason why the VM cannot move, if that was found on the way.
+    Ended(Result<Report, SendError>, Option<Failure>),
 }
 
 /// Moves the VM away. Answers when it has moved, or stays; cancels if the client goes away.
@@ -45,14 +46,19 @@ pub(crate) fn migrate(
     wait_until_set_up(vm, client);
     vm.memory()?.engine()?;
     begin(vm, &request.to)?;
+    if let Err(failure) = vm.guest(|guest| guest.may_move()) {
+        vm.core(|core| (core.phase, core.migration) = (Phase::Here, None));
+        vm.go_on();
+        return Err(stays(vm, failure));
+    }
     let (steps, progress) = channel();
     let (mover, name) = (vm.clone(), vm.facts.name.clone());
     let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
-        let mut leaving = Leaving { vm: &mover, paused: false, session: None };
+        let mut leaving = Leaving { vm: &mover, paused: false, session: None, cannot: None };
         let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         settle(&mover, &options, &result);
-        let _ = steps.send(Step::Ended(result));
+        let _ = steps.send(Step::Ended(result, leaving.cannot));
         doubt::ask_until_known(&mover);
     });
     if let Err(error) = spawned {
@@ -66,7 +72,7 @@ pub(crate) fn migrate(
                     vm.cancel.store(true, Ordering::SeqCst);
                 }
             }
-            Ok(Step::Ended(result)) => return report(vm, &request.to, result),
+            Ok(Step::Ended(result, cannot)) => return report(vm, &request.to, result, cannot),
             Err(RecvTimeoutError::Timeout) if client.gone() => vm.cancel.store(true, Ordering::SeqCst),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
@@ -220,7 +226,12 @@ fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) 
     }
 }
 
-fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value, Failure> {
+fn report(
+    vm: &Vm,
+    to: &str,
+    result: Result<Report, SendError>,
+    cannot: Option<Failure>,
+) -> Result<Value, Failure> {
     match result {
         Ok(report) => {
             let mut value =
@@ -228,21 +239,21 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
             value["to"] = to.into();
             Ok(value)
         }
-        Err(error) => {
-            let still_here = error.still_here();
-            let mut failure = Failure::from(error);
-            if still_here {
-                let stays = match vm.guest_failure() {
-                    Some(_) => "stays here, failed",
-                    None if vm.core(|core| core.stalled.is_some()) => "stays here, stalled",
-                    None if vm.core(|core| core.paused) => "stays paused here",
-                    None => "runs on here",
-                };
-                failure.text = format!("{}; {:?} {stays}", failure.text, vm.facts.name);
-            }
-            Err(failure)
-        }
+        Err(SendError::Vm(_)) if let Some(cannot) = cannot => Err(stays(vm, cannot)),
+        Err(error) if error.still_here() => Err(stays(vm, Failure::from(error))),
+        Err(error) => Err(Failure::from(error)),
     }
+}
+
+/// Says what became of a VM that has not left.
+fn stays(vm: &Vm, failure: Failure) -> Failure {
+    let stays = match vm.guest_failure() {
+        Some(_) => "stays here, failed",
+        None if vm.core(|core| core.stalled.is_some()) => "stays here, stalled",
+        None if vm.core(|core| core.paused) => "stays paused here",
+        None => "runs on here",
+    };
+    Failure { text: format!("{}; {:?} {stays}", failure.text, vm.facts.name), ..failure }
 }
 
 /// The VM as a migration's source sees it.
@@ -252,18 +263,26 @@ pub(crate) struct Leaving<'a> {
     paused: bool,
     /// From the moment on that the target may start it.
     session: Option<SessionId>,
+    /// Why it cannot move, if it has become such a VM on the way.
+    cannot: Option<Failure>,
 }
 
 impl<'a> Leaving<'a> {
     /// A VM that stands still, and may have left.
     pub(crate) fn in_doubt(vm: &'a Vm) -> Leaving<'a> {
-        Leaving { vm, paused: true, session: None }
+        Leaving { vm, paused: true, session: None, cannot: None }
     }
 
     /// It has not left after all.
     pub(crate) fn come_back(&mut self) -> Result<(), VmError> {
         self.take_name_back();
         self.resume()
+    }
+
+    /// Remembers why it cannot move: that is not a failure of the VM.
+    fn failed(&mut self, failure: Failure) -> VmError {
+        self.cannot = Some(failure.clone()).filter(|failure| failure.kind == Kind::CannotMove);
+        text(failure)
     }
 
     /// A bug ended the migration (in a process of ours, all of it). The VM is never left between here and there.
@@ -292,7 +311,7 @@ impl SourceVm for Leaving<'_> {
         // By whatever means, such as a monitor of its user's.
         self.vm.core(|core| core.paused |= !runs && !core.stalled.as_ref().is_some_and(|stall| stall.ran));
         self.paused = true;
-        self.vm.guest(|guest| guest.pause()).map_err(text)
+        self.vm.guest(|guest| guest.pause()).map_err(|failure| self.failed(failure))
     }
 
     fn stood_still(&self) -> bool {
@@ -317,7 +336,12 @@ impl SourceVm for Leaving<'_> {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        self.vm.guest(|guest| guest.save()).map_err(text)
+        self.vm.guest(|guest| guest.save()).map_err(|failure| self.failed(failure))
+    }
+
+    fn state_estimate(&mut self) -> Option<StateEstimate> {
+        let bytes = self.vm.guest(|guest| Ok(guest.state_bytes())).ok()??;
+        Some(StateEstimate { bytes })
     }
 
     fn throttle(&mut self, percent: u8) {

@@ -36,6 +36,8 @@ pub enum Role {
         memory: MemorySpec,
         /// What a target needs to start the same machine; opaque here.
         offer: String,
+        /// Why no target can, if so: the VM runs, and does not move.
+        stays: Option<String>,
     },
     /// QEMU was started with `-incoming defer -S`.
     Arriving(Box<ArriveSettings>),

@@ -11,6 +11,7 @@ use super::admission::Refusal;
 use crate::qemu::ask::Really;
 use crate::qemu::cpu::Cpu;
 use crate::qemu::offer::{Accepted, Offer};
+use crate::qemu::one_line;
 use crate::qemu::resources::ThisHost;
 use crate::qemu::rewrite::Plan;
 use crate::qemu::rules::Rules;
@@ -52,7 +53,8 @@ pub(super) fn find(
     let offer: Offer = serde_json::from_str(text)
         .map_err(|error| Refusal::other(format!("what the VM says of its QEMU cannot be read: {error}")))?;
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let accepted = offer.accept(rules, &ThisHost, &Really, &path, &Cpu::of_this_host()?).map_err(one_line)?;
+    let accepted =
+        offer.accept(rules, &ThisHost, &Really, &path, &Cpu::of_this_host()?).map_err(in_one_line)?;
     let Accepted { binary, plan, onward } = accepted;
     let (planned, said) = (plan.memory().bytes(), hello.memory_bytes);
     if planned != said {
@@ -64,8 +66,8 @@ pub(super) fn find(
 }
 
 /// A refusal is shown as one line.
-fn one_line(failure: Failure) -> Refusal {
-    Refusal::other(failure.text.replace(":\n  ", ": ").replace("\n  ", "; "))
+fn in_one_line(failure: Failure) -> Refusal {
+    Refusal::other(one_line(&failure.text))
 }
 
 #[cfg(test)]

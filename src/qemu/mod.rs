@@ -26,6 +26,11 @@ pub mod run;
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
+/// A list of reasons, for where only one line is shown.
+pub fn one_line(text: &str) -> String {
+    text.replace(":\n  ", ": ").replace("\n  ", "; ")
+}
+
 /// Refuses a RAM budget that a VM of that memory cannot have.
 pub fn check_ram(memory: Size, ram: Size) -> Result<(), Failure> {
     let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);

@@ -17,6 +17,7 @@ use super::launch;
 use super::offer::Offer;
 use super::options::{self, CommandLine};
 use super::output::{self, Format};
+use super::refuse::unmovable;
 use super::rewrite::{self, Monitor, Plan, Settings};
 use super::{Failure, Kind, Size, binary};
 
@@ -74,6 +75,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
             lock: settings.lock,
         },
         offer,
+        stays: unmovable(&line).err().map(|failure| super::one_line(&failure.text)),
     };
     Ok(Planned { binary, line, plan, role })
 }

@@ -215,6 +215,8 @@ impl Moving<'_, '_> {
             max_rounds: self.options.max_rounds,
             max_throttle: self.options.max_throttle,
         };
+        // Before a round, not behind it: looking takes its time, in which pages are written that nobody has counted.
+        let mut state_pages = self.state_pages();
         // What devices had begun before writes were tracked.
         self.drain()?;
         let first = self.runtime.block_on(self.rounds.first());
@@ -223,6 +225,7 @@ impl Moving<'_, '_> {
             let standing = Standing {
                 rounds: self.rounds.round as u32,
                 left_pages: self.rounds.left_pages(),
+                state_pages,
                 sent_per_s: self.rounds.send_rate.per_s(),
                 written_per_s: self.rounds.write_rate.per_s().unwrap_or(0.0),
                 throttle: self.throttle,
@@ -231,10 +234,16 @@ impl Moving<'_, '_> {
             tracing::debug!(?standing, ?decision, "a round has ended");
             let Decision::Go { throttle } = decision else { return Ok(()) };
             self.set_throttle(throttle);
+            state_pages = self.state_pages();
             self.drain()?;
             let again = self.runtime.block_on(self.rounds.again(throttle));
             self.checked(again)?;
         }
+    }
+
+    /// What goes in the pause besides pages, as so many of them.
+    fn state_pages(&mut self) -> u64 {
+        self.vm.state_estimate().map_or(0, |state| state.bytes / swapd::PAGE_SIZE as u64)
     }
 
     /// Has what was reported as written, or not tracked yet, get its last bytes from devices: then it can be sent.

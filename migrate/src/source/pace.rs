@@ -10,6 +10,8 @@ use std::time::Duration;
 pub(crate) const WANTED_SHRINK: f64 = 0.25;
 /// Share of the downtime target that is for sending pages; the rest is for stopping, state and hand-over.
 pub(crate) const DOWNTIME_SHARE: f64 = 0.5;
+/// A state that takes all of this time leaves this share of it to pages: no further round makes the state smaller.
+const LEAST_SHARE: f64 = 0.25;
 /// A round with fewer pages says little about the rate.
 const MIN_RATE_PAGES: u64 = 256;
 
@@ -28,6 +30,8 @@ pub(crate) struct Standing {
     pub(crate) rounds: u32,
     /// Pages to be sent next.
     pub(crate) left_pages: u64,
+    /// As many pages' worth of state goes in the pause as well, whenever that is.
+    pub(crate) state_pages: u64,
     pub(crate) sent_per_s: f64,
     /// Distinct pages written, under the throttle of now.
     pub(crate) written_per_s: f64,
@@ -44,7 +48,8 @@ pub(crate) enum Decision {
 
 pub(crate) fn decide(rules: &Rules, now: &Standing) -> Decision {
     let left = now.left_pages as f64;
-    let fits = now.sent_per_s * rules.downtime_target.as_secs_f64() * DOWNTIME_SHARE;
+    let all = now.sent_per_s * rules.downtime_target.as_secs_f64() * DOWNTIME_SHARE;
+    let fits = (all - now.state_pages as f64).max(all * LEAST_SHARE);
     if left <= fits || now.left_pages == 0 || now.rounds >= rules.max_rounds {
         return Decision::Stop;
     }
@@ -115,8 +120,14 @@ mod tests {
 
     const RULES: Rules =
         Rules { downtime_target: Duration::from_millis(50), max_rounds: 30, max_throttle: 99 };
-    const STANDING: Standing =
-        Standing { rounds: 2, left_pages: 100_000, sent_per_s: 100_000.0, written_per_s: 0.0, throttle: 0 };
+    const STANDING: Standing = Standing {
+        rounds: 2,
+        left_pages: 100_000,
+        state_pages: 0,
+        sent_per_s: 100_000.0,
+        written_per_s: 0.0,
+        throttle: 0,
+    };
 
     #[test]
     fn stops_when_the_rest_fits_half_of_the_downtime() {
@@ -125,6 +136,17 @@ mod tests {
         assert_eq!(decide(&RULES, &more), Decision::Go { throttle: 0 });
         assert_eq!(decide(&RULES, &Standing { rounds: 30, ..more }), Decision::Stop);
         assert_eq!(decide(&RULES, &Standing { left_pages: 0, sent_per_s: 0.0, ..STANDING }), Decision::Stop);
+    }
+
+    #[test]
+    fn what_the_state_takes_is_not_there_for_pages() {
+        let with =
+            |state_pages, left_pages| decide(&RULES, &Standing { state_pages, left_pages, ..STANDING });
+        assert_eq!(with(1000, 1500), Decision::Stop);
+        assert_eq!(with(1000, 1501), Decision::Go { throttle: 0 });
+        // A state that does not fit at all: pages take no more than a quarter of what they would.
+        assert_eq!(with(1_000_000, 625), Decision::Stop);
+        assert_eq!(with(1_000_000, 626), Decision::Go { throttle: 0 });
     }
 
     #[test]
@@ -162,12 +184,12 @@ mod tests {
         /// A VM that writes at any constant rate is stopped, and its throttle never falls nor passes the limit.
         #[test]
         fn every_vm_is_stopped(write_per_s in 0.0..1e7_f64, send_per_s in 1e3..1e6_f64, pages in 1_u64..10_000_000,
-                               max_throttle in 0_u8..=99) {
+                               state_pages in 0_u64..1_000_000, max_throttle in 0_u8..=99) {
             let rules = Rules { max_throttle, ..RULES };
             let (mut left, mut throttle, mut rounds) = (pages, 0, 1);
             loop {
                 let written_per_s = write_per_s * (1.0 - f64::from(throttle) / 100.0);
-                let now = Standing { rounds, left_pages: left, sent_per_s: send_per_s, written_per_s, throttle };
+                let now = Standing { rounds, left_pages: left, state_pages, sent_per_s: send_per_s, written_per_s, throttle };
                 match decide(&rules, &now) {
                     Decision::Stop => break,
                     Decision::Go { throttle: next } => {

@@ -9,8 +9,8 @@ use super::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_CONTROL_META, MAX
 use super::{WireError, at_most};
 use crate::report::Placement;
 
-/// Most bytes of vCPU and device state.
-pub const MAX_STATE_BYTES: usize = 64 << 20;
+/// Most bytes of vCPU and device state, which is mostly the memory of displays. The target holds it until its machine has taken it.
+pub const MAX_STATE_BYTES: usize = 1 << 30;
 /// Most bytes of it in one record.
 pub const MAX_STATE_PART: usize = MAX_CONTROL_META;
 

@@ -205,6 +205,7 @@ impl Vm {
             name: plan.name.to_owned(),
             memory: site.memory(plan.regions.iter().sum(), plan.budget_bytes),
             offer: String::new(),
+            stays: None,
         };
         Vm::start_as(kit, site, plan, role, &[])
     }

@@ -1,0 +1,401 @@
+//! What a QEMU VM must not lose by a move: what its user has changed, saved, or begun through a monitor of his own.
+
+mod common;
+mod qemu;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Host, Running, cannot_run_vms};
+use qemu::{BOOT, Guest, Machine, Qemu, field};
+use serde_json::{Value, json};
+
+/// How long a guest's job of a few seconds may take on a slow, busy machine.
+const JOB: Duration = Duration::from_secs(120);
+/// Between two looks at what QEMU is doing.
+const POLL: Duration = Duration::from_millis(20);
+/// The guest counts, and checks its memory, as long as it lives.
+const JOBS: &str = "checker beat & checker memory 100M 100000";
+/// The memory that the guest's job has filled is in a snapshot of it.
+const SNAPSHOT_MIN: u64 = 100 << 20;
+
+/// The QEMUs to test with; none, with a word, where their VMs cannot run.
+fn qemus() -> Vec<Qemu> {
+    let qemus = Qemu::versions();
+    if qemus.is_empty() || cannot_run_vms() { Vec::new() } else { qemus }
+}
+
+/// A QMP monitor of the VM's user, beside vmemd's.
+struct Monitor(BufReader<UnixStream>);
+
+impl Monitor {
+    fn connect(path: &str) -> Monitor {
+        let mut monitor = Monitor(BufReader::new(UnixStream::connect(path).expect("QEMU's monitor")));
+        monitor.ask("qmp_capabilities", json!({}));
+        monitor
+    }
+
+    fn ask(&mut self, command: &str, arguments: Value) -> Value {
+        let request = json!({ "execute": command, "arguments": arguments });
+        writeln!(self.0.get_mut(), "{request}").expect("QEMU's monitor");
+        loop {
+            let mut line = String::new();
+            assert!(self.0.read_line(&mut line).expect("QEMU's monitor") > 0, "QEMU is gone: {command}");
+            let said: Value = serde_json::from_str(&line).expect("QMP");
+            assert!(said.get("error").is_none(), "{command}: {said}");
+            if let Some(value) = said.get("return") {
+                return value.clone();
+            }
+        }
+    }
+
+    /// What the monitor for people says.
+    fn say(&mut self, line: &str) -> String {
+        let said = self.ask("human-monitor-command", json!({ "command-line": line }));
+        said.as_str().expect("words").trim().to_owned()
+    }
+
+    fn settings(&mut self) -> [Value; 2] {
+        ["query-migrate-capabilities", "query-migrate-parameters"].map(|query| self.ask(query, json!({})))
+    }
+}
+
+/// A host with a monitor's path that means the same at both ends of a move.
+struct Place {
+    host: Host,
+    monitor: String,
+}
+
+impl Place {
+    fn new(name: &str) -> Place {
+        let host = Host::new(name);
+        let monitor = host.root.join("monitor").display().to_string();
+        Place { host, monitor }
+    }
+
+    /// A daemon that takes VMs of the other place, with more rules, and its address.
+    fn serve(&mut self, other: &Place, more: &str) -> (Running, String) {
+        let rules = self.host.root.join("rules.toml");
+        let map =
+            |from: &str, to: &str| format!("[[map]]\nkind = \"path\"\nfrom = \"{from}\"\nto = \"{to}\"\n");
+        std::fs::write(&rules, map(&other.monitor, &self.monitor) + more).expect("a file of rules");
+        let (rules, logs) = (rules.display().to_string(), self.host.root.display().to_string());
+        self.host.start_daemon("127.0.0.1:0", "192M", &["--qemu-rules", &rules, "--log-dir", &logs])
+    }
+
+    fn start(&self, qemu: &Qemu, machine: &Machine, more: &[&str]) -> Guest {
+        let store = self.host.store();
+        let mut command =
+            self.host.command(&["run", "--name", "db", "--ram", "128M", "--store", &store, "--"]);
+        command.arg(&qemu.binary).args(machine.args());
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", self.monitor)]).args(more);
+        Guest::start(command)
+    }
+
+    fn migrate(&self, to: &str) {
+        let said = self.host.vmemd(&["migrate", "db", "--to", to, "--json"]);
+        assert_eq!(said.code, 0, "{said:?}");
+    }
+
+    fn monitor(&self) -> Monitor {
+        Monitor::connect(&self.monitor)
+    }
+}
+
+/// An empty raw image.
+fn image(host: &Host, name: &str) -> String {
+    let path = host.root.join(name);
+    std::fs::File::create(&path).expect("an image").set_len(64 << 20).expect("an image");
+    path.display().to_string()
+}
+
+/// An image that takes snapshots, made by QEMU.
+fn qcow2(host: &Host, qemu: &Qemu, name: &str) -> String {
+    let (base, path) = (image(host, &format!("{name}.base")), host.root.join(name).display().to_string());
+    let mut child = Command::new(&qemu.binary)
+        .args(["-nodefaults", "-display", "none", "-S", "-monitor", "stdio", "-drive"])
+        .arg(format!("if=none,id=d,format=raw,file={base}"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("a QEMU");
+    writeln!(child.stdin.take().expect("a pipe"), "snapshot_blkdev d {path} qcow2\nquit")
+        .expect("its monitor");
+    assert!(child.wait().expect("a child").success() && Path::new(&path).exists());
+    path
+}
+
+/// Puts what the snapshot has got back into the first image, and goes on with that alone.
+fn merge(monitor: &mut Monitor) {
+    monitor.ask("block-commit", json!({ "device": "d0", "job-id": "merge" }));
+    let jobs = |monitor: &mut Monitor| monitor.ask("query-block-jobs", json!({}));
+    wait("the job to be ready", || jobs(monitor)[0]["ready"] == true);
+    monitor.ask("block-job-complete", json!({ "device": "merge" }));
+    wait("the job to end", || jobs(monitor) == json!([]));
+}
+
+fn beats(guest: &Guest) -> Vec<u64> {
+    let lines = guest.lines();
+    lines
+        .iter()
+        .filter(|line| line.starts_with("checker beat number="))
+        .map(|line| field(line, "number"))
+        .collect()
+}
+
+/// Waits for something that the guest prints.
+fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + JOB;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited {JOB:?} for {what}");
+        std::thread::sleep(POLL);
+    }
+}
+
+fn memory_is_right(guest: &Guest) {
+    let rounds = |guest: &Guest| {
+        let lines = guest.lines();
+        let rounds = lines.iter().filter(|line| line.starts_with("checker memory round="));
+        rounds.map(|line| field::<u64>(line, "mismatched")).collect::<Vec<_>>()
+    };
+    let before = rounds(guest).len();
+    wait("two rounds of the memory checker", || rounds(guest).len() >= before + 2);
+    assert!(rounds(guest).iter().all(|mismatched| *mismatched == 0), "{:?}", guest.lines());
+}
+
+/// Saves the whole VM in its disk, lets it go on, and goes back: the guest counts on from there.
+fn saves_and_goes_back(monitor: &mut Monitor, guest: &Guest, name: &str) {
+    assert_eq!(monitor.say(&format!("savevm {name}")), "");
+    // What it has said so far may still be on its way, so this is at most what it knew when it was saved, or shortly after.
+    let known = beats(guest).last().copied().expect("it counts");
+    let disks = monitor.ask("query-block", json!({}));
+    let snapshots = disks[0]["inserted"]["image"]["snapshots"].as_array().expect("snapshots").clone();
+    let saved = snapshots.iter().find(|snapshot| snapshot["name"] == name).expect("the snapshot");
+    let bytes = saved["vm-state-size"].as_u64().expect("a number");
+    eprintln!("savevm {name}: {} MiB", bytes >> 20);
+    assert!(bytes > SNAPSHOT_MIN, "{bytes} bytes: memory is not in it");
+    wait("more beats", || beats(guest).last() > Some(&(known + 30)));
+    let printed = beats(guest).len();
+    assert_eq!(monitor.say(&format!("loadvm {name}")), "");
+    wait("beats that begin again", || {
+        beats(guest)[printed..].windows(2).any(|pair| pair[1] < pair[0])
+            || beats(guest)[printed - 1..].windows(2).any(|pair| pair[1] < pair[0])
+    });
+    let again = beats(guest);
+    let back = again.windows(2).rfind(|pair| pair[1] < pair[0]).expect("it went back");
+    assert!(back[1] <= known + 10, "from {} to {}, saved at {known}", back[0], back[1]);
+    memory_is_right(guest);
+}
+
+#[test]
+fn snapshots_hold_memory_after_a_move_and_after_one_that_failed() {
+    for qemu in qemus() {
+        let (here, mut there) = (Place::new("wsave"), Place::new("wsave-there"));
+        let disk = qcow2(&here.host, &qemu, "disk");
+        let [rom, larger] = ["rom", "larger"].map(|name| image(&here.host, name));
+        std::fs::File::options().write(true).open(&rom).expect("a file").set_len(64 << 10).expect("a file");
+        std::fs::File::options().write(true).open(&larger).expect("a file").set_len(1 << 20).expect("a file");
+        let (drive, device) =
+            (format!("file={disk},format=qcow2,if=virtio"), format!("virtio-net-pci,romfile={rom}"));
+        let guest =
+            here.start(&qemu, &Machine::new("192M").run(JOBS), &["-drive", &drive, "-device", &device]);
+        guest.wait_for("checker memory round=1", BOOT);
+        let mut monitor = here.monitor();
+        // As somebody has left it who saved to a file.
+        let multifd = |state: bool| json!({ "capabilities": [{ "capability": "multifd", "state": state }] });
+        monitor.ask("migrate-set-capabilities", multifd(true));
+        let before = monitor.settings();
+
+        // A ROM of another size: the target's QEMU finds that out when it has the guest's state.
+        let rule = format!("[[map]]\nkind = \"path\"\nfrom = \"{rom}\"\nto = \"{larger}\"\n");
+        let (mut daemon, address) = there.serve(&here, &rule);
+        here.host.vmemd(&["migrate", "db", "--to", &address]).fails(6, &["\"db\" runs on here"]);
+        assert_eq!(monitor.settings(), before);
+        // QEMU's own snapshots do not go with it.
+        monitor.ask("migrate-set-capabilities", multifd(false));
+        saves_and_goes_back(&mut monitor, &guest, "here");
+        daemon.signal(libc::SIGTERM);
+        daemon.ends_with(0);
+
+        let (_daemon, address) = there.serve(&here, "");
+        monitor.ask("migrate-set-capabilities", multifd(true));
+        here.migrate(&address);
+        let mut monitor = there.monitor();
+        saves_and_goes_back(&mut monitor, &guest, "there");
+        assert_eq!(there.host.vmemd(&["stop", "db"]).code, 0);
+    }
+}
+
+#[test]
+fn a_disk_that_was_changed_since_the_start_is_told_before_a_byte_moves() {
+    for qemu in qemus() {
+        let (mut here, mut there) = (Place::new("wdisk"), Place::new("wdisk-there"));
+        let (there_daemon, address) = there.serve(&here, "");
+        let (_here_daemon, back) = here.serve(&there, "");
+        let disk = image(&here.host, "disk");
+        let drive = format!("file={disk},format=raw,if=none,id=d0");
+        let more = ["-drive", &drive, "-device", "virtio-blk-pci,drive=d0"];
+        let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &more);
+        guest.wait_for("checker memory round=1", BOOT);
+        let snapshot = here.host.root.join("snap.qcow2").display().to_string();
+        let says =
+            format!("disk d0 is now {snapshot} (qcow2) on {disk} (raw), it was started with {disk} (raw)");
+        let mut monitor = here.monitor();
+        monitor.say(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
+        let refused = here.host.vmemd(&["migrate", "db", "--to", &address]);
+        refused.fails(9, &["cannot move: ", &says, "\"db\" runs on here"]);
+        assert!(there.host.names().is_empty(), "nothing was started for it");
+        there.host.assert_clean_but(&[there_daemon.pid()]);
+        memory_is_right(&guest);
+
+        // As it was: it moves. There it is a machine of its own start.
+        merge(&mut monitor);
+        here.migrate(&address);
+        let mut monitor = there.monitor();
+        std::fs::remove_file(&snapshot).expect("an image");
+        monitor.say(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
+        there.host.vmemd(&["migrate", "db", "--to", &back]).fails(9, &[&says, "\"db\" runs on here"]);
+        merge(&mut monitor);
+        there.migrate(&back);
+        memory_is_right(&guest);
+        assert_eq!(here.host.vmemd(&["stop", "db"]).code, 0);
+    }
+}
+
+#[test]
+fn what_begins_while_memory_goes_is_found_when_it_stands_still() {
+    let Some(qemu) = qemus().into_iter().next() else { return };
+    let (mut here, mut there) = (Place::new("wlate"), Place::new("wlate-there"));
+    let (_daemon, address) = there.serve(&here, "");
+    let disk = image(&here.host, "disk");
+    let drive = format!("file={disk},format=raw,if=none,id=d0");
+    let more = ["-drive", &drive, "-device", "virtio-blk-pci,drive=d0"];
+    let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &more);
+    guest.wait_for("checker memory round=1", BOOT);
+    // It writes faster than is sent: rounds go on until they are allowed no more.
+    let rounds = [
+        "migrate",
+        "db",
+        "--no-throttle",
+        "--max-rounds",
+        "40",
+        "--downtime-target",
+        "1ms",
+        "--to",
+        &address,
+    ];
+    let mut migrate = here.host.start(&rounds);
+    here.host
+        .wait_stat("db", "data on its way", |stat| stat["migration"]["bytes_sent"].as_u64() >= Some(1 << 20));
+    let snapshot = here.host.root.join("snap.qcow2").display().to_string();
+    here.monitor().say(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
+    migrate.ends_with(9);
+    let said = migrate.log();
+    assert!(said.contains(&format!("disk d0 is now {snapshot} (qcow2) on")), "{said}");
+    assert!(said.contains("\"db\" runs on here") && !said.contains("the VM failed"), "{said}");
+    memory_is_right(&guest);
+    assert_eq!(here.host.vmemd(&["stop", "db"]).code, 0);
+}
+
+#[test]
+fn a_migration_of_the_users_own_goes_on() {
+    for qemu in qemus() {
+        let (here, mut there) = (Place::new("wown"), Place::new("wown-there"));
+        let (_daemon, address) = there.serve(&here, "");
+        let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &[]);
+        guest.wait_for("checker memory round=1", BOOT);
+        let mut monitor = here.monitor();
+        monitor.ask("migrate-set-parameters", json!({ "max-bandwidth": 4096 }));
+        monitor.ask("migrate", json!({ "uri": "exec:cat > /dev/null" }));
+        let begun = Instant::now();
+        let refused = here.host.vmemd(&["migrate", "db", "--to", &address]);
+        refused.fails(9, &["QEMU is at a migration that vmemd did not start", "\"db\" runs on here"]);
+        assert!(begun.elapsed() < Duration::from_secs(10), "late");
+        let status = monitor.ask("query-migrate", json!({}))["status"].clone();
+        assert!(status == "active" || status == "setup", "{status}");
+        monitor.ask("migrate_cancel", json!({}));
+        wait("its end", || monitor.ask("query-migrate", json!({}))["status"] == "cancelled");
+        here.migrate(&address);
+        memory_is_right(&guest);
+        assert_eq!(there.host.vmemd(&["stop", "db"]).code, 0);
+    }
+}
+
+#[test]
+fn what_qemu_cannot_migrate_is_told_before_a_byte_moves() {
+    for qemu in qemus() {
+        let (here, mut there) = (Place::new("wblock"), Place::new("wblock-there"));
+        let (daemon, address) = there.serve(&here, "");
+        let shared = here.host.root.join("shared");
+        std::fs::create_dir(&shared).expect("a directory");
+        let drive = format!("file=fat:rw:{},format=raw,if=virtio", shared.display());
+        let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &["-drive", &drive]);
+        guest.wait_for("checker memory round=1", BOOT);
+        let refused = here.host.vmemd(&["migrate", "db", "--to", &address]);
+        refused.fails(9, &["cannot move: ", "vvfat", "\"db\" runs on here"]);
+        there.host.assert_clean_but(&[daemon.pid()]);
+        memory_is_right(&guest);
+        assert_eq!(here.host.vmemd(&["stop", "db"]).code, 0);
+    }
+}
+
+#[test]
+fn what_the_command_line_says_does_not_move_is_known_at_the_source() {
+    let Some(qemu) = qemus().into_iter().next() else { return };
+    let (here, mut there) = (Place::new("wline"), Place::new("wline-there"));
+    let (daemon, address) = there.serve(&here, "");
+    let drive = format!("file={},format=raw,if=virtio", image(&here.host, "disk"));
+    let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &["-drive", &drive, "-snapshot"]);
+    guest.wait_for("checker memory round=1", BOOT);
+    let refused = here.host.vmemd(&["migrate", "db", "--to", &address]);
+    refused.fails(9, &["this VM cannot be moved: `-snapshot`", "\"db\" runs on here"]);
+    there.host.assert_clean_but(&[daemon.pid()]);
+    assert_eq!(here.host.vmemd(&["stop", "db"]).code, 0);
+}
+
+/// Writes that to a stretch of a QEMU's physical memory, by its test socket.
+fn fill(socket: &str, address: u64, bytes: u64, byte: u8) {
+    let mut door = BufReader::new(UnixStream::connect(socket).expect("QEMU's test socket"));
+    writeln!(door.get_mut(), "memset {address:#x} {bytes:#x} {byte:#x}").expect("QEMU's test socket");
+    let mut line = String::new();
+    door.read_line(&mut line).expect("QEMU's test socket");
+    assert_eq!(line, "OK\n");
+}
+
+#[test]
+fn a_full_frame_buffer_moves_too() {
+    const FRAME_BUFFER: u64 = 256 << 20;
+    for qemu in qemus() {
+        let (here, mut there) = (Place::new("wvga"), Place::new("wvga-there"));
+        let (_daemon, address) = there.serve(&here, "");
+        let socket = here.host.root.join("qtest").display().to_string();
+        let door = format!("unix:{socket},server=on,wait=off");
+        let more = ["-device", "VGA,vgamem_mb=256,id=frames", "-qtest", &door];
+        let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &more);
+        guest.wait_for("checker memory round=1", BOOT);
+        let mut monitor = here.monitor();
+        let buses = monitor.ask("query-pci", json!({}));
+        let devices = buses[0]["devices"].as_array().expect("devices");
+        let frames = devices.iter().find(|device| device["qdev_id"] == "frames").expect("the VGA");
+        let start = frames["regions"][0]["address"].as_u64().expect("an address");
+        fill(&socket, start, FRAME_BUFFER, 0x41);
+        let said = here.host.vmemd(&["migrate", "db", "--to", &address, "--json"]);
+        assert_eq!(said.code, 0, "{said:?}");
+        let report = said.json();
+        eprintln!(
+            "QEMU {}: {} ms of downtime with 256 MiB of frame buffer",
+            qemu.version, report["downtime_ms"]
+        );
+        assert!(report["bytes_sent"].as_u64() > Some(FRAME_BUFFER), "{report}");
+        memory_is_right(&guest);
+        let mut monitor = there.monitor();
+        for at in [0, 1 << 20, FRAME_BUFFER - 4] {
+            let shown = monitor.say(&format!("xp /1xw {:#x}", start + at));
+            assert!(shown.ends_with(": 0x41414141"), "{shown}");
+        }
+        assert_eq!(there.host.vmemd(&["stop", "db"]).code, 0);
+    }
+}
