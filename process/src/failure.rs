@@ -25,6 +25,8 @@ pub enum Kind {
     Vm,
     /// A hand-over was interrupted and it is not known which side has the VM; or whether it runs is not known.
     InDoubt,
+    /// It would have stood still for longer than it may.
+    Downtime,
     /// Ctrl-C or a termination signal.
     Interrupted,
 }
@@ -41,6 +43,7 @@ impl Kind {
             Kind::Link => 6,
             Kind::Vm => 7,
             Kind::InDoubt => 8,
+            Kind::Downtime => 12,
             Kind::Interrupted => 130,
         }
     }
@@ -138,6 +141,7 @@ impl From<migrate::SendError> for Failure {
             E::NoRoom(_) => Kind::Resources,
             E::NameTaken(_) => Kind::Name,
             E::Cancelled => Kind::Interrupted,
+            E::Downtime(_) => Kind::Downtime,
             E::Vm(_) | E::Engine(_) => Kind::Vm,
             E::InDoubt { .. } => Kind::InDoubt,
         };

@@ -48,7 +48,7 @@ pub(crate) fn migrate(
     let (steps, progress) = channel();
     let (mover, name) = (vm.clone(), vm.facts.name.clone());
     let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
-        let mut leaving = Leaving { vm: &mover, paused: false, session: None };
+        let mut leaving = Leaving { vm: &mover, paused: false, unnamed: None, session: None };
         let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         settle(&mover, &options, &result);
@@ -101,6 +101,7 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
     options.ram_bytes = request.ram_bytes;
     options.streams = request.streams;
     options.downtime_target = Duration::from_millis(request.downtime_target_ms);
+    options.max_downtime = request.max_downtime_ms.map(Duration::from_millis);
     options.max_rounds = request.max_rounds;
     options.max_throttle = request.max_throttle;
     options.check_placement = request.check_placement;
@@ -212,6 +213,9 @@ fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) 
         Ok(report) => {
             let _ = vm.events.send(Event::Moved);
             info!(vm = %name, to, downtime_ms = report.downtime_ms, "moved");
+            if let Some(why) = &report.downtime_missed {
+                warn!(vm = %name, downtime_ms = report.downtime_ms, target_ms = report.downtime_target_ms, %why, "the downtime target was missed");
+            }
             if report.pages_lost > 0 {
                 warn!(vm = %name, pages = report.pages_lost, "lost: the store did not give them back, and a touch of them is a memory error there");
             }
@@ -250,6 +254,8 @@ pub(crate) struct Leaving<'a> {
     vm: &'a Vm,
     /// It was told to stand still for this: what stood still by itself is not made to run.
     paused: bool,
+    /// Its name is given up, for this session.
+    unnamed: Option<SessionId>,
     /// From the moment on that the target may start it.
     session: Option<SessionId>,
 }
@@ -257,7 +263,7 @@ pub(crate) struct Leaving<'a> {
 impl<'a> Leaving<'a> {
     /// A VM that stands still, and may have left.
     pub(crate) fn in_doubt(vm: &'a Vm) -> Leaving<'a> {
-        Leaving { vm, paused: true, session: None }
+        Leaving { vm, paused: true, unnamed: None, session: None }
     }
 
     /// It has not left after all.
@@ -271,6 +277,9 @@ impl<'a> Leaving<'a> {
         self.throttle(0);
         if let Some(session) = self.session {
             return SendError::InDoubt { session, to: to.to_owned() };
+        }
+        if self.unnamed.is_some() {
+            self.take_name_back();
         }
         let paused = self.paused;
         self.vm.core(|core| core.paused |= paused);
@@ -328,12 +337,16 @@ impl SourceVm for Leaving<'_> {
     }
 
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
-        self.session = Some(session);
+        self.unnamed = Some(session);
         self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(text)
     }
 
+    fn may_start_there(&mut self) {
+        self.session = self.unnamed;
+    }
+
     fn take_name_back(&mut self) {
-        self.session = None;
+        (self.unnamed, self.session) = (None, None);
         if let Err(error) = self.vm.claim(|claim| claim.settle()) {
             error!(vm = %self.vm.facts.name, %error, "the name could not be taken back: the VM runs on as one that is leaving");
         }

@@ -118,7 +118,7 @@ mod planted {
         /// An older version of an arriving page that is written counts as the newest.
         TrustsReplacedVersions,
         /// The receiving ends while pages are still on their way.
-        FinishesReceivingEarly,
+        OverlooksWhatIsLeaving,
     }
 
     thread_local! {
