@@ -21,7 +21,7 @@
 //! |---|---|---|
 //! | the target's process dies before the commit, or gives up | decision open | has not started; is burned, and can never start |
 //! | it dies between commit and start | decision committed | counts as running here: nobody can tell it from the next one |
-//! | it dies behind the start, before the record is flushed | decision committed | runs here (or died here) |
+//! | it dies behind the start, before the record is flushed | decision committed | runs here (or died here); who asks records it |
 //! | the VM cannot start | decision burned | the source may have it back; the record follows |
 //! | the record cannot be flushed behind the start | decision committed, record begun or committed | runs here; the flush is tried again for as long as the process lives, and the decision stays |
 //! | the record cannot be flushed behind a burn | decision burned | it will not start; whoever asks hears nothing until a flush succeeds |
@@ -199,7 +199,16 @@ impl Registry {
         };
         if let Some(decision) = decision {
             match decision.read()? {
-                Mark::Committed => return Ok(Outcome::RunningThere),
+                Mark::Committed => {
+                    // Whoever was to record that may be dead.
+                    match record.put(Mark::Committed) {
+                        Ok(()) => decision.remove(),
+                        Err(error) => {
+                            tracing::warn!(%error, %session, "a commit is not recorded for good yet")
+                        }
+                    }
+                    return Ok(Outcome::RunningThere);
+                }
                 Mark::Open if planted!(BelievesTheUndecided) => return Ok(Outcome::RunningThere),
                 Mark::Open if planted!(AnswersWithoutBurning) => return Ok(Outcome::NotThere),
                 _ if planted!(BurnsTheRecordAlone) => {
