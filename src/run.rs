@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use migrate::Registry;
 use tracing::info;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::Failure;
+use vmprocess::failure::{Failure, Kind, chain};
 use vmprocess::size::Size;
 use vmprocess::{Arrival, ArriveSettings, Facts, Guest, Memory, MemorySpec, Owner, Process, host};
 
@@ -65,7 +66,9 @@ fn start(settings: &RunSettings, base: *mut u8) -> Result<Box<dyn Guest>, Failur
 /// If it does not arrive, or ends other than by being stopped or moved.
 pub fn receive(settings: &ArriveSettings) -> Result<(), Failure> {
     let spec = &settings.memory;
-    sandbox::enter(&[&settings.run_dir, &spec.store])?;
+    let registry = Registry::new(&RunDir::open(&settings.run_dir)?.sessions_dir());
+    let registry = registry.map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+    sandbox::enter(&[&settings.run_dir, &spec.store, registry.decisions()])?;
     let (process, arrival) = Arrival::begin(settings, Owner::Ours)?;
     let memory = match Memory::start(spec, process.notices()) {
         Ok(memory) => memory,

@@ -2,13 +2,14 @@
 //!
 //! `tests/cuts.rs` does much more of this; here the cable knows nothing of what it carries, so that it may be a tunnel's.
 //!
-//! A proxy between source and daemon cuts the control connection when the source has given up its name, which it does
-//! right before it sends its commit.
+//! A proxy between source and daemon cuts the control connection when the source sends something while the process at the target says
+//! that it waits for the commit.
 
 mod common;
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -55,9 +56,17 @@ impl Proxy {
         (proxy, address)
     }
 
-    fn given_up(&self) -> bool {
+    /// All but the commit has come, so it is what the source says next.
+    fn awaits_commit(&self) -> bool {
         let entries = std::fs::read_dir(&self.run_dir).into_iter().flatten().flatten();
-        entries.into_iter().any(|entry| entry.file_name().to_string_lossy().contains(".leaving-"))
+        let mut arriving = entries.filter(|entry| entry.file_name().to_string_lossy().contains(".arriving-"));
+        let Some(mut vm) = arriving.next().and_then(|entry| UnixStream::connect(entry.path()).ok()) else {
+            return false;
+        };
+        let mut said = String::new();
+        let asked =
+            vm.write_all(b"{\"op\":\"stat\"}\n").and_then(|()| BufReader::new(vm).read_line(&mut said));
+        asked.is_ok() && said.contains("the source's commit")
     }
 
     /// From the target to the source. What comes on a connection that is being cut is lost.
@@ -77,7 +86,10 @@ impl Proxy {
     fn forth(&self, mut source: TcpStream, mut target: TcpStream) {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = source.read(&mut buffer) {
-            if self.given_up() && !self.cut.swap(true, Ordering::SeqCst) {
+            if !self.cut.load(Ordering::SeqCst)
+                && self.awaits_commit()
+                && !self.cut.swap(true, Ordering::SeqCst)
+            {
                 if self.loses == Loses::Answer {
                     let _ = target.write_all(&buffer[..count]);
                     wait_for("the VM to start there", || {

@@ -25,12 +25,16 @@ pub(crate) use planted;
 
 #[cfg(not(test))]
 mod real {
+    use std::fs::DirBuilder;
     use std::future::Future;
     use std::io;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    use std::path::{Path, PathBuf};
     use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
     use std::time::Duration;
 
-    pub(crate) use std::fs::{File, OpenOptions, create_dir_all};
+    pub(crate) use std::fs::{File, OpenOptions, create_dir_all, remove_file};
     pub(crate) use std::net::TcpStream as StdStream;
     pub(crate) use std::os::unix::fs::FileExt;
     pub(crate) use std::thread::sleep as pause;
@@ -70,6 +74,86 @@ mod real {
     /// Another one each time that this host is started.
     pub(crate) fn boot_id() -> io::Result<String> {
         std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+    }
+
+    /// A directory of this user's on a file system that is memory: this one if it is on such, else one beside it. If the host has none,
+    /// this one all the same.
+    pub(crate) fn in_memory(directory: &Path) -> io::Result<PathBuf> {
+        if is_memory(directory)? {
+            return Ok(directory.to_path_buf());
+        }
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+        let bases = [Some(PathBuf::from("/dev/shm")), runtime, Some(PathBuf::from("/run"))];
+        for base in bases.into_iter().flatten() {
+            let private = base.join(format!("vmemd-{}", own_uid()));
+            match is_memory(&base).and_then(|memory| if memory { make_private(&private) } else { Ok(false) })
+            {
+                Ok(true) => return Ok(private),
+                Ok(false) => {}
+                Err(error) => tracing::debug!(%error, path = %private.display(), "not for decisions"),
+            }
+        }
+        tracing::warn!(
+            path = %directory.display(),
+            "no file system in memory is to be had: hand-overs to this host wait for its disk while the VM stands still"
+        );
+        Ok(directory.to_path_buf())
+    }
+
+    fn make_private(path: &Path) -> io::Result<bool> {
+        match DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        vouch_for(&path.join("any"))?;
+        is_memory(path)
+    }
+
+    /// Whether what is in the file can only be of this user, or of root: by the directory that it is in, which must be no link.
+    pub(crate) fn vouch_for(path: &Path) -> io::Result<()> {
+        let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        let found = std::fs::symlink_metadata(directory)?;
+        let ours = own_uid() == 0 || found.uid() == own_uid() || found.uid() == 0;
+        if found.is_dir() && ours && found.mode() & 0o022 == 0 {
+            return Ok(());
+        }
+        let text = format!("{} is not a directory of this user's alone", directory.display());
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+    }
+
+    /// How long a question and its answer are on their way, by what the kernel has seen; unknown of what is no TCP connection.
+    pub(crate) fn round_trip(socket: &StdStream) -> Option<Duration> {
+        // SAFETY: an all-zero tcp_info is a valid value of that plain C struct.
+        let mut found: libc::tcp_info = unsafe { std::mem::zeroed() };
+        let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes to `found`, which outlives the call.
+        let got = unsafe {
+            libc::getsockopt(
+                std::os::fd::AsRawFd::as_raw_fd(socket),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                (&raw mut found).cast(),
+                &mut length,
+            )
+        };
+        (got == 0).then(|| Duration::from_micros(found.tcpi_rtt.into()))
+    }
+
+    fn own_uid() -> u32 {
+        // SAFETY: geteuid has no arguments and cannot fail.
+        unsafe { libc::geteuid() }
+    }
+
+    fn is_memory(path: &Path) -> io::Result<bool> {
+        let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+        // SAFETY: an all-zero statfs is a valid value of that plain C struct.
+        let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+        // SAFETY: the path ends with a zero byte, and the kernel writes no more than the struct, which outlives the call.
+        if unsafe { libc::statfs(path.as_ptr(), &mut found) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        const RAMFS_MAGIC: libc::__fsword_t = 0x8584_58f6;
+        Ok([libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&found.f_type))
     }
 
     pub(crate) fn random_bytes(into: &mut [u8]) -> io::Result<()> {

@@ -1,15 +1,39 @@
 //! Who may run a VM after a hand-over: one decision a session, made once, at the target's host.
 //!
 //! ```text
-//!   (nothing) ── begin ──▶ open ── commit ──▶ flushing ──▶ committed   "it may run here; the source must not"
-//!                            │                   │            │
-//!                            └─────── burn ──────┴──▶ burned ◀┘ revoke (the VM could not start)
+//!   (nothing) ── begin ──▶ begun ── commit ──▶ committed      "it may run here; the source must not"
+//!                            │                    │
+//!                            └────── burn ──▶ burned ◀── revoke (the VM could not start)
 //! ```
-//! `commit` is called by the process that received the VM, before the VM starts, and keeps the record locked until it has; `burn`
-//! by that process when it gives up, and by the daemon when the source asks ([`crate::answer_resolve`]). Whichever comes first stands.
+//! While a hand-over is decided the VM stands still, and nothing may wait for a disk. So a session has two files:
 //!
-//! A record found unlocked in *flushing* is one whose flush failed, or whose process died meanwhile: its VM has not started. Unless
-//! the host has been started anew since, for what followed the flush may be lost then: nobody can say.
+//! - its *record*, in the run directory: what outlasts a crash of the host. `begin` writes and flushes it, long before the pause, in the
+//!   state *begun*, with the id of this boot and the place of the other file. It is written again when the matter is settled, while
+//!   nobody stands still: *committed* behind the VM's start, *burned* before anybody is told so.
+//! - its *decision*, on a file system that is memory (`outside::in_memory`): what outlasts the death of a process. `commit` writes eight
+//!   bytes of it, and nothing else happens in the pause. It goes when the record has been flushed with the same word.
+//!
+//! Both are changed under the record's `flock` alone. Who commits keeps it until the VM has started or the commit is revoked, so who
+//! finds it free sees a decision that stands. A record that is settled counts by itself. One that is *begun* counts only together
+//! with its decision, and the decision only within the boot that the record names:
+//!
+//! | what happens | what is found | what it means |
+//! |---|---|---|
+//! | the target's process dies before the commit, or gives up | decision open | has not started; is burned, and can never start |
+//! | it dies between commit and start | decision committed | counts as running here: nobody can tell it from the next one |
+//! | it dies behind the start, before the record is flushed | decision committed | runs here (or died here); who asks records it |
+//! | the VM cannot start | decision burned | the source may have it back; the record follows |
+//! | the record cannot be flushed behind the start | decision committed, record begun or committed | runs here; the flush is tried again for as long as the process lives, and the decision stays |
+//! | the record cannot be flushed behind a burn | decision burned | it will not start; whoever asks hears nothing until a flush succeeds |
+//! | the host goes down while the record is begun | record of another boot | nobody can say: it may have run until then. It does not now |
+//! | somebody removes the decision while the record is begun | record of this boot, no decision | nobody can say, and the VM may run here |
+//! | the daemon is started anew | as before | nothing is kept in its memory |
+//!
+//! In the two cases of which nobody can say, no answer is given, the VM stays paused at its source, and its operator decides. Never two
+//! sides: a VM starts only behind a decision *committed*, and who answers *not there* has burned that decision before, under the lock,
+//! in the boot in which alone it could still be committed. Never none in silence: *running there* is only said of a committed session.
+//!
+//! A file system in memory may be swapped out as any memory may, and then the commit reads a page back.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +41,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::outside::{File, FileExt, OpenOptions, boot_id, create_dir_all, planted};
+use crate::outside::{
+    File, FileExt, OpenOptions, boot_id, create_dir_all, in_memory, planted, remove_file, vouch_for,
+};
 use crate::session::SessionId;
 
 /// Where a VM whose hand-over was in doubt may run.
@@ -45,25 +71,34 @@ pub enum RegistryError {
          longer, so decide whether it goes on where it was (`vmemd resolve NAME --force run-here`)"
     )]
     Lost(SessionId),
+    #[error(
+        "what was decided of session {session} stood in {path}, which somebody has removed: look whether the VM runs here, and decide \
+         where it was (`vmemd resolve NAME --force run-here` or `--force gone`)"
+    )]
+    Gone { session: SessionId, path: PathBuf },
     #[error("the record {path} of a session is damaged")]
     Damaged { path: PathBuf },
     #[error("could not {what} {path}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
 }
 
-/// One small file a session in a directory, named by the session; changed in place under a lock, so that a
-/// commit is two writes and one flush of data alone. Every method is atomic against the others, also between processes, and
-/// lasting when it returns.
+/// One small file a session in a directory, named by the session, and another one in memory until the first is settled. Every method is
+/// atomic against the others, also between processes.
 #[derive(Debug, Clone)]
 pub struct Registry {
     directory: PathBuf,
+    /// Where the decisions of sessions are that begin here.
+    decisions: PathBuf,
 }
 
-/// What such a file begins with.
+/// What a record begins with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Mark {
+    /// Just created; of a process that died before it wrote, or of a former version.
     Open,
-    /// A commit, of which it is not known that it lasts. Behind it stands the boot that it is of.
+    /// Behind it stand the boot that it is of and the place of the decision.
+    Begun,
+    /// A commit of a former version, of which it is not known that it lasts. Behind it stands the boot that it is of.
     Flushing,
     Committed,
     Burned,
@@ -72,17 +107,24 @@ enum Mark {
 const MARK_BYTES: usize = 8;
 /// As the kernel writes it, with the line's end.
 const BOOT_ID_BYTES: usize = 37;
+/// Longest place of a decision.
+const PLACE_BYTES_MAX: usize = 4096;
 
 impl Mark {
-    const ALL: [Mark; 4] = [Mark::Open, Mark::Flushing, Mark::Committed, Mark::Burned];
+    const ALL: [Mark; 5] = [Mark::Open, Mark::Begun, Mark::Flushing, Mark::Committed, Mark::Burned];
 
     fn bytes(self) -> [u8; MARK_BYTES] {
         *match self {
             Mark::Open => b"OPEN   \n",
+            Mark::Begun => b"BEGUN  \n",
             Mark::Flushing => b"COMMIT?\n",
             Mark::Committed => b"COMMIT \n",
             Mark::Burned => b"BURNED \n",
         }
+    }
+
+    fn of(bytes: [u8; MARK_BYTES]) -> Option<Mark> {
+        Mark::ALL.into_iter().find(|known| known.bytes() == bytes)
     }
 }
 
@@ -91,17 +133,22 @@ impl Registry {
     /// If the directory cannot be made.
     pub fn new(directory: &Path) -> Result<Registry, RegistryError> {
         let path = directory.to_path_buf();
-        match create_dir_all(directory) {
-            Ok(()) => Ok(Registry { directory: path }),
-            Err(source) => Err(RegistryError::Io { what: "create", path, source }),
-        }
+        let failed = |source| RegistryError::Io { what: "create", path: path.clone(), source };
+        create_dir_all(directory).map_err(failed)?;
+        let decisions = in_memory(directory).map_err(failed)?;
+        Ok(Registry { directory: path, decisions })
     }
 
-    /// A session is being received. Called long before the downtime: the slow part is done here.
+    /// A directory that has to be writable for who begins sessions, beside the registry's own.
+    pub fn decisions(&self) -> &Path {
+        &self.decisions
+    }
+
+    /// A session is being received. Called long before the downtime: all that is slow is done here.
     ///
     /// # Errors
     /// If there has been such a session, or it cannot be recorded.
-    pub fn begin(&self, session: SessionId) -> Result<(), RegistryError> {
+    pub fn begin(&self, session: SessionId) -> Result<Begun, RegistryError> {
         // A file that is there already belongs to an earlier attempt.
         let path = self.directory.join(session.to_string());
         match File::create_new(&path) {
@@ -111,33 +158,21 @@ impl Registry {
             }
             Err(source) => return Err(RegistryError::Io { what: "create", path, source }),
         }
-        let record = self.record(session)?;
+        let record = self.record(session)?.locked()?;
         if record.read()? != Mark::Open {
             return Err(RegistryError::Exists(session));
         }
-        record.put(Mark::Open)?;
+        let place = self.decisions.join(format!("{session}.decision"));
+        let decision = Decision::create(session, place)?;
+        let boot = boot_id().map_err(record.failed("read the boot id for"))?;
+        record.write(&[&Mark::Begun.bytes()[..], boot.as_bytes(), decision.place_bytes()].concat())?;
+        record.flush()?;
         File::open(&self.directory)
             .and_then(|directory| directory.sync_all())
-            .map_err(|error| record.failed("flush")(error))
-    }
-
-    /// The source's commit arrived: the VM may run here while the caller has the result, and for ever once it has dropped it.
-    /// Part of the downtime.
-    ///
-    /// # Errors
-    /// If it was given up, or this cannot be recorded. Then it must not run here.
-    pub fn commit(&self, session: SessionId) -> Result<Committed, RegistryError> {
-        let record = self.record(session)?;
-        match record.read()? {
-            Mark::Open => {}
-            Mark::Flushing | Mark::Committed => return Err(RegistryError::Exists(session)),
-            Mark::Burned => return Err(RegistryError::Burned(session)),
-        }
-        let boot = boot_id().map_err(record.failed("read the boot id for"))?;
-        record.write(&[&Mark::Flushing.bytes()[..], boot.as_bytes()].concat())?;
-        record.flush()?;
-        record.write(&Mark::Committed.bytes())?;
-        Ok(Committed(record))
+            .map_err(|error| record.failed("flush")(error))?;
+        // Its lock goes with it, so it is opened anew; here, because the way to a file may have to be read from a disk.
+        drop(record);
+        Ok(Begun { record: self.record(session)?, decision })
     }
 
     /// The VM must not start here any more, unless it was committed: says which of them it is. Who knows nothing of the session
@@ -146,18 +181,46 @@ impl Registry {
     /// # Errors
     /// If that is not known, or cannot be recorded.
     pub fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError> {
-        let record = self.record(session)?;
-        match record.read()? {
+        let record = self.record(session)?.locked()?;
+        let decision = match record.read()? {
             Mark::Committed => return Ok(Outcome::RunningThere),
-            Mark::Flushing if planted!(BelievesUnflushedCommits) => return Ok(Outcome::RunningThere),
-            Mark::Flushing if !record.is_of_this_boot()? && !planted!(ForgetsTheCrash) => {
-                return Err(RegistryError::Lost(session));
-            }
-            Mark::Open if planted!(AnswersWithoutBurning) => return Ok(Outcome::NotThere),
+            Mark::Open | Mark::Flushing if planted!(AnswersWithoutBurning) => return Ok(Outcome::NotThere),
+            Mark::Flushing if !record.is_of_this_boot()? => return Err(RegistryError::Lost(session)),
             // Burned once more: that an earlier flush of it succeeded is not known.
-            Mark::Open | Mark::Flushing | Mark::Burned => {}
+            Mark::Open | Mark::Flushing | Mark::Burned => None,
+            Mark::Begun if !record.is_of_this_boot()? => match planted!(ForgetsTheCrash) {
+                true => None,
+                false => return Err(RegistryError::Lost(session)),
+            },
+            Mark::Begun => match Decision::find(session, record.place()?) {
+                Err(RegistryError::Gone { .. }) if planted!(TakesALostDecisionForNone) => None,
+                found => Some(found?),
+            },
+        };
+        if let Some(decision) = decision {
+            match decision.read()? {
+                Mark::Committed => {
+                    // Whoever was to record that may be dead.
+                    match record.put(Mark::Committed) {
+                        Ok(()) => decision.remove(),
+                        Err(error) => {
+                            tracing::warn!(%error, %session, "a commit is not recorded for good yet")
+                        }
+                    }
+                    return Ok(Outcome::RunningThere);
+                }
+                Mark::Open if planted!(BelievesTheUndecided) => return Ok(Outcome::RunningThere),
+                Mark::Open if planted!(AnswersWithoutBurning) => return Ok(Outcome::NotThere),
+                _ if planted!(BurnsTheRecordAlone) => {
+                    return record.put(Mark::Burned).map(|()| Outcome::NotThere);
+                }
+                _ => decision.write(Mark::Burned)?,
+            }
+            record.put(Mark::Burned)?;
+            decision.remove();
+        } else {
+            record.put(Mark::Burned)?;
         }
-        record.put(Mark::Burned)?;
         Ok(Outcome::NotThere)
     }
 
@@ -178,7 +241,7 @@ impl Registry {
             let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
             if let (Some(session), Some(age)) = (session, age)
                 && age > older_than
-                && self.record(session)?.read()? == Mark::Burned
+                && self.record(session)?.locked()?.read()? == Mark::Burned
             {
                 let path = entry.path();
                 std::fs::remove_file(&path).map_err(|source| RegistryError::Io {
@@ -191,51 +254,159 @@ impl Registry {
         Ok(())
     }
 
-    /// Waits for the lock, which others hold for a few writes at most, and for the start of a VM.
     fn record(&self, session: SessionId) -> Result<Record, RegistryError> {
         let path = self.directory.join(session.to_string());
-        let file = match OpenOptions::new().read(true).write(true).open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(RegistryError::Unknown(session));
-            }
-            Err(source) => return Err(RegistryError::Io { what: "open", path, source }),
-        };
-        let record = Record { file, path };
-        loop {
-            match record.file.lock() {
-                Ok(()) => return Ok(record),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(record.failed("lock")(error)),
-            }
+        match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => Ok(Record { file, path }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(RegistryError::Unknown(session)),
+            Err(source) => Err(RegistryError::Io { what: "open", path, source }),
         }
     }
 }
 
-/// A commit that is recorded: nobody else reads the record before this is dropped.
+/// A session that is recorded for good, and undecided.
 #[derive(Debug)]
-#[must_use = "the VM is started while this is held"]
-pub struct Committed(Record);
+pub struct Begun {
+    record: Record,
+    decision: Decision,
+}
 
-impl Committed {
-    /// The VM could not be started, and no vCPU has run: the source may have it back.
+impl Begun {
+    /// The source's commit arrived: the VM may run here while the caller has the result, and for ever once it has dropped it.
+    /// Part of the downtime: waits for no disk.
     ///
     /// # Errors
-    /// If that cannot be recorded.
-    pub fn revoke(&self) -> Result<(), RegistryError> {
-        self.0.put(Mark::Burned)
-    }
-
-    /// The VM runs. That it does is known already; this has it known after a crash of the host, too.
-    ///
-    /// # Errors
-    /// If it cannot be flushed.
-    pub fn keep(self) -> Result<(), RegistryError> {
-        self.0.flush()
+    /// If it was given up, or this cannot be recorded. Then it must not run here.
+    pub fn commit(self) -> Result<Committed, RegistryError> {
+        let Decision { session, path, .. } = self.decision;
+        let record = self.record.locked()?;
+        // Looked for anew: who asks finds it by its name, or not at all. It goes when the session is burned.
+        let decision = match Decision::find(session, path) {
+            Ok(decision) => decision,
+            Err(RegistryError::Gone { .. }) if record.read()? == Mark::Burned => {
+                return Err(RegistryError::Burned(session));
+            }
+            Err(error) => return Err(error),
+        };
+        match decision.read()? {
+            Mark::Open => {}
+            Mark::Burned => return Err(RegistryError::Burned(session)),
+            _ => return Err(RegistryError::Exists(session)),
+        }
+        decision.write(Mark::Committed)?;
+        Ok(Committed { record, decision })
     }
 }
 
-/// A session's file, locked for as long as it is open.
+/// A commit that is decided: nobody else reads it before this is dropped, or [unlocked](Self::started).
+#[derive(Debug)]
+#[must_use = "the VM is started while this is held"]
+pub struct Committed {
+    record: Record,
+    decision: Decision,
+}
+
+impl Committed {
+    /// The VM could not be started, and no vCPU has run: the source may have it back. Waits for no disk; [`Registry::burn`] makes it last.
+    ///
+    /// # Errors
+    /// If that cannot be written.
+    pub fn revoke(&self) -> Result<(), RegistryError> {
+        self.decision.write(Mark::Burned)
+    }
+
+    /// The VM runs: whoever asks may hear of it. What is left is to make it last, in no hurry.
+    pub fn started(self) -> Kept {
+        let Committed { record, decision } = self;
+        record.unlock();
+        Kept { record, decision }
+    }
+}
+
+/// A VM that runs here, of which that is not recorded for good yet.
+#[derive(Debug)]
+#[must_use = "the record is to last"]
+pub struct Kept {
+    record: Record,
+    decision: Decision,
+}
+
+impl Kept {
+    /// Has it known after a crash of the host, too: waits for the disk. To be tried again if it fails.
+    ///
+    /// # Errors
+    /// If it cannot be written or flushed.
+    pub fn flush(&self) -> Result<(), RegistryError> {
+        if planted!(RemovesTheDecisionEarly) {
+            self.decision.remove();
+        }
+        // Nobody else changes the record of a committed session; but who has just found it begun is to find the decision, too.
+        self.record.put(Mark::Committed)?;
+        self.record.lock()?;
+        self.decision.remove();
+        self.record.unlock();
+        Ok(())
+    }
+}
+
+/// What becomes of a session, in a file that is memory.
+#[derive(Debug)]
+struct Decision {
+    session: SessionId,
+    file: File,
+    path: PathBuf,
+}
+
+impl Decision {
+    fn create(session: SessionId, path: PathBuf) -> Result<Decision, RegistryError> {
+        let file = match File::create_new(&path) {
+            Ok(file) => file,
+            Err(source) => return Err(RegistryError::Io { what: "create", path, source }),
+        };
+        let decision = Decision { session, file, path };
+        // Its memory is taken now: later there may be none.
+        decision.write(Mark::Open)?;
+        Ok(decision)
+    }
+
+    fn find(session: SessionId, path: PathBuf) -> Result<Decision, RegistryError> {
+        let opened = vouch_for(&path).and_then(|()| OpenOptions::new().read(true).write(true).open(&path));
+        match opened {
+            Ok(file) => Ok(Decision { session, file, path }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(RegistryError::Gone { session, path })
+            }
+            Err(source) => Err(RegistryError::Io { what: "open", path, source }),
+        }
+    }
+
+    fn place_bytes(&self) -> &[u8] {
+        std::os::unix::ffi::OsStrExt::as_bytes(self.path.as_os_str())
+    }
+
+    fn read(&self) -> Result<Mark, RegistryError> {
+        let mut mark = [0; MARK_BYTES];
+        self.file.read_exact_at(&mut mark, 0).map_err(|source| self.failed("read", source))?;
+        Mark::of(mark).ok_or_else(|| RegistryError::Damaged { path: self.path.clone() })
+    }
+
+    fn write(&self, mark: Mark) -> Result<(), RegistryError> {
+        self.file.write_all_at(&mark.bytes(), 0).map_err(|source| self.failed("write", source))
+    }
+
+    /// The record says the same by now. One that stays takes a page of memory until the host is started anew.
+    fn remove(&self) {
+        if let Err(error) = remove_file(&self.path) {
+            tracing::debug!(%error, path = %self.path.display(), "a decision stays");
+        }
+    }
+
+    fn failed(&self, what: &'static str, source: io::Error) -> RegistryError {
+        RegistryError::Io { what, path: self.path.clone(), source }
+    }
+}
+
+/// A session's file. A lock on it lasts for as long as it is open.
 #[derive(Debug)]
 struct Record {
     file: File,
@@ -243,21 +414,53 @@ struct Record {
 }
 
 impl Record {
+    /// Waits for the lock, which others hold for a few writes at most, and for the start of a VM.
+    fn locked(self) -> Result<Record, RegistryError> {
+        self.lock()?;
+        Ok(self)
+    }
+
+    fn lock(&self) -> Result<(), RegistryError> {
+        loop {
+            match self.file.lock() {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed("lock")(error)),
+            }
+        }
+    }
+
+    fn unlock(&self) {
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!(%error, path = %self.path.display(), "the lock is kept until the flush");
+        }
+    }
+
     fn read(&self) -> Result<Mark, RegistryError> {
         if self.file.metadata().map_err(self.failed("read"))?.len() == 0 {
-            // Just created, by us or by a process that died before it wrote.
             return Ok(Mark::Open);
         }
         let mut mark = [0; MARK_BYTES];
         self.file.read_exact_at(&mut mark, 0).map_err(self.failed("read"))?;
-        let known = Mark::ALL.into_iter().find(|known| known.bytes() == mark);
-        known.ok_or_else(|| RegistryError::Damaged { path: self.path.clone() })
+        Mark::of(mark).ok_or_else(|| self.damaged())
     }
 
     fn is_of_this_boot(&self) -> Result<bool, RegistryError> {
         let mut boot = [0; BOOT_ID_BYTES];
         self.file.read_exact_at(&mut boot, MARK_BYTES as u64).map_err(self.failed("read"))?;
         Ok(boot == boot_id().map_err(self.failed("read the boot id for"))?.as_bytes())
+    }
+
+    /// Where the decision is.
+    fn place(&self) -> Result<PathBuf, RegistryError> {
+        let from = (MARK_BYTES + BOOT_ID_BYTES) as u64;
+        let length = self.file.metadata().map_err(self.failed("read"))?.len().saturating_sub(from) as usize;
+        if !(1..=PLACE_BYTES_MAX).contains(&length) {
+            return Err(self.damaged());
+        }
+        let mut place = vec![0; length];
+        self.file.read_exact_at(&mut place, from).map_err(self.failed("read"))?;
+        Ok(PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(place)))
     }
 
     fn put(&self, mark: Mark) -> Result<(), RegistryError> {
@@ -271,6 +474,10 @@ impl Record {
 
     fn flush(&self) -> Result<(), RegistryError> {
         self.file.sync_data().map_err(self.failed("flush"))
+    }
+
+    fn damaged(&self) -> RegistryError {
+        RegistryError::Damaged { path: self.path.clone() }
     }
 
     fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> RegistryError + use<> {

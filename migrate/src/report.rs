@@ -19,6 +19,15 @@ pub struct Report {
     pub duration_ms: f64,
     /// From the request to pause to the target's word that the VM runs.
     pub downtime_ms: f64,
+    /// What it was asked to be at most.
+    #[serde(default)]
+    pub downtime_target_ms: f64,
+    /// What it consisted of; not known if the link broke meanwhile.
+    #[serde(default)]
+    pub downtime_parts: Option<DowntimeParts>,
+    /// Why it was more than the target, if it was.
+    #[serde(default)]
+    pub downtime_missed: Option<String>,
     pub pages_ram: u64,
     pub pages_store: u64,
     pub pages_zero: u64,
@@ -32,6 +41,43 @@ pub struct Report {
     /// the target's page counts and `placement` are missing.
     pub resolved_later: bool,
     pub placement: Option<Placement>,
+}
+
+/// What a downtime consisted of, in the order of events. What a target does not tell (a former version) is in `link_ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct DowntimeParts {
+    /// Until the VM stood still.
+    pub stop_ms: f64,
+    /// vCPU and device state was saved.
+    pub state_ms: f64,
+    /// The state and the last pages were sent.
+    pub pages_ms: f64,
+    /// The target had them in their places.
+    pub place_ms: f64,
+    /// It loaded the state.
+    pub load_ms: f64,
+    /// It recorded that the VM is its own.
+    pub record_ms: f64,
+    /// The VM ran there.
+    pub start_ms: f64,
+    /// Two questions and their answers on their way.
+    pub link_ms: f64,
+}
+
+impl DowntimeParts {
+    /// Each with its name, in the order of events.
+    pub fn named(&self) -> [(&'static str, f64); 8] {
+        [
+            ("stop", self.stop_ms),
+            ("state", self.state_ms),
+            ("last pages", self.pages_ms),
+            ("placing", self.place_ms),
+            ("load", self.load_ms),
+            ("record", self.record_ms),
+            ("start", self.start_ms),
+            ("link", self.link_ms),
+        ]
+    }
 }
 
 /// How good the placement was, measured over the first second after the move.

@@ -1,5 +1,7 @@
 //! What a session needs of the VM on its side. The VM's owner implements it.
 
+use std::time::Duration;
+
 use crate::session::SessionId;
 
 /// Why a VM did not do what it was asked. The text stands for itself.
@@ -7,10 +9,20 @@ use crate::session::SessionId;
 #[error("{0}")]
 pub struct VmError(pub String);
 
-/// A look ahead at a VM's vCPU and device state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StateEstimate {
-    pub bytes: u64,
+/// What a VM's stop and start are expected to cost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Expected {
+    /// To stop it, to save and load its state, and to start it.
+    pub time: Duration,
+    /// Of the state that is sent while it stands still.
+    pub state_bytes: u64,
+}
+
+impl Default for Expected {
+    /// A VM without much of a state.
+    fn default() -> Expected {
+        Expected { time: Duration::from_millis(10), state_bytes: 0 }
+    }
 }
 
 /// The VM at the source. Called on the thread that called [`crate::send`], never from inside its async runtime,
@@ -27,16 +39,18 @@ pub trait SourceVm {
     fn resume(&mut self) -> Result<(), VmError>;
     /// vCPU and device state, while paused.
     fn save(&mut self) -> Result<Vec<u8>, VmError>;
-    /// What [`save`](Self::save) is going to give, as far as that is known while the VM runs: all of it goes in the pause.
-    fn state_estimate(&mut self) -> Option<StateEstimate> {
-        None
-    }
     /// Keeps the vCPUs out of the guest for this share of time (0: not at all).
     fn throttle(&mut self, percent: u8);
-    /// Frees the VM's name, so that the target may take it (both can be on one host). From here on the target may start
-    /// it: who does not hear how this ends asks it what became of `session`.
+    /// What of the downtime is due to the VM itself, as far as that is known before it is stopped. May take its time.
+    fn expected(&mut self) -> Expected {
+        Expected::default()
+    }
+    /// Frees the VM's name, so that the target may take it (both can be on one host). While the VM runs: it may take its time.
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError>;
-    /// The hand-over did not happen after all: undo [`give_up_name`](Self::give_up_name).
+    /// The target may start the VM from now on: who does not hear how this ends asks it what became of the session. Part of the downtime:
+    /// must wait for no disk.
+    fn may_start_there(&mut self) {}
+    /// The hand-over did not happen after all, and the VM goes on already: undo [`give_up_name`](Self::give_up_name).
     fn take_name_back(&mut self);
 }
 
@@ -44,6 +58,9 @@ pub trait SourceVm {
 pub trait TargetVm {
     /// Takes the state from [`SourceVm::save`]. Memory already has its final content. Must not run the guest.
     fn load(&mut self, state: &[u8]) -> Result<(), VmError>;
-    /// The hand-over is decided: take the name and run, or stay `paused`. If this fails, no vCPU may have entered the guest.
+    /// The hand-over is decided: run, or stay `paused`. If this fails, no vCPU may have entered the guest. Part of the downtime: must wait
+    /// for no disk.
     fn start(&mut self, paused: bool) -> Result<(), VmError>;
+    /// It has started, and its source has been told: take the name. This may take its time.
+    fn settle(&mut self) {}
 }

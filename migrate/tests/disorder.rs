@@ -142,7 +142,7 @@ impl Teller {
             Step::Listen => source.listen(),
             Step::Alive => source.say(&Control::Alive),
             Step::Abort => source.say(&Control::Abort("changed its mind".to_owned())),
-            Step::Answer => source.say(&Control::Running),
+            Step::Answer => source.say(&Control::Running { took: Default::default() }),
             Step::CutStream => source.cut_stream(1),
             Step::SecondStream => source.open_stream_again(target, 1),
         }

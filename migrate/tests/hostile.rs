@@ -55,11 +55,11 @@ fn a_well_behaved_source_gets_its_vm_moved() {
     source.state();
     source.say(&Control::Final(totals));
     assert!(
-        matches!(source.hear(), Control::Prepared(placed) if placed.pages_zero == 1023 && placed.pages_ram == 1)
+        matches!(source.hear(), Control::Prepared { placed, .. } if placed.pages_zero == 1023 && placed.pages_ram == 1)
     );
     assert!(!target.vm.is_started());
     source.say(&Control::Commit { paused: false });
-    assert_eq!(source.hear(), Control::Running);
+    assert!(matches!(source.hear(), Control::Running { .. }));
     let received = target.result().unwrap();
     assert_eq!((received.pages_ram, received.pageins_during), (1, 0));
     assert!(target.vm.is_started());
@@ -149,7 +149,9 @@ fn messages_in_a_wrong_order() {
         source.state();
         source.say(&Control::Heat(parts(&[0; PAGES as usize]).next().unwrap()));
     });
-    assert_refused("only a target may send", |source| source.say(&Control::Running));
+    assert_refused("only a target may send", |source| {
+        source.say(&Control::Running { took: Default::default() })
+    });
     assert_refused("state from byte 5", |source| {
         source.heat();
         source.say(&Control::State { at: 5, bytes: vec![1], last: false });
@@ -319,7 +321,7 @@ fn a_link_that_breaks_before_the_commit_burns_the_session() {
         let totals = source.whole();
         source.state();
         source.say(&Control::Final(totals));
-        assert!(matches!(source.hear(), Control::Prepared(_)));
+        assert!(matches!(source.hear(), Control::Prepared { .. }));
         source.control.shutdown(Shutdown::Both).unwrap();
     });
 }
@@ -343,7 +345,7 @@ fn a_vm_that_cannot_start_goes_back() {
     let totals = source.whole();
     source.state();
     source.say(&Control::Final(totals));
-    assert!(matches!(source.hear(), Control::Prepared(_)));
+    assert!(matches!(source.hear(), Control::Prepared { .. }));
     source.say(&Control::Commit { paused: false });
     assert!(matches!(source.hear(), Control::NotStarted(_)));
     assert!(matches!(target.result(), Err(ReceiveError::Vm(_))));

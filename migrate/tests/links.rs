@@ -287,7 +287,7 @@ fn targets_that_talk_nonsense() {
         return;
     }
     let accepted = Answer::Accepted { ram_bytes: MEMORY };
-    let error = complaint(&accepted, |target| target.say(&Control::Running));
+    let error = complaint(&accepted, |target| target.say(&Control::Running { took: Default::default() }));
     assert!(matches!(&error, SendError::Peer(text) if text.contains("Running")), "{error:?}");
     let error = complaint(&accepted, |target| {
         target.say(&Control::HeatTaken);

@@ -14,6 +14,7 @@ fn migrate(mut client: VmClient, to: &str) -> Result<Value, Failure> {
         to: to.to_owned(),
         ram_bytes: None,
         downtime_target_ms: 50,
+        max_downtime_ms: None,
         streams: 2,
         max_rounds: 30,
         max_throttle: 99,

@@ -14,7 +14,7 @@ use migrate::{
     DataStream, Received, RefuseKind, Registry, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
 };
 use serde::{Deserialize, Serialize};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::control::protocol::ArrivalStat;
 use crate::control::rundir::{Place, RunDir};
@@ -235,15 +235,10 @@ impl TargetVm for Target<'_> {
         // The commit is recorded. Whatever ends this thread from here on, a bug as well, the VM is this host's unless that is taken back
         // below: it may run already, so it must run nowhere else.
         self.vm.core(|core| (core.phase, core.paused, core.waiting) = (Phase::Here, paused, None));
-        let started = self.vm.claim(|claim| claim.settle()).and_then(|()| {
-            let resumed = if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) };
-            // The source is to have its name back.
-            resumed.inspect_err(|failure| {
-                if failure.kind != Kind::InDoubt {
-                    let _ = self.vm.claim(|claim| claim.leave("0"));
-                }
-            })
-        });
+        let started = self
+            .vm
+            .claim(|claim| claim.is_free())
+            .and_then(|()| if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) });
         match started {
             Err(failure) if failure.kind == Kind::InDoubt => {
                 warn!(vm = %self.vm.facts.name, %failure, "told to run, without an answer: if it stands still, `vmemd resume`");
@@ -254,6 +249,12 @@ impl TargetVm for Target<'_> {
                 Err(VmError(failure.text))
             }
             Ok(()) => Ok(()),
+        }
+    }
+
+    fn settle(&mut self) {
+        if let Err(failure) = self.vm.claim(|claim| claim.settle()) {
+            error!(vm = %self.vm.facts.name, %failure, "the name could not be taken: the VM runs as one that is arriving");
         }
     }
 }

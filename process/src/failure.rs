@@ -27,6 +27,8 @@ pub enum Kind {
     InDoubt,
     /// The VM is one, or in a state, that cannot move to another host. Nothing of it has moved.
     CannotMove,
+    /// It would have stood still for longer than it may.
+    Downtime,
     /// Ctrl-C or a termination signal.
     Interrupted,
 }
@@ -44,6 +46,7 @@ impl Kind {
             Kind::Vm => 7,
             Kind::InDoubt => 8,
             Kind::CannotMove => 9,
+            Kind::Downtime => 12,
             Kind::Interrupted => 130,
         }
     }
@@ -141,6 +144,7 @@ impl From<migrate::SendError> for Failure {
             E::NoRoom(_) => Kind::Resources,
             E::NameTaken(_) => Kind::Name,
             E::Cancelled => Kind::Interrupted,
+            E::Downtime(_) => Kind::Downtime,
             E::Vm(_) | E::Engine(_) => Kind::Vm,
             E::InDoubt { .. } => Kind::InDoubt,
         };

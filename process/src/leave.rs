@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use migrate::{Progress, Report, SendError, SessionId, SourceOptions, SourceVm, StateEstimate, VmError};
+use migrate::{Expected, Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
 use serde_json::Value;
 use tracing::{error, info, warn};
 
@@ -54,7 +54,7 @@ pub(crate) fn migrate(
     let (steps, progress) = channel();
     let (mover, name) = (vm.clone(), vm.facts.name.clone());
     let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
-        let mut leaving = Leaving { vm: &mover, paused: false, session: None, cannot: None };
+        let mut leaving = Leaving { vm: &mover, paused: false, unnamed: None, session: None, cannot: None };
         let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         settle(&mover, &options, &result);
@@ -107,6 +107,7 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
     options.ram_bytes = request.ram_bytes;
     options.streams = request.streams;
     options.downtime_target = Duration::from_millis(request.downtime_target_ms);
+    options.max_downtime = request.max_downtime_ms.map(Duration::from_millis);
     options.max_rounds = request.max_rounds;
     options.max_throttle = request.max_throttle;
     options.check_placement = request.check_placement;
@@ -218,6 +219,9 @@ fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) 
         Ok(report) => {
             let _ = vm.events.send(Event::Moved);
             info!(vm = %name, to, downtime_ms = report.downtime_ms, "moved");
+            if let Some(why) = &report.downtime_missed {
+                warn!(vm = %name, downtime_ms = report.downtime_ms, target_ms = report.downtime_target_ms, %why, "the downtime target was missed");
+            }
             if report.pages_lost > 0 {
                 warn!(vm = %name, pages = report.pages_lost, "lost: the store did not give them back, and a touch of them is a memory error there");
             }
@@ -261,6 +265,8 @@ pub(crate) struct Leaving<'a> {
     vm: &'a Vm,
     /// It was told to stand still for this: what stood still by itself is not made to run.
     paused: bool,
+    /// Its name is given up, for this session.
+    unnamed: Option<SessionId>,
     /// From the moment on that the target may start it.
     session: Option<SessionId>,
     /// Why it cannot move, if it has become such a VM on the way.
@@ -270,7 +276,7 @@ pub(crate) struct Leaving<'a> {
 impl<'a> Leaving<'a> {
     /// A VM that stands still, and may have left.
     pub(crate) fn in_doubt(vm: &'a Vm) -> Leaving<'a> {
-        Leaving { vm, paused: true, session: None, cannot: None }
+        Leaving { vm, paused: true, unnamed: None, session: None, cannot: None }
     }
 
     /// It has not left after all.
@@ -290,6 +296,9 @@ impl<'a> Leaving<'a> {
         self.throttle(0);
         if let Some(session) = self.session {
             return SendError::InDoubt { session, to: to.to_owned() };
+        }
+        if self.unnamed.is_some() {
+            self.take_name_back();
         }
         let paused = self.paused;
         self.vm.core(|core| core.paused |= paused);
@@ -339,9 +348,9 @@ impl SourceVm for Leaving<'_> {
         self.vm.guest(|guest| guest.save()).map_err(|failure| self.failed(failure))
     }
 
-    fn state_estimate(&mut self) -> Option<StateEstimate> {
-        let bytes = self.vm.guest(|guest| Ok(guest.state_bytes())).ok()??;
-        Some(StateEstimate { bytes })
+    fn expected(&mut self) -> Expected {
+        let state = self.vm.guest(|guest| Ok(guest.state_bytes())).ok().flatten();
+        Expected { state_bytes: state.unwrap_or(0), ..Expected::default() }
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -352,12 +361,16 @@ impl SourceVm for Leaving<'_> {
     }
 
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
-        self.session = Some(session);
+        self.unnamed = Some(session);
         self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(text)
     }
 
+    fn may_start_there(&mut self) {
+        self.session = self.unnamed;
+    }
+
     fn take_name_back(&mut self) {
-        self.session = None;
+        (self.unnamed, self.session) = (None, None);
         if let Err(error) = self.vm.claim(|claim| claim.settle()) {
             error!(vm = %self.vm.facts.name, %error, "the name could not be taken back: the VM runs on as one that is leaving");
         }

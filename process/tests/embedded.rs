@@ -331,6 +331,7 @@ fn migrate_request(to: String) -> Request {
         to,
         ram_bytes: None,
         downtime_target_ms: 50,
+        max_downtime_ms: None,
         streams: 2,
         max_rounds: 3,
         max_throttle: 0,

@@ -212,6 +212,7 @@ impl Setup {
             to: self.listen.clone(),
             ram_bytes: (target == Target::Vmemd).then(|| settings.ram.bytes()),
             downtime_target_ms: 50,
+            max_downtime_ms: None,
             streams: 2,
             max_rounds: 30,
             max_throttle: 99,

@@ -289,6 +289,9 @@ pub(super) struct MigrateArgs {
     /// Stop the VM when what is left can be sent in this time
     #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
     pub(super) downtime_target: Duration,
+    /// Do not stop the VM for longer than this: give up if it takes more, and run on here
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(super) max_downtime: Option<Duration>,
     /// Number of data connections
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(super) streams: u32,

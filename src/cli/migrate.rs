@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use migrate::DowntimeParts;
 use serde_json::Value;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request, State};
@@ -31,13 +32,15 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
         to: args.to.clone(),
         ram_bytes: args.ram.map(Size::bytes),
         downtime_target_ms: (args.downtime_target.as_millis() as u64).max(1),
+        max_downtime_ms: args.max_downtime.map(|max| (max.as_millis() as u64).max(1)),
         streams: args.streams,
         max_rounds: args.max_rounds,
         max_throttle: if args.no_throttle { 0 } else { THROTTLE_MAX },
         check_placement: args.check_placement,
         trust: args.trust.read()?,
     });
-    let (place, mut vm) = find(dir, &args.name)?;
+    let mut vm = find(dir, &args.name)?;
+    let pid = vm.stat()?.pid;
     let bar = Bar::new(&args.name);
     let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
     bar.end();
@@ -45,7 +48,7 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
         Err(failure) if failure.kind == Kind::Interrupted && signals::caught().is_some() => {
             // Closing the connection is what cancels.
             drop(vm);
-            Err(cancelled(dir, &args.name, &place))
+            Err(cancelled(dir, &args.name, pid))
         }
         Err(failure) => Err(failure),
         Ok(report) => {
@@ -63,9 +66,9 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
 
 /// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above), or which may be arriving and
 /// change its place.
-fn find(dir: &RunDir, name: &str) -> Result<(Place, VmClient), Failure> {
+fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
     let deadline = Instant::now() + START_GRACE;
-    let connect = |place: Place| VmClient::connect_to(dir, &place).map(|vm| (place, vm));
+    let connect = |place: Place| VmClient::connect_to(dir, &place);
     loop {
         match dir.find(name).and_then(connect) {
             Err(failure) if failure.kind == Kind::Name && Instant::now() < deadline => {
@@ -77,25 +80,33 @@ fn find(dir: &RunDir, name: &str) -> Result<(Place, VmClient), Failure> {
     }
 }
 
+/// The state of the VM in that process, which changes its place when it gives its name up or takes it back.
+fn state_of(dir: &RunDir, name: &str, pid: u32) -> Result<Option<State>, Failure> {
+    let places = dir.places()?.into_iter().filter(|place| place.name() == name);
+    let stats = places.map(|place| VmClient::connect_to(dir, &place).and_then(|mut vm| vm.stat()));
+    Ok(stats.filter_map(Result::ok).find(|stat| stat.pid == pid).map(|stat| stat.state))
+}
+
 /// Waits until the VM's process has seen that the migration is cancelled, and says where the VM is.
-fn cancelled(dir: &RunDir, name: &str, place: &Place) -> Failure {
+fn cancelled(dir: &RunDir, name: &str, pid: u32) -> Failure {
     let deadline = Instant::now() + CANCEL_TIMEOUT;
     loop {
-        let state = VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()).map(|stat| stat.state);
-        let text = match state {
-            Ok(State::Migrating) if Instant::now() < deadline => {
+        // It may be changing its place at this very moment.
+        let look = || state_of(dir, name, pid).ok().flatten();
+        let text = match look().or_else(look) {
+            Some(State::Migrating) if Instant::now() < deadline => {
                 std::thread::sleep(CANCEL_POLL);
                 continue;
             }
-            Ok(State::Migrating) => format!("asked to cancel, but {name:?} is still migrating"),
-            Ok(State::InDoubt) => {
+            Some(State::Migrating) => format!("asked to cancel, but {name:?} is still migrating"),
+            Some(State::InDoubt) => {
                 return Failure::new(
                     Kind::InDoubt,
                     format!("the hand-over of {name:?} is in doubt: see `vmemd resolve {name}`"),
                 );
             }
-            Ok(State::Moved) | Err(_) => format!("too late to cancel: {name:?} has moved"),
-            Ok(_) => format!("cancelled; {name:?} runs on here"),
+            Some(State::Moved) | None => format!("too late to cancel: {name:?} has moved"),
+            Some(_) => format!("cancelled; {name:?} runs on here"),
         };
         return Failure::new(Kind::Interrupted, text);
     }
@@ -122,6 +133,14 @@ fn summary(report: &Value) -> String {
         number("pageins_during"),
         number("pageouts_during"),
     );
+    if let Ok(parts) = serde_json::from_value::<DowntimeParts>(report["downtime_parts"].clone()) {
+        let parts = parts.named().map(|(part, took)| format!("{part} {took:.1}")).join(", ");
+        text += &format!("\n  downtime   {parts} ms");
+    }
+    if let Some(why) = report["downtime_missed"].as_str() {
+        text +=
+            &format!("\n  missed     the downtime target of {:.0} ms: {why}", float("downtime_target_ms"));
+    }
     if number("pages_lost") > 0 {
         text += &format!("\n  lost       {} pages: the store did not give them back", number("pages_lost"));
     }

@@ -325,7 +325,7 @@ impl EngineHandle {
     }
 
     /// Places received pages, each in RAM or in the store, replacing what was there. Answers at once;
-    /// `finish_receiving` waits for the writes.
+    /// `settle_receiving` waits for the writes.
     pub fn arrive_async(&self, arrival: Arrival) -> Answer<()> {
         self.ask(Request::Arrive(arrival), done)
     }
@@ -338,7 +338,13 @@ impl EngineHandle {
         self.ask(Request::ArrivePoisoned(run), done)
     }
 
-    /// Answers when every arrived page is where it belongs. Every granted frame must have come back.
+    /// Answers when every page that has arrived is where it belongs: waits for the store.
+    pub fn settle_receiving_async(&self) -> Answer<()> {
+        self.ask(Request::SettleReceiving, done)
+    }
+
+    /// Ends the receiving: the VM may run. Answers at once, and the last pages go to the store while it runs. Every granted frame must
+    /// have come back.
     pub fn finish_receiving_async(&self) -> Answer<Placed> {
         self.ask(Request::FinishReceiving, placed)
     }

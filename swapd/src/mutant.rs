@@ -117,8 +117,8 @@ mod planted {
         LeaksReplacedVersions,
         /// An older version of an arriving page that is written counts as the newest.
         TrustsReplacedVersions,
-        /// The receiving ends while pages are still on their way.
-        FinishesReceivingEarly,
+        /// What is on its way to the store when the receiving ends is not counted.
+        OverlooksWhatIsLeaving,
     }
 
     thread_local! {

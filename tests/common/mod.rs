@@ -3,6 +3,7 @@
 
 pub(crate) mod disk;
 pub(crate) mod limits;
+pub(crate) mod slow_disk;
 
 use std::cell::RefCell;
 use std::fs;

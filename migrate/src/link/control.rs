@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::life::Life;
 use super::trouble::Trouble;
 use super::{end, read_exact, split};
-use crate::outside::{JoinHandle, StdStream, TcpStream, spawn, timeout};
+use crate::outside::{JoinHandle, StdStream, TcpStream, round_trip, spawn, timeout};
 use crate::session::SessionId;
 use crate::wire::control::Control;
 use crate::wire::record::{HEADER_BYTES, Header, Lane, Sequence};
@@ -75,6 +75,11 @@ impl ControlLink {
 
     pub(crate) fn outbox(&self) -> &Outbox {
         &self.outbox
+    }
+
+    /// How long a question and its answer are on their way, if that is known.
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        round_trip(&self.ender)
     }
 
     /// The peer's next message, other than signs of life. Waits for ever if the link is broken: the session has failed then.

@@ -6,16 +6,24 @@ use std::cell::Cell;
 pub(crate) enum Bug {
     /// The target lets the VM run, and then records the commit.
     StartsBeforeTheRecord,
-    /// The record of a commit is written, but not flushed (planted in the file system).
+    /// Records are written, but not flushed (planted in the file system).
     LeavesRecordsUnflushed,
     /// A commit that could not be recorded is taken for one that was.
     IgnoresAFailedRecord,
     /// The target's host says that a VM is not there, and does not see to it that it stays so.
     AnswersWithoutBurning,
-    /// A commit whose flush failed counts as one when the source asks.
-    BelievesUnflushedCommits,
-    /// A commit of which a crash of the host left half a record counts as one that failed.
+    /// A session that nobody has decided counts as a commit when the source asks.
+    BelievesTheUndecided,
+    /// A session whose decision a crash of the host took away counts as one that was not committed.
     ForgetsTheCrash,
+    /// The same for one whose decision somebody removed.
+    TakesALostDecisionForNone,
+    /// What is burned is only recorded, and can still be committed.
+    BurnsTheRecordAlone,
+    /// The decision goes before the record has it.
+    RemovesTheDecisionEarly,
+    /// A record that could not be flushed behind the start is left like that.
+    FlushesOnce,
     /// A commit can be read before the VM has started.
     UnlocksTheRecordEarly,
     /// A VM that could not start stays recorded as one that runs.
@@ -45,13 +53,17 @@ pub(crate) enum Bug {
 }
 
 impl Bug {
-    pub(crate) const ALL: [Bug; 19] = [
+    pub(crate) const ALL: [Bug; 23] = [
         Bug::StartsBeforeTheRecord,
         Bug::LeavesRecordsUnflushed,
         Bug::IgnoresAFailedRecord,
         Bug::AnswersWithoutBurning,
-        Bug::BelievesUnflushedCommits,
+        Bug::BelievesTheUndecided,
         Bug::ForgetsTheCrash,
+        Bug::TakesALostDecisionForNone,
+        Bug::BurnsTheRecordAlone,
+        Bug::RemovesTheDecisionEarly,
+        Bug::FlushesOnce,
         Bug::UnlocksTheRecordEarly,
         Bug::ForgetsToRevoke,
         Bug::ResumesAfterTheCommit,

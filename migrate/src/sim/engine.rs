@@ -498,6 +498,10 @@ impl EngineHandle {
         })
     }
 
+    pub fn settle_receiving_async(&self) -> Answer<()> {
+        self.ask(|state| state.need_receiving())
+    }
+
     pub fn finish_receiving_async(&self) -> Answer<Placed> {
         self.ask(|state| {
             state.need_receiving()?;

@@ -78,6 +78,8 @@ pub(crate) enum Fault {
     TargetDies,
     DaemonDies,
     HostCrashes,
+    /// Somebody removes files that are in memory.
+    Swept,
     Fails(Chore),
     EngineFails {
         source: bool,
@@ -106,7 +108,7 @@ impl Fault {
             Fault::SourceDies => Class::SourceDies,
             Fault::TargetDies => Class::TargetDies,
             Fault::DaemonDies | Fault::HostCrashes => Class::HostDies,
-            Fault::Spoilt { .. } | Fault::Twice => return None,
+            Fault::Spoilt { .. } | Fault::Twice | Fault::Swept => return None,
             _ => Class::Refusal,
         })
     }

@@ -1,5 +1,6 @@
-//! The simulated file system of the target's host: what was written is lost in a crash unless it was flushed (or the kernel happened
-//! to write it back); writes and flushes fail; every step takes time, so that the process may die between any two.
+//! The simulated file systems of the target's host: what was written is lost in a crash unless it was flushed (or the kernel happened
+//! to write it back); writes and flushes fail; every step takes time, so that the process may die between any two. What is in memory
+//! is lost in any crash, and may be swept away before; it does not fail.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -14,6 +15,9 @@ use super::runtime::pause;
 use super::world::world;
 
 const STEP: Duration = Duration::from_millis(2);
+/// The same for what is in memory.
+const MEMORY_STEP: Duration = Duration::from_micros(20);
+const MEMORY: &str = "/memory";
 
 struct Inode {
     content: Vec<u8>,
@@ -29,6 +33,7 @@ struct Disk {
     /// After so many more writes and flushes, so many of them fail.
     failing: Option<(u32, u32)>,
     crashes: u32,
+    swept: bool,
 }
 
 thread_local!(static DISK: RefCell<Disk> = RefCell::default());
@@ -55,8 +60,10 @@ pub(crate) fn crash() {
     with(|disk| {
         disk.locked.clear();
         disk.crashes += 1;
-        disk.files.retain(|_, file| {
-            if world().random.one_in(2) {
+        disk.files.retain(|path, file| {
+            if path.starts_with(MEMORY) {
+                false
+            } else if world().random.one_in(2) {
                 // Nothing was written back by itself.
                 file.content.clone_from(&file.flushed);
                 file.entry_flushed
@@ -65,6 +72,22 @@ pub(crate) fn crash() {
             }
         });
     });
+}
+
+/// Somebody tidies up in memory.
+pub(crate) fn sweep() {
+    with(|disk| {
+        disk.swept = true;
+        disk.files.retain(|path, _| !path.starts_with(MEMORY));
+    });
+}
+
+pub(crate) fn was_swept() -> bool {
+    with(|disk| disk.swept)
+}
+
+pub(crate) fn has_crashed() -> bool {
+    with(|disk| disk.crashes > 0)
 }
 
 /// What of a file survives a crash for certain.
@@ -76,9 +99,17 @@ pub(crate) fn content(path: &Path) -> Option<Vec<u8>> {
     with(|disk| disk.files.get(path).map(|file| file.content.clone()))
 }
 
+/// How long a step takes.
+fn step(path: &Path) {
+    pause(world().delay(if path.starts_with(MEMORY) { MEMORY_STEP } else { STEP }));
+}
+
 /// Takes its time, and fails if it is to.
-fn changing() -> io::Result<()> {
-    pause(world().delay(STEP));
+fn changing(path: &Path) -> io::Result<()> {
+    step(path);
+    if path.starts_with(MEMORY) {
+        return Ok(());
+    }
     with(|disk| {
         let Some((skip, count)) = &mut disk.failing else { return Ok(()) };
         if *skip > 0 {
@@ -102,6 +133,19 @@ pub fn create_dir_all(_: &Path) -> io::Result<()> {
     Ok(())
 }
 
+pub fn in_memory(_: &Path) -> io::Result<PathBuf> {
+    Ok(PathBuf::from(MEMORY))
+}
+
+pub fn vouch_for(_: &Path) -> io::Result<()> {
+    Ok(())
+}
+
+pub fn remove_file(path: &Path) -> io::Result<()> {
+    step(path);
+    with(|disk| disk.files.remove(path)).map(drop).ok_or_else(|| ErrorKind::NotFound.into())
+}
+
 /// As `std::fs::OpenOptions`, for a file that is there.
 #[derive(Debug)]
 pub struct OpenOptions;
@@ -120,7 +164,7 @@ impl OpenOptions {
     }
 
     pub fn open(&self, path: &Path) -> io::Result<File> {
-        pause(world().delay(STEP));
+        step(path);
         if !with(|disk| disk.files.contains_key(path)) {
             return Err(ErrorKind::NotFound.into());
         }
@@ -150,14 +194,14 @@ pub trait FileExt {
 
 impl File {
     fn make(path: &Path) -> io::Result<()> {
-        changing()?;
+        changing(path)?;
         let inode = Inode { content: Vec::new(), flushed: Vec::new(), entry_flushed: false };
         with(|disk| disk.files.insert(path.to_path_buf(), inode));
         Ok(())
     }
 
     pub fn create_new(path: &Path) -> io::Result<File> {
-        pause(world().delay(STEP));
+        step(path);
         if with(|disk| disk.files.contains_key(path)) {
             return Err(ErrorKind::AlreadyExists.into());
         }
@@ -185,6 +229,14 @@ impl File {
         Ok(())
     }
 
+    pub fn unlock(&self) -> io::Result<()> {
+        if self.locked.replace(false) {
+            let waiting = with(|disk| disk.locked.remove(&self.path));
+            waiting.into_iter().flatten().for_each(Waker::wake);
+        }
+        Ok(())
+    }
+
     pub fn metadata(&self) -> io::Result<Metadata> {
         with(|disk| disk.files.get(&self.path).map(|file| Metadata(file.content.len() as u64)))
             .ok_or_else(|| ErrorKind::NotFound.into())
@@ -194,7 +246,7 @@ impl File {
         if is_planted(Bug::LeavesRecordsUnflushed) {
             return Ok(());
         }
-        let result = changing();
+        let result = changing(&self.path);
         with(|disk| {
             // A flush that fails has written something, or not.
             if let Some(file) = disk.files.get_mut(&self.path)
@@ -208,7 +260,7 @@ impl File {
 
     /// Of a directory.
     pub fn sync_all(&self) -> io::Result<()> {
-        changing()?;
+        changing(&self.path)?;
         with(|disk| {
             let inside = disk.files.iter_mut().filter(|(path, _)| path.parent() == Some(&self.path));
             inside.for_each(|(_, file)| file.entry_flushed = true);
@@ -226,7 +278,7 @@ impl FileExt for File {
     }
 
     fn write_all_at(&self, bytes: &[u8], to: u64) -> io::Result<()> {
-        changing()?;
+        changing(&self.path)?;
         with(|disk| {
             if let Some(file) = disk.files.get_mut(&self.path) {
                 let end = to as usize + bytes.len();
@@ -240,9 +292,6 @@ impl FileExt for File {
 
 impl Drop for File {
     fn drop(&mut self) {
-        if self.locked.get() {
-            let waiting = with(|disk| disk.locked.remove(&self.path));
-            waiting.into_iter().flatten().for_each(Waker::wake);
-        }
+        let _ = self.unlock();
     }
 }

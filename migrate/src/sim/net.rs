@@ -148,6 +148,11 @@ pub(crate) fn address_of(host: usize) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, host as u8)), PORT)
 }
 
+/// Of what is no TCP connection it is not known.
+pub(crate) fn round_trip(_: &StdStream) -> Option<Duration> {
+    None
+}
+
 /// Connections here have no TLS: what it makes of a cut, of silence and of spoilt bytes is a connection that broke.
 pub(crate) fn secure(_: &Client, _: StdStream, _: &str, _: Duration) -> Result<StdStream, TlsError> {
     unreachable!("no session asks for it")

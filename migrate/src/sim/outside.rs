@@ -1,8 +1,10 @@
 //! The simulated world in the shape of the real one: what the sessions are given in its place.
 
 pub(crate) use super::engine::{EngineHandle, StoreFile};
-pub(crate) use super::fs::{File, FileExt, OpenOptions, boot_id, create_dir_all};
-pub(crate) use super::net::{StdStream, TcpStream, secure};
+pub(crate) use super::fs::{
+    File, FileExt, OpenOptions, boot_id, create_dir_all, in_memory, remove_file, vouch_for,
+};
+pub(crate) use super::net::{StdStream, TcpStream, round_trip, secure};
 pub(crate) use super::runtime::{
     Instant, JoinHandle, JoinSet, Runtime, breathe, elsewhere, pause, random_bytes, runtime, sleep, spawn,
     timeout, timeout_at,

@@ -60,6 +60,18 @@ pub(crate) struct Vm {
     pub(crate) on_start: RefCell<Option<Rc<dyn Fn()>>>,
 }
 
+pub(crate) fn says(record: Option<Vec<u8>>, what: &[u8]) -> bool {
+    record.is_some_and(|bytes| bytes.starts_with(what))
+}
+
+/// Whoever asks hears that it runs here.
+pub(crate) fn is_committed(session: SessionId) -> bool {
+    let decision = fs::in_memory(&PathBuf::new()).expect("there is one").join(format!("{session}.decision"));
+    let record = fs::content(&record_of(session));
+    says(record.clone(), b"COMMIT \n")
+        || (says(record, b"BEGUN") && says(fs::content(&decision), b"COMMIT \n"))
+}
+
 pub(crate) fn record_of(session: SessionId) -> PathBuf {
     PathBuf::from(SESSIONS).join(session.to_string())
 }
@@ -185,7 +197,6 @@ impl Vm {
             self.started.get().is_none(),
             "two: it goes on at the source, and has been started at the target"
         );
-        assert!(self.named.get(), "it goes on at the source without its name");
         self.runs.set(!self.stood_still);
         world().note(|| "the VM goes on at the source".to_string());
     }
@@ -200,12 +211,12 @@ impl Vm {
         );
         assert!(self.started.get().is_none(), "it is started twice");
         assert_eq!(paused, self.stood_still, "who stood still stays so, who ran goes on");
-        let says = |record: Option<Vec<u8>>, what: &[u8]| record.is_some_and(|bytes| bytes.starts_with(what));
+        assert!(!self.named.get(), "it is started with its name in use at the source");
         assert!(
-            says(fs::content(&record_of(session)), b"COMMIT \n")
-                && says(fs::flushed(&record_of(session)), b"COMMIT"),
-            "it is started before that is recorded for good"
+            says(fs::flushed(&record_of(session)), b"BEGUN  \n"),
+            "it is started with no record of it that outlasts a crash"
         );
+        assert!(is_committed(session) || fs::was_swept(), "it is started before that is decided");
         self.compare(memory);
         self.started.set(Some((session, world().me())));
     }

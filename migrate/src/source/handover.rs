@@ -1,12 +1,12 @@
 //! The hand-over at the source: stop, send the rest, and let go, in two phases.
 //!
 //! ```text
-//!   running here ──▶ paused ──▶ prepared there ──▶ name given up, commit sent ──▶ running there
-//!        ▲             │               │                       │
-//!        └── resumed ──┴───────────────┘                       ▼ link lost
-//!        └──────────────── not there, burned ◀─────────── in doubt: asked ───▶ running there
-//!                                                              ▼ no answer
-//!                                                         paused here, and said so
+//!   name given up ──▶ paused ──▶ prepared there ──▶ commit sent ──▶ running there
+//!        ▲             │               │                │
+//!        └── resumed ──┴───────────────┘                ▼ link lost
+//!        └──────────── not there, burned ◀──────── in doubt: asked ───▶ running there
+//!                                                       ▼ no answer
+//!                                                  paused here, and said so
 //! ```
 //! From the commit on, the VM is resumed only if the target says that it did not and will not start it.
 
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use swapd::Placed;
 
+use super::pace::Standing;
 use super::{Failed, Moving, SendError};
 use crate::cancel::is_cancelled;
 use crate::limits::{
@@ -24,7 +25,7 @@ use crate::link::trouble::Trouble;
 use crate::outside::{Instant, pause, planted, timeout, timeout_at};
 use crate::progress::Phase;
 use crate::registry::Outcome;
-use crate::report::{Placement, Report};
+use crate::report::{DowntimeParts, Placement, Report};
 use crate::resolve::resolve;
 use crate::vm::VmError;
 use crate::wait::Wait;
@@ -40,37 +41,39 @@ enum Committed {
     Unknown,
 }
 
-pub(super) fn run(moving: &mut Moving<'_, '_>) -> Result<Report, Failed> {
+pub(super) fn run(moving: &mut Moving<'_, '_>, standing: &Standing) -> Result<Report, Failed> {
     let stopped_at = Instant::now();
     let paused = moving.vm.pause();
     // Not before: it would write at full speed once more.
     moving.set_throttle(0);
+    let mut parts = DowntimeParts { stop_ms: milliseconds(stopped_at.elapsed()), ..DowntimeParts::default() };
     if let Err(error) = paused {
         // It may have been paused half-way.
         return Err(resume(moving, said(moving, error)));
     }
-    let prepared = prepare(moving);
+    let prepared = in_time(moving, stopped_at).and_then(|()| prepare(moving, stopped_at, &mut parts));
     let placed = prepared.map_err(|failed| resume(moving, failed))?;
-    if let Err(error) = moving.vm.give_up_name(moving.session) {
-        moving.vm.take_name_back();
-        return Err(resume(moving, said(moving, error)));
-    }
     // The last moment at which it is certain that the VM runs nowhere else.
-    if let Err(trouble) = moving.rounds.watch.check("handing over") {
-        moving.rounds.watch.failed(trouble);
-        moving.vm.take_name_back();
-        return Err(resume(moving, Failed::Trouble));
-    }
-    match commit(moving, stopped_at) {
+    let here = moving.rounds.watch.check("handing over");
+    let certain = moving.checked(here).and_then(|()| in_time(moving, stopped_at));
+    certain.map_err(|failed| resume(moving, failed))?;
+    moving.vm.may_start_there();
+    match commit(moving, stopped_at, &mut parts) {
         Committed::Running { downtime } => {
             let placement = placement(moving);
             let report = report(moving, Some(placed), downtime);
-            Ok(Report { placement, ..report })
+            let missed = missed(moving, standing, downtime, &parts);
+            Ok(Report { placement, downtime_parts: Some(parts), downtime_missed: missed, ..report })
         }
         Committed::NotStarted(text) => Err(take_back(moving, Trouble::GaveUp(text))),
         Committed::Unknown if planted!(ResumesAfterTheCommit) => Err(take_back(moving, Trouble::Cancelled)),
         Committed::Unknown => match ask(moving) {
-            Some(Outcome::RunningThere) => Ok(report(moving, None, stopped_at.elapsed())),
+            Some(Outcome::RunningThere) => {
+                let downtime = stopped_at.elapsed();
+                let missed = (downtime > moving.options.downtime_target)
+                    .then(|| "the link broke during the hand-over".to_string());
+                Ok(Report { downtime_missed: missed, ..report(moving, None, downtime) })
+            }
             Some(Outcome::NotThere) => {
                 let source = std::io::ErrorKind::ConnectionAborted.into();
                 Err(take_back(moving, Trouble::Link { during: "handing over", source }))
@@ -83,38 +86,131 @@ pub(super) fn run(moving: &mut Moving<'_, '_>) -> Result<Report, Failed> {
     }
 }
 
+/// Whether the VM may stand still for longer. Before the commit it need not.
+fn in_time(moving: &Moving<'_, '_>, stopped_at: Instant) -> Result<(), Failed> {
+    match moving.options.max_downtime {
+        Some(max) if stopped_at.elapsed() > max => Err(stood_too_long(moving, max)),
+        _ => Ok(()),
+    }
+}
+
+fn stood_too_long(moving: &Moving<'_, '_>, max: Duration) -> Failed {
+    let max_ms = max.as_millis();
+    let text =
+        format!("it has stood still for the {max_ms} ms that --max-downtime allows, and is not there yet");
+    refrain(moving, text)
+}
+
+/// The VM is not stopped: it would stand still for too long.
+pub(super) fn too_long(moving: &Moving<'_, '_>, standing: &Standing) -> Failed {
+    let max_ms = moving.options.max_downtime.unwrap_or_default().as_millis();
+    let expected_ms = standing.expected().as_millis();
+    let text = format!(
+        "it would stand still for about {expected_ms} ms, where --max-downtime allows {max_ms} ms: {}",
+        did_not_fit(moving, standing)
+    );
+    refrain(moving, text)
+}
+
+fn refrain(moving: &Moving<'_, '_>, text: String) -> Failed {
+    moving.rounds.watch.failed(Trouble::Unable(text.clone()));
+    Failed::Said(SendError::Downtime(text))
+}
+
+/// How things stood when no further round was allowed.
+fn did_not_fit(moving: &Moving<'_, '_>, standing: &Standing) -> String {
+    let megabytes = |pages: f64| pages * swapd::PAGE_SIZE as f64 / 1e6;
+    let held_back = match (moving.options.max_throttle, standing.throttle) {
+        (0, _) => " (--no-throttle)".to_string(),
+        (_, 0) => String::new(),
+        (_, percent) => format!(" held back by {percent} %"),
+    };
+    format!(
+        "after {} rounds (--max-rounds) {:.1} MB were left to send; the guest writes {:.1} MB/s{held_back}, the link carries {:.1} MB/s",
+        standing.rounds,
+        megabytes(standing.left_pages as f64),
+        megabytes(standing.written_per_s),
+        megabytes(standing.sent_per_s),
+    )
+}
+
+/// Why the downtime was more than it should be, if it was.
+fn missed(
+    moving: &Moving<'_, '_>,
+    standing: &Standing,
+    downtime: Duration,
+    parts: &DowntimeParts,
+) -> Option<String> {
+    let target = moving.options.downtime_target;
+    if downtime <= target {
+        return None;
+    }
+    let expected = standing.expected();
+    if standing.rounds >= moving.options.max_rounds && expected > target {
+        return Some(did_not_fit(moving, standing));
+    }
+    let (part, took) = parts.named().into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("there are parts");
+    Some(format!("{} ms were expected; the longest part was {part}, {took:.1} ms", expected.as_millis()))
+}
+
 /// From a paused VM to one that is complete at the target.
-fn prepare(moving: &mut Moving<'_, '_>) -> Result<Placed, Failed> {
+fn prepare(
+    moving: &mut Moving<'_, '_>,
+    stopped_at: Instant,
+    parts: &mut DowntimeParts,
+) -> Result<Placed, Failed> {
+    let began = Instant::now();
     let state = moving.vm.save().map_err(|error| said(moving, error))?;
     if state.len() > MAX_STATE_BYTES {
         let text = format!("its state of {} bytes is more than {MAX_STATE_BYTES}", state.len());
         return Err(said(moving, VmError(text)));
     }
+    parts.state_ms = milliseconds(began.elapsed());
+    in_time(moving, stopped_at)?;
     let rounds = &mut moving.rounds;
-    let prepared = moving.runtime.block_on(async {
+    let work = async {
+        let began = Instant::now();
         for part in state_parts(&state) {
             let sent = rounds.control.outbox().send(part);
             rounds.watch.wait("sending the VM's state", SILENCE_LIMIT, sent).await?;
         }
         rounds.last().await?;
+        parts.pages_ms = milliseconds(began.elapsed());
+        let began = Instant::now();
         // Behind a large state the queue may be full, and the link silent.
         let word = rounds.control.outbox().send(Control::Final(rounds.ship.totals()));
         rounds.watch.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
         match rounds.hear(Wait::Prepared).await? {
-            Control::Prepared(placed) => Ok(placed),
+            Control::Prepared { placed, took } => {
+                let [place, load] = took.map(Duration::from);
+                (parts.place_ms, parts.load_ms) = (milliseconds(place), milliseconds(load));
+                parts.link_ms = milliseconds(began.elapsed().saturating_sub(place + load));
+                Ok(placed)
+            }
             other => Err(Trouble::Peer(format!("{other:?} instead of a word that it is prepared"))),
         }
+    };
+    let max = moving.options.max_downtime;
+    let prepared = moving.runtime.block_on(async {
+        match max {
+            Some(max) => timeout_at(stopped_at + max, work).await.ok(),
+            None => Some(work.await),
+        }
     });
-    moving.checked(prepared)
+    match prepared {
+        Some(prepared) => moving.checked(prepared),
+        None => Err(stood_too_long(moving, max.unwrap_or_default())),
+    }
 }
 
 /// After this, the VM may run there.
-fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
+fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant, parts: &mut DowntimeParts) -> Committed {
     moving.rounds.enter(Phase::HandOver);
     let paused = moving.vm.stood_still();
     let (runtime, rounds) = (moving.runtime, &mut moving.rounds);
     rounds.waits(Some(Wait::Running));
-    let limit = Instant::now() + patience(RUNNING_LIMIT);
+    let began = Instant::now();
+    let limit = began + patience(RUNNING_LIMIT);
     runtime.block_on(async {
         // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
         let life = rounds.watch.life.clone();
@@ -124,7 +220,12 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Committed {
             rounds.control.next().await
         });
         match timeout_at(limit, word).await {
-            Ok(Some(Control::Running)) => Committed::Running { downtime: stopped_at.elapsed() },
+            Ok(Some(Control::Running { took })) => {
+                let [record, start] = took.map(Duration::from);
+                (parts.record_ms, parts.start_ms) = (milliseconds(record), milliseconds(start));
+                parts.link_ms += milliseconds(began.elapsed().saturating_sub(record + start));
+                Committed::Running { downtime: stopped_at.elapsed() }
+            }
             Ok(Some(Control::NotStarted(text))) => Committed::NotStarted(text),
             _ => Committed::Unknown,
         }
@@ -171,9 +272,6 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
 
 /// The VM did not leave after all.
 fn take_back(moving: &mut Moving<'_, '_>, trouble: Trouble) -> Failed {
-    if !planted!(ForgetsTheName) {
-        moving.vm.take_name_back();
-    }
     // Said as it is: the session's `Life` knows only that the link broke.
     resume(moving, Failed::Said(trouble.into()))
 }
@@ -191,8 +289,11 @@ pub(super) fn said(moving: &Moving<'_, '_>, error: VmError) -> Failed {
     Failed::Said(error.into())
 }
 
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
 fn report(moving: &Moving<'_, '_>, placed: Option<Placed>, downtime: Duration) -> Report {
-    let milliseconds = |time: Duration| time.as_secs_f64() * 1000.0;
     let counts = placed.unwrap_or_default();
     Report {
         name: moving.options.name.clone(),
@@ -202,6 +303,9 @@ fn report(moving: &Moving<'_, '_>, placed: Option<Placed>, downtime: Duration) -
         rounds: moving.rounds.round as u32,
         duration_ms: milliseconds(moving.started.elapsed()),
         downtime_ms: milliseconds(downtime),
+        downtime_target_ms: milliseconds(moving.options.downtime_target),
+        downtime_parts: None,
+        downtime_missed: None,
         pages_ram: counts.pages_ram,
         pages_store: counts.pages_store,
         pages_zero: counts.pages_zero,

@@ -24,7 +24,7 @@ use crate::progress::{Phase, Progress};
 use crate::report::Report;
 use crate::session::SessionId;
 use crate::tls::{Security, TlsError};
-use crate::vm::{SourceVm, VmError};
+use crate::vm::{Expected, SourceVm, VmError};
 use handover::said;
 use pace::{Decision, Rules, Standing, decide};
 use rounds::Rounds;
@@ -39,6 +39,8 @@ pub struct SourceOptions {
     pub ram_bytes: Option<u64>,
     pub streams: u32,
     pub downtime_target: Duration,
+    /// The VM is not stopped for longer: the migration gives up instead, as long as it may.
+    pub max_downtime: Option<Duration>,
     pub max_rounds: u32,
     /// 0: never throttle.
     pub max_throttle: u8,
@@ -58,6 +60,7 @@ impl SourceOptions {
             ram_bytes: None,
             streams: 2,
             downtime_target: Duration::from_millis(50),
+            max_downtime: None,
             max_rounds: 30,
             max_throttle: 99,
             check_placement: false,
@@ -94,6 +97,9 @@ pub enum SendError {
     GaveUp(String),
     #[error("cancelled")]
     Cancelled,
+    /// It would stand still, or did, for longer than it may.
+    #[error("{0}")]
+    Downtime(String),
     #[error("the VM failed")]
     Vm(#[from] VmError),
     #[error("the engine failed")]
@@ -148,8 +154,18 @@ pub fn send(
     let life = Rc::new(Life::default());
     let session = connected.session;
     let rounds = runtime.block_on(async { Rounds::start(handle, connected, &life, cancel, progress) })?;
-    let mut moving =
-        Moving { runtime: &runtime, rounds, vm, options, session, started, throttle: 0, throttle_max: 0 };
+    let mut moving = Moving {
+        runtime: &runtime,
+        rounds,
+        vm,
+        options,
+        session,
+        started,
+        throttle: 0,
+        throttle_max: 0,
+        unnamed: false,
+        expected: Expected::default(),
+    };
     let result = moving.run();
     // Whoever failed has told `life`; what the tasks say when their sockets are shut down comes too late to count.
     let Moving { rounds, .. } = moving;
@@ -195,55 +211,79 @@ struct Moving<'a, 'b> {
     started: Instant,
     throttle: u8,
     throttle_max: u8,
+    /// The VM's name is given up, though it runs here still.
+    unnamed: bool,
+    /// Of the VM itself, at the last look. Looked at before a round: pages are written meanwhile that nobody has counted.
+    expected: Expected,
 }
 
 impl Moving<'_, '_> {
     fn run(&mut self) -> Result<Report, Failed> {
-        match self.copy_and_converge() {
-            Ok(()) => handover::run(self),
-            Err(failed) => {
-                self.set_throttle(0);
-                Err(failed)
+        let result = self.copy_and_converge().and_then(|standing| handover::run(self, &standing));
+        if let Err(failed) = &result {
+            self.set_throttle(0);
+            let in_doubt = matches!(failed, Failed::Said(SendError::InDoubt { .. }));
+            // Now that it goes on.
+            if self.unnamed && !in_doubt && !planted!(ForgetsTheName) {
+                self.vm.take_name_back();
             }
         }
+        result
     }
 
-    /// Rounds, until what is left fits the downtime.
-    fn copy_and_converge(&mut self) -> Result<(), Failed> {
+    /// Rounds, until what is left fits the downtime. Says how things stand then.
+    fn copy_and_converge(&mut self) -> Result<Standing, Failed> {
         let rules = Rules {
             downtime_target: self.options.downtime_target,
+            max_downtime: self.options.max_downtime,
             max_rounds: self.options.max_rounds,
             max_throttle: self.options.max_throttle,
         };
-        // Before a round, not behind it: looking takes its time, in which pages are written that nobody has counted.
-        let mut state_pages = self.state_pages();
+        self.expected = self.vm.expected();
         // What devices had begun before writes were tracked.
         self.drain()?;
         let first = self.runtime.block_on(self.rounds.first());
         self.checked(first)?;
         loop {
-            let standing = Standing {
-                rounds: self.rounds.round as u32,
-                left_pages: self.rounds.left_pages(),
-                state_pages,
-                sent_per_s: self.rounds.send_rate.per_s(),
-                written_per_s: self.rounds.write_rate.per_s().unwrap_or(0.0),
-                throttle: self.throttle,
-            };
+            let standing = self.standing();
             let decision = decide(&rules, &standing);
             tracing::debug!(?standing, ?decision, "a round has ended");
-            let Decision::Go { throttle } = decision else { return Ok(()) };
-            self.set_throttle(throttle);
-            state_pages = self.state_pages();
-            self.drain()?;
-            let again = self.runtime.block_on(self.rounds.again(throttle));
-            self.checked(again)?;
+            match decision {
+                Decision::Go { throttle } => {
+                    self.set_throttle(throttle);
+                    self.expected = self.vm.expected();
+                    self.drain()?;
+                    let again = self.runtime.block_on(self.rounds.again(throttle));
+                    self.checked(again)?;
+                }
+                Decision::Stop if self.unnamed => return Ok(standing),
+                Decision::Stop => self.give_up_name()?,
+                Decision::GiveUp => return Err(handover::too_long(self, &standing)),
+            }
         }
     }
 
-    /// What goes in the pause besides pages, as so many of them.
-    fn state_pages(&mut self) -> u64 {
-        self.vm.state_estimate().map_or(0, |state| state.bytes / swapd::PAGE_SIZE as u64)
+    fn standing(&self) -> Standing {
+        Standing {
+            rounds: self.rounds.round as u32,
+            left_pages: self.rounds.left_pages(),
+            sent_per_s: self.rounds.send_rate.per_s(),
+            written_per_s: self.rounds.write_rate.per_s().unwrap_or(0.0),
+            throttle: self.throttle,
+            vm_cost: self.expected.time,
+            state_bytes: self.expected.state_bytes,
+            link_cost: self.rounds.link_cost(),
+        }
+    }
+
+    /// A name is a file, and its directory may be on a slow disk: so it goes before the VM is stopped. What was written meanwhile counts.
+    fn give_up_name(&mut self) -> Result<(), Failed> {
+        self.unnamed = true;
+        let given = self.vm.give_up_name(self.session);
+        self.rounds.watch.resume();
+        given.map_err(|error| said(self, error))?;
+        let looked = self.runtime.block_on(self.rounds.scan());
+        self.checked(looked)
     }
 
     /// Has what was reported as written, or not tracked yet, get its last bytes from devices: then it can be sent.

@@ -8,16 +8,18 @@ use std::time::Duration;
 
 /// The next round shall have at most this share of the pages of this one.
 pub(crate) const WANTED_SHRINK: f64 = 0.25;
-/// Share of the downtime target that is for sending pages; the rest is for stopping, state and hand-over.
-pub(crate) const DOWNTIME_SHARE: f64 = 0.5;
-/// A state that takes all of this time leaves this share of it to pages: no further round makes the state smaller.
-const LEAST_SHARE: f64 = 0.25;
+/// Share of what the other costs leave of the downtime target that is for sending pages: rates are never quite what they were.
+pub(crate) const PAGES_SHARE: f64 = 0.75;
+/// Share of the target that is for sending pages whatever else there is: with less, no VM that writes would ever be stopped.
+pub(crate) const LEAST_SHARE: f64 = 0.1;
 /// A round with fewer pages says little about the rate.
 const MIN_RATE_PAGES: u64 = 256;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
     pub(crate) downtime_target: Duration,
+    /// The VM is not stopped if it is expected to stand still for longer.
+    pub(crate) max_downtime: Option<Duration>,
     pub(crate) max_rounds: u32,
     /// 0 to 99.
     pub(crate) max_throttle: u8,
@@ -30,28 +32,59 @@ pub(crate) struct Standing {
     pub(crate) rounds: u32,
     /// Pages to be sent next.
     pub(crate) left_pages: u64,
-    /// As many pages' worth of state goes in the pause as well, whenever that is.
-    pub(crate) state_pages: u64,
     pub(crate) sent_per_s: f64,
     /// Distinct pages written, under the throttle of now.
     pub(crate) written_per_s: f64,
     pub(crate) throttle: u8,
+    /// What the downtime consists of besides pages and the state's way: stopping, saving, loading and starting the VM.
+    pub(crate) vm_cost: Duration,
+    /// The VM's state, to be sent with the pages.
+    pub(crate) state_bytes: u64,
+    /// The last look for written pages, and questions and answers on their way.
+    pub(crate) link_cost: Duration,
+}
+
+impl Standing {
+    /// What is spent besides sending pages.
+    fn costs(&self) -> Duration {
+        let state_pages = self.state_bytes as f64 / swapd::PAGE_SIZE as f64;
+        self.vm_cost + self.link_cost + seconds(state_pages / self.sent_per_s)
+    }
+
+    /// How long the VM will stand still if it is stopped now.
+    pub(crate) fn expected(&self) -> Duration {
+        self.costs() + seconds(self.left_pages as f64 / self.sent_per_s)
+    }
+}
+
+/// A time that a rate says, which may be near zero.
+fn seconds(seconds: f64) -> Duration {
+    const MAX_S: f64 = 1e6;
+    Duration::from_secs_f64(if seconds.is_nan() { 0.0 } else { seconds.clamp(0.0, MAX_S) })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Decision {
     /// Pause the VM: what is left fits, or no further round is allowed.
     Stop,
+    /// No further round is allowed, and what is left would take longer than it may.
+    GiveUp,
     /// Another round, with this throttle.
     Go { throttle: u8 },
 }
 
 pub(crate) fn decide(rules: &Rules, now: &Standing) -> Decision {
     let left = now.left_pages as f64;
-    let all = now.sent_per_s * rules.downtime_target.as_secs_f64() * DOWNTIME_SHARE;
-    let fits = (all - now.state_pages as f64).max(all * LEAST_SHARE);
-    if left <= fits || now.left_pages == 0 || now.rounds >= rules.max_rounds {
+    let target = rules.max_downtime.map_or(rules.downtime_target, |max| max.min(rules.downtime_target));
+    let for_pages = target.saturating_sub(now.costs()).mul_f64(PAGES_SHARE).max(target.mul_f64(LEAST_SHARE));
+    let fits = now.sent_per_s * for_pages.as_secs_f64();
+    let allowed = rules.max_downtime.is_none_or(|max| now.expected() <= max);
+    let last = now.rounds >= rules.max_rounds;
+    if allowed && (left <= fits || now.left_pages == 0 || last) {
         return Decision::Stop;
+    }
+    if last {
+        return Decision::GiveUp;
     }
     let next = left * now.written_per_s / now.sent_per_s;
     if next <= left * WANTED_SHRINK || next <= fits {
@@ -118,35 +151,57 @@ mod tests {
 
     use super::*;
 
-    const RULES: Rules =
-        Rules { downtime_target: Duration::from_millis(50), max_rounds: 30, max_throttle: 99 };
+    const RULES: Rules = Rules {
+        downtime_target: Duration::from_millis(50),
+        max_downtime: None,
+        max_rounds: 30,
+        max_throttle: 99,
+    };
     const STANDING: Standing = Standing {
         rounds: 2,
         left_pages: 100_000,
-        state_pages: 0,
         sent_per_s: 100_000.0,
         written_per_s: 0.0,
         throttle: 0,
+        vm_cost: Duration::from_millis(8),
+        state_bytes: 0,
+        link_cost: Duration::from_millis(2),
     };
 
     #[test]
-    fn stops_when_the_rest_fits_half_of_the_downtime() {
-        assert_eq!(decide(&RULES, &Standing { left_pages: 2500, ..STANDING }), Decision::Stop);
-        let more = Standing { left_pages: 2501, ..STANDING };
+    fn stops_when_the_rest_fits_what_the_costs_leave() {
+        assert_eq!(decide(&RULES, &Standing { left_pages: 3000, ..STANDING }), Decision::Stop);
+        let dear = Standing { left_pages: 3000, link_cost: Duration::from_millis(3), ..STANDING };
+        assert_eq!(decide(&RULES, &dear), Decision::Go { throttle: 0 });
+        // 4096 bytes a page: 1000 pages of state take 10 ms more.
+        let with_state = Standing { left_pages: 2251, state_bytes: 1000 << 12, ..STANDING };
+        assert_eq!(decide(&RULES, &with_state), Decision::Go { throttle: 0 });
+        assert_eq!(decide(&RULES, &Standing { left_pages: 2249, ..with_state }), Decision::Stop);
+        let hopeless = Standing { vm_cost: Duration::from_secs(1), left_pages: 500, ..STANDING };
+        assert_eq!(decide(&RULES, &hopeless), Decision::Stop, "waiting makes it no shorter");
+        let more = Standing { left_pages: 3001, ..STANDING };
         assert_eq!(decide(&RULES, &more), Decision::Go { throttle: 0 });
         assert_eq!(decide(&RULES, &Standing { rounds: 30, ..more }), Decision::Stop);
         assert_eq!(decide(&RULES, &Standing { left_pages: 0, sent_per_s: 0.0, ..STANDING }), Decision::Stop);
     }
 
     #[test]
-    fn what_the_state_takes_is_not_there_for_pages() {
-        let with =
-            |state_pages, left_pages| decide(&RULES, &Standing { state_pages, left_pages, ..STANDING });
-        assert_eq!(with(1000, 1500), Decision::Stop);
-        assert_eq!(with(1000, 1501), Decision::Go { throttle: 0 });
-        // A state that does not fit at all: pages take no more than a quarter of what they would.
-        assert_eq!(with(1_000_000, 625), Decision::Stop);
-        assert_eq!(with(1_000_000, 626), Decision::Go { throttle: 0 });
+    fn gives_up_rather_than_stop_it_for_longer_than_allowed() {
+        let rules = Rules { max_downtime: Some(Duration::from_millis(100)), ..RULES };
+        // 10 ms and 90 ms.
+        let longest = Standing { rounds: 30, left_pages: 9000, ..STANDING };
+        assert_eq!(decide(&rules, &longest), Decision::Stop);
+        assert_eq!(decide(&rules, &Standing { left_pages: 9001, ..longest }), Decision::GiveUp);
+        assert_eq!(decide(&RULES, &Standing { left_pages: 9001, ..longest }), Decision::Stop);
+        assert_eq!(decide(&rules, &Standing { rounds: 29, ..longest }), Decision::Go { throttle: 0 });
+        // A limit below the target is one.
+        let strict = Rules { max_downtime: Some(Duration::from_millis(20)), ..RULES };
+        assert_eq!(decide(&strict, &Standing { left_pages: 751, ..STANDING }), Decision::Go { throttle: 0 });
+        assert_eq!(decide(&strict, &Standing { left_pages: 749, ..STANDING }), Decision::Stop);
+        // Nothing is left, and it is too dear all the same.
+        let dear = Standing { left_pages: 0, vm_cost: Duration::from_millis(200), ..STANDING };
+        assert_eq!(decide(&rules, &dear), Decision::Go { throttle: 0 });
+        assert_eq!(decide(&rules, &Standing { rounds: 30, ..dear }), Decision::GiveUp);
     }
 
     #[test]
@@ -184,14 +239,16 @@ mod tests {
         /// A VM that writes at any constant rate is stopped, and its throttle never falls nor passes the limit.
         #[test]
         fn every_vm_is_stopped(write_per_s in 0.0..1e7_f64, send_per_s in 1e3..1e6_f64, pages in 1_u64..10_000_000,
-                               state_pages in 0_u64..1_000_000, max_throttle in 0_u8..=99) {
+                               state_bytes in 0_u64..1 << 32, max_throttle in 0_u8..=99) {
             let rules = Rules { max_throttle, ..RULES };
             let (mut left, mut throttle, mut rounds) = (pages, 0, 1);
             loop {
                 let written_per_s = write_per_s * (1.0 - f64::from(throttle) / 100.0);
-                let now = Standing { rounds, left_pages: left, state_pages, sent_per_s: send_per_s, written_per_s, throttle };
+                let now =
+                    Standing { rounds, left_pages: left, sent_per_s: send_per_s, written_per_s, throttle, state_bytes, ..STANDING };
                 match decide(&rules, &now) {
                     Decision::Stop => break,
+                    Decision::GiveUp => prop_assert!(false, "nothing forbids it"),
                     Decision::Go { throttle: next } => {
                         prop_assert!(next >= throttle && next <= max_throttle);
                         throttle = next;

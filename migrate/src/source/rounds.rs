@@ -32,6 +32,8 @@ use crate::wire::record::{Kind, Lane as WireLane, MAX_RECORD_RUNS, Sequence};
 const FILLERS: usize = 2;
 /// Pages looked at in one question to the engine, before the first round: 256 MiB.
 const SURVEY_PAGES: u32 = 64 << 10;
+/// Questions and answers while the VM stands still: the round's end, the word that all is there, the commit.
+const QUESTIONS: u32 = 3;
 /// In the last round: between two looks at pages that are just moving.
 const MOVING_RETRY: Duration = Duration::from_micros(500);
 /// And how often.
@@ -63,6 +65,8 @@ pub(crate) struct Rounds<'a> {
     /// RAM that the VM gets at the target.
     room_pages: u64,
     last_scan: Instant,
+    /// How long that took.
+    scan_took: Duration,
     last_heat: Instant,
     last_progress: Instant,
 }
@@ -119,6 +123,7 @@ impl<'a> Rounds<'a> {
             base_heat: Vec::new(),
             room_pages: swapd::units::pages_in(connected.ram_bytes),
             last_scan: now,
+            scan_took: Duration::ZERO,
             last_heat: now,
             last_progress: now,
         })
@@ -315,12 +320,14 @@ impl<'a> Rounds<'a> {
     }
 
     /// Asks what was written since the last time.
-    async fn scan(&mut self) -> Result<(), Trouble> {
+    pub(crate) async fn scan(&mut self) -> Result<(), Trouble> {
+        let began = Instant::now();
         let written = answered(self.ship.handle.collect_written_async());
         let written = self.watch.wait("looking for written pages", SILENCE_LIMIT, written).await??;
         let mut tracker = self.ship.tracker.borrow_mut();
         written.iter().for_each(|run| tracker.written(*run));
         drop(tracker);
+        self.scan_took = began.elapsed();
         let pages = written.iter().map(|run| u64::from(run.len)).sum();
         self.write_rate.scan(pages, self.last_scan.elapsed());
         self.last_scan = Instant::now();
@@ -357,6 +364,11 @@ impl<'a> Rounds<'a> {
             throttle_percent: self.throttle,
             waiting: self.waiting.or(self.watch.is_silent().then_some(Wait::Peer)),
         });
+    }
+
+    /// What the last round costs besides pages: a look for written ones, and questions and answers on their way.
+    pub(crate) fn link_cost(&self) -> Duration {
+        self.scan_took + self.control.round_trip().unwrap_or_default() * QUESTIONS
     }
 
     pub(crate) fn left_pages(&self) -> u64 {

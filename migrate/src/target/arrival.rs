@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use swapd::{Placed, answered};
 use tokio::sync::mpsc;
@@ -20,7 +21,7 @@ use crate::link::control::ControlLink;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::link::{end, split};
-use crate::outside::{JoinHandle, StdStream, sleep, spawn};
+use crate::outside::{Instant, JoinHandle, StdStream, sleep, spawn};
 use crate::progress::{Phase, Progress};
 use crate::wait::Wait;
 use crate::wire::control::{Control, Totals};
@@ -34,6 +35,8 @@ use crate::wire::record::{Lane as WireLane, Sequence};
 pub(crate) struct Arrived {
     pub(crate) state: Vec<u8>,
     pub(crate) placed: Placed,
+    /// For the last pages to come to their places.
+    pub(crate) took: Duration,
 }
 
 /// A session's receiving half. [`close`](Self::close) it, whatever happens.
@@ -100,7 +103,7 @@ impl<'a> Arrival<'a> {
             watch.check(DURING)?;
             tokio::select! {
                 biased;
-                Some(ended) = self.ends.recv() => self.round_ended(ended, control).await?,
+                Some(ended) = self.ends.recv() => self.round_ended(ended, control, watch).await?,
                 message = control.next() => self.message(message, control, watch).await?,
                 () = watch.life.failure() => {}
                 () = sleep(CANCEL_POLL) => progress(self.progress(watch)),
@@ -108,6 +111,7 @@ impl<'a> Arrival<'a> {
         }
         let claimed = self.claimed.unwrap_or_default();
         self.ledger.borrow().settle(claimed, self.totals)?;
+        let began = Instant::now();
         let placed = match self.memory {
             TargetMemory::Engine(handle) => {
                 let finished = answered(handle.finish_receiving_async());
@@ -115,7 +119,7 @@ impl<'a> Arrival<'a> {
             }
             TargetMemory::Plain(_) => self.ledger.borrow().placed_plain(),
         };
-        Ok(Arrived { state: std::mem::take(&mut self.state), placed })
+        Ok(Arrived { state: std::mem::take(&mut self.state), placed, took: began.elapsed() })
     }
 
     fn is_complete(&self) -> bool {
@@ -192,7 +196,12 @@ impl<'a> Arrival<'a> {
     }
 
     /// Tells the source when a round has ended on every stream.
-    async fn round_ended(&mut self, ended: RoundEnd, control: &ControlLink) -> Result<(), Trouble> {
+    async fn round_ended(
+        &mut self,
+        ended: RoundEnd,
+        control: &ControlLink,
+        watch: &Watch<'_>,
+    ) -> Result<(), Trouble> {
         // A source starts a round when the last one is done: so no stream can run ahead without bound.
         if ended.round != self.rounds_done + 1 {
             return Err(Trouble::Peer(format!("the end of round {} too early", ended.round)));
@@ -205,6 +214,13 @@ impl<'a> Arrival<'a> {
         if self.streams_ahead == self.hello.streams {
             self.streams_ahead = 0;
             self.rounds_done += 1;
+            // The next round may be the last, in which no page is to wait for a frame whose content is still being written.
+            if let TargetMemory::Engine(handle) = self.memory
+                && !ended.last
+            {
+                let settled = answered(handle.settle_receiving_async());
+                watch.wait("waiting for the store", PREPARE_LIMIT, settled).await??;
+            }
             control.outbox().send(Control::RoundDone { round: ended.round }).await;
         }
         Ok(())

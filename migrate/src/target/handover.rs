@@ -1,11 +1,12 @@
 //! The hand-over at the target: prepared, commit, start; and what the VM touches after that.
 //!
 //! ```text
-//!   prepared ──▶ commit recorded ──▶ started ──▶ running (──▶ placement checked)
-//!       │               │
+//!   prepared ──▶ commit decided ──▶ started ──▶ running ──▶ name taken (──▶ placement checked)
+//!       │               │                          └──▶ record flushed, beside all that
 //!       ▼               ▼ could not start
 //!    discarded       revoked, the source has it back
 //! ```
+//! Nothing up to *running* waits for a disk: the VM stands still until then.
 
 use swapd::{Placed, Run};
 
@@ -13,13 +14,21 @@ use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
 use crate::bitmap::Bitmap;
 use crate::limits::{PLACEMENT_WINDOW, RESOLVE_EVERY, RESOLVE_LIMIT, patience};
 use crate::link::trouble::Trouble;
-use crate::outside::{EngineHandle, Instant, pause, planted, sleep};
+use crate::outside::{EngineHandle, Instant, elsewhere, pause, planted, sleep};
 use crate::progress::{Phase, Progress};
-use crate::registry::{Committed, RegistryError};
+use crate::registry::{Begun, Kept, RegistryError};
 use crate::report::{Placement, Received};
 use crate::vm::TargetVm;
 use crate::wait::Wait;
-use crate::wire::control::Control;
+use crate::wire::control::{Control, Micros};
+
+/// A VM that is complete here.
+pub(super) struct Prepared {
+    pub(super) placed: Placed,
+    /// For the last pages to come to their places, and for the state to be loaded.
+    pub(super) took: [Micros; 2],
+    pub(super) begun: Begun,
+}
 
 /// From a VM that is complete here to one that runs here.
 pub(super) fn run(
@@ -27,16 +36,17 @@ pub(super) fn run(
     link: &TargetLink<'_>,
     memory: &TargetMemory,
     vm: &mut dyn TargetVm,
-    placed: Placed,
+    prepared: Prepared,
 ) -> Result<Received, Failed> {
+    let Prepared { placed, took, begun } = prepared;
     let check = match memory {
         TargetMemory::Engine(handle) if link.hello.check_placement => Some(handle),
         _ => None,
     };
     session.watch.resume();
     let outbox = session.control.outbox().clone();
-    session.runtime.block_on(outbox.deliver(Control::Prepared(placed)));
-    // While the source gives up the name: nothing moves now, so this is what is resident at the start.
+    session.runtime.block_on(outbox.deliver(Control::Prepared { placed, took }));
+    // While the source's commit is on its way: nothing moves now, so this is what is resident at the start.
     let resident = check.map(before_start).transpose().map_err(|error| Failed::Said(error.into()))?;
     let (control, watch) = (&mut session.control, &session.watch);
     (link.progress)(Progress::waiting(Phase::HandOver, link.hello.memory_bytes, Wait::Commit));
@@ -48,32 +58,38 @@ pub(super) fn run(
     if planted!(StartsBeforeTheRecord) {
         let _ = vm.start(paused);
     }
-    let committed = match link.registry.commit(link.hello.session) {
+    let began = Instant::now();
+    let committed = match begun.commit() {
         Ok(committed) => Some(committed),
         Err(_) if planted!(IgnoresAFailedRecord) => None,
         Err(error) => return Err(not_started(session, error.into())),
     };
+    let recorded = began.elapsed();
     let committed = committed.filter(|_| !planted!(UnlocksTheRecordEarly));
     if let Err(error) = vm.start(paused) {
-        let revoke = || match &committed {
+        let revoked = match &committed {
             Some(committed) if !planted!(ForgetsToRevoke) => committed.revoke(),
             _ => Ok(()),
         };
-        let revoked = revoke();
+        // The source's word first: that it lasts is seen to by whoever ends the session.
         let failed = not_started(session, error.into());
-        if let Err(error) = revoked {
-            persist(link, error, revoke);
+        if let (Some(committed), Err(error)) = (&committed, revoked) {
+            persist(link, error, || committed.revoke());
         }
         return Err(failed);
     }
-    session.runtime.block_on(outbox.deliver(Control::Running));
-    if let Some(Err(error)) = committed.map(Committed::keep) {
-        tracing::warn!(%error, "that the VM runs here may be forgotten if this host goes down soon");
+    let took = [recorded, began.elapsed().saturating_sub(recorded)].map(Into::into);
+    session.runtime.block_on(outbox.deliver(Control::Running { took }));
+    if let Some(committed) = committed {
+        keep(link, committed.started());
     }
     let mut received = Received::new(link.hello.name.clone(), link.hello.session, placed);
-    if let (Some(handle), Some(resident)) = (check, resident) {
+    // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
+    let (tracked, since) = (check.map(|handle| handle.track_writes(true)), Instant::now());
+    vm.settle();
+    if let (Some(handle), Some(resident), Some(tracked)) = (check, resident, tracked) {
         // The VM runs, so nothing here is a failure of the migration.
-        match placement(session, handle, &resident) {
+        match tracked.and_then(|()| placement(session, handle, &resident, since)) {
             Ok(placement) => {
                 session.runtime.block_on(outbox.deliver(Control::Placement(placement)));
                 received.placement = Some(placement);
@@ -82,6 +98,29 @@ pub(super) fn run(
         }
     }
     Ok(received)
+}
+
+/// Has it known after a crash of this host, too, that the VM runs here: on a thread of its own, for as long as the disk needs.
+fn keep(link: &TargetLink<'_>, kept: Kept) {
+    let session = link.hello.session;
+    let flush = move || {
+        let mut told = false;
+        while let Err(error) = kept.flush() {
+            if !std::mem::replace(&mut told, true) {
+                tracing::error!(%error, %session, "that the VM runs here may be forgotten if this host goes down; it is tried again");
+            }
+            if planted!(FlushesOnce) {
+                return;
+            }
+            pause(RESOLVE_EVERY);
+        }
+        if told {
+            tracing::info!(%session, "that the VM runs here is recorded now");
+        }
+    };
+    if let Err(error) = elsewhere("vmemd-record", flush) {
+        tracing::error!(%error, %session, "that the VM runs here may be forgotten if this host goes down: no thread");
+    }
 }
 
 fn fail(session: &Session<'_>, trouble: Trouble) -> Failed {
@@ -126,15 +165,14 @@ fn before_start(handle: &EngineHandle) -> Result<Vec<Run>, swapd::CommandError> 
     handle.resident_map()
 }
 
-/// What the VM touches in [`PLACEMENT_WINDOW`], and how much of that was in RAM when it started.
+/// What the VM touches in [`PLACEMENT_WINDOW`], from the moment that it was watched, and how much of that was in RAM when it started.
 fn placement(
     session: &Session<'_>,
     handle: &EngineHandle,
     resident: &[Run],
+    since: Instant,
 ) -> Result<Placement, swapd::CommandError> {
-    // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
-    handle.track_writes(true)?;
-    session.runtime.block_on(async { sleep(PLACEMENT_WINDOW).await });
+    session.runtime.block_on(async { sleep(PLACEMENT_WINDOW.saturating_sub(since.elapsed())).await });
     let touched = handle.collect_written();
     handle.track_writes(false)?;
     handle.set_prefetch(true)?;

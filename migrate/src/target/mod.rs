@@ -14,6 +14,7 @@ use std::rc::Rc;
 use swapd::CommandError;
 
 use arrival::Arrival;
+use handover::Prepared;
 
 use crate::cancel::CancelFlag;
 use crate::hello::{RefuseKind, SessionHello, refuse, write_opening};
@@ -23,7 +24,7 @@ use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::outside::{EngineHandle, Instant, Runtime, StdStream, runtime};
 use crate::progress::Progress;
-use crate::registry::{Registry, RegistryError};
+use crate::registry::{Begun, Registry, RegistryError};
 use crate::report::Received;
 use crate::vm::{TargetVm, VmError};
 use crate::wire::opening::{Answer, MAX_STREAMS};
@@ -114,13 +115,15 @@ pub fn receive(
     vm: &mut dyn TargetVm,
 ) -> Result<Received, ReceiveError> {
     let started = Instant::now();
-    if let Err(error) =
-        check(&link.hello, &memory).and_then(|()| Ok(link.registry.begin(link.hello.session)?))
-    {
-        refuse(&mut link.control, RefuseKind::Other, &error.to_string());
-        return Err(error);
-    }
-    let result = accepted(&mut link, &memory, vm);
+    let begun = check(&link.hello, &memory).and_then(|()| Ok(link.registry.begin(link.hello.session)?));
+    let begun = match begun {
+        Ok(begun) => begun,
+        Err(error) => {
+            refuse(&mut link.control, RefuseKind::Other, &error.to_string());
+            return Err(error);
+        }
+    };
+    let result = accepted(&mut link, &memory, vm, begun);
     if result.is_err() {
         handover::give_up(&link);
     }
@@ -152,6 +155,7 @@ fn accepted(
     link: &mut TargetLink<'_>,
     memory: &TargetMemory,
     vm: &mut dyn TargetVm,
+    begun: Begun,
 ) -> Result<Received, ReceiveError> {
     let during = "answering it";
     let broken = |source| ReceiveError::Link { during, source };
@@ -169,7 +173,7 @@ fn accepted(
     let watch = Watch::new(life.clone(), link.cancel, control.outbox().clone());
     let mut session = Session { runtime: &runtime, control, watch };
 
-    let result = session.run(link, memory, vm, streams);
+    let result = session.run(link, memory, vm, streams, begun);
     let Session { control, .. } = session;
     let last_word = match &result {
         Ok(_) => None,
@@ -229,6 +233,7 @@ impl Session<'_> {
         memory: &TargetMemory,
         vm: &mut dyn TargetVm,
         streams: Vec<DataStream>,
+        begun: Begun,
     ) -> Result<Received, Failed> {
         let mut arrival = Arrival::new(&link.hello, memory, streams);
         let (control, watch) = (&mut self.control, &self.watch);
@@ -241,7 +246,9 @@ impl Session<'_> {
             arrival.close().await;
             arrived
         })?;
+        let began = Instant::now();
         vm.load(&arrived.state).map_err(|error| Failed::Said(error.into()))?;
-        handover::run(self, link, memory, vm, arrived.placed)
+        let took = [arrived.took, began.elapsed()].map(Into::into);
+        handover::run(self, link, memory, vm, Prepared { placed: arrived.placed, took, begun })
     }
 }

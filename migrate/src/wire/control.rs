@@ -1,5 +1,7 @@
 //! The messages of the control connection, and the end of a round on a data stream.
 
+use std::time::Duration;
+
 use swapd::Placed;
 use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -55,11 +57,43 @@ pub enum Control {
         round: u64,
     },
     /// The VM is complete and does not run yet.
-    Prepared(Placed),
-    Running,
+    Prepared {
+        placed: Placed,
+        /// For the last pages to come to their places, and for the state to be loaded.
+        took: [Micros; 2],
+    },
+    Running {
+        /// For the commit to be recorded, and for the VM to start.
+        took: [Micros; 2],
+    },
     /// The VM could not start, nothing of it has run: the source may have it back.
     NotStarted(String),
     Placement(Placement),
+}
+
+/// A time that the target tells. 0 of a target that does not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Micros(pub u32);
+
+impl From<Duration> for Micros {
+    fn from(time: Duration) -> Micros {
+        Micros(u32::try_from(time.as_micros()).unwrap_or(u32::MAX))
+    }
+}
+
+impl From<Micros> for Duration {
+    fn from(Micros(time): Micros) -> Duration {
+        Duration::from_micros(time.into())
+    }
+}
+
+/// Two times as a record's number, which is of no account to who does not know of them.
+fn pack([low, high]: [Micros; 2]) -> u64 {
+    u64::from(high.0) << 32 | u64::from(low.0)
+}
+
+fn unpack(number: u64) -> [Micros; 2] {
+    [Micros(number as u32), Micros((number >> 32) as u32)]
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -135,11 +169,12 @@ impl Control {
             Control::Abort(text) => (Kind::Abort, 0, short_text(text).as_bytes().to_vec()),
             Control::HeatTaken => (Kind::HeatTaken, 0, Vec::new()),
             Control::RoundDone { round } => (Kind::RoundDone, *round, Vec::new()),
-            Control::Prepared(placed) => {
+            Control::Prepared { placed, took } => {
                 let Placed { pages_ram, pages_store, pages_zero, pageins, pageouts } = *placed;
-                (Kind::Prepared, 0, numbers([pages_ram, pages_store, pages_zero, pageins, pageouts]))
+                let placed = numbers([pages_ram, pages_store, pages_zero, pageins, pageouts]);
+                (Kind::Prepared, pack(*took), placed)
             }
-            Control::Running => (Kind::Running, 0, Vec::new()),
+            Control::Running { took } => (Kind::Running, pack(*took), Vec::new()),
             Control::NotStarted(text) => (Kind::NotStarted, 0, short_text(text).as_bytes().to_vec()),
             Control::Placement(placement) => {
                 (Kind::Placement, 0, numbers([placement.touched_pages, placement.touched_in_ram]))
@@ -170,9 +205,10 @@ impl Control {
             Kind::RoundDone => empty(Control::RoundDone { round: header.number }),
             Kind::Prepared => {
                 let [pages_ram, pages_store, pages_zero, pageins, pageouts] = read_numbers(body)?;
-                Ok(Control::Prepared(Placed { pages_ram, pages_store, pages_zero, pageins, pageouts }))
+                let placed = Placed { pages_ram, pages_store, pages_zero, pageins, pageouts };
+                Ok(Control::Prepared { placed, took: unpack(header.number) })
             }
-            Kind::Running => empty(Control::Running),
+            Kind::Running => empty(Control::Running { took: unpack(header.number) }),
             Kind::NotStarted => text(body).map(Control::NotStarted),
             Kind::Placement => {
                 let [touched_pages, touched_in_ram] = read_numbers(body)?;
@@ -212,14 +248,17 @@ mod tests {
                 5 => Control::Abort(text),
                 6 => Control::HeatTaken,
                 7 => Control::RoundDone { round: n[0] },
-                8 => Control::Prepared(Placed {
-                    pages_ram: n[0],
-                    pages_store: n[1],
-                    pages_zero: n[2],
-                    pageins: n[3],
-                    pageouts: n[4],
-                }),
-                9 => Control::Running,
+                8 => Control::Prepared {
+                    placed: Placed {
+                        pages_ram: n[0],
+                        pages_store: n[1],
+                        pages_zero: n[2],
+                        pageins: n[3],
+                        pageouts: n[4],
+                    },
+                    took: unpack(n[0]),
+                },
+                9 => Control::Running { took: unpack(n[0]) },
                 10 => Control::NotStarted(text),
                 _ => Control::Placement(Placement { touched_pages: n[0], touched_in_ram: n[1] }),
             })

@@ -51,6 +51,9 @@ pub struct MigrateRequest {
     #[serde(default)]
     pub ram_bytes: Option<u64>,
     pub downtime_target_ms: u64,
+    /// It is not stopped for longer: it stays instead, and the request fails.
+    #[serde(default)]
+    pub max_downtime_ms: Option<u64>,
     pub streams: u32,
     pub max_rounds: u32,
     /// Highest share of time, in percent, for which the guest may be held back; 0: never.

@@ -3,8 +3,9 @@
 //! A name is held by a socket that somebody listens on; there is no other record of it. The file's name tells the role:
 //! ```text
 //!   run ─────────▶ NAME.sock ──give_up_name──▶ NAME.leaving-ID.sock ──▶ gone
-//!   serve ──▶ NAME.arriving-ID.sock ──commit──▶ NAME.sock
+//!   serve ──▶ NAME.arriving-ID.sock ──settle──▶ NAME.sock
 //! ```
+//! Renaming may wait for a disk, so neither is done while the VM stands still: the one comes before, the other behind the start.
 //! Every change is made under one flock, so that source and target may share a directory. A socket that refuses
 //! connections belongs to a dead process and is removed. Sockets are addressed through `/proc/self/fd`, which keeps long
 //! directory names within the 107 bytes of a socket address.
@@ -370,6 +371,24 @@ impl Claim {
     pub fn leave(&mut self, session: &str) -> Result<(), Failure> {
         let lock = self.dir.lock()?;
         self.rename(&lock, Place::leaving(self.place.name(), session))
+    }
+
+    /// Whether the name can be taken. Waits for no disk, and nobody but another VM of that name that is on its way itself can take it
+    /// before [`settle`](Self::settle).
+    ///
+    /// # Errors
+    /// [`Kind::Name`] if another VM has it now.
+    pub fn is_free(&mut self) -> Result<(), Failure> {
+        let here = Place::Here(self.place.name().to_owned());
+        match self.dir.connect(&here) {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                Ok(())
+            }
+            _ if self.place == here => Ok(()),
+            _ => Err(name_taken(&here)),
+        }
     }
 
     /// Takes the name, for the first time or back.

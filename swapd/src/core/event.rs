@@ -110,6 +110,7 @@ pub enum Request {
     Arrive(Arrival),
     ArriveZero(Run),
     ArrivePoisoned(Run),
+    SettleReceiving,
     FinishReceiving,
     ResidentMap,
     RetryStore,

@@ -142,7 +142,7 @@ impl Core {
     }
 
     fn is_under_write(&self, page: PageNo) -> bool {
-        self.table.has(page, Flag::Writing) && !mutant!(RescuesUnderWrite)
+        self.is_being_written(page) && !mutant!(RescuesUnderWrite)
     }
 
     /// The device reads the frame at this moment: the guest must not change it. It gets a copy, or waits for the write.

@@ -71,7 +71,7 @@ impl Core {
     }
 
     /// The device reads the page's frame. (A version that arrived anew waits in another one until the older is written.)
-    fn is_being_written(&self, page: PageNo) -> bool {
+    pub(super) fn is_being_written(&self, page: PageNo) -> bool {
         let of_page = |slots: SlotRun| slots.contains(self.slots_of[&page]) || mutant!(LeaksReplacedVersions);
         self.table.has(page, Flag::Writing) && self.ios.slots().any(of_page)
     }

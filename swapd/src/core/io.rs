@@ -39,7 +39,11 @@ struct Io {
     kind: Kind,
     run: Run,
     slots: SlotRun,
+    /// Of a write, one bit a page: the checksum on record has become that of a newer version.
+    outdated: u64,
 }
+
+const _: () = assert!(super::IO_PAGES_MAX <= u64::BITS, "one bit a page");
 
 /// A page that could not be read, or came back with another content, while somebody waits for it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -72,6 +76,14 @@ impl Ios {
         self.entries.iter().flatten().map(|io| io.slots)
     }
 
+    /// A newer version of the page gets its checksum on record while an older one is being written.
+    pub(super) fn outdate(&mut self, page: PageNo) {
+        let of_page = |io: &&mut Io| matches!(io.kind, Kind::Write(_)) && io.run.contains(page);
+        if let Some(io) = self.entries.iter_mut().flatten().find(of_page) {
+            io.outdated |= 1 << (page.0 - io.run.start.0);
+        }
+    }
+
     pub(super) fn is_idle(&self) -> bool {
         self.vacant.len() == self.entries.len()
     }
@@ -99,12 +111,12 @@ impl Core {
     }
 
     fn start_read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
-        let io = self.ios.start(Io { kind: Kind::Read { landing }, run, slots });
+        let io = self.ios.start(Io { kind: Kind::Read { landing }, run, slots, outdated: 0 });
         self.actions.push_back(Action::Read { io, run, slots });
     }
 
     pub(super) fn read_done(&mut self, io: IoId, result: Result<&[u64], IoError>) {
-        let Io { kind: Kind::Read { landing }, run, slots } = self.ios.end(io) else {
+        let Io { kind: Kind::Read { landing }, run, slots, .. } = self.ios.end(io) else {
             panic!("{io:?} is not a read");
         };
         self.counts.read_errors += u64::from(result.is_err());
@@ -219,19 +231,19 @@ impl Core {
                 self.table.put(page, Flag::Stored, false);
                 self.table.put(page, Flag::Writing, true);
             }
-            let io = self.ios.start(Io { kind: Kind::Write(purpose), run, slots });
+            let io = self.ios.start(Io { kind: Kind::Write(purpose), run, slots, outdated: 0 });
             self.actions.push_back(Action::Write { io, run, slots });
         }
     }
 
     pub(super) fn write_done(&mut self, io: IoId, result: Result<(), IoError>) {
-        let Io { kind: Kind::Write(purpose), run, slots } = self.ios.end(io) else {
+        let Io { kind: Kind::Write(purpose), run, slots, outdated } = self.ios.end(io) else {
             panic!("{io:?} is not a write");
         };
         let result = if mutant!(TrustsFailedWrites) { Ok(()) } else { result };
         let mut rescued = Vec::new();
         let mut to_write = Vec::new();
-        for (page, slot) in run.pages().zip(slots.slots()) {
+        for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
             self.table.put(page, Flag::Writing, false);
             let state = self.table.state(page);
             if self.staging.used(slot) == Use::Orphan {
@@ -240,10 +252,9 @@ impl Core {
                     // A newer version waits for this write to end.
                     PageState::Leaving if mutant!(ForgetsNewerVersion) => {}
                     PageState::Leaving => to_write.push((page, self.slots_of[&page])),
-                    PageState::Untouched => {}
-                    // While pages arrive, the sum on record may be that of a newer version.
+                    PageState::Untouched | PageState::Poisoned => {}
                     _ => {
-                        let newest = self.receiving.is_none() || mutant!(TrustsReplacedVersions);
+                        let newest = outdated >> nth & 1 == 0 || mutant!(TrustsReplacedVersions);
                         self.table.put(page, Flag::Stored, result.is_ok() && newest);
                     }
                 }

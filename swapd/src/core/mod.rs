@@ -319,7 +319,8 @@ impl Core {
             Request::Arrive(arrival) => Some(self.checked(arrival.run).and_then(|()| self.arrive(&arrival))),
             Request::ArriveZero(run) => Some(self.checked(run).and_then(|()| self.arrive_zero(run))),
             Request::ArrivePoisoned(run) => Some(self.checked(run).and_then(|()| self.arrive_poisoned(run))),
-            Request::FinishReceiving => self.finish_receiving(ticket),
+            Request::SettleReceiving => self.settle_receiving(ticket),
+            Request::FinishReceiving => Some(self.finish_receiving()),
             Request::RecordFaults(_) => Some(Err(CommandError::NotNow("there is no clock here"))),
         };
         if let Some(answer) = answer {

@@ -1,6 +1,8 @@
 //! The target's end of a migration: pages arrive in staging frames and are placed by [`crate::policy::placement`].
 //!
-//! While receiving, no VM runs and nothing is paged: frames are taken and written only for what arrives.
+//! While receiving, no VM runs and nothing is paged: frames are taken and written only for what arrives. It ends when all has arrived,
+//! not when all is written: the VM stands still meanwhile, and what still leaves is in a state that it may well be in. Whoever has time
+//! to wait for the writes [settles](Core::settle_receiving) before.
 
 use std::collections::VecDeque;
 
@@ -25,7 +27,7 @@ pub(super) struct Receiving {
     pages_read_before: u64,
     victims_before: u64,
     grants: VecDeque<(Ticket, u32)>,
-    finish: Option<Ticket>,
+    settle: Option<Ticket>,
 }
 
 /// Frames kept for receiving into, at least: newer versions come while the old ones still have theirs.
@@ -51,7 +53,7 @@ impl Core {
             pages_read_before: self.counts.pages_read,
             victims_before: self.counts.victims,
             grants: VecDeque::new(),
-            finish: None,
+            settle: None,
         });
         self.take_heat(heat)?;
         Ok(Response::Done)
@@ -121,6 +123,9 @@ impl Core {
             } else {
                 self.table.set(page, PageState::Leaving);
                 self.sums[page.index()] = arrival.sums[nth];
+                if self.table.has(page, Flag::Writing) {
+                    self.ios.outdate(page);
+                }
                 // An older version that is still being written comes first; its end starts this one.
                 if !self.table.has(page, Flag::Writing) || mutant!(WritesTwoVersionsAtOnce) {
                     to_store.push((page, slot));
@@ -205,7 +210,7 @@ impl Core {
         }
     }
 
-    /// Grants what can be granted, and ends the receiving when everything is in its place.
+    /// Grants what can be granted, and says when everything is in its place.
     pub(super) fn serve_receiving(&mut self) {
         let failed = self.store_error();
         while let Some((ticket, count)) =
@@ -222,30 +227,43 @@ impl Core {
             self.actions.push_back(Action::Answer { ticket, answer });
             self.receiving.as_mut().expect("still receiving").grants.pop_front();
         }
-        let Some(ticket) = self.receiving.as_ref().and_then(|receiving| receiving.finish) else { return };
+        let Some(ticket) = self.receiving.as_ref().and_then(|receiving| receiving.settle) else { return };
         let in_motion = self.table.count(PageState::Leaving) + self.table.count(PageState::Arriving);
-        if let Some(error) = failed {
-            self.receiving.as_mut().expect("still receiving").finish = None;
-            self.actions.push_back(Action::Answer { ticket, answer: Err(error) });
-        } else if (in_motion == 0 && self.ios.is_idle()) || mutant!(FinishesReceivingEarly) {
-            let receiving = self.receiving.take().expect("still receiving");
-            self.begin_collapse(false);
-            let placed = Placed {
-                pages_ram: self.table.count(PageState::Resident),
-                pages_store: self.table.count(PageState::Stored),
-                pages_zero: self.table.count(PageState::Untouched),
-                pageins: self.counts.pages_read - receiving.pages_read_before,
-                pageouts: self.counts.victims - receiving.victims_before,
-            };
-            self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Placed(placed)) });
-        }
+        let answer = match failed {
+            Some(error) => Err(error),
+            None if in_motion == 0 && self.ios.is_idle() => Ok(Response::Done),
+            None => return,
+        };
+        self.receiving.as_mut().expect("still receiving").settle = None;
+        self.actions.push_back(Action::Answer { ticket, answer });
     }
 
-    pub(super) fn finish_receiving(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
+    /// Answers when every page that has arrived is where it belongs.
+    pub(super) fn settle_receiving(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
         let Some(receiving) = &mut self.receiving else { return Some(Err(NOT_RECEIVING)) };
-        if receiving.finish.replace(ticket).is_some() {
-            return Some(Err(CommandError::NotNow("the receiving is being finished already")));
+        if receiving.settle.replace(ticket).is_some() {
+            return Some(Err(CommandError::NotNow("the receiving is being settled already")));
         }
         None
+    }
+
+    /// Nothing more arrives: the VM may run. What is on its way to the store stays so, and counts as being there.
+    pub(super) fn finish_receiving(&mut self) -> Result<Response, CommandError> {
+        if let Some(error) = self.store_error() {
+            return Err(error);
+        }
+        let Some(receiving) = self.receiving.take() else { return Err(NOT_RECEIVING) };
+        let waiting = receiving.grants.iter().map(|(ticket, _)| *ticket).chain(receiving.settle);
+        self.actions.extend(waiting.map(|ticket| Action::Answer { ticket, answer: Err(NOT_RECEIVING) }));
+        self.begin_collapse(false);
+        let count = |states: [PageState; 2]| states.iter().map(|state| self.table.count(*state)).sum::<u64>();
+        let leaving = if mutant!(OverlooksWhatIsLeaving) { PageState::Arriving } else { PageState::Leaving };
+        Ok(Response::Placed(Placed {
+            pages_ram: count([PageState::Resident, PageState::Arriving]),
+            pages_store: count([PageState::Stored, leaving]),
+            pages_zero: self.table.count(PageState::Untouched),
+            pageins: self.counts.pages_read - receiving.pages_read_before,
+            pageouts: self.counts.victims - receiving.victims_before,
+        }))
     }
 }

@@ -67,7 +67,7 @@ impl Core {
                 PageState::Poisoned => Place::Poisoned,
                 PageState::Arriving => Place::Moving,
                 PageState::Leaving if mutant!(HoldsLeavingAsStored) => Place::Stored,
-                PageState::Leaving if self.table.has(page, Flag::Writing) => Place::Moving,
+                PageState::Leaving if self.is_being_written(page) => Place::Moving,
                 // It has only its frame, and no way to it but through the guest.
                 PageState::Leaving | PageState::Sampled => {
                     self.table.set(page, PageState::Arriving);

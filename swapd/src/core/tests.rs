@@ -171,12 +171,37 @@ fn an_older_version_that_is_written_does_not_count_as_the_newest() {
 }
 
 #[test]
-fn receiving_ends_when_the_last_write_has_ended_whatever_it_was_of() {
+fn receiving_settles_when_the_last_write_has_ended_whatever_it_was_of() {
     let mut core = receiving(false);
     let first = io_of(&arrive(&mut core, 1));
     ask(&mut core, Request::ArriveZero(Run::one(PAGE)));
-    assert_eq!(answers(&ask(&mut core, Request::FinishReceiving)), 0, "a write is under way");
+    assert_eq!(answers(&ask(&mut core, Request::SettleReceiving)), 0, "a write is under way");
     assert_eq!(answers(&written(&mut core, first, Ok(()))), 1);
+}
+
+#[test]
+fn a_vm_that_runs_while_its_pages_are_still_written_gets_the_newest_ones() {
+    let mut core = receiving(false);
+    let first = io_of(&arrive(&mut core, 1));
+    arrive(&mut core, 2);
+    let finished = ask(&mut core, Request::FinishReceiving);
+    assert!(
+        matches!(&finished[..], [Action::Answer { answer: Ok(Response::Placed(placed)), .. }] if placed.pages_store == 1),
+        "{finished:?}"
+    );
+    // The device works with the older one's frame, so the newer one's goes to the guest as it is.
+    core.handle(Event::Fault(PAGE));
+    let Some(Action::MoveIn { run, slots }) = core.next_action() else { panic!("it is rescued") };
+    core.handle(Event::MovedIn { run, slots, moved: 1 });
+    while core.next_action().is_some() {}
+    written(&mut core, first, Ok(()));
+    assert_eq!(core.table().state(PAGE), PageState::Resident);
+    assert_eq!(
+        core.recorded_sum(PAGE),
+        None,
+        "the store has version 1, the sum on record is that of version 2"
+    );
+    core.check();
 }
 
 #[test]

@@ -25,6 +25,7 @@ pub(super) enum Asked {
         slots: SlotRun,
         values: Vec<u64>,
     },
+    Settle,
     Finish,
     Other,
 }
@@ -171,6 +172,7 @@ impl Sim {
             }
             (Asked::Frames { gone }, Ok(Response::Frames(slots))) => self.granted(slots, gone),
             (Asked::Arrive { run, slots, values }, answer) => self.arrived(run, slots, &values, answer),
+            (Asked::Settle, answer) => self.settled(&answer),
             (Asked::Finish, answer) => self.finished(answer),
             (Asked::Frames { .. }, Err(CommandError::Store(_))) => self.not_granted(),
             (Asked::Other | Asked::Collect, Err(CommandError::Store(_) | CommandError::NotNow(_)))

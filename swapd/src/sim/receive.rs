@@ -5,6 +5,7 @@ use super::coverage::{Fault, Outcome};
 use super::operator::Asked;
 use crate::core::{Event, Request, Response, Ticket};
 use crate::handle::{Arrival, CommandError};
+use crate::table::PageState;
 use crate::units::{Run, SlotRun};
 
 /// Grants asked for at a time: one a stream.
@@ -18,6 +19,7 @@ pub(super) struct Session {
     granted: Vec<SlotRun>,
     asked: usize,
     finishing: bool,
+    settling: bool,
 }
 
 impl Session {
@@ -28,6 +30,7 @@ impl Session {
             granted: Vec::new(),
             asked: 0,
             finishing: false,
+            settling: false,
         }
     }
 }
@@ -59,7 +62,11 @@ impl Sim {
             92..95 => self.repair(),
             95..97 => self.change_budget(),
             97 => self.decay(),
-            _ => match self.random.below(3) {
+            _ => match self.random.below(4) {
+                3 if !self.session().settling => {
+                    self.session().settling = true;
+                    self.ask(Request::SettleReceiving, Asked::Settle);
+                }
                 0 => {
                     let heat = self.random_heat();
                     self.ask(Request::UpdateHeat(heat), Asked::Other);
@@ -180,6 +187,18 @@ impl Sim {
         } else if self.session().asked == 0 && !self.session().finishing {
             self.session().finishing = true;
             self.ask(Request::FinishReceiving, Asked::Finish);
+        }
+    }
+
+    /// Everything is in its place, or the store has failed.
+    pub(super) fn settled(&mut self, answer: &Result<Response, CommandError>) {
+        if answer.is_ok() {
+            let table = self.core.table();
+            let moving = table.count(PageState::Leaving) + table.count(PageState::Arriving);
+            assert_eq!(moving, 0, "it is settled, and pages are on their way");
+        }
+        if let Some(session) = &mut self.session {
+            session.settling = false;
         }
     }
 

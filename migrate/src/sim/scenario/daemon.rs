@@ -13,12 +13,12 @@ use crate::cancel::CancelFlag;
 use crate::hello::{Hello, RefuseKind, SessionHello, read_hello, refuse};
 use crate::resolve::answer_resolve;
 use crate::session::SessionId;
+use crate::sim::coverage;
 use crate::sim::engine::EngineHandle;
 use crate::sim::net::{self, StdStream};
 use crate::sim::runtime::timeout;
-use crate::sim::vm::{Coming, record_of};
+use crate::sim::vm::{Coming, is_committed};
 use crate::sim::world::{ProcessId, world};
-use crate::sim::{coverage, fs};
 use crate::target::{DataStream, PlainMemory, TargetLink, TargetMemory, receive};
 
 /// As the VM's process has it.
@@ -148,9 +148,10 @@ impl Story {
             Err(error) => coverage::summary(error),
         };
         self.coverage.borrow_mut().target(how);
-        let record = fs::content(&record_of(session));
-        let committed = record.is_some_and(|bytes| bytes.starts_with(b"COMMIT \n"));
-        assert!(started || !committed, "it has not been started, and is recorded as running here");
+        assert!(
+            started || !is_committed(session),
+            "it has not been started, and is recorded as running here"
+        );
         assert_eq!(
             result.is_ok(),
             started,

@@ -17,7 +17,7 @@ use super::coverage::Coverage;
 use super::faults::{Class, Planned, Step};
 use super::net;
 use super::runtime::pause;
-use super::vm::{Leaving, SESSIONS, Vm};
+use super::vm::{Leaving, SESSIONS, Vm, record_of, says};
 use super::world::{ProcessId, World, world};
 use super::{fs, memory};
 use crate::cancel::CancelFlag;
@@ -123,7 +123,7 @@ fn begin(target: Option<(Step, Class)>) -> Rc<Story> {
 impl Story {
     fn is_over(&self) -> bool {
         let source_alive = world().is_alive(self.vm.process);
-        if (source_alive && !self.done.get()) || !self.is_quiet() {
+        if (source_alive && !self.done.get()) || !self.is_quiet() || !self.is_recorded() {
             return false;
         }
         self.check_the_end(source_alive);
@@ -134,6 +134,12 @@ impl Story {
     fn is_quiet(&self) -> bool {
         let receivers = self.receivers.borrow();
         receivers.values().all(|it| it.ended || !world().is_alive(it.process))
+    }
+
+    /// That it runs there is known after a crash of the host, too, as soon as the disk allows.
+    fn is_recorded(&self) -> bool {
+        let running = self.vm.started.get().filter(|(_, process)| world().is_alive(*process));
+        running.is_none_or(|(session, _)| says(fs::flushed(&record_of(session)), b"COMMIT \n"))
     }
 
     fn check_the_end(&self, source_alive: bool) {
@@ -202,11 +208,12 @@ impl Story {
         self.reached(Step::Connecting);
     }
 
-    fn options(&self) -> SourceOptions {
+    fn options(&self, last: bool) -> SourceOptions {
         let random = &world().random;
         SourceOptions {
             streams: 1 + random.below(3) as u32,
             downtime_target: Duration::from_millis(random.below(50)),
+            max_downtime: (!last && random.one_in(6)).then(|| Duration::from_millis(10 + random.below(200))),
             max_rounds: 1 + random.below(5) as u32,
             max_throttle: random.pick(&[0, 60, 99]),
             check_placement: random.one_in(3),
@@ -217,7 +224,7 @@ impl Story {
 
     /// One attempt, to its end. True: the VM is not here any more.
     fn attempt(&self, last: bool) -> bool {
-        let (began, options) = (world().now(), self.options());
+        let (began, options) = (world().now(), self.options(last));
         let cancel = self.cancel.borrow().clone();
         let mut leaving = Leaving(self.vm.clone());
         let result = send(&self.vm.engine, &mut leaving, &options, &|_| {}, &cancel);
@@ -280,7 +287,11 @@ impl Story {
     /// As the operator does, whom nobody can tell what has been recorded.
     fn decide(&self, session: SessionId) -> Outcome {
         let alive = self.receivers.borrow().get(&session).is_some_and(|it| world().is_alive(it.process));
-        assert!(!alive, "the record is said to be lost, and whoever made it is alive");
+        assert!(!alive || fs::was_swept(), "the record is said to be lost, and whoever made it is alive");
+        assert!(
+            fs::has_crashed() || fs::was_swept(),
+            "the record is said to be lost, and nothing took it away"
+        );
         if self.vm.started.get().is_some() { Outcome::RunningThere } else { Outcome::NotThere }
     }
 

@@ -51,8 +51,19 @@ pub(super) fn draw(target: Option<(Step, Class)>) -> Vec<Planned> {
         // The source asks while the target finds out that the VM cannot run there.
         let step = random.pick(&[Step::CommitSent, Step::Recorded]);
         let disk = Fault::Disk { skip: random.below(4) as u32, count: 1 + random.below(4) as u32 };
-        let trouble = random.pick(&[disk, Fault::Fails(Chore::Start), Fault::HostCrashes]);
-        plan.push(Planned { step, later: Later::Now, fault: trouble });
+        let trouble = random.pick(&[
+            disk,
+            Fault::Fails(Chore::Start),
+            Fault::HostCrashes,
+            Fault::Swept,
+            Fault::TargetDies,
+        ]);
+        // A process may die at any moment of that.
+        let when = match trouble {
+            Fault::TargetDies => Later::Time(world().delay(Duration::from_millis(40))),
+            _ => Later::Now,
+        };
+        plan.push(Planned { step, later: when, fault: trouble });
         let away = random.pick(&[
             Fault::Cut { all: true },
             Fault::Silence { silent: [false, true], lasts: Duration::from_secs(14) },

@@ -107,6 +107,7 @@ impl Story {
                 fs::crash();
                 world().after(REBOOT, || net::silence([false; 2]));
             }
+            Fault::Swept => fs::sweep(),
             Fault::Fails(chore) => self.vm.failing.set(Some(chore)),
             Fault::EngineFails { source: true } => {
                 self.vm.engine.fail(true);
