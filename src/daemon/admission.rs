@@ -140,7 +140,7 @@ impl Pool<'_> {
     pub(super) fn check_store(&self, hello: &SessionHello, granted: u64) -> Result<(), Refusal> {
         match self.engine {
             EngineKind::Vmemd => {
-                let beside = hello.memory_bytes - granted;
+                let beside = hello.memory_bytes.saturating_sub(granted);
                 Ok(host::need_free_disk(self.store, beside, self.held.store_promised_bytes)?)
             }
             EngineKind::Plain => Ok(()),

@@ -54,7 +54,7 @@ pub(super) fn find(
     let path = std::env::var_os("PATH").unwrap_or_default();
     let accepted = offer.accept(rules, &ThisHost, &Really, &path, &Cpu::of_this_host()?).map_err(one_line)?;
     let Accepted { binary, plan, onward } = accepted;
-    let (planned, said) = (plan.memory().bytes(), hello.memory_bytes);
+    let (planned, said) = (plan.managed().bytes(), hello.memory_bytes);
     if planned != said {
         let text = format!("its command line has {:#} of memory, the VM {:#}", Size(planned), Size(said));
         return Err(Refusal::other(text));

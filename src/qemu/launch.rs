@@ -106,7 +106,8 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
 /// What the preload is to know of the guest's memory.
 pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
     let each = plan.backends.iter().zip(files);
-    each.map(|(backend, path)| Backend { path: path.clone(), bytes: backend.size.bytes() }).collect()
+    let mapped = |backend: &rewrite::Backend| backend.mapped().expect("checked when it was planned");
+    each.map(|(backend, path)| Backend { path: path.clone(), bytes: mapped(backend) }).collect()
 }
 
 /// What has to be in QEMU's environment.

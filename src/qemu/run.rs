@@ -55,9 +55,10 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
     let here = std::env::current_dir().map_err(|error| Failure::io("cannot tell the directory", &error))?;
     let offer = Offer::of(&binary, &mut line, &here, &Really, Cpu::of_this_host)?;
     let plan = Plan::of(&line)?;
-    let memory = plan.memory();
-    let ram = settings.ram.unwrap_or(memory);
-    super::check_ram(memory, ram)?;
+    // All of it, to the byte: what the engine rounds up takes no RAM.
+    let ram = settings.ram.unwrap_or_else(|| plan.memory().max(Size(swapd::Engine::MIN_BUDGET_BYTES)));
+    super::check_ram(plan.memory(), ram)?;
+    let memory = plan.managed();
     let offer =
         serde_json::to_string(&offer).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
     let role = Role::New {
