@@ -92,7 +92,7 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
     };
     let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;
     let qmp = QmpAddress::Descriptor { ours: ours.as_raw_fd(), theirs: theirs.as_raw_fd() };
-    let preload = PreloadSettings { program: binary.to_owned(), backends, qmp, log, role };
+    let preload = PreloadSettings { program: program(binary)?, backends, qmp, log, role };
     let mut command = Command::new(binary);
     command.args(args).envs(environment(&preload)?);
     let mut inherited = files;
@@ -101,6 +101,11 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
     // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
     unsafe { command.pre_exec(move || inherit(&numbers)) };
     Ok(Launch { command, notes, _inherited: inherited })
+}
+
+/// The binary as the kernel names it to the process.
+pub fn program(binary: &Path) -> Result<PathBuf, Failure> {
+    binary.canonicalize().map_err(|error| Failure::io(format_args!("looking at {}", binary.display()), &error))
 }
 
 /// What the preload is to know of the guest's memory.

@@ -6,6 +6,7 @@
 //! ```
 //! `docs/qemu.md` says the same to users.
 
+pub mod accel;
 pub mod ask;
 pub mod binary;
 pub mod cpu;
@@ -22,6 +23,7 @@ pub mod resources;
 pub mod rewrite;
 pub mod rules;
 pub mod run;
+pub mod waits;
 
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;

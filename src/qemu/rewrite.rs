@@ -12,7 +12,7 @@ use swapd::Engine;
 use super::options::{CommandLine, Word, size};
 use super::props::Set;
 use super::refuse::refuse;
-use super::{Failure, Kind, Size};
+use super::{Failure, Kind, Size, waits};
 
 /// The backend that we add where there is none.
 pub const OUR_BACKEND: &str = "vmemd-ram0";
@@ -159,6 +159,13 @@ impl Plan {
             .iter()
             .map(|flag| format!("{flag} is no option of QEMU that vmemd knows; it is passed on"))
             .collect();
+
+        match settings.role {
+            Role::Start => notes.extend(waits::list(&line)?.iter().map(|option| {
+                format!("`{option}`: QEMU waits for a client there before anything else happens; with wait=off it does not")
+            })),
+            Role::Arrive => waits::end(&mut line)?,
+        }
 
         let mut added = Vec::new();
         for (backend, file) in backends.iter().zip(settings.files) {
