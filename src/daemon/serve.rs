@@ -349,12 +349,7 @@ impl Daemon {
         }
     }
 
-    fn reap_in_thread(
-        self: &Arc<Daemon>,
-        mut child: std::process::Child,
-        hello: SessionHello,
-        watch: Watch,
-    ) {
+    fn reap_in_thread(self: &Arc<Daemon>, mut child: std::process::Child, hello: SessionHello, watch: Watch) {
         let daemon = self.clone();
         let spawned = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || {
             if let Some(why) = watch.until_up(&mut child) {

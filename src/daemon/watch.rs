@@ -69,7 +69,8 @@ impl Watch {
         let waiting = self.streams.set_read_timeout(Some(limit));
         // A word, or the end of the connection with the process's.
         match waiting.and_then(|()| self.streams.read(&mut [0])) {
-            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+            Err(error)
+                if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
             _ => return None,
         }
         // With what it has started: it has a session of its own.

@@ -62,7 +62,9 @@ pub fn check(path: &Path) -> Result<(), Failure> {
             Some(words) => refuse(&format!(
                 "is a script, which vmemd cannot look into: write `{words} …` in its place, which is what it starts"
             )),
-            None => refuse("is a script: name the QEMU binary that it starts, with the arguments that it adds"),
+            None => {
+                refuse("is a script: name the QEMU binary that it starts, with the arguments that it adds")
+            }
         },
         Elf::Static => refuse(
             "is linked statically, so no shared object can be put into it to manage its memory: use a dynamically \

@@ -105,7 +105,9 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
 
 /// The binary as the kernel names it to the process.
 pub fn program(binary: &Path) -> Result<PathBuf, Failure> {
-    binary.canonicalize().map_err(|error| Failure::io(format_args!("looking at {}", binary.display()), &error))
+    binary
+        .canonicalize()
+        .map_err(|error| Failure::io(format_args!("looking at {}", binary.display()), &error))
 }
 
 /// What the preload is to know of the guest's memory.

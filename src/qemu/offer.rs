@@ -171,8 +171,9 @@ fn find(binary: &str, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
     };
     // A link of any name may lead to one.
     if !is_qemu(name) && found.as_ref().ok().and_then(leads) != Some(true) {
-        let text =
-            format!("{named} is not a QEMU by its name (qemu-system-…): it is not started for a VM that arrives");
+        let text = format!(
+            "{named} is not a QEMU by its name (qemu-system-…): it is not started for a VM that arrives"
+        );
         return Err(Failure::new(Kind::Usage, text));
     }
     found

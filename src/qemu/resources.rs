@@ -128,10 +128,7 @@ fn fits_a_socket(path: &str) -> bool {
     path.len() <= SOCKET_PATH_MAX
 }
 
-fn rename(
-    line: &mut CommandLine,
-    name: &mut dyn FnMut(What, &str) -> Option<String>,
-) -> Result<(), Failure> {
+fn rename(line: &mut CommandLine, name: &mut dyn FnMut(What, &str) -> Option<String>) -> Result<(), Failure> {
     visit(line, &mut |what, old, _| if what.is_path() && !old.is_empty() { name(what, old) } else { None })
 }
 

@@ -100,8 +100,17 @@ mod tests {
         }
         assert_eq!(named("/dev/tty"), Some(What::Screen));
         for path in [
-            "/dev/sda", "/dev/ttyS0", "/dev/fdx", "/dev/stdinx", "/proc/cpuinfo", "/srv/dev/fd/3", "dev/fd/3", "fd/3",
-            "/dev", "/", "",
+            "/dev/sda",
+            "/dev/ttyS0",
+            "/dev/fdx",
+            "/dev/stdinx",
+            "/proc/cpuinfo",
+            "/srv/dev/fd/3",
+            "dev/fd/3",
+            "fd/3",
+            "/dev",
+            "/",
+            "",
         ] {
             assert_eq!(named(path), None, "{path}");
         }
