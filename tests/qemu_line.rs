@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::{Host, Running, cannot_run_vms, lives, wait_for};
 use qemu::{BOOT, Guest, Machine, Qemu, field};
@@ -224,10 +224,12 @@ fn a_qemu_that_is_called_kvm_uses_kvm_on_both_hosts() {
         assert_eq!(shown(u64::from(process.0.id()))[0], link.display().to_string());
 
         let (_daemon, address) = serve(&mut there, "64M", &rule(&ours, &theirs));
-        here.wait_state("db", "paused");
+        here.wait_stat("db", "a VM", |_| true);
         migrate(&here, &address);
         assert!(is_kvm(&theirs), "at the target");
-        let pid = there.wait_state("db", "paused")["pid"].as_u64().expect("a number");
+        let pid = there.wait_stat("db", "its arrival", |stat| stat["state"] != "arriving")["pid"]
+            .as_u64()
+            .expect("a number");
         let args = shown(pid);
         assert_eq!(args[0], link.display().to_string());
         assert!(
@@ -276,7 +278,7 @@ fn relative_names_stay_where_the_vm_starts_and_are_absolute_elsewhere() {
             "-drive",
             "file=json:{'driver':'raw',,'file':{'driver':'file',,'filename':'b.img'}},if=virtio",
             "-drive",
-            "file=json:{\"driver\":\"raw\",,\"file.driver\":\"file\",,\"file.filename\":\"c.img\"},if=virtio,format=raw",
+            "file=json:{\"driver\":\"raw\",,\"file.driver\":\"file\",,\"file.filename\":\"c.img\"},if=virtio",
         ]);
         // A daemon's directory is another one.
         let guest = Guest::start(command);
@@ -389,14 +391,12 @@ fn a_client_that_connects_again_moves_without_its_server() {
 #[test]
 fn a_server_waits_for_its_client_where_the_vm_starts_and_not_where_it_arrives() {
     for qemu in qemus() {
-        let (mut here, mut there) = (Host::new("line-wait"), Host::new("line-wait-there"));
+        let (here, mut there) = (Host::new("line-wait"), Host::new("line-wait-there"));
         // The first is made before QEMU has memory, the second after.
         let [first, second] = ["first", "second"].map(|name| here.root.join(name));
         let [first_there, second_there] = ["first", "second"].map(|name| there.root.join(name));
         let chardev = format!("socket,id=c,path={},server=on", first.display());
         let monitor = format!("unix:{},server", second.display());
-        // Not less patient than users are: its limits are a tenth.
-        here.haste = 10;
         let guest = start(
             &here,
             &qemu,
@@ -404,13 +404,9 @@ fn a_server_waits_for_its_client_where_the_vm_starts_and_not_where_it_arrives() 
             &["-chardev", &chardev, "-parallel", &monitor],
         );
         let _first = wait_for("the first socket", || UnixStream::connect(&first).ok());
-        let _second = wait_for("the second socket", || {
-            std::thread::sleep(Duration::from_millis(500));
-            UnixStream::connect(&second).ok()
-        });
+        let _second = wait_for("the second socket", || UnixStream::connect(&second).ok());
         assert!(guest.log().contains("QEMU waits for a client there"), "{}", guest.log());
         guest.wait_for("checker memory round=1", BOOT);
-        here.haste = 1;
         let rules = rule(&first, &first_there) + &rule(&second, &second_there);
         let (_daemon, address) = serve(&mut there, "96M", &rules);
         migrate(&here, &address);
