@@ -23,7 +23,7 @@ const ALIGN: u64 = 2 << 20;
 const MEMORY_STEP: u64 = 8192;
 /// What QEMU gives a machine without `-m`, if its kind is one of these.
 const DEFAULT_MEMORY: u64 = 128 << 20;
-const WITH_DEFAULT_MEMORY: &[&str] = &["pc", "q35", "isapc", "microvm", "virt"];
+const WITH_DEFAULT_MEMORY: &[&str] = &["pc", "q35", "isapc", "microvm"];
 /// What fits into a socket's address with its final zero.
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -420,6 +420,8 @@ mod tests {
         }
         for (line, says) in [
             ("-M sabrelite", "add -m SIZE, such as -m 1G"),
+            // Of another size in each architecture.
+            ("-M virt-9.0", "add -m SIZE"),
             ("-M virtex-ml507 -m 0", "add -m SIZE"),
             ("-m lots", "\"lots\" is not a size"),
             ("-m 0xffffffffffffffffb", "is not a size"),
