@@ -138,9 +138,15 @@ fn a_guest_has_the_memory_that_plain_qemu_gives_it_to_the_byte() {
     for qemu in qemus() {
         let host = Host::new("line-size");
         let path = host.root.join("monitor");
-        for memory in
-            ["-m 255", "-m 2042471k", "-m size=100001k", "", "-m 0", "-m 1.3", "-m size=1G,slots=2,maxmem=4G"]
-        {
+        for memory in [
+            "-m 255",
+            "-m 2042471k",
+            "-m size=100001k",
+            "",
+            "-m 0",
+            "-m 0.2G",
+            "-m size=1G,slots=2,maxmem=4G",
+        ] {
             let line = format!("{BARE} {memory} -qmp unix:{},server=on,wait=off", path.display());
             let mut plain = Command::new(&qemu.binary);
             plain.args(words(&line));

@@ -405,7 +405,6 @@ mod tests {
             ("-m size=1048576k", 1 << 30),
             ("-m 255", 255 << 20),
             ("-m 1.5G", 3 << 29),
-            ("-m 1.5", 3 << 19),
             // QEMU rounds up to 8 KiB.
             ("-m 2042471k", 2042472 << 10),
             ("-m size=1000001b", 1007616),
@@ -423,6 +422,7 @@ mod tests {
             // Of another size in each architecture.
             ("-M virt-9.0", "add -m SIZE"),
             ("-M virtex-ml507 -m 0", "add -m SIZE"),
+            ("-m 1.5", "\"1.5\" is not a size"),
             ("-m lots", "\"lots\" is not a size"),
             ("-m 0xffffffffffffffffb", "is not a size"),
             ("-m 18446744073709551615b", "larger than any address"),
