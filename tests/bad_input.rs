@@ -266,7 +266,18 @@ fn a_store_without_o_direct() {
         common::skipped(&"every file system here offers O_DIRECT");
         return;
     };
-    let said = host.vmemd(&["run", "--name", "x", "--memory", "64M", "--ram", "16M", "--store", dir]);
+    let said = host.vmemd(&[
+        "run",
+        "--name",
+        "x",
+        "--memory",
+        "64M",
+        "--ram",
+        "16M",
+        "--store-in-ram",
+        "--store",
+        dir,
+    ]);
     assert!([3, 5].contains(&said.code), "{said:?}");
     assert!(said.err.contains("O_DIRECT"), "{said:?}");
     host.assert_clean();

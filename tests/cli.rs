@@ -349,7 +349,8 @@ fn a_full_store_stalls_the_vm_until_there_is_room() {
     let Some(small) = SmallFs::mount(&host.root.join("small"), "40M") else { return };
     let store = host.root.join("small").display().to_string();
     let args = ["run", "--name", "web", "--memory", "128M", "--guest", "rewrite", "--store", &store];
-    let mut run = host.start(&args);
+    host.vmemd(&args).fails(2, &["in this host's RAM (tmpfs)", "--store-in-ram"]);
+    let mut run = host.start(&[&args[..], &["--store-in-ram"]].concat());
     host.wait_rounds("web", 1);
     // 112M do not fit 40M.
     let mut set = host.start(&["set", "web", "--ram", "16M"]);

@@ -251,7 +251,7 @@ fn what_cannot_work_is_refused_before_qemu_starts() {
         refused(&["-m", "256M", "-daemonize"], 2, &["-daemonize"]);
         refused(&["-m", "256M", "-device", "vfio-pci,host=1:0.0"], 2, &["vfio-pci"]);
         refused(&["-m", "256M", "-overcommit", "mem-lock=on"], 2, &["mem-lock"]);
-        refused(&["-m", "255"], 2, &["in pieces of 2M"]);
+        refused(&["-m", "lots"], 2, &["\"lots\" is not a size"]);
         refused(&["-m", "32M"], 2, &["--ram 64M is more than the VM's memory of 32M"]);
         refused(&["-m", "256M", "-incoming", "tcp:0:1"], 2, &["-incoming"]);
         host.vmemd(&["run", "--name", "vm", "--store", &store, "--", "no-such-qemu"])

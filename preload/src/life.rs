@@ -28,8 +28,11 @@ use crate::interpose::BACKENDS;
 use crate::qmp::{Qmp, lock};
 use crate::settings;
 
-/// From the first memory backend to a machine that answers. Large disks take their time to be opened.
+/// From the first memory backend of a VM that arrives to a machine that answers. Large disks take their time to be opened; the daemon
+/// has less patience.
 const SET_UP_TIMEOUT: Duration = Duration::from_secs(300);
+/// A QEMU that its user starts may wait for a client of a serial line as long as it likes, and ends by itself if it fails: ten years.
+const NO_LIMIT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// What the log shows; `VMEMD_LOG` may ask for more.
 const LOG_DEFAULT: &str = "info";
 
@@ -210,15 +213,16 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
 }
 
 fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
+    let limit = if arrives { SET_UP_TIMEOUT } else { NO_LIMIT };
     let qmp = match address {
-        QmpAddress::Socket(path) => Qmp::connect(path, SET_UP_TIMEOUT),
+        QmpAddress::Socket(path) => Qmp::connect(path, limit),
         QmpAddress::Descriptor { ours, .. } => {
             // SAFETY: inherited for this alone; taken once, because a process has one life.
             let monitor = unsafe { UnixStream::from_raw_fd(*ours) };
             if arrives {
                 farewell::coming(&monitor);
             }
-            Qmp::over(monitor, SET_UP_TIMEOUT)
+            Qmp::over(monitor, limit)
         }
     };
     Qemu::new(qmp.map_err(|error| Failure::new(Kind::Vm, chain(&error)))?)

@@ -1,5 +1,6 @@
 //! A VM that arrives: in a process that the daemon starts, in a session of its own, with three descriptors.
 
+use std::io::Write;
 use std::net::TcpStream;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -139,6 +140,10 @@ impl Arrival {
         memory: TargetMemory,
         newcomer: Box<dyn Newcomer>,
     ) -> Result<JoinHandle<()>, Failure> {
+        // A word to the daemon: it takes a process that does not come so far for one that hangs.
+        if let Err(error) = (&self.streams).write_all(&[1]) {
+            warn!(vm = %vm.facts.name, %error, "the daemon does not hear that its process is up");
+        }
         let vm = vm.clone();
         std::thread::Builder::new()
             .name(RECEIVER.to_owned())

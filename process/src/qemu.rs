@@ -64,7 +64,7 @@ impl Role {
 pub struct Backend {
     /// Its `mem-path`. A descriptor in `/proc/self/fd` is not passed on to what QEMU starts.
     pub path: PathBuf,
-    /// A multiple of 2 MiB.
+    /// What QEMU maps: whole pages.
     pub bytes: u64,
 }
 

@@ -15,6 +15,7 @@ use std::time::Instant;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::medium::Medium;
 use vmprocess::signals;
 
 use super::{cgroup, swapfile};
@@ -47,6 +48,13 @@ impl Site {
     pub(super) fn open(store: &Path) -> Result<Site, Failure> {
         fs::create_dir_all(store)
             .map_err(|error| Failure::io(format!("cannot make {}", store.display()), &error))?;
+        if let Medium::Ram(what) = Medium::of(store) {
+            let text = format!(
+                "the store {} is in RAM ({what}), and what is measured there says nothing of a disk: choose a --store on one",
+                store.display()
+            );
+            return Err(Failure::new(Kind::Usage, text));
+        }
         remove_left(store);
         // SAFETY: no memory arguments.
         if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) } != 0 {

@@ -183,6 +183,9 @@ pub(super) struct LimitArgs {
     /// nothing; make room there, then `vmemd resume`
     #[arg(long)]
     pub(super) store_overcommit: bool,
+    /// Take a store that is in this host's RAM (tmpfs, zram), which is refused otherwise: for trials, where nothing need fit
+    #[arg(long)]
+    pub(super) store_in_ram: bool,
     /// Encrypt the store, with a key that only the VM's process knows (AES-256-XTS)
     #[arg(long)]
     pub(super) encrypt_store: bool,
@@ -254,6 +257,9 @@ pub(super) struct ServeArgs {
     /// Directory on an SSD for the pages that have no RAM; made if missing
     #[arg(long, value_name = "DIR")]
     pub(super) store: PathBuf,
+    /// Take a store that is in this host's RAM (tmpfs, zram), which is refused otherwise: for trials, where nothing need fit
+    #[arg(long)]
+    pub(super) store_in_ram: bool,
     /// What holds the memory of VMs that arrive: plain is ordinary memory, for comparisons
     #[arg(long, value_enum, default_value = "vmemd")]
     pub(super) engine: EngineArg,

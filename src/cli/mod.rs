@@ -18,6 +18,7 @@ use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{RunDir, check_name};
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::medium::need_disk;
 use vmprocess::size::Size;
 
 use crate::daemon::door::DoorSettings;
@@ -120,7 +121,7 @@ fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure>
     let store = limits.store.unwrap_or_else(default_store);
     let engine = EngineKind::from(args.engine);
     if engine == EngineKind::Vmemd {
-        make_store(&store)?;
+        make_store(&store, limits.store_in_ram)?;
     }
     Ok(RunSettings {
         run_dir,
@@ -148,7 +149,7 @@ fn qemu_settings(
 ) -> Result<QemuSettings, Failure> {
     check_name(&name)?;
     let store = limits.store.unwrap_or_else(default_store);
-    make_store(&store)?;
+    make_store(&store, limits.store_in_ram)?;
     let absolute = |path: PathBuf| {
         std::path::absolute(&path)
             .map_err(|error| Failure::io(format!("cannot use {}", path.display()), &error))
@@ -175,17 +176,17 @@ fn check_sizes(memory: Size, ram: Size) -> Result<(), Failure> {
     qemu::check_ram(memory, ram)
 }
 
-/// A store directory that is missing is made; a device or file must be there.
-fn make_store(store: &std::path::Path) -> Result<(), Failure> {
-    if store.exists() {
-        return Ok(());
+/// A store directory that is missing is made; a device or file must be there. It is to be on a disk.
+fn make_store(store: &std::path::Path, in_ram: bool) -> Result<(), Failure> {
+    if !store.exists() {
+        std::fs::create_dir_all(store).map_err(|error| {
+            Failure::io(
+                format!("cannot make the store directory {} (choose another with --store)", store.display()),
+                &error,
+            )
+        })?;
     }
-    std::fs::create_dir_all(store).map_err(|error| {
-        Failure::io(
-            format!("cannot make the store directory {} (choose another with --store)", store.display()),
-            &error,
-        )
-    })
+    need_disk(store, in_ram)
 }
 
 fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Failure> {
@@ -196,6 +197,10 @@ fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Fa
             format!("--ram {} is below the minimum of {minimum}", args.ram),
         ));
     }
+    let engine = EngineKind::from(args.engine);
+    if engine == EngineKind::Vmemd {
+        make_store(&args.store, args.store_in_ram)?;
+    }
     Ok(ServeSettings {
         run_dir,
         listen: args.listen,
@@ -203,7 +208,7 @@ fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Fa
         plain: args.plain,
         ram_bytes: args.ram.bytes(),
         store: args.store,
-        engine: args.engine.into(),
+        engine,
         lock: !args.no_lock,
         encrypt_store: args.encrypt_store,
         log_dir: args.log_dir,

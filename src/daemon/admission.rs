@@ -100,7 +100,7 @@ impl Pool<'_> {
         };
         let wanted = match (self.engine, hello.ram_bytes) {
             (EngineKind::Plain, _) => hello.memory_bytes,
-            (EngineKind::Vmemd, Some(ram)) if ram > hello.memory_bytes => {
+            (EngineKind::Vmemd, Some(ram)) if ram > hello.memory_bytes.max(minimum) => {
                 return Err(Refusal::other(format!(
                     "a RAM budget of {} is above the VM's memory of {}",
                     Size(ram),
@@ -140,7 +140,7 @@ impl Pool<'_> {
     pub(super) fn check_store(&self, hello: &SessionHello, granted: u64) -> Result<(), Refusal> {
         match self.engine {
             EngineKind::Vmemd => {
-                let beside = hello.memory_bytes - granted;
+                let beside = hello.memory_bytes.saturating_sub(granted);
                 Ok(host::need_free_disk(self.store, beside, self.held.store_promised_bytes)?)
             }
             EngineKind::Plain => Ok(()),
@@ -226,6 +226,10 @@ mod tests {
         assert_eq!(pool(2 * G, G).grant(&hello(2 * G, Some(G + 4096))).unwrap_err().kind, RefuseKind::NoRoom);
         assert_eq!(pool(4 * G, 0).grant(&hello(2 * G, Some(3 * G))).unwrap_err().kind, RefuseKind::Other);
         assert_eq!(pool(4 * G, 0).grant(&hello(2 * G, Some(4096))).unwrap_err().kind, RefuseKind::Other);
+        // A VM with less memory than the smallest budget has that budget, and nothing for the store.
+        let small = hello(2 << 20, Some(Engine::MIN_BUDGET_BYTES));
+        assert_eq!(pool(G, 0).grant(&small), Ok(Engine::MIN_BUDGET_BYTES));
+        assert_eq!(pool(G, 0).check_store(&small, Engine::MIN_BUDGET_BYTES), Ok(()));
     }
 
     #[test]

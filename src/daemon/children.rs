@@ -4,7 +4,7 @@ use std::net::TcpStream;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tracing::warn;
@@ -36,7 +36,7 @@ pub(super) fn start(
     let fds =
         [descriptors.control.as_raw_fd(), descriptors.streams.as_raw_fd(), descriptors.listener.as_raw_fd()];
     [settings.control_fd, settings.streams_fd, settings.listener_fd] = fds;
-    let log = log_dir.map(|dir| dir.join(format!("{}.log", settings.hello.name)));
+    let log = log_dir.map(|dir| log_path(dir, &settings.hello.name));
     let mut launch = match machine {
         Machine::Reference => Launch::from(receive(&settings)?),
         Machine::Qemu(qemu) => {
@@ -58,6 +58,11 @@ pub(super) fn start(
     unsafe { command.pre_exec(move || prepare(&fds)) };
     let program = command.get_program().to_owned();
     command.spawn().map_err(|error| Failure::io(format!("cannot start {}", program.display()), &error))
+}
+
+/// Where the standard error of a VM's process goes, if that has a directory.
+pub(super) fn log_path(dir: &Path, vm: &str) -> PathBuf {
+    dir.join(format!("{vm}.log"))
 }
 
 fn receive(settings: &ArriveSettings) -> Result<Command, Failure> {

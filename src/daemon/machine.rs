@@ -56,7 +56,7 @@ pub(super) fn find(
     let accepted =
         offer.accept(rules, &ThisHost, &Really, &path, &Cpu::of_this_host()?).map_err(in_one_line)?;
     let Accepted { binary, plan, onward } = accepted;
-    let (planned, said) = (plan.memory().bytes(), hello.memory_bytes);
+    let (planned, said) = (plan.managed().bytes(), hello.memory_bytes);
     if planned != said {
         let text = format!("its command line has {:#} of memory, the VM {:#}", Size(planned), Size(said));
         return Err(Refusal::other(text));

@@ -6,3 +6,4 @@ pub mod door;
 mod machine;
 mod refusals;
 pub mod serve;
+mod watch;

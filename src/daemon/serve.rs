@@ -22,6 +22,7 @@ use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
 use super::children::{self, Descriptors};
 use super::door::{Door, DoorSettings};
 use super::machine::{self, Machine};
+use super::watch::{Log, Watch};
 use crate::qemu::rules::Rules;
 
 /// Connections whose purpose is not known yet; more are closed at once.
@@ -283,6 +284,7 @@ impl Daemon {
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
         let settings = self.arrive_settings(hello, granted, &machine);
+        let watch = self.watch(stream, &ours, &hello.name)?;
         // Before the child can tell the source to go on.
         self.sessions().insert(hello.session, Receiver { vm: hello.name.clone(), streams: ours });
         let descriptors = Descriptors { control: stream, streams: &theirs, listener: &listener };
@@ -290,7 +292,7 @@ impl Daemon {
             Ok(child) => {
                 claim.hand_over();
                 info!(vm = %hello.name, ram = %Size(granted), pid = child.id(), "arriving");
-                self.reap_in_thread(child, hello.clone());
+                self.reap_in_thread(child, hello.clone(), watch);
                 Ok(())
             }
             Err(failure) => {
@@ -298,6 +300,14 @@ impl Daemon {
                 Err(failure.into())
             }
         }
+    }
+
+    fn watch(&self, control: &TcpStream, streams: &UnixStream, vm: &str) -> Result<Watch, Refusal> {
+        let log = self.settings.log_dir.as_ref().map(|dir| Log::new(children::log_path(dir, vm)));
+        let cloned = streams.try_clone().and_then(|streams| Ok((streams, control.try_clone()?)));
+        let (streams, control) =
+            cloned.map_err(|error| Refusal::other(format!("no descriptors left: {error}")))?;
+        Ok(Watch { streams, control, log })
     }
 
     fn find_room(&self, hello: &SessionHello) -> Result<u64, Refusal> {
@@ -339,9 +349,12 @@ impl Daemon {
         }
     }
 
-    fn reap_in_thread(self: &Arc<Daemon>, mut child: std::process::Child, hello: SessionHello) {
+    fn reap_in_thread(self: &Arc<Daemon>, mut child: std::process::Child, hello: SessionHello, watch: Watch) {
         let daemon = self.clone();
         let spawned = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || {
+            if let Some(why) = watch.until_up(&mut child) {
+                warn!(vm = %hello.name, "{why}");
+            }
             let status = child.wait();
             daemon.sessions().remove(&hello.session);
             daemon.session_ended.notify_all();

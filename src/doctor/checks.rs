@@ -5,6 +5,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use vmprocess::host;
+use vmprocess::medium::Medium;
 use vmprocess::size::Size;
 
 use super::{Check, kernel};
@@ -35,6 +36,7 @@ pub(super) fn all(store: &Path) -> Vec<Check> {
     checks.extend(userfaultfd());
     checks.push(device_kvm());
     checks.push(io_uring());
+    checks.push(medium(store));
     checks.push(direct_io(store));
     checks.push(landlock());
     checks.push(lock_limit());
@@ -108,6 +110,25 @@ fn landlock() -> Check {
 /// The directory itself, or the nearest one above it that exists.
 fn existing(store: &Path) -> PathBuf {
     store.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")).to_owned()
+}
+
+fn medium(store: &Path) -> Check {
+    let dir = existing(store);
+    let shown = dir.display();
+    let (needed, outcome, remedy) = match Medium::of(&dir) {
+        Medium::Disk => (true, Ok(format!("{shown} is on a disk of this host")), ""),
+        Medium::Ram(what) => (
+            true,
+            Err(format!("{shown} is in RAM ({what}): pages that leave RAM would stay in it")),
+            "choose a --store on a disk, or give --store-in-ram for a trial",
+        ),
+        Medium::Network(what) => (
+            false,
+            Err(format!("{shown} is on {what}: every page waits for a server or another process")),
+            "choose a --store on a local SSD: a VM stands still as long as its store does not answer",
+        ),
+    };
+    check("the store's medium", needed, outcome, remedy)
 }
 
 fn direct_io(store: &Path) -> Check {

@@ -11,16 +11,22 @@ use super::{Failure, Kind};
 
 /// Program headers looked at; real binaries have about a dozen.
 const MAX_HEADERS: u16 = 256;
+/// A script that only starts QEMU is short.
+const SCRIPT_BYTES_MAX: u64 = 4096;
 const PT_INTERP: u32 = 3;
 /// A program, which is linked to its addresses, or a shared object, which position-independent programs are as well.
 const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 
-/// Finds a binary as a shell does: by `PATH`, unless there is a `/` in its name. Symbolic links are followed.
+/// Finds a binary as a shell does: by `PATH`, unless there is a `/` in its name. Links stay: QEMU goes by the name that it is
+/// started by.
 pub fn find(name: &str, path: &std::ffi::OsStr) -> Result<PathBuf, Failure> {
     let missing =
         |why: String| Failure::new(Kind::Host, format!("{name}: {why}: install QEMU, or correct the name"));
-    let resolve = |path: &Path| path.canonicalize().map_err(|error| missing(error.to_string()));
+    let resolve = |path: &Path| {
+        let there = path.metadata().and_then(|_| std::path::absolute(path));
+        there.map_err(|error| missing(error.to_string()))
+    };
     if name.contains('/') {
         return resolve(Path::new(name));
     }
@@ -52,9 +58,14 @@ pub fn check(path: &Path) -> Result<(), Failure> {
     }
     match elf(&file) {
         Elf::Dynamic => Ok(()),
-        Elf::Script => {
-            refuse("is a script: name the QEMU binary that it starts, with the arguments that it adds")
-        }
+        Elf::Script => match starts(path) {
+            Some(words) => refuse(&format!(
+                "is a script, which vmemd cannot look into: write `{words} …` in its place, which is what it starts"
+            )),
+            None => {
+                refuse("is a script: name the QEMU binary that it starts, with the arguments that it adds")
+            }
+        },
         Elf::Static => refuse(
             "is linked statically, so no shared object can be put into it to manage its memory: use a dynamically \
              linked QEMU, such as your distribution's",
@@ -109,6 +120,21 @@ fn elf(file: &File) -> Elf {
         }
     }
     Elf::Static
+}
+
+/// What a script of one command starts, such as Debian's `kvm` of old: `exec qemu-system-x86_64 -enable-kvm "$@"`.
+fn starts(script: &Path) -> Option<String> {
+    let mut text = String::new();
+    File::open(script).ok()?.take(SCRIPT_BYTES_MAX).read_to_string(&mut text).ok()?;
+    let mut commands = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let (command, more) = (commands.next()?, commands.next());
+    let words: Vec<&str> = command.split_whitespace().collect();
+    let words = words.strip_prefix(&["exec"]).unwrap_or(&words);
+    let (all, words) = words.split_last()?;
+    let is_all = matches!(*all, "\"$@\"" | "$@" | "${1+\"$@\"}" | "$*");
+    let plain = |word: &&str| word.bytes().all(|c| c.is_ascii_alphanumeric() || b"-_./,=:+".contains(&c));
+    let is_qemu = words.first().is_some_and(|name| name.contains("qemu"));
+    (more.is_none() && is_all && is_qemu && words.iter().all(plain)).then(|| words.join(" "))
 }
 
 fn has_capabilities(path: &Path) -> bool {
@@ -171,6 +197,22 @@ mod tests {
             said(&dir.file("script", b"#!/bin/sh\nexec qemu\n", 0o755))
                 .contains("is a script: name the QEMU")
         );
+        for script in [
+            "#!/bin/sh\nexec qemu-system-x86_64 -enable-kvm \"$@\"\n",
+            "#! /bin/sh\n# as ever\n\n  qemu-system-x86_64 -enable-kvm ${1+\"$@\"}",
+        ] {
+            let text = said(&dir.file("kvm", script.as_bytes(), 0o755));
+            assert!(text.contains("write `qemu-system-x86_64 -enable-kvm …` in its place"), "{text}");
+        }
+        for script in [
+            "#!/bin/sh\nX=1\nexec qemu-system-x86_64 \"$@\"\n",
+            "#!/bin/sh\nexec qemu-system-x86_64 $X \"$@\"\n",
+            "#!/bin/sh\nexec qemu-system-x86_64\n",
+            "#!/bin/sh\nexec rm -rf \"$@\"\n",
+        ] {
+            let text = said(&dir.file("kvm", script.as_bytes(), 0o755));
+            assert!(text.contains("name the QEMU binary that it starts"), "{text}");
+        }
         assert!(said(&dir.file("text", b"hello", 0o755)).contains("is not a program that Linux can load"));
         assert!(said(&dir.file("data", &image(PT_INTERP), 0o644)).contains("is not a program: name"));
         assert!(said(&dir.file("suid", &image(PT_INTERP), 0o4755)).contains("set-user-ID"));
@@ -223,14 +265,19 @@ mod tests {
     }
 
     #[test]
-    fn found_by_path_and_through_links() {
+    fn found_by_path_and_by_the_name_that_was_given() {
         let dir = Dir::new("find");
-        let file = dir.file("qemu-real", &image(PT_INTERP), 0o755).canonicalize().unwrap();
+        let file = dir.file("qemu-real", &image(PT_INTERP), 0o755);
         dir.file("not-executable", b"", 0o644);
         symlink(&file, dir.0.join("qemu")).unwrap();
         let path = dir.0.as_os_str();
-        assert_eq!(find("qemu", path).unwrap(), file);
-        assert_eq!(find(dir.0.join("qemu").to_str().unwrap(), std::ffi::OsStr::new("")).unwrap(), file);
+        let link = dir.0.join("qemu");
+        assert_eq!(find("qemu", path).unwrap(), link);
+        assert_eq!(find("qemu-real", path).unwrap(), file);
+        assert_eq!(find(link.to_str().unwrap(), std::ffi::OsStr::new("")).unwrap(), link);
+        symlink("nothing", dir.0.join("dangling")).unwrap();
+        let dangling = dir.0.join("dangling");
+        assert!(find(dangling.to_str().unwrap(), path).unwrap_err().text.contains("No such file"));
         for name in ["not-executable", "nothing", ""] {
             assert!(find(name, path).unwrap_err().text.contains("not found in PATH: install QEMU"), "{name}");
         }

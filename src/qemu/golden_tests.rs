@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::options::CommandLine;
-use super::resources::{What, list};
+use super::resources::{What, absolute, list};
 use super::rewrite::{Monitor, Plan, Rewritten, Role, Settings};
 
 const QMP: &str = "-chardev socket,id=vmemd-qmp,path=/run/vmemd/vm.qmp,server=on,wait=off -mon chardev=vmemd-qmp,mode=control";
@@ -243,6 +243,104 @@ fn a_microvm() {
             (What::Tap, "tap0"),
         ])
     );
+}
+
+#[test]
+fn sizes_that_are_no_multiple_of_a_huge_page() {
+    for (line, size) in [
+        ("-m 255 -nographic", "255M"),
+        ("-m 2042471k -nographic", "2042472K"),
+        ("-m 1.3G -nographic", "1363152K"),
+        ("-nographic", "128M"),
+    ] {
+        golden(line, &[], &format!("{} -machine memory-backend=vmemd-ram0 {QMP}", ours(size)));
+    }
+    let line = "-m 255 -object memory-backend-ram,id=a,size=101M -object memory-backend-ram,id=b,size=154M -numa node,memdev=a \
+                -numa node,memdev=b";
+    golden(
+        line,
+        &[
+            (
+                "memory-backend-ram,id=a,size=101M",
+                "memory-backend-file,id=a,size=101M,mem-path=/proc/self/fd/10,share=on,align=2M",
+            ),
+            (
+                "memory-backend-ram,id=b,size=154M",
+                "memory-backend-file,id=b,size=154M,mem-path=/proc/self/fd/11,share=on,align=2M",
+            ),
+        ],
+        QMP,
+    );
+    let plan = Plan::of(&parse(line)).unwrap();
+    assert_eq!((plan.memory().bytes(), plan.managed().bytes()), (255 << 20, 256 << 20));
+}
+
+#[test]
+fn json_in_single_quotes() {
+    let line = "-m 1G -blockdev {'driver':'qcow2','node-name':'d','file':{'driver':'file','filename':'/vm/it\\'s.qcow2'}} -drive \
+                file=json:{'driver':'raw',,'file':{'driver':'file',,'filename':'a.img'}},if=virtio -device \
+                {'driver':'virtio-blk-pci','drive':'d','romfile':'/r'} -drive file=json:{'driver':'raw',,'file.filename':'b.img'}";
+    golden(line, &[], &format!("{} -machine memory-backend=vmemd-ram0 {QMP}", ours("1G")));
+    assert_eq!(
+        outside(line),
+        all(&[
+            (What::Disk, "/vm/it's.qcow2"),
+            (What::Disk, "a.img"),
+            (What::Firmware, "/r"),
+            (What::Disk, "b.img"),
+        ])
+    );
+    let mut elsewhere = parse(line);
+    absolute(&mut elsewhere, Path::new("/home/me")).unwrap();
+    let names: Vec<_> = list(&elsewhere).unwrap().into_iter().map(|found| found.name).collect();
+    assert_eq!(names, ["/vm/it's.qcow2", "/home/me/a.img", "/r", "/home/me/b.img"]);
+    // What cannot work is seen in these as well.
+    for refused in
+        ["-device {'driver':'vfio-pci','host':'1:0.0'}", "-object {'qom-type':'tdx-guest','id':'t'}"]
+    {
+        assert!(Plan::of(&parse(&format!("-m 1G {refused}"))).is_err(), "{refused}");
+    }
+}
+
+#[test]
+fn what_another_process_has_not() {
+    use What::{Descriptor, Reconnects, Screen};
+    for (line, what, name) in [
+        ("-drive file=/dev/fd/10", Descriptor, "/dev/fd/10"),
+        ("-hda /dev/stdin", Descriptor, "/dev/stdin"),
+        ("/proc/self/fd/3", Descriptor, "/proc/self/fd/3"),
+        ("-drive file=file:/proc/42/fd/3", Descriptor, "/proc/42/fd/3"),
+        ("-drive file=json:{'driver':'file',,'filename':'/dev/fd/3'}", Descriptor, "/dev/fd/3"),
+        ("-blockdev driver=raw,file.driver=file,file.filename=//dev/./fd/3", Descriptor, "//dev/./fd/3"),
+        ("-drive file=/dev/fdset/3", Descriptor, "3"),
+        ("-kernel /proc/thread-self/fd/3", Descriptor, "/proc/thread-self/fd/3"),
+        ("-serial file:/dev/fd/3", Descriptor, "/dev/fd/3"),
+        ("-chardev file,id=a,path=/dev/stdout", Descriptor, "/dev/stdout"),
+        ("-D /dev/stderr", Descriptor, "/dev/stderr"),
+        ("-fw_cfg name=opt/x,file=/tmp/../dev/fd/3", Descriptor, "/tmp/../dev/fd/3"),
+        ("-serial /dev/tty", Screen, "/dev/tty"),
+        ("-chardev socket,id=a,path=/s,reconnect=5", Reconnects, "/s"),
+        ("-chardev socket,id=a,path=/s,server=off,reconnect-ms=50", Reconnects, "/s"),
+        ("-serial unix:/s,reconnect=1", Reconnects, "/s"),
+        ("-netdev stream,id=n,addr.type=unix,addr.path=/s,reconnect=1", Reconnects, "/s"),
+        ("-chardev socket,id=a,path=/s,reconnect=0", What::Connects, "/s"),
+    ] {
+        assert_eq!(outside(line), all(&[(what, name)]), "{line}");
+    }
+}
+
+#[test]
+fn a_server_that_waits() {
+    let line = "-m 1G -chardev socket,id=a,path=/s,server=on -serial unix:/t,server";
+    let here = rewrite(line, Role::Start);
+    assert_eq!(here.args[..6], line.split(' ').collect::<Vec<_>>());
+    assert_eq!(here.notes.len(), 2, "{:?}", here.notes);
+    let there = rewrite(line, Role::Arrive);
+    assert_eq!(
+        there.args[2..6].join(" "),
+        "-chardev socket,id=a,path=/s,server=on,wait=off -serial unix:/t,server,wait=off"
+    );
+    assert_eq!(there.notes, Vec::<String>::new());
 }
 
 #[test]

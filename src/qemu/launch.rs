@@ -92,7 +92,7 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
     };
     let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;
     let qmp = QmpAddress::Descriptor { ours: ours.as_raw_fd(), theirs: theirs.as_raw_fd() };
-    let preload = PreloadSettings { program: binary.to_owned(), backends, qmp, log, role };
+    let preload = PreloadSettings { program: program(binary)?, backends, qmp, log, role };
     let mut command = Command::new(binary);
     command.args(args).envs(environment(&preload)?);
     let mut inherited = files;
@@ -103,10 +103,18 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
     Ok(Launch { command, notes, _inherited: inherited })
 }
 
+/// The binary as the kernel names it to the process.
+pub fn program(binary: &Path) -> Result<PathBuf, Failure> {
+    binary
+        .canonicalize()
+        .map_err(|error| Failure::io(format_args!("looking at {}", binary.display()), &error))
+}
+
 /// What the preload is to know of the guest's memory.
 pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
     let each = plan.backends.iter().zip(files);
-    each.map(|(backend, path)| Backend { path: path.clone(), bytes: backend.size.bytes() }).collect()
+    let mapped = |backend: &rewrite::Backend| backend.mapped().expect("checked when it was planned");
+    each.map(|(backend, path)| Backend { path: path.clone(), bytes: mapped(backend) }).collect()
 }
 
 /// What has to be in QEMU's environment.

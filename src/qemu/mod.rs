@@ -6,6 +6,7 @@
 //! ```
 //! `docs/qemu.md` says the same to users.
 
+pub mod accel;
 pub mod ask;
 pub mod binary;
 pub mod cpu;
@@ -22,6 +23,7 @@ pub mod resources;
 pub mod rewrite;
 pub mod rules;
 pub mod run;
+pub mod waits;
 
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
@@ -34,7 +36,7 @@ pub fn one_line(text: &str) -> String {
 /// Refuses a RAM budget that a VM of that memory cannot have.
 pub fn check_ram(memory: Size, ram: Size) -> Result<(), Failure> {
     let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);
-    let text = if ram > memory {
+    let text = if ram > memory.max(minimum) {
         format!("--ram {ram} is more than the VM's memory of {memory}: a VM cannot use more RAM than that")
     } else if ram < minimum {
         format!("--ram {ram} is below the minimum of {minimum}")

@@ -4,6 +4,7 @@
 //! command line can name scripts to start, so whoever may reach the daemon's port can start programs on this host.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -16,14 +17,18 @@ use super::refuse::unmovable;
 use super::resources::{self, Host};
 use super::rewrite::Plan;
 use super::rules::Rules;
-use super::{Failure, Kind, binary};
+use super::{Failure, Kind, accel, binary};
 
 /// What the source sends: enough to start the same QEMU elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Offer {
+    /// By the name that the user gave.
     pub binary: String,
-    /// As the user gave them, with absolute paths and the machine's version.
+    /// What that is a link to, if it is one: a host without the link has this perhaps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub real: Option<String>,
+    /// As the user gave them, with absolute paths, the machine's version and the accelerator.
     pub args: Vec<String>,
     pub version: Version,
     pub machine: Pinned,
@@ -41,7 +46,7 @@ pub struct Accepted {
 }
 
 impl Offer {
-    /// Pins the machine in `line` and makes its paths absolute: what is started and what is offered are the same.
+    /// Pins the machine in `line`, which otherwise stays as it is. What is offered has the same with absolute paths.
     pub fn of(
         binary: &Path,
         line: &mut CommandLine,
@@ -51,16 +56,19 @@ impl Offer {
     ) -> Result<Offer, Failure> {
         let version = Version::of(ask, binary)?;
         let machine = Machines::of(ask, binary)?.pin(line)?;
-        resources::absolute(line, directory)?;
-        let cpu = if cpu::shows_host(line)? {
+        let mut offered = line.clone();
+        resources::absolute(&mut offered, directory)?;
+        accel::pin(&mut offered, ask, binary, kvm_is_usable())?;
+        let cpu = if cpu::shows_host(&offered)? {
             let mut cpu = host()?;
-            let off = cpu::turned_off(line);
+            let off = cpu::turned_off(&offered);
             cpu.flags.retain(|flag| !off.contains(flag));
             Some(cpu)
         } else {
             None
         };
-        Ok(Offer { binary: utf8(binary)?, args: line.print(), version, machine, cpu })
+        let (binary, real) = names(binary)?;
+        Ok(Offer { binary, real, args: offered.print(), version, machine, cpu })
     }
 
     /// Maps names by the rules, and checks that this host has all of it. `path` is `PATH`, `cpu` this host's.
@@ -96,23 +104,17 @@ impl Offer {
         }
         resources::report(&missing)?;
         let (binary, version) = found?;
-        let onward = Offer { binary: utf8(&binary)?, args: line.print(), version, ..self.clone() };
+        let (name, real) = names(&binary)?;
+        let onward = Offer { binary: name, real, args: line.print(), version, ..self.clone() };
         Ok(Accepted { binary, plan, onward })
     }
 
-    /// The QEMU binary of this host: of the same (or the mapped) path, else of the same name.
+    /// The QEMU binary of this host: of the same (or the mapped) path, else of the same name; else what that is a link to.
     fn find(&self, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
-        let named = rules.path(&self.binary).unwrap_or_else(|| self.binary.clone());
-        let name = named.rsplit('/').next().unwrap_or_default();
-        if !name.starts_with("qemu") && name != "kvm" {
-            let text = format!(
-                "{named} is not a QEMU by its name (qemu-system-…): it is not started for a VM that arrives"
-            );
-            return Err(Failure::new(Kind::Usage, text));
-        }
-        let found =
-            if named.starts_with('/') { binary::find(&named, path) } else { binary::find(name, path) };
-        let found = found.or_else(|failure| binary::find(name, path).map_err(|_| failure))?;
+        let found = find(&self.binary, rules, path).or_else(|failure| match &self.real {
+            Some(real) => find(real, rules, path).map_err(|_| failure),
+            None => Err(failure),
+        })?;
         binary::check(&found)?;
         Ok(found)
     }
@@ -126,6 +128,13 @@ impl Offer {
         ask: &dyn Ask,
     ) -> Result<Vec<String>, Failure> {
         let mut lines = Vec::new();
+        let supported = accel::supported(ask, binary)?;
+        for accel in line.accelerators()?.iter().filter(|accel| !supported.contains(accel)) {
+            lines.push(format!(
+                "{} (version {version}) has no accelerator {accel:?}, by which the VM runs: use a QEMU that has it",
+                binary.display()
+            ));
+        }
         if !Machines::of(ask, binary)?.has(&self.machine.machine) {
             lines.push(format!(
                 "{} (version {version}) has no machine {:?}: use a QEMU that has it, the source's is {}",
@@ -150,6 +159,37 @@ impl Offer {
     }
 }
 
+fn find(binary: &str, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
+    let named = rules.path(binary).unwrap_or_else(|| binary.to_owned());
+    let name = named.rsplit('/').next().unwrap_or_default();
+    let found = if named.starts_with('/') { binary::find(&named, path) } else { binary::find(name, path) };
+    let found = found.or_else(|failure| binary::find(name, path).map_err(|_| failure));
+    let is_qemu = |name: &str| name.starts_with("qemu") || name == "kvm";
+    let leads = |path: &PathBuf| {
+        let real = path.canonicalize().ok()?;
+        real.file_name()?.to_str().map(is_qemu)
+    };
+    // A link of any name may lead to one.
+    if !is_qemu(name) && found.as_ref().ok().and_then(leads) != Some(true) {
+        let text = format!(
+            "{named} is not a QEMU by its name (qemu-system-…): it is not started for a VM that arrives"
+        );
+        return Err(Failure::new(Kind::Usage, text));
+    }
+    found
+}
+
+/// Whether this user may use KVM here.
+fn kvm_is_usable() -> bool {
+    File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+/// The name of the binary, and what it is a link to.
+fn names(binary: &Path) -> Result<(String, Option<String>), Failure> {
+    let real = binary.canonicalize().ok().filter(|real| real != binary);
+    Ok((utf8(binary)?, real.as_deref().map(utf8).transpose()?))
+}
+
 fn utf8(binary: &Path) -> Result<String, Failure> {
     let text = || Failure::new(Kind::Usage, format!("{} is not UTF-8: rename it", binary.display()));
     binary.to_str().map(str::to_owned).ok_or_else(text)
@@ -166,6 +206,7 @@ mod tests {
     impl Ask for Fake {
         fn ask(&self, _: &Path, args: &[&str]) -> Result<String, Failure> {
             Ok(match args {
+                ["-accel", "help"] => "Accelerators supported in QEMU binary:\ntcg\nkvm\n".to_owned(),
                 ["--version"] => format!("QEMU emulator version {}.1 (x)", self.0),
                 ["-machine", "help"] => format!(
                     "Supported machines are:\nq35 x (alias of pc-q35-{0})\npc-q35-{0} x (default)\nmicrovm x\n",
@@ -196,6 +237,9 @@ mod tests {
         fn is_bound(&self, _: &Path) -> bool {
             false
         }
+        fn leads_into_process(&self, _: &Path) -> Option<PathBuf> {
+            None
+        }
     }
 
     fn cpu(flags: &str) -> Cpu {
@@ -225,7 +269,6 @@ mod tests {
         let binary = Path::new("/elsewhere/qemu-system-x");
         let host = || Ok(cpu("sse avx2 arch_capabilities"));
         let offer = Offer::of(binary, &mut line, Path::new("/home"), &Fake("7.2"), host).unwrap();
-        assert_eq!(offer.args, line.print());
         serde_json::from_str(&serde_json::to_string(&offer).unwrap()).unwrap()
     }
 

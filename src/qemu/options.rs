@@ -352,6 +352,10 @@ pub fn size(text: &str, unit: u64) -> Option<u64> {
         _ => return None,
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    // A fraction has a unit.
+    if number.contains('.') && suffix.is_empty() {
+        return None;
+    }
     // More digits than these are below a byte in every unit.
     if whole.is_empty() || fraction.len() > 18 || fraction.contains('.') {
         return None;
@@ -438,9 +442,18 @@ mod tests {
         ] {
             assert_eq!(size(text, unit), Some(bytes), "{text}");
         }
-        for text in
-            ["", "G", "-1", "1GB", "1.2.3", "16E", "0x", "99999999999999999999", "1.1234567890123456789"]
-        {
+        for text in [
+            "",
+            "G",
+            "-1",
+            "1.5",
+            "1GB",
+            "1.2.3",
+            "16E",
+            "0x",
+            "99999999999999999999",
+            "1.1234567890123456789",
+        ] {
             assert_eq!(size(text, 1), None, "{text}");
         }
     }

@@ -1,7 +1,8 @@
 //! The value of one option: `type,key=value,flag,…` with commas doubled inside values, or JSON.
 //!
-//! Both are read through dotted paths: `file.filename` is the key of that name, or the member of a member. What is not
-//! changed is printed as it was; JSON that is changed is printed with its keys in order.
+//! Both are read through dotted paths: `file.filename` is the key of that name, or the member of a member. QEMU's JSON may
+//! have its strings in single quotes. What is not changed is printed as it was; JSON that is changed is printed with its
+//! keys in order.
 
 use serde_json::Value;
 
@@ -36,10 +37,7 @@ impl Props {
     /// Fails only for JSON that is none.
     pub fn parse(text: &str) -> Result<Props, String> {
         if text.starts_with('{') {
-            return match serde_json::from_str(text) {
-                Ok(value) => Ok(Props::Json(value)),
-                Err(error) => Err(format!("it is not JSON ({error})")),
-            };
+            return json(text).map(Props::Json);
         }
         let mut items = Vec::new();
         let mut rest = text;
@@ -209,6 +207,41 @@ impl Props {
     }
 }
 
+/// JSON as QEMU reads it: the standard's, and strings in single quotes.
+pub(super) fn json(text: &str) -> Result<Value, String> {
+    let read = |text: &str| serde_json::from_str(text).map_err(|error| format!("it is not JSON ({error})"));
+    if text.contains('\'') { read(&double_quoted(text)) } else { read(text) }
+}
+
+/// Strings in single quotes get double ones. In both kinds `\'` stands for a single quote.
+fn double_quoted(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut within = None;
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (within, c) {
+            (None, '\'' | '"') => {
+                within = Some(c);
+                out.push('"');
+            }
+            (Some(quote), c) if c == quote => {
+                within = None;
+                out.push('"');
+            }
+            (Some(_), '"') => out.push_str("\\\""),
+            (Some(_), '\\') => match chars.next() {
+                Some('\'') => out.push('\''),
+                next => {
+                    out.push('\\');
+                    out.extend(next);
+                }
+            },
+            (_, c) => out.push(c),
+        }
+    }
+    out
+}
+
 /// Up to a comma that is not doubled: the text, and how many bytes it took.
 fn until_comma(text: &str) -> (String, usize) {
     let mut value = String::new();
@@ -332,8 +365,26 @@ mod tests {
 
     #[test]
     fn json_that_is_none_says_so() {
-        for text in ["{", "{'driver':'x'}", &"{\"a\":".repeat(5000)] {
+        for text in ["{", "{'driver':'x}", "{'driver':\"x'}", "{'a':'b\\", &"{\"a\":".repeat(5000)] {
             assert!(Props::parse(text).unwrap_err().starts_with("it is not JSON"), "{text}");
+        }
+    }
+
+    #[test]
+    fn json_in_single_quotes_is_read_as_qemu_does() {
+        for (text, filename) in [
+            (r#"{'driver':'file','filename':'/a,b'}"#, "/a,b"),
+            (r#"{'driver':"file",'filename':'a"b'}"#, "a\"b"),
+            (r#"{"driver":'file',"filename":"it's"}"#, "it's"),
+            (r#"{'driver':'file','filename':'it\'s \"\\'}"#, "it's \"\\"),
+            (r#"{"driver":"file","filename":"it\'s"}"#, "it's"),
+            (r#"{'driver':'file','filename':'\u00e4ä'}"#, "ää"),
+        ] {
+            let mut props = parse(text);
+            assert_eq!(props.get("filename").as_deref(), Some(filename), "{text}");
+            assert_eq!(props.first("driver").as_deref(), Some("file"), "{text}");
+            props.set("x", Set::On);
+            assert_eq!(parse(&props.print()).get("filename").as_deref(), Some(filename), "{text}");
         }
     }
 
@@ -365,7 +416,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_is_too_strange(text in "\\{?.*") {
+        fn no_text_is_too_strange(text in "\\{?.*|\\{(['\"\\\\:,a]){0,12}\\}") {
             if let Ok(mut props) = Props::parse(&text) {
                 props.set_first("type", &text);
                 props.set("x", Set::On);

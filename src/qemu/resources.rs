@@ -3,6 +3,7 @@
 //! One walk (`visit`) finds them all, so what is listed, made absolute and mapped for another host is the same.
 
 mod check;
+mod descriptors;
 mod files;
 
 use std::path::Path;
@@ -34,6 +35,8 @@ pub enum What {
     Listens,
     /// A Unix socket that another process has made.
     Connects,
+    /// The same, but QEMU tries again until it is there.
+    Reconnects,
     /// A program that QEMU starts.
     Program,
     /// A tap interface that must be there beforehand.
@@ -54,6 +57,10 @@ impl What {
         !matches!(self, What::Tap | What::TapMade | What::Bridge | What::Descriptor | What::Screen)
     }
 
+    fn is_socket(self) -> bool {
+        matches!(self, What::Listens | What::Connects | What::Reconnects)
+    }
+
     fn noun(self) -> &'static str {
         match self {
             What::Disk => "disk",
@@ -61,7 +68,7 @@ impl What {
             What::Output => "output file",
             What::Directory => "directory",
             What::Device => "device",
-            What::Listens | What::Connects => "socket",
+            What::Listens | What::Connects | What::Reconnects => "socket",
             What::Program => "program",
             What::Tap | What::TapMade => "tap interface",
             What::Bridge => "bridge",
@@ -90,13 +97,39 @@ pub fn list(line: &CommandLine) -> Result<Vec<Resource>, Failure> {
     Ok(found)
 }
 
-/// Rewrites relative paths for a process that runs in another directory.
+/// Rewrites relative paths for a process that runs in another directory, on another host. A link to a descriptor of QEMU's
+/// becomes that descriptor: of the link nobody else could tell.
 pub fn absolute(line: &mut CommandLine, directory: &Path) -> Result<(), Failure> {
-    visit(line, &mut |what, name, _| {
-        let of_qemu = what == What::Firmware && !name.contains('/');
-        let relative = what.is_path() && !name.is_empty() && !name.starts_with('/') && !of_qemu;
-        relative.then(|| directory.join(name).to_string_lossy().into_owned())
+    rename(line, &mut |what, name| {
+        let path = directory.join(name);
+        let descriptor = descriptors::behind(&path).map(|path| path.to_string_lossy().into_owned());
+        descriptor.or_else(|| absolute_name(what, name, directory))
     })
+}
+
+/// The same for a process that another starts on this host, from whatever directory: a socket's path stays as it is where
+/// it would get too long.
+pub fn from_anywhere(line: &mut CommandLine, directory: &Path) -> Result<(), Failure> {
+    rename(line, &mut |what, name| {
+        absolute_name(what, name, directory).filter(|path| !what.is_socket() || fits_a_socket(path))
+    })
+}
+
+fn absolute_name(what: What, name: &str, directory: &Path) -> Option<String> {
+    let of_qemu = what == What::Firmware && !name.contains('/');
+    let relative = what.is_path() && !name.starts_with('/') && !of_qemu;
+    relative.then(|| directory.join(name).to_string_lossy().into_owned())
+}
+
+/// QEMU's own limit of a socket's path.
+pub(super) const SOCKET_PATH_MAX: usize = 108;
+
+fn fits_a_socket(path: &str) -> bool {
+    path.len() <= SOCKET_PATH_MAX
+}
+
+fn rename(line: &mut CommandLine, name: &mut dyn FnMut(What, &str) -> Option<String>) -> Result<(), Failure> {
+    visit(line, &mut |what, old, _| if what.is_path() && !old.is_empty() { name(what, old) } else { None })
 }
 
 /// Rewrites names by the rules of this host.
@@ -110,7 +143,10 @@ type See<'a> = &'a mut dyn FnMut(What, &str, &str) -> Option<String>;
 fn visit(line: &mut CommandLine, see: See<'_>) -> Result<(), Failure> {
     for word in &mut line.words {
         let shown = word.shown();
-        visit_word(word, &mut |what, name| see(what, name, &shown))?;
+        visit_word(word, &mut |what, name| match descriptors::named(name).filter(|_| what.is_path()) {
+            Some(of_process) => see(of_process, name, &shown),
+            None => see(what, name, &shown),
+        })?;
     }
     Ok(())
 }
@@ -129,8 +165,7 @@ fn visit_word(word: &mut Word, see: SeeOne<'_>) -> Result<(), Failure> {
         "hda" | "hdb" | "hdc" | "hdd" | "cdrom" | "fda" | "fdb" | "pflash" => {
             word.value = word.value.take().map(|spec| files::disk(&spec, see).unwrap_or(spec));
         }
-        "serial" | "parallel" | "monitor" | "qmp" | "qmp-pretty" | "debugcon" | "gdb" | "virtioconsole"
-        | "redir" => {
+        name if is_character(name) => {
             word.value = word.value.take().map(|spec| character(&spec, see).unwrap_or(spec));
         }
         "enable-kvm" => drop(see(Device, "/dev/kvm")),
@@ -147,6 +182,23 @@ fn visit_word(word: &mut Word, see: SeeOne<'_>) -> Result<(), Failure> {
         _ => {}
     }
     Ok(())
+}
+
+/// Options with a character device in the short form.
+pub(super) fn is_character(option: &str) -> bool {
+    matches!(
+        option,
+        "serial"
+            | "parallel"
+            | "monitor"
+            | "qmp"
+            | "qmp-pretty"
+            | "qtest"
+            | "debugcon"
+            | "gdb"
+            | "virtioconsole"
+            | "redir"
+    )
 }
 
 fn whole(word: &mut Word, what: What, see: SeeOne<'_>) {
@@ -285,14 +337,15 @@ fn chardev(props: &mut Props, see: SeeOne<'_>) -> bool {
     let server = props.get("server").or_else(|| props.get("backend.data.server"));
     // Text does not listen unless told, JSON listens unless told.
     let listens = server.map_or(matches!(props, Props::Json(_)), |value| super::props::is_on(&value));
-    let is_abstract = props.is_on("abstract");
+    let is_abstract = props.is_on("abstract") || props.is_on("backend.data.addr.data.abstract");
+    let connects = connects(props, "backend.data.");
     props.visit(&mut |path, value| {
         let what = match (kind.as_str(), path.rsplit('.').next().unwrap_or(path)) {
             (_, "logfile") => What::Output,
             ("socket", "fd") => What::Descriptor,
             ("socket", "path") if is_abstract => return None,
             ("socket", "path") if listens => What::Listens,
-            ("socket", "path") => What::Connects,
+            ("socket", "path") => connects,
             ("socket", "str") => What::Descriptor,
             ("file", "path" | "out") => What::Output,
             ("file", "input-path" | "in") => What::File,
@@ -301,6 +354,15 @@ fn chardev(props: &mut Props, see: SeeOne<'_>) -> bool {
         };
         see(what, value)
     })
+}
+
+/// How a client comes to its socket. JSON has the settings of a character device deeper down.
+fn connects(props: &Props, deeper: &str) -> What {
+    let again = ["reconnect", "reconnect-ms"].iter().any(|key| {
+        let said = props.get(key).or_else(|| props.get(&format!("{deeper}{key}")));
+        said.is_some_and(|every| every.trim_start_matches('0').starts_with(|c: char| c.is_ascii_digit()))
+    });
+    if again { What::Reconnects } else { What::Connects }
 }
 
 /// A character device in the short form of `-serial` and its kin.
@@ -315,13 +377,13 @@ fn character(spec: &str, see: SeeOne<'_>) -> Option<String> {
     let (kind, rest) = spec.split_once(':')?;
     let end = rest.find(',').unwrap_or(rest.len());
     let (path, options) = rest.split_at(end);
-    let listens = || {
-        let options = Props::parse(&format!("unix{options}"));
-        options.is_ok_and(|options| options.is_on("server"))
-    };
     let what = match kind {
-        "unix" if listens() => What::Listens,
-        "unix" => What::Connects,
+        "unix" => match Props::parse(&format!("unix{options}")) {
+            Ok(options) if options.is_on("abstract") => return None,
+            Ok(options) if options.is_on("server") => What::Listens,
+            Ok(options) => connects(&options, ""),
+            Err(_) => What::Connects,
+        },
         "file" => What::Output,
         "pipe" => What::Device,
         _ => return None,
@@ -340,6 +402,7 @@ fn network(kind: &str, props: &mut Props, see: SeeOne<'_>) -> bool {
     // A tap that no script connects is of use only if somebody has made and connected it before.
     let lonely = props.get("script").as_deref() == Some("no");
     let listens = props.is_on("server");
+    let connects = connects(props, "");
     let bridged = kind == "bridge" || props.get("br").is_some() || props.get("helper").is_some();
     if bridged && props.get("br").is_none() {
         see(What::Bridge, "br0");
@@ -354,7 +417,8 @@ fn network(kind: &str, props: &mut Props, see: SeeOne<'_>) -> bool {
             ("vde", "sock") => What::Connects,
             ("user", "tftp" | "smb") => What::Directory,
             ("stream", "addr.path") if listens => What::Listens,
-            ("stream", "addr.path") | ("dgram", "remote.path") => What::Connects,
+            ("stream", "addr.path") => connects,
+            ("dgram", "remote.path") => What::Connects,
             ("dgram", "local.path") => What::Listens,
             ("stream", "addr.str") | ("dgram", "local.str") => What::Descriptor,
             (_, "fd" | "fds" | "vhostfd" | "vhostfds") => What::Descriptor,

@@ -7,16 +7,23 @@
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
+use swapd::Engine;
+
 use super::options::{CommandLine, Word, size};
 use super::props::Set;
 use super::refuse::refuse;
-use super::{Failure, Kind, Size};
+use super::{Failure, Kind, Size, waits};
 
 /// The backend that we add where there is none.
 pub const OUR_BACKEND: &str = "vmemd-ram0";
 const OUR_QMP: &str = "vmemd-qmp";
-/// Backends are whole transparent huge pages.
+/// Backends begin where a transparent huge page can.
 const ALIGN: u64 = 2 << 20;
+/// QEMU rounds `-m` up to this.
+const MEMORY_STEP: u64 = 8192;
+/// What QEMU gives a machine without `-m`, if its kind is one of these.
+const DEFAULT_MEMORY: u64 = 128 << 20;
+const WITH_DEFAULT_MEMORY: &[&str] = &["pc", "q35", "isapc", "microvm"];
 /// What fits into a socket's address with its final zero.
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -24,6 +31,7 @@ const MAX_SOCKET_PATH: usize = 107;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     pub id: String,
+    /// As QEMU gives it to the guest.
     pub size: Size,
     /// QEMU touches all of it at the start.
     pub prealloc: bool,
@@ -31,6 +39,18 @@ pub struct Backend {
     pub node: Option<u32>,
     /// The `-object` it is made of; None for ours.
     word: Option<usize>,
+}
+
+impl Backend {
+    /// What QEMU maps of it: whole pages.
+    pub fn mapped(&self) -> Option<u64> {
+        self.size.bytes().checked_next_multiple_of(swapd::PAGE_SIZE as u64)
+    }
+
+    /// What the engine counts for it.
+    fn managed(&self) -> Option<u64> {
+        Engine::rounded(self.mapped()?)
+    }
 }
 
 /// Whether QEMU starts a VM, or takes one that arrives.
@@ -93,18 +113,11 @@ impl Plan {
         if backends.is_empty() {
             backends.push(our_backend(line, prealloc)?);
         }
-        for backend in &backends {
-            let bytes = backend.size.bytes();
-            if bytes == 0 || !bytes.is_multiple_of(ALIGN) {
-                let text = format!(
-                    "guest memory {} has {}: vmemd manages it in pieces of 2M, choose a multiple of that",
-                    backend.id, backend.size
-                );
-                return Err(usage(text));
-            }
+        if let Some(backend) = backends.iter().find(|backend| backend.size.bytes() == 0) {
+            return Err(usage(format!("guest memory {} has no size: see size=", backend.id)));
         }
-        let total = backends.iter().try_fold(0u64, |sum, backend| sum.checked_add(backend.size.bytes()));
-        total.ok_or_else(|| usage("its memory backends are larger together than any address: see size="))?;
+        managed(&backends)
+            .ok_or_else(|| usage("its memory backends are larger together than any address: see size="))?;
         Ok(Plan { line: line.clone(), backends })
     }
 
@@ -125,8 +138,14 @@ impl Plan {
         Ok(Plan { line, backends: vec![ours] })
     }
 
+    /// What the guest has.
     pub fn memory(&self) -> Size {
         Size(self.backends.iter().map(|backend| backend.size.bytes()).sum())
+    }
+
+    /// The same as the engine counts it: each backend rounded up to 2M.
+    pub fn managed(&self) -> Size {
+        Size(managed(&self.backends).expect("checked when it was planned"))
     }
 
     /// The command line for QEMU.
@@ -140,6 +159,13 @@ impl Plan {
             .iter()
             .map(|flag| format!("{flag} is no option of QEMU that vmemd knows; it is passed on"))
             .collect();
+
+        match settings.role {
+            Role::Start => notes.extend(waits::list(&line)?.iter().map(|option| {
+                format!("`{option}`: QEMU waits for a client there before anything else happens; with wait=off it does not")
+            })),
+            Role::Arrive => waits::end(&mut line)?,
+        }
 
         let mut added = Vec::new();
         for (backend, file) in backends.iter().zip(settings.files) {
@@ -182,6 +208,10 @@ impl Plan {
         let added = CommandLine { words: alone }.print();
         Ok(Rewritten { args: line.print(), added, backends, memory, machine, notes })
     }
+}
+
+fn managed(backends: &[Backend]) -> Option<u64> {
+    backends.iter().try_fold(0u64, |sum, backend| sum.checked_add(backend.managed()?))
 }
 
 fn monitor(monitor: Monitor<'_>) -> Result<String, Failure> {
@@ -256,12 +286,36 @@ fn our_backend(line: &CommandLine, prealloc: bool) -> Result<Backend, Failure> {
     for word in line.all("m") {
         said = word.props()?.first("size").map(|text| (word, text)).or(said);
     }
-    let (word, text) =
-        said.ok_or_else(|| usage("the VM's memory is not given: add -m SIZE, such as -m 1G"))?;
-    let bytes = size(&text, 1 << 20).ok_or_else(|| {
-        usage(format!("`{}`: {text:?} is not a size: write one such as -m 1G", word.shown()))
-    })?;
+    let asked = match said {
+        Some((word, text)) => size(&text, 1 << 20).ok_or_else(|| {
+            usage(format!("`{}`: {text:?} is not a size: write one such as -m 1G", word.shown()))
+        })?,
+        None => match line.machine("memory.size")? {
+            Some(text) => size(&text, 1).ok_or_else(|| {
+                usage(format!("-machine memory.size={text}: not a size: write one such as -m 1G"))
+            })?,
+            None => 0,
+        },
+    };
+    let bytes = if asked == 0 { default_memory(line)? } else { asked };
+    let bytes = bytes
+        .checked_next_multiple_of(MEMORY_STEP)
+        .ok_or_else(|| usage("its memory is larger than any address: see -m"))?;
     Ok(Backend { id: OUR_BACKEND.to_owned(), size: Size(bytes), prealloc, node: None, word: None })
+}
+
+/// Without `-m`, or with `-m 0`.
+fn default_memory(line: &CommandLine) -> Result<u64, Failure> {
+    let machine = line.machine("type")?;
+    let kind =
+        |name: &str| name.split(['-', '+']).next().is_some_and(|kind| WITH_DEFAULT_MEMORY.contains(&kind));
+    if machine.as_deref().is_none_or(kind) {
+        return Ok(DEFAULT_MEMORY);
+    }
+    let machine = machine.unwrap_or_default();
+    Err(usage(format!(
+        "the VM's memory is not given, and what machine {machine:?} has without -m is not known: add -m SIZE, such as -m 1G"
+    )))
 }
 
 /// Our `-object`, to go before the rest of what is added.
@@ -349,15 +403,30 @@ mod tests {
             ("-m 512 -m size=2G", 2 << 30),
             ("-m 512 -m slots=2,maxmem=4G", 512 << 20),
             ("-m size=1048576k", 1 << 30),
+            ("-m 255", 255 << 20),
+            ("-m 1.5G", 3 << 29),
+            // QEMU rounds up to 8 KiB.
+            ("-m 2042471k", 2042472 << 10),
+            ("-m size=1000001b", 1007616),
+            ("-m 1", 1 << 20),
+            ("-S", 128 << 20),
+            ("-m 0", 128 << 20),
+            ("-m slots=2,maxmem=4G -M pc-q35-7.2", 128 << 20),
+            ("-M q35,memory.size=255M", 255 << 20),
+            ("-M virt-9.0,memory.size=1G -m 2G", 2 << 30),
         ] {
             assert_eq!(start(line).memory, Size(bytes), "{line}");
         }
         for (line, says) in [
-            ("-S", "add -m SIZE, such as -m 1G"),
-            ("-m slots=2,maxmem=4G", "add -m SIZE"),
+            ("-M sabrelite", "add -m SIZE, such as -m 1G"),
+            // Of another size in each architecture.
+            ("-M virt-9.0", "add -m SIZE"),
+            ("-M virtex-ml507 -m 0", "add -m SIZE"),
+            ("-m 1.5", "\"1.5\" is not a size"),
             ("-m lots", "\"lots\" is not a size"),
-            ("-m 1025", "pieces of 2M"),
-            ("-m 0", "pieces of 2M"),
+            ("-m 0xffffffffffffffffb", "is not a size"),
+            ("-m 18446744073709551615b", "larger than any address"),
+            ("-M q35,memory.size=lots", "write one such as -m 1G"),
         ] {
             assert!(error(line).contains(says), "{line}: {}", error(line));
         }
@@ -416,7 +485,7 @@ mod tests {
             ("-m 1G -numa node,memdev=a", "there is no (other) -object of this id: add -object"),
             ("-m 1G -machine memory-backend=a", "there is no (other) -object"),
             ("-object memory-backend-ram,id=a -numa node,memdev=a", "no size that can be read"),
-            ("-object memory-backend-ram,id=a,size=3M -numa node,memdev=a", "guest memory a has 3M"),
+            ("-object memory-backend-ram,id=a,size=0 -numa node,memdev=a", "guest memory a has no size"),
             (
                 "-object iothread,id=a,size=2M -numa node,memdev=a",
                 "in a \"iothread\": use memory-backend-ram",

@@ -19,7 +19,7 @@ use super::options::{self, CommandLine};
 use super::output::{self, Format};
 use super::refuse::unmovable;
 use super::rewrite::{self, Monitor, Plan, Settings};
-use super::{Failure, Kind, Size, binary};
+use super::{Failure, Kind, Size, binary, resources};
 
 /// What the user asks for.
 #[derive(Clone, Debug)]
@@ -40,6 +40,8 @@ pub struct QemuSettings {
 
 /// A QEMU that can be started.
 struct Planned {
+    /// As the user called it.
+    name: String,
     binary: PathBuf,
     line: CommandLine,
     plan: Plan,
@@ -53,12 +55,12 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
     let binary = binary::find(&name, &std::env::var_os("PATH").unwrap_or_default())?;
     binary::check(&binary)?;
     let mut line = CommandLine::parse(&options::text(args)?)?;
-    let here = std::env::current_dir().map_err(|error| Failure::io("cannot tell the directory", &error))?;
-    let offer = Offer::of(&binary, &mut line, &here, &Really, Cpu::of_this_host)?;
+    let offer = Offer::of(&binary, &mut line, &here()?, &Really, Cpu::of_this_host)?;
     let plan = Plan::of(&line)?;
-    let memory = plan.memory();
-    let ram = settings.ram.unwrap_or(memory);
-    super::check_ram(memory, ram)?;
+    // All of it, to the byte: what the engine rounds up takes no RAM.
+    let ram = settings.ram.unwrap_or_else(|| plan.memory().max(Size(swapd::Engine::MIN_BUDGET_BYTES)));
+    super::check_ram(plan.memory(), ram)?;
+    let memory = plan.managed();
     let offer =
         serde_json::to_string(&offer).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
     let role = Role::New {
@@ -77,7 +79,11 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
         offer,
         stays: unmovable(&line).err().map(|failure| super::one_line(&failure.text)),
     };
-    Ok(Planned { binary, line, plan, role })
+    Ok(Planned { name, binary, line, plan, role })
+}
+
+fn here() -> Result<PathBuf, Failure> {
+    std::env::current_dir().map_err(|error| Failure::io("cannot tell the directory", &error))
 }
 
 /// Becomes QEMU, which is the VM's process: nothing stands between it and whoever started it.
@@ -85,7 +91,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
 /// # Errors
 /// Whatever keeps it from starting. What goes wrong afterwards, QEMU says, and ends.
 pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure> {
-    let Planned { binary, plan, role, .. } = plan(settings)?;
+    let Planned { name, binary, plan, role, .. } = plan(settings)?;
     let memory = role.memory();
     host::need_free_ram(memory.budget_bytes, "this VM")?;
     if memory.lock {
@@ -98,7 +104,8 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
     info!(vm = %settings.name, memory = %Size(memory.memory_bytes), ram = %Size(memory.budget_bytes), qemu = %binary.display(), "starting");
     let mut launch = launch::launch(&binary, plan, role, None)?;
     launch.notes.iter().for_each(|note| warn!("{note}"));
-    let error = launch.command.exec();
+    // By a name that ends with `kvm` QEMU prefers KVM.
+    let error = launch.command.arg0(name).exec();
     Err(Failure::io(format!("cannot start {}", binary.display()), &error))
 }
 
@@ -109,16 +116,15 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
 /// # Errors
 /// What cannot work.
 pub fn arguments(settings: &QemuSettings, format: Format, files: &Path) -> Result<String, Failure> {
-    let Planned { binary, line, mut plan, role } = plan(settings)?;
-    if format == Format::Libvirt {
-        plan = Plan::appended(&line)?;
-    }
+    let Planned { binary, mut line, role, .. } = plan(settings)?;
+    resources::from_anywhere(&mut line, &here()?)?;
+    let plan = if format == Format::Libvirt { Plan::appended(&line)? } else { Plan::of(&line)? };
     let name = &settings.name;
     let files: Vec<PathBuf> =
         (0..plan.backends.len()).map(|index| files.join(format!("vmemd-{name}-{index}"))).collect();
     let qmp = RunDir::open(&settings.run_dir)?.monitors_dir()?.join(format!("{name}.qmp"));
     let preload = PreloadSettings {
-        program: binary.clone(),
+        program: launch::program(&binary)?,
         backends: launch::backends(&plan, &files),
         qmp: QmpAddress::Socket(qmp.clone()),
         log: None,

@@ -116,6 +116,8 @@ pub struct PageTable {
     blocks: Vec<Block>,
     /// Resident pages of each region.
     regions: Vec<u32>,
+    /// See [`PageTable::with_short_blocks`].
+    short: Vec<Run>,
     epoch: u32,
     counts: [u64; STATES],
     transitions: [[u64; STATES]; STATES],
@@ -137,6 +139,7 @@ impl PageTable {
             entries: vec![0; pages as usize],
             blocks: vec![Block::default(); blocks],
             regions: vec![0; blocks.div_ceil(REGION_BLOCKS)],
+            short: Vec::new(),
             epoch: 0,
             counts,
             transitions: [[0; STATES]; STATES],
@@ -145,6 +148,34 @@ impl PageTable {
 
     pub fn pages(&self) -> u64 {
         self.entries.len() as u64
+    }
+
+    /// The same where only these first pages of some blocks, in ascending order, are memory. The others of such a block are nobody's:
+    /// they fill it up, so that the next piece of memory begins with a block of its own, and stay untouched.
+    #[must_use]
+    pub fn with_short_blocks(mut self, short: Vec<Run>) -> Self {
+        for run in &short {
+            let block = self.block_of(run.start);
+            assert!(run.start == block.start && run.len < block.len, "{run:?} of {block:?}");
+        }
+        assert!(short.is_sorted_by_key(|run| run.start), "{short:?}");
+        self.short = short;
+        self
+    }
+
+    /// How many of the pages are memory.
+    pub fn memory_pages(&self) -> u64 {
+        let missing = self.short.iter().map(|run| u64::from(BLOCK_PAGES - run.len)).sum::<u64>();
+        self.pages() - missing
+    }
+
+    /// The first page of the run that is not memory.
+    pub fn first_of_nobody(&self, run: Run) -> Option<PageNo> {
+        let first = |short: &Run| {
+            let (from, to) = (run.start.max(short.end()), run.end().min(short.start.plus(BLOCK_PAGES)));
+            (from < to).then_some(from)
+        };
+        self.short.iter().find_map(first)
     }
 
     pub fn state(&self, page: PageNo) -> PageState {
@@ -223,9 +254,12 @@ impl PageTable {
         Run::new(PageNo(page.0 - u64::from(before)), before + after)
     }
 
-    /// The 2 MiB block of a page, cut off at the end of memory.
+    /// The 2 MiB block of a page, cut off where its memory ends.
     pub fn block_of(&self, page: PageNo) -> Run {
         let start = PageNo(page.0 - page.0 % u64::from(BLOCK_PAGES));
+        if let Ok(at) = self.short.binary_search_by_key(&start, |run| run.start) {
+            return self.short[at];
+        }
         Run::new(start, (self.pages() - start.0).min(u64::from(BLOCK_PAGES)) as u32)
     }
 
@@ -317,5 +351,25 @@ mod tests {
             Run::new(PageNo(11), 501)
         );
         assert_eq!(table.block_of(PageNo(599)), Run::new(PageNo(512), 88));
+    }
+
+    #[test]
+    fn what_fills_a_block_up_is_no_memory() {
+        let short = vec![Run::new(PageNo(0), 1), Run::new(PageNo(1024), 511)];
+        let table = PageTable::new(1536).with_short_blocks(short.clone());
+        assert_eq!((table.pages(), table.memory_pages()), (1536, 1 + 512 + 511));
+        assert_eq!(table.block_of(PageNo(0)), short[0]);
+        assert_eq!(table.block_of(PageNo(600)), Run::new(PageNo(512), 512));
+        assert_eq!(table.block_of(PageNo(1100)), short[1]);
+        for (start, len, found) in [
+            (0, 1, None),
+            (0, 2, Some(1)),
+            (400, 112, Some(400)),
+            (512, 1023, None),
+            (512, 1024, Some(1535)),
+            (0, 1536, Some(1)),
+        ] {
+            assert_eq!(table.first_of_nobody(Run::new(PageNo(start), len)), found.map(PageNo), "{start}");
+        }
     }
 }

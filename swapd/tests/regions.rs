@@ -296,8 +296,9 @@ fn what_cannot_be_attached_is_refused_with_the_reason() {
         Engine::start_external(config, sizes, Box::new(|_| {})).unwrap_err().to_string()
     };
     assert!(refused(&[32 * MIB, 30 * MIB]).contains("give each of its regions once"));
-    assert!(refused(&[33 * MIB, 31 * MIB]).contains("multiple of 2 MiB"));
-    assert!(refused(&[64 * MIB, 0]).contains("multiple of 2 MiB"));
+    assert!(refused(&[33 * MIB, 31 * MIB]).contains("give each of its regions once"));
+    assert!(refused(&[64 * MIB - 100]).contains("multiple of 4 KiB"));
+    assert!(refused(&[64 * MIB, 0]).contains("multiple of 4 KiB"));
     assert!(refused(&[]).contains("give each of its regions once"));
 }
 
@@ -315,4 +316,120 @@ fn frames_are_taken_when_a_region_is_attached() {
     assert!(frames() > 14 * MIB && frames() <= BUDGET, "{}", frames());
     owner.write_all(1);
     owner.assert_right(0..PAGES, 1);
+}
+
+/// None is a multiple of 2 MiB: a page, all of a block but a page, and a few blocks and a half.
+const ODD: [u64; 3] = [PAGE_SIZE as u64, 2 * MIB - PAGE_SIZE as u64, 29 * MIB];
+const ODD_MEMORY: u64 = (2 + 2 + 30) * MIB;
+const ODD_PAGES: u64 = 1 + 511 + 29 * 256;
+/// Page numbers that no region has.
+const NOBODYS: [(u64, u32); 3] = [(1, 511), (1023, 1), (1024 + 29 * 256, 256)];
+
+#[test]
+fn regions_of_any_number_of_pages_work_to_their_last_page_and_no_further() {
+    const GUARD: u8 = 0xA5;
+    for budget in [16 * MIB, ODD_PAGES * PAGE_SIZE as u64, ODD_MEMORY] {
+        let config = config(ODD_MEMORY, budget, store_directory(), false);
+        let engine = match Engine::start_external(config, &ODD, Box::new(|_| {})) {
+            Ok(engine) => engine,
+            Err(StartError::Host(reason)) => return skipped(&reason),
+            Err(error) => panic!("{error}"),
+        };
+        let handle = engine.handle();
+        // Each with 4 MiB of somebody else's memory behind it, which has content.
+        let bases = ODD.map(|bytes| {
+            let behind = 4 * MIB as usize;
+            let mapping =
+                map(0, bytes as usize + behind + 2 * MIB as usize, libc::PROT_READ | libc::PROT_WRITE, 0);
+            let base = mapping.next_multiple_of(2 * MIB as usize);
+            // SAFETY: within the mapping, which only this test has.
+            unsafe { std::ptr::write_bytes((base + bytes as usize) as *mut u8, GUARD, behind) };
+            base
+        });
+        // A guest that is at work in one region before the next is there.
+        let words = |region: usize, round: u64, write: bool| {
+            (0..ODD[region] / PAGE_SIZE as u64).all(|page| {
+                let word = (bases[region] + page as usize * PAGE_SIZE) as *mut u64;
+                let right = (region as u64) << 48 | page << 16 | round;
+                // SAFETY: within the region; volatile, for the engine works on it too.
+                unsafe {
+                    if write {
+                        word.write_volatile(right);
+                    }
+                    word.read_volatile() == right
+                }
+            })
+        };
+        for region in 0..3 {
+            // SAFETY: just mapped, longer than the region; it stays until the process ends.
+            unsafe { handle.attach(region, bases[region] as *mut u8) }.unwrap();
+            assert!(words(region, 1, true));
+        }
+        assert!((0..3).all(|region| words(region, 1, false)), "budget {budget}");
+        let stats = handle.stats().unwrap();
+        let all = ODD_PAGES * PAGE_SIZE as u64;
+        assert_eq!(stats.memory_bytes, ODD_MEMORY);
+        assert_eq!(stats.untouched_bytes, ODD_MEMORY - all);
+        assert!(stats.frames_bytes <= budget.min(all), "{stats:?}");
+        if budget >= all {
+            assert_eq!(stats.resident_bytes, all, "all of it fits, to the byte");
+        }
+        handle.track_writes(true).unwrap();
+        handle.collect_written().unwrap();
+        assert!((0..3).all(|region| words(region, 2, true)));
+        let written = count(&handle.collect_written().unwrap());
+        assert!(written >= ODD_PAGES, "{written}");
+        handle.track_writes(false).unwrap();
+        let everything = Run::new(PageNo(0), (ODD_MEMORY / PAGE_SIZE as u64) as u32);
+        for (start, len) in NOBODYS {
+            let pieces = handle.hold(Run::new(PageNo(start), len)).unwrap();
+            assert!(pieces.iter().all(|piece| piece.place == Place::Zero), "{pieces:?}");
+            handle.release(Run::new(PageNo(start), len)).unwrap();
+        }
+        handle.evict(everything).unwrap();
+        assert_eq!(handle.stats().unwrap().stored_bytes, all);
+        assert!((0..3).all(|region| words(region, 2, false)));
+        handle.discard(everything).unwrap();
+        assert_eq!(handle.stats().unwrap().untouched_bytes, ODD_MEMORY);
+        for (base, bytes) in bases.iter().zip(ODD) {
+            let behind = (base + bytes as usize) as *const u8;
+            // SAFETY: memory behind the region, mapped above.
+            let kept = (0..4 * MIB as usize).all(|at| unsafe { behind.add(at).read_volatile() } == GUARD);
+            assert!(kept, "memory behind a region was touched");
+        }
+    }
+}
+
+/// A source that sends content for pages that are nobody's.
+#[test]
+fn nothing_arrives_where_there_is_no_memory() {
+    let config = config(ODD_MEMORY, 16 * MIB, store_directory(), false);
+    let engine = match Engine::start_external(config, &ODD, Box::new(|_| {})) {
+        Ok(engine) => engine,
+        Err(StartError::Host(reason)) => return skipped(&reason),
+        Err(error) => panic!("{error}"),
+    };
+    let handle = engine.handle();
+    for (region, bytes) in ODD.into_iter().enumerate() {
+        let base = map(0, bytes as usize, libc::PROT_READ | libc::PROT_WRITE, 0);
+        // SAFETY: just mapped, and stays until the process ends.
+        unsafe { handle.attach(region, base as *mut u8) }.unwrap();
+    }
+    let pages = ODD_MEMORY / PAGE_SIZE as u64;
+    handle.start_receiving_async(vec![0; pages as usize]).blocking_recv().unwrap().unwrap();
+    for (start, len) in NOBODYS {
+        let page = PageNo(start + u64::from(len) - 1);
+        let slots = handle.grant_frames_async(1).blocking_recv().unwrap().unwrap();
+        let sums = vec![0; 1];
+        let arrival = swapd::Arrival { run: Run::new(page, 1), slots, sums, again: false };
+        let refused = handle.arrive_async(arrival).blocking_recv().unwrap();
+        assert!(matches!(refused, Err(CommandError::OutOfRange(at)) if at == page), "{refused:?}");
+        handle.return_frames_async(slots).blocking_recv().unwrap().unwrap();
+        let refused = handle.arrive_poisoned_async(Run::new(page, 1)).blocking_recv().unwrap();
+        assert!(matches!(refused, Err(CommandError::OutOfRange(at)) if at == page), "{refused:?}");
+    }
+    // That they are empty, it may say.
+    handle.arrive_zero_async(Run::new(PageNo(0), pages as u32)).blocking_recv().unwrap().unwrap();
+    let placed = handle.finish_receiving_async().blocking_recv().unwrap().unwrap();
+    assert_eq!((placed.pages_zero, placed.pages_ram), (pages, 0));
 }

@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use super::{Resource, What, list};
+use super::{Resource, SOCKET_PATH_MAX, What, fits_a_socket, list};
 use crate::qemu::options::CommandLine;
 use crate::qemu::{Failure, Kind};
 
@@ -18,6 +18,8 @@ pub trait Host: std::fmt::Debug {
     fn has_interface(&self, name: &str) -> bool;
     /// Somebody listens at this Unix socket.
     fn is_bound(&self, path: &Path) -> bool;
+    /// Where its links lead, if that is a place of the process that opens it.
+    fn leads_into_process(&self, path: &Path) -> Option<PathBuf>;
 }
 
 /// The host that this process runs on, in its own namespaces.
@@ -53,6 +55,10 @@ impl Host for ThisHost {
         // Numbers, then the path: the first slash is the path's.
         bound.lines().any(|line| line.find('/').is_some_and(|at| &line[at..] == path))
     }
+
+    fn leads_into_process(&self, path: &Path) -> Option<PathBuf> {
+        super::descriptors::behind(path)
+    }
 }
 
 /// Everything that is missing, one line each; empty if nothing is.
@@ -83,6 +89,21 @@ fn lacks(resource: &Resource, host: &dyn Host) -> Option<String> {
         // A name alone is looked up by QEMU itself.
         let of_qemu = *what == What::Firmware && !name.contains('/');
         return if of_qemu { None } else { say(format!("{noun} {name:?} is not an absolute path")) };
+    }
+    if what.is_path()
+        && let Some(leads) = host.leads_into_process(&path)
+    {
+        let leads = leads.display();
+        return say(format!(
+            "{noun} {name} is a link to {leads}, which is another thing in each process: map its name to that of a file"
+        ));
+    }
+    if what.is_socket() && !fits_a_socket(name) {
+        let text = format!(
+            "socket {name} is too long for a socket's path, which has {SOCKET_PATH_MAX} bytes at most: map it to a shorter \
+             name by a rule"
+        );
+        return say(text);
     }
     let gone = || say(format!("{noun} {name} is missing here: make it, or map its name by a rule"));
     match what {
@@ -134,10 +155,10 @@ fn lacks(resource: &Resource, host: &dyn Host) -> Option<String> {
                 gone()
             }
         }
-        What::TapMade => None,
+        What::TapMade | What::Reconnects => None,
         What::Descriptor => say(format!(
             "descriptor {name} was given to QEMU by the process that started it, and no other host has it: start the \
-             VM with names (ifname=, path=) instead"
+             VM with names of files, sockets and interfaces (file=, path=, ifname=) instead"
         )),
         What::Screen => {
             say("a window or terminal does not move: use -display none, -vnc or -spice".to_owned())
@@ -172,6 +193,9 @@ mod tests {
         }
         fn is_bound(&self, path: &Path) -> bool {
             self.bound.iter().any(|name| Path::new(name) == path)
+        }
+        fn leads_into_process(&self, path: &Path) -> Option<PathBuf> {
+            (path == Path::new("/link")).then(|| "/dev/fd/3".into())
         }
     }
 

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{SeeOne, What};
-use crate::qemu::props::Props;
+use crate::qemu::props::{Props, json};
 
 /// Filters over one image: nobody means more, and a stranger's command line may name any number.
 const FILTERS_MAX: u32 = 8;
@@ -31,9 +31,10 @@ fn disk_within(filters: u32, spec: &str, see: SeeOne<'_>) -> Option<String> {
             see(What::Disk, rest).map(|path| format!("{protocol}:{path}"))
         }
         "json" => {
-            let mut props = match serde_json::from_str::<Value>(rest) {
+            let mut props = match json(rest) {
                 Ok(value @ Value::Object(_)) => Props::Json(value),
-                _ => return None,
+                // QEMU does not take it either.
+                _ => return see(What::Disk, spec),
             };
             storage("blockdev", &mut props, see).then(|| format!("json:{}", props.print()))
         }

@@ -112,7 +112,7 @@ impl Core {
 
     /// Every page can have a frame: nothing need ever leave.
     pub(super) fn covers(&self) -> bool {
-        self.budget >= self.table.pages()
+        self.budget >= self.table.memory_pages()
     }
 
     pub(super) fn set_budget(
@@ -145,7 +145,7 @@ impl Core {
             self.actions.push_back(Action::HugePages(!covered));
             self.begin_collapse(false);
         }
-        self.marks = Watermarks::of(frames, self.table.pages(), self.staging.slots());
+        self.marks = Watermarks::of(frames, self.table.memory_pages(), self.staging.slots());
         self.budget_waiters.push(ticket);
         None
     }

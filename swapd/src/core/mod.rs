@@ -226,6 +226,14 @@ impl Core {
         }
     }
 
+    /// The same where some blocks have fewer pages of memory: see [`PageTable::with_short_blocks`].
+    #[must_use]
+    pub fn with_short_blocks(self, short: Vec<Run>) -> Self {
+        let table = self.table.with_short_blocks(short);
+        let marks = Watermarks::of(self.budget, table.memory_pages(), self.staging.slots());
+        Core { table, marks, ..self }
+    }
+
     /// The next thing to do. Call after every event until it says none.
     pub fn next_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
@@ -300,7 +308,7 @@ impl Core {
             Request::SetBudget(bytes) => self.set_budget(ticket, bytes),
             Request::Discard(run) => Some(self.checked(run).map(|()| self.discard(run))),
             Request::Evict(run) => self.evict_on_request(ticket, run),
-            Request::Fill(run) => Some(self.checked(run).map(|()| self.fill_ahead(run))),
+            Request::Fill(run) => Some(self.checked_memory(run).map(|()| self.fill_ahead(run))),
             Request::TrackWrites(on) => Some(Ok(self.track_writes(on))),
             Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
             Request::CollectWritten => self.collect_written(ticket),
@@ -316,9 +324,13 @@ impl Core {
             Request::UpdateHeat(heat) => Some(self.update_heat(&heat)),
             Request::GrantFrames(count) => self.grant(ticket, count),
             Request::ReturnFrames(slots) => Some(Ok(self.return_frames(slots))),
-            Request::Arrive(arrival) => Some(self.checked(arrival.run).and_then(|()| self.arrive(&arrival))),
+            Request::Arrive(arrival) => {
+                Some(self.checked_memory(arrival.run).and_then(|()| self.arrive(&arrival)))
+            }
             Request::ArriveZero(run) => Some(self.checked(run).and_then(|()| self.arrive_zero(run))),
-            Request::ArrivePoisoned(run) => Some(self.checked(run).and_then(|()| self.arrive_poisoned(run))),
+            Request::ArrivePoisoned(run) => {
+                Some(self.checked_memory(run).and_then(|()| self.arrive_poisoned(run)))
+            }
             Request::SettleReceiving => self.settle_receiving(ticket),
             Request::FinishReceiving => Some(self.finish_receiving()),
             Request::RecordFaults(_) => Some(Err(CommandError::NotNow("there is no clock here"))),
@@ -333,6 +345,12 @@ impl Core {
             Some(end) if end <= self.table.pages() => Ok(()),
             _ => Err(CommandError::OutOfRange(run.start.plus(run.len.saturating_sub(1)))),
         }
+    }
+
+    /// The same for what needs a place in memory.
+    fn checked_memory(&self, run: Run) -> Result<(), CommandError> {
+        self.checked(run)?;
+        self.table.first_of_nobody(run).map_or(Ok(()), |page| Err(CommandError::OutOfRange(page)))
     }
 
     // ── moves ────────────────────────────────────────────────────────────────────────────

@@ -85,6 +85,11 @@ impl Engine {
     /// The smallest RAM budget.
     pub const MIN_BUDGET_BYTES: u64 = BUDGET_MIN * PAGE_SIZE as u64;
 
+    /// What a region of so many bytes takes of a VM's memory; None if that is more than there are addresses.
+    pub fn rounded(region_bytes: u64) -> Option<u64> {
+        region_bytes.checked_next_multiple_of(bytes_of(u64::from(BLOCK_PAGES)))
+    }
+
     /// Bytes that are locked of a VM of so much memory, unless it does without.
     pub fn locked_bytes(memory_bytes: u64) -> u64 {
         memory_bytes + Memory::staging_bytes(slots_and_blocks(memory_bytes)) as u64
@@ -109,9 +114,9 @@ impl Engine {
         Self::start_with(config, memory, notify)
     }
 
-    /// The same for memory that somebody else maps, in regions of so many bytes: each a multiple of 2 MiB, together the VM's
-    /// memory. Page numbers run on over them. Each serves the VM once it is attached ([`EngineHandle::attach`]); until then its
-    /// pages are untouched.
+    /// The same for memory that somebody else maps, in regions of so many bytes: each whole pages, and together the VM's memory when
+    /// each has been rounded up to 2 MiB ([`Engine::rounded`]), by pages that nobody ever touches. Page numbers run on over them. Each
+    /// region serves the VM once it is attached ([`EngineHandle::attach`]); until then its pages are untouched.
     ///
     /// # Errors
     /// As [`Engine::start`].
@@ -133,7 +138,7 @@ impl Engine {
         notify: Box<dyn Fn(Notice) + Send>,
     ) -> Result<Engine, StartError> {
         let pages = pages_in(config.memory_bytes);
-        memory.allow_huge(config.budget_bytes >= config.memory_bytes);
+        memory.allow_huge(pages_in(config.budget_bytes) >= memory.mapped_pages());
         let memory = Arc::new(memory);
         let faults = Faults::open().map_err(StartError::Host)?;
         faults
@@ -161,7 +166,8 @@ impl Engine {
             slots: staging_slots(pages),
             blocks: staging_blocks(pages),
             sampling: config.sampling,
-        });
+        })
+        .with_short_blocks(memory.short_blocks());
         let (started, start) = mpsc::channel();
         let thread_memory = memory.clone();
         let run = move || {
@@ -296,13 +302,13 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
 }
 
 fn check_regions(config: &EngineConfig, regions: &[u64]) -> Result<(), StartError> {
-    let block = bytes_of(u64::from(BLOCK_PAGES));
-    if let Some(bytes) = regions.iter().find(|bytes| **bytes == 0 || !bytes.is_multiple_of(block)) {
+    if let Some(bytes) = regions.iter().find(|bytes| **bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE as u64))
+    {
         return Err(StartError::Budget(format!(
-            "a memory region of {bytes} bytes is not a multiple of 2 MiB; choose one that is"
+            "a memory region of {bytes} bytes is not a multiple of 4 KiB; choose one that is"
         )));
     }
-    let together = regions.iter().try_fold(0u64, |sum, bytes| sum.checked_add(*bytes));
+    let together = regions.iter().try_fold(0u64, |sum, bytes| sum.checked_add(Engine::rounded(*bytes)?));
     if together != Some(config.memory_bytes) {
         return Err(StartError::Budget(format!(
             "memory regions of {regions:?} bytes are not the VM's memory of {} bytes; give each of its regions once",

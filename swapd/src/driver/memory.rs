@@ -176,8 +176,19 @@ impl Memory {
         Ok(())
     }
 
+    /// With the pages that fill blocks up.
     pub(crate) fn guest_len(&self) -> usize {
         self.regions.bytes()
+    }
+
+    /// Without them.
+    pub(super) fn mapped_pages(&self) -> u64 {
+        self.pages().map(|run| u64::from(run.len)).sum()
+    }
+
+    /// Of blocks that are not full, the pages that are memory.
+    pub(super) fn short_blocks(&self) -> Vec<Run> {
+        self.regions.short_blocks()
     }
 
     /// All pages of guest memory.

@@ -1,11 +1,12 @@
 //! Where guest memory is mapped: page numbers run on over a few regions, each of them one piece of the address space.
 //!
-//! A region that nobody has mapped yet has no address. To the core its pages are untouched.
+//! A region that nobody has mapped yet has no address. To the core its pages are untouched. Each begins at a multiple of 2 MiB of
+//! pages, so that no block of them is in two: those between the end of one region and the next are nobody's.
 //! `mapped_parts` is the only way from a run to addresses, so that no kernel call is given a range that crosses a border.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::units::{PAGE_SIZE, PageNo, Run, pages_in};
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, pages_in};
 
 /// Pages in a run of those that stand for a whole region: 4 TiB.
 const RUN_MAX: u32 = 1 << 30;
@@ -38,6 +39,11 @@ impl Region {
         self.pages as usize * PAGE_SIZE
     }
 
+    /// First page of the next region.
+    fn next(&self) -> PageNo {
+        PageNo(self.first.0 + self.pages.next_multiple_of(u64::from(BLOCK_PAGES)))
+    }
+
     /// Its pages from the `from`th to before the `to`th.
     fn runs(&self, from: u64, to: u64) -> impl Iterator<Item = Run> + use<> {
         let first = self.first.0;
@@ -52,9 +58,9 @@ impl Regions {
     pub(super) fn new(sizes: &[u64]) -> Self {
         let mut next = PageNo(0);
         let regions = sizes.iter().map(|bytes| {
-            let (first, pages) = (next, pages_in(*bytes));
-            next = PageNo(first.0 + pages);
-            Region { first, pages, base: AtomicUsize::new(0) }
+            let region = Region { first: next, pages: pages_in(*bytes), base: AtomicUsize::new(0) };
+            next = region.next();
+            region
         });
         Regions(regions.collect())
     }
@@ -74,8 +80,19 @@ impl Regions {
         self.0.iter().flat_map(|region| region.runs(0, region.pages))
     }
 
+    /// Of all pages, those that are nobody's too.
     pub(super) fn bytes(&self) -> usize {
-        self.0.iter().map(Region::bytes).sum()
+        self.0.last().map_or(0, |region| region.next().offset() as usize)
+    }
+
+    /// Of blocks that are not full, the pages that are in a region.
+    pub(super) fn short_blocks(&self) -> Vec<Run> {
+        let block = u64::from(BLOCK_PAGES);
+        let short = |region: &Region| {
+            let len = region.pages % block;
+            (len > 0).then(|| Run::new(PageNo(region.first.0 + region.pages - len), len as u32))
+        };
+        self.0.iter().filter_map(short).collect()
     }
 
     pub(super) fn base_of(&self, region: usize) -> Option<usize> {
@@ -182,6 +199,21 @@ mod tests {
             let right: Vec<_> = (0..u64::from(PAGES)).map(PageNo).filter(inside).collect();
             prop_assert_eq!(found, right);
         }
+    }
+
+    #[test]
+    fn regions_begin_with_a_block_of_their_own() {
+        let regions = Regions::new(&[4096, 4 << 20, (2 << 20) - 4096, 5 << 20]);
+        let firsts: Vec<u64> = (0..4).flat_map(|nth| regions.runs_of(nth)).map(|run| run.start.0).collect();
+        assert_eq!(firsts, [0, 512, 1536, 2048]);
+        let short = [(0, 1), (1536, 511), (3072, 256)].map(|(start, len)| Run::new(PageNo(start), len));
+        assert_eq!(regions.short_blocks(), short);
+        assert_eq!(regions.bytes(), 14 << 20);
+        regions.set_base(1, 0x4000_0000);
+        regions.set_base(0, 0x7000_0000);
+        let all: Vec<_> = regions.mapped_parts(Run::new(PageNo(0), 3584)).collect();
+        assert_eq!(all, [(Run::new(PageNo(0), 1), 0x7000_0000), (Run::new(PageNo(512), 1024), 0x4000_0000)]);
+        assert_eq!((Regions::new(&SIZES).short_blocks(), Regions::new(&[]).bytes()), (vec![], 0));
     }
 
     #[test]
