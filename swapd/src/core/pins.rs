@@ -122,7 +122,12 @@ impl Core {
     /// Who waits for a smaller budget is told when it is not going to be kept any time soon.
     fn tell_held(&mut self) {
         let (fewest, since) = self.pins.fewest;
-        if self.budget_waiters.is_empty() || self.taken <= self.budget || mutant!(WaitsForPinnedForEver) {
+        if self.budget_waiters.is_empty() || mutant!(WaitsForPinnedForEver) {
+            return;
+        }
+        // So that the figures are those of this moment.
+        self.give_back();
+        if self.budget_waiters.is_empty() {
             return;
         }
         if self.taken < fewest {
@@ -141,7 +146,9 @@ impl Core {
 
     /// Of a run that somebody wants out of RAM since that tick: what keeps it there, if it has been tried for long enough.
     pub(super) fn held_too_long(&self, run: Run, since: u64) -> Option<CommandError> {
-        let pages = run.pages().filter(|page| self.table.has(*page, Flag::Pinned)).count() as u64;
-        (pages > 0 && self.tick - since >= self.patience()).then_some(CommandError::Pinned { pages })
+        let pinned = run.pages().any(|page| self.table.has(page, Flag::Pinned));
+        let here = run.pages().filter(|page| self.table.state(*page) == PageState::Resident);
+        (pinned && self.tick - since >= self.patience())
+            .then(|| CommandError::Pinned { pages: here.count() as u64 })
     }
 }
