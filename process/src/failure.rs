@@ -25,6 +25,8 @@ pub enum Kind {
     Vm,
     /// A hand-over was interrupted and it is not known which side has the VM; or whether it runs is not known.
     InDoubt,
+    /// The VM has moved away: it runs at another host, and is not to be started here again.
+    Moved,
     /// Ctrl-C or a termination signal.
     Interrupted,
 }
@@ -41,6 +43,7 @@ impl Kind {
             Kind::Link => 6,
             Kind::Vm => 7,
             Kind::InDoubt => 8,
+            Kind::Moved => 10,
             Kind::Interrupted => 130,
         }
     }
@@ -93,7 +96,7 @@ impl From<swapd::CommandError> for Failure {
         use swapd::CommandError as E;
         let kind = match &error {
             E::BudgetTooSmall { .. } | E::BudgetTooLarge { .. } | E::OutOfRange(_) => Kind::Usage,
-            E::Store(_) => Kind::Resources,
+            E::Store(_) | E::StillAbove { .. } | E::Pinned { .. } => Kind::Resources,
             E::NotNow(_) => Kind::Name,
             E::Gone => Kind::Vm,
         };

@@ -67,7 +67,7 @@ pub(crate) fn migrate(
                 }
             }
             Ok(Step::Ended(result)) => return report(vm, &request.to, result),
-            Err(RecvTimeoutError::Timeout) if client.gone() => vm.cancel.store(true, Ordering::SeqCst),
+            Err(RecvTimeoutError::Timeout) if client.gone() || client.cancels() => vm.cancel.store(true, Ordering::SeqCst),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Failure::new(
@@ -232,6 +232,11 @@ fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value,
             let still_here = error.still_here();
             let mut failure = Failure::from(error);
             if still_here {
+                if let Some(by) = vm.core(|core| core.ender) {
+                    let name = &vm.facts.name;
+                    failure.text = format!("{} by {by}: {name:?} has not moved, and ends here", failure.text);
+                    return Err(failure);
+                }
                 let stays = match vm.guest_failure() {
                     Some(_) => "stays here, failed",
                     None if vm.core(|core| core.stalled.is_some()) => "stays here, stalled",
