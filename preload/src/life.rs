@@ -8,7 +8,7 @@ use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
@@ -253,7 +253,9 @@ impl Leftovers {
         else {
             return;
         };
-        MOVED.store(leftovers.name.has_moved(), Ordering::SeqCst);
+        if let Some(kind) = leftovers.name.end() {
+            END.store(kind.exit_code(), Ordering::SeqCst);
+        }
         leftovers.name.release();
         if let Some(path) = leftovers.qmp {
             let _ = std::fs::remove_file(path);
@@ -266,17 +268,18 @@ extern "C" fn at_exit() {
     let _ = std::panic::catch_unwind(Leftovers::remove);
 }
 
-/// The VM runs elsewhere, as this process ends.
-static MOVED: AtomicBool = AtomicBool::new(false);
+/// The exit code, if it is not QEMU's to say: the VM runs elsewhere, or may.
+static END: AtomicU8 = AtomicU8::new(0);
 
-/// QEMU was told to quit and knows nothing of where its guest went: whoever started it is told by the exit code. By then its own
+/// QEMU was told to quit (or was ended in the middle of a hand-over) and knows nothing of where its guest went: whoever started it is told by the exit code. By then its own
 /// exit handlers have run.
 extern "C" fn at_last() {
-    if MOVED.load(Ordering::SeqCst) {
+    let code = END.load(Ordering::SeqCst);
+    if code != 0 {
         // SAFETY: with a null argument all of the C library's streams are flushed; then the process ends at once.
         unsafe {
             libc::fflush(std::ptr::null_mut());
-            libc::_exit(i32::from(Kind::Moved.exit_code()));
+            libc::_exit(i32::from(code));
         }
     }
 }

@@ -205,7 +205,11 @@ mod tests {
         // As in a process that is killed: nothing removes the file, the kernel the lock.
         two.hand_over(7);
         assert_eq!(all(&dir).unwrap().len(), 1);
-        assert_eq!(std::fs::read_dir(dir.grants_dir().unwrap()).unwrap().count(), 1, "the dead one's is gone");
+        assert_eq!(
+            std::fs::read_dir(dir.grants_dir().unwrap()).unwrap().count(),
+            1,
+            "the dead one's is gone"
+        );
         drop(one);
         assert_eq!(all(&dir).unwrap(), []);
         std::fs::remove_dir_all(path).unwrap();

@@ -67,7 +67,9 @@ pub(crate) fn migrate(
                 }
             }
             Ok(Step::Ended(result)) => return report(vm, &request.to, result),
-            Err(RecvTimeoutError::Timeout) if client.gone() || client.cancels() => vm.cancel.store(true, Ordering::SeqCst),
+            Err(RecvTimeoutError::Timeout) if client.gone() || client.cancels() => {
+                vm.cancel.store(true, Ordering::SeqCst)
+            }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Failure::new(

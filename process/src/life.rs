@@ -111,7 +111,13 @@ pub(crate) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
 impl Vm {
     /// From now on a migration that ends knows why. Until when it is waited for.
     fn is_to_end(&self, end: Ended, by: &'static str) -> (Ended, Instant) {
-        self.core(|core| core.ender = Some(by));
+        let migrating = self.core(|core| {
+            core.ender = Some(by);
+            matches!(core.phase, Phase::Migrating)
+        });
+        if migrating {
+            info!(vm = %self.facts.name, by, "it is to end here: its migration is cancelled, if it is not too late for that");
+        }
         (end, Instant::now() + CANCEL_TIMEOUT)
     }
 
@@ -128,7 +134,7 @@ impl Vm {
     }
 
     /// Where a VM may run whose process ends in the middle of a hand-over.
-    fn may_run_at(&self) -> Option<String> {
+    pub(crate) fn may_run_at(&self) -> Option<String> {
         self.core(|core| {
             let Phase::Migrating = core.phase else { return None };
             // From then on the target may start it.

@@ -11,7 +11,7 @@ use crate::actions::Control;
 use crate::arrive::Arrival;
 use crate::control::rundir::Claim;
 use crate::control::server::Server;
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 use crate::granted::{Granted, Share};
 use crate::guest::{Guest, Newcomer};
 use crate::life::{self, End};
@@ -45,7 +45,8 @@ impl Process {
         (claim, listener): (Claim, UnixListener),
         owner: Owner,
     ) -> Result<Process, Failure> {
-        let granted = Granted::new(claim.dir(), &format!("{}-{}", facts.name, std::process::id()), Share::of(&facts))?;
+        let granted =
+            Granted::new(claim.dir(), &format!("{}-{}", facts.name, std::process::id()), Share::of(&facts))?;
         Process::begin_granted(facts, (claim, listener), granted, owner)
     }
 
@@ -150,8 +151,13 @@ impl NameHold {
         drop(lock(&self.0.granted).take());
     }
 
-    /// Whether the VM runs elsewhere now.
-    pub fn has_moved(&self) -> bool {
-        self.0.core(|core| matches!(core.phase, Phase::Moved { .. }))
+    /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be started here again.
+    /// Before [`NameHold::release`].
+    pub fn end(&self) -> Option<Kind> {
+        match self.0.core(|core| core.phase.clone()) {
+            Phase::Moved { .. } => Some(Kind::Moved),
+            Phase::InDoubt { .. } => Some(Kind::InDoubt),
+            _ => self.0.may_run_at().map(|_| Kind::InDoubt),
+        }
     }
 }

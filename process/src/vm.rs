@@ -13,8 +13,8 @@ use tracing::{info, warn};
 use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::failure::{Failure, Kind};
-use crate::guest::{Guest, GuestView};
 use crate::granted::Granted;
+use crate::guest::{Guest, GuestView};
 use crate::memory::MemoryView;
 use crate::size::Size;
 
@@ -44,7 +44,8 @@ pub struct Facts {
 }
 
 /// For a user: what may hold pages in RAM.
-pub(crate) const PINNED_BY: &str = "pinned by something: I/O under way, or buffers that are registered with io_uring, VFIO or RDMA";
+pub(crate) const PINNED_BY: &str =
+    "pinned by something: I/O under way, or buffers that are registered with io_uring, VFIO or RDMA";
 /// Without an answer for so long, `stat` says that the store does not give one.
 const STORE_SILENCE_MS: u64 = 5000;
 
@@ -400,16 +401,17 @@ fn state_of(core: &Core, failed: Option<String>, memory: &Stats) -> (State, Opti
 /// What is wrong with the store, or the RAM, of a VM that can do with it for now.
 fn trouble(memory: &Stats) -> Option<String> {
     let store = &memory.store;
-    let [pinned, budget, held] = [memory.pinned_bytes, memory.ram_budget_bytes, memory.frames_bytes].map(Size);
+    let [pinned, budget, held] =
+        [memory.pinned_bytes, memory.ram_budget_bytes, memory.frames_bytes].map(Size);
     match &store.failed {
         None if memory.starved_ms > 0 => Some(format!(
             "it has waited for RAM for {} s: of its {budget:#}, {pinned:#} are {PINNED_BY}; it goes on when these are let go of, or \
              with more (`vmemd set … --ram SIZE`)",
             memory.starved_ms / 1000
         )),
-        None if held > budget && pinned.bytes() > 0 => Some(format!(
-            "it holds {held:#} of RAM, above its {budget:#}: {pinned:#} are {PINNED_BY}"
-        )),
+        None if held > budget && pinned.bytes() > 0 => {
+            Some(format!("it holds {held:#} of RAM, above its {budget:#}: {pinned:#} are {PINNED_BY}"))
+        }
         Some(reason) => Some(format!("{reason}; as long as that lasts it has only its RAM")),
         None if store.oldest_ms >= STORE_SILENCE_MS => {
             Some(format!("the store has not answered for {} s", store.oldest_ms / 1000))

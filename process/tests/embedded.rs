@@ -16,8 +16,8 @@ use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, StartError, StoreConfig};
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, Force, GuestStat, MigrateRequest, Request, State, Trust};
 use vmprocess::control::rundir::{Place, RunDir};
-use vmprocess::granted::{Granted, Share};
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::granted::{Granted, Share};
 use vmprocess::{
     Arrival, ArriveSettings, End, Facts, Guest, GuestView, Memory, MemorySpec, Newcomer, Owner, Process,
     passing,

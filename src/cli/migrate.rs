@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 use vmprocess::control::client::VmClient;
-use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request, State};
+use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request};
 use vmprocess::control::rundir::{Place, RunDir};
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::signals;
@@ -23,7 +23,7 @@ const START_GRACE: Duration = Duration::from_secs(1);
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a cancelled migration may take to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
-const CANCEL_POLL: Duration = Duration::from_millis(50);
+const FIND_POLL: Duration = Duration::from_millis(50);
 
 pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
     signals::install()?;
@@ -37,15 +37,13 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
         check_placement: args.check_placement,
         trust: args.trust.read()?,
     });
-    let (place, mut vm) = find(dir, &args.name)?;
+    let mut vm = find(dir, &args.name)?;
     let bar = Bar::new(&args.name);
     let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
     bar.end();
     match answer {
         Err(failure) if failure.kind == Kind::Interrupted && signals::caught().is_some() => {
-            // Closing the connection is what cancels.
-            drop(vm);
-            Err(cancelled(dir, &args.name, &place))
+            Err(cancelled(&args.name, vm))
         }
         Err(failure) => Err(failure),
         Ok(report) => {
@@ -63,42 +61,33 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
 
 /// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above), or which may be arriving and
 /// change its place.
-fn find(dir: &RunDir, name: &str) -> Result<(Place, VmClient), Failure> {
+fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
     let deadline = Instant::now() + START_GRACE;
-    let connect = |place: Place| VmClient::connect_to(dir, &place).map(|vm| (place, vm));
+    let connect = |place: Place| VmClient::connect_to(dir, &place);
     loop {
         match dir.find(name).and_then(connect) {
             Err(failure) if failure.kind == Kind::Name && Instant::now() < deadline => {
                 signals::check()?;
-                std::thread::sleep(CANCEL_POLL);
+                std::thread::sleep(FIND_POLL);
             }
             found => return found,
         }
     }
 }
 
-/// Waits until the VM's process has seen that the migration is cancelled, and says where the VM is.
-fn cancelled(dir: &RunDir, name: &str, place: &Place) -> Failure {
-    let deadline = Instant::now() + CANCEL_TIMEOUT;
-    loop {
-        let state = VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()).map(|stat| stat.state);
-        let text = match state {
-            Ok(State::Migrating) if Instant::now() < deadline => {
-                std::thread::sleep(CANCEL_POLL);
-                continue;
-            }
-            Ok(State::Migrating) => format!("asked to cancel, but {name:?} is still migrating"),
-            Ok(State::InDoubt) => {
-                return Failure::new(
-                    Kind::InDoubt,
-                    format!("the hand-over of {name:?} is in doubt: see `vmemd resolve {name}`"),
-                );
-            }
-            Ok(State::Moved) | Err(_) => format!("too late to cancel: {name:?} has moved"),
-            Ok(_) => format!("cancelled; {name:?} runs on here"),
-        };
-        return Failure::new(Kind::Interrupted, text);
-    }
+/// Cancels, waits until the VM's process has seen that, and says where the VM is.
+fn cancelled(name: &str, mut vm: VmClient) -> Failure {
+    let text = match vm.cancel(CANCEL_TIMEOUT) {
+        Ok(_) => format!("too late to cancel: {name:?} has moved"),
+        Err(failure) if failure.kind == Kind::InDoubt => {
+            return Failure::new(Kind::InDoubt, format!("{failure}: see `vmemd resolve {name}`"));
+        }
+        // It says where the VM is.
+        Err(failure) if failure.kind != Kind::Other => return failure,
+        // Closing the connection cancels as well, but is not answered.
+        Err(failure) => format!("asked to cancel, but {name:?} may still be migrating ({failure})"),
+    };
+    Failure::new(Kind::Interrupted, text)
 }
 
 /// What a person wants to know afterwards.

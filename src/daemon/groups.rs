@@ -49,7 +49,9 @@ impl Groups {
             let made = fs::create_dir(&dir);
             match made.and_then(|()| File::options().write(true).open(dir.join("cgroup.procs"))) {
                 Ok(procs) => group.0.push((dir, procs)),
-                Err(error) => warn!(vm, group = %dir.display(), %error, "it stays in the daemon's control group"),
+                Err(error) => {
+                    warn!(vm, group = %dir.display(), %error, "it stays in the daemon's control group")
+                }
             }
         }
         (!group.0.is_empty()).then_some(group)
@@ -96,9 +98,8 @@ fn is_delegated(dir: &Path) -> bool {
     DELEGATED.iter().any(|name| {
         let mut value = [0u8; 8];
         // SAFETY: two C strings and a buffer of the length that is given, all of which outlive the call.
-        let length = unsafe {
-            libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len())
-        };
+        let length =
+            unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
         length >= 1 && value[0] == b'1'
     })
 }
@@ -143,7 +144,8 @@ mod tests {
 
     #[test]
     fn a_process_is_found_in_each_hierarchy() {
-        let groups = "9:name=systemd:/system.slice/vmemd.service\n4:memory:/\n0::/system.slice/vmemd.service\n";
+        let groups =
+            "9:name=systemd:/system.slice/vmemd.service\n4:memory:/\n0::/system.slice/vmemd.service\n";
         let found = own_groups(MOUNTS, groups);
         let at = |path: &str| PathBuf::from(path);
         assert_eq!(

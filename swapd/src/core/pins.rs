@@ -85,7 +85,9 @@ impl Core {
         self.tell_held();
         let mut left = AGAIN_A_TICK;
         while left > 0 && !mutant!(NeverRetriesPinned) {
-            let Some((_, run)) = self.pins.given_up.pop_front_if(|(tick, _)| *tick < self.tick) else { break };
+            let Some((_, run)) = self.pins.given_up.pop_front_if(|(tick, _)| *tick < self.tick) else {
+                break;
+            };
             let again = run.part(0, run.len.min(left));
             again.pages().for_each(|page| self.table.put(page, Flag::Pinned, false));
             left -= again.len;
@@ -142,7 +144,6 @@ impl Core {
             self.actions.push_back(Action::Answer { ticket, answer });
         }
     }
-
 
     /// Of a run that somebody wants out of RAM since that tick: what keeps it there, if it has been tried for long enough.
     pub(super) fn held_too_long(&self, run: Run, since: u64) -> Option<CommandError> {

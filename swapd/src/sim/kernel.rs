@@ -330,7 +330,11 @@ impl Sim {
                 if self.core.table().state(page) == PageState::Leaving {
                     let before = self.kernel.refused[page.index()].replace(self.kernel.ticks);
                     self.trace.suspect.set(Some(page));
-                    assert_ne!(before, Some(self.kernel.ticks), "{page} is tried again, and cannot have come free");
+                    assert_ne!(
+                        before,
+                        Some(self.kernel.ticks),
+                        "{page} is tried again, and cannot have come free"
+                    );
                     self.trace.suspect.set(None);
                 }
                 out.push(PageOut::Pinned);

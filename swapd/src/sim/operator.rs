@@ -171,7 +171,10 @@ impl Sim {
             }
             (Asked::Budget, Err(CommandError::StillAbove { held, .. })) => {
                 let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
-                assert!(taken > budget && held == bytes_of(taken), "{held} bytes are said to be above {budget}");
+                assert!(
+                    taken > budget && held == bytes_of(taken),
+                    "{held} bytes are said to be above {budget}"
+                );
             }
             (Asked::Other, Err(CommandError::Pinned { pages })) => assert!(pages > 0, "held by nothing"),
             (Asked::Frames { gone }, Ok(Response::Frames(slots))) => self.granted(slots, gone),
