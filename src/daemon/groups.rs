@@ -45,6 +45,7 @@ impl Groups {
     pub(super) fn make(&self, vm: &str, session: &str) -> Option<Group> {
         let name = format!("{PREFIX}{vm}-{}", session.get(..ID_DIGITS).unwrap_or(session));
         let mut group = Group(Vec::new());
+        self.0.iter().for_each(|dir| remove_empty(dir));
         for dir in self.0.iter().map(|dir| dir.join(&name)) {
             let made = fs::create_dir(&dir);
             match made.and_then(|()| File::options().write(true).open(dir.join("cgroup.procs"))) {

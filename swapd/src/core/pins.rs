@@ -85,9 +85,9 @@ impl Core {
         self.tell_held();
         let mut left = AGAIN_A_TICK;
         while left > 0 && !mutant!(NeverRetriesPinned) {
-            let Some((_, run)) = self.pins.given_up.pop_front_if(|(tick, _)| *tick < self.tick) else {
-                break;
-            };
+            let next = self.pins.given_up.front().copied().filter(|(tick, _)| *tick < self.tick);
+            let Some((_, run)) = next else { break };
+            self.pins.given_up.pop_front();
             let again = run.part(0, run.len.min(left));
             again.pages().for_each(|page| self.table.put(page, Flag::Pinned, false));
             left -= again.len;
