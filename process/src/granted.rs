@@ -180,7 +180,7 @@ mod tests {
             pid: std::process::id(),
             daemon: Some("127.0.0.1:7070".to_owned()),
             engine: EngineKind::Vmemd,
-            memory_bytes: 2 * ram,
+            memory_bytes: ram,
             ram_budget_bytes: ram,
         }
     }
