@@ -333,7 +333,7 @@ fn a_vm_that_runs_at_the_target_is_told_to_be_gone() {
     let Some(mut site) = in_doubt(2, Word::Running, Fault::CutAll) else { return };
     let said = site.here().vmemd(&["resolve", "web", "--force", "gone", "--json"]);
     assert!(said.code == 0 && said.json()["state"] == "moved" && said.err.contains("it is lost"), "{said:?}");
-    site.source.ends_with(0);
+    site.source.ends_with(10);
     assert_eq!(site.settled(), [false, true]);
     site.close();
 }

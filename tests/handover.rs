@@ -145,7 +145,7 @@ fn a_lost_answer_leaves_the_vm_at_the_target() {
     let Some((host, _proxy, _daemon, mut run, said)) = hand_over(Loses::Answer, true, false) else { return };
     assert_eq!(said.code, 0, "{said:?}");
     assert_eq!(said.json()["resolved_later"], true);
-    run.ends_with(0);
+    run.ends_with(10);
     let stat = host.wait_state("web", "running");
     assert_ne!(stat["pid"], run.pid());
     host.wait_rounds("web", 2);
@@ -186,6 +186,6 @@ fn a_vm_in_doubt_ends_here_when_the_target_says_that_it_has_it() {
     let resumed = host.vmemd(&["resume", "web", "--json"]);
     assert_eq!(resumed.code, 0, "{resumed:?}");
     assert_eq!(resumed.json()["state"], "moved");
-    run.ends_with(0);
+    run.ends_with(10);
     host.wait_rounds("web", 1);
 }

@@ -141,7 +141,7 @@ fn a_vm_moves_to_another_daemon_and_back() {
         guest.wait_for("checker memory round=1", BOOT);
         let report = migrate(&here, &there_address);
         assert_eq!(report["bytes_total"], 256 << 20);
-        assert!(guest.wait_end(JOB).success(), "{}", guest.log());
+        assert_eq!(guest.wait_end(JOB).code(), Some(10), "{}", guest.log());
         let pid = runs_on(&there, &guest);
         let stat = there.stat("db").expect("it runs");
         assert_eq!(stat["arrival"]["pageins_during"], 0, "{stat}");
@@ -178,7 +178,7 @@ fn a_vm_that_fits_has_huge_pages_again_when_it_has_arrived() {
     let mut guest = start(&here, &qemu, &Machine::new("256M").run("checker memory 150M 1000000"), &[]);
     guest.wait_for("checker memory round=1", BOOT);
     migrate(&here, &address);
-    assert!(guest.wait_end(JOB).success(), "{}", guest.log());
+    assert_eq!(guest.wait_end(JOB).code(), Some(10), "{}", guest.log());
     let stat = there.wait_state("db", "running");
     let pid = stat["pid"].as_u64().expect("a number") as u32;
     // The rest has holes, or pages in the store.
@@ -308,7 +308,7 @@ fn a_paused_vm_arrives_paused() {
         migrate(from, address);
         let left = if std::ptr::eq(from, &here) { &ours } else { &theirs };
         assert!(UnixStream::connect(left).is_err(), "what it held here is free for its return");
-        assert!(guest.wait_end(JOB).success(), "{}", guest.log());
+        assert_eq!(guest.wait_end(JOB).code(), Some(10), "{}", guest.log());
         to.wait_state("db", "paused");
         assert_eq!(guest.lines().len(), printed, "it ran");
         // Its disks become its own when it runs.

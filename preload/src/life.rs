@@ -8,6 +8,7 @@ use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
@@ -49,6 +50,9 @@ pub(crate) fn prepare() {
         }
     };
     start_logging(settings.log.as_deref());
+    // Before any other: it runs behind all of them.
+    // SAFETY: the handler may run at any exit of the process.
+    unsafe { libc::atexit(at_last) };
     if let Role::Arriving(arrive) = &settings.role {
         farewell::expect(arrive);
     }
@@ -194,13 +198,16 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
             Err(failure) => {
                 let failure = farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why));
                 arrival.refuse(&failure);
+                process.give_up();
                 End { result: Err(failure), quit: false }
             }
         },
     };
     let code = end.result.as_ref().map_or_else(|failure| failure.kind.exit_code(), |()| 0);
-    if let Err(failure) = &end.result {
-        error!(vm = name, "{failure}");
+    match &end.result {
+        Err(failure) if failure.kind == Kind::Moved => info!(vm = name, "{failure}"),
+        Err(failure) => error!(vm = name, "{failure}"),
+        Ok(()) => {}
     }
     if end.quit {
         // QEMU ends now; its exit handler gives the name up.
@@ -254,6 +261,9 @@ impl Leftovers {
         else {
             return;
         };
+        if let Some(kind) = leftovers.name.end() {
+            END.store(kind.exit_code(), Ordering::SeqCst);
+        }
         leftovers.name.release();
         if let Some(path) = leftovers.qmp {
             let _ = std::fs::remove_file(path);
@@ -264,6 +274,22 @@ impl Leftovers {
 extern "C" fn at_exit() {
     // There is nobody left to tell.
     let _ = std::panic::catch_unwind(Leftovers::remove);
+}
+
+/// The exit code, if it is not QEMU's to say: the VM runs elsewhere, or may.
+static END: AtomicU8 = AtomicU8::new(0);
+
+/// QEMU was told to quit (or was ended in the middle of a hand-over) and knows nothing of where its guest went: whoever started it is told by the exit code. By then its own
+/// exit handlers have run.
+extern "C" fn at_last() {
+    let code = END.load(Ordering::SeqCst);
+    if code != 0 {
+        // SAFETY: with a null argument all of the C library's streams are flushed; then the process ends at once.
+        unsafe {
+            libc::fflush(std::ptr::null_mut());
+            libc::_exit(i32::from(code));
+        }
+    }
 }
 
 /// Blocks all signals of this thread for as long as it lives, so that threads started meanwhile never take one: QEMU

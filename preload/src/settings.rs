@@ -48,7 +48,7 @@ fn inherited(settings: &PreloadSettings) -> Vec<RawFd> {
         all.extend([ours, theirs]);
     }
     if let Role::Arriving(arrival) = &settings.role {
-        all.extend([arrival.control_fd, arrival.streams_fd, arrival.listener_fd]);
+        all.extend([arrival.control_fd, arrival.streams_fd, arrival.listener_fd, arrival.granted_fd]);
     }
     all
 }

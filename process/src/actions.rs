@@ -1,6 +1,7 @@
 //! What a VM's process does when it is asked over its control socket.
 
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 
 use serde_json::{Value, json};
 use tracing::info;
@@ -8,7 +9,8 @@ use tracing::info;
 use crate::control::protocol::Request;
 use crate::control::server::{Client, Service};
 use crate::failure::{Failure, Kind};
-use crate::vm::{Event, Phase, Vm};
+use crate::size::Size;
+use crate::vm::{Event, PINNED_BY, Phase, Vm};
 
 /// The VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
 #[derive(Debug)]
@@ -27,9 +29,10 @@ impl Service for Control {
             Request::SetRam { ram_bytes } => vm.set_ram(ram_bytes),
             Request::RecordFaults { seconds } => crate::record::record_faults(vm, seconds, client),
             Request::Migrate(request) => crate::leave::migrate(vm, &request, client),
-            Request::Stop => {
-                let _ = vm.events.send(Event::Stop);
-                Ok(json!({ "name": vm.facts.name, "stopping": true }))
+            Request::Stop => vm.stop(),
+            // During a migration its own connection hears of it: see `leave`.
+            Request::Cancel => {
+                Err(Failure::new(Kind::Name, format!("no migration of {:?} is under way", vm.facts.name)))
             }
         }
     }
@@ -93,6 +96,18 @@ impl Vm {
         self.done("running")
     }
 
+    /// Has the VM end, and says what became of it when that is known: it may have moved meanwhile.
+    fn stop(&self) -> Result<Value, Failure> {
+        let (tell, told) = channel();
+        self.core(|core| match &core.end {
+            Some(end) => drop(tell.send(end.clone())),
+            None => core.stoppers.push(tell),
+        });
+        let _ = self.events.send(Event::Stop);
+        let ended = |_| Failure::new(Kind::Vm, format!("{:?} ended by itself", self.facts.name));
+        told.recv().map_err(ended)?
+    }
+
     fn set_ram(&self, ram_bytes: u64) -> Result<Value, Failure> {
         self.must_be_here("change the budget of")?;
         let engine = self.memory()?.engine()?;
@@ -100,9 +115,26 @@ impl Vm {
         if ram_bytes > before {
             crate::host::need_free_ram(ram_bytes - before, "a larger budget")?;
         }
-        engine.set_budget(ram_bytes).map_err(|error| match error {
+        // On record before it is taken, and for as long as it may be held.
+        if ram_bytes > before {
+            self.note_budget(ram_bytes);
+        }
+        let set = engine.set_budget(ram_bytes);
+        if let Ok(stats) = engine.stats() {
+            self.note_budget(stats.ram_budget_bytes.max(stats.frames_bytes));
+        }
+        set.map_err(|error| match error {
             swapd::CommandError::Store(reason) => {
                 let text = format!("{reason}; its RAM shrinks to the new budget when the store takes writes");
+                Failure::new(Kind::Resources, text)
+            }
+            swapd::CommandError::StillAbove { budget, held, pinned } => {
+                let [budget, held, pinned] = [budget, held, pinned].map(Size);
+                let text = format!(
+                    "{:?} still holds {held:#} of RAM: {pinned:#} cannot leave it ({PINNED_BY}). The budget is {budget:#} from now on, and \
+                     is kept when that is let go of",
+                    self.facts.name
+                );
                 Failure::new(Kind::Resources, text)
             }
             error => error.into(),

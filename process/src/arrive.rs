@@ -1,4 +1,4 @@
-//! A VM that arrives: in a process that the daemon starts, in a session of its own, with three descriptors.
+//! A VM that arrives: in a process that the daemon starts, in a session of its own, with four descriptors.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 use crate::control::protocol::ArrivalStat;
 use crate::control::rundir::{Place, RunDir};
 use crate::failure::{Failure, Kind, chain};
+use crate::granted::{Granted, Share};
 use crate::guest::Newcomer;
 use crate::memory::MemorySpec;
 use crate::passing;
@@ -49,6 +50,8 @@ pub struct ArriveSettings {
     pub streams_fd: RawFd,
     /// The VM's control socket, bound by the daemon under the run directory's lock.
     pub listener_fd: RawFd,
+    /// The record of its RAM ([`crate::granted`]), made and locked by the daemon.
+    pub granted_fd: RawFd,
 }
 
 /// The descriptors, owned.
@@ -56,6 +59,7 @@ struct Passed {
     control: TcpStream,
     streams: UnixStream,
     listener: OwnedFd,
+    granted: OwnedFd,
 }
 
 fn take(settings: &ArriveSettings) -> Result<Passed, Failure> {
@@ -67,7 +71,7 @@ fn take(settings: &ArriveSettings) -> Result<Passed, Failure> {
                 "`vmemd receive` is started by `vmemd serve`, not by hand",
             ));
         }
-        // SAFETY: open, as just checked; the daemon left these three descriptors to this process, which takes each once
+        // SAFETY: open, as just checked; the daemon left these four descriptors to this process, which takes each once
         // and before it opens any of its own.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     };
@@ -75,6 +79,7 @@ fn take(settings: &ArriveSettings) -> Result<Passed, Failure> {
         control: TcpStream::from(own(settings.control_fd)?),
         streams: UnixStream::from(own(settings.streams_fd)?),
         listener: own(settings.listener_fd)?,
+        granted: own(settings.granted_fd)?,
     })
 }
 
@@ -94,8 +99,8 @@ impl Arrival {
     /// # Errors
     /// If the settings are not the daemon's, or the host lacks something. The source has been told if it could be.
     pub fn begin(settings: &ArriveSettings, owner: Owner) -> Result<(Process, Arrival), Failure> {
-        let Passed { mut control, streams, listener } = take(settings)?;
-        match Arrival::serve(settings, listener, owner) {
+        let Passed { mut control, streams, listener, granted } = take(settings)?;
+        match Arrival::serve(settings, listener, granted, owner) {
             Ok((process, registry)) => {
                 Ok((process, Arrival { settings: settings.clone(), control, streams, registry }))
             }
@@ -109,6 +114,7 @@ impl Arrival {
     fn serve(
         settings: &ArriveSettings,
         listener: OwnedFd,
+        granted: OwnedFd,
         owner: Owner,
     ) -> Result<(Process, Registry), Failure> {
         let hello = &settings.hello;
@@ -122,7 +128,8 @@ impl Arrival {
             daemon: Some(settings.daemon.clone()),
             offer: settings.offer.clone(),
         };
-        let process = Process::begin(facts, place, owner)?;
+        let granted = Granted::adopt(&dir, &hello.session.to_string(), granted, Share::of(&facts))?;
+        let process = Process::begin_granted(facts, place, granted, owner)?;
         let registry =
             Registry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
         Ok((process, registry))

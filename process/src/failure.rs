@@ -27,6 +27,8 @@ pub enum Kind {
     InDoubt,
     /// The VM is one, or in a state, that cannot move to another host. Nothing of it has moved.
     CannotMove,
+    /// The VM has moved away: it runs at another host, and is not to be started here again.
+    Moved,
     /// It would have stood still for longer than it may.
     Downtime,
     /// Ctrl-C or a termination signal.
@@ -46,6 +48,7 @@ impl Kind {
             Kind::Vm => 7,
             Kind::InDoubt => 8,
             Kind::CannotMove => 9,
+            Kind::Moved => 10,
             Kind::Downtime => 12,
             Kind::Interrupted => 130,
         }
@@ -99,7 +102,7 @@ impl From<swapd::CommandError> for Failure {
         use swapd::CommandError as E;
         let kind = match &error {
             E::BudgetTooSmall { .. } | E::BudgetTooLarge { .. } | E::OutOfRange(_) => Kind::Usage,
-            E::Store(_) => Kind::Resources,
+            E::Store(_) | E::StillAbove { .. } | E::Pinned { .. } => Kind::Resources,
             E::NotNow(_) => Kind::Name,
             E::Gone => Kind::Vm,
         };

@@ -73,7 +73,9 @@ pub(crate) fn migrate(
                 }
             }
             Ok(Step::Ended(result, cannot)) => return report(vm, &request.to, result, cannot),
-            Err(RecvTimeoutError::Timeout) if client.gone() => vm.cancel.store(true, Ordering::SeqCst),
+            Err(RecvTimeoutError::Timeout) if client.gone() || client.cancels() => {
+                vm.cancel.store(true, Ordering::SeqCst)
+            }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Failure::new(
@@ -251,6 +253,10 @@ fn report(
 
 /// Says what became of a VM that has not left.
 fn stays(vm: &Vm, failure: Failure) -> Failure {
+    if let Some(by) = vm.core(|core| core.ender) {
+        let text = format!("{} by {by}: {:?} has not moved, and ends here", failure.text, vm.facts.name);
+        return Failure { text, ..failure };
+    }
     let stays = match vm.guest_failure() {
         Some(_) => "stays here, failed",
         None if vm.core(|core| core.stalled.is_some()) => "stays here, stalled",

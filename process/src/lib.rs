@@ -31,6 +31,7 @@ pub mod size;
 mod actions;
 mod arrive;
 mod doubt;
+pub mod granted;
 mod guest;
 mod leave;
 mod life;

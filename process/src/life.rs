@@ -5,13 +5,15 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tracing::{error, info, warn};
 
+use crate::control::rundir::Place;
 use crate::control::server::Server;
 use crate::failure::{Failure, Kind};
 use crate::memory::Memory;
 use crate::signals;
-use crate::vm::{Event, Phase, Vm};
+use crate::vm::{Event, Phase, Told, Vm};
 
 /// How often the guest is looked at without an event: only to log that it failed.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -79,9 +81,9 @@ pub(crate) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
             Ok(Event::Notice(notice)) => vm.notice(notice),
             Ok(Event::Arrived(Ok(()))) | Err(RecvTimeoutError::Timeout) => {}
             Ok(Event::Arrived(Err(failure))) => return Ended::NotArrived(failure),
-            Ok(Event::Stop) => ending = Some((Ended::Stopped, Instant::now() + CANCEL_TIMEOUT)),
+            Ok(Event::Stop) => ending = Some(vm.is_to_end(Ended::Stopped, "`vmemd stop`")),
             Ok(Event::Signal(signal)) => {
-                ending = Some((Ended::Signal(signal), Instant::now() + CANCEL_TIMEOUT))
+                ending = Some(vm.is_to_end(Ended::Signal(signal), signals::name(signal)))
             }
             Ok(Event::Moved) => {}
             // The VM itself holds a sender.
@@ -106,10 +108,47 @@ pub(crate) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
     }
 }
 
+impl Vm {
+    /// From now on a migration that ends knows why. Until when it is waited for.
+    fn is_to_end(&self, end: Ended, by: &'static str) -> (Ended, Instant) {
+        let migrating = self.core(|core| {
+            core.ender = Some(by);
+            matches!(core.phase, Phase::Migrating)
+        });
+        if migrating {
+            info!(vm = %self.facts.name, by, "it is to end here: its migration is cancelled, if it is not too late for that");
+        }
+        (end, Instant::now() + CANCEL_TIMEOUT)
+    }
+
+    /// Tells whoever stopped the VM, or does so from now on, what became of it.
+    pub(crate) fn has_ended(&self, told: &Told) {
+        self.core(|core| {
+            core.end.get_or_insert_with(|| told.clone());
+            core.stoppers.drain(..).for_each(|stopper| drop(stopper.send(told.clone())));
+        });
+    }
+
+    pub(crate) fn stopped(&self) -> Told {
+        Ok(json!({ "name": self.facts.name, "state": "stopped" }))
+    }
+
+    /// Where a VM may run whose process ends in the middle of a hand-over.
+    pub(crate) fn may_run_at(&self) -> Option<String> {
+        self.core(|core| {
+            let Phase::Migrating = core.phase else { return None };
+            // From then on the target may start it.
+            let gave_up_name =
+                core.claim.as_ref().is_none_or(|claim| matches!(claim.place(), Place::Leaving(..)));
+            gave_up_name.then(|| core.migration.as_ref().map_or_else(String::new, |stat| stat.to.clone()))
+        })
+    }
+}
+
 /// How a VM's life in this process has ended.
 #[derive(Debug)]
 pub struct End {
-    /// Stopped or moved away, or why it ended otherwise: what the process's exit code says.
+    /// Stopped, or why it ended otherwise ([`Kind::Moved`]: it has moved away): what the process's exit code says.
     pub result: Result<(), Failure>,
     /// The guest has been told to quit. If not, it does not end by itself: it had not come yet, or a vCPU of it waits
     /// for a page that never comes. The process must then be ended without it.
@@ -132,6 +171,11 @@ pub(crate) fn finish(
 ) -> End {
     let name = &vm.facts.name;
     let result = outcome(vm, &ended);
+    vm.has_ended(&match (&ended, &result) {
+        (Ended::Moved { to }, _) => Ok(json!({ "name": name, "state": "moved", "to": to })),
+        (_, Err(failure)) if failure.kind == Kind::InDoubt => Err(failure.clone()),
+        _ => vm.stopped(),
+    });
     let mut quit = false;
     server.drain(DRAIN_TIMEOUT);
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
@@ -162,7 +206,7 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
     match ended {
         Ended::Moved { to } => {
             info!(vm = %name, %to, "the VM has moved; this process ends");
-            return Ok(());
+            return Err(Failure::new(Kind::Moved, format!("{name} has moved to {to}")));
         }
         Ended::NotArrived(failure) => return Err(failure.clone()),
         Ended::Stopped | Ended::Signal(_) => {}
@@ -177,6 +221,13 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
     if let Phase::InDoubt { session, to, .. } = vm.core(|core| core.phase.clone()) {
         let text = format!(
             "{name:?} was stopped here while it was in doubt whether it runs at {to} (session {session})"
+        );
+        return Err(Failure::new(Kind::InDoubt, text));
+    }
+    if let Some(to) = vm.may_run_at() {
+        let text = format!(
+            "{name:?} was stopped here in the middle of its hand-over to {to}, which may have happened: see `vmemd list` there before it \
+             is started again"
         );
         return Err(Failure::new(Kind::InDoubt, text));
     }

@@ -1,9 +1,9 @@
 //! The process of one VM from the claim of its name to its end, for whoever makes the machine.
 
-use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use swapd::Notice;
 
@@ -11,11 +11,12 @@ use crate::actions::Control;
 use crate::arrive::Arrival;
 use crate::control::rundir::Claim;
 use crate::control::server::Server;
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
+use crate::granted::{Granted, Share};
 use crate::guest::{Guest, Newcomer};
-use crate::life::{self, End, Ended};
+use crate::life::{self, End};
 use crate::memory::Memory;
-use crate::vm::{Event, Facts, Phase, Vm};
+use crate::vm::{Event, Facts, Phase, Vm, lock};
 
 /// Whose process a VM lives in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,8 +45,20 @@ impl Process {
         (claim, listener): (Claim, UnixListener),
         owner: Owner,
     ) -> Result<Process, Failure> {
+        let granted =
+            Granted::new(claim.dir(), &format!("{}-{}", facts.name, std::process::id()), Share::of(&facts))?;
+        Process::begin_granted(facts, (claim, listener), granted, owner)
+    }
+
+    /// The same with RAM that is on record already.
+    pub(crate) fn begin_granted(
+        facts: Facts,
+        (claim, listener): (Claim, UnixListener),
+        granted: Granted,
+        owner: Owner,
+    ) -> Result<Process, Failure> {
         let (sender, events) = channel();
-        let vm = Arc::new(Vm::new(facts, Phase::Arriving, claim, sender));
+        let vm = Arc::new(Vm::new(facts, Phase::Arriving, (claim, granted), sender));
         let name = NameHold(vm.clone());
         let serve = || {
             if owner == Owner::Ours {
@@ -60,6 +73,12 @@ impl Process {
                 Err(failure)
             }
         }
+    }
+
+    /// The VM never came to be: tells whoever has stopped it meanwhile.
+    pub fn give_up(&self) {
+        self.vm.has_ended(&self.vm.stopped());
+        self.server.drain(GIVE_UP_DRAIN);
     }
 
     /// What the engine is to tell its notices to.
@@ -87,13 +106,11 @@ impl Process {
             }
             Err(failure) => {
                 memory.stop();
+                self.give_up();
                 return End::failed(failure);
             }
         }
         let ended = life::live(vm, &self.events);
-        if let Ended::Moved { to } = &ended {
-            let _ = writeln!(std::io::stderr(), "{} has moved to {to}", vm.facts.name);
-        }
         life::finish(vm, memory, &self.server, None, ended)
     }
 
@@ -107,6 +124,7 @@ impl Process {
             }
             Err(failure) => {
                 memory.stop();
+                self.give_up();
                 End::failed(failure)
             }
         }
@@ -119,6 +137,9 @@ impl Drop for Process {
     }
 }
 
+/// How long whoever stops a VM that never came to be may take to fetch the answer.
+const GIVE_UP_DRAIN: Duration = Duration::from_secs(3);
+
 /// The VM's name, for letting go of it when the process ends by another way than [`Process`]'s.
 #[derive(Clone, Debug)]
 pub struct NameHold(Arc<Vm>);
@@ -127,5 +148,16 @@ impl NameHold {
     /// Removes the control socket's file. Short, and harmless when repeated: fit for an `atexit` handler.
     pub fn release(&self) {
         drop(self.0.core(|core| core.claim.take()));
+        drop(lock(&self.0.granted).take());
+    }
+
+    /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be started here again.
+    /// Before [`NameHold::release`].
+    pub fn end(&self) -> Option<Kind> {
+        match self.0.core(|core| core.phase.clone()) {
+            Phase::Moved { .. } => Some(Kind::Moved),
+            Phase::InDoubt { .. } => Some(Kind::InDoubt),
+            _ => self.0.may_run_at().map(|_| Kind::InDoubt),
+        }
     }
 }

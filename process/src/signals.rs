@@ -92,12 +92,16 @@ pub fn check() -> Result<(), Failure> {
 }
 
 pub fn interrupted(signal: i32) -> Failure {
-    let name = match signal {
+    Failure::new(Kind::Interrupted, format!("interrupted by {}", name(signal)))
+}
+
+pub(crate) fn name(signal: i32) -> &'static str {
+    match signal {
         libc::SIGINT => "SIGINT (Ctrl-C)",
         libc::SIGTERM => "SIGTERM",
+        libc::SIGHUP => "SIGHUP",
         _ => "a signal",
-    };
-    Failure::new(Kind::Interrupted, format!("interrupted by {name}"))
+    }
 }
 
 /// Waits until a signal is caught or the descriptor has something (or hung up), at most `timeout_ms`.

@@ -7,15 +7,16 @@ use std::time::{Duration, Instant};
 
 use migrate::tls::Security;
 use migrate::{SessionId, Wait};
-use swapd::stats::StoreCounts;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
 use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::failure::{Failure, Kind};
+use crate::granted::Granted;
 use crate::guest::{Guest, GuestView};
 use crate::memory::MemoryView;
+use crate::size::Size;
 
 /// What the process's main loop is told.
 #[derive(Debug)]
@@ -42,6 +43,9 @@ pub struct Facts {
     pub offer: Option<String>,
 }
 
+/// For a user: what may hold pages in RAM.
+pub(crate) const PINNED_BY: &str =
+    "pinned by something: I/O under way, or buffers that are registered with io_uring, VFIO or RDMA";
 /// Without an answer for so long, `stat` says that the store does not give one.
 const STORE_SILENCE_MS: u64 = 5000;
 
@@ -87,7 +91,15 @@ pub(crate) struct Core {
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
     pub(crate) claim: Option<Claim>,
+    /// It is to end, and who wants that.
+    pub(crate) ender: Option<&'static str>,
+    /// Who waits to hear how it ended, and what they are told.
+    pub(crate) stoppers: Vec<Sender<Told>>,
+    pub(crate) end: Option<Told>,
 }
+
+/// What whoever stops a VM is told.
+pub(crate) type Told = Result<serde_json::Value, Failure>;
 
 /// What is waited for, since when, and what ends the waiting.
 #[derive(Clone, Copy, Debug)]
@@ -125,6 +137,8 @@ pub(crate) struct Vm {
     /// One at a time asks what became of a hand-over, and draws the conclusion.
     pub(crate) resolving: Mutex<()>,
     guest: Mutex<Option<Box<dyn Guest>>>,
+    /// Until this process gives everything up.
+    pub(crate) granted: Mutex<Option<Granted>>,
     core: Mutex<Core>,
     /// The guest's last known account, for when it is busy being paused.
     last_seen: Mutex<GuestView>,
@@ -132,7 +146,12 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    pub(crate) fn new(facts: Facts, phase: Phase, claim: Claim, events: Sender<Event>) -> Vm {
+    pub(crate) fn new(
+        facts: Facts,
+        phase: Phase,
+        (claim, granted): (Claim, Granted),
+        events: Sender<Event>,
+    ) -> Vm {
         let core = Core {
             phase,
             paused: false,
@@ -141,6 +160,9 @@ impl Vm {
             waiting: None,
             arrival: None,
             claim: Some(claim),
+            ender: None,
+            stoppers: Vec::new(),
+            end: None,
         };
         Vm {
             facts,
@@ -150,6 +172,7 @@ impl Vm {
             recording: AtomicBool::new(false),
             resolving: Mutex::default(),
             guest: Mutex::new(None),
+            granted: Mutex::new(Some(granted)),
             core: Mutex::new(core),
             last_seen: Mutex::default(),
             started: Instant::now(),
@@ -211,6 +234,21 @@ impl Vm {
         })
     }
 
+    /// What it may have of RAM now.
+    fn budget(&self) -> u64 {
+        let engine = self.memory.get().and_then(|memory| memory.engine().ok()?.stats().ok());
+        engine.map_or(self.facts.budget_bytes, |stats| stats.ram_budget_bytes)
+    }
+
+    /// Puts on record what RAM the VM may have: whoever promises RAM on this host counts it.
+    pub(crate) fn note_budget(&self, bytes: u64) {
+        if let Some(granted) = lock(&self.granted).as_mut()
+            && let Err(error) = granted.set_budget(bytes)
+        {
+            warn!(vm = %self.facts.name, %error, "the record of its RAM is not that of now");
+        }
+    }
+
     fn seen(&self) -> GuestView {
         let mut last = lock(&self.last_seen);
         if let Ok(guest) = self.guest.try_lock()
@@ -242,7 +280,7 @@ impl Vm {
         };
         let seen = self.seen();
         Ok(self.core(|core| {
-            let (state, reason) = state_of(core, seen.failed, &memory.store);
+            let (state, reason) = state_of(core, seen.failed, &memory);
             VmStat {
                 name: self.facts.name.clone(),
                 state,
@@ -275,6 +313,11 @@ impl Vm {
                 self.core(|core| core.stalled.as_mut().map(|stall| stall.relieved = true));
                 self.go_on();
             }
+            Notice::Short { pinned_bytes } => {
+                let (pinned, budget) = (Size(pinned_bytes), Size(self.budget()));
+                warn!(vm = %name, "it waits for RAM: of its {budget:#}, {pinned:#} are {PINNED_BY}; let go of these, or give it more: `vmemd set {name} --ram SIZE`");
+            }
+            Notice::Enough => info!(vm = %name, "it has RAM again"),
             Notice::Poisoned(page) => {
                 warn!(vm = %name, page = page.0, "lost: the store does not give back what was written; the guest gets a memory error if it touches that page");
             }
@@ -333,7 +376,7 @@ impl Vm {
     }
 }
 
-fn state_of(core: &Core, failed: Option<String>, store: &StoreCounts) -> (State, Option<String>) {
+fn state_of(core: &Core, failed: Option<String>, memory: &Stats) -> (State, Option<String>) {
     let stalled = core.stalled.as_ref().map(|stall| {
         let reason = &stall.reason;
         format!(
@@ -348,16 +391,27 @@ fn state_of(core: &Core, failed: Option<String>, store: &StoreCounts) -> (State,
             Some(format!("it may run at {to} (session {session}; {said}): see `vmemd resolve`")),
         ),
         (_, Some(reason)) => (State::Failed, Some(reason)),
-        (Phase::Migrating, None) => (State::Migrating, stalled.or_else(|| trouble(store))),
+        (Phase::Migrating, None) => (State::Migrating, stalled.or_else(|| trouble(memory))),
         (Phase::Here, None) if stalled.is_some() => (State::Stalled, stalled),
-        (Phase::Here, None) if core.paused => (State::Paused, trouble(store)),
-        (Phase::Here, None) => (State::Running, trouble(store)),
+        (Phase::Here, None) if core.paused => (State::Paused, trouble(memory)),
+        (Phase::Here, None) => (State::Running, trouble(memory)),
     }
 }
 
-/// What is wrong with the store of a VM that can do with it for now.
-fn trouble(store: &StoreCounts) -> Option<String> {
+/// What is wrong with the store, or the RAM, of a VM that can do with it for now.
+fn trouble(memory: &Stats) -> Option<String> {
+    let store = &memory.store;
+    let [pinned, budget, held] =
+        [memory.pinned_bytes, memory.ram_budget_bytes, memory.frames_bytes].map(Size);
     match &store.failed {
+        None if memory.starved_ms > 0 => Some(format!(
+            "it has waited for RAM for {} s: of its {budget:#}, {pinned:#} are {PINNED_BY}; it goes on when these are let go of, or \
+             with more (`vmemd set … --ram SIZE`)",
+            memory.starved_ms / 1000
+        )),
+        None if held > budget && pinned.bytes() > 0 => {
+            Some(format!("it holds {held:#} of RAM, above its {budget:#}: {pinned:#} are {PINNED_BY}"))
+        }
         Some(reason) => Some(format!("{reason}; as long as that lasts it has only its RAM")),
         None if store.oldest_ms >= STORE_SILENCE_MS => {
             Some(format!("the store has not answered for {} s", store.oldest_ms / 1000))

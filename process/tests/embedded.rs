@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::IntoRawFd;
+use std::os::fd::{AsFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,6 +17,7 @@ use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, Force, GuestStat, MigrateRequest, Request, State, Trust};
 use vmprocess::control::rundir::{Place, RunDir};
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::granted::{Granted, Share};
 use vmprocess::{
     Arrival, ArriveSettings, End, Facts, Guest, GuestView, Memory, MemorySpec, Newcomer, Owner, Process,
     passing,
@@ -300,6 +301,17 @@ fn settings_of(
     let place = Place::arriving(&hello.name, &hello.session.to_string());
     let (claim, listener) = dir.claim(&dir.lock().unwrap(), place).unwrap();
     claim.hand_over();
+    let share = Share {
+        name: hello.name.clone(),
+        pid: 0,
+        daemon: Some("a daemon".to_owned()),
+        engine: EngineKind::Vmemd,
+        memory_bytes: hello.memory_bytes,
+        ram_budget_bytes: BUDGET,
+    };
+    let granted = Granted::new(dir, &hello.session.to_string(), share).unwrap();
+    let granted_fd = granted.as_fd().try_clone_to_owned().unwrap();
+    granted.hand_over(std::process::id());
     ArriveSettings {
         run_dir: dir.path().to_owned(),
         granted_ram_bytes: BUDGET,
@@ -319,6 +331,7 @@ fn settings_of(
         control_fd: control.into_raw_fd(),
         streams_fd: streams.into_raw_fd(),
         listener_fd: listener.into_raw_fd(),
+        granted_fd: granted_fd.into_raw_fd(),
     }
 }
 

@@ -25,7 +25,7 @@ use crate::vmm::Workload;
 )]
 #[command(
     after_help = "Exit codes: 2 usage, 3 the host lacks something, 4 no such VM or name taken, 5 no room (RAM, store),
-6 peer or link, 7 the VM failed, 8 hand-over in doubt, 130 interrupted, 1 anything else."
+6 peer or link, 7 the VM failed, 8 hand-over in doubt, 10 the VM has moved away, 130 interrupted, 1 anything else."
 )]
 pub(super) struct Cli {
     /// Directory of the VMs' control sockets [default: $VMEMD_RUN_DIR, /run/vmemd, or $XDG_RUNTIME_DIR/vmemd]
@@ -43,7 +43,7 @@ pub(super) enum Command {
   vmemd run --name web --memory 2G --ram 1G --guest rewrite:working-set=1500M
 The QEMU after -- is started as it stands there, with what vmemd needs added (`vmemd qemu-args` shows it), and takes this
 process's place.
-Ctrl-C stops the VM. After it has moved to another host the command ends with 0.")]
+Ctrl-C stops the VM. After it has moved to another host the command ends with 10: not to be started again here.")]
     Run(RunArgs),
     /// Print the QEMU arguments and environment that `run` would use, for a QEMU that something else starts
     #[command(after_help = "Example:

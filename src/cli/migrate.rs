@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use migrate::DowntimeParts;
 use serde_json::Value;
 use vmprocess::control::client::VmClient;
-use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request, State};
+use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request};
 use vmprocess::control::rundir::{Place, RunDir};
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::signals;
@@ -24,7 +24,7 @@ const START_GRACE: Duration = Duration::from_secs(1);
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a cancelled migration may take to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
-const CANCEL_POLL: Duration = Duration::from_millis(50);
+const FIND_POLL: Duration = Duration::from_millis(50);
 
 pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
     signals::install()?;
@@ -40,15 +40,12 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
         trust: args.trust.read()?,
     });
     let mut vm = find(dir, &args.name)?;
-    let pid = vm.stat()?.pid;
     let bar = Bar::new(&args.name);
     let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
     bar.end();
     match answer {
         Err(failure) if failure.kind == Kind::Interrupted && signals::caught().is_some() => {
-            // Closing the connection is what cancels.
-            drop(vm);
-            Err(cancelled(dir, &args.name, pid))
+            Err(cancelled(&args.name, vm))
         }
         Err(failure) => Err(failure),
         Ok(report) => {
@@ -73,43 +70,26 @@ fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
         match dir.find(name).and_then(connect) {
             Err(failure) if failure.kind == Kind::Name && Instant::now() < deadline => {
                 signals::check()?;
-                std::thread::sleep(CANCEL_POLL);
+                std::thread::sleep(FIND_POLL);
             }
             found => return found,
         }
     }
 }
 
-/// The state of the VM in that process, which changes its place when it gives its name up or takes it back.
-fn state_of(dir: &RunDir, name: &str, pid: u32) -> Result<Option<State>, Failure> {
-    let places = dir.places()?.into_iter().filter(|place| place.name() == name);
-    let stats = places.map(|place| VmClient::connect_to(dir, &place).and_then(|mut vm| vm.stat()));
-    Ok(stats.filter_map(Result::ok).find(|stat| stat.pid == pid).map(|stat| stat.state))
-}
-
-/// Waits until the VM's process has seen that the migration is cancelled, and says where the VM is.
-fn cancelled(dir: &RunDir, name: &str, pid: u32) -> Failure {
-    let deadline = Instant::now() + CANCEL_TIMEOUT;
-    loop {
-        // It may be changing its place at this very moment.
-        let look = || state_of(dir, name, pid).ok().flatten();
-        let text = match look().or_else(look) {
-            Some(State::Migrating) if Instant::now() < deadline => {
-                std::thread::sleep(CANCEL_POLL);
-                continue;
-            }
-            Some(State::Migrating) => format!("asked to cancel, but {name:?} is still migrating"),
-            Some(State::InDoubt) => {
-                return Failure::new(
-                    Kind::InDoubt,
-                    format!("the hand-over of {name:?} is in doubt: see `vmemd resolve {name}`"),
-                );
-            }
-            Some(State::Moved) | None => format!("too late to cancel: {name:?} has moved"),
-            Some(_) => format!("cancelled; {name:?} runs on here"),
-        };
-        return Failure::new(Kind::Interrupted, text);
-    }
+/// Cancels, waits until the VM's process has seen that, and says where the VM is.
+fn cancelled(name: &str, mut vm: VmClient) -> Failure {
+    let text = match vm.cancel(CANCEL_TIMEOUT) {
+        Ok(_) => format!("too late to cancel: {name:?} has moved"),
+        Err(failure) if failure.kind == Kind::InDoubt => {
+            return Failure::new(Kind::InDoubt, format!("{failure}: see `vmemd resolve {name}`"));
+        }
+        // It says where the VM is.
+        Err(failure) if failure.kind != Kind::Other => return failure,
+        // Closing the connection cancels as well, but is not answered.
+        Err(failure) => format!("asked to cancel, but {name:?} may still be migrating ({failure})"),
+    };
+    Failure::new(Kind::Interrupted, text)
 }
 
 /// What a person wants to know afterwards.

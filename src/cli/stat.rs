@@ -166,6 +166,11 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
             format!("mismatched {}", stat.guest.mismatched_pages),
         ],
     );
+    if memory.pinned_bytes > 0 {
+        let waits = (memory.starved_ms > 0).then(|| format!("for RAM: {} s", memory.starved_ms / 1000));
+        let cells = [Some(size(memory.pinned_bytes)), waits.map(|waits| format!("waits     {waits}"))];
+        row("pinned", &cells.into_iter().flatten().collect::<Vec<_>>());
+    }
     if memory.poisoned_pages > 0 {
         row("lost", &[lost(memory)]);
     }

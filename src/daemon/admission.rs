@@ -9,6 +9,7 @@ use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, State, VmStat};
 use vmprocess::control::rundir::{Place, RunDir, check_name, name_taken};
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::granted::{self, Share};
 use vmprocess::host;
 use vmprocess::size::Size;
 
@@ -53,29 +54,51 @@ pub(super) struct Held {
     pub(super) ram_bytes: u64,
     /// Store space that they may still fill.
     pub(super) store_promised_bytes: u64,
+    /// RAM that any VM of this host was promised and has not taken yet: the host still counts it as free.
+    pub(super) untaken_bytes: u64,
 }
 
 impl Held {
-    /// Asks every VM that arrived through the daemon of that listen address.
+    /// Of the VMs that arrived through the daemon of that listen address. One that does not answer has what it was granted all the
+    /// same; of its store it may still fill everything.
     pub(super) fn ask(dir: &RunDir, daemon: &str) -> Result<Held, Failure> {
+        let places = dir.places()?;
+        let ask = |place| VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat());
+        // All at once: one that does not answer must not hold up the others.
+        let stats: Vec<VmStat> = std::thread::scope(|scope| {
+            let asked: Vec<_> = places.iter().map(|place| scope.spawn(move || ask(place))).collect();
+            asked.into_iter().filter_map(|asked| asked.join().ok()?.ok()).collect()
+        });
+        // Only now: whoever had no record when it was asked has one by now, or has ended.
+        Ok(Held::of(&stats, &granted::all(dir)?, daemon))
+    }
+
+    fn of(stats: &[VmStat], shares: &[Share], daemon: &str) -> Held {
         let mut held = Held::default();
-        for place in dir.places()? {
-            match VmClient::connect_to(dir, &place).and_then(|mut vm| vm.stat()) {
-                Ok(stat) if stat.daemon.as_deref() == Some(daemon) => held.add(&stat),
-                Ok(_) => {}
-                Err(error) => warn!(vm = place.name(), %error, "its RAM is not counted"),
+        let ours = |of: &Option<String>| of.as_deref() == Some(daemon);
+        stats.iter().filter(|stat| ours(&stat.daemon)).for_each(|stat| held.add(stat));
+        for share in shares {
+            held.untaken_bytes += share.untaken_bytes();
+            if ours(&share.daemon) && !stats.iter().any(|stat| stat.pid == share.pid) {
+                warn!(vm = share.name, pid = share.pid, "it does not answer; what it was granted counts");
+                held.ram_bytes += share.ram_budget_bytes;
+                held.promise_store(share.engine, share.memory_bytes.saturating_sub(share.ram_budget_bytes));
             }
         }
-        Ok(held)
+        held
     }
 
     fn add(&mut self, stat: &VmStat) {
         let memory = &stat.memory;
-        self.ram_bytes += memory.ram_budget_bytes;
-        if stat.engine == EngineKind::Vmemd {
-            let may_store = memory.memory_bytes.saturating_sub(memory.ram_budget_bytes);
-            self.store_promised_bytes += may_store.saturating_sub(memory.stored_bytes);
-        }
+        // A budget that was lowered may not be kept yet.
+        let ram = memory.ram_budget_bytes.max(memory.frames_bytes);
+        self.ram_bytes += ram;
+        let may_store = memory.memory_bytes.saturating_sub(ram);
+        self.promise_store(stat.engine, may_store.saturating_sub(memory.stored_bytes));
+    }
+
+    fn promise_store(&mut self, engine: EngineKind, bytes: u64) {
+        self.store_promised_bytes += if engine == EngineKind::Vmemd { bytes } else { 0 };
     }
 }
 
@@ -94,6 +117,7 @@ impl Pool<'_> {
     /// The RAM that the VM gets.
     pub(super) fn grant(&self, hello: &SessionHello) -> Result<u64, Refusal> {
         let left = self.ram_bytes.saturating_sub(self.held.ram_bytes);
+        let host_free = self.host_free_bytes.saturating_sub(self.held.untaken_bytes);
         let minimum = match self.engine {
             EngineKind::Vmemd => Engine::MIN_BUDGET_BYTES,
             EngineKind::Plain => hello.memory_bytes,
@@ -108,7 +132,7 @@ impl Pool<'_> {
                 )));
             }
             (EngineKind::Vmemd, Some(ram)) => ram,
-            (EngineKind::Vmemd, None) => left.min(hello.memory_bytes).min(self.host_free_bytes).max(minimum),
+            (EngineKind::Vmemd, None) => left.min(hello.memory_bytes).min(host_free).max(minimum),
         };
         if wanted < minimum {
             return Err(Refusal::other(format!(
@@ -126,11 +150,12 @@ impl Pool<'_> {
                 Size(left)
             )));
         }
-        if self.engine == EngineKind::Vmemd && wanted > self.host_free_bytes {
+        if self.engine == EngineKind::Vmemd && wanted > host_free {
             return Err(Refusal::no_room(format!(
-                "the VM needs {:#} of RAM, but the target host has {:#} free",
+                "the VM needs {:#} of RAM, but the target host has {:#} free, of which VMs there may still take {:#}",
                 Size(wanted),
-                Size(self.host_free_bytes)
+                Size(self.host_free_bytes),
+                Size(self.held.untaken_bytes)
             )));
         }
         Ok(wanted)
@@ -207,7 +232,7 @@ mod tests {
             engine: EngineKind::Vmemd,
             ram_bytes,
             store: Path::new("/"),
-            held: Held { ram_bytes: held, store_promised_bytes: 0 },
+            held: Held { ram_bytes: held, ..Held::default() },
             host_free_bytes: 100 * G,
         }
     }

@@ -1,7 +1,7 @@
 //! Starting the process that receives a VM, in a session of its own, so that it outlives the daemon.
 
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use vmprocess::ArriveSettings;
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::qemu::Role;
 
+use super::groups::{self, Group};
 use super::machine::{Machine, Qemu};
 use crate::qemu::launch::{Launch, inherit, launch};
 
@@ -21,6 +22,7 @@ pub(super) struct Descriptors<'a> {
     pub(super) control: &'a TcpStream,
     pub(super) streams: &'a UnixStream,
     pub(super) listener: &'a UnixListener,
+    pub(super) granted: BorrowedFd<'a>,
 }
 
 /// Starts `vmemd receive`, or the VM's QEMU. `settings`' descriptor numbers are filled in here.
@@ -32,10 +34,11 @@ pub(super) fn start(
     machine: Machine,
     descriptors: &Descriptors<'_>,
     log_dir: Option<&Path>,
+    group: Option<&Group>,
 ) -> Result<Child, Failure> {
-    let fds =
-        [descriptors.control.as_raw_fd(), descriptors.streams.as_raw_fd(), descriptors.listener.as_raw_fd()];
-    [settings.control_fd, settings.streams_fd, settings.listener_fd] = fds;
+    let Descriptors { control, streams, listener, granted } = descriptors;
+    let fds = [control.as_raw_fd(), streams.as_raw_fd(), listener.as_raw_fd(), granted.as_raw_fd()];
+    [settings.control_fd, settings.streams_fd, settings.listener_fd, settings.granted_fd] = fds;
     let log = log_dir.map(|dir| log_path(dir, &settings.hello.name));
     let mut launch = match machine {
         Machine::Reference => Launch::from(receive(&settings)?),
@@ -54,8 +57,9 @@ pub(super) fn start(
             file.map_err(|error| Failure::io(format!("cannot open the log {}", path.display()), &error))?,
         );
     }
+    let entrances: Vec<RawFd> = group.map(Group::entrances).unwrap_or_default();
     // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
-    unsafe { command.pre_exec(move || prepare(&fds)) };
+    unsafe { command.pre_exec(move || prepare(&fds, &entrances)) };
     let program = command.get_program().to_owned();
     command.spawn().map_err(|error| Failure::io(format!("cannot start {}", program.display()), &error))
 }
@@ -73,8 +77,9 @@ fn receive(settings: &ArriveSettings) -> Result<Command, Failure> {
     Ok(command)
 }
 
-/// In the child: a session of its own, and the descriptors kept over exec.
-fn prepare(fds: &[RawFd]) -> std::io::Result<()> {
+/// In the child: a session and control groups of its own, and the descriptors kept over exec.
+fn prepare(fds: &[RawFd], entrances: &[RawFd]) -> std::io::Result<()> {
+    groups::enter(entrances);
     // SAFETY: setsid has no arguments.
     if unsafe { libc::setsid() } < 0 {
         return Err(std::io::Error::last_os_error());

@@ -3,6 +3,7 @@
 mod admission;
 mod children;
 pub mod door;
+mod groups;
 mod machine;
 mod refusals;
 pub mod serve;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,12 +15,14 @@ use tracing::{debug, info, warn};
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{Place, RunDir};
 use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::granted::{Granted, Share};
 use vmprocess::size::Size;
 use vmprocess::{ArriveSettings, MemorySpec, host, passing, signals};
 
 use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
 use super::children::{self, Descriptors};
 use super::door::{Door, DoorSettings};
+use super::groups::{Group, Groups};
 use super::machine::{self, Machine};
 use super::watch::{Log, Watch};
 use crate::qemu::rules::Rules;
@@ -31,6 +33,8 @@ const GREETING_MAX: usize = 32;
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// How long a VM that comes again is kept waiting for what is left of its last try.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(3);
+/// How a VM's process ends when the VM has moved on.
+const MOVED: i32 = Kind::Moved.exit_code() as i32;
 /// Records of hand-overs that were given up longer ago are removed.
 const RECORDS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -61,6 +65,8 @@ struct Daemon {
     /// The address that it listens on; names the daemon in its VMs' `stat`.
     listen: String,
     registry: Registry,
+    /// Where VMs get control groups of their own, if this daemon may make any.
+    groups: Groups,
     /// Sessions whose process lives.
     sessions: Mutex<HashMap<SessionId, Receiver>>,
     session_ended: Condvar,
@@ -104,6 +110,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
         door,
         listen,
         registry,
+        groups: Groups::of_this_process(),
         sessions: Mutex::default(),
         session_ended: Condvar::new(),
         admission: Mutex::default(),
@@ -281,18 +288,23 @@ impl Daemon {
         let place = Place::arriving(&hello.name, &hello.session.to_string());
         let (claim, listener) = self.dir.claim(&lock, place)?;
         drop(lock);
+        let record = Granted::new(&self.dir, &hello.session.to_string(), self.share(hello, granted))?;
+        let group = self.groups.make(&hello.name, &hello.session.to_string());
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
         let settings = self.arrive_settings(hello, granted, &machine);
         let watch = self.watch(stream, &ours, &hello.name)?;
         // Before the child can tell the source to go on.
         self.sessions().insert(hello.session, Receiver { vm: hello.name.clone(), streams: ours });
-        let descriptors = Descriptors { control: stream, streams: &theirs, listener: &listener };
-        match children::start(settings, machine, &descriptors, self.settings.log_dir.as_deref()) {
+        let descriptors =
+            Descriptors { control: stream, streams: &theirs, listener: &listener, granted: record.as_fd() };
+        let log_dir = self.settings.log_dir.as_deref();
+        match children::start(settings, machine, &descriptors, log_dir, group.as_ref()) {
             Ok(child) => {
                 claim.hand_over();
+                record.hand_over(child.id());
                 info!(vm = %hello.name, ram = %Size(granted), pid = child.id(), "arriving");
-                self.reap_in_thread(child, hello.clone(), watch);
+                self.reap_in_thread(child, hello.clone(), group, watch);
                 Ok(())
             }
             Err(failure) => {
@@ -346,20 +358,41 @@ impl Daemon {
             control_fd: -1,
             streams_fd: -1,
             listener_fd: -1,
+            granted_fd: -1,
         }
     }
 
-    fn reap_in_thread(self: &Arc<Daemon>, mut child: std::process::Child, hello: SessionHello, watch: Watch) {
+    fn share(&self, hello: &SessionHello, granted: u64) -> Share {
+        Share {
+            name: hello.name.clone(),
+            pid: 0,
+            daemon: Some(self.listen.clone()),
+            engine: self.settings.engine,
+            memory_bytes: hello.memory_bytes,
+            ram_budget_bytes: granted,
+        }
+    }
+
+    fn reap_in_thread(
+        self: &Arc<Daemon>,
+        mut child: std::process::Child,
+        hello: SessionHello,
+        group: Option<Group>,
+        watch: Watch,
+    ) {
         let daemon = self.clone();
         let spawned = std::thread::Builder::new().name("reaper".to_owned()).spawn(move || {
             if let Some(why) = watch.until_up(&mut child) {
                 warn!(vm = %hello.name, "{why}");
             }
             let status = child.wait();
+            drop(group);
             daemon.sessions().remove(&hello.session);
             daemon.session_ended.notify_all();
             match status {
-                Ok(status) if status.success() => info!(vm = %hello.name, "the VM's process has ended"),
+                Ok(status) if status.success() || status.code() == Some(MOVED) => {
+                    info!(vm = %hello.name, "the VM's process has ended")
+                }
                 Ok(status) => warn!(vm = %hello.name, %status, "the VM's process has ended"),
                 Err(error) => warn!(vm = %hello.name, %error, "cannot wait for the VM's process"),
             }

@@ -27,6 +27,15 @@ pub enum CommandError {
     OutOfRange(PageNo),
     #[error("{0}")]
     Store(String),
+    /// The budget holds from now on, but the frames above it do not leave: no frame has for some seconds.
+    #[error(
+        "{held} bytes of RAM are still held, above the budget of {budget} bytes; {pinned} bytes of them are pinned"
+    )]
+    StillAbove { budget: u64, held: u64, pinned: u64 },
+    #[error(
+        "{pages} pages cannot leave RAM: something holds their frames, as I/O under way and registered buffers do"
+    )]
+    Pinned { pages: u64 },
     #[error("{0}")]
     NotNow(&'static str),
 }

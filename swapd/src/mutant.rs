@@ -97,6 +97,15 @@ mod planted {
         AnswersBudgetEarly,
         /// Frames above a lowered budget stay.
         KeepsFramesAboveBudget,
+        // ── pages that something holds ──
+        /// A victim that is pinned is chosen again and again.
+        RetriesPinnedAtOnce,
+        /// A victim that was pinned once is never chosen again.
+        NeverRetriesPinned,
+        /// Who wants a smaller budget is not told that pinned pages are in its way.
+        WaitsForPinnedForEver,
+        /// Nobody is told that all frames are pinned and the guest waits for one.
+        StarvesInSilence,
         // ── huge pages ──
         /// Pages are taken out as samples while the host puts them together.
         SamplesWhileCollapsing,

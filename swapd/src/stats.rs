@@ -15,6 +15,12 @@ pub struct Stats {
     pub stored_bytes: u64,
     pub untouched_bytes: u64,
     pub poisoned_pages: u64,
+    /// Pages that were to leave RAM and could not when it was last tried: something holds their frames.
+    #[serde(default)]
+    pub pinned_bytes: u64,
+    /// For how long the guest has waited for a frame that nothing gives: all of the budget is held. 0 when it does not.
+    #[serde(default)]
+    pub starved_ms: u64,
     /// Which these are: the first [`LOST_RUNS_MAX`] runs.
     #[serde(default)]
     pub lost: Vec<LostRun>,

@@ -1,7 +1,8 @@
 //! The page table: one 16-bit entry a page, one enum of states, one table of legal transitions.
 //!
 //! ```text
-//!  bits 0-3   state
+//!  bits 0-2   state
+//!  bit  3     PINNED    it was to leave, and something holds its frame: not to be tried for now
 //!  bit  4     STORED    the store has content for the page, with the checksum on record
 //!  bit  5     HELD      a migration reads it: it must not leave the guest
 //!  bit  6     PREFETCHED brought in unasked, not used so far
@@ -84,13 +85,16 @@ const fn legal_matrix() -> [[bool; STATES]; STATES] {
 
 const IS_LEGAL: [[bool; STATES]; STATES] = legal_matrix();
 
-const STATE_MASK: u16 = 0x000F;
+const STATE_MASK: u16 = 0x0007;
+const _: () = assert!(STATES <= STATE_MASK as usize + 1, "a state fits its bits");
 const HEAT_SHIFT: u32 = 8;
 
 /// One-bit facts about a page beside its state.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u16)]
 pub enum Flag {
+    /// Of resident pages alone: a change of state ends it.
+    Pinned = 1 << 3,
     Stored = 1 << 4,
     Held = 1 << 5,
     Prefetched = 1 << 6,
@@ -120,6 +124,8 @@ pub struct PageTable {
     short: Vec<Run>,
     epoch: u32,
     counts: [u64; STATES],
+    /// Pages with [`Flag::Pinned`].
+    pinned: u64,
     transitions: [[u64; STATES]; STATES],
 }
 
@@ -142,6 +148,7 @@ impl PageTable {
             short: Vec::new(),
             epoch: 0,
             counts,
+            pinned: 0,
             transitions: [[0; STATES]; STATES],
         }
     }
@@ -190,7 +197,8 @@ impl PageTable {
         let from = self.state(page);
         assert!(IS_LEGAL[from as usize][to as usize], "illegal transition of {page}: {from:?} -> {to:?}");
         let entry = &mut self.entries[page.index()];
-        *entry = (*entry & !STATE_MASK) | to as u16;
+        self.pinned -= u64::from(*entry & Flag::Pinned as u16 != 0);
+        *entry = (*entry & !(STATE_MASK | Flag::Pinned as u16)) | to as u16;
         self.counts[from as usize] -= 1;
         self.counts[to as usize] += 1;
         self.transitions[from as usize][to as usize] += 1;
@@ -208,12 +216,20 @@ impl PageTable {
     }
 
     pub fn put(&mut self, page: PageNo, flag: Flag, on: bool) {
+        if flag == Flag::Pinned {
+            self.pinned = self.pinned + u64::from(on) - u64::from(self.has(page, flag));
+        }
         let entry = &mut self.entries[page.index()];
         *entry = if on { *entry | flag as u16 } else { *entry & !(flag as u16) };
     }
 
     pub fn count(&self, state: PageState) -> u64 {
         self.counts[state as usize]
+    }
+
+    /// Resident pages that something holds where they are, as far as it was tried.
+    pub fn pinned(&self) -> u64 {
+        self.pinned
     }
 
     /// How often each transition was taken, as `[from][to]`.

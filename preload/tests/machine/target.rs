@@ -1,11 +1,13 @@
 //! The part of the daemon that lets one VM in: a QEMU that waits is started for it, with the connections passed on.
 
 use std::net::TcpListener;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
 use migrate::Hello;
+use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::Place;
+use vmprocess::granted::{Granted, Share};
 use vmprocess::qemu::Role;
 use vmprocess::{ArriveSettings, passing};
 
@@ -37,6 +39,15 @@ impl Target {
         let place = Place::arriving(&hello.name, &hello.session.to_string());
         let (claim, socket) = dir.claim(&lock, place).unwrap();
         drop(lock);
+        let share = Share {
+            name: hello.name.clone(),
+            pid: 0,
+            daemon: Some(self.address()),
+            engine: EngineKind::Vmemd,
+            memory_bytes: hello.memory_bytes,
+            ram_budget_bytes: plan.budget_bytes,
+        };
+        let granted = Granted::new(&dir, &hello.session.to_string(), share).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         let streams = hello.streams;
         let settings = ArriveSettings {
@@ -48,12 +59,15 @@ impl Target {
             control_fd: control.as_raw_fd(),
             streams_fd: theirs.as_raw_fd(),
             listener_fd: socket.as_raw_fd(),
+            granted_fd: granted.as_fd().as_raw_fd(),
             hello,
         };
-        let passed = [control.as_raw_fd(), theirs.as_raw_fd(), socket.as_raw_fd()];
+        let passed =
+            [control.as_raw_fd(), theirs.as_raw_fd(), socket.as_raw_fd(), granted.as_fd().as_raw_fd()];
         let plan = plan.clone().with(&["-incoming", "defer", "-S"]);
         let vm = Vm::start_as(kit, site, &plan, Role::Arriving(Box::new(settings)), &passed);
         claim.hand_over();
+        granted.hand_over(0);
         drop(control);
         for _ in 0..streams {
             let (mut stream, _) = self.listener.accept().unwrap();

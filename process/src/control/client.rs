@@ -1,6 +1,6 @@
 //! Asks a VM's process something over its control socket.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -46,6 +46,10 @@ impl VmClient {
             std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
                 Failure::new(Kind::Name, format!("the VM {:?} has just ended or moved", place.name()))
             }
+            std::io::ErrorKind::WouldBlock => Failure::new(
+                Kind::Other,
+                format!("the VM {:?} does not answer: its process stands still", place.name()),
+            ),
             std::io::ErrorKind::PermissionDenied => Failure::new(
                 Kind::Host,
                 format!("no permission to talk to the VM {:?}: use the account that runs it", place.name()),
@@ -95,6 +99,23 @@ impl VmClient {
             match self.lines.read::<Reply>(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
                 Reply::Progress(state) => progress(state),
                 Reply::Faults(_) => {}
+                Reply::Ok(value) => return Ok(value),
+                Reply::Error(failure) => return Err(failure),
+            }
+        }
+    }
+
+    /// Cancels the migration that this connection has asked for, and says what became of it.
+    ///
+    /// # Errors
+    /// The VM's, if it has not moved: it says where it is. None of it within `timeout`.
+    pub fn cancel(&mut self, timeout: Duration) -> Result<Value, Failure> {
+        self.lines.write(&Request::Cancel).map_err(|error| self.lost(&error))?;
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.read::<Reply>(left).map_err(|error| self.lost(&error))? {
+                Reply::Progress(_) | Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(value),
                 Reply::Error(failure) => return Err(failure),
             }

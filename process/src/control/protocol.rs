@@ -21,7 +21,10 @@ pub enum Request {
         #[serde(default)]
         force: Option<Force>,
     },
+    /// Answered when it is known what became of the VM.
     Stop,
+    /// Of a migration under way, on its own connection: the migration's answer is then what became of it.
+    Cancel,
     SetRam {
         ram_bytes: u64,
     },

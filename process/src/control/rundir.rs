@@ -12,7 +12,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -180,7 +181,19 @@ impl RunDir {
     /// # Errors
     /// If it cannot be made.
     pub fn monitors_dir(&self) -> Result<PathBuf, Failure> {
-        let path = self.path.join(".monitors");
+        self.private_dir(".monitors")
+    }
+
+    /// Where it is on record what RAM each VM may have: [`crate::granted`].
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub(crate) fn grants_dir(&self) -> Result<PathBuf, Failure> {
+        self.private_dir(".ram")
+    }
+
+    fn private_dir(&self, name: &str) -> Result<PathBuf, Failure> {
+        let path = self.path.join(name);
         match std::fs::DirBuilder::new().mode(0o700).create(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 Err(Failure::io(format!("cannot make {}", path.display()), &error))
@@ -221,7 +234,7 @@ impl RunDir {
     /// # Errors
     /// The kernel's: `NotFound` and `ConnectionRefused` mean that there is no such VM.
     pub fn connect(&self, place: &Place) -> io::Result<UnixStream> {
-        UnixStream::connect(self.address(place))
+        connect_at_once(&self.address(place))
     }
 
     /// Every VM of this directory that lives, in order of name. Removes sockets of dead ones.
@@ -327,6 +340,36 @@ impl RunDir {
     }
 }
 
+/// Fails with `WouldBlock` if the listener's queue is full. A process that stands still leaves in it whoever has looked whether it
+/// lives, and one look too many would wait for ever (with the directory's lock, which all others wait for).
+fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    // SAFETY: an all-zero sockaddr_un is a valid value of that plain C struct.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    let name = path.as_os_str().as_bytes();
+    if name.len() > ADDRESS_MAX {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(name) {
+        *to = *from as libc::c_char;
+    }
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no memory arguments.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor just made, which nobody else owns.
+    let stream = unsafe { UnixStream::from_raw_fd(fd) };
+    let length = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address is initialised, ends with a zero, and outlives the call.
+    if unsafe { libc::connect(fd, (&raw const address).cast(), length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 /// Waits for the file's exclusive lock. It goes with the file.
 fn flock(file: &File) -> io::Result<()> {
     loop {
@@ -360,6 +403,10 @@ pub struct Claim {
 }
 
 impl Claim {
+    pub(crate) fn dir(&self) -> &RunDir {
+        &self.dir
+    }
+
     pub fn place(&self) -> &Place {
         &self.place
     }

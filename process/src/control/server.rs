@@ -50,6 +50,18 @@ impl Client<'_> {
         self.lines.write(&Reply::Faults(seen))
     }
 
+    /// Whether the client says that it wants no more of what is under way. Anything else that it says waits for its turn.
+    pub fn cancels(&mut self) -> bool {
+        let mut said = [0; 64];
+        let (fd, flags) = (self.lines.stream().as_raw_fd(), libc::MSG_PEEK | libc::MSG_DONTWAIT);
+        // SAFETY: the kernel writes at most the buffer's length, and the buffer outlives the call.
+        let length = unsafe { libc::recv(fd, said.as_mut_ptr().cast(), said.len(), flags) };
+        let said = said.get(..length.max(0) as usize).unwrap_or_default();
+        let line = said.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let cancels = matches!(serde_json::from_slice(line), Ok(Request::Cancel));
+        cancels && self.lines.read::<Request>(IDLE_TIMEOUT).is_ok()
+    }
+
     /// Whether the client has closed the connection (not only its sending half).
     pub fn gone(&self) -> bool {
         let mut polled = libc::pollfd { fd: self.lines.stream().as_raw_fd(), events: 0, revents: 0 };

@@ -111,7 +111,11 @@ fn end_on_failure(notice: Notice) {
         Notice::Poisoned(page) => {
             Failure::new(Kind::Vm, format!("{page} is lost: the store gave wrong content"))
         }
-        Notice::StoreRecovered | Notice::Starved(_) | Notice::Relieved => return,
+        Notice::StoreRecovered
+        | Notice::Starved(_)
+        | Notice::Relieved
+        | Notice::Short { .. }
+        | Notice::Enough => return,
     };
     super::say(&chain(&failure));
     std::process::exit(i32::from(failure.kind.exit_code()));

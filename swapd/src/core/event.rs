@@ -233,5 +233,11 @@ pub enum Action {
     Starved(String),
     /// That is over.
     Relieved,
+    /// A fault has waited for a frame for a while, and there is none to be had: all that could leave is held where it is.
+    Short {
+        pinned: u64,
+    },
+    /// That is over.
+    Enough,
     PagePoisoned(PageNo),
 }

@@ -147,6 +147,7 @@ impl Core {
         }
         self.marks = Watermarks::of(frames, self.table.memory_pages(), self.staging.slots());
         self.budget_waiters.push(ticket);
+        self.pins.shrinks(self.taken, self.tick);
         None
     }
 

@@ -1,7 +1,8 @@
 //! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
-//! `latch` (a store that takes no writes), `frames` (where frames come from), `source` and `receive` (the two ends of a migration).
+//! `latch` (a store that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
+//! `receive` (the two ends of a migration).
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
@@ -15,6 +16,7 @@ mod huge;
 mod io;
 mod latch;
 mod pageout;
+mod pins;
 mod receive;
 mod source;
 #[cfg(test)]
@@ -37,6 +39,7 @@ use crate::table::{Flag, PageState, PageTable, STATES};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
 use io::{BadReads, Ios};
 use latch::{Backoff, Latch};
+use pins::Pins;
 use receive::Receiving;
 
 /// Pages in one read or write of the store at most: 256 KiB.
@@ -140,12 +143,14 @@ pub struct Core {
     /// The store takes no writes.
     latch: Option<Latch>,
     backoff: Backoff,
+    pins: Pins,
     /// Pages of which a reading failed, until one succeeds or the page is lost.
     bad_reads: PageMap<BadReads>,
     /// Poisoned pages.
     lost: BTreeSet<PageNo>,
     budget_waiters: Vec<Ticket>,
-    evict_waiters: Vec<(Ticket, Run)>,
+    /// With the tick at which they asked.
+    evict_waiters: Vec<(Ticket, Run, u64)>,
     tick: u64,
     /// Victims counted up to the last tick: more of them mean that memory is scarce.
     victims_at_tick: u64,
@@ -211,6 +216,7 @@ impl Core {
             receiving: None,
             latch: None,
             backoff: Backoff::default(),
+            pins: Pins::default(),
             bad_reads: PageMap::default(),
             lost: BTreeSet::new(),
             budget_waiters: Vec::new(),
@@ -297,6 +303,7 @@ impl Core {
             self.reread();
         }
         self.tick_latch();
+        self.tick_pins(ticks);
         self.collapse();
         self.sample();
         self.write_all_behind();
@@ -447,8 +454,12 @@ impl Core {
                     self.actions.push_front(Action::DropGuest { run: Run::one(page) });
                 }
                 (_, PageOut::Pinned) => {
-                    self.counts.pinned += u64::from(self.table.state(page) == PageState::Leaving);
+                    let victim = self.table.state(page) == PageState::Leaving;
+                    self.counts.pinned += u64::from(victim);
                     self.table.set(page, PageState::Resident);
+                    if victim {
+                        self.give_up(page);
+                    }
                     self.slots_of.remove(&page);
                     self.staging.vacate(slot);
                 }
@@ -477,6 +488,8 @@ impl Core {
             stored_bytes: bytes_of(count(&[Stored])),
             untouched_bytes: bytes_of(count(&[Untouched])),
             poisoned_pages: count(&[Poisoned]),
+            pinned_bytes: bytes_of(self.table.pinned()),
+            starved_ms: self.pins.starved_ms(),
             lost: self.lost_runs(),
             bookkeeping_bytes: self.bookkeeping_bytes(),
             faults: crate::stats::FaultCounts {

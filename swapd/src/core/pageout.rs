@@ -46,6 +46,7 @@ impl Core {
     /// To be called when all events at hand are handled and their actions done: frames are made ready ahead of need. Nobody waits
     /// for that, so it comes behind what somebody waits for.
     pub fn make_ready(&mut self) {
+        self.pins.look_anew();
         // Before new victims start: what is listed has left for certain, with no move still to be done.
         self.write_behind();
         if self.receiving.is_none() {
@@ -69,7 +70,8 @@ impl Core {
             .saturating_add(self.staging.standby_count())
             .saturating_add(leaving);
         let goal = self.marks.goal().saturating_add(over);
-        if self.latch.is_none() && outside + self.marks.batch <= goal && leaving < LEAVING_MAX {
+        let short = outside + self.marks.batch <= goal && leaving < LEAVING_MAX;
+        if self.latch.is_none() && short && self.may_find_victims() {
             self.page_out((goal - outside).min(LEAVING_MAX - leaving));
         }
     }
@@ -80,11 +82,15 @@ impl Core {
         let (mut started, mut runs, mut passed) = (0, 0, 0);
         // What is under way to the guest must not be taken before it has been used.
         let room = u64::from(2 * self.marks.high);
-        'batch: while started < want
-            && runs < OUT_RUNS_MAX
-            && (self.probation.step(&self.table, self.budget, room, &mut victims)
-                || self.clock.step(&mut self.table, &mut passed, &mut victims))
-        {
+        'batch: while started < want && runs < OUT_RUNS_MAX {
+            let found = self.probation.step(&self.table, self.budget, room, &mut victims)
+                || self.clock.step(&mut self.table, &mut passed, &mut victims);
+            if !found {
+                if started == 0 {
+                    self.pins.found_none(self.tick);
+                }
+                break;
+            }
             // What a stream is about to use stays, unless there is nothing else.
             if passed < self.table.pages() {
                 victims.retain(|run| !self.prefetcher.is_ahead(run.start, self.budget));
@@ -184,20 +190,20 @@ impl Core {
         if let Err(error) = self.checked(run) {
             return Some(Err(error));
         }
-        self.evict_waiters.push((ticket, run));
+        self.evict_waiters.push((ticket, run, self.tick));
         None
     }
 
     fn answer_evicted(&mut self, may_evict: bool) {
-        for (ticket, run) in std::mem::take(&mut self.evict_waiters) {
+        for (ticket, run, since) in std::mem::take(&mut self.evict_waiters) {
             let answer = match self.store_error() {
                 Some(error) => Some(Err(error)),
                 None if self.evict_step(run, may_evict) => Some(Ok(Response::Done)),
-                None => None,
+                None => self.held_too_long(run, since).map(Err),
             };
             match answer {
                 Some(answer) => self.actions.push_back(Action::Answer { ticket, answer }),
-                None => self.evict_waiters.push((ticket, run)),
+                None => self.evict_waiters.push((ticket, run, since)),
             }
         }
     }
@@ -210,7 +216,7 @@ impl Core {
         }
         let leaving = self.table.count(PageState::Leaving) as u32;
         // Some of it may find no slot at first.
-        let all_started = ready.is_empty();
+        let all_started = ready.is_empty() && !run.pages().any(|page| self.table.has(page, Flag::Pinned));
         let mut started = 0;
         for part in runs_of(ready, EVICT_RUN_MAX) {
             if leaving + started >= LEAVING_MAX {

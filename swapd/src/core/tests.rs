@@ -19,6 +19,11 @@ fn core() -> Core {
 /// Hands the event in, has all moves succeed, and returns what else is to be done.
 fn actions(core: &mut Core, event: Event<'_>) -> Vec<Action> {
     core.handle(event);
+    performed(core)
+}
+
+/// The same for what is to be done already.
+fn performed(core: &mut Core) -> Vec<Action> {
     let mut rest = Vec::new();
     while let Some(action) = core.next_action() {
         match action {
@@ -254,4 +259,73 @@ fn a_lone_page_is_copied_but_never_beyond_the_budget() {
     core.handle(Event::MovedIn { run, slots, moved: 1 });
     assert_eq!((core.frames_taken(), core.staging.free_frames()), (taken, free - 1));
     core.check();
+}
+
+/// All of the budget is in the guest, but for the reserve.
+fn full() -> Core {
+    let mut core = core();
+    (0..63).for_each(|page| drop(actions(&mut core, Event::Fault(PageNo(page)))));
+    core
+}
+
+/// Has all moves out of the guest fail, and says which pages were tried.
+fn all_pinned(core: &mut Core, mut handle: impl FnMut(&mut Core)) -> (Vec<PageNo>, Vec<Action>) {
+    let (mut tried, mut rest) = (Vec::new(), Vec::new());
+    handle(core);
+    while let Some(action) = core.next_action() {
+        match action {
+            Action::MoveOut { run, slots, .. } => {
+                tried.extend(run.pages());
+                core.handle(Event::MovedOut { run, slots, pages: &vec![PageOut::Pinned; run.len as usize] });
+            }
+            other => rest.push(other),
+        }
+    }
+    core.check();
+    (tried, rest)
+}
+
+#[test]
+fn pinned_victims_are_given_up_until_the_next_tick_and_whoever_starves_is_told_once() {
+    let mut core = full();
+    let mut tried = Vec::new();
+    for _ in 0..100 {
+        tried.extend(all_pinned(&mut core, Core::make_ready).0);
+        if !core.looks_for_others() {
+            break;
+        }
+    }
+    assert!(!core.looks_for_others(), "it looks for ever");
+    let (all, mut once) = (tried.len(), tried);
+    once.sort_unstable();
+    once.dedup();
+    assert_eq!(all, once.len(), "none was tried twice");
+    assert_eq!(core.table.count(PageState::Resident), core.table.pinned(), "all were");
+
+    let (_, rest) = all_pinned(&mut core, |core| core.handle(Event::Fault(PageNo(200))));
+    assert!(!rest.iter().any(|action| matches!(action, Action::Short { .. })));
+    let mut told = 0;
+    for _ in 0..30 {
+        let (_, rest) = all_pinned(&mut core, |core| core.handle(Event::Tick { ticks: 1 }));
+        told +=
+            rest.iter().filter(|action| matches!(action, Action::Short { pinned } if *pinned > 0)).count();
+        all_pinned(&mut core, Core::make_ready);
+    }
+    assert_eq!((told, core.stats().starved_ms), (1, 3000));
+    // Let go of: pages leave, and whoever waits gets a frame.
+    let mut rest = actions(&mut core, Event::Tick { ticks: 1 });
+    while core.is_waited_for(PageNo(200)) {
+        core.make_ready();
+        rest.extend(performed(&mut core));
+        rest.extend(actions(&mut core, Event::Tick { ticks: 1 }));
+        for action in std::mem::take(&mut rest) {
+            match action {
+                Action::Write { io, .. } => rest.extend(written(&mut core, io, Ok(()))),
+                other => rest.push(other),
+            }
+        }
+    }
+    rest.extend(actions(&mut core, Event::Tick { ticks: 1 }));
+    assert!(rest.iter().any(|action| matches!(action, Action::Enough)), "{rest:?}");
+    assert_eq!(core.stats().starved_ms, 0);
 }

@@ -310,7 +310,8 @@ fn reserve(len: usize, what: &str) -> Result<Area, String> {
 /// Makes a mapping fit for frames to come and go by moves.
 fn prepare(base: usize, len: usize, lock: bool, huge: libc::c_int) -> Result<(), String> {
     // A kernel without huge pages has none to switch on or off, one without dumps none to leave out.
-    for advice in [huge, libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+    // Nor may the host merge pages (KSM), even if that is on for the whole process: a merged page cannot be moved.
+    for advice in [huge, libc::MADV_DONTFORK, libc::MADV_DONTDUMP, libc::MADV_UNMERGEABLE] {
         let _ = advise(base, len, advice);
     }
     if lock { lock_on_fault(base, len) } else { Ok(()) }

@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 use crate::core::{Action, Core, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 use crate::digest::{is_zero, page_sum};
 use crate::handle::{Command, CommandError};
-use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, SlotRun, pages_in};
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, SlotRun, bytes_of, pages_in};
 use latency::LatencyBook;
 use moves::{HASTY, Moved, PATIENT};
 use recorder::Recorder;
@@ -88,7 +88,11 @@ impl Driver {
         let mut closed = false;
         while !closed || self.ring.in_flight() > 0 {
             let next_tick = last_tick + tick * self.core.ticks_to_sleep() as u32;
-            let patience = next_tick.saturating_duration_since(Instant::now());
+            // Victims that were pinned are replaced by others at once, but behind what has come meanwhile.
+            let patience = match self.core.looks_for_others() {
+                true => Duration::ZERO,
+                false => next_tick.saturating_duration_since(Instant::now()),
+            };
             self.ring.wait(patience, &mut completions);
             // Faults first: the device is to work on their reads while the rest is dealt with.
             if completions.iter().any(|completion| matches!(completion, Completion::Faults)) {
@@ -261,6 +265,8 @@ impl Driver {
             Action::StoreRecovered => (self.notify)(Notice::StoreRecovered),
             Action::Starved(error) => (self.notify)(Notice::Starved(error)),
             Action::Relieved => (self.notify)(Notice::Relieved),
+            Action::Short { pinned } => (self.notify)(Notice::Short { pinned_bytes: bytes_of(pinned) }),
+            Action::Enough => (self.notify)(Notice::Enough),
             Action::PagePoisoned(page) => (self.notify)(Notice::Poisoned(page)),
         }
     }

@@ -59,6 +59,7 @@ impl Clock {
 pub fn may_leave(table: &PageTable, page: PageNo) -> bool {
     table.state(page) == PageState::Resident
         && (!table.has(page, Flag::Held) || mutant!(EvictsHeldPages))
+        && (!table.has(page, Flag::Pinned) || mutant!(RetriesPinnedAtOnce))
         && (!table.has(page, Flag::Writing) || mutant!(EvictsPagesUnderWrite))
 }
 
@@ -114,9 +115,10 @@ mod tests {
         (0..64).for_each(|page| table.set_heat(PageNo(page), 255));
         table.put(PageNo(5), Flag::Held, true);
         table.put(PageNo(6), Flag::Writing, true);
+        table.put(PageNo(7), Flag::Pinned, true);
         let mut victims = vec![];
         assert!(Clock::default().step(&mut table, &mut 0, &mut victims));
-        assert_eq!(victims, [Run::new(PageNo(0), 5), Run::new(PageNo(7), 57)]);
+        assert_eq!(victims, [Run::new(PageNo(0), 5), Run::new(PageNo(8), 56)]);
     }
 
     #[test]

@@ -28,7 +28,7 @@ named! {
     /// What goes wrong, or goes otherwise than one would like.
     Fault {
         ReadError, Misread, BadSector, Torn, LostWrite, Misdirected, Overwritten, Rot, WriteError, BadRegion, DiskFull,
-        ShortTransfer, TryAgain, LatencySpike, PinnedOut, PinnedIn, MoveAgain, NoFrame, LateFault, SessionGone,
+        ShortTransfer, TryAgain, LatencySpike, PinnedOut, PinnedForGood, PinnedIn, MoveAgain, NoFrame, LateFault, SessionGone,
     }
 }
 
@@ -59,6 +59,7 @@ pub const OUTCOMES: &[(Fault, &[Outcome])] = {
         (Fault::TryAgain, &[WentOn]),
         (Fault::LatencySpike, &[Served]),
         (Fault::PinnedOut, &[StayedInGuest]),
+        (Fault::PinnedForGood, &[StayedInGuest]),
         (Fault::PinnedIn, &[WentOn]),
         (Fault::MoveAgain, &[WentOn]),
         (Fault::NoFrame, &[WentOn]),

@@ -7,6 +7,9 @@ use crate::driver::moves::{self, Moved};
 use crate::table::PageState;
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
 
+/// The end of a pin that has none.
+const FOR_GOOD: u64 = u64::MAX;
+
 /// The guest's page table entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Entry {
@@ -27,6 +30,10 @@ pub(super) struct Kernel {
     pub(super) written: Vec<bool>,
     /// Pages that I/O of the guest keeps where they are, and until when.
     pins: Vec<(PageNo, u64)>,
+    /// Ticks that the core has been told of, and at how many of them each page was refused as a victim: none may be tried again
+    /// before the next.
+    pub(super) ticks: u64,
+    refused: Vec<Option<u64>>,
     /// Faults that nobody has read.
     pub(super) faults: Vec<PageNo>,
     /// What is being put in huge pages.
@@ -41,6 +48,8 @@ impl Kernel {
             busy: vec![false; slots],
             written: vec![false; pages],
             pins: Vec::new(),
+            ticks: 0,
+            refused: vec![None; pages],
             faults: Vec::new(),
             collapsing: None,
         }
@@ -59,8 +68,23 @@ impl Kernel {
         assert!(!self.busy[slot.index()], "{slot:?} is {what} while the device works with it");
     }
 
-    fn is_pinned(&self, page: PageNo) -> bool {
-        self.pins.iter().any(|(pinned, _)| *pinned == page)
+    /// Until when.
+    fn pinned(&self, page: PageNo) -> Option<u64> {
+        self.pins.iter().filter(|(pinned, _)| *pinned == page).map(|(_, until)| *until).max()
+    }
+
+    pub(super) fn is_anything_pinned_for_good(&self) -> bool {
+        self.pins.iter().any(|(_, until)| *until == FOR_GOOD)
+    }
+
+    pub(super) fn unpin_all(&mut self) {
+        self.pins.clear();
+    }
+
+    /// Something else is at the page from now on.
+    fn is_new(&mut self, page: PageNo) {
+        self.refused[page.index()] = None;
+        self.pins.retain(|(pinned, _)| *pinned != page);
     }
 }
 
@@ -119,6 +143,7 @@ impl Sim {
                     assert_eq!(before, Entry::Missing, "page {page} is in the guest already");
                     self.kernel.written[page] = true;
                 }
+                run.pages().for_each(|page| self.kernel.is_new(page));
                 self.wake(run);
                 let huge = !self.random.one_in(4);
                 self.hand(Event::Filled { run, huge });
@@ -162,6 +187,7 @@ impl Sim {
             Action::DropGuest { run } => {
                 self.trace.add("drop from the guest", run, None, None);
                 run.indices().for_each(|page| self.kernel.guest[page] = Entry::Missing);
+                run.pages().for_each(|page| self.kernel.is_new(page));
             }
             Action::ReleaseFrames { slots } => {
                 for slot in slots.slots() {
@@ -204,6 +230,14 @@ impl Sim {
                 assert!(std::mem::take(&mut self.oracle.starved), "relieved of nothing");
                 self.guest.paused = false;
             }
+            Action::Short { .. } => {
+                self.trace.note("all frames are held", 0);
+                assert!(!std::mem::replace(&mut self.oracle.short, true), "told twice");
+            }
+            Action::Enough => {
+                self.trace.note("frames again", 0);
+                assert!(std::mem::take(&mut self.oracle.short), "enough of nothing");
+            }
             Action::StoreRecovered => {
                 self.trace.note("the store works again", 0);
                 if let Some(fault) = self.disk.failure.take() {
@@ -224,6 +258,7 @@ impl Sim {
                 let before = std::mem::replace(&mut kernel.guest[page.index()], Entry::Frame(frame));
                 assert_eq!(before, Entry::Missing, "{page} is in the guest already");
                 kernel.written[page.index()] = true;
+                kernel.is_new(page);
             }
         };
         // The kernel drops the pin of a read that has just ended a little late, or much later.
@@ -268,6 +303,7 @@ impl Sim {
             let before = std::mem::replace(&mut self.kernel.guest[page.index()], Entry::Frame(content));
             assert_eq!(before, Entry::Missing, "{page} is in the guest already");
             self.kernel.written[page.index()] = true;
+            self.kernel.is_new(page);
             self.wake(Run::one(page));
         } else {
             self.coverage.injected(Fault::NoFrame);
@@ -285,9 +321,22 @@ impl Sim {
         let mut out = Vec::with_capacity(run.len as usize);
         for (page, slot) in run.pages().zip(slots.slots()) {
             self.pin_at_random(page);
-            if self.kernel.is_pinned(page) {
-                self.coverage.injected(Fault::PinnedOut);
-                self.coverage.outcome(Fault::PinnedOut, Outcome::StayedInGuest);
+            if let Some(until) = self.kernel.pinned(page) {
+                let fault = if until == FOR_GOOD { Fault::PinnedForGood } else { Fault::PinnedOut };
+                if fault == Fault::PinnedOut {
+                    self.coverage.injected(fault);
+                }
+                self.coverage.outcome(fault, Outcome::StayedInGuest);
+                if self.core.table().state(page) == PageState::Leaving {
+                    let before = self.kernel.refused[page.index()].replace(self.kernel.ticks);
+                    self.trace.suspect.set(Some(page));
+                    assert_ne!(
+                        before,
+                        Some(self.kernel.ticks),
+                        "{page} is tried again, and cannot have come free"
+                    );
+                    self.trace.suspect.set(None);
+                }
                 out.push(PageOut::Pinned);
                 continue;
             }
@@ -302,6 +351,18 @@ impl Sim {
             out.push(PageOut::Moved { sum, zero });
         }
         self.hand(Event::MovedOut { run, slots, pages: &out });
+    }
+
+    /// Buffers are registered: pages that are in the guest stay there; or those that were are let go of.
+    pub(super) fn pin_for_good(&mut self) {
+        if self.random.one_in(3) {
+            return self.kernel.pins.retain(|(_, until)| *until != FOR_GOOD);
+        }
+        let run = self.random_run(self.pages);
+        self.trace.add("pinned for good", run, None, None);
+        self.coverage.injected(Fault::PinnedForGood);
+        let here = run.pages().filter(|page| matches!(self.kernel.guest[page.index()], Entry::Frame(_)));
+        self.kernel.pins.extend(here.map(|page| (page, FOR_GOOD)));
     }
 
     /// I/O of the guest's devices into the page begins or ends.

@@ -22,7 +22,7 @@ pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
 
 use crate::core::{Core, CoreConfig, Event, Request, Ticket};
 use crate::table::PageState;
-use crate::units::{BLOCK_PAGES, PageNo};
+use crate::units::{BLOCK_PAGES, PageNo, bytes_of};
 use disk::Disk;
 use guest::{Access, Guest};
 use kernel::{Entry, Kernel};
@@ -37,6 +37,8 @@ const BUDGET_MIN: u64 = 48;
 const BLOCKS: u32 = 1;
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
+/// The same for whatever can come to rest while pages are pinned for good.
+const PINNED_STEPS: u32 = 400;
 
 /// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own mixture.
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,6 +58,7 @@ struct Odds {
     pinned: u64,
     late_fault: u64,
     session_gone: u64,
+    pinned_for_good: u64,
 }
 
 impl Odds {
@@ -80,6 +83,7 @@ impl Odds {
             pinned: draw(10),
             late_fault: draw(5),
             session_gone: draw(6),
+            pinned_for_good: draw(2),
         }
     }
 }
@@ -200,6 +204,7 @@ impl Sim {
             68..91 => self.complete_io(),
             91..94 => self.tick(),
             94 => self.decay(),
+            96 if self.random.one_in(self.odds.pinned_for_good) => self.pin_for_good(),
             95 if self.random.one_in(self.odds.bad_region) => {
                 self.disk.bad_writes = Some(self.random_run(self.pages / 4));
             }
@@ -217,6 +222,7 @@ impl Sim {
             }
         }
         let ticks = 1 + self.random.below(20);
+        self.kernel.ticks += ticks;
         self.event(Event::Tick { ticks });
     }
 
@@ -236,14 +242,12 @@ impl Sim {
         while !self.oracle.held.is_empty() {
             self.release();
         }
+        self.settle_pinned();
         for _ in 0..SETTLE_MAX {
             if self.is_at_rest() {
-                return;
+                return self.settle_budget();
             }
-            self.trace.now += 1;
-            self.deliver_faults();
-            self.complete_io();
-            self.tick();
+            self.go_on();
         }
         let stuck = |page: &PageNo| {
             matches!(self.core.table().state(*page), PageState::Leaving | PageState::Arriving)
@@ -260,12 +264,48 @@ impl Sim {
         );
     }
 
+    fn go_on(&mut self) {
+        self.trace.now += 1;
+        self.deliver_faults();
+        self.complete_io();
+        self.tick();
+    }
+
+    /// While pages are pinned for good: whoever asked something has an answer, and a guest that waits for a frame in vain is told of.
+    fn settle_pinned(&mut self) {
+        if !self.kernel.is_anything_pinned_for_good() {
+            return;
+        }
+        for _ in 0..PINNED_STEPS {
+            self.go_on();
+        }
+        let waits = self.core.faults_waiting() > 0 && self.disk.flights.is_empty();
+        assert!(!waits || self.oracle.short, "the guest waits for a frame, and nobody has been told");
+        let asked = &self.asked;
+        assert!(asked.is_empty() || !self.disk.flights.is_empty(), "pinned pages keep {asked:?} waiting");
+        self.trace.note("all pins end", 0);
+        self.kernel.unpin_all();
+    }
+
+    /// What was pinned leaves after all.
+    fn settle_budget(&mut self) {
+        self.ask(Request::SetBudget(bytes_of(BUDGET_MIN)), Asked::Budget);
+        for _ in 0..SETTLE_MAX {
+            if self.core.frames_taken() <= BUDGET_MIN && self.is_at_rest() {
+                return;
+            }
+            self.go_on();
+        }
+        panic!("{} frames instead of {BUDGET_MIN}, and nothing is pinned", self.core.frames_taken());
+    }
+
     fn is_at_rest(&self) -> bool {
         let moving = [PageState::Leaving, PageState::Arriving].map(|state| self.core.table().count(state));
         moving == [0, 0]
             && self.guest.awake.iter().all(|awake| *awake)
             && self.core.faults_waiting() == 0
             && !self.oracle.starved
+            && !self.oracle.short
             && self.disk.flights.is_empty()
             && self.kernel.faults.is_empty()
             && self.asked.is_empty()

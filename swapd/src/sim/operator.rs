@@ -170,6 +170,14 @@ impl Sim {
                 let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
                 assert!(taken > budget, "{taken} frames are within the budget of {budget}, which is refused");
             }
+            (Asked::Budget, Err(CommandError::StillAbove { held, .. })) => {
+                let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
+                assert!(
+                    taken > budget && held == bytes_of(taken),
+                    "{held} bytes are said to be above {budget}"
+                );
+            }
+            (Asked::Other, Err(CommandError::Pinned { pages })) => assert!(pages > 0, "held by nothing"),
             (Asked::Frames { gone }, Ok(Response::Frames(slots))) => self.granted(slots, gone),
             (Asked::Arrive { run, slots, values }, answer) => self.arrived(run, slots, &values, answer),
             (Asked::Settle, answer) => self.settled(&answer),

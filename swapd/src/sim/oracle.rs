@@ -26,6 +26,8 @@ pub(super) struct Oracle {
     pub(super) held: Vec<Held>,
     /// The core has said that who waits for a frame gets none, and not that this is over.
     pub(super) starved: bool,
+    /// The core has said that all frames are held and the guest waits for one, and not that this is over.
+    pub(super) short: bool,
     /// Frames taken at the last check.
     taken: u64,
 }
@@ -38,6 +40,7 @@ impl Oracle {
             tracking: false,
             held: Vec::new(),
             starved: false,
+            short: false,
             taken: 0,
         }
     }
