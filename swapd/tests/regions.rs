@@ -360,9 +360,9 @@ fn regions_of_any_number_of_pages_work_to_their_last_page_and_no_further() {
                 }
             })
         };
-        for region in 0..3 {
+        for (region, base) in bases.into_iter().enumerate() {
             // SAFETY: just mapped, longer than the region; it stays until the process ends.
-            unsafe { handle.attach(region, bases[region] as *mut u8) }.unwrap();
+            unsafe { handle.attach(region, base as *mut u8) }.unwrap();
             assert!(words(region, 1, true));
         }
         assert!((0..3).all(|region| words(region, 1, false)), "budget {budget}");
