@@ -315,10 +315,9 @@ fn unknown(entry: &Entry, taken: impl Fn(&str) -> bool) -> Fault {
     };
     let known = GLOBAL_KEYS.iter().chain(&JOB_KEYS).chain(ALIASES.iter().map(|(alias, _)| alias));
     let nearest = known
-        .filter(|known| !taken(canonical(known)) && fits(known))
         .map(|known| (strsim::jaro_winkler(&key.to_ascii_lowercase(), known), *known))
         .max_by(|one, other| one.0.total_cmp(&other.0))
-        .filter(|(likeness, _)| *likeness >= NEAREST_LEAST);
+        .filter(|(likeness, known)| *likeness >= NEAREST_LEAST && !taken(canonical(known)) && fits(known));
     match nearest {
         Some((_, known)) => {
             let text = format!("unknown key `{key}`: did you mean `{known}`?");
