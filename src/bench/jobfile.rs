@@ -55,13 +55,20 @@ const ALIASES: [(&str, &str); 2] = [("readwrite", "rw"), ("blocksize", "bs")];
 /// # Errors
 /// [`Kind::Usage`] with file, line and column of everything that is wrong with it.
 pub(super) fn read(path: &Path) -> Result<Scenario, Failure> {
-    let input = is_standard_input(path);
-    let file = if input { "standard input".to_owned() } else { path.display().to_string() };
-    let fail = |error| Failure::new(Kind::Usage, format!("cannot read the job file {file}: {error}"));
-    let source: Box<dyn Read> = match input {
-        true => Box::new(std::io::stdin()),
-        false => Box::new(File::open(path).map_err(fail)?),
-    };
+    if is_standard_input(path) {
+        return read_from(std::io::stdin().lock(), "standard input", "stdin");
+    }
+    let file = path.display().to_string();
+    let source = File::open(path).map_err(|error| unreadable(&file, &error))?;
+    let name = path.file_stem().map_or_else(|| file.clone(), |stem| stem.to_string_lossy().into_owned());
+    read_from(source, &file, &name)
+}
+
+fn unreadable(file: &str, error: &std::io::Error) -> Failure {
+    Failure::new(Kind::Usage, format!("cannot read the job file {file}: {error}"))
+}
+
+fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Failure> {
     let mut bytes = Vec::new();
     let mut source = source.take(FILE_MAX_BYTES + 1);
     let mut part = [0; 8192];
@@ -71,7 +78,7 @@ pub(super) fn read(path: &Path) -> Result<Scenario, Failure> {
             Ok(count) => bytes.extend_from_slice(&part[..count]),
             // Ctrl-C while nobody writes.
             Err(error) if error.kind() == ErrorKind::Interrupted => signals::check()?,
-            Err(error) => return Err(fail(error)),
+            Err(error) => return Err(unreadable(file, &error)),
         }
     }
     let usage = |text| Failure::new(Kind::Usage, text);
@@ -79,10 +86,8 @@ pub(super) fn read(path: &Path) -> Result<Scenario, Failure> {
         return Err(usage(format!("{file} is larger than {}: not a job file", Size(FILE_MAX_BYTES))));
     }
     let text =
-        std::str::from_utf8(&bytes).map_err(|error| usage(not_text(&file, &bytes, error.valid_up_to())))?;
-    let stem = if input { None } else { path.file_stem() };
-    let name = stem.map_or_else(|| "stdin".to_owned(), |stem| stem.to_string_lossy().into_owned());
-    parse(&name, text).map_err(|faults| usage(faults.show(&file, text)))
+        std::str::from_utf8(&bytes).map_err(|error| usage(not_text(file, &bytes, error.valid_up_to())))?;
+    parse(name, text).map_err(|faults| usage(faults.show(file, text)))
 }
 
 /// A file of that name is `./-`.

@@ -398,6 +398,26 @@ fn sections_and_global_keys_are_checked() {
     tells("[global]\nram=32m\nstride=3\n[a]\nsize=1m\nrw=randread", "3:8: `stride` is for");
 }
 
+/// Gives a byte at a time, and is interrupted before each.
+struct Slow<'a>(&'a [u8], bool);
+
+impl Read for Slow<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.1 = !self.1;
+        if self.1 { Err(ErrorKind::Interrupted.into()) } else { self.0.read(&mut buffer[..1]) }
+    }
+}
+
+#[test]
+fn standard_input_is_read_to_its_end() {
+    assert!(is_standard_input(Path::new("-")) && !is_standard_input(Path::new("./-")));
+    let text = format!("{HEAD}[a]\nsize=64m\nrw=rw");
+    let found = read_from(Slow(text.as_bytes(), false), "standard input", "stdin").unwrap();
+    assert_eq!((found.name.as_str(), found.jobs.len()), ("stdin", 1));
+    let failure = read_from(&b"[a]"[..], "standard input", "stdin").unwrap_err();
+    assert!(failure.text.starts_with("standard input:1:1: the RAM budget is missing"), "{}", failure.text);
+}
+
 #[test]
 fn files_that_are_none() {
     let dir = std::env::temp_dir().join(format!("vmemd-jobfile-{}", std::process::id()));
