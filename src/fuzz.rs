@@ -175,7 +175,7 @@ pub fn qemu_rules(data: &[u8]) {
 /// A benchmark's job file.
 pub fn job_file(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
-        let _ = jobfile::parse("job", text).map_err(|fault| fault.show("job", text));
+        let _ = jobfile::parse("job", text).map_err(|faults| faults.show("job", text));
     }
 }
 

@@ -100,6 +100,9 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
 
 fn scenarios(settings: &RunSettings) -> Result<Vec<Scenario>, Failure> {
     let usage = |text| Failure::new(Kind::Usage, text);
+    if settings.files.iter().filter(|path| jobfile::is_standard_input(path)).count() > 1 {
+        return Err(usage("standard input (`-`) can be read once: leave the others out".to_owned()));
+    }
     let mut scenarios: BTreeMap<String, &Path> = BTreeMap::new();
     let read = settings.files.iter().map(|path| {
         let scenario = overridden(jobfile::read(path)?, settings)

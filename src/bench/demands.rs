@@ -56,7 +56,7 @@ const RAW: Against = Against::Engine(BenchEngine::Raw);
 const MEM: Against = Against::Engine(BenchEngine::Mem);
 const TOUCHES: Figure = Figure::TouchesPerSecond;
 
-const LINES: [Line; 14] = [
+const LINES: [Line; 15] = [
     Line {
         title: "sequential rewrite",
         scenario: "seqrewrite",
@@ -107,6 +107,12 @@ const LINES: [Line; 14] = [
         scenario: "loop",
         job: "loop",
         demands: &[at_least(3.0, TOUCHES, SWAP), at_most(5.0, Figure::HitRate, Against::Optimum)],
+    },
+    Line {
+        title: "a working set that changes: misses until it is in RAM",
+        scenario: "workingset",
+        job: "workingset",
+        demands: &[at_most(1.0, Figure::MissesPerSecond, SWAP)],
     },
     Line {
         title: "first touch within the budget",

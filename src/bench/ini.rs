@@ -2,6 +2,8 @@
 //!
 //! Every word keeps its place, so that whoever makes sense of it can point at what is wrong.
 
+/// The section that holds for all others.
+pub(super) const GLOBAL: &str = "global";
 /// Lines longer than this are not shown in an error.
 const LONGEST_SHOWN: usize = 160;
 
@@ -24,6 +26,8 @@ pub(super) struct Entry<'a> {
     pub(super) key: Word<'a>,
     /// None without `=`.
     pub(super) value: Option<Word<'a>>,
+    /// Key and value have a blank between them instead of `=`, which is a fault.
+    pub(super) blank: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -32,16 +36,32 @@ pub(super) struct Section<'a> {
     pub(super) entries: Vec<Entry<'a>>,
 }
 
-/// What is wrong with a text, and where.
+/// What is wrong with a text, where, and how it is mended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
     pub(super) place: Place,
     pub(super) text: String,
+    pub(super) mend: Mend,
+}
+
+/// What a fault's text says is to be done, for a test to do it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Mend {
+    /// The text says what is right and leaves the choice.
+    Choose,
+    /// The line goes.
+    LeaveOut,
+    /// These lines stand in the place of the line.
+    Write(String),
+    /// This line stands behind the line.
+    Add(String),
+    /// The line stands under `[global]` instead, or this one does.
+    UnderGlobal(Option<String>),
 }
 
 impl Fault {
-    pub(super) fn new(place: Place, text: impl Into<String>) -> Fault {
-        Fault { place, text: text.into() }
+    pub(super) fn new(place: Place, text: impl Into<String>, mend: Mend) -> Fault {
+        Fault { place, text: text.into(), mend }
     }
 
     /// `file:line:column: what`, and below it the line with the place marked.
@@ -59,6 +79,43 @@ impl Fault {
     }
 }
 
+/// Faults that are shown; a file that is no job file at all has as many as lines.
+const SHOWN_MAX: usize = 50;
+
+/// Faults that are looked for: every further one is compared with all lines.
+const FAULTS_MAX: usize = 200;
+
+/// All that is wrong with a text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Faults(pub(super) Vec<Fault>);
+
+impl Faults {
+    /// The same fault of a line that several jobs inherit is one.
+    pub(super) fn add(&mut self, fault: Fault) {
+        if !self.is_full() && !self.0.contains(&fault) {
+            self.0.push(fault);
+        }
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.0.len() >= FAULTS_MAX
+    }
+
+    /// In the text's order.
+    pub(super) fn sorted(mut self) -> Faults {
+        self.0.sort_by_key(|fault| (fault.place.line, fault.place.column));
+        self
+    }
+
+    pub(crate) fn show(&self, file: &str, text: &str) -> String {
+        let shown = self.0.iter().take(SHOWN_MAX).map(|fault| fault.show(file, text));
+        let more = self.0.len().saturating_sub(SHOWN_MAX);
+        let least = if self.is_full() { "at least " } else { "" };
+        let rest = (more > 0).then(|| format!("{file}: and {least}{more} more"));
+        shown.chain(rest).collect::<Vec<_>>().join("\n")
+    }
+}
+
 /// Part of a line without the blanks around it.
 fn word(line: usize, whole: &str, start: usize, end: usize) -> Word<'_> {
     let part = &whole[start..end];
@@ -69,9 +126,10 @@ fn word(line: usize, whole: &str, start: usize, end: usize) -> Word<'_> {
     Word { text, place }
 }
 
-/// The sections of a text, in its order.
-pub(super) fn sections(text: &str) -> Result<Vec<Section<'_>>, Fault> {
+/// The sections of a text, in its order. What is wrong goes to `faults`, and is read as what it was probably meant to be.
+pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a>> {
     let mut sections: Vec<Section> = Vec::new();
+    let mut homeless: Vec<Entry> = Vec::new();
     for (number, whole) in text.lines().enumerate() {
         let line = number + 1;
         let end = whole.find([';', '#']).unwrap_or(whole.len());
@@ -80,7 +138,7 @@ pub(super) fn sections(text: &str) -> Result<Vec<Section<'_>>, Fault> {
             continue;
         }
         if said.text.starts_with('[') {
-            sections.push(Section { name: section_name(line, whole, &said)?, entries: Vec::new() });
+            sections.push(Section { name: section_name(line, whole, &said, faults), entries: Vec::new() });
             continue;
         }
         let (key, value) = match whole[..end].find('=') {
@@ -88,45 +146,81 @@ pub(super) fn sections(text: &str) -> Result<Vec<Section<'_>>, Fault> {
             None => (said, None),
         };
         if key.text.is_empty() {
-            return Err(Fault::new(said.place, "there is no key before `=`"));
-        }
-        if let Some(blank) = key.text.find(char::is_whitespace) {
-            let (first, rest) = key.text.split_at(blank);
-            let text = format!("a line is `key=value`, or `[section]`: write `{first}={}`?", rest.trim());
-            return Err(Fault::new(said.place, text));
-        }
-        let Some(section) = sections.last_mut() else {
-            return Err(Fault::new(
-                key.place,
-                "this key is in no section: begin with `[global]`, or a job's `[name]`",
+            faults.add(Fault::new(
+                said.place,
+                "there is no key before `=`: leave the line out",
+                Mend::LeaveOut,
             ));
+            continue;
+        }
+        let entry = match (value, key.text.find(char::is_whitespace)) {
+            (None, Some(at)) => {
+                let start = whole.find(key.text).unwrap_or_default();
+                let (first, rest) = (word(line, whole, 0, start + at), word(line, whole, start + at, end));
+                Entry { key: first, value: Some(rest), blank: true }
+            }
+            _ => Entry { key, value, blank: false },
         };
-        section.entries.push(Entry { key, value });
+        match sections.last_mut() {
+            Some(section) => section.entries.push(entry),
+            None => homeless.push(entry),
+        }
     }
-    Ok(sections)
+    let Some(first) = homeless.first().map(|entry| entry.key) else { return sections };
+    match sections.iter_mut().find(|section| section.name.text == GLOBAL) {
+        Some(global) => {
+            for entry in &homeless {
+                let text = "this key is in no section: write it under [global]";
+                faults.add(Fault::new(entry.key.place, text, Mend::UnderGlobal(None)));
+            }
+            global.entries.splice(0..0, homeless);
+        }
+        None => {
+            let line = text.lines().nth(first.place.line - 1).unwrap_or_default();
+            let told = "this key is in no section: write `[global]` before it, or a job's `[name]`";
+            faults.add(Fault::new(first.place, told, Mend::Write(format!("[{GLOBAL}]\n{line}"))));
+            sections
+                .insert(0, Section { name: Word { text: GLOBAL, place: first.place }, entries: homeless });
+        }
+    }
+    sections
 }
 
-fn section_name<'a>(line: usize, whole: &'a str, said: &Word<'a>) -> Result<Word<'a>, Fault> {
-    let Some(close) = whole.find(']') else {
-        return Err(Fault::new(said.place, "a section's name ends with `]`"));
-    };
+fn section_name<'a>(line: usize, whole: &'a str, said: &Word<'a>, faults: &mut Faults) -> Word<'a> {
     let open = whole.find('[').unwrap_or_default();
     let end = whole.find([';', '#']).unwrap_or(whole.len());
-    if end < close {
-        return Err(Fault::new(said.place, "a section's name ends with `]`, before any comment"));
-    }
+    let mut wrong = |place, text: &str, mend| faults.add(Fault::new(place, text, mend));
+    let close = match whole.find(']') {
+        Some(close) if close < end => close,
+        close => {
+            let name = word(line, whole, open + 1, end);
+            let right = if name.text.is_empty() { "job" } else { name.text };
+            let text = match close {
+                Some(_) => format!("a section's name ends with `]`, before any comment: write `[{right}]`"),
+                None => format!("a section's name ends with `]`: write `[{right}]`"),
+            };
+            wrong(said.place, &text, Mend::Write(format!("[{right}]")));
+            return name;
+        }
+    };
+    let name = word(line, whole, open + 1, close);
     let behind = word(line, whole, close + 1, end);
     if !behind.text.is_empty() {
-        return Err(Fault::new(
+        let lines = format!("[{}]\n{}", name.text, behind.text);
+        wrong(
             behind.place,
             "there is something behind the section's name: begin a new line",
-        ));
+            Mend::Write(lines),
+        );
     }
-    let name = word(line, whole, open + 1, close);
     if name.text.is_empty() {
-        return Err(Fault::new(said.place, "a section needs a name"));
+        wrong(
+            said.place,
+            "a section needs a name: write `[job]`, or another one",
+            Mend::Write("[job]".to_owned()),
+        );
     }
-    Ok(name)
+    name
 }
 
 #[cfg(test)]
@@ -135,8 +229,10 @@ mod tests {
 
     #[test]
     fn words_know_their_places() {
-        let sections =
-            sections("; a comment\n[global] # more\n\tsize = 4g ; of it\nthread\n[a b]\n").unwrap();
+        let text = "; a comment\n[global] # more\n\tsize = 4g ; of it\nthread\n[a b]\n";
+        let mut faults = Faults::default();
+        let sections = sections(text, &mut faults);
+        assert_eq!(faults, Faults::default());
         assert_eq!(sections.len(), 2);
         assert_eq!(sections[1].name.text, "a b");
         let [size, thread] = &sections[0].entries[..] else { panic!("{sections:?}") };
@@ -146,20 +242,31 @@ mod tests {
     }
 
     #[test]
+    fn all_faults_are_told_in_order_and_not_without_end() {
+        let text = "[a\n=1\n[b] c\n".repeat(20);
+        let mut faults = Faults::default();
+        sections(&text, &mut faults);
+        let shown = faults.sorted().show("x", &text);
+        assert_eq!(shown.lines().filter(|line| line.starts_with("x:")).count(), SHOWN_MAX + 1, "{shown}");
+        assert!(shown.starts_with("x:1:1: a section") && shown.ends_with("x: and 10 more"), "{shown}");
+    }
+
+    #[test]
     fn faults_are_pointed_at() {
-        let show = |text: &str| sections(text).unwrap_err().show("x.fio", text);
+        let show = |text: &str| {
+            let mut faults = Faults::default();
+            sections(text, &mut faults);
+            faults.sorted().show("x.fio", text)
+        };
         assert_eq!(
             show("[global\nsize=1"),
-            "x.fio:1:1: a section's name ends with `]`\n  1 | [global\n    | ^^^^^^^"
+            "x.fio:1:1: a section's name ends with `]`: write `[global]`\n  1 | [global\n    | ^^^^^^^"
         );
         assert!(show("[a]\n [b] c").starts_with("x.fio:2:6: there is something behind"));
         assert!(show("[]").starts_with("x.fio:1:1: a section needs a name"));
         assert!(show("[a]\n=4").starts_with("x.fio:2:1: there is no key"));
         assert!(show("size=1").starts_with("x.fio:1:1: this key is in no section"));
-        assert!(
-            show("[a]\n\nsize 4g")
-                .contains("x.fio:3:1: a line is `key=value`, or `[section]`: write `size=4g`?")
-        );
+        assert!(show("size=1\n[global]").starts_with("x.fio:1:1: this key is in no section: write it under"));
         assert!(show("[a # b]").contains("before any comment"));
     }
 }

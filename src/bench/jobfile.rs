@@ -3,15 +3,17 @@
 #[cfg(test)]
 use std::fmt::Write;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use swapd::PAGE_SIZE;
 use vmprocess::failure::{Failure, Kind};
+use vmprocess::signals;
 use vmprocess::size::Size;
 
-use super::ini::{self, Entry, Fault, Place, Section, Word};
+use super::foreign;
+use super::ini::{self, Entry, Fault, Faults, GLOBAL, Mend, Place, Section, Word};
 use super::job::{Access, BenchEngine, Job, Length, Order, Scenario};
 
 /// A job file is text of a person; whatever is larger is not one.
@@ -28,10 +30,9 @@ const NEAREST_LEAST: f64 = 0.6;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-const GLOBAL: &str = "global";
 /// These say something about the whole run.
 const GLOBAL_KEYS: [&str; 4] = ["ram", "engine", "store", "encrypt"];
-const JOB_KEYS: [&str; 15] = [
+const JOB_KEYS: [&str; 14] = [
     "size",
     "working_set",
     "rw",
@@ -46,57 +47,52 @@ const JOB_KEYS: [&str; 15] = [
     "prefill",
     "randseed",
     "description",
-    "name",
 ];
 /// fio's other names of the same.
 const ALIASES: [(&str, &str); 2] = [("readwrite", "rw"), ("blocksize", "bs")];
-/// fio's keys that say what holds here anyway; their value must be true.
-const HARMLESS: [&str; 4] = ["time_based", "group_reporting", "thread", "norandommap"];
-/// fio's keys that make no sense here, and what to write instead.
-const INSTEAD: [(&str, &str); 22] = [
-    ("ioengine", "what holds the memory is chosen by `engine=` (vmemd, swap, raw, mem) under [global]"),
-    ("iodepth", "a touch waits for its page: write `numjobs=` for more of them at a time"),
-    ("direct", "leave it out: jobs touch memory, and `raw` always reads past the page cache"),
-    ("buffered", "leave it out: jobs touch memory"),
-    ("filename", "jobs touch memory: `store=` under [global] is the directory on the disk"),
-    ("directory", "write `store=` under [global]"),
-    ("filesize", "write `size=`"),
-    ("io_size", "write `loops=` or `runtime=`"),
-    ("number_ios", "write `loops=` or `runtime=`"),
-    ("invalidate", "write `prefill=0` to begin with untouched memory"),
-    ("rwmixwrite", "write `rwmixread=`, which is the rest to 100"),
-    ("zipf", "write `random_distribution=zipf:THETA`"),
-    ("blocksize_range", "blocks have one size: write `bs=`"),
-    ("bsrange", "blocks have one size: write `bs=`"),
-    ("bssplit", "blocks have one size: write `bs=`"),
-    ("stonewall", "all jobs of a file run at the same time: write another file"),
-    ("wait_for", "all jobs of a file run at the same time: write another file"),
-    ("startdelay", "all jobs of a file run at the same time: write another file"),
-    ("offset", "each job has an area of its own, `size=` bytes, one after the other"),
-    ("fsync", "leave it out: memory is not synced"),
-    ("verify", "leave it out: every touch is verified"),
-    ("lockmem", "write `ram=` under [global]"),
-];
-
-/// Reads a job file.
+/// Reads a job file; `-` is standard input.
 ///
 /// # Errors
-/// [`Kind::Usage`] with file, line and column of what is wrong with it.
+/// [`Kind::Usage`] with file, line and column of everything that is wrong with it.
 pub(super) fn read(path: &Path) -> Result<Scenario, Failure> {
-    let fail =
-        |error| Failure::new(Kind::Usage, format!("cannot read the job file {}: {error}", path.display()));
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(fail)?;
-    file.take(FILE_MAX_BYTES + 1).read_to_end(&mut bytes).map_err(fail)?;
+    if is_standard_input(path) {
+        return read_from(std::io::stdin().lock(), "standard input", "stdin");
+    }
     let file = path.display().to_string();
+    let source = File::open(path).map_err(|error| unreadable(&file, &error))?;
+    let name = path.file_stem().map_or_else(|| file.clone(), |stem| stem.to_string_lossy().into_owned());
+    read_from(source, &file, &name)
+}
+
+fn unreadable(file: &str, error: &std::io::Error) -> Failure {
+    Failure::new(Kind::Usage, format!("cannot read the job file {file}: {error}"))
+}
+
+fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Failure> {
+    let mut bytes = Vec::new();
+    let mut source = source.take(FILE_MAX_BYTES + 1);
+    let mut part = [0; 8192];
+    loop {
+        match source.read(&mut part) {
+            Ok(0) => break,
+            Ok(count) => bytes.extend_from_slice(&part[..count]),
+            // Ctrl-C while nobody writes.
+            Err(error) if error.kind() == ErrorKind::Interrupted => signals::check()?,
+            Err(error) => return Err(unreadable(file, &error)),
+        }
+    }
     let usage = |text| Failure::new(Kind::Usage, text);
     if bytes.len() as u64 > FILE_MAX_BYTES {
         return Err(usage(format!("{file} is larger than {}: not a job file", Size(FILE_MAX_BYTES))));
     }
     let text =
-        std::str::from_utf8(&bytes).map_err(|error| usage(not_text(&file, &bytes, error.valid_up_to())))?;
-    let name = path.file_stem().map_or_else(|| file.clone(), |stem| stem.to_string_lossy().into_owned());
-    parse(&name, text).map_err(|fault| usage(fault.show(&file, text)))
+        std::str::from_utf8(&bytes).map_err(|error| usage(not_text(file, &bytes, error.valid_up_to())))?;
+    parse(name, text).map_err(|faults| usage(faults.show(file, text)))
+}
+
+/// A file of that name is `./-`.
+pub(super) fn is_standard_input(path: &Path) -> bool {
+    path == Path::new("-")
 }
 
 fn not_text(file: &str, bytes: &[u8], at: usize) -> String {
@@ -106,10 +102,11 @@ fn not_text(file: &str, bytes: &[u8], at: usize) -> String {
     format!("{file}:{line}:{column}: this is not UTF-8 text")
 }
 
-/// A job file's text, with defaults and what jobs inherit from `[global]`.
-pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Fault> {
-    let sections = ini::sections(text)?;
-    check_sections(&sections)?;
+/// A job file's text, with defaults and what jobs inherit from `[global]`; or everything that is wrong with it.
+pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
+    let mut faults = Faults::default();
+    let sections = ini::sections(text, &mut faults);
+    check_sections(&sections, &mut faults);
     let (global, jobs): (Vec<_>, Vec<_>) = sections.iter().partition(|section| section.name.text == GLOBAL);
     let start = Place { line: 1, column: 1, width: 1 };
     let shared = Keys {
@@ -117,113 +114,289 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Fault> {
         inherited: &[],
         header: global.first().map_or(start, |global| global.name.place),
     };
-    let ram = shared.get("ram", size)?;
-    let ram = ram.ok_or_else(|| {
-        Fault::new(shared.header, "the RAM budget is missing: write `ram=2g` under [global]")
-    })?;
-    if ram < swapd::Engine::MIN_BUDGET_BYTES {
-        let least = Size(swapd::Engine::MIN_BUDGET_BYTES);
-        return Err(shared.fault("ram", format!("the least RAM budget is {least}")));
+    // Of a job the same key is where it should not be, and that is told.
+    if shared.find("ram").is_none()
+        && !jobs.iter().any(|job| job.entries.iter().any(|entry| entry.key.text == "ram"))
+    {
+        let text = "the RAM budget is missing: write `ram=2g` under [global]";
+        faults.add(Fault::new(shared.header, text, Mend::UnderGlobal(Some("ram=2g".to_owned()))));
     }
-    let [_, ..] = &jobs[..] else {
-        return Err(Fault::new(
-            shared.header,
-            "there is no job: write a section `[name]` with `size=` and `rw=`",
-        ));
-    };
+    if jobs.is_empty() {
+        let place = sections
+            .last()
+            .map_or(start, |section| section.entries.last().map_or(section.name, |entry| entry.key).place);
+        let text = "there is no job: write a section `[name]` with `size=` and `rw=` behind this";
+        faults.add(Fault::new(place, text, Mend::Add("[job]\nsize=64m\nrw=randrw".to_owned())));
+    }
     let mut scenario = Scenario {
         name: name.to_owned(),
-        description: String::new(),
-        ram_bytes: ram,
-        engines: shared.get("engine", engines)?.unwrap_or_else(default_engines),
-        store: shared.get("store", |text| Ok(PathBuf::from(text)))?,
-        encrypt: shared.switch("encrypt")?.unwrap_or(false),
+        description: shared.get("description", |text| Ok(text.to_owned())).unwrap_or_default(),
+        ram_bytes: shared.get("ram", size).unwrap_or_default(),
+        engines: shared.get("engine", engines).unwrap_or_else(default_engines),
+        store: shared.get("store", |text| Ok(PathBuf::from(text))),
+        encrypt: shared.switch("encrypt").unwrap_or(false),
         jobs: Vec::with_capacity(jobs.len()),
     };
-    scenario.description = shared.get("description", |text| Ok(text.to_owned()))?.unwrap_or_default();
     let mut memory = 0u64;
     for (number, section) in jobs.iter().enumerate() {
         let keys = Keys { own: &section.entries, inherited: shared.own, header: section.name.place };
-        let job = keys.job(section.name.text, number as u64 + 1)?;
-        check(&job).map_err(|(key, text)| keys.fault(key, text))?;
+        for (key, example) in [("size", "size=4g"), ("rw", "rw=randrw")] {
+            if keys.find(key).is_none() {
+                let name = section.name.text;
+                let text = format!("job [{name}] has no `{key}`: write `{example}`, here or under [global]");
+                faults.add(Fault::new(keys.header, text, Mend::Add(example.to_owned())));
+            }
+        }
+        let job = keys.job(section.name.text, number as u64 + 1);
+        let sequential = keys.get("rw", rw).is_some_and(|(_, random)| !random);
+        if sequential && keys.find("random_distribution").is_some() && keys.is_good("random_distribution") {
+            let text =
+                "`random_distribution` is for randread, randwrite and randrw: this job's order is sequential";
+            faults.add(Fault::new(keys.place_of("random_distribution"), text, Mend::Choose));
+        }
+        for misfit in misfits(&job) {
+            // A wrong or missing value has been told; what would follow from it is unknown.
+            if misfit.of.iter().all(|key| keys.is_good(key)) {
+                faults.add(Fault::new(keys.place_of(misfit.of[0]), misfit.text, Mend::Choose));
+            }
+        }
+        let before = memory;
         memory = memory.saturating_add(job.size_bytes);
-        if memory > MEMORY_MAX_BYTES {
+        if memory > MEMORY_MAX_BYTES && before <= MEMORY_MAX_BYTES {
             let text = format!("all areas together are more than {}", Size(MEMORY_MAX_BYTES));
-            return Err(keys.fault("size", text));
+            faults.add(Fault::new(keys.place_of("size"), text, Mend::Choose));
         }
         scenario.jobs.push(job);
     }
-    Ok(scenario)
+    if faults.0.is_empty() { Ok(scenario) } else { Err(faults.sorted()) }
 }
 
 fn default_engines() -> Vec<BenchEngine> {
     vec![BenchEngine::Vmemd, BenchEngine::Swap, BenchEngine::Raw]
 }
 
-/// Everything that can be said of sections without knowing what their keys mean.
-fn check_sections(sections: &[Section]) -> Result<(), Fault> {
+/// Everything that can be said of each section and key alone.
+fn check_sections(sections: &[Section], faults: &mut Faults) {
+    let jobs = sections.iter().filter(|section| section.name.text != GLOBAL).count();
     for (number, section) in sections.iter().enumerate() {
+        if faults.is_full() {
+            return;
+        }
         let Word { text: name, place } = section.name;
         if let Some(first) = sections[..number].iter().find(|other| other.name.text == name) {
-            let text = format!("[{name}] is there already, in line {}", first.name.place.line);
-            return Err(Fault::new(place, text));
+            let line = first.name.place.line;
+            let (text, mend) = match name {
+                GLOBAL => {
+                    (format!("[global] is there already, in line {line}: write its keys there"), Mend::Choose)
+                }
+                _ => {
+                    let other = (2..).map(|nth| format!("{name}-{nth}"));
+                    let free = |other: &String| sections.iter().all(|section| section.name.text != other);
+                    let other = other.into_iter().find(free).unwrap_or_default();
+                    let text = format!(
+                        "[{name}] is there already, in line {line}: write another name, as in `[{other}]`"
+                    );
+                    (text, Mend::Write(format!("[{other}]")))
+                }
+            };
+            faults.add(Fault::new(place, text, mend));
+        } else if name == GLOBAL && number > 0 {
+            let text = "[global] comes first, for it holds for all jobs: write it before the first of them";
+            faults.add(Fault::new(place, text, Mend::Choose));
         }
-        if name == GLOBAL && number > 0 {
-            return Err(Fault::new(place, "[global] comes first: it holds for all jobs"));
-        }
+        // What waits for the jobs before it has nothing to wait for.
+        let first_job = sections[..number].iter().all(|section| section.name.text == GLOBAL);
+        let alone = if name == GLOBAL { jobs < 2 } else { first_job };
         for (at, entry) in section.entries.iter().enumerate() {
-            check_key(entry, name == GLOBAL)?;
+            if faults.is_full() {
+                return;
+            }
+            let (said, wrong) = match said(entry, section, sections, alone) {
+                Ok(()) => (entry.blank.then(|| blank(entry)), false),
+                Err(fault) => (Some(fault), true),
+            };
+            said.into_iter().for_each(|fault| faults.add(fault));
             let key = canonical(entry.key.text);
-            if let Some(first) = section.entries[..at].iter().find(|other| canonical(other.key.text) == key) {
-                let text = format!("`{key}` is there already, in line {}", first.key.place.line);
-                return Err(Fault::new(entry.key.place, text));
+            let known = JOB_KEYS.contains(&key) || GLOBAL_KEYS.contains(&key);
+            let first = section.entries[..at].iter().find(|other| canonical(other.key.text) == key);
+            if let Some(first) = first.filter(|_| known && !wrong) {
+                let text = format!(
+                    "`{key}` is there already, in line {}: leave one of them out",
+                    first.key.place.line
+                );
+                faults.add(Fault::new(entry.key.place, text, Mend::LeaveOut));
             }
         }
     }
-    Ok(())
+}
+
+/// A line without `=` whose key and value are good.
+fn blank(entry: &Entry) -> Fault {
+    let line = line_of(entry.key.text, entry.value.map(|value| value.text));
+    Fault::new(
+        entry.key.place,
+        format!("a line is `key=value`, or `[section]`: write `{line}`"),
+        Mend::Write(line),
+    )
+}
+
+fn line_of(key: &str, value: Option<&str>) -> String {
+    value.map_or_else(|| key.to_owned(), |value| format!("{key}={value}"))
 }
 
 fn canonical(key: &str) -> &str {
     ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key, |(_, known)| known)
 }
 
-fn check_key(entry: &Entry, global: bool) -> Result<(), Fault> {
+/// What is wrong with a key and its value. `alone`: no job of the file is before those that it holds for.
+fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> Result<(), Fault> {
     let (key, place) = (entry.key.text, entry.key.place);
-    if GLOBAL_KEYS.contains(&key) {
-        return match global {
-            true => Ok(()),
-            false => {
-                Err(Fault::new(place, format!("`{key}` is the same for all jobs: write it under [global]")))
-            }
+    let value = entry.value.map(|value| value.text);
+    let known = canonical(key);
+    let here = |key: &str| section.entries.iter().any(|entry| canonical(entry.key.text) == key);
+    let global = sections.iter().find(|section| section.name.text == GLOBAL);
+    let in_global = |key: &str| {
+        global.is_some_and(|global| global.entries.iter().any(|entry| canonical(entry.key.text) == key))
+    };
+    if GLOBAL_KEYS.contains(&known) && section.name.text != GLOBAL {
+        let (what, mend) = match in_global(known) {
+            true => ("leave it out, [global] has it already", Mend::LeaveOut),
+            false => ("write it under [global]", Mend::UnderGlobal(Some(line_of(key, value)))),
+        };
+        return Err(Fault::new(place, format!("`{key}` is the same for all jobs: {what}"), mend));
+    }
+    if let Some(example) = example(known) {
+        let example = line_of(key, Some(example));
+        return match value {
+            None | Some("") if !(value.is_none() && is_switch(known)) => Err(Fault::new(
+                place,
+                format!("`{key}` needs a value, as in `{example}`"),
+                Mend::Write(example),
+            )),
+            Some(text) => check_value(known, text).map_err(|wrong| {
+                Fault::new(entry.value.unwrap_or(entry.key).place, wrong, Mend::Write(example))
+            }),
+            None => Ok(()),
         };
     }
     if key == "name" {
-        return Err(Fault::new(place, "a job's name is that of its section: write `[name]`"));
+        if value == Some(section.name.text) {
+            return Ok(());
+        }
+        let text = "a job's name is that of its section, `[name]`: leave it out";
+        return Err(Fault::new(place, text, Mend::LeaveOut));
     }
-    if JOB_KEYS.contains(&canonical(key)) {
-        return Ok(());
+    if key == "include" {
+        let text = format!(
+            "there is no `include` here: write the lines of {} instead",
+            value.unwrap_or("that file")
+        );
+        return Err(Fault::new(place, text, Mend::LeaveOut));
     }
-    if HARMLESS.contains(&key) {
-        let value = entry.value.map_or(Ok(true), |value| boolean(value.text));
-        return match value {
-            Ok(true) => Ok(()),
-            _ => Err(Fault::new(place, format!("`{key}` cannot be switched off here: leave it out"))),
-        };
+    let there = |key: &str| here(key) || in_global(key);
+    if let Some(instead) =
+        foreign::instead(key, value).filter(|(key, value)| !there(key) && check_value(key, value).is_ok())
+    {
+        let line = line_of(instead.0, Some(&instead.1));
+        return Err(Fault::new(
+            place,
+            format!("there is no `{key}` here: write `{line}`"),
+            Mend::Write(line),
+        ));
     }
-    if let Some((_, instead)) = INSTEAD.iter().find(|(foreign, _)| *foreign == key) {
-        return Err(Fault::new(place, format!("fio's `{key}` has no meaning here: {instead}")));
+    if let Some(verdict) = foreign::verdict(key, value, alone) {
+        return verdict.map_err(|text| Fault::new(place, text, Mend::LeaveOut));
     }
-    let known =
-        GLOBAL_KEYS.iter().chain(&JOB_KEYS).chain(&HARMLESS).chain(ALIASES.iter().map(|(alias, _)| alias));
+    Err(unknown(entry, |key| here(key) || (GLOBAL_KEYS.contains(&key) && section.name.text != GLOBAL)))
+}
+
+/// A key that nobody knows. It is held for another one only if that is not taken and takes its value.
+fn unknown(entry: &Entry, taken: impl Fn(&str) -> bool) -> Fault {
+    let (key, place) = (entry.key.text, entry.key.place);
+    let value = entry.value.map(|value| value.text);
+    let fits = |known: &str| match value {
+        Some(text) => check_value(canonical(known), text).is_ok() && !text.is_empty(),
+        None => is_switch(known),
+    };
+    let known = GLOBAL_KEYS.iter().chain(&JOB_KEYS).chain(ALIASES.iter().map(|(alias, _)| alias));
     let nearest = known
         .map(|known| (strsim::jaro_winkler(&key.to_ascii_lowercase(), known), *known))
         .max_by(|one, other| one.0.total_cmp(&other.0))
-        .filter(|(likeness, _)| *likeness >= NEAREST_LEAST);
-    let hint = match nearest {
-        Some((_, known)) => format!("did you mean `{known}`?"),
-        None => format!("known are {}", [&GLOBAL_KEYS[..], &JOB_KEYS[..14]].concat().join(", ")),
-    };
-    Err(Fault::new(place, format!("unknown key `{key}`: {hint}")))
+        .filter(|(likeness, known)| *likeness >= NEAREST_LEAST && !taken(canonical(known)) && fits(known));
+    match nearest {
+        Some((_, known)) => {
+            let text = format!("unknown key `{key}`: did you mean `{known}`?");
+            Fault::new(place, text, Mend::Write(line_of(known, value)))
+        }
+        None => {
+            let known = [&GLOBAL_KEYS[..], &JOB_KEYS].concat().join(", ");
+            Fault::new(place, format!("unknown key `{key}`: leave it out; known are {known}"), Mend::LeaveOut)
+        }
+    }
+}
+
+/// A key of ours with a value that it takes. None: it is not ours.
+fn example(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "ram" => "2g",
+        "engine" => "vmemd,swap",
+        "store" => "/var/tmp",
+        "size" | "working_set" => "64m",
+        "rw" => "randrw",
+        "rwmixread" => "50",
+        "runtime" | "ramp_time" => "10s",
+        "random_distribution" => "zipf:1.1",
+        "bs" => "4k",
+        "description" => "what it shows",
+        "encrypt" | "numjobs" | "loops" | "stride" | "prefill" | "randseed" => "1",
+        _ => return None,
+    })
+}
+
+/// The key alone means yes, as in fio.
+fn is_switch(key: &str) -> bool {
+    matches!(key, "encrypt" | "prefill")
+}
+
+/// Whether this key of ours takes the value, whatever the others are.
+fn check_value(key: &str, text: &str) -> Result<(), String> {
+    if text.contains("${") && key != "description" {
+        return Err("variables of the environment are not replaced here: write the value itself".to_owned());
+    }
+    let holds = |good: bool, text: &str| if good { Ok(()) } else { Err(text.to_owned()) };
+    match key {
+        "ram" => {
+            let least = swapd::Engine::MIN_BUDGET_BYTES;
+            holds(size(text)? >= least, &format!("the least RAM budget is {}", Size(least)))
+        }
+        "size" | "working_set" => check_area(key, size(text)?),
+        "bs" => check_block(size(text)?),
+        "engine" => engines(text).map(drop),
+        "encrypt" | "prefill" => boolean(text).map(drop),
+        "rw" => rw(text).map(drop),
+        "rwmixread" => number_in(text, 0, 100).map(drop),
+        "stride" | "loops" => number_in(text, 1, u64::from(u32::MAX)).map(drop),
+        "numjobs" => number_in(text, 1, u64::from(THREADS_MAX)).map(drop),
+        "runtime" => holds(millis(text)? > 0, "`runtime` is longer than nothing"),
+        "ramp_time" => millis(text).map(drop),
+        "random_distribution" => distribution(text).map(drop),
+        "randseed" => number_in(text, 0, u64::MAX).map(drop),
+        _ => Ok(()),
+    }
+}
+
+fn check_area(key: &str, bytes: u64) -> Result<(), String> {
+    match bytes > 0 && bytes.is_multiple_of(PAGE) {
+        true => Ok(()),
+        false => Err(format!("`{key}` is a multiple of a page of 4k")),
+    }
+}
+
+fn check_block(bytes: u64) -> Result<(), String> {
+    match bytes.is_power_of_two() && (BLOCK_MIN_BYTES..=BLOCK_MAX_BYTES).contains(&bytes) {
+        true => Ok(()),
+        false => Err("`bs` is a power of two from 64 to 1m".to_owned()),
+    }
 }
 
 /// The keys of a section, above those that it inherits.
@@ -238,111 +411,118 @@ impl Keys<'_> {
         self.own.iter().chain(self.inherited).find(|entry| canonical(entry.key.text) == key)
     }
 
-    /// A fault at the value of this key, or at the section's name if it is not written anywhere.
-    fn fault(&self, key: &str, text: impl Into<String>) -> Fault {
-        let place = self.find(key).map_or(self.header, |entry| entry.value.unwrap_or(entry.key).place);
-        Fault::new(place, text)
+    /// The value of this key, or the section's name if it is not written anywhere.
+    fn place_of(&self, key: &str) -> Place {
+        self.find(key).map_or(self.header, |entry| entry.value.unwrap_or(entry.key).place)
     }
 
-    fn get<T>(&self, key: &str, read: impl FnOnce(&str) -> Result<T, String>) -> Result<Option<T>, Fault> {
-        let Some(entry) = self.find(key) else { return Ok(None) };
-        match entry.value.map(|value| value.text) {
-            Some(text) if !text.is_empty() => read(text).map(Some).map_err(|text| self.fault(key, text)),
-            _ => Err(Fault::new(entry.key.place, format!("`{key}` needs a value"))),
+    /// Nothing is wrong with the key: it has a good value, or is missing and has a default.
+    fn is_good(&self, key: &str) -> bool {
+        match self.find(key) {
+            Some(entry) => entry.value.map_or(is_switch(key), |value| check_value(key, value.text).is_ok()),
+            None => !matches!(key, "size" | "rw"),
         }
     }
 
+    /// None if it is missing, or wrong, which has been told.
+    fn get<T>(&self, key: &str, read: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
+        self.find(key)?
+            .value
+            .filter(|value| check_value(key, value.text).is_ok())
+            .and_then(|value| read(value.text).ok())
+    }
+
     /// `key` alone means yes, as in fio.
-    fn switch(&self, key: &str) -> Result<Option<bool>, Fault> {
+    fn switch(&self, key: &str) -> Option<bool> {
         match self.find(key) {
-            Some(Entry { value: None, .. }) => Ok(Some(true)),
+            Some(Entry { value: None, .. }) => Some(true),
             _ => self.get(key, boolean),
         }
     }
 
-    fn job(&self, name: &str, number: u64) -> Result<Job, Fault> {
-        let missing = |key, example| {
-            Fault::new(
-                self.header,
-                format!("job [{name}] has no `{key}`: write `{example}`, here or under [global]"),
-            )
+    fn number(&self, key: &str) -> Option<u64> {
+        self.get(key, |text| number_in(text, 0, u64::MAX))
+    }
+
+    /// The job, with defaults for what is missing or wrong.
+    fn job(&self, name: &str, number: u64) -> Job {
+        let (access, random) = self.get("rw", rw).unwrap_or((Access::Mixed, true));
+        let size_bytes = self.get("size", size).unwrap_or(PAGE);
+        let order = match random {
+            true => self.get("random_distribution", distribution).unwrap_or(Order::Uniform),
+            false => Order::Sequential,
         };
-        let size_bytes = self.get("size", size)?.ok_or_else(|| missing("size", "size=4g"))?;
-        let (access, random) = self.get("rw", rw)?.ok_or_else(|| missing("rw", "rw=randrw"))?;
-        let distribution = self.get("random_distribution", distribution)?;
-        let order = match (random, distribution) {
-            (true, order) => order.unwrap_or(Order::Uniform),
-            (false, None) => Order::Sequential,
-            (false, Some(_)) => {
-                let text = "`random_distribution` is for randread, randwrite and randrw: this job's order is sequential";
-                return Err(self.fault("random_distribution", text));
-            }
-        };
-        let runtime = self.get("runtime", millis)?;
-        let loops = self.get("loops", |text| number_in(text, 1, u64::from(u32::MAX)))?;
-        if runtime == Some(0) {
-            return Err(self.fault("runtime", "`runtime` is longer than nothing"));
-        }
-        Ok(Job {
+        Job {
             name: name.to_owned(),
             size_bytes,
-            working_set_bytes: self.get("working_set", size)?.unwrap_or(size_bytes),
+            working_set_bytes: self.get("working_set", size).unwrap_or(size_bytes),
             access,
-            read_percent: self.get("rwmixread", |text| number_in(text, 0, 100))?.unwrap_or(50) as u8,
+            read_percent: self.number("rwmixread").unwrap_or(50) as u8,
             order,
-            stride_pages: self.get("stride", |text| number_in(text, 1, u64::from(u32::MAX)))?.unwrap_or(1)
-                as u32,
-            block_bytes: self.get("bs", size)?.unwrap_or(PAGE),
-            threads: self.get("numjobs", |text| number_in(text, 1, u64::from(THREADS_MAX)))?.unwrap_or(1)
-                as u32,
-            length: runtime.map_or(Length::Loops(loops.unwrap_or(1)), Length::Millis),
-            ramp_ms: self.get("ramp_time", millis)?.unwrap_or(0),
-            prefill: self.switch("prefill")?.unwrap_or(true),
-            seed: self.get("randseed", |text| number_in(text, 0, u64::MAX))?.unwrap_or(number),
-        })
+            stride_pages: self.number("stride").unwrap_or(1) as u32,
+            block_bytes: self.get("bs", size).unwrap_or(PAGE),
+            threads: self.number("numjobs").unwrap_or(1) as u32,
+            length: match self.get("runtime", millis) {
+                Some(millis) => Length::Millis(millis),
+                None => Length::Loops(self.number("loops").unwrap_or(1)),
+            },
+            ramp_ms: self.get("ramp_time", millis).unwrap_or(0),
+            prefill: self.switch("prefill").unwrap_or(true),
+            seed: self.number("randseed").unwrap_or(number),
+        }
     }
+}
+
+/// Keys that do not fit together: the first is to blame.
+struct Misfit {
+    of: &'static [&'static str],
+    text: String,
 }
 
 /// What fits together in a job: the key to blame, and why.
 pub(super) fn check(job: &Job) -> Result<(), (&'static str, String)> {
+    for (key, bytes) in [("size", job.size_bytes), ("working_set", job.working_set_bytes)] {
+        check_area(key, bytes).map_err(|text| (key, text))?;
+    }
+    check_block(job.block_bytes).map_err(|text| ("bs", text))?;
+    match misfits(job).into_iter().next() {
+        Some(misfit) => Err((misfit.of[0], misfit.text)),
+        None => Ok(()),
+    }
+}
+
+fn misfits(job: &Job) -> Vec<Misfit> {
+    let mut misfits = Vec::new();
+    let mut fail = |of, text: String| misfits.push(Misfit { of, text });
     let (size, working_set) = (job.size_bytes, job.working_set_bytes);
-    let fail = |key, text: String| Err((key, text));
-    for (key, bytes) in [("size", size), ("working_set", working_set)] {
-        if bytes == 0 || !bytes.is_multiple_of(PAGE) {
-            return fail(key, format!("`{key}` is a multiple of a page of 4k"));
-        }
-    }
     if working_set > size {
-        return fail("working_set", format!("`working_set` is more than the area: `size` is {}", Size(size)));
-    }
-    let block = job.block_bytes;
-    if !block.is_power_of_two() || !(BLOCK_MIN_BYTES..=BLOCK_MAX_BYTES).contains(&block) {
-        return fail("bs", "`bs` is a power of two from 64 to 1m".to_owned());
+        fail(
+            &["working_set", "size"],
+            format!("`working_set` is more than the area: `size` is {}", Size(size)),
+        );
+        return misfits;
     }
     let sequential = job.order == Order::Sequential;
-    let share = if sequential { working_set / PAGE / u64::from(job.threads) * PAGE } else { working_set };
-    if share < block.max(PAGE) {
+    let share =
+        if sequential { working_set / PAGE / u64::from(job.threads.max(1)) * PAGE } else { working_set };
+    if share < job.block_bytes.max(PAGE) {
         let text = "the working set is too small: each thread of a sequential job has its own part, of at least one `bs`";
-        return fail("numjobs", text.to_owned());
+        fail(&["numjobs", "size", "working_set", "bs", "rw"], text.to_owned());
     }
     if job.stride_pages > 1 {
         if !sequential {
-            return fail(
-                "stride",
+            fail(
+                &["stride", "rw"],
                 "`stride` is for read, write and rw: this job's order is random".to_owned(),
             );
-        }
-        if block > PAGE {
-            return fail("stride", "with `stride`, `bs` is at most a page of 4k".to_owned());
-        }
-        if u64::from(job.stride_pages) > share / PAGE {
-            return fail(
-                "stride",
-                format!("`stride` is more than the {} pages that a thread has", share / PAGE),
-            );
+        } else if job.block_bytes > PAGE {
+            fail(&["stride", "bs"], "with `stride`, `bs` is at most a page of 4k".to_owned());
+        } else if u64::from(job.stride_pages) > share / PAGE {
+            let text = format!("`stride` is more than the {} pages that a thread has", share / PAGE);
+            fail(&["stride", "size", "working_set", "numjobs", "rw"], text);
         }
     }
-    Ok(())
+    misfits
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -368,10 +548,12 @@ fn millis(text: &str) -> Result<u64, String> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     let scale = match unit.trim_start() {
-        "ms" => 1.0,
+        "us" | "usec" => 0.001,
+        "ms" | "msec" => 1.0,
         "" | "s" => 1000.0,
         "m" => 60_000.0,
         "h" => 3_600_000.0,
+        "d" => 86_400_000.0,
         _ => return Err("a time is a number of seconds, or has a unit: 500ms, 10s, 2m".to_owned()),
     };
     let number: f64 = number.parse().map_err(|_| "write a time such as 500ms, 10s or 2m".to_owned())?;

@@ -10,6 +10,7 @@ mod costs;
 mod demands;
 mod experiment;
 mod fio;
+mod foreign;
 mod html;
 pub(crate) mod ini;
 pub mod job;

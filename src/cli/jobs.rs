@@ -13,7 +13,7 @@ use crate::bench::{ReportSettings, RunSettings, Style};
 
 #[derive(Debug, Args)]
 pub(super) struct RunJobsArgs {
-    /// Job files
+    /// Job files; - is standard input
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// What holds the memory, in turns [default: as the files say]

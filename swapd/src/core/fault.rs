@@ -137,6 +137,7 @@ impl Core {
         if self.table.state(page) == PageState::Standby {
             self.leave_standby(page);
         }
+        self.probation.note_back(Run::one(page), self.budget);
         self.table.set(page, PageState::Arriving);
         self.slots_of[&page]
     }
@@ -148,6 +149,7 @@ impl Core {
     /// The device reads the frame at this moment: the guest must not change it. It gets a copy, or waits for the write.
     fn rescue_by_copy(&mut self, page: PageNo) {
         self.table.warm(page, HEAT_RESCUE);
+        self.probation.note_back(Run::one(page), self.budget);
         let from = self.slots_of[&page];
         let Some(taken) = self.take_frames(1) else { return };
         self.orphan(page);

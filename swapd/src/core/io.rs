@@ -106,6 +106,9 @@ impl Core {
     pub(super) fn read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
         run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
         self.bind_run(run, slots);
+        if landing != Landing::Staging {
+            self.probation.note_back(run, self.budget);
+        }
         self.counts.pages_read += u64::from(run.len);
         self.start_read(run, slots, landing);
     }

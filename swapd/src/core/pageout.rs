@@ -97,7 +97,7 @@ impl Core {
             }
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
-                self.probation.note_left(*run);
+                self.probation.note_left(*run, self.budget);
                 started += out;
                 runs += 1;
                 if out < run.len {

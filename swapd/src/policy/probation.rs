@@ -5,7 +5,9 @@
 //! missed there is rescued and hot, and belongs to the clock from then on. This is the small queue of S3-FIFO (Yang et al., SOSP
 //! 2023), with the rescue in the place of the second access.
 //!
-//! A page that a lone fault fetched is on probation likewise, in a queue of its own, unless it has kept heat from an earlier stay.
+//! A page that a lone fault fetched is on probation likewise, in a queue of its own, unless it has kept heat from an earlier stay. At
+//! the end of that queue a share stays all the same, and belongs to the clock: the larger, the more of what left there comes back
+//! soon (`ghosts`). So the queue need not be long to be of use to a working set that is new: its memory stays small.
 //!
 //! What comes back sooner than a budget's worth of pages has left was worth a frame (S3-FIFO's ghost queue; here, when a page of
 //! each 256 KiB left last). But a guest that goes round and round a little more than its budget brings back everything, and no
@@ -16,12 +18,13 @@
 use std::collections::VecDeque;
 
 use crate::policy::clock::{VICTIM_RUN_MAX, may_leave};
+use crate::policy::ghosts::Ghosts;
 use crate::table::PageTable;
 use crate::units::{PageNo, Run};
 
 /// One frame in so many is for pages on probation.
 const PROBATION_SHARE: u64 = 64;
-/// One frame in so many is for pages fetched by a lone fault, of which nothing was known.
+/// One frame in so many is for pages fetched by a lone fault, of which nothing was known, until it is decided which of them stay.
 const LONE_SHARE: u64 = 20;
 /// And never fewer than so many, or a page could leave before it has been used.
 const LONE_MIN: u64 = 64;
@@ -52,12 +55,14 @@ pub struct Probation {
     way: (u64, u64),
     /// Pages that were to stay, not yet chosen, in parts of [`WHOLE`].
     owed: u64,
+    /// What has left the lone pages' queue.
+    ghosts: Ghosts,
 }
 
 impl Probation {
     /// Bytes that grow with the memory.
     pub fn bytes(&self) -> usize {
-        size_of_val(&self.left_at[..])
+        size_of_val(&self.left_at[..]) + self.ghosts.bytes()
     }
 
     /// For a memory of so many pages.
@@ -70,6 +75,7 @@ impl Probation {
             left_at: vec![0; pages.div_ceil(CHUNK_PAGES) as usize],
             way: (1, 0),
             owed: 0,
+            ghosts: Ghosts::new(pages),
         }
     }
 
@@ -118,8 +124,14 @@ impl Probation {
         (missing / STAY_SHARE).max(STRANGERS)
     }
 
+    /// Pages come back from the store or from staging, not by guesswork about neighbours.
+    pub fn note_back(&mut self, run: Run, budget: u64) {
+        self.ghosts.note_back(run, budget);
+    }
+
     /// The run has been chosen as a victim, by whomever.
-    pub fn note_left(&mut self, run: Run) {
+    pub fn note_left(&mut self, run: Run, budget: u64) {
+        self.ghosts.note_left(run.len, budget);
         self.left = self.left.wrapping_add(run.len).max(1);
         self.left_at[(run.start.0 / CHUNK_PAGES) as usize] = self.left;
     }
@@ -130,8 +142,11 @@ impl Probation {
         victims.clear();
         let unproven = |page: &PageNo| may_leave(table, *page) && table.heat(*page) <= HEAT_FAULT;
         while victims.is_empty() && self.lone.len() as u64 > (budget / LONE_SHARE).max(LONE_MIN) {
-            let page = self.lone.pop_front().filter(unproven);
-            victims.extend(page.map(Run::one));
+            let Some(page) = self.lone.pop_front().filter(unproven) else { continue };
+            if !self.ghosts.next_stays() {
+                self.ghosts.note_unproven(page);
+                victims.push(Run::one(page));
+            }
         }
         while victims.is_empty() && self.pages > (budget / PROBATION_SHARE).max(room) {
             let Some(run) = self.runs.pop_front() else { return false };
@@ -186,8 +201,15 @@ mod tests {
         let mut victims = vec![];
         assert!(probation.step(&table, 1600, 0, &mut victims));
         assert_eq!(victims, [Run::one(PageNo(1))], "the proven one is passed over");
-        while probation.step(&table, 1600, 0, &mut victims) {}
-        assert_eq!(probation.lone.len(), 80);
+        let mut left = 1;
+        while probation.step(&table, 1600, 0, &mut victims) {
+            left += victims.len();
+        }
+        assert_eq!(
+            (left, probation.lone.len()),
+            (2, 80),
+            "of nine unproven ones, one in eight leaves as long as nothing is known"
+        );
     }
 
     #[test]
@@ -200,14 +222,14 @@ mod tests {
             (0..chunks).for_each(|nth| bring(&mut table, probation, Run::new(PageNo(nth * 64), 64), budget));
             let on_probation = (probation.pages - before) / 64;
             while probation.step(&table, 0, 0, &mut victims) {
-                victims.iter().for_each(|run| probation.note_left(*run));
+                victims.iter().for_each(|run| probation.note_left(*run, budget));
             }
             chunks - on_probation
         };
         let mut probation = Probation::new(chunks * 64);
         assert!((10..20).contains(&stays(&mut probation, 100_000)), "of strangers one in 64");
         assert!((325..340).contains(&stays(&mut probation, 100_000)), "of what comes back");
-        (0..chunks).for_each(|_| probation.note_left(Run::new(PageNo(0), 64)));
+        (0..chunks).for_each(|_| probation.note_left(Run::new(PageNo(0), 64), 100_000));
         assert!((10..20).contains(&stays(&mut probation, 30_000)), "too late for so small a budget");
         probation.note_way((1000, 900), 100_000);
         assert!((28..40).contains(&stays(&mut probation, 100_000)), "when most of the way is in RAM");
