@@ -112,6 +112,7 @@ pub enum Request {
     ArrivePoisoned(Run),
     FinishReceiving,
     ResidentMap,
+    StoredMap,
     RetryStore,
     /// Answered by the driver: only it knows the time.
     RecordFaults(bool),

@@ -281,7 +281,10 @@ impl Core {
     fn on_tick(&mut self, ticks: u64) {
         let epoch = self.tick / EPOCH_TICKS;
         self.tick += ticks;
-        (epoch..self.tick / EPOCH_TICKS).for_each(|_| self.table.next_epoch());
+        if self.receiving.is_none() {
+            // What the source has told holds until it tells something else.
+            (epoch..self.tick / EPOCH_TICKS).for_each(|_| self.table.next_epoch());
+        }
         for (run, slots) in std::mem::take(&mut self.pinned_in) {
             self.move_in_again(run, slots);
         }
@@ -310,7 +313,10 @@ impl Core {
                 Some(self.checked(run).map(|()| Response::Sums(self.sums[run.indices()].to_vec())))
             }
             Request::Heat => Some(Ok(self.heat_map())),
-            Request::ResidentMap => Some(Ok(self.resident_map())),
+            Request::ResidentMap => Some(Ok(self.map_of(&[PageState::Resident]))),
+            Request::StoredMap => {
+                Some(Ok(self.map_of(&[PageState::Leaving, PageState::Standby, PageState::Stored])))
+            }
             Request::RetryStore => self.retry_on_request(ticket),
             Request::StartReceiving(heat) => Some(self.start_receiving(&heat)),
             Request::UpdateHeat(heat) => Some(self.update_heat(&heat)),
@@ -438,7 +444,8 @@ impl Core {
                         self.mark_left(page);
                     }
                     if self.table.state(page) == PageState::Leaving {
-                        self.counts.victims += 1;
+                        // Until the VM has arrived it pages nothing: the page is placed once more.
+                        self.counts.victims += u64::from(self.receiving.is_none());
                         self.left_guest(page, slot, sum, zero);
                     }
                 }
@@ -588,8 +595,10 @@ impl Core {
         assert_eq!(awaited, orphans, "every frame without a page becomes free in the end");
     }
 
-    fn runs_in_state(&self, state: PageState) -> Vec<Run> {
-        let pages = (0..self.table.pages()).map(PageNo).filter(|page| self.table.state(*page) == state);
-        runs_of(pages, u32::MAX).collect()
+    /// The pages in any of these states.
+    fn map_of(&self, states: &[PageState]) -> Response {
+        let pages = (0..self.table.pages()).map(PageNo);
+        let pages = pages.filter(|page| states.contains(&self.table.state(*page)));
+        Response::Runs(runs_of(pages, u32::MAX).collect())
     }
 }

@@ -53,6 +53,8 @@ impl Core {
             self.serve_deferred();
             self.make_slots();
             self.make_headroom();
+        } else {
+            self.make_way();
         }
     }
 
@@ -108,7 +110,9 @@ impl Core {
         let burst = most.min(self.marks.goal() / 4) as usize;
         let scarce = self.available() + u64::from(self.staging.standby_count()) < u64::from(self.marks.low);
         let awaited = !self.evict_waiters.is_empty() || !self.budget_waiters.is_empty();
-        if self.unwritten.len() > burst || scarce || awaited {
+        // What a VM's frames wait for that arrives: it has no reads that a write could be in the way of.
+        let arrives = self.receiving.is_some();
+        if self.unwritten.len() > burst || scarce || awaited || arrives {
             self.write_all_behind();
         }
     }
@@ -126,13 +130,14 @@ impl Core {
             self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
             here
         });
-        self.write(&unwritten, Purpose::PageOut);
+        let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
+        self.write(&unwritten, purpose);
         unwritten.clear();
         self.unwritten = unwritten;
     }
 
     /// Moves resident pages to staging. Stops short when there is no empty slot; returns how many pages go.
-    fn start_out(&mut self, mut run: Run, state: PageState) -> u32 {
+    pub(super) fn start_out(&mut self, mut run: Run, state: PageState) -> u32 {
         let mut started = 0;
         while run.len > 0 {
             let Some(slots) = self.staging.take_empty(run.len) else { break };
@@ -159,7 +164,7 @@ impl Core {
             self.table.set(page, PageState::Untouched);
             self.table.put(page, Flag::Stored, false);
             self.unbind(page);
-        } else if self.is_unchanged(page, sum) {
+        } else if self.receiving.is_none() && self.is_unchanged(page, sum) {
             self.counts.dropped += 1;
             self.enter_standby(page, slot);
         } else {

@@ -93,8 +93,4 @@ impl Core {
     pub(super) fn heat_map(&self) -> Response {
         Response::Heat((0..self.table.pages()).map(|page| self.table.heat(PageNo(page))).collect())
     }
-
-    pub(super) fn resident_map(&self) -> Response {
-        Response::Runs(self.runs_in_state(PageState::Resident))
-    }
 }
