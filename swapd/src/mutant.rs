@@ -100,6 +100,10 @@ mod planted {
         // ── huge pages ──
         /// Pages are taken out as samples while the host puts them together.
         SamplesWhileCollapsing,
+        /// Of a sampled huge page that came back in part, all counts as back.
+        TrustsPartialBlocks,
+        /// A part of a sampled huge page is given back as if it had its slots one by one.
+        ForgetsSplits,
         // ── migration ──
         /// Held pages leave the guest.
         EvictsHeldPages,
@@ -117,6 +121,8 @@ mod planted {
         LeaksReplacedVersions,
         /// An older version of an arriving page that is written counts as the newest.
         TrustsReplacedVersions,
+        /// What gave way to a hotter page is never written.
+        ForgetsWhatGaveWay,
         /// The receiving ends while pages are still on their way.
         FinishesReceivingEarly,
     }

@@ -5,6 +5,7 @@ use super::event::{Action, Response, Ticket};
 use super::io::Purpose;
 use crate::handle::CommandError;
 use crate::policy::clock::may_leave;
+use crate::policy::sampler::Places;
 use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
@@ -171,7 +172,9 @@ impl Core {
             self.sums[page.index()] = sum;
             // The sum is not that of what the store has, until it is written.
             self.table.put(page, Flag::Stored, mutant!(KeepsStoredBit));
-            self.unwritten.push((page, slot));
+            if self.receiving.is_none() || !mutant!(ForgetsWhatGaveWay) {
+                self.unwritten.push((page, slot));
+            }
         }
     }
 
@@ -250,18 +253,25 @@ impl Core {
         if !idle {
             return self.end_sampling();
         }
-        while let Some(run) = self.sampler.overdue(self.tick, false) {
+        // Most slots are for pages that leave, should that begin.
+        let single = self.staging.slots() / 4;
+        while let Some(run) = self.sampler.overdue(self.tick, single, false) {
             self.put_sample_back(run);
         }
         let mut samples = std::mem::take(&mut self.victims);
         samples.clear();
         // While all of memory has frames. Else huge pages fall to pieces anyway.
-        let room = self.covers().then(|| self.staging.whole_blocks());
-        self.sampler.choose(&self.table, self.tick, room, &mut samples);
+        let has_place = |block| self.staging.has_place(block);
+        let huge = self.covers().then_some(&has_place as &dyn Fn(usize) -> bool);
+        self.sampler.choose(&mut self.table, self.tick, Places { huge, single }, &mut samples);
         for run in samples.drain(..) {
-            let slots = if run.len == BLOCK_PAGES { self.staging.take_block() } else { None };
+            let slots = if run.len == BLOCK_PAGES { self.staging.lend(run.start.block()) } else { None };
             self.counts.sampled += u64::from(match slots {
-                Some(slots) => self.start_out_to(run, slots, PageState::Sampled),
+                Some(slots) => {
+                    run.pages().for_each(|page| self.table.set(page, PageState::Sampled));
+                    self.actions.push_back(Action::MoveOut { run, slots, digest: false });
+                    run.len
+                }
                 None => self.start_out(run, PageState::Sampled),
             });
         }
@@ -271,7 +281,7 @@ impl Core {
     /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as
     /// new samples: a move that is not done yet may still find its page pinned.
     pub(super) fn end_sampling(&mut self) {
-        while let Some(run) = self.sampler.overdue(self.tick, true) {
+        while let Some(run) = self.sampler.overdue(self.tick, 0, true) {
             self.put_sample_back(run);
         }
     }

@@ -70,6 +70,7 @@ impl Core {
                 PageState::Leaving if self.table.has(page, Flag::Writing) => Place::Moving,
                 // It has only its frame, and no way to it but through the guest.
                 PageState::Leaving | PageState::Sampled => {
+                    self.split_sample(page);
                     self.table.set(page, PageState::Arriving);
                     rescued.push((page, self.slots_of[&page]));
                     Place::Moving
