@@ -133,6 +133,7 @@ fn vcpu_block(layout: &Layout, config: &MachineConfig, vcpu: u32) -> Result<Vec<
         Pattern::Zipf { .. } => (mode::ZIPF, 0),
     };
     let filled = if fill == FillScope::Nothing { 0 } else { flag::FILLED };
+    let step = config.workload.scatter;
     let bits = u64::from(share.pages.next_power_of_two().trailing_zeros());
     Ok(vec![
         (block::LEDGER, layout.ledger),
@@ -148,5 +149,7 @@ fn vcpu_block(layout: &Layout, config: &MachineConfig, vcpu: u32) -> Result<Vec<
         (block::ZIPF_TABLE, ZIPF_TABLE),
         (block::SCATTER_MASK, (1 << bits) - 1),
         (block::SCATTER_SHIFT, (bits / 2).max(1)),
+        (block::ROUND_PAGES, share.pages.div_ceil(step)),
+        (block::STEP_PAGES, step),
     ])
 }

@@ -65,6 +65,9 @@ pub(super) mod block {
     /// Scattering of ranks: the power of two that holds the share, less one, and half its bits.
     pub(crate) const SCATTER_MASK: u64 = 0x58;
     pub(crate) const SCATTER_SHIFT: u64 = 0x60;
+    /// In order: touches a round, and from one to the next.
+    pub(crate) const ROUND_PAGES: u64 = 0x68;
+    pub(crate) const STEP_PAGES: u64 = 0x70;
     /// Where the stack starts downwards: the end of the block.
     pub(crate) const STACK: u64 = 0x1000;
 }
@@ -100,9 +103,9 @@ global_asm!(
     "    jmp 3b",
     // Rounds in order.
     "2:  mov rbx, [r15 + {SHARE_FIRST}]",
-    "    mov r12, [r15 + {SHARE_PAGES}]",
+    "    mov r12, [r15 + {ROUND_PAGES}]",
     "3:  call 30f",
-    "    inc rbx",
+    "    add rbx, [r15 + {STEP_PAGES}]",
     "    dec r12",
     "    jnz 3b",
     "    call 15f",
@@ -320,6 +323,8 @@ global_asm!(
     ZIPF_TABLE = const block::ZIPF_TABLE,
     SCATTER_MASK = const block::SCATTER_MASK,
     SCATTER_SHIFT = const block::SCATTER_SHIFT,
+    ROUND_PAGES = const block::ROUND_PAGES,
+    STEP_PAGES = const block::STEP_PAGES,
     IN_ORDER = const mode::IN_ORDER,
     RANDOM_MODE = const mode::RANDOM,
     ZIPF = const mode::ZIPF,

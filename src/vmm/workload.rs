@@ -10,7 +10,9 @@ pub const THETA_DEFAULT: f64 = 0.99;
 /// Greatest skew: beyond it nearly every touch is of one page.
 pub const THETA_MAX: f64 = 4.0;
 
-const KEYS: [&str; 4] = ["working-set", "rate", "theta", "fill"];
+const KEYS: [&str; 5] = ["working-set", "rate", "theta", "scatter", "fill"];
+/// Pages from one touch to the next at most: one in a large page.
+const SCATTER_MAX: u64 = 512;
 const PATTERNS: [&str; 6] = ["fill", "rewrite", "random", "zipf", "read", "idle"];
 const FILLS: [&str; 3] = ["all", "working-set", "none"];
 
@@ -54,6 +56,8 @@ pub struct Workload {
     pub working_set: Option<Size>,
     /// Bytes of pages touched in a second, all vCPUs together; none: as fast as they can.
     pub rate: Option<Size>,
+    /// Of `rewrite` and `read`: one page in so many of the working set is touched.
+    pub scatter: u64,
     /// What is written first.
     pub fill: FillScope,
 }
@@ -73,7 +77,7 @@ pub enum WorkloadError {
     },
     /// No such key.
     #[error(
-        "unknown key {found:?} in the workload, did you mean {nearest:?}? Known are working-set, rate, theta and fill"
+        "unknown key {found:?} in the workload, did you mean {nearest:?}? Known are working-set, rate, theta, scatter and fill"
     )]
     Key {
         /// What was written.
@@ -104,6 +108,12 @@ pub enum WorkloadError {
     /// A skew for a workload without one.
     #[error("theta is for zipf only: write zipf:theta=0.99, or leave it out")]
     ThetaElsewhere,
+    /// A step out of range.
+    #[error("scatter={0} is not possible: choose a number from 1 to {SCATTER_MAX}, such as 4")]
+    Scatter(String),
+    /// A step for a workload without one.
+    #[error("scatter is for rewrite and read only: leave it out; random and zipf are scattered as they are")]
+    ScatterElsewhere,
     /// No such scope of filling.
     #[error("fill={found} is not possible, did you mean fill={nearest}? Known are all, working-set and none")]
     Fill {
@@ -134,7 +144,7 @@ impl Pattern {
 impl Workload {
     /// The pattern over all usable memory, unlimited, after the fill that is usual for it.
     pub fn new(pattern: Pattern) -> Workload {
-        Workload { pattern, working_set: None, rate: None, fill: pattern.default_fill() }
+        Workload { pattern, working_set: None, rate: None, scatter: 1, fill: pattern.default_fill() }
     }
 }
 
@@ -174,6 +184,7 @@ impl FromStr for Workload {
             match key {
                 "working-set" => workload.working_set = Some(size("working-set", value)?),
                 "rate" => workload.rate = Some(size("rate", value)?),
+                "scatter" => workload.scatter = scatter(pattern, value)?,
                 "theta" => workload.pattern = Pattern::Zipf { theta: theta(pattern, value)? },
                 _ => workload.fill = fill(value)?,
             }
@@ -192,6 +203,7 @@ impl fmt::Display for Workload {
         {
             items.push(format!("theta={theta}"));
         }
+        items.extend((self.scatter != 1).then(|| format!("scatter={}", self.scatter)));
         if self.fill != self.pattern.default_fill() {
             let word = match self.fill {
                 FillScope::All => FILLS[0],
@@ -219,6 +231,14 @@ fn theta(pattern: Pattern, value: &str) -> Result<f64, WorkloadError> {
     }
     let in_range = |theta: &f64| *theta > 0.0 && *theta <= THETA_MAX;
     value.parse().ok().filter(in_range).ok_or_else(|| WorkloadError::Theta(value.to_owned()))
+}
+
+fn scatter(pattern: Pattern, value: &str) -> Result<u64, WorkloadError> {
+    if !matches!(pattern, Pattern::Rewrite | Pattern::Read) {
+        return Err(WorkloadError::ScatterElsewhere);
+    }
+    let in_range = |step: &u64| (1..=SCATTER_MAX).contains(step);
+    value.parse().ok().filter(in_range).ok_or_else(|| WorkloadError::Scatter(value.to_owned()))
 }
 
 fn fill(value: &str) -> Result<FillScope, WorkloadError> {
@@ -267,6 +287,7 @@ mod tests {
             "fill",
             "idle:fill=all",
             "rewrite:working-set=32M,fill=none",
+            "read:rate=30M,scatter=4",
         ] {
             let workload: Workload = text.parse().unwrap();
             assert_eq!(workload.to_string(), text);
@@ -290,6 +311,10 @@ mod tests {
         assert!(text("rewrite:rate=0").contains("rate=0"));
         assert!(text("rewrite:theta=1").contains("zipf only"));
         assert!(text("zipf:theta=NaN").contains("theta=NaN"));
+        assert!(
+            text("rewrite:scatter=0").contains("scatter=0") && text("read:scatter=513").contains("to 512")
+        );
+        assert!(text("zipf:scatter=2").contains("rewrite and read only"));
         assert!(text("read:fill=nothing").contains("fill=none"));
     }
 }

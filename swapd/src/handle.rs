@@ -363,6 +363,11 @@ impl EngineHandle {
         self.call(Request::ResidentMap, runs)
     }
 
+    /// The pages that are in the store, or on their way there, in ascending runs.
+    pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
+        self.call(Request::StoredMap, runs)
+    }
+
     /// Writes again what a store refused, if it did, and answers when all of it is written.
     ///
     /// # Errors

@@ -109,6 +109,10 @@ mod planted {
         // ── huge pages ──
         /// Pages are taken out as samples while the host puts them together.
         SamplesWhileCollapsing,
+        /// Of a sampled huge page that came back in part, all counts as back.
+        TrustsPartialBlocks,
+        /// A part of a sampled huge page is given back as if it had its slots one by one.
+        ForgetsSplits,
         // ── migration ──
         /// Held pages leave the guest.
         EvictsHeldPages,
@@ -126,6 +130,8 @@ mod planted {
         LeaksReplacedVersions,
         /// An older version of an arriving page that is written counts as the newest.
         TrustsReplacedVersions,
+        /// What gave way to a hotter page is never written.
+        ForgetsWhatGaveWay,
         /// What is on its way to the store when the receiving ends is not counted.
         OverlooksWhatIsLeaving,
     }

@@ -12,7 +12,8 @@
 //! ```
 //! Slots are handed out in contiguous runs, so that a batch moves by one ioctl and is written by one
 //! operation. Behind the other slots there are whole blocks of them for huge pages, apart: the host has page tables of its own for
-//! single frames, and a huge page that comes to where there is one falls to pieces. Standby slots form a list in the order in which they became standby.
+//! single frames, and a huge page that comes to where there is one falls to pieces. Each has its own place among them, and is known there
+//! as a whole until a part of it goes another way. Standby slots form a list in the order in which they became standby.
 
 use crate::units::{BLOCK_PAGES, PageNo, Slot, SlotRun};
 
@@ -33,15 +34,17 @@ pub enum Use {
 
 const NIL: u32 = u32::MAX;
 
-/// A slot's use in 8 bytes: a page number, or one of the numbers beyond all pages.
+/// A slot's use in 8 bytes, 0 if it is empty: so nothing is taken from the host for slots that were never used.
 #[derive(Clone, Copy)]
 struct Packed(u64);
 
 impl Packed {
-    const EMPTY: u64 = u64::MAX;
-    const FREE: u64 = u64::MAX - 1;
-    const GRANTED: u64 = u64::MAX - 2;
-    const ORPHAN: u64 = u64::MAX - 3;
+    const EMPTY: u64 = 0;
+    const FREE: u64 = 1;
+    const GRANTED: u64 = 2;
+    const ORPHAN: u64 = 3;
+    /// What page 0 is.
+    const PAGES: u64 = 4;
 
     fn new(used: Use) -> Packed {
         Packed(match used {
@@ -49,7 +52,7 @@ impl Packed {
             Use::Free => Packed::FREE,
             Use::Granted => Packed::GRANTED,
             Use::Orphan => Packed::ORPHAN,
-            Use::Bound(page) => page.0,
+            Use::Bound(page) => Packed::PAGES + page.0,
         })
     }
 
@@ -59,19 +62,10 @@ impl Packed {
             Packed::FREE => Use::Free,
             Packed::GRANTED => Use::Granted,
             Packed::ORPHAN => Use::Orphan,
-            page => Use::Bound(PageNo(page)),
+            page => Use::Bound(PageNo(page - Packed::PAGES)),
         }
     }
 }
-
-#[derive(Clone, Copy)]
-struct Info {
-    used: Packed,
-    prev: u32,
-    next: u32,
-}
-
-const _: () = assert!(size_of::<Info>() == 16, "bookkeeping is to stay small");
 
 /// A set of slots with fast search for contiguous runs.
 #[derive(Debug)]
@@ -179,12 +173,16 @@ impl SlotSet {
 
 /// The staging area's books.
 pub struct Staging {
-    infos: Vec<Info>,
+    /// [`Packed`], and the neighbours in the standby list.
+    used: Vec<u64>,
+    links: Vec<[u32; 2]>,
     free: SlotSet,
     /// Without those of the blocks.
     empty: SlotSet,
     /// How many slots of each block are empty.
     blocks: Box<[u32]>,
+    /// Which block of memory each has as a whole; one more than its number.
+    lent: Box<[u32]>,
     standby_first: u32,
     standby_last: u32,
     standby_count: u32,
@@ -195,7 +193,7 @@ impl std::fmt::Debug for Staging {
         write!(
             f,
             "Staging {{ slots: {}, free: {}, empty: {}, standby: {} }}",
-            self.infos.len(),
+            self.used.len(),
             self.free.count,
             self.empty.count,
             self.standby_count
@@ -207,10 +205,12 @@ impl Staging {
     pub fn new(slots: u32, blocks: u32) -> Self {
         let all = slots + blocks * BLOCK_PAGES;
         Staging {
-            infos: vec![Info { used: Packed::new(Use::Empty), prev: NIL, next: NIL }; all as usize],
+            used: vec![0; all as usize],
+            links: vec![[0; 2]; all as usize],
             free: SlotSet::new(all, false),
             empty: SlotSet::new(slots, true),
             blocks: vec![BLOCK_PAGES; blocks as usize].into(),
+            lent: vec![0; blocks as usize].into(),
             standby_first: NIL,
             standby_last: NIL,
             standby_count: 0,
@@ -218,18 +218,19 @@ impl Staging {
     }
 
     pub fn all_slots(&self) -> u32 {
-        self.infos.len() as u32
+        self.used.len() as u32
     }
 
     /// Those without the blocks'.
     pub fn slots(&self) -> u32 {
-        self.infos.len() as u32 - self.blocks.len() as u32 * BLOCK_PAGES
+        self.used.len() as u32 - self.blocks.len() as u32 * BLOCK_PAGES
     }
 
-    /// Bytes that the books take.
+    /// Bytes that the books take: of blocks as wholes, as they nearly always are.
     pub fn bytes(&self) -> usize {
         let sets = [&self.free, &self.empty].map(|set| size_of_val(&set.words[..]));
-        size_of_val(&self.infos[..]) + sets.iter().sum::<usize>()
+        let blocks = size_of_val(&self.blocks[..]) + size_of_val(&self.lent[..]);
+        self.slots() as usize * size_of::<(u64, [u32; 2])>() + sets.iter().sum::<usize>() + blocks
     }
 
     /// Frames that nothing needs.
@@ -243,11 +244,18 @@ impl Staging {
 
     /// Slots with a frame in them, whatever for.
     pub fn held_frames(&self) -> u32 {
-        self.infos.len() as u32 - self.empty.count - self.blocks.iter().sum::<u32>()
+        self.used.len() as u32 - self.empty.count - self.blocks.iter().sum::<u32>()
     }
 
     pub fn used(&self, slot: Slot) -> Use {
-        self.infos[slot.index()].used.used()
+        let lent =
+            slot.0.checked_sub(self.slots()).map(|beyond| (beyond / BLOCK_PAGES, beyond % BLOCK_PAGES));
+        match lent.map(|(at, nth)| (self.lent[at as usize], nth)) {
+            Some((block @ 1.., nth)) => {
+                Use::Bound(PageNo(u64::from(block - 1) * u64::from(BLOCK_PAGES) + u64::from(nth)))
+            }
+            _ => Packed(self.used[slot.index()]).used(),
+        }
     }
 
     /// Up to `want` contiguous free frames. The caller binds or grants them.
@@ -260,16 +268,54 @@ impl Staging {
         self.empty.take(want)
     }
 
-    /// Blocks of slots without any frame.
-    pub fn whole_blocks(&self) -> u32 {
-        self.blocks.iter().filter(|empty| **empty == BLOCK_PAGES).count() as u32
+    /// Where the block's place is, if there are any.
+    fn place_of(&self, block: usize) -> Option<usize> {
+        (!self.blocks.is_empty()).then(|| block % self.blocks.len())
     }
 
-    /// A block of slots without frames. The caller binds them.
-    pub fn take_block(&mut self) -> Option<SlotRun> {
-        let block = self.blocks.iter().position(|empty| *empty == BLOCK_PAGES)?;
-        self.blocks[block] = 0;
-        Some(SlotRun::new(Slot(self.slots() + block as u32 * BLOCK_PAGES), BLOCK_PAGES))
+    fn slots_at(&self, place: usize) -> SlotRun {
+        SlotRun::new(Slot(self.slots() + place as u32 * BLOCK_PAGES), BLOCK_PAGES)
+    }
+
+    /// Whether the place of this block of memory is empty.
+    pub fn has_place(&self, block: usize) -> bool {
+        self.place_of(block).is_some_and(|place| self.blocks[place] == BLOCK_PAGES)
+    }
+
+    /// The slots for a huge page, which are bound to its pages as a whole until they are [split](Self::split).
+    pub fn lend(&mut self, block: usize) -> Option<SlotRun> {
+        let place = self.place_of(block).filter(|place| self.blocks[*place] == BLOCK_PAGES)?;
+        self.blocks[place] = 0;
+        self.lent[place] = block as u32 + 1;
+        Some(self.slots_at(place))
+    }
+
+    /// The slots that the block of memory has as a whole.
+    pub fn lent_to(&self, block: usize) -> Option<SlotRun> {
+        let place = self.place_of(block).filter(|place| self.lent[*place] == block as u32 + 1)?;
+        Some(self.slots_at(place))
+    }
+
+    /// How many blocks of memory have slots as wholes.
+    pub fn lent_blocks(&self) -> usize {
+        self.lent.iter().filter(|block| **block > 0).count()
+    }
+
+    /// All of its frames went to the guest.
+    pub fn take_back(&mut self, block: usize) {
+        let place = self.place_of(block).filter(|place| self.lent[*place] == block as u32 + 1);
+        let place = place.expect("the block has slots as a whole");
+        self.lent[place] = 0;
+        self.blocks[place] = BLOCK_PAGES;
+    }
+
+    /// From now on the block's slots are bound one by one.
+    pub fn split(&mut self, block: usize) -> Option<SlotRun> {
+        let slots = self.lent_to(block)?;
+        slots.slots().for_each(|slot| self.used[slot.index()] = Packed::new(self.used(slot)).0);
+        let place = self.place_of(block)?;
+        self.lent[place] = 0;
+        Some(slots)
     }
 
     pub fn assign(&mut self, slot: Slot, used: Use) {
@@ -277,20 +323,20 @@ impl Staging {
             !matches!(used, Use::Empty | Use::Free),
             "slots become empty or free through vacate and free"
         );
-        self.infos[slot.index()].used = Packed::new(used);
+        self.used[slot.index()] = Packed::new(used).0;
     }
 
     /// The slot's frame is not needed any more.
     pub fn free(&mut self, slot: Slot) {
         assert!(!self.free.contains(slot.0) && !self.empty.contains(slot.0), "{slot:?} is free already");
-        self.infos[slot.index()].used = Packed::new(Use::Free);
+        self.used[slot.index()] = Packed::new(Use::Free).0;
         self.free.insert(slot.0);
     }
 
     /// The slot's frame went to the guest, or to the host.
     pub fn vacate(&mut self, slot: Slot) {
         assert!(!matches!(self.used(slot), Use::Free | Use::Empty), "{slot:?} is empty already");
-        self.infos[slot.index()].used = Packed::new(Use::Empty);
+        self.used[slot.index()] = Packed::new(Use::Empty).0;
         match slot.0.checked_sub(self.slots()) {
             None => self.empty.insert(slot.0),
             Some(beyond) => self.blocks[(beyond / BLOCK_PAGES) as usize] += 1,
@@ -309,25 +355,24 @@ impl Staging {
 
     pub fn standby_push(&mut self, slot: Slot) {
         let last = self.standby_last;
-        let info = &mut self.infos[slot.index()];
-        (info.prev, info.next) = (last, NIL);
+        self.links[slot.index()] = [last, NIL];
         match last {
             NIL => self.standby_first = slot.0,
-            last => self.infos[last as usize].next = slot.0,
+            last => self.links[last as usize][1] = slot.0,
         }
         self.standby_last = slot.0;
         self.standby_count += 1;
     }
 
     pub fn standby_remove(&mut self, slot: Slot) {
-        let Info { prev, next, .. } = self.infos[slot.index()];
+        let [prev, next] = self.links[slot.index()];
         match prev {
             NIL => self.standby_first = next,
-            prev => self.infos[prev as usize].next = next,
+            prev => self.links[prev as usize][1] = next,
         }
         match next {
             NIL => self.standby_last = prev,
-            next => self.infos[next as usize].prev = prev,
+            next => self.links[next as usize][0] = prev,
         }
         self.standby_count -= 1;
     }
@@ -349,21 +394,28 @@ mod tests {
     #[test]
     fn a_block_is_had_whole_or_not_at_all() {
         let mut staging = Staging::new(64, 2);
-        let bind = |staging: &mut Staging, slots: SlotRun| {
-            slots.slots().for_each(|slot| staging.assign(slot, Use::Bound(PageNo(u64::from(slot.0)))));
-        };
-        let [first, second] = [staging.take_block().unwrap(), staging.take_block().unwrap()];
+        let [first, second] = [4, 7].map(|block| staging.lend(block).unwrap());
         assert_eq!((first.start, first.len, second.start), (Slot(64), BLOCK_PAGES, Slot(64 + BLOCK_PAGES)));
-        [first, second].into_iter().for_each(|slots| bind(&mut staging, slots));
-        assert_eq!((staging.take_block(), staging.held_frames(), staging.empty_slots()), (None, 1024, 64));
+        assert_eq!((staging.lend(5), staging.held_frames(), staging.empty_slots()), (None, 1024, 64));
+        assert_eq!(staging.used(Slot(67)), Use::Bound(PageNo(4 * 512 + 3)));
+        assert_eq!([4, 6].map(|block| staging.lent_to(block)), [Some(first), None]);
+        staging.take_back(4);
+        assert_eq!(
+            (staging.used(Slot(67)), staging.held_frames(), staging.lent_blocks()),
+            (Use::Empty, 512, 1)
+        );
+        assert!(staging.has_place(6) && !staging.has_place(5));
+        // A part goes another way.
+        assert_eq!(staging.split(7), Some(second));
+        assert_eq!(staging.used(second.start), Use::Bound(PageNo(7 * 512)));
         second.slots().skip(1).for_each(|slot| staging.vacate(slot));
-        assert_eq!((staging.whole_blocks(), staging.held_frames()), (0, 513));
+        assert_eq!((staging.has_place(7), staging.held_frames()), (false, 1));
         // Its last frame is needed by nobody, and then by another page.
         staging.free(second.start);
         let slots = staging.take_free(1).unwrap();
-        bind(&mut staging, slots);
+        staging.assign(slots.start, Use::Bound(PageNo(3)));
         staging.vacate(slots.start);
-        assert_eq!((staging.take_block(), staging.empty_slots()), (Some(second), 64));
+        assert_eq!((staging.lend(5), staging.empty_slots()), (Some(second), 64));
     }
 
     #[test]

@@ -107,6 +107,8 @@ struct Block {
     resident: u16,
     /// See [`PageTable::is_huge`].
     huge: bool,
+    /// See [`PageTable::is_fresh`].
+    fresh: bool,
     /// The epoch that the block's heats are of.
     epoch: u32,
 }
@@ -249,6 +251,15 @@ impl PageTable {
     /// The whole block has come in one huge page, or one has lost a part.
     pub fn set_huge(&mut self, block: usize, huge: bool) {
         self.blocks[block].huge = huge;
+    }
+
+    /// Some of the block was touched for the first time since this was last asked: that is no sign that it is in use.
+    pub fn is_fresh(&mut self, block: usize) -> bool {
+        std::mem::take(&mut self.blocks[block].fresh)
+    }
+
+    pub fn set_fresh(&mut self, block: usize) {
+        self.blocks[block].fresh = true;
     }
 
     /// The first block from `block` on that is in another region, if this one has no resident page at all.

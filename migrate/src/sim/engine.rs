@@ -381,10 +381,17 @@ impl EngineHandle {
     }
 
     pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
-        self.call(self.ask(|state| {
-            let resident =
-                (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == Place::Memory);
-            Ok(runs_of(resident, u32::MAX).collect())
+        self.map_of(Place::Memory)
+    }
+
+    pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
+        self.map_of(Place::Stored)
+    }
+
+    fn map_of(&self, place: Place) -> Result<Vec<Run>, CommandError> {
+        self.call(self.ask(move |state| {
+            let there = (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == place);
+            Ok(runs_of(there, u32::MAX).collect())
         }))
     }
 

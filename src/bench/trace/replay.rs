@@ -103,7 +103,7 @@ fn engine(touches: &Touches, frames: u64, pace: Pace) -> Row {
             budget_frames: frames,
             budget_min: BUDGET_MIN,
             slots: staging_slots(touches.pages),
-            blocks: staging_blocks(touches.pages),
+            blocks: staging_blocks(touches.pages, false),
             sampling: true,
         },
         pace,

@@ -113,6 +113,7 @@ pub enum Request {
     SettleReceiving,
     FinishReceiving,
     ResidentMap,
+    StoredMap,
     RetryStore,
     /// Answered by the driver: only it knows the time.
     RecordFaults(bool),

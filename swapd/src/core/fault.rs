@@ -163,17 +163,24 @@ impl Core {
     }
 
     fn rescue_sample(&mut self, page: PageNo) {
-        let run = self.sampler.run_of(page).unwrap_or(Run::one(page));
+        let run = self.sampler.touched(page).unwrap_or(Run::one(page));
         for other in self.table.block_of(page).pages() {
             self.table.warm(other, if run.contains(other) { HEAT_SAMPLED } else { HEAT_BESIDE_SAMPLE });
         }
         self.put_sample_back(run);
-        self.sampler.touched();
         self.counts.samples_touched += u64::from(run.len);
     }
 
     /// Those of the run that are still out.
     pub(super) fn put_sample_back(&mut self, run: Run) {
+        if let Some(slots) = self.staging.lent_to(run.start.block())
+            && run.len == slots.len
+        {
+            run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
+            self.actions.push_back(Action::MoveIn { run, slots });
+            return;
+        }
+        self.split_sample(run.start);
         let back: Vec<_> = run
             .pages()
             .filter(|page| self.table.state(*page) == PageState::Sampled)
@@ -183,12 +190,20 @@ impl Core {
         self.move_in(back);
     }
 
+    /// A part of a huge page that is out as a whole goes another way.
+    pub(super) fn split_sample(&mut self, page: PageNo) {
+        if let Some(slots) = self.staging.split(page.block()) {
+            self.slots_of.extend(self.table.block_of(page).pages().zip(slots.slots()));
+        }
+    }
+
     // ── first touch ──────────────────────────────────────────────────────────────────────
 
     /// Zeros for a page that was never touched, and for its neighbours.
     /// False when there is no frame for it.
     fn fill(&mut self, page: PageNo) -> bool {
         let block = self.table.run_around(page, PageState::Untouched, self.table.block_of(page));
+        self.table.set_fresh(page.block());
         if self.may_fill_whole(block) {
             self.fill_whole(block);
             return true;

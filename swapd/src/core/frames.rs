@@ -261,7 +261,12 @@ impl Core {
             PageState::Leaving if self.is_being_written(page) && !mutant!(FreesFrameUnderWrite) => {
                 self.orphan(page);
             }
-            PageState::Leaving | PageState::Sampled => self.unbind(page),
+            PageState::Leaving | PageState::Sampled => {
+                if !mutant!(ForgetsSplits) {
+                    self.split_sample(page);
+                }
+                self.unbind(page);
+            }
             PageState::Arriving if mutant!(FreesFrameUnderRead) => self.unbind(page),
             PageState::Arriving => self.orphan(page),
         }

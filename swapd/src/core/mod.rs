@@ -58,17 +58,19 @@ const SLOT_SHARE: u64 = 16;
 const _: () = assert!(SLOTS_MIN >= 4 * IO_PAGES_MAX as u64, "staging must hold several batches");
 const _: () = assert!(BUDGET_MIN >= SLOTS_MIN, "the smallest budget must cover a full staging area");
 
-/// Blocks of slots for samples of huge pages: as many as are out at full pace.
-const BLOCKS_MAX: u64 = 16;
+/// Blocks of slots for samples of huge pages: 4 GiB can be out at once, which takes some 20 ms to put back.
+const BLOCKS_MAX: u64 = 2048;
+/// As many where address space that counts as locked is short.
+const BLOCKS_FEW: u64 = 16;
 
 /// Staging slots for a memory of so many pages: whole blocks of them.
 pub fn staging_slots(pages: u64) -> u32 {
     ((pages / SLOT_SHARE).clamp(SLOTS_MIN, SLOTS_MAX) as u32).next_multiple_of(BLOCK_PAGES)
 }
 
-/// Blocks of slots beside them, for huge pages.
-pub fn staging_blocks(pages: u64) -> u32 {
-    (pages / u64::from(BLOCK_PAGES)).min(BLOCKS_MAX) as u32
+/// Blocks of slots beside them, for huge pages; `few`: no more than it takes to see anything.
+pub fn staging_blocks(pages: u64, few: bool) -> u32 {
+    (pages / u64::from(BLOCK_PAGES)).min(if few { BLOCKS_FEW } else { BLOCKS_MAX }) as u32
 }
 
 /// Page numbers are spread well by one multiplication.
@@ -295,7 +297,10 @@ impl Core {
     fn on_tick(&mut self, ticks: u64) {
         let epoch = self.tick / EPOCH_TICKS;
         self.tick += ticks;
-        (epoch..self.tick / EPOCH_TICKS).for_each(|_| self.table.next_epoch());
+        if self.receiving.is_none() {
+            // What the source has told holds until it tells something else.
+            (epoch..self.tick / EPOCH_TICKS).for_each(|_| self.table.next_epoch());
+        }
         for (run, slots) in std::mem::take(&mut self.pinned_in) {
             self.move_in_again(run, slots);
         }
@@ -325,7 +330,10 @@ impl Core {
                 Some(self.checked(run).map(|()| Response::Sums(self.sums[run.indices()].to_vec())))
             }
             Request::Heat => Some(Ok(self.heat_map())),
-            Request::ResidentMap => Some(Ok(self.resident_map())),
+            Request::ResidentMap => Some(Ok(self.map_of(&[PageState::Resident]))),
+            Request::StoredMap => {
+                Some(Ok(self.map_of(&[PageState::Leaving, PageState::Standby, PageState::Stored])))
+            }
             Request::RetryStore => self.retry_on_request(ticket),
             Request::StartReceiving(heat) => Some(self.start_receiving(&heat)),
             Request::UpdateHeat(heat) => Some(self.update_heat(&heat)),
@@ -406,6 +414,13 @@ impl Core {
     }
 
     fn moved_in(&mut self, run: Run, slots: SlotRun, moved: u32) {
+        if self.staging.lent_to(run.start.block()) == Some(slots) {
+            if moved == run.len || mutant!(TrustsPartialBlocks) {
+                self.staging.take_back(run.start.block());
+                return run.pages().for_each(|page| self.came_in(page));
+            }
+            self.split_sample(run.start);
+        }
         for (page, slot) in run.pages().zip(slots.slots()).take(moved as usize) {
             self.slots_of.remove(&page);
             self.staging.vacate(slot);
@@ -443,6 +458,9 @@ impl Core {
     }
 
     fn moved_out(&mut self, run: Run, slots: SlotRun, pages: &[PageOut]) {
+        if self.staging.lent_to(run.start.block()) == Some(slots) && pages.contains(&PageOut::Pinned) {
+            self.split_sample(run.start);
+        }
         for ((page, slot), out) in run.pages().zip(slots.slots()).zip(pages) {
             match (self.staging.used(slot), *out) {
                 // The old version of a page that arrives anew: only its frame is wanted.
@@ -468,7 +486,8 @@ impl Core {
                         self.mark_left(page);
                     }
                     if self.table.state(page) == PageState::Leaving {
-                        self.counts.victims += 1;
+                        // Until the VM has arrived it pages nothing: the page is placed once more.
+                        self.counts.victims += u64::from(self.receiving.is_none());
                         self.left_guest(page, slot, sum, zero);
                     }
                 }
@@ -549,7 +568,9 @@ impl Core {
     }
 
     pub fn slot_of(&self, page: PageNo) -> Option<Slot> {
-        self.slots_of.get(&page).copied()
+        let lent =
+            || self.staging.lent_to(page.block()).map(|slots| slots.start.plus(page.0 as u32 % BLOCK_PAGES));
+        self.slots_of.get(&page).copied().or_else(lent)
     }
 
     pub fn recorded_sum(&self, page: PageNo) -> Option<u64> {
@@ -584,7 +605,8 @@ impl Core {
         self.check_slots();
         let in_staging = [PageState::Leaving, PageState::Standby, PageState::Arriving, PageState::Sampled];
         let count: u64 = in_staging.iter().map(|state| self.table.count(*state)).sum();
-        assert_eq!(count, self.slots_of.len() as u64, "every page in staging has one slot");
+        let lent = self.staging.lent_blocks() * BLOCK_PAGES as usize;
+        assert_eq!(count, (self.slots_of.len() + lent) as u64, "every page in staging has one slot");
         for page in self.waiting.keys() {
             let state = self.table.state(*page);
             let served = match state {
@@ -613,15 +635,18 @@ impl Core {
         }
         let to_be_had = (self.staging.all_slots() - self.staging.held_frames(), self.staging.free_frames());
         assert_eq!((empty, free), to_be_had, "every empty slot and every free frame can be had");
-        assert_eq!(bound, self.slots_of.len(), "every bound slot is that of its page");
+        let lent = self.staging.lent_blocks() * BLOCK_PAGES as usize;
+        assert_eq!(bound, self.slots_of.len() + lent, "every bound slot is that of its page");
         let pinned = self.pinned_in.iter().map(|(_, slots)| *slots);
         let awaited = self.ios.slots().chain(pinned).flat_map(|slots| slots.slots());
         let awaited = awaited.filter(|slot| self.staging.used(*slot) == Use::Orphan).count();
         assert_eq!(awaited, orphans, "every frame without a page becomes free in the end");
     }
 
-    fn runs_in_state(&self, state: PageState) -> Vec<Run> {
-        let pages = (0..self.table.pages()).map(PageNo).filter(|page| self.table.state(*page) == state);
-        runs_of(pages, u32::MAX).collect()
+    /// The pages in any of these states.
+    fn map_of(&self, states: &[PageState]) -> Response {
+        let pages = (0..self.table.pages()).map(PageNo);
+        let pages = pages.filter(|page| states.contains(&self.table.state(*page)));
+        Response::Runs(runs_of(pages, u32::MAX).collect())
     }
 }

@@ -5,6 +5,7 @@ use super::event::{Action, Response, Ticket};
 use super::io::Purpose;
 use crate::handle::CommandError;
 use crate::policy::clock::may_leave;
+use crate::policy::sampler::Places;
 use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
@@ -54,6 +55,8 @@ impl Core {
             self.serve_deferred();
             self.make_slots();
             self.make_headroom();
+        } else {
+            self.make_way();
         }
     }
 
@@ -114,7 +117,9 @@ impl Core {
         let burst = most.min(self.marks.goal() / 4) as usize;
         let scarce = self.available() + u64::from(self.staging.standby_count()) < u64::from(self.marks.low);
         let awaited = !self.evict_waiters.is_empty() || !self.budget_waiters.is_empty();
-        if self.unwritten.len() > burst || scarce || awaited {
+        // What a VM's frames wait for that arrives: it has no reads that a write could be in the way of.
+        let arrives = self.receiving.is_some();
+        if self.unwritten.len() > burst || scarce || awaited || arrives {
             self.write_all_behind();
         }
     }
@@ -132,13 +137,14 @@ impl Core {
             self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
             here
         });
-        self.write(&unwritten, Purpose::PageOut);
+        let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
+        self.write(&unwritten, purpose);
         unwritten.clear();
         self.unwritten = unwritten;
     }
 
     /// Moves resident pages to staging. Stops short when there is no empty slot; returns how many pages go.
-    fn start_out(&mut self, mut run: Run, state: PageState) -> u32 {
+    pub(super) fn start_out(&mut self, mut run: Run, state: PageState) -> u32 {
         let mut started = 0;
         while run.len > 0 {
             let Some(slots) = self.staging.take_empty(run.len) else { break };
@@ -165,14 +171,16 @@ impl Core {
             self.table.set(page, PageState::Untouched);
             self.table.put(page, Flag::Stored, false);
             self.unbind(page);
-        } else if self.is_unchanged(page, sum) {
+        } else if self.receiving.is_none() && self.is_unchanged(page, sum) {
             self.counts.dropped += 1;
             self.enter_standby(page, slot);
         } else {
             self.sums[page.index()] = sum;
             // The sum is not that of what the store has, until it is written.
             self.table.put(page, Flag::Stored, mutant!(KeepsStoredBit));
-            self.unwritten.push((page, slot));
+            if self.receiving.is_none() || !mutant!(ForgetsWhatGaveWay) {
+                self.unwritten.push((page, slot));
+            }
         }
     }
 
@@ -251,18 +259,25 @@ impl Core {
         if !idle {
             return self.end_sampling();
         }
-        while let Some(run) = self.sampler.overdue(self.tick, false) {
+        // Most slots are for pages that leave, should that begin.
+        let single = self.staging.slots() / 4;
+        while let Some(run) = self.sampler.overdue(self.tick, single, false) {
             self.put_sample_back(run);
         }
         let mut samples = std::mem::take(&mut self.victims);
         samples.clear();
         // While all of memory has frames. Else huge pages fall to pieces anyway.
-        let room = self.covers().then(|| self.staging.whole_blocks());
-        self.sampler.choose(&self.table, self.tick, room, &mut samples);
+        let has_place = |block| self.staging.has_place(block);
+        let huge = self.covers().then_some(&has_place as &dyn Fn(usize) -> bool);
+        self.sampler.choose(&mut self.table, self.tick, Places { huge, single }, &mut samples);
         for run in samples.drain(..) {
-            let slots = if run.len == BLOCK_PAGES { self.staging.take_block() } else { None };
+            let slots = if run.len == BLOCK_PAGES { self.staging.lend(run.start.block()) } else { None };
             self.counts.sampled += u64::from(match slots {
-                Some(slots) => self.start_out_to(run, slots, PageState::Sampled),
+                Some(slots) => {
+                    run.pages().for_each(|page| self.table.set(page, PageState::Sampled));
+                    self.actions.push_back(Action::MoveOut { run, slots, digest: false });
+                    run.len
+                }
                 None => self.start_out(run, PageState::Sampled),
             });
         }
@@ -272,7 +287,7 @@ impl Core {
     /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as
     /// new samples: a move that is not done yet may still find its page pinned.
     pub(super) fn end_sampling(&mut self) {
-        while let Some(run) = self.sampler.overdue(self.tick, true) {
+        while let Some(run) = self.sampler.overdue(self.tick, 0, true) {
             self.put_sample_back(run);
         }
     }

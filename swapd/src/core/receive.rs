@@ -1,29 +1,35 @@
 //! The target's end of a migration: pages arrive in staging frames and are placed by [`crate::policy::placement`].
 //!
-//! While receiving, no VM runs and nothing is paged: frames are taken and written only for what arrives. It ends when all has arrived,
-//! not when all is written: the VM stands still meanwhile, and what still leaves is in a state that it may well be in. Whoever has time
-//! to wait for the writes [settles](Core::settle_receiving) before.
+//! While receiving, no VM runs and nothing is paged: frames are taken and written only for what arrives. What was placed in RAM before it
+//! was known that there is something hotter is placed once more, in the store. It ends when all has arrived, not when all is written: the
+//! VM stands still meanwhile, and what still leaves is in a state that it may well be in. Whoever has time to wait for the writes
+//! [settles](Core::settle_receiving) before.
 
 use std::collections::VecDeque;
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
 use crate::handle::{Arrival, CommandError, Placed};
-use crate::policy::placement::{Arrivals, HOT};
+use crate::policy::clock::{VICTIM_RUN_MAX, may_leave};
+use crate::policy::placement::{Arrivals, HEAT_AGAIN, HOT};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, SlotRun};
+use crate::units::{BLOCK_PAGES, PageNo, Run, SlotRun};
 
 #[derive(Debug)]
 pub(super) struct Receiving {
     /// One bit a page: a version of it has come.
     came: Vec<u64>,
     to_come: u64,
-    /// Hot pages, and those of them that are in the store.
-    hot: u64,
+    /// Hot pages that are in the store.
     hot_in_store: u64,
     /// What the source told last, having watched the VM, made so many pages hot that are in the store.
     found_hot: Option<u64>,
+    /// Where the search for pages that give way to hotter ones goes on.
+    hand: PageNo,
+    /// No page in RAM is known to be colder than this, and what the coldest had behind the hand since it was last at the beginning.
+    coldest: u8,
+    next_coldest: u8,
     pages_read_before: u64,
     victims_before: u64,
     grants: VecDeque<(Ticket, u32)>,
@@ -32,6 +38,9 @@ pub(super) struct Receiving {
 
 /// Frames kept for receiving into, at least: newer versions come while the old ones still have theirs.
 const RECEIVE_FRAMES: u32 = 512;
+
+/// Pages that give way at a time, at least.
+const WAY_MIN: u32 = 64;
 
 /// As long as the source has not watched the VM, one page in so many of those in the store is taken to be hot.
 const HOT_UNSEEN_SHARE: u64 = 4;
@@ -47,9 +56,11 @@ impl Core {
         self.receiving = Some(Receiving {
             came: vec![0; pages.div_ceil(64) as usize],
             to_come: pages,
-            hot: 0,
             hot_in_store: 0,
             found_hot: None,
+            hand: PageNo(0),
+            coldest: 0,
+            next_coldest: u8::MAX,
             pages_read_before: self.counts.pages_read,
             victims_before: self.counts.victims,
             grants: VecDeque::new(),
@@ -71,7 +82,8 @@ impl Core {
         if heat.len() as u64 != self.table.pages() {
             return Err(CommandError::NotNow("the heat map is not of this VM's size"));
         }
-        (receiving.hot, receiving.hot_in_store) = (0, 0);
+        receiving.hot_in_store = 0;
+        (receiving.hand, receiving.coldest, receiving.next_coldest) = (PageNo(0), 0, u8::MAX);
         let mut found = 0;
         for (page, heat) in (0..).map(PageNo).zip(heat.iter().copied()) {
             let before = self.table.heat(page);
@@ -80,7 +92,6 @@ impl Core {
                 self.table.set_heat(page, heat);
             }
             let stored = matches!(self.table.state(page), PageState::Leaving | PageState::Stored);
-            receiving.hot += u64::from(heat >= HOT);
             receiving.hot_in_store += u64::from(heat >= HOT && stored);
             found += u64::from(heat >= HOT && stored && before < HOT);
         }
@@ -158,33 +169,109 @@ impl Core {
         Ok(Response::Done)
     }
 
+    /// Frames that are kept to receive into.
+    fn receive_reserve(&self) -> u64 {
+        u64::from(self.marks.high.max(RECEIVE_FRAMES)).min(self.budget / 8)
+    }
+
+    fn placed_in_ram(&self) -> u64 {
+        self.table.count(PageState::Resident) + self.table.count(PageState::Arriving)
+    }
+
     /// Decides for one page, and keeps the figures that the next decisions rest on.
     fn choose_ram(&mut self, page: PageNo, again: bool) -> bool {
-        let reserve = u64::from(self.marks.high.max(RECEIVE_FRAMES)).min(self.budget / 8);
-        let in_ram = self.table.count(PageState::Resident) + self.table.count(PageState::Arriving);
+        let reserve = self.receive_reserve();
         let before = self.table.state(page);
-        let heat = self.table.heat(page);
+        let known = self.table.heat(page);
+        let heat = if again { known.max(HEAT_AGAIN) } else { known };
         let receiving = self.receiving.as_ref().expect("checked by the caller");
         let in_store = self.table.count(PageState::Leaving) + self.table.count(PageState::Stored);
         // What was found last shows how many are still to be found: none, when the guest has been everywhere it goes.
         let unseen = receiving.found_hot.unwrap_or(in_store / HOT_UNSEEN_SHARE);
         let facts = Arrivals {
             room: self.budget - reserve,
+            overdraft: reserve / 2,
             // Its own old version makes room.
-            in_ram: in_ram - u64::from(matches!(before, PageState::Resident | PageState::Arriving)),
+            in_ram: self.placed_in_ram()
+                - u64::from(matches!(before, PageState::Resident | PageState::Arriving)),
             to_come: receiving.to_come,
             hot_in_store: receiving.hot_in_store + unseen,
-            hot: receiving.hot,
+            coldest: receiving.coldest,
         };
-        let to_ram = facts.into_ram(heat, again);
+        let to_ram = facts.into_ram(heat);
+        if heat > known {
+            self.table.set_heat(page, heat);
+        }
         let was_stored = matches!(before, PageState::Leaving | PageState::Stored);
         self.came(page);
         let receiving = self.receiving.as_mut().expect("checked by the caller");
-        if heat >= HOT {
-            receiving.hot_in_store -= u64::from(was_stored);
-            receiving.hot_in_store += u64::from(!to_ram);
-        }
+        receiving.hot_in_store -= u64::from(known >= HOT && was_stored);
+        receiving.hot_in_store += u64::from(heat >= HOT && !to_ram);
         to_ram
+    }
+
+    /// More is in RAM than may be, for it is hotter than what was there: the coldest goes to the store instead.
+    pub(super) fn make_way(&mut self) {
+        let room = self.budget - self.receive_reserve();
+        let over = self.placed_in_ram().saturating_sub(room) as u32;
+        if over == 0 || self.receiving.is_none() || self.latch.is_some() {
+            return;
+        }
+        let want = over.max(WAY_MIN);
+        let mut cold = std::mem::take(&mut self.victims);
+        self.find_cold(want, &mut cold);
+        for run in cold.drain(..) {
+            let hot = run.pages().filter(|page| self.table.heat(*page) >= HOT).count() as u64;
+            let out = self.start_out(run, PageState::Leaving);
+            self.receiving.as_mut().expect("looked at above").hot_in_store += hot;
+            if out < run.len {
+                break;
+            }
+        }
+        self.victims = cold;
+    }
+
+    /// The coldest pages in RAM, some `want` of them, where the hand comes to next. None, if nothing there is colder than the rest.
+    fn find_cold(&mut self, want: u32, cold: &mut Vec<Run>) {
+        cold.clear();
+        let receiving = self.receiving.as_mut().expect("only called while the VM is received");
+        let (table, pages) = (&self.table, self.table.pages());
+        let mut found = 0;
+        while found < want {
+            let page = receiving.hand;
+            if page.0 >= pages {
+                // The hand has been everywhere since the coldest were as cold as this.
+                if !cold.is_empty() || receiving.next_coldest == u8::MAX {
+                    return;
+                }
+                receiving.hand = PageNo(0);
+                receiving.coldest = receiving.next_coldest;
+                receiving.next_coldest = u8::MAX;
+                continue;
+            }
+            if let Some(block) = table.skip_empty_region(page.block()) {
+                receiving.hand = PageNo(block as u64 * u64::from(BLOCK_PAGES));
+                continue;
+            }
+            if table.resident_in_block(page.block()) == 0 {
+                receiving.hand = table.block_of(page).end();
+                continue;
+            }
+            receiving.hand = page.plus(1);
+            if !may_leave(table, page) {
+                continue;
+            }
+            let heat = table.heat(page);
+            if heat > receiving.coldest {
+                receiving.next_coldest = receiving.next_coldest.min(heat);
+                continue;
+            }
+            found += 1;
+            match cold.last_mut() {
+                Some(run) if run.end() == page && run.len < VICTIM_RUN_MAX => run.len += 1,
+                _ => cold.push(Run::one(page)),
+            }
+        }
     }
 
     fn came(&mut self, page: PageNo) {

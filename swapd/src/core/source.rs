@@ -70,6 +70,7 @@ impl Core {
                 PageState::Leaving if self.is_being_written(page) => Place::Moving,
                 // It has only its frame, and no way to it but through the guest.
                 PageState::Leaving | PageState::Sampled => {
+                    self.split_sample(page);
                     self.table.set(page, PageState::Arriving);
                     rescued.push((page, self.slots_of[&page]));
                     Place::Moving
@@ -92,9 +93,5 @@ impl Core {
 
     pub(super) fn heat_map(&self) -> Response {
         Response::Heat((0..self.table.pages()).map(|page| self.table.heat(PageNo(page))).collect())
-    }
-
-    pub(super) fn resident_map(&self) -> Response {
-        Response::Runs(self.runs_in_state(PageState::Resident))
     }
 }

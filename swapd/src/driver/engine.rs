@@ -95,9 +95,9 @@ impl Engine {
         region_bytes.checked_next_multiple_of(bytes_of(u64::from(BLOCK_PAGES)))
     }
 
-    /// Bytes that are locked of a VM of so much memory, unless it does without.
+    /// Bytes that are locked of a VM of so much memory at least, unless it does without.
     pub fn locked_bytes(memory_bytes: u64) -> u64 {
-        memory_bytes + Memory::staging_bytes(slots_and_blocks(memory_bytes)) as u64
+        locked_bytes(memory_bytes, true)
     }
 
     /// Whether this process may lock the memory of such a VM; raises its limit as far as that takes no privilege.
@@ -114,7 +114,7 @@ impl Engine {
     /// A setting that cannot be, or a host that lacks something; nothing is left behind.
     pub fn start(config: EngineConfig, notify: Box<dyn Fn(Notice) + Send>) -> Result<Engine, StartError> {
         check(&config)?;
-        let slots = slots_and_blocks(config.memory_bytes);
+        let slots = slots_and_blocks(config.memory_bytes, few_blocks(&config));
         let memory = Memory::reserve(config.memory_bytes, slots, config.lock).map_err(StartError::Memory)?;
         Self::start_with(config, memory, notify)
     }
@@ -132,7 +132,7 @@ impl Engine {
     ) -> Result<Engine, StartError> {
         check(&config)?;
         check_regions(&config, regions)?;
-        let slots = slots_and_blocks(config.memory_bytes);
+        let slots = slots_and_blocks(config.memory_bytes, few_blocks(&config));
         let memory = Memory::external(regions, slots, config.lock).map_err(StartError::Memory)?;
         Self::start_with(config, memory, notify)
     }
@@ -143,6 +143,7 @@ impl Engine {
         notify: Box<dyn Fn(Notice) + Send>,
     ) -> Result<Engine, StartError> {
         let pages = pages_in(config.memory_bytes);
+        let few = few_blocks(&config);
         memory.allow_huge(pages_in(config.budget_bytes) >= memory.mapped_pages());
         let memory = Arc::new(memory);
         let faults = Faults::open().map_err(StartError::Host)?;
@@ -169,7 +170,7 @@ impl Engine {
             budget_frames: pages_in(config.budget_bytes),
             budget_min: BUDGET_MIN,
             slots: staging_slots(pages),
-            blocks: staging_blocks(pages),
+            blocks: staging_blocks(pages, few),
             sampling: config.sampling,
         })
         .with_short_blocks(memory.short_blocks());
@@ -271,9 +272,19 @@ fn new_cipher(lock: bool) -> Result<Cipher, StartError> {
 }
 
 /// All staging slots of a memory of so many bytes.
-fn slots_and_blocks(memory_bytes: u64) -> u32 {
+fn slots_and_blocks(memory_bytes: u64, few: bool) -> u32 {
     let pages = pages_in(memory_bytes);
-    staging_slots(pages) + staging_blocks(pages) * BLOCK_PAGES
+    staging_slots(pages) + staging_blocks(pages, few) * BLOCK_PAGES
+}
+
+fn locked_bytes(memory_bytes: u64, few: bool) -> u64 {
+    memory_bytes + Memory::staging_bytes(slots_and_blocks(memory_bytes, few)) as u64
+}
+
+/// Whether the address space of all blocks for samples is more than this user may lock: the kernel counts it like frames.
+fn few_blocks(config: &EngineConfig) -> bool {
+    let limit = locking::lock_limit().ok().flatten();
+    config.lock && limit.is_some_and(|limit| limit < locked_bytes(config.memory_bytes, false))
 }
 
 fn check(config: &EngineConfig) -> Result<(), StartError> {

@@ -1,14 +1,14 @@
 //! Sampling: which resident pages are in use, while memory is plentiful and nothing faults by itself.
 //!
 //! Each tick a few short runs are moved to staging. One that the guest touches comes back by a rescue and is hot;
-//! the others are put back after some ticks. The cost is one rescue a hot run.
+//! the others are put back when they have been out for long: they are cold. To be out costs nothing, so that what is touched once in
+//! half a minute is seen as well. The cost is one rescue a hot run.
 //!
-//! A sample costs the same whether or not the VM is idle, so its pace follows what is found: a *credit* that each run
+//! A sample costs the same whether or not the VM is idle, so the pace follows what is found: a *credit* that each run
 //! taken uses up and each run touched renews. A VM that uses more than 1/64 of what it has is sampled at full pace;
-//! one that uses nothing, rarely, until the first touch of a sample.
+//! one that uses nothing, rarely, until the first touch of a sample. At full pace more is taken at once as long as it is missed by nobody.
 //!
-//! A huge page is moved whole, for to take a run out of it would take it to pieces. It is out for a shorter time: of so many
-//! pages, one is touched sooner.
+//! A huge page is moved whole, for to take a run out of it would take it to pieces.
 
 use std::collections::VecDeque;
 
@@ -20,10 +20,13 @@ use crate::units::{BLOCK_PAGES, PageNo, Run};
 pub const SAMPLE_PAGES: u32 = 16;
 /// Runs taken a tick.
 pub const SAMPLES_A_TICK: usize = 8;
+/// The same while at most [`QUIET_TOUCHES`] were touched since the last tick: each touch costs the guest a rescue.
+const SAMPLES_QUIET: usize = 32;
+const QUIET_TOUCHES: usize = 2;
 /// Ticks after which an untouched sample is put back.
-pub const SAMPLE_TICKS: u64 = 10;
-/// The same of a huge page.
-const HUGE_TICKS: u64 = 2;
+pub const SAMPLE_TICKS: u64 = 300;
+/// The same if there is no room for others: a second.
+const SAMPLE_TICKS_MIN: u64 = 10;
 /// Ticks between samples of a VM that seems idle.
 const INTERVAL_IDLE: u64 = 16;
 /// Runs taken at full pace for each that was touched.
@@ -31,21 +34,37 @@ const CREDIT_A_TOUCH: usize = 64;
 /// Runs taken at full pace without any touch, at least: one of each block of the first GiB.
 const CREDIT_MAX: usize = 512;
 
-const _: () = assert!(INTERVAL_IDLE >= SAMPLE_TICKS, "no sample stays out while the next ones are taken");
-
 /// Which runs are out, and which block is next.
 #[derive(Debug)]
 pub struct Sampler {
     next_block: usize,
     pass: u32,
-    /// With the tick at which each is put back.
+    /// With the tick at which each was taken.
     out: VecDeque<(u64, Run)>,
+    /// Pages of these that are not in whole blocks.
+    single: u32,
     credit: usize,
+    touches: usize,
 }
 
 impl Default for Sampler {
     fn default() -> Self {
-        Sampler { next_block: 0, pass: 0, out: VecDeque::new(), credit: CREDIT_MAX }
+        Sampler { next_block: 0, pass: 0, out: VecDeque::new(), single: 0, credit: CREDIT_MAX, touches: 0 }
+    }
+}
+
+/// Where samples can be.
+#[derive(Clone, Copy)]
+pub struct Places<'a> {
+    /// Whether there is a place for a huge page; without it, huge pages are no different.
+    pub huge: Option<&'a dyn Fn(usize) -> bool>,
+    /// Single pages that may be out.
+    pub single: u32,
+}
+
+impl std::fmt::Debug for Places<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Places {{ huge: {}, single: {} }}", self.huge.is_some(), self.single)
     }
 }
 
@@ -55,9 +74,14 @@ impl Sampler {
         if self.credit > 0 { 1 } else { INTERVAL_IDLE }
     }
 
-    /// The guest missed a sample: it is at work.
-    pub fn touched(&mut self) {
+    /// The guest missed a sample, which is not out any more: it is at work.
+    pub fn touched(&mut self, page: PageNo) -> Option<Run> {
         self.credit = (self.credit + CREDIT_A_TOUCH).min(CREDIT_MAX);
+        self.touches += 1;
+        let at = self.out.iter().position(|(_, run)| run.contains(page))?;
+        let (_, run) = self.out.remove(at)?;
+        self.single -= single(run);
+        Some(run)
     }
 
     /// Whether any samples may be out.
@@ -65,46 +89,48 @@ impl Sampler {
         !self.out.is_empty()
     }
 
-    /// Runs to move out at this tick, of these `room` at most that are whole huge pages; without it, huge pages are no different.
-    pub fn choose(&mut self, table: &PageTable, tick: u64, mut room: Option<u32>, samples: &mut Vec<Run>) {
+    /// Runs to move out at this tick.
+    pub fn choose(&mut self, table: &mut PageTable, tick: u64, places: Places<'_>, samples: &mut Vec<Run>) {
         let blocks = table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
         let mut looked_at = 0;
         let before = samples.len();
+        let quiet = std::mem::take(&mut self.touches) <= QUIET_TOUCHES && self.credit > 0;
+        let most = if quiet { SAMPLES_QUIET } else { SAMPLES_A_TICK };
         // Empty blocks are stepped over, but not without end.
-        while samples.len() - before < SAMPLES_A_TICK && looked_at < SAMPLES_A_TICK * 64 && looked_at < blocks
-        {
+        while samples.len() - before < most && looked_at < SAMPLES_A_TICK * 64 && looked_at < blocks {
             looked_at += 1;
             if let Some(next) = table.skip_empty_region(self.next_block) {
                 self.go_to(next, blocks);
                 continue;
             }
             let block = table.block_of(PageNo(self.next_block as u64 * u64::from(BLOCK_PAGES)));
-            if let Some(room) = &mut room
+            let run = if table.resident_in_block(self.next_block) == 0 || table.is_fresh(self.next_block) {
+                None
+            } else if let Some(has_place) = places.huge
                 && table.is_huge(self.next_block)
             {
-                if *room == 0 {
-                    break;
-                }
-                if block.pages().all(|page| may_leave(table, page)) {
-                    *room -= 1;
-                    samples.push(block);
-                    self.out.push_back((tick + HUGE_TICKS, block));
-                }
-            } else if table.resident_in_block(self.next_block) > 0 {
+                let whole = has_place(self.next_block) && block.pages().all(|page| may_leave(table, page));
+                whole.then_some(block)
+            } else if self.single + SAMPLE_PAGES > places.single {
+                // It goes on here when the oldest are back.
+                break;
+            } else {
                 let at = (self.pass * SAMPLE_PAGES * 7) % BLOCK_PAGES;
                 let run =
                     block.part(at.min(block.len - 1), SAMPLE_PAGES.min(block.len - at.min(block.len - 1)));
                 let whole = run.pages().take_while(|page| may_leave(table, *page)).count() as u32;
-                if whole > 0 {
-                    let run = run.part(0, whole);
-                    samples.push(run);
-                    self.out.push_back((tick + SAMPLE_TICKS, run));
-                }
+                (whole > 0).then(|| run.part(0, whole))
+            };
+            if let Some(run) = run {
+                samples.push(run);
+                self.out.push_back((tick, run));
+                self.single += single(run);
             }
             self.go_to(self.next_block + 1, blocks);
         }
-        self.credit = self.credit.saturating_sub(samples.len() - before).min(blocks);
-        if samples.len() == before {
+        let taken = (samples.len() - before).min(SAMPLES_A_TICK);
+        self.credit = self.credit.saturating_sub(taken).min(blocks);
+        if taken == 0 {
             self.credit = 0;
         }
     }
@@ -117,20 +143,23 @@ impl Sampler {
         }
     }
 
-    /// The next run that has been out for long enough, or any if `all`.
-    pub fn overdue(&mut self, tick: u64, all: bool) -> Option<Run> {
-        let (due, run) = *self.out.front()?;
-        if !all && tick < due {
+    /// The next run that has been out for long enough, or any if `all`. Sooner, if there is no room for more than so many single pages.
+    pub fn overdue(&mut self, tick: u64, room: u32, all: bool) -> Option<Run> {
+        let (taken, run) = *self.out.front()?;
+        let crowded = self.single + SAMPLE_PAGES * SAMPLES_QUIET as u32 > room && run.len < BLOCK_PAGES;
+        let stay = if crowded { SAMPLE_TICKS_MIN } else { SAMPLE_TICKS };
+        if !all && tick < taken + stay {
             return None;
         }
         self.out.pop_front();
+        self.single -= single(run);
         Some(run)
     }
+}
 
-    /// The run that `page` was sampled with.
-    pub fn run_of(&self, page: PageNo) -> Option<Run> {
-        self.out.iter().map(|(_, run)| *run).find(|run| run.contains(page))
-    }
+/// How many pages of the run are not in a whole block.
+fn single(run: Run) -> u32 {
+    if run.len < BLOCK_PAGES { run.len } else { 0 }
 }
 
 #[cfg(test)]
@@ -138,6 +167,8 @@ mod tests {
     use super::*;
     use crate::table::Flag;
     use crate::table::PageState::{Arriving, Resident};
+
+    const ROOMY: Places<'_> = Places { huge: None, single: u32::MAX };
 
     #[test]
     fn samples_walk_through_all_blocks_and_come_back_due() {
@@ -148,36 +179,72 @@ mod tests {
         }
         let mut sampler = Sampler::default();
         let mut samples = vec![];
-        sampler.choose(&table, 0, None, &mut samples);
+        sampler.choose(&mut table, 0, ROOMY, &mut samples);
         assert_eq!(samples.len(), 8);
-        assert!(sampler.overdue(SAMPLE_TICKS - 1, false).is_none());
-        assert_eq!(sampler.overdue(SAMPLE_TICKS, false), Some(samples[0]));
-        assert_eq!(sampler.run_of(samples[1].start.plus(3)), Some(samples[1]));
+        assert!(sampler.overdue(SAMPLE_TICKS - 1, u32::MAX, false).is_none());
+        assert_eq!(sampler.overdue(SAMPLE_TICKS, u32::MAX, false), Some(samples[0]));
+        assert_eq!(sampler.touched(samples[1].start.plus(3)), Some(samples[1]));
+        assert_eq!(sampler.touched(samples[1].start), None, "it is back");
+        assert_eq!(sampler.overdue(SAMPLE_TICKS, u32::MAX, false), Some(samples[2]));
         samples.clear();
-        sampler.choose(&table, 1, None, &mut samples);
+        sampler.choose(&mut table, 1, ROOMY, &mut samples);
         assert_eq!(samples[0].start, PageNo(112), "another part of each block at the next pass");
     }
 
     #[test]
-    fn a_huge_page_is_sampled_whole_and_waits_for_room() {
+    fn what_was_just_touched_for_the_first_time_is_left_alone_once() {
+        let mut table = PageTable::new(1024);
+        for page in (0..1024).map(PageNo) {
+            table.set(page, Arriving);
+            table.set(page, Resident);
+        }
+        table.set_fresh(0);
+        let mut sampler = Sampler::default();
+        let mut samples = vec![];
+        sampler.choose(&mut table, 0, ROOMY, &mut samples);
+        assert_eq!(samples, [Run::new(PageNo(512), SAMPLE_PAGES)]);
+        samples.clear();
+        sampler.choose(&mut table, 1, ROOMY, &mut samples);
+        assert_eq!(samples[0], Run::new(PageNo(112), SAMPLE_PAGES));
+    }
+
+    #[test]
+    fn a_huge_page_is_sampled_whole_if_its_place_is_empty() {
         let mut table = PageTable::new(4096);
         for page in (0..4096).map(PageNo) {
             table.set(page, Arriving);
             table.set(page, Resident);
         }
-        (1..3).for_each(|block| table.set_huge(block, true));
+        (1..4).for_each(|block| table.set_huge(block, true));
         table.put(PageNo(1023), Flag::Held, true);
         let mut sampler = Sampler::default();
         let mut samples = vec![];
-        sampler.choose(&table, 0, Some(1), &mut samples);
+        let places = Places { huge: Some(&|block| block != 3), ..ROOMY };
+        sampler.choose(&mut table, 0, places, &mut samples);
         let block = Run::new(PageNo(1024), BLOCK_PAGES);
         assert_eq!(samples[..2], [Run::new(PageNo(0), SAMPLE_PAGES), block], "the held one is left out");
-        assert_eq!(samples.len(), 7);
-        samples.clear();
-        (0..2).for_each(|tick| sampler.choose(&table, tick, Some(0), &mut samples));
-        assert_eq!(samples, [Run::new(PageNo(112), SAMPLE_PAGES)], "it stops before the first one");
-        sampler.choose(&table, 2, Some(1), &mut samples);
-        assert_eq!(samples[1], block);
+        assert_eq!(samples[2].start, PageNo(2048), "that without a place as well");
+    }
+
+    #[test]
+    fn single_pages_come_back_sooner_where_room_is_short() {
+        let mut table = PageTable::new(1 << 16);
+        for page in (0..1 << 16).map(PageNo) {
+            table.set(page, Arriving);
+            table.set(page, Resident);
+        }
+        let mut sampler = Sampler::default();
+        let mut samples = vec![];
+        let room = SAMPLE_PAGES * 40;
+        let places = Places { single: room, ..ROOMY };
+        (0..2).for_each(|tick| sampler.choose(&mut table, tick, places, &mut samples));
+        assert_eq!(samples.len(), 40);
+        assert_eq!(sampler.overdue(SAMPLE_TICKS_MIN - 1, room, false), None);
+        let mut back = 0;
+        while sampler.overdue(SAMPLE_TICKS_MIN, room, false).is_some() {
+            back += 1;
+        }
+        assert_eq!(back, 32, "room for as many as may be taken next");
     }
 
     #[test]
@@ -188,13 +255,13 @@ mod tests {
             table.set(page, Resident);
         }
         let mut sampler = Sampler::default();
-        let pass = |sampler: &mut Sampler, touch_every: usize| {
+        let mut pass = |sampler: &mut Sampler, touch_every: usize| {
             let (mut samples, mut full_pace) = (vec![], 0);
             for nth in 0..512 / SAMPLES_A_TICK {
                 full_pace += usize::from(sampler.interval() == 1);
-                sampler.choose(&table, nth as u64, None, &mut samples);
+                sampler.choose(&mut table, nth as u64, ROOMY, &mut samples);
                 if nth % touch_every == touch_every - 1 {
-                    sampler.touched();
+                    sampler.touched(PageNo(0));
                 }
             }
             full_pace

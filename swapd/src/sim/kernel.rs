@@ -262,7 +262,8 @@ impl Sim {
             }
         };
         // The kernel drops the pin of a read that has just ended a little late, or much later.
-        let lasting = random.one_in(odds.pinned * 2).then(|| random.below(u64::from(run.len)) as u32);
+        let often = if run.len == BLOCK_PAGES { odds.pinned / 4 } else { odds.pinned * 2 };
+        let lasting = random.one_in(often).then(|| random.below(u64::from(run.len)) as u32);
         let moved = moves::carry(run.bytes(), moves::PATIENT, |bytes| {
             let done = crate::units::pages_in(bytes as u64) as u32;
             let mut count = run.len - done;
@@ -319,8 +320,13 @@ impl Sim {
         let sampled = table.state(run.start) == PageState::Sampled;
         assert!(!(spoilt && sampled), "{run:?} is sampled while it is put together");
         let mut out = Vec::with_capacity(run.len as usize);
+        // Were each page of a huge one as likely to be pinned as any other, none would ever leave.
+        let whole = run.len == BLOCK_PAGES;
+        let one = run.start.plus(self.random.below(u64::from(run.len)) as u32);
         for (page, slot) in run.pages().zip(slots.slots()) {
-            self.pin_at_random(page);
+            if !whole || page == one {
+                self.pin_at_random(page);
+            }
             if let Some(until) = self.kernel.pinned(page) {
                 let fault = if until == FOR_GOOD { Fault::PinnedForGood } else { Fault::PinnedOut };
                 if fault == Fault::PinnedOut {

@@ -34,7 +34,7 @@ use trace::Trace;
 
 /// Small enough for budgets to matter in a VM of a few hundred pages.
 const BUDGET_MIN: u64 = 48;
-const BLOCKS: u32 = 1;
+const BLOCKS: u32 = 2;
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
 /// The same for whatever can come to rest while pages are pinned for good.
@@ -104,6 +104,8 @@ pub struct Sim {
     seed: u64,
     random: Random,
     odds: Odds,
+    /// Hardly anybody but the guest wants anything.
+    calm: bool,
     core: Core,
     pages: u64,
     kernel: Kernel,
@@ -129,6 +131,8 @@ impl Sim {
         let pages =
             if covered || random.one_in(10) { 500 + random.below(700) } else { 130 + random.below(400) };
         let most = if random.one_in(8) { pages } else { pages / 3 };
+        // Huge pages stay whole as long as nobody interferes.
+        let calm = covered && random.one_in(2);
         let part = BUDGET_MIN + random.below(most.max(BUDGET_MIN + 1) - BUDGET_MIN);
         let budget_frames = if covered { pages } else { part };
         let room = if random.one_in(4) { random.below(pages) } else { u64::from(u32::MAX) };
@@ -141,6 +145,7 @@ impl Sim {
         Sim {
             seed,
             odds,
+            calm,
             core: Core::new(config),
             pages,
             kernel: Kernel::new(count, slots as usize + (BLOCKS * BLOCK_PAGES) as usize),
@@ -208,6 +213,7 @@ impl Sim {
             95 if self.random.one_in(self.odds.bad_region) => {
                 self.disk.bad_writes = Some(self.random_run(self.pages / 4));
             }
+            _ if self.calm && !self.random.one_in(8) => self.run_guest(),
             _ => self.operate(),
         }
     }

@@ -46,7 +46,10 @@ impl Sim {
     }
 
     fn random_heat(&mut self) -> Vec<u8> {
-        (0..self.pages).map(|_| self.random.below(4).saturating_sub(1) as u8 * 40).collect()
+        // Now and then all is hotter than what comes again: then that has no precedence.
+        let least = if self.random.one_in(3) { 200 } else { 0 };
+        let mut heat = || self.random.below(4).saturating_sub(1) as u8 * 40;
+        (0..self.pages).map(|_| heat().max(least)).collect()
     }
 
     fn session(&mut self) -> &mut Session {

@@ -1,0 +1,172 @@
+//! What a guest uses is in RAM after a move, however fast it goes through it, on a slow disk and over a slow link.
+//!
+//! Judged by the guest's first whole round there: what it uses and is not in RAM has to be read from the store. Pages that are only read
+//! count as well. `VMEMD_LONG=1` takes VMs of 2 GiB instead of 512 MiB, and repeats.
+
+mod common;
+#[path = "qemu/network.rs"]
+#[allow(dead_code, reason = "there are no guests with a network here")]
+mod network;
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use common::disk::Disk;
+use common::limits::{Group, Limit};
+use common::{Host, cannot_run_vms, not_root, skipped, wait_for};
+use network::Network;
+use serde_json::Value;
+
+const MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+/// What is promised: so many of a hundred pages.
+const SHARE_MIN: f64 = 98.0;
+/// From the beginning of the guest's second round to the move, at least.
+const LIFE_MS: u64 = 10_000;
+/// Of the disk, each way, and of the link.
+const SLOW_DISK: u64 = 100_000_000;
+const SLOW_LINK: &str = "400mbit";
+
+struct Size {
+    memory: u64,
+    ram: u64,
+    times: usize,
+}
+
+fn size() -> Size {
+    match std::env::var_os("VMEMD_LONG") {
+        Some(_) => Size { memory: 2048 * MIB, ram: 1024 * MIB, times: 5 },
+        None => Size { memory: 512 * MIB, ram: 256 * MIB, times: 1 },
+    }
+}
+
+/// Guests that use so much, each with its name. The slow one takes 15 s for a round, whatever the size.
+fn guests(working_set: u64) -> [(&'static str, String); 3] {
+    let set = working_set / MIB;
+    [
+        ("slow", format!("rewrite:working-set={set}M,rate={}K", working_set / 15 / 1024)),
+        ("fast", format!("rewrite:working-set={set}M,rate=400M")),
+        ("reading", format!("read:working-set={set}M,rate=100M")),
+    ]
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+/// Hosts between which VMs move, and where to.
+struct Way<'a> {
+    here: &'a mut Host,
+    there: &'a mut Host,
+    to: String,
+    plain: bool,
+}
+
+/// Moves VMs of each kind, and looks what they miss.
+fn moves(way: Way<'_>, what: &str) {
+    let size = size();
+    // 3/4 of the RAM.
+    let working_set = size.ram / 4 * 3;
+    let wanted = working_set / PAGE;
+    let [memory, ram] = [size.memory, size.ram].map(|bytes| format!("{}M", bytes / MIB));
+    let mut shares: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for _ in 0..size.times {
+        let store = way.here.store();
+        let guests = guests(working_set);
+        let mut start = |name, guest: &str| {
+            let args = ["run", "--name", name, "--memory", &memory, "--guest", guest, "--store", &store];
+            way.here.start(&args)
+        };
+        let mut runs: Vec<_> = guests.iter().map(|(name, guest)| start(name, guest)).collect();
+        for ((name, _), run) in guests.iter().zip(&mut runs) {
+            let second = |stat: &Value| stat["guest"]["rounds"].as_u64() >= Some(1);
+            let began = number(&way.here.wait_stat(name, "second round", second)["uptime_ms"]);
+            way.here.wait_stat(name, "life", |stat| number(&stat["uptime_ms"]) >= began + LIFE_MS);
+            let mut args = vec!["migrate", name, "--to", &way.to, "--ram", &ram, "--json"];
+            args.push("--check-placement");
+            args.extend(way.plain.then_some("--plain"));
+            let said = way.here.vmemd(&args);
+            assert_eq!(said.code, 0, "{said:?}\n{}", run.log());
+            run.ends_with(0);
+            let moved = said.json();
+            assert_eq!((&moved["pageins_during"], &moved["pageouts_during"]), (&0.into(), &0.into()));
+            // The round under way began before the move.
+            let goal = number(&way.there.stat(name).expect("it is there")["guest"]["rounds"]) + 2;
+            let gone = |stat: &Value| stat["guest"]["rounds"].as_u64() >= Some(goal);
+            let stat = way.there.wait_stat(name, "a whole round", gone);
+            assert_eq!(stat["guest"]["mismatched_pages"], 0, "{stat}");
+            let read = number(&stat["store"]["pages_read"]);
+            let share = 100.0 - read as f64 * 100.0 / wanted as f64;
+            let placement = &moved["placement"];
+            eprintln!("{what}, {name}: {read} of {wanted} pages read, {share:.2} % in RAM; {placement}");
+            shares.entry(name).or_default().push(share);
+            assert_eq!(way.there.vmemd(&["stop", name]).code, 0);
+            wait_for("its end", || way.there.stat(name).is_none().then_some(()));
+        }
+    }
+    for (name, shares) in &mut shares {
+        shares.sort_by(f64::total_cmp);
+        eprintln!("{what}, {name}: median {:.2} %, worst {:.2} %", shares[shares.len() / 2], shares[0]);
+    }
+    assert!(shares.values().flatten().all(|share| *share >= SHARE_MIN), "{what}: {shares:?}");
+}
+
+fn on_one_host(name: &str, slow_disk: bool) {
+    if cannot_run_vms() || not_root("a loop device") {
+        return;
+    }
+    let [mut here, mut there] = [Host::new(name), Host::new(name)];
+    let size = size();
+    let disk = match Disk::ext4(&there.root, size.memory + size.memory / 4) {
+        Ok(disk) => disk,
+        Err(why) => return skipped(&format_args!("no loop device with a file system here: {why}")),
+    };
+    let ram = format!("{}M", size.ram / MIB);
+    let store = disk.store();
+    let mut daemon = there.start(&["serve", "--listen", "127.0.0.1:0", "--ram", &ram, "--store", &store]);
+    let line = daemon.first_line();
+    let to = line.strip_prefix("listening on ").unwrap_or_else(|| panic!("{line:?}")).to_owned();
+    let numbers = disk.numbers();
+    let limit = Limit::Disk { device: &numbers, bytes_per_s: SLOW_DISK };
+    let group = match slow_disk.then(|| Group::new(&format!("vmemd-{name}"), limit)).transpose() {
+        Ok(group) => group,
+        Err(why) => return skipped(&format_args!("no limit of a disk's speed here: {why}")),
+    };
+    // VMs that arrive are started in it.
+    group.iter().for_each(|group| group.take(daemon.pid()));
+    moves(Way { here: &mut here, there: &mut there, to, plain: false }, name);
+    drop((daemon, there));
+    drop(group);
+}
+
+#[test]
+fn what_is_used_is_in_ram() {
+    on_one_host("placement", false);
+}
+
+#[test]
+fn what_is_used_is_in_ram_on_a_slow_disk() {
+    on_one_host("placement-slow-disk", true);
+}
+
+#[test]
+fn what_is_used_is_in_ram_over_a_slow_link() {
+    if cannot_run_vms() || not_root("a network namespace") {
+        return;
+    }
+    let network = match Network::new() {
+        Ok(network) => network,
+        Err(why) => return skipped(&format_args!("no network namespaces here: {why}")),
+    };
+    let namespace = &network.namespaces[0];
+    let tc = format!("-n {namespace} qdisc add dev cable root tbf rate {SLOW_LINK} burst 1mb latency 50ms");
+    let slowed = Command::new("tc").args(tc.split(' ')).output();
+    if !slowed.as_ref().is_ok_and(|said| said.status.success()) {
+        return skipped(&format_args!("no limit of a link's speed here: {slowed:?}"));
+    }
+    let [mut here, mut there] = [0, 1].map(|side| Host::within("placement-link", &network.namespaces[side]));
+    let ram = format!("{}M", size().ram / MIB);
+    let listen = format!("{}:0", Network::HOSTS[1]);
+    let (_daemon, to) = there.start_daemon(&listen, &ram, &["--plain"]);
+    moves(Way { here: &mut here, there: &mut there, to, plain: true }, "placement-slow-link");
+}
