@@ -13,7 +13,9 @@ mod farewell;
 mod guest;
 mod interpose;
 mod life;
+mod ownership;
 mod qmp;
+mod runstate;
 mod settings;
 mod throttle;
 
