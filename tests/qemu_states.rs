@@ -307,13 +307,16 @@ fn moved_while(
     (said, began.elapsed())
 }
 
+/// Its name, QEMU's further words, when and how it ends; the exit code, and what is said.
+type Case = (&'static str, &'static [&'static str], Word, How, i32, &'static str);
+
 #[test]
 fn a_guest_that_ends_in_the_middle_of_a_move_is_told_as_such() {
     for qemu in versions() {
         let (host, mut there) = (Host::new("states-end"), Host::new("states-end-there"));
         let (daemon, address) = serve(&mut there, &host);
         let name = |case: &str| format!("QEMU {}, {case}", qemu.version);
-        let cases: [(&str, &[&str], Word, How, i32, &str); 9] = [
+        let cases: [Case; 9] = [
             ("connecting", &[], Word::Session, How::Port(POWER_OFF), 4, "the guest shut down"),
             ("copying", &[], Word::RoundEnd, How::Port(POWER_OFF), 4, "the guest shut down"),
             (
@@ -387,12 +390,15 @@ fn a_guest_that_ends_in_the_middle_of_a_move_is_told_as_such() {
             let log = there.root.join("vm.log");
             let target = std::fs::read_to_string(&log).unwrap_or_default();
             let _ = std::fs::remove_file(&log);
-            if !matches!(word, Word::Session) && case != "SIGABRT" {
-                assert!(
-                    target.contains(&format!("the source gave up: {says} while it was moving")),
-                    "{}: {target}",
-                    name(case)
-                );
+            if !matches!(word, Word::Session) {
+                // A connection that is closed with something unread in it may lose the last word on its way.
+                let told = [
+                    format!("the source gave up: {says} while it was moving"),
+                    "the link to the source broke".to_owned(),
+                ];
+                let ended =
+                    target.contains("\"vm\" did not arrive") && told.iter().any(|told| target.contains(told));
+                assert!(ended, "{}: {target}", name(case));
             }
         }
     }
