@@ -28,6 +28,10 @@ impl Default for Expected {
 /// The VM at the source. Called on the thread that called [`crate::send`], never from inside its async runtime,
 /// so an implementation may block (shortly: while the VM is paused, all of it counts as downtime).
 pub trait SourceVm {
+    /// Why there is no VM any more that could move, if it ended meanwhile. The target is told.
+    fn ended(&self) -> Option<String> {
+        None
+    }
     /// Returns when all that was under way when it was called has ended of what devices write to memory by themselves (disks without a
     /// page cache in between): the end of such I/O leaves no trace in the page tables. The VM runs on, and new I/O may have begun.
     fn drain(&mut self) -> Result<(), VmError>;

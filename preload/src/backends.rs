@@ -1,13 +1,16 @@
 //! The memory backends: files that QEMU maps shared, in whose place it gets the engine's anonymous memory.
 //!
 //! ```text
-//!   QEMU:  mmap(PROT_NONE, anonymous)        a reservation, not seen here
+//!   QEMU:  open(mem-path)                    ──▶ a sealed, empty memfd: no such file exists
+//!          mmap(PROT_NONE, anonymous)        a reservation, not seen here
 //!          mmap(MAP_FIXED | MAP_SHARED, fd)  ──▶ anonymous, attached to the engine; the file stays empty
 //!          fallocate(fd, PUNCH_HOLE)         ──▶ discarded: untouched again
 //! ```
-//! Invariant: a backend is mapped at most once, whole, and stays where it is for the life of the process.
+//! Invariant: a backend is mapped at most once, whole, and stays where it is for the life of the process. Its file cannot be
+//! mapped to be written but through here: a mapping that this object did not see would be memory without a budget.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libc::c_int;
@@ -31,8 +34,8 @@ struct FileId {
 struct Backend {
     path: CString,
     bytes: usize,
-    /// Known when the file exists: QEMU may be the one that makes it.
-    id: OnceLock<FileId>,
+    file: OwnedFd,
+    id: FileId,
     address: OnceLock<usize>,
 }
 
@@ -60,12 +63,30 @@ impl std::fmt::Debug for Backends {
 }
 
 impl Backends {
+    /// # Errors
+    /// If the kernel gives no file.
     pub(crate) fn new(
         files: impl IntoIterator<Item = (CString, usize)>,
         keeper: Box<dyn Keeper>,
-    ) -> Backends {
-        let backend = |(path, bytes)| Backend { path, bytes, id: OnceLock::new(), address: OnceLock::new() };
-        Backends { list: files.into_iter().map(backend).collect(), keeper, mapping: Mutex::new(()) }
+    ) -> std::io::Result<Backends> {
+        let backend = |(path, bytes)| {
+            let file = sealed(bytes)?;
+            // SAFETY: fstat only writes to the structure.
+            let id = file_id(|stat| unsafe { libc::fstat(file.as_raw_fd(), stat) });
+            let id = id.ok_or_else(std::io::Error::last_os_error)?;
+            Ok(Backend { path, bytes, file, id, address: OnceLock::new() })
+        };
+        let list = files.into_iter().map(backend).collect::<std::io::Result<_>>()?;
+        Ok(Backends { list, keeper, mapping: Mutex::new(()) })
+    }
+
+    /// A new descriptor on the backend of that name; None: there is none. Allocates nothing.
+    pub(crate) fn open(&self, path: &CStr) -> Option<Result<c_int, c_int>> {
+        let backend = self.list.iter().find(|backend| *backend.path == *path)?;
+        // SAFETY: gives a new descriptor of a file that is open.
+        let fd = unsafe { libc::fcntl(backend.file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0) };
+        // SAFETY: the location of this thread's errno is always valid.
+        Some(if fd < 0 { Err(unsafe { *libc::__errno_location() }) } else { Ok(fd) })
     }
 
     /// Which backend the descriptor is open on. Keeps errno, allocates nothing.
@@ -79,7 +100,7 @@ impl Backends {
         let before = unsafe { *errno };
         // SAFETY: fstat only writes to the structure.
         let id = file_id(|stat| unsafe { libc::fstat(fd, stat) });
-        let found = id.and_then(|id| self.list.iter().position(|backend| backend.id() == Some(id)));
+        let found = id.and_then(|id| self.list.iter().position(|backend| backend.id == id));
         // SAFETY: as above.
         unsafe { *errno = before };
         found
@@ -155,15 +176,20 @@ impl Backends {
     }
 }
 
-impl Backend {
-    fn id(&self) -> Option<FileId> {
-        if self.id.get().is_none() {
-            // SAFETY: the path is a C string; stat only writes to the structure.
-            let id = file_id(|stat| unsafe { libc::stat(self.path.as_ptr(), stat) })?;
-            let _ = self.id.set(id);
-        }
-        self.id.get().copied()
-    }
+/// A file of that size which nobody can fill: QEMU compares its size, and does not set it then.
+fn sealed(bytes: usize) -> std::io::Result<OwnedFd> {
+    const NAME: &CStr = c"vmemd-guest-memory";
+    const SEALS: c_int = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
+    let done = |result: c_int| if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) };
+    // SAFETY: the name is a C string; the result is checked.
+    let fd = done(unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) })?;
+    // SAFETY: a descriptor just made, which nobody else owns.
+    let file = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: only changes the new file's size.
+    done(unsafe { libc::ftruncate(fd, bytes as libc::off_t) })?;
+    // SAFETY: only changes what may be done with the new file.
+    done(unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, SEALS) })?;
+    Ok(file)
 }
 
 fn file_id(stat: impl FnOnce(*mut libc::stat) -> c_int) -> Option<FileId> {

@@ -1,4 +1,4 @@
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::Write;
 use std::sync::Arc;
 
 use super::*;
@@ -28,15 +28,16 @@ fn memfd() -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) }
 }
 
-fn path_of(fd: &OwnedFd) -> CString {
-    CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap()
+/// Backends of 4 and 2 MiB.
+fn two() -> (Backends, Arc<Notes>) {
+    let notes = Arc::new(Notes::default());
+    let list = [(c"/memory/0".to_owned(), 4 * MIB), (c"/memory/1".to_owned(), 2 * MIB)];
+    (Backends::new(list, Box::new(notes.clone())).unwrap(), notes)
 }
 
-/// Backends of 4 and 2 MiB on two files.
-fn two() -> (Backends, [OwnedFd; 2], Arc<Notes>) {
-    let (files, notes) = ([memfd(), memfd()], Arc::new(Notes::default()));
-    let list = [(path_of(&files[0]), 4 * MIB), (path_of(&files[1]), 2 * MIB)];
-    (Backends::new(list, Box::new(notes.clone())), files, notes)
+fn opened(backends: &Backends, path: &CStr) -> OwnedFd {
+    // SAFETY: a descriptor just made, which nobody else owns.
+    unsafe { OwnedFd::from_raw_fd(backends.open(path).unwrap().unwrap()) }
 }
 
 fn at(wish: usize) -> Result<usize, c_int> {
@@ -44,30 +45,36 @@ fn at(wish: usize) -> Result<usize, c_int> {
 }
 
 #[test]
-fn files_are_known_by_identity_not_by_descriptor() {
-    let (backends, files, _) = two();
-    let again = std::fs::File::open(path_of(&files[1]).to_str().unwrap()).unwrap();
-    assert_ne!(again.as_raw_fd(), files[1].as_raw_fd());
+fn files_are_opened_by_name_and_known_by_identity() {
+    let (backends, _) = two();
+    assert!(backends.open(c"/memory/2").is_none() && backends.open(c"/memory/").is_none());
+    let (file, again) = (opened(&backends, c"/memory/1"), opened(&backends, c"/memory/1"));
+    assert_ne!(again.as_raw_fd(), file.as_raw_fd());
     assert_eq!(backends.of_descriptor(again.as_raw_fd()), Some(1));
+    assert_eq!(backends.of_descriptor(opened(&backends, c"/memory/0").as_raw_fd()), Some(0));
     assert_eq!(backends.of_descriptor(memfd().as_raw_fd()), None);
     assert_eq!(backends.of_descriptor(-1), None);
 }
 
 #[test]
-fn a_file_that_qemu_makes_is_known_once_it_exists_and_after_it_is_gone() {
-    let path = std::env::temp_dir().join(format!("vmemd-backend-{}", std::process::id()));
-    let name = CString::new(path.to_str().unwrap()).unwrap();
-    let backends = Backends::new([(name, MIB)], Box::new(Arc::new(Notes::default())));
-    assert_eq!(backends.of_descriptor(memfd().as_raw_fd()), None);
-    let file = std::fs::File::create(&path).unwrap();
-    assert_eq!(backends.of_descriptor(file.as_raw_fd()), Some(0));
-    std::fs::remove_file(&path).unwrap();
-    assert_eq!(backends.of_descriptor(file.as_raw_fd()), Some(0));
+fn a_file_of_guest_memory_cannot_become_memory_by_itself() {
+    let (backends, _) = two();
+    let file = std::fs::File::from(opened(&backends, c"/memory/0"));
+    assert_eq!(file.metadata().unwrap().len(), 4 * MIB as u64, "QEMU compares it");
+    let refused = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
+    for bytes in [0, 8 * MIB as u64] {
+        assert_eq!(refused(file.set_len(bytes)), Some(libc::EPERM));
+    }
+    assert_eq!(refused((&file).write_all(b"x")), Some(libc::EPERM));
+    let (access, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+    // SAFETY: a new mapping, if there were one; by the kernel, as one that the interposed mmap does not see.
+    let at = unsafe { libc::syscall(libc::SYS_mmap, 0, 4 * MIB, access, libc::MAP_SHARED, fd, 0) };
+    assert_eq!((at, std::io::Error::last_os_error().raw_os_error()), (-1, Some(libc::EPERM)));
 }
 
 #[test]
 fn a_mapping_is_attached_once_and_whole() {
-    let (backends, _files, notes) = two();
+    let (backends, notes) = two();
     assert_eq!(backends.map(0, 2 * MIB, 0, 16 * MIB, true, at), Err(libc::EINVAL));
     assert_eq!(backends.map(0, 4 * MIB, 4096, 16 * MIB, true, at), Err(libc::EINVAL));
     assert_eq!(backends.map(0, 4 * MIB, 0, 16 * MIB, true, |_| Err(libc::ENOMEM)), Err(libc::ENOMEM));
@@ -83,8 +90,8 @@ fn a_mapping_is_attached_once_and_whole() {
 
 #[test]
 fn a_mapping_that_is_refused_is_not_guest_memory() {
-    let (file, notes) = (memfd(), Arc::new(Notes { refuse: true, ..Notes::default() }));
-    let backends = Backends::new([(path_of(&file), MIB)], Box::new(notes));
+    let notes = Arc::new(Notes { refuse: true, ..Notes::default() });
+    let backends = Backends::new([(c"/memory/0".to_owned(), MIB)], Box::new(notes)).unwrap();
     assert_eq!(backends.map(0, MIB, 0, MIB, true, at), Err(libc::ENOMEM));
     assert_eq!(backends.first_part(0, usize::MAX), None);
     assert_eq!(backends.part_of_file(0, 0, 4096), None);
@@ -92,7 +99,7 @@ fn a_mapping_that_is_refused_is_not_guest_memory() {
 
 #[test]
 fn parts_of_address_ranges_and_of_the_file() {
-    let (backends, _files, _) = two();
+    let (backends, _) = two();
     backends.map(1, 2 * MIB, 0, 32 * MIB, true, at).unwrap();
     backends.map(0, 4 * MIB, 0, 36 * MIB, true, at).unwrap();
     let part = |index, address, offset, bytes| Some(Part { index, address, offset, bytes });

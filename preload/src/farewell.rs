@@ -21,7 +21,7 @@ use vmprocess::ArriveSettings;
 use crate::qmp::lock;
 
 /// How long an exit waits for the source to be told.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
 /// What of QEMU's words goes to the source.
 const WORDS_MAX: usize = 600;
 /// What is read of its log for that.

@@ -11,14 +11,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use vmprocess::control::protocol::GuestStat;
+use vmprocess::control::protocol::{GuestStat, State};
 use vmprocess::failure::{Failure, Kind, chain};
-use vmprocess::{Guest, GuestView, Newcomer};
+use vmprocess::{Guest, GuestView, Newcomer, RunState};
 
 use crate::devices;
 use crate::farewell;
 use crate::inventory::Inventory;
 use crate::qmp::{Qmp, QmpError, Standing};
+use crate::runstate;
 use crate::throttle::Throttle;
 use crate::tuning::{self, Tuning};
 
@@ -32,9 +33,6 @@ const STATE_POLL: Duration = Duration::from_millis(2);
 const STATE_BYTES_MAX: usize = migrate::wire::control::MAX_STATE_BYTES;
 /// Of QEMU's migration: memory that others share is not its to send.
 const IGNORE_SHARED: &str = "x-ignore-shared";
-/// What a machine does that will go on by itself, in QEMU's words.
-const RUNNING: &str = "running";
-const SUSPENDED: &str = "suspended";
 /// What QEMU calls the descriptor that it is given.
 const STATE_FD: &str = "vmemd-state";
 /// Of QEMU's migration: disks are opened when the guest is to run, not when its state has come.
@@ -68,17 +66,6 @@ pub(crate) struct Qemu {
     disks_away: bool,
 }
 
-/// Why the guest of a machine in that state cannot go on, if it cannot.
-fn why_failed(status: &str) -> Option<&'static str> {
-    match status {
-        "guest-panicked" => Some("the guest panicked"),
-        "internal-error" => Some("QEMU found the guest in a state that it cannot run (internal-error)"),
-        "io-error" => Some("a disk of the guest failed (io-error); see QEMU's log, then `vmemd resume`"),
-        "shutdown" => Some("the guest has shut down"),
-        _ => None,
-    }
-}
-
 /// As a QEMU does by itself that takes a guest.
 fn announcement() -> Value {
     json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 })
@@ -100,7 +87,7 @@ fn obstacles(answers: &[Value]) -> Vec<String> {
         ));
     }
     match status["status"].as_str().unwrap_or_default() {
-        SUSPENDED => found.push("the guest sleeps (suspend to RAM): wake it first".to_owned()),
+        "suspended" => found.push("the guest sleeps (suspend to RAM): wake it first".to_owned()),
         "postmigrate" if !is_busy(at) => found.push(
             "its state was given away and it has not run since (postmigrate): `vmemd resume` it first, if it runs nowhere else"
                 .to_owned(),
@@ -151,7 +138,7 @@ impl Qemu {
         let id = |backend: &Value| backend["id"].as_str().map(str::to_owned);
         let memory = backends.as_array().into_iter().flatten().filter_map(id).collect();
         let workload = program.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
-        Ok(Qemu {
+        let mut qemu = Qemu {
             standing: qmp.standing(),
             throttle: Throttle::find(),
             vcpus: vcpus.as_array().map_or(0, |list| list.len() as u32),
@@ -164,17 +151,29 @@ impl Qemu {
             given_away: false,
             disks_away: false,
             qmp,
-        })
+        };
+        qemu.status()?;
+        Ok(qemu)
     }
 
-    fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
+    pub(crate) fn standing(&self) -> Standing {
+        self.standing.clone()
+    }
+
+    /// For ending the conversation when QEMU ends.
+    pub(crate) fn monitor(&self) -> Option<UnixStream> {
+        self.qmp.monitor()
+    }
+
+    pub(crate) fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
         self.qmp.ask(command, arguments, COMMAND_TIMEOUT).map_err(failure)
     }
 
-    /// What the machine does, as QEMU calls it.
-    fn status(&mut self) -> Result<String, Failure> {
+    /// What the machine does now.
+    fn status(&mut self) -> Result<RunState, Failure> {
         let answer = self.ask("query-status", Value::Null)?;
-        Ok(answer["status"].as_str().unwrap_or_default().to_owned())
+        self.standing.answered(&answer);
+        Ok(self.standing.get())
     }
 
     /// Never moves, for that reason.
@@ -368,20 +367,25 @@ impl Guest for Qemu {
     }
 
     fn pause(&mut self) -> Result<(), Failure> {
-        if self.status()? == SUSPENDED {
+        let now = self.status()?;
+        if now.state == State::Suspended {
             // It would not stand still: it wakes up by itself. It can be stopped for good all the same.
-            return Err(Failure::new(Kind::Name, "the guest sleeps (suspend to RAM): wake it first"));
+            return Err(Failure::new(Kind::Name, now.why.unwrap_or_default()));
         }
-        self.ask("stop", Value::Null).map(|_| ())
+        self.ask("stop", Value::Null)?;
+        if now.state == State::Running {
+            self.standing.set(runstate::PAUSED, false);
+        }
+        Ok(())
     }
 
     fn runs(&mut self) -> Result<bool, Failure> {
-        let status = self.status()?;
-        if let Some(why) = why_failed(&status) {
+        let now = self.status()?;
+        if let Some(why) = runstate::why_over(&now.word) {
             return Err(Failure::new(Kind::Vm, why));
         }
         // A guest that sleeps wakes up by itself.
-        let runs = status == RUNNING || status == SUSPENDED;
+        let runs = matches!(now.state, State::Running | State::Suspended);
         self.disks_away &= !runs;
         Ok(runs)
     }
@@ -390,11 +394,16 @@ impl Guest for Qemu {
         if self.qmp.has_ended() {
             return Err(failure(QmpError::Closed));
         }
+        // QEMU takes the word, and does not follow it.
+        if let Some(why) = runstate::why_no_cont(&self.standing.get().word) {
+            return Err(Failure::new(Kind::Name, why));
+        }
         self.qmp.ask("cont", Value::Null, COMMAND_TIMEOUT).map_err(|error| match error {
             QmpError::Refused { .. } => failure(error),
             // It may have been heard, and be carried out later.
             error => Failure::new(Kind::InDoubt, chain(&error)),
         })?;
+        self.standing.set(runstate::RUNNING, true);
         self.disks_away = false;
         self.put_back();
         if std::mem::take(&mut self.given_away)
@@ -423,13 +432,18 @@ impl Guest for Qemu {
     }
 
     fn view(&self) -> GuestView {
-        let failed = why_failed(&self.standing.get());
-        GuestView {
-            vcpus: self.vcpus,
-            workload: self.workload.clone(),
-            guest: GuestStat::default(),
-            failed: failed.map(str::to_owned),
-        }
+        let RunState { state, why, .. } = self.standing.get();
+        let failed = why.filter(|_| state == State::Failed);
+        GuestView { vcpus: self.vcpus, workload: self.workload.clone(), guest: GuestStat::default(), failed }
+    }
+
+    fn run_state(&self) -> Option<RunState> {
+        self.qmp.look_again();
+        Some(self.standing.get())
+    }
+
+    fn ended(&self) -> Option<Failure> {
+        self.qmp.has_ended().then(|| self.standing.last_words()).flatten()
     }
 
     fn quit(mut self: Box<Self>) -> Result<(), Failure> {
@@ -448,8 +462,8 @@ pub(crate) struct Incoming(pub(crate) Qemu);
 impl Newcomer for Incoming {
     fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
         let mut qemu = self.0;
-        match qemu.take_state(state) {
-            Ok(()) => {
+        match qemu.take_state(state).and_then(|()| qemu.status()) {
+            Ok(_) => {
                 farewell::over();
                 qemu.disks_away = true;
                 Ok(Box::new(qemu))

@@ -113,7 +113,7 @@ fn a_migration_of_the_users_own_is_left_alone() {
         assert!(source.write_state().is_err());
         assert_eq!((migration(&mut source).as_str(), settings(&mut source)), ("active", before));
         source.resume().unwrap();
-        assert_eq!(source.status().unwrap(), "running");
+        assert_eq!(source.status().unwrap().word, "running");
         source.ask("migrate_cancel", Value::Null).unwrap();
         let deadline = Instant::now() + PATIENCE;
         while is_busy(&migration(&mut source)) {

@@ -84,15 +84,15 @@ fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {
         let memory = memory();
         let (mut source, mut process) = start(&program, &memory, &["-smp", "2"]);
         assert_eq!(source.view().vcpus, 2);
-        assert_eq!((source.status().unwrap().as_str(), source.runs().unwrap()), ("running", true));
+        assert_eq!((source.status().unwrap().word.as_str(), source.runs().unwrap()), ("running", true));
         source.pause().unwrap();
         source.pause().unwrap();
-        assert_eq!((source.status().unwrap().as_str(), source.runs().unwrap()), ("paused", false));
+        assert_eq!((source.status().unwrap().word.as_str(), source.runs().unwrap()), ("paused", false));
         let state = source.save().unwrap();
         assert!((1 << 12..64 << 20).contains(&state.len()), "{} bytes", state.len());
         // It was not taken: it goes on, and can be saved again.
         source.resume().unwrap();
-        assert_eq!(source.status().unwrap(), "running");
+        assert_eq!(source.status().unwrap().word, "running");
         source.pause().unwrap();
         let state = source.save().unwrap();
 
@@ -126,7 +126,7 @@ fn a_state_that_is_rubbish_is_an_error() {
             process.end();
         }
         source.resume().unwrap();
-        assert_eq!(source.status().unwrap(), "running");
+        assert_eq!(source.status().unwrap().word, "running");
     }
 }
 
@@ -203,5 +203,44 @@ fn draining_waits_for_the_disk() {
             assert!(Instant::now() < deadline, "the firmware does not read its disk");
         }
         assert_eq!((reads(&mut qemu), qemu.runs().unwrap()), (1, true));
+    }
+}
+
+#[test]
+fn every_run_state_of_a_real_qemu_has_its_word() {
+    for program in qemus() {
+        let memory = memory();
+        let (mut qemu, _process) = start(&program, &memory, &["-S"]);
+        assert_eq!(qemu.run_state().unwrap().word, "prelaunch");
+        let schema = qemu.ask("query-qmp-schema", Value::Null).unwrap();
+        let enums = schema.as_array().unwrap().iter().filter(|entry| entry["meta-type"] == "enum");
+        let with = |word: &str| {
+            let mut all = enums.clone().filter_map(|entry| entry["values"].as_array());
+            let values = all.find(|values| values.iter().any(|value| value == word)).expect("QEMU's enum");
+            values.iter().map(|value| value.as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        let states = with("inmigrate");
+        assert!(states.len() >= 16, "{states:?}");
+        for word in states {
+            let why = crate::runstate::of(&word, false).why.unwrap_or_default();
+            assert!(!why.contains("does not know"), "{word}: {why}");
+        }
+        // It runs when it is told to, and says so before anybody asks again.
+        qemu.resume().unwrap();
+        assert_eq!(qemu.run_state().unwrap().state, State::Running);
+        qemu.pause().unwrap();
+        assert_eq!(qemu.run_state().unwrap().word, "paused");
+    }
+}
+
+#[test]
+fn a_qemu_that_waits_for_a_state_is_not_told_to_run() {
+    for program in qemus() {
+        let memory = memory();
+        let (mut qemu, _process) = start(&program, &memory, &INCOMING);
+        assert_eq!(qemu.run_state().unwrap().state, State::Incoming);
+        let refused = qemu.resume().unwrap_err();
+        assert!(refused.kind == Kind::Name && refused.text.contains("incoming migration"), "{refused}");
+        assert_eq!(qemu.status().unwrap().word, "inmigrate");
     }
 }

@@ -1,4 +1,4 @@
-//! The C functions that QEMU finds in place of libc's: mmap, munmap, madvise, fallocate.
+//! The C functions that QEMU finds in place of libc's: open, mmap, munmap, madvise, fallocate.
 //!
 //! Whatever does not concern a backend goes to the kernel as it came, by a raw system call: these functions run before
 //! anything is initialised (other libraries' constructors), in every thread, and `dlsym` may allocate. The way through
@@ -7,15 +7,20 @@
 //! Towards QEMU the memory behaves as the shared file that it believes in: MADV_DONTNEED loses nothing, a punched hole
 //! reads as zeros. See [`crate::backends`].
 
+use std::ffi::CStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
-use libc::{c_int, c_long, c_void, off_t, size_t};
+use libc::{c_char, c_int, c_long, c_void, mode_t, off_t, size_t};
+use vmprocess::qemu::MEMORY_FILES;
 
 use crate::backends::{Backends, Part};
 
 /// Set once, if this process is the QEMU meant.
 pub(crate) static BACKENDS: OnceLock<Backends> = OnceLock::new();
+
+/// Why this process is not the QEMU meant, although the library is in it.
+pub(crate) static NOT_MEANT: OnceLock<String> = OnceLock::new();
 
 /// What the kernel's own fork and core dump are told.
 const ADVICE_TO_FOLLOW: [c_int; 3] = [libc::MADV_DONTFORK, libc::MADV_DONTDUMP, libc::MADV_DODUMP];
@@ -37,6 +42,69 @@ fn deviate<T>(what: &str, work: impl FnOnce() -> Result<T, c_int>) -> Result<T, 
         tracing::error!("{what} of guest memory: a bug in vmemd (see the panic above)");
         Err(libc::EFAULT)
     })
+}
+
+/// A new descriptor on a file of guest memory, or an errno; None if it is any other file.
+///
+/// # Safety
+/// The path is null or a C string.
+unsafe fn open_memory(path: *const c_char) -> Option<c_int> {
+    // SAFETY: not null, so a C string, of which no more is read than up to its end.
+    if path.is_null() || unsafe { libc::strncmp(path, MEMORY_FILES.as_ptr().cast(), MEMORY_FILES.len()) } != 0
+    {
+        return None;
+    }
+    // SAFETY: a C string.
+    let path = unsafe { CStr::from_ptr(path) };
+    match BACKENDS.get() {
+        Some(backends) => Some(backends.open(path)?.unwrap_or_else(fail)),
+        None => {
+            let why = NOT_MEANT.get().map_or("its settings were not read", String::as_str);
+            eprintln!("vmemd: this QEMU gets no memory: {why}; see docs/qemu.md");
+            Some(fail(libc::ENOENT))
+        }
+    }
+}
+
+/// # Safety
+/// As open(2). C declares it with a variable number of arguments; a third one is where this has it, and only read where
+/// open(2) demands it.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+    // SAFETY: the caller's promise.
+    if let Some(done) = unsafe { open_memory(path) } {
+        return done;
+    }
+    let makes = flags & libc::O_CREAT != 0 || flags & libc::O_TMPFILE == libc::O_TMPFILE;
+    let mode = if makes { mode } else { 0 };
+    // SAFETY: the caller's arguments, as they came.
+    unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path, flags, mode) as c_int }
+}
+
+/// # Safety
+/// As open(2). The same as `open`: offsets have 64 bits.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn open64(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { open(path, flags, mode) }
+}
+
+/// What a fortified program calls for `open` of a file that must be there.
+///
+/// # Safety
+/// As open(2).
+#[unsafe(no_mangle)]
+unsafe extern "C" fn __open_2(path: *const c_char, flags: c_int) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { open(path, flags, 0) }
+}
+
+/// # Safety
+/// As open(2). The same as `__open_2`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn __open64_2(path: *const c_char, flags: c_int) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { open(path, flags, 0) }
 }
 
 /// # Safety

@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex};
 
 use super::*;
@@ -66,11 +67,40 @@ fn byte(at: usize) -> *mut u8 {
 /// One test: the backends are the process's.
 #[test]
 fn a_backend_is_anonymous_memory_that_behaves_as_a_shared_file() {
-    let (file, other, memory) = (memfd(), memfd(), Memory::default());
-    file.set_len(BYTES as u64).unwrap();
+    let (other, memory) = (memfd(), Memory::default());
     other.set_len(BYTES as u64).unwrap();
-    let path = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
-    BACKENDS.set(Backends::new([(path, BYTES)], Box::new(memory.clone()))).unwrap();
+    let path = vmprocess::qemu::memory_file(0);
+    let no_file = || std::fs::File::open(&path).unwrap_err().raw_os_error();
+    assert_eq!(no_file(), Some(libc::ENOENT), "before there are backends");
+    let name = CString::new(path.to_str().unwrap()).unwrap();
+    BACKENDS.set(Backends::new([(name.clone(), BYTES)], Box::new(memory.clone())).unwrap()).unwrap();
+
+    // By each of the names that a QEMU may call, and no other file.
+    let file = std::fs::File::open(&path).unwrap();
+    // SAFETY: the name is a C string; the descriptors are owned by nobody else.
+    unsafe {
+        for fd in [
+            libc::open(name.as_ptr(), libc::O_RDWR),
+            libc::open64(name.as_ptr(), libc::O_RDWR),
+            super::__open_2(name.as_ptr(), libc::O_RDWR),
+            super::__open64_2(name.as_ptr(), libc::O_RDWR),
+        ] {
+            assert_eq!(BACKENDS.get().unwrap().of_descriptor(fd), Some(0));
+            libc::close(fd);
+        }
+        assert_eq!((libc::open(std::ptr::null(), 0), errno()), (-1, libc::EFAULT));
+    }
+    let unknown = CString::new(vmprocess::qemu::memory_file(1).to_str().unwrap()).unwrap();
+    // SAFETY: as above.
+    assert_eq!((unsafe { libc::open(unknown.as_ptr(), libc::O_RDWR) }, errno()), (-1, libc::ENOENT));
+    let made = std::env::temp_dir().join(format!("vmemd-open-{}", std::process::id()));
+    std::fs::write(&made, b"other files are theirs").unwrap();
+    assert_eq!(
+        std::fs::metadata(&made).unwrap().mode() & 0o444,
+        0o444,
+        "made with the mode that was asked for"
+    );
+    std::fs::remove_file(&made).unwrap();
 
     // Other files are theirs.
     let shared = mapped(0, BYTES, libc::MAP_SHARED, &other).unwrap();

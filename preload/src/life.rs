@@ -4,6 +4,7 @@
 //! only the files that stand for the VM (control socket, QMP socket) are removed, by an exit handler.
 
 use std::ffi::CString;
+use std::net::Shutdown;
 use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -23,11 +24,11 @@ use vmprocess::qemu::{Backend, PreloadSettings, QmpAddress, Role};
 use vmprocess::{Arrival, End, Facts, Guest, Memory, NameHold, Owner, Process};
 
 use crate::backends::{Backends, Keeper, Part};
-use crate::farewell;
+use crate::farewell::{self, GOODBYE_LIMIT};
 use crate::guest::{Incoming, Qemu};
-use crate::interpose::BACKENDS;
-use crate::qmp::{Qmp, lock};
-use crate::settings;
+use crate::interpose::{BACKENDS, NOT_MEANT};
+use crate::qmp::{Qmp, Standing, lock};
+use crate::settings::{self, Found};
 
 /// From the first memory backend of a VM that arrives to a machine that answers. Large disks take their time to be opened; the daemon
 /// has less patience.
@@ -39,15 +40,14 @@ const LOG_DEFAULT: &str = "info";
 
 /// In QEMU's place before its `main`: if this is the QEMU meant, its backends are known from here on.
 pub(crate) fn prepare() {
+    if settings::answer() {
+        return;
+    }
     // SAFETY: the dynamic linker runs this before `main`; the program has no other thread yet.
     let settings = match unsafe { settings::take() } {
-        None => return,
-        Some(Ok(settings)) => settings,
-        Some(Err(error)) => {
-            eprintln!("vmemd: {} is not for this version of vmemd: {error}", vmprocess::qemu::VARIABLE);
-            // SAFETY: ends the process at once; nothing has been set up.
-            unsafe { libc::_exit(i32::from(Kind::Usage.exit_code())) }
-        }
+        Found::Ours(settings) => *settings,
+        Found::NotMeant(why) => return drop(NOT_MEANT.set(why)),
+        Found::Unreadable(why) => end(Kind::Usage, &why),
     };
     start_logging(settings.log.as_deref());
     // Before any other: it runs behind all of them.
@@ -60,7 +60,17 @@ pub(crate) fn prepare() {
     let files: Vec<_> =
         settings.backends.iter().map(|backend| (path(backend), backend.bytes as usize)).collect();
     let life = Life { settings, engine: OnceLock::new() };
-    let _ = BACKENDS.set(Backends::new(files, Box::new(life)));
+    match Backends::new(files, Box::new(life)) {
+        Ok(backends) => drop(BACKENDS.set(backends)),
+        Err(error) => end(Kind::Host, &format!("no memfd for guest memory: {error}")),
+    }
+}
+
+/// Ends the process before QEMU's `main`: nothing has been set up.
+fn end(kind: Kind, why: &str) -> ! {
+    eprintln!("vmemd: {why}");
+    // SAFETY: ends the process at once.
+    unsafe { libc::_exit(i32::from(kind.exit_code())) }
 }
 
 fn start_logging(file: Option<&Path>) {
@@ -184,7 +194,9 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
         Role::Arriving(_) => None,
     };
     let meet = || {
-        let qemu = meet(&settings.qmp, arrives)?.stays(stays);
+        let mut qemu = meet(&settings.qmp, arrives)?.stays(stays);
+        Leftovers::knows(&qemu);
+        qemu.owns_memory(&settings.backends)?;
         if engine.is_attached() {
             info!(vm = name, "QEMU answers, and has its memory from vmemd");
             return Ok(qemu);
@@ -241,6 +253,8 @@ struct Leftovers {
     qmp: Option<PathBuf>,
     /// A forked child that exits removes nothing.
     pid: u32,
+    /// QEMU's monitor, and what was heard on it: from the moment on that QEMU answers.
+    monitor: Option<(UnixStream, Standing)>,
 }
 
 static LEFTOVERS: Mutex<Option<Leftovers>> = Mutex::new(None);
@@ -251,9 +265,35 @@ impl Leftovers {
             QmpAddress::Socket(path) => Some(path.clone()),
             QmpAddress::Descriptor { .. } => None,
         };
-        *lock(&LEFTOVERS) = Some(Leftovers { name, qmp, pid: std::process::id() });
+        *lock(&LEFTOVERS) = Some(Leftovers { name, qmp, pid: std::process::id(), monitor: None });
         // SAFETY: the handler may run at any exit of the process.
         unsafe { libc::atexit(at_exit) };
+    }
+
+    fn knows(qemu: &Qemu) {
+        if let Some(leftovers) = lock(&LEFTOVERS).as_mut() {
+            leftovers.monitor = qemu.monitor().map(|monitor| (monitor, qemu.standing()));
+        }
+    }
+
+    /// QEMU exits: whoever moves the VM hears why.
+    fn tell() {
+        let (name, monitor) = match lock(&LEFTOVERS).as_mut() {
+            Some(leftovers) if leftovers.pid == std::process::id() => {
+                (leftovers.name.clone(), leftovers.monitor.take())
+            }
+            _ => return,
+        };
+        // Only of a VM that moves away: of one that arrives, [`farewell`] ends the conversation.
+        let why = || {
+            let said = monitor.and_then(|(monitor, standing)| {
+                // QEMU answers nothing any more: what is asked now fails at once.
+                let _ = monitor.shutdown(Shutdown::Both);
+                standing.last_words()
+            });
+            said.unwrap_or_else(|| Failure::new(Kind::Vm, "its QEMU exited: see its log"))
+        };
+        name.ends(why, GOODBYE_LIMIT);
     }
 
     fn remove() {
@@ -273,7 +313,10 @@ impl Leftovers {
 
 extern "C" fn at_exit() {
     // There is nobody left to tell.
-    let _ = std::panic::catch_unwind(Leftovers::remove);
+    let _ = std::panic::catch_unwind(|| {
+        Leftovers::tell();
+        Leftovers::remove();
+    });
 }
 
 /// The exit code, if it is not QEMU's to say: the VM runs elsewhere, or may.

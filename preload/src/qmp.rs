@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   ask ──▶ writer ──▶ QEMU ──▶ reader's thread ──▶ answers ──▶ ask
-//!                                 │ STOP, RESUME
+//!                                 │ STOP, RESUME, SUSPEND, …
 //!                                 └──▶ query-status ──▶ what the machine does ([`Standing`])
 //! ```
 //! Every command carries a number that its answer repeats: the late answer to a command that was given up is skipped.
@@ -14,11 +14,15 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use vmprocess::RunState;
+use vmprocess::failure::Failure;
+
+use crate::runstate;
 
 /// Longest line that is read. QEMU's longest answers have a KiB for each image behind a disk.
 const LINE_BYTES_MAX: usize = 16 << 20;
@@ -27,6 +31,8 @@ const CHUNK_BYTES: usize = 4096;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two tries to connect to a QEMU that is still starting.
 const CONNECT_RETRY: Duration = Duration::from_millis(20);
+/// How long the reader's thread may take to read what is there.
+const LAST_WORDS_LIMIT: Duration = Duration::from_millis(200);
 /// The number of what the reader's thread asks for itself.
 const READERS_ID: u64 = 0;
 
@@ -51,6 +57,7 @@ struct Line {
     #[serde(rename = "QMP")]
     greeting: Option<Value>,
     event: Option<String>,
+    data: Option<Value>,
     id: Option<u64>,
     #[serde(rename = "return")]
     value: Option<Value>,
@@ -65,17 +72,54 @@ struct Refusal {
 
 type Answer = Result<Line, QmpError>;
 
-/// The machine's run state as QEMU calls it (`running`, `paused`, `io-error`), as last heard.
+/// What the machine does, as last heard.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Standing(Arc<Mutex<String>>);
+pub(crate) struct Standing(Arc<(Mutex<Heard>, Condvar)>);
+
+#[derive(Debug, Default)]
+struct Heard {
+    /// QEMU's word for it (`running`, `paused`, `io-error`), and whether its vCPUs are let into the guest.
+    word: String,
+    running: bool,
+    /// A question that was asked by the way has no answer yet.
+    asked: bool,
+    /// The cause of QEMU's end, if it said that it ends.
+    ending: Option<String>,
+    /// Nothing is heard any more.
+    over: bool,
+}
 
 impl Standing {
-    pub(crate) fn get(&self) -> String {
-        lock(&self.0).clone()
+    pub(crate) fn get(&self) -> RunState {
+        let heard = self.heard();
+        runstate::of(&heard.word, heard.running)
     }
 
-    fn set(&self, state: &str) {
-        state.clone_into(&mut lock(&self.0));
+    pub(crate) fn set(&self, word: &str, running: bool) {
+        let mut heard = self.heard();
+        word.clone_into(&mut heard.word);
+        heard.running = running;
+    }
+
+    /// QEMU's answer to `query-status`.
+    pub(crate) fn answered(&self, answer: &Value) {
+        self.set(answer["status"].as_str().unwrap_or_default(), answer["running"] == true);
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        lock(&self.0.0)
+    }
+
+    /// Of a conversation that has ended: why QEMU ends, if it said so. What it said last may not have been read yet.
+    pub(crate) fn last_words(&self) -> Option<Failure> {
+        let waited = self.0.1.wait_timeout_while(self.heard(), LAST_WORDS_LIMIT, |heard| !heard.over);
+        let (heard, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        heard.ending.as_deref().map(runstate::why_ended)
+    }
+
+    fn over(&self) {
+        self.heard().over = true;
+        self.0.1.notify_all();
     }
 }
 
@@ -132,6 +176,20 @@ impl Qmp {
 
     pub(crate) fn standing(&self) -> Standing {
         self.standing.clone()
+    }
+
+    /// Has QEMU say what the machine does, for the next look, if that may have changed without a word.
+    pub(crate) fn look_again(&self) {
+        let mut heard = self.standing.heard();
+        if runstate::is_unheard(&heard.word) && !std::mem::replace(&mut heard.asked, true) {
+            drop(heard);
+            send_query(&self.writer);
+        }
+    }
+
+    /// The same conversation, for ending it.
+    pub(crate) fn monitor(&self) -> Option<UnixStream> {
+        lock(&self.writer).try_clone().ok()
     }
 
     /// Nothing can be said any more: what is asked now does not reach QEMU.
@@ -288,15 +346,22 @@ struct Reader {
 
 impl Reader {
     fn run(mut self, answers: &Sender<Answer>) {
+        self.read(answers);
+        self.standing.over();
+    }
+
+    fn read(&mut self, answers: &Sender<Answer>) {
         let mut lines = Lines::default();
         loop {
             let line = lines.next(&mut self.stream);
             let end = line.is_err();
             match line {
-                Ok(Line { event: Some(event), .. }) => self.hear(&event),
+                Ok(Line { event: Some(event), data, .. }) => self.hear(&event, &data.unwrap_or_default()),
                 Ok(Line { id: Some(READERS_ID), value, .. }) => {
-                    let state = value.as_ref().and_then(|value| value["status"].as_str());
-                    self.standing.set(state.unwrap_or_default());
+                    self.standing.heard().asked = false;
+                    if let Some(value) = value {
+                        self.standing.answered(&value);
+                    }
                 }
                 answer => {
                     if answers.send(answer).is_err() {
@@ -313,9 +378,22 @@ impl Reader {
 
     /// Why a machine stands still, its status says, not the event. Nothing is asked at SHUTDOWN: QEMU (seen of 7.2) aborts if a
     /// command comes while it ends, and a machine that does not end (`-no-shutdown`) tells STOP as well.
-    fn hear(&self, event: &str) {
-        if matches!(event, "STOP" | "RESUME" | "RESET" | "GUEST_PANICKED") {
-            send_query(&self.writer);
+    fn hear(&self, event: &str, data: &Value) {
+        match event {
+            "STOP" | "RESUME" | "RESET" | "SUSPEND" | "WAKEUP" | "WATCHDOG" | "GUEST_PANICKED" => {
+                // It goes on.
+                if matches!(event, "RESUME" | "RESET") {
+                    self.standing.heard().ending = None;
+                }
+                send_query(&self.writer);
+            }
+            // With the machine stopped for it, which is not always said.
+            "BLOCK_IO_ERROR" if data["action"] == "stop" => send_query(&self.writer),
+            "SHUTDOWN" => {
+                let cause = data["reason"].as_str().unwrap_or_default();
+                self.standing.heard().ending = Some(cause.to_owned());
+            }
+            _ => {}
         }
     }
 }

@@ -101,7 +101,7 @@ fn why_the_machine_stands_still_is_asked_and_kept() {
     // The answer to this comes after the status, on the same thread.
     qmp.ask("cont", Value::Null, PATIENCE).unwrap();
     qemu.join().unwrap();
-    assert_eq!(standing.get(), "guest-panicked");
+    assert_eq!(standing.get().word, "guest-panicked");
 }
 
 #[test]
@@ -203,4 +203,58 @@ fn a_descriptor_goes_with_its_command() {
     let mut state = String::new();
     end.read_to_string(&mut state).unwrap();
     assert_eq!(state, "state");
+}
+
+#[test]
+fn why_a_qemu_ends_is_kept_unless_it_goes_on() {
+    const ENDS: &str = r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#;
+    let (qmp, qemu) =
+        over(&[GREETING, ">qmp_capabilities", r#"{"return": {}, "id": $}"#, ">query-status", ENDS]);
+    let qmp = qmp.unwrap();
+    qemu.join().unwrap();
+    assert!(qmp.standing().last_words().unwrap().text.contains("the guest shut down"));
+
+    let (qmp, qemu) = over(&[
+        GREETING,
+        ">qmp_capabilities",
+        r#"{"return": {}, "id": $}"#,
+        ">query-status",
+        ENDS,
+        r#"{"event": "RESUME"}"#,
+        ">query-status",
+    ]);
+    let qmp = qmp.unwrap();
+    qemu.join().unwrap();
+    assert_eq!(qmp.standing().last_words(), None);
+}
+
+#[test]
+fn a_state_that_changes_without_a_word_is_asked_for_when_somebody_looks() {
+    let (qmp, qemu) = over(&[
+        GREETING,
+        ">qmp_capabilities",
+        r#"{"return": {}, "id": $}"#,
+        ">query-status",
+        r#"{"return": {"status": "inmigrate", "running": false}, "id": 0}"#,
+        ">stop",
+        r#"{"return": {}, "id": $}"#,
+        // By the way, and once.
+        ">query-status",
+        ">cont",
+        r#"{"return": {"status": "paused", "running": false}, "id": 0}"#,
+        r#"{"return": {}, "id": 3}"#,
+        ">stop",
+        r#"{"return": {}, "id": $}"#,
+    ]);
+    let mut qmp = qmp.unwrap();
+    let standing = qmp.standing();
+    qmp.ask("stop", Value::Null, PATIENCE).unwrap();
+    assert_eq!(standing.get().word, "inmigrate");
+    qmp.look_again();
+    qmp.look_again();
+    qmp.ask("cont", Value::Null, PATIENCE).unwrap();
+    assert_eq!(standing.get().word, "paused");
+    qmp.look_again();
+    qmp.ask("stop", Value::Null, PATIENCE).unwrap();
+    qemu.join().unwrap();
 }

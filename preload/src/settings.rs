@@ -1,29 +1,49 @@
 //! Takes the settings out of the environment, if they are for this program.
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::RawFd;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt;
+use std::sync::Mutex;
 
-use vmprocess::qemu::{LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE};
+use vmprocess::qemu::{Answer, LIBRARY, PreloadSettings, QUESTION, QmpAddress, Role, VARIABLE, VERSION};
+
+use crate::qmp::lock;
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
 const LD_SEPARATORS: [u8; 2] = [b':', b' '];
 
+/// What the environment has for this program.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// This process is the QEMU that they are for.
+    Ours(Box<PreloadSettings>),
+    /// Any other program, such as a shell script around QEMU, and why.
+    NotMeant(String),
+    /// Nobody can tell what they are for.
+    Unreadable(String),
+}
+
 /// The settings, if this process is the QEMU that they are for. They are gone from the environment then: what QEMU
-/// starts (network scripts) must not see them, nor the descriptors. Any other program, such as a shell script around
-/// QEMU, hands all of it on.
+/// starts (network scripts) must not see them, nor the descriptors. Any other program hands all of it on.
 ///
 /// # Safety
 /// No other thread may use the environment meanwhile.
-pub(crate) unsafe fn take() -> Option<Result<PreloadSettings, serde_json::Error>> {
-    let text = std::env::var_os(VARIABLE)?;
-    let settings: PreloadSettings = match serde_json::from_slice(text.as_bytes()) {
-        Ok(settings) => settings,
-        Err(error) => return Some(Err(error)),
+pub(crate) unsafe fn take() -> Found {
+    let settings = match read() {
+        Ok(Some(settings)) => settings,
+        Ok(None) => return Found::NotMeant(format!("{VARIABLE} is missing in its environment")),
+        Err(trouble) => return Found::Unreadable(trouble),
     };
-    if std::env::current_exe().ok()? != settings.program {
-        return None;
+    let here = match std::env::current_exe() {
+        Ok(here) => here,
+        Err(error) => return Found::NotMeant(format!("it cannot tell which program it is: {error}")),
+    };
+    if here != settings.program {
+        let (here, meant) = (here.display(), settings.program.display());
+        return Found::NotMeant(format!("{VARIABLE} is for {meant}, and this is {here}"));
     }
     // SAFETY: the caller's promise.
     unsafe {
@@ -37,13 +57,67 @@ pub(crate) unsafe fn take() -> Option<Result<PreloadSettings, serde_json::Error>
         // SAFETY: changes a flag of the descriptor; fails on one that is not open.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
-    Some(Ok(settings))
+    Found::Ours(Box::new(settings))
+}
+
+fn read() -> Result<Option<PreloadSettings>, String> {
+    let Some(text) = std::env::var_os(VARIABLE) else { return Ok(None) };
+    // The version first: another one has other settings.
+    let value: serde_json::Value = serde_json::from_slice(text.as_bytes())
+        .map_err(|error| format!("{VARIABLE} cannot be read: {error}"))?;
+    let theirs = value["version"].as_str().unwrap_or("another version");
+    if theirs != VERSION {
+        let text = format!(
+            "{VARIABLE} is of vmemd {theirs}, and {LIBRARY} of {VERSION}: install both of one version"
+        );
+        return Err(text);
+    }
+    serde_json::from_value(value).map(Some).map_err(|error| format!("{VARIABLE} cannot be read: {error}"))
+}
+
+/// Where the answers go, and which process answers: a child of it exits too.
+static ASKED: Mutex<Option<(File, u32)>> = Mutex::new(None);
+
+/// Whether somebody only wants to know if this library is in the program that they named. They are told then, now and at the
+/// program's exit, and nothing else is done.
+pub(crate) fn answer() -> bool {
+    let Some(text) = std::env::var_os(QUESTION) else { return false };
+    let fd: Option<RawFd> = text.to_str().and_then(|text| text.parse().ok());
+    if let Some(fd) = fd.filter(|fd| *fd > libc::STDERR_FILENO) {
+        // SAFETY: left open to this program for the answers; one that is not open, or another file, is not touched below.
+        let pipe = std::mem::ManuallyDrop::new(unsafe { File::from_raw_fd(fd) });
+        let copy = pipe
+            .metadata()
+            .ok()
+            .filter(|meta| meta.file_type().is_fifo())
+            .and_then(|_| pipe.try_clone().ok());
+        *lock(&ASKED) = copy.map(|copy| (copy, std::process::id()));
+        // SAFETY: the handler may run at any exit of the process.
+        unsafe { libc::atexit(at_exit) };
+        tell(false);
+    }
+    true
+}
+
+fn tell(exits: bool) {
+    let asked = lock(&ASKED);
+    let Some((pipe, _)) = asked.as_ref().filter(|(_, pid)| *pid == std::process::id()) else { return };
+    let program = std::env::current_exe().unwrap_or_default();
+    let trouble = if exits { None } else { read().err() };
+    let answer = Answer { program, version: VERSION.to_owned(), trouble, exits };
+    if let Ok(text) = serde_json::to_string(&answer) {
+        // Whoever asked may have gone.
+        let _ = (&*pipe).write_all(format!("{text}\n").as_bytes());
+    }
+}
+
+extern "C" fn at_exit() {
+    let _ = std::panic::catch_unwind(|| tell(true));
 }
 
 /// The descriptors that the settings name.
 fn inherited(settings: &PreloadSettings) -> Vec<RawFd> {
-    let mut all: Vec<RawFd> =
-        settings.backends.iter().filter_map(|backend| descriptor(&backend.path)).collect();
+    let mut all: Vec<RawFd> = Vec::new();
     if let QmpAddress::Descriptor { ours, theirs } = settings.qmp {
         all.extend([ours, theirs]);
     }
@@ -51,10 +125,6 @@ fn inherited(settings: &PreloadSettings) -> Vec<RawFd> {
         all.extend([arrival.control_fd, arrival.streams_fd, arrival.listener_fd, arrival.granted_fd]);
     }
     all
-}
-
-fn descriptor(path: &Path) -> Option<RawFd> {
-    path.strip_prefix("/proc/self/fd").ok()?.to_str()?.parse().ok()
 }
 
 /// What is left of a preload list without this library.
@@ -76,12 +146,5 @@ mod tests {
         assert_eq!(rest("/a.so:/x/libvmemd_preload.so /b.so:"), Some("/a.so:/b.so".into()));
         assert_eq!(rest("/a.so"), Some("/a.so".into()));
         assert_eq!(rest(""), None);
-    }
-
-    #[test]
-    fn inherited_descriptors_are_recognised() {
-        assert_eq!(descriptor(Path::new("/proc/self/fd/17")), Some(17));
-        assert_eq!(descriptor(Path::new("/dev/shm/vmemd-17")), None);
-        assert_eq!(descriptor(Path::new("/proc/self/fd/x")), None);
     }
 }

@@ -6,11 +6,12 @@ use std::sync::mpsc::channel;
 use serde_json::{Value, json};
 use tracing::info;
 
-use crate::control::protocol::Request;
+use crate::control::protocol::{Request, State};
 use crate::control::server::{Client, Service};
 use crate::failure::{Failure, Kind};
+use crate::guest::Guest;
 use crate::size::Size;
-use crate::vm::{Event, PINNED_BY, Phase, Vm};
+use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, Event, PINNED_BY, Phase, Vm};
 
 /// The VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
 #[derive(Debug)]
@@ -59,10 +60,19 @@ impl Vm {
 
     fn pause(&self) -> Result<Value, Failure> {
         self.must_be_here("pause")?;
-        self.guest(|guest| guest.pause())?;
-        self.core(|core| core.paused = true);
-        info!(vm = %self.facts.name, "paused");
-        self.done("paused")
+        let stood = self.guest(|guest| {
+            let stood = !guest.runs()?;
+            guest.pause()?;
+            Ok(stood)
+        })?;
+        let already = self.core(|core| {
+            let already = stood && core.stalled.is_none();
+            // Whoever stopped it before is still to be named.
+            core.paused = Some(if already { core.paused.unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
+            already
+        });
+        info!(vm = %self.facts.name, already, "paused");
+        self.told(already)
     }
 
     fn resume(&self) -> Result<Value, Failure> {
@@ -71,10 +81,7 @@ impl Vm {
         }
         self.must_be_here("resume")?;
         // Even if it cannot go on yet: it is to, as soon as it can.
-        let stalled = self.core(|core| {
-            core.paused = false;
-            core.stalled.is_some()
-        });
+        let (paused, stalled) = self.core(|core| (core.paused.take(), core.stalled.is_some()));
         if let Ok(engine) = self.memory()?.engine()
             && let Err(error) = engine.retry_store()
             && stalled
@@ -86,14 +93,31 @@ impl Vm {
             );
             return Err(Failure::new(failure.kind, text));
         }
-        self.guest(|guest| {
+        let resumed = self.guest(|guest| {
             // Under the guest's lock, so that a migration which begins now pauses it later than this.
             self.must_be_here("resume")?;
-            guest.resume()
-        })?;
-        self.core(|core| (core.stalled, core.paused) = (None, false));
-        info!(vm = %self.facts.name, "resumed");
-        self.done("running")
+            // What has failed may go on all the same: a disk was mended.
+            let ran = guest.runs().is_ok_and(|runs| runs);
+            if ran && guest.run_state().is_some_and(|now| now.state == State::Running) {
+                return Ok(true);
+            }
+            guest.resume()?;
+            match guest.runs()? {
+                false if guest.run_state().is_some() => Err(self.stands_still(guest)),
+                _ => Ok(ran && paused.is_none() && !stalled),
+            }
+        });
+        let already = resumed.inspect_err(|_| self.core(|core| core.paused = paused))?;
+        self.core(|core| (core.stalled, core.paused) = (None, None));
+        info!(vm = %self.facts.name, already, "resumed");
+        self.told(already)
+    }
+
+    /// It took the word to go on, and did not.
+    fn stands_still(&self, guest: &dyn Guest) -> Failure {
+        let now = guest.run_state();
+        let why = now.map(|now| now.why.unwrap_or(now.word)).unwrap_or_default();
+        Failure::new(Kind::Vm, format!("{:?} was told to run, and does not: {why}", self.facts.name))
     }
 
     /// Has the VM end, and says what became of it when that is known: it may have moved meanwhile.
@@ -141,6 +165,12 @@ impl Vm {
         })?;
         info!(vm = %self.facts.name, ram_bytes, "budget changed");
         Ok(json!({ "name": self.facts.name, "ram_budget_bytes": engine.stats()?.ram_budget_bytes }))
+    }
+
+    /// What it does now. `already`: it did so before it was asked.
+    fn told(&self, already: bool) -> Result<Value, Failure> {
+        let (state, reason) = self.state();
+        Ok(json!({ "name": self.facts.name, "state": state, "reason": reason, "already": already }))
     }
 
     pub(crate) fn done(&self, state: &str) -> Result<Value, Failure> {

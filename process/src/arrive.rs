@@ -25,7 +25,7 @@ use crate::guest::Newcomer;
 use crate::memory::MemorySpec;
 use crate::passing;
 use crate::process::{Owner, Process};
-use crate::vm::{Event, Facts, Phase, Vm, Waiting};
+use crate::vm::{AS_IT_CAME, Event, Facts, Phase, Vm, Waiting};
 
 /// The thread that receives. What it leaves behind when it panics is put in order here.
 pub(crate) const RECEIVER: &str = "receive";
@@ -246,7 +246,8 @@ impl TargetVm for Target<'_> {
     fn start(&mut self, paused: bool) -> Result<(), VmError> {
         // The commit is recorded. Whatever ends this thread from here on, a bug as well, the VM is this host's unless that is taken back
         // below: it may run already, so it must run nowhere else.
-        self.vm.core(|core| (core.phase, core.paused, core.waiting) = (Phase::Here, paused, None));
+        let stands = paused.then_some(AS_IT_CAME);
+        self.vm.core(|core| (core.phase, core.paused, core.waiting) = (Phase::Here, stands, None));
         let started = self
             .vm
             .claim(|claim| claim.is_free())

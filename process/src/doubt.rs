@@ -137,7 +137,7 @@ fn come_back(vm: &Vm, forced: bool) -> Result<&'static str, Failure> {
     let resumed = source.come_back();
     let paused = vm.core(|core| {
         (core.phase, core.waiting) = (Phase::Here, None);
-        core.paused
+        core.paused.is_some()
     });
     vm.go_on();
     resumed.map_err(|error| {

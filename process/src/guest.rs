@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::control::protocol::GuestStat;
+use crate::control::protocol::{GuestStat, State};
 use crate::failure::Failure;
 
 /// A VM's processors and devices, as its process drives them. Only one of these calls is under way at a time.
@@ -60,6 +60,17 @@ pub trait Guest: Send + fmt::Debug {
     /// What it is and how it does. Must not wait for anything: `stat` is answered from it.
     fn view(&self) -> GuestView;
 
+    /// What it does by its own account, if it gives one: then that counts, for others than its process may stop it and let it go on.
+    /// As of the last call of [`runs`](Self::runs) at least. Must not wait for anything.
+    fn run_state(&self) -> Option<RunState> {
+        None
+    }
+
+    /// Why its program is ending, if it does not answer any more and has said why.
+    fn ended(&self) -> Option<Failure> {
+        None
+    }
+
     /// Ends it for good: the VM was stopped, or runs elsewhere. Called when it is paused or has failed.
     ///
     /// A machine in a process of ours has touched its memory for the last time when this returns. A program that is
@@ -80,6 +91,16 @@ pub struct GuestView {
     pub guest: GuestStat,
     /// Why it cannot go on, if it has failed.
     pub failed: Option<String>,
+}
+
+/// What a machine does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunState {
+    /// In its own word.
+    pub word: String,
+    pub state: State,
+    /// Why it does not run. None of one that somebody told to stand still.
+    pub why: Option<String>,
 }
 
 /// A VM's machine at the target, before its state has come. It knows its memory, which fills meanwhile.

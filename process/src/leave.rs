@@ -11,11 +11,11 @@ use migrate::{Expected, Progress, Report, SendError, SessionId, SourceOptions, S
 use serde_json::Value;
 use tracing::{error, info, warn};
 
-use crate::control::protocol::{MigrateRequest, MigrationStat};
+use crate::control::protocol::{MigrateRequest, MigrationStat, State};
 use crate::control::server::Client;
 use crate::doubt;
 use crate::failure::{Failure, Kind};
-use crate::vm::{Event, Phase, Vm};
+use crate::vm::{BY_ITS_MONITOR, Core, DID_NOT_GO_ON, Event, Phase, Vm};
 
 /// How often it is looked whether whoever asked is still there.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
@@ -123,6 +123,9 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     if let Some(reason) = vm.guest_failure() {
         return Err(Failure::new(Kind::Vm, format!("{name:?} cannot move: its guest has failed: {reason}")));
     }
+    if let (State::Shutdown | State::Incoming, Some(reason)) = vm.state() {
+        return Err(Failure::new(Kind::Name, format!("{name:?} cannot move: {reason}")));
+    }
     vm.core(|core| {
         let why = match &core.phase {
             Phase::Here => {
@@ -228,7 +231,10 @@ fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) 
                 warn!(vm = %name, pages = report.pages_lost, "lost: the store did not give them back, and a touch of them is a memory error there");
             }
         }
-        Err(error) => warn!(vm = %name, to, %error, "not moved: it stays here"),
+        Err(error) => match vm.ended() {
+            Some(ended) => warn!(to, "{}", gone(vm, &ended)),
+            None => warn!(vm = %name, to, %error, "not moved: it stays here"),
+        },
     }
 }
 
@@ -253,17 +259,20 @@ fn report(
 
 /// Says what became of a VM that has not left.
 fn stays(vm: &Vm, failure: Failure) -> Failure {
-    if let Some(by) = vm.core(|core| core.ender) {
-        let text = format!("{} by {by}: {:?} has not moved, and ends here", failure.text, vm.facts.name);
-        return Failure { text, ..failure };
+    if let Some(ended) = vm.ended() {
+        return Failure::new(ended.kind, gone(vm, &ended));
     }
-    let stays = match vm.guest_failure() {
-        Some(_) => "stays here, failed",
-        None if vm.core(|core| core.stalled.is_some()) => "stays here, stalled",
-        None if vm.core(|core| core.paused) => "stays paused here",
-        None => "runs on here",
+    let name = &vm.facts.name;
+    let text = match vm.core(|core| core.ender) {
+        Some(by) => format!("{} by {by}: {name:?} has not moved, and ends here", failure.text),
+        None => format!("{}; {name:?} {}", failure.text, vm.stays()),
     };
-    Failure { text: format!("{}; {:?} {stays}", failure.text, vm.facts.name), ..failure }
+    Failure { text, ..failure }
+}
+
+/// Of a VM whose program ended while it was moving.
+fn gone(vm: &Vm, ended: &Failure) -> String {
+    format!("{:?} did not move: {ended} while it was moving; nothing is left to move", vm.facts.name)
 }
 
 /// The VM as a migration's source sees it.
@@ -307,7 +316,7 @@ impl<'a> Leaving<'a> {
             self.take_name_back();
         }
         let paused = self.paused;
-        self.vm.core(|core| core.paused |= paused);
+        self.vm.core(|core| core.paused = core.paused.or(paused.then_some(DID_NOT_GO_ON)));
         SendError::Vm(VmError("a bug in vmemd ended the migration: see the panic in its log".to_owned()))
     }
 }
@@ -317,25 +326,42 @@ fn text(failure: Failure) -> VmError {
 }
 
 impl SourceVm for Leaving<'_> {
+    fn ended(&self) -> Option<String> {
+        self.vm.ended().map(|ended| format!("{ended} while it was moving"))
+    }
+
     fn drain(&mut self) -> Result<(), VmError> {
+        // Before all of its memory is sent for nothing.
+        if let Some(reason) = self.vm.over() {
+            return Err(VmError(reason));
+        }
         self.vm.guest(|guest| guest.drain()).map_err(text)
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        let runs = self.vm.guest(|guest| guest.runs()).map_err(text)?;
-        // By whatever means, such as a monitor of its user's.
-        self.vm.core(|core| core.paused |= !runs && !core.stalled.as_ref().is_some_and(|stall| stall.ran));
+        let looked = self.vm.guest(|guest| Ok((guest.runs()?, guest.run_state().is_some())));
+        let (runs, tells) = looked.map_err(text)?;
+        self.vm.core(|core| {
+            if !runs && !core.stalled.as_ref().is_some_and(|stall| stall.ran) {
+                // By whatever means, such as a monitor of its user's.
+                core.paused = core.paused.or(Some(BY_ITS_MONITOR));
+            } else if runs && tells {
+                // Let go on by such means, too.
+                core.paused = None;
+            }
+        });
         self.paused = true;
         self.vm.guest(|guest| guest.pause()).map_err(|failure| self.failed(failure))
     }
 
     fn stood_still(&self) -> bool {
-        self.vm.core(|core| core.paused)
+        self.vm.core(|core| core.paused.is_some())
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
         // Whoever stalled it meanwhile wants it to stand still.
-        if !self.paused || self.vm.core(|core| core.stalled.is_some() || core.paused) {
+        let stays = |core: &mut Core| core.stalled.is_some() || core.paused.is_some();
+        if !self.paused || self.vm.core(stays) || self.vm.ended().is_some() {
             return Ok(());
         }
         let deadline = Instant::now() + RESUME_LIMIT;
@@ -343,7 +369,7 @@ impl SourceVm for Leaving<'_> {
             let Err(failure) = self.vm.guest(|guest| guest.resume()) else { return Ok(()) };
             if Instant::now() >= deadline {
                 // Until its user resumes it.
-                self.vm.core(|core| core.paused = true);
+                self.vm.core(|core| core.paused = Some(DID_NOT_GO_ON));
                 return Err(text(failure));
             }
             std::thread::sleep(RESUME_RETRY);

@@ -41,7 +41,7 @@ mod record;
 mod vm;
 
 pub use arrive::{Arrival, ArriveSettings};
-pub use guest::{Guest, GuestView, Newcomer};
+pub use guest::{Guest, GuestView, Newcomer, RunState};
 pub use life::End;
 pub use memory::{Memory, MemorySpec};
 pub use process::{NameHold, Owner, Process};

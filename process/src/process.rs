@@ -2,8 +2,9 @@
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use swapd::Notice;
 
@@ -17,6 +18,11 @@ use crate::guest::{Guest, Newcomer};
 use crate::life::{self, End};
 use crate::memory::Memory;
 use crate::vm::{Event, Facts, Phase, Vm, lock};
+
+/// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the same reason.
+const ANSWER_LIMIT: Duration = Duration::from_millis(500);
+/// Between two looks at whether a migration has ended.
+const SETTLE_POLL: Duration = Duration::from_millis(2);
 
 /// Whose process a VM lives in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +65,7 @@ impl Process {
     ) -> Result<Process, Failure> {
         let (sender, events) = channel();
         let vm = Arc::new(Vm::new(facts, Phase::Arriving, (claim, granted), sender));
-        let name = NameHold(vm.clone());
+        let name = NameHold { vm: vm.clone(), server: None };
         let serve = || {
             if owner == Owner::Ours {
                 life::take_process_over(&vm)?;
@@ -92,7 +98,7 @@ impl Process {
 
     /// For exit handlers of a program that may end at any time.
     pub fn name_hold(&self) -> NameHold {
-        NameHold(self.vm.clone())
+        NameHold { vm: self.vm.clone(), server: Some(self.server.clone()) }
     }
 
     /// Lives with a new VM, which `set_up` makes and lets run, until it is stopped or has moved away.
@@ -142,22 +148,42 @@ const GIVE_UP_DRAIN: Duration = Duration::from_secs(3);
 
 /// The VM's name, for letting go of it when the process ends by another way than [`Process`]'s.
 #[derive(Clone, Debug)]
-pub struct NameHold(Arc<Vm>);
+pub struct NameHold {
+    vm: Arc<Vm>,
+    server: Option<Server>,
+}
 
 impl NameHold {
+    /// The program ends, and the VM with it: whoever moves it is told why, and so is the target. Waits for that, at most `limit`.
+    pub fn ends(&self, why: impl FnOnce() -> Failure, limit: Duration) {
+        let migrates = || self.vm.core(|core| matches!(core.phase, Phase::Migrating));
+        let mut deadline = Instant::now() + limit.min(ANSWER_LIMIT);
+        if migrates() {
+            deadline = Instant::now() + limit;
+            self.vm.core(|core| core.ended = Some(why()));
+            self.vm.cancel.store(true, Ordering::SeqCst);
+        }
+        while migrates() && Instant::now() < deadline {
+            std::thread::sleep(SETTLE_POLL);
+        }
+        if let Some(server) = &self.server {
+            server.drain(deadline.saturating_duration_since(Instant::now()));
+        }
+    }
+
     /// Removes the control socket's file. Short, and harmless when repeated: fit for an `atexit` handler.
     pub fn release(&self) {
-        drop(self.0.core(|core| core.claim.take()));
-        drop(lock(&self.0.granted).take());
+        drop(self.vm.core(|core| core.claim.take()));
+        drop(lock(&self.vm.granted).take());
     }
 
     /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be started here again.
     /// Before [`NameHold::release`].
     pub fn end(&self) -> Option<Kind> {
-        match self.0.core(|core| core.phase.clone()) {
+        match self.vm.core(|core| core.phase.clone()) {
             Phase::Moved { .. } => Some(Kind::Moved),
             Phase::InDoubt { .. } => Some(Kind::InDoubt),
-            _ => self.0.may_run_at().map(|_| Kind::InDoubt),
+            _ => self.vm.may_run_at().map(|_| Kind::InDoubt),
         }
     }
 }

@@ -12,10 +12,38 @@ use crate::memory::MemorySpec;
 pub const VARIABLE: &str = "VMEMD_PRELOAD";
 /// File name of the shared object that goes to `LD_PRELOAD`.
 pub const LIBRARY: &str = "libvmemd_preload.so";
+/// The environment variable of a question: the number of a pipe's descriptor, to which the preload writes an [`Answer`] a
+/// line, when the program begins and when it exits.
+pub const QUESTION: &str = "VMEMD_PRELOAD_QUESTION";
+/// Whoever starts a QEMU and the preload in it must be of one version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Guest memory is in files that are not there: the preload opens them for QEMU, and nothing else can, nor make them (in /proc
+/// nobody can). A QEMU without the preload prints this name, and ends.
+pub const MEMORY_FILES: &str =
+    "/proc/libvmemd_preload.so-is-not-in-this-QEMU:LD_PRELOAD-was-lost-or-not-followed:see-docs/qemu.md/ram";
+
+/// The `mem-path` of the backend of that number.
+pub fn memory_file(index: usize) -> PathBuf {
+    format!("{MEMORY_FILES}{index}").into()
+}
+
+/// The preload's word in a program that it was loaded into.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    pub program: PathBuf,
+    pub version: String,
+    /// What is wrong with the settings in the environment.
+    pub trouble: Option<String>,
+    /// The program exits, rather than begins: it has not become another one.
+    pub exits: bool,
+}
 
 /// What the preload is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PreloadSettings {
+    /// [`VERSION`] of whoever says this.
+    pub version: String,
     /// The QEMU binary, without links in its path. Every other program is left alone.
     pub program: PathBuf,
     /// Guest memory, in the order of its page numbers.
@@ -62,7 +90,7 @@ impl Role {
 /// A `memory-backend-file,share=on` of QEMU's command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backend {
-    /// Its `mem-path`. A descriptor in `/proc/self/fd` is not passed on to what QEMU starts.
+    /// Its `mem-path`: a [`memory_file`].
     pub path: PathBuf,
     /// What QEMU maps: whole pages.
     pub bytes: u64,

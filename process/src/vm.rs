@@ -14,7 +14,7 @@ use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, Vm
 use crate::control::rundir::Claim;
 use crate::failure::{Failure, Kind};
 use crate::granted::Granted;
-use crate::guest::{Guest, GuestView};
+use crate::guest::{Guest, GuestView, RunState};
 use crate::memory::MemoryView;
 use crate::size::Size;
 
@@ -83,8 +83,9 @@ pub(crate) struct Stall {
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) phase: Phase,
-    /// By the user.
-    pub(crate) paused: bool,
+    /// By whom or by what, if somebody wants it to stand still. Who let it go on past vmemd is not heard here: of a machine that says
+    /// what it does, that counts.
+    pub(crate) paused: Option<&'static str>,
     /// It stands still for want of RAM, because its store takes no writes.
     pub(crate) stalled: Option<Stall>,
     pub(crate) migration: Option<MigrationStat>,
@@ -93,6 +94,8 @@ pub(crate) struct Core {
     pub(crate) claim: Option<Claim>,
     /// It is to end, and who wants that.
     pub(crate) ender: Option<&'static str>,
+    /// The program whose process this is ends by itself, and why.
+    pub(crate) ended: Option<Failure>,
     /// Who waits to hear how it ended, and what they are told.
     pub(crate) stoppers: Vec<Sender<Told>>,
     pub(crate) end: Option<Told>,
@@ -100,6 +103,12 @@ pub(crate) struct Core {
 
 /// What whoever stops a VM is told.
 pub(crate) type Told = Result<serde_json::Value, Failure>;
+
+/// Who wants a VM to stand still.
+pub(crate) const BY_VMEMD: &str = "by `vmemd pause`";
+pub(crate) const BY_ITS_MONITOR: &str = "by a monitor of its QEMU, not by vmemd";
+pub(crate) const AS_IT_CAME: &str = "it was paused when it came";
+pub(crate) const DID_NOT_GO_ON: &str = "it could not be let go on: see its log";
 
 /// What is waited for, since when, and what ends the waiting.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +150,7 @@ pub(crate) struct Vm {
     pub(crate) granted: Mutex<Option<Granted>>,
     core: Mutex<Core>,
     /// The guest's last known account, for when it is busy being paused.
-    last_seen: Mutex<GuestView>,
+    last_seen: Mutex<(GuestView, Option<RunState>)>,
     started: Instant,
 }
 
@@ -154,13 +163,14 @@ impl Vm {
     ) -> Vm {
         let core = Core {
             phase,
-            paused: false,
+            paused: None,
             stalled: None,
             migration: None,
             waiting: None,
             arrival: None,
             claim: Some(claim),
             ender: None,
+            ended: None,
             stoppers: Vec::new(),
             end: None,
         };
@@ -249,23 +259,57 @@ impl Vm {
         }
     }
 
-    fn seen(&self) -> GuestView {
+    fn seen(&self) -> (GuestView, Option<RunState>) {
         let mut last = lock(&self.last_seen);
         if let Ok(guest) = self.guest.try_lock()
             && let Some(guest) = guest.as_ref()
         {
-            *last = guest.view();
+            *last = (guest.view(), guest.run_state());
         }
         last.clone()
     }
 
     /// Why the guest failed, if it did.
     pub(crate) fn guest_failure(&self) -> Option<String> {
-        self.seen().failed
+        self.seen().0.failed
     }
 
     pub(crate) fn mismatched_pages(&self) -> u64 {
-        self.seen().guest.mismatched_pages
+        self.seen().0.guest.mismatched_pages
+    }
+
+    /// Why the VM ends by itself, if it does.
+    pub(crate) fn ended(&self) -> Option<Failure> {
+        self.core(|core| core.ended.clone()).or_else(|| self.guest.try_lock().ok()?.as_ref()?.ended())
+    }
+
+    /// Why its guest will not go on, if it has failed or shut down.
+    pub(crate) fn over(&self) -> Option<String> {
+        let (view, run_state) = self.seen();
+        view.failed.or_else(|| run_state.filter(|now| now.state == State::Shutdown)?.why)
+    }
+
+    /// What it does, and why it does not run if it does not.
+    pub(crate) fn state(&self) -> (State, Option<String>) {
+        let (view, run_state) = self.seen();
+        self.core(|core| state_of(core, view.failed, run_state.as_ref(), &Stats::default()))
+    }
+
+    /// How it stays here that was to leave.
+    pub(crate) fn stays(&self) -> &'static str {
+        let (_, run_state) = self.seen();
+        if self.guest_failure().is_some() {
+            return "stays here, failed";
+        }
+        let (stalled, paused) = self.core(|core| (core.stalled.is_some(), core.paused.is_some()));
+        match run_state.map(|run_state| run_state.state) {
+            _ if stalled => "stays here, stalled",
+            Some(State::Shutdown) => "stays here, shut down",
+            Some(State::Running | State::Suspended) => "runs on here",
+            Some(_) => "stays paused here",
+            None if paused => "stays paused here",
+            None => "runs on here",
+        }
     }
 
     pub(crate) fn stat(&self) -> Result<VmStat, Failure> {
@@ -278,13 +322,14 @@ impl Vm {
                 ..Stats::default()
             },
         };
-        let seen = self.seen();
+        let (seen, run_state) = self.seen();
         Ok(self.core(|core| {
-            let (state, reason) = state_of(core, seen.failed, &memory);
+            let (state, reason) = state_of(core, seen.failed, run_state.as_ref(), &memory);
             VmStat {
                 name: self.facts.name.clone(),
                 state,
                 reason,
+                run_state: run_state.map(|run_state| run_state.word),
                 pid: std::process::id(),
                 engine: self.facts.engine,
                 vcpus: seen.vcpus,
@@ -361,7 +406,7 @@ impl Vm {
             // Under the guest's lock, so that a migration which begins now pauses it later than this.
             let go = self.core(|core| {
                 let stall = if may(core) { core.stalled.take() } else { None };
-                stall.is_some_and(|stall| stall.ran && !core.paused)
+                stall.is_some_and(|stall| stall.ran && core.paused.is_none())
             });
             if go { guest.resume().map(|()| true) } else { Ok(false) }
         });
@@ -370,13 +415,18 @@ impl Vm {
             Ok(false) => {}
             Err(error) => {
                 warn!(vm = %self.facts.name, %error, "it could go on, but does not: `vmemd resume` it");
-                self.core(|core| core.paused = true);
+                self.core(|core| core.paused = Some(DID_NOT_GO_ON));
             }
         }
     }
 }
 
-fn state_of(core: &Core, failed: Option<String>, memory: &Stats) -> (State, Option<String>) {
+fn state_of(
+    core: &Core,
+    failed: Option<String>,
+    run_state: Option<&RunState>,
+    memory: &Stats,
+) -> (State, Option<String>) {
     let stalled = core.stalled.as_ref().map(|stall| {
         let reason = &stall.reason;
         format!(
@@ -393,8 +443,23 @@ fn state_of(core: &Core, failed: Option<String>, memory: &Stats) -> (State, Opti
         (_, Some(reason)) => (State::Failed, Some(reason)),
         (Phase::Migrating, None) => (State::Migrating, stalled.or_else(|| trouble(memory))),
         (Phase::Here, None) if stalled.is_some() => (State::Stalled, stalled),
-        (Phase::Here, None) if core.paused => (State::Paused, trouble(memory)),
-        (Phase::Here, None) => (State::Running, trouble(memory)),
+        (Phase::Here, None) => {
+            let (state, why) = standing(core.paused, run_state);
+            let reasons: Vec<String> = why.into_iter().chain(trouble(memory)).collect();
+            (state, Some(reasons.join("; ")).filter(|reasons| !reasons.is_empty()))
+        }
+    }
+}
+
+/// Of a VM that is here and has not failed.
+fn standing(paused: Option<&'static str>, run_state: Option<&RunState>) -> (State, Option<String>) {
+    match run_state {
+        Some(RunState { state: State::Paused, why: None, .. }) => {
+            (State::Paused, Some(paused.unwrap_or(BY_ITS_MONITOR).to_owned()))
+        }
+        Some(RunState { state, why, .. }) => (*state, why.clone()),
+        None if paused.is_some() => (State::Paused, paused.map(str::to_owned)),
+        None => (State::Running, None),
     }
 }
 
@@ -426,4 +491,37 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         mutex.clear_poison();
         poisoned.into_inner()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_machine_says_counts_and_who_paused_it_is_told() {
+        let says =
+            |state, why: Option<&str>| RunState { word: "x".to_owned(), state, why: why.map(str::to_owned) };
+        let (runs, stands) = (says(State::Running, None), says(State::Paused, None));
+        let launch = says(State::Paused, Some("-S"));
+        let sleeps = says(State::Suspended, Some("sleeps"));
+        let told = |paused, run_state: Option<&RunState>| {
+            let (state, why) = standing(paused, run_state);
+            (state, why.unwrap_or_default())
+        };
+        let text = |text: &str| text.to_owned();
+        for (paused, run_state, expected) in [
+            (None, None, (State::Running, text(""))),
+            (Some(BY_VMEMD), None, (State::Paused, text(BY_VMEMD))),
+            // Let go on by its own monitor.
+            (Some(BY_VMEMD), Some(&runs), (State::Running, text(""))),
+            (Some(BY_VMEMD), Some(&stands), (State::Paused, text(BY_VMEMD))),
+            (None, Some(&stands), (State::Paused, text(BY_ITS_MONITOR))),
+            (Some(AS_IT_CAME), Some(&stands), (State::Paused, text(AS_IT_CAME))),
+            (None, Some(&launch), (State::Paused, text("-S"))),
+            (Some(BY_VMEMD), Some(&launch), (State::Paused, text("-S"))),
+            (None, Some(&sleeps), (State::Suspended, text("sleeps"))),
+        ] {
+            assert_eq!(told(paused, run_state), expected, "{paused:?} {run_state:?}");
+        }
+    }
 }

@@ -118,7 +118,13 @@ pub(super) fn set(dir: &RunDir, args: &SetArgs) -> Result<(), Failure> {
 
 pub(super) fn pause(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
     let answer = VmClient::connect(dir, &args.name)?.ask(&Request::Pause, ACTION_TIMEOUT)?;
-    say(args.json.json, &answer, &format!("{} is paused", args.name))
+    let why = answer["reason"].as_str().map(|why| format!(": {why}")).unwrap_or_default();
+    let text = match (answer["state"].as_str(), answer["already"].as_bool()) {
+        (Some("incoming"), _) => format!("{} stays paused when it has come{why}", args.name),
+        (_, Some(true)) => format!("{} is paused already{why}", args.name),
+        _ => format!("{} is paused", args.name),
+    };
+    say(args.json.json, &answer, &text)
 }
 
 pub(super) fn resume(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
@@ -129,6 +135,7 @@ pub(super) fn resume(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
     let answer = vm.ask(&Request::Resume, ACTION_TIMEOUT)?;
     let text = match answer["state"].as_str() {
         Some("moved") => format!("{} runs at the target; nothing was left to do here", args.name),
+        _ if answer["already"] == true => format!("{} runs already", args.name),
         _ => format!("{} runs", args.name),
     };
     say(args.json.json, &answer, &text)

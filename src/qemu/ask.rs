@@ -1,4 +1,4 @@
-//! Questions to a QEMU binary: what it prints and ends. The only place here where one is started.
+//! Questions to a QEMU binary: what it prints and ends.
 
 use std::io::Read;
 use std::path::Path;
@@ -34,23 +34,29 @@ fn ask_within(limit: Duration, binary: &Path, args: &[&str]) -> Result<String, F
     let shown = format!("{} {}", binary.display(), args.join(" "));
     let host = |text: String| Failure::new(Kind::Host, text);
     // The caller's preload is for the VM, not for a question.
-    let mut child = Command::new(binary)
-        .args(args)
-        .env_remove("LD_PRELOAD")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
+    let said = output(limit, Command::new(binary).args(args).env_remove("LD_PRELOAD"))
         .map_err(|error| host(format!("`{shown}` cannot be started: {error}")))?;
-    let Some((status, out, err)) = answer(&mut child, Instant::now() + limit) else {
-        let _ = child.kill();
-        let _ = child.wait();
+    let Some((status, out, err)) = said else {
         return Err(host(format!("`{shown}` does not end within {limit:?}: is it a QEMU?")));
     };
     if !status.success() {
         return Err(host(format!("`{shown}` failed ({status}): {}", err.trim())));
     }
     Ok(out)
+}
+
+/// How a command ended, and what it printed. None, and it is killed, if it does not end in time.
+pub(super) fn output(
+    limit: Duration,
+    command: &mut Command,
+) -> std::io::Result<Option<(ExitStatus, String, String)>> {
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let said = answer(&mut child, Instant::now() + limit);
+    if said.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    Ok(said)
 }
 
 /// None if it does not come in time.

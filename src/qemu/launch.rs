@@ -1,20 +1,20 @@
-//! A QEMU with vmemd's engine in it: files for its memory, a monitor for us, the preload and its settings.
+//! A QEMU with vmemd's engine in it: names for its memory, a monitor for us, the preload and its settings.
 //!
-//! What it needs besides its command line is inherited: memfds that stand for its memory and stay empty, and a connected
-//! socket for its monitor. So nothing is left behind however it ends.
+//! What it needs besides its command line is inherited: a connected socket for its monitor. So nothing is left behind however
+//! it ends.
 
-use std::ffi::{CStr, OsString};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE};
+use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE, VERSION, memory_file};
 
 use super::rewrite::{self, Monitor, Plan, Rewritten, Settings};
-use super::{Failure, Kind};
+use super::{Failure, Kind, loaded};
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
 /// Where a distribution's package puts the preload, from the command's directory.
@@ -75,11 +75,9 @@ impl From<Command> for Launch {
 /// Makes what a QEMU needs, with `role` for its preload.
 ///
 /// # Errors
-/// If the kernel gives no descriptor, or the preload is missing.
+/// If the kernel gives no descriptor, or the preload is missing or does not get into this binary.
 pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Result<Launch, Failure> {
-    let files: Vec<OwnedFd> = plan.backends.iter().map(|_| memfd()).collect::<Result<_, _>>()?;
-    let paths: Vec<PathBuf> =
-        files.iter().map(|file| format!("/proc/self/fd/{}", file.as_raw_fd()).into()).collect();
+    let paths = memory_files(&plan);
     let (theirs, ours) = UnixStream::pair().map_err(|error| Failure::io("no socket pair", &error))?;
     let backends = backends(&plan, &paths);
     let settings = Settings {
@@ -92,11 +90,11 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
     };
     let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;
     let qmp = QmpAddress::Descriptor { ours: ours.as_raw_fd(), theirs: theirs.as_raw_fd() };
-    let preload = PreloadSettings { program: program(binary)?, backends, qmp, log, role };
+    let (version, program) = (VERSION.to_owned(), program(binary)?);
+    let preload = PreloadSettings { version, program, backends, qmp, log, role };
     let mut command = Command::new(binary);
     command.args(args).envs(environment(&preload)?);
-    let mut inherited = files;
-    inherited.extend([OwnedFd::from(theirs), OwnedFd::from(ours)]);
+    let inherited = vec![OwnedFd::from(theirs), OwnedFd::from(ours)];
     let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
     unsafe { command.pre_exec(move || inherit(&numbers)) };
@@ -110,6 +108,11 @@ pub fn program(binary: &Path) -> Result<PathBuf, Failure> {
         .map_err(|error| Failure::io(format_args!("looking at {}", binary.display()), &error))
 }
 
+/// The names by which QEMU asks the preload for the guest's memory.
+pub fn memory_files(plan: &Plan) -> Vec<PathBuf> {
+    (0..plan.backends.len()).map(memory_file).collect()
+}
+
 /// What the preload is to know of the guest's memory.
 pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
     let each = plan.backends.iter().zip(files);
@@ -117,7 +120,7 @@ pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
     each.map(|(backend, path)| Backend { path: path.clone(), bytes: mapped(backend) }).collect()
 }
 
-/// What has to be in QEMU's environment.
+/// What has to be in QEMU's environment. It works: the binary was asked.
 pub fn environment(settings: &PreloadSettings) -> Result<[(&'static str, OsString); 2], Failure> {
     let text = serde_json::to_string(settings).map_err(|error| {
         Failure::new(Kind::Usage, format!("the preload cannot be told what to do: {error}"))
@@ -127,18 +130,9 @@ pub fn environment(settings: &PreloadSettings) -> Result<[(&'static str, OsStrin
         libraries.push(":");
         libraries.push(others);
     }
-    Ok([(LD_PRELOAD, libraries), (VARIABLE, text.into())])
-}
-
-fn memfd() -> Result<OwnedFd, Failure> {
-    const NAME: &CStr = c"vmemd-guest-memory";
-    // SAFETY: the name is a C string; the result is checked.
-    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(Failure::io("no memfd", &std::io::Error::last_os_error()));
-    }
-    // SAFETY: a descriptor just made, which nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let environment = [(LD_PRELOAD, libraries), (VARIABLE, text.into())];
+    loaded::check(&settings.program, &environment)?;
+    Ok(environment)
 }
 
 /// In a process that is about to become another program: these descriptors stay open over exec.

@@ -38,7 +38,9 @@ impl Version {
             Some(Version { major, minor, micro: parts.next().flatten().unwrap_or(0) })
         });
         found.ok_or_else(|| {
-            let text = format!("a QEMU says `QEMU emulator version …` to --version, this one said {line:?}");
+            let text = format!(
+                "a QEMU says `QEMU emulator version …` to --version, this one said {line:?}: name the QEMU binary itself"
+            );
             Failure::new(Kind::Usage, text)
         })
     }

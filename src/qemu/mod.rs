@@ -13,6 +13,7 @@ pub mod cpu;
 #[cfg(test)]
 mod golden_tests;
 pub mod launch;
+mod loaded;
 pub mod machine;
 pub mod offer;
 pub mod options;

@@ -72,7 +72,7 @@ pub enum Monitor<'a> {
 /// What the caller has made for QEMU.
 #[derive(Clone, Debug)]
 pub struct Settings<'a> {
-    /// A file for each of [`Plan::backends`], in that order: `/proc/self/fd/N`, or a path on tmpfs.
+    /// A file for each of [`Plan::backends`], in that order.
     pub files: &'a [PathBuf],
     pub monitor: Monitor<'a>,
     pub role: Role,

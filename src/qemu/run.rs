@@ -2,14 +2,14 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use tracing::{info, warn};
 use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{RunDir, name_taken};
 use vmprocess::host;
-use vmprocess::qemu::{PreloadSettings, QmpAddress, Role};
+use vmprocess::qemu::{PreloadSettings, QmpAddress, Role, VERSION};
 
 use super::ask::Really;
 use super::cpu::Cpu;
@@ -111,19 +111,17 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
 
 /// What somebody else has to start: arguments and environment, as one text.
 ///
-/// `files` is a directory on tmpfs for the files that stand for guest memory.
-///
 /// # Errors
 /// What cannot work.
-pub fn arguments(settings: &QemuSettings, format: Format, files: &Path) -> Result<String, Failure> {
+pub fn arguments(settings: &QemuSettings, format: Format) -> Result<String, Failure> {
     let Planned { binary, mut line, role, .. } = plan(settings)?;
     resources::from_anywhere(&mut line, &here()?)?;
     let plan = if format == Format::Libvirt { Plan::appended(&line)? } else { Plan::of(&line)? };
     let name = &settings.name;
-    let files: Vec<PathBuf> =
-        (0..plan.backends.len()).map(|index| files.join(format!("vmemd-{name}-{index}"))).collect();
+    let files = launch::memory_files(&plan);
     let qmp = RunDir::open(&settings.run_dir)?.monitors_dir()?.join(format!("{name}.qmp"));
     let preload = PreloadSettings {
+        version: VERSION.to_owned(),
         program: launch::program(&binary)?,
         backends: launch::backends(&plan, &files),
         qmp: QmpAddress::Socket(qmp.clone()),

@@ -168,8 +168,8 @@ pub fn send(
     };
     let result = moving.run();
     // Whoever failed has told `life`; what the tasks say when their sockets are shut down comes too late to count.
-    let Moving { rounds, .. } = moving;
-    let last_word = if result.is_err() { life.farewell() } else { None };
+    let Moving { rounds, vm, .. } = moving;
+    let last_word = if result.is_err() { vm.ended().or_else(|| life.farewell()) } else { None };
     runtime.block_on(rounds.close(last_word));
     result.map_err(|failed| match failed {
         Failed::Trouble => life.take_trouble().unwrap_or(Trouble::Cancelled).into(),

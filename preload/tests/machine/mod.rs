@@ -1,12 +1,11 @@
-//! A QEMU with the preload in it, started as `vmemd run` would: its memory backends are memfds, its monitor is one end of a
-//! socket pair.
+//! A QEMU with the preload in it, started as `vmemd run` would: its monitor is one end of a socket pair.
 #![allow(dead_code, reason = "each test file uses a part")]
 
 pub(crate) mod target;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +19,7 @@ use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, Request, VmStat};
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::Failure;
-use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE};
+use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE, VERSION, memory_file};
 
 /// How long anything that a test waits for may take on a slow, busy machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
@@ -180,11 +179,6 @@ impl Plan {
     }
 }
 
-fn memfd() -> OwnedFd {
-    // SAFETY: the name is a C string; the new descriptor is owned by nobody else.
-    unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"vmemd-test".as_ptr(), libc::MFD_CLOEXEC)) }
-}
-
 /// A running QEMU. Killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Vm {
@@ -213,14 +207,10 @@ impl Vm {
     /// A VM of any role, which is passed those descriptors.
     pub(crate) fn start_as(kit: &Kit, site: &Site, plan: &Plan, role: Role, descriptors: &[RawFd]) -> Vm {
         let total: u64 = plan.regions.iter().sum();
-        let files: Vec<OwnedFd> = plan.regions.iter().map(|_| memfd()).collect();
         let (ours, qemus) = UnixStream::pair().unwrap();
-        let path = |file: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let backends: Vec<Backend> = files
-            .iter()
-            .zip(&plan.regions)
-            .map(|(file, bytes)| Backend { path: path(file), bytes: *bytes })
-            .collect();
+        let backends = plan.regions.iter().enumerate();
+        let backends: Vec<Backend> =
+            backends.map(|(index, bytes)| Backend { path: memory_file(index), bytes: *bytes }).collect();
         let mut command = Command::new(&plan.qemu);
         command.args(["-accel", "tcg", "-smp", "2", "-nodefaults", "-no-user-config", "-display", "none"]);
         command.args(["-serial", "stdio", "-no-reboot", "-m", &format!("{}M", total / MIB)]);
@@ -257,11 +247,10 @@ impl Vm {
         };
         command.args(["-chardev", &format!("socket,id=vmemd-qmp,{chardev}")]);
         command.args(["-mon", "chardev=vmemd-qmp,mode=control"]).args(&plan.arguments);
-        let settings =
-            PreloadSettings { program: plan.qemu.canonicalize().unwrap(), backends, qmp, log: None, role };
+        let (version, program) = (VERSION.to_owned(), plan.qemu.canonicalize().unwrap());
+        let settings = PreloadSettings { version, program, backends, qmp, log: None, role };
         command.env("LD_PRELOAD", library()).env(VARIABLE, serde_json::to_string(&settings).unwrap());
-        let mut passed: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
-        passed.extend([ours.as_raw_fd(), qemus.as_raw_fd()]);
+        let mut passed = vec![ours.as_raw_fd(), qemus.as_raw_fd()];
         passed.extend(descriptors);
         // SAFETY: between fork and exec only fcntl and prctl are called, on descriptors that are open here.
         unsafe {

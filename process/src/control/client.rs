@@ -93,11 +93,13 @@ impl VmClient {
         progress: &mut dyn FnMut(MigrationStat),
     ) -> Result<Value, Failure> {
         self.lines.write(request).map_err(|error| self.lost(&error))?;
+        let mut last = None;
         loop {
             self.lines.wait(PROGRESS_TIMEOUT);
             crate::signals::check()?;
-            match self.lines.read::<Reply>(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
-                Reply::Progress(state) => progress(state),
+            let reply = self.lines.read::<Reply>(PROGRESS_TIMEOUT);
+            match reply.map_err(|error| self.lost_moving(&error, last.as_ref()))? {
+                Reply::Progress(state) => progress(last.insert(state).clone()),
                 Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(value),
                 Reply::Error(failure) => return Err(failure),
@@ -158,6 +160,24 @@ impl VmClient {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// A process that was killed or crashed says nothing any more: what became of the VM follows from how far it was.
+    fn lost_moving(&self, error: &LineError, last: Option<&MigrationStat>) -> Failure {
+        let (LineError::Closed, Some(last)) = (error, last) else { return self.lost(error) };
+        let (name, to) = (&self.name, &last.to);
+        let text = if matches!(last.phase.as_str(), "hand_over" | "checking") {
+            format!(
+                "the process of the VM {name:?} ended in the middle of its hand-over (it was killed, or crashed: see its log): \
+                 it runs at {to} or nowhere, as `vmemd list` there says"
+            )
+        } else {
+            format!(
+                "the process of the VM {name:?} ended while it was moving (it was killed, or crashed: see its log): nothing is \
+                 left to move, and {to} gives up what it has got"
+            )
+        };
+        Failure::new(Kind::Vm, text)
     }
 
     fn lost(&self, error: &LineError) -> Failure {

@@ -115,6 +115,12 @@ pub enum State {
     Arriving,
     Running,
     Paused,
+    /// It waits for a migration of the machine's own (QEMU's), not of vmemd's.
+    Incoming,
+    /// The guest sleeps.
+    Suspended,
+    /// The guest has shut down, and its machine stays.
+    Shutdown,
     /// The store failed and the VM stands still; `reason` says why.
     Stalled,
     /// Running here, and on its way to elsewhere.
@@ -133,6 +139,9 @@ impl State {
             State::Arriving => "arriving",
             State::Running => "running",
             State::Paused => "paused",
+            State::Incoming => "incoming",
+            State::Suspended => "suspended",
+            State::Shutdown => "shutdown",
             State::Stalled => "stalled",
             State::Migrating => "migrating",
             State::InDoubt => "in_doubt",
@@ -157,8 +166,11 @@ pub enum EngineKind {
 pub struct VmStat {
     pub name: String,
     pub state: State,
-    /// Why it is stalled, failed or in doubt.
+    /// Why it does not run, or what is wrong with its store.
     pub reason: Option<String>,
+    /// What its machine does, as QEMU calls it (`prelaunch`, `io-error`); None of the reference guest.
+    #[serde(default)]
+    pub run_state: Option<String>,
     pub pid: u32,
     pub engine: EngineKind,
     pub vcpus: u32,
