@@ -212,7 +212,12 @@ fn a_machine_that_a_monitor_has_changed_is_told_from_that_of_its_command_line() 
             let Err(refused) = qemu.may_move() else { panic!("{change}: {said}") };
             assert!(refused.kind == Kind::CannotMove && refused.text.contains(says), "{change}: {refused}");
             qemu.pause().unwrap();
-            assert_eq!(qemu.save().unwrap_err(), refused, "{change}, while it stood still");
+            // A device that was unplugged before may only be gone now, so the rest of the words may differ.
+            let again = qemu.save().unwrap_err();
+            assert!(
+                again.kind == Kind::CannotMove && again.text.contains(says),
+                "{change}, at rest: {again}"
+            );
             qemu.resume().unwrap();
             say(&mut qemu, undo);
         }
