@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!  bits 0-2   state
-//!  bit  3     PINNED    it was to leave, and something holds its frame: not to be tried for now
+//!  bit  3     free
 //!  bit  4     STORED    the store has content for the page, with the checksum on record
 //!  bit  5     HELD      a migration reads it: it must not leave the guest
-//!  bit  6     PREFETCHED brought in unasked, not used so far
+//!  bit  6     PREFETCHED, of standby pages: brought in unasked, not used so far
+//!             PINNED, of resident pages: it was to leave, and something holds its frame: not to be tried for now
 //!  bit  7     WRITING   a write of this page to the store is in flight
 //!  bits 8-15  heat, as of the epoch of its 2 MiB block
 //! ```
@@ -91,14 +92,36 @@ const HEAT_SHIFT: u32 = 8;
 
 /// One-bit facts about a page beside its state.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u16)]
 pub enum Flag {
+    Stored,
+    Held,
+    Writing,
+    /// Of standby pages alone: a change of state ends it.
+    Prefetched,
     /// Of resident pages alone: a change of state ends it.
-    Pinned = 1 << 3,
-    Stored = 1 << 4,
-    Held = 1 << 5,
-    Prefetched = 1 << 6,
-    Writing = 1 << 7,
+    Pinned,
+}
+
+/// What it says depends on the state.
+const OF_STATE: u16 = 1 << 6;
+
+impl Flag {
+    const fn bit(self) -> u16 {
+        match self {
+            Flag::Stored => 1 << 4,
+            Flag::Held => 1 << 5,
+            Flag::Prefetched | Flag::Pinned => OF_STATE,
+            Flag::Writing => 1 << 7,
+        }
+    }
+
+    fn may_be_of(self, state: PageState) -> bool {
+        match self {
+            Flag::Prefetched => state == Standby,
+            Flag::Pinned => state == Resident,
+            Flag::Stored | Flag::Held | Flag::Writing => true,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Default)]
@@ -198,9 +221,9 @@ impl PageTable {
     pub fn set(&mut self, page: PageNo, to: PageState) {
         let from = self.state(page);
         assert!(IS_LEGAL[from as usize][to as usize], "illegal transition of {page}: {from:?} -> {to:?}");
+        self.pinned -= u64::from(self.has(page, Flag::Pinned));
         let entry = &mut self.entries[page.index()];
-        self.pinned -= u64::from(*entry & Flag::Pinned as u16 != 0);
-        *entry = (*entry & !(STATE_MASK | Flag::Pinned as u16)) | to as u16;
+        *entry = (*entry & !(STATE_MASK | OF_STATE)) | to as u16;
         self.counts[from as usize] -= 1;
         self.counts[to as usize] += 1;
         self.transitions[from as usize][to as usize] += 1;
@@ -214,15 +237,22 @@ impl PageTable {
     }
 
     pub fn has(&self, page: PageNo, flag: Flag) -> bool {
-        self.entries[page.index()] & flag as u16 != 0
+        self.entries[page.index()] & flag.bit() != 0 && flag.may_be_of(self.state(page))
     }
 
+    /// # Panics
+    /// If the flag is put on a page of a state that cannot have it.
     pub fn put(&mut self, page: PageNo, flag: Flag, on: bool) {
+        let state = self.state(page);
+        if !flag.may_be_of(state) {
+            assert!(!on, "{page} is {state:?}, which is never {flag:?}");
+            return;
+        }
         if flag == Flag::Pinned {
             self.pinned = self.pinned + u64::from(on) - u64::from(self.has(page, flag));
         }
         let entry = &mut self.entries[page.index()];
-        *entry = if on { *entry | flag as u16 } else { *entry & !(flag as u16) };
+        *entry = if on { *entry | flag.bit() } else { *entry & !flag.bit() };
     }
 
     pub fn count(&self, state: PageState) -> u64 {
@@ -367,6 +397,30 @@ mod tests {
         assert_eq!((table.heat(PageNo(3)), table.heat(PageNo(4))), (25, 0));
         assert!(table.has(PageNo(3), Flag::Held) && !table.has(PageNo(3), Flag::Writing));
         assert_eq!(table.state(PageNo(3)), Untouched);
+    }
+
+    #[test]
+    fn what_is_said_of_a_state_ends_with_it_and_is_not_taken_for_what_is_said_of_another() {
+        let mut table = PageTable::new(1);
+        let page = PageNo(0);
+        table.put(page, Flag::Stored, true);
+        let said = |table: &PageTable| {
+            let flags = [Flag::Prefetched, Flag::Pinned].map(|flag| table.has(page, flag));
+            (flags, table.pinned(), table.has(page, Flag::Stored))
+        };
+        [Arriving, Standby].into_iter().for_each(|state| table.set(page, state));
+        table.put(page, Flag::Prefetched, true);
+        table.put(page, Flag::Pinned, false);
+        assert_eq!(said(&table), ([true, false], 0, true), "to let go of a page that has left says nothing");
+        [Arriving, Resident].into_iter().for_each(|state| table.set(page, state));
+        assert_eq!(said(&table), ([false, false], 0, true));
+        (0..2).for_each(|_| table.put(page, Flag::Pinned, true));
+        table.put(page, Flag::Prefetched, false);
+        assert_eq!(said(&table), ([false, true], 1, true), "counted once");
+        [Leaving, Standby].into_iter().for_each(|state| table.set(page, state));
+        assert_eq!(said(&table), ([false, false], 0, true));
+        let wrong = std::panic::AssertUnwindSafe(|| table.put(page, Flag::Pinned, true));
+        assert!(std::panic::catch_unwind(wrong).is_err(), "what has left is not pinned");
     }
 
     #[test]

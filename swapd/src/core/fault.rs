@@ -171,9 +171,11 @@ impl Core {
         self.counts.samples_touched += u64::from(run.len);
     }
 
-    /// Those of the run that are still out.
+    /// Those of the run that are still out. None may be: what is out now and then has been given back, filled anew and taken once more,
+    /// and is on its way back already.
     pub(super) fn put_sample_back(&mut self, run: Run) {
-        if let Some(slots) = self.staging.lent_to(run.start.block())
+        if self.table.state(run.start) == PageState::Sampled
+            && let Some(slots) = self.staging.lent_to(run.start.block())
             && run.len == slots.len
         {
             run.pages().for_each(|page| self.table.set(page, PageState::Arriving));

@@ -150,8 +150,8 @@ impl Core {
             let wanted = self.waiting.contains_key(&page);
             match landing {
                 Landing::Staging if !wanted => {
-                    self.table.put(page, Flag::Prefetched, true);
                     self.enter_standby(page, slot);
+                    self.table.put(page, Flag::Prefetched, true);
                 }
                 Landing::Guest { marker } if marker == Some(page) && !wanted => {
                     self.enter_standby(page, slot)

@@ -461,6 +461,11 @@ impl Core {
         if self.staging.lent_to(run.start.block()) == Some(slots) && pages.contains(&PageOut::Pinned) {
             self.split_sample(run.start);
         }
+        if self.table.state(run.start) == PageState::Sampled
+            && pages.iter().all(|out| *out == PageOut::Pinned)
+        {
+            self.sampler.refused(run);
+        }
         for ((page, slot), out) in run.pages().zip(slots.slots()).zip(pages) {
             match (self.staging.used(slot), *out) {
                 // The old version of a page that arrives anew: only its frame is wanted.

@@ -329,3 +329,90 @@ fn pinned_victims_are_given_up_until_the_next_tick_and_whoever_starves_is_told_o
     assert!(rest.iter().any(|action| matches!(action, Action::Enough)), "{rest:?}");
     assert_eq!(core.stats().starved_ms, 0);
 }
+
+/// A VM of two huge pages whose budget covers it, with samples on.
+fn huge() -> Core {
+    let mut core = Core::new(CoreConfig {
+        pages: 1024,
+        budget_frames: 1024,
+        budget_min: 48,
+        slots: 128,
+        blocks: 2,
+        sampling: true,
+    });
+    refill(&mut core, Run::new(PageNo(0), 1024));
+    // What has just been touched is left alone once.
+    sampled(&mut core, true);
+    core
+}
+
+fn refill(core: &mut Core, run: Run) {
+    for block in [PageNo(0), PageNo(512)].into_iter().filter(|block| run.contains(*block)) {
+        core.handle(Event::Fault(block));
+        let Some(Action::FillBlock { run }) = core.next_action() else { panic!("it is filled whole") };
+        actions(core, Event::Filled { run, huge: true });
+    }
+}
+
+/// Has a tick pass, and says what was taken out as a sample then: all of it or nothing leaves.
+fn sampled(core: &mut Core, leaves: bool) -> Vec<Run> {
+    core.handle(Event::Tick { ticks: 1 });
+    let (mut taken, mut rest) = (Vec::new(), Vec::new());
+    while let Some(action) = core.next_action() {
+        match action {
+            Action::MoveOut { run, slots, .. } => {
+                taken.push(run);
+                let out = if leaves { PageOut::Moved { sum: 1, zero: false } } else { PageOut::Pinned };
+                core.handle(Event::MovedOut { run, slots, pages: &vec![out; run.len as usize] });
+            }
+            Action::MoveIn { run, slots } => core.handle(Event::MovedIn { run, slots, moved: run.len }),
+            other => rest.push(other),
+        }
+    }
+    assert!(rest.is_empty(), "{rest:?}");
+    core.check();
+    taken
+}
+
+/// Everything comes back, each page once.
+fn end_samples(core: &mut Core) -> u64 {
+    core.handle(Event::Request { ticket: Ticket(1), request: Request::TrackWrites(true) });
+    let mut back = 0;
+    while let Some(action) = core.next_action() {
+        if let Action::MoveIn { run, slots } = action {
+            back += u64::from(run.len);
+            core.handle(Event::MovedIn { run, slots, moved: run.len });
+        }
+    }
+    core.check();
+    assert_eq!((core.table.count(PageState::Sampled), core.sampler.is_out()), (0, false));
+    back
+}
+
+#[test]
+fn a_huge_page_that_was_pinned_as_a_sample_is_not_out() {
+    let mut core = huge();
+    let both = [Run::new(PageNo(0), 512), Run::new(PageNo(512), 512)];
+    for _ in 0..3 {
+        assert_eq!(sampled(&mut core, false), both);
+        assert!(!core.sampler.is_out(), "nothing has left");
+    }
+    assert_eq!(sampled(&mut core, true), both);
+    assert_eq!(end_samples(&mut core), 1024, "once each");
+}
+
+#[test]
+fn a_huge_page_sampled_again_after_it_was_given_back_comes_back_once() {
+    let mut core = huge();
+    let second = Run::new(PageNo(512), 512);
+    assert_eq!(sampled(&mut core, true).len(), 2);
+    // The first one's frames go back to the host, so that there are some for the second in one piece.
+    actions(&mut core, Event::Fault(PageNo(0)));
+    ask(&mut core, Request::Discard(Run::new(PageNo(0), 1024)));
+    refill(&mut core, second);
+    // The first one gets those that are where a sample of the second goes.
+    (0..512).map(PageNo).for_each(|page| drop(actions(&mut core, Event::Fault(page))));
+    assert_eq!(sampled(&mut core, true), [], "fresh");
+    assert!(sampled(&mut core, true).contains(&second));
+    assert!(end_samples(&mut core) > 512);
+}

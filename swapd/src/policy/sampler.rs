@@ -84,6 +84,14 @@ impl Sampler {
         Some(run)
     }
 
+    /// None of a run chosen last could leave: it is not out, and may be chosen again.
+    pub fn refused(&mut self, run: Run) {
+        if let Some(at) = self.out.iter().rposition(|(_, out)| *out == run) {
+            self.out.remove(at);
+            self.single -= single(run);
+        }
+    }
+
     /// Whether any samples may be out.
     pub fn is_out(&self) -> bool {
         !self.out.is_empty()
