@@ -12,7 +12,7 @@ use crate::cipher::Cipher;
 use crate::core::{FaultKind, Request, Response};
 use crate::driver::{Mailbox, Memory, StartError};
 use crate::stats::Stats;
-use crate::units::{PageNo, Run, SlotRun};
+use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun};
 
 /// Why the engine did not do what it was asked.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -49,6 +49,8 @@ pub enum Place {
     Memory,
     /// In the store, at the page's own offset. `EngineHandle::sums` has the checksums.
     Stored,
+    /// In a frame outside the guest: `EngineHandle::staged` has a copy, for as long as it stays there.
+    Staged,
     /// On its way between two places. Ask again a little later.
     Moving,
     /// Lost to a read error or a checksum mismatch.
@@ -60,6 +62,20 @@ pub enum Place {
 pub struct Piece {
     pub run: Run,
     pub place: Place,
+}
+
+/// Copies of pages that were in [`Place::Staged`].
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Copies {
+    pub pages: Vec<PageNo>,
+    /// Their contents, one behind the other.
+    pub bytes: Vec<u8>,
+}
+
+impl Copies {
+    pub fn iter(&self) -> impl Iterator<Item = (PageNo, &[u8; PAGE_SIZE])> {
+        self.pages.iter().copied().zip(self.bytes.as_chunks().0)
+    }
 }
 
 /// Pages received into frames of the staging area, to be placed by the engine.
@@ -150,6 +166,7 @@ macro_rules! picker {
 picker!(runs, Runs, Vec<Run>);
 picker!(pieces, Pieces, Vec<Piece>);
 picker!(sums, Sums, Vec<u64>);
+picker!(copies, Copies, Copies);
 picker!(heat, Heat, Vec<u8>);
 picker!(frames, Frames, SlotRun);
 picker!(placed, Placed, Placed);
@@ -305,6 +322,12 @@ impl EngineHandle {
     /// Checksums of pages in [`Place::Stored`] (valid while they are held).
     pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
         self.ask(Request::Sums(run), sums)
+    }
+
+    /// Copies of those of the pages that are in a frame outside the guest at this moment, whether they are held or not. Their writes
+    /// to the store are not waited for.
+    pub fn staged_async(&self, pages: Vec<PageNo>) -> Answer<Copies> {
+        self.ask(Request::Staged(pages), copies)
     }
 
     /// One byte a page: 0 is cold or unknown.

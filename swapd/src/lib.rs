@@ -19,7 +19,8 @@ pub mod units;
 
 pub use driver::{Engine, EngineConfig, Notice, StartError, StoreConfig, huge_page_mode, lock_limit};
 pub use handle::{
-    Answer, Arrival, CommandError, EngineHandle, FaultsSeen, Piece, Place, Placed, SeenFault, answered,
+    Answer, Arrival, CommandError, Copies, EngineHandle, FaultsSeen, Piece, Place, Placed, SeenFault,
+    answered,
 };
 pub use stats::Stats;
 pub use units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageNo, Run, Slot, SlotRun};

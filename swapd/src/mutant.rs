@@ -118,6 +118,8 @@ mod planted {
         EvictsHeldPages,
         /// A page that waits to be written is said to be in the store.
         HoldsLeavingAsStored,
+        /// A page that is still being read is copied as if it had arrived.
+        CopiesWhatArrives,
         /// Pages that leave the guest while writes are tracked are not reported.
         LeavesUnseenByTracking,
         /// Pages given back while writes are tracked are not reported.

@@ -11,7 +11,8 @@ use std::time::Duration;
 use swapd::digest::page_sum;
 use swapd::units::{bytes_of, runs_of};
 use swapd::{
-    Answer, Arrival, CommandError, PAGE_SIZE, PageNo, Piece, Place, Placed, Run, Slot, SlotRun, answered,
+    Answer, Arrival, CommandError, Copies, PAGE_SIZE, PageNo, Piece, Place, Placed, Run, Slot, SlotRun,
+    answered,
 };
 use tokio::sync::oneshot;
 use tokio_uring::buf::BoundedBufMut;
@@ -177,7 +178,7 @@ impl EngineHandle {
     /// The guest writes; false if the page cannot be had just now.
     pub(crate) fn write(&self, page: PageNo, generation: u64) -> bool {
         let mut state = self.0.borrow_mut();
-        if matches!(state.place[page.index()], Place::Moving | Place::Poisoned)
+        if matches!(state.place[page.index()], Place::Staged | Place::Moving | Place::Poisoned)
             || state.bad.contains_key(&page)
         {
             return false;
@@ -213,7 +214,8 @@ impl EngineHandle {
         }
         match state.place[at] {
             Place::Memory if generation > 0 => {
-                state.place[at] = Place::Moving;
+                let at_hand = world().random.one_in(2);
+                state.place[at] = if at_hand { Place::Staged } else { Place::Moving };
                 state.mark(page);
                 state.store.insert(page, generation);
                 let handle = self.clone();
@@ -256,7 +258,7 @@ impl EngineHandle {
                 unsafe { state.bytes(page).copy_to_nonoverlapping(bytes.as_mut_ptr(), PAGE_SIZE) };
                 Some(bytes)
             }
-            Place::Stored => Some(content(page, state.store[&page])),
+            Place::Stored | Place::Staged => Some(content(page, state.store[&page])),
             Place::Moving => unreachable!("nothing moves in memory that was received"),
             Place::Poisoned => None,
         }
@@ -438,6 +440,19 @@ impl EngineHandle {
                 state.store.get(&page).map_or(0, |generation| page_sum(page, &content(page, *generation)))
             };
             Ok(run.pages().map(sum).collect())
+        })
+    }
+
+    pub fn staged_async(&self, pages: Vec<PageNo>) -> Answer<Copies> {
+        self.ask(move |state| {
+            let mut copies = Copies::default();
+            for page in pages {
+                if state.place[page.index()] == Place::Staged {
+                    copies.pages.push(page);
+                    copies.bytes.extend(content(page, state.store[&page]));
+                }
+            }
+            Ok(copies)
         })
     }
 

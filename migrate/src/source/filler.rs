@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
+use super::tracker::Tracker;
 use crate::link::trouble::Trouble;
 use crate::outside::{breathe, planted, sleep};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
@@ -84,6 +85,7 @@ impl Filler {
             match piece.place {
                 Place::Memory => self.take_memory(piece.run),
                 Place::Stored => self.take_stored(piece.run).await?,
+                Place::Staged => self.take_staged(piece.run).await?,
                 Place::Zero => self.take_zero(piece.run),
                 Place::Moving => {
                     self.each(piece.run, |filler, page| filler.ship.tracker.borrow_mut().defer(page))
@@ -120,28 +122,56 @@ impl Filler {
     }
 
     fn take_memory(&mut self, run: Run) {
-        let mut tracker = self.ship.tracker.borrow_mut();
+        let ship = self.ship.clone();
+        let mut tracker = ship.tracker.borrow_mut();
         let mut rest = run;
         while self.record.room() > 0
             && let Some(page) = tracker.first_in(rest)
         {
             rest = behind(run, page);
-            tracker.take(page);
             // SAFETY: the page is held and in memory, so it stays mapped until we release it.
-            let content = unsafe { self.record.copy(page, self.ship.handle.page_address(page)) };
-            match content {
-                Content::Zero => {
-                    if tracker.is_news_zero(page) {
-                        push(&mut self.zeros, page);
-                    }
+            unsafe { self.take_page(&mut tracker, page, ship.handle.page_address(page)) };
+        }
+    }
+
+    /// # Safety
+    /// As for [`Record::copy`].
+    unsafe fn take_page(&mut self, tracker: &mut Tracker, page: PageNo, from: *const u8) {
+        tracker.take(page);
+        // SAFETY: by the caller's promise.
+        match unsafe { self.record.copy(page, from) } {
+            Content::Zero => {
+                if tracker.is_news_zero(page) {
+                    push(&mut self.zeros, page);
                 }
-                Content::Sum(sum) => {
-                    if tracker.is_news(page, sum) {
-                        self.record.keep(page, sum);
-                    }
+            }
+            Content::Sum(sum) => {
+                if tracker.is_news(page, sum) {
+                    self.record.keep(page, sum);
                 }
             }
         }
+    }
+
+    /// Copies pages on their way to the store, or from it, out of the frames in which they wait. Those that wait there no more stay
+    /// to be sent.
+    async fn take_staged(&mut self, run: Run) -> Result<(), Trouble> {
+        let room = self.record.room() as usize;
+        let wanted: Vec<_> = self.ship.tracker.borrow().pages_in(run).take(room).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let copies = answered(self.ship.handle.staged_async(wanted)).await?;
+        let ship = self.ship.clone();
+        let mut tracker = ship.tracker.borrow_mut();
+        for (page, bytes) in copies.iter() {
+            // Not if a scan has found it written meanwhile.
+            if tracker.first_in(Run::one(page)).is_some() {
+                // SAFETY: a page of bytes, which are ours.
+                unsafe { self.take_page(&mut tracker, page, bytes.as_ptr()) };
+            }
+        }
+        Ok(())
     }
 
     /// Reads from the store what is not known to be there already. No page comes in for it.

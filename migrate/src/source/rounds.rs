@@ -261,7 +261,7 @@ impl<'a> Rounds<'a> {
                     self.ship.tracker.borrow_mut().sent_untouched(run);
                     zeros[stream_of(run.start, self.ship.streams()) as usize].push(run);
                 }
-                Place::Stored => stored[run.start.block()] = true,
+                Place::Stored | Place::Staged => stored[run.start.block()] = true,
                 Place::Memory | Place::Moving | Place::Poisoned => {}
             }
         }

@@ -77,6 +77,11 @@ impl Tracker {
         self.todo.first_in(run)
     }
 
+    /// All of them.
+    pub(crate) fn pages_in(&self, run: Run) -> impl Iterator<Item = PageNo> {
+        self.todo.pages_in(run)
+    }
+
     /// The page is taken, to be copied now.
     pub(crate) fn take(&mut self, page: PageNo) {
         self.todo.clear(page);

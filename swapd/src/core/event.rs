@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::handle::{Arrival, CommandError, FaultsSeen, Piece, Placed};
+use crate::handle::{Arrival, CommandError, Copies, FaultsSeen, Piece, Placed};
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, Slot, SlotRun};
 
@@ -102,6 +102,8 @@ pub enum Request {
     Hold(Run),
     Release(Run),
     Sums(Run),
+    /// Copies of those pages whose content is in staging.
+    Staged(Vec<PageNo>),
     Heat,
     StartReceiving(Vec<u8>),
     UpdateHeat(Vec<u8>),
@@ -127,6 +129,7 @@ pub enum Response {
     Runs(Vec<Run>),
     Pieces(Vec<Piece>),
     Sums(Vec<u64>),
+    Copies(Copies),
     Heat(Vec<u8>),
     Frames(SlotRun),
     Placed(Placed),
@@ -184,6 +187,11 @@ pub enum Action {
     Copy {
         from: Slot,
         to: Slot,
+    },
+    /// Answer the request with copies of these pages. The device may be reading their frames.
+    CopyOut {
+        ticket: Ticket,
+        pages: Vec<(PageNo, Slot)>,
     },
     /// Answered by `ReadDone`, at any later time.
     Read {

@@ -329,6 +329,7 @@ impl Core {
             Request::Sums(run) => {
                 Some(self.checked(run).map(|()| Response::Sums(self.sums[run.indices()].to_vec())))
             }
+            Request::Staged(pages) => self.staged(ticket, pages),
             Request::Heat => Some(Ok(self.heat_map())),
             Request::ResidentMap => Some(Ok(self.map_of(&[PageState::Resident]))),
             Request::StoredMap => {

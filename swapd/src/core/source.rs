@@ -63,13 +63,14 @@ impl Core {
             let place = match self.table.state(page) {
                 PageState::Untouched => Place::Zero,
                 PageState::Resident => Place::Memory,
-                PageState::Standby | PageState::Stored => Place::Stored,
+                PageState::Stored => Place::Stored,
                 PageState::Poisoned => Place::Poisoned,
                 PageState::Arriving => Place::Moving,
                 PageState::Leaving if mutant!(HoldsLeavingAsStored) => Place::Stored,
-                PageState::Leaving if self.is_being_written(page) => Place::Moving,
-                // It has only its frame, and no way to it but through the guest.
-                PageState::Leaving | PageState::Sampled => {
+                // Nobody waits for a write, nor reads what is at hand: a VM that moves may stand still meanwhile.
+                PageState::Leaving | PageState::Standby => Place::Staged,
+                // It is in use, as likely as not.
+                PageState::Sampled => {
                     self.split_sample(page);
                     self.table.set(page, PageState::Arriving);
                     rescued.push((page, self.slots_of[&page]));
@@ -84,6 +85,25 @@ impl Core {
         }
         self.move_in(rescued);
         Response::Pieces(pieces)
+    }
+
+    /// Pages in staging with their content: those that leave or have left, the write under way or not.
+    pub(super) fn staged(
+        &mut self,
+        ticket: Ticket,
+        pages: Vec<PageNo>,
+    ) -> Option<Result<Response, CommandError>> {
+        if let Some(error) = pages.iter().find_map(|page| self.checked(Run::one(*page)).err()) {
+            return Some(Err(error));
+        }
+        let is_there = |page: &PageNo| match self.table.state(*page) {
+            PageState::Leaving | PageState::Standby => true,
+            PageState::Arriving => mutant!(CopiesWhatArrives),
+            _ => false,
+        };
+        let pages = pages.into_iter().filter(is_there).map(|page| (page, self.slots_of[&page])).collect();
+        self.actions.push_back(Action::CopyOut { ticket, pages });
+        None
     }
 
     pub(super) fn release(&mut self, run: Run) -> Response {

@@ -35,8 +35,8 @@ use std::time::{Duration, Instant};
 
 use crate::core::{Action, Core, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 use crate::digest::{is_zero, page_sum};
-use crate::handle::{Command, CommandError};
-use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, SlotRun, bytes_of, pages_in};
+use crate::handle::{Command, CommandError, Copies};
+use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun, bytes_of, pages_in};
 use latency::LatencyBook;
 use moves::{HASTY, Moved, PATIENT};
 use recorder::Recorder;
@@ -237,6 +237,7 @@ impl Driver {
             Action::Split { page } => self.split(page),
             Action::HugePages(allowed) => self.memory.allow_huge(allowed),
             Action::Copy { from, to } => self.memory.copy_slot(from, to),
+            Action::CopyOut { ticket, pages } => self.copy_out(ticket, &pages),
             Action::Read { io, run, slots } => {
                 self.reads.insert(io, (run, slots));
                 self.ring.start(io, false, run, self.memory.slot(slots.start));
@@ -278,6 +279,18 @@ impl Driver {
             None => self.memory.slot(slots.start),
         };
         self.ring.start(io, true, run, at);
+    }
+
+    fn copy_out(&mut self, ticket: Ticket, pages: &[(PageNo, Slot)]) {
+        let mut copies = Copies::default();
+        copies.bytes.reserve_exact(pages.len() * PAGE_SIZE);
+        for (page, slot) in pages {
+            copies.pages.push(*page);
+            // SAFETY: the core has just said that the page's content is in this slot, where nobody writes to it and only the engine
+            // moves frames.
+            copies.bytes.extend_from_slice(unsafe { self.memory.slot_bytes(SlotRun::new(*slot, 1)) });
+        }
+        self.answer(ticket, Ok(Response::Copies(copies)));
     }
 
     fn move_in(&mut self, run: Run, slots: SlotRun) {

@@ -239,7 +239,7 @@ const REACHED: &[(PageState, PageState, &[Cause])] = {
         (Resident, Leaving, &[Balance, MakeReady]),
         (Resident, Sampled, &[Tick]),
         (Resident, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
-        (Leaving, Arriving, &[Cause::Fault, WriteDone, WriteFailed, Hold]),
+        (Leaving, Arriving, &[Cause::Fault, WriteDone, WriteFailed]),
         (Leaving, Resident, &[MovedOut]),
         (Leaving, Standby, &[WriteDone, MovedOut]),
         (Leaving, Stored, &[WriteDone]),

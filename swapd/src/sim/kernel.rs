@@ -2,8 +2,9 @@
 
 use super::Sim;
 use super::coverage::{Cause, Fault, Outcome};
-use crate::core::{Action, Event, PageOut};
+use crate::core::{Action, Event, PageOut, Response};
 use crate::driver::moves::{self, Moved};
+use crate::handle::Copies;
 use crate::table::PageState;
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
 
@@ -167,6 +168,18 @@ impl Sim {
                 self.kernel.claim(to, "copied to");
                 let content = self.kernel.staging[from.index()].expect("a frame to copy from");
                 self.kernel.staging[to.index()] = Some(content);
+            }
+            Action::CopyOut { ticket, pages } => {
+                for (page, slot) in &pages {
+                    let (content, truth) =
+                        (self.kernel.staging[slot.index()], self.oracle.truth[page.index()]);
+                    self.trace.suspect.set(Some(*page));
+                    assert_eq!(content, truth, "the copy of {page} is not what the guest last wrote");
+                    self.trace.suspect.set(None);
+                }
+                let copies =
+                    Copies { pages: pages.iter().map(|(page, _)| *page).collect(), bytes: Vec::new() };
+                self.answered(ticket, Ok(Response::Copies(copies)));
             }
             Action::Read { io, run, slots } => {
                 self.trace.add("read", run, Some(slots), None);

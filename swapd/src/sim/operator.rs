@@ -110,14 +110,21 @@ impl Sim {
         if self.oracle.held.len() < HOLDS_MAX && self.oracle.held.iter().all(free) {
             self.trace.add("hold", run, None, None);
             self.ask(Request::Hold(run), Asked::Hold(run));
+            self.copy(run);
         }
     }
 
     pub(super) fn release(&mut self) {
         if let Some(held) = self.oracle.held.pop() {
             self.trace.add("release", held.run, None, None);
+            self.copy(held.run);
             self.ask(Request::Release(held.run), Asked::Other);
         }
+    }
+
+    /// What is copied is looked at when it is.
+    fn copy(&mut self, run: Run) {
+        self.ask(Request::Staged(run.pages().collect()), Asked::Other);
     }
 
     fn track(&mut self) {

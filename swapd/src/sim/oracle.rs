@@ -194,7 +194,7 @@ impl Sim {
                 Some((Place::Poisoned, content)) => {
                     ensure!(self, page, content.is_none(), "{page} was said to be lost, and is not");
                 }
-                Some((Place::Moving, _)) | None => {}
+                Some((Place::Staged | Place::Moving, _)) | None => {}
             }
         }
     }
