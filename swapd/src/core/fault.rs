@@ -67,17 +67,17 @@ impl Core {
     /// Serves who waits for a frame, as far as there are frames.
     pub(super) fn serve_deferred(&mut self) {
         while let Some(page) = self.deferred.front().copied() {
-            if self.available() == 0 && self.staging.standby_count() == 0 {
-                return;
-            }
-            let served = match self.table.state(page) {
-                PageState::Stored if self.waiting.contains_key(&page) => self.page_in(page),
-                PageState::Untouched if self.waiting.contains_key(&page) => self.fill(page),
-                // Prefetched, or given back, meanwhile.
-                _ => true,
-            };
-            if !served && !mutant!(ForgetsDeferredFault) {
-                return;
+            let state = self.table.state(page);
+            // Else it has come with others, or been given back, meanwhile: it needs no frame, and must not look as if it did.
+            let needs_one = matches!(state, PageState::Stored | PageState::Untouched);
+            if needs_one && self.waiting.contains_key(&page) {
+                if self.available() == 0 && self.staging.standby_count() == 0 {
+                    return;
+                }
+                let served = if state == PageState::Stored { self.page_in(page) } else { self.fill(page) };
+                if !served && !mutant!(ForgetsDeferredFault) {
+                    return;
+                }
             }
             self.deferred.pop_front();
         }

@@ -330,6 +330,30 @@ fn pinned_victims_are_given_up_until_the_next_tick_and_whoever_starves_is_told_o
     assert_eq!(core.stats().starved_ms, 0);
 }
 
+#[test]
+fn who_waits_for_a_frame_no_longer_is_not_said_to_starve() {
+    let mut core = full();
+    let gone = PageNo(0);
+    let mut burst = ask(&mut core, Request::Evict(Run::one(gone)));
+    burst.extend(actions(&mut core, Event::Tick { ticks: 1 }));
+    written(&mut core, io_of(&burst), Ok(()));
+    let mut next = PageNo(100);
+    while core.available() > 0 {
+        next = next.plus(1);
+        actions(&mut core, Event::Fault(next));
+    }
+    assert_eq!(core.table.state(gone), PageState::Stored);
+    actions(&mut core, Event::Fault(gone));
+    let mut tick = || all_pinned(&mut core, |core| core.handle(Event::Tick { ticks: 1 })).1;
+    let short: Vec<_> = (0..20).flat_map(|_| tick()).collect();
+    assert!(matches!(short[..], [Action::Short { .. }]), "{short:?}");
+    // It is given back, and nobody waits: there are no more frames than before.
+    ask(&mut core, Request::Discard(Run::one(gone)));
+    let (_, enough) = all_pinned(&mut core, |core| core.handle(Event::Tick { ticks: 1 }));
+    assert!(matches!(enough[..], [Action::Enough]), "{enough:?}");
+    assert_eq!((core.available(), core.stats().starved_ms), (0, 0));
+}
+
 /// A VM of two huge pages whose budget covers it, with samples on.
 fn huge() -> Core {
     let mut core = Core::new(CoreConfig {
