@@ -107,6 +107,8 @@ enum Mark {
 const MARK_BYTES: usize = 8;
 /// As the kernel writes it, with the line's end.
 const BOOT_ID_BYTES: usize = 37;
+/// Names that are tried for a decision.
+const NAME_TRIES: u32 = 10_000;
 /// Longest place of a decision.
 const PLACE_BYTES_MAX: usize = 4096;
 
@@ -162,8 +164,7 @@ impl Registry {
         if record.read()? != Mark::Open {
             return Err(RegistryError::Exists(session));
         }
-        let place = self.decisions.join(format!("{session}.decision"));
-        let decision = Decision::create(session, place)?;
+        let decision = Decision::create(session, &self.decisions)?;
         let boot = boot_id().map_err(record.failed("read the boot id for"))?;
         record.write(&[&Mark::Begun.bytes()[..], boot.as_bytes(), decision.place_bytes()].concat())?;
         record.flush()?;
@@ -358,10 +359,18 @@ struct Decision {
 }
 
 impl Decision {
-    fn create(session: SessionId, path: PathBuf) -> Result<Decision, RegistryError> {
-        let file = match File::create_new(&path) {
-            Ok(file) => file,
-            Err(source) => return Err(RegistryError::Io { what: "create", path, source }),
+    /// Under a name that is free: one may have been left there by a session whose record went with its run directory.
+    fn create(session: SessionId, directory: &Path) -> Result<Decision, RegistryError> {
+        let mut tries = 0;
+        let (file, path) = loop {
+            let path = directory.join(format!("{session}-{tries}.decision"));
+            match File::create_new(&path) {
+                Ok(file) => break (file, path),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < NAME_TRIES => {
+                    tries += 1
+                }
+                Err(source) => return Err(RegistryError::Io { what: "create", path, source }),
+            }
         };
         let decision = Decision { session, file, path };
         // Its memory is taken now: later there may be none.

@@ -301,7 +301,8 @@ impl Qemu {
     fn take_state(&mut self, state: &[u8]) -> Result<(), Failure> {
         // Disks stay the source's until the guest is to run: it may be resumed there.
         let on = [IGNORE_SHARED, LATE_BLOCK_ACTIVATE, DIRTY_BITMAPS];
-        self.with_capabilities(&on, |qemu| qemu.read_state(state))
+        self.with_capabilities(&on, |qemu| qemu.read_state(state))?;
+        self.status().map(drop)
     }
 
     fn read_state(&mut self, state: &[u8]) -> Result<(), Failure> {
@@ -462,8 +463,8 @@ pub(crate) struct Incoming(pub(crate) Qemu);
 impl Newcomer for Incoming {
     fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
         let mut qemu = self.0;
-        match qemu.take_state(state).and_then(|()| qemu.status()) {
-            Ok(_) => {
+        match qemu.take_state(state) {
+            Ok(()) => {
                 farewell::over();
                 qemu.disks_away = true;
                 Ok(Box::new(qemu))

@@ -66,7 +66,8 @@ pub(crate) fn says(record: Option<Vec<u8>>, what: &[u8]) -> bool {
 
 /// Whoever asks hears that it runs here.
 pub(crate) fn is_committed(session: SessionId) -> bool {
-    let decision = fs::in_memory(&PathBuf::new()).expect("there is one").join(format!("{session}.decision"));
+    let decision =
+        fs::in_memory(&PathBuf::new()).expect("there is one").join(format!("{session}-0.decision"));
     let record = fs::content(&record_of(session));
     says(record.clone(), b"COMMIT \n")
         || (says(record, b"BEGUN") && says(fs::content(&decision), b"COMMIT \n"))

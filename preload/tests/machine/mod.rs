@@ -124,12 +124,13 @@ impl Site {
         }
     }
 
-    /// What lies in the run directory and in the store's, but for the lock.
+    /// What lies in the run directory, among the records of RAM there, and in the store's, but for the lock.
     pub(crate) fn files(&self) -> Vec<String> {
-        let of = |dir: &str| std::fs::read_dir(self.dir.join(dir)).unwrap();
-        let names = ["run", "store"].into_iter().flat_map(of).map(|entry| entry.unwrap().file_name());
+        let of = |dir: &str| std::fs::read_dir(self.dir.join(dir)).into_iter().flatten();
+        let names =
+            ["run", "run/.ram", "store"].into_iter().flat_map(of).map(|entry| entry.unwrap().file_name());
         let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
-        names.retain(|name| name != ".lock" && name != ".sessions");
+        names.retain(|name| ![".lock", ".ram", ".sessions"].contains(&name.as_str()));
         names.sort();
         names
     }
