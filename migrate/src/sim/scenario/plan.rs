@@ -48,6 +48,14 @@ pub(super) fn draw(target: Option<(Step, Class)>) -> Vec<Planned> {
         });
     }
     if random.one_in(8) {
+        // The VM runs there, its record cannot be flushed, and then its process dies: the source asks before and behind that.
+        let disk = Fault::Disk { skip: random.below(2) as u32, count: 2 + random.below(12) as u32 };
+        for fault in [disk, Fault::Cut { all: true }] {
+            plan.push(Planned { step: Step::Recorded, later: Later::Now, fault });
+        }
+        plan.push(Planned { step: Step::Asked, later: later(), fault: Fault::TargetDies });
+    }
+    if random.one_in(8) {
         // The source asks while the target finds out that the VM cannot run there.
         let step = random.pick(&[Step::CommitSent, Step::Recorded]);
         let disk = Fault::Disk { skip: random.below(4) as u32, count: 1 + random.below(4) as u32 };
