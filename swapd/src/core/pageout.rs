@@ -204,10 +204,10 @@ impl Core {
 
     fn answer_evicted(&mut self, may_evict: bool) {
         for (ticket, run, since) in std::mem::take(&mut self.evict_waiters) {
-            let answer = match self.store_error() {
+            // Before any of it is tried once more: what has not moved yet would count as gone.
+            let answer = match self.store_error().or_else(|| self.held_too_long(run, since)) {
                 Some(error) => Some(Err(error)),
-                None if self.evict_step(run, may_evict) => Some(Ok(Response::Done)),
-                None => self.held_too_long(run, since).map(Err),
+                None => self.evict_step(run, may_evict).then_some(Ok(Response::Done)),
             };
             match answer {
                 Some(answer) => self.actions.push_back(Action::Answer { ticket, answer }),
