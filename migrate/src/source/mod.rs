@@ -1,6 +1,7 @@
 //! The source's session.
 
 mod connect;
+mod discovery;
 mod filler;
 mod handover;
 mod order;
@@ -244,6 +245,8 @@ impl Moving<'_, '_> {
         self.drain()?;
         let first = self.runtime.block_on(self.rounds.first());
         self.checked(first)?;
+        let watched = self.runtime.block_on(self.rounds.watch_writes());
+        self.checked(watched)?;
         loop {
             let standing = self.standing();
             let decision = decide(&rules, &standing);
