@@ -106,7 +106,7 @@ mod tests {
             assert!(took >= round_s && took <= most_s, "{round_s} s a round: {took} s");
             assert_eq!(known, 49_152);
         }
-        let (took, _) = watched(STAKES, in_order(49_152, 1000.0));
+        let (took, _) = watched(STAKES, in_order(49_152, 500.0));
         assert!((30.0..30.2).contains(&took), "{took} s: not for ever");
     }
 

@@ -245,8 +245,6 @@ impl Moving<'_, '_> {
         self.drain()?;
         let first = self.runtime.block_on(self.rounds.first());
         self.checked(first)?;
-        let watched = self.runtime.block_on(self.rounds.watch_writes());
-        self.checked(watched)?;
         loop {
             let standing = self.standing();
             let decision = decide(&rules, &standing);

@@ -148,14 +148,16 @@ impl<'a> Rounds<'a> {
         self.last_heat = Instant::now();
         self.send_measured().await?;
         self.send_known_heat().await?;
-        self.scan().await
+        self.scan().await?;
+        self.watch_writes().await
     }
 
     /// After round 1: the VM runs on here, and nothing is sent but heat, as long as it shows more of what it uses and that matters there.
-    pub(crate) async fn watch_writes(&mut self) -> Result<(), Trouble> {
-        let mut watched = false;
+    async fn watch_writes(&mut self) -> Result<(), Trouble> {
+        if !self.discovery.goes_on(self.began.elapsed(), &self.stakes()) {
+            return Ok(());
+        }
         while self.discovery.goes_on(self.began.elapsed(), &self.stakes()) {
-            watched = true;
             self.waiting = Some(Wait::Writes);
             self.watch.check(DURING)?;
             tokio::select! {
@@ -174,8 +176,7 @@ impl<'a> Rounds<'a> {
             }
             self.tell_if_due();
         }
-        self.waits(None);
-        if watched { self.send_known_heat().await } else { Ok(()) }
+        self.send_known_heat().await
     }
 
     fn stakes(&self) -> Stakes {
