@@ -34,6 +34,9 @@ pub const CANCEL_POLL: Duration = Duration::from_millis(50);
 pub const SCAN_EVERY: Duration = Duration::from_millis(120);
 /// How often the target hears, during the first round, what is known of heat by then.
 pub const HEAT_EVERY: Duration = Duration::from_millis(750);
+/// How long, from the beginning of a move, the source may watch what the VM writes before it moves on: a guest that needs longer to go once
+/// around what it uses is not known in full.
+pub const WATCH_LIMIT: Duration = Duration::from_secs(30);
 /// How often the owner hears of progress.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::{
     ACCEPT_LIMIT, COMMIT_LIMIT, CONNECT_LIMIT, PLACEMENT_LIMIT, PLACEMENT_WINDOW, PREPARE_LIMIT,
-    RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, patience,
+    RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, WATCH_LIMIT, patience,
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -18,6 +18,8 @@ pub enum Wait {
     Accept,
     /// For the target to take the heat map.
     Heat,
+    /// For the VM to show what it writes.
+    Writes,
     /// For a round's pages to arrive.
     Round,
     /// For the target to have everything in its place.
@@ -45,6 +47,7 @@ impl Wait {
             Wait::Connect => "waiting for a connection to the target",
             Wait::Accept => "waiting for the target to accept the VM",
             Wait::Heat => "waiting for the target to take the heat map",
+            Wait::Writes => "waiting for the VM to show what it uses",
             Wait::Round => "waiting for the target to have all pages of the round",
             Wait::Prepared => "waiting for the target to have the whole VM in its place",
             Wait::Commit => "waiting for the source's commit",
@@ -61,6 +64,7 @@ impl Wait {
             Wait::Connect => ("CONNECT_LIMIT", CONNECT_LIMIT),
             Wait::Accept => ("ACCEPT_LIMIT", ACCEPT_LIMIT),
             Wait::Heat | Wait::Peer => ("SILENCE_LIMIT", SILENCE_LIMIT),
+            Wait::Writes => ("WATCH_LIMIT", WATCH_LIMIT),
             Wait::Round | Wait::Prepared => ("PREPARE_LIMIT", PREPARE_LIMIT),
             Wait::Commit => ("COMMIT_LIMIT", COMMIT_LIMIT),
             Wait::Running => ("RUNNING_LIMIT", RUNNING_LIMIT),

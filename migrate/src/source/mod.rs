@@ -1,6 +1,7 @@
 //! The source's session.
 
 mod connect;
+mod discovery;
 mod filler;
 mod handover;
 mod order;

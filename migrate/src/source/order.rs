@@ -50,7 +50,12 @@ pub(crate) fn known_better(heat: u8, scans: u8) -> u8 {
 }
 
 /// The target keeps some of its RAM free to receive into: this share of it is for hot pages.
-pub(crate) const HOT_SHARE: f64 = 0.85;
+const HOT_SHARE: f64 = 0.85;
+
+/// Hot pages that the target has room for, if the VM gets so many pages of RAM there.
+pub(crate) fn hot_room(ram_pages: u64) -> u64 {
+    (ram_pages as f64 * HOT_SHARE) as u64
+}
 
 /// Leaves heat only to the `pages` hottest: what is hot shall fit the target's RAM, or the word means nothing there.
 pub(crate) fn keep_hottest(heat: &mut [u8], pages: u64) {

@@ -7,6 +7,7 @@ use swapd::{BLOCK_PAGES, PageNo, Piece, Place, Run, answered};
 use tokio::sync::mpsc;
 
 use super::connect::Connected;
+use super::discovery::{Discovery, Stakes};
 use super::order::{self, BlockFacts};
 use super::pace::{SendRate, WriteRate};
 use super::sender;
@@ -62,8 +63,12 @@ pub(crate) struct Rounds<'a> {
     enders: Vec<StdStream>,
     fillers: JoinSet<()>,
     base_heat: Vec<u8>,
+    discovery: Discovery,
+    /// Pages that are not cold, by all that is known.
+    warm_pages: u64,
     /// RAM that the VM gets at the target.
     room_pages: u64,
+    began: Instant,
     last_scan: Instant,
     /// How long that took.
     scan_took: Duration,
@@ -121,7 +126,10 @@ impl<'a> Rounds<'a> {
             enders,
             fillers: JoinSet::new(),
             base_heat: Vec::new(),
+            discovery: Discovery::default(),
+            warm_pages: 0,
             room_pages: swapd::units::pages_in(connected.ram_bytes),
+            began: now,
             last_scan: now,
             scan_took: Duration::ZERO,
             last_heat: now,
@@ -140,13 +148,51 @@ impl<'a> Rounds<'a> {
         self.last_heat = Instant::now();
         self.send_measured().await?;
         self.send_known_heat().await?;
-        self.scan().await
+        self.scan().await?;
+        self.watch_writes().await
+    }
+
+    /// After round 1: the VM runs on here, and nothing is sent but heat, as long as it shows more of what it uses and that matters there.
+    async fn watch_writes(&mut self) -> Result<(), Trouble> {
+        if !self.discovery.goes_on(self.began.elapsed(), &self.stakes()) {
+            return Ok(());
+        }
+        while self.discovery.goes_on(self.began.elapsed(), &self.stakes()) {
+            self.waiting = Some(Wait::Writes);
+            self.watch.check(DURING)?;
+            tokio::select! {
+                biased;
+                word = self.control.next() => {
+                    return Err(Trouble::Peer(format!("{word:?} while the VM was watched")));
+                }
+                () = self.watch.life.failure() => {}
+                () = sleep(CANCEL_POLL) => {}
+            }
+            if self.last_scan.elapsed() >= SCAN_EVERY {
+                self.scan().await?;
+            }
+            if self.last_heat.elapsed() >= HEAT_EVERY {
+                self.send_known_heat().await?;
+            }
+            self.tell_if_due();
+        }
+        self.send_known_heat().await
+    }
+
+    fn stakes(&self) -> Stakes {
+        Stakes {
+            memory: swapd::units::pages_in(self.ship.handle.memory_bytes()),
+            room: self.room_pages,
+            warm: self.warm_pages,
+            most: Wait::Writes.limit().1,
+        }
     }
 
     /// What is hot is known better by and by: all that was written. Pages that went out as cold ones before may be among
     /// it, and the target keeps room for them.
     async fn send_known_heat(&mut self) -> Result<(), Trouble> {
         let known = self.ship.tracker.borrow().heat(&self.base_heat);
+        self.warm_pages = known.iter().filter(|heat| **heat > 0).count() as u64;
         self.send_heat(known).await?;
         self.last_heat = Instant::now();
         Ok(())
@@ -194,7 +240,7 @@ impl<'a> Rounds<'a> {
 
     /// Sends a heat map, and waits until the target has taken it: pages that come after it are placed by it.
     async fn send_heat(&mut self, mut heat: Vec<u8>) -> Result<(), Trouble> {
-        order::keep_hottest(&mut heat, (self.room_pages as f64 * order::HOT_SHARE) as u64);
+        order::keep_hottest(&mut heat, order::hot_room(self.room_pages));
         for part in heat::parts(&heat) {
             let sent = self.control.outbox().send(Control::Heat(part));
             self.watch.wait("sending the heat map", SILENCE_LIMIT, sent).await?;
@@ -325,8 +371,9 @@ impl<'a> Rounds<'a> {
         let written = answered(self.ship.handle.collect_written_async());
         let written = self.watch.wait("looking for written pages", SILENCE_LIMIT, written).await??;
         let mut tracker = self.ship.tracker.borrow_mut();
-        written.iter().for_each(|run| tracker.written(*run));
+        let new = written.iter().map(|run| tracker.written(*run)).sum();
         drop(tracker);
+        self.discovery.scan(self.began.elapsed(), new, Wait::Writes.limit().1);
         self.scan_took = began.elapsed();
         let pages = written.iter().map(|run| u64::from(run.len)).sum();
         self.write_rate.scan(pages, self.last_scan.elapsed());

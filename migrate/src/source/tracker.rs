@@ -53,15 +53,18 @@ impl Tracker {
         std::mem::swap(&mut self.todo, &mut self.next);
     }
 
-    /// A scan found these pages written: they need no sending now, because they would need it again.
-    pub(crate) fn written(&mut self, run: Run) {
+    /// A scan found these pages written: they need no sending now, because they would need it again. Returns how many were never found before.
+    pub(crate) fn written(&mut self, run: Run) -> u64 {
         if !planted!(ForgetsWrittenPages) || self.todo.count_run(run) == 0 {
             self.next.set_run(run);
         }
         self.todo.clear_run(run);
+        let mut new = 0;
         for scans in &mut self.scans[run.indices()] {
+            new += u64::from(*scans == 0);
             *scans = scans.saturating_add(1);
         }
+        new
     }
 
     /// From the first to the last page of a block that is to be sent now.
@@ -133,7 +136,7 @@ mod tests {
     #[test]
     fn a_written_page_waits_for_the_next_round() {
         let mut tracker = Tracker::new(1024);
-        tracker.written(Run::new(PageNo(0), 510));
+        assert_eq!(tracker.written(Run::new(PageNo(0), 510)), 510);
         assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
         tracker.take(PageNo(511));
         assert_eq!(tracker.cover(0), Some(Run::one(PageNo(510))));
