@@ -18,6 +18,10 @@ const KNOWN_PER_NEW: u64 = 50;
 /// What is found does not matter if one page in so many of the target's RAM would be found in all the time there is, or fewer: no VM is quite idle.
 const ROOM_PER_NEW: u64 = 50;
 
+/// Nothing is scattered if of the blocks that have written pages so large a share is known to be written, or more: then what fits 3/4 of the target's RAM
+/// takes blocks that fit the room for hot pages.
+const DENSE_SHARE: f64 = 7.0 / 8.0;
+
 /// What is known of the VM and of the target, in pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Stakes {
@@ -27,6 +31,8 @@ pub(crate) struct Stakes {
     pub(crate) room: u64,
     /// Pages that are not cold, by all that is known.
     pub(crate) warm: u64,
+    /// Pages of the blocks of which some are known to be written.
+    pub(crate) around: u64,
     /// How long may be watched altogether.
     pub(crate) most: Duration,
 }
@@ -65,6 +71,9 @@ impl Discovery {
         {
             return false;
         }
+        if known as f64 >= stakes.around as f64 * DENSE_SHARE {
+            return false;
+        }
         let (found, since) = self.found_since(now - now / LATELY_PARTS);
         let to_be_found = found as f64 * stakes.most.as_secs_f64() / (now - since).as_secs_f64().max(1e-3);
         found > known / KNOWN_PER_NEW && to_be_found > (stakes.room / ROOM_PER_NEW) as f64
@@ -78,7 +87,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const SCAN: Duration = Duration::from_millis(120);
     const STAKES: Stakes =
-        Stakes { memory: 131_072, room: 65_536, warm: 98_304, most: Duration::from_secs(30) };
+        Stakes { memory: 131_072, room: 65_536, warm: 98_304, around: 98_304, most: Duration::from_secs(30) };
 
     /// How long a guest is watched, of which so many pages are known after so long.
     fn watched(stakes: Stakes, known: impl Fn(f64) -> u64) -> (f64, u64) {
@@ -130,6 +139,8 @@ mod tests {
         at_once(STAKES, |_| 0);
         // 30 s of it would be 1200 pages.
         at_once(STAKES, |now| (now * 40.0) as u64);
+        // Whole blocks, and one in part.
+        at_once(Stakes { around: 1024, ..STAKES }, |_| 900);
         // More than RAM can have.
         at_once(STAKES, |_| 60_000);
     }

@@ -184,6 +184,7 @@ impl<'a> Rounds<'a> {
             memory: swapd::units::pages_in(self.ship.handle.memory_bytes()),
             room: self.room_pages,
             warm: self.warm_pages,
+            around: self.ship.tracker.borrow().pages_around_written(),
             most: Wait::Writes.limit().1,
         }
     }

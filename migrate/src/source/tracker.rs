@@ -25,6 +25,8 @@ pub(crate) struct Tracker {
     sums: Vec<u64>,
     /// How many scans saw a page written.
     scans: Vec<u8>,
+    /// Blocks in which a scan saw a page written.
+    blocks_written: Bitmap,
 }
 
 impl Tracker {
@@ -40,7 +42,13 @@ impl Tracker {
             zero: Bitmap::new(pages),
             sums: vec![0; pages as usize],
             scans: vec![0; pages as usize],
+            blocks_written: Bitmap::new(pages.div_ceil(u64::from(BLOCK_PAGES))),
         }
+    }
+
+    /// Pages of the blocks in which a scan saw a page written.
+    pub(crate) fn pages_around_written(&self) -> u64 {
+        self.blocks_written.count() * u64::from(BLOCK_PAGES)
     }
 
     pub(crate) fn blocks(&self) -> u32 {
@@ -63,6 +71,9 @@ impl Tracker {
         for scans in &mut self.scans[run.indices()] {
             new += u64::from(*scans == 0);
             *scans = scans.saturating_add(1);
+        }
+        for block in run.start.block()..=run.start.plus(run.len - 1).block() {
+            self.blocks_written.set(PageNo(block as u64));
         }
         new
     }
@@ -137,6 +148,7 @@ mod tests {
     fn a_written_page_waits_for_the_next_round() {
         let mut tracker = Tracker::new(1024);
         assert_eq!(tracker.written(Run::new(PageNo(0), 510)), 510);
+        assert_eq!(tracker.pages_around_written(), 512);
         assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
         tracker.take(PageNo(511));
         assert_eq!(tracker.cover(0), Some(Run::one(PageNo(510))));
