@@ -5,7 +5,6 @@
 
 mod common;
 #[path = "qemu/network.rs"]
-#[allow(dead_code, reason = "there are no guests with a network here")]
 mod network;
 
 use std::collections::BTreeMap;

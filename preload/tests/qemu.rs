@@ -150,10 +150,11 @@ fn a_killed_qemu_leaves_only_what_the_next_one_cleans() {
     };
     let mut vm = Vm::start(&kit, &site, &plan);
     vm.says("checker memory fill");
+    let pid = vm.pid();
     // SAFETY: no memory arguments; the process is this test's child.
-    unsafe { libc::kill(vm.pid() as i32, libc::SIGKILL) };
+    unsafe { libc::kill(pid as i32, libc::SIGKILL) };
     vm.end();
-    assert_eq!(site.files(), ["killed.qmp", "killed.sock"]);
+    assert_eq!(site.files(), [&format!("killed-{pid}"), "killed.qmp", "killed.sock"]);
     ended_well(Vm::start(&kit, &site, &plan), &site);
 }
 

@@ -160,8 +160,8 @@ mod tests {
         assert_eq!(own_groups(v2, "0::/user.slice/a b\n"), [at("/sys/fs/cgroup/user.slice/a b")]);
         let part = "30 20 0:26 /docker/1 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
         assert_eq!(own_groups(part, "0::/docker/1/x\n"), [at("/sys/fs/cgroup/x")]);
-        assert_eq!(own_groups(part, "0::/elsewhere\n"), [at("/"); 0]);
-        assert_eq!(own_groups("", "0::/\n"), [at("/"); 0]);
+        assert!(own_groups(part, "0::/elsewhere\n").is_empty());
+        assert!(own_groups("", "0::/\n").is_empty());
     }
 
     #[test]
