@@ -9,6 +9,8 @@ use std::fs::{self, File};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use std::{io, thread};
 
 use tracing::{debug, info, warn};
 
@@ -18,6 +20,10 @@ const DELEGATED: [&CStr; 2] = [c"trusted.delegate", c"user.delegate"];
 const PREFIX: &str = "vmemd-";
 /// Of a session's number, in a group's name.
 const ID_DIGITS: usize = 8;
+
+/// How long the removal of a group is tried that nobody is in, and how often.
+const BUSY_LIMIT: Duration = Duration::from_secs(1);
+const BUSY_RETRY: Duration = Duration::from_millis(10);
 
 /// The groups that this daemon may divide: one a hierarchy, none if it may not.
 #[derive(Debug)]
@@ -69,7 +75,7 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         for (dir, _) in &self.0 {
-            if let Err(error) = fs::remove_dir(dir) {
+            if let Err(error) = remove(dir) {
                 debug!(group = %dir.display(), %error, "it stays, with who is in it");
             }
         }
@@ -84,12 +90,26 @@ pub(super) fn enter(entrances: &[RawFd]) {
     }
 }
 
+/// The kernel lets go of a group some moments after its last process.
+fn remove(dir: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + BUSY_LIMIT;
+    loop {
+        let removed = fs::remove_dir(dir);
+        let busy = removed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy);
+        let deserted = || fs::read_to_string(dir.join("cgroup.procs")).is_ok_and(|procs| procs.is_empty());
+        if !busy || !deserted() || Instant::now() >= deadline {
+            return removed;
+        }
+        thread::sleep(BUSY_RETRY);
+    }
+}
+
 /// Groups of VMs that have ended while there was no daemon.
 fn remove_empty(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_name().as_bytes().starts_with(PREFIX.as_bytes()) {
             // The kernel keeps those that somebody is in.
-            let _ = fs::remove_dir(entry.path());
+            let _ = remove(&entry.path());
         }
     }
 }
