@@ -184,7 +184,7 @@ fn memory_of_an_odd_size_is_kept_and_moves() {
             assert_eq!(stat["memory_bytes"], managed << 20u64, "{stat}");
             assert!(stat["resident_bytes"].as_u64() <= Some(96 << 20), "{stat}");
             migrate(&here, &address);
-            assert!(guest.wait_end(BOOT).success(), "{}", guest.log());
+            assert_eq!(guest.wait_end(BOOT).code(), Some(10), "{}", guest.log());
             there.wait_state("db", "running");
             checks_on(&guest);
             stop(&there);
