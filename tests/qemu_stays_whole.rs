@@ -372,7 +372,8 @@ fn a_full_frame_buffer_moves_too() {
         let (here, mut there) = (Place::new("wvga"), Place::new("wvga-there"));
         let [socket, other] =
             [&here, &there].map(|place| place.host.root.join("qtest").display().to_string());
-        let (_daemon, address) = there.serve(&here, &map(&socket, &other));
+        let (_daemon, address) =
+            there.serve(&here, &format!("\n[[map]]\nfrom = {socket:?}\nto = {other:?}\n"));
         let door = format!("unix:{socket},server=on,wait=off");
         let more = ["-device", "VGA,vgamem_mb=256,id=frames", "-qtest", &door];
         let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &more);
