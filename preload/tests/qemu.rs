@@ -77,7 +77,9 @@ fn a_paused_guest_stands_still() {
     // That nothing happens gives no event: this is how long nothing is watched.
     std::thread::sleep(std::time::Duration::from_millis(300));
     let after = vm.stat().memory;
-    assert_eq!(before.resident_bytes, after.resident_bytes);
+    assert_eq!(before.faults, after.faults);
+    // The last batch may be on its way out still.
+    assert!(after.resident_bytes <= before.resident_bytes, "{before:?}, {after:?}");
     vm.ask(&Request::Resume);
     wait_for("a page to come in", || (vm.stat().memory.stored_bytes < after.stored_bytes).then_some(()));
     vm.ask(&Request::Stop);

@@ -158,7 +158,10 @@ impl Arrival {
                 let ran = catch_unwind(AssertUnwindSafe(|| self.run(&vm, memory, newcomer)));
                 let result = match ran {
                     Ok(result) => result,
-                    Err(_) if vm.core(|core| matches!(core.phase, Phase::Here)) => Ok(()),
+                    Err(_) if vm.core(|core| matches!(core.phase, Phase::Here)) => {
+                        take_name(&vm);
+                        Ok(())
+                    }
                     Err(_) => {
                         Err(Failure::new(Kind::Vm, "a bug in vmemd ended the arrival: see the panic above"))
                     }
@@ -228,6 +231,13 @@ fn arrival_of(received: &Received) -> ArrivalStat {
     }
 }
 
+/// Of a VM that is here, whether or not it has the name already.
+fn take_name(vm: &Vm) {
+    if let Err(failure) = vm.claim(|claim| claim.settle()) {
+        error!(vm = %vm.facts.name, %failure, "the name could not be taken: the VM runs as one that is arriving");
+    }
+}
+
 /// The VM as a migration's target sees it.
 struct Target<'a> {
     vm: &'a Vm,
@@ -266,8 +276,6 @@ impl TargetVm for Target<'_> {
     }
 
     fn settle(&mut self) {
-        if let Err(failure) = self.vm.claim(|claim| claim.settle()) {
-            error!(vm = %self.vm.facts.name, %failure, "the name could not be taken: the VM runs as one that is arriving");
-        }
+        take_name(self.vm);
     }
 }
