@@ -25,16 +25,16 @@ pub(crate) use planted;
 
 #[cfg(not(test))]
 mod real {
-    use std::fs::DirBuilder;
+    use std::fs::{DirBuilder, Permissions};
     use std::future::Future;
     use std::io;
     use std::os::unix::ffi::OsStrExt;
-    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
     use std::path::{Path, PathBuf};
     use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
     use std::time::Duration;
 
-    pub(crate) use std::fs::{File, OpenOptions, create_dir_all, remove_file};
+    pub(crate) use std::fs::{File, OpenOptions, remove_file};
     pub(crate) use std::net::TcpStream as StdStream;
     pub(crate) use std::os::unix::fs::FileExt;
     pub(crate) use std::thread::sleep as pause;
@@ -47,6 +47,9 @@ mod real {
     pub(crate) use tokio_uring::{Runtime, spawn};
 
     use crate::tls::{Client, TlsError};
+
+    /// The group's right to write, and everybody's.
+    const OTHERS_WRITE: u32 = 0o022;
 
     /// Makes sure of who is at the other end, for a connection that nobody on the way can read.
     pub(crate) fn secure(
@@ -76,6 +79,17 @@ mod real {
         std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
     }
 
+    /// Makes a directory in which nobody else writes. One of this user's that is there already becomes such a one.
+    pub(crate) fn make_own(directory: &Path) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        let found = std::fs::metadata(directory)?;
+        if found.uid() == own_uid() && found.mode() & OTHERS_WRITE != 0 {
+            let mode = found.mode() & 0o7777 & !OTHERS_WRITE;
+            std::fs::set_permissions(directory, Permissions::from_mode(mode))?;
+        }
+        Ok(())
+    }
+
     /// A directory of this user's on a file system that is memory: this one if it is on such, else one beside it. If the host has none,
     /// this one all the same.
     pub(crate) fn in_memory(directory: &Path) -> io::Result<PathBuf> {
@@ -100,25 +114,34 @@ mod real {
         Ok(directory.to_path_buf())
     }
 
-    fn make_private(path: &Path) -> io::Result<bool> {
+    /// Where everybody may make directories, somebody else may have made this one: then it is not for root either.
+    pub(super) fn make_private(path: &Path) -> io::Result<bool> {
         match DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-        vouch_for(&path.join("any"))?;
+        let found = std::fs::symlink_metadata(path)?;
+        if !found.is_dir() || found.uid() != own_uid() || found.mode() & OTHERS_WRITE != 0 {
+            return Err(not_own(path));
+        }
         is_memory(path)
     }
 
     /// Whether what is in the file can only be of this user, or of root: by the directory that it is in, which must be no link.
+    /// To root it may be of any one user: of a VM that runs as that user.
     pub(crate) fn vouch_for(path: &Path) -> io::Result<()> {
         let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
         let found = std::fs::symlink_metadata(directory)?;
         let ours = own_uid() == 0 || found.uid() == own_uid() || found.uid() == 0;
-        if found.is_dir() && ours && found.mode() & 0o022 == 0 {
+        if found.is_dir() && ours && found.mode() & OTHERS_WRITE == 0 {
             return Ok(());
         }
+        Err(not_own(directory))
+    }
+
+    fn not_own(directory: &Path) -> io::Error {
         let text = format!("{} is not a directory of this user's alone", directory.display());
-        Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+        io::Error::new(io::ErrorKind::PermissionDenied, text)
     }
 
     /// How long a question and its answer are on their way, by what the kernel has seen; unknown of what is no TCP connection.

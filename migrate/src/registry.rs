@@ -35,14 +35,16 @@
 //!
 //! A file system in memory may be swapped out as any memory may, and then the commit reads a page back.
 
+use std::fs::TryLockError;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::limits::{RESOLVE_CALL_LIMIT, patience};
 use crate::outside::{
-    File, FileExt, OpenOptions, boot_id, create_dir_all, in_memory, planted, remove_file, vouch_for,
+    File, FileExt, Instant, OpenOptions, boot_id, in_memory, make_own, pause, planted, remove_file, vouch_for,
 };
 use crate::session::SessionId;
 
@@ -76,6 +78,8 @@ pub enum RegistryError {
          where it was (`vmemd resolve NAME --force run-here` or `--force gone`)"
     )]
     Gone { session: SessionId, path: PathBuf },
+    #[error("session {0} is being decided: whoever decides it does not come to an end; ask again")]
+    Busy(SessionId),
     #[error("the record {path} of a session is damaged")]
     Damaged { path: PathBuf },
     #[error("could not {what} {path}")]
@@ -107,6 +111,8 @@ enum Mark {
 const MARK_BYTES: usize = 8;
 /// As the kernel writes it, with the line's end.
 const BOOT_ID_BYTES: usize = 37;
+/// Between two looks whether a lock is free.
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// Names that are tried for a decision.
 const NAME_TRIES: u32 = 10_000;
 /// Longest place of a decision.
@@ -134,10 +140,11 @@ impl Registry {
     /// # Errors
     /// If the directory cannot be made.
     pub fn new(directory: &Path) -> Result<Registry, RegistryError> {
-        let path = directory.to_path_buf();
-        let failed = |source| RegistryError::Io { what: "create", path: path.clone(), source };
-        create_dir_all(directory).map_err(failed)?;
-        let decisions = in_memory(directory).map_err(failed)?;
+        let failed = |source| RegistryError::Io { what: "create", path: directory.to_path_buf(), source };
+        // Records name places in it, for whoever asks, wherever that process is.
+        let path = std::path::absolute(directory).map_err(failed)?;
+        make_own(&path).map_err(failed)?;
+        let decisions = in_memory(&path).map_err(failed)?;
         Ok(Registry { directory: path, decisions })
     }
 
@@ -165,15 +172,28 @@ impl Registry {
             return Err(RegistryError::Exists(session));
         }
         let decision = Decision::create(session, &self.decisions)?;
-        let boot = boot_id().map_err(record.failed("read the boot id for"))?;
-        record.write(&[&Mark::Begun.bytes()[..], boot.as_bytes(), decision.place_bytes()].concat())?;
-        record.flush()?;
-        File::open(&self.directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|error| record.failed("flush")(error))?;
-        // Its lock goes with it, so it is opened anew; here, because the way to a file may have to be read from a disk.
-        drop(record);
-        Ok(Begun { record: self.record(session)?, decision })
+        let recorded = || {
+            // What would fail at the commit is to fail now, while the VM runs.
+            Decision::find(session, decision.path.clone())?;
+            let boot = boot_id().map_err(record.failed("read the boot id for"))?;
+            record.write(&[&Mark::Begun.bytes()[..], boot.as_bytes(), decision.place_bytes()].concat())?;
+            record.flush()?;
+            File::open(&self.directory)
+                .and_then(|directory| directory.sync_all())
+                .map_err(|error| record.failed("flush")(error))?;
+            // The lock goes with the one, so it is opened anew; here, because the way to a file may have to be read from a disk.
+            self.record(session)
+        };
+        match recorded() {
+            Ok(record) => Ok(Begun { record, decision }),
+            Err(error) => {
+                // It has not begun, and never will: pruned one day.
+                if record.write(&Mark::Burned.bytes()).is_ok() {
+                    decision.remove();
+                }
+                Err(error)
+            }
+        }
     }
 
     /// The VM must not start here any more, unless it was committed: says which of them it is. Who knows nothing of the session
@@ -182,13 +202,19 @@ impl Registry {
     /// # Errors
     /// If that is not known, or cannot be recorded.
     pub fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError> {
-        let record = self.record(session)?.locked()?;
+        let record = self.record(session)?.locked_soon(session)?;
         let decision = match record.read()? {
-            Mark::Committed => return Ok(Outcome::RunningThere),
+            Mark::Committed => {
+                if let Some(decision) = record.leftover(session) {
+                    last(&record, decision);
+                }
+                return Ok(Outcome::RunningThere);
+            }
             Mark::Open | Mark::Flushing if planted!(AnswersWithoutBurning) => return Ok(Outcome::NotThere),
             Mark::Flushing if !record.is_of_this_boot()? => return Err(RegistryError::Lost(session)),
+            Mark::Open | Mark::Flushing => None,
             // Burned once more: that an earlier flush of it succeeded is not known.
-            Mark::Open | Mark::Flushing | Mark::Burned => None,
+            Mark::Burned => record.leftover(session),
             Mark::Begun if !record.is_of_this_boot()? => match planted!(ForgetsTheCrash) {
                 true => None,
                 false => return Err(RegistryError::Lost(session)),
@@ -201,13 +227,7 @@ impl Registry {
         if let Some(decision) = decision {
             match decision.read()? {
                 Mark::Committed => {
-                    // Whoever was to record that may be dead.
-                    match record.put(Mark::Committed) {
-                        Ok(()) => decision.remove(),
-                        Err(error) => {
-                            tracing::warn!(%error, %session, "a commit is not recorded for good yet")
-                        }
-                    }
+                    last(&record, decision);
                     return Ok(Outcome::RunningThere);
                 }
                 Mark::Open if planted!(BelievesTheUndecided) => return Ok(Outcome::RunningThere),
@@ -242,15 +262,19 @@ impl Registry {
             let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
             if let (Some(session), Some(age)) = (session, age)
                 && age > older_than
-                && self.record(session)?.locked()?.read()? == Mark::Burned
+                && let Err(error) = self.forget_burned(session)
             {
-                let path = entry.path();
-                std::fs::remove_file(&path).map_err(|source| RegistryError::Io {
-                    what: "remove",
-                    path,
-                    source,
-                })?;
+                // The others are not to stay because of this one.
+                tracing::warn!(%error, %session, "a record of a session stays");
             }
+        }
+        Ok(())
+    }
+
+    fn forget_burned(&self, session: SessionId) -> Result<(), RegistryError> {
+        let record = self.record(session)?.locked_soon(session)?;
+        if record.read()? == Mark::Burned {
+            remove_file(&record.path).map_err(record.failed("remove"))?;
         }
         Ok(())
     }
@@ -261,6 +285,16 @@ impl Registry {
             Ok(file) => Ok(Record { file, path }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(RegistryError::Unknown(session)),
             Err(source) => Err(RegistryError::Io { what: "open", path, source }),
+        }
+    }
+}
+
+/// A commit of which whoever was to record it may be dead.
+fn last(record: &Record, decision: Decision) {
+    match record.put(Mark::Committed) {
+        Ok(()) => decision.remove(),
+        Err(error) => {
+            tracing::warn!(%error, session = %decision.session, "a commit is not recorded for good yet")
         }
     }
 }
@@ -423,7 +457,23 @@ struct Record {
 }
 
 impl Record {
-    /// Waits for the lock, which others hold for a few writes at most, and for the start of a VM.
+    /// Waits for the lock, which others hold for a few writes, and for the start of a VM. It may be for long: a process that starts one
+    /// can be made to stand still.
+    fn locked_soon(self, session: SessionId) -> Result<Record, RegistryError> {
+        let deadline = Instant::now() + patience(RESOLVE_CALL_LIMIT);
+        loop {
+            match self.file.try_lock() {
+                Ok(()) => return Ok(self),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => {
+                    return Err(RegistryError::Busy(session));
+                }
+                Err(TryLockError::WouldBlock) => pause(LOCK_RETRY),
+                Err(TryLockError::Error(error)) => return Err(self.failed("lock")(error)),
+            }
+        }
+    }
+
+    /// As [`Record::locked_soon`], without an end: for who has the session itself.
     fn locked(self) -> Result<Record, RegistryError> {
         self.lock()?;
         Ok(self)
@@ -458,6 +508,12 @@ impl Record {
         let mut boot = [0; BOOT_ID_BYTES];
         self.file.read_exact_at(&mut boot, MARK_BYTES as u64).map_err(self.failed("read"))?;
         Ok(boot == boot_id().map_err(self.failed("read the boot id for"))?.as_bytes())
+    }
+
+    /// A decision that was to go when this record was settled.
+    fn leftover(&self, session: SessionId) -> Option<Decision> {
+        let begun = self.file.metadata().is_ok_and(|found| found.len() > (MARK_BYTES + BOOT_ID_BYTES) as u64);
+        if !begun { None } else { Decision::find(session, self.place().ok()?).ok() }
     }
 
     /// Where the decision is.

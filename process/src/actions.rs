@@ -11,7 +11,7 @@ use crate::control::server::{Client, Service};
 use crate::failure::{Failure, Kind};
 use crate::guest::Guest;
 use crate::size::Size;
-use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, Event, PINNED_BY, Phase, Vm};
+use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, Event, PINNED_BY, Phase, Vm, lock};
 
 /// The VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
 #[derive(Debug)]
@@ -60,17 +60,18 @@ impl Vm {
 
     fn pause(&self) -> Result<Value, Failure> {
         self.must_be_here("pause")?;
-        let stood = self.guest(|guest| {
+        let already = self.guest(|guest| {
+            // Under the guest's lock, so that a migration which begins now finds it as it is to be.
+            self.must_be_here("pause")?;
             let stood = !guest.runs()?;
             guest.pause()?;
-            Ok(stood)
+            Ok(self.core(|core| {
+                let already = stood && core.stalled.is_none();
+                // Whoever stopped it before is still to be named.
+                core.paused = Some(if already { core.paused.unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
+                already
+            }))
         })?;
-        let already = self.core(|core| {
-            let already = stood && core.stalled.is_none();
-            // Whoever stopped it before is still to be named.
-            core.paused = Some(if already { core.paused.unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
-            already
-        });
         info!(vm = %self.facts.name, already, "paused");
         self.told(already)
     }
@@ -134,6 +135,7 @@ impl Vm {
 
     fn set_ram(&self, ram_bytes: u64) -> Result<Value, Failure> {
         self.must_be_here("change the budget of")?;
+        let _alone = lock(&self.budgeting);
         let engine = self.memory()?.engine()?;
         let before = engine.stats()?.ram_budget_bytes;
         if ram_bytes > before {

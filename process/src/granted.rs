@@ -3,10 +3,11 @@
 //!
 //! `RUN_DIR/.ram/ID` holds one line of JSON and is locked (flock) by the process, from its start to its end however it ends. A process
 //! that a daemon starts inherits file and lock, so there is no moment at which its RAM is on nobody's record. A file that nobody has
-//! locked is that of a dead process; whoever sees it removes it. Files come and go under the run directory's lock.
+//! locked is that of a dead process; whoever sees it removes it. Files are made, and those of the
+//! dead removed, under the run directory's lock.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,8 @@ use crate::control::rundir::RunDir;
 use crate::failure::{Failure, Kind};
 use crate::vm::Facts;
 
+/// How often a record is read that makes no sense.
+const READ_TRIES: u32 = 100;
 /// Records have one length, so that one write replaces all of another.
 const RECORD_BYTES: usize = 512;
 
@@ -160,14 +163,28 @@ pub fn all(dir: &RunDir) -> Result<Vec<Share>, Failure> {
             let _ = std::fs::remove_file(&path);
             continue;
         }
-        let mut line = String::new();
-        file.read_to_string(&mut line).map_err(cannot)?;
-        let share = serde_json::from_str(&line).map_err(|error| {
-            Failure::new(Kind::Other, format!("{} of a living VM cannot be read: {error}", path.display()))
-        });
-        shares.push(share?);
+        shares.push(read(&mut file, &path)?);
     }
     Ok(shares)
+}
+
+/// The VM's process may be writing it just now.
+fn read(file: &mut File, path: &Path) -> Result<Share, Failure> {
+    let cannot = |error| Failure::io(format!("cannot read {}", path.display()), &error);
+    let mut tries = 0;
+    loop {
+        let mut line = String::new();
+        file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_string(&mut line)).map_err(cannot)?;
+        match serde_json::from_str(&line) {
+            Ok(share) => return Ok(share),
+            Err(_) if tries < READ_TRIES => tries += 1,
+            Err(error) => {
+                let text = format!("{} of a living VM cannot be read: {error}", path.display());
+                return Err(Failure::new(Kind::Other, text));
+            }
+        }
+        std::thread::yield_now();
+    }
 }
 
 #[cfg(test)]

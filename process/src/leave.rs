@@ -30,6 +30,9 @@ const SPEED_WINDOW: Duration = Duration::from_millis(500);
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
 const RESUME_RETRY: Duration = Duration::from_millis(100);
 
+/// The thread that sends. What it leaves behind when it panics is put in order here.
+pub(crate) const SENDER: &str = "migrate";
+
 enum Step {
     Progress(MigrationStat),
     /// With the reason why the VM cannot move, if that was found on the way.
@@ -53,7 +56,7 @@ pub(crate) fn migrate(
     }
     let (steps, progress) = channel();
     let (mover, name) = (vm.clone(), vm.facts.name.clone());
-    let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
+    let spawned = std::thread::Builder::new().name(SENDER.to_owned()).spawn(move || {
         let mut leaving = Leaving { vm: &mover, paused: false, unnamed: None, session: None, cannot: None };
         let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
@@ -63,12 +66,13 @@ pub(crate) fn migrate(
     });
     if let Err(error) = spawned {
         vm.core(|core| (core.phase, core.migration) = (Phase::Here, None));
+        vm.go_on();
         return Err(Failure::io("cannot start the migration's thread", &error));
     }
     loop {
         match progress.recv_timeout(CLIENT_POLL) {
             Ok(Step::Progress(stat)) => {
-                if client.progress(stat).is_err() {
+                if client.progress(stat).is_err() || client.gone() || client.cancels() {
                     vm.cancel.store(true, Ordering::SeqCst);
                 }
             }
@@ -128,6 +132,8 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     }
     vm.core(|core| {
         let why = match &core.phase {
+            // Whoever ends it is told that it is stopped, so it must not go anywhere.
+            Phase::Here if core.ender.is_some() || core.end.is_some() => "it is ending",
             Phase::Here => {
                 vm.cancel.store(false, Ordering::SeqCst);
                 core.phase = Phase::Migrating;

@@ -13,7 +13,7 @@ use crate::control::server::Server;
 use crate::failure::{Failure, Kind};
 use crate::memory::Memory;
 use crate::signals;
-use crate::vm::{Event, Phase, Told, Vm};
+use crate::vm::{Core, Event, Phase, Told, Vm};
 
 /// How often the guest is looked at without an event: only to log that it failed.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -37,7 +37,7 @@ pub(crate) enum Ended {
 /// but the socket, and setting memory up cannot be interrupted.
 pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
     signals::install()?;
-    die_on_panic();
+    die_on_panic(vm.clone());
     let vm = vm.clone();
     std::thread::Builder::new()
         .name("signals".to_owned())
@@ -59,15 +59,15 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
 }
 
 /// A VM with one of its threads missing would hang rather than fail: a panic ends the process, once it has been told. Not of the
-/// thread that receives, which the VM can do without once it is here, and which knows whether it is.
-fn die_on_panic() {
+/// threads that receive and send, which the VM can do without, and which know where it is then.
+fn die_on_panic(vm: Arc<Vm>) {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         tell(panic);
-        if std::thread::current().name() == Some(crate::arrive::RECEIVER) {
+        if let Some(crate::arrive::RECEIVER | crate::leave::SENDER) = std::thread::current().name() {
             return;
         }
-        std::process::exit(i32::from(Kind::Vm.exit_code()));
+        std::process::exit(i32::from(vm.crashed().exit_code()));
     }));
 }
 
@@ -136,13 +136,28 @@ impl Vm {
     /// Where a VM may run whose process ends in the middle of a hand-over.
     pub(crate) fn may_run_at(&self) -> Option<String> {
         self.core(|core| {
-            let Phase::Migrating = core.phase else { return None };
-            // From then on the target may start it.
-            let gave_up_name =
-                core.claim.as_ref().is_none_or(|claim| matches!(claim.place(), Place::Leaving(..)));
-            gave_up_name.then(|| core.migration.as_ref().map_or_else(String::new, |stat| stat.to.clone()))
+            may_run_elsewhere(core)
+                .then(|| core.migration.as_ref().map_or_else(String::new, |stat| stat.to.clone()))
         })
     }
+
+    /// What the end of this process by a bug means, whoever starts VMs again that have failed: nobody may who might have two then.
+    fn crashed(&self) -> Kind {
+        let kind = |core: &mut Core| match core.phase {
+            Phase::Moved { .. } => Kind::Moved,
+            Phase::InDoubt { .. } => Kind::InDoubt,
+            _ if may_run_elsewhere(core) => Kind::InDoubt,
+            _ => Kind::Vm,
+        };
+        // The thread that panics may be at work on it.
+        self.try_core(kind).unwrap_or(Kind::InDoubt)
+    }
+}
+
+fn may_run_elsewhere(core: &Core) -> bool {
+    // From then on the target may start it.
+    matches!(core.phase, Phase::Migrating)
+        && core.claim.as_ref().is_none_or(|claim| matches!(claim.place(), Place::Leaving(..)))
 }
 
 /// How a VM's life in this process has ended.

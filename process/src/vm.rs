@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use migrate::tls::Security;
@@ -143,6 +143,8 @@ pub(crate) struct Vm {
     pub(crate) cancel: AtomicBool,
     /// Its faults are being recorded.
     pub(crate) recording: AtomicBool,
+    /// One at a time changes the budget, and what is on record of it.
+    pub(crate) budgeting: Mutex<()>,
     /// One at a time asks what became of a hand-over, and draws the conclusion.
     pub(crate) resolving: Mutex<()>,
     guest: Mutex<Option<Box<dyn Guest>>>,
@@ -180,6 +182,7 @@ impl Vm {
             events,
             cancel: AtomicBool::new(false),
             recording: AtomicBool::new(false),
+            budgeting: Mutex::default(),
             resolving: Mutex::default(),
             guest: Mutex::new(None),
             granted: Mutex::new(Some(granted)),
@@ -192,6 +195,15 @@ impl Vm {
     /// Looks at, or changes, what changes. For short work only.
     pub(crate) fn core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> T {
         work(&mut lock(&self.core))
+    }
+
+    /// The same, if nobody is at it now.
+    pub(crate) fn try_core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> Option<T> {
+        match self.core.try_lock() {
+            Ok(mut core) => Some(work(&mut core)),
+            Err(TryLockError::Poisoned(core)) => Some(work(&mut core.into_inner())),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Notes what a migration's session waits for, with the time at which that began.

@@ -103,19 +103,21 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     if let Err(error) = registry.prune(RECORDS_KEPT) {
         warn!(error = %chain(&error), "old records of hand-overs stay");
     }
-    announce(&listen, settings.json);
+    let (groups, json) = (Groups::of_this_process(), settings.json);
     let daemon = Arc::new(Daemon {
         settings,
         dir,
         door,
         listen,
         registry,
-        groups: Groups::of_this_process(),
+        groups,
         sessions: Mutex::default(),
         session_ended: Condvar::new(),
         admission: Mutex::default(),
         greeting: AtomicUsize::new(0),
     });
+    // What there was to put in order is: whoever reads this may rely on it.
+    announce(&daemon.listen, json);
     daemon.accept(&listener);
     info!("the daemon ends; VMs run on");
     Ok(())

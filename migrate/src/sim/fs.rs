@@ -4,6 +4,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fs::TryLockError;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -129,7 +130,7 @@ pub fn boot_id() -> io::Result<String> {
     Ok(with(|disk| format!("{:036}\n", disk.crashes)))
 }
 
-pub fn create_dir_all(_: &Path) -> io::Result<()> {
+pub fn make_own(_: &Path) -> io::Result<()> {
     Ok(())
 }
 
@@ -225,6 +226,18 @@ impl File {
                 Poll::Ready(())
             })
         }));
+        self.locked.set(true);
+        Ok(())
+    }
+
+    pub fn try_lock(&self) -> Result<(), TryLockError> {
+        with(|disk| {
+            if disk.locked.contains_key(&self.path) {
+                return Err(TryLockError::WouldBlock);
+            }
+            disk.locked.insert(self.path.clone(), Vec::new());
+            Ok(())
+        })?;
         self.locked.set(true);
         Ok(())
     }

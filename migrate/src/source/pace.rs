@@ -101,12 +101,19 @@ pub(crate) fn decide(rules: &Rules, now: &Standing) -> Decision {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct SendRate {
     per_s: Option<f64>,
+    /// That is of a round with enough pages.
+    is_known: bool,
 }
 
 impl SendRate {
     pub(crate) fn round(&mut self, pages: u64, took: Duration) {
-        if pages >= MIN_RATE_PAGES || self.per_s.is_none() {
-            self.per_s = Some(pages.max(1) as f64 / took.as_secs_f64().max(1e-6));
+        let rate = pages.max(1) as f64 / took.as_secs_f64().max(1e-6);
+        let says_much = pages >= MIN_RATE_PAGES;
+        if says_much || !self.is_known {
+            // Of rounds that say little the fastest says most: a memory of zeros takes its time, and hardly a page is sent.
+            let least = if says_much { 0.0 } else { self.per_s.unwrap_or_default() };
+            self.per_s = Some(rate.max(least));
+            self.is_known |= says_much;
         }
     }
 
@@ -229,6 +236,13 @@ mod tests {
         sent.round(1000, Duration::from_secs(1));
         sent.round(10, Duration::from_secs(1));
         assert_eq!(sent.per_s(), 1000.0);
+        let mut of_zeros = SendRate::default();
+        for (pages, ms, per_s) in
+            [(10, 1000, 10.0), (10, 10, 1000.0), (10, 1000, 1000.0), (500, 1000, 500.0), (1, 1, 500.0)]
+        {
+            of_zeros.round(pages, Duration::from_millis(ms));
+            assert_eq!(of_zeros.per_s(), per_s);
+        }
         let mut written = WriteRate::default();
         assert_eq!(written.per_s(), None);
         (0..9).for_each(|pages| written.scan(pages, Duration::from_secs(1)));

@@ -148,7 +148,7 @@ fn persist(link: &TargetLink<'_>, mut error: RegistryError, record: impl Fn() ->
     let deadline = Instant::now() + patience(RESOLVE_LIMIT);
     loop {
         tracing::error!(%error, session = %link.hello.session, "that a VM does not start here could not be recorded");
-        if !matches!(error, RegistryError::Io { .. }) || Instant::now() >= deadline {
+        if !matches!(error, RegistryError::Io { .. } | RegistryError::Busy(_)) || Instant::now() >= deadline {
             return;
         }
         pause(RESOLVE_EVERY);

@@ -166,7 +166,8 @@ impl VmClient {
     fn lost_moving(&self, error: &LineError, last: Option<&MigrationStat>) -> Failure {
         let (LineError::Closed, Some(last)) = (error, last) else { return self.lost(error) };
         let (name, to) = (&self.name, &last.to);
-        let text = if matches!(last.phase.as_str(), "hand_over" | "checking") {
+        // From the pause on: the word of a later phase may not have got here.
+        let text = if matches!(last.phase.as_str(), "stopped" | "hand_over" | "checking") {
             format!(
                 "the process of the VM {name:?} ended in the middle of its hand-over (it was killed, or crashed: see its log): \
                  it runs at {to} or nowhere, as `vmemd list` there says"
