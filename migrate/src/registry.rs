@@ -213,8 +213,14 @@ impl Registry {
             Mark::Open | Mark::Flushing if planted!(AnswersWithoutBurning) => return Ok(Outcome::NotThere),
             Mark::Flushing if !record.is_of_this_boot()? => return Err(RegistryError::Lost(session)),
             Mark::Open | Mark::Flushing => None,
-            // Burned once more: that an earlier flush of it succeeded is not known.
-            Mark::Burned => record.leftover(session),
+            Mark::Burned => {
+                // Once more: that an earlier flush of it succeeded is not known.
+                record.put(Mark::Burned)?;
+                if let Some(decision) = record.leftover(session) {
+                    decision.remove();
+                }
+                return Ok(Outcome::NotThere);
+            }
             Mark::Begun if !record.is_of_this_boot()? => match planted!(ForgetsTheCrash) {
                 true => None,
                 false => return Err(RegistryError::Lost(session)),

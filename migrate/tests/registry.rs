@@ -158,15 +158,75 @@ fn commit_and_burn_never_both_win() {
 
 #[test]
 fn pruning_keeps_what_a_source_may_ask_for() {
-    let (_place, registry, open) = fresh();
+    let (place, registry, open) = fresh();
     let [committed, burned] = [(); 2].map(|()| SessionId::random().unwrap());
     let [open, committing, burning] =
         [open, committed, burned].map(|session| registry.begin(session).unwrap());
     committing.commit().unwrap().started().flush().unwrap();
     registry.burn(burned).unwrap();
+    // One that cannot be read is in nobody's way.
+    let damaged: Vec<_> = (0..8).map(|_| SessionId::random().unwrap()).collect();
+    damaged.iter().for_each(|session| std::fs::write(place.0.join(session.to_string()), "BURN").unwrap());
     registry.prune(Duration::ZERO).unwrap();
+    assert!(damaged.iter().all(|session| place.0.join(session.to_string()).exists()));
     assert_eq!(registry.burn(committed).unwrap(), Outcome::RunningThere, "or the VM would run at both hosts");
     assert!(matches!(registry.burn(burned), Err(RegistryError::Unknown(_))));
     assert!(burning.commit().is_err());
     drop(open.commit().unwrap());
+}
+
+/// As a group-writable umask leaves it. In memory, where the decisions are in the same directory.
+#[test]
+fn a_directory_that_others_write_to_becomes_ones_own_or_is_refused_before_the_pause() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let session = SessionId::random().unwrap();
+    let place = Place(PathBuf::from(format!("/dev/shm/vmemd-registry-{session}")));
+    let give = |mode| std::fs::set_permissions(&place.0, std::fs::Permissions::from_mode(mode)).unwrap();
+    std::fs::create_dir(&place.0).unwrap();
+    give(0o775);
+    let registry = Registry::new(&place.0).unwrap();
+    assert_eq!(std::fs::metadata(&place.0).unwrap().mode() & 0o777, 0o755);
+    drop(registry.begin(session).unwrap().commit().unwrap());
+    give(0o775);
+    let other = SessionId::random().unwrap();
+    assert!(matches!(registry.begin(other), Err(RegistryError::Io { .. })), "the commit would fail");
+    let decision = place.0.join(format!("{other}-0.decision"));
+    assert!(!decision.exists());
+    give(0o755);
+    assert_eq!(registry.burn(other).unwrap(), Outcome::NotThere);
+}
+
+#[test]
+fn who_asks_does_not_wait_for_ever() {
+    let (_place, registry, session) = fresh();
+    // Its process stands still just now.
+    let committed = registry.begin(session).unwrap().commit().unwrap();
+    let begun = std::time::Instant::now();
+    assert!(matches!(registry.burn(session), Err(RegistryError::Busy(_))));
+    assert!(begun.elapsed() < 2 * migrate::limits::RESOLVE_CALL_LIMIT, "{:?}", begun.elapsed());
+    drop(committed.started());
+    assert_eq!(registry.burn(session).unwrap(), Outcome::RunningThere);
+}
+
+#[test]
+fn a_decision_that_was_left_over_goes_with_the_next_question() {
+    // A settled record counts by itself, whatever the decision says.
+    let cases = [
+        ("BURNED \n", Outcome::NotThere),
+        ("COMMIT \n", Outcome::NotThere),
+        ("COMMIT \n", Outcome::RunningThere),
+    ];
+    for (mark, outcome) in cases {
+        let (place, registry, session) = fresh();
+        let begun = registry.begin(session).unwrap();
+        let decision = decision_of(&place, session);
+        match outcome {
+            Outcome::NotThere => drop(registry.burn(session).unwrap()),
+            Outcome::RunningThere => begun.commit().unwrap().started().flush().unwrap(),
+        }
+        // As if the flush had failed, and its process had died.
+        std::fs::write(&decision, mark).unwrap();
+        assert_eq!(registry.burn(session).unwrap(), outcome);
+        assert!(!decision.exists(), "{outcome:?}");
+    }
 }
