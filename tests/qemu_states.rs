@@ -280,7 +280,7 @@ fn moved_while(
     address: &str,
     word: Word,
     then: impl FnOnce() + Send + 'static,
-) -> (common::Said, Duration) {
+) -> (common::Said, Duration, Proxy) {
     let proxy = Proxy::start(address);
     let (struck, when) = std::sync::mpsc::channel();
     let (ended, end) = std::sync::mpsc::channel::<()>();
@@ -304,7 +304,7 @@ fn moved_while(
     let said = host.vmemd(&["migrate", "vm", "--to", &proxy.address]);
     let began = when.try_recv().unwrap_or_else(|_| panic!("{word:?} was not sent: {said:?}"));
     drop(ended);
-    (said, began.elapsed())
+    (said, began.elapsed(), proxy)
 }
 
 /// Its name, QEMU's further words, when and how it ends; the exit code, and what is said.
@@ -356,7 +356,8 @@ fn a_guest_that_ends_in_the_middle_of_a_move_is_told_as_such() {
                 How::Signal(number, _) => How::Signal(number, pid),
                 how => how,
             };
-            let (said, took) = moved_while(&host, &address, word, move || {
+            // The source's last word is on its way still: the cable stays until it has come.
+            let (said, took, cable) = moved_while(&host, &address, word, move || {
                 monitor.ends_by(&how);
                 if let How::Signal(..) = how {
                     // The monitor's end is QEMU's.
@@ -385,6 +386,7 @@ fn a_guest_that_ends_in_the_middle_of_a_move_is_told_as_such() {
             // Nothing of it is left on either side, and the target knows why.
             assert!(host.names().is_empty(), "{}", name(case));
             wait_for("the target to give up", || there.names().is_empty().then_some(()));
+            drop(cable);
             host.assert_clean();
             there.assert_clean_but(&[daemon.pid()]);
             let log = there.root.join("vm.log");
@@ -410,7 +412,7 @@ fn a_qemu_that_ends_when_its_vm_has_been_handed_over_is_no_failure() {
         let (host, mut there) = (Host::new("states-late"), Host::new("states-late-there"));
         let (daemon, address) = serve(&mut there, &host);
         let (mut vm, mut monitor) = Vm::start(&host, &qemu, &[]);
-        let (said, _) =
+        let (said, _, _cable) =
             moved_while(&host, &address, Word::Commit, move || monitor.ends_by(&How::Command("quit")));
         assert!(said.code == 0 && said.out.contains("vm moved to"), "{said:?}");
         vm.guest.wait_end(BOOT);
@@ -428,7 +430,7 @@ fn a_guest_that_reboots_moves_and_one_that_panics_and_stays_does_not() {
         let (host, mut there) = (Host::new("states-stay"), Host::new("states-stay-there"));
         let (daemon, address) = serve(&mut there, &host);
         let (mut vm, mut monitor) = Vm::start(&host, &qemu, &[]);
-        let (said, _) = moved_while(&host, &address, Word::RoundEnd, move || {
+        let (said, _, _cable) = moved_while(&host, &address, Word::RoundEnd, move || {
             monitor.ask("system_reset", json!({}));
             monitor.hears("RESET");
         });
@@ -449,7 +451,7 @@ fn a_guest_that_reboots_moves_and_one_that_panics_and_stays_does_not() {
         ] {
             let (vm, mut monitor) = Vm::start(&host, &qemu, more);
             monitor.waits_for_firmware();
-            let (said, took) = moved_while(&host, &address, Word::RoundEnd, move || {
+            let (said, took, _cable) = moved_while(&host, &address, Word::RoundEnd, move || {
                 monitor.says("human-monitor-command", json!({ "command-line": port }));
                 monitor.hears("STOP");
             });
@@ -482,7 +484,7 @@ fn a_machine_arrives_as_it_was_left_by_whoever_had_it() {
                 }
                 _ => {}
             }
-            let (said, _) = moved_while(&host, &address, Word::RoundEnd, move || {
+            let (said, _, _cable) = moved_while(&host, &address, Word::RoundEnd, move || {
                 in_the_middle.into_iter().for_each(|line| monitor.human(line));
             });
             assert_eq!(said.code, 0, "{case}: {said:?}");
