@@ -501,6 +501,25 @@ fn a_vm_that_stands_still_arrives_so() {
     }
 }
 
+/// Its stopper has been told that it is stopped: it must not run elsewhere after that.
+#[test]
+fn a_vm_that_is_ending_does_not_move_any_more() {
+    let host = Host::new();
+    let Some(vm) = start(&host) else { return };
+    wait_for(&host, State::Running);
+    // Somebody who has not had an answer yet: until then, or for some seconds, requests are taken.
+    let mut slow = UnixStream::connect(host.socket()).unwrap();
+    writeln!(slow, "{}", serde_json::to_string(&Request::RecordFaults { seconds: 60 }).unwrap()).unwrap();
+    until(|| connect(&host).ask(&Request::RecordFaults { seconds: 60 }, DEADLINE).is_err());
+    let mut late = connect(&host);
+    assert_eq!(connect(&host).ask(&Request::Stop, DEADLINE).unwrap()["state"], "stopped");
+    let refused = late.ask_long(&migrate_request("127.0.0.1:1".to_owned()), &mut |_| {}).unwrap_err();
+    assert_eq!((refused.kind, refused.text.as_str()), (Kind::Name, "\"web\" cannot move: it is ending"));
+    drop(slow);
+    let (_process, end) = vm.process.join().unwrap();
+    assert_eq!((end.result, end.quit), (Ok(()), true));
+}
+
 #[test]
 fn a_vm_that_may_run_at_the_target_runs_nowhere_else() {
     let host = Host::new();
