@@ -254,7 +254,7 @@ impl Core {
                 continue;
             }
             if table.resident_in_block(page.block()) == 0 {
-                receiving.hand = table.block_of(page).end();
+                receiving.hand = page.next_block();
                 continue;
             }
             receiving.hand = page.plus(1);

@@ -57,6 +57,22 @@ fn receiving(hot: bool) -> Core {
     core
 }
 
+/// Whatever the event leads to, with all writes done.
+fn settle(core: &mut Core, mut todo: Vec<Action>) {
+    loop {
+        core.make_ready();
+        todo.extend(performed(core));
+        if todo.is_empty() {
+            return;
+        }
+        for action in std::mem::take(&mut todo) {
+            if let Action::Write { io, .. } = action {
+                todo.extend(written(core, io, Ok(())));
+            }
+        }
+    }
+}
+
 /// A version of the page, with its checksum. Cold ones are written, as long as many more are to come.
 fn arrive(core: &mut Core, sum: u64) -> Vec<Action> {
     arrive_at(core, PAGE, sum, false)
@@ -439,4 +455,38 @@ fn a_huge_page_sampled_again_after_it_was_given_back_comes_back_once() {
     assert_eq!(sampled(&mut core, true), [], "fresh");
     assert!(sampled(&mut core, true).contains(&second));
     assert!(end_samples(&mut core) > 512);
+}
+
+/// What a VM of so many pages with a budget of 1024 frames becomes while pages of such heats arrive.
+fn arriving(pages: u64, short: Vec<Run>, heat: Vec<u8>) -> Core {
+    let config =
+        CoreConfig { pages, budget_frames: 1024, budget_min: 48, slots: 512, blocks: 0, sampling: false };
+    let mut core = Core::new(config).with_short_blocks(short);
+    ask(&mut core, Request::StartReceiving(heat));
+    core
+}
+
+/// What may be placed in RAM of that budget: 128 frames are kept to receive into.
+const ROOM: u64 = 896;
+
+fn place(core: &mut Core, page: u64, again: bool) {
+    let done = arrive_at(core, PageNo(page), 1, again);
+    settle(core, done);
+}
+
+#[test]
+fn the_search_for_colder_pages_goes_on_behind_a_block_that_is_not_whole() {
+    let work = || {
+        let mut heat = vec![0; 4096];
+        heat[512..2048].fill(40);
+        // None of the first block is in RAM.
+        let mut core = arriving(4096, vec![Run::new(PageNo(0), 100)], heat);
+        (512..512 + ROOM).for_each(|page| place(&mut core, page, false));
+        place(&mut core, 3000, true);
+        [512, 3000].map(|page| core.table.state(PageNo(page)))
+    };
+    let (end, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || end.send(work()));
+    let states = ended.recv_timeout(std::time::Duration::from_secs(30)).expect("it ends");
+    assert_eq!(states, [PageState::Stored, PageState::Resident], "the coldest gives way");
 }
