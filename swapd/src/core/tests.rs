@@ -372,22 +372,27 @@ fn who_waits_for_a_frame_no_longer_is_not_said_to_starve() {
 
 /// A VM of two huge pages whose budget covers it, with samples on.
 fn huge() -> Core {
+    huge_of(1024)
+}
+
+fn huge_of(pages: u32) -> Core {
     let mut core = Core::new(CoreConfig {
-        pages: 1024,
-        budget_frames: 1024,
+        pages: u64::from(pages),
+        budget_frames: u64::from(pages),
         budget_min: 48,
         slots: 128,
         blocks: 2,
         sampling: true,
     });
-    refill(&mut core, Run::new(PageNo(0), 1024));
+    refill(&mut core, Run::new(PageNo(0), pages));
     // What has just been touched is left alone once.
     sampled(&mut core, true);
     core
 }
 
 fn refill(core: &mut Core, run: Run) {
-    for block in [PageNo(0), PageNo(512)].into_iter().filter(|block| run.contains(*block)) {
+    let blocks = run.pages().filter(|page| page.0.is_multiple_of(512));
+    for block in blocks {
         core.handle(Event::Fault(block));
         let Some(Action::FillBlock { run }) = core.next_action() else { panic!("it is filled whole") };
         actions(core, Event::Filled { run, huge: true });
@@ -489,4 +494,32 @@ fn the_search_for_colder_pages_goes_on_behind_a_block_that_is_not_whole() {
     std::thread::spawn(move || end.send(work()));
     let states = ended.recv_timeout(std::time::Duration::from_secs(30)).expect("it ends");
     assert_eq!(states, [PageState::Stored, PageState::Resident], "the coldest gives way");
+}
+
+#[test]
+fn huge_pages_that_share_a_place_are_sampled_one_after_the_other_and_stay_whole() {
+    let mut core = huge_of(3072);
+    let block = |nth: u64| Run::new(PageNo(nth * 512), 512);
+    assert_eq!(sampled(&mut core, true), [block(0), block(1)], "places for two");
+    assert!((2..6).all(|nth| core.table.is_huge(nth)), "the others are as they were");
+    assert_eq!((core.table.count(PageState::Sampled), core.stats().sampling.pages), (1024, 1024));
+    assert_eq!(end_samples(&mut core), 1024, "none is taken for one that is out");
+}
+
+#[test]
+fn a_sample_for_which_there_is_no_slot_is_not_out() {
+    let mut core = Core::new(CoreConfig {
+        pages: 1024,
+        budget_frames: 256,
+        budget_min: 48,
+        slots: 256,
+        blocks: 0,
+        sampling: true,
+    });
+    (0..64).for_each(|page| drop(actions(&mut core, Event::Fault(PageNo(page)))));
+    sampled(&mut core, true);
+    let taken: Vec<_> = std::iter::from_fn(|| core.staging.take_empty(256)).collect();
+    assert!(!taken.is_empty() && !core.sampler.is_out(), "fresh ones are left alone");
+    core.handle(Event::Tick { ticks: 1 });
+    assert!(core.next_action().is_none() && !core.sampler.is_out(), "no slot, no sample");
 }
