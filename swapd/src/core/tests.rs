@@ -523,3 +523,112 @@ fn a_sample_for_which_there_is_no_slot_is_not_out() {
     core.handle(Event::Tick { ticks: 1 });
     assert!(core.next_action().is_none() && !core.sampler.is_out(), "no slot, no sample");
 }
+
+/// RAM full of pages of heat 80 behind page 2048, of which the first have given way to others of them.
+fn full_of_warm_pages() -> Core {
+    let mut heat = vec![0; 4096];
+    heat[1024..2048].fill(40);
+    heat[2048..4096].fill(80);
+    let mut core = arriving(4096, vec![], heat);
+    (1024..1024 + ROOM).for_each(|page| place(&mut core, page, false));
+    (2048..2049 + ROOM).for_each(|page| place(&mut core, page, false));
+    core
+}
+
+fn resident(core: &Core, pages: std::ops::Range<u64>) -> usize {
+    pages.filter(|page| core.table.state(PageNo(*page)) == PageState::Resident).count()
+}
+
+#[test]
+fn pages_that_came_to_ram_behind_the_hand_give_way_to_hotter_ones() {
+    let mut core = full_of_warm_pages();
+    (1024..1034).for_each(|page| place(&mut core, page, false));
+    (0..1000).for_each(|page| place(&mut core, page, true));
+    assert_eq!((resident(&core, 1024..1034), resident(&core, 2048..4096)), (0, 0), "colder than what came");
+    assert!(core.placed_in_ram() <= ROOM, "{} pages in RAM", core.placed_in_ram());
+}
+
+#[test]
+fn a_colder_page_that_comes_while_there_is_room_gives_way_before_what_was_the_coldest() {
+    let mut heat = vec![0; 4096];
+    heat[0..2048].fill(80);
+    heat[4000..4040].fill(10);
+    let mut core = arriving(4096, vec![], heat);
+    (0..ROOM + 1).for_each(|page| place(&mut core, page, false));
+    // The hand is at those of 80, and has made room for some more.
+    (4000..4040).for_each(|page| place(&mut core, page, false));
+    (3000..3100).for_each(|page| place(&mut core, page, true));
+    assert_eq!((resident(&core, 4000..4040), resident(&core, 3000..3100)), (0, 100));
+}
+
+#[test]
+fn what_found_no_slot_on_its_way_out_is_found_again() {
+    let mut heat = vec![0; 4096];
+    heat[0..2048].fill(40);
+    let mut core = arriving(4096, vec![], heat);
+    (0..ROOM).for_each(|page| place(&mut core, page, false));
+    // All but 20 of the slots are somebody's.
+    let taken: Vec<_> = std::iter::from_fn(|| core.staging.take_empty(32)).collect();
+    let some = taken.iter().flat_map(|slots| slots.slots()).take(20);
+    some.for_each(|slot| {
+        core.staging.assign(slot, Use::Orphan);
+        core.staging.vacate(slot);
+    });
+    core.make_way();
+    assert!(core.next_action().is_none(), "nothing is over");
+    core.budget -= 30;
+    core.make_way();
+    let out =
+        |core: &Core| (0..64).filter(|page| core.table.state(PageNo(*page)) == PageState::Leaving).count();
+    assert_eq!(out(&core), 20);
+    taken.iter().flat_map(|slots| slots.slots()).skip(20).for_each(|slot| {
+        core.staging.assign(slot, Use::Orphan);
+        core.staging.vacate(slot);
+    });
+    core.budget -= 30;
+    core.make_way();
+    assert_eq!(out(&core), 64, "from the first one that stayed");
+}
+
+#[test]
+fn what_was_pinned_when_the_hand_passed_gives_way_later() {
+    let mut core = full_of_warm_pages();
+    let mut next = 0;
+    while core.placed_in_ram() <= ROOM {
+        arrive_at(&mut core, PageNo(next), 1, true);
+        next += 1;
+    }
+    let (tried, _) = all_pinned(&mut core, Core::make_ready);
+    assert_eq!(tried.len(), 64);
+    let done = actions(&mut core, Event::Tick { ticks: 1 });
+    settle(&mut core, done);
+    (next..1000).for_each(|page| place(&mut core, page, true));
+    assert_eq!(resident(&core, 2048..4096), 0, "colder than what came");
+}
+
+#[test]
+fn hot_pages_in_the_store_that_become_zeros_do_not_keep_room() {
+    let mut core = arriving(4096, vec![], vec![0; 4096]);
+    (0..600).for_each(|page| place(&mut core, page, false));
+    assert_eq!(core.table.count(PageState::Stored), 600, "as long as much is to come");
+    let mut heat = vec![0; 4096];
+    heat[..600].fill(80);
+    // The second time nothing new is found.
+    (0..2).for_each(|_| drop(ask(&mut core, Request::UpdateHeat(heat.clone()))));
+    assert_eq!(core.table.hot_in_store(), 600);
+    ask(&mut core, Request::ArriveZero(Run::new(PageNo(0), 3500)));
+    assert_eq!(core.table.hot_in_store(), 0);
+    (3500..4096).for_each(|page| place(&mut core, page, false));
+    assert_eq!(core.table.count(PageState::Resident), 596, "there is room for all that is not zeros");
+}
+
+#[test]
+fn a_heat_map_of_another_size_begins_no_receiving() {
+    let mut core = core();
+    let refused = ask(&mut core, Request::StartReceiving(vec![0; 255]));
+    assert!(
+        matches!(refused[..], [Action::Answer { answer: Err(CommandError::NotNow(_)), .. }]),
+        "{refused:?}"
+    );
+    assert!(core.receiving.is_none(), "it pages as before");
+}
