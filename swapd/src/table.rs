@@ -151,6 +151,9 @@ pub struct PageTable {
     counts: [u64; STATES],
     /// Pages with [`Flag::Pinned`].
     pinned: u64,
+    /// See [`PageTable::count_hot_from`].
+    hot_from: Option<u8>,
+    hot_in_store: u64,
     transitions: [[u64; STATES]; STATES],
 }
 
@@ -174,6 +177,8 @@ impl PageTable {
             epoch: 0,
             counts,
             pinned: 0,
+            hot_from: None,
+            hot_in_store: 0,
             transitions: [[0; STATES]; STATES],
         }
     }
@@ -222,6 +227,7 @@ impl PageTable {
         let from = self.state(page);
         assert!(IS_LEGAL[from as usize][to as usize], "illegal transition of {page}: {from:?} -> {to:?}");
         self.pinned -= u64::from(self.has(page, Flag::Pinned));
+        self.hot_in_store -= u64::from(self.is_hot_in_store(page));
         let entry = &mut self.entries[page.index()];
         *entry = (*entry & !(STATE_MASK | OF_STATE)) | to as u16;
         self.counts[from as usize] -= 1;
@@ -234,6 +240,7 @@ impl PageTable {
         let region = &mut self.regions[page.block() / REGION_BLOCKS];
         *region -= u32::from(from == Resident);
         *region += u32::from(to == Resident);
+        self.hot_in_store += u64::from(self.is_hot_in_store(page));
     }
 
     pub fn has(&self, page: PageNo, flag: Flag) -> bool {
@@ -348,8 +355,34 @@ impl PageTable {
 
     pub fn set_heat(&mut self, page: PageNo, heat: u8) {
         self.refresh(page);
+        self.hot_in_store -= u64::from(self.is_hot_in_store(page));
         let entry = &mut self.entries[page.index()];
         *entry = (*entry & 0x00FF) | (u16::from(heat) << HEAT_SHIFT);
+        self.hot_in_store += u64::from(self.is_hot_in_store(page));
+    }
+
+    /// From now on, until it is told None, the table counts the pages of so much heat that are in the store or on their way there.
+    pub fn count_hot_from(&mut self, heat: Option<u8>) {
+        self.hot_from = heat;
+        self.hot_in_store = self.find_hot_in_store();
+    }
+
+    /// How many those are, as counted.
+    pub fn hot_in_store(&self) -> u64 {
+        self.hot_in_store
+    }
+
+    /// The same, as found now.
+    pub fn find_hot_in_store(&self) -> u64 {
+        if self.hot_from.is_none() {
+            return 0;
+        }
+        (0..self.pages()).filter(|page| self.is_hot_in_store(PageNo(*page))).count() as u64
+    }
+
+    fn is_hot_in_store(&self, page: PageNo) -> bool {
+        let hot = |from| matches!(self.state(page), Leaving | Stored) && self.heat(page) >= from;
+        self.hot_from.is_some_and(hot)
     }
 
     pub fn warm(&mut self, page: PageNo, by: u8) {
@@ -357,7 +390,11 @@ impl PageTable {
     }
 
     /// Everything cools by half.
+    ///
+    /// # Panics
+    /// If hot pages are counted: it would not be known which of them still are.
     pub fn next_epoch(&mut self) {
+        assert!(self.hot_from.is_none(), "what cools is not counted");
         self.epoch += 1;
     }
 }

@@ -53,6 +53,12 @@ impl PageNo {
         (self.0 / u64::from(BLOCK_PAGES)) as usize
     }
 
+    /// First page of the next 2 MiB block, wherever the memory of this one ends.
+    #[must_use]
+    pub fn next_block(self) -> Self {
+        PageNo((self.block() as u64 + 1) * u64::from(BLOCK_PAGES))
+    }
+
     #[must_use]
     pub fn plus(self, pages: u32) -> Self {
         PageNo(self.0 + u64::from(pages))

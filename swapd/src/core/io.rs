@@ -259,6 +259,7 @@ impl Core {
                     _ => {
                         let newest = outdated >> nth & 1 == 0 || mutant!(TrustsReplacedVersions);
                         self.table.put(page, Flag::Stored, result.is_ok() && newest);
+                        self.may_give_way(page);
                     }
                 }
                 continue;

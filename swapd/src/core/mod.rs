@@ -436,6 +436,7 @@ impl Core {
     /// Its frame is in the guest.
     fn came_in(&mut self, page: PageNo) {
         self.table.set(page, PageState::Resident);
+        self.may_give_way(page);
         if !self.waiting.is_empty()
             && let Some(kind) = self.waiting.remove(&page)
         {
@@ -609,6 +610,8 @@ impl Core {
             assert_eq!(self.staging.used(*slot), Use::Bound(*page), "{page} is bound to {slot:?}");
         }
         self.check_slots();
+        let (hot, counted) = (self.table.find_hot_in_store(), self.table.hot_in_store());
+        assert_eq!(hot, counted, "hot pages that are in the store = those counted");
         let in_staging = [PageState::Leaving, PageState::Standby, PageState::Arriving, PageState::Sampled];
         let count: u64 = in_staging.iter().map(|state| self.table.count(*state)).sum();
         let lent = self.staging.lent_blocks() * BLOCK_PAGES as usize;

@@ -271,17 +271,25 @@ impl Core {
         let huge = self.covers().then_some(&has_place as &dyn Fn(usize) -> bool);
         self.sampler.choose(&mut self.table, self.tick, Places { huge, single }, &mut samples);
         for run in samples.drain(..) {
-            let slots = if run.len == BLOCK_PAGES { self.staging.lend(run.start.block()) } else { None };
-            self.counts.sampled += u64::from(match slots {
-                Some(slots) => {
-                    run.pages().for_each(|page| self.table.set(page, PageState::Sampled));
-                    self.actions.push_back(Action::MoveOut { run, slots, digest: false });
-                    run.len
-                }
-                None => self.start_out(run, PageState::Sampled),
-            });
+            let out = if run.len == BLOCK_PAGES {
+                self.lend_out(run)
+            } else {
+                self.start_out(run, PageState::Sampled)
+            };
+            self.counts.sampled += u64::from(out);
+            if out == 0 {
+                self.sampler.refused(run);
+            }
         }
         self.victims = samples;
+    }
+
+    /// A huge page goes to its place, if that is still empty: one chosen with it may have the same, and it must not go to pieces for that.
+    fn lend_out(&mut self, run: Run) -> u32 {
+        let Some(slots) = self.staging.lend(run.start.block()) else { return 0 };
+        run.pages().for_each(|page| self.table.set(page, PageState::Sampled));
+        self.actions.push_back(Action::MoveOut { run, slots, digest: false });
+        run.len
     }
 
     /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as

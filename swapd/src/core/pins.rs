@@ -89,7 +89,10 @@ impl Core {
             let Some((_, run)) = next else { break };
             self.pins.given_up.pop_front();
             let again = run.part(0, run.len.min(left));
-            again.pages().for_each(|page| self.table.put(page, Flag::Pinned, false));
+            for page in again.pages() {
+                self.table.put(page, Flag::Pinned, false);
+                self.may_give_way(page);
+            }
             left -= again.len;
             if again.len < run.len {
                 self.pins.given_up.push_front((0, run.part(again.len, run.len - again.len)));

@@ -21,13 +21,11 @@ pub(super) struct Receiving {
     /// One bit a page: a version of it has come.
     came: Vec<u64>,
     to_come: u64,
-    /// Hot pages that are in the store.
-    hot_in_store: u64,
     /// What the source told last, having watched the VM, made so many pages hot that are in the store.
     found_hot: Option<u64>,
     /// Where the search for pages that give way to hotter ones goes on.
     hand: PageNo,
-    /// No page in RAM is known to be colder than this, and what the coldest had behind the hand since it was last at the beginning.
+    /// No page in RAM that may leave is colder than this, and what the coldest of those behind the hand has.
     coldest: u8,
     next_coldest: u8,
     pages_read_before: u64,
@@ -52,11 +50,12 @@ impl Core {
         if self.table.count(PageState::Untouched) != self.table.pages() || self.receiving.is_some() {
             return Err(CommandError::NotNow("only an empty VM can be received into"));
         }
+        self.check_heat(heat)?;
+        self.table.count_hot_from(Some(HOT));
         let pages = self.table.pages();
         self.receiving = Some(Receiving {
             came: vec![0; pages.div_ceil(64) as usize],
             to_come: pages,
-            hot_in_store: 0,
             found_hot: None,
             hand: PageNo(0),
             coldest: 0,
@@ -70,6 +69,11 @@ impl Core {
         Ok(Response::Done)
     }
 
+    fn check_heat(&self, heat: &[u8]) -> Result<(), CommandError> {
+        let fits = heat.len() as u64 == self.table.pages();
+        fits.then_some(()).ok_or(CommandError::NotNow("the heat map is not of this VM's size"))
+    }
+
     pub(super) fn update_heat(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
         let found = self.take_heat(heat)?;
         self.receiving.as_mut().expect("checked by take_heat").found_hot = Some(found);
@@ -78,11 +82,8 @@ impl Core {
 
     /// Returns how many pages in the store it made hot.
     fn take_heat(&mut self, heat: &[u8]) -> Result<u64, CommandError> {
+        self.check_heat(heat)?;
         let Some(receiving) = &mut self.receiving else { return Err(NOT_RECEIVING) };
-        if heat.len() as u64 != self.table.pages() {
-            return Err(CommandError::NotNow("the heat map is not of this VM's size"));
-        }
-        receiving.hot_in_store = 0;
         (receiving.hand, receiving.coldest, receiving.next_coldest) = (PageNo(0), 0, u8::MAX);
         let mut found = 0;
         for (page, heat) in (0..).map(PageNo).zip(heat.iter().copied()) {
@@ -92,7 +93,6 @@ impl Core {
                 self.table.set_heat(page, heat);
             }
             let stored = matches!(self.table.state(page), PageState::Leaving | PageState::Stored);
-            receiving.hot_in_store += u64::from(heat >= HOT && stored);
             found += u64::from(heat >= HOT && stored && before < HOT);
         }
         Ok(found)
@@ -174,11 +174,11 @@ impl Core {
         u64::from(self.marks.high.max(RECEIVE_FRAMES)).min(self.budget / 8)
     }
 
-    fn placed_in_ram(&self) -> u64 {
+    pub(super) fn placed_in_ram(&self) -> u64 {
         self.table.count(PageState::Resident) + self.table.count(PageState::Arriving)
     }
 
-    /// Decides for one page, and keeps the figures that the next decisions rest on.
+    /// Decides for one page.
     fn choose_ram(&mut self, page: PageNo, again: bool) -> bool {
         let reserve = self.receive_reserve();
         let before = self.table.state(page);
@@ -195,18 +195,14 @@ impl Core {
             in_ram: self.placed_in_ram()
                 - u64::from(matches!(before, PageState::Resident | PageState::Arriving)),
             to_come: receiving.to_come,
-            hot_in_store: receiving.hot_in_store + unseen,
+            hot_in_store: self.table.hot_in_store() + unseen,
             coldest: receiving.coldest,
         };
         let to_ram = facts.into_ram(heat);
         if heat > known {
             self.table.set_heat(page, heat);
         }
-        let was_stored = matches!(before, PageState::Leaving | PageState::Stored);
         self.came(page);
-        let receiving = self.receiving.as_mut().expect("checked by the caller");
-        receiving.hot_in_store -= u64::from(known >= HOT && was_stored);
-        receiving.hot_in_store += u64::from(heat >= HOT && !to_ram);
         to_ram
     }
 
@@ -221,10 +217,10 @@ impl Core {
         let mut cold = std::mem::take(&mut self.victims);
         self.find_cold(want, &mut cold);
         for run in cold.drain(..) {
-            let hot = run.pages().filter(|page| self.table.heat(*page) >= HOT).count() as u64;
             let out = self.start_out(run, PageState::Leaving);
-            self.receiving.as_mut().expect("looked at above").hot_in_store += hot;
             if out < run.len {
+                // No slots: those that stay are found again once there are.
+                self.receiving.as_mut().expect("looked at above").hand = run.start.plus(out);
                 break;
             }
         }
@@ -254,7 +250,7 @@ impl Core {
                 continue;
             }
             if table.resident_in_block(page.block()) == 0 {
-                receiving.hand = table.block_of(page).end();
+                receiving.hand = page.next_block();
                 continue;
             }
             receiving.hand = page.plus(1);
@@ -271,6 +267,20 @@ impl Core {
                 Some(run) if run.end() == page && run.len < VICTIM_RUN_MAX => run.len += 1,
                 _ => cold.push(Run::one(page)),
             }
+        }
+    }
+
+    /// A page has come to RAM, or is held there no longer. The hand may have passed it: it comes by again.
+    pub(super) fn may_give_way(&mut self, page: PageNo) {
+        let Some(receiving) = &mut self.receiving else { return };
+        if !may_leave(&self.table, page) {
+            return;
+        }
+        let heat = self.table.heat(page);
+        if heat < receiving.coldest {
+            (receiving.hand, receiving.coldest, receiving.next_coldest) = (PageNo(0), heat, u8::MAX);
+        } else if page < receiving.hand {
+            receiving.next_coldest = receiving.next_coldest.min(heat);
         }
     }
 
@@ -340,6 +350,7 @@ impl Core {
             return Err(error);
         }
         let Some(receiving) = self.receiving.take() else { return Err(NOT_RECEIVING) };
+        self.table.count_hot_from(None);
         let waiting = receiving.grants.iter().map(|(ticket, _)| *ticket).chain(receiving.settle);
         self.actions.extend(waiting.map(|ticket| Action::Answer { ticket, answer: Err(NOT_RECEIVING) }));
         self.begin_collapse(false);

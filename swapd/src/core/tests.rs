@@ -57,6 +57,22 @@ fn receiving(hot: bool) -> Core {
     core
 }
 
+/// Whatever the event leads to, with all writes done.
+fn settle(core: &mut Core, mut todo: Vec<Action>) {
+    loop {
+        core.make_ready();
+        todo.extend(performed(core));
+        if todo.is_empty() {
+            return;
+        }
+        for action in std::mem::take(&mut todo) {
+            if let Action::Write { io, .. } = action {
+                todo.extend(written(core, io, Ok(())));
+            }
+        }
+    }
+}
+
 /// A version of the page, with its checksum. Cold ones are written, as long as many more are to come.
 fn arrive(core: &mut Core, sum: u64) -> Vec<Action> {
     arrive_at(core, PAGE, sum, false)
@@ -356,22 +372,27 @@ fn who_waits_for_a_frame_no_longer_is_not_said_to_starve() {
 
 /// A VM of two huge pages whose budget covers it, with samples on.
 fn huge() -> Core {
+    huge_of(1024)
+}
+
+fn huge_of(pages: u32) -> Core {
     let mut core = Core::new(CoreConfig {
-        pages: 1024,
-        budget_frames: 1024,
+        pages: u64::from(pages),
+        budget_frames: u64::from(pages),
         budget_min: 48,
         slots: 128,
         blocks: 2,
         sampling: true,
     });
-    refill(&mut core, Run::new(PageNo(0), 1024));
+    refill(&mut core, Run::new(PageNo(0), pages));
     // What has just been touched is left alone once.
     sampled(&mut core, true);
     core
 }
 
 fn refill(core: &mut Core, run: Run) {
-    for block in [PageNo(0), PageNo(512)].into_iter().filter(|block| run.contains(*block)) {
+    let blocks = run.pages().filter(|page| page.0.is_multiple_of(512));
+    for block in blocks {
         core.handle(Event::Fault(block));
         let Some(Action::FillBlock { run }) = core.next_action() else { panic!("it is filled whole") };
         actions(core, Event::Filled { run, huge: true });
@@ -439,4 +460,175 @@ fn a_huge_page_sampled_again_after_it_was_given_back_comes_back_once() {
     assert_eq!(sampled(&mut core, true), [], "fresh");
     assert!(sampled(&mut core, true).contains(&second));
     assert!(end_samples(&mut core) > 512);
+}
+
+/// What a VM of so many pages with a budget of 1024 frames becomes while pages of such heats arrive.
+fn arriving(pages: u64, short: Vec<Run>, heat: Vec<u8>) -> Core {
+    let config =
+        CoreConfig { pages, budget_frames: 1024, budget_min: 48, slots: 512, blocks: 0, sampling: false };
+    let mut core = Core::new(config).with_short_blocks(short);
+    ask(&mut core, Request::StartReceiving(heat));
+    core
+}
+
+/// What may be placed in RAM of that budget: 128 frames are kept to receive into.
+const ROOM: u64 = 896;
+
+fn place(core: &mut Core, page: u64, again: bool) {
+    let done = arrive_at(core, PageNo(page), 1, again);
+    settle(core, done);
+}
+
+#[test]
+fn the_search_for_colder_pages_goes_on_behind_a_block_that_is_not_whole() {
+    let work = || {
+        let mut heat = vec![0; 4096];
+        heat[512..2048].fill(40);
+        // None of the first block is in RAM.
+        let mut core = arriving(4096, vec![Run::new(PageNo(0), 100)], heat);
+        (512..512 + ROOM).for_each(|page| place(&mut core, page, false));
+        place(&mut core, 3000, true);
+        [512, 3000].map(|page| core.table.state(PageNo(page)))
+    };
+    let (end, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || end.send(work()));
+    let states = ended.recv_timeout(std::time::Duration::from_secs(30)).expect("it ends");
+    assert_eq!(states, [PageState::Stored, PageState::Resident], "the coldest gives way");
+}
+
+#[test]
+fn huge_pages_that_share_a_place_are_sampled_one_after_the_other_and_stay_whole() {
+    let mut core = huge_of(3072);
+    let block = |nth: u64| Run::new(PageNo(nth * 512), 512);
+    assert_eq!(sampled(&mut core, true), [block(0), block(1)], "places for two");
+    assert!((2..6).all(|nth| core.table.is_huge(nth)), "the others are as they were");
+    assert_eq!((core.table.count(PageState::Sampled), core.stats().sampling.pages), (1024, 1024));
+    assert_eq!(end_samples(&mut core), 1024, "none is taken for one that is out");
+}
+
+#[test]
+fn a_sample_for_which_there_is_no_slot_is_not_out() {
+    let mut core = Core::new(CoreConfig {
+        pages: 1024,
+        budget_frames: 256,
+        budget_min: 48,
+        slots: 256,
+        blocks: 0,
+        sampling: true,
+    });
+    (0..64).for_each(|page| drop(actions(&mut core, Event::Fault(PageNo(page)))));
+    sampled(&mut core, true);
+    let taken: Vec<_> = std::iter::from_fn(|| core.staging.take_empty(256)).collect();
+    assert!(!taken.is_empty() && !core.sampler.is_out(), "fresh ones are left alone");
+    core.handle(Event::Tick { ticks: 1 });
+    assert!(core.next_action().is_none() && !core.sampler.is_out(), "no slot, no sample");
+}
+
+/// RAM full of pages of heat 80 behind page 2048, of which the first have given way to others of them.
+fn full_of_warm_pages() -> Core {
+    let mut heat = vec![0; 4096];
+    heat[1024..2048].fill(40);
+    heat[2048..4096].fill(80);
+    let mut core = arriving(4096, vec![], heat);
+    (1024..1024 + ROOM).for_each(|page| place(&mut core, page, false));
+    (2048..2049 + ROOM).for_each(|page| place(&mut core, page, false));
+    core
+}
+
+fn resident(core: &Core, pages: std::ops::Range<u64>) -> usize {
+    pages.filter(|page| core.table.state(PageNo(*page)) == PageState::Resident).count()
+}
+
+#[test]
+fn pages_that_came_to_ram_behind_the_hand_give_way_to_hotter_ones() {
+    let mut core = full_of_warm_pages();
+    (1024..1034).for_each(|page| place(&mut core, page, false));
+    (0..1000).for_each(|page| place(&mut core, page, true));
+    assert_eq!((resident(&core, 1024..1034), resident(&core, 2048..4096)), (0, 0), "colder than what came");
+    assert!(core.placed_in_ram() <= ROOM, "{} pages in RAM", core.placed_in_ram());
+}
+
+#[test]
+fn a_colder_page_that_comes_while_there_is_room_gives_way_before_what_was_the_coldest() {
+    let mut heat = vec![0; 4096];
+    heat[0..2048].fill(80);
+    heat[4000..4040].fill(10);
+    let mut core = arriving(4096, vec![], heat);
+    (0..ROOM + 1).for_each(|page| place(&mut core, page, false));
+    // The hand is at those of 80, and has made room for some more.
+    (4000..4040).for_each(|page| place(&mut core, page, false));
+    (3000..3100).for_each(|page| place(&mut core, page, true));
+    assert_eq!((resident(&core, 4000..4040), resident(&core, 3000..3100)), (0, 100));
+}
+
+#[test]
+fn what_found_no_slot_on_its_way_out_is_found_again() {
+    let mut heat = vec![0; 4096];
+    heat[0..2048].fill(40);
+    let mut core = arriving(4096, vec![], heat);
+    (0..ROOM).for_each(|page| place(&mut core, page, false));
+    // All but 20 of the slots are somebody's.
+    let taken: Vec<_> = std::iter::from_fn(|| core.staging.take_empty(32)).collect();
+    let some = taken.iter().flat_map(|slots| slots.slots()).take(20);
+    some.for_each(|slot| {
+        core.staging.assign(slot, Use::Orphan);
+        core.staging.vacate(slot);
+    });
+    core.make_way();
+    assert!(core.next_action().is_none(), "nothing is over");
+    core.budget -= 30;
+    core.make_way();
+    let out =
+        |core: &Core| (0..64).filter(|page| core.table.state(PageNo(*page)) == PageState::Leaving).count();
+    assert_eq!(out(&core), 20);
+    taken.iter().flat_map(|slots| slots.slots()).skip(20).for_each(|slot| {
+        core.staging.assign(slot, Use::Orphan);
+        core.staging.vacate(slot);
+    });
+    core.budget -= 30;
+    core.make_way();
+    assert_eq!(out(&core), 64, "from the first one that stayed");
+}
+
+#[test]
+fn what_was_pinned_when_the_hand_passed_gives_way_later() {
+    let mut core = full_of_warm_pages();
+    let mut next = 0;
+    while core.placed_in_ram() <= ROOM {
+        arrive_at(&mut core, PageNo(next), 1, true);
+        next += 1;
+    }
+    let (tried, _) = all_pinned(&mut core, Core::make_ready);
+    assert_eq!(tried.len(), 64);
+    let done = actions(&mut core, Event::Tick { ticks: 1 });
+    settle(&mut core, done);
+    (next..1000).for_each(|page| place(&mut core, page, true));
+    assert_eq!(resident(&core, 2048..4096), 0, "colder than what came");
+}
+
+#[test]
+fn hot_pages_in_the_store_that_become_zeros_do_not_keep_room() {
+    let mut core = arriving(4096, vec![], vec![0; 4096]);
+    (0..600).for_each(|page| place(&mut core, page, false));
+    assert_eq!(core.table.count(PageState::Stored), 600, "as long as much is to come");
+    let mut heat = vec![0; 4096];
+    heat[..600].fill(80);
+    // The second time nothing new is found.
+    (0..2).for_each(|_| drop(ask(&mut core, Request::UpdateHeat(heat.clone()))));
+    assert_eq!(core.table.hot_in_store(), 600);
+    ask(&mut core, Request::ArriveZero(Run::new(PageNo(0), 3500)));
+    assert_eq!(core.table.hot_in_store(), 0);
+    (3500..4096).for_each(|page| place(&mut core, page, false));
+    assert_eq!(core.table.count(PageState::Resident), 596, "there is room for all that is not zeros");
+}
+
+#[test]
+fn a_heat_map_of_another_size_begins_no_receiving() {
+    let mut core = core();
+    let refused = ask(&mut core, Request::StartReceiving(vec![0; 255]));
+    assert!(
+        matches!(refused[..], [Action::Answer { answer: Err(CommandError::NotNow(_)), .. }]),
+        "{refused:?}"
+    );
+    assert!(core.receiving.is_none(), "it pages as before");
 }

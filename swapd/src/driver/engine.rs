@@ -114,9 +114,9 @@ impl Engine {
     /// A setting that cannot be, or a host that lacks something; nothing is left behind.
     pub fn start(config: EngineConfig, notify: Box<dyn Fn(Notice) + Send>) -> Result<Engine, StartError> {
         check(&config)?;
-        let slots = slots_and_blocks(config.memory_bytes, few_blocks(&config));
-        let memory = Memory::reserve(config.memory_bytes, slots, config.lock).map_err(StartError::Memory)?;
-        Self::start_with(config, memory, notify)
+        let staging = StagingSize::of(config.memory_bytes, few_blocks(&config));
+        let memory = Memory::reserve(config.memory_bytes, staging.all_slots(), config.lock);
+        Self::start_with(config, memory.map_err(StartError::Memory)?, staging, notify)
     }
 
     /// The same for memory that somebody else maps, in regions of so many bytes: each whole pages, and together the VM's memory when
@@ -132,18 +132,19 @@ impl Engine {
     ) -> Result<Engine, StartError> {
         check(&config)?;
         check_regions(&config, regions)?;
-        let slots = slots_and_blocks(config.memory_bytes, few_blocks(&config));
-        let memory = Memory::external(regions, slots, config.lock).map_err(StartError::Memory)?;
-        Self::start_with(config, memory, notify)
+        let staging = StagingSize::of(config.memory_bytes, few_blocks(&config));
+        let memory = Memory::external(regions, staging.all_slots(), config.lock);
+        Self::start_with(config, memory.map_err(StartError::Memory)?, staging, notify)
     }
 
     fn start_with(
         config: EngineConfig,
         memory: Memory,
+        staging: StagingSize,
         notify: Box<dyn Fn(Notice) + Send>,
     ) -> Result<Engine, StartError> {
         let pages = pages_in(config.memory_bytes);
-        let few = few_blocks(&config);
+        assert_eq!(Memory::staging_bytes(staging.all_slots()), memory.staging_len(), "every slot is mapped");
         memory.allow_huge(pages_in(config.budget_bytes) >= memory.mapped_pages());
         let memory = Arc::new(memory);
         let faults = Faults::open().map_err(StartError::Host)?;
@@ -169,8 +170,8 @@ impl Engine {
             pages,
             budget_frames: pages_in(config.budget_bytes),
             budget_min: BUDGET_MIN,
-            slots: staging_slots(pages),
-            blocks: staging_blocks(pages, few),
+            slots: staging.slots,
+            blocks: staging.blocks,
             sampling: config.sampling,
         })
         .with_short_blocks(memory.short_blocks());
@@ -271,14 +272,27 @@ fn new_cipher(lock: bool) -> Result<Cipher, StartError> {
     })
 }
 
-/// All staging slots of a memory of so many bytes.
-fn slots_and_blocks(memory_bytes: u64, few: bool) -> u32 {
-    let pages = pages_in(memory_bytes);
-    staging_slots(pages) + staging_blocks(pages, few) * BLOCK_PAGES
+/// Staging as it is mapped and as the core has it on record. Determined once: where few blocks will do is asked of the host, which may
+/// say something else the next time, and a slot beyond the mapping would be somebody else's memory.
+#[derive(Clone, Copy)]
+struct StagingSize {
+    slots: u32,
+    blocks: u32,
+}
+
+impl StagingSize {
+    fn of(memory_bytes: u64, few: bool) -> Self {
+        let pages = pages_in(memory_bytes);
+        StagingSize { slots: staging_slots(pages), blocks: staging_blocks(pages, few) }
+    }
+
+    fn all_slots(self) -> u32 {
+        self.slots + self.blocks * BLOCK_PAGES
+    }
 }
 
 fn locked_bytes(memory_bytes: u64, few: bool) -> u64 {
-    memory_bytes + Memory::staging_bytes(slots_and_blocks(memory_bytes, few)) as u64
+    memory_bytes + Memory::staging_bytes(StagingSize::of(memory_bytes, few).all_slots()) as u64
 }
 
 /// Whether the address space of all blocks for samples is more than this user may lock: the kernel counts it like frames.

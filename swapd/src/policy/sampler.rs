@@ -153,13 +153,11 @@ impl Sampler {
 
     /// The next run that has been out for long enough, or any if `all`. Sooner, if there is no room for more than so many single pages.
     pub fn overdue(&mut self, tick: u64, room: u32, all: bool) -> Option<Run> {
-        let (taken, run) = *self.out.front()?;
-        let crowded = self.single + SAMPLE_PAGES * SAMPLES_QUIET as u32 > room && run.len < BLOCK_PAGES;
-        let stay = if crowded { SAMPLE_TICKS_MIN } else { SAMPLE_TICKS };
-        if !all && tick < taken + stay {
-            return None;
-        }
-        self.out.pop_front();
+        let crowded = self.single + SAMPLE_PAGES * SAMPLES_QUIET as u32 > room;
+        let stay = |run: &Run| if crowded && run.len < BLOCK_PAGES { SAMPLE_TICKS_MIN } else { SAMPLE_TICKS };
+        // Whole blocks, which are in nobody's way, may be before the single pages that are.
+        let at = self.out.iter().position(|(taken, run)| all || tick >= taken + stay(run))?;
+        let (_, run) = self.out.remove(at)?;
         self.single -= single(run);
         Some(run)
     }
@@ -253,6 +251,27 @@ mod tests {
             back += 1;
         }
         assert_eq!(back, 32, "room for as many as may be taken next");
+    }
+
+    #[test]
+    fn single_pages_come_back_though_a_huge_page_went_before_them() {
+        let mut table = PageTable::new(1 << 15);
+        for page in (0..1 << 15).map(PageNo) {
+            table.set(page, Arriving);
+            table.set(page, Resident);
+        }
+        table.set_huge(0, true);
+        let mut sampler = Sampler::default();
+        let mut samples = vec![];
+        let room = SAMPLE_PAGES * 20;
+        let places = Places { huge: Some(&|_| true), single: room };
+        sampler.choose(&mut table, 0, places, &mut samples);
+        assert_eq!((samples.len(), samples[0].len), (21, BLOCK_PAGES), "all the room there is");
+        assert_eq!(sampler.overdue(SAMPLE_TICKS_MIN - 1, room, false), None);
+        let back: Vec<_> = std::iter::from_fn(|| sampler.overdue(SAMPLE_TICKS_MIN, room, false)).collect();
+        assert_eq!(back, samples[1..]);
+        assert_eq!(sampler.overdue(SAMPLE_TICKS - 1, room, false), None);
+        assert_eq!(sampler.overdue(SAMPLE_TICKS, room, false), Some(samples[0]));
     }
 
     #[test]

@@ -86,14 +86,15 @@ impl Sim {
 
     /// Walks, jumps, and a few pages that are used all the time.
     fn next_access(&mut self) -> (PageNo, Access) {
+        let pages = self.memory.len() as u64;
         let page = match self.random.below(4) {
-            0 => self.random.below(self.pages),
-            1 => self.random.below(self.pages.min(40)),
+            0 => self.random.below(pages),
+            1 => self.random.below(pages.min(40)),
             _ => {
                 self.guest.walk = if self.random.one_in(50) {
-                    self.random.below(self.pages)
+                    self.random.below(pages)
                 } else {
-                    (self.guest.walk + 1) % self.pages
+                    (self.guest.walk + 1) % pages
                 };
                 self.guest.walk
             }
@@ -104,7 +105,7 @@ impl Sim {
             9 => Access::WriteAsStored,
             _ => Access::Write(self.guest.new_value()),
         };
-        (PageNo(page), access)
+        (self.memory[page as usize], access)
     }
 
     pub(super) fn wake(&mut self, run: Run) {

@@ -328,7 +328,7 @@ impl Sim {
 
     fn move_out(&mut self, run: Run, slots: SlotRun, digest: bool) {
         self.trace.add("move out", run, Some(slots), None);
-        let (table, fits) = (self.core.table(), self.core.budget_frames() >= self.pages);
+        let (table, fits) = (self.core.table(), self.core.budget_frames() >= self.memory.len() as u64);
         let spoilt = self.kernel.collapsing.is_some_and(|at| fits && at.contains(run.start));
         let sampled = table.state(run.start) == PageState::Sampled;
         assert!(!(spoilt && sampled), "{run:?} is sampled while it is put together");

@@ -22,7 +22,7 @@ pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
 
 use crate::core::{Core, CoreConfig, Event, Request, Ticket};
 use crate::table::PageState;
-use crate::units::{BLOCK_PAGES, PageNo, bytes_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, bytes_of};
 use disk::Disk;
 use guest::{Access, Guest};
 use kernel::{Entry, Kernel};
@@ -107,7 +107,10 @@ pub struct Sim {
     /// Hardly anybody but the guest wants anything.
     calm: bool,
     core: Core,
+    /// With those that fill up blocks that are not whole: they are nobody's.
     pages: u64,
+    /// All pages that are memory, in ascending order.
+    memory: Vec<PageNo>,
     kernel: Kernel,
     disk: Disk,
     guest: Guest,
@@ -140,14 +143,19 @@ impl Sim {
         // Twice the frames that are kept free at the largest budget, as a real staging area has at least.
         let slots = if pages < 500 { 128 } else { 256 };
         let (budget_min, blocks) = (BUDGET_MIN, BLOCKS);
-        let config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling };
-        let count = pages as usize;
+        let mut config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling };
+        let short = Self::short_blocks(seed, &mut config);
+        let core = Core::new(config).with_short_blocks(short);
+        let (pages, count) = (config.pages, config.pages as usize);
+        let is_memory = |page: &PageNo| core.table().first_of_nobody(Run::one(*page)).is_none();
+        let memory = (0..pages).map(PageNo).filter(is_memory).collect();
         Sim {
             seed,
             odds,
             calm,
-            core: Core::new(config),
+            core,
             pages,
+            memory,
             kernel: Kernel::new(count, slots as usize + (BLOCKS * BLOCK_PAGES) as usize),
             disk: Disk::new(count, room),
             guest: Guest::new(),
@@ -160,6 +168,27 @@ impl Sim {
             coverage: Coverage::default(),
             random,
         }
+    }
+
+    /// One VM in three has regions that are not whole blocks: the last one, and in half of them one more before all others. Drawn apart, so
+    /// that all other seeds are as they would be without.
+    fn short_blocks(seed: u64, config: &mut CoreConfig) -> Vec<Run> {
+        let random = &mut Random::new(!seed);
+        let block = u64::from(BLOCK_PAGES);
+        let (last, tail) = (config.pages / block, config.pages % block);
+        if tail == 0 || !random.one_in(3) {
+            return Vec::new();
+        }
+        config.pages += block - tail;
+        let mut short = vec![Run::new(PageNo(last * block), tail as u32)];
+        if random.one_in(2) {
+            // Often so few pages that none of them need be in RAM.
+            let most = if random.one_in(2) { 4 } else { block - 1 };
+            config.pages += block;
+            short[0].start = PageNo((last + 1) * block);
+            short.insert(0, Run::new(PageNo(0), 1 + random.below(most) as u32));
+        }
+        short
     }
 
     /// Runs `steps` random steps, then lets everything come to rest and reads all of memory.
@@ -320,7 +349,7 @@ impl Sim {
     /// Every page is as the guest left it, or lost for a reason.
     fn read_everything(&mut self) {
         self.guest.vcpus = [None; guest::VCPUS];
-        for page in (0..self.pages).map(PageNo) {
+        for page in self.memory.clone() {
             for _ in 0..SETTLE_MAX {
                 if self.guest.awake[0] && self.access(0, page, Access::Read) {
                     break;

@@ -55,6 +55,17 @@ impl Sim {
         Run::new(PageNo(start), len as u32)
     }
 
+    /// Without what is nobody's; elsewhere, if all of it is.
+    pub(super) fn in_memory(&self, run: Run) -> Run {
+        let table = self.core.table();
+        let start = match table.first_of_nobody(Run::one(run.start)) {
+            None => run.start,
+            Some(page) => self.memory[page.index() % self.memory.len()],
+        };
+        let run = Run::new(start, run.len.min((self.pages - start.0) as u32));
+        table.first_of_nobody(run).map_or(run, |page| run.part(0, (page.0 - start.0) as u32))
+    }
+
     pub(super) fn operate(&mut self) {
         match self.random.below(12) {
             0 => self.change_budget(),
@@ -72,6 +83,7 @@ impl Sim {
             8 => self.repair(),
             9 => {
                 let run = self.random_run(64);
+                let run = self.in_memory(run);
                 self.ask(Request::Fill(run), Asked::Other);
             }
             10 => {

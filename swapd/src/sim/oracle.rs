@@ -89,6 +89,8 @@ impl Sim {
         let index = page.index();
         let table = self.core.table();
         let state = table.state(page);
+        let memory = state == PageState::Untouched || self.memory.binary_search(&page).is_ok();
+        ensure!(self, page, memory, "{page} is nobody's, and {state:?}");
         let entry = self.kernel.guest[index];
         let truth = self.oracle.truth[index];
         let stored = table.has(page, Flag::Stored);

@@ -96,6 +96,7 @@ impl Sim {
                 self.ask(Request::ArriveZero(run), Asked::Other);
             }
             1 if self.random.one_in(4) => {
+                let run = self.in_memory(run);
                 self.trace.add("arrive as lost", run, None, None);
                 self.replaced(run, None);
                 self.ask(Request::ArrivePoisoned(run), Asked::Other);
@@ -143,6 +144,7 @@ impl Sim {
     /// A run that fits into the frames; those left over go back.
     fn send_run(&mut self, granted: SlotRun) {
         let run = self.random_run(u64::from(granted.len));
+        let run = self.in_memory(run);
         let slots = granted.part(0, run.len);
         if run.len < granted.len {
             let rest = granted.part(run.len, granted.len - run.len);
