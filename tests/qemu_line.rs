@@ -194,6 +194,31 @@ fn memory_of_an_odd_size_is_kept_and_moves() {
 }
 
 #[test]
+fn a_machine_smaller_than_the_least_budget_moves_with_that() {
+    for qemu in qemus() {
+        let (here, mut there) = (Host::new("line-tiny"), Host::new("line-tiny-there"));
+        let (daemon, address) = serve(&mut there, "64M", "");
+        let mut command = run(&here, &qemu.binary.display().to_string(), None);
+        command.args(words(&format!("{BARE} -m 8M")));
+        let _process = Process::start(command);
+        here.wait_stat("db", "its set-up", |stat| stat["state"] == "paused");
+        let with = |ram| here.vmemd(&["migrate", "db", "--to", &address, "--ram", ram]);
+        with("17M").fails(2, &["a RAM budget of 17M is above the VM's memory of 8M", "give 16M"]);
+        with("15M").fails(6, &["a RAM budget of 15M is below the minimum of 16M"]);
+        let said = with("16M");
+        assert_eq!(said.code, 0, "{said:?}");
+        let stat = there.wait_state("db", "paused");
+        assert_eq!(
+            (&stat["memory_bytes"], &stat["ram_budget_bytes"]),
+            (&json!(8 << 20), &json!(16 << 20)),
+            "{stat}"
+        );
+        stop(&there);
+        there.assert_clean_but(&[daemon.pid()]);
+    }
+}
+
+#[test]
 fn a_qemu_that_is_called_kvm_uses_kvm_on_both_hosts() {
     if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
         return common::skipped(&"KVM is not to be had here");

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use migrate::{Expected, Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
 use serde_json::Value;
+use swapd::Engine;
 use tracing::{error, info, warn};
 
 use crate::control::protocol::{MigrateRequest, MigrationStat, State};
 use crate::control::server::Client;
 use crate::doubt;
 use crate::failure::{Failure, Kind};
+use crate::size::Size;
 use crate::vm::{BY_ITS_MONITOR, Core, DID_NOT_GO_ON, Event, Phase, Vm};
 
 /// How often it is looked whether whoever asked is still there.
@@ -97,10 +99,12 @@ fn wait_until_set_up(vm: &Vm, client: &Client<'_>) {
 }
 
 fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> {
-    if let Some(ram) = request.ram_bytes.filter(|ram| *ram > vm.facts.memory_bytes) {
+    // A VM that is smaller than the least budget gets that.
+    let most = vm.facts.memory_bytes.max(Engine::MIN_BUDGET_BYTES);
+    if let Some(ram) = request.ram_bytes.filter(|ram| *ram > most) {
+        let [ram, memory, most] = [ram, vm.facts.memory_bytes, most].map(Size);
         let text = format!(
-            "a RAM budget of {ram} bytes is above the VM's memory of {} bytes",
-            vm.facts.memory_bytes
+            "a RAM budget of {ram} is above the VM's memory of {memory}: give {most}, or leave --ram out"
         );
         return Err(Failure::new(Kind::Usage, text));
     }
