@@ -205,23 +205,10 @@ fn arguments_for_others_start_the_same_vm() {
     for qemu in versions().iter().take(1) {
         let host = Host::new("qemu-args");
         let binary = qemu.binary.display().to_string();
-        let mem = host.root.display().to_string();
         let machine = Machine::new("256M").run("checker memory 150M 2");
         let args = machine.args();
         let store = host.store();
-        let mut words = vec![
-            "qemu-args",
-            "--name",
-            "vm",
-            "--ram",
-            "64M",
-            "--store",
-            &store,
-            "--mem-dir",
-            &mem,
-            "--",
-            &binary,
-        ];
+        let mut words = vec!["qemu-args", "--name", "vm", "--ram", "64M", "--store", &store, "--", &binary];
         words.extend(args.iter().map(String::as_str));
         let said = host.vmemd(&words);
         assert_eq!(said.code, 0, "{said:?}");

@@ -208,9 +208,6 @@ pub(super) struct QemuArgs {
     /// What is to be printed
     #[arg(long, value_enum, default_value = "shell")]
     pub(super) format: FormatArg,
-    /// Of no use any more: guest memory has no files. Taken for the sake of scripts that give it.
-    #[arg(long, value_name = "DIR", hide = true)]
-    pub(super) mem_dir: Option<PathBuf>,
     /// A QEMU and its arguments, as you would start it yourself
     #[arg(last = true, required = true, value_name = "QEMU")]
     pub(super) qemu: Vec<OsString>,
