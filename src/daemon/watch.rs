@@ -1,5 +1,5 @@
-//! Whether the process that was started for a VM comes to take it. A QEMU may hang before it has a monitor: it opens a FIFO,
-//! waits for a disk, is stopped. It is ended then, and the source told, while that still waits for an answer.
+//! Ends the process of an arriving VM that has not answered within [`UP_LIMIT`], and tells the source why, while that still waits for
+//! an answer. A QEMU may hang before it has a monitor: it opens a FIFO, waits for a disk, is stopped.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
