@@ -497,3 +497,20 @@ fn a_bench_that_was_killed_is_cleaned_up_by_the_next() {
     next.ends_with(130);
     host.assert_clean();
 }
+
+#[test]
+fn help_has_each_exit_code_of_the_manual() {
+    let manual = include_str!("../docs/operating.md");
+    let (_, table) = manual.split_once("## Exit codes\n").expect("the manual has them");
+    let rows = table.lines().skip_while(|line| !line.starts_with("|---")).skip(1);
+    let codes = rows.map_while(|line| line.strip_prefix("| ")?.split_once(" |")?.0.parse::<u8>().ok());
+    let codes: Vec<_> = codes.filter(|code| *code != 0).collect();
+    assert!(codes.len() > 10, "{codes:?}");
+    let help = Host::new("help").vmemd(&["--help"]).out;
+    let (_, told) = help.split_once("Exit codes: ").expect("help has them");
+    let told: Vec<u8> = told.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    for code in &codes {
+        assert!(told.contains(code), "{code} is not in {told:?}");
+    }
+    assert_eq!(told.len(), codes.len(), "{told:?} {codes:?}");
+}

@@ -10,8 +10,8 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Host, cannot_run_vms, not_root};
-use qemu::{BOOT, Guest, Machine, Qemu, field};
+use common::{Host, not_root};
+use qemu::{BOOT, Guest, Machine, Qemu, field, qemus};
 use vmemd::bench::cgroup::MemoryCgroup;
 use vmemd::bench::swapfile::SwapFile;
 
@@ -36,10 +36,6 @@ impl Figure {
     }
 }
 
-fn versions() -> Vec<Qemu> {
-    if cannot_run_vms() { Vec::new() } else { Qemu::versions() }
-}
-
 fn plain(qemu: &Qemu, machine: &Machine) -> Command {
     let mut command = Command::new(&qemu.binary);
     command.args(machine.args());
@@ -60,7 +56,7 @@ fn verdict(what: &str, demand: &str, met: bool) {
 #[test]
 #[ignore = "a measurement: scripts/bench-qemu"]
 fn cost_when_everything_fits() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let machine = Machine::new("512M").run("checker bench 8");
         let [mut boots, mut scores] = [[Vec::new(), Vec::new()], [Vec::new(), Vec::new()]];
         for _ in 0..TURNS {
@@ -91,7 +87,7 @@ fn cost_when_everything_fits() {
 #[test]
 #[ignore = "a measurement: scripts/bench-qemu"]
 fn cost_after_a_move_when_everything_fits() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let machine = Machine::new("512M").run("checker memory 200M 40; checker bench 8");
         let mut scores = [Vec::new(), Vec::new()];
         for _ in 0..TURNS {
@@ -130,7 +126,7 @@ fn gain_against_swap_when_half_fits() {
     if not_root("a swap file") {
         return;
     }
-    for qemu in versions() {
+    for qemu in qemus() {
         let machine = Machine::new("1G").run("checker memory 700M 5");
         let [mut swapped, mut managed_us] = [Vec::new(), Vec::new()];
         for _ in 0..TURNS.div_ceil(2) {

@@ -1,5 +1,6 @@
 //! Real guests on plain QEMU: that what later tests stand on holds without vmemd.
 
+mod common;
 mod qemu;
 
 use std::io::{Read, Write};

@@ -185,10 +185,7 @@ fn arriving_or_running(host: &Host) -> u32 {
 }
 
 fn serve(host: &mut Host) -> (Running, String) {
-    let rules = host.root.join("rules.toml");
-    std::fs::write(&rules, "").expect("a file of rules");
-    let (rules, logs) = (rules.display().to_string(), host.root.display().to_string());
-    host.start_daemon("127.0.0.1:0", "192M", &["--qemu-rules", &rules, "--log-dir", &logs])
+    host.start_qemu_daemon("127.0.0.1:0", "192M", "", &[])
 }
 
 #[test]

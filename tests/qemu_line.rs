@@ -3,7 +3,6 @@
 mod common;
 mod qemu;
 
-use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
 use std::os::unix::net::UnixStream;
@@ -12,50 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use common::{Host, Running, cannot_run_vms, lives, wait_for};
-use qemu::{BOOT, Guest, Machine, Qemu, field};
+use common::{Host, Running, lives, wait_for};
+use qemu::{BOOT, Guest, Machine, Monitor, Qemu, field, qemus};
 use serde_json::{Value, json};
 
 /// The guest beats and checks its memory as long as it lives.
 const JOBS: &str = "checker beat & checker memory 120M 100000";
 /// What a QEMU needs to have a monitor and nothing else.
 const BARE: &str = "-nodefaults -no-user-config -display none -S";
-
-fn qemus() -> Vec<Qemu> {
-    if cannot_run_vms() { Vec::new() } else { Qemu::versions() }
-}
-
-/// A monitor of the user's own.
-struct Monitor(BufReader<UnixStream>);
-
-impl Monitor {
-    /// Once QEMU has made it.
-    fn connect(path: &Path) -> Monitor {
-        let stream = wait_for("QEMU's monitor", || UnixStream::connect(path).ok());
-        let mut monitor = Monitor(BufReader::new(stream));
-        monitor.ask("qmp_capabilities", json!({}));
-        monitor
-    }
-
-    fn ask(&mut self, command: &str, arguments: Value) -> Value {
-        let request = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.0.get_mut(), "{request}").expect("QEMU's monitor");
-        loop {
-            let mut line = String::new();
-            self.0.read_line(&mut line).expect("QEMU's monitor");
-            let answer: Value = serde_json::from_str(&line).expect("QMP");
-            assert!(answer.get("error").is_none(), "{command}: {answer}");
-            if let Some(value) = answer.get("return") {
-                return value.clone();
-            }
-        }
-    }
-
-    fn human(&mut self, line: &str) -> String {
-        let said = self.ask("human-monitor-command", json!({ "command-line": line }));
-        said.as_str().expect("text").to_owned()
-    }
-}
 
 /// A process that does not outlive its test.
 struct Process(Child);
@@ -91,10 +54,7 @@ fn start(host: &Host, qemu: &Qemu, machine: &Machine, more: &[&str]) -> Guest {
 }
 
 fn serve(host: &mut Host, ram: &str, rules: &str) -> (Running, String) {
-    let path = host.root.join("rules.toml");
-    std::fs::write(&path, rules).expect("a file of rules");
-    let (rules, logs) = (path.display().to_string(), host.root.display().to_string());
-    host.start_daemon("127.0.0.1:0", ram, &["--qemu-rules", &rules, "--log-dir", &logs])
+    host.start_qemu_daemon("127.0.0.1:0", ram, rules, &[])
 }
 
 fn rule(from: &Path, to: &Path) -> String {
@@ -190,6 +150,31 @@ fn memory_of_an_odd_size_is_kept_and_moves() {
             stop(&there);
             there.assert_clean_but(&[daemon.pid()]);
         }
+    }
+}
+
+#[test]
+fn a_machine_smaller_than_the_least_budget_moves_with_that() {
+    for qemu in qemus() {
+        let (here, mut there) = (Host::new("line-tiny"), Host::new("line-tiny-there"));
+        let (daemon, address) = serve(&mut there, "64M", "");
+        let mut command = run(&here, &qemu.binary.display().to_string(), None);
+        command.args(words(&format!("{BARE} -m 8M")));
+        let _process = Process::start(command);
+        here.wait_stat("db", "its set-up", |stat| stat["state"] == "paused");
+        let with = |ram| here.vmemd(&["migrate", "db", "--to", &address, "--ram", ram]);
+        with("17M").fails(2, &["a RAM budget of 17M is above the VM's memory of 8M", "give 16M"]);
+        with("15M").fails(6, &["a RAM budget of 15M is below the minimum of 16M"]);
+        let said = with("16M");
+        assert_eq!(said.code, 0, "{said:?}");
+        let stat = there.wait_state("db", "paused");
+        assert_eq!(
+            (&stat["memory_bytes"], &stat["ram_budget_bytes"]),
+            (&json!(8 << 20), &json!(16 << 20)),
+            "{stat}"
+        );
+        stop(&there);
+        there.assert_clean_but(&[daemon.pid()]);
     }
 }
 

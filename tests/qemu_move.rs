@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::{Host, Running, cannot_run_vms, freeze, lives, not_root, signal, wait_for};
-use qemu::{BOOT, Guest, Machine, Network, Qemu, checker, field, on_host};
+use common::{Host, Running, freeze, lives, not_root, signal, wait_for};
+use qemu::{BOOT, Guest, Machine, Network, Qemu, checker, field, on_host, qemus};
 use serde_json::Value;
 use vmprocess::size::Size;
 
@@ -32,12 +32,6 @@ const AT_REST: Duration = Duration::from_millis(300);
 /// The guest beats and checks its memory as long as it lives.
 const JOBS: &str = "checker beat & checker memory 150M 100000";
 
-/// The QEMUs to test with; none, with a word, where their VMs cannot run.
-fn qemus() -> Vec<Qemu> {
-    let qemus = Qemu::versions();
-    if qemus.is_empty() || cannot_run_vms() { Vec::new() } else { qemus }
-}
-
 fn start(host: &Host, qemu: &Qemu, machine: &Machine, more: &[&str]) -> Guest {
     let mut command = host.command(&["run", "--name", "db", "--ram", "128M", "--store", &host.store(), "--"]);
     command.arg(&qemu.binary).args(machine.args()).args(more);
@@ -46,14 +40,7 @@ fn start(host: &Host, qemu: &Qemu, machine: &Machine, more: &[&str]) -> Guest {
 
 /// A daemon that takes QEMU VMs, and its address.
 fn serve(host: &mut Host, listen: &str, ram: &str, rules: &str) -> (Running, String) {
-    serve_by(host, listen, ram, rules, &[])
-}
-
-fn serve_by(host: &mut Host, listen: &str, ram: &str, rules: &str, more: &[&str]) -> (Running, String) {
-    let path = host.root.join("rules.toml");
-    std::fs::write(&path, rules).expect("a file of rules");
-    let (rules, logs) = (path.display().to_string(), host.root.display().to_string());
-    host.start_daemon(listen, ram, &[&["--qemu-rules", &rules, "--log-dir", &logs], more].concat())
+    host.start_qemu_daemon(listen, ram, rules, &[])
 }
 
 fn rule(kind: &str, from: &str, to: &str) -> String {
@@ -482,9 +469,9 @@ fn between_two_networks_connections_and_consoles_survive() {
         let certificates = here.pki("pki", &Network::HOSTS);
         let tls = [0, 1].map(|side| ["--tls", certificates[side].as_str()]);
         let (_here_daemon, here_address) =
-            serve_by(&mut here, &listen[0], &memory, &rule("tap", b, a), &tls[0]);
+            here.start_qemu_daemon(&listen[0], &memory, &rule("tap", b, a), &tls[0]);
         let (_there_daemon, there_address) =
-            serve_by(&mut there, &listen[1], &memory, &rule("tap", a, b), &tls[1]);
+            there.start_qemu_daemon(&listen[1], &memory, &rule("tap", a, b), &tls[1]);
         let netdev = format!("tap,id=net,ifname={a},script=no,downscript=no");
         let machine = Machine::new(&memory).ip(&format!("{}/24", Network::GUEST)).run(&format!(
             "checker echo 7001 & checker stream 7002 & checker disk /dev/vda 1000000 & checker beat & \

@@ -9,8 +9,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Host, cannot_run_vms};
-use qemu::{BOOT, Guest, Machine, Qemu, field, free_port, on_host};
+use common::Host;
+use qemu::{BOOT, Guest, Machine, Qemu, field, free_port, on_host, qemus};
 use vmprocess::control::client::{ACTION_TIMEOUT, VmClient};
 use vmprocess::control::protocol::Request;
 use vmprocess::control::rundir::RunDir;
@@ -24,10 +24,6 @@ const MIB: u64 = 1 << 20;
 
 fn long() -> bool {
     std::env::var_os("VMEMD_LONG").is_some()
-}
-
-fn versions() -> Vec<Qemu> {
-    if cannot_run_vms() { Vec::new() } else { Qemu::versions() }
 }
 
 /// `vmemd run` with that QEMU.
@@ -98,7 +94,7 @@ impl Drop for Squeezer {
 
 #[test]
 fn memory_is_right_in_a_part_of_its_ram() {
-    let versions = versions();
+    let versions = qemus();
     for (nth, qemu) in versions.iter().enumerate() {
         // Between them the versions see both sizes; in a long run, each does.
         let rams = if long() { vec!["512M", "256M"] } else { vec![["256M", "512M"][nth % 2]] };
@@ -124,7 +120,7 @@ fn memory_is_right_in_a_part_of_its_ram() {
 
 #[test]
 fn memory_is_right_while_its_ram_changes() {
-    let versions = versions();
+    let versions = qemus();
     let (seconds, versions) =
         if long() { (60, &versions[..]) } else { (8, &versions[..versions.len().min(1)]) };
     for qemu in versions {
@@ -145,7 +141,7 @@ fn memory_is_right_while_its_ram_changes() {
 /// A device that reads into memory while every page of it leaves as fast as it can.
 #[test]
 fn what_a_disk_reads_is_right_while_memory_leaves() {
-    let versions = versions();
+    let versions = qemus();
     if versions.is_empty() {
         return;
     }
@@ -182,7 +178,7 @@ fn what_a_disk_reads_is_right_while_memory_leaves() {
 #[test]
 fn what_the_network_brings_is_right_while_memory_leaves() {
     let seconds = if long() { "60" } else { "4" };
-    for qemu in versions().iter().take(if long() { 2 } else { 1 }) {
+    for qemu in qemus().iter().take(if long() { 2 } else { 1 }) {
         let host = Host::new("qemu-net");
         let port = free_port();
         let netdev = format!("user,id=net,hostfwd=tcp:127.0.0.1:{port}-:7000");
@@ -202,26 +198,13 @@ fn what_the_network_brings_is_right_while_memory_leaves() {
 /// A tool that starts QEMU itself gets the same by `qemu-args`.
 #[test]
 fn arguments_for_others_start_the_same_vm() {
-    for qemu in versions().iter().take(1) {
+    for qemu in qemus().iter().take(1) {
         let host = Host::new("qemu-args");
         let binary = qemu.binary.display().to_string();
-        let mem = host.root.display().to_string();
         let machine = Machine::new("256M").run("checker memory 150M 2");
         let args = machine.args();
         let store = host.store();
-        let mut words = vec![
-            "qemu-args",
-            "--name",
-            "vm",
-            "--ram",
-            "64M",
-            "--store",
-            &store,
-            "--mem-dir",
-            &mem,
-            "--",
-            &binary,
-        ];
+        let mut words = vec!["qemu-args", "--name", "vm", "--ram", "64M", "--store", &store, "--", &binary];
         words.extend(args.iter().map(String::as_str));
         let said = host.vmemd(&words);
         assert_eq!(said.code, 0, "{said:?}");
@@ -237,7 +220,7 @@ fn arguments_for_others_start_the_same_vm() {
 
 #[test]
 fn what_cannot_work_is_refused_before_qemu_starts() {
-    for qemu in versions().iter().take(1) {
+    for qemu in qemus().iter().take(1) {
         let host = Host::new("qemu-refused");
         let binary = qemu.binary.display().to_string();
         let store = host.store();
@@ -264,7 +247,7 @@ fn what_cannot_work_is_refused_before_qemu_starts() {
 /// Nothing stands between QEMU and whoever started it, and nothing is left of one that is killed.
 #[test]
 fn a_killed_qemu_leaves_nothing_behind() {
-    for qemu in versions().iter().take(1) {
+    for qemu in qemus().iter().take(1) {
         let host = Host::new("qemu-killed");
         let guest = run(&host, qemu, "64M", &Machine::new("256M"), &[]);
         guest.wait_for("init ready", BOOT);

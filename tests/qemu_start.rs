@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Host, cannot_run_vms, not_root};
-use qemu::{BOOT, Guest, Machine, Qemu};
+use common::{Host, not_root};
+use qemu::{BOOT, Guest, Machine, Qemu, qemus};
 use vmprocess::qemu::{LIBRARY, MEMORY_FILES, VARIABLE};
 
 /// What `docs/qemu.md` promises for it, and a loaded machine's share.
@@ -18,10 +18,6 @@ const AT_ONCE: Duration = Duration::from_secs(10);
 /// The promise itself: at least one of some tries is as fast.
 const PROMISED: Duration = Duration::from_secs(1);
 const TRIES: usize = 5;
-
-fn versions() -> Vec<Qemu> {
-    if cannot_run_vms() { Vec::new() } else { Qemu::versions() }
-}
 
 /// A copy of vmemd with its preload beside it, so that the latter can be spoiled.
 struct Installed {
@@ -116,7 +112,7 @@ fn ends_without_memory(command: &mut Command, more: &[&str]) {
 
 #[test]
 fn a_preload_that_the_loader_does_not_take_keeps_qemu_from_starting() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let host = Host::new("start-library");
         let installed = Installed::new(&host.root.join("bin"));
         let whole = std::fs::read(&installed.library).expect("the preload");
@@ -178,7 +174,7 @@ fn a_preload_on_a_file_system_without_programs_keeps_qemu_from_starting() {
     if not_root("a mount") {
         return;
     }
-    for qemu in versions() {
+    for qemu in qemus() {
         let host = Host::new("start-noexec");
         let library = Mounted::tmpfs(host.root.join("lib"), "size=512M");
         let installed = Installed::new(&host.root.join("bin"));
@@ -205,7 +201,7 @@ fn a_preload_that_this_user_may_not_read_keeps_qemu_from_starting() {
     if not_root("another user") {
         return;
     }
-    let Some(qemu) = versions().into_iter().next() else { return };
+    let Some(qemu) = qemus().into_iter().next() else { return };
     // Under a directory that any user may look into.
     let host = Host::new("start-unreadable");
     let directory = std::env::temp_dir().join(format!("vmemd-start-{}", std::process::id()));
@@ -241,7 +237,7 @@ fn compiled(directory: &Path, name: &str, source: &str) -> Option<PathBuf> {
 
 #[test]
 fn a_wrapper_is_told_as_such() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let host = Host::new("start-wrapper");
         let installed = Installed::new(&host.root.join("bin"));
         let real = qemu.binary.display().to_string();
@@ -280,7 +276,7 @@ fn which(name: &str) -> String {
 
 #[test]
 fn arguments_without_the_preload_give_a_qemu_without_memory() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let host = Host::new("start-args");
         let (environment, words) = arguments(&host, &qemu);
         let plain = || {
@@ -334,7 +330,7 @@ fn arguments_without_the_preload_give_a_qemu_without_memory() {
 /// Whoever adds to a command line behind vmemd's words gets no memory past it.
 #[test]
 fn memory_that_is_not_vmemds_is_refused_at_the_start() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let host = Host::new("start-memory");
         let (environment, words) = arguments(&host, &qemu);
         for (more, says) in [
@@ -367,7 +363,7 @@ fn memory_that_is_not_vmemds_is_refused_at_the_start() {
 /// The daemon's host can be the one that lacks it: told to the source, which keeps its VM.
 #[test]
 fn a_preload_that_the_targets_loader_does_not_take_is_told_to_the_source() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let (host, there) = (Host::new("start-source"), Host::new("start-target"));
         let installed = Installed::new(&there.root.join("bin"));
         let (store, rules) = (there.store(), there.root.join("rules.toml").display().to_string());

@@ -6,15 +6,12 @@ mod common;
 mod proxy;
 mod qemu;
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Host, Running, cannot_run_vms, signal, wait_for};
+use common::{Host, Running, signal, wait_for};
 use proxy::{After, At, Plan, Proxy, Strike, Word};
-use qemu::{BOOT, Guest, Qemu};
+use qemu::{BOOT, Guest, Monitor, Qemu, qemus};
 use serde_json::{Value, json};
 
 /// A guest's shutdown is told at once: the machine may be busy, but no limit of vmemd's is waited for.
@@ -25,70 +22,18 @@ const POWER_OFF: &str = "o/h 0x604 0x2000";
 const RESET: &str = "o/b 0x64 0xfe";
 const PANIC: &str = "o/b 0x505 1";
 
-fn versions() -> Vec<Qemu> {
-    if cannot_run_vms() { Vec::new() } else { Qemu::versions() }
-}
-
-/// A monitor of the VM's user, beside vmemd's.
-struct Monitor(BufReader<UnixStream>);
-
 impl Monitor {
-    fn connect(path: &Path) -> Monitor {
-        let stream = wait_for("QEMU's monitor", || UnixStream::connect(path).ok());
-        stream.set_read_timeout(Some(BOOT)).expect("a socket");
-        let mut monitor = Monitor(BufReader::new(stream));
-        monitor.ask("qmp_capabilities", json!({}));
-        monitor
-    }
-
-    /// In one piece: QEMU may end before the end of a line that it has understood.
-    fn says(&mut self, command: &str, arguments: Value) {
-        let request = json!({ "execute": command, "arguments": arguments });
-        self.0.get_mut().write_all(format!("{request}\n").as_bytes()).expect("QEMU's monitor");
-    }
-
-    fn line(&mut self) -> Value {
-        let mut line = String::new();
-        assert!(self.0.read_line(&mut line).expect("QEMU's monitor") > 0, "QEMU has ended");
-        serde_json::from_str(&line).expect("JSON")
-    }
-
-    fn ask(&mut self, command: &str, arguments: Value) -> Value {
-        self.says(command, arguments);
-        loop {
-            let line = self.line();
-            assert!(line.get("error").is_none(), "{command}: {line}");
-            if let Some(value) = line.get("return") {
-                return value.clone();
-            }
-        }
-    }
-
-    fn human(&mut self, line: &str) {
-        let said = self.ask("human-monitor-command", json!({ "command-line": line }));
-        assert_eq!(said, "", "{line}");
-    }
-
     /// Writes to a port until the firmware has set up what is behind it.
     fn human_until(&mut self, line: &str, state: &str) {
         wait_for(state, || {
-            self.human(line);
+            assert_eq!(self.human(line), "", "{line}");
             (self.ask("query-status", json!({}))["status"] == state).then_some(())
         });
     }
 
     /// Waits until the firmware has set up the ports that a test writes to.
     fn waits_for_firmware(&mut self) {
-        let read = json!({ "command-line": "i/h 0x604" });
-        wait_for("the firmware", || {
-            let said = self.ask("human-monitor-command", read.clone());
-            said.as_str().is_some_and(|said| said.contains("= 0x0000")).then_some(())
-        });
-    }
-
-    /// Waits until QEMU says this. Not an answer.
-    fn hears(&mut self, event: &str) {
-        while self.line()["event"] != event {}
+        wait_for("the firmware", || self.human("i/h 0x604").contains("= 0x0000").then_some(()));
     }
 
     /// Has the guest do something that ends QEMU, and returns when QEMU has said that it ends.
@@ -175,7 +120,7 @@ impl Vm<'_> {
 
 #[test]
 fn whoever_stops_a_machine_or_lets_it_go_on_its_state_is_told() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let host = Host::new("states-paused");
         let (vm, mut monitor) = Vm::start(&host, &qemu, &["-S"]);
         vm.does("paused", "prelaunch", Some("started with -S"));
@@ -184,18 +129,18 @@ fn whoever_stops_a_machine_or_lets_it_go_on_its_state_is_told() {
         vm.does("running", "running", None);
         vm.says("resume", "vm runs already");
         // By its own monitor.
-        monitor.human("stop");
+        assert_eq!(monitor.human("stop"), "");
         vm.does("paused", "paused", Some("by a monitor of its QEMU"));
         vm.says("pause", "vm is paused already: by a monitor of its QEMU");
-        monitor.human("cont");
+        assert_eq!(monitor.human("cont"), "");
         vm.does("running", "running", None);
         // By vmemd, and let go on past it.
         vm.says("pause", "vm is paused\n");
         vm.does("paused", "paused", Some("by `vmemd pause`"));
         vm.says("pause", "vm is paused already: by `vmemd pause`");
-        monitor.human("cont");
+        assert_eq!(monitor.human("cont"), "");
         vm.does("running", "running", None);
-        monitor.human("stop");
+        assert_eq!(monitor.human("stop"), "");
         vm.says("resume", "vm runs\n");
         vm.does("running", "running", None);
         vm.stop();
@@ -205,7 +150,7 @@ fn whoever_stops_a_machine_or_lets_it_go_on_its_state_is_told() {
 /// Somebody else adds `-incoming` to what `qemu-args` prints, as libvirt does when it restores a domain.
 #[test]
 fn a_machine_that_waits_for_its_state_is_not_said_to_run() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let host = Host::new("states-incoming");
         let said = Vm::command(&host, &qemu, "qemu-args", &[]).output().expect("vmemd runs");
         let line = String::from_utf8(said.stdout).expect("a line");
@@ -215,7 +160,7 @@ fn a_machine_that_waits_for_its_state_is_not_said_to_run() {
         vm.does("incoming", "inmigrate", Some("waits for an incoming migration"));
         vm.refuses(&["resume"], 4, &["waits for an incoming migration"]);
         vm.does("incoming", "inmigrate", Some("waits for an incoming migration"));
-        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 4, &["cannot move", "incoming migration"]);
+        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 9, &["cannot move", "incoming migration"]);
         vm.says("pause", "vm stays paused when it has come");
         vm.stop();
     }
@@ -223,7 +168,7 @@ fn a_machine_that_waits_for_its_state_is_not_said_to_run() {
 
 #[test]
 fn a_guest_that_sleeps_has_shut_down_or_failed_is_told_as_such() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let host = Host::new("states-guest");
         let disk = "driver=blkdebug,node-name=disk,image.driver=null-co,image.size=1048576,\
                     inject-error.0.event=none,inject-error.0.iotype=read";
@@ -231,7 +176,7 @@ fn a_guest_that_sleeps_has_shut_down_or_failed_is_told_as_such() {
         let (vm, _monitor) = Vm::start(&host, &qemu, &["-blockdev", disk, "-device", device]);
         // The firmware reads the disk, to start from it.
         vm.does("failed", "io-error", Some("a disk of the guest failed"));
-        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 7, &["cannot move", "a disk of the guest failed"]);
+        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 9, &["cannot move", "a disk of the guest failed"]);
         // It tries again, and fails again.
         vm.refuses(&["resume"], 7, &["a disk of the guest failed"]);
         vm.does("failed", "io-error", Some("a disk of the guest failed"));
@@ -243,6 +188,7 @@ fn a_guest_that_sleeps_has_shut_down_or_failed_is_told_as_such() {
         for verb in ["pause", "resume"] {
             vm.refuses(&[verb], 4, &["sleeps (suspend to RAM)", "system_wakeup"]);
         }
+        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 9, &["cannot move", "sleeps (suspend to RAM)"]);
         monitor.ask("system_wakeup", json!({}));
         vm.does("running", "running", None);
         vm.stop();
@@ -251,27 +197,24 @@ fn a_guest_that_sleeps_has_shut_down_or_failed_is_told_as_such() {
         monitor.human_until(POWER_OFF, "shutdown");
         vm.does("shutdown", "shutdown", Some("has shut down"));
         vm.refuses(&["resume"], 4, &["has shut down"]);
-        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 4, &["cannot move", "has shut down"]);
+        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 9, &["cannot move", "has shut down"]);
         vm.stop();
 
         let (vm, mut monitor) = Vm::start(&host, &qemu, &["-action", "panic=pause"]);
-        monitor.human(PANIC);
+        assert_eq!(monitor.human(PANIC), "");
         vm.does("failed", "guest-panicked", Some("the guest panicked"));
         vm.refuses(&["resume"], 4, &["the guest panicked"]);
         vm.refuses(&["pause"], 7, &["the guest panicked"]);
-        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 7, &["cannot move", "the guest panicked"]);
+        vm.refuses(&["migrate", "--to", "127.0.0.1:1"], 9, &["cannot move", "the guest panicked"]);
         vm.stop();
     }
 }
 
 /// A daemon that takes that host's VMs, and its address.
 fn serve(host: &mut Host, from: &Host) -> (Running, String) {
-    let rules = host.root.join("rules.toml");
     let [theirs, ours] = [from, &*host].map(|host| host.root.join("monitor").display().to_string());
     let rule = format!("[[map]]\nkind = \"path\"\nfrom = \"{theirs}\"\nto = \"{ours}\"\n");
-    std::fs::write(&rules, rule).expect("a file of rules");
-    let (rules, logs) = (rules.display().to_string(), host.root.display().to_string());
-    host.start_daemon("127.0.0.1:0", "192M", &["--qemu-rules", &rules, "--log-dir", &logs])
+    host.start_qemu_daemon("127.0.0.1:0", "192M", &rule, &[])
 }
 
 /// Moves the VM, and has this happen when that is on its way. Returns what `migrate` said, and how long it took from then on.
@@ -312,7 +255,7 @@ type Case = (&'static str, &'static [&'static str], Word, How, i32, &'static str
 
 #[test]
 fn a_guest_that_ends_in_the_middle_of_a_move_is_told_as_such() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let (host, mut there) = (Host::new("states-end"), Host::new("states-end-there"));
         let (daemon, address) = serve(&mut there, &host);
         let name = |case: &str| format!("QEMU {}, {case}", qemu.version);
@@ -408,7 +351,7 @@ fn a_guest_that_ends_in_the_middle_of_a_move_is_told_as_such() {
 /// From the commit on the target has the VM: the end of the source's QEMU is no loss any more.
 #[test]
 fn a_qemu_that_ends_when_its_vm_has_been_handed_over_is_no_failure() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let (host, mut there) = (Host::new("states-late"), Host::new("states-late-there"));
         let (daemon, address) = serve(&mut there, &host);
         let (mut vm, mut monitor) = Vm::start(&host, &qemu, &[]);
@@ -423,10 +366,11 @@ fn a_qemu_that_ends_when_its_vm_has_been_handed_over_is_no_failure() {
     }
 }
 
-/// A guest that reboots moves on, and one that has failed and stays does not move: told in the middle, not at the end.
+/// A guest that reboots moves on. One that has failed, has shut down or sleeps stays, with the exit code that it has before a byte
+/// moves (what has failed is told in the middle, not at the end).
 #[test]
-fn a_guest_that_reboots_moves_and_one_that_panics_and_stays_does_not() {
-    for qemu in versions() {
+fn a_guest_that_reboots_moves_and_one_that_can_not_as_it_is_stays() {
+    for qemu in qemus() {
         let (host, mut there) = (Host::new("states-stay"), Host::new("states-stay-there"));
         let (daemon, address) = serve(&mut there, &host);
         let (mut vm, mut monitor) = Vm::start(&host, &qemu, &[]);
@@ -440,22 +384,18 @@ fn a_guest_that_reboots_moves_and_one_that_panics_and_stays_does_not() {
         assert_eq!(there.vmemd(&["stop", "vm"]).code, 0);
         there.assert_clean_but(&[daemon.pid()]);
 
-        for (more, port, code, says) in [
-            (
-                &["-action", "panic=pause"][..],
-                PANIC,
-                7,
-                &["the guest panicked", "\"vm\" stays here, failed"][..],
-            ),
-            (&["-no-shutdown"], POWER_OFF, 7, &["the guest has shut down", "\"vm\" stays here, shut down"]),
+        for (more, port, event, says) in [
+            (&["-action", "panic=pause"][..], PANIC, "STOP", ["the guest panicked", "stays here, failed"]),
+            (&["-no-shutdown"], POWER_OFF, "STOP", ["the guest has shut down", "stays here, shut down"]),
+            (&[], SLEEP, "SUSPEND", ["sleeps (suspend to RAM)", "runs on here"]),
         ] {
             let (vm, mut monitor) = Vm::start(&host, &qemu, more);
             monitor.waits_for_firmware();
             let (said, took, _cable) = moved_while(&host, &address, Word::RoundEnd, move || {
                 monitor.says("human-monitor-command", json!({ "command-line": port }));
-                monitor.hears("STOP");
+                monitor.hears(event);
             });
-            said.fails(code, says);
+            said.fails(9, &["cannot move: ", says[0], &format!("\"vm\" {}", says[1])]);
             assert!(took < PROMPT, "it took {took:?}");
             there.assert_clean_but(&[daemon.pid()]);
             vm.stop();
@@ -466,7 +406,7 @@ fn a_guest_that_reboots_moves_and_one_that_panics_and_stays_does_not() {
 /// Whoever stopped it, or let it go on, and when: it arrives as it was.
 #[test]
 fn a_machine_arrives_as_it_was_left_by_whoever_had_it() {
-    for qemu in versions() {
+    for qemu in qemus() {
         let (host, mut there) = (Host::new("states-was"), Host::new("states-was-there"));
         let (daemon, address) = serve(&mut there, &host);
         for (case, more, reason) in [
@@ -480,12 +420,12 @@ fn a_machine_arrives_as_it_was_left_by_whoever_had_it() {
                 "stopped in the middle" => in_the_middle = Some("stop"),
                 "paused, and let go on past vmemd" => {
                     vm.says("pause", "vm is paused\n");
-                    monitor.human("cont");
+                    assert_eq!(monitor.human("cont"), "");
                 }
                 _ => {}
             }
             let (said, _, _cable) = moved_while(&host, &address, Word::RoundEnd, move || {
-                in_the_middle.into_iter().for_each(|line| monitor.human(line));
+                in_the_middle.into_iter().for_each(|line| assert_eq!(monitor.human(line), ""));
             });
             assert_eq!(said.code, 0, "{case}: {said:?}");
             vm.guest.wait_end(BOOT);

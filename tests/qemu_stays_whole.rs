@@ -9,8 +9,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Host, Running, cannot_run_vms};
-use qemu::{BOOT, Guest, Machine, Qemu, field};
+use common::{Host, Running};
+use qemu::{BOOT, Guest, Machine, Monitor, Qemu, field, qemus};
 use serde_json::{Value, json};
 
 /// How long a guest's job of a few seconds may take on a slow, busy machine.
@@ -22,45 +22,8 @@ const JOBS: &str = "checker beat & checker memory 100M 100000";
 /// The memory that the guest's job has filled is in a snapshot of it.
 const SNAPSHOT_MIN: u64 = 100 << 20;
 
-/// The QEMUs to test with; none, with a word, where their VMs cannot run.
-fn qemus() -> Vec<Qemu> {
-    let qemus = Qemu::versions();
-    if qemus.is_empty() || cannot_run_vms() { Vec::new() } else { qemus }
-}
-
-/// A QMP monitor of the VM's user, beside vmemd's.
-struct Monitor(BufReader<UnixStream>);
-
-impl Monitor {
-    fn connect(path: &str) -> Monitor {
-        let mut monitor = Monitor(BufReader::new(UnixStream::connect(path).expect("QEMU's monitor")));
-        monitor.ask("qmp_capabilities", json!({}));
-        monitor
-    }
-
-    fn ask(&mut self, command: &str, arguments: Value) -> Value {
-        let request = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.0.get_mut(), "{request}").expect("QEMU's monitor");
-        loop {
-            let mut line = String::new();
-            assert!(self.0.read_line(&mut line).expect("QEMU's monitor") > 0, "QEMU is gone: {command}");
-            let said: Value = serde_json::from_str(&line).expect("QMP");
-            assert!(said.get("error").is_none(), "{command}: {said}");
-            if let Some(value) = said.get("return") {
-                return value.clone();
-            }
-        }
-    }
-
-    /// What the monitor for people says.
-    fn say(&mut self, line: &str) -> String {
-        let said = self.ask("human-monitor-command", json!({ "command-line": line }));
-        said.as_str().expect("words").trim().to_owned()
-    }
-
-    fn settings(&mut self) -> [Value; 2] {
-        ["query-migrate-capabilities", "query-migrate-parameters"].map(|query| self.ask(query, json!({})))
-    }
+fn settings(monitor: &mut Monitor) -> [Value; 2] {
+    ["query-migrate-capabilities", "query-migrate-parameters"].map(|query| monitor.ask(query, json!({})))
 }
 
 /// A host with a monitor's path that means the same at both ends of a move.
@@ -78,12 +41,10 @@ impl Place {
 
     /// A daemon that takes VMs of the other place, with more rules, and its address.
     fn serve(&mut self, other: &Place, more: &str) -> (Running, String) {
-        let rules = self.host.root.join("rules.toml");
         let map =
             |from: &str, to: &str| format!("[[map]]\nkind = \"path\"\nfrom = \"{from}\"\nto = \"{to}\"\n");
-        std::fs::write(&rules, map(&other.monitor, &self.monitor) + more).expect("a file of rules");
-        let (rules, logs) = (rules.display().to_string(), self.host.root.display().to_string());
-        self.host.start_daemon("127.0.0.1:0", "192M", &["--qemu-rules", &rules, "--log-dir", &logs])
+        let rules = map(&other.monitor, &self.monitor) + more;
+        self.host.start_qemu_daemon("127.0.0.1:0", "192M", &rules, &[])
     }
 
     fn start(&self, qemu: &Qemu, machine: &Machine, more: &[&str]) -> Guest {
@@ -101,7 +62,7 @@ impl Place {
     }
 
     fn monitor(&self) -> Monitor {
-        Monitor::connect(&self.monitor)
+        Monitor::connect(Path::new(&self.monitor))
     }
 }
 
@@ -168,7 +129,7 @@ fn memory_is_right(guest: &Guest) {
 
 /// Saves the whole VM in its disk, lets it go on, and goes back: the guest counts on from there.
 fn saves_and_goes_back(monitor: &mut Monitor, guest: &Guest, name: &str) {
-    assert_eq!(monitor.say(&format!("savevm {name}")), "");
+    assert_eq!(monitor.human(&format!("savevm {name}")), "");
     // What it has said so far may still be on its way, so this is at most what it knew when it was saved, or shortly after.
     let known = beats(guest).last().copied().expect("it counts");
     let disks = monitor.ask("query-block", json!({}));
@@ -179,7 +140,7 @@ fn saves_and_goes_back(monitor: &mut Monitor, guest: &Guest, name: &str) {
     assert!(bytes > SNAPSHOT_MIN, "{bytes} bytes: memory is not in it");
     wait("more beats", || beats(guest).last() > Some(&(known + 30)));
     let printed = beats(guest).len();
-    assert_eq!(monitor.say(&format!("loadvm {name}")), "");
+    assert_eq!(monitor.human(&format!("loadvm {name}")), "");
     wait("beats that begin again", || {
         beats(guest)[printed..].windows(2).any(|pair| pair[1] < pair[0])
             || beats(guest)[printed - 1..].windows(2).any(|pair| pair[1] < pair[0])
@@ -207,13 +168,13 @@ fn snapshots_hold_memory_after_a_move_and_after_one_that_failed() {
         // As somebody has left it who saved to a file.
         let multifd = |state: bool| json!({ "capabilities": [{ "capability": "multifd", "state": state }] });
         monitor.ask("migrate-set-capabilities", multifd(true));
-        let before = monitor.settings();
+        let before = settings(&mut monitor);
 
         // A ROM of another size: the target's QEMU finds that out when it has the guest's state.
         let rule = format!("[[map]]\nkind = \"path\"\nfrom = \"{rom}\"\nto = \"{larger}\"\n");
         let (mut daemon, address) = there.serve(&here, &rule);
         here.host.vmemd(&["migrate", "db", "--to", &address]).fails(6, &["\"db\" runs on here"]);
-        assert_eq!(monitor.settings(), before);
+        assert_eq!(settings(&mut monitor), before);
         // QEMU's own snapshots do not go with it.
         monitor.ask("migrate-set-capabilities", multifd(false));
         saves_and_goes_back(&mut monitor, &guest, "here");
@@ -244,7 +205,7 @@ fn a_disk_that_was_changed_since_the_start_is_told_before_a_byte_moves() {
         let says =
             format!("disk d0 is now {snapshot} (qcow2) on {disk} (raw), it was started with {disk} (raw)");
         let mut monitor = here.monitor();
-        monitor.say(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
+        monitor.human(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
         let refused = here.host.vmemd(&["migrate", "db", "--to", &address]);
         refused.fails(9, &["cannot move: ", &says, "\"db\" runs on here"]);
         assert!(there.host.names().is_empty(), "nothing was started for it");
@@ -256,7 +217,7 @@ fn a_disk_that_was_changed_since_the_start_is_told_before_a_byte_moves() {
         here.migrate(&address);
         let mut monitor = there.monitor();
         std::fs::remove_file(&snapshot).expect("an image");
-        monitor.say(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
+        monitor.human(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
         there.host.vmemd(&["migrate", "db", "--to", &back]).fails(9, &[&says, "\"db\" runs on here"]);
         merge(&mut monitor);
         there.migrate(&back);
@@ -291,7 +252,7 @@ fn what_begins_while_memory_goes_is_found_when_it_stands_still() {
     here.host
         .wait_stat("db", "data on its way", |stat| stat["migration"]["bytes_sent"].as_u64() >= Some(1 << 20));
     let snapshot = here.host.root.join("snap.qcow2").display().to_string();
-    here.monitor().say(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
+    here.monitor().human(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
     migrate.ends_with(9);
     let said = migrate.log();
     assert!(said.contains(&format!("disk d0 is now {snapshot} (qcow2) on")), "{said}");
@@ -395,7 +356,7 @@ fn a_full_frame_buffer_moves_too() {
         memory_is_right(&guest);
         let mut monitor = there.monitor();
         for at in [0, 1 << 20, FRAME_BUFFER - 4] {
-            let shown = monitor.say(&format!("xp /1xw {:#x}", start + at));
+            let shown = monitor.human(&format!("xp /1xw {:#x}", start + at));
             assert!(shown.ends_with(": 0x41414141"), "{shown}");
         }
         assert_eq!(there.host.vmemd(&["stop", "db"]).code, 0);

@@ -17,15 +17,12 @@ use std::time::Duration;
 
 use migrate::RefuseKind;
 use vmprocess::ArriveSettings;
+use vmprocess::last_words::{LOG_BYTES_MAX, last_words};
 
 use crate::qmp::lock;
 
 /// How long an exit waits for the source to be told.
 pub(crate) const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
-/// What of QEMU's words goes to the source.
-const WORDS_MAX: usize = 600;
-/// What is read of its log for that.
-const LOG_BYTES_MAX: u64 = 64 << 10;
 
 #[derive(Debug)]
 enum Stage {
@@ -124,11 +121,7 @@ fn program() -> String {
 /// The last of QEMU's own words in a log.
 fn words(log: &str, program: &str) -> String {
     let own = log.lines().filter_map(|line| line.strip_prefix(program)?.strip_prefix(": "));
-    let own: Vec<&str> = own.filter(|line| !line.starts_with("warning:")).collect();
-    let mut said = own.join("; ");
-    let cut = said.len().saturating_sub(WORDS_MAX);
-    let cut = (cut..=said.len()).find(|at| said.is_char_boundary(*at)).unwrap_or(0);
-    said.split_off(cut)
+    last_words(own.filter(|line| !line.starts_with("warning:")))
 }
 
 #[cfg(test)]
@@ -141,8 +134,5 @@ mod tests {
                    load failed\n";
         assert_eq!(words(log, "qemu-x"), "Unknown section 'rng'; load failed");
         assert_eq!(words("nothing", "qemu-x"), "");
-        let long = format!("qemu-x: {}ends", "ä".repeat(WORDS_MAX));
-        let said = words(&long, "qemu-x");
-        assert!(said.ends_with("ends") && said.len() <= WORDS_MAX, "{}", said.len());
     }
 }

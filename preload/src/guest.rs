@@ -181,8 +181,8 @@ impl Qemu {
         Qemu { stays: why, ..self }
     }
 
-    /// Whether it can move as it is now: its command line is to make the same machine at the target. What it takes, in
-    /// capabilities of QEMU's migration.
+    /// Returns the migration capabilities that [`save`](Guest::save) needs. Fails if the machine cannot move as it is now: its command
+    /// line is to make the same one at the target.
     fn check_move(&mut self) -> Result<Vec<&'static str>, Failure> {
         let cannot = |why: String| Failure::new(Kind::CannotMove, format!("cannot move: {why}"));
         if let Some(why) = &self.stays {
@@ -212,8 +212,8 @@ impl Qemu {
         Ok(on)
     }
 
-    /// Does that with no capabilities but these, and parameters for a state that goes at once. What the user has set is set
-    /// again behind it, whatever becomes of it.
+    /// Runs `work` with the capabilities in `on` and no others, and with parameters for a state that goes at once. The user's settings
+    /// are put back behind it, also if it fails.
     fn with_capabilities<T>(
         &mut self,
         on: &[&str],

@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
@@ -49,7 +49,7 @@ pub(crate) fn prepare() {
         Found::NotMeant(why) => return drop(NOT_MEANT.set(why)),
         Found::Unreadable(why) => end(Kind::Usage, &why),
     };
-    start_logging(settings.log.as_deref());
+    start_logging();
     // Before any other: it runs behind all of them.
     // SAFETY: the handler may run at any exit of the process.
     unsafe { libc::atexit(at_last) };
@@ -73,21 +73,12 @@ fn end(kind: Kind, why: &str) -> ! {
     unsafe { libc::_exit(i32::from(kind.exit_code())) }
 }
 
-fn start_logging(file: Option<&Path>) {
+fn start_logging() {
     let filter = EnvFilter::try_from_env("VMEMD_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_target(false);
     // A log that cannot be written (nobody reads this stderr any more) is no reason to panic in QEMU.
     let builder = builder.log_internal_errors(false);
-    let open = |path: &Path| std::fs::OpenOptions::new().append(true).create(true).open(path);
-    let started = match file.map(open) {
-        None => builder.with_writer(std::io::stderr).try_init(),
-        Some(Ok(file)) => builder.with_writer(Mutex::new(file)).try_init(),
-        Some(Err(error)) => {
-            eprintln!("vmemd: cannot write the log {}: {error}", file.unwrap_or(Path::new("")).display());
-            builder.with_writer(std::io::stderr).try_init()
-        }
-    };
-    if let Err(error) = started {
+    if let Err(error) = builder.with_writer(std::io::stderr).try_init() {
         eprintln!("vmemd: no log: {error}");
     }
 }

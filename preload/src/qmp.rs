@@ -178,10 +178,12 @@ impl Qmp {
         self.standing.clone()
     }
 
-    /// Has QEMU say what the machine does, for the next look, if that may have changed without a word.
+    /// Has QEMU say what the machine does, for the next look, if that may have changed without a word. One that has said that it ends
+    /// is not asked: it may abort.
     pub(crate) fn look_again(&self) {
         let mut heard = self.standing.heard();
-        if runstate::is_unheard(&heard.word) && !std::mem::replace(&mut heard.asked, true) {
+        let may_tell = heard.ending.is_none() && runstate::is_unheard(&heard.word);
+        if may_tell && !std::mem::replace(&mut heard.asked, true) {
             drop(heard);
             send_query(&self.writer);
         }

@@ -111,9 +111,9 @@ fn a_qemu_that_ends_is_asked_nothing() {
         ">qmp_capabilities",
         r#"{"return": {}, "id": $}"#,
         ">query-status",
-        r#"{"return": {"status": "running", "running": true}, "id": 0}"#,
+        r#"{"return": {"status": "postmigrate", "running": false}, "id": 0}"#,
         ">quit",
-        r#"{"event": "SHUTDOWN"}"#,
+        r#"{"event": "SHUTDOWN", "data": {"reason": "host-qmp-quit"}}"#,
         r#"{"return": {}, "id": $}"#,
         // Whatever the event has led to would have been said before this.
         ">stop",
@@ -121,6 +121,7 @@ fn a_qemu_that_ends_is_asked_nothing() {
     ]);
     let mut qmp = qmp.unwrap();
     qmp.ask("quit", Value::Null, PATIENCE).unwrap();
+    qmp.look_again();
     qmp.ask("stop", Value::Null, PATIENCE).unwrap();
     qemu.join().unwrap();
 }

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use migrate::{Expected, Progress, Report, SendError, SessionId, SourceOptions, SourceVm, VmError};
 use serde_json::Value;
+use swapd::Engine;
 use tracing::{error, info, warn};
 
 use crate::control::protocol::{MigrateRequest, MigrationStat, State};
 use crate::control::server::Client;
 use crate::doubt;
 use crate::failure::{Failure, Kind};
+use crate::size::Size;
 use crate::vm::{BY_ITS_MONITOR, Core, DID_NOT_GO_ON, Event, Phase, Vm};
 
 /// How often it is looked whether whoever asked is still there.
@@ -101,10 +103,12 @@ fn wait_until_set_up(vm: &Vm, client: &Client<'_>) {
 }
 
 fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> {
-    if let Some(ram) = request.ram_bytes.filter(|ram| *ram > vm.facts.memory_bytes) {
+    // A VM that is smaller than the least budget gets that.
+    let most = vm.facts.memory_bytes.max(Engine::MIN_BUDGET_BYTES);
+    if let Some(ram) = request.ram_bytes.filter(|ram| *ram > most) {
+        let [ram, memory, most] = [ram, vm.facts.memory_bytes, most].map(Size);
         let text = format!(
-            "a RAM budget of {ram} bytes is above the VM's memory of {} bytes",
-            vm.facts.memory_bytes
+            "a RAM budget of {ram} is above the VM's memory of {memory}: give {most}, or leave --ram out"
         );
         return Err(Failure::new(Kind::Usage, text));
     }
@@ -124,11 +128,12 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
 /// Running → migrating, in one step, so that two requests cannot both.
 fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     let name = &vm.facts.name;
+    let cannot = |why: String| Failure::new(Kind::CannotMove, format!("{name:?} cannot move: {why}"));
     if let Some(reason) = vm.guest_failure() {
-        return Err(Failure::new(Kind::Vm, format!("{name:?} cannot move: its guest has failed: {reason}")));
+        return Err(cannot(format!("its guest has failed: {reason}")));
     }
     if let (State::Shutdown | State::Incoming, Some(reason)) = vm.state() {
-        return Err(Failure::new(Kind::Name, format!("{name:?} cannot move: {reason}")));
+        return Err(cannot(reason));
     }
     vm.core(|core| {
         let why = match &core.phase {
@@ -312,6 +317,11 @@ impl<'a> Leaving<'a> {
         text(failure)
     }
 
+    /// If a machine that cannot move as it is was not stopped for that reason, then it is told as it would have been before a byte moved.
+    fn not_stopped(&mut self, failure: Failure) -> VmError {
+        self.failed(self.vm.unmovable().map_or(failure, cannot_move))
+    }
+
     /// A bug ended the migration (in a process of ours, all of it). The VM is never left between here and there.
     fn after_panic(&mut self, to: &str) -> SendError {
         self.throttle(0);
@@ -331,6 +341,10 @@ fn text(failure: Failure) -> VmError {
     VmError(failure.text)
 }
 
+fn cannot_move(why: String) -> Failure {
+    Failure::new(Kind::CannotMove, format!("cannot move: {why}"))
+}
+
 impl SourceVm for Leaving<'_> {
     fn ended(&self) -> Option<String> {
         self.vm.ended().map(|ended| format!("{ended} while it was moving"))
@@ -339,14 +353,14 @@ impl SourceVm for Leaving<'_> {
     fn drain(&mut self) -> Result<(), VmError> {
         // Before all of its memory is sent for nothing.
         if let Some(reason) = self.vm.over() {
-            return Err(VmError(reason));
+            return Err(self.failed(cannot_move(reason)));
         }
         self.vm.guest(|guest| guest.drain()).map_err(text)
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
         let looked = self.vm.guest(|guest| Ok((guest.runs()?, guest.run_state().is_some())));
-        let (runs, tells) = looked.map_err(text)?;
+        let (runs, tells) = looked.map_err(|failure| self.not_stopped(failure))?;
         self.vm.core(|core| {
             if !runs && !core.stalled.as_ref().is_some_and(|stall| stall.ran) {
                 // By whatever means, such as a monitor of its user's.
@@ -357,7 +371,7 @@ impl SourceVm for Leaving<'_> {
             }
         });
         self.paused = true;
-        self.vm.guest(|guest| guest.pause()).map_err(|failure| self.failed(failure))
+        self.vm.guest(|guest| guest.pause()).map_err(|failure| self.not_stopped(failure))
     }
 
     fn stood_still(&self) -> bool {

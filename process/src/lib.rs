@@ -22,6 +22,7 @@
 pub mod control;
 pub mod failure;
 pub mod host;
+pub mod last_words;
 pub mod medium;
 pub mod passing;
 pub mod qemu;

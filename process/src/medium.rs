@@ -81,11 +81,17 @@ fn look(path: &Path, layer: u32) -> Medium {
         return Medium::Network(name);
     }
     if kind == OVERLAY {
-        return match upper_of(path).map(|upper| look(&upper, layer + 1)) {
+        let upper = mount_of(path).and_then(|mount| mount.upper());
+        return match upper.map(|upper| look(&upper, layer + 1)) {
             Some(Medium::Ram(name)) => Medium::Ram(format!("an overlay on {name}")),
             Some(medium) => medium,
             None => Medium::Disk,
         };
+    }
+    // The number of a file system over several devices (btrfs) is none of theirs.
+    if libc::major(meta.dev()) == 0 {
+        let source = mount_of(path).and_then(|mount| mount.device());
+        return source.map_or(Medium::Disk, |source| look(&source, layer + 1));
     }
     device(meta.dev(), layer)
 }
@@ -93,7 +99,14 @@ fn look(path: &Path, layer: u32) -> Medium {
 /// Of a block device, by its number.
 fn device(number: u64, layer: u32) -> Medium {
     let link = format!("/sys/dev/block/{}:{}", libc::major(number), libc::minor(number));
-    let Ok(place) = fs::canonicalize(link) else { return Medium::Disk };
+    fs::canonicalize(link).map_or(Medium::Disk, |place| block(&place, layer))
+}
+
+/// Of a block device, by its directory in sysfs.
+fn block(place: &Path, layer: u32) -> Medium {
+    if layer > LAYERS_MAX {
+        return Medium::Disk;
+    }
     let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let is = |kind: &&str| {
         name.strip_prefix(*kind).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
@@ -101,13 +114,33 @@ fn device(number: u64, layer: u32) -> Medium {
     if RAM_DEVICES.iter().any(is) {
         return Medium::Ram(name);
     }
-    match fs::read_to_string(place.join("loop/backing_file")) {
-        Ok(file) => match look(Path::new(file.trim_end_matches('\n')), layer + 1) {
-            Medium::Ram(below) => Medium::Ram(format!("{name} over {below}")),
-            medium => medium,
-        },
-        Err(_) => Medium::Disk,
+    let below = if let Ok(file) = fs::read_to_string(place.join("loop/backing_file")) {
+        look(Path::new(file.trim_end_matches('\n')), layer + 1)
+    } else if place.join("partition").exists() {
+        place.parent().map_or(Medium::Disk, |whole| block(whole, layer + 1))
+    } else {
+        worst(slaves(place).map(|slave| block(&slave, layer + 1)))
+    };
+    match below {
+        Medium::Ram(below) => Medium::Ram(format!("{name} over {below}")),
+        medium => medium,
     }
+}
+
+/// The devices that the device mapper, or a RAID, makes this one of.
+fn slaves(place: &Path) -> impl Iterator<Item = PathBuf> {
+    let slaves = fs::read_dir(place.join("slaves")).into_iter().flatten();
+    slaves.filter_map(|slave| fs::canonicalize(slave.ok()?.path()).ok())
+}
+
+/// Of a device made of several: RAM is taken if one of them is in RAM.
+fn worst(parts: impl Iterator<Item = Medium>) -> Medium {
+    let rank = |medium: &Medium| match medium {
+        Medium::Disk => 0,
+        Medium::Network(_) => 1,
+        Medium::Ram(_) => 2,
+    };
+    parts.max_by_key(rank).unwrap_or(Medium::Disk)
 }
 
 /// The number by which a file system is known.
@@ -119,25 +152,47 @@ fn magic(path: &Path) -> Option<u32> {
     (unsafe { libc::statfs(path.as_ptr(), &mut found) } == 0).then_some(found.f_type as u32)
 }
 
-/// Where what is written to an overlay goes.
-fn upper_of(path: &Path) -> Option<PathBuf> {
-    let path = path.canonicalize().ok()?;
-    upper_in(&fs::read_to_string("/proc/self/mountinfo").ok()?, &path)
+/// What is mounted at a place.
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    kind: String,
+    source: String,
+    options: String,
 }
 
-/// The last mount that the path is below, in the kernel's list: `… … … root POINT options … - overlay NAME options`.
-fn upper_in(mounts: &str, path: &Path) -> Option<PathBuf> {
+impl Mount {
+    /// Where what is written to an overlay goes.
+    fn upper(&self) -> Option<PathBuf> {
+        let upper = self.options.split(',').find_map(|option| option.strip_prefix("upperdir="));
+        upper.filter(|_| self.kind == "overlay").map(unescaped)
+    }
+
+    /// The block device, or one of those, that the file system is on.
+    fn device(&self) -> Option<PathBuf> {
+        let source = unescaped(&self.source);
+        let is_device = |path: &PathBuf| {
+            path.is_absolute() && fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device())
+        };
+        Some(source).filter(is_device)
+    }
+}
+
+fn mount_of(path: &Path) -> Option<Mount> {
+    let path = path.canonicalize().ok()?;
+    mount_in(&fs::read_to_string("/proc/self/mountinfo").ok()?, &path)
+}
+
+/// The last mount that the path is below, in the kernel's list: `… … … root POINT options … - KIND SOURCE options`.
+fn mount_in(mounts: &str, path: &Path) -> Option<Mount> {
     let (mut found, mut longest) = (None, 0);
     for line in mounts.lines() {
         let (before, behind) = line.split_once(" - ")?;
         let point = unescaped(before.split(' ').nth(4)?);
         if path.starts_with(&point) && point.as_os_str().len() >= longest {
             longest = point.as_os_str().len();
-            let mut parts = behind.split(' ');
-            let is_overlay = parts.next() == Some("overlay");
-            let options = parts.nth(1).unwrap_or_default();
-            let upper = options.split(',').find_map(|option| option.strip_prefix("upperdir="));
-            found = upper.filter(|_| is_overlay).map(unescaped);
+            let mut parts = behind.split(' ').map(str::to_owned);
+            let mut part = || parts.next().unwrap_or_default();
+            found = Some(Mount { kind: part(), source: part(), options: part() });
         }
     }
     found
@@ -184,14 +239,97 @@ mod tests {
     }
 
     #[test]
-    fn the_upper_part_of_an_overlay_is_found() {
+    fn what_a_file_system_is_on_is_found() {
         let mounts = "22 1 8:1 / / rw - ext4 /dev/vda rw\n\
                       30 22 0:9 / /mnt/a\\040b rw,relatime shared:1 - overlay over rw,lowerdir=/l,upperdir=/dev/shm/u\\054x,workdir=/w\n\
                       31 22 0:10 / /mnt/a\\040b/deep rw - ext4 /dev/vdb rw\n";
-        let upper = |path| upper_in(mounts, Path::new(path));
+        let mount = |path| mount_in(mounts, Path::new(path));
+        let upper = |path| mount(path).and_then(|mount| mount.upper());
         assert_eq!(upper("/mnt/a b/store"), Some(PathBuf::from("/dev/shm/u,x")));
         assert_eq!(upper("/mnt/a b/deep/store"), None);
         assert_eq!(upper("/srv"), None);
-        assert_eq!(upper_in("rubbish\n", Path::new("/")), None);
+        assert_eq!(mount("/mnt/a b/deep/store").map(|mount| mount.source), Some("/dev/vdb".to_owned()));
+        assert_eq!(mount("/srv").map(|mount| mount.source), Some("/dev/vda".to_owned()));
+        assert_eq!(mount_in("rubbish\n", Path::new("/")), None);
+        // Names that are no devices, or none from here.
+        for source in ["tmpfs", "pool/data", "/dev/root-of-nothing", "/", "relative"] {
+            let mount = Mount { kind: "zfs".to_owned(), source: source.to_owned(), options: String::new() };
+            assert_eq!(mount.device(), None, "{source}");
+        }
+    }
+
+    /// A directory as the kernel's sysfs has them, which goes with its test.
+    struct Sysfs(PathBuf);
+
+    impl Sysfs {
+        fn new() -> Sysfs {
+            let root = std::env::temp_dir().join(format!("vmemd-sysfs-{}", std::process::id()));
+            fs::create_dir_all(&root).unwrap();
+            Sysfs(root)
+        }
+
+        /// A device at that path, made of these.
+        fn device(&self, path: &str, slaves: &[&str]) -> PathBuf {
+            let place = self.0.join(path);
+            fs::create_dir_all(place.join("slaves")).unwrap();
+            for slave in slaves {
+                let name = Path::new(slave).file_name().unwrap();
+                std::os::unix::fs::symlink(self.0.join(slave), place.join("slaves").join(name)).unwrap();
+            }
+            place
+        }
+
+        fn file(&self, path: &str, text: &str) {
+            let path = self.0.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+    }
+
+    impl Drop for Sysfs {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn ram_is_found_through_what_devices_are_made_of() {
+        let sysfs = Sysfs::new();
+        for disk in ["sda", "zram0", "ram7", "nvme0n1", "loop0", "loop1"] {
+            sysfs.device(disk, &[]);
+        }
+        for part in ["sda/sda1", "zram0/zram0p1", "loop0/loop0p1", "nvme0n1/nvme0n1p2"] {
+            sysfs.device(part, &[]);
+            sysfs.file(&format!("{part}/partition"), "1\n");
+        }
+        sysfs.file("loop0/loop/backing_file", "/dev/shm/no such file\n");
+        sysfs.file("loop1/loop/backing_file", "/dev/shm\n");
+        sysfs.device("dm-0", &["sda/sda1"]);
+        sysfs.device("dm-1", &["sda", "ram7"]);
+        sysfs.device("dm-2", &["dm-1"]);
+        sysfs.device("md0", &["nvme0n1/nvme0n1p2", "sda/sda1"]);
+        sysfs.device("md1", &["zram0/zram0p1", "sda"]);
+        // No kernel makes such a thing.
+        sysfs.device("dm-9", &["dm-9"]);
+        for (path, ram) in [
+            ("sda", None),
+            ("sda/sda1", None),
+            ("nvme0n1/nvme0n1p2", None),
+            ("zram0", Some("zram0")),
+            ("zram0/zram0p1", Some("zram0p1")),
+            ("loop0/loop0p1", None),
+            ("dm-0", None),
+            ("dm-1", Some("dm-1 over ram7")),
+            ("dm-2", Some("dm-2 over dm-1 over ram7")),
+            ("md0", None),
+            ("md1", Some("md1 over zram0p1")),
+            ("dm-9", None),
+        ] {
+            let expected = ram.map_or(Medium::Disk, |ram| Medium::Ram(ram.to_owned()));
+            assert_eq!(block(&sysfs.0.join(path), 0), expected, "{path}");
+        }
+        if magic(Path::new("/dev/shm")) == Some(IN_RAM[0].0) {
+            assert_eq!(block(&sysfs.0.join("loop1"), 0), Medium::Ram("loop1 over tmpfs".to_owned()));
+        }
     }
 }

@@ -49,8 +49,6 @@ pub struct PreloadSettings {
     /// Guest memory, in the order of its page numbers.
     pub backends: Vec<Backend>,
     pub qmp: QmpAddress,
-    /// Where the log goes; standard error without it.
-    pub log: Option<PathBuf>,
     pub role: Role,
 }
 

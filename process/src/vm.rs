@@ -301,6 +301,12 @@ impl Vm {
         view.failed.or_else(|| run_state.filter(|now| now.state == State::Shutdown)?.why)
     }
 
+    /// Why it cannot move as it stands: its guest is [over](Self::over), or sleeps and might wake up at any moment.
+    pub(crate) fn unmovable(&self) -> Option<String> {
+        let sleeps = || self.seen().1.filter(|now| now.state == State::Suspended)?.why;
+        self.over().or_else(sleeps)
+    }
+
     /// What it does, and why it does not run if it does not.
     pub(crate) fn state(&self) -> (State, Option<String>) {
         let (view, run_state) = self.seen();

@@ -17,7 +17,7 @@ pub(super) struct Costs {
     pub(super) books_percent: Option<f64>,
 }
 
-/// Reads `{"idle_percent": 0.015, "books_percent": 0.276}`.
+/// Reads `{"idle_percent": 0.015, "books_percent": 0.32}`.
 pub(super) fn read(path: &Path) -> Result<Costs, Failure> {
     let usage = |text| Failure::new(Kind::Usage, format!("{}: {text}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| usage(format!("cannot be read: {error}")))?;

@@ -25,7 +25,8 @@ use crate::vmm::Workload;
 )]
 #[command(
     after_help = "Exit codes: 2 usage, 3 the host lacks something, 4 no such VM or name taken, 5 no room (RAM, store),
-6 peer or link, 7 the VM failed, 8 hand-over in doubt, 10 the VM has moved away, 130 interrupted, 1 anything else."
+6 peer or link, 7 the VM failed, 8 hand-over in doubt, 9 the VM cannot move, 10 the VM has moved away, 12 it would have
+stood still for longer than --max-downtime, 130 interrupted, 1 anything else."
 )]
 pub(super) struct Cli {
     /// Directory of the VMs' control sockets [default: $VMEMD_RUN_DIR, /run/vmemd, or $XDG_RUNTIME_DIR/vmemd]
@@ -207,9 +208,6 @@ pub(super) struct QemuArgs {
     /// What is to be printed
     #[arg(long, value_enum, default_value = "shell")]
     pub(super) format: FormatArg,
-    /// Of no use any more: guest memory has no files. Taken for the sake of scripts that give it.
-    #[arg(long, value_name = "DIR", hide = true)]
-    pub(super) mem_dir: Option<PathBuf>,
     /// A QEMU and its arguments, as you would start it yourself
     #[arg(last = true, required = true, value_name = "QEMU")]
     pub(super) qemu: Vec<OsString>,

@@ -69,9 +69,6 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         }
         Command::Run(args) => run::run(&run_settings(args, run_dir)?),
         Command::QemuArgs(args) => {
-            if args.mem_dir.is_some() {
-                tracing::warn!("--mem-dir is of no use any more: guest memory has no files");
-            }
             let settings = qemu_settings(args.name, args.limits, args.qemu, run_dir)?;
             let text = qemu::run::arguments(&settings, args.format.into())?;
             print(text.trim_end());

@@ -44,7 +44,7 @@ pub(super) fn start(
         Machine::Reference => Launch::from(receive(&settings)?),
         Machine::Qemu(qemu) => {
             let Qemu { binary, plan, .. } = *qemu;
-            launch(&binary, plan, Role::Arriving(Box::new(settings)), None)?
+            launch(&binary, plan, Role::Arriving(Box::new(settings)))?
         }
     };
     launch.notes.iter().for_each(|note| warn!("{note}"));

@@ -1,5 +1,5 @@
-//! Whether the process that was started for a VM comes to take it. A QEMU may hang before it has a monitor: it opens a FIFO,
-//! waits for a disk, is stopped. It is ended then, and the source told, while that still waits for an answer.
+//! Ends the process of an arriving VM that has not answered within [`UP_LIMIT`], and tells the source why, while that still waits for
+//! an answer. A QEMU may hang before it has a monitor: it opens a FIFO, waits for a disk, is stopped.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -11,14 +11,11 @@ use std::time::Duration;
 
 use migrate::RefuseKind;
 use migrate::limits::{ACCEPT_LIMIT, patience};
+use vmprocess::last_words::{LOG_BYTES_MAX, last_words};
 
 /// How long it may take. Disks are opened meanwhile.
 const UP_LIMIT: Duration = Duration::from_secs(45);
 const _: () = assert!(UP_LIMIT.as_secs() + 5 < ACCEPT_LIMIT.as_secs(), "the source is to hear of it");
-/// What of its last words goes to the source.
-const WORDS_MAX: usize = 600;
-/// What is read of its log for that.
-const LOG_BYTES_MAX: u64 = 64 << 10;
 
 /// What is kept of a VM that is being taken, until its process has said that it is there.
 #[derive(Debug)]
@@ -50,16 +47,10 @@ impl Log {
         file.seek(SeekFrom::Start(self.start.max(end.saturating_sub(LOG_BYTES_MAX)))).ok()?;
         let mut said = Vec::new();
         file.take(LOG_BYTES_MAX).read_to_end(&mut said).ok()?;
-        last_words(&String::from_utf8_lossy(&said))
+        let said = String::from_utf8_lossy(&said);
+        let lines = said.lines().map(str::trim).filter(|line| !line.is_empty());
+        Some(last_words(lines)).filter(|said| !said.is_empty())
     }
-}
-
-fn last_words(log: &str) -> Option<String> {
-    let lines: Vec<&str> = log.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let mut said = lines.join("; ");
-    let cut = said.len().saturating_sub(WORDS_MAX);
-    let cut = (cut..=said.len()).find(|at| said.is_char_boundary(*at)).unwrap_or(0);
-    Some(said.split_off(cut)).filter(|said| !said.is_empty())
 }
 
 impl Watch {
@@ -99,10 +90,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn last_words_are_short_and_whole() {
-        assert_eq!(last_words("\n \n"), None);
-        assert_eq!(last_words("a: b\n\nc\n").as_deref(), Some("a: b; c"));
-        let long = last_words(&"ä".repeat(WORDS_MAX)).unwrap();
-        assert!(long.len() <= WORDS_MAX && long.ends_with('ä'));
+    fn last_words_are_those_of_this_process() {
+        let path = std::env::temp_dir().join(format!("vmemd-watch-{}", std::process::id()));
+        std::fs::write(&path, "of another before\n").unwrap();
+        let log = Log::new(path.clone());
+        assert_eq!(log.last_words(), None);
+        let mut said = std::fs::read_to_string(&path).unwrap();
+        said.push_str("\n a: b\n\nc\n");
+        std::fs::write(&path, said).unwrap();
+        assert_eq!(log.last_words().as_deref(), Some("a: b; c"));
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(log.last_words(), None);
     }
 }

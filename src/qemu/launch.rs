@@ -76,7 +76,7 @@ impl From<Command> for Launch {
 ///
 /// # Errors
 /// If the kernel gives no descriptor, or the preload is missing or does not get into this binary.
-pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Result<Launch, Failure> {
+pub fn launch(binary: &Path, plan: Plan, role: Role) -> Result<Launch, Failure> {
     let paths = memory_files(&plan);
     let (theirs, ours) = UnixStream::pair().map_err(|error| Failure::io("no socket pair", &error))?;
     let backends = backends(&plan, &paths);
@@ -91,7 +91,7 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
     let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;
     let qmp = QmpAddress::Descriptor { ours: ours.as_raw_fd(), theirs: theirs.as_raw_fd() };
     let (version, program) = (VERSION.to_owned(), program(binary)?);
-    let preload = PreloadSettings { version, program, backends, qmp, log, role };
+    let preload = PreloadSettings { version, program, backends, qmp, role };
     let mut command = Command::new(binary);
     command.args(args).envs(environment(&preload)?);
     let inherited = vec![OwnedFd::from(theirs), OwnedFd::from(ours)];

@@ -13,7 +13,7 @@ use super::options::{CommandLine, Word};
 use super::props::Props;
 use super::rules::Rules;
 
-pub use check::{Host, ThisHost, check};
+pub use check::{Host, ThisHost};
 pub(super) use check::{missing, report};
 
 /// What a name in a command line stands for.

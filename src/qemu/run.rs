@@ -102,7 +102,7 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
         return Err(name_taken(&place));
     }
     info!(vm = %settings.name, memory = %Size(memory.memory_bytes), ram = %Size(memory.budget_bytes), qemu = %binary.display(), "starting");
-    let mut launch = launch::launch(&binary, plan, role, None)?;
+    let mut launch = launch::launch(&binary, plan, role)?;
     launch.notes.iter().for_each(|note| warn!("{note}"));
     // By a name that ends with `kvm` QEMU prefers KVM.
     let error = launch.command.arg0(name).exec();
@@ -125,7 +125,6 @@ pub fn arguments(settings: &QemuSettings, format: Format) -> Result<String, Fail
         program: launch::program(&binary)?,
         backends: launch::backends(&plan, &files),
         qmp: QmpAddress::Socket(qmp.clone()),
-        log: None,
         role,
     };
     let environment =

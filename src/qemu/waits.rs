@@ -1,5 +1,4 @@
-//! Character devices for which QEMU waits, before it has a monitor, until a client has connected: `server=on` without
-//! `wait=off`.
+//! Chardevs with `server=on` and without `wait=off`: QEMU waits, before it has a monitor, until a client has connected.
 
 use super::Failure;
 use super::options::{CommandLine, Word};
@@ -17,7 +16,7 @@ pub fn list(line: &CommandLine) -> Result<Vec<String>, Failure> {
     Ok(found)
 }
 
-/// They take clients later. For a VM that arrives: its source waits, and its clients come when it is here.
+/// Chardevs get `wait=off`. For a VM that arrives: its source waits, and its clients come when it is here.
 pub(super) fn end(line: &mut CommandLine) -> Result<(), Failure> {
     for word in &mut line.words {
         if let Some(value) = without_waiting(word)? {

@@ -246,6 +246,20 @@ impl Host {
         (daemon, address.to_owned())
     }
 
+    /// Starts a daemon that takes QEMU VMs by these rules and keeps their logs, and returns it with its address.
+    pub(crate) fn start_qemu_daemon(
+        &mut self,
+        listen: &str,
+        ram: &str,
+        rules: &str,
+        more: &[&str],
+    ) -> (Running, String) {
+        let path = self.root.join("rules.toml");
+        fs::write(&path, rules).expect("a file of rules");
+        let (rules, logs) = (path.display().to_string(), self.root.display().to_string());
+        self.start_daemon(listen, ram, &[&["--qemu-rules", &rules, "--log-dir", &logs], more].concat())
+    }
+
     pub(crate) fn stat(&self, name: &str) -> Option<Value> {
         let said = self.vmemd(&["stat", name, "--json"]);
         (said.code == 0).then(|| said.json())

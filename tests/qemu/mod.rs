@@ -10,6 +10,7 @@
 
 mod console;
 mod kit;
+mod monitor;
 mod network;
 
 use std::net::TcpListener;
@@ -26,9 +27,18 @@ pub(crate) use kit::{Machine, Qemu, checker, on_host};
 #[allow(unused_imports, reason = "each test file uses a part")]
 pub(crate) use network::Network;
 
+#[allow(unused_imports, reason = "each test file uses a part")]
+pub(crate) use monitor::Monitor;
+
 /// How long a boot may take on a slow, busy machine.
 pub(crate) const BOOT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
+
+/// The QEMUs to test with; none, with a word, where their VMs cannot run.
+pub(crate) fn qemus() -> Vec<Qemu> {
+    let qemus = Qemu::versions();
+    if qemus.is_empty() || crate::common::cannot_run_vms() { Vec::new() } else { qemus }
+}
 
 /// A QEMU process started by a test, killed when this is dropped.
 #[derive(Debug)]

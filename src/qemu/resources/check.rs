@@ -67,10 +67,6 @@ pub(in crate::qemu) fn missing(line: &CommandLine, host: &dyn Host) -> Result<Ve
 }
 
 /// Fails if anything is missing, and names all of it.
-pub fn check(line: &CommandLine, host: &dyn Host) -> Result<(), Failure> {
-    report(&missing(line, host)?)
-}
-
 pub(in crate::qemu) fn report(missing: &[String]) -> Result<(), Failure> {
     if missing.is_empty() {
         return Ok(());
@@ -201,6 +197,10 @@ mod tests {
 
     fn line(text: &str) -> CommandLine {
         CommandLine::parse(&text.split_whitespace().collect::<Vec<_>>()).unwrap()
+    }
+
+    fn check(line: &CommandLine, host: &dyn Host) -> Result<(), Failure> {
+        report(&missing(line, host)?)
     }
 
     #[test]
