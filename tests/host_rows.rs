@@ -291,6 +291,50 @@ fn units_end_and_start_only_what_they_may() {
     fs::remove_dir_all(dir).expect("it can be removed");
 }
 
+/// What the unit does at its end, with a `systemctl` that only notes how it was called.
+#[test]
+fn a_vm_that_has_moved_or_may_have_is_not_started_at_the_next_boot() {
+    let vm = settings("vmemd-vm@.service");
+    assert_eq!(vm["WantedBy"], ["multi-user.target"]);
+    let [after] = &vm["ExecStopPost"][..] else { panic!("{vm:?}") };
+    // A failure of it is not the VM's, and it is root's to do, whoever the VM's user is.
+    let script = after.strip_prefix("-+").expect("two prefixes");
+    // As systemd reads it.
+    let script = script.replace("$$", "$").replace("%n", "vmemd-vm@db.service");
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("unit-ends-{}", std::process::id()));
+    fs::create_dir_all(&dir).expect("a directory");
+    let (systemctl, called) = (dir.join("systemctl"), dir.join("called"));
+    fs::write(&systemctl, format!("#!/bin/sh\nprintf '%s\\n' \"$*\" >>'{}'\n", called.display()))
+        .expect("a script");
+    fs::set_permissions(&systemctl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a script");
+    // In `$EXIT_STATUS`: the code, or the signal's name.
+    for (status, disables) in [
+        ("0", false),
+        ("1", false),
+        ("7", false),
+        ("8", true),
+        ("9", false),
+        ("10", true),
+        ("18", false),
+        ("130", false),
+        ("KILL", false),
+        ("", false),
+    ] {
+        let ended = Command::new("/bin/sh")
+            .args(["-c", &script])
+            .env("EXIT_STATUS", status)
+            .env("PATH", format!("{}:/usr/bin:/bin", dir.display()))
+            .output()
+            .expect("a shell");
+        assert!(ended.status.success() && ended.stderr.is_empty(), "{status}: {ended:?}");
+        let told = fs::read_to_string(&called).unwrap_or_default();
+        let _ = fs::remove_file(&called);
+        let wanted = if disables { "--no-reload disable vmemd-vm@db.service\n" } else { "" };
+        assert_eq!(told, wanted, "{status}");
+    }
+    fs::remove_dir_all(dir).expect("it can be removed");
+}
+
 /// A control group as systemd makes one for a unit.
 struct Group(PathBuf);
 
