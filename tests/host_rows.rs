@@ -474,6 +474,15 @@ struct Stopped {
 
 /// At the first message of that kind `stop` is called, with the host and the pids of the VM and of `vmemd migrate`.
 fn stop_at(word: Word, stop: impl Fn(&mut Host, u32, u32) -> Option<Running>) -> Option<Stopped> {
+    stop_and_then(word, stop, |_| {})
+}
+
+/// The same; `then_do` is called with the VM's pid when it has heard that, before the message goes on.
+fn stop_and_then(
+    word: Word,
+    stop: impl Fn(&mut Host, u32, u32) -> Option<Running>,
+    then_do: impl Fn(u32),
+) -> Option<Stopped> {
     if cannot_run_vms() {
         return None;
     }
@@ -494,6 +503,7 @@ fn stop_at(word: Word, stop: impl Fn(&mut Host, u32, u32) -> Option<Running>) ->
     assert!(came.is_ok(), "{word:?} never came: {}", migrate.log());
     let stop = stop(&mut host, run.pid(), migrate.pid());
     wait_for("the VM's process to hear that", || run.log().contains("it is to end here").then_some(()));
+    then_do(run.pid());
     drop(go_on);
     let mut stopped = Stopped { host, there, run, daemon, migrate, stop };
     stopped.migrate.end();
@@ -662,4 +672,28 @@ fn migrate_waits(migrate: &Running) -> bool {
     status
         .lines()
         .any(|line| line.strip_prefix("ShdPnd:").is_some_and(|set| set.trim().chars().all(|c| c == '0')))
+}
+
+/// Its process is killed before it can answer: behind the commit the VM runs elsewhere, and nobody may say that it is stopped.
+#[test]
+fn a_vm_that_is_killed_while_it_is_stopped_in_its_move_is_not_said_to_be_stopped() {
+    for (word, runs_there) in [(Word::Running, true), (Word::Pages, false)] {
+        let Some(stopped) = stop_and_then(word, by_command, common::kill) else { return };
+        let Stopped { host, there, run: _, daemon, mut migrate, stop } = stopped;
+        let mut stop = stop.expect("the command");
+        let code = stop.end().code();
+        assert_eq!(code, Some(8), "{word:?}: {}", stop.log());
+        for says in ["it was killed, or crashed", "or nowhere; see `vmemd list` there"] {
+            assert!(stop.log().contains(says), "{word:?}: {}", stop.log());
+        }
+        assert!(!stop.log().contains("is stopped"), "{word:?}: {}", stop.log());
+        assert_ne!(migrate.end().code(), Some(0), "{word:?}");
+        if runs_there {
+            there.wait_rounds("web", 1);
+        } else {
+            wait_for("the target to give it up", || there.names().is_empty().then_some(()));
+            there.assert_clean_but(&[daemon.pid()]);
+        }
+        assert!(host.names().is_empty(), "{word:?}");
+    }
 }
