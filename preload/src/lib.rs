@@ -19,6 +19,7 @@ mod ownership;
 mod qmp;
 mod runstate;
 mod settings;
+mod started;
 mod throttle;
 mod tuning;
 

@@ -29,6 +29,7 @@ use crate::guest::{Incoming, Qemu};
 use crate::interpose::{BACKENDS, NOT_MEANT};
 use crate::qmp::{Qmp, Standing, lock};
 use crate::settings::{self, Found};
+use crate::started;
 
 /// From the first memory backend of a VM that arrives to a machine that answers. Large disks take their time to be opened; the daemon
 /// has less patience.
@@ -44,7 +45,7 @@ pub(crate) fn prepare() {
         return;
     }
     // SAFETY: the dynamic linker runs this before `main`; the program has no other thread yet.
-    let settings = match unsafe { settings::take() } {
+    let mut settings = match unsafe { settings::take() } {
         Found::Ours(settings) => *settings,
         Found::NotMeant(why) => return drop(NOT_MEANT.set(why)),
         Found::Unreadable(why) => end(Kind::Usage, &why),
@@ -55,6 +56,12 @@ pub(crate) fn prepare() {
     unsafe { libc::atexit(at_last) };
     if let Role::Arriving(arrive) = &settings.role {
         farewell::expect(arrive);
+    }
+    if let (Role::New { stays, .. }, Some(printed)) = (&mut settings.role, &settings.args) {
+        let words = started::own_words().unwrap_or_else(|error| {
+            end(Kind::Host, &format!("cannot read this process's command line: {error}"))
+        });
+        *stays = stays.take().or_else(|| started::otherwise(&words, printed));
     }
     let path = |backend: &Backend| CString::new(backend.path.as_os_str().as_bytes()).unwrap_or_default();
     let files: Vec<_> =

@@ -51,6 +51,8 @@ pub struct PreloadSettings {
     pub qmp: QmpAddress,
     /// Where the log goes; standard error without it.
     pub log: Option<PathBuf>,
+    /// QEMU's arguments, if it is something else than vmemd that starts it: its VM moves only if these are what it gets.
+    pub args: Option<Vec<String>>,
     pub role: Role,
 }
 

@@ -91,7 +91,7 @@ pub fn launch(binary: &Path, plan: Plan, role: Role, log: Option<PathBuf>) -> Re
     let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;
     let qmp = QmpAddress::Descriptor { ours: ours.as_raw_fd(), theirs: theirs.as_raw_fd() };
     let (version, program) = (VERSION.to_owned(), program(binary)?);
-    let preload = PreloadSettings { version, program, backends, qmp, log, role };
+    let preload = PreloadSettings { version, program, backends, qmp, log, args: None, role };
     let mut command = Command::new(binary);
     command.args(args).envs(environment(&preload)?);
     let inherited = vec![OwnedFd::from(theirs), OwnedFd::from(ours)];

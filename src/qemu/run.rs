@@ -21,6 +21,10 @@ use super::refuse::unmovable;
 use super::rewrite::{self, Monitor, Plan, Settings};
 use super::{Failure, Kind, Size, binary, resources};
 
+/// Why a domain of libvirt's does not move.
+const LIBVIRTS: &str = "this VM cannot be moved: libvirt made most of its command line, which vmemd does not know, and another host's \
+                        libvirt would know nothing of it; start it with `vmemd run` if it is to move";
+
 /// What the user asks for.
 #[derive(Clone, Debug)]
 pub struct QemuSettings {
@@ -114,27 +118,35 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
 /// # Errors
 /// What cannot work.
 pub fn arguments(settings: &QemuSettings, format: Format) -> Result<String, Failure> {
-    let Planned { binary, mut line, role, .. } = plan(settings)?;
+    let Planned { binary, mut line, mut role, .. } = plan(settings)?;
     resources::from_anywhere(&mut line, &here()?)?;
-    let plan = if format == Format::Libvirt { Plan::appended(&line)? } else { Plan::of(&line)? };
+    let is_libvirt = format == Format::Libvirt;
+    let plan = if is_libvirt { Plan::appended(&line)? } else { Plan::of(&line)? };
+    if let Role::New { stays, .. } = &mut role
+        && is_libvirt
+    {
+        *stays = Some(LIBVIRTS.to_owned());
+    }
     let name = &settings.name;
     let files = launch::memory_files(&plan);
     let qmp = RunDir::open(&settings.run_dir)?.monitors_dir()?.join(format!("{name}.qmp"));
     let preload = PreloadSettings {
         version: VERSION.to_owned(),
-        program: launch::program(&binary)?,
-        backends: launch::backends(&plan, &files),
-        qmp: QmpAddress::Socket(qmp.clone()),
-        log: None,
-        role,
-    };
-    let environment =
-        launch::environment(&preload)?.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
+    let backends = launch::backends(&plan, &files);
     let made = plan.rewrite(&Settings {
         files: &files,
         monitor: Monitor::Socket(&qmp),
         role: rewrite::Role::Start,
     })?;
+        program: launch::program(&binary)?,
+        backends,
+        qmp: QmpAddress::Socket(qmp.clone()),
+        log: None,
+        role,
+    };
+        args: (!is_libvirt).then(|| made.args.clone()),
+    let environment =
+        launch::environment(&preload)?.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
     made.notes.iter().for_each(|note| warn!("{note}"));
     Ok(output::print(format, &binary, &made, &environment))
 }

@@ -249,7 +249,7 @@ impl Vm {
         command.args(["-chardev", &format!("socket,id=vmemd-qmp,{chardev}")]);
         command.args(["-mon", "chardev=vmemd-qmp,mode=control"]).args(&plan.arguments);
         let (version, program) = (VERSION.to_owned(), plan.qemu.canonicalize().unwrap());
-        let settings = PreloadSettings { version, program, backends, qmp, log: None, role };
+        let settings = PreloadSettings { version, program, backends, qmp, log: None, args: None, role };
         command.env("LD_PRELOAD", library()).env(VARIABLE, serde_json::to_string(&settings).unwrap());
         let mut passed = vec![ours.as_raw_fd(), qemus.as_raw_fd()];
         passed.extend(descriptors);
