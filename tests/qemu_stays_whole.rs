@@ -515,3 +515,61 @@ fn a_qemu_that_was_started_with_other_words_than_were_printed_stays() {
         here.host.assert_clean();
     }
 }
+
+/// A monitor that is heard before vmemd's: what it changes then is not the command line's either.
+#[test]
+fn a_disk_that_is_changed_as_qemu_starts_is_told_before_a_byte_moves() {
+    for qemu in qemus() {
+        let (here, mut there) = (Place::new("wfirst"), Place::new("wfirst-there"));
+        let (daemon, address) = there.serve(&here, "");
+        let disk = image(&here.host, "disk");
+        let link = here.host.root.join("link").display().to_string();
+        std::os::unix::fs::symlink(&disk, &link).expect("a link");
+        let snapshot = here.host.root.join("snap.qcow2").display().to_string();
+        for (named, says) in [(Some(&snapshot), 9), (None, 0)] {
+            let store = here.host.store();
+            let mut command =
+                here.host.command(&["run", "--name", "db", "--ram", "128M", "--store", &store, "--"]);
+            // Under other names of the same file, as people write them.
+            let drives =
+                ["-drive", "file=./link,format=raw,if=none,id=d0", "-device", "virtio-blk-pci,drive=d0"];
+            command
+                .current_dir(&here.host.root)
+                .arg(&qemu.binary)
+                .args(Machine::new("192M").args())
+                .args(drives);
+            command.args(["-S", "-monitor", "stdio"]).stdout(Stdio::null()).stdin(Stdio::piped());
+            let mut started = Started(command.stderr(Stdio::null()).spawn().expect("it can be started"));
+            let mut monitor = started.0.stdin.take().expect("a pipe");
+            if let Some(snapshot) = named {
+                writeln!(monitor, "snapshot_blkdev d0 {snapshot} qcow2").expect("its monitor");
+            }
+            here.host.wait_state("db", "paused");
+            wait("the snapshot", || named.is_none_or(|snapshot| Path::new(snapshot).exists()));
+            let moved = here.host.vmemd(&["migrate", "db", "--to", &address]);
+            if says == 0 {
+                assert_eq!(moved.code, 0, "{moved:?}");
+                assert_eq!(there.host.vmemd(&["stop", "db"]).code, 0);
+                started.0.wait().expect("a child");
+                continue;
+            }
+            moved.fails(9, &[&snapshot, "\"db\" stays paused here"]);
+            // Which of both monitors was heard first is QEMU's affair.
+            let first = format!(
+                "disk d0 is in {snapshot}, and its command line names {}",
+                here.host.root.join("./link").display()
+            );
+            let later = format!("disk d0 is now {snapshot} (qcow2)");
+            assert!(moved.err.contains(&first) || moved.err.contains(&later), "{moved:?}");
+            println!(
+                "QEMU {}: {}",
+                qemu.version,
+                if moved.err.contains(&first) { "before" } else { "behind" }
+            );
+            assert!(there.host.names().is_empty(), "nothing was started for it");
+            there.host.assert_clean_but(&[daemon.pid()]);
+            assert_eq!(here.host.vmemd(&["stop", "db"]).code, 0);
+            started.0.wait().expect("a child");
+        }
+    }
+}

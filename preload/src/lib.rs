@@ -12,6 +12,7 @@ mod backends;
 mod devices;
 mod farewell;
 mod guest;
+mod images;
 mod interpose;
 mod inventory;
 mod life;

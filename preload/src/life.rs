@@ -196,12 +196,12 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     let name = settings.role.name();
     let memory = Memory::external(engine.clone());
     let arrives = arrival.is_some();
-    let stays = match &settings.role {
-        Role::New { stays, .. } => stays.clone(),
-        Role::Arriving(_) => None,
-    };
     let meet = || {
-        let mut qemu = meet(&settings.qmp, arrives)?.stays(stays);
+        let mut qemu = meet(&settings.qmp, arrives)?;
+        if let Role::New { stays, disks, .. } = &settings.role {
+            let why = stays.clone().map_or_else(|| qemu.unnamed_disk(disks), |why| Ok(Some(why)))?;
+            qemu = qemu.stays(why);
+        }
         Leftovers::knows(&qemu);
         qemu.owns_memory(&settings.backends)?;
         if engine.is_attached() {

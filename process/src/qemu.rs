@@ -66,6 +66,8 @@ pub enum Role {
         memory: MemorySpec,
         /// What a target needs to start the same machine; opaque here.
         offer: String,
+        /// The files of this host that `offer` has as disks.
+        disks: Vec<PathBuf>,
         /// Why no target can, if so: the VM runs, and does not move.
         stays: Option<String>,
     },

@@ -65,6 +65,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
     let ram = settings.ram.unwrap_or_else(|| plan.memory().max(Size(swapd::Engine::MIN_BUDGET_BYTES)));
     super::check_ram(plan.memory(), ram)?;
     let memory = plan.managed();
+    let disks = resources::disks(&CommandLine::parse(&offer.args)?)?;
     let offer =
         serde_json::to_string(&offer).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
     let role = Role::New {
@@ -81,6 +82,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
             lock: settings.lock,
         },
         offer,
+        disks,
         stays: unmovable(&line).err().map(|failure| super::one_line(&failure.text)),
     };
     Ok(Planned { name, binary, line, plan, role })
@@ -130,21 +132,21 @@ pub fn arguments(settings: &QemuSettings, format: Format) -> Result<String, Fail
     let name = &settings.name;
     let files = launch::memory_files(&plan);
     let qmp = RunDir::open(&settings.run_dir)?.monitors_dir()?.join(format!("{name}.qmp"));
-    let preload = PreloadSettings {
-        version: VERSION.to_owned(),
     let backends = launch::backends(&plan, &files);
     let made = plan.rewrite(&Settings {
         files: &files,
         monitor: Monitor::Socket(&qmp),
         role: rewrite::Role::Start,
     })?;
+    let preload = PreloadSettings {
+        version: VERSION.to_owned(),
         program: launch::program(&binary)?,
         backends,
         qmp: QmpAddress::Socket(qmp.clone()),
         log: None,
+        args: (!is_libvirt).then(|| made.args.clone()),
         role,
     };
-        args: (!is_libvirt).then(|| made.args.clone()),
     let environment =
         launch::environment(&preload)?.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
     made.notes.iter().for_each(|note| warn!("{note}"));

@@ -200,6 +200,7 @@ impl Vm {
             name: plan.name.to_owned(),
             memory: site.memory(plan.regions.iter().sum(), plan.budget_bytes),
             offer: String::new(),
+            disks: Vec::new(),
             stays: None,
         };
         Vm::start_as(kit, site, plan, role, &[])
