@@ -27,7 +27,7 @@ use crate::backends::{Backends, Keeper, Part};
 use crate::farewell::{self, GOODBYE_LIMIT};
 use crate::guest::{Incoming, Qemu};
 use crate::interpose::{BACKENDS, NOT_MEANT};
-use crate::qmp::{Qmp, Standing, lock};
+use crate::qmp::{Qmp, QmpError, Standing, lock};
 use crate::settings::{self, Found};
 use crate::started;
 
@@ -36,6 +36,8 @@ use crate::started;
 const SET_UP_TIMEOUT: Duration = Duration::from_secs(300);
 /// A QEMU that its user starts may wait for a client of a serial line as long as it likes, and ends by itself if it fails: ten years.
 const NO_LIMIT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// A QEMU that somebody else has started answers within this, or the log says that it does not.
+const GREETING_USUAL: Duration = Duration::from_secs(10);
 /// What the log shows; `VMEMD_LOG` may ask for more.
 const LOG_DEFAULT: &str = "info";
 
@@ -241,7 +243,7 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
 fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
     let limit = if arrives { SET_UP_TIMEOUT } else { NO_LIMIT };
     let qmp = match address {
-        QmpAddress::Socket(path) => Qmp::connect(path, limit),
+        QmpAddress::Socket(path) => Qmp::connect(path, GREETING_USUAL, limit),
         QmpAddress::Descriptor { ours, .. } => {
             // SAFETY: inherited for this alone; taken once, because a process has one life.
             let monitor = unsafe { UnixStream::from_raw_fd(*ours) };
@@ -251,7 +253,9 @@ fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
             Qmp::over(monitor, limit)
         }
     };
-    Qemu::new(qmp.map_err(|error| Failure::new(Kind::Vm, chain(&error)))?)
+    let kind =
+        |error: &QmpError| if matches!(error, QmpError::NoSocket { .. }) { Kind::Usage } else { Kind::Vm };
+    Qemu::new(qmp.map_err(|error| Failure::new(kind(&error), chain(&error)))?)
 }
 
 /// Files that stand for the VM.
