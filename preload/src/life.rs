@@ -199,7 +199,7 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     let memory = Memory::external(engine.clone());
     let arrives = arrival.is_some();
     let meet = || {
-        let mut qemu = meet(&settings.qmp, arrives)?;
+        let mut qemu = meet(settings, arrives)?;
         if let Role::New { stays, disks, .. } = &settings.role {
             let why = stays.clone().map_or_else(|| qemu.unnamed_disk(disks), |why| Ok(Some(why)))?;
             qemu = qemu.stays(why);
@@ -240,9 +240,9 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     unsafe { libc::_exit(i32::from(code)) };
 }
 
-fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
+fn meet(settings: &PreloadSettings, arrives: bool) -> Result<Qemu, Failure> {
     let limit = if arrives { SET_UP_TIMEOUT } else { NO_LIMIT };
-    let qmp = match address {
+    let qmp = match &settings.qmp {
         QmpAddress::Socket(path) => Qmp::connect(path, GREETING_USUAL, limit),
         QmpAddress::Descriptor { ours, .. } => {
             // SAFETY: inherited for this alone; taken once, because a process has one life.
@@ -255,7 +255,7 @@ fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
     };
     let kind =
         |error: &QmpError| if matches!(error, QmpError::NoSocket { .. }) { Kind::Usage } else { Kind::Vm };
-    Qemu::new(qmp.map_err(|error| Failure::new(kind(&error), chain(&error)))?)
+    Qemu::new(qmp.map_err(|error| Failure::new(kind(&error), chain(&error)))?, &settings.backends)
 }
 
 /// Files that stand for the VM.
