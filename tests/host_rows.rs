@@ -291,6 +291,50 @@ fn units_end_and_start_only_what_they_may() {
     fs::remove_dir_all(dir).expect("it can be removed");
 }
 
+/// What the unit does at its end, with a `systemctl` that only notes how it was called.
+#[test]
+fn a_vm_that_has_moved_or_may_have_is_not_started_at_the_next_boot() {
+    let vm = settings("vmemd-vm@.service");
+    assert_eq!(vm["WantedBy"], ["multi-user.target"]);
+    let [after] = &vm["ExecStopPost"][..] else { panic!("{vm:?}") };
+    // A failure of it is not the VM's, and it is root's to do, whoever the VM's user is.
+    let script = after.strip_prefix("-+").expect("two prefixes");
+    // As systemd reads it.
+    let script = script.replace("$$", "$").replace("%n", "vmemd-vm@db.service");
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("unit-ends-{}", std::process::id()));
+    fs::create_dir_all(&dir).expect("a directory");
+    let (systemctl, called) = (dir.join("systemctl"), dir.join("called"));
+    fs::write(&systemctl, format!("#!/bin/sh\nprintf '%s\\n' \"$*\" >>'{}'\n", called.display()))
+        .expect("a script");
+    fs::set_permissions(&systemctl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a script");
+    // In `$EXIT_STATUS`: the code, or the signal's name.
+    for (status, disables) in [
+        ("0", false),
+        ("1", false),
+        ("7", false),
+        ("8", true),
+        ("9", false),
+        ("10", true),
+        ("18", false),
+        ("130", false),
+        ("KILL", false),
+        ("", false),
+    ] {
+        let ended = Command::new("/bin/sh")
+            .args(["-c", &script])
+            .env("EXIT_STATUS", status)
+            .env("PATH", format!("{}:/usr/bin:/bin", dir.display()))
+            .output()
+            .expect("a shell");
+        assert!(ended.status.success() && ended.stderr.is_empty(), "{status}: {ended:?}");
+        let told = fs::read_to_string(&called).unwrap_or_default();
+        let _ = fs::remove_file(&called);
+        let wanted = if disables { "--no-reload disable vmemd-vm@db.service\n" } else { "" };
+        assert_eq!(told, wanted, "{status}");
+    }
+    fs::remove_dir_all(dir).expect("it can be removed");
+}
+
 /// A control group as systemd makes one for a unit.
 struct Group(PathBuf);
 
@@ -430,6 +474,15 @@ struct Stopped {
 
 /// At the first message of that kind `stop` is called, with the host and the pids of the VM and of `vmemd migrate`.
 fn stop_at(word: Word, stop: impl Fn(&mut Host, u32, u32) -> Option<Running>) -> Option<Stopped> {
+    stop_and_then(word, stop, |_| {})
+}
+
+/// The same; `then_do` is called with the VM's pid when it has heard that, before the message goes on.
+fn stop_and_then(
+    word: Word,
+    stop: impl Fn(&mut Host, u32, u32) -> Option<Running>,
+    then_do: impl Fn(u32),
+) -> Option<Stopped> {
     if cannot_run_vms() {
         return None;
     }
@@ -450,6 +503,7 @@ fn stop_at(word: Word, stop: impl Fn(&mut Host, u32, u32) -> Option<Running>) ->
     assert!(came.is_ok(), "{word:?} never came: {}", migrate.log());
     let stop = stop(&mut host, run.pid(), migrate.pid());
     wait_for("the VM's process to hear that", || run.log().contains("it is to end here").then_some(()));
+    then_do(run.pid());
     drop(go_on);
     let mut stopped = Stopped { host, there, run, daemon, migrate, stop };
     stopped.migrate.end();
@@ -618,4 +672,28 @@ fn migrate_waits(migrate: &Running) -> bool {
     status
         .lines()
         .any(|line| line.strip_prefix("ShdPnd:").is_some_and(|set| set.trim().chars().all(|c| c == '0')))
+}
+
+/// Its process is killed before it can answer: behind the commit the VM runs elsewhere, and nobody may say that it is stopped.
+#[test]
+fn a_vm_that_is_killed_while_it_is_stopped_in_its_move_is_not_said_to_be_stopped() {
+    for (word, runs_there) in [(Word::Running, true), (Word::Pages, false)] {
+        let Some(stopped) = stop_and_then(word, by_command, common::kill) else { return };
+        let Stopped { host, there, run: _, daemon, mut migrate, stop } = stopped;
+        let mut stop = stop.expect("the command");
+        let code = stop.end().code();
+        assert_eq!(code, Some(8), "{word:?}: {}", stop.log());
+        for says in ["it was killed, or crashed", "or nowhere; see `vmemd list` there"] {
+            assert!(stop.log().contains(says), "{word:?}: {}", stop.log());
+        }
+        assert!(!stop.log().contains("is stopped"), "{word:?}: {}", stop.log());
+        assert_ne!(migrate.end().code(), Some(0), "{word:?}");
+        if runs_there {
+            there.wait_rounds("web", 1);
+        } else {
+            wait_for("the target to give it up", || there.names().is_empty().then_some(()));
+            there.assert_clean_but(&[daemon.pid()]);
+        }
+        assert!(host.names().is_empty(), "{word:?}");
+    }
 }

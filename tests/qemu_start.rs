@@ -360,6 +360,47 @@ fn memory_that_is_not_vmemds_is_refused_at_the_start() {
     }
 }
 
+/// Whoever copies the words may leave some out: without vmemd's monitor a VM would be arriving for ever.
+#[test]
+fn a_qemu_without_vmemds_monitor_is_told_what_it_lacks() {
+    for qemu in qemus() {
+        let host = Host::new("start-monitor");
+        let (environment, words) = arguments(&host, &qemu);
+        let without = |options: &[&str]| {
+            let mut command = Command::new(&words[0]);
+            let mut left = words[1..].iter().peekable();
+            while let Some(word) = left.next() {
+                let ours = left.peek().is_some_and(|value| value.contains("vmemd-qmp"));
+                if ours && options.contains(&word.as_str()) {
+                    left.next();
+                } else {
+                    command.arg(word);
+                }
+            }
+            command.envs(environment.clone());
+            Guest::start(command)
+        };
+        // Its socket would be there by now, so it ends, before its guest runs.
+        let mut guest = without(&["-chardev", "-mon"]);
+        assert_eq!(guest.wait_end(AT_ONCE).code(), Some(2), "{}", guest.log());
+        let socket = host.run_dir().join(".monitors/vm.qmp").display().to_string();
+        assert!(
+            guest.log().contains(&format!("QEMU has not made {socket}: are `-chardev")),
+            "{}",
+            guest.log()
+        );
+        assert!(guest.lines().is_empty(), "{:?}", guest.lines());
+        host.assert_clean();
+        // Its monitor might come yet: it is waited for, and the log says so.
+        let guest = without(&["-mon"]);
+        let says = format!("QEMU does not answer on {socket} after 10s");
+        common::wait_for("the warning", || guest.log().contains(&says).then_some(()));
+        assert!(guest.log().contains("is `-mon chardev=vmemd-qmp,mode=control` on its command line"));
+        drop(guest);
+        common::wait_for("its name to be free", || host.names().is_empty().then_some(()));
+    }
+}
+
 /// The daemon's host can be the one that lacks it: told to the source, which keeps its VM.
 #[test]
 fn a_preload_that_the_targets_loader_does_not_take_is_told_to_the_source() {

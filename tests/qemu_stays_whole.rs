@@ -6,7 +6,7 @@ mod qemu;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Host, Running};
@@ -360,5 +360,177 @@ fn a_full_frame_buffer_moves_too() {
             assert!(shown.ends_with(": 0x41414141"), "{shown}");
         }
         assert_eq!(there.host.vmemd(&["stop", "db"]).code, 0);
+    }
+}
+
+/// What `vmemd qemu-args` prints for these words.
+fn printed(place: &Place, format: &str, qemu: &Qemu, words: &[String]) -> String {
+    let store = place.host.store();
+    let mut command = place.host.command(&["qemu-args", "--name", "db", "--ram", "128M", "--store", &store]);
+    let output = command.args(["--format", format, "--"]).arg(&qemu.binary).args(words).output();
+    let output = output.expect("vmemd runs");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// Between single quotes of XML.
+fn unescaped(text: &str) -> String {
+    let marks = [("&apos;", "'"), ("&quot;", "\""), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")];
+    marks.iter().fold(text.to_owned(), |text, (mark, is)| text.replace(mark, is))
+}
+
+/// A QEMU that somebody else has started, with just these words; killed when this is dropped.
+struct Started(Child);
+
+impl Started {
+    fn new(mut command: Command) -> Started {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Started(command.spawn().expect("it can be started"))
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Somebody else starts QEMU, with a path changed, a device added, or libvirt's own words: the target would start it with what was
+/// printed, on another disk.
+#[test]
+fn a_qemu_that_was_started_with_other_words_than_were_printed_stays() {
+    for qemu in qemus() {
+        let (here, mut there) = (Place::new("wwords"), Place::new("wwords-there"));
+        let (daemon, address) = there.serve(&here, "");
+        let [disk, other] = ["disk", "other"].map(|name| image(&here.host, name));
+        let drive = format!("file={disk},format=raw,if=virtio");
+        let mut words = Machine::new("192M").args();
+        words.extend(["-drive".to_owned(), drive]);
+        let stays = |command: Command, says: &[&str]| {
+            let mut guest = Started::new(command);
+            here.host.wait_state("db", "running");
+            let refused = here.host.vmemd(&["migrate", "db", "--to", &address]);
+            refused.fails(9, says);
+            refused.fails(9, &["\"db\" runs on here"]);
+            assert!(there.host.names().is_empty(), "nothing was started for it");
+            there.host.assert_clean_but(&[daemon.pid()]);
+            assert_eq!(here.host.vmemd(&["stop", "db"]).code, 0);
+            guest.0.wait().expect("a child");
+        };
+        let shell = |line: &str| {
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", &format!("exec env {line}")]);
+            command
+        };
+
+        let line = printed(&here, "shell", &qemu, &words);
+        // Only in QEMU's own words: the settings are those that were printed.
+        let (settings, own) = line.trim().split_once(" -nodefaults ").expect("QEMU's first word");
+        let with = |own: &str| shell(&format!("{settings} -nodefaults {own}"));
+        let says = format!("it has \"file={other},format=raw,if=virtio\" in the place of \"file={disk},");
+        stays(with(&own.replace(&disk, &other)), &["was not started with what", &says]);
+        stays(with(&format!("{own} -device virtio-rng-pci")), &["\"-device\" was added"]);
+
+        let made: Value = serde_json::from_str(&printed(&here, "json", &qemu, &words)).expect("JSON");
+        let text = |value: &Value| value.as_str().expect("a text").to_owned();
+        let args: Vec<String> = made["args"].as_array().expect("a list").iter().map(text).collect();
+        let of = |args: &[String]| {
+            let mut command = Command::new(text(&made["binary"]));
+            let environment = made["env"].as_object().expect("an object");
+            command.args(args).envs(environment.iter().map(|(name, value)| (name, text(value))));
+            command
+        };
+        let less: Vec<String> = args.iter().filter(|arg| *arg != "-no-reboot").cloned().collect();
+        assert_eq!(less.len() + 1, args.len(), "{args:?}");
+        stays(of(&less), &["in the place of \"-no-reboot\""]);
+
+        // The recipe of `docs/qemu.md`: of libvirt's words only the memory is told.
+        let xml = printed(&here, "libvirt", &qemu, &["-m".to_owned(), "192M".to_owned()]);
+        let values = |tag: &str| {
+            let lines = xml.lines().filter_map(|line| line.trim().strip_prefix(&format!("<qemu:{tag} ")));
+            let values = lines.map(|line| line.trim_end_matches("'/>").to_owned());
+            values.collect::<Vec<_>>()
+        };
+        let mut domain = Command::new(&qemu.binary);
+        domain.args(&words);
+        for arg in values("arg") {
+            domain.arg(unescaped(arg.strip_prefix("value='").expect("a value")));
+        }
+        for env in values("env") {
+            let (name, value) = env.split_once("' value='").expect("a name and a value");
+            domain.env(name.strip_prefix("name='").expect("a name"), unescaped(value));
+        }
+        stays(domain, &["libvirt made most of its command line", "`vmemd run`"]);
+
+        // With just what was printed it moves.
+        for command in [shell(line.trim()), of(&args)] {
+            let mut guest = Started::new(command);
+            here.host.wait_state("db", "running");
+            here.migrate(&address);
+            guest.0.wait().expect("a child");
+            there.host.wait_state("db", "running");
+            assert_eq!(there.host.vmemd(&["stop", "db"]).code, 0);
+            there.host.assert_clean_but(&[daemon.pid()]);
+        }
+        here.host.assert_clean();
+    }
+}
+
+/// A monitor that is heard before vmemd's: what it changes then is not the command line's either.
+#[test]
+fn a_disk_that_is_changed_as_qemu_starts_is_told_before_a_byte_moves() {
+    for qemu in qemus() {
+        let (here, mut there) = (Place::new("wfirst"), Place::new("wfirst-there"));
+        let (daemon, address) = there.serve(&here, "");
+        let disk = image(&here.host, "disk");
+        let link = here.host.root.join("link").display().to_string();
+        std::os::unix::fs::symlink(&disk, &link).expect("a link");
+        let snapshot = here.host.root.join("snap.qcow2").display().to_string();
+        for (named, says) in [(Some(&snapshot), 9), (None, 0)] {
+            let store = here.host.store();
+            let mut command =
+                here.host.command(&["run", "--name", "db", "--ram", "128M", "--store", &store, "--"]);
+            // Under other names of the same file, as people write them.
+            let drives =
+                ["-drive", "file=./link,format=raw,if=none,id=d0", "-device", "virtio-blk-pci,drive=d0"];
+            command
+                .current_dir(&here.host.root)
+                .arg(&qemu.binary)
+                .args(Machine::new("192M").args())
+                .args(drives);
+            command.args(["-S", "-monitor", "stdio"]).stdout(Stdio::null()).stdin(Stdio::piped());
+            let mut started = Started(command.stderr(Stdio::null()).spawn().expect("it can be started"));
+            let mut monitor = started.0.stdin.take().expect("a pipe");
+            if let Some(snapshot) = named {
+                writeln!(monitor, "snapshot_blkdev d0 {snapshot} qcow2").expect("its monitor");
+            }
+            here.host.wait_state("db", "paused");
+            wait("the snapshot", || named.is_none_or(|snapshot| Path::new(snapshot).exists()));
+            let moved = here.host.vmemd(&["migrate", "db", "--to", &address]);
+            if says == 0 {
+                assert_eq!(moved.code, 0, "{moved:?}");
+                assert_eq!(there.host.vmemd(&["stop", "db"]).code, 0);
+                started.0.wait().expect("a child");
+                continue;
+            }
+            moved.fails(9, &[&snapshot, "\"db\" stays paused here"]);
+            // Which of both monitors was heard first is QEMU's affair.
+            let first = format!(
+                "disk d0 is in {snapshot}, and its command line names {}",
+                here.host.root.join("./link").display()
+            );
+            let later = format!("disk d0 is now {snapshot} (qcow2)");
+            assert!(moved.err.contains(&first) || moved.err.contains(&later), "{moved:?}");
+            println!(
+                "QEMU {}: {}",
+                qemu.version,
+                if moved.err.contains(&first) { "before" } else { "behind" }
+            );
+            assert!(there.host.names().is_empty(), "nothing was started for it");
+            there.host.assert_clean_but(&[daemon.pid()]);
+            assert_eq!(here.host.vmemd(&["stop", "db"]).code, 0);
+            started.0.wait().expect("a child");
+        }
     }
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vmprocess::control::protocol::{GuestStat, State};
 use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::qemu::Backend;
 use vmprocess::{Guest, GuestView, Newcomer, RunState};
 
 use crate::devices;
@@ -130,13 +131,11 @@ fn failure(error: QmpError) -> Failure {
 impl Qemu {
     /// # Errors
     /// If it does not say what it is.
-    pub(crate) fn new(mut qmp: Qmp) -> Result<Qemu, Failure> {
+    pub(crate) fn new(mut qmp: Qmp, backends: &[Backend]) -> Result<Qemu, Failure> {
         let vcpus = qmp.ask("query-cpus-fast", Value::Null, COMMAND_TIMEOUT).map_err(failure)?;
         let program = std::env::current_exe().ok();
         let started_with = inventory(&mut qmp)?;
-        let backends = answers(&mut qmp, &[("query-memdev", Value::Null)])?.remove(0);
-        let id = |backend: &Value| backend["id"].as_str().map(str::to_owned);
-        let memory = backends.as_array().into_iter().flatten().filter_map(id).collect();
+        let memory = guest_memory(&mut qmp, backends)?;
         let workload = program.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
         let mut qemu = Qemu {
             standing: qmp.standing(),
@@ -337,6 +336,19 @@ impl Qemu {
 fn answers(qmp: &mut Qmp, questions: &[(&str, Value)]) -> Result<Vec<Value>, Failure> {
     let answers = qmp.ask_all(questions, COMMAND_TIMEOUT).map_err(failure)?;
     Ok(answers.into_iter().map(Result::unwrap_or_default).collect())
+}
+
+/// The ids of those backends of QEMU's that are `backends`. Others are the user's, for a device, and go with the state.
+fn guest_memory(qmp: &mut Qmp, backends: &[Backend]) -> Result<Vec<String>, Failure> {
+    let told = answers(qmp, &[("query-memdev", Value::Null)])?.remove(0);
+    let id = |backend: &Value| backend["id"].as_str().map(str::to_owned);
+    let ids: Vec<String> = told.as_array().into_iter().flatten().filter_map(id).collect();
+    let file = |id: &String| ("qom-get", json!({ "path": format!("/objects/{id}"), "property": "mem-path" }));
+    let files = answers(qmp, &ids.iter().map(file).collect::<Vec<_>>())?;
+    let ours = |file: &Value| {
+        file.as_str().is_some_and(|file| backends.iter().any(|backend| backend.path.as_os_str() == file))
+    };
+    Ok(ids.into_iter().zip(files).filter(|(_, file)| ours(file)).map(|(id, _)| id).collect())
 }
 
 fn inventory(qmp: &mut Qmp) -> Result<Inventory, Failure> {

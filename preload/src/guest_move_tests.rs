@@ -321,6 +321,21 @@ fn tell_test_socket(path: &str, line: &str) -> String {
     String::from_utf8_lossy(&answer[..read]).into_owned()
 }
 
+/// Where the firmware has mapped that region of a PCI device.
+fn mapped(qemu: &mut Qemu, id: &str, bar: u64) -> i64 {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let buses = qemu.ask("query-pci", Value::Null).unwrap();
+        let devices = buses[0]["devices"].as_array().unwrap();
+        let device = devices.iter().find(|device| device["qdev_id"] == id).unwrap();
+        let mut regions = device["regions"].as_array().unwrap().iter();
+        match regions.find(|region| region["bar"] == bar).unwrap()["address"].as_i64() {
+            Some(address @ 1..) => return address,
+            _ => assert!(Instant::now() < deadline, "the firmware does not map it"),
+        }
+    }
+}
+
 #[test]
 fn the_size_of_the_state_is_known_while_the_guest_runs() {
     const FRAME_BUFFER: u64 = 256 << 20;
@@ -331,17 +346,7 @@ fn the_size_of_the_state_is_known_while_the_guest_runs() {
         let device = "secondary-vga,id=frames,vgamem_mb=256";
         let (mut qemu, process) = start(&program, &memory, &["-device", device, "-qtest", &door]);
         qemu.process = format!("/proc/{}", process.0.id()).into();
-        // The firmware maps it.
-        let deadline = Instant::now() + PATIENCE;
-        let address = loop {
-            let buses = qemu.ask("query-pci", Value::Null).unwrap();
-            let devices = buses[0]["devices"].as_array().unwrap();
-            let frames = devices.iter().find(|device| device["qdev_id"] == "frames").unwrap();
-            match frames["regions"][0]["address"].as_i64() {
-                Some(address @ 1..) => break address,
-                _ => assert!(Instant::now() < deadline, "the firmware does not map it"),
-            }
-        };
+        let address = mapped(&mut qemu, "frames", 0);
         let about = |estimate: u64, state: u64| estimate >= state && estimate < state + (8 << 20);
         let empty = qemu.state_bytes().unwrap();
         assert!(empty < 24 << 20, "an empty frame buffer costs nothing: {empty}");
@@ -361,5 +366,33 @@ fn the_size_of_the_state_is_known_while_the_guest_runs() {
             began.elapsed()
         );
         assert!(state > FRAME_BUFFER && about(estimate, state), "{estimate} for {state}");
+    }
+}
+
+/// Only the guest's own memory stays out of the state: what a user gives a device goes with it.
+#[test]
+fn memory_that_is_a_devices_counts() {
+    const SHARED: u64 = 64 << 20;
+    for program in qemus() {
+        let (memory, directory) = (memory(), Directory::new("shared"));
+        let socket = directory.0.join("qtest").display().to_string();
+        let door = format!("unix:{socket},server=on,wait=off");
+        let backend = format!("memory-backend-ram,id=mine,size={SHARED}");
+        let device = "ivshmem-plain,id=shared,memdev=mine,master=on";
+        let more = ["-object", &backend, "-device", device, "-qtest", &door];
+        let (mut qemu, process) = start(&program, &memory, &more);
+        qemu.process = format!("/proc/{}", process.0.id()).into();
+        assert_eq!(qemu.memory, ["ram"]);
+        let address = mapped(&mut qemu, "shared", 2);
+        assert!(
+            tell_test_socket(&socket, &format!("memset {address:#x} {SHARED:#x} 0x41")).starts_with("OK")
+        );
+        let estimate = qemu.state_bytes().unwrap();
+        qemu.pause().unwrap();
+        let state = qemu.save().unwrap().len() as u64;
+        assert!(
+            state > SHARED && estimate >= state && estimate < state + (24 << 20),
+            "{estimate} for {state}"
+        );
     }
 }

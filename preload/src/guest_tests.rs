@@ -55,9 +55,8 @@ impl Drop for Process {
 pub(super) fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (memory, theirs_fd) = (memory.as_raw_fd(), theirs.as_raw_fd());
-    let backend = format!(
-        "memory-backend-file,id=ram,mem-path=/proc/self/fd/{memory},size={MEMORY_BYTES},share=on,align=2M"
-    );
+    let path = format!("/proc/self/fd/{memory}");
+    let backend = format!("memory-backend-file,id=ram,mem-path={path},size={MEMORY_BYTES},share=on,align=2M");
     let mut command = Command::new(program);
     command.args(["-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-vga", "std"]);
     command.args(["-m", "256M", "-object", &backend, "-machine", "pc,memory-backend=ram"]).args(arguments);
@@ -73,7 +72,8 @@ pub(super) fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qe
     }
     let child = Process(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     drop(theirs);
-    (Qemu::new(Qmp::over(ours, PATIENCE).unwrap()).unwrap(), child)
+    let backend = Backend { path: path.into(), bytes: MEMORY_BYTES };
+    (Qemu::new(Qmp::over(ours, PATIENCE).unwrap(), &[backend]).unwrap(), child)
 }
 
 pub(super) const INCOMING: [&str; 3] = ["-incoming", "defer", "-S"];
@@ -162,7 +162,7 @@ fn fake(answer: Option<&'static str>) -> Qemu {
             }
         }
     });
-    Qemu::new(Qmp::over(ours, PATIENCE).unwrap()).unwrap()
+    Qemu::new(Qmp::over(ours, PATIENCE).unwrap(), &[]).unwrap()
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod backends;
 mod devices;
 mod farewell;
 mod guest;
+mod images;
 mod interpose;
 mod inventory;
 mod life;
@@ -19,6 +20,7 @@ mod ownership;
 mod qmp;
 mod runstate;
 mod settings;
+mod started;
 mod throttle;
 mod tuning;
 

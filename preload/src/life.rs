@@ -27,14 +27,17 @@ use crate::backends::{Backends, Keeper, Part};
 use crate::farewell::{self, GOODBYE_LIMIT};
 use crate::guest::{Incoming, Qemu};
 use crate::interpose::{BACKENDS, NOT_MEANT};
-use crate::qmp::{Qmp, Standing, lock};
+use crate::qmp::{Qmp, QmpError, Standing, lock};
 use crate::settings::{self, Found};
+use crate::started;
 
 /// From the first memory backend of a VM that arrives to a machine that answers. Large disks take their time to be opened; the daemon
 /// has less patience.
 const SET_UP_TIMEOUT: Duration = Duration::from_secs(300);
 /// A QEMU that its user starts may wait for a client of a serial line as long as it likes, and ends by itself if it fails: ten years.
 const NO_LIMIT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// A QEMU that somebody else has started answers within this, or the log says that it does not.
+const GREETING_USUAL: Duration = Duration::from_secs(10);
 /// What the log shows; `VMEMD_LOG` may ask for more.
 const LOG_DEFAULT: &str = "info";
 
@@ -44,7 +47,7 @@ pub(crate) fn prepare() {
         return;
     }
     // SAFETY: the dynamic linker runs this before `main`; the program has no other thread yet.
-    let settings = match unsafe { settings::take() } {
+    let mut settings = match unsafe { settings::take() } {
         Found::Ours(settings) => *settings,
         Found::NotMeant(why) => return drop(NOT_MEANT.set(why)),
         Found::Unreadable(why) => end(Kind::Usage, &why),
@@ -55,6 +58,12 @@ pub(crate) fn prepare() {
     unsafe { libc::atexit(at_last) };
     if let Role::Arriving(arrive) = &settings.role {
         farewell::expect(arrive);
+    }
+    if let (Role::New { stays, .. }, Some(printed)) = (&mut settings.role, &settings.args) {
+        let words = started::own_words().unwrap_or_else(|error| {
+            end(Kind::Host, &format!("cannot read this process's command line: {error}"))
+        });
+        *stays = stays.take().or_else(|| started::otherwise(&words, printed));
     }
     let path = |backend: &Backend| CString::new(backend.path.as_os_str().as_bytes()).unwrap_or_default();
     let files: Vec<_> =
@@ -180,12 +189,12 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     let name = settings.role.name();
     let memory = Memory::external(engine.clone());
     let arrives = arrival.is_some();
-    let stays = match &settings.role {
-        Role::New { stays, .. } => stays.clone(),
-        Role::Arriving(_) => None,
-    };
     let meet = || {
-        let mut qemu = meet(&settings.qmp, arrives)?.stays(stays);
+        let mut qemu = meet(settings, arrives)?;
+        if let Role::New { stays, disks, .. } = &settings.role {
+            let why = stays.clone().map_or_else(|| qemu.unnamed_disk(disks), |why| Ok(Some(why)))?;
+            qemu = qemu.stays(why);
+        }
         Leftovers::knows(&qemu);
         qemu.owns_memory(&settings.backends)?;
         if engine.is_attached() {
@@ -222,10 +231,10 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     unsafe { libc::_exit(i32::from(code)) };
 }
 
-fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
+fn meet(settings: &PreloadSettings, arrives: bool) -> Result<Qemu, Failure> {
     let limit = if arrives { SET_UP_TIMEOUT } else { NO_LIMIT };
-    let qmp = match address {
-        QmpAddress::Socket(path) => Qmp::connect(path, limit),
+    let qmp = match &settings.qmp {
+        QmpAddress::Socket(path) => Qmp::connect(path, GREETING_USUAL, limit),
         QmpAddress::Descriptor { ours, .. } => {
             // SAFETY: inherited for this alone; taken once, because a process has one life.
             let monitor = unsafe { UnixStream::from_raw_fd(*ours) };
@@ -235,7 +244,9 @@ fn meet(address: &QmpAddress, arrives: bool) -> Result<Qemu, Failure> {
             Qmp::over(monitor, limit)
         }
     };
-    Qemu::new(qmp.map_err(|error| Failure::new(Kind::Vm, chain(&error)))?)
+    let kind =
+        |error: &QmpError| if matches!(error, QmpError::NoSocket { .. }) { Kind::Usage } else { Kind::Vm };
+    Qemu::new(qmp.map_err(|error| Failure::new(kind(&error), chain(&error)))?, &settings.backends)
 }
 
 /// Files that stand for the VM.

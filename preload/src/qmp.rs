@@ -29,8 +29,6 @@ const LINE_BYTES_MAX: usize = 16 << 20;
 const CHUNK_BYTES: usize = 4096;
 /// A command has some hundred bytes: QEMU takes it at once, or is not well.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two tries to connect to a QEMU that is still starting.
-const CONNECT_RETRY: Duration = Duration::from_millis(20);
 /// How long the reader's thread may take to read what is there.
 const LAST_WORDS_LIMIT: Duration = Duration::from_millis(200);
 /// The number of what the reader's thread asks for itself.
@@ -40,6 +38,15 @@ const READERS_ID: u64 = 0;
 pub(crate) enum QmpError {
     #[error("QEMU does not answer {command:?} within {timeout:?}")]
     Timeout { command: String, timeout: Duration },
+    #[error(
+        "QEMU has not made {path}: are `-chardev socket,id=vmemd-qmp,…` and `-mon chardev=vmemd-qmp,mode=control` on its \
+         command line, as `vmemd qemu-args` prints them?"
+    )]
+    NoSocket {
+        path: String,
+        #[source]
+        error: std::io::Error,
+    },
     #[error("QEMU has closed its QMP socket")]
     Closed,
     #[error("QEMU's QMP socket")]
@@ -133,19 +140,15 @@ pub(crate) struct Qmp {
 }
 
 impl Qmp {
-    /// Connects to a QEMU that may still be starting.
+    /// Connects to a QEMU that has mapped its memory: its sockets were there before that, in whatever order its command line is. Whether a
+    /// monitor answers there is not known so soon; if it takes more than `usual`, the log says so.
     ///
     /// # Errors
-    /// If it does not speak QMP within `timeout`.
-    pub(crate) fn connect(path: &Path, timeout: Duration) -> Result<Qmp, QmpError> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => return Qmp::over(stream, deadline.saturating_duration_since(Instant::now())),
-                Err(error) if Instant::now() >= deadline => return Err(QmpError::Io(error)),
-                Err(_) => std::thread::sleep(CONNECT_RETRY),
-            }
-        }
+    /// If there is no such socket, or nobody speaks QMP there within `timeout`.
+    pub(crate) fn connect(path: &Path, usual: Duration, timeout: Duration) -> Result<Qmp, QmpError> {
+        let stream = UnixStream::connect(path)
+            .map_err(|error| QmpError::NoSocket { path: path.display().to_string(), error })?;
+        Qmp::begin(stream, Some((path, usual)), timeout)
     }
 
     /// Begins a conversation.
@@ -153,6 +156,14 @@ impl Qmp {
     /// # Errors
     /// If nobody greets within `timeout`, or the other side does not speak QMP.
     pub(crate) fn over(stream: UnixStream, timeout: Duration) -> Result<Qmp, QmpError> {
+        Qmp::begin(stream, None, timeout)
+    }
+
+    fn begin(
+        stream: UnixStream,
+        made_by_others: Option<(&Path, Duration)>,
+        timeout: Duration,
+    ) -> Result<Qmp, QmpError> {
         let deadline = Instant::now() + timeout;
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(QmpError::Io)?;
         let reading = stream.try_clone().map_err(QmpError::Io)?;
@@ -165,7 +176,17 @@ impl Qmp {
             .spawn(move || reader.run(&sender))
             .map_err(QmpError::Io)?;
         let mut qmp = Qmp { writer, answers, standing, last_id: READERS_ID, ended: false };
-        let greeting = qmp.answer("the greeting", deadline, timeout)?;
+        let usual = made_by_others.map_or(timeout, |(_, usual)| usual.min(timeout));
+        let mut greeting = qmp.answer("the greeting", Instant::now() + usual, usual);
+        if let (Err(QmpError::Timeout { .. }), Some((path, _))) = (&greeting, made_by_others) {
+            tracing::warn!(
+                "QEMU does not answer on {} after {usual:?}: if it is not busy with opening its disks, is \
+                 `-mon chardev=vmemd-qmp,mode=control` on its command line, as `vmemd qemu-args` prints it?",
+                path.display()
+            );
+            greeting = qmp.answer("the greeting", deadline, timeout);
+        }
+        let greeting = greeting?;
         if greeting.greeting.is_none() {
             return Err(qmp.end(QmpError::Rubbish("no greeting".to_owned())));
         }

@@ -171,8 +171,33 @@ fn silence_is_given_up() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let error = Qmp::over(ours, Duration::from_millis(10)).unwrap_err();
     assert!(matches!(error, QmpError::Timeout { .. }), "{error}");
-    let error = Qmp::connect(Path::new("/nonexistent/qmp"), Duration::from_millis(30)).unwrap_err();
-    assert!(matches!(error, QmpError::Io(_)), "{error}");
+    let error = Qmp::connect(Path::new("/nonexistent/qmp"), PATIENCE, PATIENCE).unwrap_err();
+    assert!(matches!(error, QmpError::NoSocket { .. }), "{error}");
+}
+
+#[test]
+fn who_greets_late_is_heard() {
+    let path = std::env::temp_dir().join(format!("vmemd-late-{}.qmp", std::process::id()));
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let error = Qmp::connect(&path, Duration::from_millis(1), Duration::from_millis(30)).unwrap_err();
+    assert!(matches!(error, QmpError::Timeout { timeout, .. } if timeout.as_millis() == 30), "{error}");
+    let late = std::thread::spawn(move || {
+        let _given_up = listener.accept().unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut byte = [0];
+        // Nothing is said to it before it has greeted.
+        stream.set_read_timeout(Some(Duration::from_millis(30))).unwrap();
+        assert!(stream.read(&mut byte).is_err());
+        writeln!(stream, "{GREETING}").unwrap();
+        stream.set_read_timeout(None).unwrap();
+        let mut line = String::new();
+        BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+        writeln!(stream, r#"{{"return": {{}}, "id": 1}}"#).unwrap();
+        line
+    });
+    Qmp::connect(&path, Duration::from_millis(1), PATIENCE).unwrap();
+    assert!(late.join().unwrap().contains("qmp_capabilities"));
+    std::fs::remove_file(&path).unwrap();
 }
 
 #[test]

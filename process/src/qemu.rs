@@ -49,6 +49,8 @@ pub struct PreloadSettings {
     /// Guest memory, in the order of its page numbers.
     pub backends: Vec<Backend>,
     pub qmp: QmpAddress,
+    /// QEMU's arguments, if it is something else than vmemd that starts it: its VM moves only if these are what it gets.
+    pub args: Option<Vec<String>>,
     pub role: Role,
 }
 
@@ -62,6 +64,8 @@ pub enum Role {
         memory: MemorySpec,
         /// What a target needs to start the same machine; opaque here.
         offer: String,
+        /// The files of this host that `offer` has as disks.
+        disks: Vec<PathBuf>,
         /// Why no target can, if so: the VM runs, and does not move.
         stays: Option<String>,
     },

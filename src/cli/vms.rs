@@ -157,11 +157,7 @@ pub(super) fn in_doubt(dir: &RunDir, name: &str) -> Result<Option<VmClient>, Fai
 
 pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
     let mut vm = VmClient::connect(dir, &args.name)?;
-    let ended = match vm.ask(&Request::Stop, ACTION_TIMEOUT) {
-        // Its process ended by itself before it came to that.
-        Err(failure) if failure.kind == Kind::Vm => Value::Null,
-        ended => ended?,
-    };
+    let ended = vm.stop(ACTION_TIMEOUT)?;
     vm.wait_for_end(STOP_TIMEOUT)?;
     if ended["state"] == "moved" {
         let (name, to) = (&args.name, ended["to"].as_str().unwrap_or_default());

@@ -22,8 +22,12 @@ pub fn pin(line: &mut CommandLine, ask: &dyn Ask, binary: &Path, kvm: bool) -> R
         return Ok(());
     }
     let asked = !list.is_empty();
-    if !asked {
-        list = by_default(&supported(ask, binary)?, &binary.to_string_lossy());
+    let supported = supported(ask, binary)?;
+    if asked {
+        // As QEMU does, which goes on to the next if it lacks one: another system's, or KVM for another architecture.
+        list.retain(|accel| supported.contains(accel));
+    } else {
+        list = by_default(&supported, &binary.to_string_lossy());
     }
     let works = |accel: &&String| accel.as_str() != "kvm" || kvm;
     let Some(chosen) = list.iter().find(works).cloned() else { return Ok(()) };
@@ -114,9 +118,24 @@ mod tests {
                 "-accel kvm,kernel-irqchip=split -S",
                 "-S -accel tcg,thread=multi",
             ),
+            // Those that this QEMU lacks are passed by.
+            ("-M q35,accel=kvm:hvf:tcg", "-M q35,accel=kvm", "-M q35,accel=tcg"),
+            ("-M q35,accel=hvf:whpx:kvm:tcg", "-M q35,accel=kvm", "-M q35,accel=tcg"),
+            ("-accel hvf -accel kvm -accel nvmm -accel tcg -S", "-accel kvm -S", "-accel tcg -S"),
+            // None is left, or none is known: QEMU says so.
+            ("-M q35,accel=kvm:hvf", "-M q35,accel=kvm", "-M q35,accel=kvm:hvf"),
+            ("-M q35,accel=hvf:whpx", "-M q35,accel=hvf:whpx", "-M q35,accel=hvf:whpx"),
+            ("-M q35,accel=hvf", "-M q35,accel=hvf", "-M q35,accel=hvf"),
         ] {
             assert_eq!(pinned(line, "/usr/bin/kvm", "tcg\nkvm", true), with);
             assert_eq!(pinned(line, "/usr/bin/kvm", "tcg\nkvm", false), without);
+        }
+        // Of another architecture, on a host with KVM.
+        for (line, now) in [
+            ("-M virt,accel=kvm:tcg -S", "-M virt,accel=tcg -S"),
+            ("-accel kvm -M virt -accel tcg", "-M virt -accel tcg"),
+        ] {
+            assert_eq!(pinned(line, "/usr/bin/qemu-system-aarch64", "tcg", true), now);
         }
     }
 }

@@ -91,7 +91,7 @@ pub fn launch(binary: &Path, plan: Plan, role: Role) -> Result<Launch, Failure> 
     let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;
     let qmp = QmpAddress::Descriptor { ours: ours.as_raw_fd(), theirs: theirs.as_raw_fd() };
     let (version, program) = (VERSION.to_owned(), program(binary)?);
-    let preload = PreloadSettings { version, program, backends, qmp, role };
+    let preload = PreloadSettings { version, program, backends, qmp, args: None, role };
     let mut command = Command::new(binary);
     command.args(args).envs(environment(&preload)?);
     let inherited = vec![OwnedFd::from(theirs), OwnedFd::from(ours)];

@@ -164,7 +164,11 @@ fn find(binary: &str, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
     let name = named.rsplit('/').next().unwrap_or_default();
     let found = if named.starts_with('/') { binary::find(&named, path) } else { binary::find(name, path) };
     let found = found.or_else(|failure| binary::find(name, path).map_err(|_| failure));
-    let is_qemu = |name: &str| name.starts_with("qemu") || name == "kvm";
+    // What a distribution wraps has a dot before its name: `.qemu-system-x86_64-wrapped`.
+    let is_qemu = |name: &str| {
+        let name = name.strip_prefix('.').unwrap_or(name);
+        name.starts_with("qemu") || name == "kvm"
+    };
     let leads = |path: &PathBuf| {
         let real = path.canonicalize().ok()?;
         real.file_name()?.to_str().map(is_qemu)
@@ -327,9 +331,17 @@ mod tests {
         assert!(text(accept(offer("-m 1G -M microvm"), "8.0")).contains("both hosts need the same QEMU"));
         assert!(text(accept(offer("-m 1G -cpu Next"), "7.2")).contains("no processor model \"Next\""));
         assert!(text(accept(offer("-m 1G -snapshot"), "7.2")).starts_with("this VM cannot be moved"));
-        let mut wrong = offer("-m 1G");
-        wrong.binary = "/bin/sh".to_owned();
-        assert!(text(accept(wrong, "7.2")).contains("/bin/sh is not a QEMU by its name"));
+        for binary in ["/bin/sh", "/bin/.sh", "/bin/..qemu-system-x", "/bin/not-qemu"] {
+            let mut wrong = offer("-m 1G");
+            wrong.binary = binary.to_owned();
+            let says = format!("{binary} is not a QEMU by its name");
+            assert!(text(accept(wrong, "7.2")).contains(&says), "{binary}");
+        }
+        let mut wrapped = offer("-m 1G");
+        wrapped.binary = "/elsewhere/bin/.qemu-system-x-wrapped".to_owned();
+        assert!(text(accept(wrapped.clone(), "7.2")).contains("No such file"));
+        std::fs::copy("/proc/self/exe", bin.0.join(".qemu-system-x-wrapped")).unwrap();
+        accept(wrapped, "7.2").unwrap();
         let mut wrong = offer("-m 1G");
         wrong.args.push("-daemonize".to_owned());
         assert!(text(accept(wrong, "7.2")).contains("vmemd cannot run"));

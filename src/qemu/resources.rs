@@ -6,7 +6,7 @@ mod check;
 mod descriptors;
 mod files;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Failure;
 use super::options::{CommandLine, Word};
@@ -97,6 +97,12 @@ pub fn list(line: &CommandLine) -> Result<Vec<Resource>, Failure> {
     Ok(found)
 }
 
+/// The files that are disks, by their absolute paths.
+pub(super) fn disks(line: &CommandLine) -> Result<Vec<PathBuf>, Failure> {
+    let list = list(line)?.into_iter().filter(|found| matches!(found.what, What::Disk | What::Descriptor));
+    Ok(list.map(|found| PathBuf::from(found.name)).filter(|path| path.is_absolute()).collect())
+}
+
 /// Rewrites relative paths for a process that runs in another directory, on another host. A link to a descriptor of QEMU's
 /// becomes that descriptor: of the link nobody else could tell.
 pub fn absolute(line: &mut CommandLine, directory: &Path) -> Result<(), Failure> {
@@ -158,11 +164,11 @@ fn visit_word(word: &mut Word, see: SeeOne<'_>) -> Result<(), Failure> {
     use What::{Device, Directory, File, Firmware, Output};
     let name = word.name().to_owned();
     match name.as_str() {
-        "kernel" | "initrd" | "dtb" | "mtdblock" | "sd" | "shim" => whole(word, File, see),
+        "kernel" | "initrd" | "dtb" | "shim" => whole(word, File, see),
         "bios" => whole(word, Firmware, see),
         "D" | "pidfile" | "dump-vmstate" | "qtest-log" | "writeconfig" => whole(word, Output, see),
         "L" => whole(word, Directory, see),
-        "hda" | "hdb" | "hdc" | "hdd" | "cdrom" | "fda" | "fdb" | "pflash" => {
+        "hda" | "hdb" | "hdc" | "hdd" | "cdrom" | "fda" | "fdb" | "pflash" | "mtdblock" | "sd" => {
             word.value = word.value.take().map(|spec| files::disk(&spec, see).unwrap_or(spec));
         }
         name if is_character(name) => {
@@ -450,6 +456,8 @@ mod tests {
             ("-dtb /d", File, "/d"),
             ("-bios /b", Firmware, "/b"),
             ("-pflash /p", Disk, "/p"),
+            ("-sd /s", Disk, "/s"),
+            ("-mtdblock /m", Disk, "/m"),
             ("-L /l", Directory, "/l"),
             ("-D /log", Output, "/log"),
             ("-pidfile /pid", Output, "/pid"),

@@ -21,6 +21,10 @@ use super::refuse::unmovable;
 use super::rewrite::{self, Monitor, Plan, Settings};
 use super::{Failure, Kind, Size, binary, resources};
 
+/// Why a domain of libvirt's does not move.
+const LIBVIRTS: &str = "this VM cannot be moved: libvirt made most of its command line, which vmemd does not know, and another host's \
+                        libvirt would know nothing of it; start it with `vmemd run` if it is to move";
+
 /// What the user asks for.
 #[derive(Clone, Debug)]
 pub struct QemuSettings {
@@ -61,6 +65,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
     let ram = settings.ram.unwrap_or_else(|| plan.memory().max(Size(swapd::Engine::MIN_BUDGET_BYTES)));
     super::check_ram(plan.memory(), ram)?;
     let memory = plan.managed();
+    let disks = resources::disks(&CommandLine::parse(&offer.args)?)?;
     let offer =
         serde_json::to_string(&offer).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
     let role = Role::New {
@@ -77,6 +82,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
             lock: settings.lock,
         },
         offer,
+        disks,
         stays: unmovable(&line).err().map(|failure| super::one_line(&failure.text)),
     };
     Ok(Planned { name, binary, line, plan, role })
@@ -114,26 +120,34 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
 /// # Errors
 /// What cannot work.
 pub fn arguments(settings: &QemuSettings, format: Format) -> Result<String, Failure> {
-    let Planned { binary, mut line, role, .. } = plan(settings)?;
+    let Planned { binary, mut line, mut role, .. } = plan(settings)?;
     resources::from_anywhere(&mut line, &here()?)?;
-    let plan = if format == Format::Libvirt { Plan::appended(&line)? } else { Plan::of(&line)? };
+    let is_libvirt = format == Format::Libvirt;
+    let plan = if is_libvirt { Plan::appended(&line)? } else { Plan::of(&line)? };
+    if let Role::New { stays, .. } = &mut role
+        && is_libvirt
+    {
+        *stays = Some(LIBVIRTS.to_owned());
+    }
     let name = &settings.name;
     let files = launch::memory_files(&plan);
     let qmp = RunDir::open(&settings.run_dir)?.monitors_dir()?.join(format!("{name}.qmp"));
-    let preload = PreloadSettings {
-        version: VERSION.to_owned(),
-        program: launch::program(&binary)?,
-        backends: launch::backends(&plan, &files),
-        qmp: QmpAddress::Socket(qmp.clone()),
-        role,
-    };
-    let environment =
-        launch::environment(&preload)?.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
+    let backends = launch::backends(&plan, &files);
     let made = plan.rewrite(&Settings {
         files: &files,
         monitor: Monitor::Socket(&qmp),
         role: rewrite::Role::Start,
     })?;
+    let preload = PreloadSettings {
+        version: VERSION.to_owned(),
+        program: launch::program(&binary)?,
+        backends,
+        qmp: QmpAddress::Socket(qmp.clone()),
+        args: (!is_libvirt).then(|| made.args.clone()),
+        role,
+    };
+    let environment =
+        launch::environment(&preload)?.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
     made.notes.iter().for_each(|note| warn!("{note}"));
     Ok(output::print(format, &binary, &made, &environment))
 }

@@ -200,6 +200,7 @@ impl Vm {
             name: plan.name.to_owned(),
             memory: site.memory(plan.regions.iter().sum(), plan.budget_bytes),
             offer: String::new(),
+            disks: Vec::new(),
             stays: None,
         };
         Vm::start_as(kit, site, plan, role, &[])
@@ -249,7 +250,7 @@ impl Vm {
         command.args(["-chardev", &format!("socket,id=vmemd-qmp,{chardev}")]);
         command.args(["-mon", "chardev=vmemd-qmp,mode=control"]).args(&plan.arguments);
         let (version, program) = (VERSION.to_owned(), plan.qemu.canonicalize().unwrap());
-        let settings = PreloadSettings { version, program, backends, qmp, role };
+        let settings = PreloadSettings { version, program, backends, qmp, args: None, role };
         command.env("LD_PRELOAD", library()).env(VARIABLE, serde_json::to_string(&settings).unwrap());
         let mut passed = vec![ours.as_raw_fd(), qemus.as_raw_fd()];
         passed.extend(descriptors);

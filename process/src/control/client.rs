@@ -73,12 +73,16 @@ impl VmClient {
     /// # Errors
     /// The VM's refusal, or no answer.
     pub fn ask(&mut self, request: &Request, timeout: Duration) -> Result<Value, Failure> {
-        self.lines.write(request).map_err(|error| self.lost(&error))?;
+        self.reply(request, timeout).map_err(|error| self.lost(&error))?
+    }
+
+    fn reply(&mut self, request: &Request, timeout: Duration) -> Result<Result<Value, Failure>, LineError> {
+        self.lines.write(request)?;
         loop {
-            match self.lines.read::<Reply>(timeout).map_err(|error| self.lost(&error))? {
+            match self.lines.read::<Reply>(timeout)? {
                 Reply::Progress(_) | Reply::Faults(_) => {}
-                Reply::Ok(value) => return Ok(value),
-                Reply::Error(failure) => return Err(failure),
+                Reply::Ok(value) => return Ok(Ok(value)),
+                Reply::Error(failure) => return Ok(Err(failure)),
             }
         }
     }
@@ -146,6 +150,38 @@ impl VmClient {
         }
     }
 
+    /// Has the VM end, and waits until it is known what became of it; null if it has failed, or had ended by then.
+    ///
+    /// # Errors
+    /// The VM's refusal, or no answer. [`Kind::InDoubt`] if its process ended without a word while it was moving.
+    pub fn stop(&mut self, timeout: Duration) -> Result<Value, Failure> {
+        let before = match self.reply(&Request::Stat, timeout) {
+            Ok(stat) => stat.unwrap_or_default(),
+            Err(LineError::Closed) => return Ok(Value::Null),
+            Err(error) => return Err(self.lost(&error)),
+        };
+        match self.reply(&Request::Stop, timeout) {
+            Ok(Err(failure)) if failure.kind == Kind::Vm => Ok(Value::Null),
+            Ok(answer) => answer,
+            Err(LineError::Closed) => self.ended_unheard(&before),
+            Err(error) => Err(self.lost(&error)),
+        }
+    }
+
+    /// The process was to stop its VM, and ended without a word: what it was at before that says where the VM may be.
+    fn ended_unheard(&self, before: &Value) -> Result<Value, Failure> {
+        let to = before["migration"]["to"].as_str();
+        if to.is_none() && before["state"] != "in_doubt" {
+            return Ok(Value::Null);
+        }
+        let (name, to) = (&self.name, to.unwrap_or("the target of its hand-over"));
+        let text = format!(
+            "the process of the VM {name:?} ended while it was moving, before it could say what became of it (it was killed, or \
+             crashed: see its log): the VM runs at {to} or nowhere; see `vmemd list` there before you start it again"
+        );
+        Err(Failure::new(Kind::InDoubt, text))
+    }
+
     /// Waits until the VM's process has ended. A signal ends the waiting.
     ///
     /// # Errors
@@ -188,6 +224,66 @@ impl VmClient {
                 format!("the process of the VM {:?} ended before it answered", self.name),
             ),
             error => Failure::new(Kind::Other, format!("the VM {:?}: {error}", self.name)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::os::unix::net::UnixStream;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// What comes of a `stop` whose VM says this, to one request after the other, and then closes the connection.
+    fn stopped(answers: &[Value]) -> Result<Value, Failure> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut vm = VmClient { name: "db".to_owned(), lines: Lines::new(ours) };
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut lines = Lines::new(theirs);
+                for (answer, asked) in answers.iter().zip([Request::Stat, Request::Stop]) {
+                    assert_eq!(lines.read::<Request>(PATIENCE).unwrap(), asked);
+                    lines.write(answer).unwrap();
+                }
+                // The next one is heard, and never answered.
+                if answers.len() < 2 {
+                    lines.read::<Request>(PATIENCE).unwrap();
+                }
+            });
+            vm.stop(PATIENCE)
+        })
+    }
+
+    #[test]
+    fn a_process_that_ends_unheard_has_its_vm_stopped_only_if_that_was_not_moving() {
+        let running = json!({ "ok": { "state": "running", "migration": null } });
+        let moving =
+            json!({ "ok": { "state": "migrating", "migration": { "to": "b:7", "phase": "hand_over" } } });
+        let in_doubt = json!({ "ok": { "state": "in_doubt", "migration": null } });
+        let failed = |kind| json!({ "error": Failure::new(kind, "why") });
+        let done = json!({ "ok": { "state": "stopped" } });
+        for (answers, expected) in [
+            (&[][..], Ok(Value::Null)),
+            (std::slice::from_ref(&running), Ok(Value::Null)),
+            (&[failed(Kind::Other)], Ok(Value::Null)),
+            (std::slice::from_ref(&moving), Err((Kind::InDoubt, "runs at b:7 or nowhere"))),
+            (std::slice::from_ref(&in_doubt), Err((Kind::InDoubt, "runs at the target"))),
+            (&[running.clone(), done.clone()], Ok(done["ok"].clone())),
+            (&[moving.clone(), done.clone()], Ok(done["ok"].clone())),
+            (&[failed(Kind::Other), done.clone()], Ok(done["ok"].clone())),
+            (&[running.clone(), failed(Kind::Vm)], Ok(Value::Null)),
+            (&[moving.clone(), failed(Kind::InDoubt)], Err((Kind::InDoubt, "why"))),
+            (&[running.clone(), failed(Kind::Other)], Err((Kind::Other, "why"))),
+        ] {
+            match (stopped(answers), expected) {
+                (Ok(value), Ok(expected)) => assert_eq!(value, expected, "{answers:?}"),
+                (Err(failure), Err((kind, says))) => {
+                    assert!(failure.kind == kind && failure.text.contains(says), "{answers:?}: {failure}");
+                }
+                (value, expected) => panic!("{answers:?}: {value:?}, not {expected:?}"),
+            }
         }
     }
 }

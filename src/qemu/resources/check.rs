@@ -157,7 +157,7 @@ fn lacks(resource: &Resource, host: &dyn Host) -> Option<String> {
              VM with names of files, sockets and interfaces (file=, path=, ifname=) instead"
         )),
         What::Screen => {
-            say("a window or terminal does not move: use -display none, -vnc or -spice".to_owned())
+            say("a window or terminal does not move: use -display none, -vnc or -spice, and a socket or a file for a serial line".to_owned())
         }
     }
 }

@@ -16,7 +16,9 @@ pub(super) fn named(path: &str) -> Option<What> {
     match parts.as_slice() {
         ["dev", "fd", ..] | ["dev", "stdin" | "stdout" | "stderr"] => Some(What::Descriptor),
         ["proc", process, ..] if is_process(process) => Some(What::Descriptor),
-        ["dev", "tty"] => Some(What::Screen),
+        // Under that name the next host has somebody else's terminal.
+        ["dev", "tty" | "console"] | ["dev", "pts", ..] => Some(What::Screen),
+        ["dev", name] if is_virtual_terminal(name) => Some(What::Screen),
         _ => None,
     }
 }
@@ -70,6 +72,12 @@ fn parts(path: &str) -> Option<Vec<String>> {
     Some(parts)
 }
 
+/// Of the host's keyboard and screen; not a serial port.
+fn is_virtual_terminal(name: &str) -> bool {
+    let number = name.strip_prefix("tty");
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|c| c.is_ascii_digit()))
+}
+
 fn is_process(name: &str) -> bool {
     matches!(name, "self" | "thread-self") || (!name.is_empty() && name.bytes().all(|c| c.is_ascii_digit()))
 }
@@ -98,10 +106,25 @@ mod tests {
         ] {
             assert_eq!(named(path), Some(What::Descriptor), "{path}");
         }
-        assert_eq!(named("/dev/tty"), Some(What::Screen));
+        for path in [
+            "/dev/tty",
+            "/dev/console",
+            "/dev/pts/3",
+            "/dev//pts/./12",
+            "/dev/pts/ptmx",
+            "/dev/tty0",
+            "/dev/tty63",
+        ] {
+            assert_eq!(named(path), Some(What::Screen), "{path}");
+        }
         for path in [
             "/dev/sda",
             "/dev/ttyS0",
+            "/dev/ttyUSB1",
+            "/dev/tty1x",
+            "/dev/consoles",
+            "/dev/ptsd",
+            "/srv/dev/pts/3",
             "/dev/fdx",
             "/dev/stdinx",
             "/proc/cpuinfo",
@@ -127,6 +150,8 @@ mod tests {
         link("../again", "deep/up");
         link("/proc/self/fd", "all");
         link("/dev/stdin", "in");
+        link("/dev/pts/3", "screen");
+        link("/dev/pts", "screens");
         link("loop", "loop");
         link("nothing", "dangling");
         std::fs::write(dir.join("disk"), "").unwrap();
@@ -138,6 +163,8 @@ mod tests {
             ("deep/../again", "/dev/fd/10"),
             ("all/7", "/proc/self/fd/7"),
             ("in", "/dev/stdin"),
+            ("screen", "/dev/pts/3"),
+            ("screens/4", "/dev/pts/4"),
         ] {
             assert_eq!(behind(&dir.join(name)).as_deref(), Some(Path::new(leads)), "{name}");
         }
