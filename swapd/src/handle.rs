@@ -64,6 +64,31 @@ pub struct Piece {
     pub place: Place,
 }
 
+/// Pages that may have been written, each in one of the two.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Written {
+    /// Somebody used them, as their page-table entries say. In ascending runs.
+    pub seen: Vec<Run>,
+    /// They left the guest's memory, and what was written to them before that was not seen: the engine's choice, which says nothing of
+    /// whether they are in use. In ascending runs.
+    pub left: Vec<Run>,
+}
+
+impl Written {
+    /// All of them, in ascending runs.
+    pub fn into_runs(self) -> Vec<Run> {
+        let mut all = self.seen;
+        all.extend(self.left);
+        all.sort_unstable_by_key(|run| run.start);
+        all.dedup_by(|next, run| {
+            let joins = run.end() == next.start;
+            run.len += if joins { next.len } else { 0 };
+            joins
+        });
+        all
+    }
+}
+
 /// Copies of pages that were in [`Place::Staged`].
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Copies {
@@ -164,6 +189,7 @@ macro_rules! picker {
 }
 
 picker!(runs, Runs, Vec<Run>);
+picker!(written, Written, Written);
 picker!(pieces, Pieces, Vec<Piece>);
 picker!(sums, Sums, Vec<u64>);
 picker!(copies, Copies, Copies);
@@ -303,10 +329,10 @@ impl EngineHandle {
         self.call(Request::Prefetch(on), done)
     }
 
-    /// Pages that may have been written since tracking started or since the last call, in ascending runs.
+    /// Pages that may have been written since tracking started or since the last call.
     /// Never misses one; may name one that did not change (a page that was paged out or in meanwhile).
-    pub fn collect_written_async(&self) -> Answer<Vec<Run>> {
-        self.ask(Request::CollectWritten, runs)
+    pub fn collect_written_async(&self) -> Answer<Written> {
+        self.ask(Request::CollectWritten, written)
     }
 
     /// Keeps the run's pages where they are (against page-out; the guest's own page-ins go on) until
@@ -399,8 +425,9 @@ impl EngineHandle {
         self.call(Request::RetryStore, done)
     }
 
+    /// As [`EngineHandle::collect_written_async`], all of them.
     pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {
-        self.call(Request::CollectWritten, runs)
+        self.call(Request::CollectWritten, written).map(Written::into_runs)
     }
 
     pub fn hold(&self, run: Run) -> Result<Vec<Piece>, CommandError> {

@@ -20,7 +20,7 @@ pub mod units;
 pub use driver::{Engine, EngineConfig, Notice, StartError, StoreConfig, huge_page_mode, lock_limit};
 pub use handle::{
     Answer, Arrival, CommandError, Copies, EngineHandle, FaultsSeen, Piece, Place, Placed, SeenFault,
-    answered,
+    Written, answered,
 };
 pub use stats::Stats;
 pub use units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageNo, Run, Slot, SlotRun};

@@ -372,11 +372,12 @@ impl<'a> Rounds<'a> {
         let written = answered(self.ship.handle.collect_written_async());
         let written = self.watch.wait("looking for written pages", SILENCE_LIMIT, written).await??;
         let mut tracker = self.ship.tracker.borrow_mut();
-        let new = written.iter().map(|run| tracker.written(*run)).sum();
+        written.left.iter().for_each(|run| tracker.left(*run));
+        let new = written.seen.iter().map(|run| tracker.written(*run)).sum();
         drop(tracker);
         self.discovery.scan(self.began.elapsed(), new, Wait::Writes.limit().1);
         self.scan_took = began.elapsed();
-        let pages = written.iter().map(|run| u64::from(run.len)).sum();
+        let pages = written.seen.iter().chain(&written.left).map(|run| u64::from(run.len)).sum();
         self.write_rate.scan(pages, self.last_scan.elapsed());
         self.last_scan = Instant::now();
         Ok(())

@@ -61,12 +61,17 @@ impl Tracker {
         std::mem::swap(&mut self.todo, &mut self.next);
     }
 
-    /// A scan found these pages written: they need no sending now, because they would need it again. Returns how many were never found before.
-    pub(crate) fn written(&mut self, run: Run) -> u64 {
+    /// These pages left the guest's memory, and may have been written before. That they left says nothing of how they are used.
+    pub(crate) fn left(&mut self, run: Run) {
         if !planted!(ForgetsWrittenPages) || self.todo.count_run(run) == 0 {
             self.next.set_run(run);
         }
         self.todo.clear_run(run);
+    }
+
+    /// A scan found these pages written: they need no sending now, because they would need it again. Returns how many were never found before.
+    pub(crate) fn written(&mut self, run: Run) -> u64 {
+        self.left(run);
         let mut new = 0;
         for scans in &mut self.scans[run.indices()] {
             new += u64::from(*scans == 0);
@@ -155,6 +160,20 @@ mod tests {
         tracker.todo.clear_run(Run::new(PageNo(0), 1024));
         tracker.begin_round();
         assert_eq!((tracker.todo.count(), tracker.next.count()), (510, 0));
+    }
+
+    #[test]
+    fn what_the_source_pages_out_is_sent_again_and_not_taken_for_what_is_in_use() {
+        let mut tracker = Tracker::new(1024);
+        tracker.left(Run::new(PageNo(512), 4));
+        assert_eq!(
+            (tracker.next.count(), tracker.todo.count(), tracker.pages_around_written()),
+            (4, 1020, 0)
+        );
+        assert_eq!(tracker.written(Run::new(PageNo(514), 1)), 1, "never seen before");
+        let heat = tracker.heat(&[1; 1024]);
+        assert_eq!((heat[512], heat[513]), (1, 1));
+        assert!(heat[514] > 1);
     }
 
     #[test]

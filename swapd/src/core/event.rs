@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::handle::{Arrival, CommandError, Copies, FaultsSeen, Piece, Placed};
+use crate::handle::{Arrival, CommandError, Copies, FaultsSeen, Piece, Placed, Written};
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, Slot, SlotRun};
 
@@ -127,6 +127,7 @@ pub enum Response {
     Done,
     Stats(Box<Stats>),
     Runs(Vec<Run>),
+    Written(Written),
     Pieces(Vec<Piece>),
     Sums(Vec<u64>),
     Copies(Copies),

@@ -2,7 +2,7 @@
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
-use crate::handle::{CommandError, Piece, Place};
+use crate::handle::{CommandError, Piece, Place, Written};
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, runs_of};
 
@@ -24,7 +24,7 @@ impl Core {
         Response::Done
     }
 
-    /// The page's frame leaves the guest, and its write protection is lost with it: count it as written.
+    /// The page's frame leaves the guest, and its write protection is lost with it: it may have been written.
     pub(super) fn mark_left(&mut self, page: PageNo) {
         if let Some(bits) = &mut self.left_while_tracked {
             bits[page.index() / 64] |= 1 << (page.index() % 64);
@@ -42,18 +42,21 @@ impl Core {
     pub(super) fn written(&mut self, ticket: Ticket, runs: &[Run]) {
         for page in runs.iter().flat_map(|run| run.pages()) {
             self.table.warm(page, HEAT_WRITTEN);
-            self.mark_left(page);
+            if let Some(bits) = &mut self.left_while_tracked {
+                bits[page.index() / 64] &= !(1 << (page.index() % 64));
+            }
         }
-        let mut written = Vec::new();
+        let mut left = Vec::new();
         if let Some(bits) = &mut self.left_while_tracked {
             let pages = bits.iter().enumerate().filter(|(_, word)| **word != 0).flat_map(|(at, word)| {
                 let first = at as u64 * 64;
                 (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| PageNo(first + bit))
             });
-            written.extend(runs_of(pages, u32::MAX));
+            left.extend(runs_of(pages, u32::MAX));
             bits.fill(0);
         }
-        self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Runs(written)) });
+        let written = Written { seen: runs.to_vec(), left };
+        self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Written(written)) });
     }
 
     pub(super) fn hold(&mut self, run: Run) -> Response {

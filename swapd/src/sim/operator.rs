@@ -182,7 +182,7 @@ impl Sim {
                     told.map(|(page, place)| Some((place, self.oracle.truth[page.index()]))).collect();
                 self.oracle.held.push(Held { run, pages });
             }
-            (Asked::Collect, Ok(Response::Runs(runs))) => self.collected(&runs),
+            (Asked::Collect, Ok(Response::Written(written))) => self.collected(&written.into_runs()),
             (Asked::Budget, Ok(Response::Done)) => {
                 let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
                 assert!(taken <= budget, "{taken} frames when the budget of {budget} is confirmed");
