@@ -26,6 +26,8 @@ const LIFE_MS: u64 = 10_000;
 const SLOW_DISK: u64 = 100_000_000;
 const SLOW_LINK: &str = "400mbit";
 
+const PAGING: &str = "reading-paging";
+
 struct Size {
     memory: u64,
     ram: u64,
@@ -40,8 +42,8 @@ fn size() -> Size {
 }
 
 /// Guests that use so much, each with its name. The slow ones take 15 s for a round, whatever the size. Those that are scattered use every
-/// other page of twice as much, which is more than the RAM.
-fn guests(working_set: u64) -> [(&'static str, String); 5] {
+/// other page of twice as much, which is more than the RAM. [`PAGING`] has no more RAM where it comes from.
+fn guests(working_set: u64) -> [(&'static str, String); 6] {
     let [set, scattered] =
         [format!("{}M", working_set / MIB), format!("{}M,scatter=2", working_set / MIB * 2)];
     let slow = format!("rate={}K", working_set / 15 / 1024);
@@ -49,6 +51,7 @@ fn guests(working_set: u64) -> [(&'static str, String); 5] {
         ("slow", format!("rewrite:working-set={set},{slow}")),
         ("fast", format!("rewrite:working-set={set},rate=400M")),
         ("reading", format!("read:working-set={set},rate=100M")),
+        (PAGING, format!("read:working-set={set},rate=100M")),
         ("slow-scattered", format!("rewrite:working-set={scattered},{slow}")),
         ("fast-scattered", format!("rewrite:working-set={scattered},rate=400M")),
     ]
@@ -84,7 +87,8 @@ fn moves(way: Way<'_>, what: &str) {
         }
         let mut start = |name, guest: &str| {
             let args = ["run", "--name", name, "--memory", &memory, "--guest", guest, "--store", &store];
-            way.here.start(&args)
+            let budget = if name == PAGING { &["--ram", &ram][..] } else { &[] };
+            way.here.start(&[&args[..], budget].concat())
         };
         let mut runs: Vec<_> = guests.iter().map(|(name, guest)| start(name, guest)).collect();
         for ((name, _), run) in guests.iter().zip(&mut runs) {
