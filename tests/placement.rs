@@ -67,8 +67,8 @@ struct Way<'a> {
     there: &'a mut Host,
     to: String,
     plain: bool,
-    /// Guests of all kinds move, even if there is little time.
-    all: bool,
+    /// If there is little time, those move here that are neither simply slow nor simply fast, and not those that are.
+    others: bool,
 }
 
 /// Moves VMs of each kind, and looks what they miss.
@@ -83,7 +83,7 @@ fn moves(way: Way<'_>, what: &str) {
         let store = way.here.store();
         let mut guests = guests(working_set).to_vec();
         if std::env::var_os("VMEMD_LONG").is_none() {
-            guests.retain(|(name, _)| way.all || ["slow", "fast"].contains(name));
+            guests.retain(|(name, _)| ["slow", "fast"].contains(name) != way.others);
         }
         let mut start = |name, guest: &str| {
             let args = ["run", "--name", name, "--memory", &memory, "--guest", guest, "--store", &store];
@@ -147,7 +147,7 @@ fn on_one_host(name: &str, slow_disk: bool) {
     };
     // VMs that arrive are started in it.
     group.iter().for_each(|group| group.take(daemon.pid()));
-    moves(Way { here: &mut here, there: &mut there, to, plain: false, all: !slow_disk }, name);
+    moves(Way { here: &mut here, there: &mut there, to, plain: false, others: !slow_disk }, name);
     drop((daemon, there));
     drop(group);
 }
@@ -181,5 +181,5 @@ fn what_is_used_is_in_ram_over_a_slow_link() {
     let ram = format!("{}M", size().ram / MIB);
     let listen = format!("{}:0", Network::HOSTS[1]);
     let (_daemon, to) = there.start_daemon(&listen, &ram, &["--plain"]);
-    moves(Way { here: &mut here, there: &mut there, to, plain: true, all: false }, "placement-slow-link");
+    moves(Way { here: &mut here, there: &mut there, to, plain: true, others: false }, "placement-slow-link");
 }

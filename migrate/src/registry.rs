@@ -466,7 +466,8 @@ impl Record {
     /// Waits for the lock, which others hold for a few writes, and for the start of a VM. It may be for long: a process that starts one
     /// can be made to stand still.
     fn locked_soon(self, session: SessionId) -> Result<Record, RegistryError> {
-        let deadline = Instant::now() + patience(RESOLVE_CALL_LIMIT);
+        // Who asks is to hear that, and waits no longer than this limit itself.
+        let deadline = Instant::now() + patience(RESOLVE_CALL_LIMIT) / 2;
         loop {
             match self.file.try_lock() {
                 Ok(()) => return Ok(self),
@@ -519,7 +520,9 @@ impl Record {
     /// A decision that was to go when this record was settled.
     fn leftover(&self, session: SessionId) -> Option<Decision> {
         let begun = self.file.metadata().is_ok_and(|found| found.len() > (MARK_BYTES + BOOT_ID_BYTES) as u64);
-        if !begun { None } else { Decision::find(session, self.place().ok()?).ok() }
+        let found = if begun { Decision::find(session, self.place().ok()?).ok() } else { None };
+        // One that is open is of another session by the same number, in another run directory.
+        found.filter(|decision| decision.read().is_ok_and(|mark| mark != Mark::Open))
     }
 
     /// Where the decision is.

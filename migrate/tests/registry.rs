@@ -203,7 +203,7 @@ fn who_asks_does_not_wait_for_ever() {
     let committed = registry.begin(session).unwrap().commit().unwrap();
     let begun = std::time::Instant::now();
     assert!(matches!(registry.burn(session), Err(RegistryError::Busy(_))));
-    assert!(begun.elapsed() < 2 * migrate::limits::RESOLVE_CALL_LIMIT, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < migrate::limits::RESOLVE_CALL_LIMIT, "{:?}", begun.elapsed());
     drop(committed.started());
     assert_eq!(registry.burn(session).unwrap(), Outcome::RunningThere);
 }

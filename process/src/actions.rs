@@ -135,19 +135,23 @@ impl Vm {
 
     fn set_ram(&self, ram_bytes: u64) -> Result<Value, Failure> {
         self.must_be_here("change the budget of")?;
-        let _alone = lock(&self.budgeting);
         let engine = self.memory()?.engine()?;
-        let before = engine.stats()?.ram_budget_bytes;
-        if ram_bytes > before {
-            crate::host::need_free_ram(ram_bytes - before, "a larger budget")?;
+        {
+            let _alone = lock(&self.budgeting);
+            let before = engine.stats()?.ram_budget_bytes;
+            if ram_bytes > before {
+                crate::host::need_free_ram(ram_bytes - before, "a larger budget")?;
+                // On record before it is taken, and for as long as it may be held.
+                self.note_budget(ram_bytes);
+            }
         }
-        // On record before it is taken, and for as long as it may be held.
-        if ram_bytes > before {
-            self.note_budget(ram_bytes);
-        }
+        // May take as long as its store needs; another one that is asked for meanwhile counts instead.
         let set = engine.set_budget(ram_bytes);
-        if let Ok(stats) = engine.stats() {
-            self.note_budget(stats.ram_budget_bytes.max(stats.frames_bytes));
+        {
+            let _alone = lock(&self.budgeting);
+            if let Ok(stats) = engine.stats() {
+                self.note_budget(stats.ram_budget_bytes.max(stats.frames_bytes));
+            }
         }
         set.map_err(|error| match error {
             swapd::CommandError::Store(reason) => {

@@ -32,8 +32,10 @@ const SPEED_WINDOW: Duration = Duration::from_millis(500);
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
 const RESUME_RETRY: Duration = Duration::from_millis(100);
 
-/// The thread that sends. What it leaves behind when it panics is put in order here.
-pub(crate) const SENDER: &str = "migrate";
+thread_local! {
+    /// A panic of this thread is put in order here.
+    pub(crate) static CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
 
 enum Step {
     Progress(MigrationStat),
@@ -58,9 +60,11 @@ pub(crate) fn migrate(
     }
     let (steps, progress) = channel();
     let (mover, name) = (vm.clone(), vm.facts.name.clone());
-    let spawned = std::thread::Builder::new().name(SENDER.to_owned()).spawn(move || {
+    let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
         let mut leaving = Leaving { vm: &mover, paused: false, unnamed: None, session: None, cannot: None };
+        CAUGHT.set(true);
         let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
+        CAUGHT.set(false);
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         settle(&mover, &options, &result);
         let _ = steps.send(Step::Ended(result, leaving.cannot));

@@ -21,6 +21,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 const LOOK_EVERY_ENDING: Duration = Duration::from_millis(100);
 /// How long a migration may take to notice that it is cancelled.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longer than this nobody is at work on what changes of a VM.
+const CORE_LIMIT: Duration = Duration::from_millis(200);
 /// How long clients may take to fetch their answers.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -58,13 +60,13 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
         .map_err(|error| Failure::io("cannot start the signal thread", &error))
 }
 
-/// A VM with one of its threads missing would hang rather than fail: a panic ends the process, once it has been told. Not of the
-/// threads that receive and send, which the VM can do without, and which know where it is then.
+/// A VM with one of its threads missing would hang rather than fail: a panic ends the process, once it has been told. Not while a thread
+/// receives or sends, which the VM can do without, and which knows where it is then.
 fn die_on_panic(vm: Arc<Vm>) {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         tell(panic);
-        if let Some(crate::arrive::RECEIVER | crate::leave::SENDER) = std::thread::current().name() {
+        if std::thread::current().name() == Some(crate::arrive::RECEIVER) || crate::leave::CAUGHT.get() {
             return;
         }
         std::process::exit(i32::from(vm.crashed().exit_code()));
@@ -149,8 +151,15 @@ impl Vm {
             _ if may_run_elsewhere(core) => Kind::InDoubt,
             _ => Kind::Vm,
         };
-        // The thread that panics may be at work on it.
-        self.try_core(kind).unwrap_or(Kind::InDoubt)
+        let deadline = Instant::now() + CORE_LIMIT;
+        loop {
+            match self.try_core(kind) {
+                Some(kind) => return kind,
+                // It is the thread that panics that is at work on it.
+                None if Instant::now() >= deadline => return Kind::InDoubt,
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
     }
 }
 

@@ -143,7 +143,7 @@ pub(crate) struct Vm {
     pub(crate) cancel: AtomicBool,
     /// Its faults are being recorded.
     pub(crate) recording: AtomicBool,
-    /// One at a time changes the budget, and what is on record of it.
+    /// One at a time looks at the budget, and changes what is on record of it.
     pub(crate) budgeting: Mutex<()>,
     /// One at a time asks what became of a hand-over, and draws the conclusion.
     pub(crate) resolving: Mutex<()>,

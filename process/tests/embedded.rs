@@ -510,7 +510,8 @@ fn a_vm_that_is_ending_does_not_move_any_more() {
     // Somebody who has not had an answer yet: until then, or for some seconds, requests are taken.
     let mut slow = UnixStream::connect(host.socket()).unwrap();
     writeln!(slow, "{}", serde_json::to_string(&Request::RecordFaults { seconds: 60 }).unwrap()).unwrap();
-    until(|| connect(&host).ask(&Request::RecordFaults { seconds: 60 }, DEADLINE).is_err());
+    let mut first = [0];
+    std::io::Read::read_exact(&mut slow, &mut first).unwrap();
     let mut late = connect(&host);
     assert_eq!(connect(&host).ask(&Request::Stop, DEADLINE).unwrap()["state"], "stopped");
     let refused = late.ask_long(&migrate_request("127.0.0.1:1".to_owned()), &mut |_| {}).unwrap_err();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use vmprocess::control::client::{ACTION_TIMEOUT, VmClient};
+use vmprocess::control::client::{ACTION_TIMEOUT, STAT_TIMEOUT, VmClient};
 use vmprocess::control::protocol::{Request, State, VmStat};
 use vmprocess::control::rundir::{Place, RunDir};
 use vmprocess::failure::{Failure, Kind};
@@ -156,8 +156,10 @@ pub(super) fn in_doubt(dir: &RunDir, name: &str) -> Result<Option<VmClient>, Fai
 }
 
 pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
+    // On a connection of its own: an engine that does not answer that is to be stopped all the same.
+    let before = VmClient::connect(dir, &args.name)?.ask(&Request::Stat, STAT_TIMEOUT).unwrap_or_default();
     let mut vm = VmClient::connect(dir, &args.name)?;
-    let ended = vm.stop(ACTION_TIMEOUT)?;
+    let ended = vm.stop(&before, ACTION_TIMEOUT)?;
     vm.wait_for_end(STOP_TIMEOUT)?;
     if ended["state"] == "moved" {
         let (name, to) = (&args.name, ended["to"].as_str().unwrap_or_default());

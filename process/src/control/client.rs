@@ -153,17 +153,13 @@ impl VmClient {
     /// Has the VM end, and waits until it is known what became of it; null if it has failed, or had ended by then.
     ///
     /// # Errors
-    /// The VM's refusal, or no answer. [`Kind::InDoubt`] if its process ended without a word while it was moving.
-    pub fn stop(&mut self, timeout: Duration) -> Result<Value, Failure> {
-        let before = match self.reply(&Request::Stat, timeout) {
-            Ok(stat) => stat.unwrap_or_default(),
-            Err(LineError::Closed) => return Ok(Value::Null),
-            Err(error) => return Err(self.lost(&error)),
-        };
+    /// The VM's refusal, or no answer. [`Kind::InDoubt`] if its process ended without a word while it was moving, by what `before` says:
+    /// what was heard of it last (null if nothing was).
+    pub fn stop(&mut self, before: &Value, timeout: Duration) -> Result<Value, Failure> {
         match self.reply(&Request::Stop, timeout) {
             Ok(Err(failure)) if failure.kind == Kind::Vm => Ok(Value::Null),
             Ok(answer) => answer,
-            Err(LineError::Closed) => self.ended_unheard(&before),
+            Err(LineError::Closed) => self.ended_unheard(before),
             Err(error) => Err(self.lost(&error)),
         }
     }
@@ -236,53 +232,50 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    /// What comes of a `stop` whose VM says this, to one request after the other, and then closes the connection.
-    fn stopped(answers: &[Value]) -> Result<Value, Failure> {
+    /// What comes of a `stop` of a VM that was so before, says this, if anything, and then closes the connection.
+    fn stopped(before: &Value, answer: Option<&Value>) -> Result<Value, Failure> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut vm = VmClient { name: "db".to_owned(), lines: Lines::new(ours) };
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 let mut lines = Lines::new(theirs);
-                for (answer, asked) in answers.iter().zip([Request::Stat, Request::Stop]) {
-                    assert_eq!(lines.read::<Request>(PATIENCE).unwrap(), asked);
+                assert_eq!(lines.read::<Request>(PATIENCE).unwrap(), Request::Stop);
+                if let Some(answer) = answer {
                     lines.write(answer).unwrap();
                 }
-                // The next one is heard, and never answered.
-                if answers.len() < 2 {
-                    lines.read::<Request>(PATIENCE).unwrap();
-                }
             });
-            vm.stop(PATIENCE)
+            vm.stop(before, PATIENCE)
         })
     }
 
     #[test]
     fn a_process_that_ends_unheard_has_its_vm_stopped_only_if_that_was_not_moving() {
-        let running = json!({ "ok": { "state": "running", "migration": null } });
-        let moving =
-            json!({ "ok": { "state": "migrating", "migration": { "to": "b:7", "phase": "hand_over" } } });
-        let in_doubt = json!({ "ok": { "state": "in_doubt", "migration": null } });
+        let running = json!({ "state": "running", "migration": null });
+        let moving = json!({ "state": "migrating", "migration": { "to": "b:7", "phase": "hand_over" } });
+        let in_doubt = json!({ "state": "in_doubt", "migration": null });
         let failed = |kind| json!({ "error": Failure::new(kind, "why") });
         let done = json!({ "ok": { "state": "stopped" } });
-        for (answers, expected) in [
-            (&[][..], Ok(Value::Null)),
-            (std::slice::from_ref(&running), Ok(Value::Null)),
-            (&[failed(Kind::Other)], Ok(Value::Null)),
-            (std::slice::from_ref(&moving), Err((Kind::InDoubt, "runs at b:7 or nowhere"))),
-            (std::slice::from_ref(&in_doubt), Err((Kind::InDoubt, "runs at the target"))),
-            (&[running.clone(), done.clone()], Ok(done["ok"].clone())),
-            (&[moving.clone(), done.clone()], Ok(done["ok"].clone())),
-            (&[failed(Kind::Other), done.clone()], Ok(done["ok"].clone())),
-            (&[running.clone(), failed(Kind::Vm)], Ok(Value::Null)),
-            (&[moving.clone(), failed(Kind::InDoubt)], Err((Kind::InDoubt, "why"))),
-            (&[running.clone(), failed(Kind::Other)], Err((Kind::Other, "why"))),
+        for (before, answer, expected) in [
+            (&running, None, Ok(Value::Null)),
+            (&Value::Null, None, Ok(Value::Null)),
+            (&moving, None, Err((Kind::InDoubt, "runs at b:7 or nowhere"))),
+            (&in_doubt, None, Err((Kind::InDoubt, "runs at the target"))),
+            (&running, Some(done.clone()), Ok(done["ok"].clone())),
+            (&moving, Some(done.clone()), Ok(done["ok"].clone())),
+            (&Value::Null, Some(done.clone()), Ok(done["ok"].clone())),
+            (&running, Some(failed(Kind::Vm)), Ok(Value::Null)),
+            (&moving, Some(failed(Kind::InDoubt)), Err((Kind::InDoubt, "why"))),
+            (&running, Some(failed(Kind::Other)), Err((Kind::Other, "why"))),
         ] {
-            match (stopped(answers), expected) {
-                (Ok(value), Ok(expected)) => assert_eq!(value, expected, "{answers:?}"),
+            match (stopped(before, answer.as_ref()), expected) {
+                (Ok(value), Ok(expected)) => assert_eq!(value, expected, "{before}: {answer:?}"),
                 (Err(failure), Err((kind, says))) => {
-                    assert!(failure.kind == kind && failure.text.contains(says), "{answers:?}: {failure}");
+                    assert!(
+                        failure.kind == kind && failure.text.contains(says),
+                        "{before}: {answer:?}: {failure}"
+                    );
                 }
-                (value, expected) => panic!("{answers:?}: {value:?}, not {expected:?}"),
+                (value, expected) => panic!("{before}: {answer:?}: {value:?}, not {expected:?}"),
             }
         }
     }

@@ -28,6 +28,8 @@ pub(super) struct Receiving {
     /// No page in RAM that may leave is colder than this, and what the coldest of those behind the hand has.
     coldest: u8,
     next_coldest: u8,
+    /// Since the last heat map, for what was colder than the coldest.
+    restarts: u32,
     pages_read_before: u64,
     victims_before: u64,
     grants: VecDeque<(Ticket, u32)>,
@@ -36,6 +38,10 @@ pub(super) struct Receiving {
 
 /// Frames kept for receiving into, at least: newer versions come while the old ones still have theirs.
 const RECEIVE_FRAMES: u32 = 512;
+
+/// How often, for one heat map, the search begins anew because of a page that came and is colder than all others were: each time it looks
+/// at every page in RAM, and where there is no end of such pages they are not what counts.
+const RESTARTS_MAX: u32 = 16;
 
 /// Pages that give way at a time, at least.
 const WAY_MIN: u32 = 64;
@@ -60,6 +66,7 @@ impl Core {
             hand: PageNo(0),
             coldest: 0,
             next_coldest: u8::MAX,
+            restarts: 0,
             pages_read_before: self.counts.pages_read,
             victims_before: self.counts.victims,
             grants: VecDeque::new(),
@@ -85,6 +92,7 @@ impl Core {
         self.check_heat(heat)?;
         let Some(receiving) = &mut self.receiving else { return Err(NOT_RECEIVING) };
         (receiving.hand, receiving.coldest, receiving.next_coldest) = (PageNo(0), 0, u8::MAX);
+        receiving.restarts = 0;
         let mut found = 0;
         for (page, heat) in (0..).map(PageNo).zip(heat.iter().copied()) {
             let before = self.table.heat(page);
@@ -277,8 +285,9 @@ impl Core {
             return;
         }
         let heat = self.table.heat(page);
-        if heat < receiving.coldest {
+        if heat < receiving.coldest && receiving.restarts < RESTARTS_MAX {
             (receiving.hand, receiving.coldest, receiving.next_coldest) = (PageNo(0), heat, u8::MAX);
+            receiving.restarts += 1;
         } else if page < receiving.hand {
             receiving.next_coldest = receiving.next_coldest.min(heat);
         }
