@@ -1,7 +1,7 @@
 //! What a guest uses is in RAM after a move, however fast it goes through it, on a slow disk and over a slow link.
 //!
 //! Judged by the guest's first whole round there: what it uses and is not in RAM has to be read from the store. Pages that are only read
-//! count as well. `VMEMD_LONG=1` takes VMs of 2 GiB instead of 512 MiB, and repeats.
+//! count as well. `VMEMD_LONG=1` moves guests of every kind everywhere, and twice.
 
 mod common;
 #[path = "qemu/network.rs"]
@@ -28,17 +28,12 @@ const SLOW_LINK: &str = "400mbit";
 
 const PAGING: &str = "reading-paging";
 
-struct Size {
-    memory: u64,
-    ram: u64,
-    times: usize,
-}
+/// Of each VM.
+const MEMORY: u64 = 512 * MIB;
+const RAM: u64 = 256 * MIB;
 
-fn size() -> Size {
-    match std::env::var_os("VMEMD_LONG") {
-        Some(_) => Size { memory: 2048 * MIB, ram: 1024 * MIB, times: 5 },
-        None => Size { memory: 512 * MIB, ram: 256 * MIB, times: 1 },
-    }
+fn is_long() -> bool {
+    std::env::var_os("VMEMD_LONG").is_some_and(|value| value != "0")
 }
 
 /// Guests that use so much, each with its name. The slow ones take 15 s for a round, whatever the size. Those that are scattered use every
@@ -73,16 +68,15 @@ struct Way<'a> {
 
 /// Moves VMs of each kind, and looks what they miss.
 fn moves(way: Way<'_>, what: &str) {
-    let size = size();
     // 3/4 of the RAM.
-    let working_set = size.ram / 4 * 3;
+    let working_set = RAM / 4 * 3;
     let wanted = working_set / PAGE;
-    let [memory, ram] = [size.memory, size.ram].map(|bytes| format!("{}M", bytes / MIB));
+    let [memory, ram] = [MEMORY, RAM].map(|bytes| format!("{}M", bytes / MIB));
     let mut shares: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for _ in 0..size.times {
+    for _ in 0..if is_long() { 2 } else { 1 } {
         let store = way.here.store();
         let mut guests = guests(working_set).to_vec();
-        if std::env::var_os("VMEMD_LONG").is_none() {
+        if !is_long() {
             guests.retain(|(name, _)| ["slow", "fast"].contains(name) != way.others);
         }
         let mut start = |name, guest: &str| {
@@ -129,12 +123,11 @@ fn on_one_host(name: &str, slow_disk: bool) {
         return;
     }
     let [mut here, mut there] = [Host::new(name), Host::new(name)];
-    let size = size();
-    let disk = match Disk::ext4(&there.root, size.memory + size.memory / 4) {
+    let disk = match Disk::ext4(&there.root, MEMORY + MEMORY / 4) {
         Ok(disk) => disk,
         Err(why) => return skipped(&format_args!("no loop device with a file system here: {why}")),
     };
-    let ram = format!("{}M", size.ram / MIB);
+    let ram = format!("{}M", RAM / MIB);
     let store = disk.store();
     let mut daemon = there.start(&["serve", "--listen", "127.0.0.1:0", "--ram", &ram, "--store", &store]);
     let line = daemon.first_line();
@@ -178,7 +171,7 @@ fn what_is_used_is_in_ram_over_a_slow_link() {
         return skipped(&format_args!("no limit of a link's speed here: {slowed:?}"));
     }
     let [mut here, mut there] = [0, 1].map(|side| Host::within("placement-link", &network.namespaces[side]));
-    let ram = format!("{}M", size().ram / MIB);
+    let ram = format!("{}M", RAM / MIB);
     let listen = format!("{}:0", Network::HOSTS[1]);
     let (_daemon, to) = there.start_daemon(&listen, &ram, &["--plain"]);
     moves(Way { here: &mut here, there: &mut there, to, plain: true, others: false }, "placement-slow-link");
