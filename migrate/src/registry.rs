@@ -204,23 +204,11 @@ impl Registry {
     pub fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError> {
         let record = self.record(session)?.locked_soon(session)?;
         let decision = match record.read()? {
-            Mark::Committed => {
-                if let Some(decision) = record.leftover(session) {
-                    last(&record, decision);
-                }
-                return Ok(Outcome::RunningThere);
-            }
+            Mark::Committed => return Ok(Outcome::RunningThere),
             Mark::Open | Mark::Flushing if planted!(AnswersWithoutBurning) => return Ok(Outcome::NotThere),
             Mark::Flushing if !record.is_of_this_boot()? => return Err(RegistryError::Lost(session)),
-            Mark::Open | Mark::Flushing => None,
-            Mark::Burned => {
-                // Once more: that an earlier flush of it succeeded is not known.
-                record.put(Mark::Burned)?;
-                if let Some(decision) = record.leftover(session) {
-                    decision.remove();
-                }
-                return Ok(Outcome::NotThere);
-            }
+            // Burned once more: that an earlier flush of it succeeded is not known.
+            Mark::Open | Mark::Flushing | Mark::Burned => None,
             Mark::Begun if !record.is_of_this_boot()? => match planted!(ForgetsTheCrash) {
                 true => None,
                 false => return Err(RegistryError::Lost(session)),
@@ -233,7 +221,13 @@ impl Registry {
         if let Some(decision) = decision {
             match decision.read()? {
                 Mark::Committed => {
-                    last(&record, decision);
+                    // Whoever was to record that may be dead.
+                    match record.put(Mark::Committed) {
+                        Ok(()) => decision.remove(),
+                        Err(error) => {
+                            tracing::warn!(%error, %session, "a commit is not recorded for good yet")
+                        }
+                    }
                     return Ok(Outcome::RunningThere);
                 }
                 Mark::Open if planted!(BelievesTheUndecided) => return Ok(Outcome::RunningThere),
@@ -291,16 +285,6 @@ impl Registry {
             Ok(file) => Ok(Record { file, path }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(RegistryError::Unknown(session)),
             Err(source) => Err(RegistryError::Io { what: "open", path, source }),
-        }
-    }
-}
-
-/// A commit of which whoever was to record it may be dead.
-fn last(record: &Record, decision: Decision) {
-    match record.put(Mark::Committed) {
-        Ok(()) => decision.remove(),
-        Err(error) => {
-            tracing::warn!(%error, session = %decision.session, "a commit is not recorded for good yet")
         }
     }
 }
@@ -515,14 +499,6 @@ impl Record {
         let mut boot = [0; BOOT_ID_BYTES];
         self.file.read_exact_at(&mut boot, MARK_BYTES as u64).map_err(self.failed("read"))?;
         Ok(boot == boot_id().map_err(self.failed("read the boot id for"))?.as_bytes())
-    }
-
-    /// A decision that was to go when this record was settled.
-    fn leftover(&self, session: SessionId) -> Option<Decision> {
-        let begun = self.file.metadata().is_ok_and(|found| found.len() > (MARK_BYTES + BOOT_ID_BYTES) as u64);
-        let found = if begun { Decision::find(session, self.place().ok()?).ok() } else { None };
-        // One that is open is of another session by the same number, in another run directory.
-        found.filter(|decision| decision.read().is_ok_and(|mark| mark != Mark::Open))
     }
 
     /// Where the decision is.

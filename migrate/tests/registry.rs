@@ -207,26 +207,3 @@ fn who_asks_does_not_wait_for_ever() {
     drop(committed.started());
     assert_eq!(registry.burn(session).unwrap(), Outcome::RunningThere);
 }
-
-#[test]
-fn a_decision_that_was_left_over_goes_with_the_next_question() {
-    // A settled record counts by itself, whatever the decision says.
-    let cases = [
-        ("BURNED \n", Outcome::NotThere),
-        ("COMMIT \n", Outcome::NotThere),
-        ("COMMIT \n", Outcome::RunningThere),
-    ];
-    for (mark, outcome) in cases {
-        let (place, registry, session) = fresh();
-        let begun = registry.begin(session).unwrap();
-        let decision = decision_of(&place, session);
-        match outcome {
-            Outcome::NotThere => drop(registry.burn(session).unwrap()),
-            Outcome::RunningThere => begun.commit().unwrap().started().flush().unwrap(),
-        }
-        // As if the flush had failed, and its process had died.
-        std::fs::write(&decision, mark).unwrap();
-        assert_eq!(registry.burn(session).unwrap(), outcome);
-        assert!(!decision.exists(), "{outcome:?}");
-    }
-}
