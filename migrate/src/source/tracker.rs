@@ -19,6 +19,8 @@ pub(crate) struct Tracker {
     pub(crate) todo: Bitmap,
     pub(crate) next: Bitmap,
     sent: Bitmap,
+    /// Sent before any scan saw it written: the target took it for what it was by the heat map, and has it in the store if that was cold.
+    sent_unseen: Bitmap,
     /// Last sent as zeros.
     zero: Bitmap,
     /// Checksum of what was sent last, of pages that were not zeros.
@@ -39,6 +41,7 @@ impl Tracker {
             todo,
             next: Bitmap::new(pages),
             sent: Bitmap::new(pages),
+            sent_unseen: Bitmap::new(pages),
             zero: Bitmap::new(pages),
             sums: vec![0; pages as usize],
             scans: vec![0; pages as usize],
@@ -112,10 +115,16 @@ impl Tracker {
         self.next.set(page);
     }
 
-    /// Whether content with this checksum is news; if so, it counts as sent.
+    /// Whether content with this checksum is news; if so, it counts as sent. What a scan has seen written since it was sent is news even if
+    /// it was the sooner of the two, and nothing has changed: the target places it anew, by what is known now.
     pub(crate) fn is_news(&mut self, page: PageNo, sum: u64) -> bool {
         let was_zero = self.zero.clear(page);
-        let news = self.sent.set(page) || was_zero || self.sums[page.index()] != sum;
+        let is_seen = self.scans[page.index()] > 0;
+        let found = is_seen && self.sent_unseen.clear(page);
+        let news = self.sent.set(page) || was_zero || found || self.sums[page.index()] != sum;
+        if !is_seen {
+            self.sent_unseen.set(page);
+        }
         self.sums[page.index()] = sum;
         news
     }
@@ -187,6 +196,9 @@ mod tests {
         assert!(tracker.is_news(page, 6));
         tracker.unsent(page);
         assert!(tracker.is_news(page, 6));
+        tracker.written(Run::one(page));
+        assert!(tracker.is_news(page, 6), "the target does not know yet that it is in use");
+        assert!(!tracker.is_news(page, 6));
         tracker.sent_untouched(Run::one(PageNo(8)));
         assert!(!tracker.is_news_zero(PageNo(8)));
         assert!(tracker.is_news(PageNo(8), 0));
