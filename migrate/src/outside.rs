@@ -25,7 +25,7 @@ pub(crate) use planted;
 
 #[cfg(not(test))]
 mod real {
-    use std::fs::{DirBuilder, Permissions};
+    use std::fs::{DirBuilder, Metadata, Permissions};
     use std::future::Future;
     use std::io;
     use std::os::unix::ffi::OsStrExt;
@@ -115,15 +115,13 @@ mod real {
     }
 
     /// Where everybody may make directories, somebody else may have made this one: then it is not for root either.
-    pub(super) fn make_private(path: &Path) -> io::Result<bool> {
+    fn make_private(path: &Path) -> io::Result<bool> {
         match DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
         let found = std::fs::symlink_metadata(path)?;
-        if !found.is_dir() || found.uid() != own_uid() || found.mode() & OTHERS_WRITE != 0 {
-            return Err(not_own(path));
-        }
+        needs(path, &found, found.uid() == own_uid())?;
         is_memory(path)
     }
 
@@ -133,15 +131,16 @@ mod real {
         let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
         let found = std::fs::symlink_metadata(directory)?;
         let ours = own_uid() == 0 || found.uid() == own_uid() || found.uid() == 0;
-        if found.is_dir() && ours && found.mode() & OTHERS_WRITE == 0 {
-            return Ok(());
-        }
-        Err(not_own(directory))
+        needs(directory, &found, ours)
     }
 
-    fn not_own(directory: &Path) -> io::Error {
+    /// That it is a directory in which nobody but its owner writes, who is the right one.
+    fn needs(directory: &Path, found: &Metadata, right_owner: bool) -> io::Result<()> {
+        if found.is_dir() && right_owner && found.mode() & OTHERS_WRITE == 0 {
+            return Ok(());
+        }
         let text = format!("{} is not a directory of this user's alone", directory.display());
-        io::Error::new(io::ErrorKind::PermissionDenied, text)
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
     }
 
     /// How long a question and its answer are on their way, by what the kernel has seen; unknown of what is no TCP connection.

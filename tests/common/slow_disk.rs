@@ -1,5 +1,4 @@
-//! A disk of a test whose flushes take their time, or which falls silent for a while: a loop device over the one file of a FUSE file
-//! system that this process serves.
+//! A disk of a test whose flushes take their time: a loop device over the one file of a FUSE file system that this process serves.
 //!
 //! ```text
 //!   ext4, with a journal ─▶ loop device ─▶ disk.img on FUSE ─▶ this process ─▶ a sparse file
@@ -12,8 +11,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use super::disk::{run, text};
@@ -34,8 +33,6 @@ struct Manners {
     flush_delay_ms: AtomicU64,
     written: AtomicBool,
     flushes: AtomicU64,
-    silent: Mutex<bool>,
-    speaks: Condvar,
 }
 
 /// A disk with ext4 on it, mounted. Goes with the test.
@@ -105,17 +102,10 @@ impl SlowDisk {
     pub(crate) fn flushes(&self) -> u64 {
         self.manners.flushes.load(Ordering::SeqCst)
     }
-
-    /// Whether it answers nothing from now on, neither reads nor writes, until it does again.
-    pub(crate) fn set_silent(&self, silent: bool) {
-        *self.manners.silent.lock().expect("no server panicked") = silent;
-        self.manners.speaks.notify_all();
-    }
 }
 
 impl Drop for SlowDisk {
     fn drop(&mut self) {
-        self.set_silent(false);
         self.delay_flushes(Duration::ZERO);
         let _ = run("umount", &["--lazy", text(&self.mount())]);
         let _ = run("losetup", &["--detach", text(&self.device)]);
@@ -236,7 +226,6 @@ impl Served {
             GETATTR | SETATTR => Ok(self.attributes(Body::default().u64s(&[YEAR_S]).u32s(&[0, 0]), node)),
             OPEN => Ok(Body::default().u64s(&[0]).u32s(&[0, 0])),
             READ => {
-                self.wait_for_speech();
                 let mut content = vec![0; u32_at(body, 16) as usize];
                 let read = self.backing.read_at(&mut content, u64_at(body, 8)).map_err(|_| libc::EIO);
                 read.map(|length| {
@@ -245,14 +234,12 @@ impl Served {
                 })
             }
             WRITE => {
-                self.wait_for_speech();
                 let length = u32_at(body, 16);
                 self.manners.written.store(true, Ordering::SeqCst);
                 let written = self.backing.write_all_at(&body[40..40 + length as usize], u64_at(body, 8));
                 written.map(|()| Body::default().u32s(&[length, 0])).map_err(|_| libc::EIO)
             }
             FSYNC => {
-                self.wait_for_speech();
                 if self.manners.written.swap(false, Ordering::SeqCst) {
                     self.manners.flushes.fetch_add(1, Ordering::SeqCst);
                     std::thread::sleep(Duration::from_millis(
@@ -271,10 +258,5 @@ impl Served {
         let (mode, bytes) =
             if node == ROOT { (libc::S_IFDIR | 0o700, 0) } else { (libc::S_IFREG | 0o600, self.bytes) };
         body.u64s(&[node, bytes, bytes / 512, 0, 0, 0]).u32s(&[0, 0, 0, mode, 1, 0, 0, 0, 4096, 0])
-    }
-
-    fn wait_for_speech(&self) {
-        let silent = self.manners.silent.lock().expect("no server panicked");
-        drop(self.manners.speaks.wait_while(silent, |silent| *silent).expect("no server panicked"));
     }
 }
