@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::cipher::Cipher;
-use crate::core::{FaultKind, Request, Response};
+use crate::core::{FaultKind, IoId, Request, Response};
 use crate::driver::{Mailbox, Memory, StartError};
 use crate::stats::Stats;
 use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun};
@@ -161,6 +161,11 @@ pub(crate) enum Command {
     /// The host has done what it could to put this in huge pages.
     Collapsed {
         run: Run,
+    },
+    /// A block device has forgotten what it was told to, or not.
+    Dropped {
+        io: IoId,
+        result: std::io::Result<()>,
     },
 }
 

@@ -51,6 +51,19 @@ mod planted {
         ForgetsRelief,
         /// A page that came back bad twice is not read again later.
         ForgetsRereads,
+        // ── space in the store ──
+        /// A page is written while the drop of its place is under way.
+        DropPassesLaterWrite,
+        /// What has been written since its place joined the batch is dropped with the others.
+        DropsNewContent,
+        /// A place is dropped while an older write to it is under way.
+        DropsUnderWrite,
+        /// Places that a migration reads are dropped.
+        DropsHeldPlaces,
+        /// What the guest has given back keeps its place.
+        KeepsDeadPlaces,
+        /// A full store keeps its copies of pages that are in RAM.
+        KeepsCopiesInFullStore,
         // ── pages under I/O ──
         /// The guest gets a frame that the device still reads from.
         RescuesUnderWrite,

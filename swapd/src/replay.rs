@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use crate::core::{Action, Core, CoreConfig, Event, IoId, PageOut};
+use crate::core::{Action, Core, CoreConfig, DropResult, Event, IoId, PageOut};
 use crate::stats::Stats;
 use crate::table::PageState;
 use crate::units::{BLOCK_PAGES, PageNo, Run, SlotRun};
@@ -220,6 +220,9 @@ impl Replay {
                 Action::Read { io, run, .. } => {
                     self.pages_read += u64::from(run.len);
                     self.flights.push_back(Flight { due: self.now + self.pace.io, io, read: Some(run) });
+                }
+                Action::Drop { io, .. } => {
+                    self.core.handle(Event::DropDone { io, result: DropResult::Done });
                 }
                 Action::Write { io, run, .. } => {
                     self.pages_written += u64::from(run.len);

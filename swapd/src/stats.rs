@@ -88,6 +88,9 @@ pub struct StoreCounts {
     pub read_errors: u64,
     pub write_errors: u64,
     pub checksum_mismatches: u64,
+    /// Space taken in the store: by pages that are there, by copies of pages in RAM, and by what has not been given back yet.
+    #[serde(default)]
+    pub used_bytes: u64,
     /// The store is latched: nothing is written until it is retried. Holds the reason.
     pub failed: Option<String>,
     /// Age of the oldest operation under way, 0 without one. Seconds of it mean that the device does not answer.

@@ -18,6 +18,23 @@ pub struct Ticket(pub u64);
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct IoError(pub String);
 
+impl IoError {
+    /// There is no room for what was to be written.
+    pub(super) fn is_full(&self) -> bool {
+        self.0.contains("No space left") || self.0.contains("quota")
+    }
+}
+
+/// What became of a drop.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DropResult {
+    Done,
+    /// What was in these places may be there still, or in part.
+    Failed,
+    /// The store cannot do that, and never will.
+    Unsupported,
+}
+
 /// What became of one page of a move out of the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PageOut {
@@ -44,6 +61,10 @@ pub enum Event<'a> {
     WriteDone {
         io: IoId,
         result: Result<(), IoError>,
+    },
+    DropDone {
+        io: IoId,
+        result: DropResult,
     },
     /// Answer to [`Action::CopyIn`]: not, if the host has no frame for it.
     CopiedIn {
@@ -205,6 +226,12 @@ pub enum Action {
         io: IoId,
         run: Run,
         slots: SlotRun,
+    },
+    /// The content of these places in the store is needed no more: free them. No write of these pages is issued before this has ended.
+    /// Answered by `DropDone`, at any later time.
+    Drop {
+        io: IoId,
+        run: Run,
     },
     /// Give the guest's frames in `run` back to the host.
     DropGuest {

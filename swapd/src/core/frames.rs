@@ -274,6 +274,7 @@ impl Core {
         if !mutant!(DiscardKeepsStoredBit) {
             self.table.put(page, Flag::Stored, false);
         }
+        self.note_dead(page);
         if !self.bad_reads.is_empty() {
             self.bad_reads.remove(&page);
         }

@@ -32,6 +32,8 @@ pub(super) enum Purpose {
 enum Kind {
     Read { landing: Landing },
     Write(Purpose),
+    /// No frames are in it.
+    Drop,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -58,17 +60,36 @@ pub(super) struct Ios {
     entries: Vec<Option<Io>>,
     vacant: Vec<u32>,
     writes: u32,
+    reads: u32,
+    drops: u32,
 }
 
 impl Ios {
     fn start(&mut self, io: Io) -> IoId {
-        self.writes += u32::from(matches!(io.kind, Kind::Write(_)));
+        *self.count(io.kind) += 1;
         let id = self.vacant.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() as u32 - 1
         });
         self.entries[id as usize] = Some(io);
         IoId(id)
+    }
+
+    fn count(&mut self, kind: Kind) -> &mut u32 {
+        match kind {
+            Kind::Read { .. } => &mut self.reads,
+            Kind::Write(_) => &mut self.writes,
+            Kind::Drop => &mut self.drops,
+        }
+    }
+
+    pub(super) fn start_drop(&mut self, run: Run) -> IoId {
+        self.start(Io { kind: Kind::Drop, run, slots: SlotRun::new(Slot(0), 0), outdated: 0 })
+    }
+
+    pub(super) fn end_drop(&mut self, id: IoId) -> Run {
+        let Io { kind: Kind::Drop, run, .. } = self.end(id) else { panic!("{id:?} is not a drop") };
+        run
     }
 
     /// The slots that the device works with.
@@ -84,14 +105,26 @@ impl Ios {
         }
     }
 
+    /// No read and no write is under way.
     pub(super) fn is_idle(&self) -> bool {
-        self.vacant.len() == self.entries.len()
+        self.reads == 0 && self.writes == 0
+    }
+
+    /// Reads under way.
+    pub(super) fn reads(&self) -> u32 {
+        self.reads
+    }
+
+    /// Whether a read of the page is under way.
+    pub(super) fn is_read(&self, page: PageNo) -> bool {
+        let of_page = |io: &Io| matches!(io.kind, Kind::Read { .. }) && io.run.contains(page);
+        self.reads > 0 && self.entries.iter().flatten().any(of_page)
     }
 
     fn end(&mut self, id: IoId) -> Io {
         self.vacant.push(id.0);
         let io = self.entries[id.0 as usize].take().expect("an operation ends once");
-        self.writes -= u32::from(matches!(io.kind, Kind::Write(_)));
+        *self.count(io.kind) -= 1;
         io
     }
 
@@ -217,8 +250,23 @@ impl Core {
         }
     }
 
-    /// Writes pages whose new sums are on record, as few operations as they are contiguous on both sides.
+    /// Writes pages whose new sums are on record. Those whose places are being dropped at this moment wait for that, among those that are
+    /// still to be written: the device may do the one or the other first.
     pub(super) fn write(&mut self, pages: &[(PageNo, Slot)], purpose: Purpose) {
+        if !self.space.is_anything_dropping() {
+            return self.write_now(pages, purpose);
+        }
+        let (wait, now): (Vec<_>, Vec<_>) = pages.iter().partition(|(page, _)| self.space.is_dropping(*page));
+        for (page, slot) in wait {
+            self.table.put(page, Flag::Writing, false);
+            self.unwritten.push((page, slot));
+            self.space.write_waits();
+        }
+        self.write_now(&now, purpose);
+    }
+
+    /// As few operations as they are contiguous on both sides.
+    fn write_now(&mut self, pages: &[(PageNo, Slot)], purpose: Purpose) {
         let mut pages = pages.iter().copied().peekable();
         while let Some((page, slot)) = pages.next() {
             let (mut run, mut slots) = (Run::one(page), SlotRun::new(slot, 1));
@@ -233,6 +281,7 @@ impl Core {
             for page in run.pages() {
                 self.table.put(page, Flag::Stored, false);
                 self.table.put(page, Flag::Writing, true);
+                self.space.set_taken(page, true);
             }
             let io = self.ios.start(Io { kind: Kind::Write(purpose), run, slots, outdated: 0 });
             self.actions.push_back(Action::Write { io, run, slots });

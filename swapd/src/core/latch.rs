@@ -44,6 +44,8 @@ impl Backoff {
 #[derive(Debug)]
 pub(super) struct Latch {
     reason: String,
+    /// What it was: no room.
+    full: bool,
     retry_tick: u64,
     /// What was refused is being written again, and nothing of it has failed so far.
     retrying: bool,
@@ -78,6 +80,7 @@ impl Core {
     /// A write failed.
     pub(super) fn latch_store(&mut self, error: IoError) {
         self.counts.write_errors += 1;
+        let full = error.is_full();
         let IoError(reason) = error;
         if mutant!(IgnoresFullStore) {
             return;
@@ -86,8 +89,8 @@ impl Core {
             self.actions.push_back(Action::StoreFailed(reason.clone()));
             let retry_tick = self.tick + self.backoff.next();
             let (retrying, dripped, starved, waiters) = (false, 0, false, Vec::new());
-            self.latch = Some(Latch { reason, retry_tick, retrying, dripped, starved, waiters });
-            return;
+            self.latch = Some(Latch { reason, full, retry_tick, retrying, dripped, starved, waiters });
+            return self.note_full(full);
         };
         if std::mem::take(&mut latch.retrying) {
             latch.retry_tick = self.tick + self.backoff.next();
@@ -99,7 +102,19 @@ impl Core {
                 self.actions.push_back(Action::Answer { ticket, answer });
             }
         }
-        latch.reason = reason;
+        (latch.reason, latch.full) = (reason, full);
+        self.note_full(full);
+    }
+
+    fn note_full(&mut self, full: bool) {
+        if full && !mutant!(KeepsCopiesInFullStore) {
+            self.make_space();
+        }
+    }
+
+    /// A write failed because there is no room.
+    pub fn is_store_full(&self) -> bool {
+        self.latch.as_ref().is_some_and(|latch| latch.full)
     }
 
     pub(super) fn retry_on_request(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
@@ -110,7 +125,7 @@ impl Core {
     }
 
     /// Writes again what a failed store left in staging.
-    fn retry_store(&mut self) {
+    pub(super) fn retry_store(&mut self) {
         match &mut self.latch {
             Some(latch) if !latch.retrying => latch.retrying = true,
             _ => return,

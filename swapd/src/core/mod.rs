@@ -1,8 +1,8 @@
 //! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
-//! `latch` (a store that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
-//! `receive` (the two ends of a migration).
+//! `latch` (a store that takes no writes), `space` (room that comes back there), `pins` (pages that something holds), `frames` (where
+//! frames come from), `source` and `receive` (the two ends of a migration).
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
@@ -19,13 +19,14 @@ mod pageout;
 mod pins;
 mod receive;
 mod source;
+mod space;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub use event::{Action, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use event::{Action, DropResult, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 
 use crate::handle::CommandError;
 use crate::policy::clock::Clock;
@@ -41,6 +42,7 @@ use io::{BadReads, Ios};
 use latch::{Backoff, Latch};
 use pins::Pins;
 use receive::Receiving;
+use space::Space;
 
 /// Pages in one read or write of the store at most: 256 KiB.
 pub const IO_PAGES_MAX: u32 = 64;
@@ -145,6 +147,7 @@ pub struct Core {
     /// The store takes no writes.
     latch: Option<Latch>,
     backoff: Backoff,
+    space: Space,
     pins: Pins,
     /// Pages of which a reading failed, until one succeeds or the page is lost.
     bad_reads: PageMap<BadReads>,
@@ -218,6 +221,7 @@ impl Core {
             receiving: None,
             latch: None,
             backoff: Backoff::default(),
+            space: Space::new(config.pages),
             pins: Pins::default(),
             bad_reads: PageMap::default(),
             lost: BTreeSet::new(),
@@ -263,6 +267,7 @@ impl Core {
             Event::Tick { ticks } => self.on_tick(ticks),
             Event::ReadDone { io, result } => self.read_done(io, result),
             Event::WriteDone { io, result } => self.write_done(io, result),
+            Event::DropDone { io, result } => self.drop_done(io, result),
             Event::MovedIn { run, slots, moved } => self.moved_in(run, slots, moved),
             Event::CopiedIn { page, slot, copied } => self.copied_in(page, slot, copied),
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
@@ -284,6 +289,7 @@ impl Core {
             || !self.unwritten.is_empty()
             || !self.evict_waiters.is_empty()
             || !self.budget_waiters.is_empty()
+            || self.space.waits(self.tick)
             || (scarce_since && self.sampler.is_out());
         if waits || self.is_collapsing() {
             1
@@ -312,6 +318,7 @@ impl Core {
         self.collapse();
         self.sample();
         self.write_all_behind();
+        self.tick_space();
     }
 
     fn request(&mut self, ticket: Ticket, request: Request) {
@@ -541,6 +548,7 @@ impl Core {
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
+                used_bytes: bytes_of(self.space.count()),
                 failed: self.latch.as_ref().map(|latch| latch.reason().to_owned()),
                 ..Default::default()
             },
@@ -559,7 +567,7 @@ impl Core {
         // A hash map fills 7/8 of its buckets at most, and needs a byte beside each.
         let buckets = (self.slots_of.capacity() * 8 / 7).next_power_of_two();
         let map = buckets * (size_of::<(PageNo, Slot)>() + 1);
-        let lists = self.staging.bytes() + self.probation.bytes();
+        let lists = self.staging.bytes() + self.probation.bytes() + self.space.bytes();
         (self.table.bytes() + size_of_val(&self.sums[..]) + lists + map) as u64
     }
 

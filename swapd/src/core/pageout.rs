@@ -140,6 +140,8 @@ impl Core {
         let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
         self.write(&unwritten, purpose);
         unwritten.clear();
+        // What waits for a drop.
+        unwritten.append(&mut self.unwritten);
         self.unwritten = unwritten;
     }
 
@@ -170,6 +172,7 @@ impl Core {
             self.counts.dropped += 1;
             self.table.set(page, PageState::Untouched);
             self.table.put(page, Flag::Stored, false);
+            self.note_dead(page);
             self.unbind(page);
         } else if self.receiving.is_none() && self.is_unchanged(page, sum) {
             self.counts.dropped += 1;

@@ -310,6 +310,7 @@ impl Core {
             self.staging.assign(slots.start, Use::Orphan);
             self.table.set(page, PageState::Untouched);
             self.table.put(page, Flag::Stored, false);
+            self.note_dead(page);
             self.actions.push_back(Action::MoveOut { run: Run::one(page), slots, digest: false });
         } else if self.forget(page) {
             self.actions.push_back(Action::DropGuest { run: Run::one(page) });

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
+use super::discard::Discarder;
 use super::latency::LatencyBook;
 use super::mailbox::Mailbox;
 use super::memory::Memory;
@@ -166,6 +167,8 @@ impl Engine {
             store: store.clone(),
             cipher: cipher.clone(),
         };
+        let discarder = Discarder::of(&store, &mailbox)
+            .map_err(|error| StartError::Host(format!("cannot start a thread: {error}")))?;
         let core = Core::new(CoreConfig {
             pages,
             budget_frames: pages_in(config.budget_bytes),
@@ -200,6 +203,8 @@ impl Engine {
                 page_outs: Vec::new(),
                 sums: Vec::new(),
                 read_error_told: None,
+                discarder,
+                drop_error_told: None,
                 prealloc: config.prealloc,
             };
             if config.prealloc && driver.memory.is_whole() {

@@ -8,6 +8,7 @@
 //! Invariant: actions are executed in the order of issue, each before the next event is read; so the core's
 //! table and the kernel's page tables agree whenever an event is handled.
 
+mod discard;
 mod engine;
 mod latency;
 mod locking;
@@ -33,10 +34,11 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::core::{Action, Core, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+use crate::core::{Action, Core, DropResult, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 use crate::digest::{is_zero, page_sum};
 use crate::handle::{Command, CommandError, Copies};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun, bytes_of, pages_in};
+use discard::Discarder;
 use latency::LatencyBook;
 use moves::{HASTY, Moved, PATIENT};
 use recorder::Recorder;
@@ -67,6 +69,10 @@ struct Driver {
     sums: Vec<u64>,
     /// When a read that failed was last logged: a disk that is gone fails all of them.
     read_error_told: Option<Instant>,
+    /// If the store is a block device.
+    discarder: Option<Discarder>,
+    /// When a drop that failed was last logged.
+    drop_error_told: Option<Instant>,
     /// Take frames for memory when it is mapped.
     prealloc: bool,
 }
@@ -103,6 +109,7 @@ impl Driver {
                     Completion::Faults => {}
                     Completion::Commands => closed |= self.mailbox.take(&mut commands),
                     Completion::Io { io, result } => self.io_done(io, result),
+                    Completion::Dropped { io, result } => self.dropped(io, result),
                 }
             }
             for command in commands.drain(..) {
@@ -173,6 +180,24 @@ impl Driver {
         self.sums = sums;
     }
 
+    fn dropped(&mut self, io: IoId, result: std::io::Result<()>) {
+        let result = match result {
+            Ok(()) => DropResult::Done,
+            Err(error) if discard::is_unsupported(&error) => {
+                tracing::info!(%error, "the store does not give space back: what the VM frees stays taken there");
+                DropResult::Unsupported
+            }
+            Err(error) => {
+                if self.drop_error_told.is_none_or(|told| told.elapsed() >= READ_ERROR_EVERY) {
+                    tracing::warn!(%error, "space in the store cannot be given back; it is tried again");
+                    self.drop_error_told = Some(Instant::now());
+                }
+                DropResult::Failed
+            }
+        };
+        self.event(Event::DropDone { io, result });
+    }
+
     fn command(&mut self, command: Command) {
         let (request, reply) = match command {
             Command::Ask { request, reply } => (request, reply),
@@ -182,6 +207,7 @@ impl Driver {
                 return;
             }
             Command::Collapsed { run } => return self.collapsed(run),
+            Command::Dropped { io, result } => return self.dropped(io, result),
         };
         let held = match &request {
             Request::RecordFaults(on) => {
@@ -243,6 +269,10 @@ impl Driver {
                 self.ring.start(io, false, run, self.memory.slot(slots.start));
             }
             Action::Write { io, run, slots } => self.write(io, run, slots),
+            Action::Drop { io, run } => match &mut self.discarder {
+                Some(discarder) => discarder.start(io, run),
+                None => self.ring.start_hole(io, run),
+            },
             Action::DropGuest { run } => report(self.memory.drop_guest(run), "give frames back"),
             Action::ReleaseFrames { slots } => report(self.memory.release_slots(slots), "give frames back"),
             Action::Poison { page } => {

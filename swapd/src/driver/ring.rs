@@ -18,6 +18,8 @@ const ENTRIES: u32 = 512;
 pub(super) const BYTES: u64 = ENTRIES as u64 * (64 + 2 * 16);
 const DATA_FAULTS: u64 = u64::MAX;
 const DATA_COMMANDS: u64 = u64::MAX - 1;
+/// Beside the number of an operation: it is a drop.
+const DATA_DROP: u64 = 1 << 32;
 /// The store's place among the registered files.
 const STORE: Fixed = Fixed(0);
 
@@ -28,6 +30,10 @@ pub(super) enum Completion {
     Commands,
     /// All bytes transferred, or an error.
     Io {
+        io: IoId,
+        result: io::Result<()>,
+    },
+    Dropped {
         io: IoId,
         result: io::Result<()>,
     },
@@ -111,6 +117,16 @@ impl Ring {
         self.submit(io, transfer, Instant::now());
     }
 
+    /// Makes a hole in the store's file. The kernel does that in a thread of its own, in which it keeps other operations on the file
+    /// waiting.
+    pub(super) fn start_hole(&mut self, io: IoId, run: Run) {
+        let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let entry =
+            opcode::Fallocate::new(STORE, run.bytes() as u64).offset(run.start.offset()).mode(hole).build();
+        self.in_flight += 1;
+        self.push(&entry.user_data(DATA_DROP | u64::from(io.0)));
+    }
+
     fn submit(&mut self, io: IoId, transfer: Transfer, started: Instant) {
         let Transfer { write, offset, address, len, done } = transfer;
         let (at, rest, offset) = ((address + done) as *mut u8, (len - done) as u32, offset + done as u64);
@@ -164,6 +180,14 @@ impl Ring {
             return Some(completion);
         }
         let io = IoId(entry.user_data() as u32);
+        if entry.user_data() & DATA_DROP != 0 {
+            self.in_flight -= 1;
+            let result = match entry.result() {
+                errno if errno < 0 => Err(io::Error::from_raw_os_error(-errno)),
+                _ => Ok(()),
+            };
+            return Some(Completion::Dropped { io, result });
+        }
         let (mut transfer, started) =
             self.transfers[io.0 as usize].take().expect("a transfer completes once");
         let Some(result) = transfer.completed(entry.result()) else {

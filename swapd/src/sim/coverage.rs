@@ -28,7 +28,7 @@ named! {
     /// What goes wrong, or goes otherwise than one would like.
     Fault {
         ReadError, Misread, BadSector, Torn, LostWrite, Misdirected, Overwritten, Rot, WriteError, BadRegion, DiskFull,
-        ShortTransfer, TryAgain, LatencySpike, PinnedOut, PinnedForGood, PinnedIn, MoveAgain, NoFrame, LateFault, SessionGone,
+        ShortTransfer, TryAgain, LatencySpike, DropError, PinnedOut, PinnedForGood, PinnedIn, MoveAgain, NoFrame, LateFault, SessionGone,
     }
 }
 
@@ -58,6 +58,7 @@ pub const OUTCOMES: &[(Fault, &[Outcome])] = {
         (Fault::ShortTransfer, &[WentOn]),
         (Fault::TryAgain, &[WentOn]),
         (Fault::LatencySpike, &[Served]),
+        (Fault::DropError, &[WentOn]),
         (Fault::PinnedOut, &[StayedInGuest]),
         (Fault::PinnedForGood, &[StayedInGuest]),
         (Fault::PinnedIn, &[WentOn]),
@@ -212,7 +213,7 @@ impl Cause {
             Event::MovedIn { .. } | Event::CopiedIn { .. } => Cause::MovedIn,
             Event::MovedOut { .. } => Cause::MovedOut,
             Event::Filled { .. } => Cause::Filled,
-            Event::Collapsed { .. } | Event::Written { .. } => Cause::Other,
+            Event::DropDone { .. } | Event::Collapsed { .. } | Event::Written { .. } => Cause::Other,
             Event::Request { request, .. } => match request {
                 Request::SetBudget(_) => Cause::SetBudget,
                 Request::Discard(_) => Cause::Discard,

@@ -5,7 +5,7 @@
 
 use super::Sim;
 use super::coverage::{Fault, Outcome};
-use crate::core::{Event, IoError, IoId};
+use crate::core::{DropResult, Event, IoError, IoId};
 use crate::driver::transfer::Transfer;
 use crate::table::PageState;
 use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun};
@@ -21,11 +21,12 @@ pub(super) struct Flight {
     transfer: Transfer,
     due: u64,
     spiked: bool,
+    drop: bool,
 }
 
 impl Flight {
     pub(super) fn is_write(&self) -> bool {
-        self.transfer.write
+        self.transfer.write && !self.drop
     }
 
     /// What is still to be transferred.
@@ -41,18 +42,20 @@ pub(super) struct Disk {
     /// What was done to the page's content, if it is not what the device was given, or cannot be read.
     pub(super) damage: Vec<Option<Fault>>,
     failed_reads: Vec<u8>,
-    allocated: Vec<bool>,
+    pub(super) allocated: Vec<bool>,
     /// Pages that can be written for the first time.
     pub(super) room: u64,
     /// Writes here fail.
     pub(super) bad_writes: Option<Run>,
     pub(super) flights: Vec<Flight>,
+    /// It knows no drops.
+    pub(super) keeps_all: bool,
     /// Why the last write failed.
     pub(super) failure: Option<Fault>,
 }
 
 impl Disk {
-    pub(super) fn new(pages: usize, room: u64) -> Self {
+    pub(super) fn new(pages: usize, room: u64, keeps_all: bool) -> Self {
         Disk {
             content: vec![0xDEAD; pages],
             damage: vec![None; pages],
@@ -61,6 +64,7 @@ impl Disk {
             room,
             bad_writes: None,
             flights: Vec::new(),
+            keeps_all,
             failure: None,
         }
     }
@@ -68,6 +72,14 @@ impl Disk {
 
 impl Sim {
     pub(super) fn start_io(&mut self, io: IoId, write: bool, run: Run, slots: SlotRun) {
+        self.start_flight(io, write, false, run, slots);
+    }
+
+    pub(super) fn start_drop(&mut self, io: IoId, run: Run) {
+        self.start_flight(io, true, true, run, SlotRun::new(Slot(0), 0));
+    }
+
+    fn start_flight(&mut self, io: IoId, write: bool, drop: bool, run: Run, slots: SlotRun) {
         let clash =
             self.disk.flights.iter().find(|flight| run.pages().any(|page| self.clashes(flight, page, write)));
         if let Some(clash) = clash {
@@ -75,7 +87,7 @@ impl Sim {
         }
         let transfer = Transfer { write, offset: run.start.offset(), address: 0, len: run.bytes(), done: 0 };
         let (due, spiked) = self.delay();
-        self.disk.flights.push(Flight { io, run, slots, transfer, due, spiked });
+        self.disk.flights.push(Flight { io, run, slots, transfer, due, spiked, drop });
     }
 
     /// Two writes of a page have no order, nor have a write and a read, unless nobody waits for what is read.
@@ -83,6 +95,10 @@ impl Sim {
         let Some(nth) = page.0.checked_sub(flight.run.start.0).filter(|_| flight.run.contains(page)) else {
             return false;
         };
+        if flight.drop {
+            // That comes to light by what is there afterwards.
+            return false;
+        }
         let wanted = self.core.slot_of(page) == Some(flight.slots.start.plus(nth as u32));
         if flight.is_write() { true } else { write && wanted }
     }
@@ -107,6 +123,9 @@ impl Sim {
         let due = |nth: &usize| self.disk.flights[*nth].due <= self.trace.now;
         let Some(nth) = (first..count).chain(0..first).find(due) else { return };
         let mut flight = self.disk.flights.swap_remove(nth);
+        if flight.drop {
+            return self.device_drops(&flight);
+        }
         let result = if flight.is_write() { self.device_writes(&flight) } else { self.device_reads(&flight) };
         let Some(result) = flight.transfer.completed(result) else {
             // The rest is submitted anew.
@@ -335,6 +354,35 @@ impl Sim {
             };
             self.coverage.outcome(fault, outcome);
         }
+    }
+
+    // ── drops ────────────────────────────────────────────────────────────────────────────
+
+    /// The device forgets: what is read there from now on is anything but what was written.
+    fn device_drops(&mut self, flight: &Flight) {
+        let Flight { io, run, .. } = *flight;
+        let refused = self.random.one_in(self.odds.drop_error);
+        // Of a drop that failed a part may have been done.
+        let count = if refused { self.random.below(u64::from(run.len)) as u32 } else { run.len };
+        let count = if self.disk.keeps_all { 0 } else { count };
+        for page in run.part(0, count).pages() {
+            let index = page.index();
+            let garbage = super::mixed(self.disk.content[index], self.random.next());
+            self.forget_damage(page, Outcome::GivenBack);
+            self.put(page, garbage, None);
+            self.disk.room += u64::from(std::mem::take(&mut self.disk.allocated[index]));
+        }
+        let result = match (self.disk.keeps_all, refused) {
+            (true, _) => DropResult::Unsupported,
+            (_, true) => DropResult::Failed,
+            (_, false) => DropResult::Done,
+        };
+        if result == DropResult::Failed {
+            self.coverage.injected(Fault::DropError);
+            self.coverage.outcome(Fault::DropError, Outcome::WentOn);
+        }
+        self.trace.add(if result == DropResult::Done { "dropped" } else { "not dropped" }, run, None, None);
+        self.event(Event::DropDone { io, result });
     }
 
     // ── at rest ──────────────────────────────────────────────────────────────────────────

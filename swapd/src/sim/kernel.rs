@@ -197,6 +197,10 @@ impl Sim {
                 self.kernel.set_busy(slots, true);
                 self.start_io(io, true, run, slots);
             }
+            Action::Drop { io, run } => {
+                self.trace.add("drop", run, None, None);
+                self.start_drop(io, run);
+            }
             Action::DropGuest { run } => {
                 self.trace.add("drop from the guest", run, None, None);
                 run.indices().for_each(|page| self.kernel.guest[page] = Entry::Missing);

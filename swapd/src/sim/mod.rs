@@ -39,6 +39,8 @@ const BLOCKS: u32 = 2;
 const SETTLE_MAX: u32 = 20_000;
 /// The same for whatever can come to rest while pages are pinned for good.
 const PINNED_STEPS: u32 = 400;
+/// The same for a full store to give up all copies of pages that are in RAM.
+const FULL_STEPS: u32 = 600;
 
 /// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own mixture.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,6 +61,7 @@ struct Odds {
     late_fault: u64,
     session_gone: u64,
     pinned_for_good: u64,
+    drop_error: u64,
 }
 
 impl Odds {
@@ -84,6 +87,7 @@ impl Odds {
             late_fault: draw(5),
             session_gone: draw(6),
             pinned_for_good: draw(2),
+            drop_error: draw(4),
         }
     }
 }
@@ -140,6 +144,7 @@ impl Sim {
         let budget_frames = if covered { pages } else { part };
         let room = if random.one_in(4) { random.below(pages) } else { u64::from(u32::MAX) };
         let sampling = random.one_in(2);
+        let keeps_all = random.one_in(16);
         // Twice the frames that are kept free at the largest budget, as a real staging area has at least.
         let slots = if pages < 500 { 128 } else { 256 };
         let (budget_min, blocks) = (BUDGET_MIN, BLOCKS);
@@ -157,7 +162,7 @@ impl Sim {
             pages,
             memory,
             kernel: Kernel::new(count, slots as usize + (BLOCKS * BLOCK_PAGES) as usize),
-            disk: Disk::new(count, room),
+            disk: Disk::new(count, room, keeps_all),
             guest: Guest::new(),
             oracle: Oracle::new(count),
             session: None,
@@ -211,6 +216,7 @@ impl Sim {
         }
         self.settle();
         self.check();
+        self.check_space();
         self.read_everything();
         for page in (0..self.pages).map(PageNo) {
             self.forget_damage(page, Outcome::NeverNeeded);
@@ -265,8 +271,9 @@ impl Sim {
     fn settle(&mut self) {
         self.odds = Odds::default();
         self.disk.bad_writes = None;
-        self.disk.room = u64::from(u32::MAX);
         self.guest.paused = false;
+        self.settle_full();
+        self.disk.room = u64::from(u32::MAX);
         if self.random.one_in(2) {
             // Otherwise it is tried again in its own time.
             self.ask(Request::RetryStore, Asked::Other);
@@ -297,6 +304,22 @@ impl Sim {
             self.asked,
             self.core.table(),
         );
+    }
+
+    /// A store stays full only if all room that there is has what is needed.
+    fn settle_full(&mut self) {
+        if self.session.is_some() || !self.core.is_store_full() || self.disk.keeps_all {
+            return;
+        }
+        while !self.oracle.held.is_empty() {
+            self.release();
+        }
+        for _ in 0..FULL_STEPS {
+            self.go_on();
+        }
+        if self.core.is_store_full() {
+            self.check_copies();
+        }
     }
 
     fn go_on(&mut self) {
@@ -342,6 +365,7 @@ impl Sim {
             && !self.oracle.starved
             && !self.oracle.short
             && self.disk.flights.is_empty()
+            && !self.core.has_dead_places()
             && self.kernel.faults.is_empty()
             && self.asked.is_empty()
     }

@@ -110,8 +110,9 @@ impl Sim {
         for page in run.pages() {
             self.oracle.truth[page.index()] = Some(0);
             self.oracle.written[page.index()] = true;
+            let damaged = self.disk.damage[page.index()].is_some();
             self.abandon(page, Outcome::GivenBack);
-            self.oracle.is_not_as_held(page);
+            self.oracle.is_given_back(page, damaged);
         }
         self.ask(Request::Discard(run), Asked::Other);
     }

@@ -45,6 +45,14 @@ impl Oracle {
         }
     }
 
+    /// Who holds the page may still be reading it from the store. It has gone from everywhere else.
+    pub(super) fn is_given_back(&mut self, page: PageNo, damaged: bool) {
+        for held in self.held.iter_mut().filter(|held| held.run.contains(page)) {
+            let told = &mut held.pages[(page.0 - held.run.start.0) as usize];
+            *told = told.filter(|(place, _)| *place == Place::Stored && !damaged);
+        }
+    }
+
     /// Who holds the page will not find it where it was.
     pub(super) fn is_not_as_held(&mut self, page: PageNo) {
         for held in self.held.iter_mut().filter(|held| held.run.contains(page)) {
@@ -149,6 +157,25 @@ impl Sim {
             ensure!(self, page, !needs, "{page} is {state:?}, and the store is not said to have it");
         }
         here
+    }
+
+    /// The store has been full for long.
+    pub(super) fn check_copies(&self) {
+        for page in (0..self.pages).map(PageNo) {
+            let copy = self.core.table().state(page) == PageState::Resident && self.disk.allocated[page.index()];
+            ensure!(self, page, !copy, "{page} is in RAM, and its copy takes room in a full store");
+        }
+    }
+
+    /// Nothing is asked, nothing is under way: the disk has no room taken by what nobody will read.
+    pub(super) fn check_space(&self) {
+        for page in (0..self.pages).map(PageNo) {
+            let allocated = self.disk.allocated[page.index()];
+            ensure!(self, page, !allocated || self.core.is_place_taken(page), "{page} has a place that is not on record");
+            let empty = self.core.table().state(page) == PageState::Untouched;
+            let kept = allocated && empty && !self.disk.keeps_all;
+            ensure!(self, page, !kept, "{page} is empty, and its place in the store is not given back");
+        }
     }
 
     fn in_slot(&self, page: PageNo) -> Option<u64> {

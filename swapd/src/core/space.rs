@@ -1,0 +1,304 @@
+//! Space in the store: a page's *place* is taken from the first write to it until it is dropped. Places whose content nobody will ever
+//! read are dropped in batches, behind everything else.
+//!
+//! ```text
+//!                written                  its page has other content, or none           dropped
+//!   place free ───────────▶ place taken ───────────────────────────────▶ in the batch ─────────▶ place free
+//!                               ▲  ▲                    written again       │   │  failed, or held meanwhile
+//!                               │  └────────────────────────────────────────┘   ▼
+//!                               └───────────────────────────────────────── tried again later
+//! ```
+//! Invariant: no write and no wanted read of a page is under way together with a drop of its place. A drop is looked at anew when it is
+//! issued, not when the page joined the batch ([`Core::may_drop`]); a write that meets a drop waits until that has ended
+//! ([`Core::write`]). Else the drop could come second, and take the newest content along.
+//!
+//! What is *not* dropped: the old copy of a page that is in the guest. If the page has not changed it leaves again without a write, and if it
+//! has, its next write finds the place as it is, and the file system has nothing to allocate. Only a store that is full gives these up.
+
+use std::collections::BTreeSet;
+
+use super::Core;
+use super::event::{Action, DropResult, IoId};
+use crate::table::{Flag, PageState};
+use crate::units::{BLOCK_PAGES, PageNo, Run};
+
+/// Ticks from the first page of a batch to its drop: what a guest gives back it often takes again at once.
+const COLLECT_TICKS: u64 = 5;
+/// A batch of so many blocks of 2 MiB waits no longer.
+const BATCH_BLOCKS: usize = 64;
+/// Drops under way at once. A drop keeps reads of the same file waiting.
+const DROPS_MAX: usize = 1;
+/// Drops that may start between two ticks although somebody reads from the store.
+const BUSY_DROPS: u32 = 2;
+/// Pages looked at between two ticks, for one to drop.
+const LOOK_PAGES: u32 = 64 * BLOCK_PAGES;
+/// Ticks after which a drop that failed is tried again.
+const RETRY_TICKS: u64 = 100;
+/// Blocks that are searched between two ticks for copies that a full store can do without.
+const SWEEP_BLOCKS: usize = 128;
+/// Copies that are given up at a time, at least.
+const COPIES_MIN: u64 = 512;
+
+#[derive(Debug)]
+pub(super) struct Space {
+    /// One bit a page: its place is taken.
+    taken: Vec<u64>,
+    count: u64,
+    /// The batch: blocks in which some page's place may have to be dropped.
+    blocks: BTreeSet<usize>,
+    /// Since which tick there is one.
+    since: u64,
+    /// It is complete, and being dropped.
+    draining: bool,
+    /// Where in it the next look begins.
+    hand: PageNo,
+    /// What is left of [`BUSY_DROPS`] and [`LOOK_PAGES`] until the next tick.
+    busy_drops: u32,
+    look_pages: u32,
+    under_way: Vec<(IoId, Run)>,
+    /// Pages have met a drop that was under way, and wait to be written.
+    writes_wait: bool,
+    /// A drop has failed: none before this tick.
+    retry_tick: u64,
+    /// False for a store that knows no drops.
+    supported: bool,
+    /// The search for copies, while the store is full: the next block, and how many are left of the round.
+    sweep: (usize, usize),
+    /// Something has been dropped since the store was last found full.
+    freed: bool,
+}
+
+impl Space {
+    pub(super) fn new(pages: u64) -> Self {
+        Space {
+            taken: vec![0; pages.div_ceil(64) as usize],
+            count: 0,
+            blocks: BTreeSet::new(),
+            since: 0,
+            draining: false,
+            hand: PageNo(0),
+            busy_drops: BUSY_DROPS,
+            look_pages: LOOK_PAGES,
+            under_way: Vec::new(),
+            writes_wait: false,
+            retry_tick: 0,
+            supported: true,
+            sweep: (0, 0),
+            freed: false,
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(&self.taken[..])
+    }
+
+    /// How many places are taken.
+    pub(super) fn count(&self) -> u64 {
+        self.count
+    }
+
+    fn is_taken(&self, page: PageNo) -> bool {
+        self.taken[page.index() / 64] >> (page.index() % 64) & 1 == 1
+    }
+
+    /// The page is about to be written, or its place has been dropped.
+    pub(super) fn set_taken(&mut self, page: PageNo, taken: bool) {
+        let (word, bit) = (&mut self.taken[page.index() / 64], 1 << (page.index() % 64));
+        self.count = self.count + u64::from(taken) - u64::from(*word & bit != 0);
+        *word = if taken { *word | bit } else { *word & !bit };
+    }
+
+    /// Whether a drop of the page's place is under way.
+    pub(super) fn is_dropping(&self, page: PageNo) -> bool {
+        self.under_way.iter().any(|(_, run)| run.contains(page)) && !mutant!(DropPassesLaterWrite)
+    }
+
+    pub(super) fn is_anything_dropping(&self) -> bool {
+        !self.under_way.is_empty()
+    }
+
+    /// A page that waits for a drop is to be written behind it.
+    pub(super) fn write_waits(&mut self) {
+        self.writes_wait = true;
+    }
+
+    /// Whether there is something to do at the next tick.
+    pub(super) fn waits(&self, tick: u64) -> bool {
+        !self.blocks.is_empty() && tick >= self.retry_tick
+    }
+}
+
+impl Core {
+    /// Nobody will read what the store has of the page.
+    pub(super) fn note_dead(&mut self, page: PageNo) {
+        if !self.space.supported || !self.space.is_taken(page) || mutant!(KeepsDeadPlaces) {
+            return;
+        }
+        if self.space.blocks.is_empty() {
+            self.space.since = self.tick;
+        }
+        self.space.blocks.insert(page.block());
+    }
+
+    /// Drops what has been collected for some time, or is enough.
+    pub(super) fn tick_space(&mut self) {
+        (self.space.busy_drops, self.space.look_pages) = (BUSY_DROPS, LOOK_PAGES);
+        self.give_up_copies();
+        let old = self.tick >= self.space.since + COLLECT_TICKS;
+        self.space.draining |= old || self.space.blocks.len() >= BATCH_BLOCKS;
+        self.drop_dead();
+    }
+
+    /// Starts as many drops as may be under way.
+    fn drop_dead(&mut self) {
+        while self.space.draining
+            && self.space.under_way.len() < DROPS_MAX
+            && self.tick >= self.space.retry_tick
+        {
+            // Whoever waits for a page comes first, unless there always is somebody.
+            if self.ios.reads() > 0 {
+                let Some(left) = self.space.busy_drops.checked_sub(1) else { return };
+                self.space.busy_drops = left;
+            }
+            let Some(run) = self.next_dead() else { return };
+            run.pages().for_each(|page| self.space.set_taken(page, false));
+            let io = self.ios.start_drop(run);
+            self.space.under_way.push((io, run));
+            self.actions.push_back(Action::Drop { io, run });
+        }
+    }
+
+    /// The next run to drop, within one block. Blocks that need no more looks leave the batch on the way.
+    fn next_dead(&mut self) -> Option<Run> {
+        loop {
+            let hand = self.space.hand;
+            let next = self.space.blocks.range(hand.block()..).next().copied();
+            let Some(block) = next else {
+                // What has to stay for now is looked at once more at the next tick.
+                self.space.hand = PageNo(0);
+                self.space.draining = false;
+                self.space.since = self.tick;
+                return None;
+            };
+            let all = self.table.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES)));
+            let from = hand.max(all.start);
+            self.space.look_pages = self.space.look_pages.checked_sub((all.end().0 - from.0) as u32)?;
+            let may_drop = |page: &PageNo| self.may_drop(*page);
+            let start = (from.0..all.end().0).map(PageNo).find(may_drop);
+            if let Some(start) = start {
+                let len = (start.0..all.end().0).map(PageNo).take_while(may_drop).count() as u32;
+                let run = Run::new(start, len);
+                self.space.hand = run.end();
+                return Some(run);
+            }
+            // What is in use now, or has joined behind the hand, has its turn later.
+            if !all.pages().any(|page| self.is_dead(page)) {
+                self.space.blocks.remove(&block);
+            }
+            self.space.hand = all.start.next_block();
+        }
+    }
+
+    /// Nobody needs what is in the page's place, nor the place at this moment.
+    fn may_drop(&self, page: PageNo) -> bool {
+        self.is_dead(page) && !self.is_place_in_use(page)
+    }
+
+    /// A page that is leaving has its next content written there: nothing is gained by a drop before.
+    fn is_dead(&self, page: PageNo) -> bool {
+        let leaves = self.table.state(page) == PageState::Leaving;
+        let newest = self.table.has(page, Flag::Stored) || leaves;
+        self.space.is_taken(page) && (!newest || mutant!(DropsNewContent))
+    }
+
+    /// The device works there, or a migration may be reading: it was told that the page is in the store, and holds it.
+    fn is_place_in_use(&self, page: PageNo) -> bool {
+        (self.table.has(page, Flag::Writing) && !mutant!(DropsUnderWrite))
+            || (self.table.has(page, Flag::Held) && !mutant!(DropsHeldPlaces))
+            || self.ios.is_read(page)
+    }
+
+    pub(super) fn drop_done(&mut self, io: IoId, result: DropResult) {
+        let run = self.ios.end_drop(io);
+        self.space.under_way.retain(|(other, _)| *other != io);
+        match result {
+            DropResult::Done => self.space.freed = true,
+            DropResult::Failed | DropResult::Unsupported => {
+                run.pages().for_each(|page| self.space.set_taken(page, true));
+            }
+        }
+        match result {
+            DropResult::Done => {}
+            DropResult::Failed => {
+                self.space.blocks.insert(run.start.block());
+                self.space.retry_tick = self.tick + RETRY_TICKS;
+            }
+            DropResult::Unsupported => {
+                self.space.supported = false;
+                self.space.blocks.clear();
+            }
+        }
+        self.drop_dead();
+        if std::mem::take(&mut self.space.writes_wait) {
+            self.write_all_behind();
+        }
+        if self.space.under_way.is_empty() && self.is_store_full() && std::mem::take(&mut self.space.freed) {
+            self.retry_store();
+        }
+    }
+
+    /// The store has no room. Until it has, copies of pages that are in the guest give way: they can be written again, when these
+    /// pages leave.
+    pub(super) fn make_space(&mut self) {
+        let blocks = self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
+        (self.space.sweep.1, self.space.freed) = (blocks, false);
+        self.give_up_copies();
+        self.space.draining = true;
+        self.drop_dead();
+    }
+
+    fn give_up_copies(&mut self) {
+        if !self.is_store_full() || !self.space.supported || self.space.is_anything_dropping() {
+            return;
+        }
+        let wanted = COPIES_MIN.max(2 * self.table.count(PageState::Leaving));
+        let blocks = self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
+        let mut found = 0;
+        for _ in 0..SWEEP_BLOCKS {
+            let (block, left) = self.space.sweep;
+            if left == 0 || found >= wanted {
+                break;
+            }
+            self.space.sweep = ((block + 1) % blocks, left - 1);
+            if self.table.resident_in_block(block) > 0 {
+                found += self.give_up_copies_of(block);
+            }
+        }
+        self.space.draining |= found > 0;
+    }
+
+    fn give_up_copies_of(&mut self, block: usize) -> u64 {
+        let mut found = 0;
+        for page in self.table.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES))).pages() {
+            let resident = self.table.state(page) == PageState::Resident;
+            if resident && self.space.is_taken(page) && !self.is_place_in_use(page) {
+                self.table.put(page, Flag::Stored, false);
+                self.note_dead(page);
+                found += 1;
+            }
+        }
+        found
+    }
+
+    // ── for the drivers' checks ──────────────────────────────────────────────────────────
+
+    /// Whether the page's place in the store is on record as taken.
+    pub fn is_place_taken(&self, page: PageNo) -> bool {
+        self.space.is_taken(page)
+    }
+
+    /// Whether places are still to be dropped.
+    pub fn has_dead_places(&self) -> bool {
+        !self.space.blocks.is_empty() || self.space.is_anything_dropping()
+    }
+}
