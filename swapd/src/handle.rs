@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::cipher::Cipher;
-use crate::core::{FaultKind, Request, Response};
+use crate::core::{FaultKind, IoError, Request, Response};
 use crate::driver::{Mailbox, Memory, StartError};
 use crate::stats::Stats;
 use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun};
@@ -26,7 +26,7 @@ pub enum CommandError {
     #[error("{0} is not within the VM's memory")]
     OutOfRange(PageNo),
     #[error("{0}")]
-    Store(String),
+    Store(IoError),
     /// The budget holds from now on, but the frames above it do not leave: no frame has for some seconds.
     #[error(
         "{held} bytes of RAM are still held, above the budget of {budget} bytes; {pinned} bytes of them are pinned"

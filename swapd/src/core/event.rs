@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::handle::{Arrival, CommandError, Copies, FaultsSeen, Piece, Placed, Written};
 use crate::stats::Stats;
-use crate::units::{PageNo, Run, Slot, SlotRun};
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
 /// An operation on the store that is under way.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -14,9 +14,48 @@ pub struct IoId(pub u32);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Ticket(pub u64);
 
-/// Why an operation on the store failed, in words for the operator.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct IoError(pub String);
+/// What kind of failure an operation on a tier met. Decided once, where the errno is seen (`driver/errno.rs`, and the table in
+/// `docs/reliability.md`); everything behind that goes by the kind.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum IoErrorKind {
+    /// No room. What is stored can still be read.
+    Full,
+    /// Nobody answers: the way to the medium is broken, or whoever is at its end. Says nothing about the medium.
+    Unreachable,
+    /// The host had no means for it at this moment.
+    Passing(i32),
+    /// The medium is said to be broken, at this place at least.
+    Broken(i32),
+    /// It was read, and is not what was written.
+    Mismatch,
+}
+
+/// An operation on a tier failed. [`std::fmt::Display`] is what an operator is told.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct IoError {
+    pub tier: TierId,
+    pub write: bool,
+    pub kind: IoErrorKind,
+}
+
+impl std::fmt::Display for IoError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let IoError { tier, write, kind } = self;
+        let done = if *write { "written" } else { "read" };
+        let because = |errno: &i32| std::io::Error::from_raw_os_error(*errno);
+        match kind {
+            IoErrorKind::Full => write!(f, "{tier} is full: No space left on device"),
+            IoErrorKind::Unreachable => write!(f, "{tier} cannot be reached"),
+            IoErrorKind::Passing(errno) => {
+                write!(f, "{tier} cannot be {done} at this moment: {}", because(errno))
+            }
+            IoErrorKind::Broken(errno) => write!(f, "{tier} cannot be {done}: {}", because(errno)),
+            IoErrorKind::Mismatch => write!(f, "{tier} does not give back what was written"),
+        }
+    }
+}
+
+impl std::error::Error for IoError {}
 
 /// What became of one page of a move out of the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -197,12 +236,14 @@ pub enum Action {
     /// Answered by `ReadDone`, at any later time.
     Read {
         io: IoId,
+        tier: TierId,
         run: Run,
         slots: SlotRun,
     },
     /// Answered by `WriteDone`, at any later time.
     Write {
         io: IoId,
+        tier: TierId,
         run: Run,
         slots: SlotRun,
     },
@@ -236,11 +277,11 @@ pub enum Action {
         ticket: Ticket,
         answer: Result<Response, CommandError>,
     },
-    /// A write failed: nothing more is written until a retry succeeds.
-    StoreFailed(String),
-    StoreRecovered,
+    /// A write failed: nothing more is written to that tier until a retry succeeds.
+    StoreFailed(IoError),
+    StoreRecovered(TierId),
     /// A fault waits for a frame, and there will be none as long as the store fails.
-    Starved(String),
+    Starved(IoError),
     /// That is over.
     Relieved,
     /// A fault has waited for a frame for a while, and there is none to be had: all that could leave is held where it is.

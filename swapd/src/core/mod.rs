@@ -25,7 +25,9 @@ mod tests;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub use event::{Action, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use event::{
+    Action, Event, FaultKind, IoError, IoErrorKind, IoId, PageOut, Request, Response, TICK_MS, Ticket,
+};
 
 use crate::handle::CommandError;
 use crate::policy::clock::Clock;
@@ -541,7 +543,7 @@ impl Core {
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
-                failed: self.latch.as_ref().map(|latch| latch.reason().to_owned()),
+                failed: self.latch.as_ref().map(|latch| latch.error().to_string()),
                 ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),
