@@ -1,57 +1,49 @@
-//! What an errno of the store means: decided here, once. `docs/reliability.md` has the same as a table.
-//!
-//! Only a broken medium counts against a page, and what is not known for certain to be something else counts as that: the core
-//! asks more than once, and others too, before it gives a page up.
+//! The core's numbers of errors are those of this kernel: what an errno means is decided there ([`IoErrorKind::of`]).
 
-use std::io;
+use swapcore::errno;
 
-use crate::core::IoErrorKind;
-
-/// The medium is said to be broken; also where no errno was given (a device that ends too early).
-const BROKEN: i32 = libc::EIO;
-
-pub fn kind_of(error: &io::Error) -> IoErrorKind {
-    let Some(errno) = error.raw_os_error() else { return IoErrorKind::Broken(BROKEN) };
-    match errno {
-        libc::ENOSPC | libc::EDQUOT => IoErrorKind::Full,
-        // From the block layer: a lost path, a time-out, a device that is off or away, one that another host has reserved.
-        libc::ENOLINK
-        | libc::ETIMEDOUT
-        | libc::ETIME
-        | libc::ENODEV
-        | libc::ENXIO
-        | libc::ENOMEDIUM
-        | libc::EBADE
-        // From file systems behind a network or another process.
-        | libc::ESHUTDOWN
-        | libc::ENOTCONN
-        | libc::ECONNREFUSED
-        | libc::ECONNRESET
-        | libc::ECONNABORTED
-        | libc::EPIPE
-        | libc::ECOMM
-        | libc::EHOSTDOWN
-        | libc::EHOSTUNREACH
-        | libc::ENETDOWN
-        | libc::ENETUNREACH
-        | libc::ENETRESET
-        | libc::ENONET
-        | libc::ESTALE => IoErrorKind::Unreachable,
-        // The host is short of something. (A transfer that met EINTR or EAGAIN is submitted anew, and does not come here.)
-        libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM | libc::ENOBUFS | libc::ENFILE => {
-            IoErrorKind::Passing(errno)
-        }
-        // EIO says anything and nothing; EREMOTEIO, ENODATA, EILSEQ, EBADMSG and EUCLEAN name the medium.
-        _ => IoErrorKind::Broken(errno),
-    }
-}
+const _: () = {
+    assert!(errno::EINTR == libc::EINTR);
+    assert!(errno::EIO == libc::EIO);
+    assert!(errno::ENXIO == libc::ENXIO);
+    assert!(errno::EAGAIN == libc::EAGAIN);
+    assert!(errno::ENOMEM == libc::ENOMEM);
+    assert!(errno::EBUSY == libc::EBUSY);
+    assert!(errno::EEXIST == libc::EEXIST);
+    assert!(errno::ENODEV == libc::ENODEV);
+    assert!(errno::ENFILE == libc::ENFILE);
+    assert!(errno::ENOSPC == libc::ENOSPC);
+    assert!(errno::EPIPE == libc::EPIPE);
+    assert!(errno::EBADE == libc::EBADE);
+    assert!(errno::ETIME == libc::ETIME);
+    assert!(errno::ENONET == libc::ENONET);
+    assert!(errno::ENOLINK == libc::ENOLINK);
+    assert!(errno::ECOMM == libc::ECOMM);
+    assert!(errno::ENETDOWN == libc::ENETDOWN);
+    assert!(errno::ENETUNREACH == libc::ENETUNREACH);
+    assert!(errno::ENETRESET == libc::ENETRESET);
+    assert!(errno::ECONNABORTED == libc::ECONNABORTED);
+    assert!(errno::ECONNRESET == libc::ECONNRESET);
+    assert!(errno::ENOBUFS == libc::ENOBUFS);
+    assert!(errno::ENOTCONN == libc::ENOTCONN);
+    assert!(errno::ESHUTDOWN == libc::ESHUTDOWN);
+    assert!(errno::ETIMEDOUT == libc::ETIMEDOUT);
+    assert!(errno::ECONNREFUSED == libc::ECONNREFUSED);
+    assert!(errno::EHOSTDOWN == libc::EHOSTDOWN);
+    assert!(errno::EHOSTUNREACH == libc::EHOSTUNREACH);
+    assert!(errno::ESTALE == libc::ESTALE);
+    assert!(errno::EDQUOT == libc::EDQUOT);
+    assert!(errno::ENOMEDIUM == libc::ENOMEDIUM);
+};
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io;
+
+    use swapcore::error::IoErrorKind;
 
     fn kind(errno: i32) -> IoErrorKind {
-        kind_of(&io::Error::from_raw_os_error(errno))
+        IoErrorKind::of(&io::Error::from_raw_os_error(errno))
     }
 
     #[test]
@@ -67,6 +59,6 @@ mod tests {
         }
         assert_eq!([libc::ENOSPC, libc::EDQUOT].map(kind), [IoErrorKind::Full; 2]);
         let short = io::Error::new(io::ErrorKind::UnexpectedEof, "too short");
-        assert_eq!(kind_of(&short), IoErrorKind::Broken(libc::EIO));
+        assert_eq!(IoErrorKind::of(&short), IoErrorKind::Broken(libc::EIO));
     }
 }

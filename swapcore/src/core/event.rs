@@ -1,8 +1,8 @@
 //! What goes into the core and what comes out of it.
 
-use serde::{Deserialize, Serialize};
-
-use crate::handle::{Arrival, CommandError, Copies, FaultsSeen, Piece, Placed, Written};
+use crate::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Placed, Written};
+use crate::error::CommandError;
+use crate::error::IoError;
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
@@ -13,49 +13,6 @@ pub struct IoId(pub u32);
 /// A request that waits for its answer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Ticket(pub u64);
-
-/// What kind of failure an operation on a tier met. Decided once, where the errno is seen (`driver/errno.rs`, and the table in
-/// `docs/reliability.md`); everything behind that goes by the kind.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum IoErrorKind {
-    /// No room. What is stored can still be read.
-    Full,
-    /// Nobody answers: the way to the medium is broken, or whoever is at its end. Says nothing about the medium.
-    Unreachable,
-    /// The host had no means for it at this moment.
-    Passing(i32),
-    /// The medium is said to be broken, at this place at least.
-    Broken(i32),
-    /// It was read, and is not what was written.
-    Mismatch,
-}
-
-/// An operation on a tier failed. [`std::fmt::Display`] is what an operator is told.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct IoError {
-    pub tier: TierId,
-    pub write: bool,
-    pub kind: IoErrorKind,
-}
-
-impl std::fmt::Display for IoError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let IoError { tier, write, kind } = self;
-        let done = if *write { "written" } else { "read" };
-        let because = |errno: &i32| std::io::Error::from_raw_os_error(*errno);
-        match kind {
-            IoErrorKind::Full => write!(f, "{tier} is full: No space left on device"),
-            IoErrorKind::Unreachable => write!(f, "{tier} cannot be reached"),
-            IoErrorKind::Passing(errno) => {
-                write!(f, "{tier} cannot be {done} at this moment: {}", because(errno))
-            }
-            IoErrorKind::Broken(errno) => write!(f, "{tier} cannot be {done}: {}", because(errno)),
-            IoErrorKind::Mismatch => write!(f, "{tier} does not give back what was written"),
-        }
-    }
-}
-
-impl std::error::Error for IoError {}
 
 /// What became of one page of a move out of the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -126,7 +83,7 @@ pub enum Event<'a> {
 /// Milliseconds between two ticks.
 pub const TICK_MS: u64 = 100;
 
-/// What other threads ask for; see [`crate::EngineHandle`], which has a method for each.
+/// What other threads ask for; see `EngineHandle` of `swapd`, which has a method for each.
 #[derive(Debug)]
 pub enum Request {
     Stats,
@@ -174,15 +131,6 @@ pub enum Response {
     Frames(SlotRun),
     Placed(Placed),
     Faults(FaultsSeen),
-}
-
-/// How a fault was served.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FaultKind {
-    Zero,
-    Rescue,
-    Store,
 }
 
 /// Something to do. Executed in the order of issue, each before the next event is read.

@@ -25,11 +25,11 @@ mod tests;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub use event::{
-    Action, Event, FaultKind, IoError, IoErrorKind, IoId, PageOut, Request, Response, TICK_MS, Ticket,
-};
+pub use crate::error::{IoError, IoErrorKind};
+pub use event::{Action, Event, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 
-use crate::handle::CommandError;
+use crate::api::FaultKind;
+use crate::error::CommandError;
 use crate::policy::clock::Clock;
 use crate::policy::prefetch::{Plan, Prefetcher, WINDOW_MAX};
 use crate::policy::probation::Probation;

@@ -1,7 +1,8 @@
 //! The store: operations under way, and what follows from their results.
 
 use super::Core;
-use super::event::{Action, IoError, IoId};
+use super::event::{Action, IoId};
+use crate::error::IoError;
 use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};

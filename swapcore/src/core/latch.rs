@@ -12,9 +12,9 @@
 //! TCG) stops only behind the access that it is at: for that there is the *reserve*, frames that nobody gets otherwise.
 
 use super::Core;
-use super::event::{Action, IoError, Response, Ticket};
+use super::event::{Action, Response, Ticket};
 use super::io::Purpose;
-use crate::handle::CommandError;
+use crate::error::{CommandError, IoError};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{Slot, TierId};
