@@ -8,10 +8,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-use super::Mailbox;
-use crate::core::IoId;
-use crate::handle::Command;
-use crate::units::Run;
+use super::mailbox::{Command, Mailbox};
+use swapcore::core::IoId;
+use swapcore::units::Run;
 
 /// `_IO(0x12, 119)`, which the libc crate does not have.
 const BLKDISCARD: libc::Ioctl = 0x1277;

@@ -162,9 +162,11 @@ impl Core {
             }
             let Some(run) = self.next_dead() else { return };
             run.pages().for_each(|page| self.space.set_taken(page, false));
-            let io = self.ios.start_drop(run);
+            // A block has one home.
+            let tier = self.tier_of(run.start);
+            let io = self.ios.start_drop(tier, run);
             self.space.under_way.push((io, run));
-            self.actions.push_back(Action::Drop { io, run });
+            self.actions.push_back(Action::Drop { io, tier, run });
         }
     }
 

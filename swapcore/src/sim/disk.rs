@@ -5,10 +5,11 @@
 
 use super::Sim;
 use super::coverage::{Fault, Outcome};
-use crate::core::{DropResult, Event, IoError, IoId};
-use crate::driver::transfer::Transfer;
+use crate::core::{DropResult, Event, IoError, IoErrorKind, IoId};
+use crate::errno;
 use crate::table::PageState;
-use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun};
+use crate::transfer::Transfer;
+use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId};
 
 /// Errors in a row that pass: one more, and the core is right to give the page up.
 const PASSING_ERRORS: u8 = 3;
@@ -16,6 +17,7 @@ const PASSING_ERRORS: u8 = 3;
 #[derive(Debug)]
 pub(super) struct Flight {
     io: IoId,
+    tier: TierId,
     pub(super) run: Run,
     pub(super) slots: SlotRun,
     transfer: Transfer,
@@ -71,15 +73,15 @@ impl Disk {
 }
 
 impl Sim {
-    pub(super) fn start_io(&mut self, io: IoId, write: bool, run: Run, slots: SlotRun) {
-        self.start_flight(io, write, false, run, slots);
+    pub(super) fn start_io(&mut self, io: IoId, tier: TierId, write: bool, run: Run, slots: SlotRun) {
+        self.start_flight(io, tier, write, false, run, slots);
     }
 
-    pub(super) fn start_drop(&mut self, io: IoId, run: Run) {
-        self.start_flight(io, true, true, run, SlotRun::new(Slot(0), 0));
+    pub(super) fn start_drop(&mut self, io: IoId, tier: TierId, run: Run) {
+        self.start_flight(io, tier, true, true, run, SlotRun::new(Slot(0), 0));
     }
 
-    fn start_flight(&mut self, io: IoId, write: bool, drop: bool, run: Run, slots: SlotRun) {
+    fn start_flight(&mut self, io: IoId, tier: TierId, write: bool, drop: bool, run: Run, slots: SlotRun) {
         let clash =
             self.disk.flights.iter().find(|flight| run.pages().any(|page| self.clashes(flight, page, write)));
         if let Some(clash) = clash {
@@ -87,7 +89,7 @@ impl Sim {
         }
         let transfer = Transfer { write, offset: run.start.offset(), address: 0, len: run.bytes(), done: 0 };
         let (due, spiked) = self.delay();
-        self.disk.flights.push(Flight { io, run, slots, transfer, due, spiked, drop });
+        self.disk.flights.push(Flight { io, tier, run, slots, transfer, due, spiked, drop });
     }
 
     /// Two writes of a page have no order, nor have a write and a read, unless nobody waits for what is read.
@@ -139,7 +141,8 @@ impl Sim {
         if flight.spiked {
             self.coverage.outcome(Fault::LatencySpike, Outcome::Served);
         }
-        let result = result.map_err(|error| IoError(error.to_string()));
+        let (tier, write) = (flight.tier, flight.is_write());
+        let result = result.map_err(|error| IoError { tier, write, kind: IoErrorKind::of(&error) });
         if flight.is_write() { self.written(&flight, result) } else { self.was_read(&flight, result) }
     }
 
@@ -149,7 +152,7 @@ impl Sim {
     fn device_reads(&mut self, flight: &Flight) -> i32 {
         let (run, slots) = flight.rest();
         if self.random.one_in(self.odds.again) {
-            return -libc::EAGAIN;
+            return -errno::EAGAIN;
         }
         let bad = |page: &PageNo| self.disk.damage[page.index()] == Some(Fault::BadSector);
         let mut count = run.len;
@@ -157,7 +160,7 @@ impl Sim {
             // Some devices say how far they came.
             if nth == 0 || self.random.one_in(2) {
                 run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
-                return -libc::EIO;
+                return -errno::EIO;
             }
             count = nth as u32;
         }
@@ -165,7 +168,7 @@ impl Sim {
         if self.random.one_in(self.odds.read_error) && flight.run.pages().all(passes) {
             self.coverage.injected(Fault::ReadError);
             run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
-            return -libc::EIO;
+            return -errno::EIO;
         }
         count = self.cut_short(count);
         for (page, slot) in run.pages().zip(slots.slots()).take(count as usize) {
@@ -232,13 +235,13 @@ impl Sim {
     fn device_writes(&mut self, flight: &Flight) -> i32 {
         let (run, slots) = flight.rest();
         if self.random.one_in(self.odds.again) {
-            return -libc::EAGAIN;
+            return -errno::EAGAIN;
         }
         if self.random.one_in(self.odds.write_error) {
             self.coverage.injected(Fault::WriteError);
             self.disk.failure = Some(Fault::WriteError);
             run.pages().zip(slots.slots()).for_each(|(page, slot)| self.write_halfway(page, slot));
-            return -libc::EIO;
+            return -errno::EIO;
         }
         let mut count = self.cut_short(run.len);
         for (nth, (page, slot)) in (0..).zip(run.pages().zip(slots.slots())).take(count as usize) {
@@ -277,13 +280,13 @@ impl Sim {
         if self.disk.bad_writes.is_some_and(|run| run.contains(page)) {
             self.disk.failure = Some(Fault::BadRegion);
             self.coverage.injected(Fault::BadRegion);
-            return libc::EIO;
+            return errno::EIO;
         }
         if !self.disk.allocated[index] {
             if self.disk.room == 0 {
                 self.disk.failure = Some(Fault::DiskFull);
                 self.coverage.injected(Fault::DiskFull);
-                return libc::ENOSPC;
+                return errno::ENOSPC;
             }
             self.disk.room -= 1;
             self.disk.allocated[index] = true;

@@ -2,9 +2,10 @@
 
 use super::Sim;
 use super::coverage::{Cause, Fault, Outcome};
+use crate::api::Copies;
 use crate::core::{Action, Event, PageOut, Response};
-use crate::driver::moves::{self, Moved};
-use crate::handle::Copies;
+use crate::errno;
+use crate::moves::{self, Moved};
 use crate::table::PageState;
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
 
@@ -181,7 +182,7 @@ impl Sim {
                     Copies { pages: pages.iter().map(|(page, _)| *page).collect(), bytes: Vec::new() };
                 self.answered(ticket, Ok(Response::Copies(copies)));
             }
-            Action::Read { io, run, slots } => {
+            Action::Read { io, tier, run, slots } => {
                 self.trace.add("read", run, Some(slots), None);
                 for slot in slots.slots() {
                     self.kernel.claim(slot, "read to");
@@ -189,17 +190,17 @@ impl Sim {
                     self.kernel.staging[slot.index()].get_or_insert(0xBAD);
                 }
                 self.kernel.set_busy(slots, true);
-                self.start_io(io, false, run, slots);
+                self.start_io(io, tier, false, run, slots);
             }
-            Action::Write { io, run, slots } => {
+            Action::Write { io, tier, run, slots } => {
                 self.trace.add("write", run, Some(slots), None);
                 slots.slots().for_each(|slot| self.kernel.claim(slot, "written from"));
                 self.kernel.set_busy(slots, true);
-                self.start_io(io, true, run, slots);
+                self.start_io(io, tier, true, run, slots);
             }
-            Action::Drop { io, run } => {
+            Action::Drop { io, tier, run } => {
                 self.trace.add("drop", run, None, None);
-                self.start_drop(io, run);
+                self.start_drop(io, tier, run);
             }
             Action::DropGuest { run } => {
                 self.trace.add("drop from the guest", run, None, None);
@@ -255,7 +256,7 @@ impl Sim {
                 self.trace.note("frames again", 0);
                 assert!(std::mem::take(&mut self.oracle.short), "enough of nothing");
             }
-            Action::StoreRecovered => {
+            Action::StoreRecovered(_) => {
                 self.trace.note("the store works again", 0);
                 if let Some(fault) = self.disk.failure.take() {
                     self.coverage.outcome(fault, Outcome::Resumed);
@@ -287,13 +288,13 @@ impl Sim {
             let mut errno = 0;
             if random.one_in(odds.pinned * 2) {
                 count = random.below(u64::from(count)) as u32;
-                errno = if random.one_in(2) { libc::EAGAIN } else { libc::EBUSY };
+                errno = if random.one_in(2) { errno::EAGAIN } else { errno::EBUSY };
             }
             if let Some(pinned) = lasting.filter(|pinned| *pinned < done + count) {
-                (count, errno) = (pinned - done, libc::EBUSY);
+                (count, errno) = (pinned - done, errno::EBUSY);
             }
             end(done, kernel, count);
-            if errno == libc::EAGAIN {
+            if errno == errno::EAGAIN {
                 coverage.injected(Fault::MoveAgain);
                 coverage.outcome(Fault::MoveAgain, Outcome::WentOn);
             }

@@ -12,12 +12,12 @@
 //! TCG) stops only behind the access that it is at: for that there is the *reserve*, frames that nobody gets otherwise.
 
 use super::Core;
-use super::event::{Action, IoError, Response, Ticket};
+use super::event::{Action, Response, Ticket};
 use super::io::Purpose;
-use crate::handle::CommandError;
+use crate::error::{IoErrorKind, CommandError, IoError};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
-use crate::units::Slot;
+use crate::units::{Slot, TierId};
 
 /// Ticks from a failure to the first retry; then twice as many each time.
 const RETRY_FIRST_TICKS: u64 = 10;
@@ -43,9 +43,7 @@ impl Backoff {
 
 #[derive(Debug)]
 pub(super) struct Latch {
-    reason: String,
-    /// What it was: no room.
-    full: bool,
+    error: IoError,
     retry_tick: u64,
     /// What was refused is being written again, and nothing of it has failed so far.
     retrying: bool,
@@ -58,14 +56,14 @@ pub(super) struct Latch {
 }
 
 impl Latch {
-    pub(super) fn reason(&self) -> &str {
-        &self.reason
+    pub(super) fn error(&self) -> IoError {
+        self.error
     }
 }
 
 impl Core {
     pub(super) fn store_error(&self) -> Option<CommandError> {
-        self.latch.as_ref().map(|latch| CommandError::Store(latch.reason.clone()))
+        self.latch.as_ref().map(|latch| CommandError::Store(latch.error))
     }
 
     /// Frames that pages can have: all of the budget but what is left of the reserve. (A VM that arrives runs no vCPUs.)
@@ -80,16 +78,15 @@ impl Core {
     /// A write failed.
     pub(super) fn latch_store(&mut self, error: IoError) {
         self.counts.write_errors += 1;
-        let full = error.is_full();
-        let IoError(reason) = error;
         if mutant!(IgnoresFullStore) {
             return;
         }
         let Some(latch) = &mut self.latch else {
-            self.actions.push_back(Action::StoreFailed(reason.clone()));
+            self.actions.push_back(Action::StoreFailed(error));
             let retry_tick = self.tick + self.backoff.next();
             let (retrying, dripped, starved, waiters) = (false, 0, false, Vec::new());
-            self.latch = Some(Latch { reason, full, retry_tick, retrying, dripped, starved, waiters });
+            let full = error.kind == IoErrorKind::Full;
+            self.latch = Some(Latch { error, retry_tick, retrying, dripped, starved, waiters });
             return self.note_full(full);
         };
         if std::mem::take(&mut latch.retrying) {
@@ -98,12 +95,12 @@ impl Core {
                 if mutant!(ForgetsWhoAskedForRetry) {
                     break;
                 }
-                let answer = Err(CommandError::Store(reason.clone()));
+                let answer = Err(CommandError::Store(error));
                 self.actions.push_back(Action::Answer { ticket, answer });
             }
         }
-        (latch.reason, latch.full) = (reason, full);
-        self.note_full(full);
+        latch.error = error;
+        self.note_full(error.kind == IoErrorKind::Full);
     }
 
     fn note_full(&mut self, full: bool) {
@@ -114,7 +111,7 @@ impl Core {
 
     /// A write failed because there is no room.
     pub fn is_store_full(&self) -> bool {
-        self.latch.as_ref().is_some_and(|latch| latch.full)
+        self.latch.as_ref().is_some_and(|latch| latch.error.kind == IoErrorKind::Full)
     }
 
     pub(super) fn retry_on_request(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
@@ -155,7 +152,7 @@ impl Core {
             return;
         }
         let Some(latch) = self.latch.take_if(|latch| latch.retrying) else { return };
-        self.actions.push_back(Action::StoreRecovered);
+        self.actions.push_back(Action::StoreRecovered(TierId::STORE));
         self.actions.extend((latch.starved && !mutant!(ForgetsRelief)).then_some(Action::Relieved));
         for ticket in latch.waiters {
             self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
@@ -186,7 +183,7 @@ impl Core {
         let Some(latch) = &mut self.latch else { return };
         if !self.deferred.is_empty() {
             if !std::mem::replace(&mut latch.starved, true) {
-                self.actions.push_back(Action::Starved(latch.reason.clone()));
+                self.actions.push_back(Action::Starved(latch.error));
             }
         } else if latch.starved && plenty {
             (latch.starved, latch.dripped) = (false, 0);

@@ -26,9 +26,11 @@ mod tests;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub use event::{Action, DropResult, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use crate::error::{IoError, IoErrorKind};
+pub use event::{Action, DropResult, Event, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 
-use crate::handle::CommandError;
+use crate::api::FaultKind;
+use crate::error::CommandError;
 use crate::policy::clock::Clock;
 use crate::policy::prefetch::{Plan, Prefetcher, WINDOW_MAX};
 use crate::policy::probation::Probation;
@@ -549,7 +551,7 @@ impl Core {
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
                 used_bytes: bytes_of(self.space.count()),
-                failed: self.latch.as_ref().map(|latch| latch.reason().to_owned()),
+                failed: self.latch.as_ref().map(|latch| latch.error().to_string()),
                 ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),

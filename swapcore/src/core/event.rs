@@ -1,10 +1,10 @@
 //! What goes into the core and what comes out of it.
 
-use serde::{Deserialize, Serialize};
-
-use crate::handle::{Arrival, CommandError, Copies, FaultsSeen, Piece, Placed, Written};
+use crate::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Placed, Written};
+use crate::error::CommandError;
+use crate::error::IoError;
 use crate::stats::Stats;
-use crate::units::{PageNo, Run, Slot, SlotRun};
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
 /// An operation on the store that is under way.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -14,24 +14,13 @@ pub struct IoId(pub u32);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Ticket(pub u64);
 
-/// Why an operation on the store failed, in words for the operator.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct IoError(pub String);
-
-impl IoError {
-    /// There is no room for what was to be written.
-    pub(super) fn is_full(&self) -> bool {
-        self.0.contains("No space left") || self.0.contains("quota")
-    }
-}
-
 /// What became of a drop.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum DropResult {
     Done,
     /// What was in these places may be there still, or in part.
     Failed,
-    /// The store cannot do that, and never will.
+    /// The tier cannot do that, and never will.
     Unsupported,
 }
 
@@ -108,7 +97,7 @@ pub enum Event<'a> {
 /// Milliseconds between two ticks.
 pub const TICK_MS: u64 = 100;
 
-/// What other threads ask for; see [`crate::EngineHandle`], which has a method for each.
+/// What other threads ask for; see `EngineHandle` of `swapd`, which has a method for each.
 #[derive(Debug)]
 pub enum Request {
     Stats,
@@ -156,15 +145,6 @@ pub enum Response {
     Frames(SlotRun),
     Placed(Placed),
     Faults(FaultsSeen),
-}
-
-/// How a fault was served.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FaultKind {
-    Zero,
-    Rescue,
-    Store,
 }
 
 /// Something to do. Executed in the order of issue, each before the next event is read.
@@ -218,12 +198,14 @@ pub enum Action {
     /// Answered by `ReadDone`, at any later time.
     Read {
         io: IoId,
+        tier: TierId,
         run: Run,
         slots: SlotRun,
     },
     /// Answered by `WriteDone`, at any later time.
     Write {
         io: IoId,
+        tier: TierId,
         run: Run,
         slots: SlotRun,
     },
@@ -231,6 +213,7 @@ pub enum Action {
     /// Answered by `DropDone`, at any later time.
     Drop {
         io: IoId,
+        tier: TierId,
         run: Run,
     },
     /// Give the guest's frames in `run` back to the host.
@@ -263,11 +246,11 @@ pub enum Action {
         ticket: Ticket,
         answer: Result<Response, CommandError>,
     },
-    /// A write failed: nothing more is written until a retry succeeds.
-    StoreFailed(String),
-    StoreRecovered,
+    /// A write failed: nothing more is written to that tier until a retry succeeds.
+    StoreFailed(IoError),
+    StoreRecovered(TierId),
     /// A fault waits for a frame, and there will be none as long as the store fails.
-    Starved(String),
+    Starved(IoError),
     /// That is over.
     Relieved,
     /// A fault has waited for a frame for a while, and there is none to be had: all that could leave is held where it is.
