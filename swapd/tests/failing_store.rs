@@ -9,28 +9,11 @@ mod disk;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver};
 
-use common::{Vm, store_directory};
+use common::{Directory, Vm};
 use disk::Disk;
 use swapd::{Engine, Notice, PageNo, Run};
 
 const MIB: u64 = 1 << 20;
-
-/// A directory of one test, which goes with it.
-struct Directory(std::path::PathBuf);
-
-impl Directory {
-    fn new(name: &str) -> Directory {
-        let path = store_directory().join(format!("{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a directory for the test");
-        Directory(path)
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// 128 MiB in 16 MiB, and what its engine has to say.
 fn start(disk: &Disk) -> (Vm, Receiver<Notice>) {

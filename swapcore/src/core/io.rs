@@ -31,7 +31,9 @@ pub(super) enum Purpose {
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    Read { landing: Landing },
+    Read {
+        landing: Landing,
+    },
     Write(Purpose),
     /// No frames are in it.
     Drop,

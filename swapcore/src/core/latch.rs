@@ -14,7 +14,7 @@
 use super::Core;
 use super::event::{Action, Response, Ticket};
 use super::io::Purpose;
-use crate::error::{IoErrorKind, CommandError, IoError};
+use crate::error::{CommandError, IoError, IoErrorKind};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{Slot, TierId};
@@ -44,6 +44,8 @@ impl Backoff {
 #[derive(Debug)]
 pub(super) struct Latch {
     error: IoError,
+    /// Whoever it concerns knows: it is not a full store in which room is being made.
+    told: bool,
     retry_tick: u64,
     /// What was refused is being written again, and nothing of it has failed so far.
     retrying: bool,
@@ -63,7 +65,12 @@ impl Latch {
 
 impl Core {
     pub(super) fn store_error(&self) -> Option<CommandError> {
-        self.latch.as_ref().map(|latch| CommandError::Store(latch.error))
+        self.told_latch().map(|latch| CommandError::Store(latch.error))
+    }
+
+    /// Not while the store is only full, and room is being made in it.
+    pub(super) fn told_latch(&self) -> Option<&Latch> {
+        self.latch.as_ref().filter(|latch| latch.told)
     }
 
     /// Frames that pages can have: all of the budget but what is left of the reserve. (A VM that arrives runs no vCPUs.)
@@ -82,12 +89,10 @@ impl Core {
             return;
         }
         let Some(latch) = &mut self.latch else {
-            self.actions.push_back(Action::StoreFailed(error));
             let retry_tick = self.tick + self.backoff.next();
-            let (retrying, dripped, starved, waiters) = (false, 0, false, Vec::new());
-            let full = error.kind == IoErrorKind::Full;
-            self.latch = Some(Latch { error, retry_tick, retrying, dripped, starved, waiters });
-            return self.note_full(full);
+            let (told, retrying, dripped, starved, waiters) = (false, false, 0, false, Vec::new());
+            self.latch = Some(Latch { error, told, retry_tick, retrying, dripped, starved, waiters });
+            return self.note_failed();
         };
         if std::mem::take(&mut latch.retrying) {
             latch.retry_tick = self.tick + self.backoff.next();
@@ -100,12 +105,26 @@ impl Core {
             }
         }
         latch.error = error;
-        self.note_full(error.kind == IoErrorKind::Full);
+        self.note_failed();
     }
 
-    fn note_full(&mut self, full: bool) {
-        if full && !mutant!(KeepsCopiesInFullStore) {
+    fn note_failed(&mut self) {
+        if self.is_store_full() && !mutant!(KeepsCopiesInFullStore) {
             self.make_space();
+        }
+        self.tell_failed();
+    }
+
+    /// Tells once that the store takes no writes, unless that ends by itself at once.
+    pub(super) fn tell_failed(&mut self) {
+        let ends = self.room_may_come();
+        if let Some(latch) = &mut self.latch
+            && !latch.told
+            && !ends
+            && !(latch.retrying && latch.error.kind == IoErrorKind::Full)
+        {
+            latch.told = true;
+            self.actions.push_back(Action::StoreFailed(latch.error));
         }
     }
 
@@ -152,7 +171,7 @@ impl Core {
             return;
         }
         let Some(latch) = self.latch.take_if(|latch| latch.retrying) else { return };
-        self.actions.push_back(Action::StoreRecovered(TierId::STORE));
+        self.actions.extend(latch.told.then_some(Action::StoreRecovered(TierId::STORE)));
         self.actions.extend((latch.starved && !mutant!(ForgetsRelief)).then_some(Action::Relieved));
         for ticket in latch.waiters {
             self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
@@ -179,6 +198,9 @@ impl Core {
     /// Tells when somebody waits for a frame in vain, and when there are enough again (of a larger budget, or given back by the
     /// guest) though the store still fails.
     pub(super) fn tell_starved(&mut self) {
+        if self.room_may_come() || self.told_latch().is_none() {
+            return;
+        }
         let plenty = self.available() > u64::from(self.marks.high);
         let Some(latch) = &mut self.latch else { return };
         if !self.deferred.is_empty() {

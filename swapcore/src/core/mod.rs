@@ -292,6 +292,7 @@ impl Core {
             || !self.evict_waiters.is_empty()
             || !self.budget_waiters.is_empty()
             || self.space.waits(self.tick)
+            || self.room_may_come()
             || (scarce_since && self.sampler.is_out());
         if waits || self.is_collapsing() {
             1
@@ -551,7 +552,7 @@ impl Core {
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
                 used_bytes: bytes_of(self.space.count()),
-                failed: self.latch.as_ref().map(|latch| latch.error().to_string()),
+                failed: self.told_latch().map(|latch| latch.error().to_string()),
                 ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),

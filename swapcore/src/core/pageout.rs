@@ -40,6 +40,7 @@ impl Core {
             self.answer_evicted(may_evict);
         }
         if self.latch.is_some() {
+            self.tell_failed();
             self.tell_starved();
         }
     }

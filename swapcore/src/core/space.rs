@@ -34,10 +34,11 @@ const BUSY_DROPS: u32 = 2;
 const LOOK_PAGES: u32 = 64 * BLOCK_PAGES;
 /// Ticks after which a drop that failed is tried again.
 const RETRY_TICKS: u64 = 100;
-/// Blocks that are searched between two ticks for copies that a full store can do without.
-const SWEEP_BLOCKS: usize = 128;
+/// Blocks that are passed between two ticks in search of copies that a full store can do without, and how many of them are looked into.
+const SWEEP_BLOCKS: usize = 16_384;
+const SWEEP_LOOKS: usize = 512;
 /// Copies that are given up at a time, at least.
-const COPIES_MIN: u64 = 512;
+const COPIES_MIN: u64 = 2048;
 
 #[derive(Debug)]
 pub(super) struct Space {
@@ -99,6 +100,11 @@ impl Space {
 
     fn is_taken(&self, page: PageNo) -> bool {
         self.taken[page.index() / 64] >> (page.index() % 64) & 1 == 1
+    }
+
+    fn has_taken(&self, block: usize) -> bool {
+        let words = BLOCK_PAGES as usize / 64;
+        self.taken.iter().skip(block * words).take(words).any(|word| *word != 0)
     }
 
     /// The page is about to be written, or its place has been dropped.
@@ -259,20 +265,29 @@ impl Core {
         self.drop_dead();
     }
 
+    /// The store is full, and there is something to give up still: nobody need be told that there is no room.
+    pub(super) fn room_may_come(&self) -> bool {
+        let space = &self.space;
+        let drops = space.draining && self.tick >= space.retry_tick;
+        let (_, left) = space.sweep;
+        space.supported && self.is_store_full() && (space.is_anything_dropping() || drops || left > 0)
+    }
+
     fn give_up_copies(&mut self) {
         if !self.is_store_full() || !self.space.supported || self.space.is_anything_dropping() {
             return;
         }
         let wanted = COPIES_MIN.max(2 * self.table.count(PageState::Leaving));
         let blocks = self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
-        let mut found = 0;
+        let (mut found, mut looks) = (0, 0);
         for _ in 0..SWEEP_BLOCKS {
             let (block, left) = self.space.sweep;
-            if left == 0 || found >= wanted {
+            if left == 0 || found >= wanted || looks >= SWEEP_LOOKS {
                 break;
             }
             self.space.sweep = ((block + 1) % blocks, left - 1);
-            if self.table.resident_in_block(block) > 0 {
+            if self.table.resident_in_block(block) > 0 && self.space.has_taken(block) {
+                looks += 1;
                 found += self.give_up_copies_of(block);
             }
         }

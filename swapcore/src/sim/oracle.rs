@@ -162,7 +162,8 @@ impl Sim {
     /// The store has been full for long.
     pub(super) fn check_copies(&self) {
         for page in (0..self.pages).map(PageNo) {
-            let copy = self.core.table().state(page) == PageState::Resident && self.disk.allocated[page.index()];
+            let copy =
+                self.core.table().state(page) == PageState::Resident && self.disk.allocated[page.index()];
             ensure!(self, page, !copy, "{page} is in RAM, and its copy takes room in a full store");
         }
     }
@@ -171,7 +172,12 @@ impl Sim {
     pub(super) fn check_space(&self) {
         for page in (0..self.pages).map(PageNo) {
             let allocated = self.disk.allocated[page.index()];
-            ensure!(self, page, !allocated || self.core.is_place_taken(page), "{page} has a place that is not on record");
+            ensure!(
+                self,
+                page,
+                !allocated || self.core.is_place_taken(page),
+                "{page} has a place that is not on record"
+            );
             let empty = self.core.table().state(page) == PageState::Untouched;
             let kept = allocated && empty && !self.disk.keeps_all;
             ensure!(self, page, !kept, "{page} is empty, and its place in the store is not given back");

@@ -22,6 +22,23 @@ pub fn store_directory() -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
 }
 
+/// A directory of one test, which goes with it.
+pub struct Directory(pub PathBuf);
+
+impl Directory {
+    pub fn new(name: &str) -> Directory {
+        let path = store_directory().join(format!("{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).expect("a directory for the test");
+        Directory(path)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// Says that a test cannot run here, and why, past the capture of a test's output.
 pub fn skipped(why: &dyn std::fmt::Display) {
     use std::io::Write;

@@ -1,0 +1,198 @@
+//! Space comes back: what the guest gives back leaves holes in the store's file, or is discarded on its device, and a full store gives up
+//! the copies of pages that are in RAM.
+
+mod common;
+#[path = "../../tests/common/disk.rs"]
+#[allow(dead_code, reason = "each test file uses a part")]
+mod disk;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{Directory, Patience, Vm};
+use disk::Disk;
+use swapcore::units::{PageNo, Run};
+use swapd::{Engine, Notice, StartError};
+
+const MIB: u64 = 1 << 20;
+/// What is given back must have left the store by then.
+const SOON: Duration = Duration::from_secs(5);
+
+/// What is given back: with `VMEMD_LONG` as much as a balloon may.
+fn given_back() -> u64 {
+    if std::env::var_os("VMEMD_LONG").is_some() { 1024 * MIB } else { 256 * MIB }
+}
+
+/// None, with the reason said, on a host that cannot run an engine.
+fn start(memory: u64, budget: u64, store: &Path, notify: impl Fn(Notice) + Send + 'static) -> Option<Vm> {
+    let mut config = common::config(memory, budget, store.into(), false);
+    config.store.overcommit = true;
+    match Engine::start(config, Box::new(notify)) {
+        Ok(engine) => Some(Vm::of(engine)),
+        Err(StartError::Host(reason)) => {
+            common::skipped(&reason);
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn quiet(notice: Notice) {
+    println!("{notice:?}");
+}
+
+/// Bytes that the file system has given the nameless file in this directory.
+fn file_bytes(directory: &Path) -> u64 {
+    let fds = std::fs::read_dir("/proc/self/fd").expect("proc is there").flatten();
+    let links = fds.map(|fd| fd.path()).filter(|fd| {
+        std::fs::read_link(fd).is_ok_and(|target| target.starts_with(directory.canonicalize().unwrap()))
+    });
+    let store = links.into_iter().next().expect("the store is open");
+    std::fs::metadata(store).expect("a file").blocks() * 512
+}
+
+/// Waits until at least so many bytes have gone since `before`, and says how long it took.
+fn until_gone(before: u64, bytes: u64, mut taken: impl FnMut() -> u64) -> Duration {
+    let began = Instant::now();
+    Patience::default()
+        .until("the store is smaller", || (before.saturating_sub(taken()) >= bytes).then_some(()));
+    began.elapsed()
+}
+
+/// Everything is written and paged out; a part in the middle is given back, its space is free within seconds, and nothing else is harmed.
+fn gives_back(vm: &Vm, gone: Run, taken: impl Fn() -> u64) {
+    let all = Run::new(PageNo(0), vm.pages() as u32);
+    let handle = vm.handle();
+    vm.write_all(1);
+    handle.evict(all).unwrap();
+    let before = taken();
+    assert!(before >= all.bytes() as u64, "all of it is stored: {before}");
+    assert_eq!(vm.stats().store.used_bytes, all.bytes() as u64);
+    handle.discard(gone).unwrap();
+    // The file system may keep a block at each end.
+    let took = until_gone(before, gone.bytes() as u64 - MIB, &taken);
+    println!("{} MiB were free after {took:?}", gone.bytes() as u64 / MIB);
+    assert!(took <= SOON, "{took:?}");
+    Patience::default().until("it is on record", || {
+        (vm.stats().store.used_bytes == (all.len - gone.len) as u64 * 4096).then_some(())
+    });
+    let kept = |page: &PageNo| !gone.contains(*page);
+    assert!(all.pages().filter(kept).all(|page| vm.is_right(page, 1)), "what was kept is harmed");
+    assert!(gone.pages().all(|page| vm.is_zero(page)), "what was given back is not zero");
+    // Used again, while the next drops are under way: other content in the same places.
+    let again = gone.part(0, gone.len / 4);
+    for round in 2..=4 {
+        again.pages().for_each(|page| vm.write(page, round));
+        handle.evict(again).unwrap();
+        assert!(again.pages().all(|page| vm.is_right(page, round)), "round {round}");
+        if round < 4 {
+            handle.evict(again).unwrap();
+            handle.discard(again).unwrap();
+        }
+    }
+    assert!(all.pages().filter(kept).all(|page| vm.is_right(page, 1)), "what was kept is harmed");
+}
+
+#[test]
+fn what_is_given_back_leaves_holes_in_the_file() {
+    let directory = Directory::new("holes");
+    let gone = given_back();
+    let Some(vm) = start(gone + 128 * MIB, 64 * MIB, &directory.0, quiet) else { return };
+    gives_back(&vm, Run::new(PageNo(5000), (gone / 4096) as u32), || file_bytes(&directory.0));
+}
+
+#[test]
+fn what_is_given_back_is_discarded_on_a_device() {
+    let directory = Directory::new("discards");
+    let gone = given_back();
+    let disk = match Disk::bare(&directory.0, gone + 128 * MIB) {
+        Ok(disk) => disk,
+        Err(why) => return common::skipped(&format_args!("no loop device here: {why}")),
+    };
+    let Some(vm) = start(gone + 128 * MIB, 64 * MIB, Path::new(&disk.store()), quiet) else { return };
+    let image = directory.0.join("disk.img");
+    let taken = || std::fs::metadata(&image).expect("the device's image").blocks() * 512;
+    gives_back(&vm, Run::new(PageNo(5000), (gone / 4096) as u32), taken);
+}
+
+/// The file system has room for what is outside of RAM, and not for all of memory.
+#[test]
+fn a_store_as_large_as_what_is_outside_of_ram_is_enough() {
+    const MEMORY: u64 = 128 * MIB;
+    const BUDGET: u64 = 32 * MIB;
+    let directory = Directory::new("tight");
+    let disk = match Disk::ext4(&directory.0, 256 * MIB) {
+        Ok(disk) => disk,
+        Err(why) => return common::skipped(&format_args!("no loop device with a file system here: {why}")),
+    };
+    disk.leave_free(MEMORY - BUDGET + 12 * MIB);
+    static STARVED: AtomicBool = AtomicBool::new(false);
+    let notify = |notice| {
+        STARVED.fetch_or(matches!(notice, Notice::Starved(_)), Ordering::SeqCst);
+        quiet(notice);
+    };
+    let Some(vm) = start(MEMORY, BUDGET, Path::new(&disk.store()), notify) else { return };
+    for round in 1..=4 {
+        vm.write_all(round);
+        assert_eq!(vm.mismatches(round), 0, "round {round}");
+    }
+    let stats = vm.stats();
+    assert!(stats.store.write_errors > 0, "it was never full: {stats:?}");
+    println!("{} writes refused", stats.store.write_errors);
+    assert!(!STARVED.load(Ordering::SeqCst), "the VM would have been paused");
+    Patience::default().until("the store works", || vm.stats().store.failed.is_none().then_some(()));
+}
+
+/// How long faults wait while space is given back beside them. Prints; the figures are those of `docs/performance.md`.
+#[test]
+fn faults_go_on_beside_holes() {
+    let directory = Directory::new("beside");
+    let gone = given_back();
+    let Some(vm) = start(gone + 256 * MIB, 64 * MIB, &directory.0, quiet) else { return };
+    let all = Run::new(PageNo(0), vm.pages() as u32);
+    let handle = vm.handle();
+    vm.write_all(1);
+    handle.evict(all).unwrap();
+    handle.set_prefetch(false).unwrap();
+    let used = || vm.stats().store.used_bytes;
+    // Pages of the last 256 MiB at random, until it ends.
+    let touched = all.part(all.len - (256 * MIB / 4096) as u32, (256 * MIB / 4096) as u32);
+    let mut x = 1u64;
+    let mut touch = |goes_on: &mut dyn FnMut() -> bool| {
+        let mut waits = Vec::new();
+        while goes_on() {
+            for _ in 0..64 {
+                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let page = PageNo(touched.start.0 + (x >> 33) % u64::from(touched.len));
+                let began = Instant::now();
+                vm.touch(page);
+                waits.push(began.elapsed());
+            }
+        }
+        waits.sort_unstable();
+        waits
+    };
+    let tell = |what: &str, waits: &[Duration]| {
+        let at = |share: f64| waits[(waits.len() as f64 * share) as usize].as_micros();
+        let (n, max) = (waits.len(), waits.last().unwrap().as_micros());
+        println!(
+            "{what}: {n} touches, p50 {} p90 {} p99 {} p99.9 {} max {max} us",
+            at(0.5),
+            at(0.9),
+            at(0.99),
+            at(0.999)
+        );
+    };
+    let until = Instant::now() + Duration::from_secs(3);
+    tell("before", &touch(&mut || Instant::now() < until));
+    let before = used();
+    handle.discard(Run::new(PageNo(0), (gone / 4096) as u32)).unwrap();
+    let began = Instant::now();
+    tell("beside holes", &touch(&mut || before.saturating_sub(used()) < gone));
+    println!("{} MiB in {:?}", gone / MIB, began.elapsed());
+    let until = Instant::now() + Duration::from_secs(3);
+    tell("after", &touch(&mut || Instant::now() < until));
+    assert!(touched.pages().all(|page| vm.is_right(page, 1)));
+}
