@@ -10,7 +10,9 @@
 
 use swapd::{Placed, Run};
 
-use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
+use super::accepted::{TargetLink, TargetMemory};
+use super::error::ReceiveError;
+use super::session::{Failed, Session};
 use crate::bitmap::Bitmap;
 use crate::limits::{PLACEMENT_WINDOW, RESOLVE_EVERY, RESOLVE_LIMIT, patience};
 use crate::link::trouble::Trouble;
