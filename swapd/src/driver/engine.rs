@@ -12,7 +12,7 @@ use super::sealer::Sealer;
 use super::uffd::Faults;
 use super::{Driver, locking, store};
 use crate::cipher::Cipher;
-use crate::core::{BUDGET_MIN, Core, CoreConfig, staging_blocks, staging_slots};
+use crate::core::{BUDGET_MIN, Core, CoreConfig, WalkStep, staging_blocks, staging_slots};
 use crate::handle::EngineHandle;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
 
@@ -173,6 +173,7 @@ impl Engine {
             slots: staging.slots,
             blocks: staging.blocks,
             sampling: config.sampling,
+            walk: WalkStep::default(),
         })
         .with_short_blocks(memory.short_blocks());
         let (started, start) = mpsc::channel();
