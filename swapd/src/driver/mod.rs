@@ -8,40 +8,37 @@
 //! Invariant: actions are executed in the order of issue, each before the next event is read; so the core's
 //! table and the kernel's page tables agree whenever an event is handled.
 
-mod engine;
+pub(crate) mod engine;
 mod latency;
-mod locking;
-mod mailbox;
-mod memory;
-pub(crate) mod moves;
+pub(crate) mod locking;
+pub(crate) mod mailbox;
+pub(crate) mod memory;
 mod recorder;
 mod regions;
 mod ring;
 mod sealer;
 mod store;
-pub(crate) mod transfer;
 mod uffd;
-
-pub use engine::{Engine, EngineConfig, Notice, StartError, StoreConfig};
-pub use locking::lock_limit;
-pub(crate) use mailbox::Mailbox;
-pub(crate) use memory::Memory;
-pub use memory::huge_page_mode;
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::core::{Action, Core, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
-use crate::digest::{is_zero, page_sum};
-use crate::handle::{Command, CommandError, Copies};
-use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun, bytes_of, pages_in};
+use crate::error::StartError;
+use crate::notice::Notice;
 use latency::LatencyBook;
-use moves::{HASTY, Moved, PATIENT};
+use mailbox::{Command, Mailbox};
+use memory::Memory;
 use recorder::Recorder;
 use ring::{Completion, Ring};
 use sealer::Sealer;
+use swapcore::api::Copies;
+use swapcore::core::{Action, Core, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+use swapcore::digest::{is_zero, page_sum};
+use swapcore::error::CommandError;
+use swapcore::moves::{HASTY, Moved, PATIENT};
+use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun, bytes_of, pages_in};
 use uffd::Faults;
 
 type Reply = Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>;

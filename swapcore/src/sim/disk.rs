@@ -6,8 +6,9 @@
 use super::Sim;
 use super::coverage::{Fault, Outcome};
 use crate::core::{Event, IoError, IoId};
-use crate::driver::transfer::Transfer;
+use crate::errno;
 use crate::table::PageState;
+use crate::transfer::Transfer;
 use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun};
 
 /// Errors in a row that pass: one more, and the core is right to give the page up.
@@ -130,7 +131,7 @@ impl Sim {
     fn device_reads(&mut self, flight: &Flight) -> i32 {
         let (run, slots) = flight.rest();
         if self.random.one_in(self.odds.again) {
-            return -libc::EAGAIN;
+            return -errno::EAGAIN;
         }
         let bad = |page: &PageNo| self.disk.damage[page.index()] == Some(Fault::BadSector);
         let mut count = run.len;
@@ -138,7 +139,7 @@ impl Sim {
             // Some devices say how far they came.
             if nth == 0 || self.random.one_in(2) {
                 run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
-                return -libc::EIO;
+                return -errno::EIO;
             }
             count = nth as u32;
         }
@@ -146,7 +147,7 @@ impl Sim {
         if self.random.one_in(self.odds.read_error) && flight.run.pages().all(passes) {
             self.coverage.injected(Fault::ReadError);
             run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
-            return -libc::EIO;
+            return -errno::EIO;
         }
         count = self.cut_short(count);
         for (page, slot) in run.pages().zip(slots.slots()).take(count as usize) {
@@ -213,13 +214,13 @@ impl Sim {
     fn device_writes(&mut self, flight: &Flight) -> i32 {
         let (run, slots) = flight.rest();
         if self.random.one_in(self.odds.again) {
-            return -libc::EAGAIN;
+            return -errno::EAGAIN;
         }
         if self.random.one_in(self.odds.write_error) {
             self.coverage.injected(Fault::WriteError);
             self.disk.failure = Some(Fault::WriteError);
             run.pages().zip(slots.slots()).for_each(|(page, slot)| self.write_halfway(page, slot));
-            return -libc::EIO;
+            return -errno::EIO;
         }
         let mut count = self.cut_short(run.len);
         for (nth, (page, slot)) in (0..).zip(run.pages().zip(slots.slots())).take(count as usize) {
@@ -258,13 +259,13 @@ impl Sim {
         if self.disk.bad_writes.is_some_and(|run| run.contains(page)) {
             self.disk.failure = Some(Fault::BadRegion);
             self.coverage.injected(Fault::BadRegion);
-            return libc::EIO;
+            return errno::EIO;
         }
         if !self.disk.allocated[index] {
             if self.disk.room == 0 {
                 self.disk.failure = Some(Fault::DiskFull);
                 self.coverage.injected(Fault::DiskFull);
-                return libc::ENOSPC;
+                return errno::ENOSPC;
             }
             self.disk.room -= 1;
             self.disk.allocated[index] = true;

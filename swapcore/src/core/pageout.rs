@@ -3,7 +3,7 @@
 use super::Core;
 use super::event::{Action, Response, Ticket};
 use super::io::Purpose;
-use crate::handle::CommandError;
+use crate::error::CommandError;
 use crate::policy::clock::may_leave;
 use crate::policy::sampler::Places;
 use crate::policy::watermarks::BATCH_MAX;

@@ -9,7 +9,8 @@ use std::collections::VecDeque;
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
-use crate::handle::{Arrival, CommandError, Placed};
+use crate::api::{Arrival, Placed};
+use crate::error::CommandError;
 use crate::policy::clock::{VICTIM_RUN_MAX, may_leave};
 use crate::policy::placement::{Arrivals, HEAT_AGAIN, HOT};
 use crate::staging::Use;

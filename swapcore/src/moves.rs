@@ -1,15 +1,17 @@
 //! A move that the kernel does in parts, and what its errors mean. Without hands, so that the simulation runs the same code.
 
+use crate::errno;
+
 /// Tries for a frame whose pin the kernel is about to drop: it comes from a read that has just ended.
-pub(crate) const PATIENT: u32 = 200;
+pub const PATIENT: u32 = 200;
 /// Tries for a page of the guest that may be pinned for as long as its I/O takes.
-pub(crate) const HASTY: u32 = 2;
+pub const HASTY: u32 = 2;
 /// Tries for a move that met a change of the address space.
 const RETRIES: u32 = 2000;
 
 /// How far a move came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Moved {
+pub enum Moved {
     All,
     /// So many bytes, then a page pinned by I/O.
     Pinned(usize),
@@ -17,14 +19,14 @@ pub(crate) enum Moved {
 
 /// What stopped a move for good: how far it was, and the errno.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Refused {
-    pub(crate) done: usize,
-    pub(crate) errno: i32,
+pub struct Refused {
+    pub done: usize,
+    pub errno: i32,
 }
 
 /// Moves `len` bytes by as many calls of `attempt` as it takes. It is told how many bytes are moved, and says how many more
 /// are now, with the errno that ended it.
-pub(crate) fn carry(
+pub fn carry(
     len: usize,
     patience: u32,
     mut attempt: impl FnMut(usize) -> (usize, i32),
@@ -40,10 +42,10 @@ pub(crate) fn carry(
         }
         retries += 1;
         match errno {
-            libc::EBUSY if retries < patience => std::hint::spin_loop(),
-            libc::EBUSY => return Ok(Moved::Pinned(done)),
-            libc::EAGAIN if retries < RETRIES => std::thread::yield_now(),
-            libc::EAGAIN => return Ok(Moved::Pinned(done)),
+            errno::EBUSY if retries < patience => std::hint::spin_loop(),
+            errno::EBUSY => return Ok(Moved::Pinned(done)),
+            errno::EAGAIN if retries < RETRIES => std::thread::yield_now(),
+            errno::EAGAIN => return Ok(Moved::Pinned(done)),
             errno => return Err(Refused { done, errno }),
         }
     }
@@ -57,12 +59,12 @@ mod tests {
     #[test]
     fn progress_buys_new_patience_and_a_pin_ends_it() {
         let answers = [
-            (0, libc::EBUSY),
-            (1, libc::EBUSY),
-            (0, libc::EAGAIN),
-            (1, libc::EAGAIN),
-            (0, libc::EBUSY),
-            (0, libc::EBUSY),
+            (0, errno::EBUSY),
+            (1, errno::EBUSY),
+            (0, errno::EAGAIN),
+            (1, errno::EAGAIN),
+            (0, errno::EBUSY),
+            (0, errno::EBUSY),
         ];
         let mut answers = answers.into_iter();
         assert_eq!(carry(4, HASTY, |_| answers.next().unwrap()), Ok(Moved::Pinned(2)));
@@ -71,8 +73,8 @@ mod tests {
 
     #[test]
     fn other_errors_are_told() {
-        let refused = carry(2, PATIENT, |done| if done == 0 { (1, 0) } else { (0, libc::EEXIST) });
-        assert_eq!(refused, Err(Refused { done: 1, errno: libc::EEXIST }));
-        assert_eq!(carry(2, PATIENT, |_| (1, libc::EAGAIN)), Ok(Moved::All));
+        let refused = carry(2, PATIENT, |done| if done == 0 { (1, 0) } else { (0, errno::EEXIST) });
+        assert_eq!(refused, Err(Refused { done: 1, errno: errno::EEXIST }));
+        assert_eq!(carry(2, PATIENT, |_| (1, errno::EAGAIN)), Ok(Moved::All));
     }
 }

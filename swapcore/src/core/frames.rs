@@ -2,7 +2,7 @@
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
-use crate::handle::CommandError;
+use crate::error::CommandError;
 use crate::policy::watermarks::Watermarks;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};

@@ -14,7 +14,7 @@
 use super::Core;
 use super::event::{Action, IoError, Response, Ticket};
 use super::io::Purpose;
-use crate::handle::CommandError;
+use crate::error::CommandError;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::Slot;

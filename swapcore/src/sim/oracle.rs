@@ -4,7 +4,7 @@
 use super::Sim;
 use super::coverage::Fault;
 use super::kernel::Entry;
-use crate::handle::Place;
+use crate::api::Place;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot};
 

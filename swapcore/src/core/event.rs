@@ -1,8 +1,7 @@
 //! What goes into the core and what comes out of it.
 
-use serde::{Deserialize, Serialize};
-
-use crate::handle::{Arrival, CommandError, Copies, FaultsSeen, Piece, Placed, Written};
+use crate::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Placed, Written};
+use crate::error::CommandError;
 use crate::stats::Stats;
 use crate::units::{PageNo, Run, Slot, SlotRun};
 
@@ -89,7 +88,7 @@ pub enum Event<'a> {
 /// Milliseconds between two ticks.
 pub const TICK_MS: u64 = 100;
 
-/// What other threads ask for; see [`crate::EngineHandle`], which has a method for each.
+/// What other threads ask for; see `EngineHandle` of `swapd`, which has a method for each.
 #[derive(Debug)]
 pub enum Request {
     Stats,
@@ -137,15 +136,6 @@ pub enum Response {
     Frames(SlotRun),
     Placed(Placed),
     Faults(FaultsSeen),
-}
-
-/// How a fault was served.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FaultKind {
-    Zero,
-    Rescue,
-    Store,
 }
 
 /// Something to do. Executed in the order of issue, each before the next event is read.

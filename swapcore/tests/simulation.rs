@@ -7,8 +7,8 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use swapd::mutant::{MUTANTS, Mutant, plant};
-use swapd::sim::{Coverage, Depth, Sim};
+use swapcore::mutant::{MUTANTS, Mutant, plant};
+use swapcore::sim::{Coverage, Depth, Sim};
 
 const STEPS: u32 = 1500;
 const SEEDS: u64 = 500;
@@ -64,7 +64,7 @@ fn run_seed(seed: u64, mutant: Option<Mutant>) -> Result<(Sim, Coverage), String
         Ok(coverage) => Ok((sim, coverage)),
         Err(_) => {
             let planted = mutant.map_or(String::new(), |mutant| format!("VMEMD_SIM_MUTANT={mutant:?} "));
-            let replay = "cargo test -p swapd --test simulation no_seed_loses_a_page -- --nocapture";
+            let replay = "cargo test -p swapcore --test simulation no_seed_loses_a_page -- --nocapture";
             Err(format!("{}replay it with {planted}VMEMD_SIM_SEED={seed} {replay}", sim.tell(&panic)))
         }
     }

@@ -4,7 +4,7 @@ use super::Sim;
 use super::coverage::Outcome;
 use super::oracle::Held;
 use crate::core::{Event, Request, Response, Ticket};
-use crate::handle::CommandError;
+use crate::error::CommandError;
 use crate::units::{PageNo, Run, SlotRun, bytes_of};
 
 /// Held runs at a time.

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 
 use super::Core;
 use super::event::{Action, TICK_MS};
-use crate::handle::CommandError;
+use crate::error::CommandError;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, bytes_of};
 

@@ -26,10 +26,11 @@ mod walk;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub use event::{Action, Event, FaultKind, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use event::{Action, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 pub use walk::WalkStep;
 
-use crate::handle::CommandError;
+use crate::api::FaultKind;
+use crate::error::CommandError;
 use crate::policy::clock::Clock;
 use crate::policy::prefetch::{Plan, Prefetcher, WINDOW_MAX};
 use crate::policy::probation::Probation;

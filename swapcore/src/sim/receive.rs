@@ -3,8 +3,9 @@
 use super::Sim;
 use super::coverage::{Fault, Outcome};
 use super::operator::Asked;
+use crate::api::Arrival;
 use crate::core::{Event, Request, Response, Ticket};
-use crate::handle::{Arrival, CommandError};
+use crate::error::CommandError;
 use crate::table::PageState;
 use crate::units::{Run, SlotRun};
 

@@ -3,25 +3,26 @@
 
 use std::io;
 
+use crate::errno;
 use crate::units::PAGE_SIZE;
 
 /// Short ones go on where they stopped.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Transfer {
-    pub(crate) write: bool,
+pub struct Transfer {
+    pub write: bool,
     /// In the store.
-    pub(crate) offset: u64,
+    pub offset: u64,
     /// In memory.
-    pub(crate) address: usize,
-    pub(crate) len: usize,
-    pub(crate) done: usize,
+    pub address: usize,
+    pub len: usize,
+    pub done: usize,
 }
 
 impl Transfer {
     /// Takes a completion's result as io_uring gives it: bytes, or an errno below zero. `None`: submit the rest.
-    pub(crate) fn completed(&mut self, result: i32) -> Option<io::Result<()>> {
+    pub fn completed(&mut self, result: i32) -> Option<io::Result<()>> {
         match result {
-            errno if [-libc::EAGAIN, -libc::EINTR].contains(&errno) => None,
+            errno if [-errno::EAGAIN, -errno::EINTR].contains(&errno) => None,
             errno if errno < 0 => Some(Err(io::Error::from_raw_os_error(-errno))),
             bytes => {
                 self.done += bytes as usize;
@@ -50,9 +51,9 @@ mod tests {
     #[test]
     fn short_ones_go_on_and_end_with_all_bytes() {
         let mut write = transfer(4);
-        assert!(write.completed(-libc::EAGAIN).is_none());
+        assert!(write.completed(-errno::EAGAIN).is_none());
         assert!(write.completed(PAGE_SIZE as i32).is_none());
-        assert!(write.completed(-libc::EINTR).is_none());
+        assert!(write.completed(-errno::EINTR).is_none());
         assert_eq!(write.done, PAGE_SIZE);
         assert!(write.completed(3 * PAGE_SIZE as i32).is_some_and(|result| result.is_ok()));
     }
@@ -62,7 +63,7 @@ mod tests {
         for bytes in [0, 100, PAGE_SIZE as i32 + 512] {
             assert!(transfer(4).completed(bytes).is_some_and(|result| result.is_err()), "{bytes} bytes");
         }
-        let full = transfer(4).completed(-libc::ENOSPC).unwrap().unwrap_err();
-        assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+        let full = transfer(4).completed(-errno::ENOSPC).unwrap().unwrap_err();
+        assert_eq!(full.raw_os_error(), Some(errno::ENOSPC));
     }
 }

@@ -1,6 +1,5 @@
 //! What the engine counts, as `vmemd stat` prints it.
 
-use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 /// A snapshot. Fields in bytes end in `_bytes`, times in `_us`; the rest counts pages or events since start.
@@ -109,12 +108,4 @@ pub struct Percentiles {
     pub p99: f64,
     pub p999: f64,
     pub max: f64,
-}
-
-impl From<&Histogram<u64>> for Percentiles {
-    /// From a histogram in nanoseconds.
-    fn from(histogram_ns: &Histogram<u64>) -> Self {
-        let at = |quantile| histogram_ns.value_at_quantile(quantile) as f64 / 1000.0;
-        Percentiles { p50: at(0.5), p99: at(0.99), p999: at(0.999), max: histogram_ns.max() as f64 / 1000.0 }
-    }
 }

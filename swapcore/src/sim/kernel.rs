@@ -2,9 +2,10 @@
 
 use super::Sim;
 use super::coverage::{Cause, Fault, Outcome};
+use crate::api::Copies;
 use crate::core::{Action, Event, PageOut, Response};
-use crate::driver::moves::{self, Moved};
-use crate::handle::Copies;
+use crate::errno;
+use crate::moves::{self, Moved};
 use crate::table::PageState;
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
 
@@ -287,13 +288,13 @@ impl Sim {
             let mut errno = 0;
             if random.one_in(odds.pinned * 2) {
                 count = random.below(u64::from(count)) as u32;
-                errno = if random.one_in(2) { libc::EAGAIN } else { libc::EBUSY };
+                errno = if random.one_in(2) { errno::EAGAIN } else { errno::EBUSY };
             }
             if let Some(pinned) = lasting.filter(|pinned| *pinned < done + count) {
-                (count, errno) = (pinned - done, libc::EBUSY);
+                (count, errno) = (pinned - done, errno::EBUSY);
             }
             end(done, kernel, count);
-            if errno == libc::EAGAIN {
+            if errno == errno::EAGAIN {
                 coverage.injected(Fault::MoveAgain);
                 coverage.outcome(Fault::MoveAgain, Outcome::WentOn);
             }

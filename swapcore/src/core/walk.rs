@@ -13,7 +13,8 @@ use std::collections::VecDeque;
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
-use crate::handle::{CommandError, Written};
+use crate::api::Written;
+use crate::error::CommandError;
 use crate::table::{PageState, PageTable, REGION_BLOCKS};
 use crate::units::{BLOCK_PAGES, PageNo, Run};
 

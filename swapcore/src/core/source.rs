@@ -2,7 +2,8 @@
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
-use crate::handle::{CommandError, Piece, Place};
+use crate::api::{Piece, Place};
+use crate::error::CommandError;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, runs_of};
 

@@ -1,7 +1,7 @@
 //! What the simulation has found, each in as few events as show it.
 
 use super::*;
-use crate::handle::Arrival;
+use crate::api::Arrival;
 
 const PAGE: PageNo = PageNo(7);
 

@@ -1,8 +1,9 @@
 //! A vCPU touched a page that is not in the guest.
 
 use super::Core;
-use super::event::{Action, FaultKind, Response};
+use super::event::{Action, Response};
 use super::io::Landing;
+use crate::api::FaultKind;
 use crate::policy::prefetch::{Plan, Surroundings};
 use crate::policy::probation::HEAT_FAULT;
 use crate::table::{Flag, PageState};
