@@ -124,7 +124,9 @@ fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
         handle.heat_async().blocking_recv().expect("the engine lives").expect("heat is always known");
     });
     measure("pages in RAM", &|handle| drop(handle.resident_map().expect("they are known")));
-    measure("pages in the store", &|handle| drop(handle.stored_map().expect("they are known")));
+    measure("pages in the store", &|handle| {
+        handle.stored_map_async().blocking_recv().expect("the engine lives").expect("they are known");
+    });
     measure("tracking of writes, on and off", &|handle| {
         handle.track_writes(true).expect("tracking begins");
         handle.track_writes(false).expect("tracking ends");

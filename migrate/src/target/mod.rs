@@ -4,6 +4,7 @@ mod arrival;
 mod handover;
 mod intake;
 mod ledger;
+mod placement;
 mod plain;
 mod sink;
 
