@@ -26,7 +26,8 @@ mod walk;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub use event::{Action, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use crate::error::{IoError, IoErrorKind};
+pub use event::{Action, Event, IoId, PageOut, Request, Response, TICK_MS, Ticket};
 pub use walk::WalkStep;
 
 use crate::api::FaultKind;
@@ -548,7 +549,7 @@ impl Core {
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
-                failed: self.latch.as_ref().map(|latch| latch.reason().to_owned()),
+                failed: self.latch.as_ref().map(|latch| latch.error().to_string()),
                 ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::api::Arrival;
+use crate::units::TierId;
 
 const PAGE: PageNo = PageNo(7);
 
@@ -156,7 +157,7 @@ fn a_late_fault_finds_no_page_that_is_about_to_leave() {
 fn a_failed_store_takes_no_frames_for_those_who_ask() {
     let mut core = receiving(false);
     let io = io_of(&arrive(&mut core, 1));
-    written(&mut core, io, Err(IoError("no space".into())));
+    written(&mut core, io, Err(IoError { tier: TierId::STORE, write: true, kind: IoErrorKind::Full }));
     // `check` finds frames that nobody has.
     let refused = ask(&mut core, Request::GrantFrames(8));
     assert!(

@@ -9,6 +9,7 @@
 //! table and the kernel's page tables agree whenever an event is handled.
 
 pub(crate) mod engine;
+mod errno;
 mod latency;
 pub(crate) mod locking;
 pub(crate) mod mailbox;
@@ -34,11 +35,13 @@ use recorder::Recorder;
 use ring::{Completion, Ring};
 use sealer::Sealer;
 use swapcore::api::Copies;
-use swapcore::core::{Action, Core, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+use swapcore::core::{
+    Action, Core, Event, IoError, IoErrorKind, IoId, PageOut, Request, Response, TICK_MS, Ticket,
+};
 use swapcore::digest::{is_zero, page_sum};
 use swapcore::error::CommandError;
 use swapcore::moves::{HASTY, Moved, PATIENT};
-use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun, bytes_of, pages_in};
+use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId, bytes_of, pages_in};
 use uffd::Faults;
 
 type Reply = Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>;
@@ -146,16 +149,21 @@ impl Driver {
 
     fn io_done(&mut self, io: IoId, result: std::io::Result<()>) {
         let read = self.reads.remove(&io);
-        let error = result.err().map(|error| explain(read.is_some(), &error));
+        let failed = |error: std::io::Error| {
+            let kind = IoErrorKind::of(&error);
+            (IoError { tier: TierId::STORE, write: read.is_none(), kind }, error)
+        };
+        let error = result.err().map(failed);
         let Some((run, slots)) = read else {
             if let Some(sealer) = &mut self.sealer {
                 sealer.written(io);
             }
-            return self.event(Event::WriteDone { io, result: error.map_or(Ok(()), Err) });
+            return self
+                .event(Event::WriteDone { io, result: error.map_or(Ok(()), |(error, _)| Err(error)) });
         };
-        if let Some(error) = error {
+        if let Some((error, cause)) = error {
             if self.read_error_told.is_none_or(|told| told.elapsed() >= READ_ERROR_EVERY) {
-                tracing::error!(first = run.start.0, pages = run.len, "{}", error.0);
+                tracing::error!(first = run.start.0, pages = run.len, %cause, "{error}");
                 self.read_error_told = Some(Instant::now());
             }
             return self.event(Event::ReadDone { io, result: Err(error) });
@@ -239,11 +247,15 @@ impl Driver {
             Action::HugePages(allowed) => self.memory.allow_huge(allowed),
             Action::Copy { from, to } => self.memory.copy_slot(from, to),
             Action::CopyOut { ticket, pages } => self.copy_out(ticket, &pages),
-            Action::Read { io, run, slots } => {
+            Action::Read { io, tier, run, slots } => {
+                assert_eq!(tier, TierId::STORE, "the only one there is");
                 self.reads.insert(io, (run, slots));
                 self.ring.start(io, false, run, self.memory.slot(slots.start));
             }
-            Action::Write { io, run, slots } => self.write(io, run, slots),
+            Action::Write { io, tier, run, slots } => {
+                assert_eq!(tier, TierId::STORE, "the only one there is");
+                self.write(io, run, slots);
+            }
             Action::DropGuest { run } => report(self.memory.drop_guest(run), "give frames back"),
             Action::ReleaseFrames { slots } => report(self.memory.release_slots(slots), "give frames back"),
             Action::Poison { page } => {
@@ -263,9 +275,9 @@ impl Driver {
             }
             Action::ScanWritten { run } => self.scan_written(run),
             Action::Answer { ticket, answer } => self.answer(ticket, answer),
-            Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error)),
-            Action::StoreRecovered => (self.notify)(Notice::StoreRecovered),
-            Action::Starved(error) => (self.notify)(Notice::Starved(error)),
+            Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error.to_string())),
+            Action::StoreRecovered(_) => (self.notify)(Notice::StoreRecovered),
+            Action::Starved(error) => (self.notify)(Notice::Starved(error.to_string())),
             Action::Relieved => (self.notify)(Notice::Relieved),
             Action::Short { pinned } => (self.notify)(Notice::Short { pinned_bytes: bytes_of(pinned) }),
             Action::Enough => (self.notify)(Notice::Enough),
@@ -432,15 +444,6 @@ impl Driver {
 }
 
 const NO_DIGEST: PageOut = PageOut::Moved { sum: 0, zero: false };
-
-/// What an operator is told of an operation that failed.
-fn explain(read: bool, error: &std::io::Error) -> IoError {
-    IoError(match error.raw_os_error() {
-        _ if read => format!("the store cannot be read: {error}"),
-        Some(libc::ENOSPC | libc::EDQUOT) => format!("the store is full: {error}"),
-        _ => format!("the store cannot be written: {error}"),
-    })
-}
 
 fn report(result: std::io::Result<()>, what: &str) {
     if let Err(error) = result {
