@@ -10,8 +10,10 @@
 
 use swapd::Placed;
 
+use super::accepted::{TargetLink, TargetMemory};
+use super::error::ReceiveError;
 use super::placement::Check;
-use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
+use super::session::{Failed, Session};
 use crate::limits::{RESOLVE_EVERY, RESOLVE_LIMIT, patience};
 use crate::link::trouble::Trouble;
 use crate::outside::{Instant, elsewhere, pause, planted};
