@@ -17,7 +17,7 @@ use crate::signals;
 use crate::vm::{Core, Event, Phase, Told, Vm};
 
 /// How often the guest is looked at without an event: only to log that it failed.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// The same while the VM is ending.
 const LOOK_EVERY_ENDING: Duration = Duration::from_millis(100);
 /// How long a migration may take to notice that it is cancelled.

@@ -122,6 +122,8 @@ mod planted {
         CopiesWhatArrives,
         /// Pages that leave the guest while writes are tracked are not reported.
         LeavesUnseenByTracking,
+        /// One step of a scan for written pages forgets what has left elsewhere.
+        ForgetsLeftOfOtherSteps,
         /// Pages given back while writes are tracked are not reported.
         DiscardUnseenByTracking,
         /// Two versions of an arriving page are written at once.

@@ -14,7 +14,7 @@
 //! Pages of a block are summarised (resident count, heat epoch), and blocks of a region (1 GiB), so that sweeps skip what is
 //! empty and decay costs nothing where nothing happens.
 
-use crate::units::{BLOCK_PAGES, PageNo, Run};
+use crate::units::{BLOCK_PAGES, PageNo, Run, TierId};
 
 /// Where a page is. See `docs/engine.md` for the picture.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -128,12 +128,25 @@ impl Flag {
 struct Block {
     /// Resident pages in the block.
     resident: u16,
-    /// See [`PageTable::is_huge`].
-    huge: bool,
-    /// See [`PageTable::is_fresh`].
-    fresh: bool,
+    /// [`HUGE`] and [`FRESH`].
+    marks: u8,
+    /// See [`PageTable::home`].
+    home: TierId,
     /// The epoch that the block's heats are of.
     epoch: u32,
+}
+
+/// See [`PageTable::is_huge`].
+const HUGE: u8 = 1 << 0;
+/// See [`PageTable::is_fresh`].
+const FRESH: u8 = 1 << 1;
+
+const _: () = assert!(size_of::<Block>() == 8, "as `docs/engine.md` says");
+
+impl Block {
+    fn mark(&mut self, mark: u8, on: bool) {
+        self.marks = if on { self.marks | mark } else { self.marks & !mark };
+    }
 }
 
 /// Blocks of a region: 1 GiB.
@@ -234,7 +247,9 @@ impl PageTable {
         self.counts[to as usize] += 1;
         self.transitions[from as usize][to as usize] += 1;
         let block = &mut self.blocks[page.block()];
-        block.huge &= matches!(to, Resident | Sampled | Arriving);
+        if !matches!(to, Resident | Sampled | Arriving) {
+            block.mark(HUGE, false);
+        }
         block.resident -= u16::from(from == Resident);
         block.resident += u16::from(to == Resident);
         let region = &mut self.regions[page.block() / REGION_BLOCKS];
@@ -282,21 +297,44 @@ impl PageTable {
 
     /// The host gave the block one huge page, and no part of it has gone another way since.
     pub fn is_huge(&self, block: usize) -> bool {
-        self.blocks[block].huge
+        self.blocks[block].marks & HUGE != 0
     }
 
     /// The whole block has come in one huge page, or one has lost a part.
     pub fn set_huge(&mut self, block: usize, huge: bool) {
-        self.blocks[block].huge = huge;
+        self.blocks[block].mark(HUGE, huge);
     }
 
     /// Some of the block was touched for the first time since this was last asked: that is no sign that it is in use.
     pub fn is_fresh(&mut self, block: usize) -> bool {
-        std::mem::take(&mut self.blocks[block].fresh)
+        let block = &mut self.blocks[block];
+        let fresh = block.marks & FRESH != 0;
+        block.mark(FRESH, false);
+        fresh
     }
 
     pub fn set_fresh(&mut self, block: usize) {
-        self.blocks[block].fresh = true;
+        self.blocks[block].mark(FRESH, true);
+    }
+
+    /// Where new content of the block's pages goes, and where what is stored of them is.
+    pub fn home(&self, block: usize) -> TierId {
+        self.blocks[block].home
+    }
+
+    /// # Panics
+    /// If something of the block is stored, or on its way: it would be looked for in the wrong place.
+    pub fn set_home(&mut self, block: usize, home: TierId) {
+        let pages = self.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES))).pages();
+        let elsewhere = |page: &PageNo| {
+            !matches!(self.state(*page), Untouched | Resident)
+                || self.has(*page, Flag::Stored)
+                || self.has(*page, Flag::Writing)
+        };
+        if let Some(page) = pages.into_iter().find(elsewhere) {
+            panic!("{page} is stored already, and its home is to be {home:?}");
+        }
+        self.blocks[block].home = home;
     }
 
     /// The first block from `block` on that is in another region, if this one has no resident page at all.

@@ -20,6 +20,27 @@ pub struct PageNo(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Slot(pub u32);
 
+/// Where pages are when they are not in RAM. Tier 0 is the VM's own store.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct TierId(pub u8);
+
+impl TierId {
+    pub const STORE: TierId = TierId(0);
+
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+impl fmt::Display for TierId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            TierId::STORE => write!(f, "the store"),
+            TierId(number) => write!(f, "tier {number}"),
+        }
+    }
+}
+
 /// `len` contiguous pages from `start`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Run {

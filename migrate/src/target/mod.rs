@@ -6,6 +6,7 @@ pub(crate) mod error;
 mod handover;
 mod intake;
 mod ledger;
+mod placement;
 mod plain;
 mod session;
 mod sink;

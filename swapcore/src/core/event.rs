@@ -2,8 +2,9 @@
 
 use crate::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Placed, Written};
 use crate::error::CommandError;
+use crate::error::IoError;
 use crate::stats::Stats;
-use crate::units::{PageNo, Run, Slot, SlotRun};
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
 /// An operation on the store that is under way.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -12,10 +13,6 @@ pub struct IoId(pub u32);
 /// A request that waits for its answer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Ticket(pub u64);
-
-/// Why an operation on the store failed, in words for the operator.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct IoError(pub String);
 
 /// What became of one page of a move out of the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -72,11 +69,13 @@ pub enum Event<'a> {
         block: Run,
         huge: bool,
     },
-    /// Answer to [`Action::ScanWritten`]: present pages written since the last scan.
+    /// Answer to [`Action::ScanWritten`]: those of the run's present pages that have been written since the last scan.
     Written {
-        ticket: Ticket,
-        runs: &'a [Run],
+        run: Run,
+        seen: &'a [Run],
     },
+    /// There is time for one more step of a walk ([`super::Core::is_walking`]).
+    Step,
     Request {
         ticket: Ticket,
         request: Request,
@@ -187,12 +186,14 @@ pub enum Action {
     /// Answered by `ReadDone`, at any later time.
     Read {
         io: IoId,
+        tier: TierId,
         run: Run,
         slots: SlotRun,
     },
     /// Answered by `WriteDone`, at any later time.
     Write {
         io: IoId,
+        tier: TierId,
         run: Run,
         slots: SlotRun,
     },
@@ -216,21 +217,23 @@ pub enum Action {
         page: PageNo,
         kind: FaultKind,
     },
-    /// Write-protect all present pages for asynchronous tracking.
-    ArmTracking,
+    /// Write-protect all present pages of the run for asynchronous tracking.
+    ArmTracking {
+        run: Run,
+    },
     /// Answered by `Written`.
     ScanWritten {
-        ticket: Ticket,
+        run: Run,
     },
     Answer {
         ticket: Ticket,
         answer: Result<Response, CommandError>,
     },
-    /// A write failed: nothing more is written until a retry succeeds.
-    StoreFailed(String),
-    StoreRecovered,
+    /// A write failed: nothing more is written to that tier until a retry succeeds.
+    StoreFailed(IoError),
+    StoreRecovered(TierId),
     /// A fault waits for a frame, and there will be none as long as the store fails.
-    Starved(String),
+    Starved(IoError),
     /// That is over.
     Relieved,
     /// A fault has waited for a frame for a while, and there is none to be had: all that could leave is held where it is.

@@ -1,12 +1,13 @@
 //! The store: operations under way, and what follows from their results.
 
 use super::Core;
-use super::event::{Action, IoError, IoId};
+use super::event::{Action, IoId};
 use super::state::ios::{BadReads, Io, Kind, Landing, Purpose};
+use crate::error::IoError;
 use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot, SlotRun};
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
 /// Ticks between the readings of a page that somebody waits for, before it is given up: once more at once, then after a hiccup of the
 /// device may be over.
@@ -26,9 +27,24 @@ impl Core {
         self.start_read(run, slots, landing);
     }
 
+    /// One operation for each tier that has a part of it.
     fn start_read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
-        let io = self.ios.start(Io { kind: Kind::Read { landing }, run, slots, outdated: 0 });
-        self.actions.push_back(Action::Read { io, run, slots });
+        let mut done = 0;
+        while done < run.len {
+            let rest = run.part(done, run.len - done);
+            let tier = self.tier_of(rest.start);
+            let len = rest.pages().take_while(|page| self.tier_of(*page) == tier).count() as u32;
+            let (run, slots) = (rest.part(0, len), slots.part(done, len));
+            let kind = Kind::Read { landing };
+            let io = self.ios.start(Io { kind, tier, run, slots, outdated: 0 });
+            self.actions.push_back(Action::Read { io, tier, run, slots });
+            done += len;
+        }
+    }
+
+    /// Where the page's content is stored, and where a new one goes.
+    pub(super) fn tier_of(&self, page: PageNo) -> TierId {
+        self.table.home(page.block())
     }
 
     pub(super) fn read_done(&mut self, io: IoId, result: Result<&[u64], IoError>) {
@@ -135,9 +151,13 @@ impl Core {
         let mut pages = pages.iter().copied().peekable();
         while let Some((page, slot)) = pages.next() {
             let (mut run, mut slots) = (Run::one(page), SlotRun::new(slot, 1));
+            let tier = self.tier_of(page);
             while run.len < super::IO_PAGES_MAX
                 && pages
-                    .next_if(|(page, slot)| *page == run.end() && *slot == slots.start.plus(slots.len))
+                    .next_if(|(page, slot)| {
+                        let next = *page == run.end() && *slot == slots.start.plus(slots.len);
+                        next && self.table.home(page.block()) == tier
+                    })
                     .is_some()
             {
                 run.len += 1;
@@ -147,15 +167,16 @@ impl Core {
                 self.table.put(page, Flag::Stored, false);
                 self.table.put(page, Flag::Writing, true);
             }
-            let io = self.ios.start(Io { kind: Kind::Write(purpose), run, slots, outdated: 0 });
-            self.actions.push_back(Action::Write { io, run, slots });
+            let io = self.ios.start(Io { kind: Kind::Write(purpose), tier, run, slots, outdated: 0 });
+            self.actions.push_back(Action::Write { io, tier, run, slots });
         }
     }
 
     pub(super) fn write_done(&mut self, io: IoId, result: Result<(), IoError>) {
-        let Io { kind: Kind::Write(purpose), run, slots, outdated } = self.ios.end(io) else {
+        let Io { kind: Kind::Write(purpose), tier, run, slots, outdated } = self.ios.end(io) else {
             panic!("{io:?} is not a write");
         };
+        assert!(result.is_ok() || result.is_err_and(|error| error.tier == tier), "{result:?} of {tier}");
         let result = if mutant!(TrustsFailedWrites) { Ok(()) } else { result };
         let mut rescued = Vec::new();
         let mut to_write = Vec::new();

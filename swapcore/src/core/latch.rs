@@ -12,20 +12,20 @@
 //! TCG) stops only behind the access that it is at: for that there is the *reserve*, frames that nobody gets otherwise.
 
 use super::Core;
-use super::event::{Action, IoError, Response, Ticket};
+use super::event::{Action, Response, Ticket};
 use super::state::ios::Purpose;
 use super::state::latch::Latch;
-use crate::error::CommandError;
+use crate::error::{CommandError, IoError};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
-use crate::units::Slot;
+use crate::units::{Slot, TierId};
 
 /// Frames of the reserve that are let go of at each tick at which somebody waits for one.
 const DRIP_FRAMES: u64 = 4;
 
 impl Core {
     pub(super) fn store_error(&self) -> Option<CommandError> {
-        self.latch.as_ref().map(|latch| CommandError::Store(latch.reason.clone()))
+        self.latch.as_ref().map(|latch| CommandError::Store(latch.error))
     }
 
     /// Frames that pages can have: all of the budget but what is left of the reserve. (A VM that arrives runs no vCPUs.)
@@ -40,15 +40,14 @@ impl Core {
     /// A write failed.
     pub(super) fn latch_store(&mut self, error: IoError) {
         self.counts.write_errors += 1;
-        let IoError(reason) = error;
         if mutant!(IgnoresFullStore) {
             return;
         }
         let Some(latch) = &mut self.latch else {
-            self.actions.push_back(Action::StoreFailed(reason.clone()));
+            self.actions.push_back(Action::StoreFailed(error));
             let retry_tick = self.tick + self.backoff.next();
             let (retrying, dripped, starved, waiters) = (false, 0, false, Vec::new());
-            self.latch = Some(Latch { reason, retry_tick, retrying, dripped, starved, waiters });
+            self.latch = Some(Latch { error, retry_tick, retrying, dripped, starved, waiters });
             return;
         };
         if std::mem::take(&mut latch.retrying) {
@@ -57,11 +56,11 @@ impl Core {
                 if mutant!(ForgetsWhoAskedForRetry) {
                     break;
                 }
-                let answer = Err(CommandError::Store(reason.clone()));
+                let answer = Err(CommandError::Store(error));
                 self.actions.push_back(Action::Answer { ticket, answer });
             }
         }
-        latch.reason = reason;
+        latch.error = error;
     }
 
     pub(super) fn retry_on_request(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
@@ -102,7 +101,7 @@ impl Core {
             return;
         }
         let Some(latch) = self.latch.take_if(|latch| latch.retrying) else { return };
-        self.actions.push_back(Action::StoreRecovered);
+        self.actions.push_back(Action::StoreRecovered(TierId::STORE));
         self.actions.extend((latch.starved && !mutant!(ForgetsRelief)).then_some(Action::Relieved));
         for ticket in latch.waiters {
             self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
@@ -133,7 +132,7 @@ impl Core {
         let Some(latch) = &mut self.latch else { return };
         if !self.deferred.is_empty() {
             if !std::mem::replace(&mut latch.starved, true) {
-                self.actions.push_back(Action::Starved(latch.reason.clone()));
+                self.actions.push_back(Action::Starved(latch.error));
             }
         } else if latch.starved && plenty {
             (latch.starved, latch.dripped) = (false, 0);

@@ -2,8 +2,8 @@
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
 //! `latch` (a store that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
-//! `receive` (the two ends of a migration). Each is an `impl Core`. What a
-//! concern keeps between events is a type of its own in `state`, which knows nothing of the core.
+//! `receive` (the two ends of a migration), `walk` (requests that look at all of memory). Each is an `impl Core`. What a concern keeps
+//! between events is a type of its own in `state`, which knows nothing of the core.
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
@@ -23,11 +23,14 @@ mod source;
 mod state;
 #[cfg(test)]
 mod tests;
+mod walk;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-pub use event::{Action, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use crate::error::{IoError, IoErrorKind};
+pub use event::{Action, Event, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use state::walks::WalkStep;
 
 use crate::api::FaultKind;
 use crate::error::CommandError;
@@ -45,6 +48,7 @@ use state::latch::{Backoff, Latch};
 use state::pass::Pass;
 use state::pins::Pins;
 use state::receiving::Receiving;
+use state::walks::Walks;
 
 /// Pages in one read or write of the store at most: 256 KiB.
 pub const IO_PAGES_MAX: u32 = 64;
@@ -112,6 +116,7 @@ pub struct CoreConfig {
     /// Blocks of slots behind it, for huge pages.
     pub blocks: u32,
     pub sampling: bool,
+    pub walk: WalkStep,
 }
 
 /// One VM's engine, without hands.
@@ -147,6 +152,7 @@ pub struct Core {
     pinned_in: Vec<(Run, SlotRun)>,
     /// Pages that left the guest since the last collection, while writes are tracked.
     left_while_tracked: Option<Vec<u64>>,
+    walks: Walks,
     receiving: Option<Receiving>,
     /// The store takes no writes.
     latch: Option<Latch>,
@@ -221,6 +227,7 @@ impl Core {
             lone: 0,
             pinned_in: Vec::new(),
             left_while_tracked: None,
+            walks: Walks::default(),
             receiving: None,
             latch: None,
             backoff: Backoff::default(),
@@ -274,7 +281,8 @@ impl Core {
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
             Event::Filled { run, huge } => self.filled(run, huge),
             Event::Collapsed { block, huge } => self.collapsed(block, huge),
-            Event::Written { ticket, runs } => self.written(ticket, runs),
+            Event::Written { run, seen } => self.written(run, seen),
+            Event::Step => self.step(),
             Event::Request { ticket, request } => self.request(ticket, request),
         }
         may_evict
@@ -327,19 +335,19 @@ impl Core {
             Request::Discard(run) => Some(self.checked(run).map(|()| self.discard(run))),
             Request::Evict(run) => self.evict_on_request(ticket, run),
             Request::Fill(run) => Some(self.checked_memory(run).map(|()| self.fill_ahead(run))),
-            Request::TrackWrites(on) => Some(Ok(self.track_writes(on))),
+            Request::TrackWrites(on) => return self.track_writes(ticket, on),
             Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
-            Request::CollectWritten => self.collect_written(ticket),
+            Request::CollectWritten => return self.collect_written(ticket),
             Request::Hold(run) => Some(self.checked(run).map(|()| self.hold(run))),
             Request::Release(run) => Some(self.checked(run).map(|()| self.release(run))),
             Request::Sums(run) => {
                 Some(self.checked(run).map(|()| Response::Sums(self.sums[run.indices()].to_vec())))
             }
             Request::Staged(pages) => self.staged(ticket, pages),
-            Request::Heat => Some(Ok(self.heat_map())),
-            Request::ResidentMap => Some(Ok(self.map_of(&[PageState::Resident]))),
+            Request::Heat => return self.heat_map(ticket),
+            Request::ResidentMap => return self.map_of(ticket, &[PageState::Resident]),
             Request::StoredMap => {
-                Some(Ok(self.map_of(&[PageState::Leaving, PageState::Standby, PageState::Stored])))
+                return self.map_of(ticket, &[PageState::Leaving, PageState::Standby, PageState::Stored]);
             }
             Request::RetryStore => self.retry_on_request(ticket),
             Request::StartReceiving(heat) => Some(self.start_receiving(&heat)),
@@ -547,7 +555,7 @@ impl Core {
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
-                failed: self.latch.as_ref().map(|latch| latch.reason().to_owned()),
+                failed: self.latch.as_ref().map(|latch| latch.error().to_string()),
                 ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),
@@ -656,12 +664,5 @@ impl Core {
         let awaited = self.ios.slots().chain(pinned).flat_map(|slots| slots.slots());
         let awaited = awaited.filter(|slot| self.staging.used(*slot) == Use::Orphan).count();
         assert_eq!(awaited, orphans, "every frame without a page becomes free in the end");
-    }
-
-    /// The pages in any of these states.
-    fn map_of(&self, states: &[PageState]) -> Response {
-        let pages = (0..self.table.pages()).map(PageNo);
-        let pages = pages.filter(|page| states.contains(&self.table.state(*page)));
-        Response::Runs(runs_of(pages, u32::MAX).collect())
     }
 }

@@ -72,7 +72,10 @@ impl Core {
             .saturating_add(leaving);
         let goal = self.marks.goal().saturating_add(over);
         let short = outside + self.marks.batch <= goal && leaving < LEAVING_MAX;
-        if self.latch.is_none() && short && self.may_find_victims() {
+        // A walk's steps are not to wait for page-out, which a VM that stands still in a migration would pay for, as long as there are
+        // frames for faults.
+        let later = self.is_walking() && available >= self.marks.low / 2 && over == 0;
+        if self.latch.is_none() && short && !later && self.may_find_victims() {
             self.page_out((goal - outside).min(LEAVING_MAX - leaving));
         }
     }
@@ -293,9 +296,16 @@ impl Core {
     /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as
     /// new samples: a move that is not done yet may still find its page pinned.
     pub(super) fn end_sampling(&mut self) {
-        while let Some(run) = self.sampler.overdue(self.tick, 0, true) {
+        self.put_samples_back(usize::MAX);
+    }
+
+    /// The same for so many of them. False, if no more are out.
+    pub(super) fn put_samples_back(&mut self, most: usize) -> bool {
+        for _ in 0..most {
+            let Some(run) = self.sampler.overdue(self.tick, 0, true) else { return false };
             self.put_sample_back(run);
         }
+        true
     }
 
     /// Writes what is `Leaving` for `purpose`, for a page that became so without a move.

@@ -5,11 +5,11 @@
 
 use super::Sim;
 use super::coverage::{Fault, Outcome};
-use crate::core::{Event, IoError, IoId};
+use crate::core::{Event, IoError, IoErrorKind, IoId};
 use crate::errno;
 use crate::table::PageState;
 use crate::transfer::Transfer;
-use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun};
+use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId};
 
 /// Errors in a row that pass: one more, and the core is right to give the page up.
 const PASSING_ERRORS: u8 = 3;
@@ -17,6 +17,7 @@ const PASSING_ERRORS: u8 = 3;
 #[derive(Debug)]
 pub(super) struct Flight {
     io: IoId,
+    tier: TierId,
     pub(super) run: Run,
     pub(super) slots: SlotRun,
     transfer: Transfer,
@@ -68,7 +69,7 @@ impl Disk {
 }
 
 impl Sim {
-    pub(super) fn start_io(&mut self, io: IoId, write: bool, run: Run, slots: SlotRun) {
+    pub(super) fn start_io(&mut self, io: IoId, tier: TierId, write: bool, run: Run, slots: SlotRun) {
         let clash =
             self.disk.flights.iter().find(|flight| run.pages().any(|page| self.clashes(flight, page, write)));
         if let Some(clash) = clash {
@@ -76,7 +77,7 @@ impl Sim {
         }
         let transfer = Transfer { write, offset: run.start.offset(), address: 0, len: run.bytes(), done: 0 };
         let (due, spiked) = self.delay();
-        self.disk.flights.push(Flight { io, run, slots, transfer, due, spiked });
+        self.disk.flights.push(Flight { io, tier, run, slots, transfer, due, spiked });
     }
 
     /// Two writes of a page have no order, nor have a write and a read, unless nobody waits for what is read.
@@ -121,7 +122,8 @@ impl Sim {
         if flight.spiked {
             self.coverage.outcome(Fault::LatencySpike, Outcome::Served);
         }
-        let result = result.map_err(|error| IoError(error.to_string()));
+        let (tier, write) = (flight.tier, flight.is_write());
+        let result = result.map_err(|error| IoError { tier, write, kind: IoErrorKind::of(&error) });
         if flight.is_write() { self.written(&flight, result) } else { self.was_read(&flight, result) }
     }
 

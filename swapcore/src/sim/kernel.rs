@@ -182,7 +182,7 @@ impl Sim {
                     Copies { pages: pages.iter().map(|(page, _)| *page).collect(), bytes: Vec::new() };
                 self.answered(ticket, Ok(Response::Copies(copies)));
             }
-            Action::Read { io, run, slots } => {
+            Action::Read { io, tier, run, slots } => {
                 self.trace.add("read", run, Some(slots), None);
                 for slot in slots.slots() {
                     self.kernel.claim(slot, "read to");
@@ -190,13 +190,13 @@ impl Sim {
                     self.kernel.staging[slot.index()].get_or_insert(0xBAD);
                 }
                 self.kernel.set_busy(slots, true);
-                self.start_io(io, false, run, slots);
+                self.start_io(io, tier, false, run, slots);
             }
-            Action::Write { io, run, slots } => {
+            Action::Write { io, tier, run, slots } => {
                 self.trace.add("write", run, Some(slots), None);
                 slots.slots().for_each(|slot| self.kernel.claim(slot, "written from"));
                 self.kernel.set_busy(slots, true);
-                self.start_io(io, true, run, slots);
+                self.start_io(io, tier, true, run, slots);
             }
             Action::DropGuest { run } => {
                 self.trace.add("drop from the guest", run, None, None);
@@ -222,15 +222,19 @@ impl Sim {
                 self.wake(Run::one(page));
             }
             Action::Resolved { .. } => {}
-            Action::ArmTracking => self.kernel.written.fill(false),
-            Action::ScanWritten { ticket } => {
+            Action::ArmTracking { run } => {
+                self.kernel.written[run.indices()].fill(false);
+                self.oracle.written[run.indices()].fill(false);
+            }
+            Action::ScanWritten { run } => {
+                self.oracle.scanned(run);
                 let found = |page: &PageNo| {
                     let present = matches!(self.kernel.guest[page.index()], Entry::Frame(_));
                     present && std::mem::take(&mut self.kernel.written[page.index()])
                 };
-                let written: Vec<_> = (0..self.pages).map(PageNo).filter(found).collect();
-                let runs: Vec<_> = runs_of(written, 64).collect();
-                self.hand(Event::Written { ticket, runs: &runs });
+                let written: Vec<_> = run.pages().filter(found).collect();
+                let seen: Vec<_> = runs_of(written, 64).collect();
+                self.hand(Event::Written { run, seen: &seen });
             }
             Action::Answer { ticket, answer } => self.answered(ticket, answer),
             Action::StoreFailed(_) => self.trace.note("the store failed", 0),
@@ -252,7 +256,7 @@ impl Sim {
                 self.trace.note("frames again", 0);
                 assert!(std::mem::take(&mut self.oracle.short), "enough of nothing");
             }
-            Action::StoreRecovered => {
+            Action::StoreRecovered(_) => {
                 self.trace.note("the store works again", 0);
                 if let Some(fault) = self.disk.failure.take() {
                     self.coverage.outcome(fault, Outcome::Resumed);

@@ -8,16 +8,9 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 
-use swapcore::errno;
 use swapcore::moves::{self, Moved, PATIENT, Refused};
 use swapcore::units::PAGE_SIZE;
 use userfaultfd::{Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
-
-// What the core makes of these numbers holds on this host.
-const _: () =
-    assert!(errno::EINTR == libc::EINTR && errno::EAGAIN == libc::EAGAIN && errno::EBUSY == libc::EBUSY);
-const _: () =
-    assert!(errno::EIO == libc::EIO && errno::EEXIST == libc::EEXIST && errno::ENOSPC == libc::ENOSPC);
 
 const FEATURE_POISON: u64 = 1 << 14;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;

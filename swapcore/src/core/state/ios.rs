@@ -1,7 +1,7 @@
 //! Operations on the store that are under way, and pages of which a reading failed.
 
 use crate::core::event::IoId;
-use crate::units::{PageNo, Run, SlotRun};
+use crate::units::{PageNo, Run, SlotRun, TierId};
 
 /// Where pages go once they are read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,6 +29,7 @@ pub(crate) enum Kind {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Io {
     pub(crate) kind: Kind,
+    pub(crate) tier: TierId,
     pub(crate) run: Run,
     pub(crate) slots: SlotRun,
     /// Of a write, one bit a page: the checksum on record has become that of a newer version.

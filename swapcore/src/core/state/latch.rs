@@ -1,6 +1,7 @@
 //! What is known of a store that takes no writes, and when it is tried again.
 
 use crate::core::event::Ticket;
+use crate::error::IoError;
 
 /// Ticks from a failure to the first retry; then twice as many each time.
 const RETRY_FIRST_TICKS: u64 = 10;
@@ -24,7 +25,7 @@ impl Backoff {
 
 #[derive(Debug)]
 pub(crate) struct Latch {
-    pub(crate) reason: String,
+    pub(crate) error: IoError,
     pub(crate) retry_tick: u64,
     /// What was refused is being written again, and nothing of it has failed so far.
     pub(crate) retrying: bool,
@@ -37,7 +38,7 @@ pub(crate) struct Latch {
 }
 
 impl Latch {
-    pub(crate) fn reason(&self) -> &str {
-        &self.reason
+    pub(crate) fn error(&self) -> IoError {
+        self.error
     }
 }

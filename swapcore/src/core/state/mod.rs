@@ -5,3 +5,4 @@ pub(crate) mod latch;
 pub(crate) mod pass;
 pub(crate) mod pins;
 pub(crate) mod receiving;
+pub(crate) mod walks;
