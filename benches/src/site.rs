@@ -184,6 +184,7 @@ impl Proc {
         let fail = |error| Failure::io(format!("cannot start {}", program.name()), &error);
         let stderr = fs::File::create(log).map_err(fail)?;
         let entrance = entrance.map(AsRawFd::as_raw_fd);
+        let parent = std::process::id() as libc::pid_t;
         let mut command = Command::new(program.path()?);
         command
             .arg0(program.name())
@@ -198,6 +199,10 @@ impl Proc {
             command.pre_exec(move || {
                 if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
                     return Err(std::io::Error::last_os_error());
+                }
+                // A benchmark that was killed before that is not waited for: its process would run for ever.
+                if libc::getppid() != parent {
+                    libc::_exit(1);
                 }
                 match entrance {
                     Some(fd) if libc::write(fd, b"0".as_ptr().cast(), 1) != 1 => {

@@ -27,6 +27,16 @@ pub(crate) fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
     look_until(|| what.to_owned(), look)
 }
 
+/// Waits until a log has these words, and returns all of it. Whoever writes it does so a moment before or after what it tells of.
+pub(crate) fn wait_said(words: &str, log: impl Fn() -> String) -> String {
+    let last = RefCell::new(String::new());
+    let what = || format!("{words:?} in {:?}", last.borrow());
+    look_until(what, || {
+        last.replace(log());
+        last.borrow().contains(words).then(|| last.borrow().clone())
+    })
+}
+
 /// Other processes' files, sockets and counters give no sign when they change: they are looked at again and again.
 fn look_until<T>(what: impl Fn() -> String, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + DEADLINE;
