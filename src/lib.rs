@@ -1,12 +1,12 @@
 //! vmemd: the command, the host daemon and the drivers of VMs.
 
-pub mod bench;
 pub mod cli;
 pub mod daemon;
 pub mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod pki;
+pub mod program;
 pub mod qemu;
 mod reference;
 pub mod run;

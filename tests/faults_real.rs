@@ -78,7 +78,7 @@ fn a_vm_on_a_full_disk_is_paused_and_goes_on_by_itself() {
         assert!(number(&stat["frames_bytes"]) <= 32 * MIB, "{stat}");
         let why = reason(&host, "web");
         assert!(why.contains("the store is full: No space left"), "{why}");
-        assert!(vm.log().contains("the VM is paused"), "{}", vm.log());
+        common::wait_said("the VM is paused", || vm.log());
         assert_still(&host, "web");
         host.vmemd(&["resume", "web"]).fails(5, &["No space left", "by itself"]);
         // Less is refused for now, more lets it go on, for all of its memory fits then.
@@ -214,8 +214,8 @@ fn bad_sectors_cost_what_was_on_them_and_no_more() {
         disk.lose_behind(BAD);
         let said = host.vmemd(&["migrate", "web", "--to", &address, "--ram", "32M", "--json"]);
         assert_eq!(said.code, 0, "{said:?}");
-        assert!(vm.log().contains("Input/output error"), "no real EIO: {}", vm.log());
         vm.ends_with(10);
+        assert!(vm.log().contains("Input/output error"), "no real EIO: {}", vm.log());
         assert_eq!(host.vmemd(&["resume", "web"]).code, 0);
         host.wait_rounds("web", 2);
         let stat = host.stat("web").expect("its stat");

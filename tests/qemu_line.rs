@@ -396,7 +396,7 @@ fn a_server_waits_for_its_client_where_the_vm_starts_and_not_where_it_arrives() 
         );
         let _first = wait_for("the first socket", || UnixStream::connect(&first).ok());
         let _second = wait_for("the second socket", || UnixStream::connect(&second).ok());
-        assert!(guest.log().contains("QEMU waits for a client there"), "{}", guest.log());
+        common::wait_said("QEMU waits for a client there", || guest.log());
         guest.wait_for("checker memory round=1", BOOT);
         let rules = rule(&first, &first_there) + &rule(&second, &second_there);
         let (_daemon, address) = serve(&mut there, "96M", &rules);

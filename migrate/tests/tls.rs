@@ -72,7 +72,7 @@ impl Gate {
 
 /// Why a source sends nothing to that target.
 fn refused(to: &str, security: &Security) -> String {
-    match migrate::resolve(to, security, SessionId([7; 16])).unwrap_err() {
+    match migrate::resolve(to, security, SessionId::random().unwrap()).unwrap_err() {
         ResolveError::Insecure { source, .. } => source.to_string(),
         other => panic!("{other:?}"),
     }
@@ -277,7 +277,7 @@ fn without_certificates_this_host_is_asked_all_the_same() {
     let listener = TcpListener::bind((HERE, 0)).unwrap();
     let to = listener.local_addr().unwrap().to_string();
     let answers = std::thread::spawn(move || drop(listener.accept().unwrap()));
-    let asked = migrate::resolve(&to, &Security::ThisHost, SessionId([7; 16]));
+    let asked = migrate::resolve(&to, &Security::ThisHost, SessionId::random().unwrap());
     assert!(matches!(asked, Err(ResolveError::Link { .. })), "{asked:?}");
     answers.join().unwrap();
 }

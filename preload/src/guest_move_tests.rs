@@ -58,6 +58,15 @@ fn migration(qemu: &mut Qemu) -> String {
     answer["status"].as_str().unwrap_or_default().to_owned()
 }
 
+/// Waits until QEMU says so of its migration.
+fn migration_comes_to(qemu: &mut Qemu, wanted: impl Fn(&str) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !wanted(&migration(qemu)) {
+        assert!(Instant::now() < deadline, "it stays {:?}", migration(qemu));
+        std::thread::sleep(STATE_POLL);
+    }
+}
+
 #[test]
 fn settings_of_its_migration_are_set_aside_and_put_back() {
     for program in qemus() {
@@ -102,6 +111,8 @@ fn a_migration_of_the_users_own_is_left_alone() {
         let (mut source, _process) = start(&program, &memory, &[]);
         source.ask("migrate-set-parameters", json!({ "max-bandwidth": 4096 })).unwrap();
         source.ask("migrate", json!({ "uri": "exec:cat > /dev/null" })).unwrap();
+        // QEMU says "setup" first, and answers before it has begun.
+        migration_comes_to(&mut source, |status| status == "active");
         let before = settings(&mut source);
         let refused = source.may_move().unwrap_err();
         assert_eq!(refused.kind, Kind::CannotMove);
@@ -115,11 +126,7 @@ fn a_migration_of_the_users_own_is_left_alone() {
         source.resume().unwrap();
         assert_eq!(source.status().unwrap().word, "running");
         source.ask("migrate_cancel", Value::Null).unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        while is_busy(&migration(&mut source)) {
-            assert!(Instant::now() < deadline, "it is not cancelled");
-            std::thread::sleep(STATE_POLL);
-        }
+        migration_comes_to(&mut source, |status| !is_busy(status));
         source.may_move().unwrap();
     }
 }

@@ -155,7 +155,7 @@ fn faults_go_on_beside_holes() {
     let handle = vm.handle();
     vm.write_all(1);
     handle.evict(all).unwrap();
-    handle.set_prefetch(false).unwrap();
+    handle.set_prefetch_async(false).blocking_recv().unwrap().unwrap();
     let used = || vm.stats().store.used_bytes;
     // Pages of the last 256 MiB at random, until it ends.
     let touched = all.part(all.len - (256 * MIB / 4096) as u32, (256 * MIB / 4096) as u32);

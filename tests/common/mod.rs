@@ -27,6 +27,16 @@ pub(crate) fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
     look_until(|| what.to_owned(), look)
 }
 
+/// Waits until a log has these words, and returns all of it. Whoever writes it does so a moment before or after what it tells of.
+pub(crate) fn wait_said(words: &str, log: impl Fn() -> String) -> String {
+    let last = RefCell::new(String::new());
+    let what = || format!("{words:?} in {:?}", last.borrow());
+    look_until(what, || {
+        last.replace(log());
+        last.borrow().contains(words).then(|| last.borrow().clone())
+    })
+}
+
 /// Other processes' files, sockets and counters give no sign when they change: they are looked at again and again.
 fn look_until<T>(what: impl Fn() -> String, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + DEADLINE;
@@ -46,11 +56,20 @@ pub(crate) fn skipped(why: &dyn std::fmt::Display) {
     let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
 }
 
+/// The command. The tests of other crates find it beside what they are built into, if it has been built.
+pub(crate) fn vmemd() -> PathBuf {
+    if let Some(path) = option_env!("CARGO_BIN_EXE_vmemd") {
+        return path.into();
+    }
+    let test = std::env::current_exe().expect("a test knows where it is");
+    let path = test.ancestors().nth(2).expect("tests are built into deps/").join("vmemd");
+    assert!(path.exists(), "these tests need {}: cargo build", path.display());
+    path
+}
+
 /// Why VMs cannot run here, printed; tests that need them return then.
 pub(crate) fn cannot_run_vms() -> bool {
-    let doctor = Command::new(env!("CARGO_BIN_EXE_vmemd"))
-        .args(["doctor", "--store", env!("CARGO_TARGET_TMPDIR")])
-        .output();
+    let doctor = Command::new(vmemd()).args(["doctor", "--store", env!("CARGO_TARGET_TMPDIR")]).output();
     let doctor = doctor.expect("vmemd runs");
     if !doctor.status.success() {
         skipped(&String::from_utf8_lossy(&doctor.stderr).trim());
@@ -123,6 +142,16 @@ pub(crate) struct Said {
 }
 
 impl Said {
+    /// Runs a command to its end.
+    pub(crate) fn by(command: &mut Command) -> Said {
+        let output = command.output().expect("it runs");
+        Said {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
@@ -175,8 +204,13 @@ impl Host {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        const VMEMD: &str = env!("CARGO_BIN_EXE_vmemd");
-        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([VMEMD]).collect();
+        self.command_of(&vmemd(), args)
+    }
+
+    /// Another program than `vmemd`, for this host.
+    pub(crate) fn command_of(&self, program: &Path, args: &[&str]) -> Command {
+        let program = program.to_str().expect("a path that is text");
+        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([program]).collect();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]);
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
@@ -196,19 +230,18 @@ impl Host {
 
     /// Runs a command to its end.
     pub(crate) fn vmemd(&self, args: &[&str]) -> Said {
-        let output = self.command(args).output().expect("vmemd runs");
-        Said {
-            code: output.status.code().unwrap_or(-1),
-            out: String::from_utf8_lossy(&output.stdout).into_owned(),
-            err: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
+        Said::by(&mut self.command(args))
     }
 
     /// Starts a command that goes on, in a process group of its own.
     pub(crate) fn start(&mut self, args: &[&str]) -> Running {
+        let command = self.command(args);
+        self.start_command(command)
+    }
+
+    pub(crate) fn start_command(&mut self, mut command: Command) -> Running {
         let log = self.root.join(format!("log-{}", self.children.len()));
         let stderr = fs::File::create(&log).expect("a log file");
-        let mut command = self.command(args);
         let child =
             command.stdout(Stdio::piped()).stderr(stderr).process_group(0).spawn().expect("vmemd runs");
         self.children.push(child.id());

@@ -364,34 +364,41 @@ impl EngineHandle {
     }
 
     pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
-        let work = move |state: &mut State| state.written = on.then(BTreeSet::new);
-        if !on {
-            let answer = self.ask_always(work);
-            return self.call(answer);
-        }
-        self.call(self.ask(move |state| {
-            work(state);
-            Ok(())
-        }))
+        self.call(self.track_writes_async(on))
     }
 
-    pub fn set_prefetch(&self, _: bool) -> Result<(), CommandError> {
-        self.call(self.ask(|_| Ok(())))
+    pub fn track_writes_async(&self, on: bool) -> Answer<()> {
+        let work = move |state: &mut State| state.written = on.then(BTreeSet::new);
+        if !on {
+            return self.ask_always(work);
+        }
+        self.ask(move |state| {
+            work(state);
+            Ok(())
+        })
+    }
+
+    pub fn set_prefetch_async(&self, _: bool) -> Answer<()> {
+        self.ask(|_| Ok(()))
     }
 
     pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
+        self.call(self.resident_map_async())
+    }
+
+    pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
         self.map_of(Place::Memory)
     }
 
-    pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
+    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
         self.map_of(Place::Stored)
     }
 
-    fn map_of(&self, place: Place) -> Result<Vec<Run>, CommandError> {
-        self.call(self.ask(move |state| {
+    fn map_of(&self, place: Place) -> Answer<Vec<Run>> {
+        self.ask(move |state| {
             let there = (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == place);
             Ok(runs_of(there, u32::MAX).collect())
-        }))
+        })
     }
 
     pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {

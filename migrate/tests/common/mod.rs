@@ -14,8 +14,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use migrate::{
-    DataStream, Hello, ReceiveError, Received, Registry, TargetLink, TargetMemory, TargetVm, VmError,
-    answer_resolve, read_hello, receive,
+    DataStream, Hello, ReceiveError, Received, Registry, SessionId, TargetLink, TargetMemory, TargetVm,
+    VmError, answer_resolve, read_hello, receive,
 };
 
 /// No test waits longer for anything.
@@ -90,6 +90,8 @@ impl TargetVm for TestVm {
 /// A daemon with one session's worth of memory.
 pub struct Target {
     pub address: SocketAddr,
+    /// A session of it, under a number of its own: an end of one that comes late is then never taken for that of another.
+    pub session: SessionId,
     pub vm: TestVm,
     pub cancel: Arc<AtomicBool>,
     result: Receiver<Result<Received, ReceiveError>>,
@@ -110,7 +112,16 @@ impl Target {
         let daemon =
             Daemon { listener, memory, vm: vm.clone(), cancel: cancel.clone(), stop: stop.clone(), registry };
         let daemon = Some(std::thread::spawn(move || daemon.serve(&done)));
-        Target { address, vm, cancel, result, stop, daemon, _place: place }
+        Target {
+            address,
+            session: SessionId::random().unwrap(),
+            vm,
+            cancel,
+            result,
+            stop,
+            daemon,
+            _place: place,
+        }
     }
 
     pub fn connect(&self) -> TcpStream {

@@ -15,10 +15,9 @@
 //! What is *not* dropped: the old copy of a page that is in the guest. If the page has not changed it leaves again without a write, and if it
 //! has, its next write finds the place as it is, and the file system has nothing to allocate. Only a store that is full gives these up.
 
-use std::collections::BTreeSet;
-
 use super::Core;
 use super::event::{Action, DropResult, IoId};
+use super::state::space::{BUSY_DROPS, LOOK_PAGES};
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run};
 
@@ -28,10 +27,6 @@ const COLLECT_TICKS: u64 = 5;
 const BATCH_BLOCKS: usize = 64;
 /// Drops under way at once. A drop keeps reads of the same file waiting.
 const DROPS_MAX: usize = 1;
-/// Drops that may start between two ticks although somebody reads from the store.
-const BUSY_DROPS: u32 = 2;
-/// Pages looked at between two ticks, for one to drop.
-const LOOK_PAGES: u32 = 64 * BLOCK_PAGES;
 /// Ticks after which a drop that failed is tried again.
 const RETRY_TICKS: u64 = 100;
 /// Blocks that are passed between two ticks in search of copies that a full store can do without, and how many of them are looked into.
@@ -39,100 +34,6 @@ const SWEEP_BLOCKS: usize = 16_384;
 const SWEEP_LOOKS: usize = 512;
 /// Copies that are given up at a time, at least.
 const COPIES_MIN: u64 = 2048;
-
-#[derive(Debug)]
-pub(super) struct Space {
-    /// One bit a page: its place is taken.
-    taken: Vec<u64>,
-    count: u64,
-    /// The batch: blocks in which some page's place may have to be dropped.
-    blocks: BTreeSet<usize>,
-    /// Since which tick there is one.
-    since: u64,
-    /// It is complete, and being dropped.
-    draining: bool,
-    /// Where in it the next look begins.
-    hand: PageNo,
-    /// What is left of [`BUSY_DROPS`] and [`LOOK_PAGES`] until the next tick.
-    busy_drops: u32,
-    look_pages: u32,
-    under_way: Vec<(IoId, Run)>,
-    /// Pages have met a drop that was under way, and wait to be written.
-    writes_wait: bool,
-    /// A drop has failed: none before this tick.
-    retry_tick: u64,
-    /// False for a store that knows no drops.
-    supported: bool,
-    /// The search for copies, while the store is full: the next block, and how many are left of the round.
-    sweep: (usize, usize),
-    /// Something has been dropped since the store was last found full.
-    freed: bool,
-}
-
-impl Space {
-    pub(super) fn new(pages: u64) -> Self {
-        Space {
-            taken: vec![0; pages.div_ceil(64) as usize],
-            count: 0,
-            blocks: BTreeSet::new(),
-            since: 0,
-            draining: false,
-            hand: PageNo(0),
-            busy_drops: BUSY_DROPS,
-            look_pages: LOOK_PAGES,
-            under_way: Vec::new(),
-            writes_wait: false,
-            retry_tick: 0,
-            supported: true,
-            sweep: (0, 0),
-            freed: false,
-        }
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        size_of_val(&self.taken[..])
-    }
-
-    /// How many places are taken.
-    pub(super) fn count(&self) -> u64 {
-        self.count
-    }
-
-    fn is_taken(&self, page: PageNo) -> bool {
-        self.taken[page.index() / 64] >> (page.index() % 64) & 1 == 1
-    }
-
-    fn has_taken(&self, block: usize) -> bool {
-        let words = BLOCK_PAGES as usize / 64;
-        self.taken.iter().skip(block * words).take(words).any(|word| *word != 0)
-    }
-
-    /// The page is about to be written, or its place has been dropped.
-    pub(super) fn set_taken(&mut self, page: PageNo, taken: bool) {
-        let (word, bit) = (&mut self.taken[page.index() / 64], 1 << (page.index() % 64));
-        self.count = self.count + u64::from(taken) - u64::from(*word & bit != 0);
-        *word = if taken { *word | bit } else { *word & !bit };
-    }
-
-    /// Whether a drop of the page's place is under way.
-    pub(super) fn is_dropping(&self, page: PageNo) -> bool {
-        self.under_way.iter().any(|(_, run)| run.contains(page)) && !mutant!(DropPassesLaterWrite)
-    }
-
-    pub(super) fn is_anything_dropping(&self) -> bool {
-        !self.under_way.is_empty()
-    }
-
-    /// A page that waits for a drop is to be written behind it.
-    pub(super) fn write_waits(&mut self) {
-        self.writes_wait = true;
-    }
-
-    /// Whether there is something to do at the next tick.
-    pub(super) fn waits(&self, tick: u64) -> bool {
-        !self.blocks.is_empty() && tick >= self.retry_tick
-    }
-}
 
 impl Core {
     /// Nobody will read what the store has of the page.

@@ -159,7 +159,8 @@ impl Sim {
         if let Some(nth) = run.pages().position(|page| bad(&page)) {
             // Some devices say how far they came.
             if nth == 0 || self.random.one_in(2) {
-                run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
+                // Also those that came: to the core, none has.
+                flight.run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
                 return -errno::EIO;
             }
             count = nth as u32;
@@ -167,7 +168,7 @@ impl Sim {
         let passes = |page: PageNo| self.disk.failed_reads[page.index()] < PASSING_ERRORS;
         if self.random.one_in(self.odds.read_error) && flight.run.pages().all(passes) {
             self.coverage.injected(Fault::ReadError);
-            run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
+            flight.run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
             return -errno::EIO;
         }
         count = self.cut_short(count);

@@ -20,7 +20,7 @@ mod trace;
 
 pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
 
-use crate::core::{Core, CoreConfig, Event, Request, Ticket};
+use crate::core::{Core, CoreConfig, Event, Request, Ticket, WalkStep};
 use crate::table::PageState;
 use crate::units::{BLOCK_PAGES, PageNo, Run, bytes_of};
 use disk::Disk;
@@ -35,6 +35,8 @@ use trace::Trace;
 /// Small enough for budgets to matter in a VM of a few hundred pages.
 const BUDGET_MIN: u64 = 48;
 const BLOCKS: u32 = 2;
+/// So that a walk takes several.
+const WALK: WalkStep = WalkStep { table: 100, present: 1, blocks: 1 };
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
 /// The same for whatever can come to rest while pages are pinned for good.
@@ -148,7 +150,7 @@ impl Sim {
         // Twice the frames that are kept free at the largest budget, as a real staging area has at least.
         let slots = if pages < 500 { 128 } else { 256 };
         let (budget_min, blocks) = (BUDGET_MIN, BLOCKS);
-        let mut config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling };
+        let mut config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling, walk: WALK };
         let short = Self::short_blocks(seed, &mut config);
         let core = Core::new(config).with_short_blocks(short);
         let (pages, count) = (config.pages, config.pages as usize);
@@ -212,6 +214,7 @@ impl Sim {
             } else {
                 self.step()
             }
+            self.walk();
             self.check();
         }
         self.settle();
@@ -250,6 +253,13 @@ impl Sim {
             }
             _ if self.calm && !self.random.one_in(8) => self.run_guest(),
             _ => self.operate(),
+        }
+    }
+
+    /// One step of what looks at all of memory.
+    fn walk(&mut self) {
+        if self.core.is_walking() {
+            self.event(Event::Step);
         }
     }
 
@@ -326,6 +336,7 @@ impl Sim {
         self.trace.now += 1;
         self.deliver_faults();
         self.complete_io();
+        self.walk();
         self.tick();
     }
 

@@ -5,6 +5,7 @@ use super::coverage::Outcome;
 use super::oracle::Held;
 use crate::core::{Event, Request, Response, Ticket};
 use crate::error::CommandError;
+use crate::table::PageState;
 use crate::units::{PageNo, Run, SlotRun, bytes_of};
 
 /// Held runs at a time.
@@ -105,7 +106,10 @@ impl Sim {
 
     /// What the guest gives back reads as zeros from now on.
     fn give_back(&mut self) {
-        let run = self.random_run(20);
+        let mut run = self.random_run(20);
+        if self.random.one_in(4) {
+            run = self.sampled_run(run);
+        }
         self.trace.add("given back", run, None, None);
         for page in run.pages() {
             self.oracle.truth[page.index()] = Some(0);
@@ -115,6 +119,14 @@ impl Sim {
             self.oracle.is_given_back(page, damaged);
         }
         self.ask(Request::Discard(run), Asked::Other);
+    }
+
+    /// Where a sample is out, if one is.
+    fn sampled_run(&self, run: Run) -> Run {
+        let table = self.core.table();
+        let sampled = |page: &PageNo| table.state(*page) == PageState::Sampled;
+        let start = (run.start.0..self.pages).map(PageNo).find(sampled).unwrap_or(run.start);
+        Run::new(start, run.len.min((self.pages - start.0) as u32))
     }
 
     fn hold(&mut self) {
@@ -147,7 +159,6 @@ impl Sim {
         }
         self.trace.note("tracking of writes", u64::from(!tracking));
         self.oracle.tracking = !tracking;
-        self.oracle.written.fill(false);
         self.ask(Request::TrackWrites(!tracking), Asked::Other);
     }
 
@@ -214,9 +225,9 @@ impl Sim {
 
     fn collected(&mut self, runs: &[Run]) {
         for page in runs.iter().flat_map(|run| run.pages()) {
-            self.oracle.written[page.index()] = false;
+            self.oracle.to_tell[page.index()] = false;
         }
-        if let Some(missed) = self.oracle.written.iter().position(|written| *written) {
+        if let Some(missed) = self.oracle.to_tell.iter().position(|written| *written) {
             self.trace.suspect.set(Some(PageNo(missed as u64)));
             panic!("page {missed} was written and is not reported");
         }
