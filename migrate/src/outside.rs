@@ -42,10 +42,12 @@ mod real {
     pub(crate) use swapd::EngineHandle;
     pub(crate) use tokio::task::{JoinHandle, JoinSet};
     pub(crate) use tokio::time::{sleep, timeout};
-    pub(crate) use tokio_uring::fs::File as StoreFile;
     pub(crate) use tokio_uring::net::TcpStream;
     pub(crate) use tokio_uring::{Runtime, spawn};
 
+    use swapd::{IoError, IoErrorKind, Run, TierId};
+
+    use crate::link::region::Region;
     use crate::tls::{Client, TlsError};
 
     /// The group's right to write, and everybody's.
@@ -59,6 +61,36 @@ mod real {
         limit: Duration,
     ) -> Result<StdStream, TlsError> {
         client.secure(stream, to, limit)
+    }
+
+    /// Reads stored pages, on the runtime's ring.
+    pub(crate) struct StoredReader {
+        reader: swapd::StoredReader,
+        store: tokio_uring::fs::File,
+    }
+
+    impl StoredReader {
+        pub(crate) fn of(handle: &EngineHandle) -> io::Result<StoredReader> {
+            let reader = handle.stored_reader();
+            let store = tokio_uring::fs::File::from_std(reader.file(TierId::STORE)?);
+            Ok(StoredReader { reader, store })
+        }
+
+        /// Reads pages of a tier, which must be held. They are in the region also if they are not what was written.
+        pub(crate) async fn read<K: Unpin + 'static>(
+            &self,
+            tier: TierId,
+            run: Run,
+            sums: &[u64],
+            region: Region<K>,
+        ) -> (Result<(), IoError>, Region<K>) {
+            assert_eq!(tier, TierId::STORE, "the only one there is");
+            let at = self.reader.place_of(tier, run.start);
+            let (result, mut region) = self.store.read_exact_at(region, at).await;
+            let failed = |error: io::Error| IoError { tier, write: false, kind: IoErrorKind::of(&error) };
+            let result = result.map_err(failed);
+            (result.and_then(|()| self.reader.open(tier, run, sums, region.bytes_mut())), region)
+        }
     }
 
     pub(crate) fn runtime() -> io::Result<Runtime> {

@@ -148,8 +148,7 @@ fn a_page_that_the_store_lost_arrives_as_lost() {
     };
     fill(&here);
     // One page in the middle of a stored run, behind the engine's back.
-    std::os::unix::fs::FileExt::write_all_at(&*here.handle().store(), &Page([0xA5; PAGE_SIZE]).0, 2000 << 12)
-        .unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&place.store(), &Page([0xA5; PAGE_SIZE]).0, 2000 << 12).unwrap();
     let mut vm = Writer::start(here.memory_base() as usize, 0..100);
     let target = Target::start(TargetMemory::Engine(there.handle()));
     let report =

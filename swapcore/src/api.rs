@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun};
+use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, TierId};
 
 /// How a fault was served.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -20,7 +20,7 @@ pub enum Place {
     Zero,
     /// In guest memory. The guest may be changing it: copy it, then work on the copy.
     Memory,
-    /// In the store, at the page's own offset. `EngineHandle::sums` has the checksums.
+    /// In the piece's tier, for a `StoredReader` to read. `EngineHandle::sums` has the checksums.
     Stored,
     /// In a frame outside the guest: `EngineHandle::staged` has a copy, for as long as it stays there.
     Staged,
@@ -35,6 +35,8 @@ pub enum Place {
 pub struct Piece {
     pub run: Run,
     pub place: Place,
+    /// What is stored of these pages is there.
+    pub tier: TierId,
 }
 
 /// Pages that may have been written, each in one of the two.

@@ -56,7 +56,7 @@ pub struct SlotRun {
 }
 
 impl PageNo {
-    /// Byte offset of the page in guest memory, and in the store.
+    /// Byte offset of the page in guest memory.
     pub fn offset(self) -> u64 {
         self.0 << PAGE_SHIFT
     }

@@ -11,7 +11,9 @@ use tokio::sync::oneshot;
 use crate::cipher::Cipher;
 use crate::driver::mailbox::{Command, Mailbox};
 use crate::driver::memory::Memory;
+use crate::driver::store::Store;
 use crate::error::StartError;
+use crate::reader::StoredReader;
 use swapcore::api::{Arrival, Copies, FaultsSeen, Piece, Placed, Written};
 use swapcore::core::{Request, Response};
 use swapcore::error::CommandError;
@@ -23,7 +25,7 @@ use swapcore::units::{PageNo, Run, SlotRun};
 pub struct EngineHandle {
     pub(crate) mailbox: Arc<Mailbox>,
     pub(crate) memory: Arc<Memory>,
-    pub(crate) store: Arc<std::fs::File>,
+    pub(crate) store: Arc<Store>,
     pub(crate) cipher: Option<Arc<Cipher>>,
 }
 
@@ -101,19 +103,9 @@ impl EngineHandle {
         self.memory.slot(slots.start) as *mut u8
     }
 
-    /// The store, opened with O_DIRECT: page *n* at offset *n* x 4096. What is read from it goes through [`EngineHandle::decrypt`].
-    pub fn store(&self) -> Arc<std::fs::File> {
-        self.store.clone()
-    }
-
-    /// Makes plain content of what was read from the store, if that is encrypted.
-    ///
-    /// # Panics
-    /// If `bytes` are not as many as the run's pages have.
-    pub fn decrypt(&self, run: Run, bytes: &mut [u8]) {
-        if let Some(cipher) = &self.cipher {
-            cipher.decrypt(run, bytes);
-        }
+    /// What is in the store, for who holds pages there.
+    pub fn stored_reader(&self) -> StoredReader {
+        StoredReader { store: self.store.clone(), cipher: self.cipher.clone() }
     }
 
     pub fn stats(&self) -> Result<Stats, CommandError> {

@@ -5,6 +5,7 @@ mod driver;
 mod error;
 mod handle;
 mod notice;
+mod reader;
 
 pub use driver::engine::{Engine, EngineConfig, StoreConfig};
 pub use driver::locking::lock_limit;
@@ -12,6 +13,7 @@ pub use driver::memory::huge_page_mode;
 pub use error::StartError;
 pub use handle::{Answer, EngineHandle, answered};
 pub use notice::Notice;
+pub use reader::{CloneError, Cloned, StoredReader, verify};
 pub use swapcore::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault, Written};
 pub use swapcore::error::{CommandError, IoError, IoErrorKind};
 pub use swapcore::stats::Stats;

@@ -4,56 +4,54 @@ mod common;
 
 use std::os::unix::fs::FileExt;
 
-use common::{Vm, config, skipped, store_directory};
-use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, Run, StartError, StoreConfig};
+use common::{Directory, Vm};
+use swapd::{PAGE_SIZE, PageNo, Run, TierId};
 
 const MIB: u64 = 1 << 20;
 
-fn start(encrypt: bool) -> Option<Vm> {
-    let config = config(64 * MIB, 16 * MIB, store_directory(), false);
-    let store = StoreConfig { encrypt, ..config.store };
-    match Engine::start(EngineConfig { store, ..config }, Box::new(|notice| println!("{notice:?}"))) {
-        Ok(engine) => Some(Vm::of(engine)),
-        Err(StartError::Host(reason)) => {
-            skipped(&reason);
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+/// 64 MiB in 16.
+fn start(directory: &Directory, encrypt: bool) -> Option<Vm> {
+    Vm::start_in(64 * MIB, 16 * MIB, directory.0.clone(), encrypt)
 }
 
 /// Direct I/O wants a page of its own.
 #[repr(C, align(4096))]
 struct Page([u8; PAGE_SIZE]);
 
-/// Some bytes of a page as they are on the disk.
-fn on_disk(vm: &Vm, page: PageNo) -> Box<Page> {
+/// The bytes of a page as they are on the disk.
+fn on_disk(directory: &Directory, page: PageNo) -> Box<Page> {
     let mut bytes = Box::new(Page([0; PAGE_SIZE]));
-    vm.handle().store().read_exact_at(&mut bytes.0, page.offset()).unwrap();
+    directory.store().read_exact_at(&mut bytes.0, page.offset()).unwrap();
     bytes
 }
 
 #[test]
 fn the_disk_has_nothing_that_the_guest_wrote() {
-    let (Some(plain), Some(vm)) = (start(false), start(true)) else { return };
+    let (here, there) = (Directory::new("plain"), Directory::new("sealed"));
+    let (Some(plain), Some(vm)) = (start(&here, false), start(&there, true)) else { return };
     let (page, all) = (PageNo(100), Run::new(PageNo(0), 64 * 256));
     for vm in [&plain, &vm] {
         vm.write_all(1);
         vm.handle().evict(all).unwrap();
     }
-    let (content, mut sealed) = (on_disk(&plain, page), on_disk(&vm, page));
+    let (content, mut sealed) = (on_disk(&here, page), on_disk(&there, page));
     assert!(content.0[..8].iter().any(|byte| *byte != 0));
     for word in content.0.chunks(8) {
         assert!(!sealed.0.chunks(8).any(|other| other == word));
     }
-    vm.handle().decrypt(Run::one(page), &mut sealed.0);
+    let handle = vm.handle();
+    handle.hold_async(Run::one(page)).blocking_recv().unwrap().unwrap();
+    let sums = handle.sums_async(Run::one(page)).blocking_recv().unwrap().unwrap();
+    handle.stored_reader().read(TierId::STORE, Run::one(page), &sums, &mut sealed.0).unwrap();
     assert!(sealed.0 == content.0);
+    handle.release_async(Run::one(page)).blocking_recv().unwrap().unwrap();
     assert_eq!(vm.mismatches(1), 0);
 }
 
 #[test]
 fn what_is_written_again_and_again_comes_back() {
-    let Some(vm) = start(true) else { return };
+    let directory = Directory::new("again");
+    let Some(vm) = start(&directory, true) else { return };
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             for round in 1..=4 {

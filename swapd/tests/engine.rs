@@ -383,13 +383,13 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
 #[test]
 fn a_store_that_lies_poisons_one_page_and_no_more() {
     use std::os::unix::fs::FileExt;
-    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let directory = common::Directory::new("lies");
+    let Some(vm) = Vm::start_in(64 * MIB, 16 * MIB, directory.0.clone(), false) else { return };
     vm.write_all(1);
-    let handle = vm.handle();
-    handle.evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
+    vm.handle().evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
     let bad = PageNo(4321);
     let page = common::Aligned::filled(0x5A);
-    handle.store().write_all_at(page.bytes(), bad.offset()).unwrap();
+    directory.store().write_all_at(page.bytes(), bad.offset()).unwrap();
     // The kernel refuses to copy from a poisoned page, instead of ending this process by a signal.
     assert!(vm.is_unreadable(bad));
     assert!((0..vm.pages()).map(PageNo).filter(|page| *page != bad).all(|page| vm.is_right(page, 1)));

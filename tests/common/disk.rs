@@ -51,6 +51,20 @@ impl Disk {
         Ok(disk)
     }
 
+    /// With xfs on it, mounted: files can share blocks there.
+    ///
+    /// # Errors
+    /// As [`Disk::bare`].
+    pub(crate) fn xfs(directory: &Path, bytes: u64) -> Result<Disk, String> {
+        let mut disk = Disk::bare(directory, bytes)?;
+        run("mkfs.xfs", &["-q", text(&disk.device)])?;
+        let mount = directory.join("disk");
+        fs::create_dir_all(&mount).map_err(|error| error.to_string())?;
+        run("mount", &[text(&disk.device), text(&mount)])?;
+        disk.mount = Some(mount);
+        Ok(disk)
+    }
+
     /// What `--store` is to name: the file system, or else the device.
     pub(crate) fn store(&self) -> String {
         text(self.mount.as_ref().unwrap_or(&self.device)).to_owned()

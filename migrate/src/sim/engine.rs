@@ -5,7 +5,6 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use swapd::digest::page_sum;
@@ -15,17 +14,15 @@ use swapd::{
     Run, Slot, SlotRun, TierId, Written, answered,
 };
 use tokio::sync::oneshot;
-use tokio_uring::buf::BoundedBufMut;
 
 use super::runtime::sleep;
 use super::world::world;
-use crate::link::region::Pages;
+use crate::link::region::{Pages, Region};
 
 const NO_SPACE: IoError = IoError { tier: TierId::STORE, write: true, kind: IoErrorKind::Full };
 const COMMAND: Duration = Duration::from_micros(400);
 const DEVICE: Duration = Duration::from_millis(3);
 const SLOTS: u32 = 600;
-const CIPHER: u8 = 0x5A;
 /// Commands waiting; a session that has more under way has no bound.
 const QUEUE_MAX: usize = 4096;
 
@@ -358,11 +355,6 @@ impl EngineHandle {
         unsafe { state.staging.base().add(slots.start.offset()) }
     }
 
-    pub fn store(&self) -> Arc<StoreDevice> {
-        #[expect(clippy::arc_with_non_send_sync, reason = "has the shape of the real one")]
-        Arc::new(StoreDevice(self.clone()))
-    }
-
     pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
         self.call(self.track_writes_async(on))
     }
@@ -426,7 +418,7 @@ impl EngineHandle {
                 let place = state.place[page.index()];
                 match pieces.last_mut() {
                     Some(piece) if piece.place == place => piece.run.len += 1,
-                    _ => pieces.push(Piece { run: Run::one(page), place }),
+                    _ => pieces.push(Piece { run: Run::one(page), place, tier: TierId::STORE }),
                 }
             }
             Ok(pieces)
@@ -435,11 +427,6 @@ impl EngineHandle {
 
     pub fn release_async(&self, run: Run) -> Answer<()> {
         self.ask_always(move |state| run.pages().for_each(|page| state.held[page.index()] = false))
-    }
-
-    /// What the store has is encrypted.
-    pub fn decrypt(&self, _: Run, bytes: &mut [u8]) {
-        bytes.iter_mut().for_each(|byte| *byte ^= CIPHER);
     }
 
     pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
@@ -547,49 +534,39 @@ impl EngineHandle {
     }
 }
 
-/// The source's store, as a file.
-#[derive(Debug)]
-pub struct StoreDevice(EngineHandle);
+/// As the real one: on the runtime, of pages that are held.
+pub struct StoredReader(EngineHandle);
 
-impl StoreDevice {
-    pub fn try_clone(&self) -> io::Result<StoreDevice> {
-        Ok(StoreDevice(self.0.clone()))
-    }
-}
-
-/// As `tokio_uring::fs::File`.
-#[derive(Debug)]
-pub struct StoreFile(StoreDevice);
-
-impl StoreFile {
-    pub fn from_std(device: StoreDevice) -> StoreFile {
-        StoreFile(device)
+impl StoredReader {
+    #[expect(clippy::unnecessary_wraps, reason = "has the shape of the real one")]
+    pub fn of(handle: &EngineHandle) -> io::Result<StoredReader> {
+        Ok(StoredReader(handle.clone()))
     }
 
-    pub async fn read_exact_at<B: BoundedBufMut>(&self, mut buf: B, from: u64) -> (io::Result<()>, B) {
+    pub async fn read<K: Unpin + 'static>(
+        &self,
+        tier: TierId,
+        run: Run,
+        sums: &[u64],
+        mut region: Region<K>,
+    ) -> (Result<(), IoError>, Region<K>) {
+        assert_eq!(tier, TierId::STORE);
         sleep(world().delay(DEVICE)).await;
-        let mut state = self.0.0.0.borrow_mut();
-        let run = Run::new(PageNo(from / PAGE_SIZE as u64), (buf.bytes_total() / PAGE_SIZE) as u32);
-        let mut bytes = Vec::with_capacity(run.bytes());
-        for page in run.pages() {
+        let mut state = self.0.0.borrow_mut();
+        for (page, into) in run.pages().zip(region.bytes_mut().as_chunks_mut().0) {
             assert!(state.held[page.index()], "{page} is read from the store and not held");
-            let mut read = content(page, state.store[&page]);
+            *into = content(page, state.store[&page]);
             match state.bad.get(&page) {
-                Some(Bad::Rotten) => read[usize::from(world().random.next() as u8)] ^= 0x10,
+                Some(Bad::Rotten) => into[usize::from(world().random.next() as u8)] ^= 0x10,
                 Some(_) => {
                     // What fails only once has failed, for all that this read is about.
                     state.bad.retain(|page, bad| *bad != Bad::Once || !run.contains(*page));
-                    return (Err(io::Error::from_raw_os_error(libc::EIO)), buf);
+                    let kind = IoErrorKind::Broken(libc::EIO);
+                    return (Err(IoError { tier, write: false, kind }), region);
                 }
                 None => {}
             }
-            bytes.extend(read.map(|byte| byte ^ CIPHER));
         }
-        // SAFETY: the buffer is ours until we give it back, and as long as what was read.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), buf.stable_mut_ptr(), bytes.len());
-            buf.set_init(bytes.len());
-        }
-        (Ok(()), buf)
+        (swapd::verify(tier, run, sums, region.bytes()), region)
     }
 }

@@ -23,7 +23,7 @@ use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::link::{end, split};
 use crate::outside::{
-    EngineHandle, Instant, JoinHandle, JoinSet, StdStream, StoreFile, planted, sleep, spawn,
+    EngineHandle, Instant, JoinHandle, JoinSet, StdStream, StoredReader, planted, sleep, spawn,
 };
 use crate::progress::{Phase, Progress};
 use crate::wait::Wait;
@@ -85,11 +85,11 @@ impl<'a> Rounds<'a> {
         progress: &'a dyn Fn(Progress),
     ) -> Result<Rounds<'a>, Trouble> {
         let link = Trouble::link("starting the streams");
-        let store = handle.store().try_clone().map_err(Trouble::Memory)?;
+        let stored = StoredReader::of(handle).map_err(Trouble::Memory)?;
         let session = connected.session;
         let ship = Rc::new(Shipment {
             handle: handle.clone(),
-            store: StoreFile::from_std(store),
+            stored,
             life: life.clone(),
             tracker: Tracker::new(swapd::units::pages_in(handle.memory_bytes())).into(),
             lanes: connected.streams.iter().map(|_| Lane::new()).collect(),

@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use super::record::Record;
 use super::tracker::Tracker;
 use crate::link::life::Life;
-use crate::outside::{EngineHandle, StoreFile};
+use crate::outside::{EngineHandle, StoredReader};
 use crate::wire::control::Totals;
 use crate::wire::extents::stream_of;
 use crate::wire::record::Kind;
@@ -20,7 +20,7 @@ pub(crate) const RECORDS_PER_STREAM: usize = 4;
 
 pub(crate) struct Shipment {
     pub(crate) handle: EngineHandle,
-    pub(crate) store: StoreFile,
+    pub(crate) stored: StoredReader,
     pub(crate) life: Rc<Life>,
     pub(crate) tracker: RefCell<Tracker>,
     pub(crate) lanes: Vec<Lane>,

@@ -37,6 +37,17 @@ impl Place {
     pub fn path(&self) -> &Path {
         &self.0
     }
+
+    /// The file of the store here, nameless as it is.
+    pub fn store(&self) -> std::fs::File {
+        use std::os::unix::fs::OpenOptionsExt;
+        let directory = self.0.canonicalize().unwrap();
+        let is_here =
+            |fd: &PathBuf| std::fs::read_link(fd).is_ok_and(|target| target.starts_with(&directory));
+        let mut open = std::fs::read_dir("/proc/self/fd").unwrap().flatten().map(|fd| fd.path());
+        let store = open.find(is_here).expect("a store is open here");
+        std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(store).unwrap()
+    }
 }
 
 impl Drop for Place {

@@ -70,9 +70,10 @@ impl Core {
                 }
             };
             self.table.put(page, Flag::Held, true);
+            let tier = self.tier_of(page);
             match pieces.last_mut() {
-                Some(piece) if piece.place == place => piece.run.len += 1,
-                _ => pieces.push(Piece { run: Run::one(page), place }),
+                Some(piece) if (piece.place, piece.tier) == (place, tier) => piece.run.len += 1,
+                _ => pieces.push(Piece { run: Run::one(page), place, tier }),
             }
         }
         self.move_in(rescued);

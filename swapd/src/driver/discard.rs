@@ -1,7 +1,6 @@
 //! Space given back on a block device: a discard, by a thread for it alone. The call returns when the device has done it, which may take
 //! as long as the device likes, and io_uring has no such operation before Linux 6.12.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
@@ -9,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
 use super::mailbox::{Command, Mailbox};
+use super::store::Store;
 use swapcore::core::IoId;
 use swapcore::units::Run;
 
@@ -21,8 +21,8 @@ pub(super) struct Discarder(Sender<(IoId, Run)>);
 
 impl Discarder {
     /// None for a file: that has holes.
-    pub(super) fn of(store: &Arc<File>, mailbox: &Arc<Mailbox>) -> io::Result<Option<Discarder>> {
-        if !store.metadata()?.file_type().is_block_device() {
+    pub(super) fn of(store: &Arc<Store>, mailbox: &Arc<Mailbox>) -> io::Result<Option<Discarder>> {
+        if !store.file().metadata()?.file_type().is_block_device() {
             return Ok(None);
         }
         let (sender, todo) = channel::<(IoId, Run)>();
@@ -41,11 +41,11 @@ impl Discarder {
     }
 }
 
-fn discard(store: &File, run: Run) -> io::Result<()> {
-    let range = [run.start.offset(), run.bytes() as u64];
+fn discard(store: &Store, run: Run) -> io::Result<()> {
+    let range = [store.place_of(run.start), run.bytes() as u64];
     // SAFETY: the kernel reads two numbers, which outlive the call. What it discards is content that nobody needs any more: the core
     // writes none of these pages, nor reads one, until this has ended.
-    match unsafe { libc::ioctl(store.as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
+    match unsafe { libc::ioctl(store.file().as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

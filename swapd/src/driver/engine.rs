@@ -150,7 +150,7 @@ impl Engine {
         let thread_memory = memory.clone();
         let run = move || {
             // The ring belongs to the thread that makes it.
-            let ring = match Ring::new(&store, faults.fd(), mailbox.fd()) {
+            let ring = match Ring::new(store, faults.fd(), mailbox.fd()) {
                 Ok(ring) => ring,
                 Err(error) => return drop(started.send(Err(error))),
             };
@@ -161,7 +161,6 @@ impl Engine {
                 memory: thread_memory,
                 mailbox,
                 sealer: cipher.map(Sealer::new),
-                _store: store,
                 notify,
                 latencies: LatencyBook::new(),
                 recorder: Default::default(),

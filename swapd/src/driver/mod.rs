@@ -19,11 +19,10 @@ mod recorder;
 mod regions;
 mod ring;
 mod sealer;
-mod store;
+pub(crate) mod store;
 mod uffd;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -57,8 +56,6 @@ struct Driver {
     mailbox: Arc<Mailbox>,
     /// If the store is encrypted.
     sealer: Option<Sealer>,
-    /// Kept open for the ring.
-    _store: Arc<File>,
     notify: Box<dyn Fn(Notice) + Send>,
     latencies: LatencyBook,
     recorder: Recorder,

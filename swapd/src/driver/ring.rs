@@ -1,13 +1,14 @@
 //! The VM's one io_uring: it waits for faults, commands and completions at once.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use super::store::Store;
 use swapcore::core::IoId;
 use swapcore::transfer::Transfer;
 use swapcore::units::Run;
@@ -41,6 +42,8 @@ pub(super) enum Completion {
 
 pub(super) struct Ring {
     ring: IoUring,
+    /// Registered with it.
+    store: Arc<Store>,
     faults: RawFd,
     commands: RawFd,
     /// By number of the operation, with when they were started. The buffers are staging slots or a sealer's copies, which outlive the ring.
@@ -56,7 +59,7 @@ impl std::fmt::Debug for Ring {
 
 impl Ring {
     /// A ring that watches both descriptors and does I/O on the store.
-    pub(super) fn new(store: &File, faults: RawFd, commands: RawFd) -> Result<Self, String> {
+    pub(super) fn new(store: Arc<Store>, faults: RawFd, commands: RawFd) -> Result<Self, String> {
         let ring = IoUring::builder()
             .setup_cqsize(ENTRIES * 2)
             .setup_single_issuer()
@@ -70,9 +73,9 @@ impl Ring {
                 _ => format!("cannot create an io_uring ({error}); vmemd needs Linux 6.8 or newer"),
             })?;
         ring.submitter()
-            .register_files(&[store.as_raw_fd()])
+            .register_files(&[store.file().as_raw_fd()])
             .map_err(|error| format!("cannot register the store with io_uring: {error}"))?;
-        let mut ring = Ring { ring, faults, commands, transfers: Vec::new(), in_flight: 0 };
+        let mut ring = Ring { ring, store, faults, commands, transfers: Vec::new(), in_flight: 0 };
         ring.watch(faults, DATA_FAULTS);
         ring.watch(commands, DATA_COMMANDS);
         Ok(ring)
@@ -112,7 +115,8 @@ impl Ring {
         if self.transfers.len() <= at {
             self.transfers.resize(at + 1, None);
         }
-        let transfer = Transfer { write, offset: run.start.offset(), address, len: run.bytes(), done: 0 };
+        let transfer =
+            Transfer { write, offset: self.store.place_of(run.start), address, len: run.bytes(), done: 0 };
         self.in_flight += 1;
         self.submit(io, transfer, Instant::now());
     }
@@ -121,8 +125,8 @@ impl Ring {
     /// waiting.
     pub(super) fn start_hole(&mut self, io: IoId, run: Run) {
         let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        let entry =
-            opcode::Fallocate::new(STORE, run.bytes() as u64).offset(run.start.offset()).mode(hole).build();
+        let (at, len) = (self.store.place_of(run.start), run.bytes() as u64);
+        let entry = opcode::Fallocate::new(STORE, len).offset(at).mode(hole).build();
         self.in_flight += 1;
         self.push(&entry.user_data(DATA_DROP | u64::from(io.0)));
     }

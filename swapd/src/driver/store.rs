@@ -1,4 +1,5 @@
-//! The store: a nameless sparse file in a directory, or a block device. Page n is at offset n x 4096.
+//! The store: a nameless sparse file in a directory, or a block device. Page n is at offset n x 4096, which nobody but [`Store::place_of`]
+//! need know.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -6,10 +7,25 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::error::StartError;
-use swapcore::units::PAGE_SIZE;
+use swapcore::units::{PAGE_SIZE, PageNo};
+
+/// A VM's store, open for direct I/O.
+#[derive(Debug)]
+pub(crate) struct Store(File);
+
+impl Store {
+    pub(crate) fn file(&self) -> &File {
+        &self.0
+    }
+
+    /// Byte offset of the page in it. The pages of a run lie one behind the other.
+    pub(crate) fn place_of(&self, page: PageNo) -> u64 {
+        page.offset()
+    }
+}
 
 /// Opens the store for a VM of `memory_bytes`, of which `outside_bytes` must find room in it.
-pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {
+pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<Store, StartError> {
     let shown = path.display();
     let metadata = std::fs::metadata(path).map_err(|error| {
         StartError::Store(format!(
@@ -31,7 +47,7 @@ pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result
             metadata.blksize()
         );
     }
-    Ok(file)
+    Ok(Store(file))
 }
 
 fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {

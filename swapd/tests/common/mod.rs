@@ -31,6 +31,24 @@ impl Directory {
         std::fs::create_dir_all(&path).expect("a directory for the test");
         Directory(path)
     }
+
+    /// The file of the store here, nameless as it is.
+    pub fn store(&self) -> std::fs::File {
+        use std::os::unix::fs::OpenOptionsExt;
+        let directory = self.0.canonicalize().expect("the directory is there");
+        let is_here =
+            |fd: &PathBuf| std::fs::read_link(fd).is_ok_and(|target| target.starts_with(&directory));
+        let mut open =
+            std::fs::read_dir("/proc/self/fd").expect("proc is there").flatten().map(|fd| fd.path());
+        let store = open.find(is_here).expect("a store is open here");
+        let mut options = std::fs::OpenOptions::new();
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(store)
+            .expect("it can be opened again")
+    }
 }
 
 impl Drop for Directory {
@@ -61,6 +79,20 @@ impl Vm {
     pub fn start(memory: u64, budget: u64, prealloc: bool) -> Option<Vm> {
         let notify = Box::new(|notice| println!("notice: {notice:?}"));
         match Engine::start(config(memory, budget, store_directory(), prealloc), notify) {
+            Ok(engine) => Some(Vm::of(engine)),
+            Err(swapd::StartError::Host(reason)) => {
+                skipped(&reason);
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// With a store of its own, in which it can have more than there is room for.
+    pub fn start_in(memory: u64, budget: u64, store: PathBuf, encrypt: bool) -> Option<Vm> {
+        let mut config = config(memory, budget, store, false);
+        (config.store.overcommit, config.store.encrypt) = (true, encrypt);
+        match Engine::start(config, Box::new(|notice| println!("notice: {notice:?}"))) {
             Ok(engine) => Some(Vm::of(engine)),
             Err(swapd::StartError::Host(reason)) => {
                 skipped(&reason);

@@ -1,0 +1,234 @@
+//! Stored pages for somebody other than the engine: a migration, a checkpoint. Nothing comes into RAM for it.
+//!
+//! Where a stored page lies is its tier's knowledge, and how it looks there the engine's; both are behind [`StoredReader`]. The I/O may be
+//! the caller's own: [`StoredReader::file`] and [`StoredReader::place_of`] say what to read on the caller's ring, and
+//! [`StoredReader::open`] makes of what was read the pages that the guest wrote, or says that it is something else.
+//!
+//! What is read must be *held* ([`EngineHandle::hold_async`](crate::EngineHandle::hold_async)) from before its checksums are asked for until
+//! it has been read: a page that is not held may be written anew meanwhile, or its place dropped.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use memmap2::MmapMut;
+use swapcore::digest::page_sum;
+use swapcore::error::{IoError, IoErrorKind};
+use swapcore::units::{PAGE_SIZE, PageNo, Run, TierId};
+
+use crate::cipher::Cipher;
+use crate::driver::store::Store;
+
+/// Bytes copied at a time where nothing better can be done.
+const COPY_BYTES: usize = 1 << 20;
+
+/// Reads what a VM's tiers have. Cheap to clone; lives as long as anybody wants, also beyond its engine.
+#[derive(Clone, Debug)]
+pub struct StoredReader {
+    pub(crate) store: Arc<Store>,
+    pub(crate) cipher: Option<Arc<Cipher>>,
+}
+
+/// How pages got into a file, in pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Cloned {
+    /// Both files have the same blocks, until one of them changes: nothing was copied.
+    pub shared: u64,
+    pub copied: u64,
+}
+
+/// Why pages are not in a file.
+#[derive(Debug, thiserror::Error)]
+pub enum CloneError {
+    #[error(
+        "what an encrypted store has is of no use outside of this VM's process, which alone knows the key"
+    )]
+    Encrypted,
+    #[error("pages cannot be cloned from {tier}")]
+    Io {
+        tier: TierId,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl StoredReader {
+    /// The tier's file, opened with `O_DIRECT`, for operations of the caller's own ring.
+    ///
+    /// # Errors
+    /// If this process can have no more descriptors.
+    ///
+    /// # Panics
+    /// If there is no such tier, as with every call here.
+    pub fn file(&self, tier: TierId) -> io::Result<File> {
+        self.tier(tier).file().try_clone()
+    }
+
+    /// Byte offset of the page in the tier's file. The pages of a run lie one behind the other.
+    pub fn place_of(&self, tier: TierId, page: PageNo) -> u64 {
+        self.tier(tier).place_of(page)
+    }
+
+    fn tier(&self, tier: TierId) -> &Store {
+        assert_eq!(tier, TierId::STORE, "the only one there is");
+        &self.store
+    }
+
+    /// Makes of what was read from the run's places the content of its pages, in place: decrypted, and compared with their checksums.
+    ///
+    /// # Errors
+    /// [`IoErrorKind::Mismatch`]: one of the pages is not what was written. The bytes are decrypted all the same.
+    ///
+    /// # Panics
+    /// If there are not as many bytes and sums as the run has pages.
+    pub fn open(&self, tier: TierId, run: Run, sums: &[u64], bytes: &mut [u8]) -> Result<(), IoError> {
+        if let Some(cipher) = &self.cipher {
+            cipher.decrypt(run, bytes);
+        }
+        verify(tier, run, sums, bytes)
+    }
+
+    /// Reads the run's pages into `bytes`, which begin at a multiple of 4096, and blocks until they are there.
+    ///
+    /// # Errors
+    /// They cannot be read, or one of them is not what was written.
+    ///
+    /// # Panics
+    /// As [`StoredReader::open`].
+    pub fn read(&self, tier: TierId, run: Run, sums: &[u64], bytes: &mut [u8]) -> Result<(), IoError> {
+        let store = self.tier(tier);
+        let failed = |error: io::Error| IoError { tier, write: false, kind: IoErrorKind::of(&error) };
+        store.file().read_exact_at(bytes, store.place_of(run.start)).map_err(failed)?;
+        self.open(tier, run, sums, bytes)
+    }
+
+    /// Puts the runs' pages, all of them stored in this tier, into a file, page *n* at offset *n* x 4096: by sharing blocks where both are on
+    /// one file system that can, else by a copy. The pages are not looked at: their checksums go along.
+    ///
+    /// # Errors
+    /// The store is encrypted, or the kernel refuses. A part may have been done.
+    pub fn clone_into(&self, tier: TierId, file: &File, runs: &[Run]) -> Result<Cloned, CloneError> {
+        if self.cipher.is_some() {
+            return Err(CloneError::Encrypted);
+        }
+        let store = self.tier(tier);
+        let mut cloner = Cloner { from: store.file(), to: file, way: Way::Share, buffer: None };
+        let mut cloned = Cloned::default();
+        for run in runs {
+            let way = cloner
+                .clone(store.place_of(run.start), run.start.offset(), run.bytes())
+                .map_err(|source| CloneError::Io { tier, source })?;
+            match way {
+                Way::Share => cloned.shared += u64::from(run.len),
+                Way::CopyInKernel | Way::Copy => cloned.copied += u64::from(run.len),
+            }
+        }
+        Ok(cloned)
+    }
+}
+
+/// Whether these bytes are the pages of the run as they were written.
+///
+/// # Errors
+/// [`IoErrorKind::Mismatch`], if they are not.
+///
+/// # Panics
+/// As [`StoredReader::open`].
+pub fn verify(tier: TierId, run: Run, sums: &[u64], bytes: &[u8]) -> Result<(), IoError> {
+    assert_eq!((bytes.len(), sums.len()), (run.bytes(), run.len as usize), "a page and a sum each");
+    let mut pages = run.pages().zip(bytes.chunks_exact(PAGE_SIZE)).zip(sums);
+    match pages.all(|((page, bytes), sum)| page_sum(page, bytes) == *sum) {
+        true => Ok(()),
+        false => Err(IoError { tier, write: false, kind: IoErrorKind::Mismatch }),
+    }
+}
+
+/// The best first. What one file system refuses once it refuses always.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Way {
+    Share,
+    CopyInKernel,
+    Copy,
+}
+
+struct Cloner<'a> {
+    from: &'a File,
+    to: &'a File,
+    way: Way,
+    buffer: Option<MmapMut>,
+}
+
+impl Cloner<'_> {
+    /// Says how it was done.
+    fn clone(&mut self, at: u64, to: u64, len: usize) -> io::Result<Way> {
+        loop {
+            let (result, next) = match self.way {
+                Way::Share => (self.share(at, to, len), Way::CopyInKernel),
+                Way::CopyInKernel => (self.copy_in_kernel(at, to, len), Way::Copy),
+                Way::Copy => return self.copy(at, to, len).map(|()| Way::Copy),
+            };
+            match result {
+                Ok(()) => return Ok(self.way),
+                Err(error) if is_refused(&error) => self.way = next,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn share(&self, at: u64, to: u64, len: usize) -> io::Result<()> {
+        let range = libc::file_clone_range {
+            src_fd: self.from.as_raw_fd().into(),
+            src_offset: at,
+            src_length: len as u64,
+            dest_offset: to,
+        };
+        // SAFETY: the kernel reads one struct, which outlives the call; both descriptors are open as long as the files are borrowed.
+        match unsafe { libc::ioctl(self.to.as_raw_fd(), libc::FICLONERANGE as libc::Ioctl, &raw const range) }
+        {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn copy_in_kernel(&self, at: u64, to: u64, len: usize) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let (mut from_at, mut to_at) = ((at + done as u64) as i64, (to + done as u64) as i64);
+            let (from, into) = (self.from.as_raw_fd(), self.to.as_raw_fd());
+            // SAFETY: the kernel reads and writes two offsets, which outlive the call.
+            let copied =
+                unsafe { libc::copy_file_range(from, &mut from_at, into, &mut to_at, len - done, 0) };
+            match copied {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                copied if copied > 0 => done += copied as usize,
+                _ => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, at: u64, to: u64, len: usize) -> io::Result<()> {
+        if self.buffer.is_none() {
+            // Mapped, so aligned for direct I/O.
+            self.buffer = Some(MmapMut::map_anon(COPY_BYTES)?);
+        }
+        let buffer = self.buffer.as_mut().expect("just made");
+        for done in (0..len).step_by(COPY_BYTES) {
+            let part = &mut buffer[..COPY_BYTES.min(len - done)];
+            self.from.read_exact_at(part, at + done as u64)?;
+            self.to.write_all_at(part, to + done as u64)?;
+        }
+        Ok(())
+    }
+}
+
+/// Not this way, and never; another may do.
+fn is_refused(error: &io::Error) -> bool {
+    let refusals = [libc::EOPNOTSUPP, libc::EXDEV, libc::EINVAL, libc::ENOTTY, libc::ENOSYS, libc::EBADF];
+    error.raw_os_error().is_some_and(|errno| refusals.contains(&errno))
+}
