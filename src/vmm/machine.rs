@@ -20,7 +20,7 @@ use crate::vmm::state::MachineState;
 use crate::vmm::throttle::Throttle;
 use crate::vmm::vcpu::{self, LockedVcpu, Shared};
 use crate::vmm::vcpu_state::VcpuState;
-use crate::vmm::workload::{Pattern, Workload};
+use crate::vmm::workload::Pattern;
 use crate::vmm::{image, kick, registers};
 
 /// How long pausing waits for page faults that are being served.

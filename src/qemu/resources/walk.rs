@@ -7,7 +7,7 @@ use vmprocess::failure::Failure;
 use super::what::{SeeOne, What};
 use super::{descriptors, files};
 use crate::qemu::options::{CommandLine, Word};
-use crate::qemu::props::Props;
+use crate::qemu::props::{Props, is_on};
 use crate::qemu::rules::Rules;
 
 /// One thing outside, and the option that names it.
@@ -271,7 +271,7 @@ fn chardev(props: &mut Props, see: SeeOne<'_>) -> bool {
     let kind = props.first("backend").or_else(|| props.get("backend.type")).unwrap_or_default();
     let server = props.get("server").or_else(|| props.get("backend.data.server"));
     // Text does not listen unless told, JSON listens unless told.
-    let listens = server.map_or(matches!(props, Props::Json(_)), |value| super::props::is_on(&value));
+    let listens = server.map_or(matches!(props, Props::Json(_)), |value| is_on(&value));
     let is_abstract = props.is_on("abstract") || props.is_on("backend.data.addr.data.abstract");
     let connects = connects(props, "backend.data.");
     props.visit(&mut |path, value| {
