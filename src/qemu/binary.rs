@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{Failure, Kind};
+use vmprocess::failure::{Failure, Kind};
 
 /// Program headers looked at; real binaries have about a dozen.
 const MAX_HEADERS: u16 = 256;

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use vmprocess::failure::{Failure, Kind};
 
 use super::ask::Ask;
 use super::cpu::{self, Cpu};
@@ -17,7 +18,7 @@ use super::refuse::unmovable;
 use super::resources::{self, Host};
 use super::rewrite::Plan;
 use super::rules::Rules;
-use super::{Failure, Kind, accel, binary};
+use super::{accel, binary};
 
 /// What the source sends: enough to start the same QEMU elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,9 +4,12 @@ use std::ffi::CString;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use super::{Resource, SOCKET_PATH_MAX, What, fits_a_socket, list};
+use vmprocess::failure::{Failure, Kind};
+
+use super::descriptors;
+use super::walk::{Resource, SOCKET_PATH_MAX, fits_a_socket, list};
+use super::what::What;
 use crate::qemu::options::CommandLine;
-use crate::qemu::{Failure, Kind};
 
 /// What can be seen of a host; [`ThisHost`] looks at the real one.
 pub trait Host: std::fmt::Debug {
@@ -57,7 +60,7 @@ impl Host for ThisHost {
     }
 
     fn leads_into_process(&self, path: &Path) -> Option<PathBuf> {
-        super::descriptors::behind(path)
+        descriptors::behind(path)
     }
 }
 

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 
-use super::What;
+use super::what::What;
 
 /// As the kernel has it.
 const LINKS_MAX: u32 = 40;
