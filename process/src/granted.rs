@@ -17,8 +17,8 @@ use tracing::warn;
 
 use crate::control::protocol::EngineKind;
 use crate::control::rundir::RunDir;
+use crate::facts::Facts;
 use crate::failure::{Failure, Kind};
-use crate::vm::Facts;
 
 /// How often a record is read that makes no sense.
 const READ_TRIES: u32 = 100;

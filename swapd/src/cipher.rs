@@ -11,7 +11,7 @@ use std::io;
 use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use aes::{Aes256, Block};
 
-use crate::units::{PAGE_SIZE, PageNo, Run};
+use swapcore::units::{PAGE_SIZE, PageNo, Run};
 
 const KEY_BYTES: usize = 32;
 const BLOCKS: usize = PAGE_SIZE / size_of::<Block>();
@@ -115,7 +115,7 @@ fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::PageNo;
+    use swapcore::units::PageNo;
 
     /// IEEE 1619-2018, annex B, vector 10: AES-256, data unit ff, the bytes 0 to 255 twice. A data unit of ours is longer and begins the same.
     #[test]

@@ -9,160 +9,14 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::cipher::Cipher;
-use crate::core::{FaultKind, Request, Response};
-use crate::driver::{Mailbox, Memory, StartError};
-use crate::stats::Stats;
-use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun};
-
-/// Why the engine did not do what it was asked.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum CommandError {
-    #[error("the engine of this VM has ended")]
-    Gone,
-    #[error("a RAM budget of {asked} bytes is below the minimum of {minimum} bytes")]
-    BudgetTooSmall { asked: u64, minimum: u64 },
-    #[error("a RAM budget of {asked} bytes is above the VM's memory of {memory} bytes")]
-    BudgetTooLarge { asked: u64, memory: u64 },
-    #[error("{0} is not within the VM's memory")]
-    OutOfRange(PageNo),
-    #[error("{0}")]
-    Store(String),
-    /// The budget holds from now on, but the frames above it do not leave: no frame has for some seconds.
-    #[error(
-        "{held} bytes of RAM are still held, above the budget of {budget} bytes; {pinned} bytes of them are pinned"
-    )]
-    StillAbove { budget: u64, held: u64, pinned: u64 },
-    #[error(
-        "{pages} pages cannot leave RAM: something holds their frames, as I/O under way and registered buffers do"
-    )]
-    Pinned { pages: u64 },
-    #[error("{0}")]
-    NotNow(&'static str),
-}
-
-/// Where the newest content of a piece of a held run is. See [`EngineHandle::hold`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Place {
-    /// Reads as zeros; no frame, no store content.
-    Zero,
-    /// In guest memory. The guest may be changing it: copy it, then work on the copy.
-    Memory,
-    /// In the store, at the page's own offset. `EngineHandle::sums` has the checksums.
-    Stored,
-    /// In a frame outside the guest: `EngineHandle::staged` has a copy, for as long as it stays there.
-    Staged,
-    /// On its way between two places. Ask again a little later.
-    Moving,
-    /// Lost to a read error or a checksum mismatch.
-    Poisoned,
-}
-
-/// Pages of a held run that are in the same place.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Piece {
-    pub run: Run,
-    pub place: Place,
-}
-
-/// Pages that may have been written, each in one of the two.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Written {
-    /// Somebody used them, as their page-table entries say. In ascending runs.
-    pub seen: Vec<Run>,
-    /// They left the guest's memory, and what was written to them before that was not seen: the engine's choice, which says nothing of
-    /// whether they are in use. In ascending runs.
-    pub left: Vec<Run>,
-}
-
-impl Written {
-    /// All of them, in ascending runs.
-    pub fn into_runs(self) -> Vec<Run> {
-        let mut all = self.seen;
-        all.extend(self.left);
-        all.sort_unstable_by_key(|run| run.start);
-        all.dedup_by(|next, run| {
-            let joins = run.end() == next.start;
-            run.len += if joins { next.len } else { 0 };
-            joins
-        });
-        all
-    }
-}
-
-/// Copies of pages that were in [`Place::Staged`].
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Copies {
-    pub pages: Vec<PageNo>,
-    /// Their contents, one behind the other.
-    pub bytes: Vec<u8>,
-}
-
-impl Copies {
-    pub fn iter(&self) -> impl Iterator<Item = (PageNo, &[u8; PAGE_SIZE])> {
-        self.pages.iter().copied().zip(self.bytes.as_chunks().0)
-    }
-}
-
-/// Pages received into frames of the staging area, to be placed by the engine.
-#[derive(Clone, Debug)]
-pub struct Arrival {
-    pub run: Run,
-    /// Frames granted by [`EngineHandle::grant_frames_async`]; they go back to the engine with this call.
-    pub slots: SlotRun,
-    /// One checksum a page ([`crate::digest`]), already verified against the bytes.
-    pub sums: Vec<u64>,
-    /// The page was sent before in this migration: it was written meanwhile, so it is hot.
-    pub again: bool,
-}
-
-/// How a finished receiving left the pages.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
-pub struct Placed {
-    pub pages_ram: u64,
-    pub pages_store: u64,
-    pub pages_zero: u64,
-    /// Page-ins and page-outs by the VM's own paging while it received.
-    pub pageins: u64,
-    pub pageouts: u64,
-}
-
-/// One fault, when it had been served.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-pub struct SeenFault {
-    /// Since the recording began.
-    pub at_us: u64,
-    pub page: PageNo,
-    pub kind: FaultKind,
-}
-
-/// Part of what a recording saw.
-#[derive(Clone, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
-pub struct FaultsSeen {
-    pub faults: Vec<SeenFault>,
-    /// Seen as well, and kept for the next answers.
-    pub left: u64,
-    /// Faults since the last answer for which there was no room.
-    pub dropped: u64,
-}
-
-/// What is to be done, with the way back for its answer.
-pub(crate) enum Command {
-    /// A request to the core.
-    Ask {
-        request: Request,
-        /// False if nobody waits for the answer any more.
-        reply: Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>,
-    },
-    Attach {
-        region: usize,
-        base: usize,
-        reply: oneshot::Sender<Result<(), StartError>>,
-    },
-    /// The host has done what it could to put this in huge pages.
-    Collapsed {
-        run: Run,
-    },
-}
+use crate::driver::mailbox::{Command, Mailbox};
+use crate::driver::memory::Memory;
+use crate::error::StartError;
+use swapcore::api::{Arrival, Copies, FaultsSeen, Piece, Placed, Written};
+use swapcore::core::{Request, Response};
+use swapcore::error::CommandError;
+use swapcore::stats::Stats;
+use swapcore::units::{PageNo, Run, SlotRun};
 
 /// Cheap to clone; safe to use from any thread.
 #[derive(Clone, Debug)]
@@ -233,7 +87,7 @@ impl EngineHandle {
         self.memory.guest_len() as u64
     }
 
-    /// Address of guest page `page`. Only pages held and in [`Place::Memory`] may be read through it.
+    /// Address of guest page `page`. Only pages held and in [`Place::Memory`](swapcore::api::Place::Memory) may be read through it.
     ///
     /// # Panics
     /// If the page is not within the VM's memory, or in a region that is not attached: such a page is never in memory.
@@ -324,9 +178,13 @@ impl EngineHandle {
         self.call(Request::TrackWrites(on), done)
     }
 
+    pub fn track_writes_async(&self, on: bool) -> Answer<()> {
+        self.ask(Request::TrackWrites(on), done)
+    }
+
     /// Without prefetch only what is touched comes in: for measurements of what a guest touches.
-    pub fn set_prefetch(&self, on: bool) -> Result<(), CommandError> {
-        self.call(Request::Prefetch(on), done)
+    pub fn set_prefetch_async(&self, on: bool) -> Answer<()> {
+        self.ask(Request::Prefetch(on), done)
     }
 
     /// Pages that may have been written since tracking started or since the last call.
@@ -345,7 +203,7 @@ impl EngineHandle {
         self.ask(Request::Release(run), done)
     }
 
-    /// Checksums of pages in [`Place::Stored`] (valid while they are held).
+    /// Checksums of pages in [`Place::Stored`](swapcore::api::Place::Stored) (valid while they are held).
     pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
         self.ask(Request::Sums(run), sums)
     }
@@ -412,9 +270,13 @@ impl EngineHandle {
         self.call(Request::ResidentMap, runs)
     }
 
+    pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
+        self.ask(Request::ResidentMap, runs)
+    }
+
     /// The pages that are in the store, or on their way there, in ascending runs.
-    pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
-        self.call(Request::StoredMap, runs)
+    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
+        self.ask(Request::StoredMap, runs)
     }
 
     /// Writes again what a store refused, if it did, and answers when all of it is written.

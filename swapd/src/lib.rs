@@ -1,26 +1,19 @@
-//! vmemd's swap engine: one VM's private virtual memory.
-
-#[macro_use]
-pub mod mutant;
+//! vmemd's swap engine: one VM's private virtual memory. What it decides is in `swapcore`; here is what it does that with.
 
 mod cipher;
-pub mod core;
-pub mod digest;
-pub mod driver;
-pub mod handle;
-pub mod policy;
-pub mod replay;
-#[cfg(feature = "sim")]
-pub mod sim;
-pub mod staging;
-pub mod stats;
-pub mod table;
-pub mod units;
+mod driver;
+mod error;
+mod handle;
+mod notice;
 
-pub use driver::{Engine, EngineConfig, Notice, StartError, StoreConfig, huge_page_mode, lock_limit};
-pub use handle::{
-    Answer, Arrival, CommandError, Copies, EngineHandle, FaultsSeen, Piece, Place, Placed, SeenFault,
-    Written, answered,
-};
-pub use stats::Stats;
-pub use units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageNo, Run, Slot, SlotRun};
+pub use driver::engine::{Engine, EngineConfig, StoreConfig};
+pub use driver::locking::lock_limit;
+pub use driver::memory::huge_page_mode;
+pub use error::StartError;
+pub use handle::{Answer, EngineHandle, answered};
+pub use notice::Notice;
+pub use swapcore::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault, Written};
+pub use swapcore::error::{CommandError, IoError, IoErrorKind};
+pub use swapcore::stats::Stats;
+pub use swapcore::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId};
+pub use swapcore::{core, digest, replay, stats, units};

@@ -5,8 +5,7 @@ mod common;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{Patience, Vm, start};
-use swapd::core::FaultKind;
-use swapd::{CommandError, Engine, PAGE_SIZE, PageNo, Place, Run, StartError};
+use swapd::{CommandError, Engine, FaultKind, PAGE_SIZE, PageNo, Place, Run, StartError};
 
 const MIB: u64 = 1 << 20;
 

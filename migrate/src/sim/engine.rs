@@ -11,8 +11,8 @@ use std::time::Duration;
 use swapd::digest::page_sum;
 use swapd::units::{bytes_of, runs_of};
 use swapd::{
-    Answer, Arrival, CommandError, Copies, PAGE_SIZE, PageNo, Piece, Place, Placed, Run, Slot, SlotRun,
-    Written, answered,
+    Answer, Arrival, CommandError, Copies, IoError, IoErrorKind, PAGE_SIZE, PageNo, Piece, Place, Placed,
+    Run, Slot, SlotRun, TierId, Written, answered,
 };
 use tokio::sync::oneshot;
 use tokio_uring::buf::BoundedBufMut;
@@ -21,6 +21,7 @@ use super::runtime::sleep;
 use super::world::world;
 use crate::link::region::Pages;
 
+const NO_SPACE: IoError = IoError { tier: TierId::STORE, write: true, kind: IoErrorKind::Full };
 const COMMAND: Duration = Duration::from_micros(400);
 const DEVICE: Duration = Duration::from_millis(3);
 const SLOTS: u32 = 600;
@@ -122,7 +123,7 @@ impl State {
     fn serve_grants(&mut self) {
         while !self.grants.is_empty() {
             let answer = if self.failed {
-                Err(CommandError::Store("no space left".to_string()))
+                Err(CommandError::Store(NO_SPACE))
             } else {
                 let count = self.grants[0].0;
                 let Some(slots) = self.take_slots(count) else { return };
@@ -316,11 +317,7 @@ impl EngineHandle {
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| {
             let failed = state.failed;
-            let _ = reply.send(if failed {
-                Err(CommandError::Store("no space left".to_string()))
-            } else {
-                work(state)
-            });
+            let _ = reply.send(if failed { Err(CommandError::Store(NO_SPACE)) } else { work(state) });
         }));
         answer
     }
@@ -367,34 +364,41 @@ impl EngineHandle {
     }
 
     pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
-        let work = move |state: &mut State| state.written = on.then(BTreeSet::new);
-        if !on {
-            let answer = self.ask_always(work);
-            return self.call(answer);
-        }
-        self.call(self.ask(move |state| {
-            work(state);
-            Ok(())
-        }))
+        self.call(self.track_writes_async(on))
     }
 
-    pub fn set_prefetch(&self, _: bool) -> Result<(), CommandError> {
-        self.call(self.ask(|_| Ok(())))
+    pub fn track_writes_async(&self, on: bool) -> Answer<()> {
+        let work = move |state: &mut State| state.written = on.then(BTreeSet::new);
+        if !on {
+            return self.ask_always(work);
+        }
+        self.ask(move |state| {
+            work(state);
+            Ok(())
+        })
+    }
+
+    pub fn set_prefetch_async(&self, _: bool) -> Answer<()> {
+        self.ask(|_| Ok(()))
     }
 
     pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
+        self.call(self.resident_map_async())
+    }
+
+    pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
         self.map_of(Place::Memory)
     }
 
-    pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
+    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
         self.map_of(Place::Stored)
     }
 
-    fn map_of(&self, place: Place) -> Result<Vec<Run>, CommandError> {
-        self.call(self.ask(move |state| {
+    fn map_of(&self, place: Place) -> Answer<Vec<Run>> {
+        self.ask(move |state| {
             let there = (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == place);
             Ok(runs_of(there, u32::MAX).collect())
-        }))
+        })
     }
 
     pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {
@@ -502,7 +506,7 @@ impl EngineHandle {
                 state.place[page.index()] = Place::Memory;
             }
             state.give_slots(arrival.slots);
-            let answer = if failed { Err(CommandError::Store("no space left".to_string())) } else { Ok(()) };
+            let answer = if failed { Err(CommandError::Store(NO_SPACE)) } else { Ok(()) };
             let _ = reply.send(answer);
         }));
         answer

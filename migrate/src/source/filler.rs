@@ -4,7 +4,6 @@
 //! work on the same page in one round: a page is taken from the tracker before anything else happens to it.
 
 use std::rc::Rc;
-use std::time::Duration;
 
 use swapd::digest::page_sum;
 use swapd::{PAGE_SIZE, PageNo, Piece, Place, Run, answered};
@@ -13,15 +12,10 @@ use tokio::sync::mpsc;
 use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
 use super::tracker::Tracker;
+use crate::limits::{REREAD_EVERY, REREADS};
 use crate::link::trouble::Trouble;
 use crate::outside::{breathe, planted, sleep};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
-
-/// How often a page that could not be read is read once more.
-const REREADS: u32 = 3;
-const REREAD_EVERY: Duration = Duration::from_millis(300);
-/// In a session it is not waited between them more often than that: a disk that is gone gives nothing back.
-pub(crate) const REREAD_WAITS: u32 = 32;
 
 /// One record in the making, and the pages found on the way that have no content.
 struct Filler {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use swapd::core::FaultKind;
+use swapd::FaultKind;
 use swapd::units::pages_in;
 use vmprocess::control::client::VmClient;
 use vmprocess::failure::{Failure, Kind};

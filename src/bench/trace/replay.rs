@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use swapd::PageNo;
-use swapd::core::{BUDGET_MIN, CoreConfig, staging_blocks, staging_slots};
+use swapd::core::{BUDGET_MIN, CoreConfig, WalkStep, staging_blocks, staging_slots};
 use swapd::replay::{Counts, Pace, Replay};
 
 use super::reference::{Clock, Fifo, Lfu, Lru, Outcome, S3Fifo};
@@ -105,6 +105,7 @@ fn engine(touches: &Touches, frames: u64, pace: Pace) -> Row {
             slots: staging_slots(touches.pages),
             blocks: staging_blocks(touches.pages, false),
             sampling: true,
+            walk: WalkStep::default(),
         },
         pace,
     );

@@ -12,9 +12,11 @@ use super::sealer::Sealer;
 use super::uffd::Faults;
 use super::{Driver, locking, store};
 use crate::cipher::Cipher;
-use crate::core::{BUDGET_MIN, Core, CoreConfig, staging_blocks, staging_slots};
+use crate::error::StartError;
 use crate::handle::EngineHandle;
-use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
+use crate::notice::Notice;
+use swapcore::core::{BUDGET_MIN, Core, CoreConfig, WalkStep, staging_blocks, staging_slots};
+use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
 
 /// Where a VM's store is.
 #[derive(Clone, Debug)]
@@ -41,41 +43,6 @@ pub struct EngineConfig {
     pub lock: bool,
     /// Sample which resident pages are in use while there is no memory pressure.
     pub sampling: bool,
-}
-
-/// What the engine tells its owner unasked. Called on the engine's thread: must not block.
-#[derive(Clone, Debug)]
-pub enum Notice {
-    /// A write failed. Nothing is lost: what could not be written stays in RAM, and is tried again now and then.
-    StoreFailed(String),
-    /// All of that is written.
-    StoreRecovered,
-    /// The VM needs a frame, and there will be none as long as the store fails: pause it, and say why. Few frames are kept
-    /// for what a vCPU touches until it can be stopped.
-    Starved(String),
-    /// There are frames again.
-    Relieved,
-    /// The VM needs a frame, and has waited for some time: all that could leave is held where it is. It goes on when that is let
-    /// go of, or with a larger budget.
-    Short { pinned_bytes: u64 },
-    /// There are frames again.
-    Enough,
-    /// The guest sees a memory error when it touches this page.
-    Poisoned(PageNo),
-}
-
-/// Why an engine could not start. Each text says what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    #[error("{0}")]
-    Budget(String),
-    /// No permission, or no such feature in this kernel.
-    #[error("{0}")]
-    Host(String),
-    #[error("{0}")]
-    Store(String),
-    #[error("{0}")]
-    Memory(String),
 }
 
 /// A VM's memory and the thread that serves it.
@@ -173,6 +140,7 @@ impl Engine {
             slots: staging.slots,
             blocks: staging.blocks,
             sampling: config.sampling,
+            walk: WalkStep::default(),
         })
         .with_short_blocks(memory.short_blocks());
         let (started, start) = mpsc::channel();

@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use hdrhistogram::Histogram;
 
-use crate::core::{FaultKind, PageMap};
-use crate::stats::Latencies;
-use crate::units::PageNo;
+use swapcore::api::FaultKind;
+use swapcore::core::PageMap;
+use swapcore::stats::{Latencies, Percentiles};
+use swapcore::units::PageNo;
 
 /// Longer faults count as this long: one minute, in ns.
 const LONGEST_NS: u64 = 60_000_000_000;
@@ -46,6 +47,12 @@ impl LatencyBook {
     }
 
     pub(super) fn figures(&self) -> Latencies {
-        Latencies { zero: (&self.zero).into(), rescue: (&self.rescue).into(), store: (&self.store).into() }
+        let [zero, rescue, store] = [&self.zero, &self.rescue, &self.store].map(percentiles);
+        Latencies { zero, rescue, store }
     }
+}
+
+fn percentiles(histogram_ns: &Histogram<u64>) -> Percentiles {
+    let at = |quantile| histogram_ns.value_at_quantile(quantile) as f64 / 1000.0;
+    Percentiles { p50: at(0.5), p99: at(0.99), p999: at(0.999), max: histogram_ns.max() as f64 / 1000.0 }
 }

@@ -5,7 +5,31 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
-use crate::handle::Command;
+use swapcore::core::{Request, Response};
+use swapcore::error::CommandError;
+use swapcore::units::Run;
+use tokio::sync::oneshot;
+
+use crate::error::StartError;
+
+/// What is to be done, with the way back for its answer.
+pub(crate) enum Command {
+    /// A request to the core.
+    Ask {
+        request: Request,
+        /// False if nobody waits for the answer any more.
+        reply: Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>,
+    },
+    Attach {
+        region: usize,
+        base: usize,
+        reply: oneshot::Sender<Result<(), StartError>>,
+    },
+    /// The host has done what it could to put this in huge pages.
+    Collapsed {
+        run: Run,
+    },
+}
 
 #[derive(Default)]
 struct Queue {

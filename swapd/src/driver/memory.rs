@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::{MmapMut, MmapOptions};
 
-use super::StartError;
 use super::locking::lock_on_fault;
 use super::regions::Regions;
 use super::uffd::Faults;
-use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun};
+use crate::error::StartError;
+use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun};
 
 /// A huge page.
 const BLOCK: usize = BLOCK_PAGES as usize * PAGE_SIZE;

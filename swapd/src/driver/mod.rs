@@ -8,40 +8,40 @@
 //! Invariant: actions are executed in the order of issue, each before the next event is read; so the core's
 //! table and the kernel's page tables agree whenever an event is handled.
 
-mod engine;
+pub(crate) mod engine;
+mod errno;
 mod latency;
-mod locking;
-mod mailbox;
-mod memory;
-pub(crate) mod moves;
+pub(crate) mod locking;
+pub(crate) mod mailbox;
+pub(crate) mod memory;
 mod recorder;
 mod regions;
 mod ring;
 mod sealer;
 mod store;
-pub(crate) mod transfer;
 mod uffd;
-
-pub use engine::{Engine, EngineConfig, Notice, StartError, StoreConfig};
-pub use locking::lock_limit;
-pub(crate) use mailbox::Mailbox;
-pub(crate) use memory::Memory;
-pub use memory::huge_page_mode;
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::core::{Action, Core, Event, IoError, IoId, PageOut, Request, Response, TICK_MS, Ticket};
-use crate::digest::{is_zero, page_sum};
-use crate::handle::{Command, CommandError, Copies};
-use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun, bytes_of, pages_in};
+use crate::error::StartError;
+use crate::notice::Notice;
 use latency::LatencyBook;
-use moves::{HASTY, Moved, PATIENT};
+use mailbox::{Command, Mailbox};
+use memory::Memory;
 use recorder::Recorder;
 use ring::{Completion, Ring};
 use sealer::Sealer;
+use swapcore::api::Copies;
+use swapcore::core::{
+    Action, Core, Event, IoError, IoErrorKind, IoId, PageOut, Request, Response, TICK_MS, Ticket,
+};
+use swapcore::digest::{is_zero, page_sum};
+use swapcore::error::CommandError;
+use swapcore::moves::{HASTY, Moved, PATIENT};
+use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId, bytes_of, pages_in};
 use uffd::Faults;
 
 type Reply = Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>;
@@ -89,7 +89,8 @@ impl Driver {
         while !closed || self.ring.in_flight() > 0 {
             let next_tick = last_tick + tick * self.core.ticks_to_sleep() as u32;
             // Victims that were pinned are replaced by others at once, but behind what has come meanwhile.
-            let patience = match self.core.looks_for_others() {
+            // The same holds for the steps of a walk over all of memory.
+            let patience = match self.core.looks_for_others() || self.core.is_walking() {
                 true => Duration::ZERO,
                 false => next_tick.saturating_duration_since(Instant::now()),
             };
@@ -112,6 +113,9 @@ impl Driver {
             if passed >= self.core.ticks_to_sleep() {
                 last_tick += tick * passed as u32;
                 self.event(Event::Tick { ticks: passed });
+            }
+            if self.core.is_walking() {
+                self.event(Event::Step);
             }
             self.core.make_ready();
             self.perform_all();
@@ -145,16 +149,21 @@ impl Driver {
 
     fn io_done(&mut self, io: IoId, result: std::io::Result<()>) {
         let read = self.reads.remove(&io);
-        let error = result.err().map(|error| explain(read.is_some(), &error));
+        let failed = |error: std::io::Error| {
+            let kind = IoErrorKind::of(&error);
+            (IoError { tier: TierId::STORE, write: read.is_none(), kind }, error)
+        };
+        let error = result.err().map(failed);
         let Some((run, slots)) = read else {
             if let Some(sealer) = &mut self.sealer {
                 sealer.written(io);
             }
-            return self.event(Event::WriteDone { io, result: error.map_or(Ok(()), Err) });
+            return self
+                .event(Event::WriteDone { io, result: error.map_or(Ok(()), |(error, _)| Err(error)) });
         };
-        if let Some(error) = error {
+        if let Some((error, cause)) = error {
             if self.read_error_told.is_none_or(|told| told.elapsed() >= READ_ERROR_EVERY) {
-                tracing::error!(first = run.start.0, pages = run.len, "{}", error.0);
+                tracing::error!(first = run.start.0, pages = run.len, %cause, "{error}");
                 self.read_error_told = Some(Instant::now());
             }
             return self.event(Event::ReadDone { io, result: Err(error) });
@@ -238,11 +247,15 @@ impl Driver {
             Action::HugePages(allowed) => self.memory.allow_huge(allowed),
             Action::Copy { from, to } => self.memory.copy_slot(from, to),
             Action::CopyOut { ticket, pages } => self.copy_out(ticket, &pages),
-            Action::Read { io, run, slots } => {
+            Action::Read { io, tier, run, slots } => {
+                assert_eq!(tier, TierId::STORE, "the only one there is");
                 self.reads.insert(io, (run, slots));
                 self.ring.start(io, false, run, self.memory.slot(slots.start));
             }
-            Action::Write { io, run, slots } => self.write(io, run, slots),
+            Action::Write { io, tier, run, slots } => {
+                assert_eq!(tier, TierId::STORE, "the only one there is");
+                self.write(io, run, slots);
+            }
             Action::DropGuest { run } => report(self.memory.drop_guest(run), "give frames back"),
             Action::ReleaseFrames { slots } => report(self.memory.release_slots(slots), "give frames back"),
             Action::Poison { page } => {
@@ -257,14 +270,14 @@ impl Driver {
                 self.latencies.resolved(page, kind);
                 self.recorder.note(page, kind);
             }
-            Action::ArmTracking => {
-                report(self.scan_all(|_| {}), "track writes");
+            Action::ArmTracking { run } => {
+                report(self.scan(run, |_| {}), "track writes");
             }
-            Action::ScanWritten { ticket } => self.scan_written(ticket),
+            Action::ScanWritten { run } => self.scan_written(run),
             Action::Answer { ticket, answer } => self.answer(ticket, answer),
-            Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error)),
-            Action::StoreRecovered => (self.notify)(Notice::StoreRecovered),
-            Action::Starved(error) => (self.notify)(Notice::Starved(error)),
+            Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error.to_string())),
+            Action::StoreRecovered(_) => (self.notify)(Notice::StoreRecovered),
+            Action::Starved(error) => (self.notify)(Notice::Starved(error.to_string())),
             Action::Relieved => (self.notify)(Notice::Relieved),
             Action::Short { pinned } => (self.notify)(Notice::Short { pinned_bytes: bytes_of(pinned) }),
             Action::Enough => (self.notify)(Notice::Enough),
@@ -390,24 +403,20 @@ impl Driver {
         PageOut::Moved { sum: page_sum(page, bytes), zero: is_zero(bytes) }
     }
 
-    fn scan_written(&mut self, ticket: Ticket) {
-        let mut runs = Vec::new();
-        match self.scan_all(|run| runs.push(run)) {
-            Ok(()) => self.core.handle(Event::Written { ticket, runs: &runs }),
-            Err(error) => {
-                tracing::error!(%error, "cannot scan for written pages");
-                // Nothing is known, so everything counts as written.
-                runs.clear();
-                runs.extend(self.memory.pages());
-                self.core.handle(Event::Written { ticket, runs: &runs });
-            }
+    fn scan_written(&mut self, run: Run) {
+        let mut seen = Vec::new();
+        if let Err(error) = self.scan(run, |written| seen.push(written)) {
+            tracing::error!(%error, "cannot scan for written pages");
+            // Nothing is known, so everything counts as written.
+            seen.clear();
+            seen.extend(self.memory.mapped_parts(run).map(|(part, _)| part));
         }
+        self.core.handle(Event::Written { run, seen: &seen });
     }
 
-    /// Finds the pages written since they were last protected, and protects them again.
-    fn scan_all(&mut self, mut found: impl FnMut(Run)) -> std::io::Result<()> {
-        let memory = &self.memory;
-        for (part, base) in memory.pages().flat_map(|run| memory.mapped_parts(run)) {
+    /// Finds those of the run's pages that have been written since they were last protected, and protects them again.
+    fn scan(&mut self, run: Run, mut found: impl FnMut(Run)) -> std::io::Result<()> {
+        for (part, base) in self.memory.mapped_parts(run) {
             self.faults.scan_written(base, part.bytes(), |at, bytes| {
                 found(part.part(pages_in((at - base) as u64) as u32, pages_in(bytes as u64) as u32));
             })?;
@@ -435,15 +444,6 @@ impl Driver {
 }
 
 const NO_DIGEST: PageOut = PageOut::Moved { sum: 0, zero: false };
-
-/// What an operator is told of an operation that failed.
-fn explain(read: bool, error: &std::io::Error) -> IoError {
-    IoError(match error.raw_os_error() {
-        _ if read => format!("the store cannot be read: {error}"),
-        Some(libc::ENOSPC | libc::EDQUOT) => format!("the store is full: {error}"),
-        _ => format!("the store cannot be written: {error}"),
-    })
-}
 
 fn report(result: std::io::Result<()>, what: &str) {
     if let Err(error) = result {

@@ -6,9 +6,8 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use crate::core::FaultKind;
-use crate::handle::{FaultsSeen, SeenFault};
-use crate::units::PageNo;
+use swapcore::api::{FaultKind, FaultsSeen, SeenFault};
+use swapcore::units::PageNo;
 
 /// Faults kept until they are asked for: 1.5 MiB.
 pub(super) const SEEN_MAX: usize = 1 << 16;

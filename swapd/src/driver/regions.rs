@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, pages_in};
+use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, pages_in};
 
 /// Pages in a run of those that stand for a whole region: 4 TiB.
 const RUN_MAX: u32 = 1 << 30;

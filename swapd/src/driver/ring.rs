@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use super::transfer::Transfer;
-use crate::core::IoId;
-use crate::units::Run;
+use swapcore::core::IoId;
+use swapcore::transfer::Transfer;
+use swapcore::units::Run;
 
 /// Submission entries; completions have twice as many. More operations than this wait in the kernel's overflow list.
 const ENTRIES: u32 = 512;

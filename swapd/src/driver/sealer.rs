@@ -6,8 +6,8 @@ use std::sync::Arc;
 use memmap2::MmapMut;
 
 use crate::cipher::Cipher;
-use crate::core::{IO_PAGES_MAX, IoId};
-use crate::units::{PAGE_SIZE, Run};
+use swapcore::core::{IO_PAGES_MAX, IoId};
+use swapcore::units::{PAGE_SIZE, Run};
 
 pub(super) struct Sealer {
     cipher: Arc<Cipher>,

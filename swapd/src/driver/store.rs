@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use super::StartError;
-use crate::units::PAGE_SIZE;
+use crate::error::StartError;
+use swapcore::units::PAGE_SIZE;
 
 /// Opens the store for a VM of `memory_bytes`, of which `outside_bytes` must find room in it.
 pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {

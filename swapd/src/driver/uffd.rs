@@ -8,8 +8,8 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 
-use super::moves::{self, Moved, PATIENT, Refused};
-use crate::units::PAGE_SIZE;
+use swapcore::moves::{self, Moved, PATIENT, Refused};
+use swapcore::units::PAGE_SIZE;
 use userfaultfd::{Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 const FEATURE_POISON: u64 = 1 << 14;

@@ -1,0 +1,119 @@
+//! What is exchanged with the engine by its handle: arguments of requests and their answers.
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun};
+
+/// How a fault was served.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultKind {
+    Zero,
+    Rescue,
+    Store,
+}
+
+/// Where the newest content of a piece of a held run is. See `EngineHandle::hold` of `swapd`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// Reads as zeros; no frame, no store content.
+    Zero,
+    /// In guest memory. The guest may be changing it: copy it, then work on the copy.
+    Memory,
+    /// In the store, at the page's own offset. `EngineHandle::sums` has the checksums.
+    Stored,
+    /// In a frame outside the guest: `EngineHandle::staged` has a copy, for as long as it stays there.
+    Staged,
+    /// On its way between two places. Ask again a little later.
+    Moving,
+    /// Lost to a read error or a checksum mismatch.
+    Poisoned,
+}
+
+/// Pages of a held run that are in the same place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    pub run: Run,
+    pub place: Place,
+}
+
+/// Pages that may have been written, each in one of the two.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Written {
+    /// Somebody used them, as their page-table entries say. In ascending runs.
+    pub seen: Vec<Run>,
+    /// They left the guest's memory, and what was written to them before that was not seen: the engine's choice, which says nothing of
+    /// whether they are in use. In ascending runs.
+    pub left: Vec<Run>,
+}
+
+impl Written {
+    /// All of them, in ascending runs.
+    pub fn into_runs(self) -> Vec<Run> {
+        let mut all = self.seen;
+        all.extend(self.left);
+        all.sort_unstable_by_key(|run| run.start);
+        all.dedup_by(|next, run| {
+            let joins = run.end() == next.start;
+            run.len += if joins { next.len } else { 0 };
+            joins
+        });
+        all
+    }
+}
+
+/// Copies of pages that were in [`Place::Staged`].
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Copies {
+    pub pages: Vec<PageNo>,
+    /// Their contents, one behind the other.
+    pub bytes: Vec<u8>,
+}
+
+impl Copies {
+    pub fn iter(&self) -> impl Iterator<Item = (PageNo, &[u8; PAGE_SIZE])> {
+        self.pages.iter().copied().zip(self.bytes.as_chunks().0)
+    }
+}
+
+/// Pages received into frames of the staging area, to be placed by the engine.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    pub run: Run,
+    /// Frames granted by `EngineHandle::grant_frames_async`; they go back to the engine with this call.
+    pub slots: SlotRun,
+    /// One checksum a page ([`crate::digest`]), already verified against the bytes.
+    pub sums: Vec<u64>,
+    /// The page was sent before in this migration: it was written meanwhile, so it is hot.
+    pub again: bool,
+}
+
+/// How a finished receiving left the pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Placed {
+    pub pages_ram: u64,
+    pub pages_store: u64,
+    pub pages_zero: u64,
+    /// Page-ins and page-outs by the VM's own paging while it received.
+    pub pageins: u64,
+    pub pageouts: u64,
+}
+
+/// One fault, when it had been served.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SeenFault {
+    /// Since the recording began.
+    pub at_us: u64,
+    pub page: PageNo,
+    pub kind: FaultKind,
+}
+
+/// Part of what a recording saw.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct FaultsSeen {
+    pub faults: Vec<SeenFault>,
+    /// Seen as well, and kept for the next answers.
+    pub left: u64,
+    /// Faults since the last answer for which there was no room.
+    pub dropped: u64,
+}

@@ -1,0 +1,316 @@
+//! The store: operations under way, and what follows from their results.
+
+use super::Core;
+use super::event::{Action, IoId};
+use crate::error::IoError;
+use crate::policy::probation::HEAT_RETURNED;
+use crate::staging::Use;
+use crate::table::{Flag, PageState};
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
+
+/// Ticks between the readings of a page that somebody waits for, before it is given up: once more at once, then after a hiccup of the
+/// device may be over.
+const REREAD_TICKS: [u64; 3] = [0, 1, 10];
+
+/// Where pages go once they are read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Landing {
+    /// Into the guest, except the marker.
+    Guest { marker: Option<PageNo> },
+    /// They wait in staging for a touch.
+    Staging,
+}
+
+/// Why pages are written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Purpose {
+    PageOut,
+    /// Received in a migration and placed in the store.
+    Placement,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Read { landing: Landing },
+    Write(Purpose),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Io {
+    kind: Kind,
+    tier: TierId,
+    run: Run,
+    slots: SlotRun,
+    /// Of a write, one bit a page: the checksum on record has become that of a newer version.
+    outdated: u64,
+}
+
+const _: () = assert!(super::IO_PAGES_MAX <= u64::BITS, "one bit a page");
+
+/// A page that could not be read, or came back with another content, while somebody waits for it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct BadReads {
+    count: usize,
+    again_tick: u64,
+}
+
+/// Operations under way, by number; numbers are used again.
+#[derive(Debug, Default)]
+pub(super) struct Ios {
+    entries: Vec<Option<Io>>,
+    vacant: Vec<u32>,
+    writes: u32,
+}
+
+impl Ios {
+    fn start(&mut self, io: Io) -> IoId {
+        self.writes += u32::from(matches!(io.kind, Kind::Write(_)));
+        let id = self.vacant.pop().unwrap_or_else(|| {
+            self.entries.push(None);
+            self.entries.len() as u32 - 1
+        });
+        self.entries[id as usize] = Some(io);
+        IoId(id)
+    }
+
+    /// The slots that the device works with.
+    pub(super) fn slots(&self) -> impl Iterator<Item = SlotRun> {
+        self.entries.iter().flatten().map(|io| io.slots)
+    }
+
+    /// A newer version of the page gets its checksum on record while an older one is being written.
+    pub(super) fn outdate(&mut self, page: PageNo) {
+        let of_page = |io: &&mut Io| matches!(io.kind, Kind::Write(_)) && io.run.contains(page);
+        if let Some(io) = self.entries.iter_mut().flatten().find(of_page) {
+            io.outdated |= 1 << (page.0 - io.run.start.0);
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.vacant.len() == self.entries.len()
+    }
+
+    fn end(&mut self, id: IoId) -> Io {
+        self.vacant.push(id.0);
+        let io = self.entries[id.0 as usize].take().expect("an operation ends once");
+        self.writes -= u32::from(matches!(io.kind, Kind::Write(_)));
+        io
+    }
+
+    /// Writes under way.
+    pub(super) fn writes(&self) -> u32 {
+        self.writes
+    }
+}
+
+impl Core {
+    /// Reads stored pages into frames just taken.
+    pub(super) fn read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
+        run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
+        self.bind_run(run, slots);
+        if landing != Landing::Staging {
+            self.probation.note_back(run, self.budget);
+        }
+        self.counts.pages_read += u64::from(run.len);
+        self.start_read(run, slots, landing);
+    }
+
+    /// One operation for each tier that has a part of it.
+    fn start_read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
+        let mut done = 0;
+        while done < run.len {
+            let rest = run.part(done, run.len - done);
+            let tier = self.tier_of(rest.start);
+            let len = rest.pages().take_while(|page| self.tier_of(*page) == tier).count() as u32;
+            let (run, slots) = (rest.part(0, len), slots.part(done, len));
+            let kind = Kind::Read { landing };
+            let io = self.ios.start(Io { kind, tier, run, slots, outdated: 0 });
+            self.actions.push_back(Action::Read { io, tier, run, slots });
+            done += len;
+        }
+    }
+
+    /// Where the page's content is stored, and where a new one goes.
+    pub(super) fn tier_of(&self, page: PageNo) -> TierId {
+        self.table.home(page.block())
+    }
+
+    pub(super) fn read_done(&mut self, io: IoId, result: Result<&[u64], IoError>) {
+        let Io { kind: Kind::Read { landing }, run, slots, .. } = self.ios.end(io) else {
+            panic!("{io:?} is not a read");
+        };
+        self.counts.read_errors += u64::from(result.is_err());
+        if matches!(landing, Landing::Guest { marker: Some(_) }) && !self.probation.admit(run, self.budget) {
+            run.pages().for_each(|page| self.table.warm(page, HEAT_RETURNED));
+        }
+        let mut arrived = std::mem::take(&mut self.scratch);
+        for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
+            if self.staging.used(slot) == Use::Orphan {
+                self.staging.free(slot);
+                continue;
+            }
+            let trusted = mutant!(TrustsReads)
+                || (nth > 0 && mutant!(ChecksFirstPageOnly))
+                || (mutant!(TrustsRereads) && self.bad_reads.contains_key(&page));
+            let good = match &result {
+                Ok(sums) => sums[nth] == self.sums[page.index()] || trusted,
+                Err(_) => mutant!(TrustsFailedReads),
+            };
+            if !good {
+                self.counts.mismatches += u64::from(result.is_ok());
+                self.bad_read(page, slot);
+                continue;
+            }
+            if !self.bad_reads.is_empty() {
+                self.bad_reads.remove(&page);
+            }
+            let wanted = self.waiting.contains_key(&page);
+            match landing {
+                Landing::Staging if !wanted => {
+                    self.enter_standby(page, slot);
+                    self.table.put(page, Flag::Prefetched, true);
+                }
+                Landing::Guest { marker } if marker == Some(page) && !wanted => {
+                    self.enter_standby(page, slot)
+                }
+                _ => arrived.push((page, slot)),
+            }
+        }
+        match arrived[..] {
+            [(page, slot)] if run.len == 1 => self.bring_in(page, slot),
+            _ => self.move_in(arrived.iter().copied()),
+        }
+        arrived.clear();
+        self.scratch = arrived;
+    }
+
+    /// A page that could not be read, or came back with another content.
+    fn bad_read(&mut self, page: PageNo, slot: Slot) {
+        if !self.waiting.contains_key(&page) {
+            // Nobody asked for it: whoever does will find out for himself.
+            self.table.set(page, PageState::Stored);
+            self.unbind(page);
+            return;
+        }
+        let bad = self.bad_reads.entry(page).or_default();
+        let next = if mutant!(PoisonsAtFirstError) { None } else { REREAD_TICKS.get(bad.count) };
+        match next {
+            Some(0) => {
+                bad.count += 1;
+                self.start_read(Run::one(page), SlotRun::new(slot, 1), Landing::Guest { marker: None });
+            }
+            Some(ticks) => {
+                (bad.count, bad.again_tick) = (bad.count + 1, self.tick + ticks);
+                self.table.set(page, PageState::Stored);
+                self.unbind(page);
+            }
+            None => {
+                self.bad_reads.remove(&page);
+                self.table.set(page, PageState::Poisoned);
+                self.table.put(page, Flag::Stored, false);
+                self.unbind(page);
+                self.waiting.remove(&page);
+                self.lost.insert(page);
+                self.actions.push_back(Action::Poison { page });
+                self.actions.push_back(Action::PagePoisoned(page));
+            }
+        }
+    }
+
+    /// Reads once more what came back bad some time ago and is still waited for.
+    pub(super) fn reread(&mut self) {
+        let due = |bad: &BadReads| bad.again_tick <= self.tick;
+        let mut due: Vec<_> =
+            self.bad_reads.iter().filter(|(_, bad)| due(bad)).map(|(page, _)| *page).collect();
+        due.sort_unstable();
+        for page in due {
+            // If it is not in the store any more, or waits for a frame, it needs no help.
+            let idle = self.table.state(page) == PageState::Stored && !self.deferred.contains(&page);
+            if !self.waiting.contains_key(&page) {
+                self.bad_reads.remove(&page);
+            } else if idle && !mutant!(ForgetsRereads) && !self.page_in(page) {
+                self.deferred.push_back(page);
+            }
+        }
+    }
+
+    /// Writes pages whose new sums are on record, as few operations as they are contiguous on both sides.
+    pub(super) fn write(&mut self, pages: &[(PageNo, Slot)], purpose: Purpose) {
+        let mut pages = pages.iter().copied().peekable();
+        while let Some((page, slot)) = pages.next() {
+            let (mut run, mut slots) = (Run::one(page), SlotRun::new(slot, 1));
+            let tier = self.tier_of(page);
+            while run.len < super::IO_PAGES_MAX
+                && pages
+                    .next_if(|(page, slot)| {
+                        let next = *page == run.end() && *slot == slots.start.plus(slots.len);
+                        next && self.table.home(page.block()) == tier
+                    })
+                    .is_some()
+            {
+                run.len += 1;
+                slots.len += 1;
+            }
+            for page in run.pages() {
+                self.table.put(page, Flag::Stored, false);
+                self.table.put(page, Flag::Writing, true);
+            }
+            let io = self.ios.start(Io { kind: Kind::Write(purpose), tier, run, slots, outdated: 0 });
+            self.actions.push_back(Action::Write { io, tier, run, slots });
+        }
+    }
+
+    pub(super) fn write_done(&mut self, io: IoId, result: Result<(), IoError>) {
+        let Io { kind: Kind::Write(purpose), tier, run, slots, outdated } = self.ios.end(io) else {
+            panic!("{io:?} is not a write");
+        };
+        assert!(result.is_ok() || result.is_err_and(|error| error.tier == tier), "{result:?} of {tier}");
+        let result = if mutant!(TrustsFailedWrites) { Ok(()) } else { result };
+        let mut rescued = Vec::new();
+        let mut to_write = Vec::new();
+        for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
+            self.table.put(page, Flag::Writing, false);
+            let state = self.table.state(page);
+            if self.staging.used(slot) == Use::Orphan {
+                self.staging.free(slot);
+                match state {
+                    // A newer version waits for this write to end.
+                    PageState::Leaving if mutant!(ForgetsNewerVersion) => {}
+                    PageState::Leaving => to_write.push((page, self.slots_of[&page])),
+                    PageState::Untouched | PageState::Poisoned => {}
+                    _ => {
+                        let newest = outdated >> nth & 1 == 0 || mutant!(TrustsReplacedVersions);
+                        self.table.put(page, Flag::Stored, result.is_ok() && newest);
+                        self.may_give_way(page);
+                    }
+                }
+                continue;
+            }
+            self.table.put(page, Flag::Stored, result.is_ok());
+            if self.waiting.contains_key(&page) && !mutant!(ForgetsWaitersOfWrite) {
+                self.table.set(page, PageState::Arriving);
+                rescued.push((page, slot));
+            } else if result.is_ok() {
+                match purpose {
+                    Purpose::PageOut => self.enter_standby(page, slot),
+                    Purpose::Placement => {
+                        self.table.set(page, PageState::Stored);
+                        self.unbind(page);
+                    }
+                }
+            }
+        }
+        match result {
+            Ok(()) => {
+                self.counts.written += if purpose == Purpose::PageOut { u64::from(run.len) } else { 0 };
+                if self.latch.is_none() {
+                    self.backoff.reset();
+                }
+            }
+            Err(error) => self.latch_store(error),
+        }
+        self.move_in(rescued);
+        self.write(&to_write, purpose);
+        self.end_retry();
+    }
+}

@@ -1,0 +1,662 @@
+//! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
+//!
+//! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
+//! `latch` (a store that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
+//! `receive` (the two ends of a migration), `walk` (requests that look at all of memory).
+//!
+//! Invariants, checked by the simulation after every step:
+//! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
+//! - a page's newest content is in exactly one of: its frame in the guest, its slot in staging, the store;
+//! - every waiting vCPU's page is arriving, being written, or in the queue for a frame.
+
+mod event;
+mod fault;
+mod frames;
+mod huge;
+mod io;
+mod latch;
+mod pageout;
+mod pins;
+mod receive;
+mod source;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
+
+pub use crate::error::{IoError, IoErrorKind};
+pub use event::{Action, Event, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use walk::WalkStep;
+
+use crate::api::FaultKind;
+use crate::error::CommandError;
+use crate::policy::clock::Clock;
+use crate::policy::prefetch::{Plan, Prefetcher, WINDOW_MAX};
+use crate::policy::probation::Probation;
+use crate::policy::sampler::Sampler;
+use crate::policy::watermarks::Watermarks;
+use crate::staging::{Staging, Use};
+use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
+use crate::table::{Flag, PageState, PageTable, STATES};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
+use io::{BadReads, Ios};
+use latch::{Backoff, Latch};
+use pins::Pins;
+use receive::Receiving;
+
+/// Pages in one read or write of the store at most: 256 KiB.
+pub const IO_PAGES_MAX: u32 = 64;
+/// Smallest budget, in frames: 16 MiB.
+pub const BUDGET_MIN: u64 = 4096;
+/// Ticks in an epoch: heat halves every ten seconds, so that a sample outlives a pass of the sampler over some GiB.
+const EPOCH_TICKS: u64 = 100;
+/// Ticks between two looks while there is nothing to do.
+const IDLE_TICKS: u64 = 10;
+const SLOTS_MIN: u64 = 2048;
+const SLOTS_MAX: u64 = 131_072;
+/// One staging slot for so many pages of memory.
+const SLOT_SHARE: u64 = 16;
+
+const _: () = assert!(SLOTS_MIN >= 4 * IO_PAGES_MAX as u64, "staging must hold several batches");
+const _: () = assert!(BUDGET_MIN >= SLOTS_MIN, "the smallest budget must cover a full staging area");
+
+/// Blocks of slots for samples of huge pages: 4 GiB can be out at once, which takes some 20 ms to put back.
+const BLOCKS_MAX: u64 = 2048;
+/// As many where address space that counts as locked is short.
+const BLOCKS_FEW: u64 = 16;
+
+/// Staging slots for a memory of so many pages: whole blocks of them.
+pub fn staging_slots(pages: u64) -> u32 {
+    ((pages / SLOT_SHARE).clamp(SLOTS_MIN, SLOTS_MAX) as u32).next_multiple_of(BLOCK_PAGES)
+}
+
+/// Blocks of slots beside them, for huge pages; `few`: no more than it takes to see anything.
+pub fn staging_blocks(pages: u64, few: bool) -> u32 {
+    (pages / u64::from(BLOCK_PAGES)).min(if few { BLOCKS_FEW } else { BLOCKS_MAX }) as u32
+}
+
+/// Page numbers are spread well by one multiplication.
+#[derive(Default, Debug)]
+pub struct PageHasher(u64);
+
+impl Hasher for PageHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("only page numbers are hashed");
+    }
+
+    fn write_u64(&mut self, page: u64) {
+        self.0 = page.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_right(20);
+    }
+}
+
+/// A map by page number.
+pub type PageMap<T> = HashMap<PageNo, T, BuildHasherDefault<PageHasher>>;
+
+/// Settings that do not change.
+#[derive(Clone, Copy, Debug)]
+pub struct CoreConfig {
+    pub pages: u64,
+    pub budget_frames: u64,
+    /// No budget may be set below this many frames.
+    pub budget_min: u64,
+    /// Size of the staging area.
+    pub slots: u32,
+    /// Blocks of slots behind it, for huge pages.
+    pub blocks: u32,
+    pub sampling: bool,
+    pub walk: WalkStep,
+}
+
+/// One VM's engine, without hands.
+#[derive(Debug)]
+pub struct Core {
+    config: CoreConfig,
+    table: PageTable,
+    /// Checksum of what the store has, valid where the page's `Stored` flag is set, or a write is in flight.
+    sums: Vec<u64>,
+    staging: Staging,
+    /// The slot of every page that is in staging.
+    slots_of: PageMap<Slot>,
+    marks: Watermarks,
+    budget: u64,
+    /// Frames taken from the host.
+    taken: u64,
+    clock: Clock,
+    probation: Probation,
+    /// The page behind the last rescue, and how many pages that one took.
+    rescue_row: (PageNo, u32),
+    prefetcher: Prefetcher,
+    prefetching: bool,
+    sampler: Sampler,
+    collapse: huge::Pass,
+    ios: Ios,
+    /// Pages that vCPUs wait for.
+    waiting: PageMap<FaultKind>,
+    /// Of these, the ones for which there was no frame, in order.
+    deferred: VecDeque<PageNo>,
+    /// Pages that were read alone and came to the guest since frames were last given back for copies.
+    lone: u32,
+    /// Moves into the guest that met a pinned page.
+    pinned_in: Vec<(Run, SlotRun)>,
+    /// Pages that left the guest since the last collection, while writes are tracked.
+    left_while_tracked: Option<Vec<u64>>,
+    walks: walk::Walks,
+    receiving: Option<Receiving>,
+    /// The store takes no writes.
+    latch: Option<Latch>,
+    backoff: Backoff,
+    pins: Pins,
+    /// Pages of which a reading failed, until one succeeds or the page is lost.
+    bad_reads: PageMap<BadReads>,
+    /// Poisoned pages.
+    lost: BTreeSet<PageNo>,
+    budget_waiters: Vec<Ticket>,
+    /// With the tick at which they asked.
+    evict_waiters: Vec<(Ticket, Run, u64)>,
+    tick: u64,
+    /// Victims counted up to the last tick: more of them mean that memory is scarce.
+    victims_at_tick: u64,
+    counts: Counts,
+    actions: VecDeque<Action>,
+    victims: Vec<Run>,
+    /// Left the guest with new content; the next burst of writes.
+    unwritten: Vec<(PageNo, Slot)>,
+    plans: Vec<Plan>,
+    /// Kept between events, so that none of them allocates.
+    scratch: Vec<(PageNo, Slot)>,
+}
+
+/// What the core counts beside the page table's own counts.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    zero: u64,
+    rescue: u64,
+    store: u64,
+    prefetched: u64,
+    prefetch_used: u64,
+    prefetch_wasted: u64,
+    pages_read: u64,
+    victims: u64,
+    written: u64,
+    dropped: u64,
+    pinned: u64,
+    sampled: u64,
+    samples_touched: u64,
+    read_errors: u64,
+    write_errors: u64,
+    mismatches: u64,
+}
+
+impl Core {
+    /// # Panics
+    /// If the budget is below the minimum: the caller checks what users give.
+    pub fn new(config: CoreConfig) -> Self {
+        assert!(config.budget_frames >= config.budget_min, "budget below the minimum");
+        let slots = config.slots;
+        Core {
+            config,
+            table: PageTable::new(config.pages),
+            sums: vec![0; config.pages as usize],
+            staging: Staging::new(slots, config.blocks),
+            slots_of: PageMap::with_capacity_and_hasher(slots as usize / 2, BuildHasherDefault::default()),
+            marks: Watermarks::of(config.budget_frames, config.pages, slots),
+            budget: config.budget_frames,
+            taken: 0,
+            clock: Clock::default(),
+            probation: Probation::new(config.pages),
+            rescue_row: (PageNo(0), 1),
+            prefetcher: Prefetcher::new(config.pages),
+            prefetching: true,
+            sampler: Sampler::default(),
+            collapse: huge::Pass::default(),
+            ios: Ios::default(),
+            waiting: PageMap::default(),
+            deferred: VecDeque::new(),
+            lone: 0,
+            pinned_in: Vec::new(),
+            left_while_tracked: None,
+            walks: walk::Walks::default(),
+            receiving: None,
+            latch: None,
+            backoff: Backoff::default(),
+            pins: Pins::default(),
+            bad_reads: PageMap::default(),
+            lost: BTreeSet::new(),
+            budget_waiters: Vec::new(),
+            evict_waiters: Vec::new(),
+            tick: 0,
+            victims_at_tick: 0,
+            counts: Counts::default(),
+            actions: VecDeque::with_capacity(256),
+            victims: Vec::with_capacity(64),
+            unwritten: Vec::with_capacity(pageout::LEAVING_MAX as usize),
+            plans: Vec::with_capacity(8),
+            scratch: Vec::with_capacity(WINDOW_MAX as usize),
+        }
+    }
+
+    /// The same where some blocks have fewer pages of memory: see [`PageTable::with_short_blocks`].
+    #[must_use]
+    pub fn with_short_blocks(self, short: Vec<Run>) -> Self {
+        let table = self.table.with_short_blocks(short);
+        let marks = Watermarks::of(self.budget, table.memory_pages(), self.staging.slots());
+        Core { table, marks, ..self }
+    }
+
+    /// The next thing to do. Call after every event until it says none.
+    pub fn next_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    pub fn handle(&mut self, event: Event<'_>) {
+        let may_evict = self.take(event);
+        self.balance(may_evict);
+    }
+
+    /// What the event itself brings about. Says whether pages may be started on their way out behind it.
+    pub(crate) fn take(&mut self, event: Event<'_>) -> bool {
+        // Not after a move out, which may have met a page that is pinned still; nor after a move in, before who waited has had the
+        // page; nor after a fault: others may come before anything moves, one of them of a page that is about to leave.
+        let may_evict = matches!(event, Event::Tick { .. } | Event::WriteDone { .. } | Event::Request { .. })
+            || (matches!(event, Event::Fault(_)) && mutant!(EvictsBetweenFaults));
+        match event {
+            Event::Fault(page) => self.fault(page),
+            Event::Tick { ticks } => self.on_tick(ticks),
+            Event::ReadDone { io, result } => self.read_done(io, result),
+            Event::WriteDone { io, result } => self.write_done(io, result),
+            Event::MovedIn { run, slots, moved } => self.moved_in(run, slots, moved),
+            Event::CopiedIn { page, slot, copied } => self.copied_in(page, slot, copied),
+            Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
+            Event::Filled { run, huge } => self.filled(run, huge),
+            Event::Collapsed { block, huge } => self.collapsed(block, huge),
+            Event::Written { run, seen } => self.written(run, seen),
+            Event::Step => self.step(),
+            Event::Request { ticket, request } => self.request(ticket, request),
+        }
+        may_evict
+    }
+
+    /// Ticks until there is something to do, if nothing else happens: an idle VM is to cost nothing. May shrink at any event.
+    pub fn ticks_to_sleep(&self) -> u64 {
+        let scarce_since = self.counts.victims != self.victims_at_tick;
+        // What met pinned pages is tried again; samples give way to victims.
+        let waits = !self.pinned_in.is_empty()
+            || !self.deferred.is_empty()
+            || !self.bad_reads.is_empty()
+            || !self.unwritten.is_empty()
+            || !self.evict_waiters.is_empty()
+            || !self.budget_waiters.is_empty()
+            || (scarce_since && self.sampler.is_out());
+        if waits || self.is_collapsing() {
+            1
+        } else if self.may_sample() {
+            self.sampler.interval()
+        } else {
+            IDLE_TICKS.min(self.ticks_to_retry())
+        }
+    }
+
+    fn on_tick(&mut self, ticks: u64) {
+        let epoch = self.tick / EPOCH_TICKS;
+        self.tick += ticks;
+        if self.receiving.is_none() {
+            // What the source has told holds until it tells something else.
+            (epoch..self.tick / EPOCH_TICKS).for_each(|_| self.table.next_epoch());
+        }
+        for (run, slots) in std::mem::take(&mut self.pinned_in) {
+            self.move_in_again(run, slots);
+        }
+        if !self.bad_reads.is_empty() {
+            self.reread();
+        }
+        self.tick_latch();
+        self.tick_pins(ticks);
+        self.collapse();
+        self.sample();
+        self.write_all_behind();
+    }
+
+    fn request(&mut self, ticket: Ticket, request: Request) {
+        let answer = match request {
+            Request::Stats => Some(Ok(Response::Stats(Box::new(self.stats())))),
+            Request::SetBudget(bytes) => self.set_budget(ticket, bytes),
+            Request::Discard(run) => Some(self.checked(run).map(|()| self.discard(run))),
+            Request::Evict(run) => self.evict_on_request(ticket, run),
+            Request::Fill(run) => Some(self.checked_memory(run).map(|()| self.fill_ahead(run))),
+            Request::TrackWrites(on) => return self.track_writes(ticket, on),
+            Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
+            Request::CollectWritten => return self.collect_written(ticket),
+            Request::Hold(run) => Some(self.checked(run).map(|()| self.hold(run))),
+            Request::Release(run) => Some(self.checked(run).map(|()| self.release(run))),
+            Request::Sums(run) => {
+                Some(self.checked(run).map(|()| Response::Sums(self.sums[run.indices()].to_vec())))
+            }
+            Request::Staged(pages) => self.staged(ticket, pages),
+            Request::Heat => return self.heat_map(ticket),
+            Request::ResidentMap => return self.map_of(ticket, &[PageState::Resident]),
+            Request::StoredMap => {
+                return self.map_of(ticket, &[PageState::Leaving, PageState::Standby, PageState::Stored]);
+            }
+            Request::RetryStore => self.retry_on_request(ticket),
+            Request::StartReceiving(heat) => Some(self.start_receiving(&heat)),
+            Request::UpdateHeat(heat) => Some(self.update_heat(&heat)),
+            Request::GrantFrames(count) => self.grant(ticket, count),
+            Request::ReturnFrames(slots) => Some(Ok(self.return_frames(slots))),
+            Request::Arrive(arrival) => {
+                Some(self.checked_memory(arrival.run).and_then(|()| self.arrive(&arrival)))
+            }
+            Request::ArriveZero(run) => Some(self.checked(run).and_then(|()| self.arrive_zero(run))),
+            Request::ArrivePoisoned(run) => {
+                Some(self.checked_memory(run).and_then(|()| self.arrive_poisoned(run)))
+            }
+            Request::SettleReceiving => self.settle_receiving(ticket),
+            Request::FinishReceiving => Some(self.finish_receiving()),
+            Request::RecordFaults(_) => Some(Err(CommandError::NotNow("there is no clock here"))),
+        };
+        if let Some(answer) = answer {
+            self.actions.push_back(Action::Answer { ticket, answer });
+        }
+    }
+
+    fn checked(&self, run: Run) -> Result<(), CommandError> {
+        match run.start.0.checked_add(u64::from(run.len)) {
+            Some(end) if end <= self.table.pages() => Ok(()),
+            _ => Err(CommandError::OutOfRange(run.start.plus(run.len.saturating_sub(1)))),
+        }
+    }
+
+    /// The same for what needs a place in memory.
+    fn checked_memory(&self, run: Run) -> Result<(), CommandError> {
+        self.checked(run)?;
+        self.table.first_of_nobody(run).map_or(Ok(()), |page| Err(CommandError::OutOfRange(page)))
+    }
+
+    // ── moves ────────────────────────────────────────────────────────────────────────────
+
+    /// Moves pages that are `Arriving`, with their frames in staging, into the guest, in as few actions as they
+    /// are contiguous on both sides.
+    fn move_in(&mut self, pages: impl IntoIterator<Item = (PageNo, Slot)>) {
+        let mut pages = pages.into_iter().peekable();
+        while let Some((page, slot)) = pages.next() {
+            let (mut run, mut slots) = (Run::one(page), SlotRun::new(slot, 1));
+            while pages
+                .next_if(|(page, slot)| {
+                    *page == run.end() && (*slot == slots.start.plus(slots.len) || mutant!(RescuesWrongSlot))
+                })
+                .is_some()
+            {
+                run.len += 1;
+                slots.len += 1;
+            }
+            self.actions.push_back(Action::MoveIn { run, slots });
+        }
+    }
+
+    /// A page that was read alone. A frame that leaves staging has to be flushed from the TLBs of all processors that run the VM, which
+    /// takes longer than to copy a page. The copy takes one frame more, until that in staging is given back with others.
+    pub(super) fn bring_in(&mut self, page: PageNo, slot: Slot) {
+        let recycles = !self.covers() && self.receiving.is_none();
+        self.lone += u32::from(recycles);
+        if recycles && self.taken < self.limit() {
+            self.taken += u64::from(!mutant!(MiscountsCopies));
+            self.actions.push_back(Action::CopyIn { page, slot });
+        } else {
+            self.move_in([(page, slot)]);
+        }
+    }
+
+    /// If the host had no frame for a copy, that in staging goes.
+    fn copied_in(&mut self, page: PageNo, slot: Slot, copied: bool) {
+        if copied {
+            self.unbind(page);
+            self.came_in(page);
+        } else {
+            self.taken -= 1;
+            self.actions.push_front(Action::MoveIn { run: Run::one(page), slots: SlotRun::new(slot, 1) });
+        }
+    }
+
+    fn moved_in(&mut self, run: Run, slots: SlotRun, moved: u32) {
+        if self.staging.lent_to(run.start.block()) == Some(slots) {
+            if moved == run.len || mutant!(TrustsPartialBlocks) {
+                self.staging.take_back(run.start.block());
+                return run.pages().for_each(|page| self.came_in(page));
+            }
+            self.split_sample(run.start);
+        }
+        for (page, slot) in run.pages().zip(slots.slots()).take(moved as usize) {
+            self.slots_of.remove(&page);
+            self.staging.vacate(slot);
+            self.came_in(page);
+        }
+        if moved < run.len && !mutant!(ForgetsPinnedMoves) {
+            let rest = run.len - moved;
+            self.pinned_in.push((run.part(moved, rest), slots.part(moved, rest)));
+        }
+    }
+
+    /// Its frame is in the guest.
+    fn came_in(&mut self, page: PageNo) {
+        self.table.set(page, PageState::Resident);
+        self.may_give_way(page);
+        if !self.waiting.is_empty()
+            && let Some(kind) = self.waiting.remove(&page)
+        {
+            self.actions.push_back(Action::Resolved { page, kind });
+        }
+    }
+
+    /// After a tick: whatever of a pinned move still makes sense.
+    fn move_in_again(&mut self, run: Run, slots: SlotRun) {
+        let mut again = Vec::with_capacity(run.len as usize);
+        for (page, slot) in run.pages().zip(slots.slots()) {
+            match self.staging.used(slot) {
+                Use::Bound(bound) if bound == page => again.push((page, slot)),
+                // Given back by the guest meanwhile.
+                Use::Orphan if mutant!(LeaksPinnedOrphans) => {}
+                Use::Orphan => self.staging.free(slot),
+                other => unreachable!("{slot:?} of a pinned move is {other:?}"),
+            }
+        }
+        self.move_in(again);
+    }
+
+    fn moved_out(&mut self, run: Run, slots: SlotRun, pages: &[PageOut]) {
+        if self.staging.lent_to(run.start.block()) == Some(slots) && pages.contains(&PageOut::Pinned) {
+            self.split_sample(run.start);
+        }
+        if self.table.state(run.start) == PageState::Sampled
+            && pages.iter().all(|out| *out == PageOut::Pinned)
+        {
+            self.sampler.refused(run);
+        }
+        for ((page, slot), out) in run.pages().zip(slots.slots()).zip(pages) {
+            match (self.staging.used(slot), *out) {
+                // The old version of a page that arrives anew: only its frame is wanted.
+                (Use::Orphan, PageOut::Moved { .. }) => self.staging.free(slot),
+                // It cannot be recycled, and must be gone before the new version comes.
+                (Use::Orphan, PageOut::Pinned) => {
+                    self.staging.vacate(slot);
+                    self.taken -= 1;
+                    self.actions.push_front(Action::DropGuest { run: Run::one(page) });
+                }
+                (_, PageOut::Pinned) => {
+                    let victim = self.table.state(page) == PageState::Leaving;
+                    self.counts.pinned += u64::from(victim);
+                    self.table.set(page, PageState::Resident);
+                    if victim {
+                        self.give_up(page);
+                    }
+                    self.slots_of.remove(&page);
+                    self.staging.vacate(slot);
+                }
+                (_, PageOut::Moved { sum, zero }) => {
+                    if !mutant!(LeavesUnseenByTracking) {
+                        self.mark_left(page);
+                    }
+                    if self.table.state(page) == PageState::Leaving {
+                        // Until the VM has arrived it pages nothing: the page is placed once more.
+                        self.counts.victims += u64::from(self.receiving.is_none());
+                        self.left_guest(page, slot, sum, zero);
+                    }
+                }
+            }
+        }
+    }
+
+    pub fn stats(&self) -> Stats {
+        use PageState::{Arriving, Leaving, Poisoned, Resident, Sampled, Standby, Stored, Untouched};
+        let count = |states: &[PageState]| states.iter().map(|state| self.table.count(*state)).sum::<u64>();
+        let counts = &self.counts;
+        Stats {
+            memory_bytes: bytes_of(self.table.pages()),
+            ram_budget_bytes: bytes_of(self.budget),
+            frames_bytes: bytes_of(self.taken),
+            resident_bytes: bytes_of(count(&[Resident, Leaving, Standby, Sampled, Arriving])),
+            stored_bytes: bytes_of(count(&[Stored])),
+            untouched_bytes: bytes_of(count(&[Untouched])),
+            poisoned_pages: count(&[Poisoned]),
+            pinned_bytes: bytes_of(self.table.pinned()),
+            starved_ms: self.pins.starved_ms(),
+            lost: self.lost_runs(),
+            bookkeeping_bytes: self.bookkeeping_bytes(),
+            faults: crate::stats::FaultCounts {
+                total: counts.zero + counts.rescue + counts.store,
+                zero: counts.zero,
+                rescue: counts.rescue,
+                store: counts.store,
+            },
+            prefetch: crate::stats::PrefetchCounts {
+                pages: counts.prefetched,
+                used: counts.prefetch_used,
+                wasted: counts.prefetch_wasted,
+            },
+            evict: crate::stats::EvictCounts {
+                written: counts.written,
+                dropped: counts.dropped,
+                pinned: counts.pinned,
+            },
+            sampling: crate::stats::SamplingCounts { pages: counts.sampled, touched: counts.samples_touched },
+            store: crate::stats::StoreCounts {
+                pages_read: counts.pages_read,
+                pages_written: counts.written,
+                read_errors: counts.read_errors,
+                write_errors: counts.write_errors,
+                checksum_mismatches: counts.mismatches,
+                failed: self.latch.as_ref().map(|latch| latch.error().to_string()),
+                ..Default::default()
+            },
+            latency_us: crate::stats::Latencies::default(),
+        }
+    }
+
+    /// The first of the runs of pages that are lost.
+    fn lost_runs(&self) -> Vec<LostRun> {
+        let runs = runs_of(self.lost.iter().copied(), u32::MAX).take(LOST_RUNS_MAX);
+        runs.map(|run| LostRun { first: run.start.0, pages: u64::from(run.len) }).collect()
+    }
+
+    /// Bytes of the core's books once every page has been touched; until then the host gives less.
+    fn bookkeeping_bytes(&self) -> u64 {
+        // A hash map fills 7/8 of its buckets at most, and needs a byte beside each.
+        let buckets = (self.slots_of.capacity() * 8 / 7).next_power_of_two();
+        let map = buckets * (size_of::<(PageNo, Slot)>() + 1);
+        let lists = self.staging.bytes() + self.probation.bytes();
+        (self.table.bytes() + size_of_val(&self.sums[..]) + lists + map) as u64
+    }
+
+    // ── for the drivers' checks ──────────────────────────────────────────────────────────
+
+    pub fn table(&self) -> &PageTable {
+        &self.table
+    }
+
+    /// How often each transition was taken.
+    pub fn transitions(&self) -> &[[u64; STATES]; STATES] {
+        self.table.transitions()
+    }
+
+    pub fn slot_of(&self, page: PageNo) -> Option<Slot> {
+        let lent =
+            || self.staging.lent_to(page.block()).map(|slots| slots.start.plus(page.0 as u32 % BLOCK_PAGES));
+        self.slots_of.get(&page).copied().or_else(lent)
+    }
+
+    pub fn recorded_sum(&self, page: PageNo) -> Option<u64> {
+        self.table.has(page, Flag::Stored).then(|| self.sums[page.index()])
+    }
+
+    pub fn frames_taken(&self) -> u64 {
+        self.taken
+    }
+
+    pub fn budget_frames(&self) -> u64 {
+        self.budget
+    }
+
+    pub fn is_waited_for(&self, page: PageNo) -> bool {
+        self.waiting.contains_key(&page)
+    }
+
+    /// Pages that vCPUs wait for.
+    pub fn faults_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Panics if the core's own books disagree.
+    pub fn check(&self) {
+        let resident = self.table.count(PageState::Resident);
+        let held = u64::from(self.staging.held_frames());
+        assert_eq!(resident + held, self.taken, "frames in the guest + in staging = frames taken");
+        for (page, slot) in &self.slots_of {
+            assert_eq!(self.staging.used(*slot), Use::Bound(*page), "{page} is bound to {slot:?}");
+        }
+        self.check_slots();
+        let (hot, counted) = (self.table.find_hot_in_store(), self.table.hot_in_store());
+        assert_eq!(hot, counted, "hot pages that are in the store = those counted");
+        let in_staging = [PageState::Leaving, PageState::Standby, PageState::Arriving, PageState::Sampled];
+        let count: u64 = in_staging.iter().map(|state| self.table.count(*state)).sum();
+        let lent = self.staging.lent_blocks() * BLOCK_PAGES as usize;
+        assert_eq!(count, (self.slots_of.len() + lent) as u64, "every page in staging has one slot");
+        for page in self.waiting.keys() {
+            let state = self.table.state(*page);
+            let served = match state {
+                PageState::Arriving => true,
+                PageState::Leaving => self.table.has(*page, Flag::Writing),
+                PageState::Stored | PageState::Untouched => {
+                    self.deferred.contains(page) || self.bad_reads.contains_key(page)
+                }
+                _ => false,
+            };
+            assert!(served, "{page} is {state:?}, and nobody will wake who waits for it");
+        }
+    }
+
+    /// No slot is bound to a page that knows nothing of it, and no frame waits for the end of what is not under way.
+    fn check_slots(&self) {
+        let (mut bound, mut orphans, mut empty, mut free) = (0, 0, 0, 0);
+        for slot in (0..self.staging.all_slots()).map(Slot) {
+            match self.staging.used(slot) {
+                Use::Bound(_) => bound += 1,
+                Use::Orphan => orphans += 1,
+                Use::Empty => empty += 1,
+                Use::Free => free += 1,
+                Use::Granted => {}
+            }
+        }
+        let to_be_had = (self.staging.all_slots() - self.staging.held_frames(), self.staging.free_frames());
+        assert_eq!((empty, free), to_be_had, "every empty slot and every free frame can be had");
+        let lent = self.staging.lent_blocks() * BLOCK_PAGES as usize;
+        assert_eq!(bound, self.slots_of.len() + lent, "every bound slot is that of its page");
+        let pinned = self.pinned_in.iter().map(|(_, slots)| *slots);
+        let awaited = self.ios.slots().chain(pinned).flat_map(|slots| slots.slots());
+        let awaited = awaited.filter(|slot| self.staging.used(*slot) == Use::Orphan).count();
+        assert_eq!(awaited, orphans, "every frame without a page becomes free in the end");
+    }
+}

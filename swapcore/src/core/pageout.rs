@@ -1,0 +1,317 @@
+//! Frames ahead of need: victims leave in batches, so that a fault never waits for a write.
+
+use super::Core;
+use super::event::{Action, Response, Ticket};
+use super::io::Purpose;
+use crate::error::CommandError;
+use crate::policy::clock::may_leave;
+use crate::policy::sampler::Places;
+use crate::policy::watermarks::BATCH_MAX;
+use crate::table::{Flag, PageState};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
+
+/// Pages under way to the store at most: 8 MiB.
+pub(super) const LEAVING_MAX: u32 = 2048;
+/// Pages written in one burst: 2 MiB. A read that meets writes takes twice as long, however few they are; so they come together and
+/// leave the device alone for the rest of the time.
+const BURST_MAX: u32 = 512;
+/// The same while streams and lone faults come side by side: then bursts are long, of whole runs.
+const BURST_POLITE_MAX: u32 = 64;
+/// Runs moved out after one event: about the time of a read. More would keep faults waiting.
+const OUT_RUNS_MAX: usize = 8;
+/// Runs moved out by request are cut to this length.
+const EVICT_RUN_MAX: u32 = super::IO_PAGES_MAX;
+
+const _: () = assert!(BURST_MAX * 4 <= LEAVING_MAX, "a burst must not be waited for by the next page-out");
+const _: () = assert!(BATCH_MAX * 4 <= LEAVING_MAX, "several batches fit under way at once");
+
+impl Core {
+    /// After every event: serve who waits for a frame.
+    pub(crate) fn balance(&mut self, may_evict: bool) {
+        self.serve_deferred();
+        if self.receiving.is_some() {
+            self.serve_receiving();
+        }
+        if self.taken > self.budget || !self.budget_waiters.is_empty() {
+            self.give_back();
+        }
+        if !self.evict_waiters.is_empty() {
+            self.make_slots();
+            self.answer_evicted(may_evict);
+        }
+        if self.latch.is_some() {
+            self.tell_starved();
+        }
+    }
+
+    /// To be called when all events at hand are handled and their actions done: frames are made ready ahead of need. Nobody waits
+    /// for that, so it comes behind what somebody waits for.
+    pub fn make_ready(&mut self) {
+        self.pins.look_anew();
+        // Before new victims start: what is listed has left for certain, with no move still to be done.
+        self.write_behind();
+        if self.receiving.is_none() {
+            self.make_room();
+            self.serve_deferred();
+            self.make_slots();
+            self.make_headroom();
+        } else {
+            self.make_way();
+        }
+    }
+
+    fn make_room(&mut self) {
+        let over = u32::try_from(self.taken.saturating_sub(self.budget)).unwrap_or(u32::MAX);
+        let available = u32::try_from(self.available()).unwrap_or(u32::MAX);
+        if available < self.marks.low || over > 0 {
+            let free_wanted =
+                self.marks.high.saturating_sub(available) + over.saturating_sub(self.staging.free_frames());
+            self.reclaim_standby(free_wanted);
+        }
+        let leaving = self.table.count(PageState::Leaving) as u32;
+        let outside = (u32::try_from(self.available()).unwrap_or(u32::MAX))
+            .saturating_add(self.staging.standby_count())
+            .saturating_add(leaving);
+        let goal = self.marks.goal().saturating_add(over);
+        let short = outside + self.marks.batch <= goal && leaving < LEAVING_MAX;
+        // A walk's steps are not to wait for page-out, which a VM that stands still in a migration would pay for, as long as there are
+        // frames for faults.
+        let later = self.is_walking() && available >= self.marks.low / 2 && over == 0;
+        if self.latch.is_none() && short && !later && self.may_find_victims() {
+            self.page_out((goal - outside).min(LEAVING_MAX - leaving));
+        }
+    }
+
+    /// Chooses victims and starts them on their way.
+    fn page_out(&mut self, want: u32) {
+        let mut victims = std::mem::take(&mut self.victims);
+        let (mut started, mut runs, mut passed) = (0, 0, 0);
+        // What is under way to the guest must not be taken before it has been used.
+        let room = u64::from(2 * self.marks.high);
+        'batch: while started < want && runs < OUT_RUNS_MAX {
+            let found = self.probation.step(&self.table, self.budget, room, &mut victims)
+                || self.clock.step(&mut self.table, &mut passed, &mut victims);
+            if !found {
+                if started == 0 {
+                    self.pins.found_none(self.tick);
+                }
+                break;
+            }
+            // What a stream is about to use stays, unless there is nothing else.
+            if passed < self.table.pages() {
+                victims.retain(|run| !self.prefetcher.is_ahead(run.start, self.budget));
+            }
+            for run in &victims {
+                let out = self.start_out(*run, PageState::Leaving);
+                self.probation.note_left(*run, self.budget);
+                started += out;
+                runs += 1;
+                if out < run.len {
+                    break 'batch;
+                }
+            }
+        }
+        self.victims = victims;
+    }
+
+    /// Writes what has left, once it is a burst, or if its frames are wanted.
+    fn write_behind(&mut self) {
+        let most = if self.prefetcher.shares_device() { BURST_POLITE_MAX } else { BURST_MAX };
+        let burst = most.min(self.marks.goal() / 4) as usize;
+        let scarce = self.available() + u64::from(self.staging.standby_count()) < u64::from(self.marks.low);
+        let awaited = !self.evict_waiters.is_empty() || !self.budget_waiters.is_empty();
+        // What a VM's frames wait for that arrives: it has no reads that a write could be in the way of.
+        let arrives = self.receiving.is_some();
+        if self.unwritten.len() > burst || scarce || awaited || arrives {
+            self.write_all_behind();
+        }
+    }
+
+    pub(super) fn write_all_behind(&mut self) {
+        if self.latch.is_some() || self.unwritten.is_empty() {
+            return;
+        }
+        let mut unwritten = std::mem::take(&mut self.unwritten);
+        // A page that was rescued or given back meanwhile is not to be written, and one that has left twice is in it twice.
+        unwritten.retain(|(page, slot)| {
+            let here = self.table.state(*page) == PageState::Leaving
+                && !self.table.has(*page, Flag::Writing)
+                && (self.slots_of.get(page) == Some(slot) || mutant!(WritesFromOldSlot));
+            self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
+            here
+        });
+        let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
+        self.write(&unwritten, purpose);
+        unwritten.clear();
+        self.unwritten = unwritten;
+    }
+
+    /// Moves resident pages to staging. Stops short when there is no empty slot; returns how many pages go.
+    pub(super) fn start_out(&mut self, mut run: Run, state: PageState) -> u32 {
+        let mut started = 0;
+        while run.len > 0 {
+            let Some(slots) = self.staging.take_empty(run.len) else { break };
+            self.table.set_huge(run.start.block(), false);
+            let part = run.part(0, slots.len);
+            started += self.start_out_to(part, slots, state);
+            run = run.part(part.len, run.len - part.len);
+        }
+        started
+    }
+
+    fn start_out_to(&mut self, run: Run, slots: SlotRun, state: PageState) -> u32 {
+        run.pages().for_each(|page| self.table.set(page, state));
+        self.bind_run(run, slots);
+        let digest = state == PageState::Leaving;
+        self.actions.push_back(Action::MoveOut { run, slots, digest });
+        run.len
+    }
+
+    /// A victim's frame is in staging: drop it, keep it, or write it.
+    pub(super) fn left_guest(&mut self, page: PageNo, slot: Slot, sum: u64, zero: bool) {
+        if zero {
+            self.counts.dropped += 1;
+            self.table.set(page, PageState::Untouched);
+            self.table.put(page, Flag::Stored, false);
+            self.unbind(page);
+        } else if self.receiving.is_none() && self.is_unchanged(page, sum) {
+            self.counts.dropped += 1;
+            self.enter_standby(page, slot);
+        } else {
+            self.sums[page.index()] = sum;
+            // The sum is not that of what the store has, until it is written.
+            self.table.put(page, Flag::Stored, mutant!(KeepsStoredBit));
+            if self.receiving.is_none() || !mutant!(ForgetsWhatGaveWay) {
+                self.unwritten.push((page, slot));
+            }
+        }
+    }
+
+    fn is_unchanged(&self, page: PageNo, sum: u64) -> bool {
+        self.table.has(page, Flag::Stored) && (self.sums[page.index()] == sum || mutant!(DropsChangedPages))
+    }
+
+    // ── by request ───────────────────────────────────────────────────────────────────────
+
+    pub(super) fn evict_on_request(
+        &mut self,
+        ticket: Ticket,
+        run: Run,
+    ) -> Option<Result<Response, CommandError>> {
+        if let Err(error) = self.checked(run) {
+            return Some(Err(error));
+        }
+        self.evict_waiters.push((ticket, run, self.tick));
+        None
+    }
+
+    fn answer_evicted(&mut self, may_evict: bool) {
+        for (ticket, run, since) in std::mem::take(&mut self.evict_waiters) {
+            // Before any of it is tried once more: what has not moved yet would count as gone.
+            let answer = match self.store_error().or_else(|| self.held_too_long(run, since)) {
+                Some(error) => Some(Err(error)),
+                None => self.evict_step(run, may_evict).then_some(Ok(Response::Done)),
+            };
+            match answer {
+                Some(answer) => self.actions.push_back(Action::Answer { ticket, answer }),
+                None => self.evict_waiters.push((ticket, run, since)),
+            }
+        }
+    }
+
+    /// Starts what can leave; true when nothing of the run is on its way any more.
+    fn evict_step(&mut self, run: Run, may_evict: bool) -> bool {
+        let ready: Vec<_> = run.pages().filter(|page| may_leave(&self.table, *page)).collect();
+        if !may_evict && !ready.is_empty() {
+            return false;
+        }
+        let leaving = self.table.count(PageState::Leaving) as u32;
+        // Some of it may find no slot at first.
+        let all_started = ready.is_empty() && !run.pages().any(|page| self.table.has(page, Flag::Pinned));
+        let mut started = 0;
+        for part in runs_of(ready, EVICT_RUN_MAX) {
+            if leaving + started >= LEAVING_MAX {
+                return false;
+            }
+            started += self.start_out(part, PageState::Leaving);
+        }
+        for page in run.pages() {
+            if self.table.state(page) == PageState::Standby {
+                self.leave_standby(page);
+                self.table.set(page, PageState::Stored);
+                self.unbind(page);
+            }
+        }
+        all_started && run.pages().all(|page| self.table.state(page) != PageState::Leaving)
+    }
+
+    // ── sampling ─────────────────────────────────────────────────────────────────────────
+
+    pub(super) fn may_sample(&self) -> bool {
+        self.config.sampling
+            && self.left_while_tracked.is_none()
+            && self.receiving.is_none()
+            && self.latch.is_none()
+            // A block of which a part is out stays as it is.
+            && !self.is_collapsing()
+    }
+
+    pub(super) fn sample(&mut self) {
+        let idle = self.may_sample() && self.counts.victims == self.victims_at_tick;
+        self.victims_at_tick = self.counts.victims;
+        if !idle {
+            return self.end_sampling();
+        }
+        // Most slots are for pages that leave, should that begin.
+        let single = self.staging.slots() / 4;
+        while let Some(run) = self.sampler.overdue(self.tick, single, false) {
+            self.put_sample_back(run);
+        }
+        let mut samples = std::mem::take(&mut self.victims);
+        samples.clear();
+        // While all of memory has frames. Else huge pages fall to pieces anyway.
+        let has_place = |block| self.staging.has_place(block);
+        let huge = self.covers().then_some(&has_place as &dyn Fn(usize) -> bool);
+        self.sampler.choose(&mut self.table, self.tick, Places { huge, single }, &mut samples);
+        for run in samples.drain(..) {
+            let out = if run.len == BLOCK_PAGES {
+                self.lend_out(run)
+            } else {
+                self.start_out(run, PageState::Sampled)
+            };
+            self.counts.sampled += u64::from(out);
+            if out == 0 {
+                self.sampler.refused(run);
+            }
+        }
+        self.victims = samples;
+    }
+
+    /// A huge page goes to its place, if that is still empty: one chosen with it may have the same, and it must not go to pieces for that.
+    fn lend_out(&mut self, run: Run) -> u32 {
+        let Some(slots) = self.staging.lend(run.start.block()) else { return 0 };
+        run.pages().for_each(|page| self.table.set(page, PageState::Sampled));
+        self.actions.push_back(Action::MoveOut { run, slots, digest: false });
+        run.len
+    }
+
+    /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as
+    /// new samples: a move that is not done yet may still find its page pinned.
+    pub(super) fn end_sampling(&mut self) {
+        self.put_samples_back(usize::MAX);
+    }
+
+    /// The same for so many of them. False, if no more are out.
+    pub(super) fn put_samples_back(&mut self, most: usize) -> bool {
+        for _ in 0..most {
+            let Some(run) = self.sampler.overdue(self.tick, 0, true) else { return false };
+            self.put_sample_back(run);
+        }
+        true
+    }
+
+    /// Writes what is `Leaving` for `purpose`, for a page that became so without a move.
+    pub(super) fn place_in_store(&mut self, pages: &[(PageNo, Slot)]) {
+        self.write(pages, Purpose::Placement);
+    }
+}

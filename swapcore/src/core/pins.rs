@@ -1,0 +1,158 @@
+//! Pages that cannot leave because something holds their frames: I/O under way for a moment, registered buffers (io_uring, RDMA) for
+//! as long as they are registered.
+//!
+//! ```text
+//!   victim ──pinned──▶ given up ──a later tick──▶ may be chosen again
+//! ```
+//! Others are chosen in its place at once. How many are tried again in a tick is bounded, so that a VM of which much is pinned for good
+//! does not keep its engine busy with that. If all that could leave is pinned, whoever needs a frame waits: that is told, with
+//! figures, and so is whoever waits for a smaller budget.
+
+use std::collections::VecDeque;
+
+use super::Core;
+use super::event::{Action, TICK_MS};
+use crate::error::CommandError;
+use crate::table::{Flag, PageState};
+use crate::units::{PageNo, Run, bytes_of};
+
+/// Pages that may be chosen again in a tick: all of a budget of 8 GiB within some two minutes, for one percent of the engine's time.
+const AGAIN_A_TICK: u32 = 2048;
+/// Somebody has waited for a frame in vain for so many ticks until that is told: 1 s.
+const STARVED_TICKS: u64 = 10;
+/// So many ticks without a frame less, and whoever waits for a smaller budget, or for pages to leave, is told so: 5 s.
+const HELD_TICKS: u64 = 50;
+/// The same while the store is at work: 30 s.
+const WRITING_TICKS: u64 = 300;
+
+#[derive(Debug, Default)]
+pub(super) struct Pins {
+    /// Pages that were given up, in order, each with the tick.
+    given_up: VecDeque<(u64, Run)>,
+    /// A victim was pinned since victims were chosen last.
+    met: bool,
+    /// The tick at which there was no victim to be found.
+    none_at: Option<u64>,
+    /// Ticks for which somebody has waited for a frame and nothing could leave.
+    starved: u64,
+    told: bool,
+    /// The fewest frames since a smaller budget was asked for, and the tick at which they had become so few.
+    fewest: (u64, u64),
+}
+
+impl Pins {
+    pub(super) fn look_anew(&mut self) {
+        self.met = false;
+    }
+
+    /// All of memory has been looked at: before the next tick there will be none either.
+    pub(super) fn found_none(&mut self, tick: u64) {
+        self.none_at = Some(tick);
+    }
+
+    pub(super) fn shrinks(&mut self, taken: u64, tick: u64) {
+        self.fewest = (taken, tick);
+    }
+
+    pub(super) fn starved_ms(&self) -> u64 {
+        if self.told { self.starved * TICK_MS } else { 0 }
+    }
+}
+
+impl Core {
+    /// A victim could not leave.
+    pub(super) fn give_up(&mut self, page: PageNo) {
+        self.pins.met = true;
+        self.table.put(page, Flag::Pinned, true);
+        match self.pins.given_up.back_mut() {
+            Some((tick, run)) if *tick == self.tick && run.end() == page => run.len += 1,
+            _ => self.pins.given_up.push_back((self.tick, Run::one(page))),
+        }
+    }
+
+    /// Whether [`Core::make_ready`] is to be called again though nothing has happened.
+    pub fn looks_for_others(&self) -> bool {
+        self.pins.met
+    }
+
+    pub(super) fn may_find_victims(&self) -> bool {
+        let may_leave = self.table.count(PageState::Resident) > self.table.pinned();
+        (may_leave && self.pins.none_at != Some(self.tick)) || mutant!(RetriesPinnedAtOnce)
+    }
+
+    pub(super) fn tick_pins(&mut self, ticks: u64) {
+        self.tell_short(ticks);
+        self.tell_held();
+        let mut left = AGAIN_A_TICK;
+        while left > 0 && !mutant!(NeverRetriesPinned) {
+            let next = self.pins.given_up.front().copied().filter(|(tick, _)| *tick < self.tick);
+            let Some((_, run)) = next else { break };
+            self.pins.given_up.pop_front();
+            let again = run.part(0, run.len.min(left));
+            for page in again.pages() {
+                self.table.put(page, Flag::Pinned, false);
+                self.may_give_way(page);
+            }
+            left -= again.len;
+            if again.len < run.len {
+                self.pins.given_up.push_front((0, run.part(again.len, run.len - again.len)));
+            }
+        }
+    }
+
+    /// Somebody waits for a frame, no page is on its way out, and none can be.
+    fn is_stuck(&self) -> bool {
+        let outside = self.available() + u64::from(self.staging.standby_count());
+        !self.deferred.is_empty()
+            && outside + self.table.count(PageState::Leaving) == 0
+            && self.latch.is_none()
+            && self.receiving.is_none()
+    }
+
+    fn tell_short(&mut self, ticks: u64) {
+        self.pins.starved = if self.is_stuck() { self.pins.starved + ticks } else { 0 };
+        if self.pins.starved >= STARVED_TICKS && !self.pins.told && !mutant!(StarvesInSilence) {
+            self.pins.told = true;
+            self.actions.push_back(Action::Short { pinned: self.table.pinned() });
+        }
+        if self.deferred.is_empty() && std::mem::take(&mut self.pins.told) {
+            self.actions.push_back(Action::Enough);
+        }
+    }
+
+    fn patience(&self) -> u64 {
+        if self.ios.writes() > 0 { WRITING_TICKS } else { HELD_TICKS }
+    }
+
+    /// Who waits for a smaller budget is told when it is not going to be kept any time soon.
+    fn tell_held(&mut self) {
+        let (fewest, since) = self.pins.fewest;
+        if self.budget_waiters.is_empty() || mutant!(WaitsForPinnedForEver) {
+            return;
+        }
+        // So that the figures are those of this moment.
+        self.give_back();
+        if self.budget_waiters.is_empty() {
+            return;
+        }
+        if self.taken < fewest {
+            return self.pins.shrinks(self.taken, self.tick);
+        }
+        if self.tick - since < self.patience() {
+            return;
+        }
+        let [budget, held, pinned] = [self.budget, self.taken, self.table.pinned()].map(bytes_of);
+        for ticket in std::mem::take(&mut self.budget_waiters) {
+            let answer = Err(CommandError::StillAbove { budget, held, pinned });
+            self.actions.push_back(Action::Answer { ticket, answer });
+        }
+    }
+
+    /// Of a run that somebody wants out of RAM since that tick: what keeps it there, if it has been tried for long enough.
+    pub(super) fn held_too_long(&self, run: Run, since: u64) -> Option<CommandError> {
+        let pinned = run.pages().any(|page| self.table.has(page, Flag::Pinned));
+        let here = run.pages().filter(|page| self.table.state(*page) == PageState::Resident);
+        (pinned && self.tick - since >= self.patience())
+            .then(|| CommandError::Pinned { pages: here.count() as u64 })
+    }
+}

@@ -1,0 +1,33 @@
+//! Linux's numbers of the errors that a store and a move meet. The core knows no libc; who links both asserts that they agree.
+
+pub const EINTR: i32 = 4;
+pub const EIO: i32 = 5;
+pub const ENXIO: i32 = 6;
+pub const EAGAIN: i32 = 11;
+pub const ENOMEM: i32 = 12;
+pub const EBUSY: i32 = 16;
+pub const EEXIST: i32 = 17;
+pub const ENODEV: i32 = 19;
+pub const ENFILE: i32 = 23;
+pub const ENOSPC: i32 = 28;
+pub const EPIPE: i32 = 32;
+pub const EBADE: i32 = 52;
+pub const ETIME: i32 = 62;
+pub const ENONET: i32 = 64;
+pub const ENOLINK: i32 = 67;
+pub const ECOMM: i32 = 70;
+pub const ENETDOWN: i32 = 100;
+pub const ENETUNREACH: i32 = 101;
+pub const ENETRESET: i32 = 102;
+pub const ECONNABORTED: i32 = 103;
+pub const ECONNRESET: i32 = 104;
+pub const ENOBUFS: i32 = 105;
+pub const ENOTCONN: i32 = 107;
+pub const ESHUTDOWN: i32 = 108;
+pub const ETIMEDOUT: i32 = 110;
+pub const ECONNREFUSED: i32 = 111;
+pub const EHOSTDOWN: i32 = 112;
+pub const EHOSTUNREACH: i32 = 113;
+pub const ESTALE: i32 = 116;
+pub const EDQUOT: i32 = 122;
+pub const ENOMEDIUM: i32 = 123;

@@ -1,0 +1,368 @@
+//! The simulated disk: it delays, reorders, cuts short, fails, tears, loses, misdirects and rots.
+//!
+//! What the device does to the content of a page without saying so is that page's *damage*, until the page is written anew. The
+//! checks excuse a lost page by its damage, and by nothing else.
+
+use super::Sim;
+use super::coverage::{Fault, Outcome};
+use crate::core::{Event, IoError, IoErrorKind, IoId};
+use crate::errno;
+use crate::table::PageState;
+use crate::transfer::Transfer;
+use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId};
+
+/// Errors in a row that pass: one more, and the core is right to give the page up.
+const PASSING_ERRORS: u8 = 3;
+
+#[derive(Debug)]
+pub(super) struct Flight {
+    io: IoId,
+    tier: TierId,
+    pub(super) run: Run,
+    pub(super) slots: SlotRun,
+    transfer: Transfer,
+    due: u64,
+    spiked: bool,
+}
+
+impl Flight {
+    pub(super) fn is_write(&self) -> bool {
+        self.transfer.write
+    }
+
+    /// What is still to be transferred.
+    fn rest(&self) -> (Run, SlotRun) {
+        let done = (self.transfer.done / PAGE_SIZE) as u32;
+        (self.run.part(done, self.run.len - done), self.slots.part(done, self.run.len - done))
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Disk {
+    pub(super) content: Vec<u64>,
+    /// What was done to the page's content, if it is not what the device was given, or cannot be read.
+    pub(super) damage: Vec<Option<Fault>>,
+    failed_reads: Vec<u8>,
+    allocated: Vec<bool>,
+    /// Pages that can be written for the first time.
+    pub(super) room: u64,
+    /// Writes here fail.
+    pub(super) bad_writes: Option<Run>,
+    pub(super) flights: Vec<Flight>,
+    /// Why the last write failed.
+    pub(super) failure: Option<Fault>,
+}
+
+impl Disk {
+    pub(super) fn new(pages: usize, room: u64) -> Self {
+        Disk {
+            content: vec![0xDEAD; pages],
+            damage: vec![None; pages],
+            failed_reads: vec![0; pages],
+            allocated: vec![false; pages],
+            room,
+            bad_writes: None,
+            flights: Vec::new(),
+            failure: None,
+        }
+    }
+}
+
+impl Sim {
+    pub(super) fn start_io(&mut self, io: IoId, tier: TierId, write: bool, run: Run, slots: SlotRun) {
+        let clash =
+            self.disk.flights.iter().find(|flight| run.pages().any(|page| self.clashes(flight, page, write)));
+        if let Some(clash) = clash {
+            panic!("two operations on the same page at once: {run:?} (write: {write}) and {clash:?}");
+        }
+        let transfer = Transfer { write, offset: run.start.offset(), address: 0, len: run.bytes(), done: 0 };
+        let (due, spiked) = self.delay();
+        self.disk.flights.push(Flight { io, tier, run, slots, transfer, due, spiked });
+    }
+
+    /// Two writes of a page have no order, nor have a write and a read, unless nobody waits for what is read.
+    fn clashes(&self, flight: &Flight, page: PageNo, write: bool) -> bool {
+        let Some(nth) = page.0.checked_sub(flight.run.start.0).filter(|_| flight.run.contains(page)) else {
+            return false;
+        };
+        let wanted = self.core.slot_of(page) == Some(flight.slots.start.plus(nth as u32));
+        if flight.is_write() { true } else { write && wanted }
+    }
+
+    /// When an operation ends. Most are quick, some overtake others, a few take as long as a device that resets itself.
+    fn delay(&mut self) -> (u64, bool) {
+        if self.random.one_in(self.odds.spike) {
+            self.coverage.injected(Fault::LatencySpike);
+            return (self.trace.now + 100 + self.random.below(500), true);
+        }
+        let longest = if self.random.one_in(4) { 60 } else { 8 };
+        (self.trace.now + self.random.below(longest), false)
+    }
+
+    /// One of the operations that are due ends.
+    pub(super) fn complete_io(&mut self) {
+        let count = self.disk.flights.len();
+        if count == 0 {
+            return;
+        }
+        let first = self.random.below(count as u64) as usize;
+        let due = |nth: &usize| self.disk.flights[*nth].due <= self.trace.now;
+        let Some(nth) = (first..count).chain(0..first).find(due) else { return };
+        let mut flight = self.disk.flights.swap_remove(nth);
+        let result = if flight.is_write() { self.device_writes(&flight) } else { self.device_reads(&flight) };
+        let Some(result) = flight.transfer.completed(result) else {
+            // The rest is submitted anew.
+            let fault = if result < 0 { Fault::TryAgain } else { Fault::ShortTransfer };
+            self.coverage.injected(fault);
+            self.coverage.outcome(fault, Outcome::WentOn);
+            self.trace.add("the device did a part of it", flight.run, Some(flight.slots), None);
+            (flight.due, _) = self.delay();
+            return self.disk.flights.push(flight);
+        };
+        if flight.spiked {
+            self.coverage.outcome(Fault::LatencySpike, Outcome::Served);
+        }
+        let (tier, write) = (flight.tier, flight.is_write());
+        let result = result.map_err(|error| IoError { tier, write, kind: IoErrorKind::of(&error) });
+        if flight.is_write() { self.written(&flight, result) } else { self.was_read(&flight, result) }
+    }
+
+    // ── reads ────────────────────────────────────────────────────────────────────────────
+
+    /// What io_uring says of the rest of a read: pages, or an error.
+    fn device_reads(&mut self, flight: &Flight) -> i32 {
+        let (run, slots) = flight.rest();
+        if self.random.one_in(self.odds.again) {
+            return -errno::EAGAIN;
+        }
+        let bad = |page: &PageNo| self.disk.damage[page.index()] == Some(Fault::BadSector);
+        let mut count = run.len;
+        if let Some(nth) = run.pages().position(|page| bad(&page)) {
+            // Some devices say how far they came.
+            if nth == 0 || self.random.one_in(2) {
+                run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
+                return -errno::EIO;
+            }
+            count = nth as u32;
+        }
+        let passes = |page: PageNo| self.disk.failed_reads[page.index()] < PASSING_ERRORS;
+        if self.random.one_in(self.odds.read_error) && flight.run.pages().all(passes) {
+            self.coverage.injected(Fault::ReadError);
+            run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
+            return -errno::EIO;
+        }
+        count = self.cut_short(count);
+        for (page, slot) in run.pages().zip(slots.slots()).take(count as usize) {
+            self.kernel.staging[slot.index()] = Some(self.disk.content[page.index()]);
+        }
+        let victim = run.start.plus(self.random.below(u64::from(count)) as u32);
+        if self.random.one_in(self.odds.misread) && self.disk.failed_reads[victim.index()] < PASSING_ERRORS {
+            let slot = slots.start.plus((victim.0 - run.start.0) as u32);
+            self.misread(victim, slot);
+        }
+        (count as usize * PAGE_SIZE) as i32
+    }
+
+    /// The page next door, or a bit that flipped on the way.
+    fn misread(&mut self, page: PageNo, slot: Slot) {
+        let right = self.disk.content[page.index()];
+        let neighbour = self.disk.content[(page.index() + 1) % self.disk.content.len()];
+        let wrong = if neighbour != right { neighbour } else { right ^ 1 };
+        self.kernel.staging[slot.index()] = Some(wrong);
+        self.disk.failed_reads[page.index()] += 1;
+        self.coverage.injected(Fault::Misread);
+        self.trace.page("the device misreads", page, Some(wrong));
+    }
+
+    fn was_read(&mut self, flight: &Flight, result: Result<(), IoError>) {
+        self.kernel.set_busy(flight.slots, false);
+        let what = if result.is_ok() { "read done" } else { "read failed" };
+        self.trace.add(what, flight.run, Some(flight.slots), None);
+        let mut bad = Vec::new();
+        let mut sums = Vec::with_capacity(flight.run.len as usize);
+        for (page, slot) in flight.run.pages().zip(flight.slots.slots()) {
+            let value = self.kernel.staging[slot.index()].expect("a read takes frames");
+            sums.push(super::sum_of(page, value));
+            let right = self.disk.damage[page.index()].is_none() && value == self.disk.content[page.index()];
+            if result.is_ok() && right {
+                self.disk.failed_reads[page.index()] = 0;
+            } else {
+                let passing = if result.is_err() { Fault::ReadError } else { Fault::Misread };
+                let mine = self.core.slot_of(page) == Some(slot);
+                let damage = self.disk.damage[page.index()].filter(|_| mine);
+                bad.push((page, mine, damage.unwrap_or(passing)));
+            }
+        }
+        self.event(Event::ReadDone { io: flight.io, result: result.map(|()| &sums[..]) });
+        for (page, mine, fault) in bad {
+            let outcome = match self.core.table().state(page) {
+                _ if !mine => Outcome::NotWanted,
+                PageState::Arriving => Outcome::ReadAgain,
+                PageState::Stored if self.core.is_waited_for(page) => Outcome::ReadLater,
+                PageState::Stored => Outcome::GivenUp,
+                // Counted where the page's end is announced.
+                _ => continue,
+            };
+            self.coverage.outcome(fault, outcome);
+            if matches!(outcome, Outcome::GivenUp | Outcome::NotWanted) {
+                self.disk.failed_reads[page.index()] = 0;
+            }
+        }
+    }
+
+    // ── writes ───────────────────────────────────────────────────────────────────────────
+
+    /// What io_uring says of the rest of a write.
+    fn device_writes(&mut self, flight: &Flight) -> i32 {
+        let (run, slots) = flight.rest();
+        if self.random.one_in(self.odds.again) {
+            return -errno::EAGAIN;
+        }
+        if self.random.one_in(self.odds.write_error) {
+            self.coverage.injected(Fault::WriteError);
+            self.disk.failure = Some(Fault::WriteError);
+            run.pages().zip(slots.slots()).for_each(|(page, slot)| self.write_halfway(page, slot));
+            return -errno::EIO;
+        }
+        let mut count = self.cut_short(run.len);
+        for (nth, (page, slot)) in (0..).zip(run.pages().zip(slots.slots())).take(count as usize) {
+            let errno = self.write_page(page, slot);
+            if errno == 0 {
+                continue;
+            }
+            if nth == 0 {
+                return -errno;
+            }
+            count = nth;
+            break;
+        }
+        (count as usize * PAGE_SIZE) as i32
+    }
+
+    fn cut_short(&mut self, count: u32) -> u32 {
+        if count > 1 && self.random.one_in(self.odds.short) {
+            1 + self.random.below(u64::from(count) - 1) as u32
+        } else {
+            count
+        }
+    }
+
+    /// The device says that the write failed: the page may be as before, new, or a bit of both.
+    fn write_halfway(&mut self, page: PageNo, slot: Slot) {
+        let value = self.kernel.staging[slot.index()].expect("the device reads a frame that is there");
+        let old = self.disk.content[page.index()];
+        let new = [old, value, super::mixed(old, value)][self.random.below(3) as usize];
+        self.put(page, new, None);
+    }
+
+    /// Writes one page, with a fault that the device does not know of now and then. Returns an errno.
+    fn write_page(&mut self, page: PageNo, slot: Slot) -> i32 {
+        let index = page.index();
+        if self.disk.bad_writes.is_some_and(|run| run.contains(page)) {
+            self.disk.failure = Some(Fault::BadRegion);
+            self.coverage.injected(Fault::BadRegion);
+            return errno::EIO;
+        }
+        if !self.disk.allocated[index] {
+            if self.disk.room == 0 {
+                self.disk.failure = Some(Fault::DiskFull);
+                self.coverage.injected(Fault::DiskFull);
+                return errno::ENOSPC;
+            }
+            self.disk.room -= 1;
+            self.disk.allocated[index] = true;
+        }
+        let value = self.kernel.staging[slot.index()].expect("the device reads a frame that is there");
+        let old = self.disk.content[index];
+        if old == value {
+            self.put(page, value, None);
+        } else if self.random.one_in(self.odds.torn) {
+            self.put(page, super::mixed(old, value), Some(Fault::Torn));
+        } else if self.random.one_in(self.odds.lost_write) {
+            self.put(page, old, Some(Fault::LostWrite));
+        } else if self.random.one_in(self.odds.misdirected) {
+            self.put(page, old, Some(Fault::Misdirected));
+            let other = PageNo((page.0 + 1 + self.random.below(self.pages - 1)) % self.pages);
+            self.put(other, value, Some(Fault::Overwritten));
+        } else {
+            self.put(page, value, None);
+        }
+        0
+    }
+
+    fn put(&mut self, page: PageNo, value: u64, damage: Option<Fault>) {
+        self.changed = true;
+        self.forget_damage(page, Outcome::WrittenAnew);
+        self.disk.content[page.index()] = value;
+        self.disk.damage[page.index()] = damage;
+        self.trace.page("on the disk", page, Some(value));
+        if let Some(fault) = damage {
+            self.coverage.injected(fault);
+            self.trace.page("damaged by the device", page, Some(value));
+        }
+    }
+
+    /// The damaged content is not the page's any more.
+    pub(super) fn forget_damage(&mut self, page: PageNo, outcome: Outcome) {
+        if let Some(fault) = self.disk.damage[page.index()].take() {
+            self.coverage.outcome(fault, outcome);
+        }
+    }
+
+    /// Nobody wants the stored content any more: unless it is a part of a write that goes on.
+    pub(super) fn abandon(&mut self, page: PageNo, outcome: Outcome) {
+        self.disk.failed_reads[page.index()] = 0;
+        let in_flight = |flight: &Flight| flight.is_write() && flight.run.contains(page);
+        if !self.disk.flights.iter().any(in_flight) {
+            self.forget_damage(page, outcome);
+        }
+    }
+
+    fn written(&mut self, flight: &Flight, result: Result<(), IoError>) {
+        self.kernel.set_busy(flight.slots, false);
+        let failed = result.is_err();
+        self.trace.add(
+            if failed { "write failed" } else { "write done" },
+            flight.run,
+            Some(flight.slots),
+            None,
+        );
+        self.event(Event::WriteDone { io: flight.io, result });
+        let Some(fault) = self.disk.failure.filter(|_| failed) else { return };
+        for page in flight.run.pages() {
+            let outcome = match self.core.table().state(page) {
+                PageState::Leaving => Outcome::KeptInRam,
+                PageState::Arriving | PageState::Resident => Outcome::Rescued,
+                PageState::Untouched => Outcome::GivenBack,
+                _ => continue,
+            };
+            self.coverage.outcome(fault, outcome);
+        }
+    }
+
+    // ── at rest ──────────────────────────────────────────────────────────────────────────
+
+    /// Something happens to content that nobody touches.
+    pub(super) fn decay(&mut self) {
+        let fault = match (self.odds.rot > 0, self.odds.bad_sector > 0) {
+            (true, true) if self.random.one_in(2) => Fault::Rot,
+            (true, false) => Fault::Rot,
+            (_, true) => Fault::BadSector,
+            (false, false) => return,
+        };
+        let page = PageNo(self.random.below(self.pages));
+        let index = page.index();
+        if !self.disk.allocated[index] || self.disk.damage[index].is_some() {
+            return;
+        }
+        self.changed = true;
+        self.disk.damage[index] = Some(fault);
+        self.coverage.injected(fault);
+        if fault == Fault::Rot {
+            self.disk.content[index] = super::mixed(self.disk.content[index], 1);
+            self.trace.page("rots on the disk", page, Some(self.disk.content[index]));
+        } else {
+            self.trace.page("cannot be read any more", page, None);
+        }
+    }
+}

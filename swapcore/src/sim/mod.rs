@@ -1,0 +1,382 @@
+//! The seeded simulation: the real core on a simulated kernel, disk and guest (`docs/simulation.md`).
+//!
+//! ```text
+//!   guest ──fault──▶ ┌──────┐ ──move──▶ kernel: refuses, does half of it
+//!   operator ──ask─▶ │ core │ ──read, write──▶ disk: delays, fails, tears, loses, misdirects, rots
+//!   session ─arrive▶ └──────┘ ◀──done──┘
+//!                       ▲ after every step: oracle     trace, coverage
+//! ```
+//! The same seed gives the same run. `oracle` says what must hold after every step, whatever went wrong.
+
+mod coverage;
+mod disk;
+mod guest;
+mod kernel;
+mod operator;
+mod oracle;
+mod random;
+mod receive;
+mod trace;
+
+pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
+
+use crate::core::{Core, CoreConfig, Event, Request, Ticket, WalkStep};
+use crate::table::PageState;
+use crate::units::{BLOCK_PAGES, PageNo, Run, bytes_of};
+use disk::Disk;
+use guest::{Access, Guest};
+use kernel::{Entry, Kernel};
+use operator::Asked;
+use oracle::Oracle;
+use random::Random;
+use receive::Session;
+use trace::Trace;
+
+/// Small enough for budgets to matter in a VM of a few hundred pages.
+const BUDGET_MIN: u64 = 48;
+const BLOCKS: u32 = 2;
+/// So that a walk takes several.
+const WALK: WalkStep = WalkStep { table: 100, present: 1, blocks: 1 };
+/// Steps in which everything must have come to rest once nothing goes wrong any more.
+const SETTLE_MAX: u32 = 20_000;
+/// The same for whatever can come to rest while pages are pinned for good.
+const PINNED_STEPS: u32 = 400;
+
+/// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own mixture.
+#[derive(Clone, Copy, Debug, Default)]
+struct Odds {
+    read_error: u64,
+    misread: u64,
+    bad_sector: u64,
+    torn: u64,
+    lost_write: u64,
+    misdirected: u64,
+    rot: u64,
+    write_error: u64,
+    bad_region: u64,
+    short: u64,
+    again: u64,
+    spike: u64,
+    pinned: u64,
+    late_fault: u64,
+    session_gone: u64,
+    pinned_for_good: u64,
+}
+
+impl Odds {
+    fn draw(random: &mut Random) -> Odds {
+        if random.one_in(8) {
+            return Odds::default();
+        }
+        let mut draw = |times: u64| if random.one_in(2) { times + random.below(times) } else { 0 };
+        Odds {
+            read_error: draw(15),
+            misread: draw(15),
+            bad_sector: draw(1),
+            torn: draw(40),
+            lost_write: draw(40),
+            misdirected: draw(40),
+            rot: draw(1),
+            write_error: draw(60),
+            bad_region: draw(10),
+            short: draw(6),
+            again: draw(10),
+            spike: draw(20),
+            pinned: draw(10),
+            late_fault: draw(5),
+            session_gone: draw(6),
+            pinned_for_good: draw(2),
+        }
+    }
+}
+
+/// What a page with this content has for a checksum.
+fn sum_of(page: PageNo, value: u64) -> u64 {
+    Random::new(value ^ page.0.rotate_left(32)).next()
+}
+
+/// A content that is neither of the two, nor that of any other page.
+fn mixed(old: u64, new: u64) -> u64 {
+    Random::new(old.rotate_left(17) ^ new).next() | 1 << 63
+}
+
+/// One simulated VM.
+#[derive(Debug)]
+pub struct Sim {
+    seed: u64,
+    random: Random,
+    odds: Odds,
+    /// Hardly anybody but the guest wants anything.
+    calm: bool,
+    core: Core,
+    /// With those that fill up blocks that are not whole: they are nobody's.
+    pages: u64,
+    /// All pages that are memory, in ascending order.
+    memory: Vec<PageNo>,
+    kernel: Kernel,
+    disk: Disk,
+    guest: Guest,
+    oracle: Oracle,
+    /// The migration by which the VM comes, until it runs.
+    session: Option<Session>,
+    asked: Vec<(Ticket, Asked)>,
+    next_ticket: u64,
+    /// Something has happened that the oracle has not looked at.
+    changed: bool,
+    trace: Trace,
+    coverage: Coverage,
+}
+
+impl Sim {
+    pub fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let odds = Odds::draw(&mut random);
+        // Now and then enough for all of it, in huge pages as far as they go.
+        let covered = random.one_in(8);
+        let pages =
+            if covered || random.one_in(10) { 500 + random.below(700) } else { 130 + random.below(400) };
+        let most = if random.one_in(8) { pages } else { pages / 3 };
+        // Huge pages stay whole as long as nobody interferes.
+        let calm = covered && random.one_in(2);
+        let part = BUDGET_MIN + random.below(most.max(BUDGET_MIN + 1) - BUDGET_MIN);
+        let budget_frames = if covered { pages } else { part };
+        let room = if random.one_in(4) { random.below(pages) } else { u64::from(u32::MAX) };
+        let sampling = random.one_in(2);
+        // Twice the frames that are kept free at the largest budget, as a real staging area has at least.
+        let slots = if pages < 500 { 128 } else { 256 };
+        let (budget_min, blocks) = (BUDGET_MIN, BLOCKS);
+        let mut config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling, walk: WALK };
+        let short = Self::short_blocks(seed, &mut config);
+        let core = Core::new(config).with_short_blocks(short);
+        let (pages, count) = (config.pages, config.pages as usize);
+        let is_memory = |page: &PageNo| core.table().first_of_nobody(Run::one(*page)).is_none();
+        let memory = (0..pages).map(PageNo).filter(is_memory).collect();
+        Sim {
+            seed,
+            odds,
+            calm,
+            core,
+            pages,
+            memory,
+            kernel: Kernel::new(count, slots as usize + (BLOCKS * BLOCK_PAGES) as usize),
+            disk: Disk::new(count, room),
+            guest: Guest::new(),
+            oracle: Oracle::new(count),
+            session: None,
+            asked: Vec::new(),
+            next_ticket: 0,
+            changed: true,
+            trace: Trace::default(),
+            coverage: Coverage::default(),
+            random,
+        }
+    }
+
+    /// One VM in three has regions that are not whole blocks: the last one, and in half of them one more before all others. Drawn apart, so
+    /// that all other seeds are as they would be without.
+    fn short_blocks(seed: u64, config: &mut CoreConfig) -> Vec<Run> {
+        let random = &mut Random::new(!seed);
+        let block = u64::from(BLOCK_PAGES);
+        let (last, tail) = (config.pages / block, config.pages % block);
+        if tail == 0 || !random.one_in(3) {
+            return Vec::new();
+        }
+        config.pages += block - tail;
+        let mut short = vec![Run::new(PageNo(last * block), tail as u32)];
+        if random.one_in(2) {
+            // Often so few pages that none of them need be in RAM.
+            let most = if random.one_in(2) { 4 } else { block - 1 };
+            config.pages += block;
+            short[0].start = PageNo((last + 1) * block);
+            short.insert(0, Run::new(PageNo(0), 1 + random.below(most) as u32));
+        }
+        short
+    }
+
+    /// Runs `steps` random steps, then lets everything come to rest and reads all of memory.
+    ///
+    /// # Panics
+    /// If anything is not as it must be; [`Sim::tell`] then says how it came to that.
+    pub fn run(&mut self, steps: u32) -> Coverage {
+        if self.random.one_in(4) {
+            self.start_receiving();
+        }
+        for _ in 0..steps {
+            self.trace.now += 1;
+            self.coverage.steps += 1;
+            if self.session.is_some() {
+                self.step_receiving()
+            } else {
+                self.step()
+            }
+            self.walk();
+            self.check();
+        }
+        self.settle();
+        self.check();
+        self.read_everything();
+        for page in (0..self.pages).map(PageNo) {
+            self.forget_damage(page, Outcome::NeverNeeded);
+        }
+        std::mem::take(&mut self.coverage)
+    }
+
+    /// How it came to a failure: to be called after [`Sim::run`] has panicked with `message`.
+    pub fn tell(&self, message: &str) -> String {
+        let Sim { seed, pages, .. } = self;
+        let (budget, taken) = (self.core.budget_frames(), self.core.frames_taken());
+        let trace = self.trace.tell(message);
+        format!("seed {seed}: {message}\n{pages} pages, a budget of {budget} frames, {taken} taken; {trace}")
+    }
+
+    /// The same for the same seed.
+    pub fn digest(&self) -> u64 {
+        self.trace.digest()
+    }
+
+    fn step(&mut self) {
+        match self.random.below(100) {
+            0..55 => self.run_guest(),
+            55..68 => self.deliver_faults(),
+            68..91 => self.complete_io(),
+            91..94 => self.tick(),
+            94 => self.decay(),
+            96 if self.random.one_in(self.odds.pinned_for_good) => self.pin_for_good(),
+            95 if self.random.one_in(self.odds.bad_region) => {
+                self.disk.bad_writes = Some(self.random_run(self.pages / 4));
+            }
+            _ if self.calm && !self.random.one_in(8) => self.run_guest(),
+            _ => self.operate(),
+        }
+    }
+
+    /// One step of what looks at all of memory.
+    fn walk(&mut self) {
+        if self.core.is_walking() {
+            self.event(Event::Step);
+        }
+    }
+
+    fn tick(&mut self) {
+        if let Some(run) = self.kernel.collapsing.take_if(|_| self.random.one_in(2)) {
+            for start in (0..run.len).step_by(BLOCK_PAGES as usize) {
+                let block = run.part(start, BLOCK_PAGES);
+                let there = |page| matches!(self.kernel.guest[page], Entry::Frame(_));
+                let huge = block.indices().all(there) && self.random.one_in(2);
+                self.event(Event::Collapsed { block, huge });
+            }
+        }
+        let ticks = 1 + self.random.below(20);
+        self.kernel.ticks += ticks;
+        self.event(Event::Tick { ticks });
+    }
+
+    /// No more trouble: everything asked is answered, every vCPU goes on, every page is where it can stay.
+    fn settle(&mut self) {
+        self.odds = Odds::default();
+        self.disk.bad_writes = None;
+        self.disk.room = u64::from(u32::MAX);
+        self.guest.paused = false;
+        if self.random.one_in(2) {
+            // Otherwise it is tried again in its own time.
+            self.ask(Request::RetryStore, Asked::Other);
+        }
+        if self.session.is_some() {
+            self.settle_receiving();
+        }
+        while !self.oracle.held.is_empty() {
+            self.release();
+        }
+        self.settle_pinned();
+        for _ in 0..SETTLE_MAX {
+            if self.is_at_rest() {
+                return self.settle_budget();
+            }
+            self.go_on();
+        }
+        let stuck = |page: &PageNo| {
+            matches!(self.core.table().state(*page), PageState::Leaving | PageState::Arriving)
+        };
+        self.trace.suspect.set((0..self.pages).map(PageNo).find(stuck));
+        panic!(
+            "not at rest: awake {:?} at {:?}, starved {}, {} operations in flight, asked {:?}, {:?}",
+            self.guest.awake,
+            self.guest.vcpus,
+            self.oracle.starved,
+            self.disk.flights.len(),
+            self.asked,
+            self.core.table(),
+        );
+    }
+
+    fn go_on(&mut self) {
+        self.trace.now += 1;
+        self.deliver_faults();
+        self.complete_io();
+        self.walk();
+        self.tick();
+    }
+
+    /// While pages are pinned for good: whoever asked something has an answer, and a guest that waits for a frame in vain is told of.
+    fn settle_pinned(&mut self) {
+        if !self.kernel.is_anything_pinned_for_good() {
+            return;
+        }
+        for _ in 0..PINNED_STEPS {
+            self.go_on();
+        }
+        let waits = self.core.faults_waiting() > 0 && self.disk.flights.is_empty();
+        assert!(!waits || self.oracle.short, "the guest waits for a frame, and nobody has been told");
+        let asked = &self.asked;
+        assert!(asked.is_empty() || !self.disk.flights.is_empty(), "pinned pages keep {asked:?} waiting");
+        self.trace.note("all pins end", 0);
+        self.kernel.unpin_all();
+    }
+
+    /// What was pinned leaves after all.
+    fn settle_budget(&mut self) {
+        self.ask(Request::SetBudget(bytes_of(BUDGET_MIN)), Asked::Budget);
+        for _ in 0..SETTLE_MAX {
+            if self.core.frames_taken() <= BUDGET_MIN && self.is_at_rest() {
+                return;
+            }
+            self.go_on();
+        }
+        panic!("{} frames instead of {BUDGET_MIN}, and nothing is pinned", self.core.frames_taken());
+    }
+
+    fn is_at_rest(&self) -> bool {
+        let moving = [PageState::Leaving, PageState::Arriving].map(|state| self.core.table().count(state));
+        moving == [0, 0]
+            && self.guest.awake.iter().all(|awake| *awake)
+            && self.core.faults_waiting() == 0
+            && !self.oracle.starved
+            && !self.oracle.short
+            && self.disk.flights.is_empty()
+            && self.kernel.faults.is_empty()
+            && self.asked.is_empty()
+    }
+
+    /// Every page is as the guest left it, or lost for a reason.
+    fn read_everything(&mut self) {
+        self.guest.vcpus = [None; guest::VCPUS];
+        for page in self.memory.clone() {
+            for _ in 0..SETTLE_MAX {
+                if self.guest.awake[0] && self.access(0, page, Access::Read) {
+                    break;
+                }
+                self.trace.now += 1;
+                self.deliver_faults();
+                self.complete_io();
+                if self.random.one_in(8) {
+                    self.tick();
+                }
+            }
+            self.guest.vcpus[0] = None;
+            self.trace.suspect.set(Some(page));
+            assert!(self.guest.awake[0], "{page} is waited for without end");
+            self.trace.suspect.set(None);
+        }
+        self.check();
+    }
+}

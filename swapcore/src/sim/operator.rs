@@ -1,0 +1,222 @@
+//! Everybody but the guest who asks the engine for something: an operator, a balloon, a migration that reads.
+
+use super::Sim;
+use super::coverage::Outcome;
+use super::oracle::Held;
+use crate::core::{Event, Request, Response, Ticket};
+use crate::error::CommandError;
+use crate::units::{PageNo, Run, SlotRun, bytes_of};
+
+/// Held runs at a time.
+const HOLDS_MAX: usize = 3;
+
+/// A request that waits for its answer.
+#[derive(Clone, Debug)]
+pub(super) enum Asked {
+    Hold(Run),
+    Collect,
+    Budget,
+    /// Frames for a session; `gone`: it has ended before they come.
+    Frames {
+        gone: bool,
+    },
+    Arrive {
+        run: Run,
+        slots: SlotRun,
+        values: Vec<u64>,
+    },
+    Settle,
+    Finish,
+    Other,
+}
+
+impl Sim {
+    pub(super) fn ask(&mut self, request: Request, asked: Asked) {
+        self.next_ticket += 1;
+        self.asked.push((Ticket(self.next_ticket), asked));
+        self.event(Event::Request { ticket: Ticket(self.next_ticket), request });
+    }
+
+    /// Anywhere, or where something is going on.
+    pub(super) fn random_run(&mut self, longest: u64) -> Run {
+        let flights = &self.disk.flights;
+        let start = match self.random.below(3) {
+            0 if !flights.is_empty() => {
+                let run = flights[self.random.below(flights.len() as u64) as usize].run;
+                run.start.0 + self.random.below(u64::from(run.len))
+            }
+            1 => {
+                let vcpu = self.random.below(self.guest.vcpus.len() as u64) as usize;
+                self.guest.vcpus[vcpu].map_or(0, |(page, _)| page.0.saturating_sub(self.random.below(4)))
+            }
+            _ => self.random.below(self.pages),
+        };
+        let len = 1 + self.random.below(longest.min(self.pages - start));
+        Run::new(PageNo(start), len as u32)
+    }
+
+    /// Without what is nobody's; elsewhere, if all of it is.
+    pub(super) fn in_memory(&self, run: Run) -> Run {
+        let table = self.core.table();
+        let start = match table.first_of_nobody(Run::one(run.start)) {
+            None => run.start,
+            Some(page) => self.memory[page.index() % self.memory.len()],
+        };
+        let run = Run::new(start, run.len.min((self.pages - start.0) as u32));
+        table.first_of_nobody(run).map_or(run, |page| run.part(0, (page.0 - start.0) as u32))
+    }
+
+    pub(super) fn operate(&mut self) {
+        match self.random.below(12) {
+            0 => self.change_budget(),
+            1 | 2 => self.give_back(),
+            3 => self.hold(),
+            4 => self.release(),
+            5 => self.track(),
+            // It is about to be moved away, and stays: its pages are put together again, as they rarely are otherwise.
+            6..9 if self.calm => self.track(),
+            6 | 7 => {
+                let run = self.random_run(40);
+                self.trace.add("evict", run, None, None);
+                self.ask(Request::Evict(run), Asked::Other);
+            }
+            8 => self.repair(),
+            9 => {
+                let run = self.random_run(64);
+                let run = self.in_memory(run);
+                self.ask(Request::Fill(run), Asked::Other);
+            }
+            10 => {
+                let on = self.random.one_in(2);
+                self.ask(Request::Prefetch(on), Asked::Other);
+            }
+            _ => self.look(),
+        }
+    }
+
+    pub(super) fn change_budget(&mut self) {
+        let most = if self.random.one_in(6) { self.pages } else { self.pages / 2 };
+        let frames =
+            super::BUDGET_MIN + self.random.below(most.max(super::BUDGET_MIN + 1) - super::BUDGET_MIN);
+        let frames = if self.random.one_in(6) { self.pages } else { frames };
+        self.trace.note("budget", frames);
+        self.ask(Request::SetBudget(bytes_of(frames)), Asked::Budget);
+    }
+
+    /// What the guest gives back reads as zeros from now on.
+    fn give_back(&mut self) {
+        let run = self.random_run(20);
+        self.trace.add("given back", run, None, None);
+        for page in run.pages() {
+            self.oracle.truth[page.index()] = Some(0);
+            self.oracle.written[page.index()] = true;
+            self.abandon(page, Outcome::GivenBack);
+            self.oracle.is_not_as_held(page);
+        }
+        self.ask(Request::Discard(run), Asked::Other);
+    }
+
+    fn hold(&mut self) {
+        let run = self.random_run(30);
+        let free = |held: &Held| held.run.end() <= run.start || run.end() <= held.run.start;
+        if self.oracle.held.len() < HOLDS_MAX && self.oracle.held.iter().all(free) {
+            self.trace.add("hold", run, None, None);
+            self.ask(Request::Hold(run), Asked::Hold(run));
+            self.copy(run);
+        }
+    }
+
+    pub(super) fn release(&mut self) {
+        if let Some(held) = self.oracle.held.pop() {
+            self.trace.add("release", held.run, None, None);
+            self.copy(held.run);
+            self.ask(Request::Release(held.run), Asked::Other);
+        }
+    }
+
+    /// What is copied is looked at when it is.
+    fn copy(&mut self, run: Run) {
+        self.ask(Request::Staged(run.pages().collect()), Asked::Other);
+    }
+
+    fn track(&mut self) {
+        let tracking = self.oracle.tracking;
+        if tracking && !self.random.one_in(if self.calm { 2 } else { 4 }) {
+            return self.ask(Request::CollectWritten, Asked::Collect);
+        }
+        self.trace.note("tracking of writes", u64::from(!tracking));
+        self.oracle.tracking = !tracking;
+        self.ask(Request::TrackWrites(!tracking), Asked::Other);
+    }
+
+    /// The store is tried again, with its trouble mended or not.
+    pub(super) fn repair(&mut self) {
+        if self.random.one_in(2) {
+            self.disk.bad_writes = None;
+            self.disk.room += self.random.below(self.pages);
+        }
+        self.ask(Request::RetryStore, Asked::Other);
+    }
+
+    fn look(&mut self) {
+        match self.random.below(4) {
+            0 => self.ask(Request::ResidentMap, Asked::Other),
+            1 => self.ask(Request::Heat, Asked::Other),
+            2 => {
+                let run = self.random_run(8);
+                self.ask(Request::Sums(run), Asked::Other);
+            }
+            _ => self.ask(Request::Stats, Asked::Other),
+        }
+    }
+
+    pub(super) fn answered(&mut self, ticket: Ticket, answer: Result<Response, CommandError>) {
+        let nth = self.asked.iter().position(|(asked, _)| *asked == ticket);
+        let Some(nth) = nth else { panic!("{ticket:?} is answered twice: {answer:?}") };
+        let (_, asked) = self.asked.swap_remove(nth);
+        match (asked, answer) {
+            (Asked::Hold(run), Ok(Response::Pieces(pieces))) => {
+                let told = pieces.iter().flat_map(|piece| piece.run.pages().map(|page| (page, piece.place)));
+                let pages =
+                    told.map(|(page, place)| Some((place, self.oracle.truth[page.index()]))).collect();
+                self.oracle.held.push(Held { run, pages });
+            }
+            (Asked::Collect, Ok(Response::Written(written))) => self.collected(&written.into_runs()),
+            (Asked::Budget, Ok(Response::Done)) => {
+                let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
+                assert!(taken <= budget, "{taken} frames when the budget of {budget} is confirmed");
+            }
+            (Asked::Budget, Err(CommandError::Store(_))) => {
+                let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
+                assert!(taken > budget, "{taken} frames are within the budget of {budget}, which is refused");
+            }
+            (Asked::Budget, Err(CommandError::StillAbove { held, .. })) => {
+                let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
+                assert!(
+                    taken > budget && held == bytes_of(taken),
+                    "{held} bytes are said to be above {budget}"
+                );
+            }
+            (Asked::Other, Err(CommandError::Pinned { pages })) => assert!(pages > 0, "held by nothing"),
+            (Asked::Frames { gone }, Ok(Response::Frames(slots))) => self.granted(slots, gone),
+            (Asked::Arrive { run, slots, values }, answer) => self.arrived(run, slots, &values, answer),
+            (Asked::Settle, answer) => self.settled(&answer),
+            (Asked::Finish, answer) => self.finished(answer),
+            (Asked::Frames { .. }, Err(CommandError::Store(_))) => self.not_granted(),
+            (Asked::Other | Asked::Collect, Err(CommandError::Store(_) | CommandError::NotNow(_)))
+            | (Asked::Other, Ok(_)) => {}
+            (Asked::Budget, Err(CommandError::NotNow(_))) if self.session.is_some() => {}
+            (asked, answer) => panic!("{asked:?} was answered with {answer:?}"),
+        }
+    }
+
+    fn collected(&mut self, runs: &[Run]) {
+        for page in runs.iter().flat_map(|run| run.pages()) {
+            self.oracle.to_tell[page.index()] = false;
+        }
+        if let Some(missed) = self.oracle.to_tell.iter().position(|written| *written) {
+            self.trace.suspect.set(Some(PageNo(missed as u64)));
+            panic!("page {missed} was written and is not reported");
+        }
+    }
+}

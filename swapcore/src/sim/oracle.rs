@@ -1,0 +1,214 @@
+//! What must be so after every step, whatever went wrong: the newest content of each page is in exactly one place, the frames are
+//! those on record and within the budget, and what a migration reads is what it was told.
+
+use super::Sim;
+use super::coverage::Fault;
+use super::kernel::Entry;
+use crate::api::Place;
+use crate::table::{Flag, PageState};
+use crate::units::{PageNo, Run, Slot};
+
+/// A run that a migration reads.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) run: Run,
+    /// Where each page was said to be, and what it contained. None: it has been given back or lost since.
+    pub(super) pages: Vec<Option<(Place, Option<u64>)>>,
+}
+
+#[derive(Debug)]
+pub(super) struct Oracle {
+    /// What the guest last wrote. None: lost, and said to be.
+    pub(super) truth: Vec<Option<u64>>,
+    /// Written since the page was last scanned for a migration.
+    pub(super) written: Vec<bool>,
+    /// Written before the page was scanned: the answer has to name it.
+    pub(super) to_tell: Vec<bool>,
+    pub(super) tracking: bool,
+    pub(super) held: Vec<Held>,
+    /// The core has said that who waits for a frame gets none, and not that this is over.
+    pub(super) starved: bool,
+    /// The core has said that all frames are held and the guest waits for one, and not that this is over.
+    pub(super) short: bool,
+    /// Frames taken at the last check.
+    taken: u64,
+}
+
+impl Oracle {
+    pub(super) fn new(pages: usize) -> Self {
+        Oracle {
+            truth: vec![Some(0); pages],
+            written: vec![false; pages],
+            to_tell: vec![false; pages],
+            tracking: false,
+            held: Vec::new(),
+            starved: false,
+            short: false,
+            taken: 0,
+        }
+    }
+
+    /// The kernel says which pages of the run have been written.
+    pub(super) fn scanned(&mut self, run: Run) {
+        for (written, to_tell) in self.written[run.indices()].iter_mut().zip(&mut self.to_tell[run.indices()])
+        {
+            *to_tell |= std::mem::take(written);
+        }
+    }
+
+    /// Who holds the page will not find it where it was.
+    pub(super) fn is_not_as_held(&mut self, page: PageNo) {
+        for held in self.held.iter_mut().filter(|held| held.run.contains(page)) {
+            held.pages[(page.0 - held.run.start.0) as usize] = None;
+        }
+    }
+}
+
+/// Panics about a page, and remembers which one it is.
+macro_rules! ensure {
+    ($sim:expr, $page:expr, $good:expr, $($text:tt)+) => {
+        if !$good {
+            $sim.trace.suspect.set(Some($page));
+            panic!($($text)+);
+        }
+    };
+}
+
+impl Sim {
+    /// Looks at everything, if anything has happened since it did so last: an access of the guest that finds its page looks at that
+    /// page itself.
+    pub(super) fn check(&mut self) {
+        if !std::mem::take(&mut self.changed) {
+            return;
+        }
+        self.core.check();
+        let mut frames = self.kernel.staging.iter().filter(|frame| frame.is_some()).count() as u64;
+        for index in 0..self.pages as usize {
+            frames += u64::from(self.check_page(PageNo(index as u64)));
+        }
+        let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
+        assert_eq!(frames, taken, "frames in the guest and in staging = frames on record");
+        // A budget below what is in use is reached in steps, downwards only.
+        assert!(taken <= budget.max(self.oracle.taken), "{taken} frames with a budget of {budget}");
+        self.oracle.taken = taken;
+        self.oracle.held.iter().for_each(|held| self.check_held(held));
+        self.coverage.checks += 1;
+    }
+
+    /// Says whether the page has a frame in the guest.
+    fn check_page(&self, page: PageNo) -> bool {
+        let index = page.index();
+        let table = self.core.table();
+        let state = table.state(page);
+        let memory = state == PageState::Untouched || self.memory.binary_search(&page).is_ok();
+        ensure!(self, page, memory, "{page} is nobody's, and {state:?}");
+        let entry = self.kernel.guest[index];
+        let truth = self.oracle.truth[index];
+        let stored = table.has(page, Flag::Stored);
+        // Most pages, most of the time.
+        match (state, entry) {
+            (PageState::Untouched, Entry::Missing) if truth == Some(0) && !stored => return false,
+            (PageState::Resident, Entry::Frame(content)) if truth == Some(content) && !stored => return true,
+            _ => {}
+        }
+        let found = match state {
+            PageState::Untouched => Some(0),
+            PageState::Resident => match entry {
+                Entry::Frame(content) => Some(content),
+                _ => None,
+            },
+            PageState::Poisoned => None,
+            PageState::Stored => self.stored(page, truth),
+            PageState::Standby | PageState::Leaving | PageState::Sampled => self.in_slot(page),
+            PageState::Arriving => match self.core.slot_of(page) {
+                Some(slot) if self.kernel.is_busy(slot) => self.stored(page, truth),
+                _ => self.in_slot(page),
+            },
+        };
+        let here = matches!(entry, Entry::Frame(_));
+        ensure!(
+            self,
+            page,
+            here == (state == PageState::Resident),
+            "{page} is {state:?}, and {entry:?} in the guest"
+        );
+        let marked = entry == Entry::Poison;
+        ensure!(
+            self,
+            page,
+            !marked || state == PageState::Poisoned,
+            "{page} is {state:?}, and poisoned in the guest"
+        );
+        ensure!(
+            self,
+            page,
+            found == truth,
+            "{page} ({state:?}) has {found:x?}, and the guest last wrote {truth:x?}"
+        );
+        if stored {
+            // Whatever the page is now: the store has what the checksum on record is of.
+            let sum = super::sum_of(page, self.disk.content[index]);
+            let good = self.core.recorded_sum(page) == Some(sum) || self.is_excused(page);
+            ensure!(
+                self,
+                page,
+                good,
+                "{page} ({state:?}): the store has not what the checksum on record is of"
+            );
+        } else {
+            let needs = matches!(state, PageState::Stored | PageState::Standby);
+            ensure!(self, page, !needs, "{page} is {state:?}, and the store is not said to have it");
+        }
+        here
+    }
+
+    fn in_slot(&self, page: PageNo) -> Option<u64> {
+        self.core.slot_of(page).and_then(|slot: Slot| self.kernel.staging[slot.index()])
+    }
+
+    /// What a read of the store ends with: its content, or the knowledge that it is lost. The checksum tells.
+    fn stored(&self, page: PageNo, truth: Option<u64>) -> Option<u64> {
+        let content = Some(self.disk.content[page.index()]);
+        let excused = content != truth && self.is_excused(page);
+        if excused { truth } else { content }
+    }
+
+    fn is_excused(&self, page: PageNo) -> bool {
+        self.disk.damage[page.index()].is_some_and(|fault| fault != Fault::BadSector)
+    }
+
+    /// Held pages stay where the migration was told that they are.
+    fn check_held(&self, held: &Held) {
+        for (page, told) in held.run.pages().zip(&held.pages) {
+            let index = page.index();
+            match told {
+                Some((Place::Memory, _)) => {
+                    let here = matches!(self.kernel.guest[index], Entry::Frame(_));
+                    ensure!(self, page, here, "{page} left the guest while it was held");
+                }
+                Some((Place::Stored, content)) => {
+                    let same =
+                        Some(self.disk.content[index]) == *content || self.disk.damage[index].is_some();
+                    ensure!(
+                        self,
+                        page,
+                        same,
+                        "{page} is not in the store as it was when it was held, {content:x?}"
+                    );
+                }
+                Some((Place::Zero, content)) => {
+                    ensure!(
+                        self,
+                        page,
+                        *content == Some(0),
+                        "{page} was said to be zero, and was {content:x?}"
+                    );
+                }
+                Some((Place::Poisoned, content)) => {
+                    ensure!(self, page, content.is_none(), "{page} was said to be lost, and is not");
+                }
+                Some((Place::Staged | Place::Moving, _)) | None => {}
+            }
+        }
+    }
+}

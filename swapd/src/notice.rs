@@ -1,0 +1,24 @@
+//! What the engine says unasked.
+
+use swapcore::units::PageNo;
+
+/// What the engine tells its owner unasked. Called on the engine's thread: must not block.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// A write failed. Nothing is lost: what could not be written stays in RAM, and is tried again now and then.
+    StoreFailed(String),
+    /// All of that is written.
+    StoreRecovered,
+    /// The VM needs a frame, and there will be none as long as the store fails: pause it, and say why. Few frames are kept
+    /// for what a vCPU touches until it can be stopped.
+    Starved(String),
+    /// There are frames again.
+    Relieved,
+    /// The VM needs a frame, and has waited for some time: all that could leave is held where it is. It goes on when that is let
+    /// go of, or with a larger budget.
+    Short { pinned_bytes: u64 },
+    /// There are frames again.
+    Enough,
+    /// The guest sees a memory error when it touches this page.
+    Poisoned(PageNo),
+}
