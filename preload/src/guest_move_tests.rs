@@ -1,32 +1,21 @@
 //! What a real QEMU must not lose by a move: its user's settings and migrations, and whatever a monitor has changed.
 
-use std::path::PathBuf;
-
 use super::tests::{INCOMING, PATIENCE, memory, qemus, start};
 use super::*;
 
 /// A directory that goes with the test.
-struct Directory(PathBuf);
+struct Directory(testkit::TempDir);
 
 impl Directory {
     fn new(name: &str) -> Directory {
-        let path = std::env::temp_dir().join(format!("vmemd-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path).unwrap();
-        Directory(path)
+        Directory(testkit::directory(name))
     }
 
     /// A raw image in it.
     fn image(&self, name: &str) -> String {
-        let path = self.0.join(name);
+        let path = self.0.path().join(name);
         std::fs::File::create(&path).unwrap().set_len(16 << 20).unwrap();
         path.display().to_string()
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -304,7 +293,7 @@ fn a_bitmap_that_is_in_no_image_moves_too() {
 
 #[test]
 fn a_state_that_was_given_away_is_known_before() {
-    let Some(program) = qemus().into_iter().next() else { return };
+    let program = qemus().remove(0);
     let memory = memory();
     let (mut qemu, _process) = start(&program, &memory, &[]);
     qemu.pause().unwrap();

@@ -56,6 +56,12 @@ macro_rules! main {
         fn main() -> ::std::process::ExitCode {
             $crate::harness::main()
         }
+
+        // The language's own attribute: under `cargo test`'s harness this would be the only test.
+        #[::core::prelude::v1::test]
+        fn harness_is_false() {
+            panic!("its Cargo.toml does not say `harness = false`: none of its tests run");
+        }
     };
 }
 

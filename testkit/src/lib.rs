@@ -16,6 +16,6 @@ pub mod wait;
 pub use inventory;
 pub use place::{TempDir, directory, directory_in};
 pub use random::Random;
-pub use skip::{Reason, skip, skip_part};
+pub use skip::{OrSkip, Reason, skip, skip_part};
 pub use testkit_macros::test;
-pub use wait::{until, wait_until};
+pub use wait::{until, wait_for, wait_until};

@@ -89,6 +89,18 @@ pub fn skip(reason: Reason, why: impl Display) -> ! {
     std::panic::resume_unwind(Box::new(skipped))
 }
 
+/// What a test needs, and cannot be had everywhere.
+pub trait OrSkip<T> {
+    /// It, or the end of the test ([`skip`]).
+    fn or_skip(self, reason: Reason) -> T;
+}
+
+impl<T, E: Display> OrSkip<T> for Result<T, E> {
+    fn or_skip(self, reason: Reason) -> T {
+        self.unwrap_or_else(|why| skip(reason, why))
+    }
+}
+
 /// Goes on without a part of the test.
 ///
 /// # Panics

@@ -33,10 +33,18 @@ pub fn wait_until<T, W: Display>(
     }
 }
 
+/// The same, no longer than [`DEADLINE`].
+///
+/// # Panics
+/// If it takes longer.
+pub fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    wait_until(DEADLINE, || what, look)
+}
+
 /// Waits until something holds.
 ///
 /// # Panics
 /// If it takes longer than [`DEADLINE`].
 pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    wait_until(DEADLINE, || what, || holds().then_some(()));
+    wait_for(what, || holds().then_some(()));
 }
