@@ -4,13 +4,13 @@
 #[macro_use]
 extern crate testkit;
 
-pub mod bench;
 pub mod cli;
 pub mod daemon;
 pub mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod pki;
+pub mod program;
 pub mod qemu;
 mod reference;
 pub mod run;

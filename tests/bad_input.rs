@@ -44,15 +44,6 @@ fn numbers_and_names_that_make_no_sense() {
         run(&format!("pki init /nowhere/pki --host a,{name}")).fails(2, &["no name or address"]);
     }
     run("pki issue /nowhere/pki --host a").fails(1, &["ca.key", "vmemd pki init"]);
-    run("bench migrate --memory 64M --ram 65M").fails(2, &["more than the VM's memory of 64M"]);
-    run("bench replay").fails(2, &["TRACE", "--synthetic"]);
-    run("bench replay --synthetic zap").fails(2, &["zipf:0.99"]);
-    run("bench replay --synthetic random --ram 1M").fails(2, &["minimum of 16M"]);
-    run("bench replay --synthetic loop:9 --memory 64M").fails(2, &["--memory 288M"]);
-    run("bench replay --synthetic random --touches 999M").fails(2, &["at most"]);
-    run("bench replay a.trace --touches 5").fails(2, &["--touches"]);
-    run("bench record -o x.trace").fails(2, &["FILE.fio", "--vm"]);
-    run("bench record a.fio --vm web -o x.trace").fails(2, &["--vm"]);
     run("receive {}").fails(2, &["vmemd serve"]);
     run("fly").fails(2, &["fly"]);
     host.assert_clean();
@@ -66,8 +57,6 @@ fn more_ram_than_the_host_has() {
     run.fails(5, &["RAM", "free", "--ram"]);
     let serve = host.vmemd(&["serve", "--listen", "127.0.0.1:0", "--ram", "4096T", "--store", &store]);
     serve.fails(5, &["4096T", "more than this host has"]);
-    let bench = host.vmemd(&["bench", "migrate", "--memory", "4096T", "--ram", "1G", "--store", &store]);
-    bench.fails(5, &["RAM", "free"]);
     host.assert_clean();
 }
 

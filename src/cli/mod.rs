@@ -1,19 +1,18 @@
 //! The `vmemd` command: raw arguments, resolved settings, the right mechanism, output, exit code.
 
 mod args;
-mod jobs;
+mod bench;
 mod migrate;
 mod resolve;
 mod stat;
-mod traces;
+pub mod terminal;
+pub mod values;
 mod vms;
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{RunDir, check_name};
@@ -26,42 +25,21 @@ use crate::daemon::serve::ServeSettings;
 use crate::qemu::rules::Rules;
 use crate::qemu::run::QemuSettings;
 use crate::run::{self, RunSettings};
-use crate::{bench, daemon, doctor, pki, qemu};
-use args::{BenchCommand, BenchMigrateArgs, Cli, Command, LimitArgs, PkiCommand, RunArgs, ServeArgs};
+use crate::{daemon, doctor, pki, qemu};
+use args::{Cli, Command, LimitArgs, PkiCommand, RunArgs, ServeArgs};
+use terminal::print;
+use values::{check_sizes, default_store};
 
 /// Runs the command and returns the process's exit code.
 pub fn main() -> u8 {
     let cli = Cli::parse();
-    start_logging(matches!(cli.command, Command::Run(_) | Command::Serve(_) | Command::Receive { .. }));
-    match dispatch(cli) {
-        Ok(()) => 0,
-        Err(failure) => {
-            let _ = writeln!(std::io::stderr(), "vmemd: {failure}");
-            failure.kind.exit_code()
-        }
-    }
-}
-
-/// To stderr; `VMEMD_LOG` sets what (`debug`, `vmemd::daemon=trace`).
-fn start_logging(long_running: bool) {
-    let default = if long_running { "info" } else { "warn" };
-    let filter = EnvFilter::try_from_env("VMEMD_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(ansi)
-        .with_target(false)
-        // It would be told on stderr, which panics if it is stderr that cannot be written.
-        .log_internal_errors(false)
-        .init();
+    let long_running = matches!(cli.command, Command::Run(_) | Command::Serve(_) | Command::Receive { .. });
+    terminal::start_logging(if long_running { "info" } else { "warn" });
+    terminal::exit_code(dispatch(cli))
 }
 
 fn dispatch(cli: Cli) -> Result<(), Failure> {
-    let run_dir = cli
-        .run_dir
-        .or_else(|| std::env::var_os("VMEMD_RUN_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from))
-        .unwrap_or_else(RunDir::default_path);
+    let run_dir = values::run_dir(cli.run_dir.clone());
     match cli.command {
         Command::Run(mut args) if !args.qemu.is_empty() => {
             let words = std::mem::take(&mut args.qemu);
@@ -92,22 +70,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Resolve(args) => resolve::resolve(&RunDir::open(&run_dir)?, &args),
         Command::Stop(args) => vms::stop(&RunDir::open(&run_dir)?, &args),
         Command::Doctor(args) => doctor::doctor(&args.store.unwrap_or_else(default_store), args.json.json),
-        Command::Bench(BenchCommand::Migrate(args)) => bench::migrate(&bench_settings(args)?),
-        Command::Bench(BenchCommand::Replay(args)) => traces::replay(&args),
-        Command::Bench(BenchCommand::Run(args)) => bench::run(&args.settings()),
-        Command::Bench(BenchCommand::Report(args)) => bench::jobs_report(&args.settings()),
-        Command::Bench(BenchCommand::Worker { request }) => bench_worker(&request),
-        Command::Bench(BenchCommand::Record(args)) => traces::record(&run_dir, &args),
-    }
-}
-
-/// Where stores are unless the user says otherwise.
-fn default_store() -> PathBuf {
-    // SAFETY: geteuid has no arguments and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    match std::env::var_os("HOME") {
-        Some(home) if !root => PathBuf::from(home).join(".local/share/vmemd"),
-        _ => PathBuf::from("/var/lib/vmemd"),
+        Command::Bench { args } => match bench::bench(cli.run_dir, args)? {},
     }
 }
 
@@ -167,15 +130,6 @@ fn qemu_settings(
     })
 }
 
-/// What can be said about sizes without looking at the host.
-fn check_sizes(memory: Size, ram: Size) -> Result<(), Failure> {
-    if memory.bytes() == 0 || !memory.bytes().is_multiple_of(2 << 20) {
-        let text = format!("--memory {memory} is not a multiple of 2M: round it up or down");
-        return Err(Failure::new(Kind::Usage, text));
-    }
-    qemu::check_ram(memory, ram)
-}
-
 /// A store directory that is missing is made; a device or file must be there. It is to be on a disk.
 fn make_store(store: &std::path::Path, in_ram: bool) -> Result<(), Failure> {
     if !store.exists() {
@@ -215,38 +169,4 @@ fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeSettings, Fa
         qemu_rules: args.qemu_rules.as_deref().map(Rules::read).transpose()?,
         json: args.json.json,
     })
-}
-
-fn bench_settings(args: BenchMigrateArgs) -> Result<bench::Settings, Failure> {
-    check_sizes(args.memory, args.ram)?;
-    Ok(bench::Settings {
-        memory: args.memory,
-        ram: args.ram,
-        targets: args.targets,
-        repeat: args.repeat,
-        guest: args.guest,
-        tls: args.tls,
-        store: args.store.unwrap_or_else(default_store),
-        json: args.json.json,
-    })
-}
-
-fn bench_worker(request: &str) -> Result<(), Failure> {
-    let request = serde_json::from_str(request).map_err(|error| {
-        Failure::new(Kind::Usage, format!("`vmemd bench worker` is started by `vmemd bench run`: {error}"))
-    })?;
-    print_json(&bench::worker::main(&request)?)
-}
-
-/// Prints to stdout. A reader that has gone away is no error.
-fn print(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
-}
-
-/// Prints a value as JSON.
-fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
-    let text =
-        serde_json::to_string_pretty(value).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
-    print(&text);
-    Ok(())
 }

@@ -54,7 +54,7 @@ pub fn doctor(store: &Path, json: bool) -> Result<(), Failure> {
 }
 
 /// The first of these requirements that the host lacks, with the remedy.
-pub(crate) fn lacks(store: &Path, names: &[&str]) -> Option<String> {
+pub fn lacks(store: &Path, names: &[&str]) -> Option<String> {
     let missing = checks::all(store).into_iter().find(|check| !check.found && names.contains(&check.name))?;
     let remedy = missing.remedy.map(|remedy| format!(": {remedy}")).unwrap_or_default();
     Some(format!("{} ({}){remedy}", missing.name, missing.detail))

@@ -23,7 +23,7 @@ mod throttle;
 mod vcpu;
 mod vcpu_state;
 mod workload;
-pub(crate) mod zipf;
+pub mod zipf;
 
 pub use content::{PAGE_BYTES, PAGE_WORDS, page as page_content, word as page_word};
 pub use counters::GuestCounters;

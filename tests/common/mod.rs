@@ -11,8 +11,6 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 pub(crate) use testkit::wait::DEADLINE;
@@ -32,11 +30,20 @@ pub(crate) fn wait_said(words: &str, log: impl Fn() -> String) -> String {
     })
 }
 
+/// The command. The tests of other crates find it beside what they are built into, if it has been built.
+pub(crate) fn vmemd() -> PathBuf {
+    if let Some(path) = option_env!("CARGO_BIN_EXE_vmemd") {
+        return path.into();
+    }
+    let test = std::env::current_exe().expect("a test knows where it is");
+    let path = test.ancestors().nth(2).expect("tests are built into deps/").join("vmemd");
+    assert!(path.exists(), "these tests need {}: cargo build", path.display());
+    path
+}
+
 /// Ends the test where VMs cannot run.
 pub(crate) fn needs_vms() {
-    let doctor = Command::new(env!("CARGO_BIN_EXE_vmemd"))
-        .args(["doctor", "--store", env!("CARGO_TARGET_TMPDIR")])
-        .output();
+    let doctor = Command::new(vmemd()).args(["doctor", "--store", env!("CARGO_TARGET_TMPDIR")]).output();
     let doctor = doctor.expect("vmemd runs");
     if doctor.status.success() {
         return;
@@ -57,21 +64,6 @@ pub(crate) fn needs_root(what: &str) {
     if unsafe { libc::geteuid() } != 0 {
         skip(Reason::Root, format_args!("{what} needs root"));
     }
-}
-
-/// The same for tests that have not the harness yet: they fail where they cannot run.
-pub(crate) fn cannot_run_vms() -> bool {
-    needs_vms();
-    false
-}
-
-pub(crate) fn not_root(what: &str) -> bool {
-    needs_root(what);
-    false
-}
-
-pub(crate) fn skipped(why: &dyn std::fmt::Display) {
-    skip(Reason::Kernel, why)
 }
 
 pub(crate) fn signal(pid: u32, signal: i32) {
@@ -112,6 +104,16 @@ pub(crate) struct Said {
 }
 
 impl Said {
+    /// Runs a command to its end.
+    pub(crate) fn by(command: &mut Command) -> Said {
+        let output = command.output().expect("it runs");
+        Said {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
@@ -162,8 +164,13 @@ impl Host {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        const VMEMD: &str = env!("CARGO_BIN_EXE_vmemd");
-        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([VMEMD]).collect();
+        self.command_of(&vmemd(), args)
+    }
+
+    /// Another program than `vmemd`, for this host.
+    pub(crate) fn command_of(&self, program: &Path, args: &[&str]) -> Command {
+        let program = program.to_str().expect("a path that is text");
+        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([program]).collect();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]);
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
@@ -183,19 +190,18 @@ impl Host {
 
     /// Runs a command to its end.
     pub(crate) fn vmemd(&self, args: &[&str]) -> Said {
-        let output = self.command(args).output().expect("vmemd runs");
-        Said {
-            code: output.status.code().unwrap_or(-1),
-            out: String::from_utf8_lossy(&output.stdout).into_owned(),
-            err: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
+        Said::by(&mut self.command(args))
     }
 
     /// Starts a command that goes on, in a process group of its own.
     pub(crate) fn start(&mut self, args: &[&str]) -> Running {
+        let command = self.command(args);
+        self.start_command(command)
+    }
+
+    pub(crate) fn start_command(&mut self, mut command: Command) -> Running {
         let log = self.root.join(format!("log-{}", self.children.len()));
         let stderr = fs::File::create(&log).expect("a log file");
-        let mut command = self.command(args);
         let child =
             command.stdout(Stdio::piped()).stderr(stderr).process_group(0).spawn().expect("vmemd runs");
         self.children.push(child.id());

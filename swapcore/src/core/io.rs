@@ -2,6 +2,7 @@
 
 use super::Core;
 use super::event::{Action, IoId};
+use super::state::ios::{BadReads, Io, Kind, Landing, Purpose};
 use crate::error::IoError;
 use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
@@ -12,96 +13,7 @@ use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 /// device may be over.
 const REREAD_TICKS: [u64; 3] = [0, 1, 10];
 
-/// Where pages go once they are read.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Landing {
-    /// Into the guest, except the marker.
-    Guest { marker: Option<PageNo> },
-    /// They wait in staging for a touch.
-    Staging,
-}
-
-/// Why pages are written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Purpose {
-    PageOut,
-    /// Received in a migration and placed in the store.
-    Placement,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Read { landing: Landing },
-    Write(Purpose),
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Io {
-    kind: Kind,
-    tier: TierId,
-    run: Run,
-    slots: SlotRun,
-    /// Of a write, one bit a page: the checksum on record has become that of a newer version.
-    outdated: u64,
-}
-
 const _: () = assert!(super::IO_PAGES_MAX <= u64::BITS, "one bit a page");
-
-/// A page that could not be read, or came back with another content, while somebody waits for it.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct BadReads {
-    count: usize,
-    again_tick: u64,
-}
-
-/// Operations under way, by number; numbers are used again.
-#[derive(Debug, Default)]
-pub(super) struct Ios {
-    entries: Vec<Option<Io>>,
-    vacant: Vec<u32>,
-    writes: u32,
-}
-
-impl Ios {
-    fn start(&mut self, io: Io) -> IoId {
-        self.writes += u32::from(matches!(io.kind, Kind::Write(_)));
-        let id = self.vacant.pop().unwrap_or_else(|| {
-            self.entries.push(None);
-            self.entries.len() as u32 - 1
-        });
-        self.entries[id as usize] = Some(io);
-        IoId(id)
-    }
-
-    /// The slots that the device works with.
-    pub(super) fn slots(&self) -> impl Iterator<Item = SlotRun> {
-        self.entries.iter().flatten().map(|io| io.slots)
-    }
-
-    /// A newer version of the page gets its checksum on record while an older one is being written.
-    pub(super) fn outdate(&mut self, page: PageNo) {
-        let of_page = |io: &&mut Io| matches!(io.kind, Kind::Write(_)) && io.run.contains(page);
-        if let Some(io) = self.entries.iter_mut().flatten().find(of_page) {
-            io.outdated |= 1 << (page.0 - io.run.start.0);
-        }
-    }
-
-    pub(super) fn is_idle(&self) -> bool {
-        self.vacant.len() == self.entries.len()
-    }
-
-    fn end(&mut self, id: IoId) -> Io {
-        self.vacant.push(id.0);
-        let io = self.entries[id.0 as usize].take().expect("an operation ends once");
-        self.writes -= u32::from(matches!(io.kind, Kind::Write(_)));
-        io
-    }
-
-    /// Writes under way.
-    pub(super) fn writes(&self) -> u32 {
-        self.writes
-    }
-}
 
 impl Core {
     /// Reads stored pages into frames just taken.

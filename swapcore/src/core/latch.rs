@@ -13,53 +13,15 @@
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
-use super::io::Purpose;
+use super::state::ios::Purpose;
+use super::state::latch::Latch;
 use crate::error::{CommandError, IoError};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{Slot, TierId};
 
-/// Ticks from a failure to the first retry; then twice as many each time.
-const RETRY_FIRST_TICKS: u64 = 10;
-const RETRY_MAX_TICKS: u64 = 100;
 /// Frames of the reserve that are let go of at each tick at which somebody waits for one.
 const DRIP_FRAMES: u64 = 4;
-
-/// When a store is tried again.
-#[derive(Debug, Default)]
-pub(super) struct Backoff(u64);
-
-impl Backoff {
-    fn next(&mut self) -> u64 {
-        self.0 = (self.0 * 2).clamp(RETRY_FIRST_TICKS, RETRY_MAX_TICKS);
-        self.0
-    }
-
-    /// The store works.
-    pub(super) fn reset(&mut self) {
-        self.0 = 0;
-    }
-}
-
-#[derive(Debug)]
-pub(super) struct Latch {
-    error: IoError,
-    retry_tick: u64,
-    /// What was refused is being written again, and nothing of it has failed so far.
-    retrying: bool,
-    /// Frames of the reserve that have been let go of.
-    dripped: u64,
-    /// Somebody waits for a frame, and that has been told.
-    starved: bool,
-    /// Who wants to know how the next retry ends.
-    waiters: Vec<Ticket>,
-}
-
-impl Latch {
-    pub(super) fn error(&self) -> IoError {
-        self.error
-    }
-}
 
 impl Core {
     pub(super) fn store_error(&self) -> Option<CommandError> {

@@ -2,7 +2,8 @@
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
 //! `latch` (a store that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
-//! `receive` (the two ends of a migration), `walk` (requests that look at all of memory).
+//! `receive` (the two ends of a migration), `walk` (requests that look at all of memory). Each is an `impl Core`. What a concern keeps
+//! between events is a type of its own in `state`, which knows nothing of the core.
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
@@ -19,6 +20,7 @@ mod pageout;
 mod pins;
 mod receive;
 mod source;
+mod state;
 #[cfg(test)]
 mod tests;
 mod walk;
@@ -28,7 +30,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 pub use crate::error::{IoError, IoErrorKind};
 pub use event::{Action, Event, IoId, PageOut, Request, Response, TICK_MS, Ticket};
-pub use walk::WalkStep;
+pub use state::walks::WalkStep;
 
 use crate::api::FaultKind;
 use crate::error::CommandError;
@@ -41,13 +43,17 @@ use crate::staging::{Staging, Use};
 use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
 use crate::table::{Flag, PageState, PageTable, STATES};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
-use io::{BadReads, Ios};
-use latch::{Backoff, Latch};
-use pins::Pins;
-use receive::Receiving;
+use state::ios::{BadReads, Ios};
+use state::latch::{Backoff, Latch};
+use state::pass::Pass;
+use state::pins::Pins;
+use state::receiving::Receiving;
+use state::walks::Walks;
 
 /// Pages in one read or write of the store at most: 256 KiB.
 pub const IO_PAGES_MAX: u32 = 64;
+/// Pages under way to the store at most: 8 MiB.
+const LEAVING_MAX: u32 = 2048;
 /// Smallest budget, in frames: 16 MiB.
 pub const BUDGET_MIN: u64 = 4096;
 /// Ticks in an epoch: heat halves every ten seconds, so that a sample outlives a pass of the sampler over some GiB.
@@ -134,7 +140,7 @@ pub struct Core {
     prefetcher: Prefetcher,
     prefetching: bool,
     sampler: Sampler,
-    collapse: huge::Pass,
+    collapse: Pass,
     ios: Ios,
     /// Pages that vCPUs wait for.
     waiting: PageMap<FaultKind>,
@@ -146,7 +152,7 @@ pub struct Core {
     pinned_in: Vec<(Run, SlotRun)>,
     /// Pages that left the guest since the last collection, while writes are tracked.
     left_while_tracked: Option<Vec<u64>>,
-    walks: walk::Walks,
+    walks: Walks,
     receiving: Option<Receiving>,
     /// The store takes no writes.
     latch: Option<Latch>,
@@ -214,14 +220,14 @@ impl Core {
             prefetcher: Prefetcher::new(config.pages),
             prefetching: true,
             sampler: Sampler::default(),
-            collapse: huge::Pass::default(),
+            collapse: Pass::default(),
             ios: Ios::default(),
             waiting: PageMap::default(),
             deferred: VecDeque::new(),
             lone: 0,
             pinned_in: Vec::new(),
             left_while_tracked: None,
-            walks: walk::Walks::default(),
+            walks: Walks::default(),
             receiving: None,
             latch: None,
             backoff: Backoff::default(),
@@ -235,7 +241,7 @@ impl Core {
             counts: Counts::default(),
             actions: VecDeque::with_capacity(256),
             victims: Vec::with_capacity(64),
-            unwritten: Vec::with_capacity(pageout::LEAVING_MAX as usize),
+            unwritten: Vec::with_capacity(LEAVING_MAX as usize),
             plans: Vec::with_capacity(8),
             scratch: Vec::with_capacity(WINDOW_MAX as usize),
         }

@@ -1,8 +1,8 @@
 //! Frames ahead of need: victims leave in batches, so that a fault never waits for a write.
 
-use super::Core;
 use super::event::{Action, Response, Ticket};
-use super::io::Purpose;
+use super::state::ios::Purpose;
+use super::{Core, LEAVING_MAX};
 use crate::error::CommandError;
 use crate::policy::clock::may_leave;
 use crate::policy::sampler::Places;
@@ -10,8 +10,6 @@ use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
 
-/// Pages under way to the store at most: 8 MiB.
-pub(super) const LEAVING_MAX: u32 = 2048;
 /// Pages written in one burst: 2 MiB. A read that meets writes takes twice as long, however few they are; so they come together and
 /// leave the device alone for the rest of the time.
 const BURST_MAX: u32 = 512;

@@ -9,65 +9,16 @@
 //! What a walk finds is as old as the step that found it. For written pages that is enough: a page that is written behind its step is
 //! found by the next walk, because the same step has protected it again. Heat and maps are hints.
 
-use std::collections::VecDeque;
-
 use super::Core;
 use super::event::{Action, Response, Ticket};
+use super::state::walks::{Task, Walk, WalkStep};
 use crate::api::Written;
 use crate::error::CommandError;
 use crate::table::{PageState, PageTable, REGION_BLOCKS};
 use crate::units::{BLOCK_PAGES, PageNo, Run};
 
-/// How far a step goes.
-#[derive(Clone, Copy, Debug)]
-pub struct WalkStep {
-    /// Pages of the engine's own table.
-    pub table: u64,
-    /// Pages in the guest at which the kernel looks; a block is looked at whole.
-    pub present: u32,
-    /// Blocks at which the kernel looks: where pages have left, it has a page table to look through all the same.
-    pub blocks: usize,
-}
-
-/// 0.1 ms for the table; 64 MiB or, where nothing is present, 2 GiB for the kernel, 0.5 to 1.1 ms.
-impl Default for WalkStep {
-    fn default() -> Self {
-        WalkStep { table: 1 << 16, present: 1 << 14, blocks: 1 << 10 }
-    }
-}
-
 /// Samples put back in a step: each may be a huge page, 10 us.
 const SAMPLES_STEP: usize = 32;
-
-#[derive(Debug)]
-enum Task {
-    Heat(Vec<u8>),
-    /// The pages in any of these states.
-    Map(&'static [PageState], Vec<Run>),
-    /// Samples come back before tracking begins: one that came back later would look as if it had been written.
-    PutSamplesBack,
-    Arm,
-    Disarm,
-    CollectWritten(Written),
-}
-
-#[derive(Debug)]
-struct Walk {
-    ticket: Ticket,
-    task: Task,
-    /// Where the next step begins.
-    next: PageNo,
-}
-
-/// The walks that have been asked for; the first one is under way.
-#[derive(Debug, Default)]
-pub(super) struct Walks(VecDeque<Walk>);
-
-impl Walks {
-    fn begin(&mut self, ticket: Ticket, task: Task) {
-        self.0.push_back(Walk { ticket, task, next: PageNo(0) });
-    }
-}
 
 /// The pages from `from` on at which the kernel looks in one step.
 fn kernel_part(table: &PageTable, from: PageNo, most: WalkStep) -> Run {
