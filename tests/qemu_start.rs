@@ -206,8 +206,9 @@ fn a_preload_that_this_user_may_not_read_keeps_qemu_from_starting() {
     let qemu = qemus().remove(0);
     // Under a directory that any user may look into.
     let host = Host::new("start-unreadable");
-    let directory = std::env::temp_dir().join(format!("vmemd-start-{}", std::process::id()));
-    let installed = Installed::new(&directory);
+    let place = testkit::directory("start");
+    let directory = place.path();
+    let installed = Installed::new(directory);
     for name in ["run", "store"] {
         let path = directory.join(name);
         std::fs::create_dir_all(&path).expect("a directory");
@@ -221,7 +222,6 @@ fn a_preload_that_this_user_may_not_read_keeps_qemu_from_starting() {
     use std::os::unix::process::CommandExt;
     command.env("VMEMD_RUN_DIR", directory.join("run")).uid(65534).gid(65534);
     let output = command.args([qemu.binary.as_os_str(), "-m".as_ref(), "64M".as_ref()]).output();
-    std::fs::remove_dir_all(&directory).expect("the test's directory");
     assert_fails(&output.expect("vmemd runs"), 3, &["would have no budget", "readable for this user"]);
 }
 

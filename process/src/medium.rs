@@ -319,10 +319,10 @@ mod tests {
             ("dm-9", None),
         ] {
             let expected = ram.map_or(Medium::Disk, |ram| Medium::Ram(ram.to_owned()));
-            assert_eq!(block(&sysfs.0.join(path), 0), expected, "{path}");
+            assert_eq!(block(&sysfs.0.path().join(path), 0), expected, "{path}");
         }
         if magic(Path::new("/dev/shm")) == Some(IN_RAM[0].0) {
-            assert_eq!(block(&sysfs.0.join("loop1"), 0), Medium::Ram("loop1 over tmpfs".to_owned()));
+            assert_eq!(block(&sysfs.0.path().join("loop1"), 0), Medium::Ram("loop1 over tmpfs".to_owned()));
         }
     }
 }

@@ -393,7 +393,7 @@ fn a_store_that_lies_poisons_one_page_and_no_more() {
     let handle = vm.handle();
     handle.evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
     let bad = PageNo(4321);
-    let page = common::Aligned::filled(0x5A);
+    let page = testkit::pages::Aligned::filled(0x5A);
     handle.store().write_all_at(page.bytes(), bad.offset()).unwrap();
     // The kernel refuses to copy from a poisoned page, instead of ending this process by a signal.
     assert!(vm.is_unreadable(bad));

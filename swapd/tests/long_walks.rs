@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::{Vm, config, started, store_directory};
 use swapd::{Engine, EngineHandle, PAGE_SIZE, PageNo};
+use testkit::Random;
 
 const GIB: u64 = 1 << 30;
 const MEMORY: u64 = 256 * GIB;
@@ -67,9 +68,9 @@ fn fault(vm: &Vm, stop: &AtomicBool) -> Vec<Duration> {
     let this = Waits::of(&this.file_name().expect("a number").to_string_lossy());
     let engine = Waits::of_engine();
     let waited = || this.so_far() + engine.so_far();
-    let (mut took, mut random) = (Vec::new(), 1_u64);
+    let (mut took, mut random) = (Vec::new(), Random(1));
     while !stop.load(Ordering::Relaxed) {
-        let page = PageNo((random >> 33) % (touched() / PAGE_SIZE as u64));
+        let page = PageNo(random.below(touched() / PAGE_SIZE as u64));
         let before = waited();
         let since = Instant::now();
         vm.touch(page);

@@ -8,7 +8,7 @@ testkit::main!();
 mod common;
 
 use common::{config, started, store_directory};
-use swapd::{CommandError, Engine, EngineHandle, PAGE_SIZE, PageNo, Place, Run};
+use swapd::{CommandError, Engine, EngineHandle, PAGE_SIZE, PageNo, Place, Run, StartError};
 
 const MIB: u64 = 1 << 20;
 /// Uneven, so that no border is a multiple of anything but 2 MiB.
@@ -84,11 +84,11 @@ impl Owner {
         self.engine.handle()
     }
 
-    fn attach(&self, region: usize) -> Result<()> {
+    fn attach(&self, region: usize) -> Result<(), StartError> {
         self.attach_at(region, self.bases[region])
     }
 
-    fn attach_at(&self, region: usize, base: usize) -> Result<()> {
+    fn attach_at(&self, region: usize, base: usize) -> Result<(), StartError> {
         // SAFETY: in this mapping, if anywhere, which only raw pointers refer to. It stays until the engine has ended.
         unsafe { self.handle().attach(region, base as *mut u8) }
     }

@@ -5,7 +5,7 @@ use super::*;
 use crate::control::client::VmClient;
 
 /// A run directory of a test, removed at its end.
-struct Temp(RunDir, testkit::TempDir);
+struct Temp(RunDir, #[allow(dead_code, reason = "held for its end")] testkit::TempDir);
 
 impl Temp {
     fn new(name: &str) -> Temp {
