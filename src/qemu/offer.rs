@@ -252,20 +252,13 @@ mod tests {
     }
 
     /// A directory with a program that is called a QEMU.
-    struct Bin(PathBuf);
+    struct Bin(PathBuf, #[allow(dead_code, reason = "held for its end")] testkit::TempDir);
 
     impl Bin {
         fn new(name: &str) -> Bin {
-            let dir = std::env::temp_dir().join(format!("vmemd-offer-{name}-{}", std::process::id()));
-            std::fs::create_dir_all(&dir).unwrap();
-            std::fs::copy("/proc/self/exe", dir.join("qemu-system-x")).unwrap();
-            Bin(dir.canonicalize().unwrap())
-        }
-    }
-
-    impl Drop for Bin {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
+            let dir = testkit::directory(name);
+            std::fs::copy("/proc/self/exe", dir.path().join("qemu-system-x")).unwrap();
+            Bin(dir.path().canonicalize().unwrap(), dir)
         }
     }
 

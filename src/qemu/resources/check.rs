@@ -248,20 +248,19 @@ mod tests {
 
     #[test]
     fn the_real_host() {
-        let dir = std::env::temp_dir().join(format!("vmemd-check-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let place = testkit::directory("check");
+        let dir = place.path();
         let path = dir.join("a socket");
         let listener = UnixListener::bind(&path).unwrap();
         assert!(ThisHost.is_bound(&path));
         drop(listener);
         assert!(ThisHost.exists(&path) && !ThisHost.is_bound(&path), "its owner is gone");
-        assert!(ThisHost.is_directory(&dir) && !ThisHost.is_program(&dir));
+        assert!(ThisHost.is_directory(dir) && !ThisHost.is_program(dir));
         assert!(ThisHost.is_program(Path::new("/proc/self/exe")));
         assert!(
             ThisHost.has_interface("lo")
                 && !ThisHost.has_interface("../net/lo")
                 && !ThisHost.has_interface("")
         );
-        std::fs::remove_dir_all(&dir).unwrap();
     }
 }
