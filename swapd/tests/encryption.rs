@@ -1,17 +1,23 @@
 //! An encrypted store on a real disk: what is in it, and what comes back.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::os::unix::fs::FileExt;
 
-use common::{Directory, Vm};
+use common::{Vm, store_directory};
 use swapd::{PAGE_SIZE, PageNo, Run, TierId};
+use testkit::TempDir;
 
 const MIB: u64 = 1 << 20;
 
 /// 64 MiB in 16.
-fn start(directory: &Directory, encrypt: bool) -> Option<Vm> {
-    Vm::start_in(64 * MIB, 16 * MIB, directory.0.clone(), encrypt)
+fn start(directory: &TempDir, encrypt: bool) -> Vm {
+    Vm::start_in(64 * MIB, 16 * MIB, directory.path(), encrypt)
 }
 
 /// Direct I/O wants a page of its own.
@@ -19,16 +25,16 @@ fn start(directory: &Directory, encrypt: bool) -> Option<Vm> {
 struct Page([u8; PAGE_SIZE]);
 
 /// The bytes of a page as they are on the disk.
-fn on_disk(directory: &Directory, page: PageNo) -> Box<Page> {
+fn on_disk(directory: &TempDir, page: PageNo) -> Box<Page> {
     let mut bytes = Box::new(Page([0; PAGE_SIZE]));
-    directory.store().read_exact_at(&mut bytes.0, page.offset()).unwrap();
+    testkit::open_file_in(directory).read_exact_at(&mut bytes.0, page.offset()).unwrap();
     bytes
 }
 
 #[test]
 fn the_disk_has_nothing_that_the_guest_wrote() {
-    let (here, there) = (Directory::new("plain"), Directory::new("sealed"));
-    let (Some(plain), Some(vm)) = (start(&here, false), start(&there, true)) else { return };
+    let [here, there] = ["plain", "sealed"].map(|name| testkit::directory_in(store_directory(), name));
+    let (plain, vm) = (start(&here, false), start(&there, true));
     let (page, all) = (PageNo(100), Run::new(PageNo(0), 64 * 256));
     for vm in [&plain, &vm] {
         vm.write_all(1);
@@ -50,8 +56,8 @@ fn the_disk_has_nothing_that_the_guest_wrote() {
 
 #[test]
 fn what_is_written_again_and_again_comes_back() {
-    let directory = Directory::new("again");
-    let Some(vm) = start(&directory, true) else { return };
+    let directory = testkit::directory_in(store_directory(), "again");
+    let vm = start(&directory, true);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             for round in 1..=4 {

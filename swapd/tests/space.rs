@@ -1,6 +1,11 @@
 //! Space comes back: what the guest gives back leaves holes in the store's file, or is discarded on its device, and a full store gives up
 //! the copies of pages that are in RAM.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "../../tests/common/disk.rs"]
 #[allow(dead_code, reason = "each test file uses a part")]
@@ -11,10 +16,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Directory, Patience, Vm};
+use common::{Vm, store_directory};
 use disk::Disk;
-use swapcore::units::{PageNo, Run};
-use swapd::{Engine, Notice, StartError};
+use swapd::{Engine, Notice, PageNo, Run};
+use testkit::{OrSkip, Reason, TempDir, wait_for};
 
 const MIB: u64 = 1 << 20;
 /// What is given back must have left the store by then.
@@ -25,18 +30,14 @@ fn given_back() -> u64 {
     if std::env::var_os("VMEMD_LONG").is_some() { 1024 * MIB } else { 256 * MIB }
 }
 
-/// None, with the reason said, on a host that cannot run an engine.
-fn start(memory: u64, budget: u64, store: &Path, notify: impl Fn(Notice) + Send + 'static) -> Option<Vm> {
+fn start(memory: u64, budget: u64, store: &Path, notify: impl Fn(Notice) + Send + 'static) -> Vm {
     let mut config = common::config(memory, budget, store.into(), false);
     config.store.overcommit = true;
-    match Engine::start(config, Box::new(notify)) {
-        Ok(engine) => Some(Vm::of(engine)),
-        Err(StartError::Host(reason)) => {
-            common::skipped(&reason);
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    Vm::of(common::started(Engine::start(config, Box::new(notify))))
+}
+
+fn place(name: &str) -> TempDir {
+    testkit::directory_in(store_directory(), name)
 }
 
 fn quiet(notice: Notice) {
@@ -44,15 +45,14 @@ fn quiet(notice: Notice) {
 }
 
 /// Bytes that the file system has given the store's file.
-fn file_bytes(directory: &Directory) -> u64 {
-    directory.store().metadata().expect("a file").blocks() * 512
+fn file_bytes(directory: &TempDir) -> u64 {
+    testkit::open_file_in(directory).metadata().expect("a file").blocks() * 512
 }
 
 /// Waits until at least so many bytes have gone since `before`, and says how long it took.
 fn until_gone(before: u64, bytes: u64, mut taken: impl FnMut() -> u64) -> Duration {
     let began = Instant::now();
-    Patience::default()
-        .until("the store is smaller", || (before.saturating_sub(taken()) >= bytes).then_some(()));
+    wait_for("the store is smaller", || (before.saturating_sub(taken()) >= bytes).then_some(()));
     began.elapsed()
 }
 
@@ -70,7 +70,7 @@ fn gives_back(vm: &Vm, gone: Run, taken: impl Fn() -> u64) {
     let took = until_gone(before, gone.bytes() as u64 - MIB, &taken);
     println!("{} MiB were free after {took:?}", gone.bytes() as u64 / MIB);
     assert!(took <= SOON, "{took:?}");
-    Patience::default().until("it is on record", || {
+    wait_for("it is on record", || {
         (vm.stats().store.used_bytes == (all.len - gone.len) as u64 * 4096).then_some(())
     });
     let kept = |page: &PageNo| !gone.contains(*page);
@@ -92,22 +92,19 @@ fn gives_back(vm: &Vm, gone: Run, taken: impl Fn() -> u64) {
 
 #[test]
 fn what_is_given_back_leaves_holes_in_the_file() {
-    let directory = Directory::new("holes");
+    let directory = place("holes");
     let gone = given_back();
-    let Some(vm) = start(gone + 128 * MIB, 64 * MIB, &directory.0, quiet) else { return };
+    let vm = start(gone + 128 * MIB, 64 * MIB, directory.path(), quiet);
     gives_back(&vm, Run::new(PageNo(5000), (gone / 4096) as u32), || file_bytes(&directory));
 }
 
 #[test]
 fn what_is_given_back_is_discarded_on_a_device() {
-    let directory = Directory::new("discards");
+    let directory = place("discards");
     let gone = given_back();
-    let disk = match Disk::bare(&directory.0, gone + 128 * MIB) {
-        Ok(disk) => disk,
-        Err(why) => return common::skipped(&format_args!("no loop device here: {why}")),
-    };
-    let Some(vm) = start(gone + 128 * MIB, 64 * MIB, Path::new(&disk.store()), quiet) else { return };
-    let image = directory.0.join("disk.img");
+    let disk = Disk::bare(directory.path(), gone + 128 * MIB).or_skip(Reason::Loop);
+    let vm = start(gone + 128 * MIB, 64 * MIB, Path::new(&disk.store()), quiet);
+    let image = directory.path().join("disk.img");
     let taken = || std::fs::metadata(&image).expect("the device's image").blocks() * 512;
     gives_back(&vm, Run::new(PageNo(5000), (gone / 4096) as u32), taken);
 }
@@ -117,18 +114,15 @@ fn what_is_given_back_is_discarded_on_a_device() {
 fn a_store_as_large_as_what_is_outside_of_ram_is_enough() {
     const MEMORY: u64 = 128 * MIB;
     const BUDGET: u64 = 32 * MIB;
-    let directory = Directory::new("tight");
-    let disk = match Disk::ext4(&directory.0, 256 * MIB) {
-        Ok(disk) => disk,
-        Err(why) => return common::skipped(&format_args!("no loop device with a file system here: {why}")),
-    };
+    let directory = place("tight");
+    let disk = Disk::ext4(directory.path(), 256 * MIB).or_skip(Reason::Loop);
     disk.leave_free(MEMORY - BUDGET + 12 * MIB);
     static STARVED: AtomicBool = AtomicBool::new(false);
     let notify = |notice| {
         STARVED.fetch_or(matches!(notice, Notice::Starved(_)), Ordering::SeqCst);
         quiet(notice);
     };
-    let Some(vm) = start(MEMORY, BUDGET, Path::new(&disk.store()), notify) else { return };
+    let vm = start(MEMORY, BUDGET, Path::new(&disk.store()), notify);
     for round in 1..=4 {
         vm.write_all(round);
         assert_eq!(vm.mismatches(round), 0, "round {round}");
@@ -137,15 +131,15 @@ fn a_store_as_large_as_what_is_outside_of_ram_is_enough() {
     assert!(stats.store.write_errors > 0, "it was never full: {stats:?}");
     println!("{} writes refused", stats.store.write_errors);
     assert!(!STARVED.load(Ordering::SeqCst), "the VM would have been paused");
-    Patience::default().until("the store works", || vm.stats().store.failed.is_none().then_some(()));
+    wait_for("the store works", || vm.stats().store.failed.is_none().then_some(()));
 }
 
 /// How long faults wait while space is given back beside them. Prints; the figures are those of `docs/performance.md`.
 #[test]
 fn faults_go_on_beside_holes() {
-    let directory = Directory::new("beside");
+    let directory = place("beside");
     let gone = given_back();
-    let Some(vm) = start(gone + 256 * MIB, 64 * MIB, &directory.0, quiet) else { return };
+    let vm = start(gone + 256 * MIB, 64 * MIB, directory.path(), quiet);
     let all = Run::new(PageNo(0), vm.pages() as u32);
     let handle = vm.handle();
     vm.write_all(1);

@@ -1,5 +1,10 @@
 //! Stored pages for somebody other than the engine: read where they are, checked, and cloned into a file.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "../../tests/common/disk.rs"]
 #[allow(dead_code, reason = "each test file uses a part")]
@@ -9,20 +14,24 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use common::{Directory, Vm, skipped};
+use common::{Vm, store_directory};
 use disk::Disk;
-use swapcore::units::{PAGE_SIZE, PageNo, Run, TierId};
-use swapd::{CloneError, EngineHandle, IoErrorKind, Place};
+use swapd::{CloneError, EngineHandle, IoErrorKind, PAGE_SIZE, PageNo, Place, Run, TierId};
+use testkit::{OrSkip, Reason, TempDir, wait_for};
 
 const MIB: u64 = 1 << 20;
 const STORE: TierId = TierId::STORE;
 
 /// 64 MiB in 16 MiB, all of it stored.
-fn stored(store: &Path, encrypt: bool) -> Option<Vm> {
-    let vm = Vm::start_in(64 * MIB, 16 * MIB, store.into(), encrypt)?;
+fn stored(store: &Path, encrypt: bool) -> Vm {
+    let vm = Vm::start_in(64 * MIB, 16 * MIB, store, encrypt);
     vm.write_all(1);
     vm.handle().evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
-    Some(vm)
+    vm
+}
+
+fn place(name: &str) -> TempDir {
+    testkit::directory_in(store_directory(), name)
 }
 
 /// Holds the run, all of which is stored, and says with which checksums.
@@ -54,8 +63,8 @@ fn seen(vm: &Vm, run: Run) -> Vec<u8> {
 #[test]
 fn held_pages_are_read_as_the_guest_wrote_them() {
     for encrypt in [false, true] {
-        let directory = Directory::new(if encrypt { "read-sealed" } else { "read" });
-        let Some(vm) = stored(&directory.0, encrypt) else { return };
+        let directory = place(if encrypt { "read-sealed" } else { "read" });
+        let vm = stored(directory.path(), encrypt);
         let (handle, run) = (vm.handle(), Run::new(PageNo(1234), 300));
         let sums = hold(&handle, run);
         let mut bytes = buffer(run);
@@ -81,11 +90,13 @@ fn held_pages_are_read_as_the_guest_wrote_them() {
 
 #[test]
 fn a_page_that_is_not_what_was_written_is_refused_and_its_neighbours_are_not() {
-    let directory = Directory::new("refused");
-    let Some(vm) = stored(&directory.0, false) else { return };
+    let directory = place("refused");
+    let vm = stored(directory.path(), false);
     let (handle, run) = (vm.handle(), Run::new(PageNo(500), 64));
     let bad = run.start.plus(20);
-    directory.store().write_all_at(common::Aligned::filled(7).bytes(), bad.offset()).unwrap();
+    testkit::open_file_in(&directory)
+        .write_all_at(testkit::pages::Aligned::filled(7).bytes(), bad.offset())
+        .unwrap();
     let sums = hold(&handle, run);
     let reader = handle.stored_reader();
     let mut bytes = buffer(run);
@@ -102,8 +113,8 @@ fn a_page_that_is_not_what_was_written_is_refused_and_its_neighbours_are_not() {
 /// Who was told that a page is stored, and holds it, finds it there, whatever the guest does meanwhile.
 #[test]
 fn what_is_held_stays_readable_although_the_guest_gives_it_back() {
-    let directory = Directory::new("held");
-    let Some(vm) = stored(&directory.0, false) else { return };
+    let directory = place("held");
+    let vm = stored(directory.path(), false);
     let (handle, run) = (vm.handle(), Run::new(PageNo(2048), 512));
     let other = Run::new(PageNo(4096), 2048);
     let sums = hold(&handle, run);
@@ -111,14 +122,14 @@ fn what_is_held_stays_readable_although_the_guest_gives_it_back() {
     // Once the space of what is not held has gone, that of what is held would have, too.
     let left = (vm.pages() - 8192 + u64::from(run.len)) * PAGE_SIZE as u64;
     let used = || vm.stats().store.used_bytes;
-    common::Patience::default().until("all else is dropped", || (used() == left).then_some(()));
+    wait_for("all else is dropped", || (used() == left).then_some(()));
     other.pages().for_each(|page| vm.write(page, 2));
     handle.evict(other).unwrap();
     let mut bytes = buffer(run);
     handle.stored_reader().read(STORE, run, &sums, &mut bytes).unwrap();
     release(&handle, run);
     let left = left - run.bytes() as u64 + other.bytes() as u64;
-    common::Patience::default().until("it is dropped as well", || (used() == left).then_some(()));
+    wait_for("it is dropped as well", || (used() == left).then_some(()));
     assert!(run.pages().all(|page| vm.is_zero(page)));
 }
 
@@ -151,9 +162,9 @@ fn cloned(vm: &Vm, image: &Path) -> u64 {
 
 #[test]
 fn runs_are_cloned_into_a_file() {
-    let directory = Directory::new("clone");
-    let Some(vm) = stored(&directory.0, false) else { return };
-    println!("{} of 3400 pages are shared", cloned(&vm, &directory.0.join("image")));
+    let directory = place("clone");
+    let vm = stored(directory.path(), false);
+    println!("{} of 3400 pages are shared", cloned(&vm, &directory.path().join("image")));
     // To another file system, where that is one.
     let elsewhere = Path::new("/dev/shm").join(format!("vmemd-clone-{}", std::process::id()));
     if elsewhere.parent().is_some_and(Path::is_dir) {
@@ -165,21 +176,18 @@ fn runs_are_cloned_into_a_file() {
 
 #[test]
 fn where_the_file_system_can_blocks_are_shared() {
-    let directory = Directory::new("share");
-    let disk = match Disk::xfs(&directory.0, 512 * MIB) {
-        Ok(disk) => disk,
-        Err(why) => return skipped(&format_args!("no file system that shares blocks here: {why}")),
-    };
+    let directory = place("share");
+    let disk = Disk::xfs(directory.path(), 512 * MIB).or_skip(Reason::Loop);
     let mount = disk.store();
-    let Some(vm) = stored(Path::new(&mount), false) else { return };
+    let vm = stored(Path::new(&mount), false);
     assert_eq!(cloned(&vm, &Path::new(&mount).join("image")), 3400);
 }
 
 #[test]
 fn an_encrypted_store_is_not_cloned() {
-    let directory = Directory::new("clone-sealed");
-    let Some(vm) = stored(&directory.0, true) else { return };
-    let file = File::create(directory.0.join("image")).unwrap();
+    let directory = place("clone-sealed");
+    let vm = stored(directory.path(), true);
+    let file = File::create(directory.path().join("image")).unwrap();
     let error = vm.handle().stored_reader().clone_into(STORE, &file, &[Run::one(PageNo(0))]).unwrap_err();
     assert!(matches!(error, CloneError::Encrypted), "{error}");
     assert_eq!(file.metadata().unwrap().len(), 0);

@@ -1,10 +1,10 @@
 //! A "VM" for tests: an engine whose memory this process touches itself.
 #![allow(dead_code, unreachable_pub)]
 
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
 
-use swapd::{Engine, EngineConfig, EngineHandle, PAGE_SIZE, PageNo, Stats, StoreConfig};
+use swapd::{Engine, EngineConfig, EngineHandle, PAGE_SIZE, PageNo, StartError, Stats, StoreConfig};
+use testkit::{Reason, pages, skip};
 
 pub fn config(memory_bytes: u64, budget_bytes: u64, store: PathBuf, prealloc: bool) -> EngineConfig {
     EngineConfig {
@@ -22,46 +22,12 @@ pub fn store_directory() -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// A directory of one test, which goes with it.
-pub struct Directory(pub PathBuf);
-
-impl Directory {
-    pub fn new(name: &str) -> Directory {
-        let path = store_directory().join(format!("{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a directory for the test");
-        Directory(path)
+/// What was started. Ends the test on a host that cannot run an engine.
+pub fn started<T: std::fmt::Debug>(started: Result<T, StartError>) -> T {
+    match started {
+        Err(StartError::Host(reason)) => skip(Reason::Uffd, reason),
+        started => started.unwrap(),
     }
-
-    /// The file of the store here, nameless as it is.
-    pub fn store(&self) -> std::fs::File {
-        use std::os::unix::fs::OpenOptionsExt;
-        let directory = self.0.canonicalize().expect("the directory is there");
-        let is_here =
-            |fd: &PathBuf| std::fs::read_link(fd).is_ok_and(|target| target.starts_with(&directory));
-        let mut open =
-            std::fs::read_dir("/proc/self/fd").expect("proc is there").flatten().map(|fd| fd.path());
-        let store = open.find(is_here).expect("a store is open here");
-        let mut options = std::fs::OpenOptions::new();
-        options
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(store)
-            .expect("it can be opened again")
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Says that a test cannot run here, and why, past the capture of a test's output.
-pub fn skipped(why: &dyn std::fmt::Display) {
-    use std::io::Write;
-    let name = std::thread::current().name().unwrap_or("test").to_owned();
-    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
 }
 
 pub struct Vm {
@@ -70,36 +36,22 @@ pub struct Vm {
     pages: u64,
 }
 
-/// None, with the reason said, on a host that cannot run an engine.
-pub fn start(memory: u64, budget: u64) -> Option<Vm> {
+/// Ends the test on a host that cannot run an engine.
+pub fn start(memory: u64, budget: u64) -> Vm {
     Vm::start(memory, budget, false)
 }
 
 impl Vm {
-    pub fn start(memory: u64, budget: u64, prealloc: bool) -> Option<Vm> {
+    pub fn start(memory: u64, budget: u64, prealloc: bool) -> Vm {
         let notify = Box::new(|notice| println!("notice: {notice:?}"));
-        match Engine::start(config(memory, budget, store_directory(), prealloc), notify) {
-            Ok(engine) => Some(Vm::of(engine)),
-            Err(swapd::StartError::Host(reason)) => {
-                skipped(&reason);
-                None
-            }
-            Err(error) => panic!("{error}"),
-        }
+        Vm::of(started(Engine::start(config(memory, budget, store_directory(), prealloc), notify)))
     }
 
-    /// With a store of its own, in which it can have more than there is room for.
-    pub fn start_in(memory: u64, budget: u64, store: PathBuf, encrypt: bool) -> Option<Vm> {
-        let mut config = config(memory, budget, store, false);
+    /// With a store in this directory, or on this device, which may have less room than the VM could need.
+    pub fn start_in(memory: u64, budget: u64, store: &Path, encrypt: bool) -> Vm {
+        let mut config = config(memory, budget, store.into(), false);
         (config.store.overcommit, config.store.encrypt) = (true, encrypt);
-        match Engine::start(config, Box::new(|notice| println!("notice: {notice:?}"))) {
-            Ok(engine) => Some(Vm::of(engine)),
-            Err(swapd::StartError::Host(reason)) => {
-                skipped(&reason);
-                None
-            }
-            Err(error) => panic!("{error}"),
-        }
+        Vm::of(started(Engine::start(config, Box::new(|notice| println!("notice: {notice:?}")))))
     }
 
     pub fn of(engine: Engine) -> Vm {
@@ -134,22 +86,18 @@ impl Vm {
         (self.base + page.offset() as usize + nth * 8) as *mut u64
     }
 
-    fn content(page: PageNo, round: u64, nth: usize) -> u64 {
-        (page.0 << 32 | round).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(nth as u64)
-    }
-
     pub fn write(&self, page: PageNo, round: u64) {
         for nth in 0..PAGE_SIZE / 8 {
             // SAFETY: within the engine's guest memory, which lives as long as `self`; volatile, for other threads and
             // the engine work on it too.
-            unsafe { self.word(page, nth).write_volatile(Self::content(page, round, nth)) };
+            unsafe { self.word(page, nth).write_volatile(pages::word(page.0, round, nth)) };
         }
     }
 
     pub fn is_right(&self, page: PageNo, round: u64) -> bool {
         (0..PAGE_SIZE / 8).all(|nth| {
             // SAFETY: as above.
-            unsafe { self.word(page, nth).read_volatile() == Self::content(page, round, nth) }
+            unsafe { self.word(page, nth).read_volatile() == pages::word(page.0, round, nth) }
         })
     }
 
@@ -183,40 +131,5 @@ impl Vm {
 
     pub fn mismatches(&self, round: u64) -> u64 {
         (0..self.pages).filter(|page| !self.is_right(PageNo(*page), round)).count() as u64
-    }
-}
-
-/// Waits for a condition, not for a time.
-pub struct Patience(Instant);
-
-impl Default for Patience {
-    fn default() -> Self {
-        Patience(Instant::now() + Duration::from_secs(60))
-    }
-}
-
-impl Patience {
-    pub fn until<T>(&self, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-        loop {
-            if let Some(result) = condition() {
-                return result;
-            }
-            assert!(Instant::now() < self.0, "waited in vain until {what}");
-            std::thread::yield_now();
-        }
-    }
-}
-
-/// One page, aligned for direct I/O.
-#[repr(align(4096))]
-pub struct Aligned([u8; PAGE_SIZE]);
-
-impl Aligned {
-    pub fn filled(byte: u8) -> Box<Self> {
-        Box::new(Aligned([byte; PAGE_SIZE]))
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        &self.0
     }
 }

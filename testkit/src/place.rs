@@ -1,0 +1,56 @@
+//! Directories of a test's own, removed at its end.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+pub use tempfile::TempDir;
+
+/// A directory wherever the system keeps passing files; that may be in RAM, where files have no O_DIRECT.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn directory(name: &str) -> TempDir {
+    directory_in(std::env::temp_dir(), name)
+}
+
+/// The same in another directory: `env!("CARGO_TARGET_TMPDIR")` is on a disk. Its path is short enough for sockets below it.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn directory_in(parent: impl AsRef<Path>, name: &str) -> TempDir {
+    let parent = parent.as_ref();
+    let made = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(parent);
+    made.unwrap_or_else(|error| panic!("no directory for a test in {}: {error}", parent.display()))
+}
+
+/// The file that this process has open in the directory, once more, for direct I/O: a store has no name.
+///
+/// # Panics
+/// If there is none.
+pub fn open_file_in(directory: impl AsRef<Path>) -> File {
+    let directory = directory.as_ref().canonicalize().expect("the directory is there");
+    let descriptors = std::fs::read_dir("/proc/self/fd").expect("proc is there").flatten();
+    let is_here =
+        |link: &std::path::PathBuf| std::fs::read_link(link).is_ok_and(|file| file.starts_with(&directory));
+    let file = descriptors.map(|descriptor| descriptor.path()).find(is_here);
+    let file = file.unwrap_or_else(|| panic!("no file is open in {}", directory.display()));
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_DIRECT);
+    options.open(file).expect("what is open can be opened again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_goes_with_what_is_in_it_and_no_two_are_the_same() {
+        let (one, other) = (directory("place"), directory("place"));
+        assert_ne!(one.path(), other.path());
+        std::fs::write(one.path().join("file"), "text").unwrap();
+        let path = one.path().to_owned();
+        drop(one);
+        assert!(!path.exists() && other.path().exists());
+    }
+}
