@@ -39,7 +39,7 @@ mod real {
     pub(crate) use std::os::unix::fs::FileExt;
     pub(crate) use std::thread::sleep as pause;
     pub(crate) use std::time::Instant;
-    pub(crate) use swapd::EngineHandle;
+    pub(crate) use swapd::{DirtySubscription, EngineHandle};
     pub(crate) use tokio::task::{JoinHandle, JoinSet};
     pub(crate) use tokio::time::{sleep, timeout};
     pub(crate) use tokio_uring::fs::File as StoreFile;

@@ -122,8 +122,12 @@ mod planted {
         CopiesWhatArrives,
         /// Pages that leave the guest while writes are tracked are not reported.
         LeavesUnseenByTracking,
-        /// One step of a scan for written pages forgets what has left elsewhere.
+        /// One step of a scan for dirty pages forgets what has left elsewhere.
         ForgetsLeftOfOtherSteps,
+        /// What one subscriber to dirty pages collects, the others are not told.
+        OneCollectsForAll,
+        /// Whoever ends a subscription to dirty pages ends all of them.
+        EndsTrackingForAll,
         /// Pages given back while writes are tracked are not reported.
         DiscardUnseenByTracking,
         /// Two versions of an arriving page are written at once.

@@ -1,6 +1,6 @@
 //! What goes into the core and what comes out of it.
 
-use crate::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Placed, Written};
+use crate::api::{Arrival, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Placed, SubscriberId};
 use crate::error::CommandError;
 use crate::error::IoError;
 use crate::stats::Stats;
@@ -69,10 +69,10 @@ pub enum Event<'a> {
         block: Run,
         huge: bool,
     },
-    /// Answer to [`Action::ScanWritten`]: those of the run's present pages that have been written since the last scan.
-    Written {
+    /// Answer to [`Action::ScanDirty`]: those of the run's present pages that have been written since the last scan.
+    Scanned {
         run: Run,
-        seen: &'a [Run],
+        dirty: &'a [Run],
     },
     /// There is time for one more step of a walk ([`super::Core::is_walking`]).
     Step,
@@ -94,9 +94,11 @@ pub enum Request {
     Evict(Run),
     /// Give never-touched pages frames, as long as frames are plentiful.
     Fill(Run),
-    TrackWrites(bool),
+    /// To be told which pages the guest writes from the answer on.
+    SubscribeDirty,
+    UnsubscribeDirty(SubscriberId),
     Prefetch(bool),
-    CollectWritten,
+    CollectDirty(SubscriberId),
     Hold(Run),
     Release(Run),
     Sums(Run),
@@ -125,7 +127,8 @@ pub enum Response {
     Done,
     Stats(Box<Stats>),
     Runs(Vec<Run>),
-    Written(Written),
+    Subscribed(SubscriberId),
+    Dirty(DirtyPages),
     Pieces(Vec<Piece>),
     Sums(Vec<u64>),
     Copies(Copies),
@@ -221,8 +224,8 @@ pub enum Action {
     ArmTracking {
         run: Run,
     },
-    /// Answered by `Written`.
-    ScanWritten {
+    /// Find those of the run's pages that have been written, and protect them again. Answered by `Scanned`.
+    ScanDirty {
         run: Run,
     },
     Answer {

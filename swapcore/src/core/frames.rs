@@ -217,7 +217,7 @@ impl Core {
         let mut dropped: Option<Run> = None;
         for page in run.pages() {
             if !mutant!(DiscardUnseenByTracking) {
-                self.mark_left(page);
+                self.dirty.left(page);
             }
             let block = self.table.block_of(page);
             if self.table.is_huge(page.block())

@@ -43,6 +43,7 @@ use crate::staging::{Staging, Use};
 use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
 use crate::table::{Flag, PageState, PageTable, STATES};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
+use state::dirty::DirtyTracking;
 use state::ios::{BadReads, Ios};
 use state::latch::{Backoff, Latch};
 use state::pass::Pass;
@@ -150,8 +151,7 @@ pub struct Core {
     lone: u32,
     /// Moves into the guest that met a pinned page.
     pinned_in: Vec<(Run, SlotRun)>,
-    /// Pages that left the guest since the last collection, while writes are tracked.
-    left_while_tracked: Option<Vec<u64>>,
+    dirty: DirtyTracking,
     walks: Walks,
     receiving: Option<Receiving>,
     /// The store takes no writes.
@@ -226,7 +226,7 @@ impl Core {
             deferred: VecDeque::new(),
             lone: 0,
             pinned_in: Vec::new(),
-            left_while_tracked: None,
+            dirty: DirtyTracking::default(),
             walks: Walks::default(),
             receiving: None,
             latch: None,
@@ -281,7 +281,7 @@ impl Core {
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
             Event::Filled { run, huge } => self.filled(run, huge),
             Event::Collapsed { block, huge } => self.collapsed(block, huge),
-            Event::Written { run, seen } => self.written(run, seen),
+            Event::Scanned { run, dirty } => self.scanned(run, dirty),
             Event::Step => self.step(),
             Event::Request { ticket, request } => self.request(ticket, request),
         }
@@ -335,9 +335,10 @@ impl Core {
             Request::Discard(run) => Some(self.checked(run).map(|()| self.discard(run))),
             Request::Evict(run) => self.evict_on_request(ticket, run),
             Request::Fill(run) => Some(self.checked_memory(run).map(|()| self.fill_ahead(run))),
-            Request::TrackWrites(on) => return self.track_writes(ticket, on),
+            Request::SubscribeDirty => return self.subscribe_dirty(ticket),
+            Request::UnsubscribeDirty(id) => Some(Ok(self.unsubscribe_dirty(id))),
             Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
-            Request::CollectWritten => return self.collect_written(ticket),
+            Request::CollectDirty(id) => return self.collect_dirty(ticket, id),
             Request::Hold(run) => Some(self.checked(run).map(|()| self.hold(run))),
             Request::Release(run) => Some(self.checked(run).map(|()| self.release(run))),
             Request::Sums(run) => {
@@ -504,7 +505,7 @@ impl Core {
                 }
                 (_, PageOut::Moved { sum, zero }) => {
                     if !mutant!(LeavesUnseenByTracking) {
-                        self.mark_left(page);
+                        self.dirty.left(page);
                     }
                     if self.table.state(page) == PageState::Leaving {
                         // Until the VM has arrived it pages nothing: the page is placed once more.

@@ -247,7 +247,7 @@ impl Core {
 
     pub(super) fn may_sample(&self) -> bool {
         self.config.sampling
-            && self.left_while_tracked.is_none()
+            && !self.dirty.is_on()
             && self.receiving.is_none()
             && self.latch.is_none()
             // A block of which a part is out stays as it is.

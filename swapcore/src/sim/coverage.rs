@@ -212,7 +212,7 @@ impl Cause {
             Event::MovedIn { .. } | Event::CopiedIn { .. } => Cause::MovedIn,
             Event::MovedOut { .. } => Cause::MovedOut,
             Event::Filled { .. } => Cause::Filled,
-            Event::Collapsed { .. } | Event::Written { .. } => Cause::Other,
+            Event::Collapsed { .. } | Event::Scanned { .. } => Cause::Other,
             Event::Step => Cause::Walk,
             Event::Request { request, .. } => match request {
                 Request::SetBudget(_) => Cause::SetBudget,

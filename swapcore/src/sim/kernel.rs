@@ -224,17 +224,16 @@ impl Sim {
             Action::Resolved { .. } => {}
             Action::ArmTracking { run } => {
                 self.kernel.written[run.indices()].fill(false);
-                self.oracle.written[run.indices()].fill(false);
             }
-            Action::ScanWritten { run } => {
+            Action::ScanDirty { run } => {
                 self.oracle.scanned(run);
                 let found = |page: &PageNo| {
                     let present = matches!(self.kernel.guest[page.index()], Entry::Frame(_));
                     present && std::mem::take(&mut self.kernel.written[page.index()])
                 };
                 let written: Vec<_> = run.pages().filter(found).collect();
-                let seen: Vec<_> = runs_of(written, 64).collect();
-                self.hand(Event::Written { run, seen: &seen });
+                let dirty: Vec<_> = runs_of(written, 64).collect();
+                self.hand(Event::Scanned { run, dirty: &dirty });
             }
             Action::Answer { ticket, answer } => self.answered(ticket, answer),
             Action::StoreFailed(_) => self.trace.note("the store failed", 0),

@@ -1,5 +1,6 @@
 //! The parts of the core's state: each of one concern, and none of them knows the core.
 
+pub(crate) mod dirty;
 pub(crate) mod ios;
 pub(crate) mod latch;
 pub(crate) mod pass;
