@@ -1,5 +1,9 @@
 //! vmemd: the command, the host daemon and the drivers of VMs.
 
+#[cfg(test)]
+#[macro_use]
+extern crate testkit;
+
 pub mod cli;
 pub mod daemon;
 pub mod doctor;
@@ -12,3 +16,6 @@ mod reference;
 pub mod run;
 mod sandbox;
 pub mod vmm;
+
+#[cfg(test)]
+testkit::main!();

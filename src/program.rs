@@ -42,8 +42,8 @@ mod tests {
 
     #[test]
     fn beside_comes_before_path_and_what_is_no_program_is_passed_over() {
-        let root = std::env::temp_dir().join(format!("vmemd-program-{}", std::process::id()));
-        let [beside, first, second] = ["beside", "first", "second"].map(|name| root.join(name));
+        let root = testkit::directory("program");
+        let [beside, first, second] = ["beside", "first", "second"].map(|name| root.path().join(name));
         for dir in [&beside, &first, &second] {
             fs::create_dir_all(dir).unwrap();
         }
@@ -67,6 +67,5 @@ mod tests {
         assert_eq!(find().unwrap(), second.join("it"));
         make(&beside, 0o755);
         assert_eq!(find().unwrap(), beside.join("it"));
-        fs::remove_dir_all(&root).unwrap();
     }
 }

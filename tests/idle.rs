@@ -7,6 +7,11 @@
 //! - *The processor time of its process*. A wake-up costs 0.1 ms on one host and 2 ms on another (a hypervisor below, cold caches), so
 //!   that time alone says as much of the host as of the VM. It is taken beside that of a thread that does next to nothing as often.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "common/trace.rs"]
 mod trace;
@@ -14,7 +19,8 @@ mod trace;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use common::{Host, cannot_run_vms, skipped, wait_for};
+use common::{Host, needs_vms, wait_for};
+use testkit::{Reason, skip};
 
 /// The longest time between two wake-ups of an idle VM's engine (`swapd`'s sampler, after the VM has touched nothing for a while), and
 /// between two looks of its process's main thread.
@@ -101,9 +107,7 @@ fn look(pid: u32) -> Seen {
 }
 
 fn measure(name: &str, memory: &str, ram: &str) {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("idle");
     let store = host.store();
     let args = [
@@ -165,7 +169,7 @@ fn measure(name: &str, memory: &str, ram: &str) {
     }
     if dear == WINDOWS {
         // Nothing that wakes up at all can keep to it here.
-        return skipped(&"a thread that only wakes up takes more here than an idle VM may");
+        skip(Reason::Slow, "a thread that only wakes up takes more here than an idle VM may");
     }
     panic!("{memory} in {ram}, idle: {:.4} % of a core", least * 100.0);
 }

@@ -2,6 +2,11 @@
 //!
 //! The guests here are QEMU's firmware: what a kernel would ask of the machine, a test writes to its ports by QEMU's monitor.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod proxy;
 mod qemu;

@@ -1,5 +1,10 @@
 //! What a QEMU VM must not lose by a move: what its user has changed, saved, or begun through a monitor of his own.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod qemu;
 
@@ -228,7 +233,7 @@ fn a_disk_that_was_changed_since_the_start_is_told_before_a_byte_moves() {
 
 #[test]
 fn what_begins_while_memory_goes_is_found_when_it_stands_still() {
-    let Some(qemu) = qemus().into_iter().next() else { return };
+    let qemu = qemus().remove(0);
     let (mut here, mut there) = (Place::new("wlate"), Place::new("wlate-there"));
     let (_daemon, address) = there.serve(&here, "");
     let disk = image(&here.host, "disk");
@@ -306,7 +311,7 @@ fn what_qemu_cannot_migrate_is_told_before_a_byte_moves() {
 
 #[test]
 fn what_the_command_line_says_does_not_move_is_known_at_the_source() {
-    let Some(qemu) = qemus().into_iter().next() else { return };
+    let qemu = qemus().remove(0);
     let (here, mut there) = (Place::new("wline"), Place::new("wline-there"));
     let (daemon, address) = there.serve(&here, "");
     let drive = format!("file={},format=raw,if=virtio", image(&here.host, "disk"));

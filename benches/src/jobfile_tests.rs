@@ -420,16 +420,15 @@ fn standard_input_is_read_to_its_end() {
 
 #[test]
 fn files_that_are_none() {
-    let dir = std::env::temp_dir().join(format!("vmemd-jobfile-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let path = dir.join("x.fio");
+    let place = testkit::directory("jobfile");
+    let path = place.path().join("x.fio");
     std::fs::write(&path, b"[global]\n\xff\xfe").unwrap();
     assert!(read(&path).unwrap_err().text.ends_with("x.fio:2:1: this is not UTF-8 text"));
     std::fs::write(&path, vec![b'#'; FILE_MAX_BYTES as usize + 1]).unwrap();
     assert!(read(&path).unwrap_err().text.contains("not a job file"));
     std::fs::write(&path, format!("{HEAD}[a]\r\nsize=64m\r\nrw=rw\r\n")).unwrap();
     assert_eq!(read(&path).unwrap().name, "x");
-    std::fs::remove_dir_all(&dir).unwrap();
+    drop(place);
     assert_eq!(read(&path).unwrap_err().kind, Kind::Usage);
 }
 

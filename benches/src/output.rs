@@ -338,12 +338,12 @@ mod tests {
         assert_eq!(of_vmemd["figures"]["touches_per_s"]["median"], 4000.0);
         assert_eq!(of_vmemd["ratios"]["touches_per_s_to_swap"], 2.0);
         assert_eq!(document["vmemd"]["summary"][3]["left_out"], "no RAM");
-        let path = std::env::temp_dir().join(format!("vmemd-output-{}.json", std::process::id()));
+        let place = testkit::directory("output");
+        let path = place.path().join("results.json");
         write_file(&path, &to_text(&document).unwrap()).unwrap();
         let back = read(&path).unwrap();
         assert_eq!(normal(&back[1]), normal(&results[1]));
         write_file(&path, "{\"jobs\": []}").unwrap();
         assert!(read(&path).unwrap_err().text.contains("--output-format json"));
-        fs::remove_file(&path).unwrap();
     }
 }

@@ -1,5 +1,10 @@
 //! Wrong command lines of `vmemd bench`, and sizes that no host has: one line that says what is wrong, and nothing is left.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use common::{Bench, Host};

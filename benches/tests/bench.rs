@@ -1,12 +1,18 @@
 //! `vmemd bench run`: bad input, Ctrl-C in the middle, and a short run of every engine and job file. No time is asserted.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Bench, Host, cannot_run_vms, not_root, skipped, wait_for};
+use common::{Bench, Host, needs_root, needs_vms, wait_for};
 use serde_json::Value;
+use testkit::{OrSkip, Reason, skip, skip_part};
 
 const JOB: &str = "[global]\nram=32m\nruntime=300ms\nsize=64m\n[a]\nrw=randrw\nnumjobs=2\n";
 
@@ -86,9 +92,8 @@ fn sizes_that_do_not_fit_are_told_before_anything_starts() {
 
 #[test]
 fn an_engine_without_permission_is_left_out_and_the_others_run() {
-    if cannot_run_vms() || not_root("giving a permission up") {
-        return;
-    }
+    needs_vms();
+    needs_root("giving a permission up");
     let host = Host::new("jobs-permission");
     let file = job_file(&host, "x.fio", JOB);
     fs::set_permissions(&host.root, std::os::unix::fs::PermissionsExt::from_mode(0o755))
@@ -100,10 +105,10 @@ fn an_engine_without_permission_is_left_out_and_the_others_run() {
     std::os::unix::fs::chown(&store, Some(65534), Some(65534)).expect("root may");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", common::BENCH]);
     command.args(["run", &file, "--engine", "swap,mem", "--repeat", "1", "--store"]).arg(&store);
-    let Ok(output) = command.output() else { return skipped(&"no setpriv here") };
+    let output = command.output().or_skip(Reason::Tools);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     if err.contains("ermission denied") && !err.contains("left out") {
-        return skipped(&format_args!("others cannot get here: {err}"));
+        skip(Reason::Users, format_args!("others cannot get here: {err}"));
     }
     assert!(output.status.success(), "{out}{err}");
     assert!(err.contains("swap is left out: memory cgroups and swap files need root"), "{err}");
@@ -113,9 +118,8 @@ fn an_engine_without_permission_is_left_out_and_the_others_run() {
 
 #[test]
 fn ctrl_c_leaves_nothing() {
-    if cannot_run_vms() || not_root("a swap file") {
-        return;
-    }
+    needs_vms();
+    needs_root("a swap file");
     for engine in ["swap", "vmemd", "raw"] {
         let mut host = Host::new("jobs-interrupt");
         let store = host.store();
@@ -125,7 +129,7 @@ fn ctrl_c_leaves_nothing() {
         let log = host.root.join(format!("store/vmemd-bench-{pid}/1-{engine}/log"));
         wait_for("the worker, or the end", || (log.exists() || !common::lives(pid)).then_some(()));
         if bench.log().contains("left out") {
-            skipped(&format_args!("{engine} is not to be had here: {}", bench.log()));
+            skip_part(Reason::Swap, format_args!("{engine} is not to be had here: {}", bench.log()));
             continue;
         }
         let swap_file = format!("vmemd-bench-{pid}/1-swap/swapfile");
@@ -173,9 +177,8 @@ fn ctrl_c_keeps_the_results_of_the_files_that_are_done() {
 
 #[test]
 fn a_run_that_was_killed_is_cleaned_up_by_the_next() {
-    if cannot_run_vms() || not_root("a swap file") {
-        return;
-    }
+    needs_vms();
+    needs_root("a swap file");
     let mut host = Host::new("jobs-left");
     let store = host.store();
     let file = job_file(&host, "x.fio", &JOB.replace("300ms", "600s"));
@@ -186,7 +189,7 @@ fn a_run_that_was_killed_is_cleaned_up_by_the_next() {
         (site.join("1-swap/log").exists() || !common::lives(pid)).then_some(())
     });
     if !common::lives(pid) || bench.log().contains("left out") {
-        return skipped(&format_args!("no swap file here: {}", bench.log()));
+        skip(Reason::Swap, format_args!("no swap file here: {}", bench.log()));
     }
     // From its end on whichever benchmark of this host starts next removes its cgroup, one of another test as well.
     assert!(!cgroups(pid).is_empty());
@@ -228,9 +231,7 @@ fn smoke(host: &Host, name: &str, files: &[String], more: &[&str]) -> String {
 
 #[test]
 fn every_job_file_runs_on_every_engine() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let host = Host::new("jobs-smoke");
     let files: Vec<String> = job_files().iter().map(|path| path.display().to_string()).collect();
     // Of 1 TiB even a small part is more than a test may ask of plain memory.
@@ -304,9 +305,7 @@ fn two_jobs_in_a_file(summary: &[Value]) -> usize {
 
 #[test]
 fn normal_output_reads_like_fio() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let host = Host::new("jobs-normal");
     let (store, file) = (host.store(), job_file(&host, "x.fio", JOB));
     let said = host.bench(&["run", &file, "--engine", "vmemd,mem", "--repeat", "2", "--store", &store]);

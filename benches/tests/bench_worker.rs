@@ -1,15 +1,20 @@
 //! A benchmark's worker, one run of every engine at a small size. No time is asserted.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::{cannot_run_vms, not_root, skipped};
+use common::{needs_root, needs_vms};
 use serde_json::{Value, json};
+use testkit::{OrSkip, Reason, TempDir, skip};
 use vmemd_bench::cgroup::{self, MemoryCgroup};
 use vmemd_bench::swapfile::SwapFile;
 
@@ -18,24 +23,12 @@ const RAM: u64 = 32 << 20;
 /// Beside the memory under test.
 const ALLOWANCE: u64 = 8 << 20;
 
-struct Dir(PathBuf);
-
-impl Dir {
-    fn new(name: &str) -> Dir {
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a directory for the test");
-        Dir(path)
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+fn directory(name: &str) -> TempDir {
+    testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), name)
 }
 
 /// Two jobs in one memory: a strided loop, and random touches in blocks of two pages.
-fn request(engine: &str, dir: &Dir) -> Value {
+fn request(engine: &str, dir: &TempDir) -> Value {
     let job = |name: &str, order: Value, more: Value| {
         let mut job = json!({
             "name": name, "size_bytes": MEMORY / 2, "working_set_bytes": MEMORY / 2, "access": "mixed",
@@ -46,7 +39,7 @@ fn request(engine: &str, dir: &Dir) -> Value {
         job
     };
     json!({
-        "engine": engine, "dir": dir.0, "optimum": true,
+        "engine": engine, "dir": dir.path(), "optimum": true,
         "scenario": {
             "name": "two", "description": "", "ram_bytes": RAM, "engines": [engine], "store": null,
             "jobs": [
@@ -100,7 +93,7 @@ fn misses(sample: &Value) -> u64 {
 
 #[test]
 fn plain_memory_waits_for_no_device() {
-    let dir = Dir::new("worker-mem");
+    let dir = directory("worker-mem");
     let sample = sample(&work(&request("mem", &dir), None));
     check_touched(&sample);
     assert_eq!((misses(&sample), &sample["pages_read"]), (0, &json!(0)));
@@ -108,10 +101,8 @@ fn plain_memory_waits_for_no_device() {
 
 #[test]
 fn the_engine_pages() {
-    if cannot_run_vms() {
-        return;
-    }
-    let dir = Dir::new("worker-vmemd");
+    needs_vms();
+    let dir = directory("worker-vmemd");
     let sample = sample(&work(&request("vmemd", &dir), None));
     check_touched(&sample);
     assert!(misses(&sample) > 0);
@@ -127,10 +118,8 @@ fn the_engine_pages() {
 
 #[test]
 fn the_raw_device_gives_what_the_optimum_needs() {
-    if cannot_run_vms() {
-        return;
-    }
-    let dir = Dir::new("worker-raw");
+    needs_vms();
+    let dir = directory("worker-raw");
     let sample = sample(&work(&request("raw", &dir), None));
     for job in sample["jobs"].as_array().unwrap() {
         assert_eq!(job["touches"], 3 * MEMORY / 2 / 4096, "{job}");
@@ -138,22 +127,15 @@ fn the_raw_device_gives_what_the_optimum_needs() {
     let (read, touches) = (sample["pages_read"].as_u64().unwrap() as f64, (6 * MEMORY / 2 / 4096) as f64);
     let optimum = sample["optimum_hit_rate"].as_f64().unwrap();
     assert!((optimum - (1.0 - read / touches)).abs() < 1e-9 && read > 0.0);
-    assert_eq!(std::fs::read_dir(&dir.0).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn the_kernels_swap_pages() {
-    if not_root("a swap file") {
-        return;
-    }
-    if let Err(failure) = cgroup::available() {
-        return skipped(&failure);
-    }
-    let dir = Dir::new("worker-swap");
-    let swap = match SwapFile::create(&dir.0.join("swapfile"), 2 * MEMORY) {
-        Ok(swap) => swap,
-        Err(failure) => return skipped(&failure),
-    };
+    needs_root("a swap file");
+    cgroup::available().or_skip(Reason::Cgroup);
+    let dir = directory("worker-swap");
+    let swap = SwapFile::create(&dir.path().join("swapfile"), 2 * MEMORY).or_skip(Reason::Swap);
     let cgroup = MemoryCgroup::create(&format!("vmemd-test-{}", std::process::id()), RAM + ALLOWANCE)
         .expect("as root");
     let output = work(&request("swap", &dir), Some(&cgroup.entrance().unwrap()));
@@ -161,7 +143,7 @@ fn the_kernels_swap_pages() {
     drop((cgroup, swap));
     if killed > 0 {
         // Of so small a cgroup all pages may be in use at once, and then the kernel gives up.
-        return skipped(&"the kernel killed it for want of memory");
+        skip(Reason::Slow, "the kernel killed it for want of memory");
     }
     let sample = sample(&output);
     check_touched(&sample);
@@ -170,10 +152,8 @@ fn the_kernels_swap_pages() {
 
 #[test]
 fn first_touches_are_of_zeros_and_stay_right() {
-    if cannot_run_vms() {
-        return;
-    }
-    let dir = Dir::new("worker-first");
+    needs_vms();
+    let dir = directory("worker-first");
     let mut request = request("vmemd", &dir);
     for job in request["scenario"]["jobs"].as_array_mut().unwrap() {
         job["prefill"] = json!(false);
@@ -183,7 +163,7 @@ fn first_touches_are_of_zeros_and_stay_right() {
 
 #[test]
 fn what_cannot_be_is_said() {
-    let dir = Dir::new("worker-bad");
+    let dir = directory("worker-bad");
     let good = request("vmemd", &dir);
     let mut bad = vec![(json!({"no": "request"}), 2, "started by `vmemd bench run`")];
     let mut with = |path: &str, value: Value, code: i32, text: &'static str| {

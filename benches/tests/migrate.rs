@@ -1,14 +1,19 @@
 //! `vmemd bench migrate`: a short run of it, one that is interrupted, and one that is killed. No time is asserted.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
-use common::{Bench, Host, cannot_run_vms, lives, not_root, signal, wait_for};
+use common::{Bench, Host, lives, needs_root, needs_vms, signal, wait_for};
+use testkit::{Reason, skip};
 
 #[test]
 fn an_interrupted_bench_leaves_nothing() {
-    if cannot_run_vms() || not_root("a swap file") {
-        return;
-    }
+    needs_vms();
+    needs_root("a swap file");
     let mut host = Host::new("bench");
     let store = host.store();
     let args = ["migrate", "--memory", "128M", "--ram", "64M", "--targets", "swap,vmemd", "--store", &store];
@@ -19,8 +24,7 @@ fn an_interrupted_bench_leaves_nothing() {
     let swaps = || std::fs::read_to_string("/proc/swaps").unwrap_or_default();
     wait_for("the swap file, or the end", || (swaps().contains(&swap_file) || !lives(pid)).then_some(()));
     if !lives(pid) {
-        common::skipped(&format_args!("no swap file here: {}", bench.log()));
-        return;
+        skip(Reason::Swap, format_args!("no swap file here: {}", bench.log()));
     }
     wait_for("the VM", || site.join("1-swap/source/bench.sock").exists().then_some(()));
     bench.signal(libc::SIGINT);
@@ -38,9 +42,7 @@ fn an_interrupted_bench_leaves_nothing() {
 
 #[test]
 fn a_bench_measures_what_it_says() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let host = Host::new("bench-run");
     let store = host.store();
     let args = "migrate --memory 128M --ram 64M --targets vmemd,ram --repeat 1 --json --store";
@@ -62,9 +64,7 @@ fn a_bench_measures_what_it_says() {
 
 #[test]
 fn a_bench_that_was_killed_is_cleaned_up_by_the_next() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("bench-left");
     let store = host.store();
     let args = ["migrate", "--memory", "128M", "--ram", "64M", "--targets", "vmemd", "--store", &store];

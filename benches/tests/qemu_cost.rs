@@ -2,6 +2,11 @@
 //!
 //! Measurements, not run by default: `scripts/bench-qemu`. Both sides take turns; medians and ranges are printed with the verdict.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "../../tests/qemu/mod.rs"]
 mod qemu;
@@ -11,7 +16,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Host, not_root};
+use common::{Host, needs_root};
 use qemu::{BOOT, Guest, Machine, Qemu, field, qemus};
 use vmemd_bench::cgroup::MemoryCgroup;
 use vmemd_bench::swapfile::SwapFile;
@@ -124,9 +129,7 @@ fn cost_after_a_move_when_everything_fits() {
 #[test]
 #[ignore = "a measurement: scripts/bench-qemu"]
 fn gain_against_swap_when_half_fits() {
-    if not_root("a swap file") {
-        return;
-    }
+    needs_root("a swap file");
     for qemu in qemus() {
         let machine = Machine::new("1G").run("checker memory 700M 5");
         let [mut swapped, mut managed_us] = [Vec::new(), Vec::new()];

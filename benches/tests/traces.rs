@@ -1,10 +1,15 @@
 //! Traces, end to end: recorded from jobs and from a running VM, replayed, damaged.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::fs;
 
-use common::{Bench, Host, cannot_run_vms, wait_for};
+use common::{Bench, Host, needs_vms, wait_for};
 
 const GUEST: &str = "random:rate=200M";
 
@@ -97,9 +102,7 @@ fn what_is_no_trace_is_told_in_one_line() {
 
 #[test]
 fn the_faults_of_a_running_vm() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("faults");
     let mut run = host.start_vm("web", GUEST);
     assert_eq!(host.vmemd(&["set", "web", "--ram", "32M"]).code, 0);

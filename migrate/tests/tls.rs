@@ -1,5 +1,10 @@
 //! Who is let in, and what becomes of connections that are tampered with: the real TLS stack over loopback.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "common/pki.rs"]
 mod pki;
@@ -12,7 +17,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use common::vm::{MEMORY, Writer, compare, engine, fill, options};
-use common::{DEADLINE, Place, Target};
+use common::{DEADLINE, Target};
 use migrate::tls::{Client, Credentials, Secured, Security, Server, ServerName, TlsError};
 use migrate::{CancelFlag, PlainMemory, ResolveError, SendError, SessionId, TargetMemory, send};
 use pki::{Ca, When, show};
@@ -407,8 +412,8 @@ fn front(credentials: &Credentials, to: SocketAddr) -> SocketAddr {
 
 #[test]
 fn a_vm_moves_by_tls_and_stays_when_a_byte_is_changed() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     fill(&here);
     let ca = Ca::new();
     let mut vm = Writer::start(here.memory_base() as usize, 100..2000);

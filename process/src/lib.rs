@@ -19,6 +19,10 @@
 //! 4. The guest has then been asked to quit, if [`End::quit`] says so; otherwise the program has to end itself. The
 //!    name is held until the [`Process`] is dropped, or the [`NameHold`] is released.
 
+#[cfg(test)]
+#[macro_use]
+extern crate testkit;
+
 pub mod control;
 pub mod failure;
 pub mod host;
@@ -49,3 +53,6 @@ pub use guest::{Guest, GuestView, Newcomer, RunState};
 pub use life::End;
 pub use memory::{Memory, MemorySpec};
 pub use process::{NameHold, Owner, Process};
+
+#[cfg(test)]
+testkit::main!();

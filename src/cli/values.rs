@@ -7,7 +7,7 @@ use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
-use crate::qemu;
+use crate::qemu::budget::check_ram;
 
 #[derive(Debug, clap::Args)]
 pub struct JsonArg {
@@ -42,7 +42,7 @@ pub fn check_sizes(memory: Size, ram: Size) -> Result<(), Failure> {
         let text = format!("--memory {memory} is not a multiple of 2M: round it up or down");
         return Err(Failure::new(Kind::Usage, text));
     }
-    qemu::check_ram(memory, ram)
+    check_ram(memory, ram)
 }
 
 /// A time as people write it: `50ms`, `1s`, `1.5s`.

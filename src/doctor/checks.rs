@@ -8,7 +8,8 @@ use vmprocess::host;
 use vmprocess::medium::Medium;
 use vmprocess::size::Size;
 
-use super::{Check, kernel};
+use super::check::Check;
+use super::kernel;
 
 const KERNEL: (u32, u32) = (6, 8);
 const KERNEL_REMEDY: &str =

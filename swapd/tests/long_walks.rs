@@ -1,6 +1,11 @@
 //! Requests that look at all of memory let faults through: how long faults wait while each of them runs over and over, in a VM of
 //! 256 GiB of which little is touched.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::fs::File;
@@ -8,8 +13,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Vm, config, skipped, store_directory};
-use swapd::{Engine, EngineHandle, PAGE_SIZE, PageNo, StartError};
+use common::{Vm, config, started, store_directory};
+use swapd::{Engine, EngineHandle, PAGE_SIZE, PageNo};
+use testkit::Random;
 
 const GIB: u64 = 1 << 30;
 const MEMORY: u64 = 256 * GIB;
@@ -62,10 +68,9 @@ fn fault(vm: &Vm, stop: &AtomicBool) -> Vec<Duration> {
     let this = Waits::of(&this.file_name().expect("a number").to_string_lossy());
     let engine = Waits::of_engine();
     let waited = || this.so_far() + engine.so_far();
-    let (mut took, mut random) = (Vec::new(), 1_u64);
+    let (mut took, mut random) = (Vec::new(), Random(1));
     while !stop.load(Ordering::Relaxed) {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let page = PageNo((random >> 33) % (touched() / PAGE_SIZE as u64));
+        let page = PageNo(random.below(touched() / PAGE_SIZE as u64));
         let before = waited();
         let since = Instant::now();
         vm.touch(page);
@@ -106,11 +111,7 @@ fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
     let mut config = config(MEMORY, touched() / IN_RAM.1 * IN_RAM.0, store_directory(), false);
     config.store.overcommit = true;
     config.sampling = false;
-    let vm = match Engine::start(config, Box::new(|notice| println!("notice: {notice:?}"))) {
-        Ok(engine) => Vm::of(engine),
-        Err(StartError::Host(reason)) => return skipped(&reason),
-        Err(error) => panic!("{error}"),
-    };
+    let vm = Vm::of(started(Engine::start(config, Box::new(|notice| println!("notice: {notice:?}")))));
     (0..touched() / PAGE_SIZE as u64).for_each(|page| vm.touch(PageNo(page)));
     let without = faults_during(&vm, "nothing", |_| std::thread::sleep(Duration::from_millis(10)));
     let mut slow = Vec::new();

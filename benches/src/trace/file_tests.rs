@@ -1,20 +1,10 @@
 use super::*;
 use proptest::prelude::*;
 
-struct TempFile(PathBuf);
-
-impl TempFile {
-    fn new() -> TempFile {
-        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        TempFile(std::env::temp_dir().join(format!("vmemd-trace-{}-{number}", std::process::id())))
-    }
-}
-
-impl Drop for TempFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// Where a trace may be written; the directory goes with the test.
+fn place() -> (PathBuf, testkit::TempDir) {
+    let directory = testkit::directory("trace");
+    (directory.path().join("trace"), directory)
 }
 
 fn header(kind: TraceKind) -> Header {
@@ -22,11 +12,11 @@ fn header(kind: TraceKind) -> Header {
 }
 
 fn bytes_of(kind: TraceKind, entries: &[Entry]) -> Vec<u8> {
-    let file = TempFile::new();
-    let mut writer = TraceWriter::create(&file.0, kind).unwrap();
+    let (file, _directory) = place();
+    let mut writer = TraceWriter::create(&file, kind).unwrap();
     entries.iter().for_each(|entry| writer.push(*entry).unwrap());
     let bytes = writer.finish(header(kind)).unwrap();
-    let written = std::fs::read(&file.0).unwrap();
+    let written = std::fs::read(&file).unwrap();
     assert_eq!(written.len() as u64, bytes);
     written
 }
@@ -171,13 +161,13 @@ fn a_page_beyond_the_memory_is_an_error() {
 
 #[test]
 fn a_trace_that_is_not_finished_leaves_nothing() {
-    let file = TempFile::new();
-    let mut writer = TraceWriter::create(&file.0, TraceKind::Touches).unwrap();
+    let (file, _directory) = place();
+    let mut writer = TraceWriter::create(&file, TraceKind::Touches).unwrap();
     writer.push(touch(1)).unwrap();
     let partial = writer.partial.clone();
     assert!(partial.exists());
     drop(writer);
-    assert!(!partial.exists() && !file.0.exists());
+    assert!(!partial.exists() && !file.exists());
 }
 
 #[test]

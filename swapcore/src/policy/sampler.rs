@@ -24,7 +24,7 @@ pub const SAMPLES_A_TICK: usize = 8;
 /// The same while at most [`QUIET_TOUCHES`] were touched since the last tick: each touch costs the guest a rescue.
 const SAMPLES_QUIET: usize = 32;
 const QUIET_TOUCHES: usize = 2;
-/// Ticks after which an untouched sample is put back. Longer, if samples are rarer than each [`IDLE_MIN`].
+/// Ticks after which an untouched sample is put back. Longer, if samples are rarer than each `IDLE_MIN`.
 pub const SAMPLE_TICKS: u64 = 300;
 /// The same if there is no room for others: a second.
 const SAMPLE_TICKS_MIN: u64 = 10;

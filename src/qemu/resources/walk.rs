@@ -1,82 +1,14 @@
-//! What of a QEMU command line lives outside of it: files, sockets, network interfaces, descriptors.
-//!
-//! One walk (`visit`) finds them all, so what is listed, made absolute and mapped for another host is the same.
-
-mod check;
-mod descriptors;
-mod files;
+//! The walk over a command line that finds what lives outside of it, and may give it another name.
 
 use std::path::{Path, PathBuf};
 
-use super::Failure;
-use super::options::{CommandLine, Word};
-use super::props::Props;
-use super::rules::Rules;
+use vmprocess::failure::Failure;
 
-pub use check::{Host, ThisHost};
-pub(super) use check::{missing, report};
-
-/// What a name in a command line stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum What {
-    /// A disk image or block device.
-    Disk,
-    /// A file that QEMU reads: kernel, initrd, device tree, keys, tables.
-    File,
-    /// As [`File`](What::File), but a name without a `/` is one of QEMU's own.
-    Firmware,
-    /// A file that QEMU writes: its directory must be there.
-    Output,
-    /// A directory.
-    Directory,
-    /// A device node of the host.
-    Device,
-    /// A Unix socket that QEMU makes.
-    Listens,
-    /// A Unix socket that another process has made.
-    Connects,
-    /// The same, but QEMU tries again until it is there.
-    Reconnects,
-    /// A program that QEMU starts.
-    Program,
-    /// A tap interface that must be there beforehand.
-    Tap,
-    /// A tap interface that QEMU makes if it is not there, and has a script to connect it.
-    TapMade,
-    /// A bridge.
-    Bridge,
-    /// A descriptor given to QEMU by the process that started it: nobody else has it.
-    Descriptor,
-    /// A window or terminal of the user who started it.
-    Screen,
-}
-
-impl What {
-    /// It is a path of the file system.
-    pub fn is_path(self) -> bool {
-        !matches!(self, What::Tap | What::TapMade | What::Bridge | What::Descriptor | What::Screen)
-    }
-
-    fn is_socket(self) -> bool {
-        matches!(self, What::Listens | What::Connects | What::Reconnects)
-    }
-
-    fn noun(self) -> &'static str {
-        match self {
-            What::Disk => "disk",
-            What::File | What::Firmware => "file",
-            What::Output => "output file",
-            What::Directory => "directory",
-            What::Device => "device",
-            What::Listens | What::Connects | What::Reconnects => "socket",
-            What::Program => "program",
-            What::Tap | What::TapMade => "tap interface",
-            What::Bridge => "bridge",
-            What::Descriptor => "descriptor",
-            What::Screen => "screen",
-        }
-    }
-}
+use super::what::{SeeOne, What};
+use super::{descriptors, files};
+use crate::qemu::options::{CommandLine, Word};
+use crate::qemu::props::{Props, is_on};
+use crate::qemu::rules::Rules;
 
 /// One thing outside, and the option that names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +30,7 @@ pub fn list(line: &CommandLine) -> Result<Vec<Resource>, Failure> {
 }
 
 /// The files that are disks, by their absolute paths.
-pub(super) fn disks(line: &CommandLine) -> Result<Vec<PathBuf>, Failure> {
+pub(in crate::qemu) fn disks(line: &CommandLine) -> Result<Vec<PathBuf>, Failure> {
     let list = list(line)?.into_iter().filter(|found| matches!(found.what, What::Disk | What::Descriptor));
     Ok(list.map(|found| PathBuf::from(found.name)).filter(|path| path.is_absolute()).collect())
 }
@@ -128,9 +60,9 @@ fn absolute_name(what: What, name: &str, directory: &Path) -> Option<String> {
 }
 
 /// QEMU's own limit of a socket's path.
-pub(super) const SOCKET_PATH_MAX: usize = 108;
+pub(in crate::qemu) const SOCKET_PATH_MAX: usize = 108;
 
-fn fits_a_socket(path: &str) -> bool {
+pub(super) fn fits_a_socket(path: &str) -> bool {
     path.len() <= SOCKET_PATH_MAX
 }
 
@@ -143,7 +75,7 @@ pub fn map(line: &mut CommandLine, rules: &Rules) -> Result<(), Failure> {
     visit(line, &mut |what, name, _| rules.apply(what, name))
 }
 
-/// Called with what it is, its name and the option as written; gives a new name, or None to keep it.
+/// As [`SeeOne`], with the option as written.
 type See<'a> = &'a mut dyn FnMut(What, &str, &str) -> Option<String>;
 
 fn visit(line: &mut CommandLine, see: See<'_>) -> Result<(), Failure> {
@@ -156,9 +88,6 @@ fn visit(line: &mut CommandLine, see: See<'_>) -> Result<(), Failure> {
     }
     Ok(())
 }
-
-/// As [`See`], for one option.
-type SeeOne<'a> = &'a mut dyn FnMut(What, &str) -> Option<String>;
 
 fn visit_word(word: &mut Word, see: SeeOne<'_>) -> Result<(), Failure> {
     use What::{Device, Directory, File, Firmware, Output};
@@ -191,7 +120,7 @@ fn visit_word(word: &mut Word, see: SeeOne<'_>) -> Result<(), Failure> {
 }
 
 /// Options with a character device in the short form.
-pub(super) fn is_character(option: &str) -> bool {
+pub(in crate::qemu) fn is_character(option: &str) -> bool {
     matches!(
         option,
         "serial"
@@ -342,7 +271,7 @@ fn chardev(props: &mut Props, see: SeeOne<'_>) -> bool {
     let kind = props.first("backend").or_else(|| props.get("backend.type")).unwrap_or_default();
     let server = props.get("server").or_else(|| props.get("backend.data.server"));
     // Text does not listen unless told, JSON listens unless told.
-    let listens = server.map_or(matches!(props, Props::Json(_)), |value| super::props::is_on(&value));
+    let listens = server.map_or(matches!(props, Props::Json(_)), |value| is_on(&value));
     let is_abstract = props.is_on("abstract") || props.is_on("backend.data.addr.data.abstract");
     let connects = connects(props, "backend.data.");
     props.visit(&mut |path, value| {
