@@ -9,8 +9,9 @@ use crate::limits::{CANCEL_POLL, HELLO_LIMIT};
 use crate::outside::{Instant, StdStream};
 use crate::session::SessionId;
 use crate::target::ReceiveError;
-use crate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
-use crate::wire::{VERSION, WireError};
+use crate::versions::{Versions, highest_common};
+use crate::wire::opening::{Answer, MAX_SESSION_BODY, PREAMBLE_BYTES, Preamble};
+use crate::wire::{VERSIONS, WireError, none_in_common};
 
 /// What a connection is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +26,9 @@ pub enum Hello {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionHello {
+    /// Versions of the protocol that the source knows.
+    #[serde(default = "unsaid_versions")]
+    pub versions: Versions,
     pub session: SessionId,
     pub name: String,
     pub memory_bytes: u64,
@@ -34,6 +38,19 @@ pub struct SessionHello {
     pub check_placement: bool,
     /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's state.
     pub offer: Option<String>,
+}
+
+/// Of a hello that another program of this host has handed on which knows of one version only.
+fn unsaid_versions() -> Versions {
+    2..=2
+}
+
+impl SessionHello {
+    /// What is spoken in this session: the highest version that both sides know.
+    #[must_use]
+    pub fn version(&self) -> Option<u16> {
+        highest_common(&VERSIONS, &self.versions)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,10 +70,10 @@ pub enum RefuseKind {
     Other,
 }
 
-/// Reads what a fresh connection is for, within [`HELLO_LIMIT`]. A peer of another version is told so.
+/// Reads what a fresh connection is for, within [`HELLO_LIMIT`]. A peer that knows none of our versions is told so.
 ///
 /// # Errors
-/// Rubbish, another version, silence, a broken link.
+/// Rubbish, no version in common, silence, a broken link.
 pub fn read_hello(stream: &mut StdStream) -> Result<Hello, ReceiveError> {
     const DURING: &str = "it was to say what it wants";
     stream.set_nonblocking(false).map_err(|source| ReceiveError::Link { during: DURING, source })?;
@@ -65,9 +82,9 @@ pub fn read_hello(stream: &mut StdStream) -> Result<Hello, ReceiveError> {
     hello.map_err(|error| match error {
         OpeningError::Io(source) => ReceiveError::Link { during: DURING, source },
         OpeningError::Wire(WireError::Version(theirs)) => {
-            let text = format!("this host speaks version {VERSION} of the protocol, not {theirs}");
-            refuse(stream, RefuseKind::Version, &text);
-            ReceiveError::Version { theirs, ours: VERSION }
+            let none = none_in_common(theirs, VERSIONS);
+            refuse(stream, RefuseKind::Version, &none.to_string());
+            ReceiveError::Version(none)
         }
         OpeningError::Wire(error) => {
             refuse(stream, RefuseKind::Other, &error.to_string());
@@ -108,10 +125,24 @@ pub(crate) fn read_opening(
     let deadline = Instant::now() + limit;
     let mut preamble = [0; PREAMBLE_BYTES];
     read_until(stream, &mut preamble, deadline, &cancelled)?;
-    let opened = Preamble::open(&preamble).map_err(OpeningError::Wire)?;
+    let opened = match Preamble::open(&preamble) {
+        Err(error @ WireError::Version(_)) => {
+            // A connection that is closed with something unread in it may lose the answer on its way.
+            let mut rest = vec![0; unread(&preamble)];
+            let _ = read_until(stream, &mut rest, deadline, &cancelled);
+            return Err(OpeningError::Wire(error));
+        }
+        opened => opened.map_err(OpeningError::Wire)?,
+    };
     let mut body = vec![0; opened.body_bytes()];
     read_until(stream, &mut body, deadline, &cancelled)?;
     Ok((preamble, body))
+}
+
+/// What follows a preamble of a version that we do not know, as far as it may be read.
+fn unread(preamble: &[u8; PREAMBLE_BYTES]) -> usize {
+    let [.., a, b, c, d] = *preamble;
+    (u32::from_le_bytes([a, b, c, d]) as usize).min(MAX_SESSION_BODY)
 }
 
 /// A slow peer cannot make it longer than `deadline` by sending a byte now and then.

@@ -26,9 +26,11 @@ use crate::outside::{EngineHandle, Instant, Runtime, StdStream, runtime};
 use crate::progress::Progress;
 use crate::registry::{Begun, Registry, RegistryError};
 use crate::report::Received;
+use crate::versions::NoneInCommon;
 use crate::vm::{TargetVm, VmError};
 use crate::wire::opening::{Answer, MAX_STREAMS};
 use crate::wire::record::Lane as WireLane;
+use crate::wire::{VERSIONS, none_in_common};
 
 /// Where the arriving pages go.
 #[derive(Clone, Debug)]
@@ -67,8 +69,8 @@ pub enum ReceiveError {
     /// The peer said something that it must not say.
     #[error("the peer sent rubbish: {0}")]
     Peer(String),
-    #[error("the peer speaks version {theirs}, this is version {ours}")]
-    Version { theirs: u16, ours: u16 },
+    #[error(transparent)]
+    Version(NoneInCommon),
     #[error("the source gave up: {0}")]
     GaveUp(String),
     #[error("cancelled")]
@@ -115,15 +117,20 @@ pub fn receive(
     vm: &mut dyn TargetVm,
 ) -> Result<Received, ReceiveError> {
     let started = Instant::now();
-    let begun = check(&link.hello, &memory).and_then(|()| Ok(link.registry.begin(link.hello.session)?));
-    let begun = match begun {
+    let begun = check(&link.hello, &memory)
+        .and_then(|version| Ok((version, link.registry.begin(link.hello.session)?)));
+    let (version, begun) = match begun {
         Ok(begun) => begun,
         Err(error) => {
-            refuse(&mut link.control, RefuseKind::Other, &error.to_string());
+            let kind = match error {
+                ReceiveError::Version(_) => RefuseKind::Version,
+                _ => RefuseKind::Other,
+            };
+            refuse(&mut link.control, kind, &error.to_string());
             return Err(error);
         }
     };
-    let result = accepted(&mut link, &memory, vm, begun);
+    let result = accepted(&mut link, &memory, vm, version, begun);
     if result.is_err() {
         handover::give_up(&link);
     }
@@ -132,8 +139,12 @@ pub fn receive(
     Ok(received)
 }
 
-/// What can be known before the first byte of memory.
-fn check(hello: &SessionHello, memory: &TargetMemory) -> Result<(), ReceiveError> {
+/// What can be known before the first byte of memory: the version that is spoken.
+fn check(hello: &SessionHello, memory: &TargetMemory) -> Result<u16, ReceiveError> {
+    // Whoever read the hello has found one; it may be another program than this one.
+    let version = hello
+        .version()
+        .ok_or_else(|| ReceiveError::Version(none_in_common(hello.versions.clone(), VERSIONS)))?;
     let bytes = match memory {
         TargetMemory::Engine(handle) => handle.memory_bytes(),
         TargetMemory::Plain(memory) => memory.bytes(),
@@ -148,20 +159,22 @@ fn check(hello: &SessionHello, memory: &TargetMemory) -> Result<(), ReceiveError
             hello.streams
         )));
     }
-    Ok(())
+    Ok(version)
 }
 
 fn accepted(
     link: &mut TargetLink<'_>,
     memory: &TargetMemory,
     vm: &mut dyn TargetVm,
+    version: u16,
     begun: Begun,
 ) -> Result<Received, ReceiveError> {
     let during = "answering it";
     let broken = |source| ReceiveError::Link { during, source };
     link.control.set_nonblocking(false).map_err(broken)?;
-    write_opening(&mut link.control, &Answer::Accepted { ram_bytes: link.granted_ram_bytes }.encode())
-        .map_err(broken)?;
+    tracing::debug!(version, "taking the VM");
+    let accepted = Answer::Accepted { ram_bytes: link.granted_ram_bytes, version };
+    write_opening(&mut link.control, &accepted.encode()).map_err(broken)?;
     let streams = data_streams(link)?;
     let runtime = runtime().map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
     let control = link.control.try_clone().map_err(broken)?;

@@ -7,6 +7,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use super::common::Target;
+use migrate::wire::VERSIONS;
 use migrate::wire::control::{Control, Totals, round_end, sealed};
 use migrate::wire::heat::parts;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
@@ -23,6 +24,7 @@ pub const SESSION: SessionId = SessionId([7; 16]);
 
 pub fn hello() -> SessionHello {
     SessionHello {
+        versions: VERSIONS,
         session: SESSION,
         name: "web".to_string(),
         memory_bytes: MEMORY,
@@ -44,20 +46,26 @@ pub struct Source {
 impl Source {
     /// With both data streams open, and not a word said.
     pub fn connect(target: &Target) -> Source {
+        Source::connect_as(target, hello()).0
+    }
+
+    /// One that says this of itself, and the version that the target has chosen.
+    pub fn connect_as(target: &Target, hello: SessionHello) -> (Source, u16) {
         let mut control = target.connect();
-        control.write_all(&Hello::Session(hello()).encode()).unwrap();
-        assert!(matches!(read_answer(&mut control), Answer::Accepted { .. }));
+        control.write_all(&Hello::Session(hello).encode()).unwrap();
+        let Answer::Accepted { version, .. } = read_answer(&mut control) else { panic!("no acceptance") };
         let streams = (0..2).map(|index| {
             let mut stream = target.connect();
             stream.write_all(&Hello::Stream(StreamHello { session: SESSION, index }).encode()).unwrap();
             (stream, Sequence::new(SESSION, Lane::Stream(index)))
         });
-        Source {
+        let source = Source {
             control,
             to_target: Sequence::new(SESSION, Lane::ToTarget),
             to_source: Sequence::new(SESSION, Lane::ToSource),
             streams: streams.collect(),
-        }
+        };
+        (source, version)
     }
 
     pub fn say(&mut self, message: &Control) {
