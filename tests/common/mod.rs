@@ -141,6 +141,8 @@ pub(crate) struct Host {
     children: Vec<u32>,
     /// What starts its processes, and becomes them, under the same pid.
     starter: Vec<String>,
+    /// The `vmemd` that is installed on it.
+    program: PathBuf,
     /// Its processes wait for each other this many times less long.
     pub(crate) haste: u32,
 }
@@ -157,13 +159,20 @@ impl Host {
         self
     }
 
+    /// Another `vmemd` is installed on it than the one that is tested.
+    pub(crate) fn of(mut self, program: &Path) -> Host {
+        self.program = program.to_owned();
+        self
+    }
+
     pub(crate) fn new(name: &str) -> Host {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let root =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{number}", std::process::id()));
         fs::create_dir_all(root.join("store")).expect("a directory for the test");
-        Host { root, children: Vec::new(), starter: Vec::new(), haste: 1 }
+        let program = PathBuf::from(env!("CARGO_BIN_EXE_vmemd"));
+        Host { root, children: Vec::new(), starter: Vec::new(), program, haste: 1 }
     }
 
     pub(crate) fn run_dir(&self) -> PathBuf {
@@ -175,8 +184,13 @@ impl Host {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        const VMEMD: &str = env!("CARGO_BIN_EXE_vmemd");
-        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([VMEMD]).collect();
+        self.command_of(&self.program, args)
+    }
+
+    /// The command of another `vmemd` than the one that is installed on it.
+    pub(crate) fn command_of(&self, program: &Path, args: &[&str]) -> Command {
+        let program = program.to_str().expect("a path in UTF-8");
+        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([program]).collect();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]);
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
@@ -196,7 +210,12 @@ impl Host {
 
     /// Runs a command to its end.
     pub(crate) fn vmemd(&self, args: &[&str]) -> Said {
-        let output = self.command(args).output().expect("vmemd runs");
+        self.vmemd_of(&self.program, args)
+    }
+
+    /// Runs a command of another `vmemd` to its end.
+    pub(crate) fn vmemd_of(&self, program: &Path, args: &[&str]) -> Said {
+        let output = self.command_of(program, args).output().expect("vmemd runs");
         Said {
             code: output.status.code().unwrap_or(-1),
             out: String::from_utf8_lossy(&output.stdout).into_owned(),

@@ -303,7 +303,8 @@ mod tests {
                     asked.push(request);
                     // Up to the one that ends an answer.
                     for answer in answers.by_ref() {
-                        lines.write(answer).unwrap();
+                        // A client that has heard enough has left.
+                        let _ = lines.write(answer);
                         if answer.get("ok").or(answer.get("error")).is_some() {
                             break;
                         }
