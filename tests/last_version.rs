@@ -2,10 +2,13 @@
 //! version is the commit that `.last-version` names, which `scripts/last-version` builds.
 
 mod common;
+mod qemu;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use common::{Host, cannot_run_vms, lives, skipped, wait_for};
+use qemu::{BOOT, Guest, Machine, field, qemus};
 
 const GUEST: &str = "rewrite:working-set=40M,rate=400M";
 const THIS: &str = env!("CARGO_BIN_EXE_vmemd");
@@ -75,6 +78,35 @@ fn a_vm_moves_from_the_last_version_to_this_one_and_back() {
     // What started it ends when the VM has moved away for the first time.
     run.ends_with(10);
     assert_eq!(old.vmemd(&["stop", "web"]).code, 0);
+}
+
+/// The same with a QEMU: the preload, the offer of its machine, and the process that a daemon starts for it.
+#[test]
+fn a_qemu_moves_from_the_last_version_to_this_one_and_back() {
+    const JOB: Duration = Duration::from_secs(120);
+    let (Some(last), Some(qemu)) = (last_version(), qemus().into_iter().next()) else { return };
+    let (mut old, mut new) = (Host::new("qlast").of(&last), Host::new("qthis"));
+    let (_old_daemon, old_address) = old.start_qemu_daemon("127.0.0.1:0", "192M", "", &[]);
+    let (_new_daemon, new_address) = new.start_qemu_daemon("127.0.0.1:0", "192M", "", &[]);
+    let mut command = old.command(&["run", "--name", "db", "--ram", "128M", "--store", &old.store(), "--"]);
+    command.arg(&qemu.binary).args(Machine::new("256M").run("checker memory 150M 100000").args());
+    let mut guest = Guest::start(command);
+    let rounds = |guest: &Guest| {
+        let lines = guest.lines().into_iter().filter(|line| line.starts_with("checker memory round="));
+        lines.inspect(|line| assert_eq!(field::<u64>(line, "mismatched"), 0, "{line}")).count()
+    };
+    guest.wait_for("checker memory round=1", BOOT);
+    for (from, to, address) in [(&old, &new, &new_address), (&new, &old, &old_address)] {
+        let left = pid(from, "db");
+        let said = from.vmemd(&["migrate", "db", "--to", address, "--json"]);
+        assert_eq!(said.code, 0, "{said:?}");
+        to.wait_state("db", "running");
+        let before = rounds(&guest);
+        wait_for("the guest to check its memory", || (rounds(&guest) >= before + 2).then_some(()));
+        wait_for("the former process to be gone", || (!lives(left)).then_some(()));
+    }
+    assert_eq!(guest.wait_end(JOB).code(), Some(10), "{}", guest.log());
+    assert_eq!(old.vmemd(&["stop", "db"]).code, 0);
 }
 
 /// What the command of one version says to a VM of the other.

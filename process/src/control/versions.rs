@@ -34,10 +34,10 @@ impl<'a> Offer<'a> {
 
 /// A request as a VM's process reads it.
 #[derive(Debug, PartialEq)]
-pub(super) struct Asked {
-    pub(super) request: Request,
+pub struct Asked {
+    pub request: Request,
     /// The version in which it is answered, for a client that wants to know.
-    pub(super) version: Option<u16>,
+    pub version: Option<u16>,
 }
 
 impl Asked {
@@ -45,7 +45,7 @@ impl Asked {
     ///
     /// # Errors
     /// [`Kind::Link`] if there is no version in common, [`Kind::Usage`] if it is no request.
-    pub(super) fn new(line: Value, ours: &Versions) -> Result<Asked, Failure> {
+    pub fn new(line: Value, ours: &Versions) -> Result<Asked, Failure> {
         let versions = line.get("versions").map(Asked::versions).transpose()?;
         let theirs = versions.clone().unwrap_or(UNSAID..=UNSAID);
         let Some(version) = highest_common(ours, &theirs) else {
