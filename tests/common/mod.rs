@@ -170,6 +170,8 @@ pub(crate) struct Host {
     children: Vec<u32>,
     /// What starts its processes, and becomes them, under the same pid.
     starter: Vec<String>,
+    /// The `vmemd` that is installed on it.
+    program: PathBuf,
     /// Its processes wait for each other this many times less long.
     pub(crate) haste: u32,
 }
@@ -186,13 +188,20 @@ impl Host {
         self
     }
 
+    /// Another `vmemd` is installed on it than the one that is tested.
+    pub(crate) fn of(mut self, program: &Path) -> Host {
+        self.program = program.to_owned();
+        self
+    }
+
     pub(crate) fn new(name: &str) -> Host {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let root =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{number}", std::process::id()));
         fs::create_dir_all(root.join("store")).expect("a directory for the test");
-        Host { root, children: Vec::new(), starter: Vec::new(), haste: 1 }
+        let program = vmemd();
+        Host { root, children: Vec::new(), starter: Vec::new(), program, haste: 1 }
     }
 
     pub(crate) fn run_dir(&self) -> PathBuf {
@@ -204,10 +213,10 @@ impl Host {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        self.command_of(&vmemd(), args)
+        self.command_of(&self.program, args)
     }
 
-    /// Another program than `vmemd`, for this host.
+    /// The command of another `vmemd` than the one that is installed on it, or of another program.
     pub(crate) fn command_of(&self, program: &Path, args: &[&str]) -> Command {
         let program = program.to_str().expect("a path that is text");
         let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([program]).collect();
@@ -230,7 +239,12 @@ impl Host {
 
     /// Runs a command to its end.
     pub(crate) fn vmemd(&self, args: &[&str]) -> Said {
-        Said::by(&mut self.command(args))
+        self.vmemd_of(&self.program, args)
+    }
+
+    /// Runs a command of another `vmemd` to its end.
+    pub(crate) fn vmemd_of(&self, program: &Path, args: &[&str]) -> Said {
+        Said::by(&mut self.command_of(program, args))
     }
 
     /// Starts a command that goes on, in a process group of its own.
