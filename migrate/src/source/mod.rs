@@ -97,7 +97,7 @@ impl Moving<'_, '_> {
             max_rounds: self.options.max_rounds,
             max_throttle: self.options.max_throttle,
         };
-        self.expected = self.vm.expected();
+        self.look_ahead()?;
         // What devices had begun before writes were tracked.
         self.drain()?;
         let first = self.runtime.block_on(self.rounds.first());
@@ -109,7 +109,7 @@ impl Moving<'_, '_> {
             match decision {
                 Decision::Go { throttle } => {
                     self.set_throttle(throttle);
-                    self.expected = self.vm.expected();
+                    self.look_ahead()?;
                     self.drain()?;
                     let again = self.runtime.block_on(self.rounds.again(throttle));
                     self.checked(again)?;
@@ -118,6 +118,15 @@ impl Moving<'_, '_> {
                 Decision::Stop => self.give_up_name()?,
                 Decision::GiveUp => return Err(handover::too_long(self, &standing)),
             }
+        }
+    }
+
+    /// Asks what of the downtime will be the VM's own. A VM whose state the target would not take is not stopped to find that out.
+    fn look_ahead(&mut self) -> Result<(), Failed> {
+        self.expected = self.vm.expected();
+        match handover::too_large(self.expected.state_bytes) {
+            Some(error) => Err(said(self, error)),
+            None => Ok(()),
         }
     }
 

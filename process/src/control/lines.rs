@@ -22,6 +22,8 @@ pub enum LineError {
     Closed,
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
+    #[error("it chose version {0} of the control protocol, which it was not offered")]
+    Version(u16),
     #[error("a line longer than {LINE_MAX} bytes")]
     TooLong,
     #[error("not the expected JSON: {0}")]
