@@ -213,12 +213,11 @@ mod tests {
         }
     }
 
-    /// Its directory goes when all have connected that will.
-    fn serve() -> (testkit::TempDir, Server) {
+    fn serve() -> (std::path::PathBuf, (Server, testkit::TempDir)) {
         let directory = testkit::directory("server");
         let path = directory.path().join("socket");
         let server = Server::start(UnixListener::bind(&path).unwrap(), Arc::new(Echo)).unwrap();
-        (directory, server)
+        (path, (server, directory))
     }
 
     #[test]
