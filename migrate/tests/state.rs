@@ -145,14 +145,14 @@ fn a_vm_with_too_much_state_is_not_stopped() {
 
 #[test]
 fn a_vm_that_has_more_state_than_it_said_runs_on_here() {
-    let Some(moved) = moved(&[0], MAX_STATE_BYTES + 1, |_| {});
+    let moved = moved(&[0], MAX_STATE_BYTES + 1, |_| {});
     assert!(matches!(moved.result, Err(SendError::Vm(_))), "{:?}", moved.result);
     assert_eq!(moved.pauses, 1);
 }
 
 #[test]
 fn a_state_that_takes_longer_than_the_vm_may_stand_still_is_known_before() {
-    let Some(moved) = moved(&[MAX_STATE_BYTES], MAX_STATE_BYTES, |options| {
+    let moved = moved(&[MAX_STATE_BYTES], MAX_STATE_BYTES, |options| {
         options.max_downtime = Some(Duration::from_millis(1));
         options.max_rounds = 3;
     });
