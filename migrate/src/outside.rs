@@ -28,7 +28,6 @@ mod real {
     use std::fs::{DirBuilder, Metadata, Permissions};
     use std::future::Future;
     use std::io;
-    use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
     use std::path::{Path, PathBuf};
     use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -162,26 +161,20 @@ mod real {
     }
 
     fn own_uid() -> u32 {
-        // SAFETY: geteuid has no arguments and cannot fail.
-        unsafe { libc::geteuid() }
+        rustix::process::geteuid().as_raw()
     }
 
     fn is_memory(path: &Path) -> io::Result<bool> {
-        let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
-        // SAFETY: an all-zero statfs is a valid value of that plain C struct.
-        let mut found: libc::statfs = unsafe { std::mem::zeroed() };
-        // SAFETY: the path ends with a zero byte, and the kernel writes no more than the struct, which outlives the call.
-        if unsafe { libc::statfs(path.as_ptr(), &mut found) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
         const RAMFS_MAGIC: libc::__fsword_t = 0x8584_58f6;
+        let found = rustix::fs::statfs(path)?;
         Ok([libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&found.f_type))
     }
 
     pub(crate) fn random_bytes(into: &mut [u8]) -> io::Result<()> {
-        // SAFETY: the pointer and length are those of a live slice; getrandom writes no more than that.
-        let got = unsafe { libc::getrandom(into.as_mut_ptr().cast(), into.len(), 0) };
-        if got == into.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }
+        let bytes = into.len();
+        let got = rustix::rand::getrandom(into, rustix::rand::GetRandomFlags::empty())?;
+        // Up to 256 bytes come whole.
+        if got == bytes { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
     /// What another thread is working on.

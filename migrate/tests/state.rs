@@ -11,8 +11,8 @@ mod source;
 
 use std::time::Duration;
 
-use common::vm::{MEMORY as ENGINE_MEMORY, Writer, compare, engine, fill, options};
 use common::Target;
+use common::vm::{MEMORY as ENGINE_MEMORY, Writer, compare, engine, fill, options};
 use migrate::wire::control::{Control, MAX_STATE_BYTES, MAX_STATE_PART};
 use migrate::{
     CancelFlag, Expected, PlainMemory, ReceiveError, Report, SendError, SessionId, SourceOptions, SourceVm,

@@ -12,8 +12,8 @@ mod source;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-use common::vm::{MEMORY as ENGINE_MEMORY, Writer, engine, fill, options};
 use common::Target;
+use common::vm::{MEMORY as ENGINE_MEMORY, Writer, engine, fill, options};
 use migrate::tls::Security;
 use migrate::versions::Versions;
 use migrate::wire::VERSIONS;

@@ -1,10 +1,11 @@
 //! Serves a VM's control socket: a thread a connection, of which there are only so many.
 
-use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, recv};
 use serde_json::Value;
 use tracing::{debug, warn};
 
@@ -56,21 +57,19 @@ impl Client<'_> {
     /// Whether the client says that it wants no more of what is under way. Anything else that it says waits for its turn.
     pub fn cancels(&mut self) -> bool {
         let mut said = [0; PEEKED];
-        let (fd, flags) = (self.lines.stream().as_raw_fd(), libc::MSG_PEEK | libc::MSG_DONTWAIT);
-        // SAFETY: the kernel writes at most the buffer's length, and the buffer outlives the call.
-        let length = unsafe { libc::recv(fd, said.as_mut_ptr().cast(), said.len(), flags) };
-        let said = said.get(..length.max(0) as usize).unwrap_or_default();
-        let line = said.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let length = recv(self.lines.stream(), &mut said, flags).map_or(0, |(length, _)| length);
+        let line = said[..length].split(|byte| *byte == b'\n').next().unwrap_or_default();
         let cancels = matches!(serde_json::from_slice(line), Ok(Request::Cancel));
         cancels && self.lines.read::<Request>(IDLE_TIMEOUT).is_ok()
     }
 
     /// Whether the client has closed the connection (not only its sending half).
     pub fn gone(&self) -> bool {
-        let mut polled = libc::pollfd { fd: self.lines.stream().as_raw_fd(), events: 0, revents: 0 };
-        // SAFETY: one initialised entry that outlives the call.
-        let ready = unsafe { libc::poll(&mut polled, 1, 0) };
-        ready > 0 && polled.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0
+        let mut polled = [PollFd::new(self.lines.stream(), PollFlags::empty())];
+        let ready = poll(&mut polled, Some(&Timespec::default()));
+        let closed = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
+        ready.is_ok_and(|ready| ready > 0) && polled[0].revents().intersects(closed)
     }
 }
 
