@@ -1,7 +1,7 @@
 //! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
-//! `latch` (a store that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
+//! `tiers` (which of them answer), `latch` (one that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
 //! `receive` (the two ends of a migration).
 //!
 //! Invariants, checked by the simulation after every step:
@@ -21,6 +21,7 @@ mod receive;
 mod source;
 #[cfg(test)]
 mod tests;
+mod tiers;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -36,13 +37,14 @@ use crate::policy::probation::Probation;
 use crate::policy::sampler::Sampler;
 use crate::policy::watermarks::Watermarks;
 use crate::staging::{Staging, Use};
-use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
+use crate::stats::{LOST_RUNS_MAX, LostRun, Stats, TierState};
 use crate::table::{Flag, PageState, PageTable, STATES};
-use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
-use io::{BadReads, Ios};
-use latch::{Backoff, Latch};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId, bytes_of, runs_of};
+use io::Ios;
+use latch::Starving;
 use pins::Pins;
 use receive::Receiving;
+use tiers::{BadReads, Tiers};
 
 /// Pages in one read or write of the store at most: 256 KiB.
 pub const IO_PAGES_MAX: u32 = 64;
@@ -144,9 +146,8 @@ pub struct Core {
     /// Pages that left the guest since the last collection, while writes are tracked.
     left_while_tracked: Option<Vec<u64>>,
     receiving: Option<Receiving>,
-    /// The store takes no writes.
-    latch: Option<Latch>,
-    backoff: Backoff,
+    tiers: Tiers,
+    starving: Starving,
     pins: Pins,
     /// Pages of which a reading failed, until one succeeds or the page is lost.
     bad_reads: PageMap<BadReads>,
@@ -218,8 +219,8 @@ impl Core {
             pinned_in: Vec::new(),
             left_while_tracked: None,
             receiving: None,
-            latch: None,
-            backoff: Backoff::default(),
+            tiers: Tiers::new(1),
+            starving: Starving::default(),
             pins: Pins::default(),
             bad_reads: PageMap::default(),
             lost: BTreeSet::new(),
@@ -242,6 +243,23 @@ impl Core {
         let table = self.table.with_short_blocks(short);
         let marks = Watermarks::of(self.budget, table.memory_pages(), self.staging.slots());
         Core { table, marks, ..self }
+    }
+
+    /// The same with so many tiers: at which of them each block of pages is at home.
+    #[must_use]
+    pub fn with_homes(mut self, tiers: u8, home: impl Fn(usize) -> TierId) -> Self {
+        assert!((1..=TIERS_MAX).contains(&usize::from(tiers)), "{tiers} tiers");
+        self.tiers = Tiers::new(usize::from(tiers));
+        for block in 0..self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize {
+            let tier = home(block);
+            assert!(tier.0 < tiers, "{tier} is none of {tiers}");
+            self.table.set_home(block, tier);
+        }
+        self
+    }
+
+    pub fn tier_state(&self, tier: TierId) -> TierState {
+        self.tiers.state(tier)
     }
 
     /// The next thing to do. Call after every event until it says none.
@@ -289,7 +307,7 @@ impl Core {
             || (scarce_since && self.sampler.is_out());
         if waits || self.is_collapsing() {
             1
-        } else if self.may_sample() {
+        } else if self.may_sample() && self.waiting.is_empty() {
             self.sampler.interval()
         } else {
             IDLE_TICKS.min(self.ticks_to_retry())
@@ -310,6 +328,7 @@ impl Core {
             self.reread();
         }
         self.tick_latch();
+        self.tick_tiers(ticks);
         self.tick_pins(ticks);
         self.collapse();
         self.sample();
@@ -543,7 +562,9 @@ impl Core {
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
-                failed: self.latch.as_ref().map(|latch| latch.error().to_string()),
+                failed: self.tiers.latched().map(|error| error.to_string()),
+                state: self.tiers.state(TierId::STORE),
+                silent_ms: self.tiers.silent_ticks(TierId::STORE) * TICK_MS,
                 ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),

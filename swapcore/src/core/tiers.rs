@@ -1,0 +1,304 @@
+//! The tiers: which of them may be written, and which of them answer. What one of them does holds up nothing that is at another.
+//!
+//! ```text
+//!            a write failed                         nothing read, and somebody waits, for 5 s
+//!  latched, full ◀──────────── working ─────────────────────▶ unreachable
+//!        └── all that it refused is written ──▶ ▲ ◀── a page came back as it was written ──┘
+//! ```
+//! **Silent is not broken.** A tier that does not answer, or fails at everything, says nothing about the pages that it has: these stay
+//! `Stored`, and who waits for one waits on, until it answers. A page is given up only when it has failed again and again for
+//! [`BROKEN_TICKS`] *while its tier gave others*. So before a failure counts, another page must have come back as it was written since
+//! the failure before; if nobody else reads, the core does so itself: a *probe*.
+
+use super::Core;
+use super::event::Action;
+use super::latch::{Backoff, Latch};
+use crate::error::{IoError, IoErrorKind};
+use crate::stats::TierState;
+use crate::table::{Flag, PageState};
+use crate::units::{PageNo, TierId};
+
+/// A page that cannot be read is lost when so many readings of it have failed that each count ([`BadReads`]),
+pub(super) const BROKEN_TRIES: u32 = 4;
+/// and not before so many ticks since the first of them: 10 s. Paths and controllers come back within less, as a rule.
+pub(super) const BROKEN_TICKS: u64 = 100;
+/// Ticks between the readings of a page that somebody waits for: once more at once, then after a hiccup of the device may be over; from
+/// then on the last of these.
+const REREAD_TICKS: [u64; 4] = [0, 1, 10, 20];
+/// Somebody has waited for so many ticks, and the tier has given nothing, until that is told: 5 s.
+const SILENT_TICKS: u64 = 50;
+/// Probes for one reading that failed, at most: where half of a device is broken, the next one may be of the other half.
+pub(super) const PROBES_MAX: u32 = 8;
+/// A tier that has ended no write for so many ticks gets no more victims, and nobody counts on the frames of those that it has: 2 s.
+const STALLED_TICKS: u64 = 20;
+/// Pages that are looked at for one that a probe can read.
+const PROBE_SEARCH_MAX: u64 = 4096;
+/// From one probe to the next, in 1/2^64 of memory: the golden ratio, so that they come by everywhere.
+const PROBE_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// A page that could not be read, or came back with another content, while somebody waits for it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BadReads {
+    /// Readings that failed.
+    tries: u32,
+    /// Of these, the ones that count: the tier has given another page since the one before.
+    counted: u32,
+    first_tick: u64,
+    pub(super) again_tick: u64,
+    /// Pages that the tier had given when it failed last, and whether it has given more by when it was read again.
+    good_before: u64,
+    fair: bool,
+    kind: IoErrorKind,
+}
+
+/// What becomes of a page that could not be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Verdict {
+    ReadNow,
+    ReadLater,
+    Lost,
+}
+
+#[derive(Debug, Default)]
+struct Silence {
+    /// Pages that it had given, and writes that had ended, at the last tick.
+    good: u64,
+    writes: u64,
+    /// Ticks for which it has given none while somebody waited for one, and ended no write while somebody waited for a frame.
+    unread: u64,
+    unwritten: u64,
+    /// Ticks for which it has ended none of its writes.
+    stalled: u64,
+    told: bool,
+    /// How a reading failed last.
+    kind: Option<IoErrorKind>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Tier {
+    /// It takes no writes.
+    pub(super) latch: Option<Latch>,
+    pub(super) backoff: Backoff,
+    /// Pages that were read and were as they had been written.
+    good: u64,
+    writes: u64,
+    silence: Silence,
+}
+
+#[derive(Debug)]
+pub(super) struct Tiers {
+    tiers: Vec<Tier>,
+    /// Where the last probe was.
+    probe_hand: u64,
+}
+
+impl Tiers {
+    pub(super) fn new(count: usize) -> Tiers {
+        Tiers { tiers: (0..count).map(|_| Tier::default()).collect(), probe_hand: 0 }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.tiers.len()
+    }
+
+    pub(super) fn ids(&self) -> impl Iterator<Item = TierId> + use<> {
+        (0..self.tiers.len()).map(|index| TierId(index as u8))
+    }
+
+    pub(super) fn get(&self, tier: TierId) -> &Tier {
+        &self.tiers[tier.index()]
+    }
+
+    pub(super) fn get_mut(&mut self, tier: TierId) -> &mut Tier {
+        &mut self.tiers[tier.index()]
+    }
+
+    pub(super) fn may_write(&self, tier: TierId) -> bool {
+        self.get(tier).latch.is_none()
+    }
+
+    /// It takes writes, and ends them.
+    pub(super) fn is_open(&self, tier: TierId) -> bool {
+        self.may_write(tier)
+            && (self.get(tier).silence.stalled < STALLED_TICKS || mutant!(CountsOnStalledTier))
+    }
+
+    pub(super) fn any_open(&self) -> bool {
+        self.ids().any(|tier| self.is_open(tier))
+    }
+
+    pub(super) fn all_open(&self) -> bool {
+        self.ids().all(|tier| self.is_open(tier))
+    }
+
+    /// Nothing can be written anywhere.
+    pub(super) fn none_writable(&self) -> bool {
+        self.tiers.iter().all(|tier| tier.latch.is_some())
+    }
+
+    /// Why a tier takes no writes, if one does not.
+    pub(super) fn latched(&self) -> Option<IoError> {
+        self.tiers.iter().find_map(|tier| tier.latch.as_ref()).map(Latch::error)
+    }
+
+    pub(super) fn state(&self, tier: TierId) -> TierState {
+        let Tier { latch, silence, .. } = self.get(tier);
+        match latch.as_ref().map(|latch| latch.error().kind) {
+            _ if silence.told => TierState::Unreachable,
+            None => TierState::Working,
+            Some(IoErrorKind::Full) => TierState::Full,
+            Some(IoErrorKind::Unreachable) => TierState::Unreachable,
+            Some(_) => TierState::Latched,
+        }
+    }
+
+    /// Ticks for which somebody has waited for the tier, if that has been told.
+    pub(super) fn silent_ticks(&self, tier: TierId) -> u64 {
+        let silence = &self.get(tier).silence;
+        if silence.told { silence.unread.max(silence.unwritten) } else { 0 }
+    }
+
+    pub(super) fn wrote(&mut self, tier: TierId) {
+        self.get_mut(tier).writes += 1;
+    }
+
+    pub(super) fn gave(&mut self, tier: TierId, pages: u64) {
+        self.get_mut(tier).good += pages;
+    }
+}
+
+impl Core {
+    /// Of a page that somebody waits for.
+    pub(super) fn judge(&mut self, page: PageNo, kind: IoErrorKind) -> Verdict {
+        let tier = self.tiers.get_mut(self.table.home(page.block()));
+        tier.silence.kind = Some(kind);
+        let tick = self.tick;
+        let bad = self.bad_reads.entry(page).or_insert(BadReads {
+            tries: 0,
+            counted: 0,
+            first_tick: tick,
+            again_tick: tick,
+            good_before: tier.good,
+            fair: true,
+            kind,
+        });
+        let of_medium =
+            matches!(kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch) || mutant!(TakesSilenceForBroken);
+        bad.counted += u32::from(of_medium && (bad.fair || mutant!(TakesSilenceForBroken)));
+        if mutant!(PoisonsAtFirstError)
+            || (bad.counted >= BROKEN_TRIES && tick - bad.first_tick >= BROKEN_TICKS)
+        {
+            return Verdict::Lost;
+        }
+        let wait = REREAD_TICKS[(bad.tries as usize).min(REREAD_TICKS.len() - 1)];
+        bad.tries = bad.tries.saturating_add(1);
+        (bad.again_tick, bad.good_before, bad.fair, bad.kind) = (tick + wait, tier.good, false, kind);
+        if wait == 0 { Verdict::ReadNow } else { Verdict::ReadLater }
+    }
+
+    /// Reads once more what came back bad some time ago and is still waited for.
+    pub(super) fn reread(&mut self) {
+        let due = |bad: &BadReads| bad.again_tick <= self.tick;
+        let mut due: Vec<_> =
+            self.bad_reads.iter().filter(|(_, bad)| due(bad)).map(|(page, _)| *page).collect();
+        due.sort_unstable();
+        for page in due {
+            // If it is not in the store any more, or waits for a frame, it needs no help.
+            let idle = self.table.state(page) == PageState::Stored && !self.deferred.contains(&page);
+            if !self.waiting.contains_key(&page) {
+                self.bad_reads.remove(&page);
+            } else if idle && !mutant!(ForgetsRereads) {
+                let good = self.tiers.get(self.tier_of(page)).good;
+                let bad = self.bad_reads.get_mut(&page).expect("just found");
+                bad.fair = good != bad.good_before;
+                if !self.page_in(page) {
+                    self.deferred.push_back(page);
+                }
+            }
+        }
+    }
+
+    /// A page of the tier for a probe: what it has there is known, and nobody is writing it.
+    pub(super) fn find_probe(&mut self, tier: TierId) -> Option<PageNo> {
+        let pages = self.table.pages();
+        self.tiers.probe_hand = self.tiers.probe_hand.wrapping_add(PROBE_STRIDE);
+        let start = (u128::from(self.tiers.probe_hand) * u128::from(pages) >> 64) as u64;
+        let there = |page: &PageNo| {
+            self.table.has(*page, Flag::Stored)
+                && !self.table.has(*page, Flag::Writing)
+                && self.tier_of(*page) == tier
+                && !self.bad_reads.contains_key(page)
+        };
+        (0..PROBE_SEARCH_MAX.min(pages)).map(|nth| PageNo((start + nth) % pages)).find(there)
+    }
+
+    /// The tier has given a page. Who waited for others that it did not give is served at once, if that was for want of an answer.
+    pub(super) fn tier_answers(&mut self, tier: TierId) {
+        let told = self.end_silence(tier);
+        if self.bad_reads.is_empty() {
+            return;
+        }
+        let (table, tick) = (&self.table, self.tick);
+        let mut any = false;
+        for (page, bad) in &mut self.bad_reads {
+            let no_answer = !matches!(bad.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
+            if table.home(page.block()) == tier && (told || no_answer) && bad.again_tick > tick {
+                // Once: should it fail again, it is read again in its own time.
+                (bad.again_tick, any) = (tick, true);
+            }
+        }
+        if any {
+            self.reread();
+        }
+    }
+
+    fn end_silence(&mut self, tier: TierId) -> bool {
+        let silence = &mut self.tiers.get_mut(tier).silence;
+        (silence.unread, silence.unwritten) = (0, 0);
+        let told = std::mem::take(&mut silence.told);
+        silence.kind = silence.kind.filter(|_| !told);
+        if told && !mutant!(ForgetsReachable) {
+            self.actions.push_back(Action::TierReachable(tier));
+        }
+        told
+    }
+
+    /// Looks which tiers give nothing while somebody waits for it.
+    pub(super) fn tick_tiers(&mut self, ticks: u64) {
+        for tier in self.tiers.ids() {
+            let reader = self.waits_for_read(tier);
+            let writing = self.ios.writes_to(tier) > 0;
+            let writer = writing && !self.deferred.is_empty();
+            let Tier { good, writes, silence, .. } = self.tiers.get_mut(tier);
+            let heard = (silence.good != *good, silence.writes != *writes);
+            (silence.good, silence.writes) = (*good, *writes);
+            silence.unread = if reader && !heard.0 { silence.unread + ticks } else { 0 };
+            silence.unwritten = if writer && !heard.1 { silence.unwritten + ticks } else { 0 };
+            silence.stalled = if writing && !heard.1 { silence.stalled + ticks } else { 0 };
+            match silence.unread.max(silence.unwritten) {
+                0 => drop(self.end_silence(tier)),
+                SILENT_TICKS.. if !silence.told && !mutant!(WaitsInSilence) => {
+                    silence.told = true;
+                    let write = silence.unread == 0;
+                    let kind = silence.kind.filter(|_| !write).unwrap_or(IoErrorKind::Unreachable);
+                    self.actions.push_back(Action::TierUnreachable(IoError { tier, write, kind }));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Somebody waits for a page that is being read from the tier, or is to be read again.
+    fn waits_for_read(&self, tier: TierId) -> bool {
+        self.waiting.keys().any(|page| {
+            self.tier_of(*page) == tier
+                && match self.table.state(*page) {
+                    PageState::Stored => self.bad_reads.contains_key(page) && !self.deferred.contains(page),
+                    PageState::Arriving => {
+                        self.slots_of.get(page).is_some_and(|slot| self.ios.is_reading(*slot))
+                    }
+                    _ => false,
+                }
+        })
+    }
+}
