@@ -267,6 +267,10 @@ impl EngineHandle {
     }
 
     /// The pages that are in the store, or on their way there, in ascending runs.
+    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
+        self.ask(Request::StoredMap, runs)
+    }
+
     pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
         self.call(Request::StoredMap, runs)
     }

@@ -62,6 +62,8 @@ struct State {
     pinned: BTreeSet<PageNo>,
     store: BTreeMap<PageNo, u64>,
     bad: BTreeMap<PageNo, Bad>,
+    /// So many reads of the store fail, whatever they are of.
+    store_away: u64,
     written: Option<BTreeSet<PageNo>>,
     receiving: bool,
     free: BTreeSet<u32>,
@@ -153,6 +155,7 @@ impl EngineHandle {
             pinned: BTreeSet::new(),
             store: BTreeMap::new(),
             bad: BTreeMap::new(),
+            store_away: 0,
             written: None,
             receiving: false,
             free: (0..SLOTS).collect(),
@@ -242,6 +245,11 @@ impl EngineHandle {
         let bad = world().random.pick(&[Bad::Once, Bad::Unreadable, Bad::Rotten]);
         state.bad.insert(page, bad);
         bad != Bad::Once
+    }
+
+    /// The store is away for so many reads, and comes back as it was.
+    pub(crate) fn be_away(&self, reads: u64) {
+        self.0.borrow_mut().store_away = reads;
     }
 
     pub(crate) fn is_zero(&self, page: PageNo) -> bool {
@@ -385,6 +393,14 @@ impl EngineHandle {
 
     pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
         self.map_of(Place::Stored)
+    }
+
+    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
+        self.ask(|state| {
+            let there =
+                (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == Place::Stored);
+            Ok(runs_of(there, u32::MAX).collect())
+        })
     }
 
     fn map_of(&self, place: Place) -> Result<Vec<Run>, CommandError> {
@@ -559,14 +575,22 @@ impl StoreFile {
         StoreFile(device)
     }
 
-    pub async fn read_exact_at<B: BoundedBufMut>(&self, mut buf: B, from: u64) -> (io::Result<()>, B) {
+    pub async fn read_exact_at<B: BoundedBufMut>(&self, buf: B, from: u64) -> (io::Result<()>, B) {
+        self.read_at(buf, from, true).await
+    }
+
+    pub async fn read_at<B: BoundedBufMut>(&self, mut buf: B, from: u64, held: bool) -> (io::Result<()>, B) {
         sleep(world().delay(DEVICE)).await;
         let mut state = self.0.0.0.borrow_mut();
+        if state.store_away > 0 {
+            state.store_away -= 1;
+            return (Err(io::Error::from_raw_os_error(libc::EIO)), buf);
+        }
         let run = Run::new(PageNo(from / PAGE_SIZE as u64), (buf.bytes_total() / PAGE_SIZE) as u32);
         let mut bytes = Vec::with_capacity(run.bytes());
         for page in run.pages() {
-            assert!(state.held[page.index()], "{page} is read from the store and not held");
-            let mut read = content(page, state.store[&page]);
+            assert!(!held || state.held[page.index()], "{page} is read from the store and not held");
+            let mut read = content(page, state.store.get(&page).copied().unwrap_or_default());
             match state.bad.get(&page) {
                 Some(Bad::Rotten) => read[usize::from(world().random.next() as u8)] ^= 0x10,
                 Some(_) => {
@@ -585,4 +609,9 @@ impl StoreFile {
         }
         (Ok(()), buf)
     }
+}
+
+/// As the real one: the page is not held.
+pub async fn probe_at<B: BoundedBufMut>(store: &StoreFile, buf: B, at: u64) -> (io::Result<()>, B) {
+    store.read_at(buf, at, false).await
 }

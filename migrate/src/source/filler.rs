@@ -7,14 +7,15 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use swapd::digest::page_sum;
-use swapd::{PAGE_SIZE, PageNo, Piece, Place, Run, answered};
+use swapd::{CommandError, IoError, IoErrorKind, PAGE_SIZE, PageNo, Piece, Place, Run, TierId, answered};
 use tokio::sync::mpsc;
 
 use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
 use super::tracker::Tracker;
+use crate::limits::patience;
 use crate::link::trouble::Trouble;
-use crate::outside::{breathe, planted, sleep};
+use crate::outside::{Instant, breathe, planted, probe_at, sleep};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
 
 /// How often a page that could not be read is read once more.
@@ -22,6 +23,11 @@ const REREADS: u32 = 3;
 const REREAD_EVERY: Duration = Duration::from_millis(300);
 /// In a session it is not waited between them more often than that: a disk that is gone gives nothing back.
 pub(crate) const REREAD_WAITS: u32 = 32;
+/// A store that gives nothing at all is waited for so long; then the move ends, and the VM stays. Its pages are not lost: nobody knows
+/// that of a store that is silent.
+const STORE_LIMIT: Duration = Duration::from_secs(10);
+/// Pages that are asked for to see whether the store gives any.
+const PROBES: usize = 16;
 
 /// One record in the making, and the pages found on the way that have no content.
 struct Filler {
@@ -185,10 +191,10 @@ impl Filler {
         while self.record.room() > 0 {
             let Some(wanted) = self.next_wanted(rest, sum_of) else { break };
             rest = Run::new(wanted.end(), (run.end().0 - wanted.end().0) as u32);
-            if !self.read(wanted, sum_of).await {
+            if self.read(wanted, sum_of).await.is_err() {
                 // One page that cannot be read does not spoil its neighbours.
                 for page in wanted.pages() {
-                    if !self.read_again(page, sum_of).await {
+                    if !self.read_again(page, sum_of).await? {
                         self.lose(page);
                     }
                 }
@@ -221,33 +227,55 @@ impl Filler {
         wanted
     }
 
-    /// Reads pages from the store behind the record's last. False: they are not there, or not all of them as they were
-    /// written, and nothing was added.
-    async fn read(&mut self, run: Run, sum_of: impl Fn(PageNo) -> u64) -> bool {
+    /// Reads pages from the store behind the record's last.
+    ///
+    /// # Errors
+    /// They are not there, or not all of them as they were written, and nothing was added.
+    async fn read(&mut self, run: Run, sum_of: impl Fn(PageNo) -> u64) -> Result<(), IoErrorKind> {
         let region = self.record.tail(run.len);
         let (result, mut region) = self.ship.store.read_exact_at(region, run.start.offset()).await;
         if let Err(error) = result {
             if self.ship.patience.get() > 0 {
                 tracing::warn!(%error, ?run, "the store cannot be read");
             }
-            return false;
+            return Err(IoErrorKind::of(&error));
         }
         self.ship.handle.decrypt(run, region.bytes_mut());
         let pages = run.pages().zip(region.bytes().chunks_exact(PAGE_SIZE));
         let good = planted!(TrustsTheStore)
             || pages.into_iter().all(|(page, bytes)| page_sum(page, bytes) == sum_of(page));
         drop(region);
-        if good {
-            run.pages().for_each(|page| self.record.keep(page, sum_of(page)));
+        if !good {
+            return Err(IoErrorKind::Mismatch);
         }
-        good
+        run.pages().for_each(|page| self.record.keep(page, sum_of(page)));
+        self.ship.last_given.set(Some(run.start));
+        Ok(())
     }
 
-    /// Reads a page that was bad, again and again for a while, as the engine does: the device may have had a hiccup.
-    async fn read_again(&mut self, page: PageNo, sum_of: impl Fn(PageNo) -> u64) -> bool {
-        for _ in 0..REREADS {
-            if self.read(Run::one(page), &sum_of).await {
-                return true;
+    /// Reads a page that was bad, again and again for a while, as the engine does: the device may have had a hiccup. False: its medium is
+    /// broken, for the store gives others.
+    ///
+    /// # Errors
+    /// The store gives nothing.
+    async fn read_again(&mut self, page: PageNo, sum_of: impl Fn(PageNo) -> u64) -> Result<bool, Trouble> {
+        let deadline = Instant::now() + patience(STORE_LIMIT);
+        let mut tries = 0;
+        loop {
+            let Err(kind) = self.read(Run::one(page), &sum_of).await else { return Ok(true) };
+            tries += 1;
+            if tries > REREADS {
+                let of_medium = matches!(kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
+                if of_medium && (self.gives_another(page).await? || planted!(TakesSilenceForBroken)) {
+                    // Since it gave the other, this one has not been asked for.
+                    return Ok(self.read(Run::one(page), &sum_of).await.is_ok());
+                }
+                if Instant::now() >= deadline {
+                    let error = IoError { tier: TierId::STORE, write: false, kind };
+                    return Err(CommandError::Store(error).into());
+                }
+                sleep(REREAD_EVERY).await;
+                continue;
             }
             match self.ship.patience.get() {
                 0 => {}
@@ -257,7 +285,39 @@ impl Filler {
                 }
             }
         }
-        false
+    }
+
+    /// Whether the store gives any page but this one, as it was written. None of them is held, so that one that is just being changed
+    /// does not count.
+    async fn gives_another(&mut self, page: PageNo) -> Result<bool, Trouble> {
+        let stored = answered(self.ship.handle.stored_map_async()).await?;
+        let count: u64 = stored.iter().map(|run| u64::from(run.len)).sum();
+        let nth = |nth: u64| {
+            let mut before = 0;
+            let mut behind = stored.iter().filter_map(|run| {
+                let at = nth.checked_sub(before).filter(|at| *at < u64::from(run.len));
+                before += u64::from(run.len);
+                Some(run.start.plus(at? as u32))
+            });
+            behind.next()
+        };
+        let spread = (0..PROBES as u64).filter_map(|part| nth(part * count / PROBES as u64));
+        let mut others: Vec<_> = self.ship.last_given.get().into_iter().chain(spread).collect();
+        others.dedup();
+        for other in others.into_iter().filter(|other| *other != page) {
+            let sums = answered(self.ship.handle.sums_async(Run::one(other))).await?;
+            let (result, mut region) = probe_at(&self.ship.store, self.record.tail(1), other.offset()).await;
+            if result.is_err() {
+                continue;
+            }
+            self.ship.handle.decrypt(Run::one(other), region.bytes_mut());
+            let bytes = region.bytes().first_chunk::<PAGE_SIZE>().expect("a page");
+            if page_sum(other, bytes) == sums[0] {
+                self.ship.last_given.set(Some(other));
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The content is gone: the target poisons the page, as the engine here will when it is touched.
