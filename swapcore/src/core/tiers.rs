@@ -302,3 +302,150 @@ impl Core {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::{CoreConfig, Event, IoId, PageOut, Request, Ticket};
+    use crate::errno;
+    use crate::units::Run;
+
+    /// Two blocks, each at a tier of its own.
+    fn core() -> Core {
+        let config = CoreConfig {
+            pages: 1024,
+            budget_frames: 256,
+            budget_min: 48,
+            slots: 256,
+            blocks: 0,
+            sampling: false,
+        };
+        Core::new(config).with_homes(2, |block| TierId(block as u8))
+    }
+
+    /// Does what is to be done but for I/O and what is to be told: that is returned.
+    fn perform(core: &mut Core) -> Vec<Action> {
+        let mut rest = Vec::new();
+        while let Some(action) = core.next_action() {
+            match action {
+                Action::MoveIn { run, slots } => core.handle(Event::MovedIn { run, slots, moved: run.len }),
+                Action::CopyIn { page, slot } => core.handle(Event::CopiedIn { page, slot, copied: true }),
+                Action::MoveOut { run, slots, .. } => {
+                    let out = vec![PageOut::Moved { sum: run.start.0, zero: false }; run.len as usize];
+                    core.handle(Event::MovedOut { run, slots, pages: &out });
+                }
+                other => rest.push(other),
+            }
+        }
+        core.check();
+        rest
+    }
+
+    fn hand(core: &mut Core, event: Event<'_>) -> Vec<Action> {
+        core.handle(event);
+        core.make_ready();
+        perform(core)
+    }
+
+    /// The page has been touched, and is in the store alone; its checksum is its number.
+    fn store(core: &mut Core, page: PageNo) {
+        hand(core, Event::Fault(page));
+        let evict = |core: &mut Core| {
+            let request = Request::Evict(Run::one(page));
+            hand(core, Event::Request { ticket: Ticket(1), request })
+        };
+        let mut todo = evict(core);
+        while core.table.state(page) != PageState::Stored {
+            todo.extend(hand(core, Event::Tick { ticks: 1 }));
+            for action in std::mem::take(&mut todo) {
+                if let Action::Write { io, .. } = action {
+                    todo.extend(hand(core, Event::WriteDone { io, result: Ok(()) }));
+                }
+            }
+        }
+    }
+
+    fn reads(actions: &[Action]) -> Vec<(IoId, TierId, PageNo)> {
+        let read = |action: &Action| match action {
+            Action::Read { io, tier, run, .. } => Some((*io, *tier, run.start)),
+            _ => None,
+        };
+        actions.iter().filter_map(read).collect()
+    }
+
+    const BROKEN: IoErrorKind = IoErrorKind::Broken(errno::EIO);
+
+    /// Somebody waits for the page while its tier gives what `gives` says, for so many ticks; returns what is told meanwhile.
+    fn wait(core: &mut Core, page: PageNo, ticks: u64, gives: impl Fn(PageNo) -> bool) -> Vec<Action> {
+        let (mut told, mut todo) = (Vec::new(), hand(core, Event::Fault(page)));
+        for _ in 0..=ticks {
+            while !todo.is_empty() {
+                for action in std::mem::take(&mut todo) {
+                    let [(io, tier, read)] = reads(std::slice::from_ref(&action))[..] else {
+                        told.push(action);
+                        continue;
+                    };
+                    let sums = [read.0];
+                    let error = IoError { tier, write: false, kind: BROKEN };
+                    let result = if gives(read) { Ok(&sums[..]) } else { Err(error) };
+                    todo.extend(hand(core, Event::ReadDone { io, result }));
+                }
+            }
+            todo = hand(core, Event::Tick { ticks: 1 });
+        }
+        told.extend(todo);
+        told
+    }
+
+    #[test]
+    fn a_tier_that_fails_at_everything_for_minutes_loses_no_page() {
+        let mut core = core();
+        let pages = [3, 70, 140].map(PageNo);
+        pages.iter().for_each(|page| store(&mut core, *page));
+        let told = wait(&mut core, pages[0], 3000, |_| false);
+        assert_eq!(core.table.count(PageState::Poisoned), 0);
+        let unreachable = |action: &&Action| matches!(action, Action::TierUnreachable(error) if error.tier == TierId(0) && error.kind == BROKEN);
+        assert_eq!(told.iter().filter(unreachable).count(), 1, "{told:?}");
+        assert_eq!(core.tier_state(TierId(0)), TierState::Unreachable);
+        assert_eq!(core.tier_state(TierId(1)), TierState::Working);
+        let told = wait(&mut core, pages[1], 0, |_| true);
+        assert!(told.iter().any(|action| matches!(action, Action::TierReachable(TierId(0)))), "{told:?}");
+        wait(&mut core, pages[2], 20, |_| true);
+        assert!(pages.iter().all(|page| core.table.state(*page) == PageState::Resident));
+        assert_eq!(core.tier_state(TierId(0)), TierState::Working);
+    }
+
+    #[test]
+    fn a_page_that_is_not_given_for_ten_seconds_while_others_are_is_lost() {
+        let mut core = core();
+        [3, 70, 140].map(PageNo).iter().for_each(|page| store(&mut core, *page));
+        let told = wait(&mut core, PageNo(3), BROKEN_TICKS - 1, |page| page != PageNo(3));
+        assert_eq!(core.table.state(PageNo(3)), PageState::Stored, "{told:?}");
+        wait(&mut core, PageNo(3), 40, |page| page != PageNo(3));
+        assert_eq!(core.table.state(PageNo(3)), PageState::Poisoned);
+        assert_eq!(core.table.count(PageState::Poisoned), 1);
+    }
+
+    #[test]
+    fn what_one_tier_refuses_is_no_matter_of_the_other() {
+        let mut core = core();
+        let [good, bad] = [PageNo(3), PageNo(600)];
+        for page in [good, bad] {
+            hand(&mut core, Event::Fault(page));
+            let request = Request::Evict(Run::one(page));
+            let mut todo = hand(&mut core, Event::Request { ticket: Ticket(page.0), request });
+            todo.extend(hand(&mut core, Event::Tick { ticks: 1 }));
+            for action in todo {
+                if let Action::Write { io, tier, .. } = action {
+                    let error = IoError { tier, write: true, kind: IoErrorKind::Full };
+                    let result = if tier == TierId(1) { Err(error) } else { Ok(()) };
+                    hand(&mut core, Event::WriteDone { io, result });
+                }
+            }
+        }
+        assert_eq!([0, 1].map(|tier| core.tier_state(TierId(tier))), [TierState::Working, TierState::Full]);
+        assert_eq!(core.table.state(bad), PageState::Leaving);
+        store(&mut core, PageNo(200));
+        assert_eq!(core.table.state(PageNo(200)), PageState::Stored);
+    }
+}
