@@ -331,7 +331,8 @@ mod tests {
                 Action::MoveIn { run, slots } => core.handle(Event::MovedIn { run, slots, moved: run.len }),
                 Action::CopyIn { page, slot } => core.handle(Event::CopiedIn { page, slot, copied: true }),
                 Action::MoveOut { run, slots, .. } => {
-                    let out = vec![PageOut::Moved { sum: run.start.0, zero: false }; run.len as usize];
+                    let out: Vec<_> =
+                        run.pages().map(|page| PageOut::Moved { sum: page.0, zero: false }).collect();
                     core.handle(Event::MovedOut { run, slots, pages: &out });
                 }
                 other => rest.push(other),
@@ -365,9 +366,9 @@ mod tests {
         }
     }
 
-    fn reads(actions: &[Action]) -> Vec<(IoId, TierId, PageNo)> {
+    fn reads(actions: &[Action]) -> Vec<(IoId, TierId, Run)> {
         let read = |action: &Action| match action {
-            Action::Read { io, tier, run, .. } => Some((*io, *tier, run.start)),
+            Action::Read { io, tier, run, .. } => Some((*io, *tier, *run)),
             _ => None,
         };
         actions.iter().filter_map(read).collect()
@@ -385,9 +386,9 @@ mod tests {
                         told.push(action);
                         continue;
                     };
-                    let sums = [read.0];
+                    let sums: Vec<_> = read.pages().map(|page| page.0).collect();
                     let error = IoError { tier, write: false, kind: BROKEN };
-                    let result = if gives(read) { Ok(&sums[..]) } else { Err(error) };
+                    let result = if read.pages().all(&gives) { Ok(&sums[..]) } else { Err(error) };
                     todo.extend(hand(core, Event::ReadDone { io, result }));
                 }
             }
