@@ -1,4 +1,5 @@
 //! Every decoder of bytes that somebody else chose, one function each: what the fuzzer calls, and what the tests call with the corpus.
+//! Those of benchmarks are in theirs.
 //!
 //! A function here fails (panics) if the decoder does, or if a value that it let through does not come back the same when it is written
 //! and read again. Checksums are made right first, where there are any: they keep accidents out, not a peer.
@@ -14,7 +15,6 @@ use migrate::{Hello, SessionId};
 use swapd::BLOCK_PAGES;
 use vmprocess::control::protocol::{Reply, Request};
 
-use crate::bench::{jobfile, trace::file};
 use crate::qemu::offer::Offer;
 use crate::qemu::options::CommandLine;
 use crate::qemu::refuse::{refuse, unmovable};
@@ -31,7 +31,7 @@ const SESSION: SessionId = SessionId([7; 16]);
 /// A decoder under test, by its name: that of its corpus and of its file in `fuzz/fuzz_targets`.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 7] = [
     ("wire_opening", wire_opening),
     ("wire_record", wire_record),
     ("machine_state", machine_state),
@@ -39,8 +39,6 @@ pub const TARGETS: [Target; 9] = [
     ("qemu_line", qemu_line),
     ("qemu_offer", qemu_offer),
     ("qemu_rules", qemu_rules),
-    ("job_file", job_file),
-    ("trace", trace),
 ];
 
 /// The first bytes of a connection: a kind, then the body.
@@ -172,104 +170,23 @@ pub fn qemu_rules(data: &[u8]) {
     }
 }
 
-/// A benchmark's job file.
-pub fn job_file(data: &[u8]) {
-    if let Ok(text) = std::str::from_utf8(data) {
-        let _ = jobfile::parse("job", text).map_err(|faults| faults.show("job", text));
-    }
-}
-
-/// A recorded trace.
-pub fn trace(data: &[u8]) {
-    let mut entries = 0_u64;
-    if let Ok(header) = file::decode(data, data.len() as u64, |_| entries += 1) {
-        assert_eq!(header.entries, entries);
-    }
-}
+#[cfg(test)]
+#[path = "../fuzz/survive.rs"]
+mod survive;
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-    use proptest::sample::Index;
-
     use super::*;
 
-    fn corpus(name: &str) -> Vec<Vec<u8>> {
-        let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
-        assert!(fuzz.join(format!("fuzz_targets/{name}.rs")).is_file(), "the fuzzer has no target {name}");
-        let files = std::fs::read_dir(fuzz.join("corpus").join(name)).unwrap();
-        files.map(|entry| std::fs::read(entry.unwrap().path()).unwrap()).collect()
-    }
+    const FUZZ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz");
 
     #[test]
     fn the_corpus_is_survived() {
-        for (name, target) in TARGETS {
-            let corpus = corpus(name);
-            assert!(corpus.len() > 2, "the corpus of {name} is almost empty");
-            corpus.iter().for_each(|input| target(input));
-        }
-    }
-
-    /// A short run of what `scripts/fuzz` does for longer, and without its eye for what is new.
-    #[derive(Debug, Clone)]
-    enum Change {
-        Set(Index, u8),
-        Flip(Index, u8),
-        Remove(Index, Index),
-        Double(Index, Index),
-        /// The rest is that of another input.
-        GoOn(Index, Index, Index),
-    }
-
-    fn change() -> impl Strategy<Value = Change> {
-        prop_oneof![
-            any::<(Index, u8)>().prop_map(|(at, byte)| Change::Set(at, byte)),
-            any::<(Index, u8)>().prop_map(|(at, bit)| Change::Flip(at, bit % 8)),
-            any::<(Index, Index)>().prop_map(|(from, to)| Change::Remove(from, to)),
-            any::<(Index, Index)>().prop_map(|(from, to)| Change::Double(from, to)),
-            any::<(Index, Index, Index)>().prop_map(|(at, other, from)| Change::GoOn(at, other, from)),
-        ]
-    }
-
-    fn make(corpus: &[Vec<u8>], input: Index, changes: &[Change]) -> Vec<u8> {
-        let mut bytes = input.get(corpus).clone();
-        for change in changes {
-            let range = |from: &Index, to: &Index| {
-                let ends = [from.index(bytes.len() + 1), to.index(bytes.len() + 1)];
-                ends[0].min(ends[1])..ends[0].max(ends[1])
-            };
-            match change {
-                _ if bytes.is_empty() => bytes.push(0),
-                Change::Set(at, byte) => *at.get_mut(&mut bytes) = *byte,
-                Change::Flip(at, bit) => *at.get_mut(&mut bytes) ^= 1 << bit,
-                Change::Remove(from, to) => {
-                    let gone = range(from, to);
-                    bytes.drain(gone);
-                }
-                Change::Double(from, to) => {
-                    let again = range(from, to);
-                    bytes.extend_from_within(again);
-                }
-                Change::GoOn(at, other, from) => {
-                    let kept = at.index(bytes.len());
-                    bytes.truncate(kept);
-                    let other = other.get(corpus);
-                    bytes.extend_from_slice(&other[from.index(other.len() + 1)..]);
-                }
-            }
-            bytes.truncate(65_536);
-        }
-        bytes
+        survive::corpora(Path::new(FUZZ), &TARGETS);
     }
 
     #[test]
     fn what_becomes_of_the_corpus_by_chance_is_survived() {
-        for (name, target) in TARGETS {
-            let corpus = corpus(name);
-            let inputs = (any::<Index>(), prop::collection::vec(change(), 1..12));
-            proptest!(ProptestConfig::with_cases(4000), |((input, changes) in inputs)| {
-                target(&make(&corpus, input, &changes));
-            });
-        }
+        survive::chance(Path::new(FUZZ), &TARGETS);
     }
 }

@@ -1,14 +1,21 @@
 //! vmemd: the command, the host daemon and the drivers of VMs.
 
-pub mod bench;
+#[cfg(test)]
+#[macro_use]
+extern crate testkit;
+
 pub mod cli;
 pub mod daemon;
 pub mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod pki;
+pub mod program;
 pub mod qemu;
 mod reference;
 pub mod run;
 mod sandbox;
 pub mod vmm;
+
+#[cfg(test)]
+testkit::main!();

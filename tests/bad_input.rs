@@ -1,12 +1,18 @@
 //! Bad input of every kind: one clear error that says what to do, the right exit code, nothing left behind.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 
-use common::{Host, cannot_run_vms, wait_for};
+use common::{Host, needs_vms, wait_for};
+use testkit::{Reason, skip};
 
 const GUEST: &str = "rewrite:working-set=40M,rate=400M";
 
@@ -38,15 +44,6 @@ fn numbers_and_names_that_make_no_sense() {
         run(&format!("pki init /nowhere/pki --host a,{name}")).fails(2, &["no name or address"]);
     }
     run("pki issue /nowhere/pki --host a").fails(1, &["ca.key", "vmemd pki init"]);
-    run("bench migrate --memory 64M --ram 65M").fails(2, &["more than the VM's memory of 64M"]);
-    run("bench replay").fails(2, &["TRACE", "--synthetic"]);
-    run("bench replay --synthetic zap").fails(2, &["zipf:0.99"]);
-    run("bench replay --synthetic random --ram 1M").fails(2, &["minimum of 16M"]);
-    run("bench replay --synthetic loop:9 --memory 64M").fails(2, &["--memory 288M"]);
-    run("bench replay --synthetic random --touches 999M").fails(2, &["at most"]);
-    run("bench replay a.trace --touches 5").fails(2, &["--touches"]);
-    run("bench record -o x.trace").fails(2, &["FILE.fio", "--vm"]);
-    run("bench record a.fio --vm web -o x.trace").fails(2, &["--vm"]);
     run("receive {}").fails(2, &["vmemd serve"]);
     run("fly").fails(2, &["fly"]);
     host.assert_clean();
@@ -60,16 +57,12 @@ fn more_ram_than_the_host_has() {
     run.fails(5, &["RAM", "free", "--ram"]);
     let serve = host.vmemd(&["serve", "--listen", "127.0.0.1:0", "--ram", "4096T", "--store", &store]);
     serve.fails(5, &["4096T", "more than this host has"]);
-    let bench = host.vmemd(&["bench", "migrate", "--memory", "4096T", "--ram", "1G", "--store", &store]);
-    bench.fails(5, &["RAM", "free"]);
     host.assert_clean();
 }
 
 #[test]
 fn a_working_set_that_does_not_fit() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let host = Host::new("working-set");
     let store = host.store();
     let args =
@@ -80,9 +73,7 @@ fn a_working_set_that_does_not_fit() {
 
 #[test]
 fn a_store_that_is_too_small_or_none() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let host = Host::new("store");
     let args = ["run", "--name", "x", "--memory", "900T", "--ram", "16M", "--guest", "idle", "--store"];
     let with = |store: &str| host.vmemd(&[&args[..], &[store]].concat());
@@ -130,9 +121,7 @@ fn a_run_directory_that_is_none() {
 
 #[test]
 fn a_name_that_is_taken_and_one_whose_process_died() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("name");
     let store = host.store();
     let mut run = host.start_vm("web", GUEST);
@@ -151,9 +140,7 @@ fn a_name_that_is_taken_and_one_whose_process_died() {
 
 #[test]
 fn targets_that_are_not_there_or_speak_rubbish() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("peer");
     let _run = host.start_vm("web", GUEST);
     // A port that nobody listens on.
@@ -183,9 +170,7 @@ fn targets_that_are_not_there_or_speak_rubbish() {
 
 #[test]
 fn a_target_without_room_or_with_the_name_taken() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("room");
     let mut target = Host::new("room-target");
     let (_daemon, address) = target.start_daemon("127.0.0.1:0", "64M", &[]);
@@ -204,9 +189,7 @@ fn a_target_without_room_or_with_the_name_taken() {
 
 #[test]
 fn a_daemon_survives_rubbish_silence_and_truncation() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("hostile");
     let (daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let mut silent: Vec<TcpStream> = Vec::new();
@@ -224,9 +207,7 @@ fn a_daemon_survives_rubbish_silence_and_truncation() {
 
 #[test]
 fn a_control_socket_survives_rubbish_and_crowds() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("crowd");
     let _run = host.start_vm("web", GUEST);
     let path = host.run_dir().join("web.sock");
@@ -248,9 +229,7 @@ fn a_control_socket_survives_rubbish_and_crowds() {
 
 #[test]
 fn a_store_without_o_direct() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let host = Host::new("o-direct");
     let refuses = |dir: &&str| {
         let probe = std::path::Path::new(dir).join(format!("vmemd-probe-{}", std::process::id()));
@@ -263,8 +242,7 @@ fn a_store_without_o_direct() {
         opened.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
     };
     let Some(dir) = ["/dev/shm", "/run", "/tmp"].into_iter().find(refuses) else {
-        common::skipped(&"every file system here offers O_DIRECT");
-        return;
+        skip(Reason::Kernel, "every file system here offers O_DIRECT");
     };
     let said = host.vmemd(&[
         "run",

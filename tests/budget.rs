@@ -1,6 +1,11 @@
 //! RAM for a VM's pages never exceeds its budget: sampled every 10 ms through a run, from the process's own
 //! accounting. One test in a process of its own, so that nothing else is counted.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::path::PathBuf;
@@ -8,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use swapd::{Engine, EngineConfig, StoreConfig};
+use testkit::{OrSkip, Reason};
 use vmemd::vmm::{Machine, MachineConfig, RunState};
 
 const MIB: u64 = 1 << 20;
@@ -52,16 +58,10 @@ fn ram_stays_within_the_budget_at_every_moment() {
         lock: true,
         sampling: true,
     };
-    let engine = match Engine::start(config, Box::new(|_| {})) {
-        Ok(engine) => engine,
-        Err(error) => return common::skipped(&error),
-    };
+    let engine = Engine::start(config, Box::new(|_| {})).or_skip(Reason::Uffd);
     let workload = "rewrite".parse().expect("a workload");
     let config = MachineConfig { memory_bytes: MEMORY, vcpus: 2, workload };
-    let mut machine = match Machine::new(config, engine.memory_base()) {
-        Ok(machine) => machine,
-        Err(error) => return common::skipped(&error),
-    };
+    let mut machine = Machine::new(config, engine.memory_base()).or_skip(Reason::Kvm);
     machine.start().expect("the machine starts");
     let deadline = Instant::now() + Duration::from_secs(120);
     for (budget, rounds) in [(128, 2), (64, 1), (256, 2)] {

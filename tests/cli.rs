@@ -1,19 +1,23 @@
 //! The command, end to end, with small VMs on the real kernel.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::sync::mpsc::RecvTimeoutError;
 
-use common::{Host, cannot_run_vms, freeze, lives, not_root, signal, wait_for};
+use common::{Host, freeze, lives, needs_root, needs_vms, signal, wait_for};
 use serde_json::Value;
+use testkit::{Reason, skip};
 
 const GUEST: &str = "rewrite:working-set=40M,rate=400M";
 
 #[test]
 fn a_vm_moves_into_half_its_memory_and_runs_on() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("example");
     let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let mut run = host.start_vm("web", GUEST);
@@ -67,9 +71,7 @@ fn an_arriving_vm_never_has_more_ram_than_its_budget() {
     /// Buffers, tables and queues of the receiving process.
     const BESIDE: u64 = 8 << 20;
     const SAMPLE_EVERY: std::time::Duration = std::time::Duration::from_millis(10);
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("budget");
     let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let mut run = host.start_vm("web", "rewrite");
@@ -107,9 +109,7 @@ fn an_arriving_vm_never_has_more_ram_than_its_budget() {
 
 #[test]
 fn stat_has_the_documented_fields_and_commands_do_what_they_say() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("commands");
     let mut run = host.start_vm("web", GUEST);
     let stat = host.stat("web").expect("it runs");
@@ -149,9 +149,7 @@ fn stat_has_the_documented_fields_and_commands_do_what_they_say() {
 
 #[test]
 fn ctrl_c_of_run_leaves_nothing() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     for number in [libc::SIGINT, libc::SIGTERM] {
         let mut host = Host::new("interrupt");
         let mut run = host.start_vm("web", GUEST);
@@ -163,9 +161,7 @@ fn ctrl_c_of_run_leaves_nothing() {
 
 #[test]
 fn ctrl_c_of_migrate_or_its_death_leaves_the_vm_where_it_was() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("cancel");
     let (daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let _run = host.start_vm("web", GUEST);
@@ -217,9 +213,7 @@ fn arriving_pid(host: &Host) -> Option<u32> {
 
 #[test]
 fn what_is_left_of_a_try_is_not_in_the_way_of_the_next() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("again");
     let (_daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let _run = host.start_vm("web", "rewrite");
@@ -236,9 +230,7 @@ fn what_is_left_of_a_try_is_not_in_the_way_of_the_next() {
 
 #[test]
 fn whoever_dies_in_the_middle_the_rest_is_cleaned_up() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("middle");
     let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let mut run = host.start_vm("web", "rewrite");
@@ -293,9 +285,7 @@ fn whoever_dies_in_the_middle_the_rest_is_cleaned_up() {
 
 #[test]
 fn a_killed_daemon_harms_no_vm_and_a_new_one_finds_them() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("daemon");
     let (mut daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let _web = host.start_vm("web", GUEST);
@@ -318,9 +308,7 @@ fn a_killed_daemon_harms_no_vm_and_a_new_one_finds_them() {
 
 #[test]
 fn a_vm_moves_on_from_host_to_host_and_to_plain_memory() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("onward");
     let (_first, first) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let (_second, second) = host.start_daemon("127.0.0.1:0", "96M", &[]);
@@ -342,11 +330,10 @@ fn a_vm_moves_on_from_host_to_host_and_to_plain_memory() {
 
 #[test]
 fn a_full_store_stalls_the_vm_until_there_is_room() {
-    if cannot_run_vms() || not_root("mounting a small file system") {
-        return;
-    }
+    needs_vms();
+    needs_root("mounting a small file system");
     let mut host = Host::new("stall");
-    let Some(small) = SmallFs::mount(&host.root.join("small"), "40M") else { return };
+    let small = SmallFs::mount(&host.root.join("small"), "40M");
     let store = host.root.join("small").display().to_string();
     let args = ["run", "--name", "web", "--memory", "128M", "--guest", "rewrite", "--store", &store];
     host.vmemd(&args).fails(2, &["in this host's RAM (tmpfs)", "--store-in-ram"]);
@@ -369,15 +356,14 @@ fn a_full_store_stalls_the_vm_until_there_is_room() {
 struct SmallFs(std::path::PathBuf);
 
 impl SmallFs {
-    fn mount(path: &std::path::Path, size: &str) -> Option<SmallFs> {
+    fn mount(path: &std::path::Path, size: &str) -> SmallFs {
         std::fs::create_dir(path).expect("a mount point");
         let mounted = std::process::Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"])
             .arg(path)
             .output();
         if !mounted.is_ok_and(|output| output.status.success()) {
-            common::skipped(&"no tmpfs can be mounted here");
-            return None;
+            skip(Reason::Root, "no tmpfs can be mounted here");
         }
         let fs = SmallFs(path.to_owned());
         let direct = std::os::unix::fs::OpenOptionsExt::custom_flags(
@@ -387,10 +373,9 @@ impl SmallFs {
         .open(path.join("probe"));
         let _ = std::fs::remove_file(path.join("probe"));
         if direct.is_err() {
-            common::skipped(&"tmpfs has no O_DIRECT on this kernel");
-            return None;
+            skip(Reason::Kernel, "tmpfs has no O_DIRECT on this kernel");
         }
-        Some(fs)
+        fs
     }
 
     fn resize(&self, size: &str) {
@@ -409,93 +394,29 @@ impl Drop for SmallFs {
 }
 
 #[test]
-fn an_interrupted_bench_leaves_nothing() {
-    if cannot_run_vms() || not_root("a swap file") {
-        return;
+fn bench_is_a_program_of_its_own() {
+    let host = Host::new("bench-elsewhere");
+    let vmemd = host.root.join("vmemd");
+    std::fs::hard_link(common::vmemd(), &vmemd).expect("a name of the command's own");
+    let said = |args: &[&str]| {
+        let mut command = host.command_of(&vmemd, args);
+        common::Said::by(command.env("PATH", host.root.join("nowhere")))
+    };
+    let root = host.root.display().to_string();
+    for args in [&["bench"][..], &["bench", "--help"], &["bench", "run", "x.fio"]] {
+        said(args).fails(3, &["vmemd-bench is neither in", &root, "nor in PATH", "cargo build --release"]);
     }
-    let mut host = Host::new("bench");
-    let store = host.store();
-    let args = [
-        "bench",
-        "migrate",
-        "--memory",
-        "128M",
-        "--ram",
-        "64M",
-        "--targets",
-        "swap,vmemd",
-        "--store",
-        &store,
-    ];
-    let mut bench = host.start(&args);
-    let pid = bench.pid();
-    let site = host.root.join(format!("store/vmemd-bench-{pid}"));
-    let swap_file = site.join("1-swap/swapfile").display().to_string();
-    let swaps = || std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    wait_for("the swap file, or the end", || (swaps().contains(&swap_file) || !lives(pid)).then_some(()));
-    if !lives(pid) {
-        common::skipped(&format_args!("no swap file here: {}", bench.log()));
-        return;
+    // Whatever is there takes the command's place, with its arguments and its exit code.
+    let bench = host.root.join("vmemd-bench");
+    std::os::unix::fs::symlink("/bin/sh", &bench).expect("a symlink");
+    let shell = said(&["bench", "-c", "echo \"$0 $*\"; exit 7", "--help", "--run-dir", "a", "--", "-V"]);
+    assert_eq!((shell.code, shell.out.as_str()), (7, "--help --run-dir a -- -V\n"), "{shell:?}");
+    std::fs::remove_file(&bench).expect("the symlink");
+    std::os::unix::fs::symlink("/bin/echo", &bench).expect("a symlink");
+    for args in [&["--run-dir", "a", "bench", "run", "-x"], &["bench", "--run-dir", "a", "run", "-x"]] {
+        let echo = said(args);
+        assert_eq!((echo.code, echo.out.as_str()), (0, "--run-dir a run -x\n"), "{echo:?}");
     }
-    wait_for("the VM", || site.join("1-swap/source/bench.sock").exists().then_some(()));
-    bench.signal(libc::SIGINT);
-    bench.ends_with(130);
-    assert!(!swaps().contains(&swap_file), "{}", swaps());
-    for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"] {
-        let name = format!("vmemd-bench-{pid}");
-        let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
-        let left: Vec<_> =
-            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&name)).collect();
-        assert!(left.is_empty(), "{left:?}");
-    }
-    host.assert_clean();
-}
-
-#[test]
-fn a_bench_measures_what_it_says() {
-    if cannot_run_vms() {
-        return;
-    }
-    let host = Host::new("bench-run");
-    let store = host.store();
-    let args = "bench migrate --memory 128M --ram 64M --targets vmemd,ram --repeat 1 --json --store";
-    let mut args: Vec<&str> = args.split(' ').collect();
-    args.push(&store);
-    let said = host.vmemd(&args);
-    assert_eq!(said.code, 0, "{said:?}");
-    let list = said.json();
-    for (at, target) in ["vmemd", "ram"].iter().enumerate() {
-        let of = &list[at];
-        assert_eq!(of["target"], *target, "{of}");
-        for field in ["migration_s", "downtime_ms", "rewrite_s", "pageins_during", "pageouts_during"] {
-            assert!(of[field].is_number(), "{field}: {of}\n{}", said.err);
-        }
-        assert_eq!(of["mismatched_pages"], 0);
-    }
-    host.assert_clean();
-}
-
-#[test]
-fn a_bench_that_was_killed_is_cleaned_up_by_the_next() {
-    if cannot_run_vms() {
-        return;
-    }
-    let mut host = Host::new("bench-left");
-    let store = host.store();
-    let args =
-        ["bench", "migrate", "--memory", "128M", "--ram", "64M", "--targets", "vmemd", "--store", &store];
-    let mut bench = host.start(&args);
-    let site = host.root.join(format!("store/vmemd-bench-{}", bench.pid()));
-    wait_for("the VM", || site.join("1-vmemd/source/bench.sock").exists().then_some(()));
-    bench.signal(libc::SIGKILL);
-    bench.end();
-    wait_for("its processes to die with it", || host.processes().is_empty().then_some(()));
-    assert!(site.exists());
-    let mut next = host.start(&args);
-    wait_for("what was left to go", || (!site.exists()).then_some(()));
-    signal(next.pid(), libc::SIGINT);
-    next.ends_with(130);
-    host.assert_clean();
 }
 
 #[test]

@@ -4,6 +4,11 @@
 //! `VMEMD_LONG=1` goes through every message of the migration, and many more seeds; without it, those that matter most. `VMEMD_SEED`
 //! is the first seed.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "qemu/network.rs"]
 mod network;
@@ -12,12 +17,11 @@ mod proxy;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{
-    Host, LOOKS_IN_VAIN, Random, Running, Said, cannot_run_vms, freeze, kill, not_root, signal, wait_for,
-};
+use common::{Host, LOOKS_IN_VAIN, Running, Said, freeze, kill, needs_root, needs_vms, signal, wait_for};
 use network::Network;
 use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
+use testkit::{OrSkip, Random, Reason, skip};
 
 /// Verifies its memory all the time; some of it is never touched.
 const GUEST: &str = "rewrite:working-set=12M,rate=300M";
@@ -190,9 +194,7 @@ fn try_one(at: At, fault: Fault) -> Option<Word> {
 #[test]
 fn at_the_moments_that_matter_one_side_runs_the_vm() {
     use Fault::{CutAll, CutThis, KillDaemon, KillSource, KillTarget, Silence};
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let moments = [
         (Word::Accepted, 1, &[KillDaemon, KillTarget][..]),
         (Word::Stream, 2, &[KillDaemon]),
@@ -211,9 +213,7 @@ fn at_the_moments_that_matter_one_side_runs_the_vm() {
 
 #[test]
 fn in_the_middle_of_a_message_one_side_runs_the_vm() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let first = first_seed();
     for seed in first..first + if long() { 60 } else { 3 } {
         let mut random = Random(seed);
@@ -228,11 +228,9 @@ fn in_the_middle_of_a_message_one_side_runs_the_vm() {
 /// Every message of the migration, with every fault. The number of messages is not always the same: until there is none of that number.
 #[test]
 fn at_every_message_one_side_runs_the_vm() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     if !long() {
-        return common::skipped(&"takes some minutes: VMEMD_LONG=1");
+        skip(Reason::Long, "takes some minutes: VMEMD_LONG=1");
     }
     let (tried, began) = (AtomicUsize::new(0), Instant::now());
     let next = AtomicUsize::new(0);
@@ -256,22 +254,20 @@ fn at_every_message_one_side_runs_the_vm() {
 }
 
 /// A VM of which nobody knows, for now, whether it has moved.
-fn in_doubt(hosts: usize, at: Word, fault: Fault) -> Option<Site> {
-    if cannot_run_vms() {
-        return None;
-    }
+fn in_doubt(hosts: usize, at: Word, fault: Fault) -> Site {
+    needs_vms();
     let site = Site::new(hosts, 2 * HASTE);
     let said = site.migrate(At::Word(at, 1), fault, After::Closed);
     said.fails(8, &["paused"]);
     let list = rows(site.here());
     let row = list.iter().find(|row| row["pid"] == site.source.pid()).expect("it is here");
     assert_eq!(row["state"], "in_doubt");
-    Some(site)
+    site
 }
 
 #[test]
 fn a_doubt_says_what_it_is_and_ends_by_itself() {
-    let Some(site) = in_doubt(2, Word::Commit, Fault::CutAll) else { return };
+    let site = in_doubt(2, Word::Commit, Fault::CutAll);
     let stat = site.here().stat("web").expect("it is here");
     assert_eq!(stat["waiting"]["limit"], "ASK_AGAIN_EVERY", "{stat}");
     let session = stat["reason"].as_str().expect("a reason");
@@ -301,7 +297,7 @@ fn a_doubt_says_what_it_is_and_ends_by_itself() {
 /// On one host, where the target's process has the name by now: the process that waits is found all the same.
 #[test]
 fn what_the_target_says_ends_a_doubt_whatever_is_forced() {
-    let Some(site) = in_doubt(1, Word::Running, Fault::CutAll) else { return };
+    let site = in_doubt(1, Word::Running, Fault::CutAll);
     assert_eq!(site.here().wait_state("web", "running")["pid"], children_of(site.daemon.pid())[0]);
     let refused = site.here().vmemd(&["resolve", "web", "--force", "run-here"]);
     refused.fails(4, &["warning: if the VM runs at the target", "a VM of that name runs on this host"]);
@@ -316,7 +312,7 @@ fn what_the_target_says_ends_a_doubt_whatever_is_forced() {
 
 #[test]
 fn a_vm_whose_target_is_dead_is_told_to_run_here() {
-    let Some(site) = in_doubt(2, Word::Commit, Fault::KillTarget) else { return };
+    let site = in_doubt(2, Word::Commit, Fault::KillTarget);
     kill(site.daemon.pid());
     site.proxy.heal();
     site.here().vmemd(&["resume", "web"]).fails(8, &["could not ask", "vmemd resolve web"]);
@@ -330,7 +326,7 @@ fn a_vm_whose_target_is_dead_is_told_to_run_here() {
 
 #[test]
 fn a_vm_that_runs_at_the_target_is_told_to_be_gone() {
-    let Some(mut site) = in_doubt(2, Word::Running, Fault::CutAll) else { return };
+    let mut site = in_doubt(2, Word::Running, Fault::CutAll);
     let said = site.here().vmemd(&["resolve", "web", "--force", "gone", "--json"]);
     assert!(said.code == 0 && said.json()["state"] == "moved" && said.err.contains("it is lost"), "{said:?}");
     site.source.ends_with(10);
@@ -341,7 +337,7 @@ fn a_vm_that_runs_at_the_target_is_told_to_be_gone() {
 /// The target's host was started anew, say: what it answers then must not be taken for knowledge.
 #[test]
 fn a_target_that_has_lost_its_records_ends_no_doubt() {
-    let Some(mut site) = in_doubt(2, Word::Running, Fault::CutAll) else { return };
+    let mut site = in_doubt(2, Word::Running, Fault::CutAll);
     std::fs::remove_dir_all(site.there().run_dir().join(".sessions")).expect("its records");
     kill(site.daemon.pid());
     let address = site.address.clone();
@@ -357,9 +353,7 @@ fn a_target_that_has_lost_its_records_ends_no_doubt() {
 
 #[test]
 fn what_waits_says_so_and_names_its_limit() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     // The limits themselves: nothing ends here but what is let go on.
     let site = Site::new(2, 1);
     let (daemon, here) = (site.daemon.pid(), site.here());
@@ -409,13 +403,9 @@ fn what_waits_says_so_and_names_its_limit() {
 
 #[test]
 fn a_cable_that_is_pulled_and_put_back_leaves_one_vm() {
-    if cannot_run_vms() || not_root("a network namespace") {
-        return;
-    }
-    let network = match Network::new() {
-        Ok(network) => network,
-        Err(why) => return common::skipped(&why),
-    };
+    needs_vms();
+    needs_root("a network namespace");
+    let network = Network::new().or_skip(Reason::Netns);
     let first = first_seed();
     let mut usual = Duration::from_secs(1);
     for seed in (0..).take(1).chain(first..first + if long() { 60 } else { 2 }) {

@@ -3,6 +3,11 @@
 //!
 //! `VMEMD_LONG=1` moves the VM twenty times in each setting instead of three.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::fs::File;
@@ -16,8 +21,9 @@ use std::time::Duration;
 
 use common::limits::{Group, Limit};
 use common::slow_disk::SlowDisk;
-use common::{Host, cannot_run_vms, not_root, skipped};
+use common::{Host, needs_root, needs_vms};
 use serde_json::Value;
+use testkit::{OrSkip, Reason, skip};
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 1 << 30;
@@ -124,14 +130,10 @@ fn check(what: &str, reports: &[Value]) {
 }
 
 fn with_flushes_of(delay: Duration) {
-    if cannot_run_vms() || not_root("a slow disk") {
-        return;
-    }
+    needs_vms();
+    needs_root("a slow disk");
     let place = Host::new("slow-disk");
-    let disk = match SlowDisk::new(&place.root, DISK_BYTES) {
-        Ok(disk) => disk,
-        Err(why) => return skipped(&why),
-    };
+    let disk = SlowDisk::new(&place.root, DISK_BYTES).or_skip(Reason::Loop);
     disk.delay_flushes(delay);
     let load = Load::on(&disk.mount());
     let mut host = host_on(&disk);
@@ -154,18 +156,11 @@ fn flushes_of_500_ms_are_not_waited_for() {
 }
 
 fn with_100_mb_a_second(what: &str, guest: &str) {
-    if cannot_run_vms() || not_root("a slow disk") {
-        return;
-    }
+    needs_vms();
+    needs_root("a slow disk");
     let place = Host::new("slow-disk");
-    let disk = match SlowDisk::new(&place.root, DISK_BYTES) {
-        Ok(disk) => disk,
-        Err(why) => return skipped(&why),
-    };
-    let group = match slow_group(&disk) {
-        Ok(group) => group,
-        Err(why) => return skipped(&why),
-    };
+    let disk = SlowDisk::new(&place.root, DISK_BYTES).or_skip(Reason::Loop);
+    let group = slow_group(&disk).or_skip(Reason::Cgroup);
     let mut host = host_on(&disk);
     let reports = move_about(&mut host, Some(&group), guest);
     drop(host);
@@ -191,9 +186,7 @@ fn pages_on_their_way_to_the_sources_disk_are_not_waited_for() {
 
 #[test]
 fn a_vm_that_would_stand_still_for_too_long_stays() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("max-downtime");
     let (_daemon, address) = host.start_daemon("127.0.0.1:0", "128M", &[]);
     let run = host.start_vm("web", "rewrite:working-set=100M");
@@ -225,21 +218,14 @@ fn the_demo_keeps_its_promise_on_a_slow_disk() {
     let times = match std::env::var("VMEMD_SLOW_DEMO").ok().and_then(|value| value.parse().ok()) {
         Some(times) => times,
         None if is_long() => 10,
-        None => return skipped(&"ten demos take some minutes: VMEMD_LONG=1, or VMEMD_SLOW_DEMO=2 for two"),
+        None => skip(Reason::Long, "ten demos take some minutes: VMEMD_LONG=1, or VMEMD_SLOW_DEMO=2 for two"),
     };
-    if cannot_run_vms() || not_root("a slow disk") {
-        return;
-    }
+    needs_vms();
+    needs_root("a slow disk");
     let place = Host::new("slow-demo");
-    let disk = match SlowDisk::new(&place.root, 4 * DISK_BYTES) {
-        Ok(disk) => disk,
-        Err(why) => return skipped(&why),
-    };
+    let disk = SlowDisk::new(&place.root, 4 * DISK_BYTES).or_skip(Reason::Loop);
     disk.delay_flushes(Duration::from_millis(50));
-    let group = match slow_group(&disk) {
-        Ok(group) => group,
-        Err(why) => return skipped(&why),
-    };
+    let group = slow_group(&disk).or_skip(Reason::Cgroup);
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/demo");
     let (mut downtimes, mut shares) = (Vec::new(), Vec::new());
     for _ in 0..times {

@@ -4,6 +4,11 @@
 //!
 //! `VMEMD_LONG=1` makes each fault come and go ten times instead of once.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod qemu;
 
@@ -12,9 +17,10 @@ use std::time::{Duration, Instant};
 use common::disk::Disk;
 use common::limits::{Group, Limit};
 use common::slow_disk::SlowDisk;
-use common::{Host, Running, cannot_run_vms, not_root, skipped, wait_for};
+use common::{Host, Running, needs_root, needs_vms, wait_for};
 use qemu::{BOOT, Guest, Machine, Qemu, field};
 use serde_json::Value;
+use testkit::{OrSkip, Reason};
 
 const MIB: u64 = 1 << 20;
 /// However slow the device is: what the process knows it says at once. (On a machine that others use as well.)
@@ -25,15 +31,14 @@ fn times() -> u32 {
     if std::env::var_os("VMEMD_LONG").is_some() { 10 } else { 1 }
 }
 
-fn cannot() -> bool {
-    cannot_run_vms() || not_root("a loop device")
+fn needs_disks() {
+    needs_vms();
+    needs_root("a loop device");
 }
 
-/// A file system of 256M; none, with a word, where that cannot be.
-fn file_system(host: &Host) -> Option<Disk> {
-    Disk::ext4(&host.root, 256 * MIB)
-        .inspect_err(|why| skipped(&format_args!("no loop device with a file system here: {why}")))
-        .ok()
+/// A file system of 256M. Ends the test where that cannot be.
+fn file_system(host: &Host) -> Disk {
+    Disk::ext4(&host.root, 256 * MIB).or_skip(Reason::Loop)
 }
 
 /// A VM of 128M in 32M.
@@ -67,11 +72,9 @@ fn assert_still(host: &Host, name: &str) {
 
 #[test]
 fn a_vm_on_a_full_disk_is_paused_and_goes_on_by_itself() {
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let mut host = Host::new("full");
-    let Some(disk) = file_system(&host) else { return };
+    let disk = file_system(&host);
     disk.leave_free(40 * MIB);
     let mut vm = run(&mut host, &disk.store(), "rewrite");
     for time in 0..times() {
@@ -79,7 +82,7 @@ fn a_vm_on_a_full_disk_is_paused_and_goes_on_by_itself() {
         assert!(number(&stat["frames_bytes"]) <= 32 * MIB, "{stat}");
         let why = reason(&host, "web");
         assert!(why.contains("the store is full: No space left"), "{why}");
-        assert!(vm.log().contains("the VM is paused"), "{}", vm.log());
+        common::wait_said("the VM is paused", || vm.log());
         assert_still(&host, "web");
         host.vmemd(&["resume", "web"]).fails(5, &["No space left", "by itself"]);
         // Less is refused for now, more lets it go on, for all of its memory fits then.
@@ -107,11 +110,9 @@ fn a_vm_on_a_full_disk_is_paused_and_goes_on_by_itself() {
 /// Without any help: the disk is full, then it is not.
 #[test]
 fn a_disk_that_gets_room_is_enough() {
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let mut host = Host::new("room");
-    let Some(disk) = file_system(&host) else { return };
+    let disk = file_system(&host);
     disk.leave_free(40 * MIB);
     let mut vm = run(&mut host, &disk.store(), "zipf");
     host.wait_state("web", "stalled");
@@ -136,11 +137,9 @@ fn a_disk_that_gets_room_is_enough() {
 
 #[test]
 fn a_vm_on_a_full_disk_can_be_moved_away() {
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let mut host = Host::new("rescue");
-    let Some(disk) = file_system(&host) else { return };
+    let disk = file_system(&host);
     let (_daemon, address) = host.start_daemon("127.0.0.1:0", "256M", &[]);
     for _ in 0..times() {
         disk.leave_free(40 * MIB);
@@ -167,11 +166,9 @@ fn a_vm_on_a_full_disk_can_be_moved_away() {
 /// Writes into a part of the disk fail with EIO, until it is mended.
 #[test]
 fn a_disk_that_cannot_be_written_loses_nothing() {
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let mut host = Host::new("write-errors");
-    let Some(disk) = file_system(&host) else { return };
+    let disk = file_system(&host);
     for _ in 0..times() {
         // What the VM's store gets of the disk begins before the cut and goes on behind it.
         disk.leave_free(130 * MIB);
@@ -197,14 +194,9 @@ fn a_disk_that_cannot_be_written_loses_nothing() {
 #[test]
 fn bad_sectors_cost_what_was_on_them_and_no_more() {
     const BAD: u64 = 96 * MIB;
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let mut host = Host::new("bad-sectors");
-    let disk = match Disk::bare(&host.root, 128 * MIB) {
-        Ok(disk) => disk,
-        Err(why) => return skipped(&format_args!("no loop device here: {why}")),
-    };
+    let disk = Disk::bare(&host.root, 128 * MIB).or_skip(Reason::Loop);
     let (_daemon, address) = host.start_daemon("127.0.0.1:0", "256M", &[]);
     for _ in 0..times() {
         let mut vm = run(&mut host, &disk.store(), "rewrite:working-set=64M,fill=all");
@@ -215,8 +207,8 @@ fn bad_sectors_cost_what_was_on_them_and_no_more() {
         disk.lose_behind(BAD);
         let said = host.vmemd(&["migrate", "web", "--to", &address, "--ram", "32M", "--json"]);
         assert_eq!(said.code, 0, "{said:?}");
-        assert!(vm.log().contains("Input/output error"), "no real EIO: {}", vm.log());
         vm.ends_with(10);
+        assert!(vm.log().contains("Input/output error"), "no real EIO: {}", vm.log());
         assert_eq!(host.vmemd(&["resume", "web"]).code, 0);
         host.wait_rounds("web", 2);
         let stat = host.stat("web").expect("its stat");
@@ -247,14 +239,9 @@ fn bad_sectors_cost_what_was_on_them_and_no_more() {
 /// cannot be moved away meanwhile, for these pages would be lost on the way.
 #[test]
 fn a_vm_whose_disk_is_away_waits_for_it_and_stays() {
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let mut host = Host::new("away");
-    let disk = match SlowDisk::bare(&host.root, 128 * MIB) {
-        Ok(disk) => disk,
-        Err(why) => return skipped(&format_args!("no disk that can be told to be away here: {why}")),
-    };
+    let disk = SlowDisk::bare(&host.root, 128 * MIB).or_skip(Reason::Loop);
     let (_daemon, address) = host.start_daemon("127.0.0.1:0", "256M", &[]);
     let device = disk.device().display().to_string();
     let mut vm = run(&mut host, &device, "rewrite");
@@ -289,16 +276,11 @@ fn a_vm_whose_disk_is_away_waits_for_it_and_stays() {
 /// 4 MiB a second, each way.
 #[test]
 fn a_slow_disk_makes_a_slow_vm_and_nothing_worse() {
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let mut host = Host::new("slow");
-    let Some(disk) = file_system(&host) else { return };
+    let disk = file_system(&host);
     let limit = Limit::Disk { device: &disk.numbers(), bytes_per_s: 4 * MIB };
-    let group = match Group::new("vmemd-slow", limit) {
-        Ok(group) => group,
-        Err(why) => return skipped(&format_args!("no limit of a disk's speed here: {why}")),
-    };
+    let group = Group::new("vmemd-slow", limit).or_skip(Reason::Cgroup);
     let (_daemon, address) = host.start_daemon("127.0.0.1:0", "256M", &[]);
     let mut vm = run(&mut host, &disk.store(), "rewrite:working-set=40M,fill=working-set");
     host.wait_rounds("web", 1);
@@ -335,14 +317,9 @@ fn a_slow_disk_makes_a_slow_vm_and_nothing_worse() {
 /// The VM shares a memory limit with somebody who fills the page cache, its RAM locked or not.
 #[test]
 fn a_vm_in_short_memory_is_right() {
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let mut host = Host::new("pressure");
-    let group = match Group::new("vmemd-pressure", Limit::Memory(96 * MIB)) {
-        Ok(group) => group,
-        Err(why) => return skipped(&format_args!("no limit of memory here: {why}")),
-    };
+    let group = Group::new("vmemd-pressure", Limit::Memory(96 * MIB)).or_skip(Reason::Cgroup);
     for lock in [true, false] {
         let store = host.store();
         let args = "run --name web --memory 128M --ram 48M --guest rewrite --store";
@@ -375,13 +352,11 @@ fn a_vm_in_short_memory_is_right() {
 /// and resumed, and moved.
 #[test]
 fn a_qemu_on_a_full_disk_is_paused_goes_on_and_moves() {
-    if cannot() {
-        return;
-    }
+    needs_disks();
     let qemus = Qemu::versions();
-    let Some(qemu) = qemus.first() else { return };
+    let qemu = &qemus[0];
     let mut host = Host::new("qemu-full");
-    let Some(disk) = file_system(&host) else { return };
+    let disk = file_system(&host);
     let rules = host.root.join("rules.toml").display().to_string();
     std::fs::write(&rules, "").expect("a file of rules");
     let (_daemon, address) = host.start_daemon("127.0.0.1:0", "256M", &["--qemu-rules", &rules]);

@@ -5,6 +5,11 @@
 //! A proxy between source and daemon cuts the control connection when the source sends something while the process at the target says
 //! that it waits for the commit.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -14,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Host, cannot_run_vms, wait_for};
+use common::{Host, needs_vms, wait_for};
 
 #[derive(Clone, Copy, PartialEq)]
 enum Loses {
@@ -111,10 +116,8 @@ fn hand_over(
     loses: Loses,
     open: bool,
     secured: bool,
-) -> Option<(Host, Arc<Proxy>, common::Running, common::Running, common::Said)> {
-    if cannot_run_vms() {
-        return None;
-    }
+) -> (Host, Arc<Proxy>, common::Running, common::Running, common::Said) {
+    needs_vms();
     let mut host = Host::new("handover");
     host.haste = 4;
     let certificates = secured.then(|| host.pki("pki", &["127.0.0.1"]).remove(0));
@@ -125,12 +128,12 @@ fn hand_over(
     let (proxy, address) = Proxy::start(&address, host.run_dir(), loses, open);
     let said = host.vmemd(&[&["migrate", "web", "--to", &address, "--json"], tls.as_slice()].concat());
     assert!(proxy.cut.load(Ordering::SeqCst), "the link was never cut: {said:?}");
-    Some((host, proxy, daemon, run, said))
+    (host, proxy, daemon, run, said)
 }
 
 #[test]
 fn a_lost_commit_leaves_the_vm_at_the_source() {
-    let Some((host, _proxy, _daemon, mut run, said)) = hand_over(Loses::Commit, true, false) else { return };
+    let (host, _proxy, _daemon, mut run, said) = hand_over(Loses::Commit, true, false);
     said.fails(6, &["runs on here"]);
     let stat = host.wait_state("web", "running");
     assert_eq!(stat["pid"], run.pid());
@@ -142,7 +145,7 @@ fn a_lost_commit_leaves_the_vm_at_the_source() {
 
 #[test]
 fn a_lost_answer_leaves_the_vm_at_the_target() {
-    let Some((host, _proxy, _daemon, mut run, said)) = hand_over(Loses::Answer, true, false) else { return };
+    let (host, _proxy, _daemon, mut run, said) = hand_over(Loses::Answer, true, false);
     assert_eq!(said.code, 0, "{said:?}");
     assert_eq!(said.json()["resolved_later"], true);
     run.ends_with(10);
@@ -153,20 +156,20 @@ fn a_lost_answer_leaves_the_vm_at_the_target() {
 }
 
 /// Until the target can be asked, which is done by TLS as well, the VM stays paused where it was. Takes the minute for which the source asks by itself.
-fn stays_in_doubt(loses: Loses) -> Option<(Host, common::Running, common::Running)> {
-    let (host, proxy, daemon, run, said) = hand_over(loses, false, true)?;
+fn stays_in_doubt(loses: Loses) -> (Host, common::Running, common::Running) {
+    let (host, proxy, daemon, run, said) = hand_over(loses, false, true);
     said.fails(8, &["paused"]);
     let stat = host.vmemd(&["list", "--json"]).json();
     let rows = stat.as_array().expect("a list");
     let here = rows.iter().find(|row| row["pid"] == run.pid()).expect("it is still here");
     assert_eq!(here["state"], "in_doubt");
     proxy.open.store(true, Ordering::SeqCst);
-    Some((host, daemon, run))
+    (host, daemon, run)
 }
 
 #[test]
 fn a_vm_in_doubt_goes_on_when_the_target_says_that_it_has_it_not() {
-    let Some((host, _daemon, mut run)) = stays_in_doubt(Loses::Commit) else { return };
+    let (host, _daemon, mut run) = stays_in_doubt(Loses::Commit);
     assert_eq!(host.stat("web").expect("it is here")["state"], "in_doubt");
     let resumed = host.vmemd(&["resume", "web", "--json"]);
     assert_eq!(resumed.code, 0, "{resumed:?}");
@@ -179,7 +182,7 @@ fn a_vm_in_doubt_goes_on_when_the_target_says_that_it_has_it_not() {
 
 #[test]
 fn a_vm_in_doubt_ends_here_when_the_target_says_that_it_has_it() {
-    let Some((host, _daemon, mut run)) = stays_in_doubt(Loses::Answer) else { return };
+    let (host, _daemon, mut run) = stays_in_doubt(Loses::Answer);
     // The name is the target's by now; the process that waits here still hears of it.
     let stat = host.wait_state("web", "running");
     assert_ne!(stat["pid"], run.pid());

@@ -1,6 +1,11 @@
 //! What users of a host run into: memory merging, RAM promised twice, units that end or start what they must not, a VM that is stopped in
 //! the middle of its move.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod proxy;
 mod qemu;
@@ -13,11 +18,10 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use common::{
-    Host, Running, Said, cannot_run_vms, freeze, lives, not_root, processes_of, signal, skipped, wait_for,
-};
+use common::{Host, Running, Said, freeze, lives, needs_root, needs_vms, processes_of, signal, wait_for};
 use proxy::{After, At, Plan, Proxy, Strike, Word};
 use qemu::{BOOT, Guest, Machine, Qemu};
+use testkit::{Reason, skip};
 use vmprocess::control::rundir::{Place, RunDir};
 
 const GUEST: &str = "rewrite:working-set=40M,rate=400M";
@@ -78,10 +82,9 @@ fn mergeable(pid: u32) -> [u64; 2] {
 
 #[test]
 fn a_host_that_merges_memory_leaves_that_of_vms_alone() {
-    if cannot_run_vms() || not_root("to switch KSM on") {
-        return;
-    }
-    let Some(_ksm) = Ksm::on() else { return skipped(&"this host has no KSM") };
+    needs_vms();
+    needs_root("to switch KSM on");
+    let Some(_ksm) = Ksm::on() else { skip(Reason::Kernel, "this host has no KSM") };
     let host = Host::new("ksm");
     let store = host.store();
     let args = "run --name web --memory 128M --ram 48M --guest rewrite --store";
@@ -144,9 +147,7 @@ fn came(there: &Host, here: &mut Host, name: &str, address: &str, ram: &str) -> 
 
 #[test]
 fn ram_of_a_vm_that_does_not_answer_is_not_promised_again() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let (mut here, mut there) = (Host::new("granted"), Host::new("granted-there"));
     let (mut daemon, address) = there.start_daemon("127.0.0.1:0", "160M", &[]);
     let quiet = came(&there, &mut here, "quiet", &address, "100M");
@@ -171,9 +172,7 @@ fn ram_of_a_vm_that_does_not_answer_is_not_promised_again() {
 
 #[test]
 fn a_budget_that_was_raised_counts_and_so_does_that_of_a_vm_on_its_way() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let (mut here, mut there) = (Host::new("raised"), Host::new("raised-there"));
     let (mut daemon, address) = there.start_daemon("127.0.0.1:0", "192M", &[]);
     let raised = came(&there, &mut here, "raised", &address, "32M");
@@ -213,9 +212,7 @@ fn a_budget_that_was_raised_counts_and_so_does_that_of_a_vm_on_its_way() {
 /// Whoever looks whether a VM lives leaves a connection in its queue, and that is full at some time.
 #[test]
 fn a_vm_that_stands_still_holds_up_nobody() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("still");
     let run = host.start_vm("web", "idle:working-set=16M");
     let _other = host.start_vm("other", "idle:working-set=16M");
@@ -286,7 +283,7 @@ fn units_end_and_start_only_what_they_may() {
     fs::rename(dir.join("vmemd-vm@.service"), dir.join("vmemd-vm@web.service")).expect("a name");
     match command.output() {
         Ok(output) => assert!(output.status.success() && output.stderr.is_empty(), "{output:?}"),
-        Err(error) => skipped(&format_args!("no systemd-analyze: {error}")),
+        Err(error) => skip(Reason::Tools, format_args!("no systemd-analyze: {error}")),
     }
     fs::remove_dir_all(dir).expect("it can be removed");
 }
@@ -339,18 +336,16 @@ fn a_vm_that_has_moved_or_may_have_is_not_started_at_the_next_boot() {
 struct Group(PathBuf);
 
 impl Group {
-    /// In systemd's own hierarchy, or in the only one. None, with a word, if there is none or this user may not.
-    fn new(name: &str, delegated: bool) -> Option<Group> {
+    /// In systemd's own hierarchy, or in the only one. Ends the test if there is none or this user may not.
+    fn new(name: &str, delegated: bool) -> Group {
         let roots = ["/sys/fs/cgroup/systemd", "/sys/fs/cgroup"].map(Path::new);
         let root = roots.into_iter().find(|root| root.join("cgroup.procs").exists());
         let Some(root) = root else {
-            skipped(&"no hierarchy of control groups that systemd would use");
-            return None;
+            skip(Reason::Cgroup, "no hierarchy of control groups that systemd would use");
         };
         let group = Group(root.join(format!("{name}-{}", std::process::id())));
         if let Err(error) = fs::create_dir(&group.0) {
-            skipped(&format_args!("cannot make {}: {error}", group.0.display()));
-            return None;
+            skip(Reason::Cgroup, format_args!("cannot make {}: {error}", group.0.display()));
         }
         let path = std::ffi::CString::new(group.0.display().to_string()).expect("a path");
         // SAFETY: two C strings and one byte, all of which outlive the call.
@@ -360,10 +355,10 @@ impl Group {
                     == 0
         };
         if !marked {
-            skipped(&format_args!("cannot mark {}: {}", group.0.display(), std::io::Error::last_os_error()));
-            return None;
+            let error = std::io::Error::last_os_error();
+            skip(Reason::Cgroup, format_args!("cannot mark {}: {error}", group.0.display()));
         }
-        Some(group)
+        group
     }
 
     fn procs(&self) -> Vec<u32> {
@@ -401,10 +396,9 @@ fn groups_of(pid: u32) -> String {
 
 #[test]
 fn vms_live_on_when_all_of_the_daemons_own_group_is_ended() {
-    if cannot_run_vms() || not_root("to make control groups") {
-        return;
-    }
-    let Some(group) = Group::new("vmemd-unit", true) else { return };
+    needs_vms();
+    needs_root("to make control groups");
+    let group = Group::new("vmemd-unit", true);
     let (mut here, mut there) = (Host::new("unit"), Host::new("unit-there"));
     let (mut daemon, address) = group.serve(&mut there, "127.0.0.1:0");
     assert_eq!(group.procs(), [daemon.pid()]);
@@ -443,10 +437,9 @@ fn vms_live_on_when_all_of_the_daemons_own_group_is_ended() {
 /// With `KillMode=process` only the main process is ended.
 #[test]
 fn without_a_group_of_its_own_a_vm_needs_a_unit_that_ends_the_daemon_alone() {
-    if cannot_run_vms() || not_root("to make control groups") {
-        return;
-    }
-    let Some(group) = Group::new("vmemd-plain-unit", false) else { return };
+    needs_vms();
+    needs_root("to make control groups");
+    let group = Group::new("vmemd-plain-unit", false);
     let (mut here, mut there) = (Host::new("plain-unit"), Host::new("plain-unit-there"));
     let (mut daemon, address) = group.serve(&mut there, "127.0.0.1:0");
     let web = came(&there, &mut here, "web", &address, "64M");
@@ -473,7 +466,7 @@ struct Stopped {
 }
 
 /// At the first message of that kind `stop` is called, with the host and the pids of the VM and of `vmemd migrate`.
-fn stop_at(word: Word, stop: impl Fn(&mut Host, u32, u32) -> Option<Running>) -> Option<Stopped> {
+fn stop_at(word: Word, stop: impl Fn(&mut Host, u32, u32) -> Option<Running>) -> Stopped {
     stop_and_then(word, stop, |_| {})
 }
 
@@ -482,10 +475,8 @@ fn stop_and_then(
     word: Word,
     stop: impl Fn(&mut Host, u32, u32) -> Option<Running>,
     then_do: impl Fn(u32),
-) -> Option<Stopped> {
-    if cannot_run_vms() {
-        return None;
-    }
+) -> Stopped {
+    needs_vms();
     let (mut host, mut there) = (Host::new("stop"), Host::new("stop-there"));
     let (daemon, address) = there.start_daemon("127.0.0.1:0", "64M", &[]);
     let run = host.start_vm("web", GUEST);
@@ -507,7 +498,7 @@ fn stop_and_then(
     drop(go_on);
     let mut stopped = Stopped { host, there, run, daemon, migrate, stop };
     stopped.migrate.end();
-    Some(stopped)
+    stopped
 }
 
 const WORDS: [Word; 9] = [
@@ -531,7 +522,7 @@ fn by_command(host: &mut Host, _: u32, _: u32) -> Option<Running> {
 fn a_vm_that_is_stopped_in_the_middle_of_its_move_is_where_everybody_says() {
     let mut seen = BTreeMap::<i32, Vec<Word>>::new();
     for word in WORDS {
-        let Some(stopped) = stop_at(word, by_command) else { return };
+        let stopped = stop_at(word, by_command);
         let Stopped { host, there, mut run, daemon, mut migrate, stop } = stopped;
         let mut stop = stop.expect("the command");
         let code = stop.end().code().expect("a code");
@@ -563,9 +554,7 @@ fn a_vm_that_is_stopped_in_the_middle_of_its_move_is_where_everybody_says() {
 /// The commit has gone, and the cable is dumb: nobody knows, and the VM's process ends before it could be known.
 #[test]
 fn a_vm_that_is_stopped_in_the_middle_of_its_hand_over_may_have_moved_and_that_is_said() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let (mut host, mut there) = (Host::new("unknown"), Host::new("unknown-there"));
     let (_daemon, address) = there.start_daemon("127.0.0.1:0", "64M", &[]);
     let mut run = host.start_vm("web", GUEST);
@@ -590,7 +579,7 @@ fn a_signal_in_the_middle_of_a_move_ends_the_vm_and_is_named() {
             signal(vm, libc::SIGTERM);
             None
         };
-        let Some(stopped) = stop_at(word, by_signal) else { return };
+        let stopped = stop_at(word, by_signal);
         let Stopped { host, there, mut run, daemon, mut migrate, .. } = stopped;
         let (migrated, ended) = (migrate.end().code(), run.end().code());
         if word == Word::Running {
@@ -617,7 +606,7 @@ fn ctrl_c_of_a_migration_whose_vm_is_stopped_says_that_it_was() {
         signal(migrate, libc::SIGINT);
         Some(stop)
     };
-    let Some(stopped) = stop_at(Word::Pages, both) else { return };
+    let stopped = stop_at(Word::Pages, both);
     let Stopped { host, there, mut run, daemon, mut migrate, stop } = stopped;
     stop.expect("the command").ends_with(0);
     run.ends_with(0);
@@ -630,9 +619,7 @@ fn ctrl_c_of_a_migration_whose_vm_is_stopped_says_that_it_was() {
 
 #[test]
 fn what_else_is_asked_of_a_vm_that_moves_is_refused_with_the_reason() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("asked");
     let (_daemon, address) = host.start_daemon("127.0.0.1:0", "64M", &[]);
     let mut run = host.start_vm("web", GUEST);
@@ -678,7 +665,7 @@ fn migrate_waits(migrate: &Running) -> bool {
 #[test]
 fn a_vm_that_is_killed_while_it_is_stopped_in_its_move_is_not_said_to_be_stopped() {
     for (word, runs_there) in [(Word::Running, true), (Word::Pages, false)] {
-        let Some(stopped) = stop_and_then(word, by_command, common::kill) else { return };
+        let stopped = stop_and_then(word, by_command, common::kill);
         let Stopped { host, there, run: _, daemon, mut migrate, stop } = stopped;
         let mut stop = stop.expect("the command");
         let code = stop.end().code();

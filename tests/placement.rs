@@ -3,6 +3,11 @@
 //! Judged by the guest's first whole round there: what it uses and is not in RAM has to be read from the store. Pages that are only read
 //! count as well. `VMEMD_LONG=1` moves guests of every kind everywhere, and twice.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "qemu/network.rs"]
 mod network;
@@ -14,9 +19,10 @@ use std::time::Duration;
 use common::disk::Disk;
 use common::limits::{Group, Limit};
 use common::slow_disk::SlowDisk;
-use common::{Host, cannot_run_vms, not_root, skipped, wait_for};
+use common::{Host, needs_root, needs_vms, wait_for};
 use network::Network;
 use serde_json::Value;
+use testkit::{OrSkip, Reason};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -145,14 +151,10 @@ fn moves(way: Way<'_>, what: &str) {
 }
 
 fn on_one_host(name: &str, slow_disk: bool) {
-    if cannot_run_vms() || not_root("a loop device") {
-        return;
-    }
+    needs_vms();
+    needs_root("a loop device");
     let [mut here, mut there] = [Host::new(name), Host::new(name)];
-    let disk = match Disk::ext4(&there.root, MEMORY + MEMORY / 4) {
-        Ok(disk) => disk,
-        Err(why) => return skipped(&format_args!("no loop device with a file system here: {why}")),
-    };
+    let disk = Disk::ext4(&there.root, MEMORY + MEMORY / 4).or_skip(Reason::Loop);
     let ram = format!("{}M", RAM / MIB);
     let store = disk.store();
     let mut daemon = there.start(&["serve", "--listen", "127.0.0.1:0", "--ram", &ram, "--store", &store]);
@@ -160,10 +162,8 @@ fn on_one_host(name: &str, slow_disk: bool) {
     let to = line.strip_prefix("listening on ").unwrap_or_else(|| panic!("{line:?}")).to_owned();
     let numbers = disk.numbers();
     let limit = Limit::Disk { device: &numbers, bytes_per_s: SLOW_DISK };
-    let group = match slow_disk.then(|| Group::new(&format!("vmemd-{name}"), limit)).transpose() {
-        Ok(group) => group,
-        Err(why) => return skipped(&format_args!("no limit of a disk's speed here: {why}")),
-    };
+    let group =
+        slow_disk.then(|| Group::new(&format!("vmemd-{name}"), limit)).transpose().or_skip(Reason::Cgroup);
     // VMs that arrive are started in it.
     group.iter().for_each(|group| group.take(daemon.pid()));
     let those = if slow_disk { Those::Plain } else { Those::Others };
@@ -198,13 +198,9 @@ fn slow_link(rate: &str) -> Result<Network, String> {
 
 #[test]
 fn what_is_used_is_in_ram_over_a_slow_link() {
-    if cannot_run_vms() || not_root("a network namespace") {
-        return;
-    }
-    let network = match slow_link(SLOW_LINK) {
-        Ok(network) => network,
-        Err(why) => return skipped(&why),
-    };
+    needs_vms();
+    needs_root("a network namespace");
+    let network = slow_link(SLOW_LINK).or_skip(Reason::Netns);
     let [mut here, mut there] = [0, 1].map(|side| Host::within("placement-link", &network.namespaces[side]));
     let ram = format!("{}M", RAM / MIB);
     let listen = format!("{}:0", Network::HOSTS[1]);
@@ -217,25 +213,15 @@ fn what_is_used_is_in_ram_over_a_slow_link() {
 /// guests that were started ten seconds ago.
 #[test]
 fn a_young_guest_moves_on_slow_machines() {
-    if cannot_run_vms() || not_root("a slow disk") {
-        return;
-    }
-    let network = match slow_link("1gbit") {
-        Ok(network) => network,
-        Err(why) => return skipped(&why),
-    };
+    needs_vms();
+    needs_root("a slow disk");
+    let network = slow_link("1gbit").or_skip(Reason::Netns);
     let place = Host::new("placement-young");
-    let disk = match SlowDisk::new(&place.root, 4 * MEMORY) {
-        Ok(disk) => disk,
-        Err(why) => return skipped(&why),
-    };
+    let disk = SlowDisk::new(&place.root, 4 * MEMORY).or_skip(Reason::Loop);
     disk.delay_flushes(Duration::from_millis(500));
     let numbers = disk.numbers();
     let limit = Limit::Disk { device: &numbers, bytes_per_s: SLOW_DISK };
-    let group = match Group::new("vmemd-placement-young", limit) {
-        Ok(group) => group,
-        Err(why) => return skipped(&format_args!("no limit of a disk's speed here: {why}")),
-    };
+    let group = Group::new("vmemd-placement-young", limit).or_skip(Reason::Cgroup);
     let [mut here, mut there] = [0, 1].map(|side| {
         let mut host = Host::within("placement-young", &network.namespaces[side]);
         host.root = disk.mount().join(format!("host-{side}"));

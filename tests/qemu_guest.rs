@@ -1,5 +1,10 @@
 //! Real guests on plain QEMU: that what later tests stand on holds without vmemd.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod qemu;
 

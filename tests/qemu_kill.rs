@@ -2,6 +2,11 @@
 //!
 //! `VMEMD_LONG=1`: every step and everybody; without it, the steps at which it is decided who has the VM.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod proxy;
 mod qemu;
@@ -10,7 +15,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Host, Running, cannot_run_vms, lives, signal, wait_for};
+use common::{Host, Running, lives, needs_vms, signal, wait_for};
 use proxy::{After, At, Plan, Proxy, Strike, Word};
 use qemu::{BOOT, Guest, Machine, Qemu, field};
 use serde_json::Value;
@@ -190,10 +195,8 @@ fn serve(host: &mut Host) -> (Running, String) {
 
 #[test]
 fn whoever_is_killed_at_whatever_step_what_ought_to_run_runs() {
-    let Some(qemu) = Qemu::versions().into_iter().next() else { return };
-    if cannot_run_vms() {
-        return;
-    }
+    let qemu = Qemu::versions().remove(0);
+    needs_vms();
     let long = std::env::var_os("VMEMD_LONG").is_some_and(|value| value != "0");
     let mut pair = Pair::new();
     // The VM that lives, and where.
@@ -233,10 +236,8 @@ fn whoever_is_killed_at_whatever_step_what_ought_to_run_runs() {
 /// The shell in which `vmemd run` was typed, with everything that read what it printed.
 #[test]
 fn a_vm_survives_the_shell_that_started_it() {
-    let Some(qemu) = Qemu::versions().into_iter().next() else { return };
-    if cannot_run_vms() {
-        return;
-    }
+    let qemu = Qemu::versions().remove(0);
+    needs_vms();
     let (here, mut there) = (Host::new("qshell"), Host::new("qshell-there"));
     let (daemon, address) = serve(&mut there);
     let console = qemu::directory("shell").join("console");

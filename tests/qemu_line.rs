@@ -1,5 +1,10 @@
 //! Command lines as people write them, with real QEMUs: sizes, names, sockets. What `src/qemu/golden_tests.rs` cannot show.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod qemu;
 
@@ -14,6 +19,7 @@ use std::time::Instant;
 use common::{Host, Running, lives, wait_for};
 use qemu::{BOOT, Guest, Machine, Monitor, Qemu, field, qemus};
 use serde_json::{Value, json};
+use testkit::{Reason, skip};
 
 /// The guest beats and checks its memory as long as it lives.
 const JOBS: &str = "checker beat & checker memory 120M 100000";
@@ -181,7 +187,7 @@ fn a_machine_smaller_than_the_least_budget_moves_with_that() {
 #[test]
 fn a_qemu_that_is_called_kvm_uses_kvm_on_both_hosts() {
     if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
-        return common::skipped(&"KVM is not to be had here");
+        skip(Reason::Kvm, "KVM is not to be had here");
     }
     for qemu in qemus() {
         let (here, mut there) = (Host::new("line-kvm"), Host::new("line-kvm-there"));
@@ -396,7 +402,7 @@ fn a_server_waits_for_its_client_where_the_vm_starts_and_not_where_it_arrives() 
         );
         let _first = wait_for("the first socket", || UnixStream::connect(&first).ok());
         let _second = wait_for("the second socket", || UnixStream::connect(&second).ok());
-        assert!(guest.log().contains("QEMU waits for a client there"), "{}", guest.log());
+        common::wait_said("QEMU waits for a client there", || guest.log());
         guest.wait_for("checker memory round=1", BOOT);
         let rules = rule(&first, &first_there) + &rule(&second, &second_there);
         let (_daemon, address) = serve(&mut there, "96M", &rules);

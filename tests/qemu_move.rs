@@ -3,6 +3,11 @@
 //! `VMEMD_MOVES` is how often the long test moves its VM there and back (once without it), `VMEMD_MOVE_MEMORY` how much
 //! memory that VM has.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod qemu;
 
@@ -16,9 +21,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::{Host, Running, freeze, lives, not_root, signal, wait_for};
+use common::{Host, Running, freeze, lives, needs_root, signal, wait_for};
 use qemu::{BOOT, Guest, Machine, Network, Qemu, checker, field, on_host, qemus};
 use serde_json::Value;
+use testkit::{OrSkip, Reason, skip};
 use vmprocess::size::Size;
 
 /// How long a guest's job of a few seconds may take on a slow, busy machine.
@@ -157,9 +163,9 @@ fn huge_mib(pid: u32) -> u64 {
 #[test]
 fn a_vm_that_fits_has_huge_pages_again_when_it_has_arrived() {
     if swapd::huge_page_mode().is_none_or(|mode| mode == "never") {
-        return common::skipped(&"no transparent huge pages");
+        skip(Reason::Huge, "no transparent huge pages");
     }
-    let Some(qemu) = qemus().into_iter().next() else { return };
+    let qemu = qemus().remove(0);
     let (here, mut there) = (Host::new("qhuge"), Host::new("qhuge-there"));
     let (_daemon, address) = serve(&mut there, "127.0.0.1:0", "256M", "");
     let mut guest = start(&here, &qemu, &Machine::new("256M").run("checker memory 150M 1000000"), &[]);
@@ -178,7 +184,7 @@ fn a_vm_that_fits_has_huge_pages_again_when_it_has_arrived() {
 
 #[test]
 fn what_is_not_there_at_the_target_is_told_before_a_byte_moves() {
-    let Some(qemu) = qemus().into_iter().next() else { return };
+    let qemu = qemus().remove(0);
     let (here, mut there) = (Host::new("qlack"), Host::new("qlack-there"));
     let disk = image(&here, "disk", b"");
     let drive = format!("file={disk},format=raw,if=virtio");
@@ -276,7 +282,7 @@ fn printed_at_rest(guest: &Guest) -> usize {
 
 #[test]
 fn a_paused_vm_arrives_paused() {
-    let Some(qemu) = qemus().into_iter().next() else { return };
+    let qemu = qemus().remove(0);
     let (mut here, mut there) = (Host::new("qpause"), Host::new("qpause-there"));
     let [ours, theirs] = ["monitor", "monitor-there"].map(|name| here.root.join(name).display().to_string());
     let (_there, there_address) = serve(&mut there, "127.0.0.1:0", "192M", &rule("path", &ours, &theirs));
@@ -334,7 +340,7 @@ fn frozen_migration(here: &mut Host, there: &Host, address: &str) -> (Running, u
 
 #[test]
 fn whoever_dies_what_ought_to_run_runs() {
-    let Some(qemu) = qemus().into_iter().next() else { return };
+    let qemu = qemus().remove(0);
     let (mut here, mut there) = (Host::new("qkill"), Host::new("qkill-there"));
     let (mut daemon, address) = serve(&mut there, "127.0.0.1:0", "192M", "");
     // It writes faster than can be sent.
@@ -451,13 +457,8 @@ impl Drop for Stream {
 #[test]
 fn between_two_networks_connections_and_consoles_survive() {
     let qemus = qemus();
-    if qemus.is_empty() || not_root("a network namespace") {
-        return;
-    }
-    let network = match Network::new() {
-        Ok(network) => network,
-        Err(why) => return common::skipped(&why),
-    };
+    needs_root("a network namespace");
+    let network = Network::new().or_skip(Reason::Netns);
     let moves: u32 = std::env::var("VMEMD_MOVES").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     let memory = std::env::var("VMEMD_MOVE_MEMORY").unwrap_or("256M".to_owned());
     let checked = memory.parse::<Size>().expect("a size").bytes() / 4;

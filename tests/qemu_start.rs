@@ -1,5 +1,10 @@
 //! A QEMU that does not get vmemd's engine does not run: it has no memory then, and somebody says why.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod qemu;
 
@@ -9,8 +14,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Host, not_root};
+use common::{Host, needs_root};
 use qemu::{BOOT, Guest, Machine, Qemu, qemus};
+use testkit::{Reason, skip};
 use vmprocess::qemu::{LIBRARY, MEMORY_FILES, VARIABLE};
 
 /// What `docs/qemu.md` promises for it, and a loaded machine's share.
@@ -171,9 +177,7 @@ impl Drop for Mounted {
 
 #[test]
 fn a_preload_on_a_file_system_without_programs_keeps_qemu_from_starting() {
-    if not_root("a mount") {
-        return;
-    }
+    needs_root("a mount");
     for qemu in qemus() {
         let host = Host::new("start-noexec");
         let library = Mounted::tmpfs(host.root.join("lib"), "size=512M");
@@ -198,14 +202,13 @@ fn a_preload_on_a_file_system_without_programs_keeps_qemu_from_starting() {
 
 #[test]
 fn a_preload_that_this_user_may_not_read_keeps_qemu_from_starting() {
-    if not_root("another user") {
-        return;
-    }
-    let Some(qemu) = qemus().into_iter().next() else { return };
+    needs_root("another user");
+    let qemu = qemus().remove(0);
     // Under a directory that any user may look into.
     let host = Host::new("start-unreadable");
-    let directory = std::env::temp_dir().join(format!("vmemd-start-{}", std::process::id()));
-    let installed = Installed::new(&directory);
+    let place = testkit::directory("start");
+    let directory = place.path();
+    let installed = Installed::new(directory);
     for name in ["run", "store"] {
         let path = directory.join(name);
         std::fs::create_dir_all(&path).expect("a directory");
@@ -219,20 +222,18 @@ fn a_preload_that_this_user_may_not_read_keeps_qemu_from_starting() {
     use std::os::unix::process::CommandExt;
     command.env("VMEMD_RUN_DIR", directory.join("run")).uid(65534).gid(65534);
     let output = command.args([qemu.binary.as_os_str(), "-m".as_ref(), "64M".as_ref()]).output();
-    std::fs::remove_dir_all(&directory).expect("the test's directory");
     assert_fails(&output.expect("vmemd runs"), 3, &["would have no budget", "readable for this user"]);
 }
 
-/// A program of a few lines of C, if there is a compiler.
-fn compiled(directory: &Path, name: &str, source: &str) -> Option<PathBuf> {
+/// A program of a few lines of C. Ends the test if there is no compiler.
+fn compiled(directory: &Path, name: &str, source: &str) -> PathBuf {
     let (from, to) = (directory.join(format!("{name}.c")), directory.join(name));
     std::fs::write(&from, source).expect("a source file");
     let made = Command::new("cc").arg("-o").arg(&to).arg(&from).status();
     if !made.is_ok_and(|status| status.success()) {
-        common::skipped(&"no C compiler");
-        return None;
+        skip(Reason::Tools, "no C compiler");
     }
-    Some(to)
+    to
 }
 
 #[test]
@@ -255,8 +256,8 @@ fn a_wrapper_is_told_as_such() {
         };
         let scrubs = source(&format!("execve(\"{path}\", v, none)"));
         let passes = source(&format!("execv(\"{path}\", v)"));
-        let Some(scrubs) = compiled(&host.root, "scrubs", &scrubs) else { return };
-        let Some(passes) = compiled(&host.root, "passes", &passes) else { return };
+        let scrubs = compiled(&host.root, "scrubs", &scrubs);
+        let passes = compiled(&host.root, "passes", &passes);
         let [scrubs, passes] = [scrubs, passes].map(|path| path.display().to_string());
         installed.refuses(&host, &scrubs, 2, &["becomes another program", "name the QEMU binary itself"]);
         installed.refuses(&host, &passes, 2, &["is a wrapper that starts", &path]);

@@ -2,6 +2,11 @@
 //!
 //! The guests here are QEMU's firmware: what a kernel would ask of the machine, a test writes to its ports by QEMU's monitor.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod proxy;
 mod qemu;
@@ -9,7 +14,7 @@ mod qemu;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Host, Running, signal, wait_for};
+use common::{Host, Running, signal, wait_for, wait_said};
 use proxy::{After, At, Plan, Proxy, Strike, Word};
 use qemu::{BOOT, Guest, Monitor, Qemu, qemus};
 use serde_json::{Value, json};
@@ -319,11 +324,7 @@ fn a_guest_that_ends_in_the_middle_of_a_move_is_told_as_such() {
             assert!(took < PROMPT, "{}: it took {took:?}", name(case));
             vm.guest.wait_end(BOOT);
             if case != "SIGABRT" {
-                assert!(
-                    vm.guest.log().contains(&format!("{says} while it was moving")),
-                    "{}",
-                    vm.guest.log()
-                );
+                wait_said(&format!("{says} while it was moving"), || vm.guest.log());
             }
             drop(vm);
             // Nothing of it is left on either side, and the target knows why.
@@ -333,17 +334,19 @@ fn a_guest_that_ends_in_the_middle_of_a_move_is_told_as_such() {
             host.assert_clean();
             there.assert_clean_but(&[daemon.pid()]);
             let log = there.root.join("vm.log");
-            let target = std::fs::read_to_string(&log).unwrap_or_default();
-            let _ = std::fs::remove_file(&log);
             if !matches!(word, Word::Session) {
                 // Of a process that was killed there is no last word.
                 let told = match case {
                     "SIGABRT" => "the link to the source broke".to_owned(),
                     _ => format!("the source gave up: {says} while it was moving"),
                 };
-                let ended = target.contains("\"vm\" did not arrive") && target.contains(&told);
-                assert!(ended, "{}: {target}", name(case));
+                eprintln!("{}: the target is to say {told:?}", name(case));
+                let target = || std::fs::read_to_string(&log).unwrap_or_default();
+                // The words are in one line.
+                let target = wait_said(&told, target);
+                assert!(target.contains("\"vm\" did not arrive"), "{}: {target}", name(case));
             }
+            let _ = std::fs::remove_file(&log);
         }
     }
 }

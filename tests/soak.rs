@@ -2,6 +2,11 @@
 //! compacted: for as long as `VMEMD_SOAK_MINUTES` says (`scripts/soak`). At the end no page was wrong, no VM is lost that ought to live, and no process
 //! has grown. `VMEMD_SEED` is the seed of what happens.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 mod proxy;
 
@@ -9,9 +14,10 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use common::disk::Disk;
-use common::{Host, LOOKS_IN_VAIN, Random, Running, cannot_run_vms, kill, lives, skipped, wait_for};
+use common::{Host, LOOKS_IN_VAIN, Running, kill, lives, needs_vms, wait_for};
 use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
+use testkit::{Random, Reason, skip};
 
 const MIB: u64 = 1 << 20;
 const MEMORY: &str = "48M";
@@ -273,11 +279,9 @@ impl World {
 fn nothing_is_lost_for_as_long_as_it_takes() {
     let minutes = std::env::var("VMEMD_SOAK_MINUTES").ok().and_then(|minutes| minutes.parse::<u64>().ok());
     let Some(minutes) = minutes else {
-        return skipped(&"runs for as long as VMEMD_SOAK_MINUTES says: scripts/soak");
+        skip(Reason::Long, "runs for as long as VMEMD_SOAK_MINUTES says: scripts/soak");
     };
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let seed = std::env::var("VMEMD_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let place = Host::new("soak-disk");
     let disk = Disk::ext4(&place.root, 400 * MIB);

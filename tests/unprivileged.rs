@@ -1,12 +1,18 @@
 //! A user without privileges who has been given access to `/dev/userfaultfd`, and nothing else, runs a QEMU.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::process::Command;
 
-use common::{Host, not_root, skipped};
+use common::{Host, needs_root};
+use testkit::{Reason, skip};
 
 /// `nobody`.
 const USER: u32 = 65534;
@@ -17,14 +23,11 @@ const QEMU: &str = "qemu-system-x86_64";
 const AS_USER: &str = "mount --bind \"$1\" /dev/userfaultfd && limit=$2 && shift 2 && \
     exec prlimit --memlock=\"$limit\" setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
 
-/// Whose processes are those of a user who may lock so much memory, soft and hard. None, with a word, if that cannot be here.
-fn host_of_user(name: &str, memlock: &str) -> Option<Host> {
-    if not_root("becoming another user") {
-        return None;
-    }
+/// Whose processes are those of a user who may lock so much memory, soft and hard. Ends the test if that cannot be here.
+fn host_of_user(name: &str, memlock: &str) -> Host {
+    needs_root("becoming another user");
     let Ok(device) = fs::metadata("/dev/userfaultfd") else {
-        skipped(&"there is no /dev/userfaultfd");
-        return None;
+        skip(Reason::Uffd, "there is no /dev/userfaultfd");
     };
     let host = Host::new(name);
     for dir in ["run", "store"] {
@@ -51,14 +54,14 @@ fn host_of_user(name: &str, memlock: &str) -> Option<Host> {
     // Directories above the build that are root's alone, a file system without devices, a limit that root may not raise here.
     let said = host.vmemd(&["--version"]);
     if said.code != 0 {
-        skipped(&format_args!("that user cannot run vmemd with memlock={memlock} here: {}", said.err.trim()));
-        return None;
+        let why = said.err.trim();
+        skip(Reason::Users, format_args!("that user cannot run vmemd with memlock={memlock} here: {why}"));
     }
     let opens = Command::new(QEMU).arg("--version").output().is_ok();
     if !opens {
-        skipped(&format_args!("no {QEMU}"));
+        skip(Reason::Qemu, format_args!("no {QEMU}"));
     }
-    opens.then_some(host)
+    host
 }
 
 fn run<'a>(store: &'a str, more: &[&'a str]) -> Vec<&'a str> {
@@ -82,7 +85,7 @@ fn run<'a>(store: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 
 #[test]
 fn without_the_right_to_lock_memory_it_is_said_what_to_do() {
-    let Some(mut host) = host_of_user("unprivileged", "8388608:8388608") else { return };
+    let mut host = host_of_user("unprivileged", "8388608:8388608");
     let store = host.store();
     let doctor = host.vmemd(&["doctor", "--store", &store]);
     let line =
@@ -103,7 +106,7 @@ fn without_the_right_to_lock_memory_it_is_said_what_to_do() {
 
 #[test]
 fn with_the_right_to_lock_memory_it_is_locked() {
-    let Some(mut host) = host_of_user("unprivileged-lock", "8388608:1073741824") else { return };
+    let mut host = host_of_user("unprivileged-lock", "8388608:1073741824");
     let vm = host.start(&run(&host.store(), &[]));
     host.wait_state("plain", "running");
     let status = fs::read_to_string(format!("/proc/{}/status", vm.pid())).expect("it runs");

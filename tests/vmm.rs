@@ -1,11 +1,17 @@
 //! The reference guest on the real KVM.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod guest;
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use guest::{Guest, config, memory, skipped, uffd};
+use guest::{Guest, config, memory, uffd};
+use testkit::{OrSkip, Reason};
 use vmemd::vmm::{Machine, RunState, VmmError, saved_config};
 
 /// Patterns that go round, on a working set that takes little time.
@@ -21,7 +27,7 @@ const ROUND_PATTERNS: [&str; 5] = [
 fn every_workload_goes_round_without_a_mismatch() {
     for workload in ROUND_PATTERNS {
         for vcpus in [1, 4] {
-            let Some(mut guest) = Guest::new("64M", vcpus, workload) else { return };
+            let mut guest = Guest::new("64M", vcpus, workload);
             assert_eq!(guest.machine.state(), RunState::Paused);
             guest.machine.start().unwrap();
             let counters = guest.wait("3 rounds", |counters| counters.rounds >= 3);
@@ -40,7 +46,7 @@ fn fill_and_idle_write_every_page_once() {
     for (workload, filled) in
         [("fill", None), ("idle:working-set=8M", Some(2048)), ("fill:fill=none", Some(0))]
     {
-        let Some(mut guest) = Guest::new("64M", 2, workload) else { return };
+        let mut guest = Guest::new("64M", 2, workload);
         let pages = guest.data_pages();
         let filled = filled.unwrap_or(pages.end - pages.start);
         guest.machine.start().unwrap();
@@ -55,7 +61,7 @@ fn fill_and_idle_write_every_page_once() {
 
 #[test]
 fn host_and_guest_agree_on_contents() {
-    let Some(mut guest) = Guest::new("32M", 1, "rewrite:working-set=2M") else { return };
+    let mut guest = Guest::new("32M", 1, "rewrite:working-set=2M");
     guest.machine.start().unwrap();
     guest.wait("10 rounds", |counters| counters.rounds >= 10);
     guest.machine.pause().unwrap();
@@ -132,7 +138,7 @@ fn every_kind_of_damage_is_found() {
     for (name, damage) in damages {
         let ledger = name.contains("ledger");
         let workload = if ledger { "rewrite" } else { "rewrite:working-set=4M" };
-        let Some(mut guest) = Guest::new("32M", 1, workload) else { return };
+        let mut guest = Guest::new("32M", 1, workload);
         guest.machine.start().unwrap();
         guest.wait("a round", |counters| counters.rounds >= 1);
         guest.machine.pause().unwrap();
@@ -153,7 +159,7 @@ fn every_kind_of_damage_is_found() {
 
 #[test]
 fn a_reading_guest_finds_damage_too() {
-    let Some(mut guest) = Guest::new("32M", 2, "read:working-set=4M") else { return };
+    let mut guest = Guest::new("32M", 2, "read:working-set=4M");
     guest.machine.start().unwrap();
     guest.wait("a round", |counters| counters.rounds >= 1);
     guest.machine.pause().unwrap();
@@ -166,7 +172,7 @@ fn a_reading_guest_finds_damage_too() {
 
 #[test]
 fn zipf_is_skewed_and_scattered() {
-    let Some(mut guest) = Guest::new("64M", 1, "zipf:working-set=16M,theta=0.99") else { return };
+    let mut guest = Guest::new("64M", 1, "zipf:working-set=16M,theta=0.99");
     guest.machine.start().unwrap();
     guest.wait("20 rounds", |counters| counters.rounds >= 20);
     guest.machine.pause().unwrap();
@@ -189,7 +195,7 @@ fn a_saved_guest_goes_on_elsewhere() {
         ROUND_PATTERNS.into_iter().chain(["idle:working-set=4M", "rewrite:working-set=8M,rate=100M"])
     {
         let vcpus = 3;
-        let Some(mut guest) = Guest::new("32M", vcpus, workload) else { return };
+        let mut guest = Guest::new("32M", vcpus, workload);
         guest.machine.start().unwrap();
         let idle = workload.starts_with("idle");
         // Some are moved amid the fill, some amid their rounds.
@@ -220,7 +226,7 @@ fn a_saved_guest_goes_on_elsewhere() {
 fn pausing_is_quick_and_loses_no_kick() {
     for workload in ["rewrite:working-set=4M", "rewrite:working-set=4M,rate=4K", "idle:working-set=4M"] {
         for throttle in [0, 99] {
-            let Some(mut guest) = Guest::new("32M", 4, workload) else { return };
+            let mut guest = Guest::new("32M", 4, workload);
             guest.machine.throttle(throttle);
             guest.machine.start().unwrap();
             for _ in 0..100 {
@@ -237,9 +243,7 @@ fn pausing_is_quick_and_loses_no_kick() {
 
 #[test]
 fn the_rate_holds() {
-    let Some(mut guest) = Guest::new("32M", 3, "random:working-set=4M,rate=40M,fill=working-set") else {
-        return;
-    };
+    let mut guest = Guest::new("32M", 3, "random:working-set=4M,rate=40M,fill=working-set");
     guest.machine.start().unwrap();
     let first = guest.wait("the first page", |counters| counters.verified_pages > 0);
     let start = Instant::now();
@@ -253,7 +257,7 @@ fn the_rate_holds() {
 fn memory_goes_on_above_the_hole() {
     const HOLE_PAGE: u64 = (3 << 30) / 4096;
     for (vcpus, workload) in [(1, "random:fill=none"), (4, "rewrite:fill=none")] {
-        let Some(mut guest) = Guest::new("5G", vcpus, workload) else { return };
+        let mut guest = Guest::new("5G", vcpus, workload);
         guest.machine.start().unwrap();
         let counters = guest.wait("100000 pages", |counters| counters.verified_pages >= 100_000);
         assert_eq!(counters.mismatched_pages, 0);
@@ -273,7 +277,7 @@ fn memory_goes_on_above_the_hole() {
 
 #[test]
 fn memory_of_terabytes_costs_only_what_is_touched() {
-    let Some(mut guest) = Guest::new("1T", 1, "rewrite:working-set=1M,fill=none") else { return };
+    let mut guest = Guest::new("1T", 1, "rewrite:working-set=1M,fill=none");
     guest.machine.start().unwrap();
     let counters = guest.wait("3 rounds", |counters| counters.rounds >= 3);
     assert_eq!(counters.mismatched_pages, 0);
@@ -281,7 +285,7 @@ fn memory_of_terabytes_costs_only_what_is_touched() {
 
 #[test]
 fn a_page_that_cannot_be_provided_fails_the_guest() {
-    let Some(mut guest) = Guest::new("32M", 1, "rewrite:working-set=4M") else { return };
+    let mut guest = Guest::new("32M", 1, "rewrite:working-set=4M");
     guest.machine.start().unwrap();
     guest.wait("a round", |counters| counters.rounds >= 1);
     guest.machine.pause().unwrap();
@@ -302,16 +306,10 @@ fn a_page_that_cannot_be_provided_fails_the_guest() {
 
 #[test]
 fn a_poisoned_page_fails_the_guest() {
-    let Some(mut guest) = Guest::new("32M", 2, "rewrite:working-set=4M,fill=none") else { return };
+    let mut guest = Guest::new("32M", 2, "rewrite:working-set=4M,fill=none");
     let page = guest.data_pages().start + 300;
     let address = guest.memory.as_mut_ptr().wrapping_add(page as usize * 4096);
-    let poison = match uffd::poison(address) {
-        Ok(poison) => poison,
-        Err(error) => {
-            skipped(&format_args!("no userfaultfd with poison here: {error}"));
-            return;
-        }
-    };
+    let poison = uffd::poison(address).or_skip(Reason::Uffd);
     guest.machine.start().unwrap();
     let reason = guest.wait_failure();
     println!("{reason}");
@@ -323,12 +321,9 @@ fn a_poisoned_page_fails_the_guest() {
 fn faults_may_wait_for_another_thread() {
     let size = config("32M", 2, "rewrite:working-set=16M");
     let mut mapping = memory(size.memory_bytes);
-    let server = match uffd::Server::new(mapping.as_mut_ptr(), size.memory_bytes) {
-        Ok(server) => server,
-        Err(error) => return skipped(&format_args!("no userfaultfd here: {error}")),
-    };
+    let server = uffd::Server::new(mapping.as_mut_ptr(), size.memory_bytes).or_skip(Reason::Uffd);
     // Dropped before the server: its vCPUs may wait for it.
-    let Some(mut guest) = Guest::on(mapping, size) else { return };
+    let mut guest = Guest::on(mapping, size);
     assert!(server.served() < 40, "setting up touches {} pages", server.served());
     guest.machine.start().unwrap();
     guest.wait("some filling", |counters| counters.filled_pages >= 512);
@@ -354,9 +349,7 @@ fn impossible_requests_say_what_to_do() {
         |size, vcpus, workload| Machine::new(config(size, vcpus, workload), base).unwrap_err().to_string();
     assert!(error("16M", 1, "fill").contains("at least 32M"));
     assert!(error("33M", 1, "fill").contains("multiple of 2M"));
-    if Guest::new("32M", 1, "fill").is_none() {
-        return;
-    }
+    drop(Guest::new("32M", 1, "fill"));
     assert!(error("64M", 9, "fill").contains("choose 1 to 8"));
     assert!(error("64M", 0, "fill").contains("choose 1 to 8"));
     assert!(error("64M", 1, "fill:working-set=64M").contains("choose a smaller working set"));
@@ -366,7 +359,7 @@ fn impossible_requests_say_what_to_do() {
 
 #[test]
 fn saving_and_restoring_refuse_what_does_not_fit() {
-    let Some(mut guest) = Guest::new("32M", 1, "rewrite:working-set=4M") else { return };
+    let mut guest = Guest::new("32M", 1, "rewrite:working-set=4M");
     guest.machine.start().unwrap();
     assert!(matches!(guest.machine.save(), Err(VmmError::NotPaused)));
     guest.machine.pause().unwrap();

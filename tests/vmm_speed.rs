@@ -1,6 +1,11 @@
 //! How fast the reference guest is: throttled (the one test here that is run by default, so that no other test's VM runs beside it), and what
 //! a page, a pause, a save and a restore cost.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod guest;
 
 use std::time::{Duration, Instant};
@@ -19,7 +24,7 @@ fn speed() {
         ("512M", "random"),
         ("512M", "zipf"),
     ] {
-        let Some(mut guest) = Guest::new(size, 1, workload) else { return };
+        let mut guest = Guest::new(size, 1, workload);
         let start = Instant::now();
         guest.machine.start().unwrap();
         let filled = guest.wait("a round", |counters| counters.rounds >= 1);
@@ -32,7 +37,7 @@ fn speed() {
         println!("{workload} in {size}: {page_us:.3} us a page (fill and first round {fill:.2?})");
     }
     for vcpus in [1, 4] {
-        let Some(mut guest) = Guest::new("512M", vcpus, "rewrite:working-set=64M") else { return };
+        let mut guest = Guest::new("512M", vcpus, "rewrite:working-set=64M");
         guest.machine.start().unwrap();
         guest.wait("a round", |counters| counters.rounds >= 1);
         let start = Instant::now();
@@ -54,7 +59,7 @@ fn speed() {
 
 #[test]
 fn throttling_slows_the_guest() {
-    let Some(mut guest) = Guest::new("32M", 2, "rewrite:working-set=4M") else { return };
+    let mut guest = Guest::new("32M", 2, "rewrite:working-set=4M");
     guest.machine.start().unwrap();
     guest.wait("a round", |counters| counters.rounds >= 1);
     let pages_per_s = |percent| {

@@ -1,5 +1,10 @@
 //! The threads of a machine, in a process where no other machine is.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod guest;
 
 use std::collections::BTreeSet;
@@ -18,7 +23,7 @@ fn thread_names() -> BTreeSet<String> {
 #[test]
 fn they_have_names_and_end_with_the_machine() {
     for workload in ["rewrite:working-set=4M", "idle:working-set=4M", "rewrite:working-set=4M,rate=4K"] {
-        let Some(mut guest) = Guest::new("32M", 2, workload) else { return };
+        let mut guest = Guest::new("32M", 2, workload);
         guest.machine.start().unwrap();
         guest.wait("the fill", |counters| counters.filled_pages >= 1024);
         guest.wait("the names", |_| thread_names().into_iter().eq(["vcpu0", "vcpu1", "vmm-throttle"]));

@@ -1,5 +1,10 @@
 //! Who may send VMs here and who may control them: those who may not are refused, and logged once.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "qemu/network.rs"]
 mod network;
@@ -16,9 +21,10 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Host, Running, Said, cannot_run_vms, not_root, wait_for};
+use common::{Host, Running, Said, needs_root, needs_vms, wait_for};
 use network::Network;
 use pki::{Ca, When, show};
+use testkit::{OrSkip, Reason, skip};
 
 const GUEST: &str = "rewrite:working-set=40M,rate=400M";
 /// Another user, without any rights.
@@ -52,9 +58,7 @@ fn files(host: &Host, name: &str, ca: &Ca, when: When) -> String {
 
 #[test]
 fn strangers_cannot_send_vms() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("strangers");
     let (ca, strangers) = (Ca::new(), Ca::new());
     let ours = files(&host, "ours", &ca, When::Now);
@@ -101,9 +105,7 @@ fn strangers_cannot_send_vms() {
 
 #[test]
 fn only_hosts_on_the_list_may_come() {
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let mut host = Host::new("allowed");
     let certificates = host.pki("pki", &["127.0.0.1", "a.example", "b.example,192.0.2.9"]);
     let [target, a, b] = certificates.as_slice() else { panic!("{certificates:?}") };
@@ -155,9 +157,7 @@ fn greetings_by_tls_are_few_and_bounded_in_time() {
     told_once(&daemon, "too long to prove");
     drop(silent);
     let mut host_with_vm = Host::new("greetings-vm");
-    if cannot_run_vms() {
-        return;
-    }
+    needs_vms();
     let _run = host_with_vm.start_vm("web", GUEST);
     let moved = migrate(&host_with_vm, &address, &["--tls", &ours]);
     assert_eq!(moved.code, 0, "{moved:?}");
@@ -165,13 +165,9 @@ fn greetings_by_tls_are_few_and_bounded_in_time() {
 
 #[test]
 fn between_two_hosts_vms_move_by_tls_or_by_explicit_wish() {
-    if cannot_run_vms() || not_root("a network namespace") {
-        return;
-    }
-    let network = match Network::new() {
-        Ok(network) => network,
-        Err(why) => return common::skipped(&why),
-    };
+    needs_vms();
+    needs_root("a network namespace");
+    let network = Network::new().or_skip(Reason::Netns);
     let [mut here, mut there] =
         [0, 1].map(|side| Host::within(["net-a", "net-b"][side], &network.namespaces[side]));
     let certificates = here.pki("pki", &Network::HOSTS);
@@ -224,9 +220,8 @@ fn ask_as(uid: u32, path: &Path) -> std::io::Result<String> {
 
 #[test]
 fn another_users_process_cannot_control_a_vm() {
-    if cannot_run_vms() || not_root("being another user") {
-        return;
-    }
+    needs_vms();
+    needs_root("being another user");
     let mut host = Host::new("users");
     let run = host.start_vm("web", "idle");
     let (dir, socket) = (host.run_dir(), host.run_dir().join("web.sock"));
@@ -252,7 +247,7 @@ fn another_users_process_cannot_control_a_vm() {
     for dir in host.root.ancestors().chain([dir.as_path()]) {
         if mode(dir) & 0o001 == 0 {
             if !dir.starts_with(&host.root) {
-                return common::skipped(&format_args!("{} is closed to others", dir.display()));
+                skip(Reason::Users, format_args!("{} is closed to others", dir.display()));
             }
             fs::set_permissions(dir, fs::Permissions::from_mode(0o711)).expect("a mode");
         }
@@ -262,9 +257,10 @@ fn another_users_process_cannot_control_a_vm() {
         let answer = ask_as(NOBODY, &socket).expect("an answer");
         assert!(answer.contains("error") && answer.contains("user 65534 may not"), "{answer}");
     }
-    assert_eq!(told(&run.log(), "another user"), 1, "{}", run.log());
+    told_once(&run, "another user");
     let other = ask_as(NOBODY - 1, &socket).expect("an answer");
     assert!(other.contains("error"), "{other}");
+    wait_for("the other's refusal", || (told(&run.log(), "another user") > 1).then_some(()));
     assert_eq!(told(&run.log(), "another user"), 2, "{}", run.log());
     // Its own user is served as ever.
     assert_eq!(host.stat("web").expect("it runs")["state"], "running");

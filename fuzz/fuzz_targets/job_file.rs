@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| vmemd::fuzz::job_file(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vmemd_bench::fuzz::job_file(data));

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| vmemd::fuzz::trace(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vmemd_bench::fuzz::trace(data));

@@ -3,55 +3,11 @@
 use std::io::{self, Read, Write};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use crate::limits::{CANCEL_POLL, HELLO_LIMIT};
 use crate::outside::{Instant, StdStream};
-use crate::session::SessionId;
-use crate::target::ReceiveError;
-use crate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
+use crate::target::error::ReceiveError;
+use crate::wire::opening::{Answer, Hello, PREAMBLE_BYTES, Preamble, RefuseKind};
 use crate::wire::{VERSION, WireError};
-
-/// What a connection is for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Hello {
-    /// A VM wants to move here. Answered by [`crate::receive`], or by [`refuse`].
-    Session(SessionHello),
-    /// One more data stream of a session: give it to that session's `streams` callback.
-    Stream(StreamHello),
-    /// What became of a session? Answered by [`crate::answer_resolve`].
-    Resolve { session: SessionId },
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SessionHello {
-    pub session: SessionId,
-    pub name: String,
-    pub memory_bytes: u64,
-    /// RAM that the source wishes for the VM; None: as the target likes.
-    pub ram_bytes: Option<u64>,
-    pub streams: u32,
-    pub check_placement: bool,
-    /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's state.
-    pub offer: Option<String>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StreamHello {
-    pub session: SessionId,
-    /// Which of the session's streams, from 0.
-    pub index: u32,
-}
-
-/// Why a target does not take a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RefuseKind {
-    Version,
-    NameTaken,
-    NoRoom,
-    Other,
-}
 
 /// Reads what a fresh connection is for, within [`HELLO_LIMIT`]. A peer of another version is told so.
 ///

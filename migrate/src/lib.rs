@@ -30,7 +30,7 @@ mod wait;
 pub mod wire;
 
 pub use cancel::CancelFlag;
-pub use hello::{Hello, RefuseKind, SessionHello, StreamHello, read_hello, refuse};
+pub use hello::{read_hello, refuse};
 pub use progress::{Phase, Progress};
 pub use registry::{Begun, Committed, Kept, Outcome, Registry, RegistryError};
 pub use report::{DowntimeParts, Placement, Received, Report};
@@ -40,3 +40,4 @@ pub use source::{SendError, SourceOptions, send};
 pub use target::{DataStream, PlainMemory, ReceiveError, TargetLink, TargetMemory, receive};
 pub use vm::{Expected, SourceVm, TargetVm, VmError};
 pub use wait::Wait;
+pub use wire::opening::{Hello, RefuseKind, SessionHello, StreamHello};

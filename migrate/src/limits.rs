@@ -1,4 +1,5 @@
-//! Every limit of this crate that is not part of the wire format: times, queues, shares.
+//! Every time limit of this crate, and what else bounds a session and is not part of the wire format. What only one policy goes by is beside
+//! that policy: `source/pace.rs`, `source/discovery.rs`, `source/order.rs`.
 
 use std::time::Duration;
 
@@ -26,8 +27,29 @@ pub const RESOLVE_EVERY: Duration = Duration::from_millis(500);
 pub const RESOLVE_CALL_LIMIT: Duration = Duration::from_secs(5);
 /// How long the target watches what the VM touches when the placement is to be checked.
 pub const PLACEMENT_WINDOW: Duration = Duration::from_secs(1);
-/// How much longer than that the source waits for the result.
-pub const PLACEMENT_LIMIT: Duration = Duration::from_secs(10);
+/// From the target's `Running` on, how long the source waits for the result of that.
+pub const PLACEMENT_LIMIT: Duration = Duration::from_secs(11);
+/// How long a session that ends waits for its last words to leave, or for the peer's to arrive.
+pub(crate) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
+/// How long it is tried to deliver what a session over TLS said last.
+pub(crate) const LINGER_LIMIT: Duration = Duration::from_secs(5);
+/// How often a page that could not be read is read once more, and when.
+pub(crate) const REREADS: u32 = 3;
+pub(crate) const REREAD_EVERY: Duration = Duration::from_millis(300);
+/// In a session it is not waited between them more often than that: a disk that is gone gives nothing back.
+pub(crate) const REREAD_WAITS: u32 = 32;
+/// A store that gives nothing at all is waited for so long; then the move ends, and the VM stays. Its pages are not lost: nobody knows
+/// that of a store that is silent.
+pub(crate) const STORE_LIMIT: Duration = Duration::from_secs(10);
+/// In the last round: between two looks at pages that are just moving, and how often.
+pub(crate) const MOVING_RETRY: Duration = Duration::from_micros(500);
+pub(crate) const MOVING_RETRIES: u32 = 20_000;
+/// Between two looks whether a session's record is free.
+pub(crate) const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// Messages of a control connection that wait to be written, or to be looked at.
+pub(crate) const QUEUE: usize = 16;
+/// The target keeps some of its RAM free to receive into: this share of it is for hot pages.
+pub(crate) const HOT_SHARE: f64 = 0.85;
 /// How often the cancel flag is looked at.
 pub const CANCEL_POLL: Duration = Duration::from_millis(50);
 /// How often the source asks its engine for written pages.
@@ -54,5 +76,7 @@ pub fn patience(limit: Duration) -> Duration {
 }
 
 const _: () = assert!(ALIVE_EVERY.as_secs() * 3 < SILENCE_LIMIT.as_secs());
+const _: () = assert!(PLACEMENT_WINDOW.as_secs() * 2 < PLACEMENT_LIMIT.as_secs());
+const _: () = assert!(FAREWELL_LIMIT.as_millis() < LINGER_LIMIT.as_millis());
 const _: () = assert!(CANCEL_POLL.as_millis() < 100);
 const _: () = assert!(COMMIT_LIMIT.as_secs() < RESOLVE_LIMIT.as_secs());

@@ -42,7 +42,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{RESOLVE_CALL_LIMIT, patience};
+use crate::limits::{LOCK_RETRY, RESOLVE_CALL_LIMIT, patience};
 use crate::outside::{
     File, FileExt, Instant, OpenOptions, boot_id, in_memory, make_own, pause, planted, remove_file, vouch_for,
 };
@@ -111,8 +111,6 @@ enum Mark {
 const MARK_BYTES: usize = 8;
 /// As the kernel writes it, with the line's end.
 const BOOT_ID_BYTES: usize = 37;
-/// Between two looks whether a lock is free.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// Names that are tried for a decision.
 const NAME_TRIES: u32 = 10_000;
 /// Longest place of a decision.

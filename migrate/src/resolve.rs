@@ -4,13 +4,13 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
-use crate::hello::{Hello, OpeningError, RefuseKind, read_opening, refuse, write_opening};
+use crate::hello::{OpeningError, read_opening, refuse, write_opening};
 use crate::limits::{RESOLVE_CALL_LIMIT, patience};
 use crate::outside::{StdStream, secure};
 use crate::registry::{Outcome, Registry, RegistryError};
 use crate::session::SessionId;
 use crate::tls::{Security, TlsError};
-use crate::wire::opening::Answer;
+use crate::wire::opening::{Answer, Hello, RefuseKind};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {

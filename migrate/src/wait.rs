@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{
-    ACCEPT_LIMIT, COMMIT_LIMIT, CONNECT_LIMIT, PLACEMENT_LIMIT, PLACEMENT_WINDOW, PREPARE_LIMIT,
-    RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, WATCH_LIMIT, patience,
+    ACCEPT_LIMIT, COMMIT_LIMIT, CONNECT_LIMIT, PLACEMENT_LIMIT, PREPARE_LIMIT, RESOLVE_LIMIT, RUNNING_LIMIT,
+    SILENCE_LIMIT, WATCH_LIMIT, patience,
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -69,7 +69,7 @@ impl Wait {
             Wait::Commit => ("COMMIT_LIMIT", COMMIT_LIMIT),
             Wait::Running => ("RUNNING_LIMIT", RUNNING_LIMIT),
             Wait::Resolve => ("RESOLVE_LIMIT", RESOLVE_LIMIT),
-            Wait::Placement => ("PLACEMENT_LIMIT", PLACEMENT_WINDOW + PLACEMENT_LIMIT),
+            Wait::Placement => ("PLACEMENT_LIMIT", PLACEMENT_LIMIT),
         };
         (name, patience(limit))
     }

@@ -1,13 +1,18 @@
 //! A device writes to a page that it had pinned before the page was reported as written: no scan reports that again.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::io::{PipeReader, PipeWriter, Write};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use common::Target;
 use common::vm::{MEMORY, Writer, engine, fill, options};
-use common::{Place, Target};
 use io_uring::{IoUring, opcode, types};
 use migrate::{CancelFlag, SessionId, SourceOptions, SourceVm, TargetMemory, VmError, send};
 use swapd::PAGE_SIZE;
@@ -100,8 +105,8 @@ impl SourceVm for WithDevice {
 
 #[test]
 fn what_a_device_writes_into_pinned_pages_arrives() {
-    let (place, place_there) = (Place::new(), Place::new());
-    let (Some(here), Some(there)) = (engine(&place, MEMORY), engine(&place_there, MEMORY)) else { return };
+    let (place, place_there) = (common::place(), common::place());
+    let (here, there) = (engine(&place, MEMORY), engine(&place_there, MEMORY));
     fill(&here);
     let base = here.memory_base() as usize;
     let mut vm = WithDevice { writer: Writer::start(base, 400..2000), device: Device::new(base) };

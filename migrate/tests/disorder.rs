@@ -12,7 +12,7 @@ use migrate::wire::record::{Header, Kind};
 use migrate::{Outcome, PlainMemory, TargetMemory};
 use proptest::prelude::*;
 use proptest::sample::Index;
-use source::{MEMORY, PAGES, SESSION, Source};
+use source::{MEMORY, PAGES, Source};
 
 /// What a source may say at some time.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -159,7 +159,7 @@ fn run(script: &[Step]) -> Result<bool, TestCaseError> {
     teller.source.hang_up();
     let result = target.result();
     let runs = target.vm.is_started();
-    let told = migrate::resolve(&target.address.to_string(), &Security::ThisHost, SESSION).unwrap();
+    let told = migrate::resolve(&target.address.to_string(), &Security::ThisHost, target.session).unwrap();
     prop_assert_eq!(told == Outcome::RunningThere, runs);
     if result.is_ok() {
         prop_assert!(runs);

@@ -16,7 +16,7 @@ use migrate::wire::record::{Header, Kind, Lane, Sequence};
 use migrate::{
     Hello, PlainMemory, ReceiveError, RefuseKind, SessionHello, SessionId, StreamHello, TargetMemory,
 };
-use source::{MEMORY, PAGES, SESSION, Source, hello, read_answer};
+use source::{MEMORY, PAGES, Source, hello, read_answer};
 use swapd::digest::page_sum;
 use swapd::{PAGE_SIZE, PageNo};
 
@@ -33,7 +33,7 @@ fn refusal(spoil: impl FnOnce(&mut Source)) -> String {
     let error = target.result().expect_err("the target accepted it");
     assert!(!target.vm.is_started());
     assert_eq!(
-        migrate::resolve(&target.address.to_string(), &Security::ThisHost, SESSION).unwrap(),
+        migrate::resolve(&target.address.to_string(), &Security::ThisHost, target.session).unwrap(),
         migrate::Outcome::NotThere
     );
     match error {
@@ -66,7 +66,7 @@ fn a_well_behaved_source_gets_its_vm_moved() {
     assert_eq!(target.vm.loaded.lock().unwrap().as_deref(), Some(b"registers".as_slice()));
     // SAFETY: page 3 of a mapping that nobody writes to any more.
     assert_eq!(unsafe { *memory.base().add(3 * PAGE_SIZE + 17) }, 9);
-    let outcome = migrate::resolve(&target.address.to_string(), &Security::ThisHost, SESSION).unwrap();
+    let outcome = migrate::resolve(&target.address.to_string(), &Security::ThisHost, target.session).unwrap();
     assert_eq!(outcome, migrate::Outcome::RunningThere);
 }
 
@@ -83,7 +83,7 @@ fn rubbish_instead_of_an_opening() {
 fn another_version_is_told_so() {
     let (target, _memory) = target();
     let mut stream = target.connect();
-    let mut bytes = Hello::Session(hello()).encode();
+    let mut bytes = Hello::Session(hello(&target)).encode();
     bytes[8] = 200;
     stream.write_all(&bytes).unwrap();
     assert!(matches!(target.result(), Err(ReceiveError::Version { theirs: 200, .. })));
@@ -94,7 +94,7 @@ fn another_version_is_told_so() {
 fn an_opening_that_breaks_off() {
     let (target, _memory) = target();
     let mut stream = target.connect();
-    stream.write_all(&Hello::Session(hello()).encode()[..20]).unwrap();
+    stream.write_all(&Hello::Session(hello(&target)).encode()[..20]).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     assert!(matches!(target.result(), Err(ReceiveError::Link { .. })));
 }
@@ -102,7 +102,7 @@ fn an_opening_that_breaks_off() {
 #[test]
 fn an_opening_of_absurd_length() {
     let (target, _memory) = target();
-    let mut bytes = Hello::Session(hello()).encode();
+    let mut bytes = Hello::Session(hello(&target)).encode();
     bytes[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
     target.connect().write_all(&bytes).unwrap();
     assert!(matches!(target.result(), Err(ReceiveError::Peer(text)) if text.contains("at most")));
@@ -112,7 +112,7 @@ fn an_opening_of_absurd_length() {
 fn memory_of_another_size() {
     let (target, _memory) = target();
     let mut stream = target.connect();
-    let other = SessionHello { memory_bytes: 2 * MEMORY, ..hello() };
+    let other = SessionHello { memory_bytes: 2 * MEMORY, ..hello(&target) };
     stream.write_all(&Hello::Session(other).encode()).unwrap();
     assert!(matches!(target.result(), Err(ReceiveError::Setup(_))));
     assert!(matches!(read_answer(&mut stream), Answer::Refused { .. }));
@@ -122,9 +122,9 @@ fn memory_of_another_size() {
 fn the_same_stream_twice() {
     let (target, _memory) = target();
     let mut control = target.connect();
-    control.write_all(&Hello::Session(hello()).encode()).unwrap();
+    control.write_all(&Hello::Session(hello(&target)).encode()).unwrap();
     read_answer(&mut control);
-    let stream = Hello::Stream(StreamHello { session: SESSION, index: 1 }).encode();
+    let stream = Hello::Stream(StreamHello { session: target.session, index: 1 }).encode();
     let _streams = [(); 2].map(|()| {
         let mut socket = target.connect();
         socket.write_all(&stream).unwrap();
@@ -216,7 +216,7 @@ fn a_record_of_another_session_or_place() {
         source.pages(0, &[(3, 1)], 1);
     });
     assert_refused("checksum does not match", |source| {
-        source.to_target = Sequence::new(SESSION, Lane::Stream(0));
+        source.to_target = Sequence::new(source.session, Lane::Stream(0));
         source.say(&Control::Heat(parts(&[0; PAGES as usize]).next().unwrap()));
     });
 }
@@ -349,7 +349,7 @@ fn a_vm_that_cannot_start_goes_back() {
     source.say(&Control::Commit { paused: false });
     assert!(matches!(source.hear(), Control::NotStarted(_)));
     assert!(matches!(target.result(), Err(ReceiveError::Vm(_))));
-    let outcome = migrate::resolve(&target.address.to_string(), &Security::ThisHost, SESSION).unwrap();
+    let outcome = migrate::resolve(&target.address.to_string(), &Security::ThisHost, target.session).unwrap();
     assert_eq!(outcome, migrate::Outcome::NotThere);
 }
 

@@ -1,5 +1,10 @@
 //! What the source does when the link breaks, at every point of a migration, and when the target is not what it should be.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::io::{Read, Write};
@@ -7,8 +12,8 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use common::Target;
 use common::vm::{MEMORY, Writer, compare, engine, fill, options};
-use common::{Place, Target};
 use migrate::tls::Security;
 use migrate::wire::control::Control;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
@@ -98,8 +103,8 @@ fn over_a_link(here: &Engine) -> (Writer, Proxy, Target, PlainMemory) {
 
 #[test]
 fn nobody_there() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     let mut vm = Writer::start(here.memory_base() as usize, 0..100);
     let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let error =
@@ -110,8 +115,8 @@ fn nobody_there() {
 
 #[test]
 fn a_web_server_is_no_target() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     let mut vm = Writer::start(here.memory_base() as usize, 0..100);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -130,14 +135,14 @@ fn a_web_server_is_no_target() {
 
 #[test]
 fn a_broken_link_leaves_the_vm_where_it_was() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     fill(&here);
     let mut vm = Writer::start(here.memory_base() as usize, 100..3000);
     // In the opening, in the heat map, in the first pages, and further on.
     for after in [10, 400, 50_000, 3 << 20, 20 << 20] {
-        let place_there = Place::new();
-        let there = engine(&place_there, MEMORY / 2).expect("the other one started");
+        let place_there = common::place();
+        let there = engine(&place_there, MEMORY / 2);
         let target = Target::start(TargetMemory::Engine(there.handle()));
         let proxy = proxy(target.address, after);
         let error = send(&here.handle(), &mut vm, &options(proxy.address), &|_| {}, &CancelFlag::new(false))
@@ -155,8 +160,8 @@ fn a_broken_link_leaves_the_vm_where_it_was() {
 
 #[test]
 fn a_commit_that_gets_lost_is_taken_back() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     let (mut vm, proxy, target, _memory) = over_a_link(&here);
     let link = proxy.link.clone();
     *target.vm.on_load.lock().unwrap() = Some(Box::new(move || link.swallow.store(true, Ordering::SeqCst)));
@@ -170,8 +175,8 @@ fn a_commit_that_gets_lost_is_taken_back() {
 
 #[test]
 fn a_start_that_is_not_heard_of_is_asked_for() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     let (mut vm, proxy, target, memory) = over_a_link(&here);
     let link = proxy.link.clone();
     *target.vm.on_start.lock().unwrap() = Some(Box::new(move || link.cut()));
@@ -184,8 +189,8 @@ fn a_start_that_is_not_heard_of_is_asked_for() {
 
 #[test]
 fn in_doubt_the_vm_stands_still() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     let (mut vm, proxy, target, _memory) = over_a_link(&here);
     let (link, cancel) = (proxy.link.clone(), Arc::new(CancelFlag::new(false)));
     let patience = cancel.clone();
@@ -231,8 +236,8 @@ fn read_hello(socket: &mut TcpStream) -> Hello {
 
 /// What the source says of a target that answers with `answer` and, if that accepts, does what `misbehave` says.
 fn complaint(answer: &Answer, misbehave: impl FnOnce(&mut FakeTarget) + Send) -> SendError {
-    let place = Place::new();
-    let here = engine(&place, MEMORY).expect("checked by the caller");
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     fill(&here);
     let mut vm = Writer::start(here.memory_base() as usize, 0..100);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -268,10 +273,8 @@ fn complaint(answer: &Answer, misbehave: impl FnOnce(&mut FakeTarget) + Send) ->
 
 #[test]
 fn targets_that_refuse() {
-    let place = Place::new();
-    if engine(&place, MEMORY).is_none() {
-        return;
-    }
+    let place = common::place();
+    drop(engine(&place, MEMORY));
     let refused = |kind| complaint(&Answer::Refused { kind, text: "no".to_string() }, |_| {});
     assert!(matches!(refused(RefuseKind::NameTaken), SendError::NameTaken(text) if text == "no"));
     assert!(matches!(refused(RefuseKind::NoRoom), SendError::NoRoom(_)));
@@ -282,10 +285,8 @@ fn targets_that_refuse() {
 
 #[test]
 fn targets_that_talk_nonsense() {
-    let place = Place::new();
-    if engine(&place, MEMORY).is_none() {
-        return;
-    }
+    let place = common::place();
+    drop(engine(&place, MEMORY));
     let accepted = Answer::Accepted { ram_bytes: MEMORY };
     let error = complaint(&accepted, |target| target.say(&Control::Running { took: Default::default() }));
     assert!(matches!(&error, SendError::Peer(text) if text.contains("Running")), "{error:?}");
@@ -307,8 +308,8 @@ fn targets_that_talk_nonsense() {
 
 #[test]
 fn a_target_that_never_answers_can_be_left() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     let mut vm = Writer::start(here.memory_base() as usize, 0..100);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();

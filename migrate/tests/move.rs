@@ -1,22 +1,25 @@
 //! A VM moves between two real engines in this process: every page arrives and nothing is paged.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use common::Target;
 use common::vm::{MEMORY, PAGES, Writer, compare, engine, engine_with, fill, options, write};
-use common::{Place, Target};
 use migrate::{CancelFlag, PlainMemory, Progress, SendError, SourceOptions, SourceVm, TargetMemory, send};
 use swapd::PAGE_SIZE;
 
 #[test]
 fn a_writing_vm_moves_into_half_of_its_memory() {
-    let (place, place_there) = (Place::new(), Place::new());
-    let (Some(here), Some(there)) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2)) else {
-        return;
-    };
+    let (place, place_there) = (common::place(), common::place());
+    let (here, there) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2));
     fill(&here);
     let mut vm = Writer::start(here.memory_base() as usize, 100..2000);
     let target = Target::start(TargetMemory::Engine(there.handle()));
@@ -55,8 +58,8 @@ fn from_an_encrypted_store_too() {
 }
 
 fn from_half_memory(encrypt: bool) {
-    let place = Place::new();
-    let Some(here) = engine_with(&place, MEMORY / 4, encrypt) else { return };
+    let place = common::place();
+    let here = engine_with(&place, MEMORY / 4, encrypt);
     let base = here.memory_base() as usize;
     (0..PAGES).for_each(|page| write(base, page, 7));
     let before = here.handle().stats().unwrap();
@@ -74,10 +77,8 @@ fn from_half_memory(encrypt: bool) {
 
 #[test]
 fn an_idle_vm_needs_two_rounds() {
-    let (place, place_there) = (Place::new(), Place::new());
-    let (Some(here), Some(there)) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2)) else {
-        return;
-    };
+    let (place, place_there) = (common::place(), common::place());
+    let (here, there) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2));
     fill(&here);
     let mut vm = Writer::start(here.memory_base() as usize, 0..1);
     vm.pause().unwrap();
@@ -91,10 +92,8 @@ fn an_idle_vm_needs_two_rounds() {
 
 #[test]
 fn a_cancel_leaves_the_vm_where_it_was() {
-    let (place, place_there) = (Place::new(), Place::new());
-    let (Some(here), Some(there)) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2)) else {
-        return;
-    };
+    let (place, place_there) = (common::place(), common::place());
+    let (here, there) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2));
     fill(&here);
     let mut vm = Writer::start(here.memory_base() as usize, 100..200);
     let target = Target::start(TargetMemory::Engine(there.handle()));
@@ -117,8 +116,8 @@ fn a_cancel_leaves_the_vm_where_it_was() {
 
 #[test]
 fn a_vm_that_cannot_be_stopped_or_started_runs_on_at_the_source() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     fill(&here);
     let mut vm = Writer::start(here.memory_base() as usize, 100..200);
     let target = Target::start(TargetMemory::Plain(PlainMemory::new(MEMORY).unwrap()));
@@ -142,10 +141,8 @@ fn a_vm_that_cannot_be_stopped_or_started_runs_on_at_the_source() {
 fn a_page_that_the_store_lost_arrives_as_lost() {
     #[repr(align(4096))]
     struct Page([u8; PAGE_SIZE]);
-    let (place, place_there) = (Place::new(), Place::new());
-    let (Some(here), Some(there)) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2)) else {
-        return;
-    };
+    let (place, place_there) = (common::place(), common::place());
+    let (here, there) = (engine(&place, MEMORY), engine(&place_there, MEMORY / 2));
     fill(&here);
     // One page in the middle of a stored run, behind the engine's back.
     std::os::unix::fs::FileExt::write_all_at(&*here.handle().store(), &Page([0xA5; PAGE_SIZE]).0, 2000 << 12)

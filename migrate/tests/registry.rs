@@ -4,19 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use migrate::{Outcome, Registry, RegistryError, SessionId};
+use testkit::TempDir;
 
-struct Place(PathBuf);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn fresh() -> (Place, Registry, SessionId) {
+fn fresh() -> (TempDir, Registry, SessionId) {
     let session = SessionId::random().unwrap();
-    let place = Place(std::env::temp_dir().join(format!("vmemd-registry-{session}")));
-    let registry = Registry::new(&place.0).unwrap();
+    let place = testkit::directory("vmemd-registry");
+    let registry = Registry::new(place.path()).unwrap();
     (place, registry, session)
 }
 
@@ -58,7 +51,7 @@ fn nobody_hears_of_a_commit_before_the_vm_has_started() {
     let (place, registry, session) = fresh();
     let committed = registry.begin(session).unwrap().commit().unwrap();
     // Whoever asks takes the lock first.
-    let record = std::fs::File::open(place.0.join(session.to_string())).unwrap();
+    let record = std::fs::File::open(place.path().join(session.to_string())).unwrap();
     assert!(matches!(record.try_lock(), Err(std::fs::TryLockError::WouldBlock)));
     committed.revoke().unwrap();
     assert!(matches!(record.try_lock(), Err(std::fs::TryLockError::WouldBlock)));
@@ -70,7 +63,7 @@ fn nobody_hears_of_a_commit_before_the_vm_has_started() {
 fn of_what_was_undecided_when_the_host_went_down_nobody_can_say() {
     let (place, registry, session) = fresh();
     let begun = registry.begin(session).unwrap();
-    let path = place.0.join(session.to_string());
+    let path = place.path().join(session.to_string());
     let written = std::fs::read_to_string(&path).unwrap();
     let this_boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     assert!(written.starts_with(&format!("BEGUN  \n{this_boot}")), "{written}");
@@ -85,7 +78,7 @@ fn of_what_was_undecided_when_the_host_went_down_nobody_can_say() {
 fn a_former_version_s_commit_that_was_never_flushed_was_none_unless_the_host_went_down() {
     let (place, registry, session) = fresh();
     drop(registry.begin(session).unwrap());
-    let path = place.0.join(session.to_string());
+    let path = place.path().join(session.to_string());
     let this_boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     std::fs::write(&path, format!("COMMIT?\n{}", "another-boot-".repeat(3))).unwrap();
     assert!(matches!(registry.burn(session), Err(RegistryError::Lost(_))));
@@ -93,8 +86,8 @@ fn a_former_version_s_commit_that_was_never_flushed_was_none_unless_the_host_wen
     assert_eq!(registry.burn(session).unwrap(), Outcome::NotThere);
 }
 
-fn decision_of(place: &Place, session: SessionId) -> PathBuf {
-    let written = std::fs::read_to_string(place.0.join(session.to_string())).unwrap();
+fn decision_of(place: &TempDir, session: SessionId) -> PathBuf {
+    let written = std::fs::read_to_string(place.path().join(session.to_string())).unwrap();
     PathBuf::from(written.lines().nth(2).unwrap())
 }
 
@@ -138,7 +131,7 @@ fn decisions_are_in_memory_where_nobody_else_writes_and_go_when_they_are_recorde
 fn a_damaged_record_is_no_answer() {
     let (place, registry, session) = fresh();
     drop(registry.begin(session).unwrap());
-    std::fs::write(place.0.join(session.to_string()), "COMMITS\n").unwrap();
+    std::fs::write(place.path().join(session.to_string()), "COMMITS\n").unwrap();
     assert!(matches!(registry.burn(session), Err(RegistryError::Damaged { .. })));
 }
 
@@ -166,9 +159,11 @@ fn pruning_keeps_what_a_source_may_ask_for() {
     registry.burn(burned).unwrap();
     // One that cannot be read is in nobody's way.
     let damaged: Vec<_> = (0..8).map(|_| SessionId::random().unwrap()).collect();
-    damaged.iter().for_each(|session| std::fs::write(place.0.join(session.to_string()), "BURN").unwrap());
+    damaged
+        .iter()
+        .for_each(|session| std::fs::write(place.path().join(session.to_string()), "BURN").unwrap());
     registry.prune(Duration::ZERO).unwrap();
-    assert!(damaged.iter().all(|session| place.0.join(session.to_string()).exists()));
+    assert!(damaged.iter().all(|session| place.path().join(session.to_string()).exists()));
     assert_eq!(registry.burn(committed).unwrap(), Outcome::RunningThere, "or the VM would run at both hosts");
     assert!(matches!(registry.burn(burned), Err(RegistryError::Unknown(_))));
     assert!(burning.commit().is_err());
@@ -180,17 +175,17 @@ fn pruning_keeps_what_a_source_may_ask_for() {
 fn a_directory_that_others_write_to_becomes_ones_own_or_is_refused_before_the_pause() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     let session = SessionId::random().unwrap();
-    let place = Place(PathBuf::from(format!("/dev/shm/vmemd-registry-{session}")));
-    let give = |mode| std::fs::set_permissions(&place.0, std::fs::Permissions::from_mode(mode)).unwrap();
-    std::fs::create_dir(&place.0).unwrap();
+    let place = testkit::directory_in("/dev/shm", "vmemd-registry");
+    let give = |mode| std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+    std::fs::create_dir(place.path()).unwrap();
     give(0o775);
-    let registry = Registry::new(&place.0).unwrap();
-    assert_eq!(std::fs::metadata(&place.0).unwrap().mode() & 0o777, 0o755);
+    let registry = Registry::new(place.path()).unwrap();
+    assert_eq!(std::fs::metadata(place.path()).unwrap().mode() & 0o777, 0o755);
     drop(registry.begin(session).unwrap().commit().unwrap());
     give(0o775);
     let other = SessionId::random().unwrap();
     assert!(matches!(registry.begin(other), Err(RegistryError::Io { .. })), "the commit would fail");
-    let decision = place.0.join(format!("{other}-0.decision"));
+    let decision = place.path().join(format!("{other}-0.decision"));
     assert!(!decision.exists());
     give(0o755);
     assert_eq!(registry.burn(other).unwrap(), Outcome::NotThere);

@@ -1,5 +1,10 @@
 //! Who is let in, and what becomes of connections that are tampered with: the real TLS stack over loopback.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "common/pki.rs"]
 mod pki;
@@ -12,7 +17,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use common::vm::{MEMORY, Writer, compare, engine, fill, options};
-use common::{DEADLINE, Place, Target};
+use common::{DEADLINE, Target};
 use migrate::tls::{Client, Credentials, Secured, Security, Server, ServerName, TlsError};
 use migrate::{CancelFlag, PlainMemory, ResolveError, SendError, SessionId, TargetMemory, send};
 use pki::{Ca, When, show};
@@ -72,7 +77,7 @@ impl Gate {
 
 /// Why a source sends nothing to that target.
 fn refused(to: &str, security: &Security) -> String {
-    match migrate::resolve(to, security, SessionId([7; 16])).unwrap_err() {
+    match migrate::resolve(to, security, SessionId::random().unwrap()).unwrap_err() {
         ResolveError::Insecure { source, .. } => source.to_string(),
         other => panic!("{other:?}"),
     }
@@ -277,7 +282,7 @@ fn without_certificates_this_host_is_asked_all_the_same() {
     let listener = TcpListener::bind((HERE, 0)).unwrap();
     let to = listener.local_addr().unwrap().to_string();
     let answers = std::thread::spawn(move || drop(listener.accept().unwrap()));
-    let asked = migrate::resolve(&to, &Security::ThisHost, SessionId([7; 16]));
+    let asked = migrate::resolve(&to, &Security::ThisHost, SessionId::random().unwrap());
     assert!(matches!(asked, Err(ResolveError::Link { .. })), "{asked:?}");
     answers.join().unwrap();
 }
@@ -407,8 +412,8 @@ fn front(credentials: &Credentials, to: SocketAddr) -> SocketAddr {
 
 #[test]
 fn a_vm_moves_by_tls_and_stays_when_a_byte_is_changed() {
-    let place = Place::new();
-    let Some(here) = engine(&place, MEMORY) else { return };
+    let place = common::place();
+    let here = engine(&place, MEMORY);
     fill(&here);
     let ca = Ca::new();
     let mut vm = Writer::start(here.memory_base() as usize, 100..2000);

@@ -1,32 +1,21 @@
 //! What a real QEMU must not lose by a move: its user's settings and migrations, and whatever a monitor has changed.
 
-use std::path::PathBuf;
-
 use super::tests::{INCOMING, PATIENCE, memory, qemus, start};
 use super::*;
 
 /// A directory that goes with the test.
-struct Directory(PathBuf);
+struct Directory(testkit::TempDir);
 
 impl Directory {
     fn new(name: &str) -> Directory {
-        let path = std::env::temp_dir().join(format!("vmemd-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path).unwrap();
-        Directory(path)
+        Directory(testkit::directory(name))
     }
 
     /// A raw image in it.
     fn image(&self, name: &str) -> String {
-        let path = self.0.join(name);
+        let path = self.0.path().join(name);
         std::fs::File::create(&path).unwrap().set_len(16 << 20).unwrap();
         path.display().to_string()
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -56,6 +45,15 @@ fn set(qemu: &mut Qemu, capabilities: &[&str]) -> Vec<Value> {
 fn migration(qemu: &mut Qemu) -> String {
     let answer = qemu.ask("query-migrate", Value::Null).unwrap();
     answer["status"].as_str().unwrap_or_default().to_owned()
+}
+
+/// Waits until QEMU says so of its migration.
+fn migration_comes_to(qemu: &mut Qemu, wanted: impl Fn(&str) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !wanted(&migration(qemu)) {
+        assert!(Instant::now() < deadline, "it stays {:?}", migration(qemu));
+        std::thread::sleep(STATE_POLL);
+    }
 }
 
 #[test]
@@ -102,6 +100,8 @@ fn a_migration_of_the_users_own_is_left_alone() {
         let (mut source, _process) = start(&program, &memory, &[]);
         source.ask("migrate-set-parameters", json!({ "max-bandwidth": 4096 })).unwrap();
         source.ask("migrate", json!({ "uri": "exec:cat > /dev/null" })).unwrap();
+        // QEMU says "setup" first, and answers before it has begun.
+        migration_comes_to(&mut source, |status| status == "active");
         let before = settings(&mut source);
         let refused = source.may_move().unwrap_err();
         assert_eq!(refused.kind, Kind::CannotMove);
@@ -115,11 +115,7 @@ fn a_migration_of_the_users_own_is_left_alone() {
         source.resume().unwrap();
         assert_eq!(source.status().unwrap().word, "running");
         source.ask("migrate_cancel", Value::Null).unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        while is_busy(&migration(&mut source)) {
-            assert!(Instant::now() < deadline, "it is not cancelled");
-            std::thread::sleep(STATE_POLL);
-        }
+        migration_comes_to(&mut source, |status| !is_busy(status));
         source.may_move().unwrap();
     }
 }
@@ -168,9 +164,9 @@ fn a_machine_that_a_monitor_has_changed_is_told_from_that_of_its_command_line() 
         let (memory, directory) = (memory(), Directory::new("changes"));
         let (mut qemu, _process) = start_with(&program, &memory, &changeable(&directory), &[]);
         qemu.may_move().unwrap();
-        let snapshot = directory.0.join("snap.qcow2").display().to_string();
+        let snapshot = directory.0.path().join("snap.qcow2").display().to_string();
         let other = directory.image("other");
-        let base = directory.0.join("base").display().to_string();
+        let base = directory.0.path().join("base").display().to_string();
         for (change, undo, says) in [
             ("object_add iothread,id=io9", "object_del io9", "object io9 was added"),
             ("netdev_add user,id=n9", "netdev_del n9", "netdev n9 was added"),
@@ -192,7 +188,7 @@ fn a_machine_that_a_monitor_has_changed_is_told_from_that_of_its_command_line() 
                 "",
                 &format!(
                     "disk cd is now {other} (raw), read-only, it was started with {}",
-                    directory.0.join("iso").display()
+                    directory.0.path().join("iso").display()
                 ),
             ),
             ("eject -f cd", "", "disk cd is now empty, it was started with"),
@@ -237,7 +233,7 @@ fn a_machine_that_a_monitor_has_changed_is_told_from_that_of_its_command_line() 
 fn what_qemu_itself_cannot_move_is_known_before() {
     for program in qemus() {
         let (memory, directory) = (memory(), Directory::new("blocked"));
-        let shared = directory.0.join("shared");
+        let shared = directory.0.path().join("shared");
         std::fs::create_dir(&shared).unwrap();
         let drive = format!("file=fat:rw:{},format=raw,if=virtio", shared.display());
         let (mut qemu, _process) = start(&program, &memory, &["-drive", &drive]);
@@ -245,7 +241,7 @@ fn what_qemu_itself_cannot_move_is_known_before() {
         assert!(refused.kind == Kind::CannotMove && refused.text.contains("vvfat"), "{refused}");
 
         let (mut qemu, _process) = start_with(&program, &memory, &changeable(&directory), &[]);
-        let socket = directory.0.join("nbd").display().to_string();
+        let socket = directory.0.path().join("nbd").display().to_string();
         let server = json!({ "addr": { "type": "unix", "data": { "path": socket } } });
         qemu.ask("nbd-server-start", server).unwrap();
         qemu.ask("nbd-server-add", json!({ "device": "d0" })).unwrap();
@@ -257,7 +253,7 @@ fn what_qemu_itself_cannot_move_is_known_before() {
         qemu.ask("nbd-server-stop", Value::Null).unwrap();
         qemu.may_move().unwrap();
 
-        let copy = directory.0.join("copy").display().to_string();
+        let copy = directory.0.path().join("copy").display().to_string();
         let job =
             json!({ "device": "d0", "target": copy, "sync": "full", "speed": 65536, "job-id": "copying" });
         qemu.ask("drive-backup", job).unwrap();
@@ -297,7 +293,7 @@ fn a_bitmap_that_is_in_no_image_moves_too() {
 
 #[test]
 fn a_state_that_was_given_away_is_known_before() {
-    let Some(program) = qemus().into_iter().next() else { return };
+    let program = qemus().remove(0);
     let memory = memory();
     let (mut qemu, _process) = start(&program, &memory, &[]);
     qemu.pause().unwrap();
@@ -341,7 +337,7 @@ fn the_size_of_the_state_is_known_while_the_guest_runs() {
     const FRAME_BUFFER: u64 = 256 << 20;
     for program in qemus() {
         let (memory, directory) = (memory(), Directory::new("frames"));
-        let socket = directory.0.join("qtest").display().to_string();
+        let socket = directory.0.path().join("qtest").display().to_string();
         let door = format!("unix:{socket},server=on,wait=off");
         let device = "secondary-vga,id=frames,vgamem_mb=256";
         let (mut qemu, process) = start(&program, &memory, &["-device", device, "-qtest", &door]);
@@ -375,7 +371,7 @@ fn memory_that_is_a_devices_counts() {
     const SHARED: u64 = 64 << 20;
     for program in qemus() {
         let (memory, directory) = (memory(), Directory::new("shared"));
-        let socket = directory.0.join("qtest").display().to_string();
+        let socket = directory.0.path().join("qtest").display().to_string();
         let door = format!("unix:{socket},server=on,wait=off");
         let backend = format!("memory-backend-ram,id=mine,size={SHARED}");
         let device = "ivshmem-plain,id=shared,memdev=mine,master=on";

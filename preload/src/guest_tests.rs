@@ -12,14 +12,13 @@ use super::*;
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 const MEMORY_BYTES: u64 = 256 << 20;
 
-/// The QEMUs that there are.
+/// The QEMUs that there are, at least one. Ends the test if there is none.
 pub(super) fn qemus() -> Vec<PathBuf> {
     let newest = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().join("qemu/newest/usr/bin");
     let found = [PathBuf::from("/usr/bin"), newest].map(|dir| dir.join("qemu-system-x86_64"));
     let found: Vec<PathBuf> = found.into_iter().filter(|path| path.exists()).collect();
     if found.is_empty() {
-        let name = std::thread::current().name().unwrap_or("test").to_owned();
-        let _ = writeln!(std::io::stderr(), "{name}: skipped: no QEMU (scripts/setup --qemu)");
+        testkit::skip(testkit::Reason::Qemu, "no QEMU (scripts/setup --qemu)");
     }
     found
 }

@@ -64,8 +64,8 @@ mod tests {
 
     #[test]
     fn each_disk_is_in_a_file_that_the_line_names() {
-        let dir = std::env::temp_dir().join(format!("vmemd-images-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let place = testkit::directory("images");
+        let dir = place.path();
         let path = |name: &str| dir.join(name).display().to_string();
         std::fs::write(dir.join("base"), "").unwrap();
         std::fs::write(dir.join("snap"), "").unwrap();
@@ -117,6 +117,5 @@ mod tests {
                 .contains("disk v is in")
         );
         assert_eq!(unnamed(&Value::Null, &named), None);
-        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

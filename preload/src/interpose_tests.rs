@@ -93,14 +93,14 @@ fn a_backend_is_anonymous_memory_that_behaves_as_a_shared_file() {
     let unknown = CString::new(vmprocess::qemu::memory_file(1).to_str().unwrap()).unwrap();
     // SAFETY: as above.
     assert_eq!((unsafe { libc::open(unknown.as_ptr(), libc::O_RDWR) }, errno()), (-1, libc::ENOENT));
-    let made = std::env::temp_dir().join(format!("vmemd-open-{}", std::process::id()));
+    let place = testkit::directory("open");
+    let made = place.path().join("file");
     std::fs::write(&made, b"other files are theirs").unwrap();
     assert_eq!(
         std::fs::metadata(&made).unwrap().mode() & 0o444,
         0o444,
         "made with the mode that was asked for"
     );
-    std::fs::remove_file(&made).unwrap();
 
     // Other files are theirs.
     let shared = mapped(0, BYTES, libc::MAP_SHARED, &other).unwrap();

@@ -8,6 +8,10 @@
 //! It does nothing in a program that is not the QEMU of its settings. Its threads start when the first memory backend
 //! is mapped (after QEMU has forked, if it does), take no signals, and end with the process.
 
+#[cfg(test)]
+#[macro_use]
+extern crate testkit;
+
 mod backends;
 mod devices;
 mod farewell;
@@ -37,3 +41,6 @@ extern "C" fn begin() {
         std::process::abort();
     }
 }
+
+#[cfg(test)]
+testkit::main!();

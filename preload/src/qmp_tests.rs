@@ -177,7 +177,8 @@ fn silence_is_given_up() {
 
 #[test]
 fn who_greets_late_is_heard() {
-    let path = std::env::temp_dir().join(format!("vmemd-late-{}.qmp", std::process::id()));
+    let place = testkit::directory("late");
+    let path = place.path().join("qmp");
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     let error = Qmp::connect(&path, Duration::from_millis(1), Duration::from_millis(30)).unwrap_err();
     assert!(matches!(error, QmpError::Timeout { timeout, .. } if timeout.as_millis() == 30), "{error}");
@@ -197,7 +198,6 @@ fn who_greets_late_is_heard() {
     });
     Qmp::connect(&path, Duration::from_millis(1), PATIENCE).unwrap();
     assert!(late.join().unwrap().contains("qmp_capabilities"));
-    std::fs::remove_file(&path).unwrap();
 }
 
 #[test]

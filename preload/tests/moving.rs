@@ -1,5 +1,10 @@
 //! A running VM moves from one QEMU to another: memory by vmemd, device state by QEMU.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod machine;
 
 use machine::target::Target;
@@ -47,8 +52,8 @@ fn checked(said: &str) {
 
 #[test]
 fn a_guest_moves_while_it_checks_its_memory() {
-    for qemu in Kit::find().map(|kit| kit.qemus).unwrap_or_default() {
-        let kit = Kit::find().unwrap();
+    for qemu in Kit::find().qemus {
+        let kit = Kit::find();
         let (here, there) = (Site::new("moving-source"), Site::new("moving-target"));
         let plan = Plan { qemu, ..plan(&kit) };
         let mut source = Vm::start(&kit, &here, &plan);
@@ -75,7 +80,7 @@ fn a_guest_moves_while_it_checks_its_memory() {
 
 #[test]
 fn a_guest_that_another_machine_cannot_take_runs_on_where_it_was() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     let (here, there) = (Site::new("staying-source"), Site::new("staying-target"));
     let plan = plan(&kit);
     let mut source = Vm::start(&kit, &here, &plan);

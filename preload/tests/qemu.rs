@@ -1,5 +1,10 @@
 //! Stock QEMUs whose memory is vmemd's, under TCG: a guest that checks its memory finds no wrong byte, whatever is done.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod machine;
 
 use std::process::Command;
@@ -27,7 +32,7 @@ fn ended_well(mut vm: Vm, site: &Site) {
 
 #[test]
 fn a_guest_in_a_quarter_of_its_memory_finds_every_byte_right() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     for qemu in kit.qemus.clone() {
         let site = Site::new("quarter");
         let plan = Plan { qemu, ..Plan::new(&kit, "quarter", "checker memory 700M 2") };
@@ -45,7 +50,7 @@ fn a_guest_in_a_quarter_of_its_memory_finds_every_byte_right() {
 
 #[test]
 fn budgets_change_and_the_guest_is_paused_while_it_checks_its_memory() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     let site = Site::new("changes");
     let mut vm = Vm::start(&kit, &site, &Plan::new(&kit, "changes", "checker memory 500M 6"));
     vm.says("checker memory fill");
@@ -65,7 +70,7 @@ fn budgets_change_and_the_guest_is_paused_while_it_checks_its_memory() {
 
 #[test]
 fn a_paused_guest_stands_still() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     let site = Site::new("paused");
     let plan = Plan::new(&kit, "paused", "while true; do checker memory 100M 1; done");
     let mut vm = Vm::start(&kit, &site, &plan);
@@ -89,7 +94,7 @@ fn a_paused_guest_stands_still() {
 
 #[test]
 fn sandbox_preallocation_and_two_numa_nodes() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     for qemu in kit.qemus.clone() {
         let site = Site::new("sandbox");
         let plan = Plan {
@@ -108,7 +113,7 @@ fn sandbox_preallocation_and_two_numa_nodes() {
 
 #[test]
 fn what_a_balloon_takes_is_untouched_and_comes_back_whole() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     let site = Site::new("balloon");
     let monitor = site.path("monitor");
     let plan = Plan {
@@ -143,7 +148,7 @@ fn what_a_balloon_takes_is_untouched_and_comes_back_whole() {
 
 #[test]
 fn a_killed_qemu_leaves_only_what_the_next_one_cleans() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     let site = Site::new("killed");
     let plan = Plan {
         regions: vec![512 * MIB],
@@ -165,7 +170,7 @@ fn a_killed_qemu_leaves_only_what_the_next_one_cleans() {
 
 #[test]
 fn what_qemu_starts_sees_nothing_of_the_preload() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     let site = Site::new("children");
     let (monitor, seen) = (site.path("monitor"), site.path("environment"));
     let plan = Plan {
@@ -187,7 +192,7 @@ fn what_qemu_starts_sees_nothing_of_the_preload() {
 
 #[test]
 fn a_name_that_is_taken_keeps_a_second_qemu_from_starting() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     let site = Site::new("taken");
     let plan = Plan { regions: vec![512 * MIB], ..Plan::new(&kit, "taken", "echo up; read answer") };
     let mut vm = Vm::start(&kit, &site, &plan);
@@ -204,7 +209,7 @@ fn a_name_that_is_taken_keeps_a_second_qemu_from_starting() {
 
 #[test]
 fn a_budget_that_cannot_be_is_refused_and_the_guest_goes_on() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     let site = Site::new("refused");
     let plan = Plan {
         regions: vec![256 * MIB],
@@ -224,7 +229,7 @@ fn a_budget_that_cannot_be_is_refused_and_the_guest_goes_on() {
 
 #[test]
 fn a_disk_without_cache_reads_right_while_pages_leave() {
-    let Some(kit) = Kit::find() else { return };
+    let kit = Kit::find();
     for aio in ["threads", "native", "io_uring"] {
         let site = Site::new("disk");
         let image = site.path("image");

@@ -19,16 +19,15 @@ use tracing::{error, info, warn};
 
 use crate::control::protocol::ArrivalStat;
 use crate::control::rundir::{Place, RunDir};
+use crate::facts::Facts;
 use crate::failure::{Failure, Kind, chain};
 use crate::granted::{Granted, Share};
 use crate::guest::Newcomer;
-use crate::memory::MemorySpec;
+use crate::life::{self, End, RECEIVER};
+use crate::memory::{Memory, MemorySpec};
 use crate::passing;
 use crate::process::{Owner, Process};
-use crate::vm::{AS_IT_CAME, Event, Facts, Phase, Vm, Waiting};
-
-/// The thread that receives. What it leaves behind when it panics is put in order here.
-pub(crate) const RECEIVER: &str = "receive";
+use crate::vm::{AS_IT_CAME, Event, Phase, Vm, Waiting};
 
 /// How long the next data stream may take to be passed on.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
@@ -209,6 +208,24 @@ impl Arrival {
                     failure.kind,
                     format!("{:?} did not arrive: {}", vm.facts.name, failure.text),
                 ))
+            }
+        }
+    }
+}
+
+impl Process {
+    /// Receives a VM, and lives with it until it is stopped or moves on.
+    pub fn receive(&self, arrival: Arrival, memory: Memory, newcomer: Box<dyn Newcomer>) -> End {
+        let _ = self.vm.memory.set(memory.view());
+        match arrival.start(&self.vm, memory.target(), newcomer) {
+            Ok(work) => {
+                let ended = life::live(&self.vm, &self.events);
+                life::finish(&self.vm, memory, &self.server, Some(work), ended)
+            }
+            Err(failure) => {
+                memory.stop();
+                self.give_up();
+                End::failed(failure)
             }
         }
     }

@@ -20,7 +20,7 @@ use tracing::{error, info, warn};
 
 use crate::control::protocol::Force;
 use crate::failure::{Failure, Kind, chain};
-use crate::leave;
+use crate::source_vm::Leaving;
 use crate::vm::{Event, Phase, Vm, Waiting, lock};
 
 /// How often the target is asked again, for as long as the doubt lasts.
@@ -130,7 +130,7 @@ fn moved(vm: &Vm, to: &str) -> &'static str {
 /// `forced`: nobody has said that it does not run elsewhere. Then at least it must not run on this very host.
 fn come_back(vm: &Vm, forced: bool) -> Result<&'static str, Failure> {
     let name = &vm.facts.name;
-    let mut source = leave::Leaving::in_doubt(vm);
+    let mut source = Leaving::in_doubt(vm);
     if forced {
         vm.claim(|claim| claim.settle())?;
     }

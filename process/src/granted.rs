@@ -17,8 +17,8 @@ use tracing::warn;
 
 use crate::control::protocol::EngineKind;
 use crate::control::rundir::RunDir;
+use crate::facts::Facts;
 use crate::failure::{Failure, Kind};
-use crate::vm::Facts;
 
 /// How often a record is read that makes no sense.
 const READ_TRIES: u32 = 100;
@@ -202,15 +202,15 @@ mod tests {
         }
     }
 
-    fn run_dir(name: &str) -> (PathBuf, RunDir) {
-        let path = std::env::temp_dir().join(format!("vmemd-granted-{name}-{}", std::process::id()));
-        let dir = RunDir::open(&path).unwrap();
+    fn run_dir(name: &str) -> (testkit::TempDir, RunDir) {
+        let path = testkit::directory(name);
+        let dir = RunDir::open(path.path()).unwrap();
         (path, dir)
     }
 
     #[test]
     fn what_was_granted_counts_until_the_process_ends() {
-        let (path, dir) = run_dir("counts");
+        let (_path, dir) = run_dir("counts");
         let mut one = Granted::new(&dir, "1", share("one", 1 << 30)).unwrap();
         let two = Granted::new(&dir, "2", share(&"n".repeat(64), u64::MAX)).unwrap();
         assert!(Granted::new(&dir, "1", share("other", 1)).is_err(), "it is another's");
@@ -229,12 +229,11 @@ mod tests {
         );
         drop(one);
         assert_eq!(all(&dir).unwrap(), []);
-        std::fs::remove_dir_all(path).unwrap();
     }
 
     #[test]
     fn a_record_is_held_by_whoever_inherits_it() {
-        let (path, dir) = run_dir("inherited");
+        let (_path, dir) = run_dir("inherited");
         let granted = Granted::new(&dir, "1", share("one", 1 << 30)).unwrap();
         let inherited = granted.as_fd().try_clone_to_owned().unwrap();
         granted.hand_over(7);
@@ -243,6 +242,5 @@ mod tests {
         assert_eq!(all(&dir).unwrap()[0].pid, std::process::id());
         drop(adopted);
         assert_eq!(all(&dir).unwrap(), []);
-        std::fs::remove_dir_all(path).unwrap();
     }
 }

@@ -19,6 +19,10 @@
 //! 4. The guest has then been asked to quit, if [`End::quit`] says so; otherwise the program has to end itself. The
 //!    name is held until the [`Process`] is dropped, or the [`NameHold`] is released.
 
+#[cfg(test)]
+#[macro_use]
+extern crate testkit;
+
 pub mod control;
 pub mod failure;
 pub mod host;
@@ -32,6 +36,7 @@ pub mod size;
 mod actions;
 mod arrive;
 mod doubt;
+mod facts;
 pub mod granted;
 mod guest;
 mod leave;
@@ -39,11 +44,15 @@ mod life;
 mod memory;
 mod process;
 mod record;
+mod source_vm;
 mod vm;
 
 pub use arrive::{Arrival, ArriveSettings};
+pub use facts::Facts;
 pub use guest::{Guest, GuestView, Newcomer, RunState};
 pub use life::End;
 pub use memory::{Memory, MemorySpec};
 pub use process::{NameHold, Owner, Process};
-pub use vm::Facts;
+
+#[cfg(test)]
+testkit::main!();

@@ -1,5 +1,6 @@
 //! A VM's process from the moment that its control socket exists to its end.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
@@ -16,7 +17,7 @@ use crate::signals;
 use crate::vm::{Core, Event, Phase, Told, Vm};
 
 /// How often the guest is looked at without an event: only to log that it failed.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// The same while the VM is ending.
 const LOOK_EVERY_ENDING: Duration = Duration::from_millis(100);
 /// How long a migration may take to notice that it is cancelled.
@@ -25,6 +26,14 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 const CORE_LIMIT: Duration = Duration::from_millis(200);
 /// How long clients may take to fetch their answers.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The thread that receives: what it leaves behind when it panics is put in order where it is started.
+pub(crate) const RECEIVER: &str = "receive";
+
+thread_local! {
+    /// Whoever runs this thread's code catches its panics and puts in order what they leave behind.
+    pub(crate) static CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
 
 /// Why the VM's process ends.
 #[derive(Debug)]
@@ -66,7 +75,7 @@ fn die_on_panic(vm: Arc<Vm>) {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         tell(panic);
-        if std::thread::current().name() == Some(crate::arrive::RECEIVER) || crate::leave::CAUGHT.get() {
+        if std::thread::current().name() == Some(RECEIVER) || CAUGHT.get() {
             return;
         }
         std::process::exit(i32::from(vm.crashed().exit_code()));

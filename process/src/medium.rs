@@ -259,36 +259,29 @@ mod tests {
     }
 
     /// A directory as the kernel's sysfs has them, which goes with its test.
-    struct Sysfs(PathBuf);
+    struct Sysfs(testkit::TempDir);
 
     impl Sysfs {
         fn new() -> Sysfs {
-            let root = std::env::temp_dir().join(format!("vmemd-sysfs-{}", std::process::id()));
-            fs::create_dir_all(&root).unwrap();
-            Sysfs(root)
+            Sysfs(testkit::directory("sysfs"))
         }
 
         /// A device at that path, made of these.
         fn device(&self, path: &str, slaves: &[&str]) -> PathBuf {
-            let place = self.0.join(path);
+            let place = self.0.path().join(path);
             fs::create_dir_all(place.join("slaves")).unwrap();
             for slave in slaves {
                 let name = Path::new(slave).file_name().unwrap();
-                std::os::unix::fs::symlink(self.0.join(slave), place.join("slaves").join(name)).unwrap();
+                std::os::unix::fs::symlink(self.0.path().join(slave), place.join("slaves").join(name))
+                    .unwrap();
             }
             place
         }
 
         fn file(&self, path: &str, text: &str) {
-            let path = self.0.join(path);
+            let path = self.0.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
-        }
-    }
-
-    impl Drop for Sysfs {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
         }
     }
 
@@ -326,10 +319,10 @@ mod tests {
             ("dm-9", None),
         ] {
             let expected = ram.map_or(Medium::Disk, |ram| Medium::Ram(ram.to_owned()));
-            assert_eq!(block(&sysfs.0.join(path), 0), expected, "{path}");
+            assert_eq!(block(&sysfs.0.path().join(path), 0), expected, "{path}");
         }
         if magic(Path::new("/dev/shm")) == Some(IN_RAM[0].0) {
-            assert_eq!(block(&sysfs.0.join("loop1"), 0), Medium::Ram("loop1 over tmpfs".to_owned()));
+            assert_eq!(block(&sysfs.0.path().join("loop1"), 0), Medium::Ram("loop1 over tmpfs".to_owned()));
         }
     }
 }

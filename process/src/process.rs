@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 use swapd::Notice;
 
 use crate::actions::Control;
-use crate::arrive::Arrival;
 use crate::control::rundir::Claim;
 use crate::control::server::Server;
+use crate::facts::Facts;
 use crate::failure::{Failure, Kind};
 use crate::granted::{Granted, Share};
-use crate::guest::{Guest, Newcomer};
+use crate::guest::Guest;
 use crate::life::{self, End};
 use crate::memory::Memory;
-use crate::vm::{Event, Facts, Phase, Vm, lock};
+use crate::vm::{Event, Phase, Vm, lock};
 
 /// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the same reason.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
@@ -37,8 +37,8 @@ pub enum Owner {
 #[derive(Debug)]
 pub struct Process {
     pub(crate) vm: Arc<Vm>,
-    server: Server,
-    events: Receiver<Event>,
+    pub(crate) server: Server,
+    pub(crate) events: Receiver<Event>,
 }
 
 impl Process {
@@ -118,22 +118,6 @@ impl Process {
         }
         let ended = life::live(vm, &self.events);
         life::finish(vm, memory, &self.server, None, ended)
-    }
-
-    /// Receives a VM, and lives with it until it is stopped or moves on.
-    pub fn receive(&self, arrival: Arrival, memory: Memory, newcomer: Box<dyn Newcomer>) -> End {
-        let _ = self.vm.memory.set(memory.view());
-        match arrival.start(&self.vm, memory.target(), newcomer) {
-            Ok(work) => {
-                let ended = life::live(&self.vm, &self.events);
-                life::finish(&self.vm, memory, &self.server, Some(work), ended)
-            }
-            Err(failure) => {
-                memory.stop();
-                self.give_up();
-                End::failed(failure)
-            }
-        }
     }
 }
 

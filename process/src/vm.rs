@@ -10,8 +10,9 @@ use migrate::{SessionId, Wait};
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
-use crate::control::protocol::{ArrivalStat, EngineKind, MigrationStat, State, VmStat, WaitStat};
+use crate::control::protocol::{ArrivalStat, MigrationStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
+use crate::facts::Facts;
 use crate::failure::{Failure, Kind};
 use crate::granted::Granted;
 use crate::guest::{Guest, GuestView, RunState};
@@ -27,20 +28,6 @@ pub(crate) enum Event {
     Moved,
     /// The receiving has ended; the VM runs here, or never will.
     Arrived(Result<(), Failure>),
-}
-
-/// What does not change in a VM's life here.
-#[derive(Clone, Debug)]
-pub struct Facts {
-    pub name: String,
-    pub memory_bytes: u64,
-    /// At the start: what `stat` shows until there is memory.
-    pub budget_bytes: u64,
-    pub engine: EngineKind,
-    /// Listen address of the daemon that received it.
-    pub daemon: Option<String>,
-    /// What a target needs to make the same machine, if that is not in the guest's state.
-    pub offer: Option<String>,
 }
 
 /// For a user: what may hold pages in RAM.

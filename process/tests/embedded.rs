@@ -1,18 +1,23 @@
 //! VMs embedded in a program that is not ours (this test), with guests that are not ours either and engines that
 //! somebody else has started: what a preloaded QEMU does.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use migrate::{Hello, SessionHello};
 use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, StartError, StoreConfig};
+use testkit::{Reason, TempDir, skip, until, wait_for};
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, Force, GuestStat, MigrateRequest, Request, State, Trust};
 use vmprocess::control::rundir::{Place, RunDir};
@@ -33,32 +38,25 @@ const STATE: &[u8] = b"the state of the devices";
 /// Pages that have content, spread over more memory than the budget.
 const PAGES: u64 = 100;
 
-/// A run directory and a store, which go when the test ends.
-struct Host(PathBuf);
+/// A run directory and a store, which go when the test ends. Not in /tmp, which may be a tmpfs without O_DIRECT.
+#[derive(Clone)]
+struct Host(Arc<TempDir>);
 
 impl Host {
     fn new() -> Host {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        // Not /tmp, which may be a tmpfs without O_DIRECT.
-        let path =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("embedded-{}-{count}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Host(path)
+        Host(Arc::new(testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), "embedded")))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().to_owned()
     }
 
     fn run_dir(&self) -> RunDir {
-        RunDir::open(&self.0.join("run")).unwrap()
+        RunDir::open(&self.0.path().join("run")).unwrap()
     }
 
     fn socket(&self) -> PathBuf {
-        self.0.join("run/web.sock")
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+        self.0.path().join("run/web.sock")
     }
 }
 
@@ -163,23 +161,19 @@ impl Newcomer for LoggedNewcomer {
     }
 }
 
-/// None: this host cannot run an engine, and says why.
-fn engine(host: &Host, notify: impl Fn(swapd::Notice) + Send + 'static) -> Option<Engine> {
+/// Ends the test on a host that cannot run an engine.
+fn engine(host: &Host, notify: impl Fn(swapd::Notice) + Send + 'static) -> Engine {
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes: BUDGET,
-        store: StoreConfig { path: host.0.clone(), overcommit: false, encrypt: false },
+        store: StoreConfig { path: host.path(), overcommit: false, encrypt: false },
         prealloc: false,
         lock: false,
         sampling: false,
     };
     match Engine::start(config, Box::new(notify)) {
-        Ok(engine) => Some(engine),
-        Err(StartError::Host(reason)) => {
-            println!("not tested on this host: {reason}");
-            None
-        }
-        Err(error) => panic!("{error}"),
+        Err(StartError::Host(reason)) => skip(Reason::Uffd, reason),
+        started => started.unwrap(),
     }
 }
 
@@ -195,11 +189,11 @@ struct Running {
     process: JoinHandle<(Process, End)>,
 }
 
-fn start(host: &Host) -> Option<Running> {
+fn start(host: &Host) -> Running {
     start_as(host, Manner::Well)
 }
 
-fn start_as(host: &Host, manner: Manner) -> Option<Running> {
+fn start_as(host: &Host, manner: Manner) -> Running {
     let facts = Facts {
         name: "web".to_owned(),
         memory_bytes: MEMORY,
@@ -210,7 +204,7 @@ fn start_as(host: &Host, manner: Manner) -> Option<Running> {
     };
     let place = host.run_dir().claim_name("web").unwrap();
     let process = Process::begin(facts, place, Owner::Embedder).unwrap();
-    let engine = engine(host, process.notices())?;
+    let engine = engine(host, process.notices());
     for number in 0..PAGES {
         // SAFETY: an aligned word of the engine's memory, which lives as long as the engine; only this thread uses it.
         unsafe { word_of(&engine, number).write_volatile(number + 1) };
@@ -221,7 +215,7 @@ fn start_as(host: &Host, manner: Manner) -> Option<Running> {
         let end = process.run(memory, || Ok(Box::new(guest)));
         (process, end)
     });
-    Some(Running { engine, log, process })
+    Running { engine, log, process }
 }
 
 fn connect(host: &Host) -> VmClient {
@@ -229,25 +223,9 @@ fn connect(host: &Host) -> VmClient {
 }
 
 /// The VM's facts once it is in that state.
-fn wait_for(host: &Host, state: State) -> vmprocess::control::protocol::VmStat {
+fn wait_state(host: &Host, state: State) -> vmprocess::control::protocol::VmStat {
     let mut client = connect(host);
-    let begun = std::time::Instant::now();
-    loop {
-        let stat = client.stat().unwrap();
-        if stat.state == state {
-            return stat;
-        }
-        assert!(begun.elapsed() < DEADLINE, "{:?}, not {state:?}", stat.state);
-        std::thread::yield_now();
-    }
-}
-
-fn until(mut done: impl FnMut() -> bool) {
-    let begun = std::time::Instant::now();
-    while !done() {
-        assert!(begun.elapsed() < DEADLINE);
-        std::thread::yield_now();
-    }
+    wait_for("a state", || Some(client.stat().unwrap()).filter(|stat| stat.state == state))
 }
 
 /// A VM came, ran when it was told to, and was stopped.
@@ -261,13 +239,13 @@ fn arrived_and_stopped(target: JoinHandle<(Engine, Log, Process, End)>) {
 fn receive_one(host: &Host, manner: Manner) -> (String, JoinHandle<(Engine, Log, Process, End)>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let (dir, path) = (host.run_dir(), host.0.clone());
+    let (dir, host) = (host.run_dir(), host.clone());
     let receiver = std::thread::spawn(move || {
         let (mut control, _) = listener.accept().unwrap();
         let Hello::Session(hello) = migrate::read_hello(&mut control).unwrap() else { panic!("a session") };
         let (ours, theirs) = UnixStream::pair().unwrap();
         let streams = hello.streams;
-        let settings = settings_of(&dir, path.clone(), hello, control, theirs);
+        let settings = settings_of(&dir, host.path(), hello, control, theirs);
         let passing = std::thread::spawn(move || {
             for _ in 0..streams {
                 let (mut stream, _) = listener.accept().unwrap();
@@ -278,9 +256,7 @@ fn receive_one(host: &Host, manner: Manner) -> (String, JoinHandle<(Engine, Log,
             }
         });
         let (process, arrival) = Arrival::begin(&settings, Owner::Embedder).unwrap();
-        // `Host` removes its directory: this thread only borrows it.
-        let host = std::mem::ManuallyDrop::new(Host(path));
-        let engine = engine(&host, process.notices()).expect("the source's engine started");
+        let engine = engine(&host, process.notices());
         let log = Log::default();
         let newcomer = LoggedNewcomer { log: log.clone(), manner };
         let end = process.receive(arrival, Memory::external(engine.handle()), Box::new(newcomer));
@@ -365,8 +341,8 @@ fn sigterm_handler() -> libc::sighandler_t {
 fn an_embedded_vm_obeys_and_leaves_its_program_alone() {
     let host = Host::new();
     let handler = sigterm_handler();
-    let Some(vm) = start(&host) else { return };
-    let stat = wait_for(&host, State::Running);
+    let vm = start(&host);
+    let stat = wait_state(&host, State::Running);
     assert_eq!((stat.vcpus, stat.workload.as_str()), (3, "an operating system"));
     assert_eq!((stat.memory.memory_bytes, stat.engine), (MEMORY, EngineKind::Vmemd));
     assert!(stat.memory.resident_bytes + stat.memory.stored_bytes >= PAGES * PAGE_SIZE as u64);
@@ -422,8 +398,8 @@ fn a_program_that_ends_by_itself_takes_the_name_with_it() {
 #[test]
 fn a_vm_moves_from_one_program_to_another() {
     let host = Host::new();
-    let Some(source) = start(&host) else { return };
-    wait_for(&host, State::Running);
+    let source = start(&host);
+    wait_state(&host, State::Running);
     let (address, target) = receive_one(&host, Manner::Well);
     let report = migrate_to(&host, address).unwrap();
     assert_eq!(report["bytes_total"], MEMORY);
@@ -433,7 +409,7 @@ fn a_vm_moves_from_one_program_to_another() {
     assert_eq!(logged(&source.log), ["pause", "save", "quit"], "nothing runs it here again");
     drop(process);
 
-    let stat = wait_for(&host, State::Running);
+    let stat = wait_state(&host, State::Running);
     assert_eq!((stat.vcpus, stat.daemon.as_deref()), (3, Some("a daemon")));
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
     let (engine, log, _process, end) = target.join().unwrap();
@@ -449,8 +425,8 @@ fn a_vm_moves_from_one_program_to_another() {
 #[test]
 fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
     let host = Host::new();
-    let Some(source) = start(&host) else { return };
-    wait_for(&host, State::Running);
+    let source = start(&host);
+    wait_state(&host, State::Running);
     let (address, target) = receive_one(&host, Manner::RefusesState);
     let failure = migrate_to(&host, address).unwrap_err();
     for says in ["these devices are unknown here", "runs on here"] {
@@ -463,7 +439,7 @@ fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
     assert!(!end.quit, "there was no guest to tell");
     assert!(logged(&log).is_empty());
 
-    wait_for(&host, State::Running);
+    wait_state(&host, State::Running);
     assert_eq!(logged(&source.log), ["pause", "save", "resume"]);
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
     let (_process, end) = source.process.join().unwrap();
@@ -474,10 +450,8 @@ fn a_vm_that_the_target_cannot_load_runs_on_at_the_source() {
 fn a_vm_that_stands_still_arrives_so() {
     for by_its_user in [true, false] {
         let host = Host::new();
-        let Some(source) = start_as(&host, if by_its_user { Manner::Well } else { Manner::Stands }) else {
-            return;
-        };
-        wait_for(&host, State::Running);
+        let source = start_as(&host, if by_its_user { Manner::Well } else { Manner::Stands });
+        wait_state(&host, State::Running);
         if by_its_user {
             connect(&host).ask(&Request::Pause, DEADLINE).unwrap();
             logged(&source.log);
@@ -487,15 +461,15 @@ fn a_vm_that_stands_still_arrives_so() {
         let failure = migrate_to(&host, address).unwrap_err();
         assert!(failure.text.contains("stays paused here"), "{failure}");
         drop(target.join().unwrap());
-        wait_for(&host, State::Paused);
+        wait_state(&host, State::Paused);
         assert_eq!(logged(&source.log), ["pause", "save"]);
 
         let (address, target) = receive_one(&host, Manner::Well);
         migrate_to(&host, address).unwrap();
         drop(source.process.join().unwrap());
-        wait_for(&host, State::Paused);
+        wait_state(&host, State::Paused);
         connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
-        wait_for(&host, State::Running);
+        wait_state(&host, State::Running);
         connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
         arrived_and_stopped(target);
     }
@@ -505,8 +479,8 @@ fn a_vm_that_stands_still_arrives_so() {
 #[test]
 fn a_vm_that_is_ending_does_not_move_any_more() {
     let host = Host::new();
-    let Some(vm) = start(&host) else { return };
-    wait_for(&host, State::Running);
+    let vm = start(&host);
+    wait_state(&host, State::Running);
     // Somebody who has not had an answer yet: until then, or for some seconds, requests are taken.
     let mut slow = UnixStream::connect(host.socket()).unwrap();
     writeln!(slow, "{}", serde_json::to_string(&Request::RecordFaults { seconds: 60 }).unwrap()).unwrap();
@@ -524,13 +498,13 @@ fn a_vm_that_is_ending_does_not_move_any_more() {
 #[test]
 fn a_vm_that_may_run_at_the_target_runs_nowhere_else() {
     let host = Host::new();
-    let Some(source) = start(&host) else { return };
-    wait_for(&host, State::Running);
+    let source = start(&host);
+    wait_state(&host, State::Running);
     let (address, target) = receive_one(&host, Manner::MayRun);
     migrate_to(&host, address).unwrap();
     drop(source.process.join().unwrap());
     assert_eq!(logged(&source.log), ["pause", "save", "quit"]);
-    wait_for(&host, State::Running);
+    wait_state(&host, State::Running);
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
     arrived_and_stopped(target);
 }
@@ -538,23 +512,25 @@ fn a_vm_that_may_run_at_the_target_runs_nowhere_else() {
 #[test]
 fn a_bug_at_the_start_leaves_the_vm_where_the_record_says() {
     let host = Host::new();
-    let Some(source) = start(&host) else { return };
-    wait_for(&host, State::Running);
+    let source = start(&host);
+    wait_state(&host, State::Running);
     let (address, target) = receive_one(&host, Manner::PanicsAtStart);
     // Its daemon is not there to be asked: in doubt, until somebody who knows says so.
     let mut client = UnixStream::connect(host.socket()).unwrap();
     writeln!(client, "{}", serde_json::to_string(&migrate_request(address)).unwrap()).unwrap();
-    until(|| connect(&host).stat().is_ok_and(|stat| stat.daemon.is_some()));
+    until("its daemon", || connect(&host).stat().is_ok_and(|stat| stat.daemon.is_some()));
     assert_eq!(connect(&host).stat().unwrap().state, State::Running);
     // It has not run: whoever panicked did so before.
     connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
     let places = host.run_dir().places().unwrap();
     let left = places.iter().find(|place| matches!(place, Place::Leaving(..))).unwrap();
     let mut doubter = VmClient::connect_to(&host.run_dir(), left).unwrap();
-    until(|| doubter.stat().unwrap().waiting.is_some_and(|waiting| waiting.limit == "RESOLVE_LIMIT"));
+    until("the limit", || {
+        doubter.stat().unwrap().waiting.is_some_and(|waiting| waiting.limit == "RESOLVE_LIMIT")
+    });
     // Ends the asking, not the doubt.
     drop(client);
-    until(|| doubter.stat().unwrap().state == State::InDoubt);
+    until("its doubt", || doubter.stat().unwrap().state == State::InDoubt);
     // What holds the name here is taken for what it is: the VM.
     let here = Request::Resolve { force: Some(Force::RunHere) };
     assert_eq!(doubter.ask(&here, DEADLINE).unwrap_err().kind, Kind::Name);
@@ -571,15 +547,15 @@ fn a_bug_at_the_start_leaves_the_vm_where_the_record_says() {
 #[test]
 fn a_vm_that_stays_and_cannot_be_resumed_is_said_to_be_paused() {
     let host = Host::new();
-    let Some(source) = start_as(&host, Manner::RefusesToRun) else { return };
-    wait_for(&host, State::Running);
+    let source = start_as(&host, Manner::RefusesToRun);
+    wait_state(&host, State::Running);
     let (address, target) = receive_one(&host, Manner::RefusesState);
     let failure = migrate_to(&host, address).unwrap_err();
     for says in ["could not be resumed: a disk is locked", "stays paused here"] {
         assert!(failure.text.contains(says), "{failure}");
     }
     drop(target.join().unwrap());
-    wait_for(&host, State::Paused);
+    wait_state(&host, State::Paused);
     let log = logged(&source.log);
     assert!(log.starts_with(&["pause", "save", "resume", "resume"]), "tried again: {log:?}");
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
@@ -589,29 +565,29 @@ fn a_vm_that_stays_and_cannot_be_resumed_is_said_to_be_paused() {
 #[test]
 fn a_bug_on_either_side_leaves_no_vm_half_way() {
     let host = Host::new();
-    let Some(source) = start(&host) else { return };
-    wait_for(&host, State::Running);
+    let source = start(&host);
+    wait_state(&host, State::Running);
     let (address, target) = receive_one(&host, Manner::Panics);
     let failure = migrate_to(&host, address).unwrap_err();
     assert!(failure.text.contains("runs on here"), "{failure}");
     let (_engine, _log, process, end) = target.join().unwrap();
     assert!(end.result.unwrap_err().text.contains("a bug in vmemd"));
     drop(process);
-    wait_for(&host, State::Running);
+    wait_state(&host, State::Running);
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
     drop(source.process.join().unwrap());
 
-    let Some(source) = start_as(&host, Manner::Panics) else { return };
-    wait_for(&host, State::Running);
+    let source = start_as(&host, Manner::Panics);
+    wait_state(&host, State::Running);
     let (address, target) = receive_one(&host, Manner::Well);
     let failure = migrate_to(&host, address).unwrap_err();
     for says in ["a bug in vmemd", "stays paused here"] {
         assert!(failure.text.contains(says), "{failure}");
     }
     assert!(target.join().unwrap().3.result.is_err());
-    wait_for(&host, State::Paused);
+    wait_state(&host, State::Paused);
     connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
-    wait_for(&host, State::Running);
+    wait_state(&host, State::Running);
     connect(&host).ask(&Request::Stop, DEADLINE).unwrap();
     drop(source.process.join().unwrap());
 }

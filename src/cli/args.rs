@@ -10,6 +10,7 @@ use vmprocess::control::protocol::{EngineKind, Force, Trust};
 use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 
+use super::values::{JsonArg, parse_duration};
 use crate::pki::PkiSettings;
 use crate::qemu::output::Format;
 use crate::vmm::Workload;
@@ -94,19 +95,20 @@ you know that it runs there. If run-here is wrong, the VM runs twice, and both w
     /// Say what this host has and lacks, with the remedy
     #[command(after_help = "Example:\n  vmemd doctor --store /var/lib/vmemd")]
     Doctor(DoctorArgs),
-    /// Measure
-    #[command(subcommand)]
-    Bench(BenchCommand),
+    /// Measure, with `vmemd-bench`
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    #[command(after_help = "Examples:
+  vmemd bench --help
+  vmemd bench migrate --memory 4G --ram 2G --targets vmemd,swap,ram
+  vmemd bench run benches/jobs/randrw8.fio --engine vmemd,swap,raw --repeat 5")]
+    Bench {
+        /// What to measure, and how
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
     /// Receive a VM (started by the daemon)
     #[command(hide = true)]
     Receive { settings: String },
-}
-
-#[derive(Debug, Args)]
-pub(super) struct JsonArg {
-    /// Print JSON
-    #[arg(long)]
-    pub(super) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -396,64 +398,6 @@ pub(super) struct DoctorArgs {
     pub(super) json: JsonArg,
 }
 
-#[derive(Debug, Subcommand)]
-pub(super) enum BenchCommand {
-    /// Migrate a VM into less RAM, and have it rewrite half of its memory there: vmemd, kernel swap, enough RAM
-    #[command(after_help = "Example:
-  vmemd bench migrate --memory 4G --ram 2G --targets vmemd,swap,ram
-The swap target needs root: it makes a memory cgroup and a swap file, and removes them.")]
-    Migrate(BenchMigrateArgs),
-    /// Play touches on the engine's policies and on others, without a VM: who reads and writes how many pages
-    #[command(after_help = "Example:
-  vmemd bench replay --synthetic zipf:0.99 --memory 4G --ram 2G --policy vmemd,s3-fifo,optimum")]
-    Replay(super::traces::ReplayArgs),
-    /// Run jobs of fio-style files on several engines in turns, and compare: vmemd, kernel swap, the raw device, plain memory
-    #[command(after_help = "Example:
-  vmemd bench run benches/jobs/randrw8.fio --engine vmemd,swap,raw --repeat 5
-The keys of job files are in docs/jobs.md. swap needs root: it makes a memory cgroup and a swap file, and removes them.")]
-    Run(super::jobs::RunJobsArgs),
-    /// Judge results of `bench run`, and make a report of them: one HTML file with plots
-    #[command(after_help = "Example:
-  vmemd bench run benches/jobs/*.fio --output-format json --output results.json
-  vmemd bench report results.json --output report.html")]
-    Report(super::jobs::ReportArgs),
-    /// Touch memory, and print what that took as JSON (started by `vmemd bench run`)
-    #[command(hide = true)]
-    Worker { request: String },
-    /// Record which pages are touched, as a trace file for `replay`
-    #[command(after_help = "Examples:
-  vmemd bench record benches/jobs/zipf.fio --touches 20M -o zipf.trace
-  vmemd bench record --vm web --seconds 30 -o web.trace")]
-    Record(super::traces::RecordArgs),
-}
-
-#[derive(Debug, Args)]
-pub(super) struct BenchMigrateArgs {
-    /// Memory of the VM
-    #[arg(long, value_name = "SIZE")]
-    pub(super) memory: Size,
-    /// RAM at the target
-    #[arg(long, value_name = "SIZE")]
-    pub(super) ram: Size,
-    /// What to compare, in this order
-    #[arg(long, value_delimiter = ',', default_value = "vmemd,swap,ram", value_enum)]
-    pub(super) targets: Vec<crate::bench::Target>,
-    /// Repetitions; medians of them are shown
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
-    pub(super) repeat: u32,
-    /// What the guest does [default: rewrite all of its memory, again and again]
-    #[arg(long, value_name = "WORKLOAD")]
-    pub(super) guest: Option<Workload>,
-    /// Migrate by TLS, with certificates made for it
-    #[arg(long)]
-    pub(super) tls: bool,
-    /// Directory on the disk to measure: store and swap file are made in it [default: that of `vmemd run`]
-    #[arg(long, value_name = "DIR")]
-    pub(super) store: Option<PathBuf>,
-    #[command(flatten)]
-    pub(super) json: JsonArg,
-}
-
 /// [`EngineKind`] as it is typed.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub(super) enum EngineArg {
@@ -472,22 +416,6 @@ impl From<EngineArg> for EngineKind {
     }
 }
 
-/// A time as people write it: `50ms`, `1s`, `1.5s`.
-pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
-    let scale = match unit {
-        "ms" => 0.001,
-        "s" => 1.0,
-        _ => return Err("write a number and a unit, such as 50ms or 1s".to_owned()),
-    };
-    let number: f64 = number.parse().map_err(|_| format!("{number:?} is not a number"))?;
-    Duration::try_from_secs_f64(number * scale)
-        .ok()
-        .filter(|time| !time.is_zero() && *time <= Duration::from_secs(3600))
-        .ok_or_else(|| "choose a time between 1ms and 3600s".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -496,15 +424,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn times_as_people_write_them() {
-        assert_eq!(parse_duration("50ms"), Ok(Duration::from_millis(50)));
-        assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
-        for text in ["", "50", "ms", "-1s", "0ms", "2h", "1e9s", "9999999s"] {
-            assert!(parse_duration(text).is_err(), "{text}");
-        }
     }
 
     #[test]

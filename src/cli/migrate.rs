@@ -14,7 +14,7 @@ use vmprocess::signals;
 use vmprocess::size::Size;
 
 use super::args::MigrateArgs;
-use super::{print, print_json};
+use super::terminal::{print, print_json};
 
 /// Highest share of time for which a guest is held back so that the migration ends.
 const THROTTLE_MAX: u8 = 99;

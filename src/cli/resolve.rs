@@ -1,7 +1,5 @@
 //! `vmemd resolve`: the facts about a hand-over in doubt, the target asked once more, and the end of the doubt.
 
-use std::io::Write;
-
 use serde_json::Value;
 use vmprocess::control::client::{ACTION_TIMEOUT, VmClient};
 use vmprocess::control::protocol::{Force, Request};
@@ -9,7 +7,7 @@ use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, Kind};
 
 use super::args::ResolveArgs;
-use super::print_json;
+use super::terminal::{print_json, warn};
 use super::vms::{in_doubt, say};
 
 pub(super) fn resolve(dir: &RunDir, args: &ResolveArgs) -> Result<(), Failure> {
@@ -20,7 +18,7 @@ pub(super) fn resolve(dir: &RunDir, args: &ResolveArgs) -> Result<(), Failure> {
         None => VmClient::connect(dir, name)?,
     };
     if let Some(force) = force {
-        let _ = writeln!(std::io::stderr(), "vmemd: {}", risk(force));
+        warn(risk(force));
     }
     let facts = vm.ask(&Request::Resolve { force }, ACTION_TIMEOUT)?;
     let text = |field: &str| facts[field].as_str().unwrap_or("?");

@@ -12,7 +12,7 @@ use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
 use super::args::StatArgs;
-use super::{print, print_json};
+use super::terminal::{print, print_json};
 
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 

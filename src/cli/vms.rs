@@ -12,7 +12,7 @@ use vmprocess::failure::{Failure, Kind};
 use vmprocess::size::Size;
 
 use super::args::{NameArgs, SetArgs};
-use super::{print, print_json};
+use super::terminal::{print, print_json};
 
 /// How long a VM may take to end: a cancelled migration and a fault that is being served come first.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);

@@ -14,7 +14,8 @@ use vmprocess::qemu::Role;
 
 use super::groups::{self, Group};
 use super::machine::{Machine, Qemu};
-use crate::qemu::launch::{Launch, inherit, launch};
+use crate::qemu::inherit::inherit;
+use crate::qemu::launch::{Launch, launch};
 
 /// What the child gets besides its settings.
 #[derive(Debug)]

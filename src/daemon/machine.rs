@@ -11,10 +11,10 @@ use super::admission::Refusal;
 use crate::qemu::ask::Really;
 use crate::qemu::cpu::Cpu;
 use crate::qemu::offer::{Accepted, Offer};
-use crate::qemu::one_line;
 use crate::qemu::resources::ThisHost;
 use crate::qemu::rewrite::Plan;
 use crate::qemu::rules::Rules;
+use crate::qemu::words::one_line;
 
 /// What the VM's process is made of.
 #[derive(Debug)]

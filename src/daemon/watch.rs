@@ -91,7 +91,8 @@ mod tests {
 
     #[test]
     fn last_words_are_those_of_this_process() {
-        let path = std::env::temp_dir().join(format!("vmemd-watch-{}", std::process::id()));
+        let place = testkit::directory("watch");
+        let path = place.path().join("log");
         std::fs::write(&path, "of another before\n").unwrap();
         let log = Log::new(path.clone());
         assert_eq!(log.last_words(), None);

@@ -8,8 +8,8 @@ use vmprocess::host;
 use vmprocess::medium::Medium;
 use vmprocess::size::Size;
 
-use super::{Check, kernel};
-use crate::bench::cgroup;
+use super::check::Check;
+use super::kernel;
 
 const KERNEL: (u32, u32) = (6, 8);
 const KERNEL_REMEDY: &str =
@@ -28,9 +28,6 @@ const DIRECT_REMEDY: &str =
 const LOCK_REMEDY: &str =
     "raise it (memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity in a unit), or run with --no-lock";
 const HUGE_REMEDY: &str = "`echo madvise >/sys/kernel/mm/transparent_hugepage/enabled`: guests whose memory fits their --ram run faster";
-const SWAP_REMEDY: &str =
-    "run `vmemd bench migrate` as root on a host with the memory controller, or without the swap target";
-
 pub(super) fn all(store: &Path) -> Vec<Check> {
     let mut checks = vec![kernel_version()];
     checks.extend(userfaultfd());
@@ -43,7 +40,6 @@ pub(super) fn all(store: &Path) -> Vec<Check> {
     checks.push(huge_pages());
     checks.push(free_ram());
     checks.push(free_disk(store));
-    checks.push(swap_target());
     checks
 }
 
@@ -184,9 +180,4 @@ fn free_disk(store: &Path) -> Check {
         Err(failure) => Err(failure.text),
     };
     check("free disk", true, outcome, "make room, or choose another --store")
-}
-
-fn swap_target() -> Check {
-    let outcome = cgroup::available().map_err(|failure| failure.text);
-    check("swap for `bench`", false, outcome, SWAP_REMEDY)
 }

@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use super::Failure;
+use vmprocess::failure::Failure;
+
 use super::ask::Ask;
 use super::options::{CommandLine, Word};
 use super::props::Set;

@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use super::{Failure, Kind};
+use vmprocess::failure::{Failure, Kind};
 
 /// It answers in a fraction of a second. One that does not must not keep the daemon from every other VM.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{Failure, Kind};
+use vmprocess::failure::{Failure, Kind};
 
 /// Program headers looked at; real binaries have about a dozen.
 const MAX_HEADERS: u16 = 256;
@@ -150,13 +150,12 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     /// A directory that is removed in the end.
-    struct Dir(PathBuf);
+    struct Dir(PathBuf, #[allow(dead_code, reason = "held for its end")] testkit::TempDir);
 
     impl Dir {
         fn new(name: &str) -> Dir {
-            let dir = std::env::temp_dir().join(format!("vmemd-binary-{name}-{}", std::process::id()));
-            std::fs::create_dir_all(&dir).unwrap();
-            Dir(dir)
+            let dir = testkit::directory(name);
+            Dir(dir.path().to_owned(), dir)
         }
 
         fn file(&self, name: &str, bytes: &[u8], mode: u32) -> PathBuf {
@@ -164,12 +163,6 @@ mod tests {
             std::fs::write(&path, bytes).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
             path
-        }
-    }
-
-    impl Drop for Dir {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
         }
     }
 

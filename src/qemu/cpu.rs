@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
+use vmprocess::failure::{Failure, Kind};
 
 use super::options::CommandLine;
-use super::{Failure, Kind};
 
 /// Flags that the kernel makes up about the host; no guest sees them.
 const OF_THE_KERNEL: &[&str] = &[

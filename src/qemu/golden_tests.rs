@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::options::CommandLine;
-use super::resources::{What, absolute, list};
+use super::resources::what::What;
+use super::resources::{absolute, list};
 use super::rewrite::{Monitor, Plan, Rewritten, Role, Settings};
 
 const QMP: &str = "-chardev socket,id=vmemd-qmp,path=/run/vmemd/vm.qmp,server=on,wait=off -mon chardev=vmemd-qmp,mode=control";

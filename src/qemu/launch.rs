@@ -11,10 +11,12 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use vmprocess::failure::{Failure, Kind};
 use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE, VERSION, memory_file};
 
+use super::inherit::inherit;
+use super::loaded;
 use super::rewrite::{self, Monitor, Plan, Rewritten, Settings};
-use super::{Failure, Kind, loaded};
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
 /// Where a distribution's package puts the preload, from the command's directory.
@@ -133,17 +135,6 @@ pub fn environment(settings: &PreloadSettings) -> Result<[(&'static str, OsStrin
     let environment = [(LD_PRELOAD, libraries), (VARIABLE, text.into())];
     loaded::check(&settings.program, &environment)?;
     Ok(environment)
-}
-
-/// In a process that is about to become another program: these descriptors stay open over exec.
-pub(crate) fn inherit(numbers: &[RawFd]) -> std::io::Result<()> {
-    for fd in numbers {
-        // SAFETY: changes a flag of a descriptor that is open.
-        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

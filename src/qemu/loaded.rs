@@ -12,11 +12,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use vmprocess::failure::{Failure, Kind};
 use vmprocess::qemu::{Answer, LIBRARY, QUESTION, VERSION};
 
 use super::ask;
-use super::launch::inherit;
-use super::{Failure, Kind};
+use super::inherit::inherit;
 
 /// Far more than the answers of some programs in a row.
 const ANSWERS_BYTES_MAX: u64 = 64 << 10;

@@ -4,10 +4,10 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use vmprocess::failure::{Failure, Kind};
 
 use super::ask::Ask;
 use super::options::{CommandLine, Word};
-use super::{Failure, Kind};
 
 /// Of a QEMU binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

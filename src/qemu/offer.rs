@@ -8,6 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use vmprocess::failure::{Failure, Kind};
 
 use super::ask::Ask;
 use super::cpu::{self, Cpu};
@@ -17,7 +18,7 @@ use super::refuse::unmovable;
 use super::resources::{self, Host};
 use super::rewrite::Plan;
 use super::rules::Rules;
-use super::{Failure, Kind, accel, binary};
+use super::{accel, binary};
 
 /// What the source sends: enough to start the same QEMU elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -251,20 +252,13 @@ mod tests {
     }
 
     /// A directory with a program that is called a QEMU.
-    struct Bin(PathBuf);
+    struct Bin(PathBuf, #[allow(dead_code, reason = "held for its end")] testkit::TempDir);
 
     impl Bin {
         fn new(name: &str) -> Bin {
-            let dir = std::env::temp_dir().join(format!("vmemd-offer-{name}-{}", std::process::id()));
-            std::fs::create_dir_all(&dir).unwrap();
-            std::fs::copy("/proc/self/exe", dir.join("qemu-system-x")).unwrap();
-            Bin(dir.canonicalize().unwrap())
-        }
-    }
-
-    impl Drop for Bin {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
+            let dir = testkit::directory(name);
+            std::fs::copy("/proc/self/exe", dir.path().join("qemu-system-x")).unwrap();
+            Bin(dir.path().canonicalize().unwrap(), dir)
         }
     }
 

@@ -6,8 +6,9 @@
 //!
 //! Printing gives the very words that were parsed, but for what was changed in between.
 
+use vmprocess::failure::{Failure, Kind};
+
 use super::props::Props;
-use super::{Failure, Kind};
 
 /// Options that stand alone, of QEMU 2.x to 10.x.
 const ALONE: &[&str] = &[

@@ -5,6 +5,7 @@
 //! keys in order.
 
 use serde_json::Value;
+use vmprocess::size::Size;
 
 /// An option's properties.
 #[derive(Clone, Debug, PartialEq)]
@@ -145,7 +146,7 @@ impl Props {
                 let value = match value {
                     Set::Text(text) => text.to_owned(),
                     Set::On => "on".to_owned(),
-                    Set::Bytes(bytes) => super::Size(bytes).to_string(),
+                    Set::Bytes(bytes) => Size(bytes).to_string(),
                 };
                 let same = |item: &Item| matches!(item, Item::Pair { key: has, .. } if has == key);
                 if let Some(item) = items.iter_mut().rev().find(|item| same(item)) {

@@ -4,9 +4,10 @@
 
 use std::fmt;
 
+use vmprocess::failure::{Failure, Kind};
+
 use super::options::{CommandLine, Word};
 use super::props::{Props, is_on};
-use super::{Failure, Kind};
 
 /// What our own additions are called, so that nobody else uses it.
 pub(super) const OURS: &str = "vmemd-";

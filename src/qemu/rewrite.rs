@@ -8,11 +8,13 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use swapd::Engine;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
 
 use super::options::{CommandLine, Word, size};
 use super::props::Set;
 use super::refuse::refuse;
-use super::{Failure, Kind, Size, waits};
+use super::waits;
 
 /// The backend that we add where there is none.
 pub const OUR_BACKEND: &str = "vmemd-ram0";

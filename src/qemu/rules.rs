@@ -15,9 +15,9 @@ use std::path::Path;
 
 use serde::Deserialize;
 use toml::Spanned;
+use vmprocess::failure::{Failure, Kind};
 
-use super::resources::What;
-use super::{Failure, Kind};
+use super::resources::what::What;
 
 /// What a rule is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]

@@ -8,10 +8,13 @@ use tracing::{info, warn};
 use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{RunDir, name_taken};
+use vmprocess::failure::{Failure, Kind};
 use vmprocess::host;
 use vmprocess::qemu::{PreloadSettings, QmpAddress, Role, VERSION};
+use vmprocess::size::Size;
 
 use super::ask::Really;
+use super::budget::check_ram;
 use super::cpu::Cpu;
 use super::launch;
 use super::offer::Offer;
@@ -19,7 +22,8 @@ use super::options::{self, CommandLine};
 use super::output::{self, Format};
 use super::refuse::unmovable;
 use super::rewrite::{self, Monitor, Plan, Settings};
-use super::{Failure, Kind, Size, binary, resources};
+use super::words::one_line;
+use super::{binary, resources};
 
 /// Why a domain of libvirt's does not move.
 const LIBVIRTS: &str = "this VM cannot be moved: libvirt made most of its command line, which vmemd does not know, and another host's \
@@ -63,7 +67,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
     let plan = Plan::of(&line)?;
     // All of it, to the byte: what the engine rounds up takes no RAM.
     let ram = settings.ram.unwrap_or_else(|| plan.memory().max(Size(swapd::Engine::MIN_BUDGET_BYTES)));
-    super::check_ram(plan.memory(), ram)?;
+    check_ram(plan.memory(), ram)?;
     let memory = plan.managed();
     let disks = resources::disks(&CommandLine::parse(&offer.args)?)?;
     let offer =
@@ -83,7 +87,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
         },
         offer,
         disks,
-        stays: unmovable(&line).err().map(|failure| super::one_line(&failure.text)),
+        stays: unmovable(&line).err().map(|failure| one_line(&failure.text)),
     };
     Ok(Planned { name, binary, line, plan, role })
 }

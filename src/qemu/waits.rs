@@ -1,6 +1,7 @@
 //! Chardevs with `server=on` and without `wait=off`: QEMU waits, before it has a monitor, until a client has connected.
 
-use super::Failure;
+use vmprocess::failure::Failure;
+
 use super::options::{CommandLine, Word};
 use super::props::{Props, Set};
 use super::resources::is_character;

@@ -1,6 +1,6 @@
 //! Little-endian writing and checked reading of the saved state.
 
-use crate::vmm::VmmError;
+use crate::vmm::error::VmmError;
 
 /// Collects fields.
 #[derive(Default)]

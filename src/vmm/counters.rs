@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use crate::vmm::layout::VCPUS_MAX;
+use crate::vmm::limits::VCPUS_MAX;
 
 /// No mismatch so far.
 const NONE: u64 = u64::MAX;

@@ -28,7 +28,7 @@ pub enum VmmError {
         source: kvm_ioctls::Error,
     },
     /// Fewer or more vCPUs than the guest program can use.
-    #[error("{0} vCPUs are not possible: choose 1 to {max}", max = crate::vmm::VCPUS_MAX)]
+    #[error("{0} vCPUs are not possible: choose 1 to {max}", max = crate::vmm::limits::VCPUS_MAX)]
     Vcpus(u32),
     /// The memory is smaller than the least one.
     #[error("{given} of memory is too little: the reference guest needs at least {least}")]

@@ -4,10 +4,13 @@ use kvm_bindings::{CpuId, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmprocess::size::Size;
 
+use crate::vmm::config::MachineConfig;
+use crate::vmm::error::VmmError;
 use crate::vmm::error::kvm;
-use crate::vmm::layout::{HOLE_END, HOLE_START, PAGE, VCPUS_MAX, physical};
+use crate::vmm::layout::{HOLE_END, HOLE_START, PAGE, physical};
+use crate::vmm::limits::VCPUS_MAX;
 use crate::vmm::memory::GuestMemory;
-use crate::vmm::{MachineConfig, VmmError, registers};
+use crate::vmm::registers;
 
 /// Where KVM on Intel keeps its own pages, inside the hole: a task state segment of three pages, a page table.
 const TSS_ADDRESS: usize = 0xfffb_d000;

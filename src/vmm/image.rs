@@ -2,6 +2,8 @@
 //!
 //! Only what is needed is written: memory may be under userfaultfd, and each touched page takes a frame.
 
+use crate::vmm::config::MachineConfig;
+use crate::vmm::error::VmmError;
 use crate::vmm::layout::{
     BLOCKS, DIRECTORY_SPAN, GDT, HEADER, Layout, PAGE, POINTERS_SPAN, PROGRAM, TABLES, TSS, ZIPF_TABLE,
     physical,
@@ -9,7 +11,7 @@ use crate::vmm::layout::{
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::program::{self, PORT_PROGRESS, PORTS_END, block, flag, mode};
 use crate::vmm::workload::{FillScope, Pattern};
-use crate::vmm::{MachineConfig, VmmError, content, zipf};
+use crate::vmm::{content, zipf};
 
 /// First bytes of a reference guest's memory header.
 const HEADER_MAGIC: &[u8; 8] = b"VMEMDGST";

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
 
-use crate::vmm::VmmError;
+use crate::vmm::error::VmmError;
 
 /// The real-time signal that kicks, counted from SIGRTMIN.
 const KICK_OFFSET: libc::c_int = 3;

@@ -11,17 +11,10 @@ use std::ops::Range;
 
 use vmprocess::size::Size;
 
+use crate::vmm::config::MachineConfig;
 use crate::vmm::content::PAGE_BYTES;
-use crate::vmm::{MachineConfig, VmmError};
-
-/// Most vCPUs of a guest.
-pub const VCPUS_MAX: u32 = 8;
-/// Least memory of a guest.
-pub const MEMORY_MIN: Size = Size(32 << 20);
-/// Most memory of a guest: KVM takes 2^31 - 1 pages a slot, and page numbers have 32 bits.
-pub const MEMORY_MAX: Size = Size(8 << 40);
-/// Memory comes in multiples of the guest's own large pages.
-pub const MEMORY_STEP: Size = Size(2 << 20);
+use crate::vmm::error::VmmError;
+use crate::vmm::limits::{MEMORY_MAX, MEMORY_MIN, MEMORY_STEP, VCPUS_MAX};
 
 pub(super) const PAGE: u64 = PAGE_BYTES as u64;
 pub(super) const HEADER: u64 = 0x1000;
@@ -130,7 +123,7 @@ pub fn overhead_bytes(memory_bytes: u64) -> Result<u64, VmmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::Workload;
+    use crate::vmm::workload::Workload;
 
     fn config(memory: &str, vcpus: u32, workload: &str) -> MachineConfig {
         let workload: Workload = workload.parse().unwrap();

@@ -7,7 +7,10 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 use vmprocess::size::Size;
 
+use crate::vmm::config::MachineConfig;
 use crate::vmm::counters::Counters;
+use crate::vmm::counters::GuestCounters;
+use crate::vmm::error::VmmError;
 use crate::vmm::gate::{Gate, Goal};
 use crate::vmm::host::Host;
 use crate::vmm::layout::Layout;
@@ -17,22 +20,11 @@ use crate::vmm::state::MachineState;
 use crate::vmm::throttle::Throttle;
 use crate::vmm::vcpu::{self, LockedVcpu, Shared};
 use crate::vmm::vcpu_state::VcpuState;
-use crate::vmm::workload::{Pattern, Workload};
-use crate::vmm::{GuestCounters, VmmError, image, kick, registers};
+use crate::vmm::workload::Pattern;
+use crate::vmm::{image, kick, registers};
 
 /// How long pausing waits for page faults that are being served.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// What a guest is made of.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MachineConfig {
-    /// RAM in bytes, a multiple of 2 MiB.
-    pub memory_bytes: u64,
-    /// 1 to [`VCPUS_MAX`](crate::vmm::VCPUS_MAX).
-    pub vcpus: u32,
-    /// What the guest does.
-    pub workload: Workload,
-}
 
 /// Whether a machine runs.
 #[derive(Clone, Debug, PartialEq, Eq)]

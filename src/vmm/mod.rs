@@ -5,6 +5,7 @@
 //! memory belongs to somebody else, and any access to it may wait for a page fault to be served.
 
 mod bytes;
+mod config;
 mod content;
 mod counters;
 mod error;
@@ -13,6 +14,7 @@ mod host;
 mod image;
 mod kick;
 mod layout;
+mod limits;
 mod machine;
 mod memory;
 mod pace;
@@ -23,13 +25,15 @@ mod throttle;
 mod vcpu;
 mod vcpu_state;
 mod workload;
-pub(crate) mod zipf;
+pub mod zipf;
 
+pub use config::MachineConfig;
 pub use content::{PAGE_BYTES, PAGE_WORDS, page as page_content, word as page_word};
 pub use counters::GuestCounters;
 pub use error::VmmError;
-pub use layout::{MEMORY_MAX, MEMORY_MIN, MEMORY_STEP, VCPUS_MAX, overhead_bytes};
-pub use machine::{Machine, MachineConfig, RunState};
+pub use layout::overhead_bytes;
+pub use limits::{MEMORY_MAX, MEMORY_MIN, MEMORY_STEP, VCPUS_MAX};
+pub use machine::{Machine, RunState};
 pub use state::saved_config;
 pub use throttle::THROTTLE_MAX;
 pub use workload::{FillScope, Pattern, THETA_DEFAULT, THETA_MAX, Workload, WorkloadError};

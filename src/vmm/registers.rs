@@ -3,7 +3,7 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuFd};
 
-use crate::vmm::VmmError;
+use crate::vmm::error::VmmError;
 use crate::vmm::error::kvm;
 use crate::vmm::image::{GDT_LIMIT, SELECTOR_CODE, SELECTOR_DATA, SELECTOR_TSS, TSS_LIMIT};
 use crate::vmm::layout::{BLOCKS, GDT, PAGE, PROGRAM, TABLES, TSS};

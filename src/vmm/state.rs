@@ -1,10 +1,11 @@
 //! The saved state of a machine: everything that is not in its memory. `docs/guest.md` has it byte by byte.
 
 use crate::vmm::bytes::{Reader, Writer, checksum};
+use crate::vmm::config::MachineConfig;
 use crate::vmm::counters::Saved;
-use crate::vmm::layout::VCPUS_MAX;
+use crate::vmm::error::VmmError;
+use crate::vmm::limits::VCPUS_MAX;
 use crate::vmm::vcpu_state::VcpuState;
-use crate::vmm::{MachineConfig, VmmError};
 
 const MAGIC: &[u8; 8] = b"VMEMDVM\0";
 const VERSION: u32 = 1;

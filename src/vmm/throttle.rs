@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::vmm::VmmError;
+use crate::vmm::error::VmmError;
 use crate::vmm::gate::Gate;
 use crate::vmm::kick;
 

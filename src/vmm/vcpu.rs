@@ -5,8 +5,8 @@ use std::thread::{Builder, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use crate::vmm::VmmError;
 use crate::vmm::counters::Counters;
+use crate::vmm::error::VmmError;
 use crate::vmm::gate::{Gate, Goal};
 use crate::vmm::kick;
 use crate::vmm::pace::Pace;

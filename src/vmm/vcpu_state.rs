@@ -9,8 +9,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use crate::vmm::VmmError;
 use crate::vmm::bytes::{Reader, Writer};
+use crate::vmm::error::VmmError;
 use crate::vmm::error::kvm;
 
 /// Model-specific registers that are part of the state. A host without one of them leaves it out.

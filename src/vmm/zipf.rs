@@ -14,7 +14,7 @@ pub(super) const TABLE_ENTRIES: usize = BUCKETS + 1;
 const EXACT_RANKS: u64 = 4096;
 
 /// The quantiles of the ranks `0..ranks` under the skew `theta`.
-pub(crate) fn quantiles(ranks: u64, theta: f64) -> Vec<u32> {
+pub fn quantiles(ranks: u64, theta: f64) -> Vec<u32> {
     let exact = ranks.min(EXACT_RANKS);
     let mut sums = Vec::with_capacity(exact as usize);
     let mut sum = 0.0;
@@ -37,7 +37,7 @@ pub(crate) fn quantiles(ranks: u64, theta: f64) -> Vec<u32> {
 }
 
 /// A rank by the law, from 64 random bits.
-pub(crate) fn rank(quantiles: &[u32], random: u64) -> u32 {
+pub fn rank(quantiles: &[u32], random: u64) -> u32 {
     let bucket = (random >> (u64::BITS - BUCKET_BITS)) as usize;
     let (from, to) = (quantiles[bucket], quantiles[bucket + 1]);
     let width = u64::from(to - from).max(1);

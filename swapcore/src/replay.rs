@@ -248,6 +248,7 @@ impl Replay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::WalkStep;
     use proptest::prelude::*;
 
     fn replay(pages: u64, frames: u64, io: u64) -> Replay {
@@ -258,6 +259,7 @@ mod tests {
             slots: 128,
             blocks: 2,
             sampling: true,
+            walk: WalkStep::default(),
         };
         Replay::new(config, Pace { io, tick: 1000 })
     }
@@ -315,6 +317,7 @@ mod tests {
             slots: crate::core::staging_slots(pages),
             blocks: 2,
             sampling: true,
+            walk: WalkStep::default(),
         };
         // 10 877 and 3705 waits; 14 402 and 5754 if what has not proved itself always leaves.
         for (before, waits_most) in [(0, 12_500), (8 * pages, 4700)] {
@@ -342,6 +345,7 @@ mod tests {
             slots,
             blocks: 2,
             sampling: true,
+            walk: WalkStep::default(),
         };
         for io in [0, 7, 300] {
             let mut replay = Replay::new(config, Pace { io, tick: 1000 });

@@ -178,9 +178,13 @@ impl EngineHandle {
         self.call(Request::TrackWrites(on), done)
     }
 
+    pub fn track_writes_async(&self, on: bool) -> Answer<()> {
+        self.ask(Request::TrackWrites(on), done)
+    }
+
     /// Without prefetch only what is touched comes in: for measurements of what a guest touches.
-    pub fn set_prefetch(&self, on: bool) -> Result<(), CommandError> {
-        self.call(Request::Prefetch(on), done)
+    pub fn set_prefetch_async(&self, on: bool) -> Answer<()> {
+        self.ask(Request::Prefetch(on), done)
     }
 
     /// Pages that may have been written since tracking started or since the last call.
@@ -266,13 +270,13 @@ impl EngineHandle {
         self.call(Request::ResidentMap, runs)
     }
 
+    pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
+        self.ask(Request::ResidentMap, runs)
+    }
+
     /// The pages that are in the store, or on their way there, in ascending runs.
     pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
         self.ask(Request::StoredMap, runs)
-    }
-
-    pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
-        self.call(Request::StoredMap, runs)
     }
 
     /// Writes again what a store refused, if it did, and answers when all of it is written.

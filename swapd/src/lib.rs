@@ -1,5 +1,9 @@
 //! vmemd's swap engine: one VM's private virtual memory. What it decides is in `swapcore`; here is what it does that with.
 
+#[cfg(test)]
+#[macro_use]
+extern crate testkit;
+
 mod cipher;
 mod driver;
 mod error;
@@ -17,3 +21,6 @@ pub use swapcore::error::{CommandError, IoError, IoErrorKind};
 pub use swapcore::stats::Stats;
 pub use swapcore::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId};
 pub use swapcore::{core, digest, replay, stats, units};
+
+#[cfg(test)]
+testkit::main!();

@@ -1,6 +1,11 @@
 //! What the engine takes beside the VM's frames: at most 0.35 % of the VM's memory. The only test of its process, whose memory
 //! it measures.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 const MEMORY: u64 = 1 << 30;
@@ -16,7 +21,7 @@ fn rss_anon_bytes() -> u64 {
 #[test]
 fn a_gibibyte_touched_and_paged_costs_at_most_its_share() {
     let before = rss_anon_bytes();
-    let Some(vm) = common::start(MEMORY, MEMORY / 4) else { return };
+    let vm = common::start(MEMORY, MEMORY / 4);
     // Twice, so that every page has been stored and many read.
     (1..=2).for_each(|round| vm.write_all(round));
     let stats = vm.stats();

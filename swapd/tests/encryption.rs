@@ -1,25 +1,26 @@
 //! An encrypted store on a real disk: what is in it, and what comes back.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::os::unix::fs::FileExt;
 
-use common::{Vm, config, skipped, store_directory};
-use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, Run, StartError, StoreConfig};
+use common::{Vm, config, started, store_directory};
+use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, Run, StoreConfig};
 
 const MIB: u64 = 1 << 20;
 
-fn start(encrypt: bool) -> Option<Vm> {
+fn start(encrypt: bool) -> Vm {
     let config = config(64 * MIB, 16 * MIB, store_directory(), false);
     let store = StoreConfig { encrypt, ..config.store };
-    match Engine::start(EngineConfig { store, ..config }, Box::new(|notice| println!("{notice:?}"))) {
-        Ok(engine) => Some(Vm::of(engine)),
-        Err(StartError::Host(reason)) => {
-            skipped(&reason);
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    Vm::of(started(Engine::start(
+        EngineConfig { store, ..config },
+        Box::new(|notice| println!("{notice:?}")),
+    )))
 }
 
 /// Direct I/O wants a page of its own.
@@ -35,7 +36,7 @@ fn on_disk(vm: &Vm, page: PageNo) -> Box<Page> {
 
 #[test]
 fn the_disk_has_nothing_that_the_guest_wrote() {
-    let (Some(plain), Some(vm)) = (start(false), start(true)) else { return };
+    let (plain, vm) = (start(false), start(true));
     let (page, all) = (PageNo(100), Run::new(PageNo(0), 64 * 256));
     for vm in [&plain, &vm] {
         vm.write_all(1);
@@ -53,7 +54,7 @@ fn the_disk_has_nothing_that_the_guest_wrote() {
 
 #[test]
 fn what_is_written_again_and_again_comes_back() {
-    let Some(vm) = start(true) else { return };
+    let vm = start(true);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             for round in 1..=4 {

@@ -1,17 +1,23 @@
 //! The engine on the real kernel: userfaultfd, io_uring, a real file.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{Patience, Vm, start};
+use common::{Vm, start};
 use swapd::{CommandError, Engine, FaultKind, PAGE_SIZE, PageNo, Place, Run, StartError};
+use testkit::{Random, Reason, skip, wait_for};
 
 const MIB: u64 = 1 << 20;
 
 #[test]
 fn four_times_the_budget_is_written_and_read_back() {
-    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let vm = start(64 * MIB, 16 * MIB);
     for round in 1..=3 {
         vm.write_all(round);
         assert_eq!(vm.mismatches(round), 0, "round {round}");
@@ -24,7 +30,7 @@ fn four_times_the_budget_is_written_and_read_back() {
 
 #[test]
 fn random_access_by_four_threads_finds_every_page_right() {
-    let Some(vm) = start(48 * MIB, 16 * MIB) else { return };
+    let vm = start(48 * MIB, 16 * MIB);
     vm.write_all(1);
     let pages = vm.pages();
     let wrong = AtomicU64::new(0);
@@ -33,15 +39,14 @@ fn random_access_by_four_threads_finds_every_page_right() {
             let (vm, wrong) = (&vm, &wrong);
             scope.spawn(move || {
                 // Each thread has its own quarter, and reads and rewrites it in an order of its own.
-                let mut x = thread + 1;
+                let mut random = Random(thread);
                 let mut round = vec![1u64; (pages / 4) as usize];
                 for _ in 0..6000 {
-                    x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                    let nth = (x >> 33) % (pages / 4);
+                    let nth = random.below(pages / 4);
                     let page = PageNo(thread * (pages / 4) + nth);
                     let bad = !vm.is_right(page, round[nth as usize]);
                     wrong.fetch_add(u64::from(bad), Ordering::Relaxed);
-                    if x & 1 == 0 {
+                    if random.below(2) == 0 {
                         round[nth as usize] += 1;
                         vm.write(page, round[nth as usize]);
                     }
@@ -54,7 +59,7 @@ fn random_access_by_four_threads_finds_every_page_right() {
 
 #[test]
 fn a_recording_has_every_fault_once() {
-    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let vm = start(64 * MIB, 16 * MIB);
     let handle = vm.handle();
     vm.write_all(1);
     assert!(handle.record_faults(true).unwrap().faults.is_empty(), "nothing from before");
@@ -83,7 +88,7 @@ fn a_recording_has_every_fault_once() {
 
 #[test]
 fn clean_pages_are_dropped_and_zero_pages_never_written() {
-    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let vm = start(64 * MIB, 16 * MIB);
     let handle = vm.handle();
     let all = Run::new(PageNo(0), vm.pages() as u32);
     // Reading alone leaves zeros behind.
@@ -102,7 +107,7 @@ fn clean_pages_are_dropped_and_zero_pages_never_written() {
 
 #[test]
 fn the_budget_changes_under_load_both_ways() {
-    let Some(vm) = start(96 * MIB, 32 * MIB) else { return };
+    let vm = start(96 * MIB, 32 * MIB);
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -132,7 +137,7 @@ fn the_budget_changes_under_load_both_ways() {
 fn while_the_host_compacts(work: impl FnOnce() + Send) {
     let compact = || std::fs::write("/proc/sys/vm/compact_memory", "1");
     if let Err(error) = compact() {
-        return common::skipped(&format!("cannot have the host compact its memory: {error}"));
+        skip(Reason::Root, format_args!("cannot have the host compact its memory: {error}"));
     }
     let before = pages_put_elsewhere();
     std::thread::scope(|scope| {
@@ -143,14 +148,14 @@ fn while_the_host_compacts(work: impl FnOnce() + Send) {
         }
     });
     if pages_put_elsewhere() == before {
-        common::skipped(&"the host found nothing to compact");
+        skip(Reason::Kernel, "the host found nothing to compact");
     }
 }
 
 /// Linux 6.18 says of some pages that they have not moved, and they have.
 #[test]
 fn memory_that_the_host_compacts_stays_right() {
-    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let vm = start(64 * MIB, 16 * MIB);
     while_the_host_compacts(|| {
         for round in 1..=12 {
             vm.write_all(round);
@@ -161,7 +166,7 @@ fn memory_that_the_host_compacts_stays_right() {
 
 #[test]
 fn tracking_misses_nothing_that_the_host_puts_elsewhere() {
-    let Some(vm) = start(96 * MIB, 64 * MIB) else { return };
+    let vm = start(96 * MIB, 64 * MIB);
     let touched = 12 * 1024;
     while_the_host_compacts(|| {
         let handle = vm.handle();
@@ -202,7 +207,7 @@ fn pages_put_elsewhere() -> u64 {
 
 #[test]
 fn given_back_memory_reads_as_zeros_and_frees_frames() {
-    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let vm = start(64 * MIB, 16 * MIB);
     vm.write_all(1);
     let run = Run::new(PageNo(1000), 9000);
     vm.handle().discard(run).unwrap();
@@ -214,7 +219,7 @@ fn given_back_memory_reads_as_zeros_and_frees_frames() {
 
 #[test]
 fn tracking_names_every_written_page() {
-    let Some(vm) = start(64 * MIB, 32 * MIB) else { return };
+    let vm = start(64 * MIB, 32 * MIB);
     vm.write_all(1);
     let handle = vm.handle();
     handle.track_writes(true).unwrap();
@@ -234,11 +239,11 @@ fn tracking_names_every_written_page() {
 
 #[test]
 fn held_pages_stay_where_they_are() {
-    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let vm = start(64 * MIB, 16 * MIB);
     vm.write_all(1);
     let handle = vm.handle();
     let run = Run::new(PageNo(vm.pages() - 600), 600);
-    let pieces = Patience::default().until("nothing moves", || {
+    let pieces = wait_for("nothing moves", || {
         let pieces = handle.hold(run).unwrap();
         pieces.iter().all(|piece| piece.place != Place::Moving).then_some(pieces)
     });
@@ -257,7 +262,7 @@ fn held_pages_stay_where_they_are() {
 
 #[test]
 fn prealloc_takes_the_frames_at_start() {
-    let Some(vm) = Vm::start(64 * MIB, 32 * MIB, true) else { return };
+    let vm = Vm::start(64 * MIB, 32 * MIB, true);
     let frames = vm.stats().frames_bytes;
     assert!(frames > 28 * MIB && frames <= 32 * MIB, "{frames}");
     vm.write_all(1);
@@ -266,12 +271,12 @@ fn prealloc_takes_the_frames_at_start() {
 
 #[test]
 fn samples_find_the_pages_in_use() {
-    let Some(vm) = start(32 * MIB, 32 * MIB) else { return };
+    let vm = start(32 * MIB, 32 * MIB);
     vm.write_all(1);
     // A sample may have been out while that was written.
     let before = vm.heat();
     let hot = 0..vm.pages() / 4;
-    let heat = Patience::default().until("samples were touched", || {
+    let heat = wait_for("samples were touched", || {
         hot.clone().for_each(|page| assert!(vm.is_right(PageNo(page), 1)));
         (vm.stats().sampling.touched > 500).then(|| vm.heat())
     });
@@ -319,9 +324,9 @@ fn is_of_huge_page(vm: &common::Vm, page: PageNo) -> Option<bool> {
 fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     const MEMORY: u64 = 64 * MIB;
     if swapd::huge_page_mode().is_none_or(|mode| mode == "never") {
-        return common::skipped(&"no transparent huge pages");
+        skip(Reason::Huge, "no transparent huge pages");
     }
-    let Some(vm) = start(MEMORY, MEMORY) else { return };
+    let vm = start(MEMORY, MEMORY);
     let blocks = vm.pages() / 512;
     let huge_blocks = || mapped_kib(&vm, "AnonHugePages") / 2048;
     // Half of the blocks at first sight of a read, half of a write.
@@ -330,15 +335,15 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     let had = huge_blocks();
     // Some of them may be out as samples.
     if had < blocks - 16 {
-        return common::skipped(&format_args!("the host had {had} huge pages, not {blocks}"));
+        skip(Reason::Huge, format_args!("the host had {had} huge pages, not {blocks}"));
     }
     assert_eq!(vm.stats().frames_bytes, MEMORY);
-    Patience::default().until("samples were touched", || {
+    wait_for("samples were touched", || {
         assert_eq!(vm.mismatches(1), 0);
         (vm.stats().sampling.touched > 8 * 512).then_some(())
     });
     // What has been touched is not out, until the next tick.
-    Patience::default().until("all huge pages are back", || {
+    wait_for("all huge pages are back", || {
         assert_eq!(vm.mismatches(1), 0);
         (huge_blocks() == blocks).then_some(())
     });
@@ -350,14 +355,14 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     assert_ne!(is_of_huge_page(&vm, PageNo(999)), Some(true));
     assert!(vm.is_zero(PageNo(1001)) && vm.is_right(PageNo(999), 1) && vm.is_right(PageNo(1003), 1));
     // A block given back whole comes again as a huge page.
-    Patience::default().until("the frames of a block are given back", || {
+    wait_for("the frames of a block are given back", || {
         // It may be out as a sample: then they are kept for others.
         vm.is_zero(PageNo(2048));
         handle.discard(Run::new(PageNo(2048), 512)).unwrap();
         (vm.stats().frames_bytes == MEMORY - 2 * MIB).then_some(())
     });
     assert!(vm.is_zero(PageNo(2048)));
-    Patience::default().until("the other blocks are huge pages", || {
+    wait_for("the other blocks are huge pages", || {
         // All of them, but for what was given back.
         vm.mismatches(1);
         (huge_blocks() == blocks - 1).then_some(())
@@ -374,7 +379,7 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     handle.track_writes(true).unwrap();
     assert_eq!(vm.mismatches(2), 0);
     handle.track_writes(false).unwrap();
-    Patience::default().until("huge pages again", || {
+    wait_for("huge pages again", || {
         assert_eq!(vm.mismatches(2), 0);
         (huge_blocks() == blocks).then_some(())
     });
@@ -383,12 +388,12 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
 #[test]
 fn a_store_that_lies_poisons_one_page_and_no_more() {
     use std::os::unix::fs::FileExt;
-    let Some(vm) = start(64 * MIB, 16 * MIB) else { return };
+    let vm = start(64 * MIB, 16 * MIB);
     vm.write_all(1);
     let handle = vm.handle();
     handle.evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
     let bad = PageNo(4321);
-    let page = common::Aligned::filled(0x5A);
+    let page = testkit::pages::Aligned::filled(0x5A);
     handle.store().write_all_at(page.bytes(), bad.offset()).unwrap();
     // The kernel refuses to copy from a poisoned page, instead of ending this process by a signal.
     assert!(vm.is_unreadable(bad));

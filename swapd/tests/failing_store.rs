@@ -1,6 +1,11 @@
 //! A store that fails while the VM runs, on the real kernel: its file system fills up, or its device does not give back what it was
 //! given.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "../../tests/common/disk.rs"]
 #[allow(dead_code, reason = "each test file uses a part")]
@@ -12,25 +17,9 @@ use std::sync::mpsc::{self, Receiver};
 use common::{Vm, store_directory};
 use disk::Disk;
 use swapd::{Engine, Notice, PageNo, Run};
+use testkit::{OrSkip, Reason, wait_for};
 
 const MIB: u64 = 1 << 20;
-
-/// A directory of one test, which goes with it.
-struct Directory(std::path::PathBuf);
-
-impl Directory {
-    fn new(name: &str) -> Directory {
-        let path = store_directory().join(format!("{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a directory for the test");
-        Directory(path)
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// 128 MiB in 16 MiB, and what its engine has to say.
 fn start(disk: &Disk) -> (Vm, Receiver<Notice>) {
@@ -41,19 +30,14 @@ fn start(disk: &Disk) -> (Vm, Receiver<Notice>) {
     });
     let mut config = common::config(128 * MIB, 16 * MIB, disk.store().into(), false);
     config.store.overcommit = true;
-    let engine = Engine::start(config, notify).expect("an engine");
+    let engine = common::started(Engine::start(config, notify));
     (common::Vm::of(engine), notices)
 }
 
 #[test]
 fn a_full_disk_stops_the_vm_and_loses_nothing() {
-    let directory = Directory::new("full");
-    let disk = match Disk::ext4(&directory.0, 256 * MIB) {
-        Ok(disk) => disk,
-        Err(why) => {
-            return common::skipped(&format_args!("no loop device with a file system here: {why}"));
-        }
-    };
+    let directory = testkit::directory_in(store_directory(), "full");
+    let disk = Disk::ext4(&directory.path(), 256 * MIB).or_skip(Reason::Loop);
     disk.leave_free(32 * MIB);
     let (vm, notices) = start(&disk);
     std::thread::scope(|scope| {
@@ -84,11 +68,8 @@ fn a_full_disk_stops_the_vm_and_loses_nothing() {
 #[test]
 fn bad_sectors_lose_their_pages_alone() {
     const BAD: u64 = 96 * MIB;
-    let directory = Directory::new("bad");
-    let disk = match Disk::bare(&directory.0, 128 * MIB) {
-        Ok(disk) => disk,
-        Err(why) => return common::skipped(&format_args!("no loop device here: {why}")),
-    };
+    let directory = testkit::directory_in(store_directory(), "bad");
+    let disk = Disk::bare(&directory.path(), 128 * MIB).or_skip(Reason::Loop);
     let (vm, _notices) = start(&disk);
     vm.write_all(1);
     vm.handle().evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
@@ -112,11 +93,8 @@ fn bad_sectors_lose_their_pages_alone() {
 /// the budget.
 #[test]
 fn a_reserve_is_let_go_of_when_nothing_can_be_written() {
-    let directory = Directory::new("reserve");
-    let disk = match Disk::bare(&directory.0, 128 * MIB) {
-        Ok(disk) => disk,
-        Err(why) => return common::skipped(&format_args!("no loop device here: {why}")),
-    };
+    let directory = testkit::directory_in(store_directory(), "reserve");
+    let disk = Disk::bare(&directory.path(), 128 * MIB).or_skip(Reason::Loop);
     let (vm, notices) = start(&disk);
     vm.write_all(1);
     disk.set_writable(false);
@@ -130,8 +108,7 @@ fn a_reserve_is_let_go_of_when_nothing_can_be_written() {
         });
         while !matches!(notices.recv().expect("the engine tells"), Notice::Starved(_)) {}
         let then = written.load(Ordering::SeqCst);
-        common::Patience::default()
-            .until("the reserve is used", || (written.load(Ordering::SeqCst) >= then + 32).then_some(()));
+        wait_for("the reserve is used", || (written.load(Ordering::SeqCst) >= then + 32).then_some(()));
         let stats = vm.stats();
         assert!(stats.frames_bytes <= stats.ram_budget_bytes && !writer.is_finished(), "{stats:?}");
         disk.set_writable(true);

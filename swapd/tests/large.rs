@@ -1,11 +1,17 @@
 //! A VM of 1 TiB that touches little of it.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Vm, config, skipped, store_directory};
+use common::{Vm, config, started, store_directory};
 use swapd::{Engine, PAGE_SIZE, PageNo, StartError};
+use testkit::{Random, Reason, skip};
 
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
@@ -17,19 +23,15 @@ const BLOCK_PAGES: u64 = 512;
 /// It takes a few ms; the limit is for a busy machine.
 const START_MAX: Duration = Duration::from_secs(3);
 
-/// The VM, and how long its start took. None, with the reason said, where no engine can run.
-fn start(memory: u64) -> Option<(Vm, Duration)> {
+/// The VM, and how long its start took. Ends the test where no engine can run.
+fn start(memory: u64) -> (Vm, Duration) {
     let mut config = config(memory, BUDGET, store_directory(), false);
     config.store.overcommit = true;
     let since = Instant::now();
-    match Engine::start(config, Box::new(|notice| println!("notice: {notice:?}"))) {
-        Ok(engine) => Some((Vm::of(engine), since.elapsed())),
-        Err(StartError::Host(reason)) => {
-            skipped(&reason);
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    (
+        Vm::of(started(Engine::start(config, Box::new(|notice| println!("notice: {notice:?}"))))),
+        since.elapsed(),
+    )
 }
 
 /// Writes 96 MiB, in blocks `step` pages apart, then touches them at random; the latencies in ns, sorted.
@@ -37,11 +39,10 @@ fn touch(vm: &Vm, step: u64) -> Vec<u64> {
     let page = |nth: u64| PageNo(nth / PAGES_A_BLOCK * step + nth % PAGES_A_BLOCK * 4);
     let count = BLOCKS * PAGES_A_BLOCK;
     (0..count).for_each(|nth| vm.write(page(nth), nth));
-    let mut random = 1u64;
+    let mut random = Random(1);
     let mut latencies: Vec<_> = (0..20_000)
         .map(|_| {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let nth = (random >> 33) % count;
+            let nth = random.below(count);
             let since = Instant::now();
             vm.touch(page(nth));
             let took = since.elapsed().as_nanos() as u64;
@@ -57,7 +58,7 @@ fn touch(vm: &Vm, step: u64) -> Vec<u64> {
 
 #[test]
 fn a_tebibyte_starts_at_once_and_pages_like_a_gibibyte() {
-    let Some((small, small_start)) = start(1 << 30) else { return };
+    let (small, small_start) = start(1 << 30);
     let latencies = touch(&small, BLOCK_PAGES);
     let told = |what: &str, start: Duration, ns: &[u64]| {
         println!(
@@ -69,7 +70,7 @@ fn a_tebibyte_starts_at_once_and_pages_like_a_gibibyte() {
     };
     told("1 GiB", small_start, &latencies);
     drop(small);
-    let (large, start) = start(TIB).expect("the host has run one already");
+    let (large, start) = start(TIB);
     assert!(start < START_MAX, "{start:?}");
     // The same blocks, spread over all of the memory.
     let latencies = touch(&large, TIB / PAGE_SIZE as u64 / BLOCKS);
@@ -82,7 +83,7 @@ fn a_tebibyte_starts_at_once_and_pages_like_a_gibibyte() {
 fn a_store_with_too_little_room_names_the_option() {
     match Engine::start(config(64 * TIB, BUDGET, store_directory(), false), Box::new(|_| {})) {
         Err(StartError::Store(text)) => assert!(text.contains("--store-overcommit"), "{text}"),
-        Err(StartError::Host(reason)) => skipped(&reason),
+        Err(StartError::Host(reason)) => skip(Reason::Uffd, reason),
         other => panic!("{other:?}"),
     }
 }

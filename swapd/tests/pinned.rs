@@ -1,14 +1,20 @@
 //! Frames that something holds where they are: buffers registered with io_uring, and pages that the host would merge (KSM).
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
 use std::fs;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use common::{Patience, Vm, config, skipped, store_directory};
+use common::{Vm, config, started, store_directory};
 use io_uring::IoUring;
-use swapd::{CommandError, Engine, Notice, PAGE_SIZE, PageNo, Run, StartError};
+use swapd::{CommandError, Engine, Notice, PAGE_SIZE, PageNo, Run};
+use testkit::{Reason, skip, wait_for};
 
 const MIB: u64 = 1 << 20;
 
@@ -16,39 +22,29 @@ fn pages(bytes: u64) -> u64 {
     bytes / PAGE_SIZE as u64
 }
 
-fn start(memory: u64, budget: u64) -> Option<(Vm, Receiver<Notice>)> {
+fn start(memory: u64, budget: u64) -> (Vm, Receiver<Notice>) {
     let (notices, told) = channel();
     let notify = Box::new(move |notice| drop(notices.send(notice)));
-    match Engine::start(config(memory, budget, store_directory(), false), notify) {
-        Ok(engine) => Some((Vm::of(engine), told)),
-        Err(StartError::Host(reason)) => {
-            skipped(&reason);
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    (Vm::of(started(Engine::start(config(memory, budget, store_directory(), false), notify))), told)
 }
 
-/// Registers the first bytes of the VM's memory as buffers of a ring: they stay where they are for as long as it lives. None, with a
-/// word, where this user may not.
-fn pin(vm: &Vm, bytes: u64) -> Option<IoUring> {
+/// Registers the first bytes of the VM's memory as buffers of a ring: they stay where they are for as long as it lives. Ends the
+/// test where this user may not.
+fn pin(vm: &Vm, bytes: u64) -> IoUring {
     let ring = IoUring::new(2).expect("a ring, as the engine has one");
     let at = vm.addresses().start as *mut libc::c_void;
     let buffer = libc::iovec { iov_base: at, iov_len: bytes as usize };
     // SAFETY: within the VM's memory, which outlives the ring in every test; no operation ever uses the buffer.
     match unsafe { ring.submitter().register_buffers(&[buffer]) } {
-        Ok(()) => Some(ring),
-        Err(error) => {
-            skipped(&format_args!("cannot register buffers: {error}"));
-            None
-        }
+        Ok(()) => ring,
+        Err(error) => skip(Reason::Root, format_args!("cannot register buffers: {error}")),
     }
 }
 
 #[test]
 fn what_is_pinned_is_given_up_and_other_pages_leave_in_its_place() {
-    let Some((vm, told)) = start(96 * MIB, 32 * MIB) else { return };
-    let Some(ring) = pin(&vm, 20 * MIB) else { return };
+    let (vm, told) = start(96 * MIB, 32 * MIB);
+    let ring = pin(&vm, 20 * MIB);
     for round in 1..=3 {
         let start = Instant::now();
         vm.write_all(round);
@@ -59,7 +55,7 @@ fn what_is_pinned_is_given_up_and_other_pages_leave_in_its_place() {
     let stats = vm.stats();
     assert!(stats.frames_bytes <= 32 * MIB && stats.starved_ms == 0, "{stats:?}");
     // Those that may be tried again at this moment count as free.
-    let seen = Patience::default().until("pinned pages show", || {
+    let seen = wait_for("pinned pages show", || {
         (0..vm.pages()).for_each(|page| vm.touch(PageNo(page)));
         let pinned = vm.stats().pinned_bytes;
         (pinned > 0).then_some(pinned)
@@ -77,9 +73,9 @@ fn what_is_pinned_is_given_up_and_other_pages_leave_in_its_place() {
 
 #[test]
 fn a_budget_below_what_is_pinned_is_answered_with_figures_and_starving_is_told() {
-    let Some((vm, told)) = start(64 * MIB, 40 * MIB) else { return };
+    let (vm, told) = start(64 * MIB, 40 * MIB);
     vm.write_all(1);
-    let Some(ring) = pin(&vm, 24 * MIB) else { return };
+    let ring = pin(&vm, 24 * MIB);
     let handle = vm.handle();
     let asked = Instant::now();
     let error = handle.set_budget(16 * MIB).unwrap_err();
@@ -98,7 +94,7 @@ fn a_budget_below_what_is_pinned_is_answered_with_figures_and_starving_is_told()
         assert!(matches!(notice, Notice::Short { pinned_bytes } if pinned_bytes > 8 * MIB), "{notice:?}");
         assert!(!waiter.is_finished());
         let starved = vm.stats().starved_ms;
-        Patience::default().until("the figure grows", || (vm.stats().starved_ms > starved).then_some(()));
+        wait_for("the figure grows", || (vm.stats().starved_ms > starved).then_some(()));
         // Pages that are in RAM are there for the guest.
         assert!((0..pages(24 * MIB)).all(|page| vm.is_right(PageNo(page), 1)));
         drop(ring);
@@ -106,7 +102,7 @@ fn a_budget_below_what_is_pinned_is_answered_with_figures_and_starving_is_told()
     });
     assert!(matches!(told.recv_timeout(Duration::from_secs(30)), Ok(Notice::Enough)));
     // What was asked for still holds.
-    Patience::default().until("the budget is kept", || (vm.stats().frames_bytes <= 16 * MIB).then_some(()));
+    wait_for("the budget is kept", || (vm.stats().frames_bytes <= 16 * MIB).then_some(()));
     assert_eq!(vm.stats().starved_ms, 0);
     assert_eq!(vm.mismatches(1), 0);
     handle.set_budget(20 * MIB).expect("it can be kept");
@@ -114,9 +110,9 @@ fn a_budget_below_what_is_pinned_is_answered_with_figures_and_starving_is_told()
 
 #[test]
 fn more_ram_is_given_to_a_vm_that_starves() {
-    let Some((vm, told)) = start(64 * MIB, 40 * MIB) else { return };
+    let (vm, told) = start(64 * MIB, 40 * MIB);
     vm.write_all(1);
-    let Some(ring) = pin(&vm, 24 * MIB) else { return };
+    let ring = pin(&vm, 24 * MIB);
     let handle = vm.handle();
     handle.set_budget(16 * MIB).unwrap_err();
     std::thread::scope(|scope| {
@@ -171,11 +167,11 @@ fn merge_all(on: bool) -> bool {
 
 #[test]
 fn a_host_that_merges_equal_pages_leaves_those_of_a_vm_alone() {
-    let Some(_ksm) = Ksm::on() else { return skipped(&"KSM cannot be switched on") };
+    let Some(_ksm) = Ksm::on() else { skip(Reason::Kernel, "KSM cannot be switched on") };
     if !merge_all(true) {
-        return skipped(&"memory merging cannot be switched on for a process");
+        skip(Reason::Kernel, "memory merging cannot be switched on for a process");
     }
-    let Some((vm, told)) = start(96 * MIB, 32 * MIB) else { return };
+    let (vm, told) = start(96 * MIB, 32 * MIB);
     // Proof that the host does merge: the same pages in this process's other memory.
     let mut other = memmap2::MmapMut::map_anon(8 * MIB as usize).expect("memory");
     other.fill(0x5A);
@@ -188,7 +184,7 @@ fn a_host_that_merges_equal_pages_leaves_those_of_a_vm_alone() {
     };
     fill(0x5A);
     let scans = Ksm::number("full_scans");
-    Patience::default().until("the host has been over all memory twice, and merged", || {
+    wait_for("the host has been over all memory twice, and merged", || {
         // The guest goes on meanwhile, in pages that are all equal.
         fill(0x5A);
         (Ksm::number("full_scans") >= scans + 3 && merged() > 0).then_some(())

@@ -1,8 +1,13 @@
 //! Guest memory that somebody else maps, in several regions, on the real kernel.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 
-use common::{config, skipped, store_directory};
+use common::{config, started, store_directory};
 use swapd::{CommandError, Engine, EngineHandle, PAGE_SIZE, PageNo, Place, Run, StartError};
 
 const MIB: u64 = 1 << 20;
@@ -47,17 +52,11 @@ fn map(at: usize, len: usize, protection: i32, fixed: i32) -> usize {
 }
 
 impl Owner {
-    /// None, with the reason said, on a host that cannot run an engine.
-    fn start(prealloc: bool) -> Option<Owner> {
+    /// Ends the test on a host that cannot run an engine.
+    fn start(prealloc: bool) -> Owner {
         let config = config(MEMORY, BUDGET, store_directory(), prealloc);
-        let engine = match Engine::start_external(config, &SIZES, Box::new(|notice| println!("{notice:?}"))) {
-            Ok(engine) => engine,
-            Err(StartError::Host(reason)) => {
-                skipped(&reason);
-                return None;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let engine =
+            started(Engine::start_external(config, &SIZES, Box::new(|notice| println!("{notice:?}"))));
         let mapping = map(0, MAPPING, libc::PROT_NONE, 0);
         // guard, region 1, region 2, guard, region 0, guards; the first region at an odd page.
         let first = mapping + PAGE_SIZE * if (mapping / PAGE_SIZE).is_multiple_of(2) { 1 } else { 2 };
@@ -66,15 +65,15 @@ impl Owner {
         assert!(bases[1] / PAGE_SIZE % 2 == 1);
         let owner = Owner { engine, mapping: Mapping(mapping), bases };
         (0..3).for_each(|region| owner.map(region));
-        Some(owner)
+        owner
     }
 
-    fn started(prealloc: bool) -> Option<Owner> {
-        let owner = Owner::start(prealloc)?;
+    fn started(prealloc: bool) -> Owner {
+        let owner = Owner::start(prealloc);
         assert!(!owner.handle().is_attached());
         (0..3).for_each(|region| owner.attach(region).unwrap());
         assert!(owner.handle().is_attached());
-        Some(owner)
+        owner
     }
 
     fn map(&self, region: usize) {
@@ -147,7 +146,7 @@ fn count(runs: &[Run]) -> u64 {
 
 #[test]
 fn threads_find_all_pages_right_while_the_budget_changes() {
-    let Some(owner) = Owner::started(false) else { return };
+    let owner = Owner::started(false);
     std::thread::scope(|scope| {
         for nth in 0..4 {
             let owner = &owner;
@@ -173,7 +172,7 @@ fn threads_find_all_pages_right_while_the_budget_changes() {
 
 #[test]
 fn runs_across_borders_are_evicted_and_given_back() {
-    let Some(owner) = Owner::started(false) else { return };
+    let owner = Owner::started(false);
     let handle = owner.handle();
     // With a frame for each page, the regions' last and first pages are resident together.
     handle.set_budget(MEMORY).unwrap();
@@ -195,7 +194,7 @@ fn runs_across_borders_are_evicted_and_given_back() {
 
 #[test]
 fn tracking_names_pages_written_on_either_side_of_a_border() {
-    let Some(owner) = Owner::started(false) else { return };
+    let owner = Owner::started(false);
     let handle = owner.handle();
     handle.set_budget(MEMORY).unwrap();
     owner.write_all(1);
@@ -217,7 +216,7 @@ fn tracking_names_pages_written_on_either_side_of_a_border() {
 
 #[test]
 fn before_it_is_attached_memory_is_untouched() {
-    let Some(owner) = Owner::start(false) else { return };
+    let owner = Owner::start(false);
     let handle = owner.handle();
     handle.track_writes(true).unwrap();
     handle.evict(all()).unwrap();
@@ -252,7 +251,7 @@ fn before_it_is_attached_memory_is_untouched() {
 
 #[test]
 fn addresses_and_pages_are_found_both_ways() {
-    let Some(owner) = Owner::started(false) else { return };
+    let owner = Owner::started(false);
     let handle = owner.handle();
     for page in [0, BORDERS[0] - 1, BORDERS[0], BORDERS[1] - 1, BORDERS[1], PAGES - 1] {
         let address = owner.address(page) as *mut u8;
@@ -268,7 +267,7 @@ fn addresses_and_pages_are_found_both_ways() {
 
 #[test]
 fn what_cannot_be_attached_is_refused_with_the_reason() {
-    let Some(owner) = Owner::start(false) else { return };
+    let owner = Owner::start(false);
     owner.attach(0).unwrap();
     let elsewhere = map(0, SIZES[1] as usize + PAGE_SIZE, libc::PROT_READ | libc::PROT_WRITE, 0);
     // SAFETY: a mapping of this test alone, to which nothing refers; its first half is unmapped, nothing else.
@@ -304,7 +303,7 @@ fn what_cannot_be_attached_is_refused_with_the_reason() {
 
 #[test]
 fn frames_are_taken_when_a_region_is_attached() {
-    let Some(owner) = Owner::start(true) else { return };
+    let owner = Owner::start(true);
     let handle = owner.handle();
     let frames = || handle.stats().unwrap().frames_bytes;
     assert_eq!(frames(), 0);
@@ -330,11 +329,7 @@ fn regions_of_any_number_of_pages_work_to_their_last_page_and_no_further() {
     const GUARD: u8 = 0xA5;
     for budget in [16 * MIB, ODD_PAGES * PAGE_SIZE as u64, ODD_MEMORY] {
         let config = config(ODD_MEMORY, budget, store_directory(), false);
-        let engine = match Engine::start_external(config, &ODD, Box::new(|_| {})) {
-            Ok(engine) => engine,
-            Err(StartError::Host(reason)) => return skipped(&reason),
-            Err(error) => panic!("{error}"),
-        };
+        let engine = started(Engine::start_external(config, &ODD, Box::new(|_| {})));
         let handle = engine.handle();
         // Each with 4 MiB of somebody else's memory behind it, which has content.
         let bases = ODD.map(|bytes| {
@@ -404,11 +399,7 @@ fn regions_of_any_number_of_pages_work_to_their_last_page_and_no_further() {
 #[test]
 fn nothing_arrives_where_there_is_no_memory() {
     let config = config(ODD_MEMORY, 16 * MIB, store_directory(), false);
-    let engine = match Engine::start_external(config, &ODD, Box::new(|_| {})) {
-        Ok(engine) => engine,
-        Err(StartError::Host(reason)) => return skipped(&reason),
-        Err(error) => panic!("{error}"),
-    };
+    let engine = started(Engine::start_external(config, &ODD, Box::new(|_| {})));
     let handle = engine.handle();
     for (region, bytes) in ODD.into_iter().enumerate() {
         let base = map(0, bytes as usize, libc::PROT_READ | libc::PROT_WRITE, 0);

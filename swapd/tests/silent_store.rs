@@ -1,6 +1,11 @@
 //! A store that falls silent, or fails at everything, and comes back, on the real kernel and under a VM that reads and writes: no page is
 //! lost, none is wrong, and the VM goes on. `VMEMD_LONG=1` has it be away for a minute as well.
 
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
 mod common;
 #[path = "../../tests/common/disk.rs"]
 #[allow(dead_code, reason = "each test file uses a part")]
@@ -9,7 +14,6 @@ mod disk;
 #[allow(dead_code, reason = "each test file uses a part")]
 mod slow_disk;
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
@@ -17,6 +21,7 @@ use std::time::{Duration, Instant};
 use common::{Vm, store_directory};
 use slow_disk::SlowDisk;
 use swapd::{Engine, Notice, PageNo};
+use testkit::{OrSkip, Reason, until};
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 64 * MIB;
@@ -25,42 +30,14 @@ const PROGRESS: u64 = 2000;
 /// The engine tells after 5 s, give or take a tick of an idle VM and a busy host.
 const TOLD_S: u64 = 8;
 
-/// A disk in a directory of its own, which goes with the test.
-struct Away {
-    disk: SlowDisk,
-    directory: PathBuf,
-}
-
-impl Away {
-    fn new(name: &str) -> Option<Away> {
-        let directory = store_directory().join(format!("{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).expect("a directory for the test");
-        match SlowDisk::bare(&directory, MEMORY) {
-            Ok(disk) => Some(Away { disk, directory }),
-            Err(why) => {
-                common::skipped(&format_args!("no disk that can be told to be silent here: {why}"));
-                let _ = std::fs::remove_dir_all(&directory);
-                None
-            }
-        }
-    }
-
-    /// 64 MiB in 16 MiB, and what its engine has to say.
-    fn start(&self) -> (Vm, Receiver<Notice>) {
-        let (sender, notices) = mpsc::channel();
-        let notify = Box::new(move |notice| {
-            let _ = sender.send(notice);
-        });
-        let config = common::config(MEMORY, 16 * MIB, self.disk.device().into(), false);
-        (Vm::of(Engine::start(config, notify).expect("an engine")), notices)
-    }
-}
-
-impl Drop for Away {
-    fn drop(&mut self) {
-        self.disk.come_back();
-        let _ = std::fs::remove_dir_all(&self.directory);
-    }
+/// 64 MiB in 16 MiB, and what its engine has to say.
+fn start(disk: &SlowDisk) -> (Vm, Receiver<Notice>) {
+    let (sender, notices) = mpsc::channel();
+    let notify = Box::new(move |notice| {
+        let _ = sender.send(notice);
+    });
+    let config = common::config(MEMORY, 16 * MIB, disk.device().into(), false);
+    (Vm::of(common::started(Engine::start(config, notify))), notices)
 }
 
 fn longer(seconds: &[u64]) -> Vec<u64> {
@@ -94,8 +71,7 @@ fn busy(vm: &Vm, meanwhile: impl FnOnce()) {
     let (ends, [read, written]) = (AtomicBool::new(false), [(); 2].map(|()| AtomicU64::new(0)));
     let goes_on = |count: &AtomicU64| {
         let then = count.load(Ordering::SeqCst);
-        common::Patience::default()
-            .until("it goes on", || (count.load(Ordering::SeqCst) > then + PROGRESS).then_some(()));
+        until("it goes on", || count.load(Ordering::SeqCst) > then + PROGRESS);
     };
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -147,19 +123,20 @@ fn hear(notices: &Receiver<Notice>, meant: impl Fn(&Notice) -> bool) {
 
 #[test]
 fn a_store_that_falls_silent_and_comes_back_loses_nothing() {
-    let Some(away) = Away::new("silent") else { return };
-    let (vm, notices) = away.start();
+    let directory = testkit::directory_in(store_directory(), "silent");
+    let disk = SlowDisk::bare(directory.path(), MEMORY).or_skip(Reason::Loop);
+    let (vm, notices) = start(&disk);
     for seconds in longer(&[2, 10]) {
         busy(&vm, || {
-            let _back = Back(&away.disk);
+            let _back = Back(&disk);
             let began = Instant::now();
-            away.disk.fall_silent();
+            disk.fall_silent();
             if seconds > TOLD_S {
                 hear(&notices, |notice| matches!(notice, Notice::Unreachable(_)));
                 assert!(vm.stats().store.silent_ms >= 5000);
             }
             std::thread::sleep(Duration::from_secs(seconds).saturating_sub(began.elapsed()));
-            away.disk.come_back();
+            disk.come_back();
             if seconds > TOLD_S {
                 hear(&notices, |notice| matches!(notice, Notice::Reachable));
             }
@@ -171,15 +148,16 @@ fn a_store_that_falls_silent_and_comes_back_loses_nothing() {
 /// Longer than a page that is broken is waited for: what all pages do says nothing of one.
 #[test]
 fn a_store_that_fails_at_everything_and_comes_back_loses_nothing() {
-    let Some(away) = Away::new("failing") else { return };
-    let (vm, notices) = away.start();
+    let directory = testkit::directory_in(store_directory(), "failing");
+    let disk = SlowDisk::bare(directory.path(), MEMORY).or_skip(Reason::Loop);
+    let (vm, notices) = start(&disk);
     for seconds in longer(&[3, 14]) {
         busy(&vm, || {
-            let _back = Back(&away.disk);
-            away.disk.fail(libc::EIO);
+            let _back = Back(&disk);
+            disk.fail(libc::EIO);
             hear(&notices, |notice| matches!(notice, Notice::StoreFailed(_)));
             std::thread::sleep(Duration::from_secs(seconds));
-            away.disk.come_back();
+            disk.come_back();
             hear(&notices, |notice| matches!(notice, Notice::StoreRecovered));
         });
     }

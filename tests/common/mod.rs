@@ -11,61 +11,59 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
+pub(crate) use testkit::wait::DEADLINE;
+pub(crate) use testkit::wait_for;
+use testkit::{Reason, skip, wait_until};
 
-/// How long anything that a test waits for may take on a slow, busy machine.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(90);
-const POLL: Duration = Duration::from_millis(10);
 /// A VM that takes its name back is under none for a moment: it is gone when so many looks found nothing.
 pub(crate) const LOOKS_IN_VAIN: u32 = 20;
 
-/// Waits until `what` gives something.
-pub(crate) fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
-    look_until(|| what.to_owned(), look)
+/// Waits until a log has these words, and returns all of it. Whoever writes it does so a moment before or after what it tells of.
+pub(crate) fn wait_said(words: &str, log: impl Fn() -> String) -> String {
+    let last = RefCell::new(String::new());
+    let what = || format!("{words:?} in {:?}", last.borrow());
+    wait_until(DEADLINE, what, || {
+        last.replace(log());
+        last.borrow().contains(words).then(|| last.borrow().clone())
+    })
 }
 
-/// Other processes' files, sockets and counters give no sign when they change: they are looked at again and again.
-fn look_until<T>(what: impl Fn() -> String, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + DEADLINE;
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited too long for {}", what());
-        std::thread::sleep(POLL);
+/// The command. The tests of other crates find it beside what they are built into, if it has been built.
+pub(crate) fn vmemd() -> PathBuf {
+    if let Some(path) = option_env!("CARGO_BIN_EXE_vmemd") {
+        return path.into();
     }
+    let test = std::env::current_exe().expect("a test knows where it is");
+    let path = test.ancestors().nth(2).expect("tests are built into deps/").join("vmemd");
+    assert!(path.exists(), "these tests need {}: cargo build", path.display());
+    path
 }
 
-/// Says that a test cannot run here, and why, past the capture of a test's output.
-pub(crate) fn skipped(why: &dyn std::fmt::Display) {
-    use std::io::Write;
-    let name = std::thread::current().name().unwrap_or("test").to_owned();
-    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
-}
-
-/// Why VMs cannot run here, printed; tests that need them return then.
-pub(crate) fn cannot_run_vms() -> bool {
-    let doctor = Command::new(env!("CARGO_BIN_EXE_vmemd"))
-        .args(["doctor", "--store", env!("CARGO_TARGET_TMPDIR")])
-        .output();
+/// Ends the test where VMs cannot run.
+pub(crate) fn needs_vms() {
+    let doctor = Command::new(vmemd()).args(["doctor", "--store", env!("CARGO_TARGET_TMPDIR")]).output();
     let doctor = doctor.expect("vmemd runs");
-    if !doctor.status.success() {
-        skipped(&String::from_utf8_lossy(&doctor.stderr).trim());
+    if doctor.status.success() {
+        return;
     }
-    !doctor.status.success()
+    let said = String::from_utf8_lossy(&doctor.stderr);
+    // Of several that are missing, one that must not be.
+    let missing = [(Reason::Kvm, "/dev/kvm"), (Reason::Uffd, "userfaultfd"), (Reason::Uffd, "io_uring")];
+    let mut missing: Vec<Reason> =
+        missing.iter().filter(|(_, words)| said.contains(words)).map(|(reason, _)| *reason).collect();
+    let must_run = testkit::skip::must_run();
+    missing.sort_by_key(|reason| !must_run.contains(reason));
+    skip(missing.first().copied().unwrap_or(Reason::Kernel), said.trim())
 }
 
-/// Whether this is not root, with a word about it.
-pub(crate) fn not_root(what: &str) -> bool {
+/// Ends the test if this is not root.
+pub(crate) fn needs_root(what: &str) {
     // SAFETY: geteuid has no arguments and cannot fail.
-    let other = unsafe { libc::geteuid() } != 0;
-    if other {
-        skipped(&format_args!("{what} needs root"));
+    if unsafe { libc::geteuid() } != 0 {
+        skip(Reason::Root, format_args!("{what} needs root"));
     }
-    other
 }
 
 pub(crate) fn signal(pid: u32, signal: i32) {
@@ -97,23 +95,6 @@ pub(crate) fn lives(pid: u32) -> bool {
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
-/// SplitMix64: enough to choose what happens next.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % end
-    }
-
-    pub(crate) fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as u64) as usize]
-    }
-}
-
 /// What a finished command said.
 #[derive(Debug)]
 pub(crate) struct Said {
@@ -123,6 +104,16 @@ pub(crate) struct Said {
 }
 
 impl Said {
+    /// Runs a command to its end.
+    pub(crate) fn by(command: &mut Command) -> Said {
+        let output = command.output().expect("it runs");
+        Said {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
@@ -158,11 +149,9 @@ impl Host {
     }
 
     pub(crate) fn new(name: &str) -> Host {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let root =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{number}", std::process::id()));
-        fs::create_dir_all(root.join("store")).expect("a directory for the test");
+        // Removed when this is dropped, behind the processes that use it.
+        let root = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), name).keep();
+        fs::create_dir(root.join("store")).expect("a directory for the test");
         Host { root, children: Vec::new(), starter: Vec::new(), haste: 1 }
     }
 
@@ -175,8 +164,13 @@ impl Host {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        const VMEMD: &str = env!("CARGO_BIN_EXE_vmemd");
-        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([VMEMD]).collect();
+        self.command_of(&vmemd(), args)
+    }
+
+    /// Another program than `vmemd`, for this host.
+    pub(crate) fn command_of(&self, program: &Path, args: &[&str]) -> Command {
+        let program = program.to_str().expect("a path that is text");
+        let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([program]).collect();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]);
         command.args(args).env("VMEMD_RUN_DIR", self.run_dir()).stdin(Stdio::null());
@@ -196,19 +190,18 @@ impl Host {
 
     /// Runs a command to its end.
     pub(crate) fn vmemd(&self, args: &[&str]) -> Said {
-        let output = self.command(args).output().expect("vmemd runs");
-        Said {
-            code: output.status.code().unwrap_or(-1),
-            out: String::from_utf8_lossy(&output.stdout).into_owned(),
-            err: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
+        Said::by(&mut self.command(args))
     }
 
     /// Starts a command that goes on, in a process group of its own.
     pub(crate) fn start(&mut self, args: &[&str]) -> Running {
+        let command = self.command(args);
+        self.start_command(command)
+    }
+
+    pub(crate) fn start_command(&mut self, mut command: Command) -> Running {
         let log = self.root.join(format!("log-{}", self.children.len()));
         let stderr = fs::File::create(&log).expect("a log file");
-        let mut command = self.command(args);
         let child =
             command.stdout(Stdio::piped()).stderr(stderr).process_group(0).spawn().expect("vmemd runs");
         self.children.push(child.id());
@@ -268,7 +261,7 @@ impl Host {
     pub(crate) fn wait_stat(&self, name: &str, what: &str, done: impl Fn(&Value) -> bool) -> Value {
         let last = RefCell::new(Value::Null);
         let what = || format!("{what} of {name}: {}", last.borrow());
-        look_until(what, || {
+        wait_until(DEADLINE, what, || {
             let stat = self.stat(name)?;
             let is_done = done(&stat);
             last.replace(stat.clone());

@@ -4,11 +4,11 @@
 
 pub(crate) mod uffd;
 
-use std::io::Write;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapOptions};
+use testkit::{Reason, skip};
 use vmemd::vmm::{
     GuestCounters, Machine, MachineConfig, PAGE_BYTES, PAGE_WORDS, RunState, VmmError, page_content,
 };
@@ -35,27 +35,18 @@ pub(crate) fn config(size: &str, vcpus: u32, workload: &str) -> MachineConfig {
     MachineConfig { memory_bytes, vcpus, workload: workload.parse().unwrap() }
 }
 
-/// Says, past the test harness's capturing, that a test could not be done and why.
-pub(crate) fn skipped(why: &dyn std::fmt::Display) {
-    let name = std::thread::current().name().unwrap_or("test").to_owned();
-    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
-}
-
 impl Guest {
-    /// None, and a word about it, where there is no KVM.
-    pub(crate) fn new(size: &str, vcpus: u32, workload: &str) -> Option<Guest> {
+    /// Ends the test where there is no KVM.
+    pub(crate) fn new(size: &str, vcpus: u32, workload: &str) -> Guest {
         let config = config(size, vcpus, workload);
         Guest::on(memory(config.memory_bytes), config)
     }
 
     /// The same on memory that the caller has made.
-    pub(crate) fn on(mut memory: MmapMut, config: MachineConfig) -> Option<Guest> {
+    pub(crate) fn on(mut memory: MmapMut, config: MachineConfig) -> Guest {
         match Machine::new(config, memory.as_mut_ptr()) {
-            Ok(machine) => Some(Guest { machine, memory }),
-            Err(error @ (VmmError::NoKvm | VmmError::NoPermission)) => {
-                skipped(&error);
-                None
-            }
+            Ok(machine) => Guest { machine, memory },
+            Err(error @ (VmmError::NoKvm | VmmError::NoPermission)) => skip(Reason::Kvm, error),
             Err(error) => panic!("{error}"),
         }
     }

@@ -1,8 +1,9 @@
 //! What `scripts/setup --qemu` made, and QEMU's arguments to run it.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use testkit::{Reason, skip};
 
 /// What `scripts/setup --qemu` made in the target directory, if it did.
 fn directory() -> PathBuf {
@@ -31,7 +32,7 @@ pub(crate) struct Qemu {
 }
 
 impl Qemu {
-    /// The installed one, and the newest of Debian's packages if it was fetched. None, with a word, if guests cannot run here.
+    /// The installed one, and the newest of Debian's packages if it was fetched. Ends the test if guests cannot run here.
     pub(crate) fn versions() -> Vec<Qemu> {
         let kit = directory();
         let made = ["vmlinuz", "initramfs.gz", "checker"].iter().all(|file| kit.join(file).exists());
@@ -39,8 +40,7 @@ impl Qemu {
         let found: Vec<Qemu> =
             [PathBuf::from("qemu-system-x86_64"), newest].map(Qemu::at).into_iter().flatten().collect();
         if !made || found.is_empty() {
-            skipped("run scripts/setup --qemu");
-            return Vec::new();
+            skip(Reason::Qemu, "run scripts/setup --qemu");
         }
         found
     }
@@ -51,12 +51,6 @@ impl Qemu {
         let version = said.split_once("version ")?.1.split_whitespace().next()?.to_owned();
         Some(Qemu { binary, version })
     }
-}
-
-/// Says that a test cannot run here, and why, past the capture of a test's output.
-fn skipped(why: &str) {
-    let name = std::thread::current().name().unwrap_or("test").to_owned();
-    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
 }
 
 /// A machine that boots the kit's kernel, as small as it can be. Devices are added after its arguments.

@@ -34,10 +34,10 @@ pub(crate) use monitor::Monitor;
 pub(crate) const BOOT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
 
-/// The QEMUs to test with; none, with a word, where their VMs cannot run.
+/// The QEMUs to test with, at least one. Ends the test where their VMs cannot run.
 pub(crate) fn qemus() -> Vec<Qemu> {
-    let qemus = Qemu::versions();
-    if qemus.is_empty() || crate::common::cannot_run_vms() { Vec::new() } else { qemus }
+    crate::common::needs_vms();
+    Qemu::versions()
 }
 
 /// A QEMU process started by a test, killed when this is dropped.
@@ -160,12 +160,7 @@ impl Drop for Guest {
 
 /// A fresh directory of this test run, short enough for the path of a socket.
 pub(crate) fn directory(name: &str) -> PathBuf {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let number = COUNT.fetch_add(1, Ordering::Relaxed);
-    let directory =
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}-{number}", std::process::id()));
-    std::fs::create_dir_all(&directory).expect("a directory for the test");
-    directory
+    testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), name).keep()
 }
 
 /// A TCP port that is free now.

@@ -4,7 +4,8 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::{Failure, Mismatched};
+use crate::arguments::Failure;
+use crate::differences::Mismatched;
 
 const INTERVAL: Duration = Duration::from_millis(100);
 

@@ -3,8 +3,10 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use crate::arguments::Failure;
 use crate::content::{self, PAGE};
-use crate::{Failure, Memory, Mismatched};
+use crate::differences::Mismatched;
+use crate::pages::Memory;
 
 /// Memory of the job, unless said otherwise.
 pub(crate) const SIZE: usize = 64 << 20;

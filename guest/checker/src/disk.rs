@@ -5,8 +5,10 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
+use crate::arguments::Failure;
 use crate::content::{self, DISK, PAGE};
-use crate::{Differences, Failure, Memory, Mismatched};
+use crate::differences::{Differences, Mismatched};
+use crate::pages::Memory;
 
 /// Bytes of one read.
 const PIECE: usize = 16 << 20;

@@ -3,8 +3,10 @@
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
+use crate::arguments::{self, Failure};
 use crate::content::{self, PAGE};
-use crate::{Differences, Failure, Memory, Mismatched};
+use crate::differences::{Differences, Mismatched};
+use crate::pages::Memory;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Order {
@@ -38,8 +40,8 @@ impl FromStr for Until {
 
     fn from_str(text: &str) -> Result<Until, Failure> {
         match text.strip_suffix('s') {
-            Some(seconds) => Ok(Until::Time(Duration::from_secs(crate::number(seconds)?))),
-            None => Ok(Until::Rounds(crate::number(text)?)),
+            Some(seconds) => Ok(Until::Time(Duration::from_secs(arguments::number(seconds)?))),
+            None => Ok(Until::Rounds(arguments::number(text)?)),
         }
     }
 }

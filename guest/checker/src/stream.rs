@@ -6,8 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use crate::arguments::Failure;
 use crate::content::{self, PAGE, STREAM};
-use crate::{Differences, Failure, Memory, Mismatched};
+use crate::differences::{Differences, Mismatched};
+use crate::pages::Memory;
 
 /// What is sent and received at once.
 const PIECE: usize = 1 << 20;

@@ -8,15 +8,11 @@ use tokio::sync::{mpsc, oneshot};
 use super::life::Life;
 use super::trouble::Trouble;
 use super::{end, read_exact, split};
+use crate::limits::{FAREWELL_LIMIT, QUEUE};
 use crate::outside::{JoinHandle, StdStream, TcpStream, round_trip, spawn, timeout};
 use crate::session::SessionId;
 use crate::wire::control::Control;
 use crate::wire::record::{HEADER_BYTES, Header, Lane, Sequence};
-
-/// Messages waiting to be written, or to be looked at.
-const QUEUE: usize = 16;
-/// How long a session that ends waits for its last words to leave, or for the peer's to arrive.
-const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 
 const DURING: &str = "waiting for the peer's word";
 

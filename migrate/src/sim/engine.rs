@@ -372,42 +372,41 @@ impl EngineHandle {
     }
 
     pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
+        self.call(self.track_writes_async(on))
+    }
+
+    pub fn track_writes_async(&self, on: bool) -> Answer<()> {
         let work = move |state: &mut State| state.written = on.then(BTreeSet::new);
         if !on {
-            let answer = self.ask_always(work);
-            return self.call(answer);
+            return self.ask_always(work);
         }
-        self.call(self.ask(move |state| {
+        self.ask(move |state| {
             work(state);
             Ok(())
-        }))
-    }
-
-    pub fn set_prefetch(&self, _: bool) -> Result<(), CommandError> {
-        self.call(self.ask(|_| Ok(())))
-    }
-
-    pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
-        self.map_of(Place::Memory)
-    }
-
-    pub fn stored_map(&self) -> Result<Vec<Run>, CommandError> {
-        self.map_of(Place::Stored)
-    }
-
-    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
-        self.ask(|state| {
-            let there =
-                (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == Place::Stored);
-            Ok(runs_of(there, u32::MAX).collect())
         })
     }
 
-    fn map_of(&self, place: Place) -> Result<Vec<Run>, CommandError> {
-        self.call(self.ask(move |state| {
+    pub fn set_prefetch_async(&self, _: bool) -> Answer<()> {
+        self.ask(|_| Ok(()))
+    }
+
+    pub fn resident_map(&self) -> Result<Vec<Run>, CommandError> {
+        self.call(self.resident_map_async())
+    }
+
+    pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
+        self.map_of(Place::Memory)
+    }
+
+    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
+        self.map_of(Place::Stored)
+    }
+
+    fn map_of(&self, place: Place) -> Answer<Vec<Run>> {
+        self.ask(move |state| {
             let there = (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == place);
             Ok(runs_of(there, u32::MAX).collect())
-        }))
+        })
     }
 
     pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {

@@ -91,7 +91,7 @@ pub(crate) enum Fault {
         skip: u32,
         count: u32,
     },
-    Turned(crate::hello::RefuseKind),
+    Turned(crate::wire::opening::RefuseKind),
     /// A byte is spoilt on its way.
     Spoilt {
         after: u64,

@@ -4,16 +4,19 @@ use std::io;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-use super::{SendError, SourceOptions};
+use super::error::SendError;
+use super::options::SourceOptions;
 use crate::cancel::{CancelFlag, is_cancelled};
-use crate::hello::{Hello, OpeningError, RefuseKind, SessionHello, StreamHello, read_opening, write_opening};
+use crate::hello::{OpeningError, read_opening, write_opening};
 use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, patience};
 use crate::outside::{Instant, StdStream, elsewhere};
 use crate::resolve::{self, ReachError};
 use crate::session::SessionId;
 use crate::wait::Wait;
 use crate::wire::WireError;
-use crate::wire::opening::{Answer, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, is_name};
+use crate::wire::opening::{
+    Answer, Hello, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, RefuseKind, SessionHello, StreamHello, is_name,
+};
 
 /// A target that has accepted the VM.
 #[derive(Debug)]

@@ -4,7 +4,6 @@
 //! work on the same page in one round: a page is taken from the tracker before anything else happens to it.
 
 use std::rc::Rc;
-use std::time::Duration;
 
 use swapd::digest::page_sum;
 use swapd::{CommandError, IoError, IoErrorKind, PAGE_SIZE, PageNo, Piece, Place, Run, TierId, answered};
@@ -13,19 +12,11 @@ use tokio::sync::mpsc;
 use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
 use super::tracker::Tracker;
-use crate::limits::patience;
+use crate::limits::{REREAD_EVERY, REREADS, STORE_LIMIT, patience};
 use crate::link::trouble::Trouble;
 use crate::outside::{Instant, breathe, planted, probe_at, sleep};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
 
-/// How often a page that could not be read is read once more.
-const REREADS: u32 = 3;
-const REREAD_EVERY: Duration = Duration::from_millis(300);
-/// In a session it is not waited between them more often than that: a disk that is gone gives nothing back.
-pub(crate) const REREAD_WAITS: u32 = 32;
-/// A store that gives nothing at all is waited for so long; then the move ends, and the VM stays. Its pages are not lost: nobody knows
-/// that of a store that is silent.
-const STORE_LIMIT: Duration = Duration::from_secs(10);
 /// Pages that are asked for to see whether the store gives any.
 const PROBES: usize = 16;
 
@@ -290,34 +281,39 @@ impl Filler {
     /// Whether the store gives any page but this one, as it was written. None of them is held, so that one that is just being changed
     /// does not count.
     async fn gives_another(&mut self, page: PageNo) -> Result<bool, Trouble> {
+        if let Some(last) = self.ship.last_given.get()
+            && last != page
+            && self.gives(last).await?
+        {
+            return Ok(true);
+        }
+        // To know what is stored takes a look at all of memory.
         let stored = answered(self.ship.handle.stored_map_async()).await?;
         let count: u64 = stored.iter().map(|run| u64::from(run.len)).sum();
-        let nth = |nth: u64| {
-            let mut before = 0;
-            let mut behind = stored.iter().filter_map(|run| {
-                let at = nth.checked_sub(before).filter(|at| *at < u64::from(run.len));
-                before += u64::from(run.len);
-                Some(run.start.plus(at? as u32))
-            });
-            behind.next()
-        };
-        let spread = (0..PROBES as u64).filter_map(|part| nth(part * count / PROBES as u64));
-        let mut others: Vec<_> = self.ship.last_given.get().into_iter().chain(spread).collect();
-        others.dedup();
-        for other in others.into_iter().filter(|other| *other != page) {
-            let sums = answered(self.ship.handle.sums_async(Run::one(other))).await?;
-            let (result, mut region) = probe_at(&self.ship.store, self.record.tail(1), other.offset()).await;
-            if result.is_err() {
-                continue;
-            }
-            self.ship.handle.decrypt(Run::one(other), region.bytes_mut());
-            let bytes = region.bytes().first_chunk::<PAGE_SIZE>().expect("a page");
-            if page_sum(other, bytes) == sums[0] {
-                self.ship.last_given.set(Some(other));
+        for part in 0..PROBES as u64 {
+            if let Some(other) = nth_page(&stored, part * count / PROBES as u64)
+                && other != page
+                && self.gives(other).await?
+            {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+
+    async fn gives(&mut self, page: PageNo) -> Result<bool, Trouble> {
+        let sums = answered(self.ship.handle.sums_async(Run::one(page))).await?;
+        let (result, mut region) = probe_at(&self.ship.store, self.record.tail(1), page.offset()).await;
+        if result.is_err() {
+            return Ok(false);
+        }
+        self.ship.handle.decrypt(Run::one(page), region.bytes_mut());
+        let bytes = region.bytes().first_chunk::<PAGE_SIZE>().expect("a page");
+        let given = page_sum(page, bytes) == sums[0];
+        if given {
+            self.ship.last_given.set(Some(page));
+        }
+        Ok(given)
     }
 
     /// The content is gone: the target poisons the page, as the engine here will when it is touched.
@@ -346,6 +342,15 @@ impl Filler {
         self.ship.pages_sent.set(self.ship.pages_sent.get() + pages);
         out.send(Parcel::Pages(self.record)).await
     }
+}
+
+fn nth_page(runs: &[Run], nth: u64) -> Option<PageNo> {
+    let mut before = 0;
+    runs.iter().find_map(|run| {
+        let at = nth - before;
+        before += u64::from(run.len);
+        (at < u64::from(run.len)).then(|| run.start.plus(at as u32))
+    })
 }
 
 /// What of the run is behind the page.

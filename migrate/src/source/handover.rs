@@ -14,12 +14,12 @@ use std::time::Duration;
 
 use swapd::Placed;
 
+use super::error::SendError;
+use super::moving::{Failed, Moving, said};
 use super::pace::Standing;
-use super::{Failed, Moving, SendError};
 use crate::cancel::is_cancelled;
 use crate::limits::{
-    CANCEL_POLL, PLACEMENT_LIMIT, PLACEMENT_WINDOW, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT,
-    SILENCE_LIMIT, patience,
+    CANCEL_POLL, PLACEMENT_LIMIT, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, patience,
 };
 use crate::link::trouble::Trouble;
 use crate::outside::{Instant, pause, planted, timeout, timeout_at};
@@ -263,7 +263,7 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
     moving.runtime.block_on(async {
         let life = rounds.watch.life.clone();
         let word = life.unless_failed(rounds.control.next());
-        match timeout(PLACEMENT_WINDOW + PLACEMENT_LIMIT, word).await {
+        match timeout(PLACEMENT_LIMIT, word).await {
             Ok(Some(Control::Placement(placement))) => Some(placement),
             _ => None,
         }
@@ -281,12 +281,6 @@ fn resume(moving: &mut Moving<'_, '_>, failed: Failed) -> Failed {
         Ok(()) => failed,
         Err(error) => said(moving, VmError(format!("it could not be resumed: {error}"))),
     }
-}
-
-/// The VM failed: the target hears of it as well.
-pub(super) fn said(moving: &Moving<'_, '_>, error: VmError) -> Failed {
-    moving.rounds.watch.failed(Trouble::GaveUp(format!("the VM failed: {error}")));
-    Failed::Said(error.into())
 }
 
 fn milliseconds(time: Duration) -> f64 {

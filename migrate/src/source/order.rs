@@ -5,6 +5,8 @@
 
 use std::cmp::Reverse;
 
+use crate::limits::HOT_SHARE;
+
 /// What is known of a 2 MiB block before the first round.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct BlockFacts {
@@ -48,9 +50,6 @@ pub(crate) fn known_better(heat: u8, scans: u8) -> u8 {
         }
     }
 }
-
-/// The target keeps some of its RAM free to receive into: this share of it is for hot pages.
-const HOT_SHARE: f64 = 0.85;
 
 /// Hot pages that the target has room for, if the VM gets so many pages of RAM there.
 pub(crate) fn hot_room(ram_pages: u64) -> u64 {

@@ -13,7 +13,10 @@ use super::pace::{SendRate, WriteRate};
 use super::sender;
 use super::shipment::{Lane, Parcel, RECORDS_PER_STREAM, Shipment};
 use super::tracker::Tracker;
-use crate::limits::{CANCEL_POLL, HEAT_EVERY, PROGRESS_EVERY, SCAN_EVERY, SILENCE_LIMIT};
+use crate::limits::{
+    CANCEL_POLL, HEAT_EVERY, MOVING_RETRIES, MOVING_RETRY, PROGRESS_EVERY, REREAD_WAITS, SCAN_EVERY,
+    SILENCE_LIMIT,
+};
 use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
@@ -35,10 +38,6 @@ const FILLERS: usize = 2;
 const SURVEY_PAGES: u32 = 64 << 10;
 /// Questions and answers while the VM stands still: the round's end, the word that all is there, the commit.
 const QUESTIONS: u32 = 3;
-/// In the last round: between two looks at pages that are just moving.
-const MOVING_RETRY: Duration = Duration::from_micros(500);
-/// And how often.
-const MOVING_RETRIES: u32 = 20_000;
 
 const _: () = assert!(FILLERS < RECORDS_PER_STREAM);
 const _: () = assert!(SURVEY_PAGES.is_multiple_of(BLOCK_PAGES));
@@ -95,7 +94,7 @@ impl<'a> Rounds<'a> {
             tracker: Tracker::new(swapd::units::pages_in(handle.memory_bytes())).into(),
             lanes: connected.streams.iter().map(|_| Lane::new()).collect(),
             pages_sent: Default::default(),
-            patience: super::filler::REREAD_WAITS.into(),
+            patience: REREAD_WAITS.into(),
             last_given: None.into(),
         });
         let lanes = [WireLane::ToSource, WireLane::ToTarget];

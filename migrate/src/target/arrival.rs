@@ -11,11 +11,10 @@ use std::time::Duration;
 use swapd::{Placed, answered};
 use tokio::sync::mpsc;
 
+use super::accepted::{DataStream, TargetMemory};
 use super::intake::{self, Lane, RoundEnd};
 use super::ledger::Ledger;
 use super::sink::{EngineSink, Inlet, PlainSink, Sink};
-use super::{DataStream, TargetMemory};
-use crate::hello::SessionHello;
 use crate::limits::{CANCEL_POLL, PREPARE_LIMIT, SILENCE_LIMIT};
 use crate::link::control::ControlLink;
 use crate::link::trouble::Trouble;
@@ -27,7 +26,7 @@ use crate::wait::Wait;
 use crate::wire::control::{Control, Totals};
 use crate::wire::extents::Bounds;
 use crate::wire::heat::{Assembly, Part};
-use crate::wire::opening::MAX_STREAMS;
+use crate::wire::opening::{MAX_STREAMS, SessionHello};
 use crate::wire::record::{Lane as WireLane, Sequence};
 
 /// A VM that is all here and does not run.

@@ -8,16 +8,18 @@
 //! ```
 //! Nothing up to *running* waits for a disk: the VM stands still until then.
 
-use swapd::{Placed, Run};
+use swapd::Placed;
 
-use super::{Failed, ReceiveError, Session, TargetLink, TargetMemory};
-use crate::bitmap::Bitmap;
-use crate::limits::{PLACEMENT_WINDOW, RESOLVE_EVERY, RESOLVE_LIMIT, patience};
+use super::accepted::{TargetLink, TargetMemory};
+use super::error::ReceiveError;
+use super::placement::Check;
+use super::session::{Failed, Session};
+use crate::limits::{RESOLVE_EVERY, RESOLVE_LIMIT, patience};
 use crate::link::trouble::Trouble;
-use crate::outside::{EngineHandle, Instant, elsewhere, pause, planted, sleep};
+use crate::outside::{Instant, elsewhere, pause, planted};
 use crate::progress::{Phase, Progress};
 use crate::registry::{Begun, Kept, RegistryError};
-use crate::report::{Placement, Received};
+use crate::report::Received;
 use crate::vm::TargetVm;
 use crate::wait::Wait;
 use crate::wire::control::{Control, Micros};
@@ -45,9 +47,9 @@ pub(super) fn run(
     };
     session.watch.resume();
     let outbox = session.control.outbox().clone();
+    // Nothing moves now, so this is how it is at the start. The VM stands still: nobody waits for the answers yet.
+    let check = check.map(Check::begin);
     session.runtime.block_on(outbox.deliver(Control::Prepared { placed, took }));
-    // While the source's commit is on its way: nothing moves now, so this is how it is at the start.
-    let before = check.map(before_start).transpose().map_err(|error| Failed::Said(error.into()))?;
     let (control, watch) = (&mut session.control, &session.watch);
     (link.progress)(Progress::waiting(Phase::HandOver, link.hello.memory_bytes, Wait::Commit));
     let word = session.runtime.block_on(watch.wait_for(Wait::Commit, control.next()));
@@ -85,11 +87,11 @@ pub(super) fn run(
     }
     let mut received = Received::new(link.hello.name.clone(), link.hello.session, placed);
     // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
-    let (tracked, since) = (check.map(|handle| handle.track_writes(true)), Instant::now());
+    let check = check.map(Check::started);
     vm.settle();
-    if let (Some(handle), Some(before), Some(tracked)) = (check, before, tracked) {
+    if let Some(check) = check {
         // The VM runs, so nothing here is a failure of the migration.
-        match tracked.and_then(|()| placement(session, handle, &before, since)) {
+        match session.runtime.block_on(check.finish()) {
             Ok(placement) => {
                 session.runtime.block_on(outbox.deliver(Control::Placement(placement)));
                 received.placement = Some(placement);
@@ -156,67 +158,5 @@ fn persist(link: &TargetLink<'_>, mut error: RegistryError, record: impl Fn() ->
             Ok(()) => return,
             Err(again) => error = again,
         }
-    }
-}
-
-/// Where pages are before the VM starts.
-struct Before {
-    resident: Vec<Run>,
-    stored: Vec<Run>,
-}
-
-/// What is where now. From here on only what is touched comes in.
-fn before_start(handle: &EngineHandle) -> Result<Before, swapd::CommandError> {
-    handle.set_prefetch(false)?;
-    Ok(Before { resident: handle.resident_map()?, stored: handle.stored_map()? })
-}
-
-/// What the VM touches in [`PLACEMENT_WINDOW`], from the moment that it was watched, and how much of that was in RAM when it started.
-fn placement(
-    session: &Session<'_>,
-    handle: &EngineHandle,
-    before: &Before,
-    since: Instant,
-) -> Result<Placement, swapd::CommandError> {
-    session.runtime.block_on(async { sleep(PLACEMENT_WINDOW.saturating_sub(since.elapsed())).await });
-    let changed = handle.collect_written().and_then(|changed| Ok((changed, handle.resident_map()?)));
-    handle.track_writes(false)?;
-    handle.set_prefetch(true)?;
-    let (changed, resident) = changed?;
-    Ok(count(swapd::units::pages_in(handle.memory_bytes()), before, &changed, &resident))
-}
-
-/// `changed`: pages that were written, or came to the guest's memory, or left it. Those that left and did not come back have made room for
-/// others: nobody has touched them. Those that were neither in RAM nor in the store are new to the guest: nobody had to place them.
-fn count(pages: u64, before: &Before, changed: &[Run], resident: &[Run]) -> Placement {
-    let set = |runs: &[Run]| {
-        let mut set = Bitmap::new(pages);
-        runs.iter().for_each(|run| set.set_run(*run));
-        set
-    };
-    let (stored, in_ram, changed) = (set(&before.stored), set(&before.resident), set(changed));
-    let mut placement = Placement::default();
-    for page in resident.iter().flat_map(|run| changed.pages_in(*run)) {
-        placement.touched_pages += u64::from(stored.get(page) || in_ram.get(page));
-        placement.touched_in_ram += u64::from(in_ram.get(page));
-    }
-    placement
-}
-
-#[cfg(test)]
-mod tests {
-    use swapd::PageNo;
-
-    use super::*;
-
-    #[test]
-    fn what_made_room_for_others_was_not_touched() {
-        let run = |start, len| Run::new(PageNo(start), len);
-        let before = Before { resident: vec![run(0, 20)], stored: vec![run(20, 20)] };
-        // 0 to 3 were written; 4 was written and came back; 20 to 25 came in, for which 10 to 15 left; 50 is new.
-        let changed = [run(0, 5), run(10, 6), run(20, 6), run(50, 1)];
-        let resident = [run(0, 10), run(16, 4), run(20, 6), run(50, 1)];
-        let placement = count(64, &before, &changed, &resident);
-        assert_eq!(placement, Placement { touched_pages: 11, touched_in_ram: 5 });
     }
 }

@@ -1,109 +1,37 @@
 //! The target's session.
 
+mod accepted;
 mod arrival;
+pub(crate) mod error;
 mod handover;
 mod intake;
 mod ledger;
+mod placement;
 mod plain;
+mod session;
 mod sink;
 
+pub use accepted::{DataStream, TargetLink, TargetMemory};
+pub use error::ReceiveError;
 pub use plain::PlainMemory;
 
 use std::rc::Rc;
 
-use swapd::CommandError;
-
 use arrival::Arrival;
 use handover::Prepared;
+use session::{Failed, Session};
 
-use crate::cancel::CancelFlag;
-use crate::hello::{RefuseKind, SessionHello, refuse, write_opening};
+use crate::hello::{refuse, write_opening};
 use crate::link::control::ControlLink;
 use crate::link::life::Life;
 use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
-use crate::outside::{EngineHandle, Instant, Runtime, StdStream, runtime};
-use crate::progress::Progress;
-use crate::registry::{Begun, Registry, RegistryError};
+use crate::outside::{Instant, runtime};
+use crate::registry::Begun;
 use crate::report::Received;
-use crate::vm::{TargetVm, VmError};
-use crate::wire::opening::{Answer, MAX_STREAMS};
+use crate::vm::TargetVm;
+use crate::wire::opening::{Answer, MAX_STREAMS, RefuseKind, SessionHello};
 use crate::wire::record::Lane as WireLane;
-
-/// Where the arriving pages go.
-#[derive(Clone, Debug)]
-pub enum TargetMemory {
-    Engine(EngineHandle),
-    /// An anonymous mapping without an engine: for comparisons with conventional targets.
-    Plain(PlainMemory),
-}
-
-/// A connection whose [`crate::StreamHello`] has been read and named this session.
-#[derive(Debug)]
-pub struct DataStream {
-    pub index: u32,
-    pub socket: StdStream,
-}
-
-/// One accepted session, and what it needs besides memory and a VM.
-#[allow(missing_debug_implementations, reason = "holds borrowed callbacks")]
-pub struct TargetLink<'a> {
-    pub control: StdStream,
-    pub hello: SessionHello,
-    /// What the source is told that the VM has got here.
-    pub granted_ram_bytes: u64,
-    /// Waits, bounded in time, for the session's next data stream. Called `hello.streams` times, after the source was told to go on.
-    pub streams: &'a mut dyn FnMut() -> std::io::Result<DataStream>,
-    pub registry: &'a Registry,
-    pub progress: &'a dyn Fn(Progress),
-    pub cancel: &'a CancelFlag,
-}
-
-/// Why a VM did not arrive. It does not run here and never will; the source has been told if it could be.
-#[derive(Debug, thiserror::Error)]
-pub enum ReceiveError {
-    #[error("the link to the source broke while {during}")]
-    Link { during: &'static str, source: std::io::Error },
-    /// The peer said something that it must not say.
-    #[error("the peer sent rubbish: {0}")]
-    Peer(String),
-    #[error("the peer speaks version {theirs}, this is version {ours}")]
-    Version { theirs: u16, ours: u16 },
-    #[error("the source gave up: {0}")]
-    GaveUp(String),
-    #[error("cancelled")]
-    Cancelled,
-    #[error("{0}")]
-    Setup(String),
-    #[error("the VM failed")]
-    Vm(#[from] VmError),
-    #[error("the engine failed")]
-    Engine(#[from] CommandError),
-    #[error("the hand-over could not be recorded")]
-    Registry(#[from] RegistryError),
-}
-
-impl ReceiveError {
-    /// With its causes, for the source: it has no other account of what went wrong here.
-    fn chain(&self) -> String {
-        let causes = std::iter::successors(std::error::Error::source(self), |error| error.source());
-        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
-    }
-}
-
-impl From<Trouble> for ReceiveError {
-    fn from(trouble: Trouble) -> ReceiveError {
-        match trouble {
-            Trouble::Link { during, source } => ReceiveError::Link { during, source },
-            Trouble::Peer(text) => ReceiveError::Peer(text),
-            Trouble::GaveUp(text) => ReceiveError::GaveUp(text),
-            Trouble::Cancelled => ReceiveError::Cancelled,
-            Trouble::Engine(error) => ReceiveError::Engine(error),
-            Trouble::Memory(error) => ReceiveError::Setup(format!("the VM's memory failed: {error}")),
-            Trouble::Unable(text) => ReceiveError::Setup(text),
-        }
-    }
-}
 
 /// Receives a VM and runs it. Blocks; returns when it runs (and the placement has been checked, if asked).
 ///
@@ -211,19 +139,6 @@ fn data_streams(link: &mut TargetLink<'_>) -> Result<Vec<DataStream>, ReceiveErr
 
 pub(crate) fn no_ring(error: &std::io::Error) -> String {
     format!("io_uring is not available ({error}): check /proc/sys/kernel/io_uring_disabled and `ulimit -l`")
-}
-
-/// How a session fails: on the wire, or with an error of this side's VM or registry.
-enum Failed {
-    /// The session's `Life` has it.
-    Trouble,
-    Said(ReceiveError),
-}
-
-struct Session<'a> {
-    runtime: &'a Runtime,
-    control: ControlLink,
-    watch: Watch<'a>,
 }
 
 impl Session<'_> {

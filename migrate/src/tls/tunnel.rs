@@ -12,16 +12,15 @@ use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustls::Connection;
 
 use super::error::TlsError;
+use crate::limits::LINGER_LIMIT;
 
 /// Read at a time.
 const CHUNK: usize = 256 << 10;
-/// How long it is tried to deliver what a session said last.
-const LINGER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Starts the thread, which lives until either end is closed. What it returns is a socket of another family than its type says,
 /// and takes everything that a connection does but options of TCP: those are set on the connection itself.

@@ -2,11 +2,8 @@
 //!
 //! A run is 3 bytes: length (u16, at least 1), heat.
 
-use super::record::{FLAG_LAST, FLAG_RUNS, Header, Kind, MAX_CONTROL_META};
+use super::record::{FLAG_LAST, FLAG_RUNS, Header, Kind, MAX_CONTROL_META, MAX_PART_PAGES};
 use super::{WireError, at_most};
-
-/// Most pages whose heat one record carries.
-pub const MAX_PART_PAGES: usize = 256 << 10;
 
 const RUN_BYTES: usize = 3;
 const _: () = assert!(MAX_PART_PAGES <= MAX_CONTROL_META);

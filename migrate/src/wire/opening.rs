@@ -3,6 +3,7 @@
 //! Magic, version, kind and length keep their places in every version, and so does the layout of a refusal, so that
 //! versions that do not understand each other can at least say so.
 
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -10,7 +11,6 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::control::short_text;
 use super::record::MAX_TEXT;
 use super::{VERSION, WireError, at_most};
-use crate::hello::{Hello, RefuseKind, SessionHello, StreamHello};
 use crate::registry::Outcome;
 use crate::session::SessionId;
 
@@ -72,6 +72,47 @@ struct RawSession {
 struct RawStream {
     session: [u8; 16],
     index: U32,
+}
+
+/// What a connection is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hello {
+    /// A VM wants to move here. Answered by [`crate::receive`], or by [`crate::refuse`].
+    Session(SessionHello),
+    /// One more data stream of a session: give it to that session's `streams` callback.
+    Stream(StreamHello),
+    /// What became of a session? Answered by [`crate::answer_resolve`].
+    Resolve { session: SessionId },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionHello {
+    pub session: SessionId,
+    pub name: String,
+    pub memory_bytes: u64,
+    /// RAM that the source wishes for the VM; None: as the target likes.
+    pub ram_bytes: Option<u64>,
+    pub streams: u32,
+    pub check_placement: bool,
+    /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's state.
+    pub offer: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamHello {
+    pub session: SessionId,
+    /// Which of the session's streams, from 0.
+    pub index: u32,
+}
+
+/// Why a target does not take a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefuseKind {
+    Version,
+    NameTaken,
+    NoRoom,
+    Other,
 }
 
 /// The answer to a connection's opening.

@@ -18,6 +18,8 @@ pub const MAX_RECORD_RUNS: u32 = 512;
 pub const MAX_DATA_META: usize = 16 * MAX_RECORD_PAGES as usize;
 /// Most bytes of a control message.
 pub const MAX_CONTROL_META: usize = 256 << 10;
+/// Most pages whose heat one record carries.
+pub const MAX_PART_PAGES: usize = 256 << 10;
 /// Most bytes of a text for people.
 pub const MAX_TEXT: usize = 1024;
 
@@ -215,7 +217,7 @@ impl Header {
                 0
             }
             Kind::Heat => {
-                at_most("pages of heat", pages, super::heat::MAX_PART_PAGES as u64)?;
+                at_most("pages of heat", pages, MAX_PART_PAGES as u64)?;
                 0
             }
             _ => 0,

@@ -6,43 +6,24 @@ pub mod vm;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use migrate::{
-    DataStream, Hello, ReceiveError, Received, Registry, TargetLink, TargetMemory, TargetVm, VmError,
-    answer_resolve, read_hello, receive,
+    DataStream, Hello, ReceiveError, Received, Registry, SessionId, TargetLink, TargetMemory, TargetVm,
+    VmError, answer_resolve, read_hello, receive,
 };
+use testkit::TempDir;
 
 /// No test waits longer for anything.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A directory that goes when the test ends.
-pub struct Place(PathBuf);
-
-impl Place {
-    pub fn new() -> Place {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        // Not /tmp, which may be a tmpfs without O_DIRECT.
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{count}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Place(path)
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+/// A directory on a disk, which goes when the test ends: /tmp may be a tmpfs without O_DIRECT.
+pub fn place() -> TempDir {
+    testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), "migrate")
 }
 
 /// What a target's VM was asked to do.
@@ -90,12 +71,14 @@ impl TargetVm for TestVm {
 /// A daemon with one session's worth of memory.
 pub struct Target {
     pub address: SocketAddr,
+    /// A session of it, under a number of its own: an end of one that comes late is then never taken for that of another.
+    pub session: SessionId,
     pub vm: TestVm,
     pub cancel: Arc<AtomicBool>,
     result: Receiver<Result<Received, ReceiveError>>,
     stop: Arc<AtomicBool>,
     daemon: Option<JoinHandle<()>>,
-    _place: Place,
+    _place: TempDir,
 }
 
 impl Target {
@@ -104,13 +87,22 @@ impl Target {
         let address = listener.local_addr().unwrap();
         let (vm, cancel, stop) =
             (TestVm::default(), Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let place = Place::new();
+        let place = place();
         let registry = Registry::new(&place.path().join("sessions")).unwrap();
         let (done, result) = channel();
         let daemon =
             Daemon { listener, memory, vm: vm.clone(), cancel: cancel.clone(), stop: stop.clone(), registry };
         let daemon = Some(std::thread::spawn(move || daemon.serve(&done)));
-        Target { address, vm, cancel, result, stop, daemon, _place: place }
+        Target {
+            address,
+            session: SessionId::random().unwrap(),
+            vm,
+            cancel,
+            result,
+            stop,
+            daemon,
+            _place: place,
+        }
     }
 
     pub fn connect(&self) -> TcpStream {
@@ -203,14 +195,5 @@ impl Daemon {
             cancel: &self.cancel,
         };
         receive(link, self.memory.clone(), &mut self.vm.clone())
-    }
-}
-
-/// Waits until something holds.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + DEADLINE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "waited in vain for: {what}");
-        std::thread::yield_now();
     }
 }

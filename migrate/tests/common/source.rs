@@ -11,7 +11,7 @@ use migrate::wire::control::{Control, Totals, round_end, sealed};
 use migrate::wire::heat::parts;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
 use migrate::wire::record::{HEADER_BYTES, Header, Kind, Lane, Sequence};
-use migrate::{Hello, SessionHello, SessionId, StreamHello};
+use migrate::{Hello, SessionHello, StreamHello};
 use swapd::digest::page_sum;
 use swapd::{PAGE_SIZE, PageNo};
 
@@ -19,11 +19,10 @@ pub const PAGES: u64 = 1024;
 pub const MEMORY: u64 = PAGES << 12;
 /// Longer than the target takes for any message, shorter than its signs of life are apart.
 const QUIET: Duration = Duration::from_millis(100);
-pub const SESSION: SessionId = SessionId([7; 16]);
 
-pub fn hello() -> SessionHello {
+pub fn hello(target: &Target) -> SessionHello {
     SessionHello {
-        session: SESSION,
+        session: target.session,
         name: "web".to_string(),
         memory_bytes: MEMORY,
         ram_bytes: None,
@@ -35,6 +34,7 @@ pub fn hello() -> SessionHello {
 
 /// A source of which every word can be chosen.
 pub struct Source {
+    pub session: migrate::SessionId,
     pub control: TcpStream,
     pub to_target: Sequence,
     pub to_source: Sequence,
@@ -45,17 +45,19 @@ impl Source {
     /// With both data streams open, and not a word said.
     pub fn connect(target: &Target) -> Source {
         let mut control = target.connect();
-        control.write_all(&Hello::Session(hello()).encode()).unwrap();
+        control.write_all(&Hello::Session(hello(target)).encode()).unwrap();
         assert!(matches!(read_answer(&mut control), Answer::Accepted { .. }));
+        let session = target.session;
         let streams = (0..2).map(|index| {
             let mut stream = target.connect();
-            stream.write_all(&Hello::Stream(StreamHello { session: SESSION, index }).encode()).unwrap();
-            (stream, Sequence::new(SESSION, Lane::Stream(index)))
+            stream.write_all(&Hello::Stream(StreamHello { session, index }).encode()).unwrap();
+            (stream, Sequence::new(session, Lane::Stream(index)))
         });
         Source {
+            session,
             control,
-            to_target: Sequence::new(SESSION, Lane::ToTarget),
-            to_source: Sequence::new(SESSION, Lane::ToSource),
+            to_target: Sequence::new(session, Lane::ToTarget),
+            to_source: Sequence::new(session, Lane::ToSource),
             streams: streams.collect(),
         }
     }
@@ -146,9 +148,9 @@ impl Source {
     /// Another connection that says it is this stream; it says nothing else.
     pub fn open_stream_again(&mut self, target: &Target, index: u32) {
         let mut stream = target.connect();
-        let hello = StreamHello { session: SESSION, index };
+        let hello = StreamHello { session: target.session, index };
         let _ = stream.write_all(&Hello::Stream(hello).encode());
-        self.streams.push((stream, Sequence::new(SESSION, Lane::Stream(index))));
+        self.streams.push((stream, Sequence::new(target.session, Lane::Stream(index))));
     }
 
     /// Takes what the target says, until it has ended the session or says nothing for a while: then it waits for more.

@@ -6,19 +6,18 @@ use std::thread::JoinHandle;
 
 use migrate::{SessionId, SourceOptions, SourceVm, VmError};
 use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, Run, StartError, StoreConfig};
-
-use super::{Place, eventually};
+use testkit::{Reason, TempDir, skip, until};
 
 pub const MEMORY: u64 = 64 << 20;
 pub const PAGES: u64 = MEMORY / PAGE_SIZE as u64;
 
-/// None, with the reason said, on a host that cannot run an engine.
-pub fn engine(place: &Place, budget_bytes: u64) -> Option<Engine> {
+/// Ends the test on a host that cannot run an engine.
+pub fn engine(place: &TempDir, budget_bytes: u64) -> Engine {
     engine_with(place, budget_bytes, false)
 }
 
 /// The same, perhaps with an encrypted store.
-pub fn engine_with(place: &Place, budget_bytes: u64, encrypt: bool) -> Option<Engine> {
+pub fn engine_with(place: &TempDir, budget_bytes: u64, encrypt: bool) -> Engine {
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes,
@@ -28,12 +27,8 @@ pub fn engine_with(place: &Place, budget_bytes: u64, encrypt: bool) -> Option<En
         sampling: false,
     };
     match Engine::start(config, Box::new(|notice| println!("notice: {notice:?}"))) {
-        Ok(engine) => Some(engine),
-        Err(StartError::Host(reason)) => {
-            let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {reason}\n"));
-            None
-        }
-        Err(error) => panic!("{error}"),
+        Err(StartError::Host(reason)) => skip(Reason::Uffd, reason),
+        started => started.unwrap(),
     }
 }
 
@@ -108,7 +103,7 @@ impl Writer {
 
     pub fn assert_runs_here(&self) {
         let before = self.writes();
-        eventually("the VM writes on", || self.writes() > before + 100);
+        until("the VM writes on", || self.writes() > before + 100);
         assert!(self.named.load(Ordering::SeqCst), "it runs without its name");
         assert_eq!(self.switch.throttle.load(Ordering::SeqCst), 0, "it is still throttled");
     }

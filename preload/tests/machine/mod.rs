@@ -23,21 +23,13 @@ use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIA
 
 /// How long anything that a test waits for may take on a slow, busy machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
-const POLL: Duration = Duration::from_millis(10);
 pub(crate) const MIB: u64 = 1 << 20;
 
-pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + DEADLINE;
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited too long for {what}");
-        std::thread::sleep(POLL);
-    }
+pub(crate) fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    testkit::wait_until(DEADLINE, || what, look)
 }
 
-/// What `scripts/setup --qemu` has made, and the QEMUs that there are; none, with a word about it, if there is nothing.
+/// What `scripts/setup --qemu` has made, and the QEMUs that there are; the test ends if there is nothing.
 #[derive(Debug)]
 pub(crate) struct Kit {
     dir: PathBuf,
@@ -45,20 +37,15 @@ pub(crate) struct Kit {
 }
 
 impl Kit {
-    pub(crate) fn find() -> Option<Kit> {
+    pub(crate) fn find() -> Kit {
         let dir = target_dir().join("qemu");
         let installed = PathBuf::from("/usr/bin/qemu-system-x86_64");
         let newest = dir.join("newest/usr/bin/qemu-system-x86_64");
         let qemus: Vec<PathBuf> = [installed, newest].into_iter().filter(|path| path.exists()).collect();
         if dir.join("vmlinuz").exists() && dir.join("initramfs.gz").exists() && !qemus.is_empty() {
-            return Some(Kit { dir, qemus });
+            return Kit { dir, qemus };
         }
-        let name = std::thread::current().name().unwrap_or("test").to_owned();
-        let _ = writeln!(
-            std::io::stderr(),
-            "{name}: skipped: no QEMU, kernel or initramfs (scripts/setup --qemu)"
-        );
-        None
+        testkit::skip(testkit::Reason::Qemu, "no QEMU, kernel or initramfs (scripts/setup --qemu)")
     }
 }
 
@@ -92,9 +79,9 @@ pub(crate) struct Site {
 
 impl Site {
     pub(crate) fn new(name: &str) -> Site {
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
-        std::fs::create_dir_all(dir.join("run")).unwrap();
-        std::fs::create_dir_all(dir.join("store")).unwrap();
+        let dir = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), name).keep();
+        std::fs::create_dir(dir.join("run")).unwrap();
+        std::fs::create_dir(dir.join("store")).unwrap();
         Site { dir, owns: true }
     }
 

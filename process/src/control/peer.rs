@@ -65,9 +65,7 @@ mod tests {
     fn another_user_is_refused_and_root_is_not() {
         // SAFETY: geteuid has no arguments and cannot fail.
         if unsafe { libc::geteuid() } != 0 {
-            return eprintln!(
-                "another_user_is_refused_and_root_is_not: skipped: only root can be somebody else"
-            );
+            testkit::skip(testkit::Reason::Root, "only root can be somebody else");
         }
         let pair = |uid: libc::uid_t| {
             // A thread's user is its own, until the C library is asked to change that of all of them.

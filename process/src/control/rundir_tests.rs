@@ -5,12 +5,12 @@ use super::*;
 use crate::control::client::VmClient;
 
 /// A run directory of a test, removed at its end.
-struct Temp(RunDir);
+struct Temp(RunDir, #[allow(dead_code, reason = "held for its end")] testkit::TempDir);
 
 impl Temp {
     fn new(name: &str) -> Temp {
-        let path = std::env::temp_dir().join(format!("vmemd-rundir-{}-{name}", std::process::id()));
-        Temp(RunDir::open(&path).unwrap())
+        let directory = testkit::directory(name);
+        Temp(RunDir::open(directory.path()).unwrap(), directory)
     }
 
     fn files(&self) -> Vec<String> {
@@ -21,12 +21,6 @@ impl Temp {
             .collect();
         names.sort();
         names
-    }
-}
-
-impl Drop for Temp {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(self.0.path());
     }
 }
 

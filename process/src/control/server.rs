@@ -195,12 +195,12 @@ mod tests {
         }
     }
 
-    fn serve() -> (std::path::PathBuf, Server) {
-        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("vmemd-server-{}-{number}", std::process::id()));
+    /// Its directory goes when all have connected that will.
+    fn serve() -> (testkit::TempDir, Server) {
+        let directory = testkit::directory("server");
+        let path = directory.path().join("socket");
         let server = Server::start(UnixListener::bind(&path).unwrap(), Arc::new(Echo)).unwrap();
-        (path, server)
+        (directory, server)
     }
 
     #[test]

@@ -4,9 +4,12 @@ use std::ffi::CString;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use super::{Resource, SOCKET_PATH_MAX, What, fits_a_socket, list};
+use vmprocess::failure::{Failure, Kind};
+
+use super::descriptors;
+use super::walk::{Resource, SOCKET_PATH_MAX, fits_a_socket, list};
+use super::what::What;
 use crate::qemu::options::CommandLine;
-use crate::qemu::{Failure, Kind};
 
 /// What can be seen of a host; [`ThisHost`] looks at the real one.
 pub trait Host: std::fmt::Debug {
@@ -57,7 +60,7 @@ impl Host for ThisHost {
     }
 
     fn leads_into_process(&self, path: &Path) -> Option<PathBuf> {
-        super::descriptors::behind(path)
+        descriptors::behind(path)
     }
 }
 
@@ -245,20 +248,19 @@ mod tests {
 
     #[test]
     fn the_real_host() {
-        let dir = std::env::temp_dir().join(format!("vmemd-check-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let place = testkit::directory("check");
+        let dir = place.path();
         let path = dir.join("a socket");
         let listener = UnixListener::bind(&path).unwrap();
         assert!(ThisHost.is_bound(&path));
         drop(listener);
         assert!(ThisHost.exists(&path) && !ThisHost.is_bound(&path), "its owner is gone");
-        assert!(ThisHost.is_directory(&dir) && !ThisHost.is_program(&dir));
+        assert!(ThisHost.is_directory(dir) && !ThisHost.is_program(dir));
         assert!(ThisHost.is_program(Path::new("/proc/self/exe")));
         assert!(
             ThisHost.has_interface("lo")
                 && !ThisHost.has_interface("../net/lo")
                 && !ThisHost.has_interface("")
         );
-        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

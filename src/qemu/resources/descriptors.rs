@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 
-use super::What;
+use super::what::What;
 
 /// As the kernel has it.
 const LINKS_MAX: u32 = 40;
@@ -141,9 +141,9 @@ mod tests {
 
     #[test]
     fn links_are_followed_to_where_they_lead() {
-        let dir = std::env::temp_dir().join(format!("vmemd-links-{}", std::process::id()));
-        std::fs::create_dir_all(dir.join("deep")).unwrap();
-        let dir = dir.canonicalize().unwrap();
+        let place = testkit::directory("links");
+        std::fs::create_dir(place.path().join("deep")).unwrap();
+        let dir = place.path().canonicalize().unwrap();
         let link = |to: &str, name: &str| symlink(to, dir.join(name)).unwrap();
         link("/dev/fd/10", "fd");
         link("fd", "again");
@@ -171,6 +171,5 @@ mod tests {
         for name in ["disk", "plain", "loop", "dangling", "missing", "deep"] {
             assert_eq!(behind(&dir.join(name)), None, "{name}");
         }
-        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

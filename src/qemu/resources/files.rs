@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{SeeOne, What};
+use super::what::{SeeOne, What};
 use crate::qemu::props::{Props, json};
 
 /// Filters over one image: nobody means more, and a stranger's command line may name any number.

@@ -69,11 +69,13 @@ pub enum Event<'a> {
         block: Run,
         huge: bool,
     },
-    /// Answer to [`Action::ScanWritten`]: present pages written since the last scan.
+    /// Answer to [`Action::ScanWritten`]: those of the run's present pages that have been written since the last scan.
     Written {
-        ticket: Ticket,
-        runs: &'a [Run],
+        run: Run,
+        seen: &'a [Run],
     },
+    /// There is time for one more step of a walk ([`super::Core::is_walking`]).
+    Step,
     Request {
         ticket: Ticket,
         request: Request,
@@ -215,11 +217,13 @@ pub enum Action {
         page: PageNo,
         kind: FaultKind,
     },
-    /// Write-protect all present pages for asynchronous tracking.
-    ArmTracking,
+    /// Write-protect all present pages of the run for asynchronous tracking.
+    ArmTracking {
+        run: Run,
+    },
     /// Answered by `Written`.
     ScanWritten {
-        ticket: Ticket,
+        run: Run,
     },
     Answer {
         ticket: Ticket,

@@ -2,7 +2,7 @@
 
 use super::Core;
 use super::event::{Action, Response};
-use super::io::Landing;
+use super::state::ios::Landing;
 use crate::api::FaultKind;
 use crate::policy::prefetch::{Plan, Surroundings};
 use crate::policy::probation::HEAT_FAULT;

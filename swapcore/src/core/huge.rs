@@ -4,6 +4,7 @@
 
 use super::Core;
 use super::event::Action;
+use super::state::pass::Pass;
 use crate::units::{BLOCK_PAGES, PageNo, Run};
 
 /// Blocks that the host copies in a tick: some milliseconds.
@@ -14,22 +15,6 @@ const LOOKS_A_TICK: usize = 16_384;
 const PASS_TICKS: u64 = 100;
 /// Passes over what could not be put together, for a page was pinned, or the host had no huge page.
 const AGAIN: u32 = 3;
-
-/// A pass over the blocks.
-#[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Pass {
-    /// Where it goes on, if there is one.
-    next: Option<usize>,
-    /// Blocks that the host is at.
-    under_way: u32,
-    /// Also over blocks that are in huge pages, for these may be mapped page by page.
-    all: bool,
-    began: u64,
-    /// Pages that had been read from the store by then.
-    read: u64,
-    failed: bool,
-    again_left: u32,
-}
 
 impl Core {
     /// `all`: writes have been tracked, which takes the mappings of huge pages to pieces.

@@ -2,113 +2,16 @@
 
 use super::Core;
 use super::event::{Action, IoId};
-use super::tiers::{PROBES_MAX, Verdict};
+use super::state::ios::{Io, Kind, Landing, Purpose};
+use super::state::tiers::Verdict;
+use super::tiers::PROBES_MAX;
 use crate::error::{IoError, IoErrorKind};
 use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId};
-
-/// Where pages go once they are read.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Landing {
-    /// Into the guest, except the marker.
-    Guest { marker: Option<PageNo> },
-    /// They wait in staging for a touch.
-    Staging,
-}
-
-/// Why pages are written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Purpose {
-    PageOut,
-    /// Received in a migration and placed in the store.
-    Placement,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Read {
-        landing: Landing,
-    },
-    /// To see whether the tier gives anything; so many more may follow.
-    Probe {
-        more: u32,
-    },
-    Write(Purpose),
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Io {
-    kind: Kind,
-    tier: TierId,
-    run: Run,
-    slots: SlotRun,
-    /// Of a write, one bit a page: the checksum on record has become that of a newer version.
-    outdated: u64,
-}
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
 const _: () = assert!(super::IO_PAGES_MAX <= u64::BITS, "one bit a page");
-
-/// Operations under way, by number; numbers are used again.
-#[derive(Debug, Default)]
-pub(super) struct Ios {
-    entries: Vec<Option<Io>>,
-    vacant: Vec<u32>,
-    /// Writes under way, to each tier.
-    writes: [u32; TIERS_MAX],
-}
-
-impl Ios {
-    fn start(&mut self, io: Io) -> IoId {
-        self.writes[io.tier.index()] += u32::from(matches!(io.kind, Kind::Write(_)));
-        let id = self.vacant.pop().unwrap_or_else(|| {
-            self.entries.push(None);
-            self.entries.len() as u32 - 1
-        });
-        self.entries[id as usize] = Some(io);
-        IoId(id)
-    }
-
-    /// The slots that the device works with.
-    pub(super) fn slots(&self) -> impl Iterator<Item = SlotRun> {
-        self.entries.iter().flatten().map(|io| io.slots)
-    }
-
-    /// A newer version of the page gets its checksum on record while an older one is being written.
-    pub(super) fn outdate(&mut self, page: PageNo) {
-        let of_page = |io: &&mut Io| matches!(io.kind, Kind::Write(_)) && io.run.contains(page);
-        if let Some(io) = self.entries.iter_mut().flatten().find(of_page) {
-            io.outdated |= 1 << (page.0 - io.run.start.0);
-        }
-    }
-
-    pub(super) fn is_idle(&self) -> bool {
-        self.vacant.len() == self.entries.len()
-    }
-
-    fn end(&mut self, id: IoId) -> Io {
-        self.vacant.push(id.0);
-        let io = self.entries[id.0 as usize].take().expect("an operation ends once");
-        self.writes[io.tier.index()] -= u32::from(matches!(io.kind, Kind::Write(_)));
-        io
-    }
-
-    /// Writes under way.
-    pub(super) fn writes(&self) -> u32 {
-        self.writes.iter().sum()
-    }
-
-    pub(super) fn writes_to(&self, tier: TierId) -> u32 {
-        self.writes[tier.index()]
-    }
-
-    /// The device fills the slot.
-    pub(super) fn is_reading(&self, slot: Slot) -> bool {
-        let reads = self.entries.iter().flatten().filter(|io| matches!(io.kind, Kind::Read { .. }));
-        reads.into_iter().any(|io| io.slots.contains(slot))
-    }
-}
 
 impl Core {
     /// Reads stored pages into frames just taken.

@@ -13,58 +13,16 @@
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
-use super::io::Purpose;
-use super::tiers::Tier;
+use super::state::ios::Purpose;
+use super::state::latch::Latch;
+use super::state::tiers::Tier;
 use crate::error::{CommandError, IoError};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Slot, TierId};
 
-/// Ticks from a failure to the first retry; then twice as many each time.
-const RETRY_FIRST_TICKS: u64 = 10;
-const RETRY_MAX_TICKS: u64 = 100;
 /// Frames of the reserve that are let go of at each tick at which somebody waits for one.
 const DRIP_FRAMES: u64 = 4;
-
-/// When a store is tried again.
-#[derive(Debug, Default)]
-pub(super) struct Backoff(u64);
-
-impl Backoff {
-    fn next(&mut self) -> u64 {
-        self.0 = (self.0 * 2).clamp(RETRY_FIRST_TICKS, RETRY_MAX_TICKS);
-        self.0
-    }
-
-    /// The store works.
-    pub(super) fn reset(&mut self) {
-        self.0 = 0;
-    }
-}
-
-#[derive(Debug)]
-pub(super) struct Latch {
-    error: IoError,
-    retry_tick: u64,
-    /// What was refused is being written again, and nothing of it has failed so far.
-    retrying: bool,
-    /// Who wants to know how the next retry ends.
-    waiters: Vec<Ticket>,
-}
-
-/// Somebody waits for a frame, and there will be none as long as nothing can be written.
-#[derive(Debug, Default)]
-pub(super) struct Starving {
-    /// Frames of the reserve that have been let go of.
-    dripped: u64,
-    told: bool,
-}
-
-impl Latch {
-    pub(super) fn error(&self) -> IoError {
-        self.error
-    }
-}
 
 impl Core {
     pub(super) fn store_error(&self) -> Option<CommandError> {
@@ -199,7 +157,7 @@ impl Core {
     pub(super) fn tell_starved(&mut self) {
         let Some(error) = self.tiers.latched() else { return };
         let plenty = self.available() > u64::from(self.marks.high);
-        let nothing_leaves = self.tiers.none_writable() || self.pins.is_starved();
+        let nothing_leaves = self.tiers.none_writable() || self.is_starved();
         if !self.deferred.is_empty() {
             if nothing_leaves && !std::mem::replace(&mut self.starving.told, true) {
                 self.actions.push_back(Action::Starved(error));

@@ -1,8 +1,9 @@
 //! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
-//! `tiers` (which of them answer), `latch` (one that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
-//! `receive` (the two ends of a migration).
+//! `tiers` (which of them answer), `latch` (one that takes no writes), `pins` (pages that something holds), `frames` (where frames come
+//! from), `source` and `receive` (the two ends of a migration), `walk` (requests that look at all of memory). Each is an `impl Core`. What a concern keeps
+//! between events is a type of its own in `state`, which knows nothing of the core.
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
@@ -19,15 +20,18 @@ mod pageout;
 mod pins;
 mod receive;
 mod source;
+mod state;
 #[cfg(test)]
 mod tests;
 mod tiers;
+mod walk;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
 pub use crate::error::{IoError, IoErrorKind};
 pub use event::{Action, Event, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use state::walks::WalkStep;
 
 use crate::api::FaultKind;
 use crate::error::CommandError;
@@ -40,14 +44,18 @@ use crate::staging::{Staging, Use};
 use crate::stats::{LOST_RUNS_MAX, LostRun, Stats, TierState};
 use crate::table::{Flag, PageState, PageTable, STATES};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId, bytes_of, runs_of};
-use io::Ios;
-use latch::Starving;
-use pins::Pins;
-use receive::Receiving;
-use tiers::{BadReads, Tiers};
+use state::ios::Ios;
+use state::latch::Starving;
+use state::pass::Pass;
+use state::pins::Pins;
+use state::receiving::Receiving;
+use state::tiers::{BadReads, Tiers};
+use state::walks::Walks;
 
 /// Pages in one read or write of the store at most: 256 KiB.
 pub const IO_PAGES_MAX: u32 = 64;
+/// Pages under way to the store at most: 8 MiB.
+const LEAVING_MAX: u32 = 2048;
 /// Smallest budget, in frames: 16 MiB.
 pub const BUDGET_MIN: u64 = 4096;
 /// Ticks in an epoch: heat halves every ten seconds, so that a sample outlives a pass of the sampler over some GiB.
@@ -110,6 +118,7 @@ pub struct CoreConfig {
     /// Blocks of slots behind it, for huge pages.
     pub blocks: u32,
     pub sampling: bool,
+    pub walk: WalkStep,
 }
 
 /// One VM's engine, without hands.
@@ -133,7 +142,7 @@ pub struct Core {
     prefetcher: Prefetcher,
     prefetching: bool,
     sampler: Sampler,
-    collapse: huge::Pass,
+    collapse: Pass,
     ios: Ios,
     /// Pages that vCPUs wait for.
     waiting: PageMap<FaultKind>,
@@ -145,6 +154,7 @@ pub struct Core {
     pinned_in: Vec<(Run, SlotRun)>,
     /// Pages that left the guest since the last collection, while writes are tracked.
     left_while_tracked: Option<Vec<u64>>,
+    walks: Walks,
     receiving: Option<Receiving>,
     tiers: Tiers,
     starving: Starving,
@@ -211,13 +221,14 @@ impl Core {
             prefetcher: Prefetcher::new(config.pages),
             prefetching: true,
             sampler: Sampler::default(),
-            collapse: huge::Pass::default(),
+            collapse: Pass::default(),
             ios: Ios::default(),
             waiting: PageMap::default(),
             deferred: VecDeque::new(),
             lone: 0,
             pinned_in: Vec::new(),
             left_while_tracked: None,
+            walks: Walks::default(),
             receiving: None,
             tiers: Tiers::new(1),
             starving: Starving::default(),
@@ -231,7 +242,7 @@ impl Core {
             counts: Counts::default(),
             actions: VecDeque::with_capacity(256),
             victims: Vec::with_capacity(64),
-            unwritten: Vec::with_capacity(pageout::LEAVING_MAX as usize),
+            unwritten: Vec::with_capacity(LEAVING_MAX as usize),
             plans: Vec::with_capacity(8),
             scratch: Vec::with_capacity(WINDOW_MAX as usize),
         }
@@ -288,7 +299,8 @@ impl Core {
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
             Event::Filled { run, huge } => self.filled(run, huge),
             Event::Collapsed { block, huge } => self.collapsed(block, huge),
-            Event::Written { ticket, runs } => self.written(ticket, runs),
+            Event::Written { run, seen } => self.written(run, seen),
+            Event::Step => self.step(),
             Event::Request { ticket, request } => self.request(ticket, request),
         }
         may_evict
@@ -342,19 +354,19 @@ impl Core {
             Request::Discard(run) => Some(self.checked(run).map(|()| self.discard(run))),
             Request::Evict(run) => self.evict_on_request(ticket, run),
             Request::Fill(run) => Some(self.checked_memory(run).map(|()| self.fill_ahead(run))),
-            Request::TrackWrites(on) => Some(Ok(self.track_writes(on))),
+            Request::TrackWrites(on) => return self.track_writes(ticket, on),
             Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
-            Request::CollectWritten => self.collect_written(ticket),
+            Request::CollectWritten => return self.collect_written(ticket),
             Request::Hold(run) => Some(self.checked(run).map(|()| self.hold(run))),
             Request::Release(run) => Some(self.checked(run).map(|()| self.release(run))),
             Request::Sums(run) => {
                 Some(self.checked(run).map(|()| Response::Sums(self.sums[run.indices()].to_vec())))
             }
             Request::Staged(pages) => self.staged(ticket, pages),
-            Request::Heat => Some(Ok(self.heat_map())),
-            Request::ResidentMap => Some(Ok(self.map_of(&[PageState::Resident]))),
+            Request::Heat => return self.heat_map(ticket),
+            Request::ResidentMap => return self.map_of(ticket, &[PageState::Resident]),
             Request::StoredMap => {
-                Some(Ok(self.map_of(&[PageState::Leaving, PageState::Standby, PageState::Stored])))
+                return self.map_of(ticket, &[PageState::Leaving, PageState::Standby, PageState::Stored]);
             }
             Request::RetryStore => self.retry_on_request(ticket),
             Request::StartReceiving(heat) => Some(self.start_receiving(&heat)),
@@ -673,12 +685,5 @@ impl Core {
         let awaited = self.ios.slots().chain(pinned).flat_map(|slots| slots.slots());
         let awaited = awaited.filter(|slot| self.staging.used(*slot) == Use::Orphan).count();
         assert_eq!(awaited, orphans, "every frame without a page becomes free in the end");
-    }
-
-    /// The pages in any of these states.
-    fn map_of(&self, states: &[PageState]) -> Response {
-        let pages = (0..self.table.pages()).map(PageNo);
-        let pages = pages.filter(|page| states.contains(&self.table.state(*page)));
-        Response::Runs(runs_of(pages, u32::MAX).collect())
     }
 }

@@ -1,8 +1,8 @@
 //! Frames ahead of need: victims leave in batches, so that a fault never waits for a write.
 
-use super::Core;
 use super::event::{Action, Response, Ticket};
-use super::io::Purpose;
+use super::state::ios::Purpose;
+use super::{Core, LEAVING_MAX};
 use crate::error::CommandError;
 use crate::policy::clock::may_leave;
 use crate::policy::sampler::Places;
@@ -10,8 +10,6 @@ use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
 
-/// Pages under way to the store at most: 8 MiB.
-pub(super) const LEAVING_MAX: u32 = 2048;
 /// Pages written in one burst: 2 MiB. A read that meets writes takes twice as long, however few they are; so they come together and
 /// leave the device alone for the rest of the time.
 const BURST_MAX: u32 = 512;
@@ -74,7 +72,10 @@ impl Core {
             .saturating_add(leaving);
         let goal = self.marks.goal().saturating_add(over);
         let short = outside + self.marks.batch <= goal && leaving < LEAVING_MAX;
-        if self.tiers.any_open() && short && self.may_find_victims() {
+        // A walk's steps are not to wait for page-out, which a VM that stands still in a migration would pay for, as long as there are
+        // frames for faults.
+        let later = self.is_walking() && available >= self.marks.low / 2 && over == 0;
+        if self.tiers.any_open() && short && !later && self.may_find_victims() {
             self.page_out((goal - outside).min(LEAVING_MAX - leaving));
         }
     }
@@ -315,9 +316,16 @@ impl Core {
     /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as
     /// new samples: a move that is not done yet may still find its page pinned.
     pub(super) fn end_sampling(&mut self) {
-        while let Some(run) = self.sampler.overdue(self.tick, 0, true) {
+        self.put_samples_back(usize::MAX);
+    }
+
+    /// The same for so many of them. False, if no more are out.
+    pub(super) fn put_samples_back(&mut self, most: usize) -> bool {
+        for _ in 0..most {
+            let Some(run) = self.sampler.overdue(self.tick, 0, true) else { return false };
             self.put_sample_back(run);
         }
+        true
     }
 
     /// Writes what is `Leaving` for `purpose`, for a page that became so without a move.

@@ -8,10 +8,8 @@
 //! does not keep its engine busy with that. If all that could leave is pinned, whoever needs a frame waits: that is told, with
 //! figures, and so is whoever waits for a smaller budget.
 
-use std::collections::VecDeque;
-
 use super::Core;
-use super::event::{Action, TICK_MS};
+use super::event::Action;
 use crate::error::CommandError;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, bytes_of};
@@ -24,45 +22,6 @@ const STARVED_TICKS: u64 = 10;
 const HELD_TICKS: u64 = 50;
 /// The same while the store is at work: 30 s.
 const WRITING_TICKS: u64 = 300;
-
-#[derive(Debug, Default)]
-pub(super) struct Pins {
-    /// Pages that were given up, in order, each with the tick.
-    given_up: VecDeque<(u64, Run)>,
-    /// A victim was pinned since victims were chosen last.
-    met: bool,
-    /// The tick at which there was no victim to be found.
-    none_at: Option<u64>,
-    /// Ticks for which somebody has waited for a frame and nothing could leave.
-    starved: u64,
-    told: bool,
-    /// The fewest frames since a smaller budget was asked for, and the tick at which they had become so few.
-    fewest: (u64, u64),
-}
-
-impl Pins {
-    pub(super) fn look_anew(&mut self) {
-        self.met = false;
-    }
-
-    /// All of memory has been looked at: before the next tick there will be none either.
-    pub(super) fn found_none(&mut self, tick: u64) {
-        self.none_at = Some(tick);
-    }
-
-    pub(super) fn shrinks(&mut self, taken: u64, tick: u64) {
-        self.fewest = (taken, tick);
-    }
-
-    /// Somebody has waited for a frame, and nothing could leave, for long enough.
-    pub(super) fn is_starved(&self) -> bool {
-        self.starved >= STARVED_TICKS
-    }
-
-    pub(super) fn starved_ms(&self) -> u64 {
-        if self.told { self.starved * TICK_MS } else { 0 }
-    }
-}
 
 impl Core {
     /// A victim could not leave.
@@ -112,6 +71,11 @@ impl Core {
             && outside + self.leaving_soon() == 0
             && self.tiers.any_open()
             && self.receiving.is_none()
+    }
+
+    /// Somebody has waited for a frame, and nothing could leave, for long enough.
+    pub(super) fn is_starved(&self) -> bool {
+        self.pins.starved >= STARVED_TICKS
     }
 
     /// Pages on their way to tiers that take them.

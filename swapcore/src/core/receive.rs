@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
+use super::state::receiving::Receiving;
 use crate::api::{Arrival, Placed};
 use crate::error::CommandError;
 use crate::policy::clock::{VICTIM_RUN_MAX, may_leave};
@@ -16,26 +17,6 @@ use crate::policy::placement::{Arrivals, HEAT_AGAIN, HOT};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run, SlotRun};
-
-#[derive(Debug)]
-pub(super) struct Receiving {
-    /// One bit a page: a version of it has come.
-    came: Vec<u64>,
-    to_come: u64,
-    /// What the source told last, having watched the VM, made so many pages hot that are in the store.
-    found_hot: Option<u64>,
-    /// Where the search for pages that give way to hotter ones goes on.
-    hand: PageNo,
-    /// No page in RAM that may leave is colder than this, and what the coldest of those behind the hand has.
-    coldest: u8,
-    next_coldest: u8,
-    /// Since the last heat map, for what was colder than the coldest.
-    restarts: u32,
-    pages_read_before: u64,
-    victims_before: u64,
-    grants: VecDeque<(Ticket, u32)>,
-    settle: Option<Ticket>,
-}
 
 /// Frames kept for receiving into, at least: newer versions come while the old ones still have theirs.
 const RECEIVE_FRAMES: u32 = 512;

@@ -2,7 +2,7 @@
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
-use crate::api::{Piece, Place, Written};
+use crate::api::{Piece, Place};
 use crate::error::CommandError;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, runs_of};
@@ -11,18 +11,9 @@ use crate::units::{PageNo, Run, runs_of};
 const HEAT_WRITTEN: u8 = 16;
 
 impl Core {
-    pub(super) fn track_writes(&mut self, on: bool) -> Response {
-        // A sample that comes back would look as if it had been written.
-        self.end_sampling();
-        if on {
-            let words = self.table.pages().div_ceil(64) as usize;
-            self.left_while_tracked = Some(vec![0; words]);
-            self.actions.push_back(Action::ArmTracking);
-        } else {
-            self.left_while_tracked = None;
-            self.begin_collapse(true);
-        }
-        Response::Done
+    pub(super) fn end_tracking(&mut self) {
+        self.left_while_tracked = None;
+        self.begin_collapse(true);
     }
 
     /// The page's frame leaves the guest, and its write protection is lost with it: it may have been written.
@@ -32,32 +23,29 @@ impl Core {
         }
     }
 
-    pub(super) fn collect_written(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
-        if self.left_while_tracked.is_none() {
-            return Some(Err(CommandError::NotNow("writes are not tracked")));
-        }
-        self.actions.push_back(Action::ScanWritten { ticket });
-        None
-    }
-
-    pub(super) fn written(&mut self, ticket: Ticket, runs: &[Run]) {
-        for page in runs.iter().flat_map(|run| run.pages()) {
+    /// A scan has found pages of the run written. Returns those others of the run that have left the guest since the last scan.
+    pub(super) fn note_written(&mut self, run: Run, seen: &[Run]) -> Vec<Run> {
+        for page in seen.iter().flat_map(|run| run.pages()) {
             self.table.warm(page, HEAT_WRITTEN);
             if let Some(bits) = &mut self.left_while_tracked {
                 bits[page.index() / 64] &= !(1 << (page.index() % 64));
             }
         }
-        let mut left = Vec::new();
-        if let Some(bits) = &mut self.left_while_tracked {
-            let pages = bits.iter().enumerate().filter(|(_, word)| **word != 0).flat_map(|(at, word)| {
-                let first = at as u64 * 64;
-                (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| PageNo(first + bit))
+        let Some(bits) = &mut self.left_while_tracked else { return Vec::new() };
+        // Scans begin at the first page of a block, and end at another or with the memory: a word of bits is in one of them.
+        let words = run.indices().start / 64..run.indices().end.div_ceil(64);
+        let first_word = words.start as u64;
+        let of_run = &mut bits[words];
+        let pages =
+            (first_word..).zip(of_run.iter()).filter(|(_, word)| **word != 0).flat_map(|(at, word)| {
+                (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| PageNo(at * 64 + bit))
             });
-            left.extend(runs_of(pages, u32::MAX));
+        let left = runs_of(pages, u32::MAX).collect();
+        of_run.fill(0);
+        if mutant!(ForgetsLeftOfOtherSteps) {
             bits.fill(0);
         }
-        let written = Written { seen: runs.to_vec(), left };
-        self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Written(written)) });
+        left
     }
 
     pub(super) fn hold(&mut self, run: Run) -> Response {
@@ -113,9 +101,5 @@ impl Core {
     pub(super) fn release(&mut self, run: Run) -> Response {
         run.pages().for_each(|page| self.table.put(page, Flag::Held, false));
         Response::Done
-    }
-
-    pub(super) fn heat_map(&self) -> Response {
-        Response::Heat((0..self.table.pages()).map(|page| self.table.heat(PageNo(page))).collect())
     }
 }

@@ -14,6 +14,7 @@ fn core() -> Core {
         slots: 128,
         blocks: 1,
         sampling: false,
+        walk: WalkStep::default(),
     })
 }
 
@@ -384,6 +385,7 @@ fn huge_of(pages: u32) -> Core {
         slots: 128,
         blocks: 2,
         sampling: true,
+        walk: WalkStep::default(),
     });
     refill(&mut core, Run::new(PageNo(0), pages));
     // What has just been touched is left alone once.
@@ -424,10 +426,13 @@ fn sampled(core: &mut Core, leaves: bool) -> Vec<Run> {
 fn end_samples(core: &mut Core) -> u64 {
     core.handle(Event::Request { ticket: Ticket(1), request: Request::TrackWrites(true) });
     let mut back = 0;
-    while let Some(action) = core.next_action() {
-        if let Action::MoveIn { run, slots } = action {
-            back += u64::from(run.len);
-            core.handle(Event::MovedIn { run, slots, moved: run.len });
+    while core.is_walking() {
+        core.handle(Event::Step);
+        while let Some(action) = core.next_action() {
+            if let Action::MoveIn { run, slots } = action {
+                back += u64::from(run.len);
+                core.handle(Event::MovedIn { run, slots, moved: run.len });
+            }
         }
     }
     core.check();
@@ -465,8 +470,15 @@ fn a_huge_page_sampled_again_after_it_was_given_back_comes_back_once() {
 
 /// What a VM of so many pages with a budget of 1024 frames becomes while pages of such heats arrive.
 fn arriving(pages: u64, short: Vec<Run>, heat: Vec<u8>) -> Core {
-    let config =
-        CoreConfig { pages, budget_frames: 1024, budget_min: 48, slots: 512, blocks: 0, sampling: false };
+    let config = CoreConfig {
+        pages,
+        budget_frames: 1024,
+        budget_min: 48,
+        slots: 512,
+        blocks: 0,
+        sampling: false,
+        walk: WalkStep::default(),
+    };
     let mut core = Core::new(config).with_short_blocks(short);
     ask(&mut core, Request::StartReceiving(heat));
     core
@@ -516,6 +528,7 @@ fn a_sample_for_which_there_is_no_slot_is_not_out() {
         slots: 256,
         blocks: 0,
         sampling: true,
+        walk: WalkStep::default(),
     });
     (0..64).for_each(|page| drop(actions(&mut core, Event::Fault(PageNo(page)))));
     sampled(&mut core, true);

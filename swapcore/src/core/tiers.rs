@@ -12,9 +12,8 @@
 
 use super::Core;
 use super::event::Action;
-use super::latch::{Backoff, Latch};
+use super::state::tiers::{BadReads, Tier, Verdict};
 use crate::error::{IoError, IoErrorKind};
-use crate::stats::TierState;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, TierId};
 
@@ -29,143 +28,10 @@ const REREAD_TICKS: [u64; 4] = [0, 1, 10, 20];
 const SILENT_TICKS: u64 = 50;
 /// Probes for one reading that failed, at most: where half of a device is broken, the next one may be of the other half.
 pub(super) const PROBES_MAX: u32 = 8;
-/// A tier that has ended no write for so many ticks gets no more victims, and nobody counts on the frames of those that it has: 2 s.
-const STALLED_TICKS: u64 = 20;
 /// Pages that are looked at for one that a probe can read.
 const PROBE_SEARCH_MAX: u64 = 4096;
 /// From one probe to the next, in 1/2^64 of memory: the golden ratio, so that they come by everywhere.
 const PROBE_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
-
-/// A page that could not be read, or came back with another content, while somebody waits for it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct BadReads {
-    /// Readings that failed.
-    tries: u32,
-    /// Of these, the ones that count: the tier has given another page since the one before.
-    counted: u32,
-    first_tick: u64,
-    pub(super) again_tick: u64,
-    /// Pages that the tier had given when it failed last, and whether it has given more by when it was read again.
-    good_before: u64,
-    fair: bool,
-    kind: IoErrorKind,
-}
-
-/// What becomes of a page that could not be read.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Verdict {
-    ReadNow,
-    ReadLater,
-    Lost,
-}
-
-#[derive(Debug, Default)]
-struct Silence {
-    /// Pages that it had given, and writes that had ended, at the last tick.
-    good: u64,
-    writes: u64,
-    /// Ticks for which it has given none while somebody waited for one, and ended no write while somebody waited for a frame.
-    unread: u64,
-    unwritten: u64,
-    /// Ticks for which it has ended none of its writes.
-    stalled: u64,
-    told: bool,
-    /// How a reading failed last.
-    kind: Option<IoErrorKind>,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Tier {
-    /// It takes no writes.
-    pub(super) latch: Option<Latch>,
-    pub(super) backoff: Backoff,
-    /// Pages that were read and were as they had been written.
-    good: u64,
-    writes: u64,
-    silence: Silence,
-}
-
-#[derive(Debug)]
-pub(super) struct Tiers {
-    tiers: Vec<Tier>,
-    /// Where the last probe was.
-    probe_hand: u64,
-}
-
-impl Tiers {
-    pub(super) fn new(count: usize) -> Tiers {
-        Tiers { tiers: (0..count).map(|_| Tier::default()).collect(), probe_hand: 0 }
-    }
-
-    pub(super) fn count(&self) -> usize {
-        self.tiers.len()
-    }
-
-    pub(super) fn ids(&self) -> impl Iterator<Item = TierId> + use<> {
-        (0..self.tiers.len()).map(|index| TierId(index as u8))
-    }
-
-    pub(super) fn get(&self, tier: TierId) -> &Tier {
-        &self.tiers[tier.index()]
-    }
-
-    pub(super) fn get_mut(&mut self, tier: TierId) -> &mut Tier {
-        &mut self.tiers[tier.index()]
-    }
-
-    pub(super) fn may_write(&self, tier: TierId) -> bool {
-        self.get(tier).latch.is_none()
-    }
-
-    /// It takes writes, and ends them.
-    pub(super) fn is_open(&self, tier: TierId) -> bool {
-        self.may_write(tier)
-            && (self.get(tier).silence.stalled < STALLED_TICKS || mutant!(CountsOnStalledTier))
-    }
-
-    pub(super) fn any_open(&self) -> bool {
-        self.ids().any(|tier| self.is_open(tier))
-    }
-
-    pub(super) fn all_open(&self) -> bool {
-        self.ids().all(|tier| self.is_open(tier))
-    }
-
-    /// Nothing can be written anywhere.
-    pub(super) fn none_writable(&self) -> bool {
-        self.tiers.iter().all(|tier| tier.latch.is_some())
-    }
-
-    /// Why a tier takes no writes, if one does not.
-    pub(super) fn latched(&self) -> Option<IoError> {
-        self.tiers.iter().find_map(|tier| tier.latch.as_ref()).map(Latch::error)
-    }
-
-    pub(super) fn state(&self, tier: TierId) -> TierState {
-        let Tier { latch, silence, .. } = self.get(tier);
-        match latch.as_ref().map(|latch| latch.error().kind) {
-            _ if silence.told => TierState::Unreachable,
-            None => TierState::Working,
-            Some(IoErrorKind::Full) => TierState::Full,
-            Some(IoErrorKind::Unreachable) => TierState::Unreachable,
-            Some(_) => TierState::Latched,
-        }
-    }
-
-    /// Ticks for which somebody has waited for the tier, if that has been told.
-    pub(super) fn silent_ticks(&self, tier: TierId) -> u64 {
-        let silence = &self.get(tier).silence;
-        if silence.told { silence.unread.max(silence.unwritten) } else { 0 }
-    }
-
-    pub(super) fn wrote(&mut self, tier: TierId) {
-        self.get_mut(tier).writes += 1;
-    }
-
-    pub(super) fn gave(&mut self, tier: TierId, pages: u64) {
-        self.get_mut(tier).good += pages;
-    }
-}
 
 impl Core {
     /// Of a page that somebody waits for.
@@ -222,7 +88,7 @@ impl Core {
     pub(super) fn find_probe(&mut self, tier: TierId) -> Option<PageNo> {
         let pages = self.table.pages();
         self.tiers.probe_hand = self.tiers.probe_hand.wrapping_add(PROBE_STRIDE);
-        let start = (u128::from(self.tiers.probe_hand) * u128::from(pages) >> 64) as u64;
+        let start = ((u128::from(self.tiers.probe_hand) * u128::from(pages)) >> 64) as u64;
         let there = |page: &PageNo| {
             self.table.has(*page, Flag::Stored)
                 && !self.table.has(*page, Flag::Writing)
@@ -306,8 +172,9 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::{CoreConfig, Event, IoId, PageOut, Request, Ticket};
+    use crate::core::{CoreConfig, Event, IoId, PageOut, Request, Ticket, WalkStep};
     use crate::errno;
+    use crate::stats::TierState;
     use crate::units::Run;
 
     /// Two blocks, each at a tier of its own.
@@ -319,6 +186,7 @@ mod tests {
             slots: 256,
             blocks: 0,
             sampling: false,
+            walk: WalkStep::default(),
         };
         Core::new(config).with_homes(2, |block| TierId(block as u8))
     }

@@ -6,7 +6,8 @@
 //!
 //! A sample costs the same whether or not the VM is idle, so the pace follows what is found: a *credit* that each run
 //! taken uses up and each run touched renews. A VM that uses more than 1/64 of what it has is sampled at full pace;
-//! one that uses nothing, rarely, until the first touch of a sample. At full pace more is taken at once as long as it is missed by nobody.
+//! one that uses nothing, the more rarely the longer that lasts, until the first touch of a sample. As many samples are out then as ever:
+//! each of them stays out longer. At full pace more is taken at once as long as it is missed by nobody.
 //!
 //! A huge page is moved whole, for to take a run out of it would take it to pieces.
 
@@ -23,12 +24,15 @@ pub const SAMPLES_A_TICK: usize = 8;
 /// The same while at most [`QUIET_TOUCHES`] were touched since the last tick: each touch costs the guest a rescue.
 const SAMPLES_QUIET: usize = 32;
 const QUIET_TOUCHES: usize = 2;
-/// Ticks after which an untouched sample is put back.
+/// Ticks after which an untouched sample is put back. Longer, if samples are rarer than each `IDLE_MIN`.
 pub const SAMPLE_TICKS: u64 = 300;
 /// The same if there is no room for others: a second.
 const SAMPLE_TICKS_MIN: u64 = 10;
-/// Ticks between samples of a VM that seems idle.
-const INTERVAL_IDLE: u64 = 16;
+/// Ticks between samples of a VM that seems idle: half of the time that has passed since the last touch, within these bounds. Each time
+/// costs a wake-up of the engine, and moves of eight runs out and of as many back: next to nothing is to be found by them in a VM that has
+/// touched nothing of what is out.
+const IDLE_MIN: u64 = 16;
+const IDLE_MAX: u64 = 64;
 /// Runs taken at full pace for each that was touched.
 const CREDIT_A_TOUCH: usize = 64;
 /// Runs taken at full pace without any touch, at least: one of each block of the first GiB.
@@ -45,11 +49,23 @@ pub struct Sampler {
     single: u32,
     credit: usize,
     touches: usize,
+    /// Tick up to which all touches are known, and that of the first choice behind the last of them.
+    now: u64,
+    quiet_since: u64,
 }
 
 impl Default for Sampler {
     fn default() -> Self {
-        Sampler { next_block: 0, pass: 0, out: VecDeque::new(), single: 0, credit: CREDIT_MAX, touches: 0 }
+        Sampler {
+            next_block: 0,
+            pass: 0,
+            out: VecDeque::new(),
+            single: 0,
+            credit: CREDIT_MAX,
+            touches: 0,
+            now: 0,
+            quiet_since: 0,
+        }
     }
 }
 
@@ -71,13 +87,18 @@ impl std::fmt::Debug for Places<'_> {
 impl Sampler {
     /// Ticks until the next samples are due.
     pub fn interval(&self) -> u64 {
-        if self.credit > 0 { 1 } else { INTERVAL_IDLE }
+        if self.credit > 0 { 1 } else { self.idle_interval() }
+    }
+
+    fn idle_interval(&self) -> u64 {
+        (self.now.saturating_sub(self.quiet_since) / 2).clamp(IDLE_MIN, IDLE_MAX)
     }
 
     /// The guest missed a sample, which is not out any more: it is at work.
     pub fn touched(&mut self, page: PageNo) -> Option<Run> {
         self.credit = (self.credit + CREDIT_A_TOUCH).min(CREDIT_MAX);
         self.touches += 1;
+        self.quiet_since = self.now;
         let at = self.out.iter().position(|(_, run)| run.contains(page))?;
         let (_, run) = self.out.remove(at)?;
         self.single -= single(run);
@@ -102,6 +123,7 @@ impl Sampler {
         let blocks = table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
         let mut looked_at = 0;
         let before = samples.len();
+        self.now = tick;
         let quiet = std::mem::take(&mut self.touches) <= QUIET_TOUCHES && self.credit > 0;
         let most = if quiet { SAMPLES_QUIET } else { SAMPLES_A_TICK };
         // Empty blocks are stepped over, but not without end.
@@ -153,8 +175,13 @@ impl Sampler {
 
     /// The next run that has been out for long enough, or any if `all`. Sooner, if there is no room for more than so many single pages.
     pub fn overdue(&mut self, tick: u64, room: u32, all: bool) -> Option<Run> {
+        if all {
+            // The VM is at work, or moves.
+            (self.now, self.quiet_since) = (tick, tick);
+        }
         let crowded = self.single + SAMPLE_PAGES * SAMPLES_QUIET as u32 > room;
-        let stay = |run: &Run| if crowded && run.len < BLOCK_PAGES { SAMPLE_TICKS_MIN } else { SAMPLE_TICKS };
+        let longest = SAMPLE_TICKS * self.idle_interval() / IDLE_MIN;
+        let stay = |run: &Run| if crowded && run.len < BLOCK_PAGES { SAMPLE_TICKS_MIN } else { longest };
         // Whole blocks, which are in nobody's way, may be before the single pages that are.
         let at = self.out.iter().position(|(taken, run)| all || tick >= taken + stay(run))?;
         let (_, run) = self.out.remove(at)?;
@@ -272,6 +299,39 @@ mod tests {
         assert_eq!(back, samples[1..]);
         assert_eq!(sampler.overdue(SAMPLE_TICKS - 1, room, false), None);
         assert_eq!(sampler.overdue(SAMPLE_TICKS, room, false), Some(samples[0]));
+    }
+
+    #[test]
+    fn an_idle_vm_is_sampled_more_and_more_rarely_and_as_many_samples_are_out() {
+        let mut table = PageTable::new(1 << 18);
+        for page in (0..1 << 18).map(PageNo) {
+            table.set(page, Arriving);
+            table.set(page, Resident);
+        }
+        let mut sampler = Sampler { credit: 0, ..Sampler::default() };
+        let (mut tick, mut samples) = (0, vec![]);
+        let mut idle_for = |sampler: &mut Sampler, ticks: u64| {
+            let (mut intervals, end) = (vec![], tick + ticks);
+            while tick < end {
+                intervals.push(sampler.interval());
+                tick += sampler.interval();
+                while sampler.overdue(tick, u32::MAX, false).is_some() {}
+                sampler.choose(&mut table, tick, ROOMY, &mut samples);
+            }
+            (intervals, sampler.out.len() / SAMPLES_A_TICK)
+        };
+        let (intervals, _) = idle_for(&mut sampler, 128);
+        assert_eq!(intervals, [IDLE_MIN, IDLE_MIN, IDLE_MIN, 24, 36, 54]);
+        let (intervals, out) = idle_for(&mut sampler, 2000);
+        assert!(intervals.iter().all(|interval| *interval == IDLE_MAX), "{intervals:?}");
+        assert_eq!(out as u64, SAMPLE_TICKS.div_ceil(IDLE_MIN));
+        sampler.touched(PageNo(0));
+        assert_eq!(sampler.interval(), 1, "the first touch ends that");
+        sampler.credit = 0;
+        assert_eq!(sampler.interval(), IDLE_MIN);
+        idle_for(&mut sampler, 2000);
+        sampler.overdue(3000, 0, true);
+        assert_eq!(sampler.interval(), IDLE_MIN, "so does all else that the VM does");
     }
 
     #[test]

@@ -20,7 +20,7 @@ named! {
     /// when all events at hand are dealt with.
     Cause {
         Fault, Tick, ReadDone, ReadFailed, WriteDone, WriteFailed, MovedIn, MovedOut, Filled, Balance, MakeReady,
-        SetBudget, Discard, Fill, TrackWrites, Hold, Arrive, ArriveZero, ArrivePoisoned, Other,
+        SetBudget, Discard, Fill, Walk, Hold, Arrive, ArriveZero, ArrivePoisoned, Other,
     }
 }
 
@@ -216,11 +216,11 @@ impl Cause {
             Event::MovedOut { .. } => Cause::MovedOut,
             Event::Filled { .. } => Cause::Filled,
             Event::Collapsed { .. } | Event::Written { .. } => Cause::Other,
+            Event::Step => Cause::Walk,
             Event::Request { request, .. } => match request {
                 Request::SetBudget(_) => Cause::SetBudget,
                 Request::Discard(_) => Cause::Discard,
                 Request::Fill(_) => Cause::Fill,
-                Request::TrackWrites(_) => Cause::TrackWrites,
                 Request::Hold(_) => Cause::Hold,
                 Request::Arrive(_) => Cause::Arrive,
                 Request::ArriveZero(_) => Cause::ArriveZero,
@@ -257,7 +257,7 @@ const REACHED: &[(PageState, PageState, &[Cause])] = {
         (Arriving, Stored, &[ReadDone, ReadFailed]),
         (Arriving, Poisoned, &[ReadDone, ReadFailed]),
         (Arriving, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
-        (Sampled, Arriving, &[Cause::Fault, Tick, SetBudget, TrackWrites, Hold]),
+        (Sampled, Arriving, &[Cause::Fault, Tick, SetBudget, Walk, Hold]),
         (Sampled, Resident, &[MovedOut]),
         (Sampled, Untouched, &[Discard]),
         (Poisoned, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),

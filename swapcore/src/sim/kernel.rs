@@ -222,15 +222,19 @@ impl Sim {
                 self.wake(Run::one(page));
             }
             Action::Resolved { .. } => {}
-            Action::ArmTracking => self.kernel.written.fill(false),
-            Action::ScanWritten { ticket } => {
+            Action::ArmTracking { run } => {
+                self.kernel.written[run.indices()].fill(false);
+                self.oracle.written[run.indices()].fill(false);
+            }
+            Action::ScanWritten { run } => {
+                self.oracle.scanned(run);
                 let found = |page: &PageNo| {
                     let present = matches!(self.kernel.guest[page.index()], Entry::Frame(_));
                     present && std::mem::take(&mut self.kernel.written[page.index()])
                 };
-                let written: Vec<_> = (0..self.pages).map(PageNo).filter(found).collect();
-                let runs: Vec<_> = runs_of(written, 64).collect();
-                self.hand(Event::Written { ticket, runs: &runs });
+                let written: Vec<_> = run.pages().filter(found).collect();
+                let seen: Vec<_> = runs_of(written, 64).collect();
+                self.hand(Event::Written { run, seen: &seen });
             }
             Action::Answer { ticket, answer } => self.answered(ticket, answer),
             Action::StoreFailed(_) => self.trace.note("the store failed", 0),

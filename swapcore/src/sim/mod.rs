@@ -20,7 +20,7 @@ mod trace;
 
 pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
 
-use crate::core::{Core, CoreConfig, Event, Request, Ticket};
+use crate::core::{Core, CoreConfig, Event, Request, Ticket, WalkStep};
 use crate::errno;
 use crate::table::PageState;
 use crate::units::{BLOCK_PAGES, PageNo, Run, TierId, bytes_of};
@@ -38,6 +38,8 @@ const BUDGET_MIN: u64 = 48;
 const BLOCKS: u32 = 2;
 /// Of some VMs: every other block is at home at the second one.
 const TIERS: usize = 2;
+/// So that a walk takes several.
+const WALK: WalkStep = WalkStep { table: 100, present: 1, blocks: 1 };
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
 /// Steps within which a page of a tier that works is served: such that one of which the medium is broken is given up.
@@ -155,7 +157,7 @@ impl Sim {
         // Twice the frames that are kept free at the largest budget, as a real staging area has at least.
         let slots = if pages < 500 { 128 } else { 256 };
         let (budget_min, blocks) = (BUDGET_MIN, BLOCKS);
-        let mut config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling };
+        let mut config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling, walk: WALK };
         let short = Self::short_blocks(seed, &mut config);
         let home = |block: usize| TierId(block as u8 % tiers);
         let core = Core::new(config).with_short_blocks(short).with_homes(tiers, home);
@@ -221,6 +223,7 @@ impl Sim {
             } else {
                 self.step()
             }
+            self.walk();
             self.check();
         }
         self.settle();
@@ -262,6 +265,13 @@ impl Sim {
             }
             _ if self.calm && !self.random.one_in(8) => self.run_guest(),
             _ => self.operate(),
+        }
+    }
+
+    /// One step of what looks at all of memory.
+    fn walk(&mut self) {
+        if self.core.is_walking() {
+            self.event(Event::Step);
         }
     }
 
@@ -378,6 +388,7 @@ impl Sim {
         self.trace.now += 1;
         self.deliver_faults();
         self.complete_io();
+        self.walk();
         self.tick();
         self.give_up_hopeless();
     }

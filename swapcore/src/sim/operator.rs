@@ -150,7 +150,6 @@ impl Sim {
         }
         self.trace.note("tracking of writes", u64::from(!tracking));
         self.oracle.tracking = !tracking;
-        self.oracle.written.fill(false);
         self.ask(Request::TrackWrites(!tracking), Asked::Other);
     }
 
@@ -217,9 +216,9 @@ impl Sim {
 
     fn collected(&mut self, runs: &[Run]) {
         for page in runs.iter().flat_map(|run| run.pages()) {
-            self.oracle.written[page.index()] = false;
+            self.oracle.to_tell[page.index()] = false;
         }
-        if let Some(missed) = self.oracle.written.iter().position(|written| *written) {
+        if let Some(missed) = self.oracle.to_tell.iter().position(|written| *written) {
             self.trace.suspect.set(Some(PageNo(missed as u64)));
             panic!("page {missed} was written and is not reported");
         }

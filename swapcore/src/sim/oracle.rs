@@ -20,8 +20,10 @@ pub(super) struct Held {
 pub(super) struct Oracle {
     /// What the guest last wrote. None: lost, and said to be.
     pub(super) truth: Vec<Option<u64>>,
-    /// Written since a migration last asked.
+    /// Written since the page was last scanned for a migration.
     pub(super) written: Vec<bool>,
+    /// Written before the page was scanned: the answer has to name it.
+    pub(super) to_tell: Vec<bool>,
     pub(super) tracking: bool,
     pub(super) held: Vec<Held>,
     /// The core has said that who waits for a frame gets none, and not that this is over.
@@ -40,12 +42,21 @@ impl Oracle {
         Oracle {
             truth: vec![Some(0); pages],
             written: vec![false; pages],
+            to_tell: vec![false; pages],
             tracking: false,
             held: Vec::new(),
             starved: false,
             silent: [(0, false); super::TIERS],
             short: false,
             taken: 0,
+        }
+    }
+
+    /// The kernel says which pages of the run have been written.
+    pub(super) fn scanned(&mut self, run: Run) {
+        for (written, to_tell) in self.written[run.indices()].iter_mut().zip(&mut self.to_tell[run.indices()])
+        {
+            *to_tell |= std::mem::take(written);
         }
     }
 

@@ -15,7 +15,7 @@ use crate::cipher::Cipher;
 use crate::error::StartError;
 use crate::handle::EngineHandle;
 use crate::notice::Notice;
-use swapcore::core::{BUDGET_MIN, Core, CoreConfig, staging_blocks, staging_slots};
+use swapcore::core::{BUDGET_MIN, Core, CoreConfig, WalkStep, staging_blocks, staging_slots};
 use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
 
 /// Where a VM's store is.
@@ -140,6 +140,7 @@ impl Engine {
             slots: staging.slots,
             blocks: staging.blocks,
             sampling: config.sampling,
+            walk: WalkStep::default(),
         })
         .with_short_blocks(memory.short_blocks());
         let (started, start) = mpsc::channel();

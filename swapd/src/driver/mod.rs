@@ -89,7 +89,8 @@ impl Driver {
         while !closed || self.ring.in_flight() > 0 {
             let next_tick = last_tick + tick * self.core.ticks_to_sleep() as u32;
             // Victims that were pinned are replaced by others at once, but behind what has come meanwhile.
-            let patience = match self.core.looks_for_others() {
+            // The same holds for the steps of a walk over all of memory.
+            let patience = match self.core.looks_for_others() || self.core.is_walking() {
                 true => Duration::ZERO,
                 false => next_tick.saturating_duration_since(Instant::now()),
             };
@@ -112,6 +113,9 @@ impl Driver {
             if passed >= self.core.ticks_to_sleep() {
                 last_tick += tick * passed as u32;
                 self.event(Event::Tick { ticks: passed });
+            }
+            if self.core.is_walking() {
+                self.event(Event::Step);
             }
             self.core.make_ready();
             self.perform_all();
@@ -266,10 +270,10 @@ impl Driver {
                 self.latencies.resolved(page, kind);
                 self.recorder.note(page, kind);
             }
-            Action::ArmTracking => {
-                report(self.scan_all(|_| {}), "track writes");
+            Action::ArmTracking { run } => {
+                report(self.scan(run, |_| {}), "track writes");
             }
-            Action::ScanWritten { ticket } => self.scan_written(ticket),
+            Action::ScanWritten { run } => self.scan_written(run),
             Action::Answer { ticket, answer } => self.answer(ticket, answer),
             Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error.to_string())),
             Action::StoreRecovered(_) => (self.notify)(Notice::StoreRecovered),
@@ -401,24 +405,20 @@ impl Driver {
         PageOut::Moved { sum: page_sum(page, bytes), zero: is_zero(bytes) }
     }
 
-    fn scan_written(&mut self, ticket: Ticket) {
-        let mut runs = Vec::new();
-        match self.scan_all(|run| runs.push(run)) {
-            Ok(()) => self.core.handle(Event::Written { ticket, runs: &runs }),
-            Err(error) => {
-                tracing::error!(%error, "cannot scan for written pages");
-                // Nothing is known, so everything counts as written.
-                runs.clear();
-                runs.extend(self.memory.pages());
-                self.core.handle(Event::Written { ticket, runs: &runs });
-            }
+    fn scan_written(&mut self, run: Run) {
+        let mut seen = Vec::new();
+        if let Err(error) = self.scan(run, |written| seen.push(written)) {
+            tracing::error!(%error, "cannot scan for written pages");
+            // Nothing is known, so everything counts as written.
+            seen.clear();
+            seen.extend(self.memory.mapped_parts(run).map(|(part, _)| part));
         }
+        self.core.handle(Event::Written { run, seen: &seen });
     }
 
-    /// Finds the pages written since they were last protected, and protects them again.
-    fn scan_all(&mut self, mut found: impl FnMut(Run)) -> std::io::Result<()> {
-        let memory = &self.memory;
-        for (part, base) in memory.pages().flat_map(|run| memory.mapped_parts(run)) {
+    /// Finds those of the run's pages that have been written since they were last protected, and protects them again.
+    fn scan(&mut self, run: Run, mut found: impl FnMut(Run)) -> std::io::Result<()> {
+        for (part, base) in self.memory.mapped_parts(run) {
             self.faults.scan_written(base, part.bytes(), |at, bytes| {
                 found(part.part(pages_in((at - base) as u64) as u32, pages_in(bytes as u64) as u32));
             })?;

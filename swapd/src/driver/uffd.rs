@@ -375,20 +375,14 @@ fn explain(error: &userfaultfd::Error) -> String {
 mod tests {
     use super::*;
 
-    /// Two mappings of so many pages, of which the second has frames. None, if this host has no userfaultfd for us.
-    fn hole_and_frames(pages: usize) -> Option<(Faults, [memmap2::MmapMut; 2])> {
-        let faults = match Faults::open() {
-            Ok(faults) => faults,
-            Err(why) => {
-                eprintln!("skipped: {why}");
-                return None;
-            }
-        };
+    /// Two mappings of so many pages, of which the second has frames. Ends the test if this host has no userfaultfd for us.
+    fn hole_and_frames(pages: usize) -> (Faults, [memmap2::MmapMut; 2]) {
+        let faults = Faults::open().unwrap_or_else(|why| testkit::skip(testkit::Reason::Uffd, why));
         let [mut hole, mut frames] = [(); 2].map(|()| memmap2::MmapMut::map_anon(pages * PAGE_SIZE).unwrap());
         faults.register_guest(hole.as_mut_ptr(), hole.len()).unwrap();
         faults.register_staging(frames.as_mut_ptr(), frames.len()).unwrap();
         frames.fill(7);
-        Some((faults, [hole, frames]))
+        (faults, [hole, frames])
     }
 
     /// As Linux 6.18 does when it forgets what it has moved.
@@ -402,7 +396,7 @@ mod tests {
 
     #[test]
     fn what_the_kernel_forgot_to_count_is_counted_and_who_waits_there_is_woken() {
-        let Some((faults, [hole, frames])) = hole_and_frames(5) else { return };
+        let (faults, [hole, frames]) = hole_and_frames(5);
         let (to, from) = (hole.as_ptr() as usize, frames.as_ptr() as usize);
         let (told, tells) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -420,7 +414,7 @@ mod tests {
 
     #[test]
     fn a_destination_with_something_else_in_it_is_refused() {
-        let Some((faults, [hole, frames])) = hole_and_frames(2) else { return };
+        let (faults, [hole, frames]) = hole_and_frames(2);
         let (to, from) = (hole.as_ptr() as usize, frames.as_ptr() as usize);
         assert!(faults.copy_page(to, from));
         let moving = std::panic::AssertUnwindSafe(|| faults.move_pages(to, from, hole.len(), PATIENT));

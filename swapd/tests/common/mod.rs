@@ -2,9 +2,9 @@
 #![allow(dead_code, unreachable_pub)]
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
-use swapd::{Engine, EngineConfig, EngineHandle, PAGE_SIZE, PageNo, Stats, StoreConfig};
+use swapd::{Engine, EngineConfig, EngineHandle, PAGE_SIZE, PageNo, StartError, Stats, StoreConfig};
+use testkit::{Reason, pages, skip};
 
 pub fn config(memory_bytes: u64, budget_bytes: u64, store: PathBuf, prealloc: bool) -> EngineConfig {
     EngineConfig {
@@ -22,11 +22,12 @@ pub fn store_directory() -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// Says that a test cannot run here, and why, past the capture of a test's output.
-pub fn skipped(why: &dyn std::fmt::Display) {
-    use std::io::Write;
-    let name = std::thread::current().name().unwrap_or("test").to_owned();
-    let _ = writeln!(std::io::stderr(), "{name}: skipped: {why}");
+/// What was started. Ends the test on a host that cannot run an engine.
+pub fn started<T: std::fmt::Debug>(started: Result<T, StartError>) -> T {
+    match started {
+        Err(StartError::Host(reason)) => skip(Reason::Uffd, reason),
+        started => started.unwrap(),
+    }
 }
 
 pub struct Vm {
@@ -35,22 +36,15 @@ pub struct Vm {
     pages: u64,
 }
 
-/// None, with the reason said, on a host that cannot run an engine.
-pub fn start(memory: u64, budget: u64) -> Option<Vm> {
+/// Ends the test on a host that cannot run an engine.
+pub fn start(memory: u64, budget: u64) -> Vm {
     Vm::start(memory, budget, false)
 }
 
 impl Vm {
-    pub fn start(memory: u64, budget: u64, prealloc: bool) -> Option<Vm> {
+    pub fn start(memory: u64, budget: u64, prealloc: bool) -> Vm {
         let notify = Box::new(|notice| println!("notice: {notice:?}"));
-        match Engine::start(config(memory, budget, store_directory(), prealloc), notify) {
-            Ok(engine) => Some(Vm::of(engine)),
-            Err(swapd::StartError::Host(reason)) => {
-                skipped(&reason);
-                None
-            }
-            Err(error) => panic!("{error}"),
-        }
+        Vm::of(started(Engine::start(config(memory, budget, store_directory(), prealloc), notify)))
     }
 
     pub fn of(engine: Engine) -> Vm {
@@ -85,22 +79,18 @@ impl Vm {
         (self.base + page.offset() as usize + nth * 8) as *mut u64
     }
 
-    fn content(page: PageNo, round: u64, nth: usize) -> u64 {
-        (page.0 << 32 | round).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(nth as u64)
-    }
-
     pub fn write(&self, page: PageNo, round: u64) {
         for nth in 0..PAGE_SIZE / 8 {
             // SAFETY: within the engine's guest memory, which lives as long as `self`; volatile, for other threads and
             // the engine work on it too.
-            unsafe { self.word(page, nth).write_volatile(Self::content(page, round, nth)) };
+            unsafe { self.word(page, nth).write_volatile(pages::word(page.0, round, nth)) };
         }
     }
 
     pub fn is_right(&self, page: PageNo, round: u64) -> bool {
         (0..PAGE_SIZE / 8).all(|nth| {
             // SAFETY: as above.
-            unsafe { self.word(page, nth).read_volatile() == Self::content(page, round, nth) }
+            unsafe { self.word(page, nth).read_volatile() == pages::word(page.0, round, nth) }
         })
     }
 
@@ -134,40 +124,5 @@ impl Vm {
 
     pub fn mismatches(&self, round: u64) -> u64 {
         (0..self.pages).filter(|page| !self.is_right(PageNo(*page), round)).count() as u64
-    }
-}
-
-/// Waits for a condition, not for a time.
-pub struct Patience(Instant);
-
-impl Default for Patience {
-    fn default() -> Self {
-        Patience(Instant::now() + Duration::from_secs(60))
-    }
-}
-
-impl Patience {
-    pub fn until<T>(&self, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-        loop {
-            if let Some(result) = condition() {
-                return result;
-            }
-            assert!(Instant::now() < self.0, "waited in vain until {what}");
-            std::thread::yield_now();
-        }
-    }
-}
-
-/// One page, aligned for direct I/O.
-#[repr(align(4096))]
-pub struct Aligned([u8; PAGE_SIZE]);
-
-impl Aligned {
-    pub fn filled(byte: u8) -> Box<Self> {
-        Box::new(Aligned([byte; PAGE_SIZE]))
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        &self.0
     }
 }

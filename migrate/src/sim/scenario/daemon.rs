@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::{SESSION_MAX, Story, TARGET};
 use crate::cancel::CancelFlag;
-use crate::hello::{Hello, RefuseKind, SessionHello, read_hello, refuse};
+use crate::hello::{read_hello, refuse};
 use crate::resolve::answer_resolve;
 use crate::session::SessionId;
 use crate::sim::coverage;
@@ -20,6 +20,7 @@ use crate::sim::runtime::timeout;
 use crate::sim::vm::{Coming, is_committed};
 use crate::sim::world::{ProcessId, world};
 use crate::target::{DataStream, PlainMemory, TargetLink, TargetMemory, receive};
+use crate::wire::opening::{Hello, RefuseKind, SessionHello};
 
 /// As the VM's process has it.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(20);

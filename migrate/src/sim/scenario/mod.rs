@@ -21,12 +21,12 @@ use super::vm::{Leaving, SESSIONS, Vm, record_of, says};
 use super::world::{ProcessId, World, world};
 use super::{fs, memory};
 use crate::cancel::CancelFlag;
-use crate::hello::RefuseKind;
 use crate::registry::{Outcome, Registry};
 use crate::resolve::{ResolveError, resolve};
 use crate::session::SessionId;
 use crate::source::{SendError, SourceOptions, send};
 use crate::tls::Security;
+use crate::wire::opening::RefuseKind;
 
 const SOURCE: usize = 0;
 const TARGET: usize = 1;

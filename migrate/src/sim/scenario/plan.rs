@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::LONG;
-use crate::hello::RefuseKind;
 use crate::sim::faults::{Class, Fault, Later, Planned, Step, is_impossible};
 use crate::sim::vm::Chore;
 use crate::sim::world::world;
+use crate::wire::opening::RefuseKind;
 
 pub(super) fn draw(target: Option<(Step, Class)>) -> Vec<Planned> {
     let random = &world().random;

@@ -1,0 +1,36 @@
+//! By which names a benchmark knows what an earlier one, that was killed, has left.
+
+use std::path::Path;
+
+/// Begins the name of everything that a benchmark makes.
+pub(crate) const PREFIX: &str = "vmemd-bench-";
+pub(crate) const SWAP_FILE: &str = "swapfile";
+
+/// Ends a process at once.
+pub(crate) fn kill(pid: i32) {
+    if pid > 1 {
+        // SAFETY: no memory arguments. The process is one that this benchmark, or one that is gone, has started.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+}
+
+/// Whether a name is that of something made by a benchmark that does not run any more.
+pub(crate) fn is_left(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix(PREFIX) else { return false };
+    let pid = rest.split('-').next().unwrap_or_default();
+    pid.parse::<u32>().is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_told_from_what_is_in_use() {
+        assert!(is_left("vmemd-bench-4294967294"));
+        assert!(is_left("vmemd-bench-4294967294-1-swap"));
+        assert!(!is_left(&format!("vmemd-bench-{}-1-swap", std::process::id())));
+        assert!(!is_left("vmemd-bench-"));
+        assert!(!is_left("somebody-else-4294967294"));
+    }
+}

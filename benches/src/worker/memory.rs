@@ -1,0 +1,129 @@
+//! The memory under test, of three kinds, and what the device did for it.
+
+use std::path::Path;
+
+use migrate::PlainMemory;
+use swapd::{Engine, EngineConfig, Notice, StartError, StoreConfig};
+use vmemd::cli::terminal::warn;
+use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::host;
+
+use super::content::Base;
+use crate::job::{BenchEngine, WorkerRequest};
+use crate::reserve::HOST_RESERVE_BYTES;
+use crate::vmstat::Swapped;
+
+/// Unmapped when dropped: nothing may touch it any more then.
+#[derive(Debug)]
+pub(super) enum Memory {
+    Engine(Engine),
+    /// With the kernel's swap behind it.
+    Swapped(PlainMemory),
+    Plain(PlainMemory),
+}
+
+/// Counts of what the device did, since some time before.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct DeviceCounts {
+    pub(super) pages_read: u64,
+    pub(super) pages_written: u64,
+    /// Faults that the engine saw waiting for the store.
+    pub(super) store_faults: Option<u64>,
+}
+
+impl DeviceCounts {
+    pub(super) fn since(self, before: DeviceCounts) -> DeviceCounts {
+        DeviceCounts {
+            pages_read: self.pages_read.saturating_sub(before.pages_read),
+            pages_written: self.pages_written.saturating_sub(before.pages_written),
+            store_faults: self.store_faults.map(|now| now - before.store_faults.unwrap_or(0)),
+        }
+    }
+}
+
+impl Memory {
+    pub(super) fn start(request: &WorkerRequest) -> Result<Memory, Failure> {
+        let bytes = request.scenario.memory_bytes();
+        let ram = request.scenario.ram_bytes.min(bytes);
+        let plain = || {
+            PlainMemory::new(bytes).map_err(|error| {
+                Failure::new(Kind::Resources, format!("no address space for {bytes} bytes: {error}"))
+            })
+        };
+        match request.engine {
+            BenchEngine::Vmemd => {
+                host::need_free_ram(ram, "this job")?;
+                start_engine(bytes, ram, &request.dir, request.scenario.encrypt).map(Memory::Engine)
+            }
+            BenchEngine::Swap => plain().map(Memory::Swapped),
+            BenchEngine::Mem => {
+                host::need_free_ram(bytes + HOST_RESERVE_BYTES, "this job on plain memory")?;
+                plain().map(Memory::Plain)
+            }
+            BenchEngine::Raw => Err(Failure::new(Kind::Usage, "the raw engine has no memory")),
+        }
+    }
+
+    pub(super) fn base(&self) -> Base {
+        match self {
+            Memory::Engine(engine) => Base(engine.memory_base()),
+            Memory::Swapped(memory) | Memory::Plain(memory) => Base(memory.base()),
+        }
+    }
+
+    pub(super) fn counts(&self) -> Result<DeviceCounts, Failure> {
+        match self {
+            Memory::Engine(engine) => {
+                let stats = engine.handle().stats()?;
+                Ok(DeviceCounts {
+                    pages_read: stats.store.pages_read,
+                    pages_written: stats.store.pages_written,
+                    store_faults: Some(stats.faults.store),
+                })
+            }
+            Memory::Swapped(_) => {
+                let Swapped { ins, outs } = Swapped::now();
+                Ok(DeviceCounts { pages_read: ins, pages_written: outs, store_faults: None })
+            }
+            Memory::Plain(_) => Ok(DeviceCounts::default()),
+        }
+    }
+}
+
+fn start_engine(bytes: u64, ram: u64, store: &Path, encrypt: bool) -> Result<Engine, Failure> {
+    let config = EngineConfig {
+        memory_bytes: bytes,
+        budget_bytes: ram,
+        // `bench run` has seen to the room for what the jobs touch, which may be little of the memory.
+        store: StoreConfig { path: store.to_owned(), overcommit: true, encrypt },
+        prealloc: false,
+        lock: true,
+        sampling: true,
+    };
+    match Engine::start(config.clone(), Box::new(end_on_failure)) {
+        Err(StartError::Memory(why)) => {
+            warn(&format!("without locked memory: {why}"));
+            Ok(Engine::start(EngineConfig { lock: false, ..config }, Box::new(end_on_failure))?)
+        }
+        started => Ok(started?),
+    }
+}
+
+/// Threads that touch memory would wait for ever, or be killed by a signal: better say why, and end.
+fn end_on_failure(notice: Notice) {
+    let failure = match notice {
+        Notice::StoreFailed(reason) => Failure::new(Kind::Resources, reason),
+        Notice::Poisoned(page) => {
+            Failure::new(Kind::Vm, format!("{page} is lost: the store gave wrong content"))
+        }
+        Notice::StoreRecovered
+        | Notice::Starved(_)
+        | Notice::Relieved
+        | Notice::Unreachable(_)
+        | Notice::Reachable
+        | Notice::Short { .. }
+        | Notice::Enough => return,
+    };
+    warn(&chain(&failure));
+    std::process::exit(i32::from(failure.kind.exit_code()));
+}

@@ -1,0 +1,73 @@
+//! Why a VM does not move.
+
+use swapd::CommandError;
+
+use crate::link::trouble::Trouble;
+use crate::session::SessionId;
+use crate::tls::TlsError;
+use crate::vm::VmError;
+
+/// Why a VM did not move. Except for [`SendError::InDoubt`], it runs on at the source.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    #[error("cannot reach {to}: is `vmemd serve` running there?")]
+    Unreachable { to: String, source: std::io::Error },
+    /// It is not known to be the right one, or cannot be told in secret.
+    #[error("{to} gets nothing")]
+    Insecure { to: String, source: TlsError },
+    #[error("{0}")]
+    Options(String),
+    #[error("the target speaks another version: {0}")]
+    Version(String),
+    #[error("the target refused: {0}")]
+    Refused(String),
+    #[error("the target has no room: {0}")]
+    NoRoom(String),
+    #[error("the name is taken at the target: {0}")]
+    NameTaken(String),
+    #[error("the link to the target broke while {during}")]
+    Link { during: &'static str, source: std::io::Error },
+    /// The target said something that it must not say.
+    #[error("the target sent rubbish: {0}")]
+    Peer(String),
+    /// The target gave up, and says why.
+    #[error("the target gave up: {0}")]
+    GaveUp(String),
+    #[error("cancelled")]
+    Cancelled,
+    /// It would stand still, or did, for longer than it may.
+    #[error("{0}")]
+    Downtime(String),
+    #[error("the VM failed")]
+    Vm(#[from] VmError),
+    #[error("the engine failed")]
+    Engine(#[from] CommandError),
+    /// The commit was sent and nothing is known of what became of it: the VM stays paused here, because it may
+    /// run there. [`crate::resolve`] finds out.
+    #[error(
+        "the link broke during the hand-over and {to} does not answer: the VM stays paused here until \
+             it is known whether it runs there (session {session})"
+    )]
+    InDoubt { session: SessionId, to: String },
+}
+
+impl SendError {
+    /// Whether the VM runs on at the source. False: it is paused there, and may run at the target.
+    pub fn still_here(&self) -> bool {
+        !matches!(self, SendError::InDoubt { .. })
+    }
+}
+
+impl From<Trouble> for SendError {
+    fn from(trouble: Trouble) -> SendError {
+        match trouble {
+            Trouble::Link { during, source } => SendError::Link { during, source },
+            Trouble::Peer(text) => SendError::Peer(text),
+            Trouble::GaveUp(text) => SendError::GaveUp(text),
+            Trouble::Cancelled => SendError::Cancelled,
+            Trouble::Engine(error) => SendError::Engine(error),
+            Trouble::Memory(source) => SendError::Link { during: "opening the store", source },
+            Trouble::Unable(text) => SendError::Options(text),
+        }
+    }
+}

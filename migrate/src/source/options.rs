@@ -1,0 +1,45 @@
+//! What whoever moves a VM may choose.
+
+use std::time::Duration;
+
+use crate::tls::Security;
+
+#[derive(Clone, Debug)]
+pub struct SourceOptions {
+    pub name: String,
+    /// `HOST:PORT` of the target's daemon.
+    pub to: String,
+    pub security: Security,
+    /// RAM that the VM shall have there; None: as the target likes.
+    pub ram_bytes: Option<u64>,
+    pub streams: u32,
+    pub downtime_target: Duration,
+    /// The VM is not stopped for longer: the migration gives up instead, as long as it may.
+    pub max_downtime: Option<Duration>,
+    pub max_rounds: u32,
+    /// 0: never throttle.
+    pub max_throttle: u8,
+    /// Have the target measure how much of what the VM touches in the first second is in RAM.
+    pub check_placement: bool,
+    /// What the target needs to make the VM's machine, if that is not in its state.
+    pub offer: Option<String>,
+}
+
+impl SourceOptions {
+    /// With the defaults of `vmemd migrate`.
+    pub fn new(name: impl Into<String>, to: impl Into<String>) -> SourceOptions {
+        SourceOptions {
+            name: name.into(),
+            to: to.into(),
+            security: Security::default(),
+            ram_bytes: None,
+            streams: 2,
+            downtime_target: Duration::from_millis(50),
+            max_downtime: None,
+            max_rounds: 30,
+            max_throttle: 99,
+            check_placement: false,
+            offer: None,
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Why a VM does not arrive.
+
+use swapd::CommandError;
+
+use crate::link::trouble::Trouble;
+use crate::registry::RegistryError;
+use crate::vm::VmError;
+
+/// Why a VM did not arrive. It does not run here and never will; the source has been told if it could be.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    #[error("the link to the source broke while {during}")]
+    Link { during: &'static str, source: std::io::Error },
+    /// The peer said something that it must not say.
+    #[error("the peer sent rubbish: {0}")]
+    Peer(String),
+    #[error("the peer speaks version {theirs}, this is version {ours}")]
+    Version { theirs: u16, ours: u16 },
+    #[error("the source gave up: {0}")]
+    GaveUp(String),
+    #[error("cancelled")]
+    Cancelled,
+    #[error("{0}")]
+    Setup(String),
+    #[error("the VM failed")]
+    Vm(#[from] VmError),
+    #[error("the engine failed")]
+    Engine(#[from] CommandError),
+    #[error("the hand-over could not be recorded")]
+    Registry(#[from] RegistryError),
+}
+
+impl ReceiveError {
+    /// With its causes, for the source: it has no other account of what went wrong here.
+    pub(super) fn chain(&self) -> String {
+        let causes = std::iter::successors(std::error::Error::source(self), |error| error.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
+    }
+}
+
+impl From<Trouble> for ReceiveError {
+    fn from(trouble: Trouble) -> ReceiveError {
+        match trouble {
+            Trouble::Link { during, source } => ReceiveError::Link { during, source },
+            Trouble::Peer(text) => ReceiveError::Peer(text),
+            Trouble::GaveUp(text) => ReceiveError::GaveUp(text),
+            Trouble::Cancelled => ReceiveError::Cancelled,
+            Trouble::Engine(error) => ReceiveError::Engine(error),
+            Trouble::Memory(error) => ReceiveError::Setup(format!("the VM's memory failed: {error}")),
+            Trouble::Unable(text) => ReceiveError::Setup(text),
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! What is fixed about a VM from the moment that its name is claimed.
+
+use crate::control::protocol::EngineKind;
+
+/// What does not change in a VM's life here.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    pub name: String,
+    pub memory_bytes: u64,
+    /// At the start: what `stat` shows until there is memory.
+    pub budget_bytes: u64,
+    pub engine: EngineKind,
+    /// Listen address of the daemon that received it.
+    pub daemon: Option<String>,
+    /// What a target needs to make the same machine, if that is not in the guest's state.
+    pub offer: Option<String>,
+}

@@ -1,0 +1,160 @@
+//! The VM as a migration's source stops it, saves it and lets it go on.
+
+use std::time::{Duration, Instant};
+
+use migrate::{Expected, SendError, SessionId, SourceVm, VmError};
+use tracing::error;
+
+use crate::failure::{Failure, Kind};
+use crate::vm::{BY_ITS_MONITOR, Core, DID_NOT_GO_ON, Vm};
+
+/// How long it is tried again to let a VM go on that has not left: a target that ends may hold its disks' locks still.
+const RESUME_LIMIT: Duration = Duration::from_secs(5);
+const RESUME_RETRY: Duration = Duration::from_millis(100);
+
+/// The VM as a migration's source sees it.
+pub(crate) struct Leaving<'a> {
+    pub(crate) vm: &'a Vm,
+    /// It was told to stand still for this: what stood still by itself is not made to run.
+    paused: bool,
+    /// Its name is given up, for this session.
+    unnamed: Option<SessionId>,
+    /// From the moment on that the target may start it.
+    session: Option<SessionId>,
+    /// Why it cannot move, if it has become such a VM on the way.
+    pub(crate) cannot: Option<Failure>,
+}
+
+impl<'a> Leaving<'a> {
+    pub(crate) fn begin(vm: &'a Vm) -> Leaving<'a> {
+        Leaving { vm, paused: false, unnamed: None, session: None, cannot: None }
+    }
+
+    /// A VM that stands still, and may have left.
+    pub(crate) fn in_doubt(vm: &'a Vm) -> Leaving<'a> {
+        Leaving { vm, paused: true, unnamed: None, session: None, cannot: None }
+    }
+
+    /// It has not left after all.
+    pub(crate) fn come_back(&mut self) -> Result<(), VmError> {
+        self.take_name_back();
+        self.resume()
+    }
+
+    /// Remembers why it cannot move: that is not a failure of the VM.
+    fn failed(&mut self, failure: Failure) -> VmError {
+        self.cannot = Some(failure.clone()).filter(|failure| failure.kind == Kind::CannotMove);
+        text(failure)
+    }
+
+    /// If a machine that cannot move as it is was not stopped for that reason, then it is told as it would have been before a byte moved.
+    fn not_stopped(&mut self, failure: Failure) -> VmError {
+        self.failed(self.vm.unmovable().map_or(failure, cannot_move))
+    }
+
+    /// A bug ended the migration (in a process of ours, all of it). The VM is never left between here and there.
+    pub(crate) fn after_panic(&mut self, to: &str) -> SendError {
+        self.throttle(0);
+        if let Some(session) = self.session {
+            return SendError::InDoubt { session, to: to.to_owned() };
+        }
+        if self.unnamed.is_some() {
+            self.take_name_back();
+        }
+        let paused = self.paused;
+        self.vm.core(|core| core.paused = core.paused.or(paused.then_some(DID_NOT_GO_ON)));
+        SendError::Vm(VmError("a bug in vmemd ended the migration: see the panic in its log".to_owned()))
+    }
+}
+
+fn text(failure: Failure) -> VmError {
+    VmError(failure.text)
+}
+
+fn cannot_move(why: String) -> Failure {
+    Failure::new(Kind::CannotMove, format!("cannot move: {why}"))
+}
+
+impl SourceVm for Leaving<'_> {
+    fn ended(&self) -> Option<String> {
+        self.vm.ended().map(|ended| format!("{ended} while it was moving"))
+    }
+
+    fn drain(&mut self) -> Result<(), VmError> {
+        // Before all of its memory is sent for nothing.
+        if let Some(reason) = self.vm.over() {
+            return Err(self.failed(cannot_move(reason)));
+        }
+        self.vm.guest(|guest| guest.drain()).map_err(text)
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        let looked = self.vm.guest(|guest| Ok((guest.runs()?, guest.run_state().is_some())));
+        let (runs, tells) = looked.map_err(|failure| self.not_stopped(failure))?;
+        self.vm.core(|core| {
+            if !runs && !core.stalled.as_ref().is_some_and(|stall| stall.ran) {
+                // By whatever means, such as a monitor of its user's.
+                core.paused = core.paused.or(Some(BY_ITS_MONITOR));
+            } else if runs && tells {
+                // Let go on by such means, too.
+                core.paused = None;
+            }
+        });
+        self.paused = true;
+        self.vm.guest(|guest| guest.pause()).map_err(|failure| self.not_stopped(failure))
+    }
+
+    fn stood_still(&self) -> bool {
+        self.vm.core(|core| core.paused.is_some())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        // Whoever stalled it meanwhile wants it to stand still.
+        let stays = |core: &mut Core| core.stalled.is_some() || core.paused.is_some();
+        if !self.paused || self.vm.core(stays) || self.vm.ended().is_some() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + RESUME_LIMIT;
+        loop {
+            let Err(failure) = self.vm.guest(|guest| guest.resume()) else { return Ok(()) };
+            if Instant::now() >= deadline {
+                // Until its user resumes it.
+                self.vm.core(|core| core.paused = Some(DID_NOT_GO_ON));
+                return Err(text(failure));
+            }
+            std::thread::sleep(RESUME_RETRY);
+        }
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, VmError> {
+        self.vm.guest(|guest| guest.save()).map_err(|failure| self.failed(failure))
+    }
+
+    fn expected(&mut self) -> Expected {
+        let state = self.vm.guest(|guest| Ok(guest.state_bytes())).ok().flatten();
+        Expected { state_bytes: state.unwrap_or(0), ..Expected::default() }
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        let _ = self.vm.guest(|guest| {
+            guest.throttle(percent);
+            Ok(())
+        });
+    }
+
+    fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
+        self.unnamed = Some(session);
+        self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(text)
+    }
+
+    fn may_start_there(&mut self) {
+        self.session = self.unnamed;
+    }
+
+    fn take_name_back(&mut self) {
+        (self.unnamed, self.session) = (None, None);
+        if let Err(error) = self.vm.claim(|claim| claim.settle()) {
+            error!(vm = %self.vm.facts.name, %error, "the name could not be taken back: the VM runs on as one that is leaving");
+        }
+    }
+}

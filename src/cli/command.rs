@@ -1,0 +1,55 @@
+//! The `vmemd` command: from the command line to the right mechanism, and the exit code.
+
+use clap::Parser;
+use vmprocess::control::rundir::RunDir;
+use vmprocess::failure::{Failure, Kind};
+
+use super::args::{Cli, Command, PkiCommand};
+use super::settings::{qemu_settings, run_settings, serve_settings};
+use super::values::{self, default_store};
+use super::{bench, migrate, resolve, stat, terminal, vms};
+use crate::{daemon, doctor, pki, qemu, run};
+
+/// Runs the command and returns the process's exit code.
+pub fn main() -> u8 {
+    let cli = Cli::parse();
+    let long_running = matches!(cli.command, Command::Run(_) | Command::Serve(_) | Command::Receive { .. });
+    terminal::start_logging(if long_running { "info" } else { "warn" });
+    terminal::exit_code(dispatch(cli))
+}
+
+fn dispatch(cli: Cli) -> Result<(), Failure> {
+    let run_dir = values::run_dir(cli.run_dir.clone());
+    match cli.command {
+        Command::Run(mut args) if !args.qemu.is_empty() => {
+            let words = std::mem::take(&mut args.qemu);
+            match qemu::run::run(&qemu_settings(args.name, args.limits, words, run_dir)?)? {}
+        }
+        Command::Run(args) => run::run(&run_settings(args, run_dir)?),
+        Command::QemuArgs(args) => {
+            let settings = qemu_settings(args.name, args.limits, args.qemu, run_dir)?;
+            let text = qemu::run::arguments(&settings, args.format.into())?;
+            terminal::print(text.trim_end());
+            Ok(())
+        }
+        Command::Serve(args) => daemon::serve::serve(serve_settings(args, run_dir)?),
+        Command::Receive { settings } => {
+            let settings = serde_json::from_str(&settings).map_err(|error| {
+                Failure::new(Kind::Usage, format!("`vmemd receive` is started by `vmemd serve`: {error}"))
+            })?;
+            run::receive(&settings)
+        }
+        Command::Migrate(args) => migrate::migrate(&RunDir::open(&run_dir)?, args),
+        Command::Pki(PkiCommand::Init(args)) => pki::init(&args.into()),
+        Command::Pki(PkiCommand::Issue(args)) => pki::issue(&args.into()),
+        Command::List(json) => vms::list(&RunDir::open(&run_dir)?, json.json),
+        Command::Stat(args) => stat::stat(&RunDir::open(&run_dir)?, &args),
+        Command::Set(args) => vms::set(&RunDir::open(&run_dir)?, &args),
+        Command::Pause(args) => vms::pause(&RunDir::open(&run_dir)?, &args),
+        Command::Resume(args) => vms::resume(&RunDir::open(&run_dir)?, &args),
+        Command::Resolve(args) => resolve::resolve(&RunDir::open(&run_dir)?, &args),
+        Command::Stop(args) => vms::stop(&RunDir::open(&run_dir)?, &args),
+        Command::Doctor(args) => doctor::doctor(&args.store.unwrap_or_else(default_store), args.json.json),
+        Command::Bench { args } => match bench::bench(cli.run_dir, args)? {},
+    }
+}

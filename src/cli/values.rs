@@ -1,0 +1,79 @@
+//! Values of a command line that vmemd's programs have in common, and their defaults.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use vmprocess::control::rundir::RunDir;
+use vmprocess::failure::{Failure, Kind};
+use vmprocess::size::Size;
+
+use crate::qemu::budget::check_ram;
+
+#[derive(Debug, clap::Args)]
+pub struct JsonArg {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The directory of the VMs' control sockets: the one given, else `VMEMD_RUN_DIR`'s, else the usual one.
+pub fn run_dir(given: Option<PathBuf>) -> PathBuf {
+    given
+        .or_else(|| std::env::var_os("VMEMD_RUN_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from))
+        .unwrap_or_else(RunDir::default_path)
+}
+
+/// Where stores are unless the user says otherwise.
+pub fn default_store() -> PathBuf {
+    // SAFETY: geteuid has no arguments and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    match std::env::var_os("HOME") {
+        Some(home) if !root => PathBuf::from(home).join(".local/share/vmemd"),
+        _ => PathBuf::from("/var/lib/vmemd"),
+    }
+}
+
+/// What can be said about sizes without looking at the host.
+///
+/// # Errors
+/// [`Kind::Usage`] if a VM cannot have them.
+pub fn check_sizes(memory: Size, ram: Size) -> Result<(), Failure> {
+    if memory.bytes() == 0 || !memory.bytes().is_multiple_of(2 << 20) {
+        let text = format!("--memory {memory} is not a multiple of 2M: round it up or down");
+        return Err(Failure::new(Kind::Usage, text));
+    }
+    check_ram(memory, ram)
+}
+
+/// A time as people write it: `50ms`, `1s`, `1.5s`.
+///
+/// # Errors
+/// With how it is written.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let scale = match unit {
+        "ms" => 0.001,
+        "s" => 1.0,
+        _ => return Err("write a number and a unit, such as 50ms or 1s".to_owned()),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("{number:?} is not a number"))?;
+    Duration::try_from_secs_f64(number * scale)
+        .ok()
+        .filter(|time| !time.is_zero() && *time <= Duration::from_secs(3600))
+        .ok_or_else(|| "choose a time between 1ms and 3600s".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_as_people_write_them() {
+        assert_eq!(parse_duration("50ms"), Ok(Duration::from_millis(50)));
+        assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
+        for text in ["", "50", "ms", "-1s", "0ms", "2h", "1e9s", "9999999s"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! What a guest is made of.
+
+use crate::vmm::workload::Workload;
+
+/// What a guest is made of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MachineConfig {
+    /// RAM in bytes, a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// 1 to [`VCPUS_MAX`](crate::vmm::VCPUS_MAX).
+    pub vcpus: u32,
+    /// What the guest does.
+    pub workload: Workload,
+}

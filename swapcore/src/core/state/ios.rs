@@ -1,0 +1,103 @@
+//! Operations on the tiers that are under way.
+
+use crate::core::event::IoId;
+use crate::units::{PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId};
+
+/// Where pages go once they are read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Landing {
+    /// Into the guest, except the marker.
+    Guest { marker: Option<PageNo> },
+    /// They wait in staging for a touch.
+    Staging,
+}
+
+/// Why pages are written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Purpose {
+    PageOut,
+    /// Received in a migration and placed in the store.
+    Placement,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    Read {
+        landing: Landing,
+    },
+    /// To see whether the tier gives anything; so many more may follow.
+    Probe {
+        more: u32,
+    },
+    Write(Purpose),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Io {
+    pub(crate) kind: Kind,
+    pub(crate) tier: TierId,
+    pub(crate) run: Run,
+    pub(crate) slots: SlotRun,
+    /// Of a write, one bit a page: the checksum on record has become that of a newer version.
+    pub(crate) outdated: u64,
+}
+
+/// Operations under way, by number; numbers are used again.
+#[derive(Debug, Default)]
+pub(crate) struct Ios {
+    entries: Vec<Option<Io>>,
+    vacant: Vec<u32>,
+    /// Writes under way, to each tier.
+    writes: [u32; TIERS_MAX],
+}
+
+impl Ios {
+    pub(crate) fn start(&mut self, io: Io) -> IoId {
+        self.writes[io.tier.index()] += u32::from(matches!(io.kind, Kind::Write(_)));
+        let id = self.vacant.pop().unwrap_or_else(|| {
+            self.entries.push(None);
+            self.entries.len() as u32 - 1
+        });
+        self.entries[id as usize] = Some(io);
+        IoId(id)
+    }
+
+    /// The slots that the device works with.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = SlotRun> {
+        self.entries.iter().flatten().map(|io| io.slots)
+    }
+
+    /// A newer version of the page gets its checksum on record while an older one is being written.
+    pub(crate) fn outdate(&mut self, page: PageNo) {
+        let of_page = |io: &&mut Io| matches!(io.kind, Kind::Write(_)) && io.run.contains(page);
+        if let Some(io) = self.entries.iter_mut().flatten().find(of_page) {
+            io.outdated |= 1 << (page.0 - io.run.start.0);
+        }
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.vacant.len() == self.entries.len()
+    }
+
+    pub(crate) fn end(&mut self, id: IoId) -> Io {
+        self.vacant.push(id.0);
+        let io = self.entries[id.0 as usize].take().expect("an operation ends once");
+        self.writes[io.tier.index()] -= u32::from(matches!(io.kind, Kind::Write(_)));
+        io
+    }
+
+    /// Writes under way.
+    pub(crate) fn writes(&self) -> u32 {
+        self.writes.iter().sum()
+    }
+
+    pub(crate) fn writes_to(&self, tier: TierId) -> u32 {
+        self.writes[tier.index()]
+    }
+
+    /// The device fills the slot for its page.
+    pub(crate) fn is_reading(&self, slot: Slot) -> bool {
+        let is_read = |io: &&Io| matches!(io.kind, Kind::Read { .. });
+        self.entries.iter().flatten().filter(is_read).any(|io| io.slots.contains(slot))
+    }
+}

@@ -1,0 +1,56 @@
+//! The walks that have been asked for, and how far they have come.
+
+use std::collections::VecDeque;
+
+use crate::api::Written;
+use crate::core::event::Ticket;
+use crate::table::PageState;
+use crate::units::{PageNo, Run};
+
+/// How far a step goes.
+#[derive(Clone, Copy, Debug)]
+pub struct WalkStep {
+    /// Pages of the engine's own table.
+    pub table: u64,
+    /// Pages in the guest at which the kernel looks; a block is looked at whole.
+    pub present: u32,
+    /// Blocks at which the kernel looks: where pages have left, it has a page table to look through all the same.
+    pub blocks: usize,
+}
+
+/// 0.1 ms for the table; 64 MiB or, where nothing is present, 2 GiB for the kernel, 0.5 to 1.1 ms.
+impl Default for WalkStep {
+    fn default() -> Self {
+        WalkStep { table: 1 << 16, present: 1 << 14, blocks: 1 << 10 }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) enum Task {
+    Heat(Vec<u8>),
+    /// The pages in any of these states.
+    Map(&'static [PageState], Vec<Run>),
+    /// Samples come back before tracking begins: one that came back later would look as if it had been written.
+    PutSamplesBack,
+    Arm,
+    Disarm,
+    CollectWritten(Written),
+}
+
+#[derive(Debug)]
+pub(crate) struct Walk {
+    pub(crate) ticket: Ticket,
+    pub(crate) task: Task,
+    /// Where the next step begins.
+    pub(crate) next: PageNo,
+}
+
+/// The walks that have been asked for; the first one is under way.
+#[derive(Debug, Default)]
+pub(crate) struct Walks(pub(crate) VecDeque<Walk>);
+
+impl Walks {
+    pub(crate) fn begin(&mut self, ticket: Ticket, task: Task) {
+        self.0.push_back(Walk { ticket, task, next: PageNo(0) });
+    }
+}

@@ -1,0 +1,128 @@
+//! Requests that look at all of memory, in steps.
+//!
+//! A VM of 1 TiB has 268 million pages: to look at all of them takes the engine's thread from a tenth of a second (its own table) to
+//! ten seconds (the kernel's page tables), in which no fault would be served. So such a request is a *walk*: as long as
+//! [`Core::is_walking`], the driver hands in one [`Event::Step`](super::Event::Step) a turn of its loop, and serves the faults that
+//! have come meanwhile in between. Walks are done one after the other, in the order in which they were asked for; the answer comes
+//! behind the last step.
+//!
+//! What a walk finds is as old as the step that found it. For written pages that is enough: a page that is written behind its step is
+//! found by the next walk, because the same step has protected it again. Heat and maps are hints.
+
+use super::Core;
+use super::event::{Action, Response, Ticket};
+use super::state::walks::{Task, Walk, WalkStep};
+use crate::api::Written;
+use crate::error::CommandError;
+use crate::table::{PageState, PageTable, REGION_BLOCKS};
+use crate::units::{BLOCK_PAGES, PageNo, Run};
+
+/// Samples put back in a step: each may be a huge page, 10 us.
+const SAMPLES_STEP: usize = 32;
+
+/// The pages from `from` on at which the kernel looks in one step.
+fn kernel_part(table: &PageTable, from: PageNo, most: WalkStep) -> Run {
+    let (mut at, mut present, mut blocks) = (from, 0, 0);
+    while at.0 < table.pages() && present < most.present && blocks < most.blocks {
+        if let Some(next) = table.skip_empty_region(at.block()) {
+            (at, blocks) = (PageNo(next as u64 * u64::from(BLOCK_PAGES)), blocks + REGION_BLOCKS);
+        } else {
+            present += u32::from(table.resident_in_block(at.block()));
+            (at, blocks) = (at.next_block(), blocks + 1);
+        }
+    }
+    Run::new(from, (at.0.min(table.pages()) - from.0) as u32)
+}
+
+impl Core {
+    /// Whether [`Event::Step`](super::Event::Step) is to be handed in.
+    pub fn is_walking(&self) -> bool {
+        !self.walks.0.is_empty()
+    }
+
+    pub(super) fn heat_map(&mut self, ticket: Ticket) {
+        self.walks.begin(ticket, Task::Heat(Vec::with_capacity(self.table.pages() as usize)));
+    }
+
+    pub(super) fn map_of(&mut self, ticket: Ticket, states: &'static [PageState]) {
+        self.walks.begin(ticket, Task::Map(states, Vec::new()));
+    }
+
+    pub(super) fn track_writes(&mut self, ticket: Ticket, on: bool) {
+        self.walks.begin(ticket, if on { Task::PutSamplesBack } else { Task::Disarm });
+    }
+
+    pub(super) fn collect_written(&mut self, ticket: Ticket) {
+        self.walks.begin(ticket, Task::CollectWritten(Written::default()));
+    }
+
+    /// One step of the walk that is under way, or its answer.
+    pub(super) fn step(&mut self) {
+        let Some(mut walk) = self.walks.0.pop_front() else { return };
+        let pages = self.table.pages();
+        if walk.next.0 == pages {
+            let response = match walk.task {
+                Task::Heat(heat) => Response::Heat(heat),
+                Task::Map(_, runs) => Response::Runs(runs),
+                Task::CollectWritten(written) => Response::Written(written),
+                Task::PutSamplesBack | Task::Arm | Task::Disarm => Response::Done,
+            };
+            return self.answer(walk.ticket, Ok(response));
+        }
+        let in_table = Run::new(walk.next, self.config.walk.table.min(pages - walk.next.0) as u32);
+        walk.next = match &mut walk.task {
+            Task::Heat(heat) => {
+                heat.extend(in_table.pages().map(|page| self.table.heat(page)));
+                in_table.end()
+            }
+            Task::Map(states, runs) => {
+                for page in in_table.pages().filter(|page| states.contains(&self.table.state(*page))) {
+                    match runs.last_mut() {
+                        Some(run) if run.end() == page && run.len < u32::MAX => run.len += 1,
+                        _ => runs.push(Run::one(page)),
+                    }
+                }
+                in_table.end()
+            }
+            Task::PutSamplesBack => {
+                self.left_while_tracked.get_or_insert_with(|| vec![0; pages.div_ceil(64) as usize]);
+                if !self.put_samples_back(SAMPLES_STEP) {
+                    walk.task = Task::Arm;
+                }
+                walk.next
+            }
+            Task::Arm => {
+                let run = kernel_part(&self.table, walk.next, self.config.walk);
+                self.actions.push_back(Action::ArmTracking { run });
+                run.end()
+            }
+            Task::Disarm => {
+                self.end_tracking();
+                PageNo(pages)
+            }
+            Task::CollectWritten(_) if self.left_while_tracked.is_none() => {
+                return self.answer(walk.ticket, Err(CommandError::NotNow("writes are not tracked")));
+            }
+            Task::CollectWritten(_) => {
+                let run = kernel_part(&self.table, walk.next, self.config.walk);
+                self.actions.push_back(Action::ScanWritten { run });
+                run.end()
+            }
+        };
+        self.walks.0.push_front(walk);
+    }
+
+    /// What the scan of the last step has found in its run.
+    pub(super) fn written(&mut self, run: Run, seen: &[Run]) {
+        let left = self.note_written(run, seen);
+        let Some(Walk { task: Task::CollectWritten(written), .. }) = self.walks.0.front_mut() else {
+            unreachable!("{run:?} was scanned for a walk, which is the first one until its last step");
+        };
+        written.seen.extend(seen);
+        written.left.extend(left);
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Result<Response, CommandError>) {
+        self.actions.push_back(Action::Answer { ticket, answer });
+    }
+}

@@ -1,0 +1,138 @@
+//! Requests that look at all of memory let faults through: how long faults wait while each of them runs over and over, in a VM of
+//! 256 GiB of which little is touched.
+
+#[macro_use]
+extern crate testkit;
+
+testkit::main!();
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{Vm, config, started, store_directory};
+use swapd::{Engine, EngineHandle, PAGE_SIZE, PageNo};
+use testkit::Random;
+
+const GIB: u64 = 1 << 30;
+const MEMORY: u64 = 256 * GIB;
+/// Of what is touched, this share is in RAM: a fault reads the store.
+const IN_RAM: (u64, u64) = (7, 8);
+/// A touch that takes less was no fault.
+const FAULT_MIN: Duration = Duration::from_micros(15);
+/// For each kind of request.
+const WINDOW: Duration = Duration::from_secs(2);
+/// What a request may add to the longest wait but one in a thousand.
+const ADDED_MAX: Duration = Duration::from_millis(2);
+
+/// What is touched before: 4 GiB if the environment has `VMEMD_LONG`.
+fn touched() -> u64 {
+    if std::env::var_os("VMEMD_LONG").is_some() { 4 * GIB } else { 2 * GIB }
+}
+
+/// How long a thread has waited for a core: on a machine with two, a third busy one waits a slice of the scheduler now and then, which
+/// is not what is measured here.
+struct Waits(File);
+
+impl Waits {
+    fn of(task: &str) -> Waits {
+        Waits(File::open(format!("/proc/self/task/{task}/schedstat")).expect("the thread runs"))
+    }
+
+    fn of_engine() -> Waits {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("proc is there").flatten();
+        let is_engine = |name: &String| {
+            let comm = std::fs::read_to_string(format!("/proc/self/task/{name}/comm"));
+            comm.is_ok_and(|comm| comm.trim() == "vmemd-engine")
+        };
+        let mut names = tasks.map(|task| task.file_name().to_string_lossy().into_owned());
+        Waits::of(&names.find(is_engine).expect("the engine has a thread"))
+    }
+
+    fn so_far(&self) -> Duration {
+        let mut text = [0; 64];
+        let len = self.0.read_at(&mut text, 0).expect("the thread runs");
+        let text = std::str::from_utf8(&text[..len]).expect("figures");
+        Duration::from_nanos(
+            text.split(' ').nth(1).and_then(|ns| ns.parse().ok()).expect("its second figure"),
+        )
+    }
+}
+
+/// Touches pages at random until told to stop. Returns how long each fault took, without waits for a core, in ascending order.
+fn fault(vm: &Vm, stop: &AtomicBool) -> Vec<Duration> {
+    let this = std::fs::read_link("/proc/thread-self").expect("proc is there");
+    let this = Waits::of(&this.file_name().expect("a number").to_string_lossy());
+    let engine = Waits::of_engine();
+    let waited = || this.so_far() + engine.so_far();
+    let (mut took, mut random) = (Vec::new(), Random(1));
+    while !stop.load(Ordering::Relaxed) {
+        let page = PageNo(random.below(touched() / PAGE_SIZE as u64));
+        let before = waited();
+        let since = Instant::now();
+        vm.touch(page);
+        let elapsed = since.elapsed();
+        if elapsed >= FAULT_MIN {
+            took.push(elapsed.saturating_sub(waited() - before));
+        }
+    }
+    took.sort_unstable();
+    took
+}
+
+/// The same while `request` is made again and again; each time it says how long the engine was asked.
+fn faults_during(vm: &Vm, what: &str, request: impl Fn(&EngineHandle)) -> Duration {
+    let stop = AtomicBool::new(false);
+    let (took, asked) = std::thread::scope(|scope| {
+        let faults = scope.spawn(|| fault(vm, &stop));
+        let (since, mut asked) = (Instant::now(), 0);
+        while since.elapsed() < WINDOW {
+            request(&vm.handle());
+            asked += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+        (faults.join().expect("faults are served"), asked)
+    });
+    let late = took[took.len() * 999 / 1000];
+    println!(
+        "{what}: {asked} times, {} faults, p50 {:?}, p99.9 {late:?}, longest {:?}",
+        took.len(),
+        took[took.len() / 2],
+        took[took.len() - 1]
+    );
+    late
+}
+
+#[test]
+fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
+    let mut config = config(MEMORY, touched() / IN_RAM.1 * IN_RAM.0, store_directory(), false);
+    config.store.overcommit = true;
+    config.sampling = false;
+    let vm = Vm::of(started(Engine::start(config, Box::new(|notice| println!("notice: {notice:?}")))));
+    (0..touched() / PAGE_SIZE as u64).for_each(|page| vm.touch(PageNo(page)));
+    let without = faults_during(&vm, "nothing", |_| std::thread::sleep(Duration::from_millis(10)));
+    let mut slow = Vec::new();
+    let mut measure = |what: &str, request: &dyn Fn(&EngineHandle)| {
+        let late = faults_during(&vm, what, request);
+        if late > without + ADDED_MAX {
+            slow.push(format!("{what}: {late:?}"));
+        }
+    };
+    measure("heat", &|handle| {
+        handle.heat_async().blocking_recv().expect("the engine lives").expect("heat is always known");
+    });
+    measure("pages in RAM", &|handle| drop(handle.resident_map().expect("they are known")));
+    measure("pages in the store", &|handle| {
+        handle.stored_map_async().blocking_recv().expect("the engine lives").expect("they are known");
+    });
+    measure("tracking of writes, on and off", &|handle| {
+        handle.track_writes(true).expect("tracking begins");
+        handle.track_writes(false).expect("tracking ends");
+    });
+    vm.handle().track_writes(true).expect("tracking begins");
+    measure("written pages", &|handle| drop(handle.collect_written().expect("writes are tracked")));
+    assert!(slow.is_empty(), "without any, {without:?}; {}", slow.join("; "));
+}
