@@ -45,6 +45,8 @@ mod real {
     pub(crate) use tokio_uring::net::TcpStream;
     pub(crate) use tokio_uring::{Runtime, spawn};
 
+    use tokio_uring::buf::BoundedBufMut;
+
     use crate::tls::{Client, TlsError};
 
     /// The group's right to write, and everybody's.
@@ -58,6 +60,15 @@ mod real {
         limit: Duration,
     ) -> Result<StdStream, TlsError> {
         client.secure(stream, to, limit)
+    }
+
+    /// Reads a page that is not held: what comes is for comparison alone.
+    pub(crate) async fn probe_at<B: BoundedBufMut>(
+        store: &StoreFile,
+        buf: B,
+        at: u64,
+    ) -> (io::Result<()>, B) {
+        store.read_exact_at(buf, at).await
     }
 
     pub(crate) fn runtime() -> io::Result<Runtime> {

@@ -41,6 +41,16 @@ mod planted {
         KeepsStoredBit,
         /// The first error of a read is the page's end.
         PoisonsAtFirstError,
+        /// A page that was not given in time is taken for broken, whatever the store does otherwise.
+        TakesSilenceForBroken,
+        /// Nobody asks a store for another page when one cannot be read.
+        NeverProbes,
+        /// Nobody is told that a store does not answer.
+        WaitsInSilence,
+        /// Nobody is told that a store answers again.
+        ForgetsReachable,
+        /// What is on its way to a tier that refuses or does not end its writes counts as frames to come, and more is sent there.
+        CountsOnStalledTier,
         /// A store that works again gets only what leaves from now on.
         ForgetsUnwrittenOnRetry,
         /// A store that failed is tried again only when somebody asks.

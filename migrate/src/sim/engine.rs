@@ -64,6 +64,8 @@ struct State {
     bad: BTreeMap<PageNo, Bad>,
     dirty: Vec<(u32, BTreeSet<PageNo>)>,
     next_subscriber: u32,
+    /// So many reads of the store fail, whatever they are of.
+    store_away: u64,
     receiving: bool,
     free: BTreeSet<u32>,
     granted: BTreeSet<u32>,
@@ -154,6 +156,7 @@ impl EngineHandle {
             bad: BTreeMap::new(),
             dirty: Vec::new(),
             next_subscriber: 0,
+            store_away: 0,
             receiving: false,
             free: (0..SLOTS).collect(),
             granted: BTreeSet::new(),
@@ -242,6 +245,11 @@ impl EngineHandle {
         let bad = world().random.pick(&[Bad::Once, Bad::Unreadable, Bad::Rotten]);
         state.bad.insert(page, bad);
         bad != Bad::Once
+    }
+
+    /// The store is away for so many reads, and comes back as it was.
+    pub(crate) fn be_away(&self, reads: u64) {
+        self.0.borrow_mut().store_away = reads;
     }
 
     pub(crate) fn is_zero(&self, page: PageNo) -> bool {
@@ -554,14 +562,22 @@ impl StoreFile {
         StoreFile(device)
     }
 
-    pub async fn read_exact_at<B: BoundedBufMut>(&self, mut buf: B, from: u64) -> (io::Result<()>, B) {
+    pub async fn read_exact_at<B: BoundedBufMut>(&self, buf: B, from: u64) -> (io::Result<()>, B) {
+        self.read_at(buf, from, true).await
+    }
+
+    pub async fn read_at<B: BoundedBufMut>(&self, mut buf: B, from: u64, held: bool) -> (io::Result<()>, B) {
         sleep(world().delay(DEVICE)).await;
         let mut state = self.0.0.0.borrow_mut();
+        if state.store_away > 0 {
+            state.store_away -= 1;
+            return (Err(io::Error::from_raw_os_error(libc::EIO)), buf);
+        }
         let run = Run::new(PageNo(from / PAGE_SIZE as u64), (buf.bytes_total() / PAGE_SIZE) as u32);
         let mut bytes = Vec::with_capacity(run.bytes());
         for page in run.pages() {
-            assert!(state.held[page.index()], "{page} is read from the store and not held");
-            let mut read = content(page, state.store[&page]);
+            assert!(!held || state.held[page.index()], "{page} is read from the store and not held");
+            let mut read = content(page, state.store.get(&page).copied().unwrap_or_default());
             match state.bad.get(&page) {
                 Some(Bad::Rotten) => read[usize::from(world().random.next() as u8)] ^= 0x10,
                 Some(_) => {
@@ -609,4 +625,9 @@ impl Drop for DirtySubscription {
         let id = self.id;
         drop(self.handle.ask_always(move |state| state.dirty.retain(|(other, _)| *other != id)));
     }
+}
+
+/// As the real one: the page is not held.
+pub async fn probe_at<B: BoundedBufMut>(store: &StoreFile, buf: B, at: u64) -> (io::Result<()>, B) {
+    store.read_at(buf, at, false).await
 }

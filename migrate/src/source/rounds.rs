@@ -98,6 +98,7 @@ impl<'a> Rounds<'a> {
             lanes: connected.streams.iter().map(|_| Lane::new()).collect(),
             pages_sent: Default::default(),
             patience: REREAD_WAITS.into(),
+            last_given: None.into(),
         });
         let lanes = [WireLane::ToSource, WireLane::ToTarget];
         let control = ControlLink::start(connected.control, session, lanes, life).map_err(&link)?;

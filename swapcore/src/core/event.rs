@@ -239,6 +239,10 @@ pub enum Action {
     Starved(IoError),
     /// That is over.
     Relieved,
+    /// Somebody waits for the tier, and it has given nothing for a while. It is asked again and again.
+    TierUnreachable(IoError),
+    /// It gives pages again, or nobody waits for it any more.
+    TierReachable(TierId),
     /// A fault has waited for a frame for a while, and there is none to be had: all that could leave is held where it is.
     Short {
         pinned: u64,

@@ -157,7 +157,7 @@ impl Core {
         if !mutant!(KeepsFramesAboveBudget) {
             self.release_free(u32::try_from(over).unwrap_or(u32::MAX));
         }
-        if self.taken > self.budget && self.latch.is_none() && !mutant!(AnswersBudgetEarly) {
+        if self.taken > self.budget && !self.tiers.none_writable() && !mutant!(AnswersBudgetEarly) {
             return;
         }
         for ticket in std::mem::take(&mut self.budget_waiters) {

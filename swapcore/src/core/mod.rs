@@ -1,8 +1,8 @@
 //! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
-//! `latch` (a store that takes no writes), `pins` (pages that something holds), `frames` (where frames come from), `source` and
-//! `receive` (the two ends of a migration), `walk` (requests that look at all of memory). Each is an `impl Core`. What a concern keeps
+//! `tiers` (which of them answer), `latch` (one that takes no writes), `pins` (pages that something holds), `frames` (where frames come
+//! from), `source` and `receive` (the two ends of a migration), `walk` (requests that look at all of memory). Each is an `impl Core`. What a concern keeps
 //! between events is a type of its own in `state`, which knows nothing of the core.
 //!
 //! Invariants, checked by the simulation after every step:
@@ -23,6 +23,7 @@ mod source;
 mod state;
 #[cfg(test)]
 mod tests;
+mod tiers;
 mod walk;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -40,15 +41,16 @@ use crate::policy::probation::Probation;
 use crate::policy::sampler::Sampler;
 use crate::policy::watermarks::Watermarks;
 use crate::staging::{Staging, Use};
-use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
+use crate::stats::{LOST_RUNS_MAX, LostRun, Stats, TierState};
 use crate::table::{Flag, PageState, PageTable, STATES};
-use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId, bytes_of, runs_of};
 use state::dirty::DirtyTracking;
-use state::ios::{BadReads, Ios};
-use state::latch::{Backoff, Latch};
+use state::ios::Ios;
+use state::latch::Starving;
 use state::pass::Pass;
 use state::pins::Pins;
 use state::receiving::Receiving;
+use state::tiers::{BadReads, Tiers};
 use state::walks::Walks;
 
 /// Pages in one read or write of the store at most: 256 KiB.
@@ -154,9 +156,8 @@ pub struct Core {
     dirty: DirtyTracking,
     walks: Walks,
     receiving: Option<Receiving>,
-    /// The store takes no writes.
-    latch: Option<Latch>,
-    backoff: Backoff,
+    tiers: Tiers,
+    starving: Starving,
     pins: Pins,
     /// Pages of which a reading failed, until one succeeds or the page is lost.
     bad_reads: PageMap<BadReads>,
@@ -229,8 +230,8 @@ impl Core {
             dirty: DirtyTracking::default(),
             walks: Walks::default(),
             receiving: None,
-            latch: None,
-            backoff: Backoff::default(),
+            tiers: Tiers::new(1),
+            starving: Starving::default(),
             pins: Pins::default(),
             bad_reads: PageMap::default(),
             lost: BTreeSet::new(),
@@ -253,6 +254,23 @@ impl Core {
         let table = self.table.with_short_blocks(short);
         let marks = Watermarks::of(self.budget, table.memory_pages(), self.staging.slots());
         Core { table, marks, ..self }
+    }
+
+    /// The same with so many tiers: at which of them each block of pages is at home.
+    #[must_use]
+    pub fn with_homes(mut self, tiers: u8, home: impl Fn(usize) -> TierId) -> Self {
+        assert!((1..=TIERS_MAX).contains(&usize::from(tiers)), "{tiers} tiers");
+        self.tiers = Tiers::new(usize::from(tiers));
+        for block in 0..self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize {
+            let tier = home(block);
+            assert!(tier.0 < tiers, "{tier} is none of {tiers}");
+            self.table.set_home(block, tier);
+        }
+        self
+    }
+
+    pub fn tier_state(&self, tier: TierId) -> TierState {
+        self.tiers.state(tier)
     }
 
     /// The next thing to do. Call after every event until it says none.
@@ -301,7 +319,7 @@ impl Core {
             || (scarce_since && self.sampler.is_out());
         if waits || self.is_collapsing() {
             1
-        } else if self.may_sample() {
+        } else if self.may_sample() && self.waiting.is_empty() {
             self.sampler.interval()
         } else {
             IDLE_TICKS.min(self.ticks_to_retry())
@@ -322,6 +340,7 @@ impl Core {
             self.reread();
         }
         self.tick_latch();
+        self.tick_tiers(ticks);
         self.tick_pins(ticks);
         self.collapse();
         self.sample();
@@ -556,7 +575,9 @@ impl Core {
                 read_errors: counts.read_errors,
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
-                failed: self.latch.as_ref().map(|latch| latch.error().to_string()),
+                failed: self.tiers.latched().map(|error| error.to_string()),
+                state: self.tiers.state(TierId::STORE),
+                silent_ms: self.tiers.silent_ticks(TierId::STORE) * TICK_MS,
                 ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),

@@ -240,12 +240,23 @@ impl Sim {
             Action::Starved(_) => {
                 self.trace.note("no frames left", 0);
                 assert!(!std::mem::replace(&mut self.oracle.starved, true), "told twice");
-                self.guest.paused = self.random.one_in(2);
+                self.guest.paused |= self.random.one_in(2);
             }
             Action::Relieved => {
                 self.trace.note("frames again", 0);
                 assert!(std::mem::take(&mut self.oracle.starved), "relieved of nothing");
                 self.guest.paused = false;
+            }
+            Action::TierUnreachable(error) => {
+                self.trace.note("a tier does not answer", u64::from(error.tier.0));
+                let told = &mut self.oracle.silent[error.tier.index()].1;
+                assert!(!std::mem::replace(told, true), "told twice");
+                self.guest.paused |= self.random.one_in(2);
+            }
+            Action::TierReachable(tier) => {
+                self.trace.note("a tier answers", u64::from(tier.0));
+                assert!(std::mem::take(&mut self.oracle.silent[tier.index()].1), "it was not away");
+                self.guest.paused &= self.oracle.starved || self.oracle.silent.iter().any(|(_, told)| *told);
             }
             Action::Short { .. } => {
                 self.trace.note("all frames are held", 0);

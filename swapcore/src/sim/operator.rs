@@ -107,6 +107,10 @@ impl Sim {
     /// What the guest gives back reads as zeros from now on.
     fn give_back(&mut self) {
         let run = self.random_run(20);
+        self.given_back(run);
+    }
+
+    pub(super) fn given_back(&mut self, run: Run) {
         self.trace.add("given back", run, None, None);
         for page in run.pages() {
             self.oracle.truth[page.index()] = Some(0);

@@ -37,6 +37,9 @@ pub(super) struct Oracle {
     pub(super) held: Vec<Held>,
     /// The core has said that who waits for a frame gets none, and not that this is over.
     pub(super) starved: bool,
+    /// For how many ticks somebody has waited for each tier, which has been silent all the time; and whether the core has said that it is,
+    /// and not that this is over.
+    pub(super) silent: [(u64, bool); super::TIERS],
     /// The core has said that all frames are held and the guest waits for one, and not that this is over.
     pub(super) short: bool,
     /// Frames taken at the last check.
@@ -55,6 +58,7 @@ impl Oracle {
             }),
             held: Vec::new(),
             starved: false,
+            silent: [(0, false); super::TIERS],
             short: false,
             taken: 0,
         }

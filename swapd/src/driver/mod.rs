@@ -279,6 +279,8 @@ impl Driver {
             Action::StoreRecovered(_) => (self.notify)(Notice::StoreRecovered),
             Action::Starved(error) => (self.notify)(Notice::Starved(error.to_string())),
             Action::Relieved => (self.notify)(Notice::Relieved),
+            Action::TierUnreachable(error) => (self.notify)(Notice::Unreachable(error.to_string())),
+            Action::TierReachable(_) => (self.notify)(Notice::Reachable),
             Action::Short { pinned } => (self.notify)(Notice::Short { pinned_bytes: bytes_of(pinned) }),
             Action::Enough => (self.notify)(Notice::Enough),
             Action::PagePoisoned(page) => (self.notify)(Notice::Poisoned(page)),

@@ -1,7 +1,7 @@
-//! Operations on the store that are under way, and pages of which a reading failed.
+//! Operations on the tiers that are under way.
 
 use crate::core::event::IoId;
-use crate::units::{PageNo, Run, SlotRun, TierId};
+use crate::units::{PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId};
 
 /// Where pages go once they are read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -22,7 +22,13 @@ pub(crate) enum Purpose {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kind {
-    Read { landing: Landing },
+    Read {
+        landing: Landing,
+    },
+    /// To see whether the tier gives anything; so many more may follow.
+    Probe {
+        more: u32,
+    },
     Write(Purpose),
 }
 
@@ -36,24 +42,18 @@ pub(crate) struct Io {
     pub(crate) outdated: u64,
 }
 
-/// A page that could not be read, or came back with another content, while somebody waits for it.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct BadReads {
-    pub(crate) count: usize,
-    pub(crate) again_tick: u64,
-}
-
 /// Operations under way, by number; numbers are used again.
 #[derive(Debug, Default)]
 pub(crate) struct Ios {
     entries: Vec<Option<Io>>,
     vacant: Vec<u32>,
-    writes: u32,
+    /// Writes under way, to each tier.
+    writes: [u32; TIERS_MAX],
 }
 
 impl Ios {
     pub(crate) fn start(&mut self, io: Io) -> IoId {
-        self.writes += u32::from(matches!(io.kind, Kind::Write(_)));
+        self.writes[io.tier.index()] += u32::from(matches!(io.kind, Kind::Write(_)));
         let id = self.vacant.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() as u32 - 1
@@ -82,12 +82,22 @@ impl Ios {
     pub(crate) fn end(&mut self, id: IoId) -> Io {
         self.vacant.push(id.0);
         let io = self.entries[id.0 as usize].take().expect("an operation ends once");
-        self.writes -= u32::from(matches!(io.kind, Kind::Write(_)));
+        self.writes[io.tier.index()] -= u32::from(matches!(io.kind, Kind::Write(_)));
         io
     }
 
     /// Writes under way.
     pub(crate) fn writes(&self) -> u32 {
-        self.writes
+        self.writes.iter().sum()
+    }
+
+    pub(crate) fn writes_to(&self, tier: TierId) -> u32 {
+        self.writes[tier.index()]
+    }
+
+    /// The device fills the slot for its page.
+    pub(crate) fn is_reading(&self, slot: Slot) -> bool {
+        let is_read = |io: &&Io| matches!(io.kind, Kind::Read { .. });
+        self.entries.iter().flatten().filter(is_read).any(|io| io.slots.contains(slot))
     }
 }

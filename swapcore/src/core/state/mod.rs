@@ -6,4 +6,5 @@ pub(crate) mod latch;
 pub(crate) mod pass;
 pub(crate) mod pins;
 pub(crate) mod receiving;
+pub(crate) mod tiers;
 pub(crate) mod walks;
