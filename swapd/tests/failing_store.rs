@@ -37,7 +37,7 @@ fn start(disk: &Disk) -> (Vm, Receiver<Notice>) {
 #[test]
 fn a_full_disk_stops_the_vm_and_loses_nothing() {
     let directory = testkit::directory_in(store_directory(), "full");
-    let disk = Disk::ext4(&directory.path(), 256 * MIB).or_skip(Reason::Loop);
+    let disk = Disk::ext4(directory.path(), 256 * MIB).or_skip(Reason::Loop);
     disk.leave_free(32 * MIB);
     let (vm, notices) = start(&disk);
     std::thread::scope(|scope| {
@@ -69,7 +69,7 @@ fn a_full_disk_stops_the_vm_and_loses_nothing() {
 fn bad_sectors_lose_their_pages_alone() {
     const BAD: u64 = 96 * MIB;
     let directory = testkit::directory_in(store_directory(), "bad");
-    let disk = Disk::bare(&directory.path(), 128 * MIB).or_skip(Reason::Loop);
+    let disk = Disk::bare(directory.path(), 128 * MIB).or_skip(Reason::Loop);
     let (vm, _notices) = start(&disk);
     vm.write_all(1);
     vm.handle().evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
@@ -94,7 +94,7 @@ fn bad_sectors_lose_their_pages_alone() {
 #[test]
 fn a_reserve_is_let_go_of_when_nothing_can_be_written() {
     let directory = testkit::directory_in(store_directory(), "reserve");
-    let disk = Disk::bare(&directory.path(), 128 * MIB).or_skip(Reason::Loop);
+    let disk = Disk::bare(directory.path(), 128 * MIB).or_skip(Reason::Loop);
     let (vm, notices) = start(&disk);
     vm.write_all(1);
     disk.set_writable(false);
