@@ -6,14 +6,17 @@
 
 use std::path::{Path, PathBuf};
 
+use migrate::versions::Versions;
+use migrate::wire::VERSIONS;
 use migrate::wire::control::{Control, sealed as sealed_record};
 use migrate::wire::extents::{self, Bounds};
 use migrate::wire::heat::Assembly;
-use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble, sealed as sealed_opening};
+use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble, sealed_as};
 use migrate::wire::record::{HEADER_BYTES, Header, Kind, Lane, Sequence};
 use migrate::{Hello, SessionId};
 use swapd::BLOCK_PAGES;
 use vmprocess::control::protocol::{Reply, Request};
+use vmprocess::control::versions::{Asked, VERSIONS as CONTROL_VERSIONS};
 
 use crate::qemu::offer::Offer;
 use crate::qemu::options::CommandLine;
@@ -47,7 +50,15 @@ pub fn wire_opening(data: &[u8]) {
         let _ = Preamble::open(preamble);
     }
     let Some((kind, body)) = data.split_first() else { return };
-    let bytes = sealed_opening(*kind, body);
+    // Of one that knows what we know, of one that knows more on both ends, and of one that knows later versions only.
+    let (lowest, highest) = (*VERSIONS.start(), *VERSIONS.end());
+    for versions in [VERSIONS, lowest - 1..=highest + 1, highest + 1..=highest + 9] {
+        opening_of(&versions, *kind, body);
+    }
+}
+
+fn opening_of(versions: &Versions, kind: u8, body: &[u8]) {
+    let bytes = sealed_as(versions, kind, body);
     let (preamble, rest) = bytes.split_first_chunk::<PREAMBLE_BYTES>().expect("made whole");
     if Preamble::open(preamble).is_err() {
         return;
@@ -114,6 +125,11 @@ pub fn machine_state(data: &[u8]) {
 
 /// A line of the control socket, either way.
 pub fn control_line(data: &[u8]) {
+    if let Ok(line) = serde_json::from_slice(data)
+        && let Ok(Asked { version: Some(version), .. }) = Asked::new(line, &CONTROL_VERSIONS)
+    {
+        assert!(CONTROL_VERSIONS.contains(&version));
+    }
     if let Ok(request) = serde_json::from_slice::<Request>(data) {
         let again = serde_json::to_vec(&request).expect("requests can be written");
         assert_eq!(serde_json::from_slice::<Request>(&again).ok(), Some(request));

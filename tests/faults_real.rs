@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use common::disk::Disk;
 use common::limits::{Group, Limit};
+use common::slow_disk::SlowDisk;
 use common::{Host, Running, needs_root, needs_vms, wait_for};
 use qemu::{BOOT, Guest, Machine, Qemu, field};
 use serde_json::Value;
@@ -232,6 +233,44 @@ fn bad_sectors_cost_what_was_on_them_and_no_more() {
     assert_eq!(stat["guest"]["mismatched_pages"], 0, "{stat}");
     assert_eq!(host.vmemd(&["stop", "web"]).code, 0);
     vm.ends_with(7);
+}
+
+/// A disk that answers nothing, or nothing but errors, says nothing about the pages that it has: the VM is paused, goes on by itself, and
+/// cannot be moved away meanwhile, for these pages would be lost on the way.
+#[test]
+fn a_vm_whose_disk_is_away_waits_for_it_and_stays() {
+    needs_disks();
+    let mut host = Host::new("away");
+    let disk = SlowDisk::bare(&host.root, 128 * MIB).or_skip(Reason::Loop);
+    let (_daemon, address) = host.start_daemon("127.0.0.1:0", "256M", &[]);
+    let device = disk.device().display().to_string();
+    let mut vm = run(&mut host, &device, "rewrite");
+    for _ in 0..times() {
+        host.wait_rounds("web", 1);
+        disk.fall_silent();
+        host.wait_state("web", "stalled");
+        let why = reason(&host, "web");
+        assert!(why.contains("cannot be reached") && why.contains("nothing is lost"), "{why}");
+        disk.come_back();
+        host.wait_state("web", "running");
+        host.wait_rounds("web", 1);
+        disk.fail(libc::EIO);
+        host.wait_state("web", "stalled");
+        let moved = host.vmemd(&["migrate", "web", "--to", &address]);
+        assert!(moved.code != 0 && moved.err.contains("the store cannot be read"), "{moved:?}");
+        disk.come_back();
+        host.wait_state("web", "running");
+        host.wait_rounds("web", 1);
+        let stat = host.stat("web").expect("its stat");
+        assert_eq!((number(&stat["poisoned_pages"]), &stat["lost"]), (0, &serde_json::json!([])), "{stat}");
+        assert_eq!(stat["store"]["state"], "working", "{stat}");
+    }
+    let said = host.vmemd(&["migrate", "web", "--to", &address, "--ram", "32M", "--json"]);
+    assert_eq!((said.code, number(&said.json()["pages_lost"])), (0, 0), "{said:?}");
+    vm.ends_with(10);
+    host.wait_rounds("web", 1);
+    assert_eq!(host.vmemd(&["stop", "web"]).code, 0);
+    wait_for("its end", || host.stat("web").is_none().then_some(()));
 }
 
 /// 4 MiB a second, each way.

@@ -158,8 +158,7 @@ pub(super) fn remove_left(is_left: impl Fn(&str) -> bool) {
 /// [`Kind::Host`] with what is missing.
 pub fn available() -> Result<String, Failure> {
     let (root, version) = controller()?;
-    // SAFETY: geteuid has no arguments and cannot fail.
-    if unsafe { libc::geteuid() } != 0 {
+    if !rustix::process::geteuid().is_root() {
         return Err(Failure::new(Kind::Host, "memory cgroups and swap files need root"));
     }
     let probe = MemoryCgroup::create(&format!("{PREFIX}{}-probe", std::process::id()), 1 << 30)?;

@@ -2,15 +2,19 @@
 
 use std::path::Path;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 /// Begins the name of everything that a benchmark makes.
 pub(crate) const PREFIX: &str = "vmemd-bench-";
 pub(crate) const SWAP_FILE: &str = "swapfile";
 
 /// Ends a process at once.
 pub(crate) fn kill(pid: i32) {
-    if pid > 1 {
-        // SAFETY: no memory arguments. The process is one that this benchmark, or one that is gone, has started.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
+    // One that this benchmark, or one that is gone, has started.
+    if pid > 1
+        && let Some(process) = Pid::from_raw(pid)
+    {
+        let _ = kill_process(process, Signal::KILL);
     }
 }
 

@@ -6,12 +6,13 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, WaitOptions, getpid, set_child_subreaper, waitpid};
 use vmemd::program;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::rundir::RunDir;
@@ -25,7 +26,7 @@ use super::{cgroup, swapfile};
 /// Read at a time of what a process says.
 const OUTPUT_BYTES: usize = 64 << 10;
 /// How often a process that says nothing is asked whether it is in time.
-const POLL_MS: i32 = 500;
+const POLL: Duration = Duration::from_millis(500);
 
 /// The directory of one benchmark.
 #[derive(Debug)]
@@ -46,10 +47,8 @@ impl Site {
             return Err(Failure::new(Kind::Usage, text));
         }
         remove_left(store);
-        // SAFETY: no memory arguments.
-        if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) } != 0 {
-            return Err(Failure::io("cannot become the subreaper", &std::io::Error::last_os_error()));
-        }
+        set_child_subreaper(Some(getpid()))
+            .map_err(|error| Failure::io("cannot become the subreaper", &error.into()))?;
         let path = store.join(format!("{PREFIX}{}", std::process::id()));
         fs::create_dir(&path)
             .map_err(|error| Failure::io(format!("cannot make {}", path.display()), &error))?;
@@ -112,8 +111,7 @@ pub(super) fn end_descendants() {
         }
         for pid in children {
             kill(pid);
-            // SAFETY: a null status pointer is allowed; the process is a child of this one.
-            unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
+            let _ = waitpid(Pid::from_raw(pid), WaitOptions::empty());
         }
     }
 }
@@ -234,7 +232,7 @@ impl Proc {
             if Instant::now() >= deadline {
                 return Err(Failure::new(Kind::Vm, "it did not end within the time allowed"));
             }
-            if !signals::wait_readable(stdout.as_raw_fd(), POLL_MS) {
+            if !signals::wait_readable(stdout.as_fd(), Some(POLL)) {
                 continue;
             }
             match stdout.read(&mut buffer) {

@@ -6,13 +6,13 @@ use std::time::Duration;
 use crate::limits::{CANCEL_POLL, HELLO_LIMIT};
 use crate::outside::{Instant, StdStream};
 use crate::target::error::ReceiveError;
-use crate::wire::opening::{Answer, Hello, PREAMBLE_BYTES, Preamble, RefuseKind};
-use crate::wire::{VERSION, WireError};
+use crate::wire::opening::{Answer, Hello, MAX_SESSION_BODY, PREAMBLE_BYTES, Preamble, RefuseKind};
+use crate::wire::{VERSIONS, WireError, none_in_common};
 
-/// Reads what a fresh connection is for, within [`HELLO_LIMIT`]. A peer of another version is told so.
+/// Reads what a fresh connection is for, within [`HELLO_LIMIT`]. A peer that knows none of our versions is told so.
 ///
 /// # Errors
-/// Rubbish, another version, silence, a broken link.
+/// Rubbish, no version in common, silence, a broken link.
 pub fn read_hello(stream: &mut StdStream) -> Result<Hello, ReceiveError> {
     const DURING: &str = "it was to say what it wants";
     stream.set_nonblocking(false).map_err(|source| ReceiveError::Link { during: DURING, source })?;
@@ -21,9 +21,9 @@ pub fn read_hello(stream: &mut StdStream) -> Result<Hello, ReceiveError> {
     hello.map_err(|error| match error {
         OpeningError::Io(source) => ReceiveError::Link { during: DURING, source },
         OpeningError::Wire(WireError::Version(theirs)) => {
-            let text = format!("this host speaks version {VERSION} of the protocol, not {theirs}");
-            refuse(stream, RefuseKind::Version, &text);
-            ReceiveError::Version { theirs, ours: VERSION }
+            let none = none_in_common(theirs, VERSIONS);
+            refuse(stream, RefuseKind::Version, &none.to_string());
+            ReceiveError::Version(none)
         }
         OpeningError::Wire(error) => {
             refuse(stream, RefuseKind::Other, &error.to_string());
@@ -64,10 +64,24 @@ pub(crate) fn read_opening(
     let deadline = Instant::now() + limit;
     let mut preamble = [0; PREAMBLE_BYTES];
     read_until(stream, &mut preamble, deadline, &cancelled)?;
-    let opened = Preamble::open(&preamble).map_err(OpeningError::Wire)?;
+    let opened = match Preamble::open(&preamble) {
+        Err(error @ WireError::Version(_)) => {
+            // A connection that is closed with something unread in it may lose the answer on its way.
+            let mut rest = vec![0; unread(&preamble)];
+            let _ = read_until(stream, &mut rest, deadline, &cancelled);
+            return Err(OpeningError::Wire(error));
+        }
+        opened => opened.map_err(OpeningError::Wire)?,
+    };
     let mut body = vec![0; opened.body_bytes()];
     read_until(stream, &mut body, deadline, &cancelled)?;
     Ok((preamble, body))
+}
+
+/// What follows a preamble of a version that we do not know, as far as it may be read.
+fn unread(preamble: &[u8; PREAMBLE_BYTES]) -> usize {
+    let [.., a, b, c, d] = *preamble;
+    (u32::from_le_bytes([a, b, c, d]) as usize).min(MAX_SESSION_BODY)
 }
 
 /// A slow peer cannot make it longer than `deadline` by sending a byte now and then.

@@ -25,6 +25,7 @@ mod sim;
 mod source;
 mod target;
 pub mod tls;
+pub mod versions;
 mod vm;
 mod wait;
 pub mod wire;

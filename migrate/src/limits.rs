@@ -38,6 +38,9 @@ pub(crate) const REREADS: u32 = 3;
 pub(crate) const REREAD_EVERY: Duration = Duration::from_millis(300);
 /// In a session it is not waited between them more often than that: a disk that is gone gives nothing back.
 pub(crate) const REREAD_WAITS: u32 = 32;
+/// A store that gives nothing at all is waited for so long; then the move ends, and the VM stays. Its pages are not lost: nobody knows
+/// that of a store that is silent.
+pub(crate) const STORE_LIMIT: Duration = Duration::from_secs(10);
 /// In the last round: between two looks at pages that are just moving, and how often.
 pub(crate) const MOVING_RETRY: Duration = Duration::from_micros(500);
 pub(crate) const MOVING_RETRIES: u32 = 20_000;

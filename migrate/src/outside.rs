@@ -28,7 +28,6 @@ mod real {
     use std::fs::{DirBuilder, Metadata, Permissions};
     use std::future::Future;
     use std::io;
-    use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
     use std::path::{Path, PathBuf};
     use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -39,13 +38,13 @@ mod real {
     pub(crate) use std::os::unix::fs::FileExt;
     pub(crate) use std::thread::sleep as pause;
     pub(crate) use std::time::Instant;
-    pub(crate) use swapd::EngineHandle;
+    pub(crate) use swapd::{DirtySubscription, EngineHandle};
     pub(crate) use tokio::task::{JoinHandle, JoinSet};
     pub(crate) use tokio::time::{sleep, timeout};
     pub(crate) use tokio_uring::net::TcpStream;
     pub(crate) use tokio_uring::{Runtime, spawn};
 
-    use swapd::{IoError, IoErrorKind, Run, TierId};
+    use swapd::{IoError, IoErrorKind, PageNo, Run, TierId};
 
     use crate::link::region::Region;
     use crate::tls::{Client, TlsError};
@@ -90,6 +89,17 @@ mod real {
             let failed = |error: io::Error| IoError { tier, write: false, kind: IoErrorKind::of(&error) };
             let result = result.map_err(failed);
             (result.and_then(|()| self.reader.open(tier, run, sums, region.bytes_mut())), region)
+        }
+
+        /// Reads a page that is not held, to see whether its tier gives it: it may be written anew meanwhile, or its place dropped.
+        pub(crate) async fn probe<K: Unpin + 'static>(
+            &self,
+            tier: TierId,
+            page: PageNo,
+            sum: u64,
+            region: Region<K>,
+        ) -> Result<(), IoError> {
+            self.read(tier, Run::one(page), &[sum], region).await.0
         }
     }
 
@@ -194,26 +204,20 @@ mod real {
     }
 
     fn own_uid() -> u32 {
-        // SAFETY: geteuid has no arguments and cannot fail.
-        unsafe { libc::geteuid() }
+        rustix::process::geteuid().as_raw()
     }
 
     fn is_memory(path: &Path) -> io::Result<bool> {
-        let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
-        // SAFETY: an all-zero statfs is a valid value of that plain C struct.
-        let mut found: libc::statfs = unsafe { std::mem::zeroed() };
-        // SAFETY: the path ends with a zero byte, and the kernel writes no more than the struct, which outlives the call.
-        if unsafe { libc::statfs(path.as_ptr(), &mut found) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
         const RAMFS_MAGIC: libc::__fsword_t = 0x8584_58f6;
+        let found = rustix::fs::statfs(path)?;
         Ok([libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&found.f_type))
     }
 
     pub(crate) fn random_bytes(into: &mut [u8]) -> io::Result<()> {
-        // SAFETY: the pointer and length are those of a live slice; getrandom writes no more than that.
-        let got = unsafe { libc::getrandom(into.as_mut_ptr().cast(), into.len(), 0) };
-        if got == into.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }
+        let bytes = into.len();
+        let got = rustix::rand::getrandom(into, rustix::rand::GetRandomFlags::empty())?;
+        // Up to 256 bytes come whole.
+        if got == bytes { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
     /// What another thread is working on.

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use common::Target;
 use common::vm::{MEMORY, Writer, compare, engine, fill, options};
 use migrate::tls::Security;
+use migrate::wire::VERSIONS;
 use migrate::wire::control::Control;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
 use migrate::wire::record::{Lane, Sequence};
@@ -287,7 +288,7 @@ fn targets_that_refuse() {
 fn targets_that_talk_nonsense() {
     let place = common::place();
     drop(engine(&place, MEMORY));
-    let accepted = Answer::Accepted { ram_bytes: MEMORY };
+    let accepted = Answer::Accepted { ram_bytes: MEMORY, version: *VERSIONS.end() };
     let error = complaint(&accepted, |target| target.say(&Control::Running { took: Default::default() }));
     assert!(matches!(&error, SendError::Peer(text) if text.contains("Running")), "{error:?}");
     let error = complaint(&accepted, |target| {

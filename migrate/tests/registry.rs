@@ -177,7 +177,6 @@ fn a_directory_that_others_write_to_becomes_ones_own_or_is_refused_before_the_pa
     let session = SessionId::random().unwrap();
     let place = testkit::directory_in("/dev/shm", "vmemd-registry");
     let give = |mode| std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(mode)).unwrap();
-    std::fs::create_dir(place.path()).unwrap();
     give(0o775);
     let registry = Registry::new(place.path()).unwrap();
     assert_eq!(std::fs::metadata(place.path()).unwrap().mode() & 0o777, 0o755);

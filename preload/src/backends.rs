@@ -10,10 +10,12 @@
 //! mapped to be written but through here: a mapping that this object did not see would be memory without a budget.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libc::c_int;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::Errno;
 
 /// What the memory is handed to.
 pub(crate) trait Keeper: Send + Sync {
@@ -71,9 +73,8 @@ impl Backends {
     ) -> std::io::Result<Backends> {
         let backend = |(path, bytes)| {
             let file = sealed(bytes)?;
-            // SAFETY: fstat only writes to the structure.
-            let id = file_id(|stat| unsafe { libc::fstat(file.as_raw_fd(), stat) });
-            let id = id.ok_or_else(std::io::Error::last_os_error)?;
+            let found = rustix::fs::fstat(&file)?;
+            let id = FileId { dev: found.st_dev, ino: found.st_ino };
             Ok(Backend { path, bytes, file, id, address: OnceLock::new() })
         };
         let list = files.into_iter().map(backend).collect::<std::io::Result<_>>()?;
@@ -83,10 +84,8 @@ impl Backends {
     /// A new descriptor on the backend of that name; None: there is none. Allocates nothing.
     pub(crate) fn open(&self, path: &CStr) -> Option<Result<c_int, c_int>> {
         let backend = self.list.iter().find(|backend| *backend.path == *path)?;
-        // SAFETY: gives a new descriptor of a file that is open.
-        let fd = unsafe { libc::fcntl(backend.file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0) };
-        // SAFETY: the location of this thread's errno is always valid.
-        Some(if fd < 0 { Err(unsafe { *libc::__errno_location() }) } else { Ok(fd) })
+        let copy = rustix::io::fcntl_dupfd_cloexec(&backend.file, 0);
+        Some(copy.map(OwnedFd::into_raw_fd).map_err(Errno::raw_os_error))
     }
 
     /// Which backend the descriptor is open on. Keeps errno, allocates nothing.
@@ -98,9 +97,12 @@ impl Backends {
         let errno = unsafe { libc::__errno_location() };
         // SAFETY: as above.
         let before = unsafe { *errno };
-        // SAFETY: fstat only writes to the structure.
-        let id = file_id(|stat| unsafe { libc::fstat(fd, stat) });
-        let found = id.and_then(|id| self.list.iter().position(|backend| backend.id == id));
+        // SAFETY: a structure of numbers; all zeros is one of its values.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: fstat only writes to the structure. Not by rustix: the descriptor is QEMU's, and need not be open.
+        let known = unsafe { libc::fstat(fd, &raw mut stat) } == 0;
+        let id = FileId { dev: stat.st_dev, ino: stat.st_ino };
+        let found = self.list.iter().position(|backend| known && backend.id == id);
         // SAFETY: as above.
         unsafe { *errno = before };
         found
@@ -179,23 +181,12 @@ impl Backends {
 /// A file of that size which nobody can fill: QEMU compares its size, and does not set it then.
 fn sealed(bytes: usize) -> std::io::Result<OwnedFd> {
     const NAME: &CStr = c"vmemd-guest-memory";
-    const SEALS: c_int = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
-    let done = |result: c_int| if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) };
-    // SAFETY: the name is a C string; the result is checked.
-    let fd = done(unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) })?;
-    // SAFETY: a descriptor just made, which nobody else owns.
-    let file = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: only changes the new file's size.
-    done(unsafe { libc::ftruncate(fd, bytes as libc::off_t) })?;
-    // SAFETY: only changes what may be done with the new file.
-    done(unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, SEALS) })?;
+    const SEALS: SealFlags =
+        SealFlags::WRITE.union(SealFlags::GROW).union(SealFlags::SHRINK).union(SealFlags::SEAL);
+    let file = memfd_create(NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&file, bytes as u64)?;
+    fcntl_add_seals(&file, SEALS)?;
     Ok(file)
-}
-
-fn file_id(stat: impl FnOnce(*mut libc::stat) -> c_int) -> Option<FileId> {
-    // SAFETY: a structure of numbers; all zeros is one of its values.
-    let mut found: libc::stat = unsafe { std::mem::zeroed() };
-    (stat(&raw mut found) == 0).then_some(FileId { dev: found.st_dev, ino: found.st_ino })
 }
 
 #[cfg(test)]

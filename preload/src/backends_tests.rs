@@ -1,4 +1,5 @@
 use std::io::Write;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use super::*;
@@ -24,8 +25,7 @@ impl Keeper for Arc<Notes> {
 }
 
 fn memfd() -> OwnedFd {
-    // SAFETY: the name is a C string; the new descriptor is owned by nobody else.
-    unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) }
+    memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap()
 }
 
 /// Backends of 4 and 2 MiB.

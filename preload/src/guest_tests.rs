@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::*;
 
@@ -24,8 +26,7 @@ pub(super) fn qemus() -> Vec<PathBuf> {
 }
 
 pub(super) fn memory() -> File {
-    // SAFETY: the name is a C string; the new descriptor is owned by nobody else.
-    unsafe { File::from_raw_fd(libc::memfd_create(c"vmemd-test".as_ptr(), libc::MFD_CLOEXEC)) }
+    File::from(memfd_create(c"vmemd-test", MemfdFlags::CLOEXEC).unwrap())
 }
 
 pub(super) struct Process(pub(super) Child);

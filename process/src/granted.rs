@@ -204,7 +204,7 @@ mod tests {
 
     fn run_dir(name: &str) -> (testkit::TempDir, RunDir) {
         let path = testkit::directory(name);
-        let dir = RunDir::open(path.path()).unwrap();
+        let dir = RunDir::open(&path.path().join("run")).unwrap();
         (path, dir)
     }
 

@@ -1,7 +1,5 @@
 //! What this host has left: RAM, and room on a file system.
 
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::failure::{Failure, Kind};
@@ -56,15 +54,9 @@ pub fn need_free_ram(bytes: u64, what: &str) -> Result<(), Failure> {
 /// # Errors
 /// If there is no such path.
 pub fn free_disk(path: &Path) -> Result<u64, Failure> {
-    let fail = |error| Failure::io(format!("cannot look at the file system of {}", path.display()), &error);
-    let c_path = CString::new(path.as_os_str().as_bytes())
-        .map_err(|_| fail(std::io::ErrorKind::InvalidInput.into()))?;
-    // SAFETY: an all-zero statvfs is a valid value of that plain C struct; it is filled by the call below.
-    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is a C string and both arguments outlive the call.
-    if unsafe { libc::statvfs(c_path.as_ptr(), &mut found) } != 0 {
-        return Err(fail(std::io::Error::last_os_error()));
-    }
+    let found = rustix::fs::statvfs(path).map_err(|error| {
+        Failure::io(format!("cannot look at the file system of {}", path.display()), &error.into())
+    })?;
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 

@@ -54,7 +54,7 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
         .name("signals".to_owned())
         .spawn(move || {
             let signal = loop {
-                signals::wait_readable(-1, -1);
+                signals::wait();
                 if let Some(signal) = signals::caught() {
                     break signal;
                 }

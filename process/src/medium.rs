@@ -1,6 +1,5 @@
 //! What a store's pages end on: a disk, this host's own RAM, or another host.
 
-use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -145,11 +144,7 @@ fn worst(parts: impl Iterator<Item = Medium>) -> Medium {
 
 /// The number by which a file system is known.
 fn magic(path: &Path) -> Option<u32> {
-    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
-    // SAFETY: an all-zero statfs is a valid value of that plain C struct; it is filled by the call below.
-    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is a C string and both arguments outlive the call.
-    (unsafe { libc::statfs(path.as_ptr(), &mut found) } == 0).then_some(found.f_type as u32)
+    rustix::fs::statfs(path).ok().map(|found| found.f_type as u32)
 }
 
 /// What is mounted at a place.

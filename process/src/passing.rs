@@ -1,24 +1,25 @@
 //! Passing an accepted connection to another process: one descriptor and four bytes over a Unix socket (SCM_RIGHTS).
 
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-const TAG_BYTES: usize = 4;
-// SAFETY: CMSG_SPACE only computes.
-const CONTROL_BYTES: usize = unsafe { libc::CMSG_SPACE(size_of::<RawFd>() as u32) } as usize;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
-/// Room for one control message with one descriptor, aligned as its header asks.
-#[repr(C, align(8))]
-struct ControlBuffer([u8; CONTROL_BYTES]);
-const _: () = assert!(align_of::<ControlBuffer>() >= align_of::<libc::cmsghdr>());
+const TAG_BYTES: usize = 4;
+/// Room for one control message with one descriptor.
+const CONTROL_BYTES: usize = rustix::cmsg_space!(ScmRights(1));
 
 /// Sends a descriptor with a number.
 ///
 /// # Errors
 /// If the other side is gone.
-pub fn send_fd(socket: &UnixStream, fd: &impl AsRawFd, tag: u32) -> io::Result<()> {
+pub fn send_fd(socket: &UnixStream, fd: &impl AsFd, tag: u32) -> io::Result<()> {
     match send_with_fd(socket, &tag.to_le_bytes(), fd)? {
         TAG_BYTES => Ok(()),
         _ => Err(io::ErrorKind::WriteZero.into()),
@@ -29,22 +30,12 @@ pub fn send_fd(socket: &UnixStream, fd: &impl AsRawFd, tag: u32) -> io::Result<(
 ///
 /// # Errors
 /// If the other side is gone.
-pub fn send_with_fd(socket: &UnixStream, bytes: &[u8], fd: &impl AsRawFd) -> io::Result<usize> {
-    let mut control = ControlBuffer([0; CONTROL_BYTES]);
-    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    let message = header(&mut part, &mut control);
-    // SAFETY: the message's control buffer is large enough and aligned for one header and one descriptor; header and
-    // data pointers come from the CMSG functions over that buffer.
-    unsafe {
-        let first = libc::CMSG_FIRSTHDR(&message);
-        (*first).cmsg_level = libc::SOL_SOCKET;
-        (*first).cmsg_type = libc::SCM_RIGHTS;
-        (*first).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
-        libc::CMSG_DATA(first).cast::<RawFd>().write_unaligned(fd.as_raw_fd());
-    }
-    // SAFETY: every pointer in the message points to what outlives the call; sending only reads the bytes.
-    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
-    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+pub fn send_with_fd(socket: &UnixStream, bytes: &[u8], fd: &impl AsFd) -> io::Result<usize> {
+    let fds = [fd.as_fd()];
+    let mut space = [MaybeUninit::uninit(); CONTROL_BYTES];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)), "there is room for one descriptor");
+    Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
 }
 
 /// Receives a descriptor with its number.
@@ -59,7 +50,8 @@ pub fn receive_fd(socket: &UnixStream, timeout: Duration) -> io::Result<(OwnedFd
     }
 }
 
-/// Receives a descriptor with some bytes, and says how many.
+/// Receives a descriptor with some bytes, and says how many. Bytes that come with no descriptor, or with more than one, are an
+/// error: the sender is not one of ours. Descriptors that nobody asked for are closed.
 ///
 /// # Errors
 /// As [`receive_fd`].
@@ -69,33 +61,19 @@ pub fn receive_with_fd(
     timeout: Duration,
 ) -> io::Result<(OwnedFd, usize)> {
     socket.set_read_timeout(Some(timeout))?;
-    let mut control = ControlBuffer([0; CONTROL_BYTES]);
-    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    let mut message = header(&mut part, &mut control);
-    // SAFETY: every pointer in the message points to a local, or to the caller's bytes, which outlive the call.
-    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
-    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-    // SAFETY: the kernel filled the control buffer; CMSG_FIRSTHDR gives null if there is no whole header in it, and the
-    // descriptor is only read if the header says that it is there. It is new and owned by nobody else.
-    let fd = unsafe {
-        let first = libc::CMSG_FIRSTHDR(&message);
-        let whole = !first.is_null()
-            && (*first).cmsg_level == libc::SOL_SOCKET
-            && (*first).cmsg_type == libc::SCM_RIGHTS
-            && (*first).cmsg_len == libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
-        whole.then(|| OwnedFd::from_raw_fd(libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned()))
-    };
-    fd.map(|fd| (fd, count)).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
-}
-
-fn header(part: &mut libc::iovec, control: &mut ControlBuffer) -> libc::msghdr {
-    // SAFETY: an all-zero msghdr is a valid value of that plain C struct.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.0.as_mut_ptr().cast();
-    message.msg_controllen = CONTROL_BYTES;
-    message
+    let mut space = [MaybeUninit::uninit(); CONTROL_BYTES];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let mut fds: Vec<OwnedFd> = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(more) = message {
+            fds.extend(more);
+        }
+    }
+    match fds.pop() {
+        Some(fd) if fds.is_empty() && !got.flags.contains(ReturnFlags::CTRUNC) => Ok((fd, got.bytes)),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 #[cfg(test)]
@@ -125,5 +103,34 @@ mod tests {
         drop(ours);
         let error = receive_fd(&theirs, Duration::from_secs(5)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn none_and_several_descriptors_are_refused_and_closed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let limit = Duration::from_secs(5);
+        for count in [0, 2, 3, 8] {
+            let (mut end, passed) = UnixStream::pair().unwrap();
+            let fds = vec![passed.as_fd(); count];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+            let sent = sendmsg(&ours, &[IoSlice::new(&[0; TAG_BYTES])], &mut control, SendFlags::NOSIGNAL);
+            assert_eq!(sent, Ok(TAG_BYTES));
+            let error = receive_fd(&theirs, limit).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{count}");
+            drop(passed);
+            // The end is seen once nobody has the other side any more.
+            end.set_read_timeout(Some(limit)).unwrap();
+            assert_eq!(end.read(&mut [0]).unwrap(), 0, "{count}");
+        }
+    }
+
+    #[test]
+    fn a_descriptor_is_not_inherited() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send_fd(&ours, &ours, 1).unwrap();
+        let (fd, _) = receive_fd(&theirs, Duration::from_secs(5)).unwrap();
+        assert!(rustix::io::fcntl_getfd(&fd).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
     }
 }

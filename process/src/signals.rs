@@ -1,83 +1,63 @@
 //! SIGINT, SIGTERM and SIGHUP as something that can be waited for.
 //!
-//! The handler only stores the number and adds to an eventfd; whoever works polls the one or reads the other.
+//! The handler only stores the number and writes to a pipe; whoever works polls the one or reads the other.
 //! A signal that was ignored when the process started (`nohup`, a shell's background job) stays ignored.
 
-use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Once, OnceLock};
+use std::io::{self, PipeReader, Write};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, OnceLock};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use signal_hook::{flag, low_level::pipe};
 
 use crate::failure::{Failure, Kind};
 
 const WATCHED: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
-static CAUGHT: AtomicI32 = AtomicI32::new(0);
-static EVENT: AtomicI32 = AtomicI32::new(-1);
-static INSTALL: Once = Once::new();
-static FAILED: OnceLock<String> = OnceLock::new();
-
-extern "C" fn on_signal(signal: libc::c_int) {
-    CAUGHT.store(signal, Ordering::SeqCst);
-    let one = 1u64.to_ne_bytes();
-    // SAFETY: write(2) is async-signal-safe, the buffer lives on this stack, and the descriptor is never closed.
-    let _ = unsafe { libc::write(EVENT.load(Ordering::SeqCst), one.as_ptr().cast(), one.len()) };
-}
+/// The last signal caught, 0 before the first.
+static CAUGHT: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
+/// Readable once a signal was caught: never drained.
+static EVENT: OnceLock<PipeReader> = OnceLock::new();
+static INSTALLED: OnceLock<Result<(), String>> = OnceLock::new();
 
 /// Takes the signals over. Does so once a process.
 ///
 /// # Errors
-/// If the kernel refuses an eventfd or the handlers.
+/// If the kernel refuses a pipe or the handlers.
 pub fn install() -> Result<(), Failure> {
-    INSTALL.call_once(|| {
-        // SAFETY: eventfd has no memory arguments.
-        let event = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if event < 0 {
-            let _ = FAILED.set(format!("eventfd: {}", std::io::Error::last_os_error()));
-            return;
-        }
-        EVENT.store(event, Ordering::SeqCst);
-        for signal in WATCHED {
-            if let Err(error) = take_over(signal) {
-                let _ = FAILED.set(format!("signal {signal}: {error}"));
-            }
-        }
-    });
-    match FAILED.get() {
-        Some(text) => Err(Failure::new(Kind::Other, format!("cannot handle signals: {text}"))),
-        None => Ok(()),
-    }
+    let installed = INSTALLED.get_or_init(|| take_over().map_err(|error| error.to_string()));
+    installed.clone().map_err(|text| Failure::new(Kind::Other, format!("cannot handle signals: {text}")))
 }
 
-fn take_over(signal: libc::c_int) -> std::io::Result<()> {
-    // SAFETY: an all-zero sigaction is a valid value of that plain C struct; it is filled by the call below.
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: a null new action only queries; `action` outlives the call.
-    if unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) } != 0 {
-        return Err(std::io::Error::last_os_error());
+fn take_over() -> io::Result<()> {
+    let ignored = ignored()?;
+    let (event, mut bell) = io::pipe()?;
+    let _ = EVENT.set(event);
+    for signal in WATCHED.into_iter().filter(|signal| ignored & 1 << (signal - 1) == 0) {
+        // In this order: whoever the pipe wakes finds the number.
+        flag::register_usize(signal, CAUGHT.clone(), signal as usize)?;
+        pipe::register(signal, bell.try_clone()?)?;
     }
-    if action.sa_sigaction == libc::SIG_IGN {
-        return Ok(());
-    }
-    action.sa_sigaction = on_signal as extern "C" fn(libc::c_int) as libc::sighandler_t;
-    action.sa_flags = libc::SA_RESTART;
-    // SAFETY: the handler only does what is async-signal-safe; `action` is initialised and outlives the call.
-    if unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) } != 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    Ok(())
+    // A signal between the two has rung no bell.
+    if caught().is_some() { bell.write_all(b"!") } else { Ok(()) }
+}
+
+/// The signals that this process ignores: signal *n* is bit *n* - 1.
+fn ignored() -> io::Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .ok_or_else(|| io::Error::other("/proc/self/status has no SigIgn"))
 }
 
 /// The last signal caught, if any.
 pub fn caught() -> Option<i32> {
     match CAUGHT.load(Ordering::SeqCst) {
         0 => None,
-        signal => Some(signal),
+        signal => Some(signal as i32),
     }
-}
-
-/// A descriptor that is readable once a signal was caught; never drained.
-pub fn event_fd() -> RawFd {
-    EVENT.load(Ordering::SeqCst)
 }
 
 /// Fails if a signal was caught: to be called between the steps of long work.
@@ -104,14 +84,23 @@ pub(crate) fn name(signal: i32) -> &'static str {
     }
 }
 
-/// Waits until a signal is caught or the descriptor has something (or hung up), at most `timeout_ms`.
-/// Returns whether the descriptor has.
-pub fn wait_readable(fd: RawFd, timeout_ms: i32) -> bool {
-    let mut polled = [
-        libc::pollfd { fd, events: libc::POLLIN, revents: 0 },
-        libc::pollfd { fd: event_fd(), events: libc::POLLIN, revents: 0 },
-    ];
-    // SAFETY: both entries are initialised and outlive the call; a negative descriptor is skipped by the kernel.
-    let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout_ms) };
-    ready > 0 && polled[0].revents != 0
+/// Waits until a signal is caught, without a limit. May return before.
+pub(crate) fn wait() {
+    poll_with(None, None);
+}
+
+/// Waits until a signal is caught or the descriptor has something (or hung up), at most `timeout`; `None`: without a
+/// limit. Returns whether the descriptor has.
+pub fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> bool {
+    poll_with(Some(fd), timeout)
+}
+
+fn poll_with(fd: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
+    let event = EVENT.get().map(std::os::fd::AsFd::as_fd);
+    let entry = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+    let mut polled: Vec<PollFd<'_>> = fd.into_iter().chain(event).map(entry).collect();
+    // A time that the kernel has no number for is none to wait for.
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    let ready = poll(&mut polled, timeout.as_ref());
+    fd.is_some() && ready.is_ok_and(|ready| ready > 0) && !polled[0].revents().is_empty()
 }

@@ -56,13 +56,23 @@ pub(crate) enum Phase {
     },
 }
 
-/// A VM that is paused because it needs frames and its store takes no writes.
+/// What a VM that is paused needs of its store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Want {
+    /// Frames: it takes no writes.
+    Frames,
+    /// Pages: it gives none.
+    Pages,
+}
+
+/// A VM that is paused because it needs something that its store does not do.
 #[derive(Clone, Debug)]
 pub(crate) struct Stall {
-    reason: String,
+    /// One at least; the last one stays until the VM goes on.
+    reasons: Vec<(Want, String)>,
     /// It ran until then: it goes on by itself.
     pub(crate) ran: bool,
-    /// There are frames again, but a migration had the VM then.
+    /// It has what it needs again, but a migration had the VM then.
     relieved: bool,
 }
 
@@ -73,7 +83,7 @@ pub(crate) struct Core {
     /// By whom or by what, if somebody wants it to stand still. Who let it go on past vmemd is not heard here: of a machine that says
     /// what it does, that counts.
     pub(crate) paused: Option<&'static str>,
-    /// It stands still for want of RAM, because its store takes no writes.
+    /// It stands still for what its store does not do.
     pub(crate) stalled: Option<Stall>,
     pub(crate) migration: Option<MigrationStat>,
     pub(crate) waiting: Option<Waiting>,
@@ -358,11 +368,19 @@ impl Vm {
                 warn!(vm = %name, "{reason}: what the VM changes stays in RAM, and is written as soon as that works");
             }
             Notice::StoreRecovered => info!(vm = %name, "the store takes writes again: nothing was lost"),
-            Notice::Starved(reason) => self.stall(reason),
-            Notice::Relieved => {
-                self.core(|core| core.stalled.as_mut().map(|stall| stall.relieved = true));
-                self.go_on();
+            Notice::Starved(reason) => {
+                warn!(vm = %name, "{reason}: the VM is paused, for it needs RAM and nothing can leave it; it goes on by itself when that works again");
+                self.stall(Want::Frames, reason);
             }
+            Notice::Unreachable(reason) => {
+                warn!(vm = %name, "{reason}: the VM is paused, for it needs what is there; it goes on by itself when the store answers, and nothing is lost");
+                self.stall(Want::Pages, reason);
+            }
+            Notice::Reachable => {
+                info!(vm = %name, "the store answers");
+                self.ease(Want::Pages);
+            }
+            Notice::Relieved => self.ease(Want::Frames),
             Notice::Short { pinned_bytes } => {
                 let (pinned, budget) = (Size(pinned_bytes), Size(self.budget()));
                 warn!(vm = %name, "it waits for RAM: of its {budget:#}, {pinned:#} are {PINNED_BY}; let go of these, or give it more: `vmemd set {name} --ram SIZE`");
@@ -375,14 +393,21 @@ impl Vm {
     }
 
     /// Pauses the VM rather than let it hang.
-    fn stall(&self, reason: String) {
+    fn stall(&self, want: Want, reason: String) {
         let name = &self.facts.name;
-        warn!(vm = %name, "{reason}: the VM is paused, for it needs RAM and nothing can leave it; it goes on by itself when that works again");
         // Before it is paused: who finds it so is to know why.
         let migrating = self.core(|core| {
-            core.stalled = Some(Stall { reason, ran: true, relieved: false });
-            matches!(core.phase, Phase::Migrating)
+            if let Some(stall) = &mut core.stalled
+                && !stall.relieved
+            {
+                stall.reasons.push((want, reason));
+                return None;
+            }
+            core.stalled = Some(Stall { reasons: vec![(want, reason)], ran: true, relieved: false });
+            Some(matches!(core.phase, Phase::Migrating))
         });
+        // It is paused already.
+        let Some(migrating) = migrating else { return };
         let paused = self.guest(|guest| {
             // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
             if !migrating && guest.runs().is_ok_and(|runs| !runs) {
@@ -397,7 +422,20 @@ impl Vm {
         }
     }
 
-    /// Lets a VM go on that stood still for want of frames and has them again, unless somebody else has it or wants it to
+    /// It has that again.
+    fn ease(&self, want: Want) {
+        self.core(|core| {
+            let Some(stall) = &mut core.stalled else { return };
+            if stall.reasons.iter().any(|(other, _)| *other != want) {
+                stall.reasons.retain(|(other, _)| *other != want);
+            } else {
+                stall.relieved = true;
+            }
+        });
+        self.go_on();
+    }
+
+    /// Lets a VM go on that stood still for what its store did not do, and does again, unless somebody else has it or wants it to
     /// stand still.
     pub(crate) fn go_on(&self) {
         let may = |core: &mut Core| {
@@ -433,10 +471,13 @@ fn state_of(
     memory: &Stats,
 ) -> (State, Option<String>) {
     let stalled = core.stalled.as_ref().map(|stall| {
-        let reason = &stall.reason;
-        format!(
-            "{reason}; it goes on by itself when the store takes writes; it may also get more RAM, or migrate"
-        )
+        let told = stall.reasons.iter().map(|(want, reason)| match want {
+            Want::Frames => format!(
+                "{reason}; it goes on by itself when the store takes writes; it may also get more RAM, or migrate"
+            ),
+            Want::Pages => format!("{reason}; it goes on by itself when the store answers; nothing is lost"),
+        });
+        told.collect::<Vec<_>>().join("; ")
     });
     match (&core.phase, failed) {
         (Phase::Moved { .. }, _) => (State::Moved, None),

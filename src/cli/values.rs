@@ -25,8 +25,7 @@ pub fn run_dir(given: Option<PathBuf>) -> PathBuf {
 
 /// Where stores are unless the user says otherwise.
 pub fn default_store() -> PathBuf {
-    // SAFETY: geteuid has no arguments and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
+    let root = rustix::process::geteuid().is_root();
     match std::env::var_os("HOME") {
         Some(home) if !root => PathBuf::from(home).join(".local/share/vmemd"),
         _ => PathBuf::from("/var/lib/vmemd"),

@@ -217,6 +217,7 @@ mod tests {
 
     fn hello(memory_bytes: u64, ram_bytes: Option<u64>) -> SessionHello {
         SessionHello {
+            versions: migrate::wire::VERSIONS,
             session: SessionId([1; 16]),
             name: "web".to_owned(),
             memory_bytes,

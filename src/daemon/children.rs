@@ -81,9 +81,6 @@ fn receive(settings: &ArriveSettings) -> Result<Command, Failure> {
 /// In the child: a session and control groups of its own, and the descriptors kept over exec.
 fn prepare(fds: &[RawFd], entrances: &[RawFd]) -> std::io::Result<()> {
     groups::enter(entrances);
-    // SAFETY: setsid has no arguments.
-    if unsafe { libc::setsid() } < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
+    rustix::process::setsid()?;
     inherit(fds)
 }

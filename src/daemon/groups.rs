@@ -4,7 +4,7 @@
 //! Only where the daemon's group is left to it (systemd's `Delegate=yes`, which systemd notes in an extended attribute of the group's
 //! directory); elsewhere VMs stay in the daemon's group, and only a unit with `KillMode=process` lets them live on.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -115,13 +115,9 @@ fn remove_empty(dir: &Path) {
 }
 
 fn is_delegated(dir: &Path) -> bool {
-    let Ok(path) = CString::new(dir.as_os_str().as_bytes()) else { return false };
     DELEGATED.iter().any(|name| {
         let mut value = [0u8; 8];
-        // SAFETY: two C strings and a buffer of the length that is given, all of which outlive the call.
-        let length =
-            unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
-        length >= 1 && value[0] == b'1'
+        rustix::fs::getxattr(dir, *name, &mut value).is_ok_and(|length| length >= 1 && value[0] == b'1')
     })
 }
 

@@ -77,6 +77,7 @@ mod tests {
 
     fn hello(offer: Option<&str>) -> SessionHello {
         SessionHello {
+            versions: migrate::wire::VERSIONS,
             session: SessionId([1; 16]),
             name: "db".to_owned(),
             memory_bytes: 1 << 30,

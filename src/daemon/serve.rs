@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -182,7 +182,7 @@ impl Drop for Greeting {
 impl Daemon {
     fn accept(self: &Arc<Daemon>, listener: &TcpListener) {
         while signals::caught().is_none() {
-            if !signals::wait_readable(listener.as_raw_fd(), -1) {
+            if !signals::wait_readable(listener.as_fd(), None) {
                 continue;
             }
             match listener.accept() {

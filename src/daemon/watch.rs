@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use migrate::RefuseKind;
 use migrate::limits::{ACCEPT_LIMIT, patience};
+use rustix::process::{Pid, Signal, kill_process_group};
 use vmprocess::last_words::{LOG_BYTES_MAX, last_words};
 
 /// How long it may take. Disks are opened meanwhile.
@@ -65,8 +66,10 @@ impl Watch {
             _ => return None,
         }
         // With what it has started: it has a session of its own.
-        // SAFETY: no memory arguments; the group's leader is a child that has not been waited for.
-        unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
+        // The group's leader is a child that has not been waited for: the number is nobody else's.
+        if let Some(group) = Pid::from_raw(child.id() as i32) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
         let _ = child.kill();
         let said = match &self.log {
             Some(log) => match log.last_words() {

@@ -143,13 +143,12 @@ fn direct_io(store: &Path) -> Check {
 fn lock_limit() -> Check {
     let least = swapd::Engine::locked_bytes(swapd::Engine::MIN_BUDGET_BYTES);
     let outcome = match swapd::lock_limit() {
-        Ok(None) => Ok("none for this user".to_owned()),
-        Ok(Some(bytes)) if bytes >= least => Ok(format!(
+        None => Ok("none for this user".to_owned()),
+        Some(bytes) if bytes >= least => Ok(format!(
             "{:#}: all of a VM's memory and a little more must fit it, whatever its --ram",
             Size(bytes)
         )),
-        Ok(Some(bytes)) => Err(format!("{:#}, less than any VM takes", Size(bytes))),
-        Err(error) => Err(error.to_string()),
+        Some(bytes) => Err(format!("{:#}, less than any VM takes", Size(bytes))),
     };
     check("memory-lock limit", false, outcome, LOCK_REMEDY)
 }

@@ -1,9 +1,7 @@
 //! The QEMU binary: where it is, and whether the dynamic loader will take our shared object into it.
 
-use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -138,10 +136,7 @@ fn starts(script: &Path) -> Option<String> {
 }
 
 fn has_capabilities(path: &Path) -> bool {
-    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
-    const NAME: &CStr = c"security.capability";
-    // SAFETY: both names are zero-terminated and live through the call; a size of 0 asks for the length alone.
-    unsafe { libc::getxattr(path.as_ptr(), NAME.as_ptr(), std::ptr::null_mut(), 0) > 0 }
+    rustix::fs::getxattr_query(path, c"security.capability").is_ok_and(|length| length > 0)
 }
 
 #[cfg(test)]
@@ -220,22 +215,12 @@ mod tests {
     fn capabilities_are_seen() {
         let dir = Dir::new("caps");
         let file = dir.file("caps", &image(PT_INTERP), 0o755);
-        let path = CString::new(file.as_os_str().as_bytes()).unwrap();
         // Version 2, effective, net_admin permitted.
         let mut value = [0u8; 20];
         value[..4].copy_from_slice(&0x0200_0001u32.to_le_bytes());
         value[4..8].copy_from_slice(&(1u32 << 12).to_le_bytes());
-        // SAFETY: the names are zero-terminated, and the value has the length that is given.
-        let set = unsafe {
-            libc::setxattr(
-                path.as_ptr(),
-                c"security.capability".as_ptr(),
-                value.as_ptr().cast(),
-                value.len(),
-                0,
-            )
-        };
-        if set == 0 {
+        let flags = rustix::fs::XattrFlags::empty();
+        if rustix::fs::setxattr(&file, c"security.capability", &value, flags).is_ok() {
             assert!(check(&file).unwrap_err().text.contains("has file capabilities"));
         } else {
             eprintln!("not run: setting file capabilities needs root and a file system that has them");

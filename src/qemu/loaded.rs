@@ -63,8 +63,7 @@ pub(super) fn check(binary: &Path, environment: &[(&'static str, OsString)]) -> 
 
 fn answers(reader: PipeReader) -> Vec<Answer> {
     // A process that a wrapper left behind may hold the pipe open: what there is was written before the program ended.
-    // SAFETY: changes a flag of a descriptor that is open.
-    unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+    let _ = rustix::fs::fcntl_setfl(&reader, rustix::fs::OFlags::NONBLOCK);
     let mut text = Vec::new();
     let _ = reader.take(ANSWERS_BYTES_MAX).read_to_end(&mut text);
     String::from_utf8_lossy(&text).lines().filter_map(|line| serde_json::from_str(line).ok()).collect()

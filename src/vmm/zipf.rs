@@ -1,6 +1,6 @@
 //! Zipf's law as a table that the guest program samples with a multiplication: quantiles of the rank.
 //!
-//! Entry k is the rank below which a share of k / [`BUCKETS`] of all touches falls. The guest draws a bucket and a
+//! Entry k is the rank below which a share of k / `BUCKETS` of all touches falls. The guest draws a bucket and a
 //! rank evenly within it, so the law is met to the width of a bucket: exact where ranks are hot, even over a run of
 //! neighbouring ranks where they are cold. Sums over the cold ranks are taken as integrals (Euler and Maclaurin).
 

@@ -39,9 +39,13 @@ pub struct Piece {
     pub tier: TierId,
 }
 
+/// Somebody who is told which pages the guest writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SubscriberId(pub u32);
+
 /// Pages that may have been written, each in one of the two.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Written {
+pub struct DirtyPages {
     /// Somebody used them, as their page-table entries say. In ascending runs.
     pub seen: Vec<Run>,
     /// They left the guest's memory, and what was written to them before that was not seen: the engine's choice, which says nothing of
@@ -49,7 +53,7 @@ pub struct Written {
     pub left: Vec<Run>,
 }
 
-impl Written {
+impl DirtyPages {
     /// All of them, in ascending runs.
     pub fn into_runs(self) -> Vec<Run> {
         let mut all = self.seen;

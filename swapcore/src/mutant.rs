@@ -41,6 +41,16 @@ mod planted {
         KeepsStoredBit,
         /// The first error of a read is the page's end.
         PoisonsAtFirstError,
+        /// A page that was not given in time is taken for broken, whatever the store does otherwise.
+        TakesSilenceForBroken,
+        /// Nobody asks a store for another page when one cannot be read.
+        NeverProbes,
+        /// Nobody is told that a store does not answer.
+        WaitsInSilence,
+        /// Nobody is told that a store answers again.
+        ForgetsReachable,
+        /// What is on its way to a tier that refuses or does not end its writes counts as frames to come, and more is sent there.
+        CountsOnStalledTier,
         /// A store that works again gets only what leaves from now on.
         ForgetsUnwrittenOnRetry,
         /// A store that failed is tried again only when somebody asks.
@@ -135,8 +145,12 @@ mod planted {
         CopiesWhatArrives,
         /// Pages that leave the guest while writes are tracked are not reported.
         LeavesUnseenByTracking,
-        /// One step of a scan for written pages forgets what has left elsewhere.
+        /// One step of a scan for dirty pages forgets what has left elsewhere.
         ForgetsLeftOfOtherSteps,
+        /// What one subscriber to dirty pages collects, the others are not told.
+        OneCollectsForAll,
+        /// Whoever ends a subscription to dirty pages ends all of them.
+        EndsTrackingForAll,
         /// Pages given back while writes are tracked are not reported.
         DiscardUnseenByTracking,
         /// Two versions of an arriving page are written at once.

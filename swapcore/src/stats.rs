@@ -95,6 +95,25 @@ pub struct StoreCounts {
     /// Age of the oldest operation under way, 0 without one. Seconds of it mean that the device does not answer.
     #[serde(default)]
     pub oldest_ms: u64,
+    #[serde(default)]
+    pub state: TierState,
+    /// For how long somebody has waited for the store, and it has given nothing. 0 unless that has been told.
+    #[serde(default)]
+    pub silent_ms: u64,
+}
+
+/// What a tier does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TierState {
+    #[default]
+    Working,
+    /// It has no room; what it has can be read.
+    Full,
+    /// It refuses writes.
+    Latched,
+    /// It does not answer, or fails at everything: that says nothing of what it has.
+    Unreachable,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]

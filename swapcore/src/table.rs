@@ -14,7 +14,7 @@
 //! Pages of a block are summarised (resident count, heat epoch), and blocks of a region (1 GiB), so that sweeps skip what is
 //! empty and decay costs nothing where nothing happens.
 
-use crate::units::{BLOCK_PAGES, PageNo, Run, TierId};
+use crate::units::{BLOCK_PAGES, PageNo, Run, TIERS_MAX, TierId};
 
 /// Where a page is. See `docs/engine.md` for the picture.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -162,6 +162,8 @@ pub struct PageTable {
     short: Vec<Run>,
     epoch: u32,
     counts: [u64; STATES],
+    /// Pages that are `Leaving`, by the home of their block.
+    leaving: [u64; TIERS_MAX],
     /// Pages with [`Flag::Pinned`].
     pinned: u64,
     /// See [`PageTable::count_hot_from`].
@@ -189,6 +191,7 @@ impl PageTable {
             short: Vec::new(),
             epoch: 0,
             counts,
+            leaving: [0; TIERS_MAX],
             pinned: 0,
             hot_from: None,
             hot_in_store: 0,
@@ -247,6 +250,8 @@ impl PageTable {
         self.counts[to as usize] += 1;
         self.transitions[from as usize][to as usize] += 1;
         let block = &mut self.blocks[page.block()];
+        self.leaving[block.home.index()] -= u64::from(from == Leaving);
+        self.leaving[block.home.index()] += u64::from(to == Leaving);
         if !matches!(to, Resident | Sampled | Arriving) {
             block.mark(HUGE, false);
         }
@@ -279,6 +284,11 @@ impl PageTable {
 
     pub fn count(&self, state: PageState) -> u64 {
         self.counts[state as usize]
+    }
+
+    /// Pages on their way to the tier.
+    pub fn leaving_to(&self, tier: TierId) -> u64 {
+        self.leaving[tier.index()]
     }
 
     /// Resident pages that something holds where they are, as far as it was tried.
@@ -448,6 +458,7 @@ mod tests {
                 let mut table = PageTable::new(1);
                 table.entries[0] = from as u16;
                 table.counts = [1; STATES];
+                table.leaving[0] = 1;
                 table.blocks[0].resident = 1;
                 table.regions[0] = 1;
                 let legal = LEGAL.contains(&(from, to));

@@ -24,6 +24,9 @@ pub struct Slot(pub u32);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct TierId(pub u8);
 
+/// Tiers that a VM can have.
+pub const TIERS_MAX: usize = 8;
+
 impl TierId {
     pub const STORE: TierId = TierId(0);
 

@@ -10,6 +10,7 @@ use std::io;
 
 use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use aes::{Aes256, Block};
+use zeroize::Zeroize;
 
 use swapcore::units::{PAGE_SIZE, PageNo, Run};
 
@@ -41,11 +42,7 @@ impl Cipher {
         let mut keys = [[0; KEY_BYTES]; 2];
         keys.iter_mut().try_for_each(|key| fill_random(key))?;
         let cipher = Cipher::of(&keys);
-        // Not through a compiler that knows that nobody reads it again.
-        keys.iter_mut().flatten().for_each(|byte| {
-            // SAFETY: a byte of this function's own array.
-            unsafe { std::ptr::write_volatile(byte, 0) }
-        });
+        keys.zeroize();
         if lock {
             let at = &raw const *cipher.0;
             // SAFETY: locking changes nothing of the content of the pages that the cipher is in.
@@ -102,14 +99,10 @@ fn apply(masks: &[u128; BLOCKS], blocks: &mut [Block]) {
 }
 
 fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
-    // SAFETY: the kernel writes at most so many bytes there.
-    let filled = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    match usize::try_from(filled) {
-        // Up to 256 bytes come whole.
-        Ok(filled) if filled == bytes.len() => Ok(()),
-        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
+    let wanted = bytes.len();
+    let filled = rustix::rand::getrandom(bytes, rustix::rand::GetRandomFlags::empty())?;
+    // Up to 256 bytes come whole.
+    if filled == wanted { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::driver::memory::Memory;
 use crate::driver::store::Store;
 use crate::error::StartError;
 use crate::reader::StoredReader;
-use swapcore::api::{Arrival, Copies, FaultsSeen, Piece, Placed, Written};
+use swapcore::api::{Arrival, Copies, DirtyPages, FaultsSeen, Piece, Placed, SubscriberId};
 use swapcore::core::{Request, Response};
 use swapcore::error::CommandError;
 use swapcore::stats::Stats;
@@ -45,7 +45,8 @@ macro_rules! picker {
 }
 
 picker!(runs, Runs, Vec<Run>);
-picker!(written, Written, Written);
+picker!(dirty, Dirty, DirtyPages);
+picker!(subscribed, Subscribed, SubscriberId);
 picker!(pieces, Pieces, Vec<Piece>);
 picker!(sums, Sums, Vec<u64>);
 picker!(copies, Copies, Copies);
@@ -73,7 +74,11 @@ pub async fn answered<T>(answer: Answer<T>) -> Result<T, CommandError> {
 }
 
 impl EngineHandle {
-    fn ask<T: Send + 'static>(&self, request: Request, pick: fn(Response) -> T) -> Answer<T> {
+    fn ask<T: Send + 'static>(
+        &self,
+        request: Request,
+        pick: impl FnOnce(Response) -> T + Send + 'static,
+    ) -> Answer<T> {
         let (sender, answer) = oneshot::channel();
         let reply =
             Box::new(move |response: Result<Response, CommandError>| sender.send(response.map(pick)).is_ok());
@@ -165,24 +170,23 @@ impl EngineHandle {
 
     // ── the source's side of a migration ──────────────────────────────────────────────────
 
-    /// Starts or ends the tracking of written pages. While it is on, `collect_written` returns them.
-    pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
-        self.call(Request::TrackWrites(on), done)
+    /// A subscription to the pages that the guest writes from the answer on. Any number may be held at a time.
+    ///
+    /// # Errors
+    /// [`CommandError::Gone`] if the engine has ended.
+    pub fn subscribe_dirty(&self) -> Result<DirtySubscription, CommandError> {
+        self.subscribe_dirty_async().blocking_recv().unwrap_or(Err(CommandError::Gone))
     }
 
-    pub fn track_writes_async(&self, on: bool) -> Answer<()> {
-        self.ask(Request::TrackWrites(on), done)
+    /// The same, not waited for.
+    pub fn subscribe_dirty_async(&self) -> Answer<DirtySubscription> {
+        let handle = self.clone();
+        self.ask(Request::SubscribeDirty, |response| DirtySubscription { handle, id: subscribed(response) })
     }
 
     /// Without prefetch only what is touched comes in: for measurements of what a guest touches.
     pub fn set_prefetch_async(&self, on: bool) -> Answer<()> {
         self.ask(Request::Prefetch(on), done)
-    }
-
-    /// Pages that may have been written since tracking started or since the last call.
-    /// Never misses one; may name one that did not change (a page that was paged out or in meanwhile).
-    pub fn collect_written_async(&self) -> Answer<Written> {
-        self.ask(Request::CollectWritten, written)
     }
 
     /// Keeps the run's pages where they are (against page-out; the guest's own page-ins go on) until
@@ -279,16 +283,43 @@ impl EngineHandle {
         self.call(Request::RetryStore, done)
     }
 
-    /// As [`EngineHandle::collect_written_async`], all of them.
-    pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {
-        self.call(Request::CollectWritten, written).map(Written::into_runs)
-    }
-
     pub fn hold(&self, run: Run) -> Result<Vec<Piece>, CommandError> {
         self.call(Request::Hold(run), pieces)
     }
 
     pub fn release(&self, run: Run) -> Result<(), CommandError> {
         self.call(Request::Release(run), done)
+    }
+}
+
+/// Tells which pages the guest writes, as long as it lives. Others may have one of their own: nobody takes anything from the others.
+#[derive(Debug)]
+pub struct DirtySubscription {
+    handle: EngineHandle,
+    id: SubscriberId,
+}
+
+impl DirtySubscription {
+    /// Pages that may have been written since the subscription began or since the last call.
+    /// Never misses one; may name one that did not change (a page that was paged out or in meanwhile).
+    ///
+    /// # Errors
+    /// [`CommandError::Gone`] if the engine has ended.
+    pub fn collect_async(&self) -> Answer<DirtyPages> {
+        self.handle.ask(Request::CollectDirty(self.id), dirty)
+    }
+
+    /// The same, all of them in ascending runs; waits for the answer.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn collect(&self) -> Result<Vec<Run>, CommandError> {
+        self.handle.call(Request::CollectDirty(self.id), dirty).map(DirtyPages::into_runs)
+    }
+}
+
+impl Drop for DirtySubscription {
+    fn drop(&mut self) {
+        drop(self.handle.ask(Request::UnsubscribeDirty(self.id), done));
     }
 }

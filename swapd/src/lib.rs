@@ -15,10 +15,12 @@ pub use driver::engine::{Engine, EngineConfig, StoreConfig};
 pub use driver::locking::lock_limit;
 pub use driver::memory::huge_page_mode;
 pub use error::StartError;
-pub use handle::{Answer, EngineHandle, answered};
+pub use handle::{Answer, DirtySubscription, EngineHandle, answered};
 pub use notice::Notice;
 pub use reader::{CloneError, Cloned, StoredReader, verify};
-pub use swapcore::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault, Written};
+pub use swapcore::api::{
+    Arrival, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault,
+};
 pub use swapcore::error::{CommandError, IoError, IoErrorKind};
 pub use swapcore::stats::Stats;
 pub use swapcore::units::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId};

@@ -14,6 +14,11 @@ pub enum Notice {
     Starved(String),
     /// There are frames again.
     Relieved,
+    /// The VM waits for the store, which has given nothing for some seconds: pause it, and say why. Nothing is lost; the store is asked
+    /// again and again.
+    Unreachable(String),
+    /// The store answers again: all who waited have been served, or are about to be.
+    Reachable,
     /// The VM needs a frame, and has waited for some time: all that could leave is held where it is. It goes on when that is let
     /// go of, or with a larger budget.
     Short { pinned_bytes: u64 },

@@ -170,12 +170,12 @@ fn tracking_misses_nothing_that_the_host_puts_elsewhere() {
     let touched = 12 * 1024;
     while_the_host_compacts(|| {
         let handle = vm.handle();
-        handle.track_writes(true).unwrap();
+        let dirty = handle.subscribe_dirty().unwrap();
         for round in 1..=60 {
             // What comes back gets frames from among the gaps.
             handle.evict(Run::new(PageNo(round * 1000 % touched), 1000)).unwrap();
             (0..touched).for_each(|page| vm.write(PageNo(page), round));
-            let runs = handle.collect_written().unwrap();
+            let runs = dirty.collect().unwrap();
             let mut named = vec![false; touched as usize];
             runs.into_iter().flat_map(Run::indices).for_each(|page| named[page] = true);
             let missed: Vec<_> = (0..touched).filter(|page| !named[*page as usize]).collect();
@@ -222,19 +222,25 @@ fn tracking_names_every_written_page() {
     let vm = start(64 * MIB, 32 * MIB);
     vm.write_all(1);
     let handle = vm.handle();
-    handle.track_writes(true).unwrap();
-    handle.collect_written().unwrap();
+    let dirty = handle.subscribe_dirty().unwrap();
+    dirty.collect().unwrap();
     let touched: Vec<u64> = (0..vm.pages()).filter(|page| page % 37 == 5).collect();
     touched.iter().for_each(|page| vm.write(PageNo(*page), 2));
     // Some of them leave the guest before the scan sees them.
     handle.evict(Run::new(PageNo(0), 2048)).unwrap();
-    let runs = handle.collect_written().unwrap();
+    let runs = dirty.collect().unwrap();
     let named = |page: u64| runs.iter().any(|run| run.contains(PageNo(page)));
     assert!(touched.iter().all(|page| named(*page)));
-    let quiet = handle.collect_written().unwrap();
+    let quiet = dirty.collect().unwrap();
     assert_eq!(quiet.iter().map(|run| u64::from(run.len)).sum::<u64>(), 0, "{quiet:?}");
-    handle.track_writes(false).unwrap();
-    assert!(matches!(handle.collect_written(), Err(CommandError::NotNow(_))));
+    // Whoever joins is told what is written from then on, and takes nothing from the others; nor does its end.
+    let other = handle.subscribe_dirty().unwrap();
+    vm.write(PageNo(3000), 3);
+    assert_eq!(other.collect().unwrap(), [Run::one(PageNo(3000))]);
+    vm.write(PageNo(5000), 3);
+    drop(other);
+    assert_eq!(dirty.collect().unwrap(), [3000, 5000].map(|page| Run::one(PageNo(page))));
+    drop(dirty);
 }
 
 #[test]
@@ -376,9 +382,9 @@ fn memory_that_fits_is_in_huge_pages_and_samples_leave_them_whole() {
     assert!(stats.frames_bytes <= MEMORY / 2 && stats.store.pages_written > 0, "{stats:?}");
     handle.set_budget(MEMORY).unwrap();
     // What has come back in single frames is put together again, also where it has been tracked.
-    handle.track_writes(true).unwrap();
+    let dirty = handle.subscribe_dirty().unwrap();
     assert_eq!(vm.mismatches(2), 0);
-    handle.track_writes(false).unwrap();
+    drop(dirty);
     wait_for("huge pages again", || {
         assert_eq!(vm.mismatches(2), 0);
         (huge_blocks() == blocks).then_some(())

@@ -128,11 +128,10 @@ fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
     measure("pages in the store", &|handle| {
         handle.stored_map_async().blocking_recv().expect("the engine lives").expect("they are known");
     });
-    measure("tracking of writes, on and off", &|handle| {
-        handle.track_writes(true).expect("tracking begins");
-        handle.track_writes(false).expect("tracking ends");
+    measure("tracking of writes, begun and ended", &|handle| {
+        handle.subscribe_dirty().expect("tracking begins");
     });
-    vm.handle().track_writes(true).expect("tracking begins");
-    measure("written pages", &|handle| drop(handle.collect_written().expect("writes are tracked")));
+    let dirty = vm.handle().subscribe_dirty().expect("tracking begins");
+    measure("dirty pages", &|_| drop(dirty.collect().expect("writes are tracked")));
     assert!(slow.is_empty(), "without any, {without:?}; {}", slow.join("; "));
 }

@@ -198,33 +198,33 @@ fn tracking_names_pages_written_on_either_side_of_a_border() {
     let handle = owner.handle();
     handle.set_budget(MEMORY).unwrap();
     owner.write_all(1);
-    handle.track_writes(true).unwrap();
-    handle.collect_written().unwrap();
+    let dirty = handle.subscribe_dirty().unwrap();
+    dirty.collect().unwrap();
     let written: Vec<u64> =
         BORDERS.iter().flat_map(|border| [border - 9, border - 1, *border, border + 5]).collect();
     written.iter().for_each(|page| owner.write(*page, 2));
     let named: Vec<u64> =
-        handle.collect_written().unwrap().iter().flat_map(|run| run.pages()).map(|page| page.0).collect();
+        dirty.collect().unwrap().iter().flat_map(|run| run.pages()).map(|page| page.0).collect();
     assert_eq!(named, written);
     // And of memory that left the guest or was given back meanwhile.
     let left = Run::new(PageNo(BORDERS[0] - 100), 200);
     handle.evict(left).unwrap();
     handle.discard(Run::new(PageNo(BORDERS[1] - 3), 6)).unwrap();
-    assert_eq!(count(&handle.collect_written().unwrap()), 206);
-    assert_eq!(handle.collect_written().unwrap(), []);
+    assert_eq!(count(&dirty.collect().unwrap()), 206);
+    assert_eq!(dirty.collect().unwrap(), []);
 }
 
 #[test]
 fn before_it_is_attached_memory_is_untouched() {
     let owner = Owner::start(false);
     let handle = owner.handle();
-    handle.track_writes(true).unwrap();
+    let dirty = handle.subscribe_dirty().unwrap();
     handle.evict(all()).unwrap();
     handle.discard(all()).unwrap();
     let pieces = handle.hold(all()).unwrap();
     assert!(pieces.iter().all(|piece| piece.place == Place::Zero), "{pieces:?}");
     handle.release(all()).unwrap();
-    assert_eq!(count(&handle.collect_written().unwrap()), PAGES, "what was given back");
+    assert_eq!(count(&dirty.collect().unwrap()), PAGES, "what was given back");
     assert_eq!(handle.resident_map().unwrap(), []);
     let refused = handle.start_receiving_async(vec![0; PAGES as usize]).blocking_recv().unwrap();
     assert!(matches!(refused, Err(CommandError::NotNow(_))), "{refused:?}");
@@ -234,9 +234,9 @@ fn before_it_is_attached_memory_is_untouched() {
     owner.attach(1).unwrap();
     assert!(second().all(|page| owner.is_zero(page)));
     second().for_each(|page| owner.write(page, 1));
-    let written = handle.collect_written().unwrap();
+    let written = dirty.collect().unwrap();
     assert!(second().all(|page| written.iter().any(|run| run.contains(PageNo(page)))), "{written:?}");
-    handle.track_writes(false).unwrap();
+    drop(dirty);
     handle.evict(all()).unwrap();
     assert_eq!(handle.stats().unwrap().stored_bytes, SIZES[1]);
     handle.discard(Run::new(PageNo(BORDERS[0] - 10), 20)).unwrap();
@@ -369,12 +369,12 @@ fn regions_of_any_number_of_pages_work_to_their_last_page_and_no_further() {
         if budget >= all {
             assert_eq!(stats.resident_bytes, all, "all of it fits, to the byte");
         }
-        handle.track_writes(true).unwrap();
-        handle.collect_written().unwrap();
+        let dirty = handle.subscribe_dirty().unwrap();
+        dirty.collect().unwrap();
         assert!((0..3).all(|region| words(region, 2, true)));
-        let written = count(&handle.collect_written().unwrap());
+        let written = count(&dirty.collect().unwrap());
         assert!(written >= ODD_PAGES, "{written}");
-        handle.track_writes(false).unwrap();
+        drop(dirty);
         let everything = Run::new(PageNo(0), (ODD_MEMORY / PAGE_SIZE as u64) as u32);
         for (start, len) in NOBODYS {
             let pieces = handle.hold(Run::new(PageNo(start), len)).unwrap();

@@ -45,6 +45,8 @@ reasons! {
     Cgroup = "cgroup",
     /// A swap file of a test's own.
     Swap = "swap",
+    /// A build of the last version (`scripts/last-version`).
+    LastVersion = "last-version",
     /// Huge pages, as many as are asked for.
     Huge = "huge",
     /// Kernel features that few tests need: KSM, Landlock, compaction, a tmpfs without O_DIRECT.

@@ -132,6 +132,8 @@ pub(crate) struct Host {
     children: Vec<u32>,
     /// What starts its processes, and becomes them, under the same pid.
     starter: Vec<String>,
+    /// The `vmemd` that is installed on it.
+    program: PathBuf,
     /// Its processes wait for each other this many times less long.
     pub(crate) haste: u32,
 }
@@ -148,11 +150,18 @@ impl Host {
         self
     }
 
+    /// Another `vmemd` is installed on it than the one that is tested.
+    pub(crate) fn of(mut self, program: &Path) -> Host {
+        self.program = program.to_owned();
+        self
+    }
+
     pub(crate) fn new(name: &str) -> Host {
         // Removed when this is dropped, behind the processes that use it.
         let root = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), name).keep();
         fs::create_dir(root.join("store")).expect("a directory for the test");
-        Host { root, children: Vec::new(), starter: Vec::new(), haste: 1 }
+        let program = vmemd();
+        Host { root, children: Vec::new(), starter: Vec::new(), program, haste: 1 }
     }
 
     pub(crate) fn run_dir(&self) -> PathBuf {
@@ -164,10 +173,10 @@ impl Host {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        self.command_of(&vmemd(), args)
+        self.command_of(&self.program, args)
     }
 
-    /// Another program than `vmemd`, for this host.
+    /// The command of another `vmemd` than the one that is installed on it, or of another program.
     pub(crate) fn command_of(&self, program: &Path, args: &[&str]) -> Command {
         let program = program.to_str().expect("a path that is text");
         let words: Vec<&str> = self.starter.iter().map(String::as_str).chain([program]).collect();
@@ -190,7 +199,12 @@ impl Host {
 
     /// Runs a command to its end.
     pub(crate) fn vmemd(&self, args: &[&str]) -> Said {
-        Said::by(&mut self.command(args))
+        self.vmemd_of(&self.program, args)
+    }
+
+    /// Runs a command of another `vmemd` to its end.
+    pub(crate) fn vmemd_of(&self, program: &Path, args: &[&str]) -> Said {
+        Said::by(&mut self.command_of(program, args))
     }
 
     /// Starts a command that goes on, in a process group of its own.

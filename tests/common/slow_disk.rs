@@ -1,8 +1,10 @@
-//! A disk of a test whose flushes take their time: a loop device over the one file of a FUSE file system that this process serves.
+//! A disk of a test whose flushes take their time, that falls silent, or that fails at everything for a while: a loop device over the
+//! one file of a FUSE file system that this process serves.
 //!
 //! ```text
-//!   ext4, with a journal ─▶ loop device ─▶ disk.img on FUSE ─▶ this process ─▶ a sparse file
-//!                                                                 └─ a flush waits, if anything was written since the last
+//!   ext4, with a journal, or nothing ─▶ loop device ─▶ disk.img on FUSE ─▶ this process ─▶ a sparse file
+//!                                                                 ├─ a flush waits, if anything was written since the last
+//!                                                                 └─ reads and writes wait, or fail, while it is told to
 //! ```
 //! Only as much of the protocol (`linux/fuse.h`) is spoken as a loop device needs of one file of a fixed length.
 
@@ -11,8 +13,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use super::disk::{run, text};
@@ -33,23 +35,68 @@ struct Manners {
     flush_delay_ms: AtomicU64,
     written: AtomicBool,
     flushes: AtomicU64,
+    away: Mutex<Away>,
+    back: Condvar,
 }
 
-/// A disk with ext4 on it, mounted. Goes with the test.
+/// What becomes of reads and writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Away {
+    #[default]
+    Here,
+    Silent,
+    /// They fail, as this errno.
+    Failing(i32),
+}
+
+impl Manners {
+    fn become_away(&self, away: Away) {
+        *self.away.lock().expect("no server panics") = away;
+        self.back.notify_all();
+    }
+
+    /// Waits while the disk is silent.
+    ///
+    /// # Errors
+    /// The errno that it fails with.
+    fn be_here(&self) -> Result<(), i32> {
+        let away = self.away.lock().expect("no server panics");
+        let away = self.back.wait_while(away, |away| *away == Away::Silent).expect("no server panics");
+        match *away {
+            Away::Failing(errno) => Err(errno),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A disk, with ext4 on it and mounted, or bare. Goes with the test.
 #[derive(Debug)]
 pub(crate) struct SlowDisk {
     manners: Arc<Manners>,
     directory: PathBuf,
     /// `/dev/loopN`.
     device: PathBuf,
+    mounted: bool,
 }
 
 impl SlowDisk {
-    /// A disk of so many bytes, as quick as what it lies on.
+    /// A disk of so many bytes with ext4 on it, as quick as what it lies on.
     ///
     /// # Errors
     /// Why this host or this user makes no such disk.
     pub(crate) fn new(directory: &Path, bytes: u64) -> Result<SlowDisk, String> {
+        let mut disk = SlowDisk::bare(directory, bytes)?;
+        run("mkfs.ext4", &["-q", "-m", "0", "-E", "nodiscard", text(&disk.device)])?;
+        run("mount", &[text(&disk.device), text(&disk.mount())])?;
+        disk.mounted = true;
+        Ok(disk)
+    }
+
+    /// The same with nothing on it.
+    ///
+    /// # Errors
+    /// As [`SlowDisk::new`].
+    pub(crate) fn bare(directory: &Path, bytes: u64) -> Result<SlowDisk, String> {
         let said = |error: io::Error| error.to_string();
         for part in ["fuse", "mount"] {
             fs::create_dir_all(directory.join(part)).map_err(said)?;
@@ -68,8 +115,12 @@ impl SlowDisk {
             .open("/dev/fuse")
             .map_err(|error| format!("/dev/fuse: {error}"))?;
         mount(&directory.join("fuse"), channel.as_raw_fd()).map_err(|error| format!("FUSE: {error}"))?;
-        let mut disk =
-            SlowDisk { manners: Arc::default(), directory: directory.to_owned(), device: PathBuf::new() };
+        let mut disk = SlowDisk {
+            mounted: false,
+            manners: Arc::default(),
+            directory: directory.to_owned(),
+            device: PathBuf::new(),
+        };
         let served = Arc::new(Served { channel, backing, bytes, manners: disk.manners.clone() });
         for _ in 0..SERVERS {
             let served = served.clone();
@@ -77,9 +128,27 @@ impl SlowDisk {
         }
         let image = directory.join("fuse").join(NAME);
         disk.device = run("losetup", &["--find", "--show", text(&image)])?.into();
-        run("mkfs.ext4", &["-q", "-m", "0", "-E", "nodiscard", text(&disk.device)])?;
-        run("mount", &[text(&disk.device), text(&disk.mount())])?;
         Ok(disk)
+    }
+
+    /// `/dev/loopN`.
+    pub(crate) fn device(&self) -> &Path {
+        &self.device
+    }
+
+    /// From now on nothing that is asked of it ends, until it [is back](SlowDisk::come_back).
+    pub(crate) fn fall_silent(&self) {
+        self.manners.become_away(Away::Silent);
+    }
+
+    /// From now on everything that is asked of it fails, until it [is back](SlowDisk::come_back).
+    pub(crate) fn fail(&self, errno: i32) {
+        self.manners.become_away(Away::Failing(errno));
+    }
+
+    /// What waits ends, and all is as it was.
+    pub(crate) fn come_back(&self) {
+        self.manners.become_away(Away::Here);
     }
 
     /// Where its file system is.
@@ -107,7 +176,10 @@ impl SlowDisk {
 impl Drop for SlowDisk {
     fn drop(&mut self) {
         self.delay_flushes(Duration::ZERO);
-        let _ = run("umount", &["--lazy", text(&self.mount())]);
+        self.come_back();
+        if self.mounted {
+            let _ = run("umount", &["--lazy", text(&self.mount())]);
+        }
         let _ = run("losetup", &["--detach", text(&self.device)]);
         // The servers end when the kernel has let go of it.
         let _ = run("umount", &["--lazy", text(&self.directory.join("fuse"))]);
@@ -224,7 +296,12 @@ impl Served {
             }
             LOOKUP => Err(libc::ENOENT),
             GETATTR | SETATTR => Ok(self.attributes(Body::default().u64s(&[YEAR_S]).u32s(&[0, 0]), node)),
-            OPEN => Ok(Body::default().u64s(&[0]).u32s(&[0, 0])),
+            OPEN => {
+                // Nothing is kept in the page cache: what is read or written is asked for here.
+                const DIRECT_IO: u32 = 1;
+                Ok(Body::default().u64s(&[0]).u32s(&[DIRECT_IO, 0]))
+            }
+            READ | WRITE if let Err(errno) = self.manners.be_here() => Err(errno),
             READ => {
                 let mut content = vec![0; u32_at(body, 16) as usize];
                 let read = self.backing.read_at(&mut content, u64_at(body, 8)).map_err(|_| libc::EIO);

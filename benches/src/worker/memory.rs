@@ -119,6 +119,8 @@ fn end_on_failure(notice: Notice) {
         Notice::StoreRecovered
         | Notice::Starved(_)
         | Notice::Relieved
+        | Notice::Unreachable(_)
+        | Notice::Reachable
         | Notice::Short { .. }
         | Notice::Enough => return,
     };

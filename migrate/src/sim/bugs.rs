@@ -44,6 +44,8 @@ pub(crate) enum Bug {
     ForgetsWrittenPages,
     /// What was read from the store is not looked at.
     TrustsTheStore,
+    /// Pages that the store does not give in time are lost, though it gives no others either.
+    TakesSilenceForBroken,
     /// The content of pages is not compared with their checksums.
     TrustsTheWire,
     /// Pages stay held when they have been sent.
@@ -53,7 +55,7 @@ pub(crate) enum Bug {
 }
 
 impl Bug {
-    pub(crate) const ALL: [Bug; 23] = [
+    pub(crate) const ALL: [Bug; 24] = [
         Bug::StartsBeforeTheRecord,
         Bug::LeavesRecordsUnflushed,
         Bug::IgnoresAFailedRecord,
@@ -74,6 +76,7 @@ impl Bug {
         Bug::SkipsTheDrains,
         Bug::ForgetsWrittenPages,
         Bug::TrustsTheStore,
+        Bug::TakesSilenceForBroken,
         Bug::TrustsTheWire,
         Bug::KeepsPagesHeld,
         Bug::WaitsForever,

@@ -10,8 +10,8 @@ use std::time::Duration;
 use swapd::digest::page_sum;
 use swapd::units::{bytes_of, runs_of};
 use swapd::{
-    Answer, Arrival, CommandError, Copies, IoError, IoErrorKind, PAGE_SIZE, PageNo, Piece, Place, Placed,
-    Run, Slot, SlotRun, TierId, Written, answered,
+    Answer, Arrival, CommandError, Copies, DirtyPages, IoError, IoErrorKind, PAGE_SIZE, PageNo, Piece, Place,
+    Placed, Run, Slot, SlotRun, TierId, answered,
 };
 use tokio::sync::oneshot;
 
@@ -59,7 +59,10 @@ struct State {
     pinned: BTreeSet<PageNo>,
     store: BTreeMap<PageNo, u64>,
     bad: BTreeMap<PageNo, Bad>,
-    written: Option<BTreeSet<PageNo>>,
+    dirty: Vec<(u32, BTreeSet<PageNo>)>,
+    next_subscriber: u32,
+    /// So many reads of the store fail, whatever they are of.
+    store_away: u64,
     receiving: bool,
     free: BTreeSet<u32>,
     granted: BTreeSet<u32>,
@@ -95,9 +98,7 @@ impl State {
     }
 
     fn mark(&mut self, page: PageNo) {
-        if let Some(written) = &mut self.written {
-            written.insert(page);
-        }
+        self.dirty.iter_mut().for_each(|(_, written)| written.extend([page]));
     }
 
     fn take_slots(&mut self, count: u32) -> Option<SlotRun> {
@@ -150,7 +151,9 @@ impl EngineHandle {
             pinned: BTreeSet::new(),
             store: BTreeMap::new(),
             bad: BTreeMap::new(),
-            written: None,
+            dirty: Vec::new(),
+            next_subscriber: 0,
+            store_away: 0,
             receiving: false,
             free: (0..SLOTS).collect(),
             granted: BTreeSet::new(),
@@ -241,6 +244,11 @@ impl EngineHandle {
         bad != Bad::Once
     }
 
+    /// The store is away for so many reads, and comes back as it was.
+    pub(crate) fn be_away(&self, reads: u64) {
+        self.0.borrow_mut().store_away = reads;
+    }
+
     pub(crate) fn is_zero(&self, page: PageNo) -> bool {
         self.0.borrow().place[page.index()] == Place::Zero
     }
@@ -273,7 +281,7 @@ impl EngineHandle {
         let held = state.held.iter().filter(|held| **held).count();
         assert_eq!(held, 0, "pages are still held");
         assert_eq!(state.granted.len(), 0, "frames are still granted");
-        assert!(state.written.is_none(), "writes are still tracked");
+        assert!(state.dirty.is_empty(), "writes are still tracked");
     }
 
     fn turn(&self) {
@@ -355,19 +363,24 @@ impl EngineHandle {
         unsafe { state.staging.base().add(slots.start.offset()) }
     }
 
-    pub fn track_writes(&self, on: bool) -> Result<(), CommandError> {
-        self.call(self.track_writes_async(on))
+    pub fn subscribe_dirty(&self) -> Result<DirtySubscription, CommandError> {
+        self.call(self.subscribe_dirty_async())
     }
 
-    pub fn track_writes_async(&self, on: bool) -> Answer<()> {
-        let work = move |state: &mut State| state.written = on.then(BTreeSet::new);
-        if !on {
-            return self.ask_always(work);
-        }
-        self.ask(move |state| {
-            work(state);
-            Ok(())
-        })
+    pub fn subscribe_dirty_async(&self) -> Answer<DirtySubscription> {
+        let handle = self.clone();
+        let (reply, answer) = oneshot::channel();
+        self.push(Box::new(move |state| {
+            // Nobody is left to hold the subscription, and it could not end while the engine is at this.
+            if reply.is_closed() {
+                return;
+            }
+            let id = state.next_subscriber;
+            state.next_subscriber += 1;
+            state.dirty.push((id, BTreeSet::new()));
+            let _ = reply.send(Ok(DirtySubscription { handle, id }));
+        }));
+        answer
     }
 
     pub fn set_prefetch_async(&self, _: bool) -> Answer<()> {
@@ -390,23 +403,6 @@ impl EngineHandle {
         self.ask(move |state| {
             let there = (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == place);
             Ok(runs_of(there, u32::MAX).collect())
-        })
-    }
-
-    pub fn collect_written(&self) -> Result<Vec<Run>, CommandError> {
-        self.call(self.collect_written_async()).map(Written::into_runs)
-    }
-
-    /// One page in three has left the guest's memory since it was written.
-    pub fn collect_written_async(&self) -> Answer<Written> {
-        self.ask(|state| {
-            let Some(written) = &mut state.written else {
-                return Err(CommandError::NotNow("writes are not tracked"));
-            };
-            let (left, seen): (BTreeSet<_>, BTreeSet<_>) =
-                std::mem::take(written).into_iter().partition(|page| page.0.is_multiple_of(3));
-            let [seen, left] = [seen, left].map(|pages| runs_of(pages, u32::MAX).collect());
-            Ok(Written { seen, left })
         })
     }
 
@@ -548,25 +544,80 @@ impl StoredReader {
         tier: TierId,
         run: Run,
         sums: &[u64],
+        region: Region<K>,
+    ) -> (Result<(), IoError>, Region<K>) {
+        self.read_pages(tier, run, sums, region, true).await
+    }
+
+    /// As the real one: the page is not held.
+    pub async fn probe<K: Unpin + 'static>(
+        &self,
+        tier: TierId,
+        page: PageNo,
+        sum: u64,
+        region: Region<K>,
+    ) -> Result<(), IoError> {
+        self.read_pages(tier, Run::one(page), &[sum], region, false).await.0
+    }
+
+    async fn read_pages<K: Unpin + 'static>(
+        &self,
+        tier: TierId,
+        run: Run,
+        sums: &[u64],
         mut region: Region<K>,
+        held: bool,
     ) -> (Result<(), IoError>, Region<K>) {
         assert_eq!(tier, TierId::STORE);
         sleep(world().delay(DEVICE)).await;
         let mut state = self.0.0.borrow_mut();
+        let broken = IoError { tier, write: false, kind: IoErrorKind::Broken(libc::EIO) };
+        if state.store_away > 0 {
+            state.store_away -= 1;
+            return (Err(broken), region);
+        }
         for (page, into) in run.pages().zip(region.bytes_mut().as_chunks_mut().0) {
-            assert!(state.held[page.index()], "{page} is read from the store and not held");
-            *into = content(page, state.store[&page]);
+            assert!(!held || state.held[page.index()], "{page} is read from the store and not held");
+            *into = content(page, state.store.get(&page).copied().unwrap_or_default());
             match state.bad.get(&page) {
                 Some(Bad::Rotten) => into[usize::from(world().random.next() as u8)] ^= 0x10,
                 Some(_) => {
                     // What fails only once has failed, for all that this read is about.
                     state.bad.retain(|page, bad| *bad != Bad::Once || !run.contains(*page));
-                    let kind = IoErrorKind::Broken(libc::EIO);
-                    return (Err(IoError { tier, write: false, kind }), region);
+                    return (Err(broken), region);
                 }
                 None => {}
             }
         }
         (swapd::verify(tier, run, sums, region.bytes()), region)
+    }
+}
+
+/// As the real one.
+#[derive(Debug)]
+pub struct DirtySubscription {
+    handle: EngineHandle,
+    id: u32,
+}
+
+impl DirtySubscription {
+    /// One page in three has left the guest's memory since it was written.
+    pub fn collect_async(&self) -> Answer<DirtyPages> {
+        let id = self.id;
+        self.handle.ask(move |state| {
+            let own = state.dirty.iter_mut().find(|(other, _)| *other == id);
+            let (_, written) = own.expect("it lives as long as the subscription");
+            let (left, seen): (BTreeSet<_>, BTreeSet<_>) =
+                std::mem::take(written).into_iter().partition(|page| page.0.is_multiple_of(3));
+            let [seen, left] = [seen, left].map(|pages| runs_of(pages, u32::MAX).collect());
+            Ok(DirtyPages { seen, left })
+        })
+    }
+}
+
+impl Drop for DirtySubscription {
+    fn drop(&mut self) {
+        let id = self.id;
+        drop(self.handle.ask_always(move |state| state.dirty.retain(|(other, _)| *other != id)));
     }
 }

@@ -1,6 +1,6 @@
 //! The simulated world in the shape of the real one: what the sessions are given in its place.
 
-pub(crate) use super::engine::{EngineHandle, StoredReader};
+pub(crate) use super::engine::{DirtySubscription, EngineHandle, StoredReader};
 pub(crate) use super::fs::{
     File, FileExt, OpenOptions, boot_id, in_memory, make_own, remove_file, vouch_for,
 };

@@ -120,6 +120,10 @@ impl Vm {
     }
 
     pub(crate) fn lose_some(&self) {
+        let random = &world().random;
+        if random.one_in(2) {
+            self.engine.be_away(random.below(200));
+        }
         for _ in 0..200 {
             let page = self.any_page();
             if self.engine.spoil(page) {

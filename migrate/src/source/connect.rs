@@ -12,11 +12,13 @@ use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, patience};
 use crate::outside::{Instant, StdStream, elsewhere};
 use crate::resolve::{self, ReachError};
 use crate::session::SessionId;
+use crate::versions::highest_common;
 use crate::wait::Wait;
-use crate::wire::WireError;
 use crate::wire::opening::{
-    Answer, Hello, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, RefuseKind, SessionHello, StreamHello, is_name,
+    Answer, Hello, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, Preamble, RefuseKind, SessionHello, StreamHello,
+    is_name,
 };
+use crate::wire::{VERSIONS, WireError, none_in_common};
 
 /// A target that has accepted the VM.
 #[derive(Debug)]
@@ -66,6 +68,7 @@ pub(crate) fn connect(
     waits(Wait::Connect);
     let mut control = reach(options, patience(CONNECT_LIMIT), cancel)?;
     let hello = Hello::Session(SessionHello {
+        versions: VERSIONS,
         session,
         name: options.name.clone(),
         memory_bytes,
@@ -90,19 +93,28 @@ pub(crate) fn connect(
 
 /// Waits for the target's answer: the RAM that the VM gets.
 fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendError> {
-    let answer = read_opening(control, patience(ACCEPT_LIMIT), || is_cancelled(cancel))
-        .and_then(|(preamble, body)| Answer::decode(&preamble, &body).map_err(OpeningError::Wire));
+    let opened = read_opening(control, patience(ACCEPT_LIMIT), || is_cancelled(cancel));
+    let answer = opened.and_then(|(preamble, body)| {
+        let theirs = Preamble::open(&preamble).map_err(OpeningError::Wire)?.versions().clone();
+        Ok((Answer::decode(&preamble, &body).map_err(OpeningError::Wire)?, theirs))
+    });
+    let other_version = |theirs| SendError::Version(none_in_common(VERSIONS, theirs).to_string());
     match answer {
-        Ok(Answer::Accepted { ram_bytes }) => Ok(ram_bytes),
-        Ok(Answer::Refused { kind, text }) => Err(match kind {
+        Ok((Answer::Accepted { ram_bytes, version }, _)) => {
+            tracing::debug!(version, "the target takes the VM");
+            Ok(ram_bytes)
+        }
+        Ok((Answer::Refused { kind, text }, theirs)) => Err(match kind {
+            // Every refusal carries its sender's versions. A target of one exact version does not name ours in its text.
+            RefuseKind::Version if highest_common(&VERSIONS, &theirs).is_none() => other_version(theirs),
             RefuseKind::Version => SendError::Version(text),
             RefuseKind::NameTaken => SendError::NameTaken(text),
             RefuseKind::NoRoom => SendError::NoRoom(text),
             RefuseKind::Other => SendError::Refused(text),
         }),
-        Ok(Answer::Resolved(_)) => Err(SendError::Peer("an answer to another question".to_string())),
+        Ok((Answer::Resolved(_), _)) => Err(SendError::Peer("an answer to another question".to_string())),
         Err(OpeningError::Cancelled) => Err(SendError::Cancelled),
-        Err(OpeningError::Wire(error @ WireError::Version(_))) => Err(SendError::Version(error.to_string())),
+        Err(OpeningError::Wire(WireError::Version(theirs))) => Err(other_version(theirs)),
         Err(OpeningError::Wire(error)) => Err(SendError::Peer(error.to_string())),
         Err(OpeningError::Io(source)) => {
             Err(SendError::Link { during: "waiting for it to accept the VM", source })

@@ -17,7 +17,7 @@ pub enum SendError {
     Insecure { to: String, source: TlsError },
     #[error("{0}")]
     Options(String),
-    #[error("the target speaks another version: {0}")]
+    #[error("no version in common: {0}")]
     Version(String),
     #[error("the target refused: {0}")]
     Refused(String),

@@ -5,16 +5,19 @@
 
 use std::rc::Rc;
 
-use swapd::{IoErrorKind, PageNo, Piece, Place, Run, TierId, answered};
+use swapd::{CommandError, IoError, IoErrorKind, PageNo, Piece, Place, Run, TierId, answered};
 use tokio::sync::mpsc;
 
 use super::record::{Content, Record};
 use super::shipment::{Lane, Parcel, Shipment};
 use super::tracker::Tracker;
-use crate::limits::{REREAD_EVERY, REREADS};
+use crate::limits::{REREAD_EVERY, REREADS, STORE_LIMIT, patience};
 use crate::link::trouble::Trouble;
-use crate::outside::{breathe, planted, sleep};
+use crate::outside::{Instant, breathe, planted, sleep};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
+
+/// Pages that are asked for to see whether the store gives any.
+const PROBES: usize = 16;
 
 /// One record in the making, and the pages found on the way that have no content.
 struct Filler {
@@ -192,10 +195,10 @@ impl Filler {
         while self.record.room() > 0 {
             let Some(wanted) = self.next_wanted(rest, &stored) else { break };
             rest = Run::new(wanted.end(), (run.end().0 - wanted.end().0) as u32);
-            if !self.read(wanted, &stored).await {
+            if self.read(wanted, &stored).await.is_err() {
                 // One page that cannot be read does not spoil its neighbours.
                 for page in wanted.pages() {
-                    if !self.read_again(page, &stored).await {
+                    if !self.read_again(page, &stored).await? {
                         self.lose(page);
                     }
                 }
@@ -228,30 +231,50 @@ impl Filler {
         wanted
     }
 
-    /// Reads pages from the store behind the record's last. False: they are not there, or not all of them as they were
-    /// written, and nothing was added.
-    async fn read(&mut self, run: Run, stored: &Stored) -> bool {
+    /// Reads pages from the store behind the record's last.
+    ///
+    /// # Errors
+    /// They are not there, or not all of them as they were written, and nothing was added.
+    async fn read(&mut self, run: Run, stored: &Stored) -> Result<(), IoError> {
         let region = self.record.tail(run.len);
         let sums = stored.sums_of(run);
         let (result, _region) = self.ship.stored.read(stored.tier, run, sums, region).await;
         if let Err(error) = result {
             let mismatch = error.kind == IoErrorKind::Mismatch;
             if !mismatch && self.ship.patience.get() > 0 {
-                tracing::warn!(%error, ?run, "a page is read again");
+                tracing::warn!(?run, "{error}");
             }
             if !(mismatch && planted!(TrustsTheStore)) {
-                return false;
+                return Err(error);
             }
         }
         run.pages().zip(sums).for_each(|(page, sum)| self.record.keep(page, *sum));
-        true
+        self.ship.last_given.set(Some(run.start));
+        Ok(())
     }
 
-    /// Reads a page that was bad, again and again for a while, as the engine does: the device may have had a hiccup.
-    async fn read_again(&mut self, page: PageNo, stored: &Stored) -> bool {
-        for _ in 0..REREADS {
-            if self.read(Run::one(page), stored).await {
-                return true;
+    /// Reads a page that was bad, again and again for a while, as the engine does: the device may have had a hiccup. False: its medium is
+    /// broken, for the store gives others.
+    ///
+    /// # Errors
+    /// The store gives nothing.
+    async fn read_again(&mut self, page: PageNo, stored: &Stored) -> Result<bool, Trouble> {
+        let deadline = Instant::now() + patience(STORE_LIMIT);
+        let mut tries = 0;
+        loop {
+            let Err(error) = self.read(Run::one(page), stored).await else { return Ok(true) };
+            tries += 1;
+            if tries > REREADS {
+                let of_medium = matches!(error.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
+                if of_medium && (self.gives_another(page).await? || planted!(TakesSilenceForBroken)) {
+                    // Since it gave the other, this one has not been asked for.
+                    return Ok(self.read(Run::one(page), stored).await.is_ok());
+                }
+                if Instant::now() >= deadline {
+                    return Err(CommandError::Store(error).into());
+                }
+                sleep(REREAD_EVERY).await;
+                continue;
             }
             match self.ship.patience.get() {
                 0 => {}
@@ -261,7 +284,38 @@ impl Filler {
                 }
             }
         }
-        false
+    }
+
+    /// Whether the store gives any page but this one, as it was written. None of them is held, so that one that is just being changed
+    /// does not count.
+    async fn gives_another(&mut self, page: PageNo) -> Result<bool, Trouble> {
+        if let Some(last) = self.ship.last_given.get()
+            && last != page
+            && self.gives(last).await?
+        {
+            return Ok(true);
+        }
+        // To know what is stored takes a look at all of memory.
+        let stored = answered(self.ship.handle.stored_map_async()).await?;
+        let count: u64 = stored.iter().map(|run| u64::from(run.len)).sum();
+        for part in 0..PROBES as u64 {
+            if let Some(other) = nth_page(&stored, part * count / PROBES as u64)
+                && other != page
+                && self.gives(other).await?
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    async fn gives(&mut self, page: PageNo) -> Result<bool, Trouble> {
+        let sums = answered(self.ship.handle.sums_async(Run::one(page))).await?;
+        let given = self.ship.stored.probe(TierId::STORE, page, sums[0], self.record.tail(1)).await.is_ok();
+        if given {
+            self.ship.last_given.set(Some(page));
+        }
+        Ok(given)
     }
 
     /// The content is gone: the target poisons the page, as the engine here will when it is touched.
@@ -290,6 +344,15 @@ impl Filler {
         self.ship.pages_sent.set(self.ship.pages_sent.get() + pages);
         out.send(Parcel::Pages(self.record)).await
     }
+}
+
+fn nth_page(runs: &[Run], nth: u64) -> Option<PageNo> {
+    let mut before = 0;
+    runs.iter().find_map(|run| {
+        let at = nth - before;
+        before += u64::from(run.len);
+        (at < u64::from(run.len)).then(|| run.start.plus(at as u32))
+    })
 }
 
 /// What of the run is behind the page.

@@ -161,9 +161,9 @@ fn prepare(
 ) -> Result<Placed, Failed> {
     let began = Instant::now();
     let state = moving.vm.save().map_err(|error| said(moving, error))?;
-    if state.len() > MAX_STATE_BYTES {
-        let text = format!("its state of {} bytes is more than {MAX_STATE_BYTES}", state.len());
-        return Err(said(moving, VmError(text)));
+    // It may be more than was expected.
+    if let Some(error) = too_large(state.len() as u64) {
+        return Err(said(moving, error));
     }
     parts.state_ms = milliseconds(began.elapsed());
     in_time(moving, stopped_at)?;
@@ -281,6 +281,15 @@ fn resume(moving: &mut Moving<'_, '_>, failed: Failed) -> Failed {
         Ok(()) => failed,
         Err(error) => said(moving, VmError(format!("it could not be resumed: {error}"))),
     }
+}
+
+/// Why a state of so many bytes cannot move.
+pub(super) fn too_large(state_bytes: u64) -> Option<VmError> {
+    (state_bytes > MAX_STATE_BYTES as u64).then(|| {
+        VmError(format!(
+            "its vCPUs and devices have {state_bytes} bytes of state, and at most {MAX_STATE_BYTES} can move"
+        ))
+    })
 }
 
 fn milliseconds(time: Duration) -> f64 {

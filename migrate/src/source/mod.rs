@@ -34,7 +34,7 @@ pub use options::SourceOptions;
 /// Moves a running VM. Blocks; `progress` is called on this thread, several times a second.
 ///
 /// # Errors
-/// See [`SendError`]. Whatever it is, holds are released, write tracking is off and the throttle is undone.
+/// See [`SendError`]. Whatever it is, holds are released, no writes are tracked for it and the throttle is undone.
 pub fn send(
     handle: &EngineHandle,
     vm: &mut dyn SourceVm,
@@ -47,10 +47,11 @@ pub fn send(
     let waits = |wait| progress(Progress::waiting(Phase::Connecting, memory_bytes, wait));
     let connected = connect::connect(options, memory_bytes, &waits, cancel)?;
     let runtime = runtime().map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;
-    let _tracking = Tracking::start(handle)?;
+    let dirty = handle.subscribe_dirty()?;
     let life = Rc::new(Life::default());
     let session = connected.session;
-    let rounds = runtime.block_on(async { Rounds::start(handle, connected, &life, cancel, progress) })?;
+    let rounds =
+        runtime.block_on(async { Rounds::start(handle, dirty, connected, &life, cancel, progress) })?;
     let mut moving = Moving {
         runtime: &runtime,
         rounds,
@@ -72,24 +73,6 @@ pub fn send(
         Failed::Trouble => life.take_trouble().unwrap_or(Trouble::Cancelled).into(),
         Failed::Said(error) => error,
     })
-}
-
-/// Write tracking, for as long as this lives.
-struct Tracking<'a>(&'a EngineHandle);
-
-impl<'a> Tracking<'a> {
-    fn start(handle: &'a EngineHandle) -> Result<Tracking<'a>, SendError> {
-        handle.track_writes(true)?;
-        Ok(Tracking(handle))
-    }
-}
-
-impl Drop for Tracking<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.track_writes(false) {
-            tracing::warn!(%error, "write tracking could not be ended");
-        }
-    }
 }
 
 impl Moving<'_, '_> {
@@ -114,7 +97,7 @@ impl Moving<'_, '_> {
             max_rounds: self.options.max_rounds,
             max_throttle: self.options.max_throttle,
         };
-        self.expected = self.vm.expected();
+        self.look_ahead()?;
         // What devices had begun before writes were tracked.
         self.drain()?;
         let first = self.runtime.block_on(self.rounds.first());
@@ -126,7 +109,7 @@ impl Moving<'_, '_> {
             match decision {
                 Decision::Go { throttle } => {
                     self.set_throttle(throttle);
-                    self.expected = self.vm.expected();
+                    self.look_ahead()?;
                     self.drain()?;
                     let again = self.runtime.block_on(self.rounds.again(throttle));
                     self.checked(again)?;
@@ -135,6 +118,15 @@ impl Moving<'_, '_> {
                 Decision::Stop => self.give_up_name()?,
                 Decision::GiveUp => return Err(handover::too_long(self, &standing)),
             }
+        }
+    }
+
+    /// Asks what of the downtime will be the VM's own. A VM whose state the target would not take is not stopped to find that out.
+    fn look_ahead(&mut self) -> Result<(), Failed> {
+        self.expected = self.vm.expected();
+        match handover::too_large(self.expected.state_bytes) {
+            Some(error) => Err(said(self, error)),
+            None => Ok(()),
         }
     }
 

@@ -23,7 +23,8 @@ use crate::link::trouble::Trouble;
 use crate::link::watch::Watch;
 use crate::link::{end, split};
 use crate::outside::{
-    EngineHandle, Instant, JoinHandle, JoinSet, StdStream, StoredReader, planted, sleep, spawn,
+    DirtySubscription, EngineHandle, Instant, JoinHandle, JoinSet, StdStream, StoredReader, planted, sleep,
+    spawn,
 };
 use crate::progress::{Phase, Progress};
 use crate::wait::Wait;
@@ -47,6 +48,7 @@ const DURING: &str = "sending the VM's memory";
 /// Everything of a session that is on the runtime. [`close`](Self::close) it, whatever happens.
 pub(crate) struct Rounds<'a> {
     pub(crate) ship: Rc<Shipment>,
+    dirty: DirtySubscription,
     pub(crate) control: ControlLink,
     pub(crate) watch: Watch<'a>,
     /// Rounds done.
@@ -79,6 +81,7 @@ impl<'a> Rounds<'a> {
     /// Must be called on the runtime.
     pub(crate) fn start(
         handle: &EngineHandle,
+        dirty: DirtySubscription,
         connected: Connected,
         life: &Rc<Life>,
         cancel: &'a crate::CancelFlag,
@@ -95,6 +98,7 @@ impl<'a> Rounds<'a> {
             lanes: connected.streams.iter().map(|_| Lane::new()).collect(),
             pages_sent: Default::default(),
             patience: REREAD_WAITS.into(),
+            last_given: None.into(),
         });
         let lanes = [WireLane::ToSource, WireLane::ToTarget];
         let control = ControlLink::start(connected.control, session, lanes, life).map_err(&link)?;
@@ -111,6 +115,7 @@ impl<'a> Rounds<'a> {
         let now = Instant::now();
         Ok(Rounds {
             ship,
+            dirty,
             control,
             watch,
             round: 0,
@@ -368,7 +373,7 @@ impl<'a> Rounds<'a> {
     /// Asks what was written since the last time.
     pub(crate) async fn scan(&mut self) -> Result<(), Trouble> {
         let began = Instant::now();
-        let written = answered(self.ship.handle.collect_written_async());
+        let written = answered(self.dirty.collect_async());
         let written = self.watch.wait("looking for written pages", SILENCE_LIMIT, written).await??;
         let mut tracker = self.ship.tracker.borrow_mut();
         written.left.iter().for_each(|run| tracker.left(*run));

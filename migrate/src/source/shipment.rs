@@ -28,6 +28,8 @@ pub(crate) struct Shipment {
     pub(crate) pages_sent: Cell<u64>,
     /// How often it will still be waited for a store that does not give a page.
     pub(crate) patience: Cell<u32>,
+    /// A page that the store gave last.
+    pub(crate) last_given: Cell<Option<PageNo>>,
 }
 
 /// One data stream's share.

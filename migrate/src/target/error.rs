@@ -4,6 +4,7 @@ use swapd::CommandError;
 
 use crate::link::trouble::Trouble;
 use crate::registry::RegistryError;
+use crate::versions::NoneInCommon;
 use crate::vm::VmError;
 
 /// Why a VM did not arrive. It does not run here and never will; the source has been told if it could be.
@@ -14,8 +15,8 @@ pub enum ReceiveError {
     /// The peer said something that it must not say.
     #[error("the peer sent rubbish: {0}")]
     Peer(String),
-    #[error("the peer speaks version {theirs}, this is version {ours}")]
-    Version { theirs: u16, ours: u16 },
+    #[error(transparent)]
+    Version(NoneInCommon),
     #[error("the source gave up: {0}")]
     GaveUp(String),
     #[error("cancelled")]

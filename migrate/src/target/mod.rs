@@ -32,6 +32,7 @@ use crate::report::Received;
 use crate::vm::TargetVm;
 use crate::wire::opening::{Answer, MAX_STREAMS, RefuseKind, SessionHello};
 use crate::wire::record::Lane as WireLane;
+use crate::wire::{VERSIONS, none_in_common};
 
 /// Receives a VM and runs it. Blocks; returns when it runs (and the placement has been checked, if asked).
 ///
@@ -43,15 +44,20 @@ pub fn receive(
     vm: &mut dyn TargetVm,
 ) -> Result<Received, ReceiveError> {
     let started = Instant::now();
-    let begun = check(&link.hello, &memory).and_then(|()| Ok(link.registry.begin(link.hello.session)?));
-    let begun = match begun {
+    let begun = check(&link.hello, &memory)
+        .and_then(|version| Ok((version, link.registry.begin(link.hello.session)?)));
+    let (version, begun) = match begun {
         Ok(begun) => begun,
         Err(error) => {
-            refuse(&mut link.control, RefuseKind::Other, &error.to_string());
+            let kind = match error {
+                ReceiveError::Version(_) => RefuseKind::Version,
+                _ => RefuseKind::Other,
+            };
+            refuse(&mut link.control, kind, &error.to_string());
             return Err(error);
         }
     };
-    let result = accepted(&mut link, &memory, vm, begun);
+    let result = accepted(&mut link, &memory, vm, version, begun);
     if result.is_err() {
         handover::give_up(&link);
     }
@@ -60,8 +66,12 @@ pub fn receive(
     Ok(received)
 }
 
-/// What can be known before the first byte of memory.
-fn check(hello: &SessionHello, memory: &TargetMemory) -> Result<(), ReceiveError> {
+/// What can be known before the first byte of memory: the version that is spoken.
+fn check(hello: &SessionHello, memory: &TargetMemory) -> Result<u16, ReceiveError> {
+    // Whoever read the hello has found one; it may be another program than this one.
+    let version = hello
+        .version()
+        .ok_or_else(|| ReceiveError::Version(none_in_common(hello.versions.clone(), VERSIONS)))?;
     let bytes = match memory {
         TargetMemory::Engine(handle) => handle.memory_bytes(),
         TargetMemory::Plain(memory) => memory.bytes(),
@@ -76,20 +86,22 @@ fn check(hello: &SessionHello, memory: &TargetMemory) -> Result<(), ReceiveError
             hello.streams
         )));
     }
-    Ok(())
+    Ok(version)
 }
 
 fn accepted(
     link: &mut TargetLink<'_>,
     memory: &TargetMemory,
     vm: &mut dyn TargetVm,
+    version: u16,
     begun: Begun,
 ) -> Result<Received, ReceiveError> {
     let during = "answering it";
     let broken = |source| ReceiveError::Link { during, source };
     link.control.set_nonblocking(false).map_err(broken)?;
-    write_opening(&mut link.control, &Answer::Accepted { ram_bytes: link.granted_ram_bytes }.encode())
-        .map_err(broken)?;
+    tracing::debug!(version, "taking the VM");
+    let accepted = Answer::Accepted { ram_bytes: link.granted_ram_bytes, version };
+    write_opening(&mut link.control, &accepted.encode()).map_err(broken)?;
     let streams = data_streams(link)?;
     let runtime = runtime().map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
     let control = link.control.try_clone().map_err(broken)?;

@@ -8,17 +8,17 @@ use swapd::{Answer, CommandError, Run, answered};
 
 use crate::bitmap::Bitmap;
 use crate::limits::PLACEMENT_WINDOW;
-use crate::outside::{EngineHandle, Instant, sleep};
+use crate::outside::{DirtySubscription, EngineHandle, Instant, sleep};
 use crate::report::Placement;
 
-/// A check that is under way. However it ends, the engine prefetches again and tracks no writes for it.
+/// A check that is under way. However it ends, the engine prefetches again.
 #[derive(Debug)]
 pub(super) struct Check<'a> {
     handle: &'a EngineHandle,
     /// The pages in RAM and those in the store, until they are looked at.
     maps: Option<[Answer<Vec<Run>>; 2]>,
-    /// From the start of the VM on: when it was, and whether its writes are tracked.
-    started: Option<(Instant, Answer<()>)>,
+    /// From the start of the VM on: when it was, and what is told of its writes.
+    started: Option<(Instant, Answer<DirtySubscription>)>,
 }
 
 impl<'a> Check<'a> {
@@ -31,7 +31,7 @@ impl<'a> Check<'a> {
 
     /// The VM runs.
     pub(super) fn started(mut self) -> Self {
-        self.started = Some((Instant::now(), self.handle.track_writes_async(true)));
+        self.started = Some((Instant::now(), self.handle.subscribe_dirty_async()));
         self
     }
 
@@ -40,12 +40,12 @@ impl<'a> Check<'a> {
     /// # Errors
     /// The engine's, if it has ended or does not track writes.
     pub(super) async fn finish(mut self) -> Result<Placement, CommandError> {
-        let (since, tracked) = self.started.take().expect("only a VM that runs touches pages");
+        let (since, dirty) = self.started.take().expect("only a VM that runs touches pages");
         let [resident, stored] = self.maps.take().expect("they are looked at once");
         let before = Before { resident: answered(resident).await?, stored: answered(stored).await? };
-        answered(tracked).await?;
+        let dirty = answered(dirty).await?;
         sleep(PLACEMENT_WINDOW.saturating_sub(since.elapsed())).await;
-        let changed = answered(self.handle.collect_written_async()).await?.into_runs();
+        let changed = answered(dirty.collect_async()).await?.into_runs();
         let resident_now = answered(self.handle.resident_map_async()).await?;
         let pages = swapd::units::pages_in(self.handle.memory_bytes());
         Ok(count(pages, &before, &changed, &resident_now))
@@ -54,7 +54,7 @@ impl<'a> Check<'a> {
 
 impl Drop for Check<'_> {
     fn drop(&mut self) {
-        drop((self.handle.track_writes_async(false), self.handle.set_prefetch_async(true)));
+        drop(self.handle.set_prefetch_async(true));
     }
 }
 

@@ -10,10 +10,12 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustls::Connection;
 
 use super::error::TlsError;
@@ -214,34 +216,34 @@ impl Tunnel {
             // It has all been said; what the peer still says is waited for, lest it be told that its words were lost.
             let _ = self.tcp.shutdown(Shutdown::Write);
         }
-        let events = |wanted: [(bool, libc::c_short); 2]| {
-            wanted.iter().fold(0, |all, (on, event)| all | if *on { *event } else { 0 })
+        let events = |reads, writes| {
+            let wanted = [(reads, PollFlags::IN), (writes, PollFlags::OUT)];
+            wanted.into_iter().filter(|(on, _)| *on).map(|(_, event)| event).collect::<PollFlags>()
         };
-        let near_events =
-            events([(!leaving && self.ended.is_none(), libc::POLLIN), (arrived, libc::POLLOUT)]);
-        let tcp_events = events([
-            (!self.deaf && !arrived, libc::POLLIN),
-            (leaving && self.ended.is_none(), libc::POLLOUT),
-        ]);
+        let near_events = events(!leaving && self.ended.is_none(), arrived);
+        let tcp_events = events(!self.deaf && !arrived, leaving && self.ended.is_none());
         // A descriptor of which nothing is wanted would still say that it was hung up, again and again.
-        let deaf_to_near = self.near_ended || (self.hung_up && near_events == 0);
-        let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
-        let mut polled = [
-            entry(if deaf_to_near { -1 } else { self.near.as_raw_fd() }, near_events),
-            entry(if tcp_events == 0 { -1 } else { self.tcp.as_raw_fd() }, tcp_events),
-        ];
-        let timeout = match self.until.map(|until| until.saturating_duration_since(Instant::now())) {
-            Some(left) if left.is_zero() => return Ok(false),
-            Some(left) => left.as_millis() as i32 + 1,
-            None => -1,
+        let deaf_to_near = self.near_ended || (self.hung_up && near_events.is_empty());
+        let mut both = [PollFd::new(&self.near, near_events), PollFd::new(&self.tcp, tcp_events)];
+        let polled = match (deaf_to_near, tcp_events.is_empty()) {
+            (false, false) => &mut both[..],
+            (false, true) => &mut both[..1],
+            (true, false) => &mut both[1..],
+            (true, true) => &mut [],
         };
-        // SAFETY: both entries are initialised and outlive the call; a negative descriptor is skipped by the kernel.
-        let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout) };
-        if ready < 0 {
-            let error = io::Error::last_os_error();
-            return if error.kind() == io::ErrorKind::Interrupted { Ok(true) } else { Err(error) };
+        let left = self.until.map(|until| until.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Ok(false);
         }
-        if polled[0].revents & (libc::POLLHUP | libc::POLLERR) != 0 {
+        // A time that the kernel has no number for is as good as none.
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(polled, timeout.as_ref()) {
+            Err(Errno::INTR) => return Ok(true),
+            Err(error) => return Err(error.into()),
+            Ok(_) => {}
+        }
+        // Of one that was not asked nothing is known.
+        if both[0].revents().intersects(PollFlags::HUP | PollFlags::ERR) {
             self.hung_up = true;
             self.until.get_or_insert(Instant::now() + LINGER_LIMIT);
         }

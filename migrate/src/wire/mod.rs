@@ -9,16 +9,30 @@ pub mod heat;
 pub mod opening;
 pub mod record;
 
-/// The version of everything in this module. A peer of another version is refused.
-pub const VERSION: u16 = 2;
+use crate::versions::{Named, NoneInCommon, Side, Versions};
+
+/// The versions of everything in this module that this vmemd speaks. Two sides take the highest that both know; a peer that knows none
+/// of them is refused. `docs/wire.md` says when to raise which end.
+pub const VERSIONS: Versions = 2..=2;
+
+// An opening has one byte for the distance between the ends.
+const _: () = assert!(*VERSIONS.start() <= *VERSIONS.end());
+const _: () = assert!(*VERSIONS.end() - *VERSIONS.start() <= u8::MAX as u16);
+
+/// Why a source and a target cannot speak to each other, in words that are right on both sides.
+pub(crate) fn none_in_common(source: Versions, target: Versions) -> NoneInCommon {
+    let source = Side { name: "source", versions: source, remedy: "update vmemd at the source" };
+    let target = Side { name: "target", versions: target, remedy: "update vmemd at the target" };
+    NoneInCommon { protocol: "migration protocol", sides: [source, target] }
+}
 
 /// Why bytes are not what they should be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     #[error("it does not speak vmemd's migration protocol")]
     NotOurs,
-    #[error("it speaks version {0} of the migration protocol, this is version {VERSION}")]
-    Version(u16),
+    #[error("it speaks {} of the migration protocol, and here is {}", Named(.0.clone()), Named(VERSIONS))]
+    Version(Versions),
     #[error("a message of unknown kind {0}")]
     UnknownKind(u8),
     #[error("{what} of {value}, where at most {limit} is allowed")]

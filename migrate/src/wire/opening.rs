@@ -1,7 +1,7 @@
 //! The opening of a connection: what it is for, and the answer.
 //!
-//! Magic, version, kind and length keep their places in every version, and so does the layout of a refusal, so that
-//! versions that do not understand each other can at least say so.
+//! The preamble keeps its layout in every version, and so does a refusal, so that versions that do not understand each other can at
+//! least say so. A question for an outcome and its answer keep theirs too: a doubt can be settled whatever was updated meanwhile.
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
@@ -10,9 +10,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::control::short_text;
 use super::record::MAX_TEXT;
-use super::{VERSION, WireError, at_most};
+use super::{VERSIONS, WireError, at_most};
 use crate::registry::Outcome;
 use crate::session::SessionId;
+use crate::versions::{Versions, highest_common};
 
 /// First bytes of every connection, and of every answer to it.
 pub const OPENING_MAGIC: [u8; 8] = *b"vmemdmig";
@@ -46,9 +47,11 @@ const _: () = assert!(size_of::<RawPreamble>() == PREAMBLE_BYTES);
 #[repr(C)]
 struct RawPreamble {
     magic: [u8; 8],
+    /// The lowest version that the sender knows; of an acceptance, the one that was chosen.
     version: U16,
     kind: u8,
-    reserved: u8,
+    /// How many versions above that one it knows as well. Who knows one version only sends 0, and does not look at it.
+    more_versions: u8,
     body_bytes: U32,
 }
 
@@ -87,6 +90,9 @@ pub enum Hello {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionHello {
+    /// Versions of the protocol that the source knows.
+    #[serde(default = "unsaid_versions")]
+    pub versions: Versions,
     pub session: SessionId,
     pub name: String,
     pub memory_bytes: u64,
@@ -96,6 +102,19 @@ pub struct SessionHello {
     pub check_placement: bool,
     /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's state.
     pub offer: Option<String>,
+}
+
+/// Of a hello that another program of this host has handed on which knows of one version only.
+fn unsaid_versions() -> Versions {
+    2..=2
+}
+
+impl SessionHello {
+    /// What is spoken in this session: the highest version that both sides know.
+    #[must_use]
+    pub fn version(&self) -> Option<u16> {
+        highest_common(&VERSIONS, &self.versions)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,49 +137,79 @@ pub enum RefuseKind {
 /// The answer to a connection's opening.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    Accepted { ram_bytes: u64 },
-    Refused { kind: RefuseKind, text: String },
+    Accepted {
+        ram_bytes: u64,
+        /// What is spoken from here on: the highest version that both sides know.
+        version: u16,
+    },
+    Refused {
+        kind: RefuseKind,
+        text: String,
+    },
     Resolved(Outcome),
 }
 
-/// A preamble that is ours and of our version.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A preamble that is ours and, if it needs to be, of a version that we know.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Preamble {
     kind: u8,
     body_bytes: usize,
+    versions: Versions,
 }
 
 impl Preamble {
-    /// Checks a connection's first bytes. The version comes before all that depends on it. A refusal is understood from any version.
+    /// Checks a connection's first bytes. The versions come before all that depends on them. What is the same in every version is
+    /// understood from any.
     pub fn open(bytes: &[u8; PREAMBLE_BYTES]) -> Result<Preamble, WireError> {
         let raw: RawPreamble = zerocopy::transmute!(*bytes);
         if raw.magic != OPENING_MAGIC {
             return Err(WireError::NotOurs);
         }
-        if raw.version.get() != VERSION && raw.kind != KIND_REFUSED {
-            return Err(WireError::Version(raw.version.get()));
+        let versions = offered(&raw)?;
+        let of_any = matches!(raw.kind, KIND_REFUSED | KIND_RESOLVE | KIND_RESOLVED);
+        if !of_any && highest_common(&VERSIONS, &versions).is_none() {
+            return Err(WireError::Version(versions));
         }
         let most = if raw.kind == KIND_SESSION { MAX_SESSION_BODY } else { MAX_BODY };
         let body_bytes = at_most("bytes of an opening", u64::from(raw.body_bytes.get()), most as u64)?;
         if (body_bytes as usize) < SUM_BYTES {
             return Err(WireError::Lengths("an opening"));
         }
-        Ok(Preamble { kind: raw.kind, body_bytes: body_bytes as usize })
+        Ok(Preamble { kind: raw.kind, body_bytes: body_bytes as usize, versions })
     }
 
     /// Bytes to read behind the preamble.
     pub fn body_bytes(&self) -> usize {
         self.body_bytes
     }
+
+    /// The versions that its sender knows.
+    pub fn versions(&self) -> &Versions {
+        &self.versions
+    }
+}
+
+fn offered(raw: &RawPreamble) -> Result<Versions, WireError> {
+    let (lowest, more) = (raw.version.get(), raw.more_versions);
+    match lowest.checked_add(more.into()) {
+        Some(highest) => Ok(lowest..=highest),
+        None => Err(WireError::BadValue { what: "the number of versions", value: more.into() }),
+    }
 }
 
 /// A connection's first bytes, with their checksum.
 pub fn sealed(kind: u8, body: &[u8]) -> Vec<u8> {
+    sealed_as(&VERSIONS, kind, body)
+}
+
+/// As [`sealed`], of a side that knows other versions. Of a range that is wider than an opening can say, the lowest 256.
+pub fn sealed_as(versions: &Versions, kind: u8, body: &[u8]) -> Vec<u8> {
+    let more_versions = versions.end().saturating_sub(*versions.start()).min(u8::MAX.into()) as u8;
     let preamble = RawPreamble {
         magic: OPENING_MAGIC,
-        version: VERSION.into(),
+        version: (*versions.start()).into(),
         kind,
-        reserved: 0,
+        more_versions,
         body_bytes: ((body.len() + SUM_BYTES) as u32).into(),
     };
     let mut bytes = preamble.as_bytes().to_vec();
@@ -196,7 +245,8 @@ impl Hello {
                     name_bytes: (hello.name.len() as u16).into(),
                     offer_bytes: (offer.len() as u32).into(),
                 };
-                sealed(KIND_SESSION, &[raw.as_bytes(), hello.name.as_bytes(), offer.as_bytes()].concat())
+                let body = [raw.as_bytes(), hello.name.as_bytes(), offer.as_bytes()].concat();
+                sealed_as(&hello.versions, KIND_SESSION, &body)
             }
             Hello::Stream(hello) => {
                 let raw = RawStream { session: hello.session.0, index: hello.index.into() };
@@ -207,10 +257,10 @@ impl Hello {
     }
 
     pub fn decode(preamble: &[u8; PREAMBLE_BYTES], body: &[u8]) -> Result<Hello, WireError> {
-        let kind = Preamble::open(preamble)?.kind;
+        let Preamble { kind, versions, .. } = Preamble::open(preamble)?;
         let body = checked(preamble, body)?;
         match kind {
-            KIND_SESSION => decode_session(body).map(Hello::Session),
+            KIND_SESSION => decode_session(versions, body).map(Hello::Session),
             KIND_STREAM => {
                 let raw: RawStream = fixed(body)?;
                 let index =
@@ -223,7 +273,7 @@ impl Hello {
     }
 }
 
-fn decode_session(body: &[u8]) -> Result<SessionHello, WireError> {
+fn decode_session(versions: Versions, body: &[u8]) -> Result<SessionHello, WireError> {
     let (raw, texts) =
         RawSession::read_from_prefix(body).map_err(|_| WireError::Lengths("a session's opening"))?;
     let memory_bytes = at_most("bytes of memory", raw.memory_bytes.get(), MAX_MEMORY_BYTES)?;
@@ -242,6 +292,7 @@ fn decode_session(body: &[u8]) -> Result<SessionHello, WireError> {
         .ok_or(WireError::Lengths("a session's texts"))?;
     let offer = str::from_utf8(offer).map_err(|_| WireError::NotText)?;
     Ok(SessionHello {
+        versions,
         session: SessionId(raw.session),
         name: checked_name(name)?,
         memory_bytes,
@@ -275,7 +326,9 @@ fn checked_name(name: &[u8]) -> Result<String, WireError> {
 impl Answer {
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            Answer::Accepted { ram_bytes } => sealed(KIND_ACCEPTED, &ram_bytes.to_le_bytes()),
+            Answer::Accepted { ram_bytes, version } => {
+                sealed_as(&(*version..=*version), KIND_ACCEPTED, &ram_bytes.to_le_bytes())
+            }
             Answer::Refused { kind, text } => {
                 let kind = match kind {
                     RefuseKind::Other => 0,
@@ -292,10 +345,15 @@ impl Answer {
     }
 
     pub fn decode(preamble: &[u8; PREAMBLE_BYTES], body: &[u8]) -> Result<Answer, WireError> {
-        let kind = Preamble::open(preamble)?.kind;
+        let Preamble { kind, versions, .. } = Preamble::open(preamble)?;
         let body = checked(preamble, body)?;
         match kind {
-            KIND_ACCEPTED => fixed::<U64>(body).map(|ram| Answer::Accepted { ram_bytes: ram.get() }),
+            KIND_ACCEPTED if versions.start() != versions.end() => {
+                let value = u64::from(versions.end() - versions.start());
+                Err(WireError::BadValue { what: "the number of versions above the chosen one", value })
+            }
+            KIND_ACCEPTED => fixed::<U64>(body)
+                .map(|ram| Answer::Accepted { ram_bytes: ram.get(), version: *versions.start() }),
             KIND_REFUSED => {
                 let (kind, text) = body.split_first().ok_or(WireError::Lengths("a refusal"))?;
                 let kind = match kind {
@@ -328,6 +386,7 @@ mod tests {
 
     fn session(name: &str) -> SessionHello {
         SessionHello {
+            versions: VERSIONS,
             session: SessionId([9; 16]),
             name: name.to_string(),
             memory_bytes: 64 << 20,
@@ -390,24 +449,88 @@ mod tests {
     fn another_version_is_told_from_rubbish() {
         let mut bytes = Hello::Session(session("web")).encode();
         bytes[8] = 99;
-        assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::Version(99)));
+        assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::Version(99..=99)));
         bytes[0] = b'V';
         assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::NotOurs));
     }
 
+    /// The same bytes as a side sends them that knows these versions.
+    fn said_as(versions: Versions, bytes: &[u8]) -> Vec<u8> {
+        sealed_as(&versions, bytes[10], &bytes[PREAMBLE_BYTES..bytes.len() - SUM_BYTES])
+    }
+
     #[test]
-    fn a_refusal_is_understood_from_any_version() {
-        let refusal = Answer::Refused { kind: RefuseKind::Version, text: "too old".to_string() };
-        let mut bytes = refusal.encode();
-        bytes[8] = 7;
-        let end = bytes.len() - SUM_BYTES;
-        let sum = xxh3_64(&bytes[..end]);
-        bytes[end..].copy_from_slice(&sum.to_le_bytes());
+    fn refusals_and_outcomes_are_understood_from_any_version() {
+        for versions in [0..=0, 1..=1, 7..=7, 3..=258, u16::MAX..=u16::MAX] {
+            let refusal = Answer::Refused { kind: RefuseKind::Version, text: "too old".to_string() };
+            for answer in
+                [refusal, Answer::Resolved(Outcome::NotThere), Answer::Resolved(Outcome::RunningThere)]
+            {
+                let bytes = said_as(versions.clone(), &answer.encode());
+                let (preamble, body) = split(&bytes);
+                assert_eq!(Preamble::open(preamble).unwrap().versions(), &versions);
+                assert_eq!(Answer::decode(preamble, body), Ok(answer));
+            }
+            let question = Hello::Resolve { session: SessionId([3; 16]) };
+            let bytes = said_as(versions.clone(), &question.encode());
+            let (preamble, body) = split(&bytes);
+            assert_eq!(Hello::decode(preamble, body), Ok(question));
+        }
+    }
+
+    /// What a vmemd of one exact version reads and writes: the version at 8, a zero at 11 that it does not look at.
+    #[test]
+    fn a_peer_of_the_lowest_version_alone_finds_what_it_expects() {
+        let bytes = Hello::Session(session("web")).encode();
+        assert_eq!(bytes[8..10], VERSIONS.start().to_le_bytes());
+        let accepted = Answer::Accepted { ram_bytes: 1, version: *VERSIONS.start() }.encode();
+        assert_eq!(accepted[8..12], [VERSIONS.start().to_le_bytes(), [65, 0]].concat());
+        // In both directions: who offers one version gets that one.
+        let bytes = said_as(*VERSIONS.start()..=*VERSIONS.start(), &bytes);
         let (preamble, body) = split(&bytes);
-        assert_eq!(Answer::decode(preamble, body), Ok(refusal));
+        let Ok(Hello::Session(hello)) = Hello::decode(preamble, body) else { panic!("a session") };
+        assert_eq!(hello.version(), Some(*VERSIONS.start()));
+    }
+
+    #[test]
+    fn an_acceptance_names_one_version_that_we_know() {
+        let bytes = Answer::Accepted { ram_bytes: 1, version: *VERSIONS.end() }.encode();
+        let answered = |versions: Versions| {
+            let bytes = said_as(versions, &bytes);
+            let (preamble, body) = split(&bytes);
+            Answer::decode(preamble, body)
+        };
+        let highest = *VERSIONS.end();
+        assert_eq!(answered(highest..=highest), Ok(Answer::Accepted { ram_bytes: 1, version: highest }));
+        assert_eq!(answered(highest + 1..=highest + 1), Err(WireError::Version(highest + 1..=highest + 1)));
+        assert!(matches!(answered(highest..=highest + 1), Err(WireError::BadValue { value: 1, .. })));
     }
 
     proptest! {
+        #[test]
+        fn offers_of_versions(lowest: u16, more: u8) {
+            let mut bytes = Hello::Session(session("web")).encode();
+            bytes[8..10].copy_from_slice(&lowest.to_le_bytes());
+            bytes[11] = more;
+            let opened = Preamble::open(split(&bytes).0);
+            let highest = u32::from(lowest) + u32::from(more);
+            let ours = VERSIONS.map(u32::from);
+            if highest > u32::from(u16::MAX) {
+                let refused = matches!(opened, Err(WireError::BadValue { .. }));
+                prop_assert!(refused, "{:?}", opened);
+            } else if ours.clone().any(|version| (lowest.into()..=highest).contains(&version)) {
+                let whole = said_as(lowest..=highest as u16, &bytes);
+                let opened = opened.unwrap();
+                prop_assert_eq!(opened.versions(), &(lowest..=highest as u16));
+                let (preamble, body) = split(&whole);
+                let Ok(Hello::Session(hello)) = Hello::decode(preamble, body) else { panic!("a session") };
+                let chosen = u32::from(hello.version().unwrap());
+                prop_assert_eq!(Some(chosen), ours.filter(|it| (lowest.into()..=highest).contains(it)).max());
+            } else {
+                prop_assert_eq!(opened, Err(WireError::Version(lowest..=highest as u16)));
+            }
+        }
+
         #[test]
         fn hellos_round_trip(id: [u8; 16], name in "[a-z0-9][a-z0-9._-]{0,30}", blocks in 1_u64..4096,
                              ram in prop::option::of(1_u64..1 << 40), streams in 1_u32..=MAX_STREAMS, check: bool,
@@ -415,7 +538,7 @@ mod tests {
             let session = SessionId(id);
             let all = [
                 Hello::Session(SessionHello {
-                    session, name, memory_bytes: blocks << 21, ram_bytes: ram, streams, check_placement: check, offer,
+                    versions: VERSIONS, session, name, memory_bytes: blocks << 21, ram_bytes: ram, streams, check_placement: check, offer,
                 }),
                 Hello::Stream(StreamHello { session, index: streams - 1 }),
                 Hello::Resolve { session },
@@ -433,7 +556,7 @@ mod tests {
             let kinds = [RefuseKind::Other, RefuseKind::Version, RefuseKind::NameTaken, RefuseKind::NoRoom];
             let refusals = kinds.map(|kind| Answer::Refused { kind, text: text.clone() });
             let others = [
-                Answer::Accepted { ram_bytes },
+                Answer::Accepted { ram_bytes, version: *VERSIONS.end() },
                 Answer::Resolved(Outcome::NotThere),
                 Answer::Resolved(Outcome::RunningThere),
             ];

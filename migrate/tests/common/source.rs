@@ -7,11 +7,12 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use super::common::Target;
+use migrate::wire::VERSIONS;
 use migrate::wire::control::{Control, Totals, round_end, sealed};
 use migrate::wire::heat::parts;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
 use migrate::wire::record::{HEADER_BYTES, Header, Kind, Lane, Sequence};
-use migrate::{Hello, SessionHello, StreamHello};
+use migrate::{Hello, SessionHello, SessionId, StreamHello};
 use swapd::digest::page_sum;
 use swapd::{PAGE_SIZE, PageNo};
 
@@ -21,8 +22,13 @@ pub const MEMORY: u64 = PAGES << 12;
 const QUIET: Duration = Duration::from_millis(100);
 
 pub fn hello(target: &Target) -> SessionHello {
+    hello_of(target.session)
+}
+
+pub fn hello_of(session: SessionId) -> SessionHello {
     SessionHello {
-        session: target.session,
+        versions: VERSIONS,
+        session,
         name: "web".to_string(),
         memory_bytes: MEMORY,
         ram_bytes: None,
@@ -34,7 +40,7 @@ pub fn hello(target: &Target) -> SessionHello {
 
 /// A source of which every word can be chosen.
 pub struct Source {
-    pub session: migrate::SessionId,
+    pub session: SessionId,
     pub control: TcpStream,
     pub to_target: Sequence,
     pub to_source: Sequence,
@@ -44,22 +50,28 @@ pub struct Source {
 impl Source {
     /// With both data streams open, and not a word said.
     pub fn connect(target: &Target) -> Source {
+        Source::connect_as(target, hello(target)).0
+    }
+
+    /// One that says this of itself, and the version that the target has chosen.
+    pub fn connect_as(target: &Target, hello: SessionHello) -> (Source, u16) {
         let mut control = target.connect();
-        control.write_all(&Hello::Session(hello(target)).encode()).unwrap();
-        assert!(matches!(read_answer(&mut control), Answer::Accepted { .. }));
-        let session = target.session;
+        let session = hello.session;
+        control.write_all(&Hello::Session(hello).encode()).unwrap();
+        let Answer::Accepted { version, .. } = read_answer(&mut control) else { panic!("no acceptance") };
         let streams = (0..2).map(|index| {
             let mut stream = target.connect();
             stream.write_all(&Hello::Stream(StreamHello { session, index }).encode()).unwrap();
             (stream, Sequence::new(session, Lane::Stream(index)))
         });
-        Source {
+        let source = Source {
             session,
             control,
             to_target: Sequence::new(session, Lane::ToTarget),
             to_source: Sequence::new(session, Lane::ToSource),
             streams: streams.collect(),
-        }
+        };
+        (source, version)
     }
 
     pub fn say(&mut self, message: &Control) {

@@ -1,12 +1,15 @@
 //! Asks a VM's process something over its control socket.
 
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use migrate::versions::Versions;
 use serde_json::Value;
 
 use super::lines::{LineError, Lines};
 use super::protocol::{MigrationStat, Reply, Request, VmStat};
 use super::rundir::{Place, RunDir};
+use super::versions::{Offer, UNSAID, VERSIONS, none_in_common};
 use crate::failure::{Failure, Kind};
 
 /// How long a VM's process may take to say what it knows.
@@ -21,9 +24,17 @@ pub const PROGRESS_TIMEOUT: Duration = Duration::from_secs(120);
 pub struct VmClient {
     name: String,
     lines: Lines,
+    /// The versions that this side knows.
+    versions: Versions,
+    /// The version that the VM's process has chosen; None until it has said so, and of one that does not know of versions.
+    version: Option<u16>,
 }
 
 impl VmClient {
+    fn over(name: &str, stream: UnixStream) -> VmClient {
+        VmClient { name: name.to_owned(), lines: Lines::new(stream), versions: VERSIONS, version: None }
+    }
+
     /// Connects to the VM of that name.
     ///
     /// # Errors
@@ -56,7 +67,7 @@ impl VmClient {
             ),
             _ => Failure::io(format!("cannot talk to the VM {:?}", place.name()), &error),
         })?;
-        Ok(VmClient { name: place.name().to_owned(), lines: Lines::new(stream) })
+        Ok(VmClient::over(place.name(), stream))
     }
 
     /// Asks for the VM's facts.
@@ -73,18 +84,47 @@ impl VmClient {
     /// # Errors
     /// The VM's refusal, or no answer.
     pub fn ask(&mut self, request: &Request, timeout: Duration) -> Result<Value, Failure> {
+        self.make_sure()?;
         self.reply(request, timeout).map_err(|error| self.lost(&error))?
     }
 
     fn reply(&mut self, request: &Request, timeout: Duration) -> Result<Result<Value, Failure>, LineError> {
-        self.lines.write(request)?;
+        self.say(request)?;
         loop {
-            match self.lines.read::<Reply>(timeout)? {
-                Reply::Progress(_) | Reply::Faults(_) => {}
+            match self.hear(timeout)? {
+                Reply::Version(_) | Reply::Progress(_) | Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(Ok(value)),
                 Reply::Error(failure) => return Ok(Err(failure)),
             }
         }
+    }
+
+    /// A process that knows of one version only does what it is asked without a look at ours. If it would misunderstand us, it is asked
+    /// for its facts alone, which harms nothing.
+    fn make_sure(&mut self) -> Result<(), Failure> {
+        if self.versions.contains(&UNSAID) || self.version.is_some() {
+            return Ok(());
+        }
+        self.reply(&Request::Stat, STAT_TIMEOUT).map_err(|error| self.lost(&error))??;
+        match self.version {
+            Some(_) => Ok(()),
+            None => Err(none_in_common(self.versions.clone(), UNSAID..=UNSAID)),
+        }
+    }
+
+    fn say(&mut self, request: &Request) -> Result<(), LineError> {
+        self.lines.write(&Offer::new(request, &self.versions))
+    }
+
+    fn hear(&mut self, timeout: Duration) -> Result<Reply, LineError> {
+        let reply = self.lines.read::<Reply>(timeout)?;
+        if let Reply::Version(version) = reply {
+            if !self.versions.contains(&version) {
+                return Err(LineError::Version(version));
+            }
+            self.version = Some(version);
+        }
+        Ok(reply)
     }
 
     /// Asks for something long. `progress` is called on the way; a signal ends the waiting.
@@ -96,15 +136,16 @@ impl VmClient {
         request: &Request,
         progress: &mut dyn FnMut(MigrationStat),
     ) -> Result<Value, Failure> {
-        self.lines.write(request).map_err(|error| self.lost(&error))?;
+        self.make_sure()?;
+        self.say(request).map_err(|error| self.lost(&error))?;
         let mut last = None;
         loop {
             self.lines.wait(PROGRESS_TIMEOUT);
             crate::signals::check()?;
-            let reply = self.lines.read::<Reply>(PROGRESS_TIMEOUT);
+            let reply = self.hear(PROGRESS_TIMEOUT);
             match reply.map_err(|error| self.lost_moving(&error, last.as_ref()))? {
                 Reply::Progress(state) => progress(last.insert(state).clone()),
-                Reply::Faults(_) => {}
+                Reply::Version(_) | Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(value),
                 Reply::Error(failure) => return Err(failure),
             }
@@ -116,12 +157,12 @@ impl VmClient {
     /// # Errors
     /// The VM's, if it has not moved: it says where it is. None of it within `timeout`.
     pub fn cancel(&mut self, timeout: Duration) -> Result<Value, Failure> {
-        self.lines.write(&Request::Cancel).map_err(|error| self.lost(&error))?;
+        self.say(&Request::Cancel).map_err(|error| self.lost(&error))?;
         let deadline = Instant::now() + timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.read::<Reply>(left).map_err(|error| self.lost(&error))? {
-                Reply::Progress(_) | Reply::Faults(_) => {}
+            match self.hear(left).map_err(|error| self.lost(&error))? {
+                Reply::Version(_) | Reply::Progress(_) | Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(value),
                 Reply::Error(failure) => return Err(failure),
             }
@@ -137,12 +178,13 @@ impl VmClient {
         seconds: u64,
         each: &mut dyn FnMut(swapd::FaultsSeen) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        self.lines.write(&Request::RecordFaults { seconds }).map_err(|error| self.lost(&error))?;
+        self.make_sure()?;
+        self.say(&Request::RecordFaults { seconds }).map_err(|error| self.lost(&error))?;
         loop {
             self.lines.wait(PROGRESS_TIMEOUT);
             crate::signals::check()?;
-            match self.lines.read::<Reply>(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
-                Reply::Progress(_) => {}
+            match self.hear(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
+                Reply::Version(_) | Reply::Progress(_) => {}
                 Reply::Faults(seen) => each(seen)?,
                 Reply::Ok(_) => return Ok(()),
                 Reply::Error(failure) => return Err(failure),
@@ -156,6 +198,7 @@ impl VmClient {
     /// The VM's refusal, or no answer. [`Kind::InDoubt`] if its process ended without a word while it was moving, by what `before` says:
     /// what was heard of it last (null if nothing was).
     pub fn stop(&mut self, before: &Value, timeout: Duration) -> Result<Value, Failure> {
+        self.make_sure()?;
         match self.reply(&Request::Stop, timeout) {
             Ok(Err(failure)) if failure.kind == Kind::Vm => Ok(Value::Null),
             Ok(answer) => answer,
@@ -228,14 +271,13 @@ impl VmClient {
 mod tests {
     use super::*;
     use serde_json::json;
-    use std::os::unix::net::UnixStream;
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
     /// What comes of a `stop` of a VM that was so before, says this, if anything, and then closes the connection.
     fn stopped(before: &Value, answer: Option<&Value>) -> Result<Value, Failure> {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut vm = VmClient { name: "db".to_owned(), lines: Lines::new(ours) };
+        let mut vm = VmClient::over("db", ours);
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 let mut lines = Lines::new(theirs);
@@ -246,6 +288,67 @@ mod tests {
             });
             vm.stop(before, PATIENCE)
         })
+    }
+
+    /// What a client that knows these versions hears of a process that answers so, and what it has asked by then.
+    fn paused(versions: Versions, answers: &[Value]) -> (Result<Value, Failure>, Vec<Value>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut vm = VmClient { versions, ..VmClient::over("db", ours) };
+        std::thread::scope(|scope| {
+            let process = scope.spawn(move || {
+                let mut lines = Lines::new(theirs);
+                let mut asked = Vec::new();
+                let mut answers = answers.iter();
+                while let Ok(request) = lines.read(PATIENCE) {
+                    asked.push(request);
+                    // Up to the one that ends an answer.
+                    for answer in answers.by_ref() {
+                        // A client that has heard enough has left.
+                        let _ = lines.write(answer);
+                        if answer.get("ok").or(answer.get("error")).is_some() {
+                            break;
+                        }
+                    }
+                }
+                asked
+            });
+            let answer = vm.ask(&Request::Pause, PATIENCE);
+            drop(vm);
+            (answer, process.join().unwrap())
+        })
+    }
+
+    #[test]
+    fn a_process_is_asked_in_a_version_that_it_knows() {
+        let done = json!({ "ok": { "state": "paused" } });
+        let said = |version: u16| json!({ "version": version });
+        let ok = Ok(done["ok"].clone());
+        // One that knows of one version only; one that says which; one that says so on the way to an answer.
+        let ours = json!({ "op": "pause", "versions": [1, 3] });
+        for answers in [vec![done.clone()], vec![said(1), done.clone()], vec![said(3), said(3), done.clone()]]
+        {
+            assert_eq!(paused(1..=3, &answers), (ok.clone(), vec![ours.clone()]));
+        }
+        // One that might misunderstand is asked for its facts before.
+        let [stat, pause] = ["stat", "pause"].map(|op| json!({ "op": op, "versions": [2, 3] }));
+        let facts = json!({ "ok": {} });
+        let new = [said(2), facts.clone(), said(2), done.clone()];
+        assert_eq!(paused(2..=3, &new), (ok, vec![stat.clone(), pause]));
+        let (answer, asked) = paused(2..=3, &[facts, done.clone()]);
+        let failure = answer.unwrap_err();
+        assert_eq!((failure.kind, asked), (Kind::Link, vec![stat]));
+        let text = "the command speaks versions 2 to 3 of the control protocol, the VM's process version 1: use the vmemd with \
+                    which the VM was started";
+        assert_eq!(failure.text, text);
+    }
+
+    #[test]
+    fn a_version_that_was_not_offered_is_not_spoken() {
+        let done = json!({ "ok": { "state": "paused" } });
+        for version in [json!(0), json!(4), json!(65536), json!([1]), json!(null)] {
+            let (answer, _) = paused(1..=3, &[json!({ "version": version }), done.clone()]);
+            assert_eq!(answer.unwrap_err().kind, Kind::Other, "{version}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! JSON lines over a Unix socket, with a bounded length and a deadline a line.
 
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,8 @@ pub enum LineError {
     Closed,
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
+    #[error("it chose version {0} of the control protocol, which it was not offered")]
+    Version(u16),
     #[error("a line longer than {LINE_MAX} bytes")]
     TooLong,
     #[error("not the expected JSON: {0}")]
@@ -49,7 +51,7 @@ impl Lines {
     /// Waits until there is something to read, or a signal was caught, at most `timeout`.
     pub fn wait(&self, timeout: Duration) {
         if !self.buffer.contains(&b'\n') {
-            crate::signals::wait_readable(self.stream.as_raw_fd(), timeout.as_millis() as i32);
+            crate::signals::wait_readable(self.stream.as_fd(), Some(timeout));
         }
     }
 

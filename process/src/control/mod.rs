@@ -6,3 +6,4 @@ mod peer;
 pub mod protocol;
 pub mod rundir;
 pub mod server;
+pub mod versions;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::lines::LINE_MAX;
 use crate::failure::Failure;
 
-/// What a client asks, tagged by `op`.
+/// What a client asks, tagged by `op`. [`versions`](super::versions) adds the versions of which it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
@@ -97,10 +97,12 @@ impl Trust {
     }
 }
 
-/// What the VM's process answers. `Progress` and `Faults` may come any number of times before one of the others.
+/// What the VM's process answers. `Progress` and `Faults` may come any number of times before `Ok` or `Error`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
+    /// The version of all that follows: comes first, and only to a client that has said which versions it knows.
+    Version(u16),
     Progress(MigrationStat),
     Faults(swapd::FaultsSeen),
     Ok(serde_json::Value),

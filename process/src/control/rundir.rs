@@ -12,12 +12,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::geteuid;
 
 use crate::failure::{Failure, Kind};
 
@@ -124,8 +126,7 @@ pub struct Lock {
 impl RunDir {
     /// Where it is unless the user says otherwise: `/run/vmemd` for root, else `$XDG_RUNTIME_DIR/vmemd`.
     pub fn default_path() -> PathBuf {
-        // SAFETY: geteuid has no arguments and cannot fail.
-        let uid = unsafe { libc::geteuid() };
+        let uid = geteuid().as_raw();
         match (uid, std::env::var_os("XDG_RUNTIME_DIR")) {
             (0, _) => PathBuf::from("/run/vmemd"),
             (_, Some(dir)) => Path::new(&dir).join("vmemd"),
@@ -153,8 +154,7 @@ impl RunDir {
         let found = dir.metadata().map_err(fail)?;
         // The name as well: who owns a link may let it point elsewhere at any time.
         let name = std::fs::symlink_metadata(path).map_err(fail)?;
-        // SAFETY: geteuid has no arguments and cannot fail.
-        let own = unsafe { libc::geteuid() };
+        let own = geteuid().as_raw();
         if let Some(why) = untrusted(own, [name.uid(), found.uid()], found.mode()) {
             return Err(Failure::new(
                 Kind::Host,
@@ -343,29 +343,13 @@ impl RunDir {
 /// Fails with `WouldBlock` if the listener's queue is full. A process that stands still leaves in it whoever has looked whether it
 /// lives, and one look too many would wait for ever (with the directory's lock, which all others wait for).
 fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
-    // SAFETY: an all-zero sockaddr_un is a valid value of that plain C struct.
-    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    let name = path.as_os_str().as_bytes();
-    if name.len() > ADDRESS_MAX {
+    if path.as_os_str().len() > ADDRESS_MAX {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    for (to, from) in address.sun_path.iter_mut().zip(name) {
-        *to = *from as libc::c_char;
-    }
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: no memory arguments.
-    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a descriptor just made, which nobody else owns.
-    let stream = unsafe { UnixStream::from_raw_fd(fd) };
-    let length = size_of_val(&address) as libc::socklen_t;
-    // SAFETY: the address is initialised, ends with a zero, and outlives the call.
-    if unsafe { libc::connect(fd, (&raw const address).cast(), length) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
     stream.set_nonblocking(false)?;
     Ok(stream)
 }

@@ -9,8 +9,8 @@ struct Temp(RunDir, #[allow(dead_code, reason = "held for its end")] testkit::Te
 
 impl Temp {
     fn new(name: &str) -> Temp {
-        let directory = testkit::directory(name);
-        Temp(RunDir::open(directory.path()).unwrap(), directory)
+        let directory = testkit::directory("rundir");
+        Temp(RunDir::open(&directory.path().join(name)).unwrap(), directory)
     }
 
     fn files(&self) -> Vec<String> {

@@ -1,22 +1,26 @@
 //! Serves a VM's control socket: a thread a connection, of which there are only so many.
 
-use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, recv};
 use serde_json::Value;
 use tracing::{debug, warn};
 
 use super::lines::{LineError, Lines};
 use super::peer::Peers;
 use super::protocol::{MigrationStat, Reply, Request};
+use super::versions::{Asked, VERSIONS, no_request};
 use crate::failure::{Failure, Kind};
 
 /// Connections served at once; more are told to come back.
 pub const CONNECTIONS_MAX: usize = 64;
 /// A connection on which nothing is asked for so long is closed.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of a line that are looked at before it is read. A request to cancel is shorter.
+pub(super) const PEEKED: usize = 64;
 /// Pause after an accept that failed for want of descriptors or memory.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -52,22 +56,20 @@ impl Client<'_> {
 
     /// Whether the client says that it wants no more of what is under way. Anything else that it says waits for its turn.
     pub fn cancels(&mut self) -> bool {
-        let mut said = [0; 64];
-        let (fd, flags) = (self.lines.stream().as_raw_fd(), libc::MSG_PEEK | libc::MSG_DONTWAIT);
-        // SAFETY: the kernel writes at most the buffer's length, and the buffer outlives the call.
-        let length = unsafe { libc::recv(fd, said.as_mut_ptr().cast(), said.len(), flags) };
-        let said = said.get(..length.max(0) as usize).unwrap_or_default();
-        let line = said.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let mut said = [0; PEEKED];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let length = recv(self.lines.stream(), &mut said, flags).map_or(0, |(length, _)| length);
+        let line = said[..length].split(|byte| *byte == b'\n').next().unwrap_or_default();
         let cancels = matches!(serde_json::from_slice(line), Ok(Request::Cancel));
         cancels && self.lines.read::<Request>(IDLE_TIMEOUT).is_ok()
     }
 
     /// Whether the client has closed the connection (not only its sending half).
     pub fn gone(&self) -> bool {
-        let mut polled = libc::pollfd { fd: self.lines.stream().as_raw_fd(), events: 0, revents: 0 };
-        // SAFETY: one initialised entry that outlives the call.
-        let ready = unsafe { libc::poll(&mut polled, 1, 0) };
-        ready > 0 && polled.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0
+        let mut polled = [PollFd::new(self.lines.stream(), PollFlags::empty())];
+        let ready = poll(&mut polled, Some(&Timespec::default()));
+        let closed = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
+        ready.is_ok_and(|ready| ready > 0) && polled[0].revents().intersects(closed)
     }
 }
 
@@ -151,27 +153,42 @@ impl Server {
         let mut lines = Lines::new(stream);
         let opened = Instant::now();
         loop {
-            let request = match lines.read::<Request>(IDLE_TIMEOUT) {
-                Ok(request) => request,
-                Err(error @ (LineError::Json(_) | LineError::TooLong)) => {
-                    let text = format!("this is no request: {error}; docs/control.md describes them");
-                    let _ = lines.write(&Reply::Error(Failure::new(Kind::Usage, text)));
-                    return;
-                }
+            let read = match lines.read::<Value>(IDLE_TIMEOUT) {
+                Ok(line) => Asked::new(line, &VERSIONS),
+                Err(error @ (LineError::Json(_) | LineError::TooLong)) => Err(no_request(&error)),
                 Err(error) => return debug!(%error, age = ?opened.elapsed(), "control connection ends"),
             };
-            self.change(|load| load.unanswered += 1);
-            let reply = match service.serve(request, &mut Client { lines: &mut lines }) {
-                Ok(value) => Reply::Ok(value),
-                Err(failure) => Reply::Error(failure),
+            let Asked { request, version } = match read {
+                Ok(read) => read,
+                Err(failure) => {
+                    let _ = lines.write(&Reply::Error(failure));
+                    return;
+                }
             };
-            let written = lines.write(&reply);
+            self.change(|load| load.unanswered += 1);
+            let written = answer(&mut lines, request, version, service);
             self.change(|load| load.unanswered -= 1);
             if written.is_err() {
                 return;
             }
         }
     }
+}
+
+/// The version goes ahead of the answer, which may be long in coming. A client that has gone by then is no reason not to serve it: that
+/// is up to each request.
+fn answer(
+    lines: &mut Lines,
+    request: Request,
+    version: Option<u16>,
+    service: &dyn Service,
+) -> Result<(), LineError> {
+    let told = version.map_or(Ok(()), |version| lines.write(&Reply::Version(version)));
+    let reply = match service.serve(request, &mut Client { lines }) {
+        Ok(value) => Reply::Ok(value),
+        Err(failure) => Reply::Error(failure),
+    };
+    told.and_then(|()| lines.write(&reply))
 }
 
 fn refuse(stream: UnixStream, failure: Failure) {
@@ -195,12 +212,11 @@ mod tests {
         }
     }
 
-    /// Its directory goes when all have connected that will.
-    fn serve() -> (testkit::TempDir, Server) {
+    fn serve() -> (std::path::PathBuf, (Server, testkit::TempDir)) {
         let directory = testkit::directory("server");
         let path = directory.path().join("socket");
         let server = Server::start(UnixListener::bind(&path).unwrap(), Arc::new(Echo)).unwrap();
-        (directory, server)
+        (path, (server, directory))
     }
 
     #[test]
@@ -224,6 +240,53 @@ mod tests {
         let Reply::Error(failure) = lines.read::<Reply>(IDLE_TIMEOUT).unwrap() else { panic!("an error") };
         assert_eq!(failure.kind, Kind::Usage);
         assert!(matches!(lines.read::<Reply>(IDLE_TIMEOUT), Err(LineError::Closed)));
+    }
+
+    /// What a process answers to this line, until it waits for the next or closes the connection.
+    fn answers(line: &str) -> (Vec<Reply>, bool) {
+        let (path, _server) = serve();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        stream.write_all(format!("{line}\n{{\"op\":\"pause\"}}\n").as_bytes()).unwrap();
+        let mut lines = Lines::new(stream);
+        let paused = Reply::Error(Failure::new(Kind::Name, "no"));
+        let mut replies = Vec::new();
+        loop {
+            match lines.read::<Reply>(IDLE_TIMEOUT) {
+                Ok(reply) if reply == paused => return (replies, true),
+                Ok(reply) => replies.push(reply),
+                Err(error) => {
+                    assert!(matches!(error, LineError::Closed), "{error}");
+                    return (replies, false);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_version_is_told_to_whoever_knows_of_versions() {
+        let stat = Reply::Ok("stat".into());
+        assert_eq!(answers(r#"{"op":"stat"}"#), (vec![stat.clone()], true));
+        let version = Reply::Version(1);
+        for versions in ["[1,1]", "[0,1]", "[1,7]", "[0,65535]"] {
+            let told = answers(&format!(r#"{{"op":"stat","versions":{versions}}}"#));
+            assert_eq!(told, (vec![version.clone(), stat.clone()], true), "{versions}");
+        }
+    }
+
+    #[test]
+    fn other_versions_get_an_error_and_the_door() {
+        for (versions, kind, says) in [
+            ("[2,9]", Kind::Link, "version 1: use the vmemd with which the VM was started"),
+            ("[0,0]", Kind::Link, "use a newer vmemd"),
+            ("[9,2]", Kind::Usage, "versions 9 to 2 are none"),
+            ("[1]", Kind::Usage, "versions"),
+            ("true", Kind::Usage, "versions"),
+        ] {
+            let (replies, open) = answers(&format!(r#"{{"op":"stat","versions":{versions}}}"#));
+            let [Reply::Error(failure)] = replies.as_slice() else { panic!("{versions}: {replies:?}") };
+            assert!(failure.kind == kind && failure.text.contains(says) && !open, "{versions}: {failure:?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What goes into the core and what comes out of it.
 
-use crate::api::{Arrival, Copies, FaultKind, FaultsSeen, Piece, Placed, Written};
+use crate::api::{Arrival, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Placed, SubscriberId};
 use crate::error::CommandError;
 use crate::error::IoError;
 use crate::stats::Stats;
@@ -83,10 +83,10 @@ pub enum Event<'a> {
         block: Run,
         huge: bool,
     },
-    /// Answer to [`Action::ScanWritten`]: those of the run's present pages that have been written since the last scan.
-    Written {
+    /// Answer to [`Action::ScanDirty`]: those of the run's present pages that have been written since the last scan.
+    Scanned {
         run: Run,
-        seen: &'a [Run],
+        dirty: &'a [Run],
     },
     /// There is time for one more step of a walk ([`super::Core::is_walking`]).
     Step,
@@ -108,9 +108,11 @@ pub enum Request {
     Evict(Run),
     /// Give never-touched pages frames, as long as frames are plentiful.
     Fill(Run),
-    TrackWrites(bool),
+    /// To be told which pages the guest writes from the answer on.
+    SubscribeDirty,
+    UnsubscribeDirty(SubscriberId),
     Prefetch(bool),
-    CollectWritten,
+    CollectDirty(SubscriberId),
     Hold(Run),
     Release(Run),
     Sums(Run),
@@ -139,7 +141,8 @@ pub enum Response {
     Done,
     Stats(Box<Stats>),
     Runs(Vec<Run>),
-    Written(Written),
+    Subscribed(SubscriberId),
+    Dirty(DirtyPages),
     Pieces(Vec<Piece>),
     Sums(Vec<u64>),
     Copies(Copies),
@@ -242,8 +245,8 @@ pub enum Action {
     ArmTracking {
         run: Run,
     },
-    /// Answered by `Written`.
-    ScanWritten {
+    /// Find those of the run's pages that have been written, and protect them again. Answered by `Scanned`.
+    ScanDirty {
         run: Run,
     },
     Answer {
@@ -257,6 +260,10 @@ pub enum Action {
     Starved(IoError),
     /// That is over.
     Relieved,
+    /// Somebody waits for the tier, and it has given nothing for a while. It is asked again and again.
+    TierUnreachable(IoError),
+    /// It gives pages again, or nobody waits for it any more.
+    TierReachable(TierId),
     /// A fault has waited for a frame for a while, and there is none to be had: all that could leave is held where it is.
     Short {
         pinned: u64,

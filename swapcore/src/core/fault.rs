@@ -6,6 +6,7 @@ use super::state::ios::Landing;
 use crate::api::FaultKind;
 use crate::policy::prefetch::{Plan, Surroundings};
 use crate::policy::probation::HEAT_FAULT;
+use crate::stats::TierState;
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, runs_of};
 
@@ -214,7 +215,7 @@ impl Core {
         let plenty = self.budget.saturating_sub(self.taken) > u64::from(self.marks.goal());
         let chunk = match plenty {
             true => FILL_FIRST,
-            false if self.latch.is_some() => 1,
+            false if self.tiers.latched().is_some() => 1,
             false => FILL_SCARCE,
         };
         let start = PageNo(page.0 - page.0 % u64::from(chunk)).max(block.start);
@@ -282,8 +283,9 @@ impl Core {
     }
 
     fn prefetch_after(&mut self, page: PageNo) {
-        // With a store that takes nothing, frames are for those who wait.
-        if !self.prefetching || self.latch.is_some() {
+        // With a store that takes nothing, frames are for those who wait; and one that gives nothing is not asked for more.
+        let tier = self.tiers.state(self.tier_of(page));
+        if !self.prefetching || self.tiers.latched().is_some() || tier != TierState::Working {
             return;
         }
         let mut plans = std::mem::take(&mut self.plans);

@@ -157,7 +157,7 @@ impl Core {
         if !mutant!(KeepsFramesAboveBudget) {
             self.release_free(u32::try_from(over).unwrap_or(u32::MAX));
         }
-        if self.taken > self.budget && self.told_latch().is_none() && !mutant!(AnswersBudgetEarly) {
+        if self.taken > self.budget && !self.tiers.all_failed() && !mutant!(AnswersBudgetEarly) {
             return;
         }
         for ticket in std::mem::take(&mut self.budget_waiters) {
@@ -217,7 +217,7 @@ impl Core {
         let mut dropped: Option<Run> = None;
         for page in run.pages() {
             if !mutant!(DiscardUnseenByTracking) {
-                self.mark_left(page);
+                self.dirty.left(page);
             }
             let block = self.table.block_of(page);
             if self.table.is_huge(page.block())

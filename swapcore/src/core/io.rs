@@ -2,16 +2,14 @@
 
 use super::Core;
 use super::event::{Action, IoId};
-use super::state::ios::{BadReads, Io, Kind, Landing, Purpose};
-use crate::error::IoError;
+use super::state::ios::{Io, Kind, Landing, Purpose};
+use super::state::tiers::Verdict;
+use super::tiers::PROBES_MAX;
+use crate::error::{IoError, IoErrorKind};
 use crate::policy::probation::HEAT_RETURNED;
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
-
-/// Ticks between the readings of a page that somebody waits for, before it is given up: once more at once, then after a hiccup of the
-/// device may be over.
-const REREAD_TICKS: [u64; 3] = [0, 1, 10];
 
 const _: () = assert!(super::IO_PAGES_MAX <= u64::BITS, "one bit a page");
 
@@ -48,14 +46,19 @@ impl Core {
     }
 
     pub(super) fn read_done(&mut self, io: IoId, result: Result<&[u64], IoError>) {
-        let Io { kind: Kind::Read { landing }, run, slots, .. } = self.ios.end(io) else {
-            panic!("{io:?} is not a read");
-        };
+        let Io { kind, tier, run, slots, .. } = self.ios.end(io);
+        assert!(result.is_ok() || result.is_err_and(|error| error.tier == tier), "{result:?} of {tier}");
         self.counts.read_errors += u64::from(result.is_err());
+        let landing = match kind {
+            Kind::Read { landing } => landing,
+            Kind::Probe { more } => return self.probed(tier, run.start, slots.start, more, result),
+            Kind::Write(_) | Kind::Drop => panic!("{io:?} is not a read"),
+        };
         if matches!(landing, Landing::Guest { marker: Some(_) }) && !self.probation.admit(run, self.budget) {
             run.pages().for_each(|page| self.table.warm(page, HEAT_RETURNED));
         }
         let mut arrived = std::mem::take(&mut self.scratch);
+        let mut given = 0;
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
             if self.staging.used(slot) == Use::Orphan {
                 self.staging.free(slot);
@@ -70,9 +73,10 @@ impl Core {
             };
             if !good {
                 self.counts.mismatches += u64::from(result.is_ok());
-                self.bad_read(page, slot);
+                self.bad_read(page, slot, result.err().map_or(IoErrorKind::Mismatch, |error| error.kind));
                 continue;
             }
+            given += 1;
             if !self.bad_reads.is_empty() {
                 self.bad_reads.remove(&page);
             }
@@ -94,29 +98,30 @@ impl Core {
         }
         arrived.clear();
         self.scratch = arrived;
+        if given > 0 {
+            self.tiers.gave(tier, given);
+            self.tier_answers(tier);
+        }
     }
 
     /// A page that could not be read, or came back with another content.
-    fn bad_read(&mut self, page: PageNo, slot: Slot) {
+    fn bad_read(&mut self, page: PageNo, slot: Slot, kind: IoErrorKind) {
         if !self.waiting.contains_key(&page) {
             // Nobody asked for it: whoever does will find out for himself.
             self.table.set(page, PageState::Stored);
             self.unbind(page);
             return;
         }
-        let bad = self.bad_reads.entry(page).or_default();
-        let next = if mutant!(PoisonsAtFirstError) { None } else { REREAD_TICKS.get(bad.count) };
-        match next {
-            Some(0) => {
-                bad.count += 1;
+        match self.judge(page, kind) {
+            Verdict::ReadNow => {
                 self.start_read(Run::one(page), SlotRun::new(slot, 1), Landing::Guest { marker: None });
             }
-            Some(ticks) => {
-                (bad.count, bad.again_tick) = (bad.count + 1, self.tick + ticks);
+            Verdict::ReadLater => {
                 self.table.set(page, PageState::Stored);
-                self.unbind(page);
+                self.orphan(page);
+                self.probe(self.tier_of(page), slot, PROBES_MAX);
             }
-            None => {
+            Verdict::Lost => {
                 self.bad_reads.remove(&page);
                 self.table.set(page, PageState::Poisoned);
                 self.table.put(page, Flag::Stored, false);
@@ -129,25 +134,28 @@ impl Core {
         }
     }
 
-    /// Reads once more what came back bad some time ago and is still waited for.
-    pub(super) fn reread(&mut self) {
-        let due = |bad: &BadReads| bad.again_tick <= self.tick;
-        let mut due: Vec<_> =
-            self.bad_reads.iter().filter(|(_, bad)| due(bad)).map(|(page, _)| *page).collect();
-        due.sort_unstable();
-        for page in due {
-            // If it is not in the store any more, or waits for a frame, it needs no help.
-            let idle = self.table.state(page) == PageState::Stored && !self.deferred.contains(&page);
-            if !self.waiting.contains_key(&page) {
-                self.bad_reads.remove(&page);
-            } else if idle && !mutant!(ForgetsRereads) && !self.page_in(page) {
-                self.deferred.push_back(page);
-            }
+    /// Reads some page of the tier into a frame that is nobody's, to see whether it gives anything.
+    fn probe(&mut self, tier: TierId, slot: Slot, left: u32) {
+        let found = if left > 0 { self.find_probe(tier) } else { None };
+        let Some(page) = found.filter(|_| !mutant!(NeverProbes)) else { return self.staging.free(slot) };
+        let (run, slots) = (Run::one(page), SlotRun::new(slot, 1));
+        let io = self.ios.start(Io { kind: Kind::Probe { more: left - 1 }, tier, run, slots, outdated: 0 });
+        self.actions.push_back(Action::Read { io, tier, run, slots });
+    }
+
+    fn probed(&mut self, tier: TierId, page: PageNo, slot: Slot, more: u32, result: Result<&[u64], IoError>) {
+        // If it has been written meanwhile, it may be neither the old nor the new content: that says nothing.
+        if result.is_ok_and(|sums| sums[0] == self.sums[page.index()]) {
+            self.staging.free(slot);
+            self.tiers.gave(tier, 1);
+            self.tier_answers(tier);
+        } else {
+            self.probe(tier, slot, more);
         }
     }
 
-    /// Writes pages whose new sums are on record. Those whose places are being dropped at this moment wait for that, among those that are
-    /// still to be written: the device may do the one or the other first.
+    /// Writes pages whose new sums are on record. Those whose places are being dropped at this moment wait for that: the device may do
+    /// the one or the other first.
     pub(super) fn write(&mut self, pages: &[(PageNo, Slot)], purpose: Purpose) {
         if !self.space.is_anything_dropping() {
             return self.write_now(pages, purpose);
@@ -155,8 +163,7 @@ impl Core {
         let (wait, now): (Vec<_>, Vec<_>) = pages.iter().partition(|(page, _)| self.space.is_dropping(*page));
         for (page, slot) in wait {
             self.table.put(page, Flag::Writing, false);
-            self.unwritten.push((page, slot));
-            self.space.write_waits();
+            self.space.waiting.push((page, slot));
         }
         self.write_now(&now, purpose);
     }
@@ -230,15 +237,17 @@ impl Core {
         }
         match result {
             Ok(()) => {
+                self.tiers.wrote(tier);
                 self.counts.written += if purpose == Purpose::PageOut { u64::from(run.len) } else { 0 };
-                if self.latch.is_none() {
-                    self.backoff.reset();
+                let tier = self.tiers.get_mut(tier);
+                if tier.latch.is_none() {
+                    tier.backoff.reset();
                 }
             }
             Err(error) => self.latch_store(error),
         }
         self.move_in(rescued);
         self.write(&to_write, purpose);
-        self.end_retry();
+        self.end_retry(tier);
     }
 }

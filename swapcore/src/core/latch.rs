@@ -1,4 +1,4 @@
-//! A store that does not take writes: what is changed stays in RAM, and only what it refused is tried again.
+//! A tier that does not take writes: what is changed stays in RAM, and only what it refused is tried again.
 //!
 //! ```text
 //!           a write failed                 all that it had refused is written
@@ -15,22 +15,24 @@ use super::Core;
 use super::event::{Action, Response, Ticket};
 use super::state::ios::Purpose;
 use super::state::latch::Latch;
+use super::state::tiers::Tier;
 use crate::error::{CommandError, IoError, IoErrorKind};
 use crate::staging::Use;
 use crate::table::{Flag, PageState};
-use crate::units::{Slot, TierId};
+use crate::units::{PageNo, Slot, TierId};
 
 /// Frames of the reserve that are let go of at each tick at which somebody waits for one.
 const DRIP_FRAMES: u64 = 4;
 
 impl Core {
     pub(super) fn store_error(&self) -> Option<CommandError> {
-        self.told_latch().map(|latch| CommandError::Store(latch.error))
+        self.tiers.failed().map(CommandError::Store)
     }
 
-    /// Not while the store is only full, and room is being made in it.
-    pub(super) fn told_latch(&self) -> Option<&Latch> {
-        self.latch.as_ref().filter(|latch| latch.told)
+    /// The same of a page's own tier.
+    pub(super) fn tier_error(&self, page: PageNo) -> Option<CommandError> {
+        let latch = self.tiers.get(self.tier_of(page)).failed();
+        latch.map(|latch| CommandError::Store(latch.error))
     }
 
     /// Frames that pages can have: all of the budget but what is left of the reserve. (A VM that arrives runs no vCPUs.)
@@ -38,8 +40,7 @@ impl Core {
         if self.receiving.is_some() {
             return self.budget;
         }
-        let dripped = self.latch.as_ref().map_or(0, |latch| latch.dripped);
-        self.budget.saturating_sub(u64::from(self.marks.reserve).saturating_sub(dripped))
+        self.budget.saturating_sub(u64::from(self.marks.reserve).saturating_sub(self.starving.dripped))
     }
 
     /// A write failed.
@@ -48,14 +49,14 @@ impl Core {
         if mutant!(IgnoresFullStore) {
             return;
         }
-        let Some(latch) = &mut self.latch else {
-            let retry_tick = self.tick + self.backoff.next();
-            let (told, retrying, dripped, starved, waiters) = (false, false, 0, false, Vec::new());
-            self.latch = Some(Latch { error, told, retry_tick, retrying, dripped, starved, waiters });
-            return self.note_failed();
+        let Tier { latch, backoff, .. } = self.tiers.get_mut(error.tier);
+        let Some(latch) = latch else {
+            let retry_tick = self.tick + backoff.next();
+            *latch = Some(Latch { error, told: false, retry_tick, retrying: false, waiters: Vec::new() });
+            return self.note_failed(error.tier);
         };
         if std::mem::take(&mut latch.retrying) {
-            latch.retry_tick = self.tick + self.backoff.next();
+            latch.retry_tick = self.tick + backoff.next();
             for ticket in std::mem::take(&mut latch.waiters) {
                 if mutant!(ForgetsWhoAskedForRetry) {
                     break;
@@ -65,49 +66,49 @@ impl Core {
             }
         }
         latch.error = error;
-        self.note_failed();
+        self.note_failed(error.tier);
     }
 
-    fn note_failed(&mut self) {
-        if self.is_store_full() && !mutant!(KeepsCopiesInFullStore) {
+    fn note_failed(&mut self, tier: TierId) {
+        if self.tiers.is_full(tier) && !mutant!(KeepsCopiesInFullStore) {
             self.make_space();
         }
         self.tell_failed();
     }
 
-    /// Tells once that the store takes no writes, unless that ends by itself at once.
+    /// Tells once that a tier takes no writes, unless that ends by itself at once.
     pub(super) fn tell_failed(&mut self) {
-        let ends = self.room_may_come();
-        if let Some(latch) = &mut self.latch
-            && !latch.told
-            && !ends
-            && !(latch.retrying && latch.error.kind == IoErrorKind::Full)
-        {
-            latch.told = true;
-            self.actions.push_back(Action::StoreFailed(latch.error));
+        for tier in self.tiers.ids() {
+            let ends = self.tiers.is_full(tier) && self.room_may_come();
+            if let Some(latch) = &mut self.tiers.get_mut(tier).latch
+                && !latch.told
+                && !ends
+                && !(latch.retrying && latch.error.kind == IoErrorKind::Full)
+            {
+                latch.told = true;
+                self.actions.push_back(Action::StoreFailed(latch.error));
+            }
         }
     }
 
-    /// A write failed because there is no room.
-    pub fn is_store_full(&self) -> bool {
-        self.latch.as_ref().is_some_and(|latch| latch.error.kind == IoErrorKind::Full)
-    }
-
     pub(super) fn retry_on_request(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
-        let Some(latch) = &mut self.latch else { return Some(Ok(Response::Done)) };
+        let latched: Vec<_> = self.tiers.ids().filter(|tier| !self.tiers.may_write(*tier)).collect();
+        let Some(first) = latched.first() else { return Some(Ok(Response::Done)) };
+        let latch = self.tiers.get_mut(*first).latch.as_mut().expect("just found");
         latch.waiters.push(ticket);
-        self.retry_store();
+        latched.into_iter().for_each(|tier| self.retry_tier(tier));
         None
     }
 
-    /// Writes again what a failed store left in staging.
-    pub(super) fn retry_store(&mut self) {
-        match &mut self.latch {
+    /// Writes again what a failed tier left in staging.
+    pub(super) fn retry_tier(&mut self, tier: TierId) {
+        match &mut self.tiers.get_mut(tier).latch {
             Some(latch) if !latch.retrying => latch.retrying = true,
             _ => return,
         }
         // They are among those found below.
-        self.unwritten.clear();
+        let table = &self.table;
+        self.unwritten.retain(|(page, _)| table.home(page.block()) != tier);
         let unwritten: Vec<_> = (0..self.staging.all_slots())
             .map(Slot)
             .filter_map(|slot| match self.staging.used(slot) {
@@ -115,36 +116,52 @@ impl Core {
                 _ => None,
             })
             .filter(|(page, _)| {
-                self.table.state(*page) == PageState::Leaving && !self.table.has(*page, Flag::Writing)
+                self.table.state(*page) == PageState::Leaving
+                    && !self.table.has(*page, Flag::Writing)
+                    && self.tier_of(*page) == tier
             })
             .collect();
         let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
         if !mutant!(ForgetsUnwrittenOnRetry) {
             self.write(&unwritten, purpose);
         }
-        self.end_retry();
+        self.end_retry(tier);
     }
 
-    /// When nothing is being written any more, and nothing failed: the store works again.
-    pub(super) fn end_retry(&mut self) {
-        if self.ios.writes() > 0 {
+    /// When nothing is being written to it any more, and nothing failed: the tier works again.
+    pub(super) fn end_retry(&mut self, tier: TierId) {
+        if self.ios.writes_to(tier) > 0 {
             return;
         }
-        let Some(latch) = self.latch.take_if(|latch| latch.retrying) else { return };
-        self.actions.extend(latch.told.then_some(Action::StoreRecovered(TierId::STORE)));
-        self.actions.extend((latch.starved && !mutant!(ForgetsRelief)).then_some(Action::Relieved));
+        let latch = &mut self.tiers.get_mut(tier).latch;
+        let Some(latch) = latch.take_if(|latch| latch.retrying) else { return };
+        self.actions.extend(latch.told.then_some(Action::StoreRecovered(tier)));
+        if self.tiers.failed().is_none() {
+            self.relieve();
+        }
         for ticket in latch.waiters {
             self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
         }
     }
 
+    fn relieve(&mut self) {
+        let told = std::mem::take(&mut self.starving).told;
+        self.actions.extend((told && !mutant!(ForgetsRelief)).then_some(Action::Relieved));
+    }
+
     pub(super) fn tick_latch(&mut self) {
-        let Some(latch) = &mut self.latch else { return };
-        if !self.deferred.is_empty() {
-            latch.dripped = (latch.dripped + DRIP_FRAMES).min(u64::from(self.marks.reserve));
+        if self.tiers.latched().is_none() {
+            return;
         }
-        if self.tick >= latch.retry_tick && !mutant!(RetriesOnlyWhenAsked) {
-            self.retry_store();
+        if !self.deferred.is_empty() && (self.tiers.none_writable() || self.starving.told) {
+            let dripped = self.starving.dripped + DRIP_FRAMES;
+            self.starving.dripped = dripped.min(u64::from(self.marks.reserve));
+        }
+        for tier in self.tiers.ids() {
+            let due = |latch: &Latch| self.tick >= latch.retry_tick;
+            if self.tiers.get(tier).latch.as_ref().is_some_and(due) && !mutant!(RetriesOnlyWhenAsked) {
+                self.retry_tier(tier);
+            }
         }
     }
 
@@ -152,24 +169,23 @@ impl Core {
         let until = |latch: &Latch| {
             if latch.retrying { u64::MAX } else { latch.retry_tick.saturating_sub(self.tick) }
         };
-        self.latch.as_ref().map_or(u64::MAX, until).max(1)
+        let latches = self.tiers.ids().filter_map(|tier| self.tiers.get(tier).latch.as_ref());
+        latches.map(until).min().unwrap_or(u64::MAX).max(1)
     }
 
     /// Tells when somebody waits for a frame in vain, and when there are enough again (of a larger budget, or given back by the
-    /// guest) though the store still fails.
+    /// guest) though a tier still fails. While another one takes writes, frames come of that, unless [nothing](Core::is_stuck) that is
+    /// there can leave.
     pub(super) fn tell_starved(&mut self) {
-        if self.room_may_come() || self.told_latch().is_none() {
-            return;
-        }
+        let Some(error) = self.tiers.failed().filter(|_| !self.room_may_come()) else { return };
         let plenty = self.available() > u64::from(self.marks.high);
-        let Some(latch) = &mut self.latch else { return };
+        let nothing_leaves = self.tiers.all_failed() || self.is_starved();
         if !self.deferred.is_empty() {
-            if !std::mem::replace(&mut latch.starved, true) {
-                self.actions.push_back(Action::Starved(latch.error));
+            if nothing_leaves && !std::mem::replace(&mut self.starving.told, true) {
+                self.actions.push_back(Action::Starved(error));
             }
-        } else if latch.starved && plenty {
-            (latch.starved, latch.dripped) = (false, 0);
-            self.actions.push_back(Action::Relieved);
+        } else if self.starving.told && (plenty || !nothing_leaves) {
+            self.relieve();
         }
     }
 }

@@ -1,9 +1,9 @@
 //! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
-//! `latch` (a store that takes no writes), `space` (room that comes back there), `pins` (pages that something holds), `frames` (where
-//! frames come from), `source` and `receive` (the two ends of a migration), `walk` (requests that look at all of memory). Each is an
-//! `impl Core`. What a concern keeps between events is a type of its own in `state`, which knows nothing of the core.
+//! `tiers` (which of them answer), `latch` (one that takes no writes), `space` (room that comes back there), `pins` (pages that something
+//! holds), `frames` (where frames come from), `source` and `receive` (the two ends of a migration), `walk` (requests that look at all of
+//! memory). Each is an `impl Core`. What a concern keeps between events is a type of its own in `state`, which knows nothing of the core.
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
@@ -24,6 +24,7 @@ mod space;
 mod state;
 #[cfg(test)]
 mod tests;
+mod tiers;
 mod walk;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -41,15 +42,17 @@ use crate::policy::probation::Probation;
 use crate::policy::sampler::Sampler;
 use crate::policy::watermarks::Watermarks;
 use crate::staging::{Staging, Use};
-use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
+use crate::stats::{LOST_RUNS_MAX, LostRun, Stats, TierState};
 use crate::table::{Flag, PageState, PageTable, STATES};
-use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, bytes_of, runs_of};
-use state::ios::{BadReads, Ios};
-use state::latch::{Backoff, Latch};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId, bytes_of, runs_of};
+use state::dirty::DirtyTracking;
+use state::ios::Ios;
+use state::latch::Starving;
 use state::pass::Pass;
 use state::pins::Pins;
 use state::receiving::Receiving;
 use state::space::Space;
+use state::tiers::{BadReads, Tiers};
 use state::walks::Walks;
 
 /// Pages in one read or write of the store at most: 256 KiB.
@@ -152,13 +155,11 @@ pub struct Core {
     lone: u32,
     /// Moves into the guest that met a pinned page.
     pinned_in: Vec<(Run, SlotRun)>,
-    /// Pages that left the guest since the last collection, while writes are tracked.
-    left_while_tracked: Option<Vec<u64>>,
+    dirty: DirtyTracking,
     walks: Walks,
     receiving: Option<Receiving>,
-    /// The store takes no writes.
-    latch: Option<Latch>,
-    backoff: Backoff,
+    tiers: Tiers,
+    starving: Starving,
     space: Space,
     pins: Pins,
     /// Pages of which a reading failed, until one succeeds or the page is lost.
@@ -229,11 +230,11 @@ impl Core {
             deferred: VecDeque::new(),
             lone: 0,
             pinned_in: Vec::new(),
-            left_while_tracked: None,
+            dirty: DirtyTracking::default(),
             walks: Walks::default(),
             receiving: None,
-            latch: None,
-            backoff: Backoff::default(),
+            tiers: Tiers::new(1),
+            starving: Starving::default(),
             space: Space::new(config.pages),
             pins: Pins::default(),
             bad_reads: PageMap::default(),
@@ -257,6 +258,23 @@ impl Core {
         let table = self.table.with_short_blocks(short);
         let marks = Watermarks::of(self.budget, table.memory_pages(), self.staging.slots());
         Core { table, marks, ..self }
+    }
+
+    /// The same with so many tiers: at which of them each block of pages is at home.
+    #[must_use]
+    pub fn with_homes(mut self, tiers: u8, home: impl Fn(usize) -> TierId) -> Self {
+        assert!((1..=TIERS_MAX).contains(&usize::from(tiers)), "{tiers} tiers");
+        self.tiers = Tiers::new(usize::from(tiers));
+        for block in 0..self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize {
+            let tier = home(block);
+            assert!(tier.0 < tiers, "{tier} is none of {tiers}");
+            self.table.set_home(block, tier);
+        }
+        self
+    }
+
+    pub fn tier_state(&self, tier: TierId) -> TierState {
+        self.tiers.state(tier)
     }
 
     /// The next thing to do. Call after every event until it says none.
@@ -286,7 +304,7 @@ impl Core {
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
             Event::Filled { run, huge } => self.filled(run, huge),
             Event::Collapsed { block, huge } => self.collapsed(block, huge),
-            Event::Written { run, seen } => self.written(run, seen),
+            Event::Scanned { run, dirty } => self.scanned(run, dirty),
             Event::Step => self.step(),
             Event::Request { ticket, request } => self.request(ticket, request),
         }
@@ -308,7 +326,7 @@ impl Core {
             || (scarce_since && self.sampler.is_out());
         if waits || self.is_collapsing() {
             1
-        } else if self.may_sample() {
+        } else if self.may_sample() && self.waiting.is_empty() {
             self.sampler.interval()
         } else {
             IDLE_TICKS.min(self.ticks_to_retry())
@@ -329,6 +347,7 @@ impl Core {
             self.reread();
         }
         self.tick_latch();
+        self.tick_tiers(ticks);
         self.tick_pins(ticks);
         self.collapse();
         self.sample();
@@ -343,9 +362,10 @@ impl Core {
             Request::Discard(run) => Some(self.checked(run).map(|()| self.discard(run))),
             Request::Evict(run) => self.evict_on_request(ticket, run),
             Request::Fill(run) => Some(self.checked_memory(run).map(|()| self.fill_ahead(run))),
-            Request::TrackWrites(on) => return self.track_writes(ticket, on),
+            Request::SubscribeDirty => return self.subscribe_dirty(ticket),
+            Request::UnsubscribeDirty(id) => Some(Ok(self.unsubscribe_dirty(id))),
             Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
-            Request::CollectWritten => return self.collect_written(ticket),
+            Request::CollectDirty(id) => return self.collect_dirty(ticket, id),
             Request::Hold(run) => Some(self.checked(run).map(|()| self.hold(run))),
             Request::Release(run) => Some(self.checked(run).map(|()| self.release(run))),
             Request::Sums(run) => {
@@ -512,7 +532,7 @@ impl Core {
                 }
                 (_, PageOut::Moved { sum, zero }) => {
                     if !mutant!(LeavesUnseenByTracking) {
-                        self.mark_left(page);
+                        self.dirty.left(page);
                     }
                     if self.table.state(page) == PageState::Leaving {
                         // Until the VM has arrived it pages nothing: the page is placed once more.
@@ -564,7 +584,9 @@ impl Core {
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
                 used_bytes: bytes_of(self.space.count()),
-                failed: self.told_latch().map(|latch| latch.error().to_string()),
+                failed: self.tiers.failed().map(|error| error.to_string()),
+                state: self.tiers.state(TierId::STORE),
+                silent_ms: self.tiers.silent_ticks(TierId::STORE) * TICK_MS,
                 ..Default::default()
             },
             latency_us: crate::stats::Latencies::default(),

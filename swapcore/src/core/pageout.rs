@@ -37,7 +37,7 @@ impl Core {
             self.make_slots();
             self.answer_evicted(may_evict);
         }
-        if self.latch.is_some() {
+        if self.tiers.latched().is_some() {
             self.tell_failed();
             self.tell_starved();
         }
@@ -67,7 +67,7 @@ impl Core {
                 self.marks.high.saturating_sub(available) + over.saturating_sub(self.staging.free_frames());
             self.reclaim_standby(free_wanted);
         }
-        let leaving = self.table.count(PageState::Leaving) as u32;
+        let leaving = self.leaving_soon() as u32;
         let outside = (u32::try_from(self.available()).unwrap_or(u32::MAX))
             .saturating_add(self.staging.standby_count())
             .saturating_add(leaving);
@@ -76,7 +76,7 @@ impl Core {
         // A walk's steps are not to wait for page-out, which a VM that stands still in a migration would pay for, as long as there are
         // frames for faults.
         let later = self.is_walking() && available >= self.marks.low / 2 && over == 0;
-        if self.latch.is_none() && short && !later && self.may_find_victims() {
+        if self.tiers.any_open() && short && !later && self.may_find_victims() {
             self.page_out((goal - outside).min(LEAVING_MAX - leaving));
         }
     }
@@ -99,6 +99,9 @@ impl Core {
             // What a stream is about to use stays, unless there is nothing else.
             if passed < self.table.pages() {
                 victims.retain(|run| !self.prefetcher.is_ahead(run.start, self.budget));
+            }
+            if self.tiers.count() > 1 {
+                victims.retain(|run| self.may_leave_now(*run));
             }
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
@@ -127,13 +130,15 @@ impl Core {
     }
 
     pub(super) fn write_all_behind(&mut self) {
-        if self.latch.is_some() || self.unwritten.is_empty() {
+        if self.tiers.none_writable() || self.unwritten.is_empty() {
             return;
         }
         let mut unwritten = std::mem::take(&mut self.unwritten);
         // A page that was rescued or given back meanwhile is not to be written, and one that has left twice is in it twice.
         unwritten.retain(|(page, slot)| {
+            // What a latched tier gets is found again when that is retried.
             let here = self.table.state(*page) == PageState::Leaving
+                && self.tiers.may_write(self.table.home(page.block()))
                 && !self.table.has(*page, Flag::Writing)
                 && (self.slots_of.get(page) == Some(slot) || mutant!(WritesFromOldSlot));
             self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
@@ -142,8 +147,6 @@ impl Core {
         let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
         self.write(&unwritten, purpose);
         unwritten.clear();
-        // What waits for a drop.
-        unwritten.append(&mut self.unwritten);
         self.unwritten = unwritten;
     }
 
@@ -193,6 +196,23 @@ impl Core {
         self.table.has(page, Flag::Stored) && (self.sums[page.index()] == sum || mutant!(DropsChangedPages))
     }
 
+    /// Its tier takes what leaves.
+    fn may_leave_now(&self, run: Run) -> bool {
+        let open = self.tiers.is_open(self.tier_of(run.start)) || mutant!(CountsOnStalledTier);
+        open && self.room_to_leave(run.start) >= run.len
+    }
+
+    /// Pages that may start on their way to the tier of this one: what a tier does not take must not fill staging.
+    fn room_to_leave(&self, page: PageNo) -> u32 {
+        let most = LEAVING_MAX / self.tiers.count() as u32;
+        most.saturating_sub(self.table.leaving_to(self.tier_of(page)) as u32)
+    }
+
+    /// A tier that has a part of the run takes no writes.
+    fn evict_error(&self, run: Run) -> Option<CommandError> {
+        self.store_error().and_then(|_| run.pages().find_map(|page| self.tier_error(page)))
+    }
+
     // ── by request ───────────────────────────────────────────────────────────────────────
 
     pub(super) fn evict_on_request(
@@ -210,7 +230,7 @@ impl Core {
     fn answer_evicted(&mut self, may_evict: bool) {
         for (ticket, run, since) in std::mem::take(&mut self.evict_waiters) {
             // Before any of it is tried once more: what has not moved yet would count as gone.
-            let answer = match self.store_error().or_else(|| self.held_too_long(run, since)) {
+            let answer = match self.evict_error(run).or_else(|| self.held_too_long(run, since)) {
                 Some(error) => Some(Err(error)),
                 None => self.evict_step(run, may_evict).then_some(Ok(Response::Done)),
             };
@@ -227,15 +247,13 @@ impl Core {
         if !may_evict && !ready.is_empty() {
             return false;
         }
-        let leaving = self.table.count(PageState::Leaving) as u32;
         // Some of it may find no slot at first.
         let all_started = ready.is_empty() && !run.pages().any(|page| self.table.has(page, Flag::Pinned));
-        let mut started = 0;
         for part in runs_of(ready, EVICT_RUN_MAX) {
-            if leaving + started >= LEAVING_MAX {
+            if self.room_to_leave(part.start) == 0 {
                 return false;
             }
-            started += self.start_out(part, PageState::Leaving);
+            self.start_out(part, PageState::Leaving);
         }
         for page in run.pages() {
             if self.table.state(page) == PageState::Standby {
@@ -251,9 +269,9 @@ impl Core {
 
     pub(super) fn may_sample(&self) -> bool {
         self.config.sampling
-            && self.left_while_tracked.is_none()
+            && !self.dirty.is_on()
             && self.receiving.is_none()
-            && self.latch.is_none()
+            && self.tiers.latched().is_none()
             // A block of which a part is out stays as it is.
             && !self.is_collapsing()
     }

@@ -68,14 +68,27 @@ impl Core {
     fn is_stuck(&self) -> bool {
         let outside = self.available() + u64::from(self.staging.standby_count());
         !self.deferred.is_empty()
-            && outside + self.table.count(PageState::Leaving) == 0
-            && self.latch.is_none()
+            && outside + self.leaving_soon() == 0
+            && self.tiers.any_open()
             && self.receiving.is_none()
+    }
+
+    /// Somebody has waited for a frame, and nothing could leave, for long enough.
+    pub(super) fn is_starved(&self) -> bool {
+        self.pins.starved >= STARVED_TICKS
+    }
+
+    /// Pages on their way to tiers that take them.
+    pub(super) fn leaving_soon(&self) -> u64 {
+        let open = self.tiers.ids().filter(|tier| self.tiers.is_open(*tier));
+        open.map(|tier| self.table.leaving_to(tier)).sum()
     }
 
     fn tell_short(&mut self, ticks: u64) {
         self.pins.starved = if self.is_stuck() { self.pins.starved + ticks } else { 0 };
-        if self.pins.starved >= STARVED_TICKS && !self.pins.told && !mutant!(StarvesInSilence) {
+        // What a tier refuses, or does not end, is another matter, and told otherwise.
+        let pins = self.tiers.all_open();
+        if pins && self.pins.starved >= STARVED_TICKS && !self.pins.told && !mutant!(StarvesInSilence) {
             self.pins.told = true;
             self.actions.push_back(Action::Short { pinned: self.table.pinned() });
         }

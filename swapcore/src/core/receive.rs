@@ -200,7 +200,7 @@ impl Core {
     pub(super) fn make_way(&mut self) {
         let room = self.budget - self.receive_reserve();
         let over = self.placed_in_ram().saturating_sub(room) as u32;
-        if over == 0 || self.receiving.is_none() || self.latch.is_some() {
+        if over == 0 || self.receiving.is_none() || self.tiers.latched().is_some() {
             return;
         }
         let want = over.max(WAY_MIN);

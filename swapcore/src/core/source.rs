@@ -1,53 +1,13 @@
-//! The source's end of a migration: written pages, holds, heat.
+//! The source's end of a migration: holds, and copies of what is in staging.
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
 use crate::api::{Piece, Place};
 use crate::error::CommandError;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, runs_of};
-
-/// Heat that a page gains when a scan finds it written.
-const HEAT_WRITTEN: u8 = 16;
+use crate::units::{PageNo, Run};
 
 impl Core {
-    pub(super) fn end_tracking(&mut self) {
-        self.left_while_tracked = None;
-        self.begin_collapse(true);
-    }
-
-    /// The page's frame leaves the guest, and its write protection is lost with it: it may have been written.
-    pub(super) fn mark_left(&mut self, page: PageNo) {
-        if let Some(bits) = &mut self.left_while_tracked {
-            bits[page.index() / 64] |= 1 << (page.index() % 64);
-        }
-    }
-
-    /// A scan has found pages of the run written. Returns those others of the run that have left the guest since the last scan.
-    pub(super) fn note_written(&mut self, run: Run, seen: &[Run]) -> Vec<Run> {
-        for page in seen.iter().flat_map(|run| run.pages()) {
-            self.table.warm(page, HEAT_WRITTEN);
-            if let Some(bits) = &mut self.left_while_tracked {
-                bits[page.index() / 64] &= !(1 << (page.index() % 64));
-            }
-        }
-        let Some(bits) = &mut self.left_while_tracked else { return Vec::new() };
-        // Scans begin at the first page of a block, and end at another or with the memory: a word of bits is in one of them.
-        let words = run.indices().start / 64..run.indices().end.div_ceil(64);
-        let first_word = words.start as u64;
-        let of_run = &mut bits[words];
-        let pages =
-            (first_word..).zip(of_run.iter()).filter(|(_, word)| **word != 0).flat_map(|(at, word)| {
-                (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| PageNo(at * 64 + bit))
-            });
-        let left = runs_of(pages, u32::MAX).collect();
-        of_run.fill(0);
-        if mutant!(ForgetsLeftOfOtherSteps) {
-            bits.fill(0);
-        }
-        left
-    }
-
     pub(super) fn hold(&mut self, run: Run) -> Response {
         let mut pieces: Vec<Piece> = Vec::new();
         let mut rescued = Vec::new();

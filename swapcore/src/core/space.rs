@@ -17,16 +17,15 @@
 
 use super::Core;
 use super::event::{Action, DropResult, IoId};
+use super::state::ios::Purpose;
 use super::state::space::{BUSY_DROPS, LOOK_PAGES};
 use crate::table::{Flag, PageState};
-use crate::units::{BLOCK_PAGES, PageNo, Run};
+use crate::units::{BLOCK_PAGES, PageNo, Run, TierId};
 
 /// Ticks from the first page of a batch to its drop: what a guest gives back it often takes again at once.
 const COLLECT_TICKS: u64 = 5;
 /// A batch of so many blocks of 2 MiB waits no longer.
 const BATCH_BLOCKS: usize = 64;
-/// Drops under way at once. A drop keeps reads of the same file waiting.
-const DROPS_MAX: usize = 1;
 /// Ticks after which a drop that failed is tried again.
 const RETRY_TICKS: u64 = 100;
 /// Blocks that are passed between two ticks in search of copies that a full store can do without, and how many of them are looked into.
@@ -38,7 +37,8 @@ const COPIES_MIN: u64 = 2048;
 impl Core {
     /// Nobody will read what the store has of the page.
     pub(super) fn note_dead(&mut self, page: PageNo) {
-        if !self.space.supported || !self.space.is_taken(page) || mutant!(KeepsDeadPlaces) {
+        let supported = self.space.supported[self.tier_of(page).index()];
+        if !supported || !self.space.is_taken(page) || mutant!(KeepsDeadPlaces) {
             return;
         }
         if self.space.blocks.is_empty() {
@@ -56,10 +56,10 @@ impl Core {
         self.drop_dead();
     }
 
-    /// Starts as many drops as may be under way.
+    /// Starts as many drops as may be under way: one to each tier, for it keeps reads there waiting.
     fn drop_dead(&mut self) {
         while self.space.draining
-            && self.space.under_way.len() < DROPS_MAX
+            && self.space.under_way.len() < self.tiers.count()
             && self.tick >= self.space.retry_tick
         {
             // Whoever waits for a page comes first, unless there always is somebody.
@@ -72,7 +72,7 @@ impl Core {
             // A block has one home.
             let tier = self.tier_of(run.start);
             let io = self.ios.start_drop(tier, run);
-            self.space.under_way.push((io, run));
+            self.space.under_way.push((io, tier, run));
             self.actions.push_back(Action::Drop { io, tier, run });
         }
     }
@@ -122,14 +122,15 @@ impl Core {
 
     /// The device works there, or a migration may be reading: it was told that the page is in the store, and holds it.
     fn is_place_in_use(&self, page: PageNo) -> bool {
-        (self.table.has(page, Flag::Writing) && !mutant!(DropsUnderWrite))
+        self.space.is_busy(self.tier_of(page))
+            || (self.table.has(page, Flag::Writing) && !mutant!(DropsUnderWrite))
             || (self.table.has(page, Flag::Held) && !mutant!(DropsHeldPlaces))
             || self.ios.is_read(page)
     }
 
     pub(super) fn drop_done(&mut self, io: IoId, result: DropResult) {
-        let run = self.ios.end_drop(io);
-        self.space.under_way.retain(|(other, _)| *other != io);
+        let (tier, run) = self.ios.end_drop(io);
+        self.space.under_way.retain(|(other, ..)| *other != io);
         match result {
             DropResult::Done => self.space.freed = true,
             DropResult::Failed | DropResult::Unsupported => {
@@ -143,20 +144,42 @@ impl Core {
                 self.space.retry_tick = self.tick + RETRY_TICKS;
             }
             DropResult::Unsupported => {
-                self.space.supported = false;
-                self.space.blocks.clear();
+                self.space.supported[tier.index()] = false;
+                let table = &self.table;
+                self.space.blocks.retain(|block| table.home(*block) != tier);
             }
         }
         self.drop_dead();
-        if std::mem::take(&mut self.space.writes_wait) {
-            self.write_all_behind();
-        }
-        if self.space.under_way.is_empty() && self.is_store_full() && std::mem::take(&mut self.space.freed) {
-            self.retry_store();
+        self.write_behind_drops();
+        if self.space.under_way.is_empty() && self.is_any_full() && std::mem::take(&mut self.space.freed) {
+            for tier in self.tiers.ids().filter(|tier| self.tiers.is_full(*tier)).collect::<Vec<_>>() {
+                self.retry_tier(tier);
+            }
         }
     }
 
-    /// The store has no room. Until it has, copies of pages that are in the guest give way: they can be written again, when these
+    /// Writes what has met a drop that is over. It is a part of a retry, if its tier is being retried.
+    fn write_behind_drops(&mut self) {
+        let mut waiting = std::mem::take(&mut self.space.waiting);
+        waiting.retain(|(page, slot)| {
+            let tier = self.table.home(page.block());
+            let here = self.table.state(*page) == PageState::Leaving
+                && !self.table.has(*page, Flag::Writing)
+                && self.slots_of.get(page) == Some(slot)
+                // Else it is found when that is retried.
+                && (self.tiers.may_write(tier) || self.tiers.is_retrying(tier));
+            self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
+            here
+        });
+        let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
+        self.write(&waiting, purpose);
+    }
+
+    fn is_any_full(&self) -> bool {
+        self.tiers.ids().any(|tier| self.tiers.is_full(tier))
+    }
+
+    /// A tier has no room. Until it has, copies of pages that are in the guest give way: they can be written again, when these
     /// pages leave.
     pub(super) fn make_space(&mut self) {
         let blocks = self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
@@ -166,16 +189,17 @@ impl Core {
         self.drop_dead();
     }
 
-    /// The store is full, and there is something to give up still: nobody need be told that there is no room.
+    /// A tier is full, and there is something to give up still: nobody need be told that there is no room.
     pub(super) fn room_may_come(&self) -> bool {
         let space = &self.space;
         let drops = space.draining && self.tick >= space.retry_tick;
         let (_, left) = space.sweep;
-        space.supported && self.is_store_full() && (space.is_anything_dropping() || drops || left > 0)
+        let full = |tier: TierId| space.supported[tier.index()] && self.tiers.is_full(tier);
+        self.tiers.ids().any(full) && (space.is_anything_dropping() || drops || left > 0)
     }
 
     fn give_up_copies(&mut self) {
-        if !self.is_store_full() || !self.space.supported || self.space.is_anything_dropping() {
+        if !self.is_any_full() || self.space.is_anything_dropping() {
             return;
         }
         let wanted = COPIES_MIN.max(2 * self.table.count(PageState::Leaving));
@@ -187,7 +211,8 @@ impl Core {
                 break;
             }
             self.space.sweep = ((block + 1) % blocks, left - 1);
-            if self.table.resident_in_block(block) > 0 && self.space.has_taken(block) {
+            let full = self.tiers.is_full(self.table.home(block));
+            if full && self.table.resident_in_block(block) > 0 && self.space.has_taken(block) {
                 looks += 1;
                 found += self.give_up_copies_of(block);
             }
@@ -206,6 +231,11 @@ impl Core {
             }
         }
         found
+    }
+
+    /// Whether a write to the tier has failed because there is no room, and it takes no others since.
+    pub fn is_full(&self, tier: TierId) -> bool {
+        self.tiers.is_full(tier)
     }
 
     // ── for the drivers' checks ──────────────────────────────────────────────────────────

@@ -424,7 +424,7 @@ fn sampled(core: &mut Core, leaves: bool) -> Vec<Run> {
 
 /// Everything comes back, each page once.
 fn end_samples(core: &mut Core) -> u64 {
-    core.handle(Event::Request { ticket: Ticket(1), request: Request::TrackWrites(true) });
+    core.handle(Event::Request { ticket: Ticket(1), request: Request::SubscribeDirty });
     let mut back = 0;
     while core.is_walking() {
         core.handle(Event::Step);

@@ -6,17 +6,19 @@
 //! have come meanwhile in between. Walks are done one after the other, in the order in which they were asked for; the answer comes
 //! behind the last step.
 //!
-//! What a walk finds is as old as the step that found it. For written pages that is enough: a page that is written behind its step is
+//! What a walk finds is as old as the step that found it. For dirty pages that is enough: a page that is written behind its step is
 //! found by the next walk, because the same step has protected it again. Heat and maps are hints.
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
 use super::state::walks::{Task, Walk, WalkStep};
-use crate::api::Written;
+use crate::api::{DirtyPages, SubscriberId};
 use crate::error::CommandError;
 use crate::table::{PageState, PageTable, REGION_BLOCKS};
 use crate::units::{BLOCK_PAGES, PageNo, Run};
 
+/// Heat that a page gains when a scan finds it written.
+const HEAT_DIRTIED: u8 = 16;
 /// Samples put back in a step: each may be a huge page, 10 us.
 const SAMPLES_STEP: usize = 32;
 
@@ -48,12 +50,20 @@ impl Core {
         self.walks.begin(ticket, Task::Map(states, Vec::new()));
     }
 
-    pub(super) fn track_writes(&mut self, ticket: Ticket, on: bool) {
-        self.walks.begin(ticket, if on { Task::PutSamplesBack } else { Task::Disarm });
+    pub(super) fn subscribe_dirty(&mut self, ticket: Ticket) {
+        self.walks.begin(ticket, Task::SubscribeDirty);
     }
 
-    pub(super) fn collect_written(&mut self, ticket: Ticket) {
-        self.walks.begin(ticket, Task::CollectWritten(Written::default()));
+    pub(super) fn collect_dirty(&mut self, ticket: Ticket, id: SubscriberId) {
+        self.walks.begin(ticket, Task::CollectDirty(id, DirtyPages::default()));
+    }
+
+    /// At once: of walks for that subscriber, those under way find nothing more.
+    pub(super) fn unsubscribe_dirty(&mut self, id: SubscriberId) -> Response {
+        if self.dirty.unsubscribe(id) {
+            self.begin_collapse(true);
+        }
+        Response::Done
     }
 
     /// One step of the walk that is under way, or its answer.
@@ -64,8 +74,9 @@ impl Core {
             let response = match walk.task {
                 Task::Heat(heat) => Response::Heat(heat),
                 Task::Map(_, runs) => Response::Runs(runs),
-                Task::CollectWritten(written) => Response::Written(written),
-                Task::PutSamplesBack | Task::Arm | Task::Disarm => Response::Done,
+                Task::CollectDirty(_, dirty) => Response::Dirty(dirty),
+                Task::PutSamplesBack(id) | Task::Protect(id) => Response::Subscribed(id),
+                Task::SubscribeDirty => unreachable!("it goes on as another task"),
             };
             return self.answer(walk.ticket, Ok(response));
         }
@@ -84,28 +95,30 @@ impl Core {
                 }
                 in_table.end()
             }
-            Task::PutSamplesBack => {
-                self.left_while_tracked.get_or_insert_with(|| vec![0; pages.div_ceil(64) as usize]);
+            Task::SubscribeDirty => {
+                let first = !self.dirty.is_on();
+                // From here on, so that no page leaves unseen before it is protected.
+                walk.task = Task::PutSamplesBack(self.dirty.subscribe(pages));
+                if first { walk.next } else { PageNo(pages) }
+            }
+            Task::PutSamplesBack(id) => {
                 if !self.put_samples_back(SAMPLES_STEP) {
-                    walk.task = Task::Arm;
+                    walk.task = Task::Protect(*id);
                 }
                 walk.next
             }
-            Task::Arm => {
+            Task::Protect(_) => {
                 let run = kernel_part(&self.table, walk.next, self.config.walk);
                 self.actions.push_back(Action::ArmTracking { run });
                 run.end()
             }
-            Task::Disarm => {
-                self.end_tracking();
-                PageNo(pages)
+            Task::CollectDirty(id, _) if !self.dirty.has(*id) => {
+                let ended = CommandError::NotNow("this subscription to dirty pages has ended");
+                return self.answer(walk.ticket, Err(ended));
             }
-            Task::CollectWritten(_) if self.left_while_tracked.is_none() => {
-                return self.answer(walk.ticket, Err(CommandError::NotNow("writes are not tracked")));
-            }
-            Task::CollectWritten(_) => {
+            Task::CollectDirty(..) => {
                 let run = kernel_part(&self.table, walk.next, self.config.walk);
-                self.actions.push_back(Action::ScanWritten { run });
+                self.actions.push_back(Action::ScanDirty { run });
                 run.end()
             }
         };
@@ -113,13 +126,13 @@ impl Core {
     }
 
     /// What the scan of the last step has found in its run.
-    pub(super) fn written(&mut self, run: Run, seen: &[Run]) {
-        let left = self.note_written(run, seen);
-        let Some(Walk { task: Task::CollectWritten(written), .. }) = self.walks.0.front_mut() else {
+    pub(super) fn scanned(&mut self, run: Run, dirty: &[Run]) {
+        dirty.iter().flat_map(|run| run.pages()).for_each(|page| self.table.warm(page, HEAT_DIRTIED));
+        self.dirty.scanned(dirty);
+        let Some(Walk { task: Task::CollectDirty(id, told), .. }) = self.walks.0.front_mut() else {
             unreachable!("{run:?} was scanned for a walk, which is the first one until its last step");
         };
-        written.seen.extend(seen);
-        written.left.extend(left);
+        self.dirty.collect(*id, run, told);
     }
 
     fn answer(&mut self, ticket: Ticket, answer: Result<Response, CommandError>) {

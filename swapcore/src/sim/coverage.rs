@@ -29,6 +29,7 @@ named! {
     Fault {
         ReadError, Misread, BadSector, Torn, LostWrite, Misdirected, Overwritten, Rot, WriteError, BadRegion, DiskFull,
         ShortTransfer, TryAgain, LatencySpike, DropError, PinnedOut, PinnedForGood, PinnedIn, MoveAgain, NoFrame, LateFault, SessionGone,
+        Silence, Outage,
     }
 }
 
@@ -55,6 +56,8 @@ pub const OUTCOMES: &[(Fault, &[Outcome])] = {
         (Fault::WriteError, &[KeptInRam, Rescued, GivenBack, Resumed]),
         (Fault::BadRegion, &[KeptInRam, Rescued, GivenBack, Resumed]),
         (Fault::DiskFull, &[KeptInRam, Rescued, GivenBack, Resumed]),
+        (Fault::Silence, &[Served]),
+        (Fault::Outage, &[ReadAgain, ReadLater, GivenUp, NotWanted, KeptInRam, Rescued, GivenBack, Resumed]),
         (Fault::ShortTransfer, &[WentOn]),
         (Fault::TryAgain, &[WentOn]),
         (Fault::LatencySpike, &[Served]),
@@ -213,7 +216,7 @@ impl Cause {
             Event::MovedIn { .. } | Event::CopiedIn { .. } => Cause::MovedIn,
             Event::MovedOut { .. } => Cause::MovedOut,
             Event::Filled { .. } => Cause::Filled,
-            Event::DropDone { .. } | Event::Collapsed { .. } | Event::Written { .. } => Cause::Other,
+            Event::DropDone { .. } | Event::Collapsed { .. } | Event::Scanned { .. } => Cause::Other,
             Event::Step => Cause::Walk,
             Event::Request { request, .. } => match request {
                 Request::SetBudget(_) => Cause::SetBudget,
@@ -246,9 +249,9 @@ const REACHED: &[(PageState, PageState, &[Cause])] = {
         (Leaving, Stored, &[WriteDone]),
         (Leaving, Untouched, &[MovedOut, Discard, Arrive, ArriveZero, ArrivePoisoned]),
         (Standby, Arriving, &[Cause::Fault]),
-        (Standby, Stored, &[Cause::Fault, Tick, Balance, MakeReady]),
+        (Standby, Stored, &[Cause::Fault, Tick, ReadDone, Balance, MakeReady]),
         (Standby, Untouched, &[Discard]),
-        (Stored, Arriving, &[Cause::Fault, Tick, Balance, MakeReady]),
+        (Stored, Arriving, &[Cause::Fault, Tick, ReadDone, Balance, MakeReady]),
         (Stored, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
         (Arriving, Resident, &[MovedIn, Filled]),
         (Arriving, Standby, &[ReadDone]),

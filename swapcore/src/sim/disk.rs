@@ -1,4 +1,4 @@
-//! The simulated disk: it delays, reorders, cuts short, fails, tears, loses, misdirects and rots.
+//! The simulated tiers: each falls silent or fails at everything for a while, by itself, and comes back. Else they are as one disk: it delays, reorders, cuts short, fails, tears, loses, misdirects and rots.
 //!
 //! What the device does to the content of a page without saying so is that page's *damage*, until the page is written anew. The
 //! checks excuse a lost page by its damage, and by nothing else.
@@ -7,9 +7,12 @@ use super::Sim;
 use super::coverage::{Fault, Outcome};
 use crate::core::{DropResult, Event, IoError, IoErrorKind, IoId};
 use crate::errno;
-use crate::table::PageState;
+use crate::table::{Flag, PageState};
 use crate::transfer::Transfer;
 use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId};
+
+/// Somebody has waited for a silent tier for so many ticks: that has been told.
+const SILENCE_TOLD_TICKS: u64 = 120;
 
 /// Errors in a row that pass: one more, and the core is right to give the page up.
 const PASSING_ERRORS: u8 = 3;
@@ -24,7 +27,29 @@ pub(super) struct Flight {
     due: u64,
     spiked: bool,
     drop: bool,
+    /// It waited while its tier was silent.
+    silenced: bool,
 }
+
+/// A whole tier is away, and what it has stays as it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Trouble {
+    /// Nothing ends.
+    Silence,
+    /// Everything fails, as this errno.
+    Outage(i32),
+}
+
+/// What a tier that is away may say.
+const AWAY: &[i32] = &[
+    errno::EIO,
+    errno::EIO,
+    errno::ENOLINK,
+    errno::ETIMEDOUT,
+    errno::ENODEV,
+    errno::ESHUTDOWN,
+    errno::ENOMEM,
+];
 
 impl Flight {
     pub(super) fn is_write(&self) -> bool {
@@ -54,6 +79,8 @@ pub(super) struct Disk {
     pub(super) keeps_all: bool,
     /// Why the last write failed.
     pub(super) failure: Option<Fault>,
+    /// Of each tier, and until when.
+    pub(super) trouble: [Option<(Trouble, u64)>; super::TIERS],
 }
 
 impl Disk {
@@ -68,6 +95,7 @@ impl Disk {
             flights: Vec::new(),
             keeps_all,
             failure: None,
+            trouble: [None; super::TIERS],
         }
     }
 }
@@ -82,6 +110,9 @@ impl Sim {
     }
 
     fn start_flight(&mut self, io: IoId, tier: TierId, write: bool, drop: bool, run: Run, slots: SlotRun) {
+        for page in run.pages() {
+            assert_eq!(self.core.table().home(page.block()), tier, "{page} is at home elsewhere");
+        }
         let clash =
             self.disk.flights.iter().find(|flight| run.pages().any(|page| self.clashes(flight, page, write)));
         if let Some(clash) = clash {
@@ -89,7 +120,8 @@ impl Sim {
         }
         let transfer = Transfer { write, offset: run.start.offset(), address: 0, len: run.bytes(), done: 0 };
         let (due, spiked) = self.delay();
-        self.disk.flights.push(Flight { io, tier, run, slots, transfer, due, spiked, drop });
+        let silenced = false;
+        self.disk.flights.push(Flight { io, tier, run, slots, transfer, due, spiked, drop, silenced });
     }
 
     /// Two writes of a page have no order, nor have a write and a read, unless nobody waits for what is read.
@@ -122,13 +154,34 @@ impl Sim {
             return;
         }
         let first = self.random.below(count as u64) as usize;
-        let due = |nth: &usize| self.disk.flights[*nth].due <= self.trace.now;
+        for trouble in &mut self.disk.trouble {
+            trouble.take_if(|(_, until)| *until <= self.trace.now);
+        }
+        let silent = |tier: TierId| matches!(self.disk.trouble[tier.index()], Some((Trouble::Silence, _)));
+        let due = |nth: &usize| {
+            let flight = &self.disk.flights[*nth];
+            flight.due <= self.trace.now && !silent(flight.tier)
+        };
         let Some(nth) = (first..count).chain(0..first).find(due) else { return };
         let mut flight = self.disk.flights.swap_remove(nth);
-        if flight.drop {
-            return self.device_drops(&flight);
+        if std::mem::take(&mut flight.silenced) {
+            self.coverage.outcome(Fault::Silence, Outcome::Served);
         }
-        let result = if flight.is_write() { self.device_writes(&flight) } else { self.device_reads(&flight) };
+        let outage = match self.disk.trouble[flight.tier.index()] {
+            Some((Trouble::Outage(errno), _)) => Some(errno),
+            _ => None,
+        };
+        if flight.drop {
+            return self.device_drops(&flight, outage.is_some());
+        }
+        let result = if let Some(errno) = outage {
+            self.disk.failure = if flight.is_write() { Some(Fault::Outage) } else { self.disk.failure };
+            -errno
+        } else if flight.is_write() {
+            self.device_writes(&flight)
+        } else {
+            self.device_reads(&flight)
+        };
         let Some(result) = flight.transfer.completed(result) else {
             // The rest is submitted anew.
             let fault = if result < 0 { Fault::TryAgain } else { Fault::ShortTransfer };
@@ -207,9 +260,14 @@ impl Sim {
             if result.is_ok() && right {
                 self.disk.failed_reads[page.index()] = 0;
             } else {
-                let passing = if result.is_err() { Fault::ReadError } else { Fault::Misread };
+                let away = matches!(self.disk.trouble[flight.tier.index()], Some((Trouble::Outage(_), _)));
+                let passing = match result {
+                    Err(_) if away => Fault::Outage,
+                    Err(_) => Fault::ReadError,
+                    Ok(()) => Fault::Misread,
+                };
                 let mine = self.core.slot_of(page) == Some(slot);
-                let damage = self.disk.damage[page.index()].filter(|_| mine);
+                let damage = self.disk.damage[page.index()].filter(|_| mine && !away);
                 bad.push((page, mine, damage.unwrap_or(passing)));
             }
         }
@@ -303,7 +361,10 @@ impl Sim {
         } else if self.random.one_in(self.odds.misdirected) {
             self.put(page, old, Some(Fault::Misdirected));
             let other = PageNo((page.0 + 1 + self.random.below(self.pages - 1)) % self.pages);
-            self.put(other, value, Some(Fault::Overwritten));
+            let home = |page: PageNo| self.core.table().home(page.block());
+            if home(other) == home(page) {
+                self.put(other, value, Some(Fault::Overwritten));
+            }
         } else {
             self.put(page, value, None);
         }
@@ -363,12 +424,12 @@ impl Sim {
     // ── drops ────────────────────────────────────────────────────────────────────────────
 
     /// The device forgets: what is read there from now on is anything but what was written.
-    fn device_drops(&mut self, flight: &Flight) {
+    fn device_drops(&mut self, flight: &Flight, away: bool) {
         let Flight { io, run, .. } = *flight;
-        let refused = self.random.one_in(self.odds.drop_error);
+        let refused = away || self.random.one_in(self.odds.drop_error);
         // Of a drop that failed a part may have been done.
         let count = if refused { self.random.below(u64::from(run.len)) as u32 } else { run.len };
-        let count = if self.disk.keeps_all { 0 } else { count };
+        let count = if self.disk.keeps_all || away { 0 } else { count };
         for page in run.part(0, count).pages() {
             let index = page.index();
             let garbage = super::mixed(self.disk.content[index], self.random.next());
@@ -387,6 +448,61 @@ impl Sim {
         }
         self.trace.add(if result == DropResult::Done { "dropped" } else { "not dropped" }, run, None, None);
         self.event(Event::DropDone { io, result });
+    }
+
+    // ── a tier that is away ──────────────────────────────────────────────────────────────
+
+    /// One of the tiers falls silent, or fails at everything, for a while.
+    pub(super) fn begin_trouble(&mut self) {
+        let tier = TierId(self.random.below(u64::from(self.tiers)) as u8);
+        let until = self.trace.now + 20 + self.random.below(600);
+        let trouble = match self.random.below(3) {
+            0 => Trouble::Silence,
+            _ => Trouble::Outage(AWAY[self.random.below(AWAY.len() as u64) as usize]),
+        };
+        self.set_trouble(tier, trouble, until);
+    }
+
+    pub(super) fn set_trouble(&mut self, tier: TierId, trouble: Trouble, until: u64) {
+        self.disk.trouble[tier.index()] = Some((trouble, until));
+        let silent = trouble == Trouble::Silence;
+        self.coverage.injected(if silent { Fault::Silence } else { Fault::Outage });
+        self.trace
+            .note(if silent { "a tier is silent" } else { "a tier fails at everything" }, u64::from(tier.0));
+        let of_tier = self.disk.flights.iter_mut().filter(|flight| flight.tier == tier);
+        of_tier.for_each(|flight| flight.silenced |= silent);
+    }
+
+    /// Who waits for a tier that is silent is told of in time.
+    pub(super) fn check_silence(&mut self, ticks: u64) {
+        for tier in (0..self.tiers).map(TierId) {
+            let silent = matches!(self.disk.trouble[tier.index()], Some((Trouble::Silence, _)));
+            let waited_for = |flight: &Flight| {
+                let mut pages = flight.run.pages().zip(flight.slots.slots());
+                let wanted =
+                    |(page, slot)| self.core.slot_of(page) == Some(slot) && self.core.is_waited_for(page);
+                flight.tier == tier && !flight.is_write() && pages.any(wanted)
+            };
+            let waits = silent && self.disk.flights.iter().any(waited_for);
+            let (waited, told) = &mut self.oracle.silent[tier.index()];
+            *waited = if waits { *waited + ticks } else { 0 };
+            assert!(
+                *waited < SILENCE_TOLD_TICKS || *told,
+                "{tier} does not answer, and nobody has been told"
+            );
+        }
+    }
+
+    /// Nothing else of its tier can be read, so that nobody can tell whether the page or the tier is broken.
+    pub(super) fn is_hopeless(&self, page: PageNo) -> bool {
+        let table = self.core.table();
+        let good = |other: &PageNo| {
+            *other != page
+                && table.home(other.block()) == table.home(page.block())
+                && table.has(*other, Flag::Stored)
+                && self.disk.damage[other.index()].is_none()
+        };
+        self.disk.damage[page.index()].is_some() && !self.memory.iter().any(good)
     }
 
     // ── at rest ──────────────────────────────────────────────────────────────────────────

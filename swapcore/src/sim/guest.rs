@@ -79,7 +79,7 @@ impl Sim {
         self.kernel.guest[index] = Entry::Frame(value);
         self.kernel.written[index] = true;
         self.oracle.truth[index] = Some(value);
-        self.oracle.written[index] = true;
+        self.oracle.written(page);
         self.trace.page("guest writes", page, Some(value));
         true
     }

@@ -228,29 +228,39 @@ impl Sim {
             Action::Resolved { .. } => {}
             Action::ArmTracking { run } => {
                 self.kernel.written[run.indices()].fill(false);
-                self.oracle.written[run.indices()].fill(false);
             }
-            Action::ScanWritten { run } => {
+            Action::ScanDirty { run } => {
                 self.oracle.scanned(run);
                 let found = |page: &PageNo| {
                     let present = matches!(self.kernel.guest[page.index()], Entry::Frame(_));
                     present && std::mem::take(&mut self.kernel.written[page.index()])
                 };
                 let written: Vec<_> = run.pages().filter(found).collect();
-                let seen: Vec<_> = runs_of(written, 64).collect();
-                self.hand(Event::Written { run, seen: &seen });
+                let dirty: Vec<_> = runs_of(written, 64).collect();
+                self.hand(Event::Scanned { run, dirty: &dirty });
             }
             Action::Answer { ticket, answer } => self.answered(ticket, answer),
             Action::StoreFailed(_) => self.trace.note("the store failed", 0),
             Action::Starved(_) => {
                 self.trace.note("no frames left", 0);
                 assert!(!std::mem::replace(&mut self.oracle.starved, true), "told twice");
-                self.guest.paused = self.random.one_in(2);
+                self.guest.paused |= self.random.one_in(2);
             }
             Action::Relieved => {
                 self.trace.note("frames again", 0);
                 assert!(std::mem::take(&mut self.oracle.starved), "relieved of nothing");
                 self.guest.paused = false;
+            }
+            Action::TierUnreachable(error) => {
+                self.trace.note("a tier does not answer", u64::from(error.tier.0));
+                let told = &mut self.oracle.silent[error.tier.index()].1;
+                assert!(!std::mem::replace(told, true), "told twice");
+                self.guest.paused |= self.random.one_in(2);
+            }
+            Action::TierReachable(tier) => {
+                self.trace.note("a tier answers", u64::from(tier.0));
+                assert!(std::mem::take(&mut self.oracle.silent[tier.index()].1), "it was not away");
+                self.guest.paused &= self.oracle.starved || self.oracle.silent.iter().any(|(_, told)| *told);
             }
             Action::Short { .. } => {
                 self.trace.note("all frames are held", 0);

@@ -21,9 +21,10 @@ mod trace;
 pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
 
 use crate::core::{Core, CoreConfig, Event, Request, Ticket, WalkStep};
+use crate::errno;
 use crate::table::PageState;
-use crate::units::{BLOCK_PAGES, PageNo, Run, bytes_of};
-use disk::Disk;
+use crate::units::{BLOCK_PAGES, PageNo, Run, TierId, bytes_of};
+use disk::{Disk, Trouble};
 use guest::{Access, Guest};
 use kernel::{Entry, Kernel};
 use operator::Asked;
@@ -35,14 +36,20 @@ use trace::Trace;
 /// Small enough for budgets to matter in a VM of a few hundred pages.
 const BUDGET_MIN: u64 = 48;
 const BLOCKS: u32 = 2;
+/// Of some VMs: every other block is at home at the second one.
+const TIERS: usize = 2;
 /// So that a walk takes several.
 const WALK: WalkStep = WalkStep { table: 100, present: 1, blocks: 1 };
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
+/// Steps within which a page of a tier that works is served: such that one of which the medium is broken is given up.
+const SERVE_MAX: u32 = 4_000;
 /// The same for whatever can come to rest while pages are pinned for good.
 const PINNED_STEPS: u32 = 400;
 /// The same for a full store to give up all copies of pages that are in RAM.
 const FULL_STEPS: u32 = 600;
+/// Steps without I/O, each of a tick at least, within which whoever waits for a frame in vain is told so.
+const QUIET_STEPS: u32 = 20;
 
 /// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own mixture.
 #[derive(Clone, Copy, Debug, Default)]
@@ -63,6 +70,7 @@ struct Odds {
     late_fault: u64,
     session_gone: u64,
     pinned_for_good: u64,
+    outage: u64,
     drop_error: u64,
 }
 
@@ -89,6 +97,7 @@ impl Odds {
             late_fault: draw(5),
             session_gone: draw(6),
             pinned_for_good: draw(2),
+            outage: draw(8),
             drop_error: draw(4),
         }
     }
@@ -115,6 +124,7 @@ pub struct Sim {
     core: Core,
     /// With those that fill up blocks that are not whole: they are nobody's.
     pages: u64,
+    tiers: u8,
     /// All pages that are memory, in ascending order.
     memory: Vec<PageNo>,
     kernel: Kernel,
@@ -139,6 +149,10 @@ impl Sim {
         let covered = random.one_in(8);
         let pages =
             if covered || random.one_in(10) { 500 + random.below(700) } else { 130 + random.below(400) };
+        // Drawn apart as well.
+        let apart = &mut Random::new(seed.rotate_left(32));
+        let tiers = if apart.one_in(4) { TIERS as u8 } else { 1 };
+        let pages = if tiers > 1 { pages.max(600 + apart.below(600)) } else { pages };
         let most = if random.one_in(8) { pages } else { pages / 3 };
         // Huge pages stay whole as long as nobody interferes.
         let calm = covered && random.one_in(2);
@@ -152,7 +166,8 @@ impl Sim {
         let (budget_min, blocks) = (BUDGET_MIN, BLOCKS);
         let mut config = CoreConfig { pages, budget_frames, budget_min, slots, blocks, sampling, walk: WALK };
         let short = Self::short_blocks(seed, &mut config);
-        let core = Core::new(config).with_short_blocks(short);
+        let home = |block: usize| TierId(block as u8 % tiers);
+        let core = Core::new(config).with_short_blocks(short).with_homes(tiers, home);
         let (pages, count) = (config.pages, config.pages as usize);
         let is_memory = |page: &PageNo| core.table().first_of_nobody(Run::one(*page)).is_none();
         let memory = (0..pages).map(PageNo).filter(is_memory).collect();
@@ -161,6 +176,7 @@ impl Sim {
             odds,
             calm,
             core,
+            tiers,
             pages,
             memory,
             kernel: Kernel::new(count, slots as usize + (BLOCKS * BLOCK_PAGES) as usize),
@@ -220,6 +236,9 @@ impl Sim {
         self.settle();
         self.check();
         self.check_space();
+        if self.tiers > 1 {
+            self.lose_a_tier();
+        }
         self.read_everything();
         for page in (0..self.pages).map(PageNo) {
             self.forget_damage(page, Outcome::NeverNeeded);
@@ -248,6 +267,7 @@ impl Sim {
             91..94 => self.tick(),
             94 => self.decay(),
             96 if self.random.one_in(self.odds.pinned_for_good) => self.pin_for_good(),
+            97 if self.random.one_in(self.odds.outage) => self.begin_trouble(),
             95 if self.random.one_in(self.odds.bad_region) => {
                 self.disk.bad_writes = Some(self.random_run(self.pages / 4));
             }
@@ -274,13 +294,70 @@ impl Sim {
         }
         let ticks = 1 + self.random.below(20);
         self.kernel.ticks += ticks;
+        self.check_silence(ticks);
         self.event(Event::Tick { ticks });
+    }
+
+    /// One tier is away for good: every page of the other is served as if nothing were, as long as there are frames that can be had.
+    fn lose_a_tier(&mut self) {
+        let frames = self.pages / 2;
+        self.ask(Request::SetBudget(bytes_of(frames)), Asked::Budget);
+        let away = TierId(self.random.below(u64::from(self.tiers)) as u8);
+        let trouble = if self.random.one_in(2) { Trouble::Silence } else { Trouble::Outage(errno::EIO) };
+        let home = |sim: &Sim, page: PageNo| sim.core.table().home(page.block());
+        let (lost, good): (Vec<_>, Vec<_>) = self.memory.iter().partition(|page| home(self, **page) == away);
+        self.guest.vcpus = [None; guest::VCPUS];
+        // Some are changed, and cannot leave; then one is waited for.
+        for page in lost.iter().take(8) {
+            self.serve(*page);
+        }
+        self.set_trouble(away, trouble, u64::MAX);
+        let stored = |page: &PageNo| self.core.table().state(*page) == PageState::Stored;
+        if let Some(page) = lost.into_iter().find(stored) {
+            self.access(1, page, Access::Read);
+        }
+        let mut served = 0;
+        for page in good {
+            if !self.serve(page) {
+                // All frames are of the other's pages.
+                break;
+            }
+            served += 1;
+        }
+        self.trace.note("pages served while a tier was away", served);
+        self.settle();
+        self.check();
+    }
+
+    /// A vCPU writes to the page. False if there is no frame for it, and that has been told.
+    fn serve(&mut self, page: PageNo) -> bool {
+        let access = Access::Write(self.guest.new_value());
+        for _ in 0..SERVE_MAX {
+            if self.guest.awake[0] && self.access(0, page, access) {
+                self.guest.vcpus[0] = None;
+                return true;
+            }
+            self.trace.now += 1;
+            self.deliver_faults();
+            self.complete_io();
+            if self.random.one_in(8) {
+                self.tick();
+                self.give_up_hopeless();
+            }
+            self.check();
+            if self.oracle.starved {
+                return false;
+            }
+        }
+        self.trace.suspect.set(Some(page));
+        panic!("{page} is held up by a tier that is not its own");
     }
 
     /// No more trouble: everything asked is answered, every vCPU goes on, every page is where it can stay.
     fn settle(&mut self) {
         self.odds = Odds::default();
         self.disk.bad_writes = None;
+        self.disk.trouble = [None; TIERS];
         self.guest.paused = false;
         self.settle_full();
         self.disk.room = u64::from(u32::MAX);
@@ -318,7 +395,7 @@ impl Sim {
 
     /// A store stays full only if all room that there is has what is needed.
     fn settle_full(&mut self) {
-        if self.session.is_some() || !self.core.is_store_full() || self.disk.keeps_all {
+        if self.session.is_some() || !self.is_any_full() || self.disk.keeps_all {
             return;
         }
         while !self.oracle.held.is_empty() {
@@ -327,9 +404,13 @@ impl Sim {
         for _ in 0..FULL_STEPS {
             self.go_on();
         }
-        if self.core.is_store_full() {
+        if self.is_any_full() {
             self.check_copies();
         }
+    }
+
+    fn is_any_full(&self) -> bool {
+        (0..self.tiers).any(|tier| self.core.is_full(TierId(tier)))
     }
 
     fn go_on(&mut self) {
@@ -338,6 +419,16 @@ impl Sim {
         self.complete_io();
         self.walk();
         self.tick();
+        self.give_up_hopeless();
+    }
+
+    /// A page that nobody can tell to be lost is waited for until the guest gives it back.
+    fn give_up_hopeless(&mut self) {
+        let waits = |(vcpu, awake): (Option<(PageNo, Access)>, bool)| Some(vcpu?.0).filter(|_| !awake);
+        let waiting: Vec<_> = self.guest.vcpus.into_iter().zip(self.guest.awake).filter_map(waits).collect();
+        if let Some(page) = waiting.into_iter().find(|page| self.is_hopeless(*page)) {
+            self.given_back(Run::one(page));
+        }
     }
 
     /// While pages are pinned for good: whoever asked something has an answer, and a guest that waits for a frame in vain is told of.
@@ -345,8 +436,12 @@ impl Sim {
         if !self.kernel.is_anything_pinned_for_good() {
             return;
         }
-        for _ in 0..PINNED_STEPS {
+        // A late write may end at the very last of them: from then on it takes the core some ticks to see that nothing leaves.
+        let (mut steps, mut quiet) = (0, 0);
+        while steps < PINNED_STEPS || (1..QUIET_STEPS).contains(&quiet) {
             self.go_on();
+            steps += 1;
+            quiet = if self.disk.flights.is_empty() { quiet + 1 } else { 0 };
         }
         let waits = self.core.faults_waiting() > 0 && self.disk.flights.is_empty();
         assert!(!waits || self.oracle.short, "the guest waits for a frame, and nobody has been told");
@@ -375,6 +470,7 @@ impl Sim {
             && self.core.faults_waiting() == 0
             && !self.oracle.starved
             && !self.oracle.short
+            && self.oracle.silent.iter().all(|(_, told)| !told)
             && self.disk.flights.is_empty()
             && !self.core.has_dead_places()
             && self.kernel.faults.is_empty()
@@ -394,6 +490,7 @@ impl Sim {
                 self.complete_io();
                 if self.random.one_in(8) {
                     self.tick();
+                    self.give_up_hopeless();
                 }
             }
             self.guest.vcpus[0] = None;

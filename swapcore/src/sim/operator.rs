@@ -15,7 +15,8 @@ const HOLDS_MAX: usize = 3;
 #[derive(Clone, Debug)]
 pub(super) enum Asked {
     Hold(Run),
-    Collect,
+    Subscribe(usize),
+    Collect(usize),
     Budget,
     /// Frames for a session; `gone`: it has ended before they come.
     Frames {
@@ -110,10 +111,14 @@ impl Sim {
         if self.random.one_in(4) {
             run = self.sampled_run(run);
         }
+        self.given_back(run);
+    }
+
+    pub(super) fn given_back(&mut self, run: Run) {
         self.trace.add("given back", run, None, None);
         for page in run.pages() {
             self.oracle.truth[page.index()] = Some(0);
-            self.oracle.written[page.index()] = true;
+            self.oracle.written(page);
             let damaged = self.disk.damage[page.index()].is_some();
             self.abandon(page, Outcome::GivenBack);
             self.oracle.is_given_back(page, damaged);
@@ -152,14 +157,27 @@ impl Sim {
         self.ask(Request::Staged(run.pages().collect()), Asked::Other);
     }
 
+    /// One of the subscribers begins, collects or ends.
     fn track(&mut self) {
-        let tracking = self.oracle.tracking;
-        if tracking && !self.random.one_in(if self.calm { 2 } else { 4 }) {
-            return self.ask(Request::CollectWritten, Asked::Collect);
+        let nth = usize::from(self.random.one_in(4));
+        let subscriber = &mut self.oracle.subscribers[nth];
+        match subscriber.id {
+            _ if subscriber.asked => {}
+            None => {
+                subscriber.asked = true;
+                self.trace.note("subscribes to dirty pages", nth as u64);
+                self.ask(Request::SubscribeDirty, Asked::Subscribe(nth));
+            }
+            Some(id) if !self.random.one_in(if self.calm { 2 } else { 4 }) => {
+                subscriber.asked = true;
+                self.ask(Request::CollectDirty(id), Asked::Collect(nth));
+            }
+            Some(id) => {
+                subscriber.id = None;
+                self.trace.note("unsubscribes", nth as u64);
+                self.ask(Request::UnsubscribeDirty(id), Asked::Other);
+            }
         }
-        self.trace.note("tracking of writes", u64::from(!tracking));
-        self.oracle.tracking = !tracking;
-        self.ask(Request::TrackWrites(!tracking), Asked::Other);
     }
 
     /// The store is tried again, with its trouble mended or not.
@@ -194,7 +212,13 @@ impl Sim {
                     told.map(|(page, place)| Some((place, self.oracle.truth[page.index()]))).collect();
                 self.oracle.held.push(Held { run, pages });
             }
-            (Asked::Collect, Ok(Response::Written(written))) => self.collected(&written.into_runs()),
+            (Asked::Subscribe(nth), Ok(Response::Subscribed(id))) => {
+                let subscriber = &mut self.oracle.subscribers[nth];
+                (subscriber.id, subscriber.asked) = (Some(id), false);
+                subscriber.written.fill(false);
+                subscriber.to_tell.fill(false);
+            }
+            (Asked::Collect(nth), Ok(Response::Dirty(dirty))) => self.collected(nth, &dirty.into_runs()),
             (Asked::Budget, Ok(Response::Done)) => {
                 let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
                 assert!(taken <= budget, "{taken} frames when the budget of {budget} is confirmed");
@@ -216,18 +240,20 @@ impl Sim {
             (Asked::Settle, answer) => self.settled(&answer),
             (Asked::Finish, answer) => self.finished(answer),
             (Asked::Frames { .. }, Err(CommandError::Store(_))) => self.not_granted(),
-            (Asked::Other | Asked::Collect, Err(CommandError::Store(_) | CommandError::NotNow(_)))
-            | (Asked::Other, Ok(_)) => {}
+            (Asked::Other, Err(CommandError::Store(_) | CommandError::NotNow(_))) | (Asked::Other, Ok(_)) => {
+            }
             (Asked::Budget, Err(CommandError::NotNow(_))) if self.session.is_some() => {}
             (asked, answer) => panic!("{asked:?} was answered with {answer:?}"),
         }
     }
 
-    fn collected(&mut self, runs: &[Run]) {
+    fn collected(&mut self, nth: usize, runs: &[Run]) {
+        let subscriber = &mut self.oracle.subscribers[nth];
+        subscriber.asked = false;
         for page in runs.iter().flat_map(|run| run.pages()) {
-            self.oracle.to_tell[page.index()] = false;
+            subscriber.to_tell[page.index()] = false;
         }
-        if let Some(missed) = self.oracle.to_tell.iter().position(|written| *written) {
+        if let Some(missed) = subscriber.to_tell.iter().position(|written| *written) {
             self.trace.suspect.set(Some(PageNo(missed as u64)));
             panic!("page {missed} was written and is not reported");
         }

@@ -4,7 +4,7 @@
 use super::Sim;
 use super::coverage::Fault;
 use super::kernel::Entry;
-use crate::api::Place;
+use crate::api::{Place, SubscriberId};
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot};
 
@@ -16,18 +16,30 @@ pub(super) struct Held {
     pub(super) pages: Vec<Option<(Place, Option<u64>)>>,
 }
 
+/// Somebody who wants to know which pages the guest writes.
+#[derive(Debug)]
+pub(super) struct Subscriber {
+    pub(super) id: Option<SubscriberId>,
+    /// A subscription, or what it has to tell, is asked for.
+    pub(super) asked: bool,
+    /// Written since the page was last scanned.
+    pub(super) written: Vec<bool>,
+    /// Written before the page was scanned: the next answer has to name it.
+    pub(super) to_tell: Vec<bool>,
+}
+
 #[derive(Debug)]
 pub(super) struct Oracle {
     /// What the guest last wrote. None: lost, and said to be.
     pub(super) truth: Vec<Option<u64>>,
-    /// Written since the page was last scanned for a migration.
-    pub(super) written: Vec<bool>,
-    /// Written before the page was scanned: the answer has to name it.
-    pub(super) to_tell: Vec<bool>,
-    pub(super) tracking: bool,
+    /// Those who want to know what is written, as a migration does, and another one beside it.
+    pub(super) subscribers: [Subscriber; 2],
     pub(super) held: Vec<Held>,
     /// The core has said that who waits for a frame gets none, and not that this is over.
     pub(super) starved: bool,
+    /// For how many ticks somebody has waited for each tier, which has been silent all the time; and whether the core has said that it is,
+    /// and not that this is over.
+    pub(super) silent: [(u64, bool); super::TIERS],
     /// The core has said that all frames are held and the guest waits for one, and not that this is over.
     pub(super) short: bool,
     /// Frames taken at the last check.
@@ -38,11 +50,15 @@ impl Oracle {
     pub(super) fn new(pages: usize) -> Self {
         Oracle {
             truth: vec![Some(0); pages],
-            written: vec![false; pages],
-            to_tell: vec![false; pages],
-            tracking: false,
+            subscribers: [(); 2].map(|()| Subscriber {
+                id: None,
+                asked: false,
+                written: vec![false; pages],
+                to_tell: vec![false; pages],
+            }),
             held: Vec::new(),
             starved: false,
+            silent: [(0, false); super::TIERS],
             short: false,
             taken: 0,
         }
@@ -56,11 +72,16 @@ impl Oracle {
         }
     }
 
+    pub(super) fn written(&mut self, page: PageNo) {
+        self.subscribers.iter_mut().for_each(|subscriber| subscriber.written[page.index()] = true);
+    }
+
     /// The kernel says which pages of the run have been written.
     pub(super) fn scanned(&mut self, run: Run) {
-        for (written, to_tell) in self.written[run.indices()].iter_mut().zip(&mut self.to_tell[run.indices()])
-        {
-            *to_tell |= std::mem::take(written);
+        for Subscriber { written, to_tell, .. } in &mut self.subscribers {
+            for (written, to_tell) in written[run.indices()].iter_mut().zip(&mut to_tell[run.indices()]) {
+                *to_tell |= std::mem::take(written);
+            }
         }
     }
 
@@ -173,8 +194,9 @@ impl Sim {
     /// The store has been full for long.
     pub(super) fn check_copies(&self) {
         for page in (0..self.pages).map(PageNo) {
-            let copy =
-                self.core.table().state(page) == PageState::Resident && self.disk.allocated[page.index()];
+            let copy = self.core.is_full(self.core.table().home(page.block()))
+                && self.core.table().state(page) == PageState::Resident
+                && self.disk.allocated[page.index()];
             ensure!(self, page, !copy, "{page} is in RAM, and its copy takes room in a full store");
         }
     }

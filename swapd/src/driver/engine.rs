@@ -269,7 +269,7 @@ fn locked_bytes(memory_bytes: u64, few: bool) -> u64 {
 
 /// Whether the address space of all blocks for samples is more than this user may lock: the kernel counts it like frames.
 fn few_blocks(config: &EngineConfig) -> bool {
-    let limit = locking::lock_limit().ok().flatten();
+    let limit = locking::lock_limit();
     config.lock && limit.is_some_and(|limit| limit < locked_bytes(config.memory_bytes, false))
 }
 

@@ -4,35 +4,30 @@
 
 use std::io;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 const CAP_IPC_LOCK: u32 = 14;
 
 /// Bytes that this process may lock; `None`: as many as it likes.
-///
-/// # Errors
-/// If the kernel does not say.
-pub fn lock_limit() -> io::Result<Option<u64>> {
-    let hard = limits()?.rlim_max;
-    Ok((hard != libc::RLIM_INFINITY && !is_exempt()).then_some(hard))
+pub fn lock_limit() -> Option<u64> {
+    getrlimit(Resource::Memlock).maximum.filter(|_| !is_exempt())
 }
 
 /// Sees to it that so many bytes may be locked, as far as that takes no privilege.
 pub(super) fn allow(bytes: u64) -> Result<(), String> {
-    let limits =
-        limits().map_err(|error| format!("the kernel does not tell the limit of locked memory: {error}"))?;
-    if limits.rlim_cur >= bytes || is_exempt() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Memlock);
+    if current.is_none_or(|current| current >= bytes) || is_exempt() {
         return Ok(());
     }
-    if limits.rlim_max < bytes {
+    if let Some(maximum) = maximum.filter(|maximum| *maximum < bytes) {
         return Err(format!(
-            "the VM's memory cannot be locked against the host's swap: that takes {bytes} bytes, and this user may lock {} \
-             (`ulimit -l`, in KiB); raise the limit (memlock in /etc/security/limits.conf, systemd's \
-             LimitMEMLOCK=infinity), or do without by --no-lock",
-            limits.rlim_max
+            "the VM's memory cannot be locked against the host's swap: that takes {bytes} bytes, and this user may lock \
+             {maximum} (`ulimit -l`, in KiB); raise the limit (memlock in /etc/security/limits.conf, systemd's \
+             LimitMEMLOCK=infinity), or do without by --no-lock"
         ));
     }
-    let raised = libc::rlimit { rlim_cur: limits.rlim_max, ..limits };
-    // SAFETY: reads one struct that outlives the call. If it fails, so does what it is for, which says so.
-    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const raised) };
+    // If it fails, so does what it is for, which says so.
+    let _ = setrlimit(Resource::Memlock, Rlimit { current: maximum, maximum });
     Ok(())
 }
 
@@ -48,15 +43,6 @@ pub(super) fn lock_on_fault(base: usize, len: usize) -> Result<(), String> {
         "cannot lock {len} bytes of the VM's memory against the host's swap ({error}); raise the limit (`ulimit -l`, systemd's \
          LimitMEMLOCK=infinity), or do without by --no-lock"
     ))
-}
-
-fn limits() -> io::Result<libc::rlimit> {
-    let mut limits = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: fills one struct that outlives the call.
-    match unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limits) } {
-        0 => Ok(limits),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Whether the limit is not for this process.

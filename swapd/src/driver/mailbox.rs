@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::event::{EventfdFlags, eventfd};
 use swapcore::core::{IoId, Request, Response};
 use swapcore::error::CommandError;
 use swapcore::units::Run;
@@ -56,13 +57,7 @@ impl std::fmt::Debug for Mailbox {
 
 impl Mailbox {
     pub(super) fn new() -> io::Result<Self> {
-        // SAFETY: no pointers; the result is checked.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a descriptor just made, which nobody else owns.
-        let wake = unsafe { OwnedFd::from_raw_fd(fd) };
+        let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         Ok(Mailbox { queue: Mutex::default(), wake })
     }
 
@@ -90,16 +85,14 @@ impl Mailbox {
     }
 
     fn ring_bell(&self) {
-        let one = 1u64;
-        // SAFETY: eight bytes that live as long as the call. A full counter has woken the loop already.
-        unsafe { libc::write(self.fd(), (&raw const one).cast(), size_of::<u64>()) };
+        // A full counter has woken the loop already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
     /// Takes all commands; true if the mailbox is closed.
     pub(super) fn take(&self, into: &mut Vec<Command>) -> bool {
-        let mut count = 0u64;
-        // SAFETY: eight bytes to write to; an empty counter says EAGAIN, which is fine.
-        unsafe { libc::read(self.fd(), (&raw mut count).cast(), size_of::<u64>()) };
+        // An empty counter says EAGAIN, which is fine.
+        let _ = rustix::io::read(&self.wake, &mut [0; size_of::<u64>()]);
         let mut queue = self.lock();
         into.extend(queue.commands.drain(..));
         queue.closed

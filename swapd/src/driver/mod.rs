@@ -303,12 +303,14 @@ impl Driver {
             Action::ArmTracking { run } => {
                 report(self.scan(run, |_| {}), "track writes");
             }
-            Action::ScanWritten { run } => self.scan_written(run),
+            Action::ScanDirty { run } => self.scan_dirty(run),
             Action::Answer { ticket, answer } => self.answer(ticket, answer),
             Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error.to_string())),
             Action::StoreRecovered(_) => (self.notify)(Notice::StoreRecovered),
             Action::Starved(error) => (self.notify)(Notice::Starved(error.to_string())),
             Action::Relieved => (self.notify)(Notice::Relieved),
+            Action::TierUnreachable(error) => (self.notify)(Notice::Unreachable(error.to_string())),
+            Action::TierReachable(_) => (self.notify)(Notice::Reachable),
             Action::Short { pinned } => (self.notify)(Notice::Short { pinned_bytes: bytes_of(pinned) }),
             Action::Enough => (self.notify)(Notice::Enough),
             Action::PagePoisoned(page) => (self.notify)(Notice::Poisoned(page)),
@@ -433,15 +435,15 @@ impl Driver {
         PageOut::Moved { sum: page_sum(page, bytes), zero: is_zero(bytes) }
     }
 
-    fn scan_written(&mut self, run: Run) {
-        let mut seen = Vec::new();
-        if let Err(error) = self.scan(run, |written| seen.push(written)) {
-            tracing::error!(%error, "cannot scan for written pages");
+    fn scan_dirty(&mut self, run: Run) {
+        let mut dirty = Vec::new();
+        if let Err(error) = self.scan(run, |part| dirty.push(part)) {
+            tracing::error!(%error, "cannot scan for dirty pages");
             // Nothing is known, so everything counts as written.
-            seen.clear();
-            seen.extend(self.memory.mapped_parts(run).map(|(part, _)| part));
+            dirty.clear();
+            dirty.extend(self.memory.mapped_parts(run).map(|(part, _)| part));
         }
-        self.core.handle(Event::Written { run, seen: &seen });
+        self.core.handle(Event::Scanned { run, dirty: &dirty });
     }
 
     /// Finds those of the run's pages that have been written since they were last protected, and protects them again.

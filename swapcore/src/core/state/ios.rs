@@ -1,7 +1,7 @@
-//! Operations on the store that are under way, and pages of which a reading failed.
+//! Operations on the tiers that are under way.
 
 use crate::core::event::IoId;
-use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
+use crate::units::{PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId};
 
 /// Where pages go once they are read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,6 +25,10 @@ pub(crate) enum Kind {
     Read {
         landing: Landing,
     },
+    /// To see whether the tier gives anything; so many more may follow.
+    Probe {
+        more: u32,
+    },
     Write(Purpose),
     /// No frames are in it.
     Drop,
@@ -40,26 +44,21 @@ pub(crate) struct Io {
     pub(crate) outdated: u64,
 }
 
-/// A page that could not be read, or came back with another content, while somebody waits for it.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct BadReads {
-    pub(crate) count: usize,
-    pub(crate) again_tick: u64,
-}
-
 /// Operations under way, by number; numbers are used again.
 #[derive(Debug, Default)]
 pub(crate) struct Ios {
     entries: Vec<Option<Io>>,
     vacant: Vec<u32>,
+    /// Reads under way, and probes.
     reads: u32,
-    writes: u32,
+    /// Writes under way, to each tier.
+    writes: [u32; TIERS_MAX],
     drops: u32,
 }
 
 impl Ios {
     pub(crate) fn start(&mut self, io: Io) -> IoId {
-        *self.count(io.kind) += 1;
+        *self.count(io) += 1;
         let id = self.vacant.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() as u32 - 1
@@ -68,10 +67,10 @@ impl Ios {
         IoId(id)
     }
 
-    fn count(&mut self, kind: Kind) -> &mut u32 {
-        match kind {
-            Kind::Read { .. } => &mut self.reads,
-            Kind::Write(_) => &mut self.writes,
+    fn count(&mut self, io: Io) -> &mut u32 {
+        match io.kind {
+            Kind::Read { .. } | Kind::Probe { .. } => &mut self.reads,
+            Kind::Write(_) => &mut self.writes[io.tier.index()],
             Kind::Drop => &mut self.drops,
         }
     }
@@ -80,9 +79,9 @@ impl Ios {
         self.start(Io { kind: Kind::Drop, tier, run, slots: SlotRun::new(Slot(0), 0), outdated: 0 })
     }
 
-    pub(crate) fn end_drop(&mut self, id: IoId) -> Run {
-        let Io { kind: Kind::Drop, run, .. } = self.end(id) else { panic!("{id:?} is not a drop") };
-        run
+    pub(crate) fn end_drop(&mut self, id: IoId) -> (TierId, Run) {
+        let Io { kind: Kind::Drop, tier, run, .. } = self.end(id) else { panic!("{id:?} is not a drop") };
+        (tier, run)
     }
 
     /// The slots that the device works with.
@@ -100,7 +99,7 @@ impl Ios {
 
     /// No read and no write is under way.
     pub(crate) fn is_idle(&self) -> bool {
-        self.reads == 0 && self.writes == 0
+        self.reads == 0 && self.writes.iter().all(|count| *count == 0)
     }
 
     /// Reads under way.
@@ -110,19 +109,30 @@ impl Ios {
 
     /// Whether a read of the page is under way.
     pub(crate) fn is_read(&self, page: PageNo) -> bool {
-        let of_page = |io: &Io| matches!(io.kind, Kind::Read { .. }) && io.run.contains(page);
+        let of_page =
+            |io: &Io| matches!(io.kind, Kind::Read { .. } | Kind::Probe { .. }) && io.run.contains(page);
         self.reads > 0 && self.entries.iter().flatten().any(of_page)
     }
 
     pub(crate) fn end(&mut self, id: IoId) -> Io {
         self.vacant.push(id.0);
         let io = self.entries[id.0 as usize].take().expect("an operation ends once");
-        *self.count(io.kind) -= 1;
+        *self.count(io) -= 1;
         io
     }
 
     /// Writes under way.
     pub(crate) fn writes(&self) -> u32 {
-        self.writes
+        self.writes.iter().sum()
+    }
+
+    pub(crate) fn writes_to(&self, tier: TierId) -> u32 {
+        self.writes[tier.index()]
+    }
+
+    /// The device fills the slot for its page.
+    pub(crate) fn is_reading(&self, slot: Slot) -> bool {
+        let is_read = |io: &&Io| matches!(io.kind, Kind::Read { .. });
+        self.entries.iter().flatten().filter(is_read).any(|io| io.slots.contains(slot))
     }
 }

@@ -1,4 +1,4 @@
-//! What is known of a store that takes no writes, and when it is tried again.
+//! What is known of a tier that takes no writes, and when it is tried again.
 
 use crate::core::event::Ticket;
 use crate::error::IoError;
@@ -7,7 +7,7 @@ use crate::error::IoError;
 const RETRY_FIRST_TICKS: u64 = 10;
 const RETRY_MAX_TICKS: u64 = 100;
 
-/// When a store is tried again.
+/// When a tier is tried again.
 #[derive(Debug, Default)]
 pub(crate) struct Backoff(u64);
 
@@ -17,7 +17,7 @@ impl Backoff {
         self.0
     }
 
-    /// The store works.
+    /// The tier works.
     pub(crate) fn reset(&mut self) {
         self.0 = 0;
     }
@@ -31,12 +31,16 @@ pub(crate) struct Latch {
     pub(crate) retry_tick: u64,
     /// What was refused is being written again, and nothing of it has failed so far.
     pub(crate) retrying: bool,
-    /// Frames of the reserve that have been let go of.
-    pub(crate) dripped: u64,
-    /// Somebody waits for a frame, and that has been told.
-    pub(crate) starved: bool,
     /// Who wants to know how the next retry ends.
     pub(crate) waiters: Vec<Ticket>,
+}
+
+/// Somebody waits for a frame, and there will be none as long as nothing can be written.
+#[derive(Debug, Default)]
+pub(crate) struct Starving {
+    /// Frames of the reserve that have been let go of.
+    pub(crate) dripped: u64,
+    pub(crate) told: bool,
 }
 
 impl Latch {

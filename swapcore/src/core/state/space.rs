@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::core::event::IoId;
-use crate::units::{BLOCK_PAGES, PageNo, Run};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, TIERS_MAX, TierId};
 
 /// Drops that may start between two ticks although somebody reads from the store.
 pub(crate) const BUSY_DROPS: u32 = 2;
@@ -26,13 +26,13 @@ pub(crate) struct Space {
     /// What is left of [`BUSY_DROPS`] and [`LOOK_PAGES`] until the next tick.
     pub(crate) busy_drops: u32,
     pub(crate) look_pages: u32,
-    pub(crate) under_way: Vec<(IoId, Run)>,
-    /// Pages have met a drop that was under way, and wait to be written.
-    pub(crate) writes_wait: bool,
+    pub(crate) under_way: Vec<(IoId, TierId, Run)>,
+    /// Pages that are to be written, and have met a drop that was under way.
+    pub(crate) waiting: Vec<(PageNo, Slot)>,
     /// A drop has failed: none before this tick.
     pub(crate) retry_tick: u64,
-    /// False for a store that knows no drops.
-    pub(crate) supported: bool,
+    /// False for a tier that knows no drops.
+    pub(crate) supported: [bool; TIERS_MAX],
     /// The search for copies, while the store is full: the next block, and how many are left of the round.
     pub(crate) sweep: (usize, usize),
     /// Something has been dropped since the store was last found full.
@@ -51,9 +51,9 @@ impl Space {
             busy_drops: BUSY_DROPS,
             look_pages: LOOK_PAGES,
             under_way: Vec::new(),
-            writes_wait: false,
+            waiting: Vec::new(),
             retry_tick: 0,
-            supported: true,
+            supported: [true; TIERS_MAX],
             sweep: (0, 0),
             freed: false,
         }
@@ -86,16 +86,16 @@ impl Space {
 
     /// Whether a drop of the page's place is under way.
     pub(crate) fn is_dropping(&self, page: PageNo) -> bool {
-        self.under_way.iter().any(|(_, run)| run.contains(page)) && !mutant!(DropPassesLaterWrite)
+        self.under_way.iter().any(|(_, _, run)| run.contains(page)) && !mutant!(DropPassesLaterWrite)
+    }
+
+    /// Whether a drop is under way to the tier.
+    pub(crate) fn is_busy(&self, tier: TierId) -> bool {
+        self.under_way.iter().any(|(_, busy, _)| *busy == tier)
     }
 
     pub(crate) fn is_anything_dropping(&self) -> bool {
         !self.under_way.is_empty()
-    }
-
-    /// A page that waits for a drop is to be written behind it.
-    pub(crate) fn write_waits(&mut self) {
-        self.writes_wait = true;
     }
 
     /// Whether there is something to do at the next tick.

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::api::Written;
+use crate::api::{DirtyPages, SubscriberId};
 use crate::core::event::Ticket;
 use crate::table::PageState;
 use crate::units::{PageNo, Run};
@@ -30,11 +30,11 @@ pub(crate) enum Task {
     Heat(Vec<u8>),
     /// The pages in any of these states.
     Map(&'static [PageState], Vec<Run>),
-    /// Samples come back before tracking begins: one that came back later would look as if it had been written.
-    PutSamplesBack,
-    Arm,
-    Disarm,
-    CollectWritten(Written),
+    SubscribeDirty,
+    /// Samples come back before pages are protected: one that came back later would look as if it had been written.
+    PutSamplesBack(SubscriberId),
+    Protect(SubscriberId),
+    CollectDirty(SubscriberId, DirtyPages),
 }
 
 #[derive(Debug)]

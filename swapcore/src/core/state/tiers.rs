@@ -1,0 +1,166 @@
+//! What is known of each tier: whether it takes writes, and whether it gives pages; and pages of which a reading failed.
+
+use super::latch::{Backoff, Latch};
+use crate::error::{IoError, IoErrorKind};
+use crate::stats::TierState;
+use crate::units::TierId;
+
+/// A tier that has ended no write for so many ticks gets no more victims, and nobody counts on the frames of those that it has: 2 s.
+const STALLED_TICKS: u64 = 20;
+
+/// A page that could not be read, or came back with another content, while somebody waits for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BadReads {
+    /// Readings that failed.
+    pub(crate) tries: u32,
+    /// Of these, the ones that count: the tier has given another page since the one before.
+    pub(crate) counted: u32,
+    pub(crate) first_tick: u64,
+    pub(crate) again_tick: u64,
+    /// Pages that the tier had given when it failed last, and whether it has given more by when it was read again.
+    pub(crate) good_before: u64,
+    pub(crate) fair: bool,
+    pub(crate) kind: IoErrorKind,
+}
+
+/// What becomes of a page that could not be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Verdict {
+    ReadNow,
+    ReadLater,
+    Lost,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Silence {
+    /// Pages that it had given, and writes that had ended, at the last tick.
+    pub(crate) good: u64,
+    pub(crate) writes: u64,
+    /// Ticks for which it has given none while somebody waited for one, and ended no write while somebody waited for a frame.
+    pub(crate) unread: u64,
+    pub(crate) unwritten: u64,
+    /// Ticks for which it has ended none of its writes.
+    pub(crate) stalled: u64,
+    pub(crate) told: bool,
+    /// How a reading failed last.
+    pub(crate) kind: Option<IoErrorKind>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Tier {
+    /// It takes no writes.
+    pub(crate) latch: Option<Latch>,
+    pub(crate) backoff: Backoff,
+    /// Pages that were read and were as they had been written.
+    pub(crate) good: u64,
+    pub(crate) writes: u64,
+    pub(crate) silence: Silence,
+}
+
+impl Tier {
+    pub(crate) fn failed(&self) -> Option<&Latch> {
+        self.latch.as_ref().filter(|latch| latch.told)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Tiers {
+    tiers: Vec<Tier>,
+    /// Where the last probe was.
+    pub(crate) probe_hand: u64,
+}
+
+impl Tiers {
+    pub(crate) fn new(count: usize) -> Tiers {
+        Tiers { tiers: (0..count).map(|_| Tier::default()).collect(), probe_hand: 0 }
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.tiers.len()
+    }
+
+    pub(crate) fn ids(&self) -> impl Iterator<Item = TierId> + use<> {
+        (0..self.tiers.len()).map(|index| TierId(index as u8))
+    }
+
+    pub(crate) fn get(&self, tier: TierId) -> &Tier {
+        &self.tiers[tier.index()]
+    }
+
+    pub(crate) fn get_mut(&mut self, tier: TierId) -> &mut Tier {
+        &mut self.tiers[tier.index()]
+    }
+
+    pub(crate) fn may_write(&self, tier: TierId) -> bool {
+        self.get(tier).latch.is_none()
+    }
+
+    /// It takes no writes, but those that it refused before and gets once more.
+    pub(crate) fn is_retrying(&self, tier: TierId) -> bool {
+        self.get(tier).latch.as_ref().is_some_and(|latch| latch.retrying)
+    }
+
+    /// It takes writes, and ends them.
+    pub(crate) fn is_open(&self, tier: TierId) -> bool {
+        self.may_write(tier)
+            && (self.get(tier).silence.stalled < STALLED_TICKS || mutant!(CountsOnStalledTier))
+    }
+
+    pub(crate) fn any_open(&self) -> bool {
+        self.ids().any(|tier| self.is_open(tier))
+    }
+
+    pub(crate) fn all_open(&self) -> bool {
+        self.ids().all(|tier| self.is_open(tier))
+    }
+
+    /// Nothing can be written anywhere.
+    pub(crate) fn none_writable(&self) -> bool {
+        self.tiers.iter().all(|tier| tier.latch.is_some())
+    }
+
+    /// A write to the tier failed because there is no room.
+    pub(crate) fn is_full(&self, tier: TierId) -> bool {
+        self.get(tier).latch.as_ref().is_some_and(|latch| latch.error.kind == IoErrorKind::Full)
+    }
+
+    /// As [`Tiers::latched`], but not while a tier is only full, and room is being made in it.
+    pub(crate) fn failed(&self) -> Option<IoError> {
+        self.tiers.iter().find_map(Tier::failed).map(Latch::error)
+    }
+
+    /// Nothing can be written anywhere, and that does not end by itself.
+    pub(crate) fn all_failed(&self) -> bool {
+        self.tiers.iter().all(|tier| tier.failed().is_some())
+    }
+
+    /// Why a tier takes no writes, if one does not.
+    pub(crate) fn latched(&self) -> Option<IoError> {
+        self.tiers.iter().find_map(|tier| tier.latch.as_ref()).map(Latch::error)
+    }
+
+    pub(crate) fn state(&self, tier: TierId) -> TierState {
+        let Tier { latch, silence, .. } = self.get(tier);
+        match latch.as_ref().map(|latch| latch.error().kind) {
+            _ if silence.told => TierState::Unreachable,
+            None => TierState::Working,
+            Some(IoErrorKind::Full) => TierState::Full,
+            Some(IoErrorKind::Unreachable) => TierState::Unreachable,
+            Some(_) => TierState::Latched,
+        }
+    }
+
+    /// Ticks for which somebody has waited for the tier, if that has been told.
+    pub(crate) fn silent_ticks(&self, tier: TierId) -> u64 {
+        let silence = &self.get(tier).silence;
+        if silence.told { silence.unread.max(silence.unwritten) } else { 0 }
+    }
+
+    pub(crate) fn wrote(&mut self, tier: TierId) {
+        self.get_mut(tier).writes += 1;
+    }
+
+    pub(crate) fn gave(&mut self, tier: TierId, pages: u64) {
+        self.get_mut(tier).good += pages;
+    }
+}

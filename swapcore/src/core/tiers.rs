@@ -1,0 +1,320 @@
+//! The tiers: which of them may be written, and which of them answer. What one of them does holds up nothing that is at another.
+//!
+//! ```text
+//!            a write failed                         nothing read, and somebody waits, for 5 s
+//!  latched, full ◀──────────── working ─────────────────────▶ unreachable
+//!        └── all that it refused is written ──▶ ▲ ◀── a page came back as it was written ──┘
+//! ```
+//! **Silent is not broken.** A tier that does not answer, or fails at everything, says nothing about the pages that it has: these stay
+//! `Stored`, and who waits for one waits on, until it answers. A page is given up only when it has failed again and again for
+//! [`BROKEN_TICKS`] *while its tier gave others*. So before a failure counts, another page must have come back as it was written since
+//! the failure before; if nobody else reads, the core does so itself: a *probe*.
+
+use super::Core;
+use super::event::Action;
+use super::state::tiers::{BadReads, Tier, Verdict};
+use crate::error::{IoError, IoErrorKind};
+use crate::table::{Flag, PageState};
+use crate::units::{PageNo, TierId};
+
+/// A page that cannot be read is lost when so many readings of it have failed that each count ([`BadReads`]),
+pub(super) const BROKEN_TRIES: u32 = 4;
+/// and not before so many ticks since the first of them: 10 s. Paths and controllers come back within less, as a rule.
+pub(super) const BROKEN_TICKS: u64 = 100;
+/// Ticks between the readings of a page that somebody waits for: once more at once, then after a hiccup of the device may be over; from
+/// then on the last of these.
+const REREAD_TICKS: [u64; 4] = [0, 1, 10, 20];
+/// Somebody has waited for so many ticks, and the tier has given nothing, until that is told: 5 s.
+const SILENT_TICKS: u64 = 50;
+/// Probes for one reading that failed, at most: where half of a device is broken, the next one may be of the other half.
+pub(super) const PROBES_MAX: u32 = 8;
+/// Pages that are looked at for one that a probe can read.
+const PROBE_SEARCH_MAX: u64 = 4096;
+/// From one probe to the next, in 1/2^64 of memory: the golden ratio, so that they come by everywhere.
+const PROBE_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
+
+impl Core {
+    /// Of a page that somebody waits for.
+    pub(super) fn judge(&mut self, page: PageNo, kind: IoErrorKind) -> Verdict {
+        let tier = self.tiers.get_mut(self.table.home(page.block()));
+        tier.silence.kind = Some(kind);
+        let tick = self.tick;
+        let bad = self.bad_reads.entry(page).or_insert(BadReads {
+            tries: 0,
+            counted: 0,
+            first_tick: tick,
+            again_tick: tick,
+            good_before: tier.good,
+            fair: true,
+            kind,
+        });
+        let of_medium =
+            matches!(kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch) || mutant!(TakesSilenceForBroken);
+        bad.counted += u32::from(of_medium && (bad.fair || mutant!(TakesSilenceForBroken)));
+        if mutant!(PoisonsAtFirstError)
+            || (bad.counted >= BROKEN_TRIES && tick - bad.first_tick >= BROKEN_TICKS)
+        {
+            return Verdict::Lost;
+        }
+        let wait = REREAD_TICKS[(bad.tries as usize).min(REREAD_TICKS.len() - 1)];
+        bad.tries = bad.tries.saturating_add(1);
+        (bad.again_tick, bad.good_before, bad.fair, bad.kind) = (tick + wait, tier.good, false, kind);
+        if wait == 0 { Verdict::ReadNow } else { Verdict::ReadLater }
+    }
+
+    /// Reads once more what came back bad some time ago and is still waited for.
+    pub(super) fn reread(&mut self) {
+        let due = |bad: &BadReads| bad.again_tick <= self.tick;
+        let mut due: Vec<_> =
+            self.bad_reads.iter().filter(|(_, bad)| due(bad)).map(|(page, _)| *page).collect();
+        due.sort_unstable();
+        for page in due {
+            // If it is not in the store any more, or waits for a frame, it needs no help.
+            let idle = self.table.state(page) == PageState::Stored && !self.deferred.contains(&page);
+            if !self.waiting.contains_key(&page) {
+                self.bad_reads.remove(&page);
+            } else if idle && !mutant!(ForgetsRereads) {
+                let good = self.tiers.get(self.tier_of(page)).good;
+                let bad = self.bad_reads.get_mut(&page).expect("just found");
+                bad.fair = good != bad.good_before;
+                if !self.page_in(page) {
+                    self.deferred.push_back(page);
+                }
+            }
+        }
+    }
+
+    /// A page of the tier for a probe: what it has there is known, and nobody is writing it.
+    pub(super) fn find_probe(&mut self, tier: TierId) -> Option<PageNo> {
+        let pages = self.table.pages();
+        self.tiers.probe_hand = self.tiers.probe_hand.wrapping_add(PROBE_STRIDE);
+        let start = ((u128::from(self.tiers.probe_hand) * u128::from(pages)) >> 64) as u64;
+        let there = |page: &PageNo| {
+            self.table.has(*page, Flag::Stored)
+                && !self.table.has(*page, Flag::Writing)
+                && self.tier_of(*page) == tier
+                && !self.bad_reads.contains_key(page)
+        };
+        (0..PROBE_SEARCH_MAX.min(pages)).map(|nth| PageNo((start + nth) % pages)).find(there)
+    }
+
+    /// The tier has given a page. Who waited for others that it did not give is served at once, if that was for want of an answer.
+    pub(super) fn tier_answers(&mut self, tier: TierId) {
+        let told = self.end_silence(tier);
+        if self.bad_reads.is_empty() {
+            return;
+        }
+        let (table, tick) = (&self.table, self.tick);
+        let mut any = false;
+        for (page, bad) in &mut self.bad_reads {
+            let no_answer = !matches!(bad.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
+            if table.home(page.block()) == tier && (told || no_answer) && bad.again_tick > tick {
+                // Once: should it fail again, it is read again in its own time.
+                (bad.again_tick, any) = (tick, true);
+            }
+        }
+        if any {
+            self.reread();
+        }
+    }
+
+    fn end_silence(&mut self, tier: TierId) -> bool {
+        let silence = &mut self.tiers.get_mut(tier).silence;
+        (silence.unread, silence.unwritten) = (0, 0);
+        let told = std::mem::take(&mut silence.told);
+        silence.kind = silence.kind.filter(|_| !told);
+        if told && !mutant!(ForgetsReachable) {
+            self.actions.push_back(Action::TierReachable(tier));
+        }
+        told
+    }
+
+    /// Looks which tiers give nothing while somebody waits for it.
+    pub(super) fn tick_tiers(&mut self, ticks: u64) {
+        for tier in self.tiers.ids() {
+            let reader = self.waits_for_read(tier);
+            let writing = self.ios.writes_to(tier) > 0;
+            let writer = writing && !self.deferred.is_empty();
+            let Tier { good, writes, silence, .. } = self.tiers.get_mut(tier);
+            let heard = (silence.good != *good, silence.writes != *writes);
+            (silence.good, silence.writes) = (*good, *writes);
+            silence.unread = if reader && !heard.0 { silence.unread + ticks } else { 0 };
+            silence.unwritten = if writer && !heard.1 { silence.unwritten + ticks } else { 0 };
+            silence.stalled = if writing && !heard.1 { silence.stalled + ticks } else { 0 };
+            match silence.unread.max(silence.unwritten) {
+                0 => drop(self.end_silence(tier)),
+                SILENT_TICKS.. if !silence.told && !mutant!(WaitsInSilence) => {
+                    silence.told = true;
+                    let write = silence.unread == 0;
+                    let kind = silence.kind.filter(|_| !write).unwrap_or(IoErrorKind::Unreachable);
+                    self.actions.push_back(Action::TierUnreachable(IoError { tier, write, kind }));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Somebody waits for a page that is being read from the tier, or is to be read again.
+    fn waits_for_read(&self, tier: TierId) -> bool {
+        self.waiting.keys().any(|page| {
+            self.tier_of(*page) == tier
+                && match self.table.state(*page) {
+                    PageState::Stored => self.bad_reads.contains_key(page) && !self.deferred.contains(page),
+                    PageState::Arriving => {
+                        self.slots_of.get(page).is_some_and(|slot| self.ios.is_reading(*slot))
+                    }
+                    _ => false,
+                }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::{CoreConfig, Event, IoId, PageOut, Request, Ticket, WalkStep};
+    use crate::errno;
+    use crate::stats::TierState;
+    use crate::units::Run;
+
+    /// Two blocks, each at a tier of its own.
+    fn core() -> Core {
+        let config = CoreConfig {
+            pages: 1024,
+            budget_frames: 256,
+            budget_min: 48,
+            slots: 256,
+            blocks: 0,
+            sampling: false,
+            walk: WalkStep::default(),
+        };
+        Core::new(config).with_homes(2, |block| TierId(block as u8))
+    }
+
+    /// Does what is to be done but for I/O and what is to be told: that is returned.
+    fn perform(core: &mut Core) -> Vec<Action> {
+        let mut rest = Vec::new();
+        while let Some(action) = core.next_action() {
+            match action {
+                Action::MoveIn { run, slots } => core.handle(Event::MovedIn { run, slots, moved: run.len }),
+                Action::CopyIn { page, slot } => core.handle(Event::CopiedIn { page, slot, copied: true }),
+                Action::MoveOut { run, slots, .. } => {
+                    let out: Vec<_> =
+                        run.pages().map(|page| PageOut::Moved { sum: page.0, zero: false }).collect();
+                    core.handle(Event::MovedOut { run, slots, pages: &out });
+                }
+                other => rest.push(other),
+            }
+        }
+        core.check();
+        rest
+    }
+
+    fn hand(core: &mut Core, event: Event<'_>) -> Vec<Action> {
+        core.handle(event);
+        core.make_ready();
+        perform(core)
+    }
+
+    /// The page has been touched, and is in the store alone; its checksum is its number.
+    fn store(core: &mut Core, page: PageNo) {
+        hand(core, Event::Fault(page));
+        let evict = |core: &mut Core| {
+            let request = Request::Evict(Run::one(page));
+            hand(core, Event::Request { ticket: Ticket(1), request })
+        };
+        let mut todo = evict(core);
+        while core.table.state(page) != PageState::Stored {
+            todo.extend(hand(core, Event::Tick { ticks: 1 }));
+            for action in std::mem::take(&mut todo) {
+                if let Action::Write { io, .. } = action {
+                    todo.extend(hand(core, Event::WriteDone { io, result: Ok(()) }));
+                }
+            }
+        }
+    }
+
+    fn reads(actions: &[Action]) -> Vec<(IoId, TierId, Run)> {
+        let read = |action: &Action| match action {
+            Action::Read { io, tier, run, .. } => Some((*io, *tier, *run)),
+            _ => None,
+        };
+        actions.iter().filter_map(read).collect()
+    }
+
+    const BROKEN: IoErrorKind = IoErrorKind::Broken(errno::EIO);
+
+    /// Somebody waits for the page while its tier gives what `gives` says, for so many ticks; returns what is told meanwhile.
+    fn wait(core: &mut Core, page: PageNo, ticks: u64, gives: impl Fn(PageNo) -> bool) -> Vec<Action> {
+        let (mut told, mut todo) = (Vec::new(), hand(core, Event::Fault(page)));
+        for _ in 0..=ticks {
+            while !todo.is_empty() {
+                for action in std::mem::take(&mut todo) {
+                    let [(io, tier, read)] = reads(std::slice::from_ref(&action))[..] else {
+                        told.push(action);
+                        continue;
+                    };
+                    let sums: Vec<_> = read.pages().map(|page| page.0).collect();
+                    let error = IoError { tier, write: false, kind: BROKEN };
+                    let result = if read.pages().all(&gives) { Ok(&sums[..]) } else { Err(error) };
+                    todo.extend(hand(core, Event::ReadDone { io, result }));
+                }
+            }
+            todo = hand(core, Event::Tick { ticks: 1 });
+        }
+        told.extend(todo);
+        told
+    }
+
+    #[test]
+    fn a_tier_that_fails_at_everything_for_minutes_loses_no_page() {
+        let mut core = core();
+        let pages = [3, 70, 140].map(PageNo);
+        pages.iter().for_each(|page| store(&mut core, *page));
+        let told = wait(&mut core, pages[0], 3000, |_| false);
+        assert_eq!(core.table.count(PageState::Poisoned), 0);
+        let unreachable = |action: &&Action| matches!(action, Action::TierUnreachable(error) if error.tier == TierId(0) && error.kind == BROKEN);
+        assert_eq!(told.iter().filter(unreachable).count(), 1, "{told:?}");
+        assert_eq!(core.tier_state(TierId(0)), TierState::Unreachable);
+        assert_eq!(core.tier_state(TierId(1)), TierState::Working);
+        let told = wait(&mut core, pages[1], 0, |_| true);
+        assert!(told.iter().any(|action| matches!(action, Action::TierReachable(TierId(0)))), "{told:?}");
+        wait(&mut core, pages[2], 20, |_| true);
+        assert!(pages.iter().all(|page| core.table.state(*page) == PageState::Resident));
+        assert_eq!(core.tier_state(TierId(0)), TierState::Working);
+    }
+
+    #[test]
+    fn a_page_that_is_not_given_for_ten_seconds_while_others_are_is_lost() {
+        let mut core = core();
+        [3, 70, 140].map(PageNo).iter().for_each(|page| store(&mut core, *page));
+        let told = wait(&mut core, PageNo(3), BROKEN_TICKS - 1, |page| page != PageNo(3));
+        assert_eq!(core.table.state(PageNo(3)), PageState::Stored, "{told:?}");
+        wait(&mut core, PageNo(3), 40, |page| page != PageNo(3));
+        assert_eq!(core.table.state(PageNo(3)), PageState::Poisoned);
+        assert_eq!(core.table.count(PageState::Poisoned), 1);
+    }
+
+    #[test]
+    fn what_one_tier_refuses_is_no_matter_of_the_other() {
+        let mut core = core();
+        let [good, bad] = [PageNo(3), PageNo(600)];
+        for page in [good, bad] {
+            hand(&mut core, Event::Fault(page));
+            let request = Request::Evict(Run::one(page));
+            let mut todo = hand(&mut core, Event::Request { ticket: Ticket(page.0), request });
+            todo.extend(hand(&mut core, Event::Tick { ticks: 1 }));
+            for action in todo {
+                if let Action::Write { io, tier, .. } = action {
+                    let error = IoError { tier, write: true, kind: IoErrorKind::Full };
+                    let result = if tier == TierId(1) { Err(error) } else { Ok(()) };
+                    hand(&mut core, Event::WriteDone { io, result });
+                }
+            }
+        }
+        assert_eq!([0, 1].map(|tier| core.tier_state(TierId(tier))), [TierState::Working, TierState::Full]);
+        assert_eq!(core.table.state(bad), PageState::Leaving);
+        store(&mut core, PageNo(200));
+        assert_eq!(core.table.state(PageNo(200)), PageState::Stored);
+    }
+}
