@@ -46,6 +46,8 @@ const SETTLE_MAX: u32 = 20_000;
 const SERVE_MAX: u32 = 4_000;
 /// The same for whatever can come to rest while pages are pinned for good.
 const PINNED_STEPS: u32 = 400;
+/// Steps without I/O, each of a tick at least, within which whoever waits for a frame in vain is told so.
+const QUIET_STEPS: u32 = 20;
 
 /// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own mixture.
 #[derive(Clone, Copy, Debug, Default)]
@@ -407,8 +409,12 @@ impl Sim {
         if !self.kernel.is_anything_pinned_for_good() {
             return;
         }
-        for _ in 0..PINNED_STEPS {
+        // A late write may end at the very last of them: from then on it takes the core some ticks to see that nothing leaves.
+        let (mut steps, mut quiet) = (0, 0);
+        while steps < PINNED_STEPS || (1..QUIET_STEPS).contains(&quiet) {
             self.go_on();
+            steps += 1;
+            quiet = if self.disk.flights.is_empty() { quiet + 1 } else { 0 };
         }
         let waits = self.core.faults_waiting() > 0 && self.disk.flights.is_empty();
         assert!(!waits || self.oracle.short, "the guest waits for a frame, and nobody has been told");
