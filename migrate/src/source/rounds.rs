@@ -65,7 +65,7 @@ pub(crate) struct Rounds<'a> {
     fillers: JoinSet<()>,
     base_heat: Vec<u8>,
     discovery: Discovery,
-    /// Pages that are not cold, by all that is known.
+    /// Pages that are not cold, by all that is known: of those with a heat of 1 nothing is known but that they are in RAM.
     warm_pages: u64,
     /// RAM that the VM gets at the target.
     room_pages: u64,
@@ -197,7 +197,7 @@ impl<'a> Rounds<'a> {
     /// it, and the target keeps room for them.
     async fn send_known_heat(&mut self) -> Result<(), Trouble> {
         let known = self.ship.tracker.borrow().heat(&self.base_heat);
-        self.warm_pages = known.iter().filter(|heat| **heat > 0).count() as u64;
+        self.warm_pages = known.iter().filter(|heat| **heat > 1).count() as u64;
         self.send_heat(known).await?;
         self.last_heat = Instant::now();
         Ok(())

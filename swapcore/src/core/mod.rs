@@ -282,15 +282,26 @@ impl Core {
         self.actions.pop_front()
     }
 
+    /// Does what the event asks for, and serves whoever waits for a frame.
     pub fn handle(&mut self, event: Event<'_>) {
-        let may_evict = self.take(event);
+        let may_evict = self.apply(event);
         self.balance(may_evict);
     }
 
-    /// What the event itself brings about. Says whether pages may be started on their way out behind it.
-    pub(crate) fn take(&mut self, event: Event<'_>) -> bool {
-        // Not after a move out, which may have met a page that is pinned still; nor after a move in, before who waited has had the
-        // page; nor after a fault: others may come before anything moves, one of them of a page that is about to leave.
+    /// Handles faults that have been read together. Whoever waits for a frame is served once behind all of them, not behind each.
+    pub fn handle_faults(&mut self, pages: impl IntoIterator<Item = PageNo>) {
+        let mut may_evict = false;
+        for page in pages {
+            may_evict |= self.apply(Event::Fault(page));
+        }
+        self.balance(may_evict);
+    }
+
+    /// What the event itself brings about. Says whether new victims may be chosen behind it: only after a tick, a finished write, or a
+    /// request. After `MovedOut`, a page that was just refused as pinned would be chosen again at once, for ever. After `MovedIn`, the page
+    /// could leave before the vCPU that waited for it has run. After `Fault`, the next fault of the same batch may be for the very page
+    /// that was chosen.
+    pub(crate) fn apply(&mut self, event: Event<'_>) -> bool {
         let may_evict = matches!(event, Event::Tick { .. } | Event::WriteDone { .. } | Event::Request { .. })
             || (matches!(event, Event::Fault(_)) && mutant!(EvictsBetweenFaults));
         match event {

@@ -646,3 +646,39 @@ fn a_heat_map_of_another_size_begins_no_receiving() {
     );
     assert!(core.receiving.is_none(), "it pages as before");
 }
+
+fn heat_map(core: &mut Core) -> Vec<u8> {
+    let mut todo = ask(core, Request::Heat);
+    while core.is_walking() {
+        todo.extend(actions(core, Event::Step));
+    }
+    let answer = todo.into_iter().find_map(|action| match action {
+        Action::Answer { answer: Ok(Response::Heat(heat)), .. } => Some(heat),
+        _ => None,
+    });
+    answer.expect("the heat is told")
+}
+
+#[test]
+fn what_is_in_ram_where_others_had_to_leave_is_a_little_warm() {
+    let mut core = core();
+    let touch = |core: &mut Core, page| {
+        let todo = actions(core, Event::Fault(PageNo(page)));
+        settle(core, todo);
+    };
+    assert_eq!(heat_map(&mut core), vec![0; 256], "nobody had to leave");
+    (0..256).for_each(|page| touch(&mut core, page));
+    let table = &core.table;
+    let state = |page: usize| table.state(PageNo(page as u64));
+    let known: Vec<u8> = (0..256).map(|page| table.heat(PageNo(page))).collect();
+    let states: Vec<_> = (0..256).map(state).collect();
+    assert!(states.contains(&PageState::Stored) && states.contains(&PageState::Resident));
+    for (page, told) in heat_map(&mut core).into_iter().enumerate() {
+        let right = match (known[page], states[page]) {
+            (0, PageState::Resident) => 1,
+            (0, _) => 0,
+            (known, _) => known + 3,
+        };
+        assert_eq!(told, right, "page {page}, {:?}, of which {} is known", states[page], known[page]);
+    }
+}

@@ -19,6 +19,10 @@ use crate::units::{BLOCK_PAGES, PageNo, Run};
 
 /// Heat that a page gains when a scan finds it written.
 const HEAT_DIRTIED: u8 = 16;
+/// Heat of a page of which nothing is known but that it is in RAM, where others had to leave; and how much more those have of which
+/// something is, so that they stay above also when a migration halves it.
+const HEAT_RESIDENT: u8 = 1;
+const HEAT_ABOVE_RESIDENT: u8 = 3;
 /// Samples put back in a step: each may be a huge page, 10 us.
 const SAMPLES_STEP: usize = 32;
 
@@ -66,6 +70,16 @@ impl Core {
         Response::Done
     }
 
+    /// What a target is told of a page. Where others had to leave, a page in RAM is a little warm though nothing may be known of it: it is
+    /// used, or was of late, and pages that never leave never fault. Placed in the store, the first touch of them would read it.
+    fn heat_to_tell(&self, page: PageNo, others_left: bool) -> u8 {
+        match self.table.heat(page) {
+            0 if others_left && self.table.state(page) == PageState::Resident => HEAT_RESIDENT,
+            heat @ 1.. if others_left => heat.saturating_add(HEAT_ABOVE_RESIDENT),
+            heat => heat,
+        }
+    }
+
     /// One step of the walk that is under way, or its answer.
     pub(super) fn step(&mut self) {
         let Some(mut walk) = self.walks.0.pop_front() else { return };
@@ -83,7 +97,8 @@ impl Core {
         let in_table = Run::new(walk.next, self.config.walk.table.min(pages - walk.next.0) as u32);
         walk.next = match &mut walk.task {
             Task::Heat(heat) => {
-                heat.extend(in_table.pages().map(|page| self.table.heat(page)));
+                let others_left = !self.covers() && self.table.count(PageState::Stored) > 0;
+                heat.extend(in_table.pages().map(|page| self.heat_to_tell(page, others_left)));
                 in_table.end()
             }
             Task::Map(states, runs) => {

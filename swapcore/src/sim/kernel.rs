@@ -424,7 +424,7 @@ impl Sim {
     pub(super) fn hand(&mut self, event: Event<'_>) {
         let cause = Cause::of(&event);
         self.changed = true;
-        let may_evict = self.core.take(event);
+        let may_evict = self.core.apply(event);
         self.coverage.note(cause, self.core.transitions());
         self.core.balance(may_evict);
         self.coverage.note(Cause::Balance, self.core.transitions());

@@ -169,6 +169,7 @@ impl Engine {
                 reads: Default::default(),
                 page_outs: Vec::new(),
                 sums: Vec::new(),
+                faulted: Vec::new(),
                 read_error_told: None,
                 discarder,
                 drop_error_told: None,

@@ -64,6 +64,8 @@ struct Driver {
     reads: HashMap<IoId, (Run, SlotRun)>,
     page_outs: Vec<PageOut>,
     sums: Vec<u64>,
+    /// Of faults that are read together; kept, so that no reading allocates.
+    faulted: Vec<PageNo>,
     /// When a read that failed was last logged: a disk that is gone fails all of them.
     read_error_told: Option<Instant>,
     /// If the store is a block device.
@@ -139,15 +141,14 @@ impl Driver {
 
     fn read_faults(&mut self) {
         let now = Instant::now();
-        let (core, memory, latencies) = (&mut self.core, &self.memory, &mut self.latencies);
-        let read = self.faults.read(|address| {
-            let Some(page) = memory.page_at(address) else { return };
-            latencies.fault(page, now);
-            core.handle(Event::Fault(page));
-        });
+        let mut pages = std::mem::take(&mut self.faulted);
+        let read = self.faults.read(|address| pages.extend(self.memory.page_at(address)));
         if let Err(error) = read {
             tracing::error!(%error, "cannot read faults");
         }
+        pages.iter().for_each(|page| self.latencies.fault(*page, now));
+        self.core.handle_faults(pages.drain(..));
+        self.faulted = pages;
         self.perform_all();
     }
 

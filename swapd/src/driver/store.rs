@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::error::StartError;
 use swapcore::units::{PAGE_SIZE, PageNo};
@@ -71,16 +72,26 @@ fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Resu
     Ok(file)
 }
 
+/// How long a device that is in use is waited for, and how often it is tried.
+const LET_GO_LIMIT: Duration = Duration::from_secs(3);
+const LET_GO_EVERY: Duration = Duration::from_millis(50);
+
 fn open_device(path: &Path, memory_bytes: u64) -> Result<File, StartError> {
     use std::io::Seek;
     let shown = path.display();
-    // O_EXCL on a block device: not while it is mounted or another VM's store.
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_DIRECT | libc::O_EXCL)
-        .open(path)
-        .map_err(|error| explain(path, &error))?;
+    // O_EXCL on a block device: not while it is mounted or another VM's store. The kernel closes what an io_uring has of a process some
+    // moments after that has ended, so the store of a VM that has just ended is busy for that long.
+    let deadline = Instant::now() + LET_GO_LIMIT;
+    let mut file = loop {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(libc::O_DIRECT | libc::O_EXCL);
+        match options.open(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                std::thread::sleep(LET_GO_EVERY);
+            }
+            opened => break opened.map_err(|error| explain(path, &error))?,
+        }
+    };
     let size = file.seek(io::SeekFrom::End(0)).map_err(|error| explain(path, &error))?;
     if size < memory_bytes {
         return Err(StartError::Store(format!(
