@@ -43,6 +43,8 @@ const TRACED: u32 = 2;
 const MOVES_MAX: u32 = 16;
 /// `UFFDIO_MOVE`.
 const MOVE: u64 = 0xc028_aa05;
+/// `PAGEMAP_SCAN`.
+const SCAN: u64 = 0xc060_6610;
 
 /// Of each thread of a process: nanoseconds that it has run, and how often it has gone to sleep.
 fn threads(pid: u32) -> BTreeMap<(u32, String), (u64, u64)> {
@@ -176,17 +178,20 @@ fn measure(name: &str, memory: &str, ram: &str) {
 
 /// What the engine does at a wake-up is the same few moves each time.
 fn wakes_up_for_samples_alone(engine: u32) {
-    let (mut woken, mut moves) = (0, 0);
+    let (mut woken, mut moves, mut looks) = (0, 0, 0);
     trace::system_calls(engine, |number, arguments| {
         match number {
             libc::SYS_io_uring_enter => woken += 1,
             libc::SYS_ioctl if arguments[1] == MOVE => moves += 1,
+            // A huge page is looked at before it is moved: that part of the page tables and no more.
+            libc::SYS_ioctl if arguments[1] == SCAN => looks += 1,
             other => panic!("an idle VM's engine makes system call {other}, with {arguments:x?}"),
         }
         woken <= TRACED
     });
-    println!("{moves} moves at {TRACED} wake-ups");
+    println!("{moves} moves, {looks} looks at {TRACED} wake-ups");
     assert!(moves <= MOVES_MAX * TRACED, "{moves} moves at {TRACED} wake-ups");
+    assert!(looks <= moves, "{looks} looks at page tables for {moves} moves at {TRACED} wake-ups");
 }
 
 #[test]

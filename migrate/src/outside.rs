@@ -112,7 +112,7 @@ mod real {
     }
 
     /// The runtime hands operations to the kernel when it has nothing else to do: gives it the occasion.
-    pub(crate) async fn breathe() {
+    pub(crate) async fn yield_to_ring() {
         let _ = tokio_uring::no_op().await;
     }
 
@@ -225,7 +225,7 @@ mod real {
 
     /// Does what can be neither cancelled nor waited for in small steps on a thread of its own, which ends by itself. If nobody
     /// waits for the result any more, it is dropped.
-    pub(crate) fn elsewhere<T: Send + 'static>(
+    pub(crate) fn on_own_thread<T: Send + 'static>(
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<Elsewhere<T>> {

@@ -11,6 +11,7 @@ pub(crate) fn system_calls(thread: u32, mut seen: impl FnMut(i64, [u64; 6]) -> b
     let thread = thread as i32;
     let options = libc::PTRACE_O_TRACESYSGOOD as usize;
     ask(libc::PTRACE_SEIZE, thread, 0, options).expect("a test may trace its own VMs");
+    let _let_go = LetGo(thread);
     ask(libc::PTRACE_INTERRUPT, thread, 0, 0).expect("it runs");
     loop {
         let signal = stopped(thread);
@@ -24,7 +25,17 @@ pub(crate) fn system_calls(thread: u32, mut seen: impl FnMut(i64, [u64; 6]) -> b
         let passed = if signal == AT_A_CALL || signal == libc::SIGTRAP { 0 } else { signal };
         ask(libc::PTRACE_SYSCALL, thread, 0, passed as usize).expect("it is stopped");
     }
-    ask(libc::PTRACE_DETACH, thread, 0, 0).expect("it is stopped");
+}
+
+/// A thread that is traced, until this is dropped, also when `seen` panics: a process of which a thread is still traced never ends for whoever
+/// waits for it.
+struct LetGo(i32);
+
+impl Drop for LetGo {
+    fn drop(&mut self) {
+        // It is stopped, or it has ended.
+        let _ = ask(libc::PTRACE_DETACH, self.0, 0, 0);
+    }
 }
 
 /// Waits until it stops, and says at what signal.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::life::Life;
-use super::trouble::Trouble;
+use super::error::SessionError;
+use super::state::SessionState;
 use super::{end, read_exact, split};
 use crate::limits::{FAREWELL_LIMIT, QUEUE};
 use crate::outside::{JoinHandle, StdStream, TcpStream, round_trip, spawn, timeout};
@@ -57,14 +57,14 @@ impl ControlLink {
         socket: StdStream,
         session: SessionId,
         [from, to]: [Lane; 2],
-        life: &Rc<Life>,
+        session_state: &Rc<SessionState>,
     ) -> std::io::Result<ControlLink> {
         let (socket, ender) = split(socket)?;
         let socket = Rc::new(socket);
         let (letters_in, letters_out) = mpsc::channel(QUEUE);
         let (messages_in, inbox) = mpsc::channel(QUEUE);
-        let reading = read(socket.clone(), Sequence::new(session, from), messages_in, life.clone());
-        let writing = write(socket, Sequence::new(session, to), letters_out, life.clone());
+        let reading = read(socket.clone(), Sequence::new(session, from), messages_in, session_state.clone());
+        let writing = write(socket, Sequence::new(session, to), letters_out, session_state.clone());
         let (reader, writer) = (spawn(reading), spawn(writing));
         Ok(ControlLink { outbox: Outbox(letters_in), inbox, reader, writer, ender })
     }
@@ -87,8 +87,8 @@ impl ControlLink {
     }
 
     /// Says a last word, and ends the connection. If the link broke, the peer's last word is waited for.
-    pub(crate) async fn close(mut self, life: &Life, last_word: Option<String>) {
-        if life.is_link_trouble() {
+    pub(crate) async fn close(mut self, session_state: &SessionState, last_word: Option<String>) {
+        if session_state.is_link_trouble() {
             let _ = timeout(FAREWELL_LIMIT, &mut self.reader).await;
         }
         if let Some(text) = last_word {
@@ -110,35 +110,40 @@ async fn read(
     socket: Rc<TcpStream>,
     mut sequence: Sequence,
     messages: mpsc::Sender<Control>,
-    life: Rc<Life>,
+    session_state: Rc<SessionState>,
 ) {
     loop {
-        match read_one(&socket, &mut sequence, &life).await {
+        match read_one(&socket, &mut sequence, &session_state).await {
             Ok(Control::Alive) => {}
-            Ok(Control::Abort(text)) => return life.fail(Trouble::GaveUp(text)),
+            Ok(Control::Abort(text)) => return session_state.fail(SessionError::GaveUp(text)),
             Ok(message) => {
                 if messages.send(message).await.is_err() {
                     return;
                 }
             }
-            Err(trouble) => return life.fail(trouble),
+            Err(trouble) => return session_state.fail(trouble),
         }
     }
 }
 
-async fn read_one(socket: &TcpStream, sequence: &mut Sequence, life: &Life) -> Result<Control, Trouble> {
-    let (result, head) = read_exact(socket, Vec::with_capacity(HEADER_BYTES), 0, HEADER_BYTES, life).await;
-    result.map_err(Trouble::link(DURING))?;
+async fn read_one(
+    socket: &TcpStream,
+    sequence: &mut Sequence,
+    session_state: &SessionState,
+) -> Result<Control, SessionError> {
+    let (result, head) =
+        read_exact(socket, Vec::with_capacity(HEADER_BYTES), 0, HEADER_BYTES, session_state).await;
+    result.map_err(SessionError::link(DURING))?;
     let head: [u8; HEADER_BYTES] = head.try_into().expect("just read to that length");
     let header = Header::open(&head)?;
     if header.kind.is_data() {
-        return Err(Trouble::Peer(format!("a {:?} record on the control connection", header.kind)));
+        return Err(SessionError::Peer(format!("a {:?} record on the control connection", header.kind)));
     }
     let length = header.meta_bytes as usize;
     let mut body = Vec::with_capacity(length);
     if length > 0 {
-        let (result, filled) = read_exact(socket, body, 0, length, life).await;
-        result.map_err(Trouble::link(DURING))?;
+        let (result, filled) = read_exact(socket, body, 0, length, session_state).await;
+        result.map_err(SessionError::link(DURING))?;
         body = filled;
     }
     Header::verify(&head, &body, sequence)?;
@@ -149,16 +154,16 @@ async fn write(
     socket: Rc<TcpStream>,
     mut sequence: Sequence,
     mut letters: mpsc::Receiver<Letter>,
-    life: Rc<Life>,
+    session_state: Rc<SessionState>,
 ) {
     while let Some((message, done)) = letters.recv().await {
         let record = message.encode(&mut sequence);
         let length = record.len();
         let (result, _) = socket.write_all(record).await;
         if let Err(source) = result {
-            return life.fail(Trouble::Link { during: "writing to the peer", source });
+            return session_state.fail(SessionError::Link { during: "writing to the peer", source });
         }
-        life.sent_unheard(length);
+        session_state.sent_unheard(length);
         if let Some(done) = done {
             // Whoever waited may have lost patience.
             let _ = done.send(());

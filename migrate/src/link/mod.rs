@@ -4,17 +4,17 @@
 //! completes whatever is in flight, and then waits for its tasks.
 
 pub(crate) mod control;
-pub(crate) mod life;
+pub(crate) mod error;
+pub(crate) mod guard;
 pub(crate) mod region;
-pub(crate) mod trouble;
-pub(crate) mod watch;
+pub(crate) mod state;
 
 use std::io;
 
 use tokio_uring::buf::{BoundedBuf, IoBufMut};
 
 use crate::outside::{StdStream, TcpStream};
-use life::Life;
+use state::SessionState;
 
 /// Fills `buf` from byte `from` to byte `to`.
 pub(crate) async fn read_exact<B: IoBufMut>(
@@ -22,7 +22,7 @@ pub(crate) async fn read_exact<B: IoBufMut>(
     mut buf: B,
     from: usize,
     to: usize,
-    life: &Life,
+    session_state: &SessionState,
 ) -> (io::Result<()>, B) {
     let mut filled = from;
     while filled < to {
@@ -31,7 +31,7 @@ pub(crate) async fn read_exact<B: IoBufMut>(
         match result {
             Ok(0) => return (Err(io::ErrorKind::UnexpectedEof.into()), buf),
             Ok(count) => {
-                life.received(count);
+                session_state.received(count);
                 filled += count;
             }
             Err(error) => return (Err(error), buf),

@@ -6,6 +6,6 @@ pub(crate) use super::fs::{
 };
 pub(crate) use super::net::{StdStream, TcpStream, round_trip, secure};
 pub(crate) use super::runtime::{
-    Instant, JoinHandle, JoinSet, Runtime, breathe, elsewhere, pause, random_bytes, runtime, sleep, spawn,
-    timeout, timeout_at,
+    Instant, JoinHandle, JoinSet, Runtime, on_own_thread, pause, random_bytes, runtime, sleep, spawn,
+    timeout, timeout_at, yield_to_ring,
 };

@@ -84,7 +84,7 @@ pub fn pause(time: Duration) {
 }
 
 /// Lets others go first.
-pub async fn breathe() {
+pub async fn yield_to_ring() {
     sleep(world().delay(Duration::from_micros(50))).await;
 }
 
@@ -261,7 +261,7 @@ impl<T: 'static> JoinSet<T> {
 /// What another thread of this process is working on.
 pub struct Elsewhere<T>(RefCell<Option<tokio::sync::oneshot::Receiver<T>>>);
 
-pub fn elsewhere<T: 'static>(_: &str, work: impl FnOnce() -> T + 'static) -> io::Result<Elsewhere<T>> {
+pub fn on_own_thread<T: 'static>(_: &str, work: impl FnOnce() -> T + 'static) -> io::Result<Elsewhere<T>> {
     let (done, result) = tokio::sync::oneshot::channel();
     world().spawn(world().me(), move || drop(done.send(work())));
     Ok(Elsewhere(RefCell::new(Some(result))))

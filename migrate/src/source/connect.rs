@@ -9,7 +9,7 @@ use super::options::SourceOptions;
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::hello::{OpeningError, read_opening, write_opening};
 use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, patience};
-use crate::outside::{Instant, StdStream, elsewhere};
+use crate::outside::{Instant, StdStream, on_own_thread};
 use crate::resolve::{self, ReachError};
 use crate::session::SessionId;
 use crate::versions::highest_common;
@@ -131,8 +131,8 @@ fn reach(options: &SourceOptions, limit: Duration, cancel: &CancelFlag) -> Resul
     };
     let (to, security) = (options.to.clone(), options.security.clone());
     // If nobody waits any more, the connection is closed at once.
-    let result =
-        elsewhere("vmemd-connect", move || resolve::connect(&to, &security, limit)).map_err(unreachable)?;
+    let result = on_own_thread("vmemd-connect", move || resolve::connect(&to, &security, limit))
+        .map_err(unreachable)?;
     let deadline = Instant::now() + limit;
     loop {
         match result.wait(CANCEL_POLL) {

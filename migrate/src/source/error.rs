@@ -2,7 +2,7 @@
 
 use swapd::CommandError;
 
-use crate::link::trouble::Trouble;
+use crate::link::error::SessionError;
 use crate::session::SessionId;
 use crate::tls::TlsError;
 use crate::vm::VmError;
@@ -58,16 +58,16 @@ impl SendError {
     }
 }
 
-impl From<Trouble> for SendError {
-    fn from(trouble: Trouble) -> SendError {
+impl From<SessionError> for SendError {
+    fn from(trouble: SessionError) -> SendError {
         match trouble {
-            Trouble::Link { during, source } => SendError::Link { during, source },
-            Trouble::Peer(text) => SendError::Peer(text),
-            Trouble::GaveUp(text) => SendError::GaveUp(text),
-            Trouble::Cancelled => SendError::Cancelled,
-            Trouble::Engine(error) => SendError::Engine(error),
-            Trouble::Memory(source) => SendError::Link { during: "opening the store", source },
-            Trouble::Unable(text) => SendError::Options(text),
+            SessionError::Link { during, source } => SendError::Link { during, source },
+            SessionError::Peer(text) => SendError::Peer(text),
+            SessionError::GaveUp(text) => SendError::GaveUp(text),
+            SessionError::Cancelled => SendError::Cancelled,
+            SessionError::Engine(error) => SendError::Engine(error),
+            SessionError::Memory(source) => SendError::Link { during: "opening the store", source },
+            SessionError::Unable(text) => SendError::Options(text),
         }
     }
 }

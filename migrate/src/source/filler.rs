@@ -9,11 +9,11 @@ use swapd::{CommandError, IoError, IoErrorKind, PageNo, Piece, Place, Run, TierI
 use tokio::sync::mpsc;
 
 use super::record::{Content, Record};
-use super::shipment::{Lane, Parcel, Shipment};
+use super::send_state::{Lane, Outgoing, SendState};
 use super::tracker::Tracker;
 use crate::limits::{REREAD_EVERY, REREADS, STORE_LIMIT, patience};
-use crate::link::trouble::Trouble;
-use crate::outside::{Instant, breathe, planted, sleep};
+use crate::link::error::SessionError;
+use crate::outside::{Instant, planted, sleep, yield_to_ring};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
 
 /// Pages that are asked for to see whether the store gives any.
@@ -21,7 +21,7 @@ const PROBES: usize = 16;
 
 /// One record in the making, and the pages found on the way that have no content.
 struct Filler {
-    ship: Rc<Shipment>,
+    ship: Rc<SendState>,
     stream: usize,
     record: Record,
     zeros: Vec<Run>,
@@ -43,20 +43,20 @@ impl Stored {
 }
 
 /// Works until the stream has no more blocks in this round.
-pub(crate) async fn run(ship: Rc<Shipment>, stream: usize, out: mpsc::Sender<Parcel>) {
+pub(crate) async fn run(ship: Rc<SendState>, stream: usize, out: mpsc::Sender<Outgoing>) {
     loop {
         let lane = &ship.lanes[stream];
-        let Some(record) = ship.life.unless_failed(lane.take_record()).await else { return };
+        let Some(record) = ship.session_state.unless_failed(lane.take_record()).await else { return };
         let mut filler =
             Filler { ship: ship.clone(), stream, record, zeros: Vec::new(), poisoned: Vec::new() };
         let more = match filler.fill().await {
             Ok(more) => more,
-            Err(trouble) => return ship.life.fail(trouble),
+            Err(trouble) => return ship.session_state.fail(trouble),
         };
         if filler.ship_off(&out).await.is_err() || !more {
             return;
         }
-        breathe().await;
+        yield_to_ring().await;
     }
 }
 
@@ -66,7 +66,7 @@ impl Filler {
     }
 
     /// Fills the record; says whether there may be more to do.
-    async fn fill(&mut self) -> Result<bool, Trouble> {
+    async fn fill(&mut self) -> Result<bool, SessionError> {
         while self.has_room() {
             let Some(block) = self.lane().next_block() else { return Ok(false) };
             let Some(cover) = self.ship.tracker.borrow().cover(block) else { continue };
@@ -90,7 +90,7 @@ impl Filler {
         self.record.room() > 0 && bare + swapd::BLOCK_PAGES / 2 <= MAX_RECORD_RUNS
     }
 
-    async fn take_pieces(&mut self, pieces: &[Piece]) -> Result<(), Trouble> {
+    async fn take_pieces(&mut self, pieces: &[Piece]) -> Result<(), SessionError> {
         for piece in pieces {
             match piece.place {
                 Place::Memory => self.take_memory(piece.run),
@@ -125,7 +125,7 @@ impl Filler {
     fn take_zero(&mut self, run: Run) {
         self.each(run, |filler, page| {
             filler.ship.tracker.borrow_mut().take(page);
-            if filler.ship.tracker.borrow_mut().is_news_zero(page) {
+            if filler.ship.tracker.borrow_mut().differs_from_sent_zero(page) {
                 push(&mut filler.zeros, page);
             }
         });
@@ -151,12 +151,12 @@ impl Filler {
         // SAFETY: by the caller's promise.
         match unsafe { self.record.copy(page, from) } {
             Content::Zero => {
-                if tracker.is_news_zero(page) {
+                if tracker.differs_from_sent_zero(page) {
                     push(&mut self.zeros, page);
                 }
             }
             Content::Sum(sum) => {
-                if tracker.is_news(page, sum) {
+                if tracker.differs_from_sent(page, sum) {
                     self.record.keep(page, sum);
                 }
             }
@@ -165,7 +165,7 @@ impl Filler {
 
     /// Copies pages on their way to the store, or from it, out of the frames in which they wait. Those that wait there no more stay
     /// to be sent.
-    async fn take_staged(&mut self, run: Run) -> Result<(), Trouble> {
+    async fn take_staged(&mut self, run: Run) -> Result<(), SessionError> {
         let room = self.record.room() as usize;
         let wanted: Vec<_> = self.ship.tracker.borrow().pages_in(run).take(room).collect();
         if wanted.is_empty() {
@@ -185,7 +185,7 @@ impl Filler {
     }
 
     /// Reads from the store what is not known to be there already. No page comes in for it.
-    async fn take_stored(&mut self, tier: TierId, run: Run) -> Result<(), Trouble> {
+    async fn take_stored(&mut self, tier: TierId, run: Run) -> Result<(), SessionError> {
         if self.ship.tracker.borrow().first_in(run).is_none() {
             return Ok(());
         }
@@ -219,7 +219,7 @@ impl Filler {
             }
             rest = behind(run, page);
             tracker.take(page);
-            if tracker.is_news(page, stored.sums_of(Run::one(page))[0]) {
+            if tracker.differs_from_sent(page, stored.sums_of(Run::one(page))[0]) {
                 match &mut wanted {
                     Some(run) => run.len += 1,
                     None => wanted = Some(Run::one(page)),
@@ -258,7 +258,7 @@ impl Filler {
     ///
     /// # Errors
     /// The store gives nothing.
-    async fn read_again(&mut self, page: PageNo, stored: &Stored) -> Result<bool, Trouble> {
+    async fn read_again(&mut self, page: PageNo, stored: &Stored) -> Result<bool, SessionError> {
         let deadline = Instant::now() + patience(STORE_LIMIT);
         let mut tries = 0;
         loop {
@@ -288,7 +288,7 @@ impl Filler {
 
     /// Whether the store gives any page but this one, as it was written. None of them is held, so that one that is just being changed
     /// does not count.
-    async fn gives_another(&mut self, page: PageNo) -> Result<bool, Trouble> {
+    async fn gives_another(&mut self, page: PageNo) -> Result<bool, SessionError> {
         if let Some(last) = self.ship.last_given.get()
             && last != page
             && self.gives(last).await?
@@ -309,7 +309,7 @@ impl Filler {
         Ok(false)
     }
 
-    async fn gives(&mut self, page: PageNo) -> Result<bool, Trouble> {
+    async fn gives(&mut self, page: PageNo) -> Result<bool, SessionError> {
         let sums = answered(self.ship.handle.sums_async(Run::one(page))).await?;
         let given = self.ship.stored.probe(TierId::STORE, page, sums[0], self.record.tail(1)).await.is_ok();
         if given {
@@ -329,11 +329,14 @@ impl Filler {
     }
 
     /// Sends what was found.
-    async fn ship_off(mut self, out: &mpsc::Sender<Parcel>) -> Result<(), mpsc::error::SendError<Parcel>> {
+    async fn ship_off(
+        mut self,
+        out: &mpsc::Sender<Outgoing>,
+    ) -> Result<(), mpsc::error::SendError<Outgoing>> {
         for (kind, runs) in [(Kind::Zeros, &mut self.zeros), (Kind::Poisoned, &mut self.poisoned)] {
             if !runs.is_empty() {
                 runs.sort_unstable_by_key(|run| run.start);
-                out.send(Parcel::Bare(kind, std::mem::take(runs))).await?;
+                out.send(Outgoing::Bare(kind, std::mem::take(runs))).await?;
             }
         }
         let pages = u64::from(self.record.pages());
@@ -342,7 +345,7 @@ impl Filler {
             return Ok(());
         }
         self.ship.pages_sent.set(self.ship.pages_sent.get() + pages);
-        out.send(Parcel::Pages(self.record)).await
+        out.send(Outgoing::Pages(self.record)).await
     }
 }
 

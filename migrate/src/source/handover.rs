@@ -21,7 +21,7 @@ use crate::cancel::is_cancelled;
 use crate::limits::{
     CANCEL_POLL, PLACEMENT_LIMIT, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, patience,
 };
-use crate::link::trouble::Trouble;
+use crate::link::error::SessionError;
 use crate::outside::{Instant, pause, planted, timeout, timeout_at};
 use crate::progress::Phase;
 use crate::registry::Outcome;
@@ -54,7 +54,7 @@ pub(super) fn run(moving: &mut Moving<'_, '_>, standing: &Standing) -> Result<Re
     let prepared = in_time(moving, stopped_at).and_then(|()| prepare(moving, stopped_at, &mut parts));
     let placed = prepared.map_err(|failed| resume(moving, failed))?;
     // The last moment at which it is certain that the VM runs nowhere else.
-    let here = moving.rounds.watch.check("handing over");
+    let here = moving.rounds.guard.check("handing over");
     let certain = moving.checked(here).and_then(|()| in_time(moving, stopped_at));
     certain.map_err(|failed| resume(moving, failed))?;
     moving.vm.may_start_there();
@@ -65,8 +65,10 @@ pub(super) fn run(moving: &mut Moving<'_, '_>, standing: &Standing) -> Result<Re
             let missed = missed(moving, standing, downtime, &parts);
             Ok(Report { placement, downtime_parts: Some(parts), downtime_missed: missed, ..report })
         }
-        Committed::NotStarted(text) => Err(take_back(moving, Trouble::GaveUp(text))),
-        Committed::Unknown if planted!(ResumesAfterTheCommit) => Err(take_back(moving, Trouble::Cancelled)),
+        Committed::NotStarted(text) => Err(take_back(moving, SessionError::GaveUp(text))),
+        Committed::Unknown if planted!(ResumesAfterTheCommit) => {
+            Err(take_back(moving, SessionError::Cancelled))
+        }
         Committed::Unknown => match ask(moving) {
             Some(Outcome::RunningThere) => {
                 let downtime = stopped_at.elapsed();
@@ -76,7 +78,7 @@ pub(super) fn run(moving: &mut Moving<'_, '_>, standing: &Standing) -> Result<Re
             }
             Some(Outcome::NotThere) => {
                 let source = std::io::ErrorKind::ConnectionAborted.into();
-                Err(take_back(moving, Trouble::Link { during: "handing over", source }))
+                Err(take_back(moving, SessionError::Link { during: "handing over", source }))
             }
             None => Err(Failed::Said(SendError::InDoubt {
                 session: moving.session,
@@ -113,7 +115,7 @@ pub(super) fn too_long(moving: &Moving<'_, '_>, standing: &Standing) -> Failed {
 }
 
 fn refrain(moving: &Moving<'_, '_>, text: String) -> Failed {
-    moving.rounds.watch.failed(Trouble::Unable(text.clone()));
+    moving.rounds.guard.failed(SessionError::Unable(text.clone()));
     Failed::Said(SendError::Downtime(text))
 }
 
@@ -172,14 +174,14 @@ fn prepare(
         let began = Instant::now();
         for part in state_parts(&state) {
             let sent = rounds.control.outbox().send(part);
-            rounds.watch.wait("sending the VM's state", SILENCE_LIMIT, sent).await?;
+            rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, sent).await?;
         }
         rounds.last().await?;
         parts.pages_ms = milliseconds(began.elapsed());
         let began = Instant::now();
         // Behind a large state the queue may be full, and the link silent.
         let word = rounds.control.outbox().send(Control::Final(rounds.ship.totals()));
-        rounds.watch.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
+        rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
         match rounds.hear(Wait::Prepared).await? {
             Control::Prepared { placed, took } => {
                 let [place, load] = took.map(Duration::from);
@@ -187,7 +189,7 @@ fn prepare(
                 parts.link_ms = milliseconds(began.elapsed().saturating_sub(place + load));
                 Ok(placed)
             }
-            other => Err(Trouble::Peer(format!("{other:?} instead of a word that it is prepared"))),
+            other => Err(SessionError::Peer(format!("{other:?} instead of a word that it is prepared"))),
         }
     };
     let max = moving.options.max_downtime;
@@ -213,9 +215,9 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant, parts: &mut Downtime
     let limit = began + patience(RUNNING_LIMIT);
     runtime.block_on(async {
         // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
-        let life = rounds.watch.life.clone();
+        let session_state = rounds.guard.session_state.clone();
         let outbox = rounds.control.outbox().clone();
-        let word = life.unless_failed(async {
+        let word = session_state.unless_failed(async {
             outbox.send(Control::Commit { paused }).await;
             rounds.control.next().await
         });
@@ -236,7 +238,7 @@ fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant, parts: &mut Downtime
 fn ask(moving: &mut Moving<'_, '_>) -> Option<Outcome> {
     moving.rounds.waits(Some(Wait::Resolve));
     let deadline = Instant::now() + patience(RESOLVE_LIMIT);
-    let enough = || Instant::now() >= deadline || is_cancelled(moving.rounds.watch.cancel);
+    let enough = || Instant::now() >= deadline || is_cancelled(moving.rounds.guard.cancel);
     loop {
         match resolve(&moving.options.to, &moving.options.security, moving.session) {
             Ok(outcome) => return Some(outcome),
@@ -261,8 +263,8 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
     rounds.enter(Phase::Checking);
     rounds.waits(Some(Wait::Placement));
     moving.runtime.block_on(async {
-        let life = rounds.watch.life.clone();
-        let word = life.unless_failed(rounds.control.next());
+        let session_state = rounds.guard.session_state.clone();
+        let word = session_state.unless_failed(rounds.control.next());
         match timeout(PLACEMENT_LIMIT, word).await {
             Ok(Some(Control::Placement(placement))) => Some(placement),
             _ => None,
@@ -271,8 +273,8 @@ fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
 }
 
 /// The VM did not leave after all.
-fn take_back(moving: &mut Moving<'_, '_>, trouble: Trouble) -> Failed {
-    // Said as it is: the session's `Life` knows only that the link broke.
+fn take_back(moving: &mut Moving<'_, '_>, trouble: SessionError) -> Failed {
+    // Said as it is: the session's `SessionState` knows only that the link broke.
     resume(moving, Failed::Said(trouble.into()))
 }
 
@@ -302,7 +304,7 @@ fn report(moving: &Moving<'_, '_>, placed: Option<Placed>, downtime: Duration) -
         name: moving.options.name.clone(),
         session: moving.session,
         bytes_total: moving.rounds.ship.handle.memory_bytes(),
-        bytes_sent: moving.rounds.watch.life.bytes_sent(),
+        bytes_sent: moving.rounds.guard.session_state.bytes_sent(),
         rounds: moving.rounds.round as u32,
         duration_ms: milliseconds(moving.started.elapsed()),
         downtime_ms: milliseconds(downtime),

@@ -11,15 +11,15 @@ mod order;
 mod pace;
 mod record;
 mod rounds;
+mod send_state;
 mod sender;
-mod shipment;
 mod tracker;
 
 use std::rc::Rc;
 
 use crate::cancel::CancelFlag;
-use crate::link::life::Life;
-use crate::link::trouble::Trouble;
+use crate::link::error::SessionError;
+use crate::link::state::SessionState;
 use crate::outside::{EngineHandle, Instant, planted, runtime};
 use crate::progress::{Phase, Progress};
 use crate::report::Report;
@@ -48,10 +48,10 @@ pub fn send(
     let connected = connect::connect(options, memory_bytes, &waits, cancel)?;
     let runtime = runtime().map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;
     let dirty = handle.subscribe_dirty()?;
-    let life = Rc::new(Life::default());
+    let session_state = Rc::new(SessionState::default());
     let session = connected.session;
-    let rounds =
-        runtime.block_on(async { Rounds::start(handle, dirty, connected, &life, cancel, progress) })?;
+    let rounds = runtime
+        .block_on(async { Rounds::start(handle, dirty, connected, &session_state, cancel, progress) })?;
     let mut moving = Moving {
         runtime: &runtime,
         rounds,
@@ -67,10 +67,10 @@ pub fn send(
     let result = moving.run();
     // Whoever failed has told `life`; what the tasks say when their sockets are shut down comes too late to count.
     let Moving { rounds, vm, .. } = moving;
-    let last_word = if result.is_err() { vm.ended().or_else(|| life.farewell()) } else { None };
+    let last_word = if result.is_err() { vm.ended().or_else(|| session_state.farewell()) } else { None };
     runtime.block_on(rounds.close(last_word));
     result.map_err(|failed| match failed {
-        Failed::Trouble => life.take_trouble().unwrap_or(Trouble::Cancelled).into(),
+        Failed::SessionError => session_state.take_error().unwrap_or(SessionError::Cancelled).into(),
         Failed::Said(error) => error,
     })
 }
@@ -134,7 +134,7 @@ impl Moving<'_, '_> {
     fn give_up_name(&mut self) -> Result<(), Failed> {
         self.unnamed = true;
         let given = self.vm.give_up_name(self.session);
-        self.rounds.watch.resume();
+        self.rounds.guard.resume();
         given.map_err(|error| said(self, error))?;
         let looked = self.runtime.block_on(self.rounds.scan());
         self.checked(looked)
@@ -146,7 +146,7 @@ impl Moving<'_, '_> {
             return Ok(());
         }
         let drained = self.vm.drain();
-        self.rounds.watch.resume();
+        self.rounds.guard.resume();
         drained.map_err(|error| said(self, error))
     }
 }

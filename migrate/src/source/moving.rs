@@ -4,14 +4,14 @@ use super::error::SendError;
 use super::options::SourceOptions;
 use super::pace::Standing;
 use super::rounds::Rounds;
-use crate::link::trouble::Trouble;
+use crate::link::error::SessionError;
 use crate::outside::{Instant, Runtime};
 use crate::session::SessionId;
 use crate::vm::{Expected, SourceVm, VmError};
 
-/// How a session fails: with a trouble that its `Life` has, or with something that is said as it is.
+/// How a session fails: with a trouble that its `SessionState` has, or with something that is said as it is.
 pub(super) enum Failed {
-    Trouble,
+    SessionError,
     Said(SendError),
 }
 
@@ -53,17 +53,17 @@ impl Moving<'_, '_> {
         }
     }
 
-    /// Tells the session's `Life` of a trouble before anything else can.
-    pub(super) fn checked<T>(&self, result: Result<T, Trouble>) -> Result<T, Failed> {
+    /// Tells the session's `SessionState` of a trouble before anything else can.
+    pub(super) fn checked<T>(&self, result: Result<T, SessionError>) -> Result<T, Failed> {
         result.map_err(|trouble| {
-            self.rounds.watch.failed(trouble);
-            Failed::Trouble
+            self.rounds.guard.failed(trouble);
+            Failed::SessionError
         })
     }
 }
 
 /// The VM failed: the target hears of it as well.
 pub(super) fn said(moving: &Moving<'_, '_>, error: VmError) -> Failed {
-    moving.rounds.watch.failed(Trouble::GaveUp(format!("the VM failed: {error}")));
+    moving.rounds.guard.failed(SessionError::GaveUp(format!("the VM failed: {error}")));
     Failed::Said(error.into())
 }

@@ -40,7 +40,7 @@ pub(crate) fn mean_heat(pages: &[u8]) -> u8 {
 }
 
 /// The heat of a page, from the engine's knowledge of it and from how many scans saw it written.
-pub(crate) fn known_better(heat: u8, scans: u8) -> u8 {
+pub(crate) fn raise_for_writes(heat: u8, scans: u8) -> u8 {
     match scans {
         // What has any is never as cold as what has none.
         0 => (heat / 2).max(heat.min(1)),
@@ -109,10 +109,10 @@ mod tests {
 
     #[test]
     fn a_written_page_is_hotter_than_any_other() {
-        assert!(known_better(0, 1) > known_better(255, 0));
-        assert!(known_better(0, 3) > known_better(0, 1));
-        assert_eq!([0, 1, 2, 255].map(|heat| known_better(heat, 0)), [0, 1, 1, 127]);
-        assert_eq!(known_better(255, 255), 255);
+        assert!(raise_for_writes(0, 1) > raise_for_writes(255, 0));
+        assert!(raise_for_writes(0, 3) > raise_for_writes(0, 1));
+        assert_eq!([0, 1, 2, 255].map(|heat| raise_for_writes(heat, 0)), [0, 1, 1, 127]);
+        assert_eq!(raise_for_writes(255, 255), 255);
         assert_eq!(mean_heat(&[0, 100]), 50);
     }
 }

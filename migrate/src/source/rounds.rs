@@ -10,17 +10,17 @@ use super::connect::Connected;
 use super::discovery::{Discovery, Stakes};
 use super::order::{self, BlockFacts};
 use super::pace::{SendRate, WriteRate};
+use super::send_state::{Lane, Outgoing, RECORDS_PER_STREAM, SendState};
 use super::sender;
-use super::shipment::{Lane, Parcel, RECORDS_PER_STREAM, Shipment};
 use super::tracker::Tracker;
 use crate::limits::{
     CANCEL_POLL, HEAT_EVERY, MOVING_RETRIES, MOVING_RETRY, PROGRESS_EVERY, REREAD_WAITS, SCAN_EVERY,
     SILENCE_LIMIT,
 };
 use crate::link::control::ControlLink;
-use crate::link::life::Life;
-use crate::link::trouble::Trouble;
-use crate::link::watch::Watch;
+use crate::link::error::SessionError;
+use crate::link::guard::Guard;
+use crate::link::state::SessionState;
 use crate::link::{end, split};
 use crate::outside::{
     DirtySubscription, EngineHandle, Instant, JoinHandle, JoinSet, StdStream, StoredReader, planted, sleep,
@@ -47,10 +47,10 @@ const DURING: &str = "sending the VM's memory";
 
 /// Everything of a session that is on the runtime. [`close`](Self::close) it, whatever happens.
 pub(crate) struct Rounds<'a> {
-    pub(crate) ship: Rc<Shipment>,
+    pub(crate) ship: Rc<SendState>,
     dirty: DirtySubscription,
     pub(crate) control: ControlLink,
-    pub(crate) watch: Watch<'a>,
+    pub(crate) guard: Guard<'a>,
     /// Rounds done.
     pub(crate) round: u64,
     pub(crate) send_rate: SendRate,
@@ -59,7 +59,7 @@ pub(crate) struct Rounds<'a> {
     phase: Phase,
     throttle: u8,
     waiting: Option<Wait>,
-    outs: Vec<mpsc::Sender<Parcel>>,
+    outs: Vec<mpsc::Sender<Outgoing>>,
     senders: Vec<JoinHandle<()>>,
     enders: Vec<StdStream>,
     fillers: JoinSet<()>,
@@ -83,17 +83,17 @@ impl<'a> Rounds<'a> {
         handle: &EngineHandle,
         dirty: DirtySubscription,
         connected: Connected,
-        life: &Rc<Life>,
+        session_state: &Rc<SessionState>,
         cancel: &'a crate::CancelFlag,
         progress: &'a dyn Fn(Progress),
-    ) -> Result<Rounds<'a>, Trouble> {
-        let link = Trouble::link("starting the streams");
-        let stored = StoredReader::of(handle).map_err(Trouble::Memory)?;
+    ) -> Result<Rounds<'a>, SessionError> {
+        let link = SessionError::link("starting the streams");
+        let stored = StoredReader::of(handle).map_err(SessionError::Memory)?;
         let session = connected.session;
-        let ship = Rc::new(Shipment {
+        let ship = Rc::new(SendState {
             handle: handle.clone(),
             stored,
-            life: life.clone(),
+            session_state: session_state.clone(),
             tracker: Tracker::new(swapd::units::pages_in(handle.memory_bytes())).into(),
             lanes: connected.streams.iter().map(|_| Lane::new()).collect(),
             pages_sent: Default::default(),
@@ -101,8 +101,8 @@ impl<'a> Rounds<'a> {
             last_given: None.into(),
         });
         let lanes = [WireLane::ToSource, WireLane::ToTarget];
-        let control = ControlLink::start(connected.control, session, lanes, life).map_err(&link)?;
-        let watch = Watch::new(life.clone(), cancel, control.outbox().clone());
+        let control = ControlLink::start(connected.control, session, lanes, session_state).map_err(&link)?;
+        let guard = Guard::new(session_state.clone(), cancel, control.outbox().clone());
         let (mut outs, mut senders, mut enders) = (Vec::new(), Vec::new(), Vec::new());
         for (index, socket) in connected.streams.into_iter().enumerate() {
             let (socket, ender) = split(socket).map_err(&link)?;
@@ -117,7 +117,7 @@ impl<'a> Rounds<'a> {
             ship,
             dirty,
             control,
-            watch,
+            guard,
             round: 0,
             send_rate: SendRate::default(),
             write_rate: WriteRate::default(),
@@ -142,10 +142,10 @@ impl<'a> Rounds<'a> {
     }
 
     /// Round 1: heat, then what was never touched, then everything else but what is being written.
-    pub(crate) async fn first(&mut self) -> Result<(), Trouble> {
+    pub(crate) async fn first(&mut self) -> Result<(), SessionError> {
         self.enter(Phase::Copying);
         let heat = answered(self.ship.handle.heat_async());
-        self.base_heat = self.watch.wait("asking for heat", SILENCE_LIMIT, heat).await??;
+        self.base_heat = self.guard.wait("asking for heat", SILENCE_LIMIT, heat).await??;
         self.send_heat(self.base_heat.clone()).await?;
         let blocks = self.survey().await?;
         self.ship.assign(order::first_round(blocks));
@@ -157,19 +157,19 @@ impl<'a> Rounds<'a> {
     }
 
     /// After round 1: the VM runs on here, and nothing is sent but heat, as long as it shows more of what it uses and that matters there.
-    async fn watch_writes(&mut self) -> Result<(), Trouble> {
+    async fn watch_writes(&mut self) -> Result<(), SessionError> {
         if !self.discovery.goes_on(self.began.elapsed(), &self.stakes()) {
             return Ok(());
         }
         while self.discovery.goes_on(self.began.elapsed(), &self.stakes()) {
             self.waiting = Some(Wait::Writes);
-            self.watch.check(DURING)?;
+            self.guard.check(DURING)?;
             tokio::select! {
                 biased;
                 word = self.control.next() => {
-                    return Err(Trouble::Peer(format!("{word:?} while the VM was watched")));
+                    return Err(SessionError::Peer(format!("{word:?} while the VM was watched")));
                 }
-                () = self.watch.life.failure() => {}
+                () = self.guard.session_state.failure() => {}
                 () = sleep(CANCEL_POLL) => {}
             }
             if self.last_scan.elapsed() >= SCAN_EVERY {
@@ -195,7 +195,7 @@ impl<'a> Rounds<'a> {
 
     /// What is hot is known better by and by: all that was written. Pages that went out as cold ones before may be among
     /// it, and the target keeps room for them.
-    async fn send_known_heat(&mut self) -> Result<(), Trouble> {
+    async fn send_known_heat(&mut self) -> Result<(), SessionError> {
         let known = self.ship.tracker.borrow().heat(&self.base_heat);
         self.warm_pages = known.iter().filter(|heat| **heat > 1).count() as u64;
         self.send_heat(known).await?;
@@ -204,7 +204,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// A later round: what was written before it.
-    pub(crate) async fn again(&mut self, throttle: u8) -> Result<(), Trouble> {
+    pub(crate) async fn again(&mut self, throttle: u8) -> Result<(), SessionError> {
         if throttle != self.throttle {
             self.throttle = throttle;
             self.write_rate.forget();
@@ -216,9 +216,9 @@ impl<'a> Rounds<'a> {
     }
 
     /// The last round, while the VM stands still: leaves nothing.
-    pub(crate) async fn last(&mut self) -> Result<(), Trouble> {
+    pub(crate) async fn last(&mut self) -> Result<(), SessionError> {
         self.enter(Phase::Stopped);
-        self.watch.resume();
+        self.guard.resume();
         if !planted!(SkipsTheLastScan) {
             self.scan().await?;
         }
@@ -231,7 +231,7 @@ impl<'a> Rounds<'a> {
             // Only pages that the engine is just moving are left.
             sleep(MOVING_RETRY).await;
         }
-        Err(Trouble::Unable("the engine does not come to rest: some pages stay on the move".to_string()))
+        Err(SessionError::Unable("the engine does not come to rest: some pages stay on the move".to_string()))
     }
 
     fn begin_round(&mut self) {
@@ -244,24 +244,24 @@ impl<'a> Rounds<'a> {
     }
 
     /// Sends a heat map, and waits until the target has taken it: pages that come after it are placed by it.
-    async fn send_heat(&mut self, mut heat: Vec<u8>) -> Result<(), Trouble> {
+    async fn send_heat(&mut self, mut heat: Vec<u8>) -> Result<(), SessionError> {
         order::keep_hottest(&mut heat, order::hot_room(self.room_pages));
         for part in heat::parts(&heat) {
             let sent = self.control.outbox().send(Control::Heat(part));
-            self.watch.wait("sending the heat map", SILENCE_LIMIT, sent).await?;
+            self.guard.wait("sending the heat map", SILENCE_LIMIT, sent).await?;
         }
         self.expect(Control::HeatTaken, Wait::Heat).await
     }
 
-    async fn expect(&mut self, word: Control, wait: Wait) -> Result<(), Trouble> {
+    async fn expect(&mut self, word: Control, wait: Wait) -> Result<(), SessionError> {
         let said = self.hear(wait).await?;
-        if said == word { Ok(()) } else { Err(Trouble::Peer(format!("{said:?} instead of {word:?}"))) }
+        if said == word { Ok(()) } else { Err(SessionError::Peer(format!("{said:?} instead of {word:?}"))) }
     }
 
     /// The target's next word.
-    pub(crate) async fn hear(&mut self, wait: Wait) -> Result<Control, Trouble> {
+    pub(crate) async fn hear(&mut self, wait: Wait) -> Result<Control, SessionError> {
         self.waits(Some(wait));
-        let said = self.watch.wait_for(wait, self.control.next()).await;
+        let said = self.guard.wait_for(wait, self.control.next()).await;
         self.waits(None);
         said
     }
@@ -273,13 +273,13 @@ impl<'a> Rounds<'a> {
     }
 
     /// Looks where everything is. Sends what was never touched, and returns what is known of the other blocks.
-    async fn survey(&mut self) -> Result<Vec<BlockFacts>, Trouble> {
+    async fn survey(&mut self) -> Result<Vec<BlockFacts>, SessionError> {
         let pages = swapd::units::pages_in(self.ship.handle.memory_bytes());
         let mut zeros: Vec<Vec<Run>> = self.outs.iter().map(|_| Vec::new()).collect();
         let mut stored = vec![false; self.ship.tracker.borrow().blocks() as usize];
         for start in (0..pages).step_by(SURVEY_PAGES as usize) {
             let part = Run::new(PageNo(start), u64::from(SURVEY_PAGES).min(pages - start) as u32);
-            let pieces = self.watch.wait(DURING, SILENCE_LIMIT, answered(self.ship.handle.hold_async(part)));
+            let pieces = self.guard.wait(DURING, SILENCE_LIMIT, answered(self.ship.handle.hold_async(part)));
             let pieces = pieces.await;
             // Also if nobody waits for the hold any more: the engine comes to it before this.
             drop(self.ship.handle.release_async(part));
@@ -289,9 +289,9 @@ impl<'a> Rounds<'a> {
         }
         for (out, runs) in self.outs.iter().zip(zeros) {
             for runs in runs.chunks(MAX_RECORD_RUNS as usize) {
-                let sent = out.send(Parcel::Bare(Kind::Zeros, runs.to_vec()));
+                let sent = out.send(Outgoing::Bare(Kind::Zeros, runs.to_vec()));
                 // A sender that is gone has failed the session already.
-                let _ = self.watch.wait(DURING, SILENCE_LIMIT, sent).await?;
+                let _ = self.guard.wait(DURING, SILENCE_LIMIT, sent).await?;
             }
         }
         let tracker = self.ship.tracker.borrow();
@@ -319,7 +319,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// A round that is not the last, which shows how fast the link is.
-    async fn send_measured(&mut self) -> Result<(), Trouble> {
+    async fn send_measured(&mut self) -> Result<(), SessionError> {
         let (began, before) = (Instant::now(), self.ship.pages_sent.get());
         self.send_round().await?;
         self.end_round(false).await?;
@@ -328,25 +328,25 @@ impl<'a> Rounds<'a> {
     }
 
     /// Lets the fillers work until all is sent that is to be sent now, and scans meanwhile.
-    async fn send_round(&mut self) -> Result<(), Trouble> {
+    async fn send_round(&mut self) -> Result<(), SessionError> {
         for (stream, out) in self.outs.iter().enumerate() {
             for _ in 0..FILLERS {
                 self.fillers.spawn_local(super::filler::run(self.ship.clone(), stream, out.clone()));
             }
         }
         loop {
-            self.watch.check(DURING)?;
+            self.guard.check(DURING)?;
             tokio::select! {
                 biased;
                 done = self.fillers.join_next() => match done {
-                    None => return self.watch.check(DURING),
+                    None => return self.guard.check(DURING),
                     Some(Ok(())) => {}
                     Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
                 },
                 word = self.control.next() => {
-                return Err(Trouble::Peer(format!("{word:?} in the middle of a round")));
+                return Err(SessionError::Peer(format!("{word:?} in the middle of a round")));
             }
-                () = self.watch.life.failure() => {}
+                () = self.guard.session_state.failure() => {}
                 () = sleep(CANCEL_POLL) => {}
             }
             if self.phase != Phase::Stopped && self.last_scan.elapsed() >= SCAN_EVERY {
@@ -360,21 +360,21 @@ impl<'a> Rounds<'a> {
     }
 
     /// Ends the round on every stream and waits until the target has all of it, so that the rate is what really arrives.
-    async fn end_round(&mut self, last: bool) -> Result<(), Trouble> {
+    async fn end_round(&mut self, last: bool) -> Result<(), SessionError> {
         self.round += 1;
         let round = self.round;
         for out in &self.outs {
-            let sent = out.send(Parcel::RoundEnd { round, last });
-            let _ = self.watch.wait(DURING, SILENCE_LIMIT, sent).await?;
+            let sent = out.send(Outgoing::RoundEnd { round, last });
+            let _ = self.guard.wait(DURING, SILENCE_LIMIT, sent).await?;
         }
         self.expect(Control::RoundDone { round }, Wait::Round).await
     }
 
     /// Asks what was written since the last time.
-    pub(crate) async fn scan(&mut self) -> Result<(), Trouble> {
+    pub(crate) async fn scan(&mut self) -> Result<(), SessionError> {
         let began = Instant::now();
         let written = answered(self.dirty.collect_async());
-        let written = self.watch.wait("looking for written pages", SILENCE_LIMIT, written).await??;
+        let written = self.guard.wait("looking for written pages", SILENCE_LIMIT, written).await??;
         let mut tracker = self.ship.tracker.borrow_mut();
         written.left.iter().for_each(|run| tracker.left(*run));
         let new = written.seen.iter().map(|run| tracker.written(*run)).sum();
@@ -411,11 +411,11 @@ impl<'a> Rounds<'a> {
             round: self.round as u32 + 1,
             bytes_total: total,
             bytes_done: total.saturating_sub(open),
-            bytes_sent: self.watch.life.bytes_sent(),
+            bytes_sent: self.guard.session_state.bytes_sent(),
             bytes_left: bytes(tracker.todo.count()),
             bytes_per_second: bytes(self.send_rate.per_s() as u64),
             throttle_percent: self.throttle,
-            waiting: self.waiting.or(self.watch.is_silent().then_some(Wait::Peer)),
+            waiting: self.waiting.or(self.guard.is_silent().then_some(Wait::Peer)),
         });
     }
 
@@ -431,8 +431,8 @@ impl<'a> Rounds<'a> {
     /// Ends everything and waits until nothing is in flight and no page is held.
     pub(crate) async fn close(mut self, last_word: Option<String>) {
         // Tasks that wait for something else than their socket look at this.
-        self.ship.life.fail(Trouble::Cancelled);
-        self.control.close(&self.ship.life, last_word).await;
+        self.ship.session_state.fail(SessionError::Cancelled);
+        self.control.close(&self.ship.session_state, last_word).await;
         self.enders.iter().for_each(end);
         drop(self.outs);
         while let Some(done) = self.fillers.join_next().await {

@@ -7,8 +7,8 @@ use swapd::Run;
 use tokio::sync::mpsc;
 use tokio_uring::buf::BoundedBuf;
 
-use super::shipment::{Parcel, Shipment};
-use crate::link::trouble::Trouble;
+use super::send_state::{Outgoing, SendState};
+use crate::link::error::SessionError;
 use crate::outside::TcpStream;
 use crate::wire::control::{round_end, sealed};
 use crate::wire::extents;
@@ -16,34 +16,34 @@ use crate::wire::record::{Header, Kind, MAX_RECORD_RUNS, Sequence};
 
 /// Runs until nobody has parcels any more, or the link breaks.
 pub(crate) async fn run(
-    ship: Rc<Shipment>,
+    ship: Rc<SendState>,
     stream: usize,
     socket: TcpStream,
     mut sequence: Sequence,
-    mut parcels: mpsc::Receiver<Parcel>,
+    mut parcels: mpsc::Receiver<Outgoing>,
 ) {
     let lane = &ship.lanes[stream];
     while let Some(parcel) = parcels.recv().await {
         let result = match parcel {
-            Parcel::Pages(mut record) => {
+            Outgoing::Pages(mut record) => {
                 let region = record.seal(&mut sequence);
                 let result = write(&socket, region, &ship).await;
                 lane.count(Kind::Pages, u64::from(record.pages()));
                 lane.give_back(record);
                 result
             }
-            Parcel::Bare(kind, runs) => {
+            Outgoing::Bare(kind, runs) => {
                 let pages: u32 = runs.iter().map(|run| run.len).sum();
                 let result = write(&socket, bare(kind, &runs, &mut sequence), &ship).await;
                 lane.count(kind, u64::from(pages));
                 result
             }
-            Parcel::RoundEnd { round, last } => {
+            Outgoing::RoundEnd { round, last } => {
                 write(&socket, round_end(round, lane.totals.get(), last, &mut sequence), &ship).await
             }
         };
         if let Err(source) = result {
-            return ship.life.fail(Trouble::Link { during: "sending pages", source });
+            return ship.session_state.fail(SessionError::Link { during: "sending pages", source });
         }
     }
 }
@@ -57,9 +57,9 @@ fn bare(kind: Kind, runs: &[Run], sequence: &mut Sequence) -> Vec<u8> {
     sealed(&header, &meta, sequence)
 }
 
-async fn write(socket: &TcpStream, bytes: impl BoundedBuf, ship: &Shipment) -> io::Result<()> {
+async fn write(socket: &TcpStream, bytes: impl BoundedBuf, ship: &SendState) -> io::Result<()> {
     let length = bytes.bytes_init();
     let (result, _) = socket.write_all(bytes).await;
-    ship.life.sent(length);
+    ship.session_state.sent(length);
     result
 }

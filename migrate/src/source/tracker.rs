@@ -117,7 +117,7 @@ impl Tracker {
 
     /// Whether content with this checksum is news; if so, it counts as sent. What a scan has seen written since it was sent is news even if
     /// it was the sooner of the two, and nothing has changed: the target places it anew, by what is known now.
-    pub(crate) fn is_news(&mut self, page: PageNo, sum: u64) -> bool {
+    pub(crate) fn differs_from_sent(&mut self, page: PageNo, sum: u64) -> bool {
         let was_zero = self.zero.clear(page);
         let is_seen = self.scans[page.index()] > 0;
         let found = is_seen && self.sent_unseen.clear(page);
@@ -130,7 +130,7 @@ impl Tracker {
     }
 
     /// Whether the page's being zero is news; if so, it counts as sent.
-    pub(crate) fn is_news_zero(&mut self, page: PageNo) -> bool {
+    pub(crate) fn differs_from_sent_zero(&mut self, page: PageNo) -> bool {
         let first = self.sent.set(page);
         self.zero.set(page) || first
     }
@@ -150,7 +150,7 @@ impl Tracker {
     /// The engine's heat, corrected by what the scans saw.
     pub(crate) fn heat(&self, base: &[u8]) -> Vec<u8> {
         let known = base.iter().zip(&self.scans);
-        known.map(|(heat, scans)| super::order::known_better(*heat, *scans)).collect()
+        known.map(|(heat, scans)| super::order::raise_for_writes(*heat, *scans)).collect()
     }
 }
 
@@ -188,19 +188,19 @@ mod tests {
     #[test]
     fn only_news_is_sent() {
         let (mut tracker, page) = (Tracker::new(512), PageNo(7));
-        assert!(tracker.is_news(page, 5));
-        assert!(!tracker.is_news(page, 5));
-        assert!(tracker.is_news_zero(page));
-        assert!(!tracker.is_news_zero(page));
-        assert!(tracker.is_news(page, 5));
-        assert!(tracker.is_news(page, 6));
+        assert!(tracker.differs_from_sent(page, 5));
+        assert!(!tracker.differs_from_sent(page, 5));
+        assert!(tracker.differs_from_sent_zero(page));
+        assert!(!tracker.differs_from_sent_zero(page));
+        assert!(tracker.differs_from_sent(page, 5));
+        assert!(tracker.differs_from_sent(page, 6));
         tracker.unsent(page);
-        assert!(tracker.is_news(page, 6));
+        assert!(tracker.differs_from_sent(page, 6));
         tracker.written(Run::one(page));
-        assert!(tracker.is_news(page, 6), "the target does not know yet that it is in use");
-        assert!(!tracker.is_news(page, 6));
+        assert!(tracker.differs_from_sent(page, 6), "the target does not know yet that it is in use");
+        assert!(!tracker.differs_from_sent(page, 6));
         tracker.sent_untouched(Run::one(PageNo(8)));
-        assert!(!tracker.is_news_zero(PageNo(8)));
-        assert!(tracker.is_news(PageNo(8), 0));
+        assert!(!tracker.differs_from_sent_zero(PageNo(8)));
+        assert!(tracker.differs_from_sent(PageNo(8), 0));
     }
 }

@@ -14,11 +14,11 @@ use tokio::sync::mpsc;
 use super::accepted::{DataStream, TargetMemory};
 use super::intake::{self, Lane, RoundEnd};
 use super::ledger::Ledger;
-use super::sink::{EngineSink, Inlet, PlainSink, Sink};
+use super::sink::{EngineSink, PlainSink, Sink, StreamInput};
 use crate::limits::{CANCEL_POLL, PREPARE_LIMIT, SILENCE_LIMIT};
 use crate::link::control::ControlLink;
-use crate::link::trouble::Trouble;
-use crate::link::watch::Watch;
+use crate::link::error::SessionError;
+use crate::link::guard::Guard;
 use crate::link::{end, split};
 use crate::outside::{Instant, JoinHandle, StdStream, sleep, spawn};
 use crate::progress::{Phase, Progress};
@@ -94,18 +94,18 @@ impl<'a> Arrival<'a> {
     pub(crate) async fn run(
         &mut self,
         control: &mut ControlLink,
-        watch: &Watch<'_>,
+        guard: &Guard<'_>,
         progress: &dyn Fn(Progress),
-    ) -> Result<Arrived, Trouble> {
+    ) -> Result<Arrived, SessionError> {
         const DURING: &str = "receiving the VM";
         while !self.is_complete() {
-            watch.check(DURING)?;
+            guard.check(DURING)?;
             tokio::select! {
                 biased;
-                Some(ended) = self.ends.recv() => self.round_ended(ended, control, watch).await?,
-                message = control.next() => self.message(message, control, watch).await?,
-                () = watch.life.failure() => {}
-                () = sleep(CANCEL_POLL) => progress(self.progress(watch)),
+                Some(ended) = self.ends.recv() => self.round_ended(ended, control, guard).await?,
+                message = control.next() => self.message(message, control, guard).await?,
+                () = guard.session_state.failure() => {}
+                () = sleep(CANCEL_POLL) => progress(self.progress(guard)),
             }
         }
         let claimed = self.claimed.unwrap_or_default();
@@ -114,7 +114,7 @@ impl<'a> Arrival<'a> {
         let placed = match self.memory {
             TargetMemory::Engine(handle) => {
                 let finished = answered(handle.finish_receiving_async());
-                watch.wait("placing the last pages", PREPARE_LIMIT, finished).await??
+                guard.wait("placing the last pages", PREPARE_LIMIT, finished).await??
             }
             TargetMemory::Plain(_) => self.ledger.borrow().placed_plain(),
         };
@@ -129,13 +129,13 @@ impl<'a> Arrival<'a> {
         &mut self,
         message: Control,
         control: &ControlLink,
-        watch: &Watch<'_>,
-    ) -> Result<(), Trouble> {
+        guard: &Guard<'_>,
+    ) -> Result<(), SessionError> {
         match message {
-            Control::Heat(part) if !self.state_complete => self.heat_part(part, control, watch).await,
+            Control::Heat(part) if !self.state_complete => self.heat_part(part, control, guard).await,
             Control::State { at, bytes, last } if !self.state_complete && self.has_started() => {
                 if at != self.state.len() as u64 {
-                    return Err(Trouble::Peer(format!(
+                    return Err(SessionError::Peer(format!(
                         "VM state from byte {at} after byte {}",
                         self.state.len()
                     )));
@@ -148,7 +148,7 @@ impl<'a> Arrival<'a> {
                 self.claimed = Some(totals);
                 Ok(())
             }
-            message => Err(Trouble::Peer(format!("{} at the wrong time", name(&message)))),
+            message => Err(SessionError::Peer(format!("{} at the wrong time", name(&message)))),
         }
     }
 
@@ -160,27 +160,31 @@ impl<'a> Arrival<'a> {
         &mut self,
         part: Part,
         control: &ControlLink,
-        watch: &Watch<'_>,
-    ) -> Result<(), Trouble> {
+        guard: &Guard<'_>,
+    ) -> Result<(), SessionError> {
         let Some(map) = self.heat.add(part)? else { return Ok(()) };
         if let TargetMemory::Engine(handle) = self.memory {
             let answer = match self.has_started() {
                 false => handle.start_receiving_async(map),
                 true => handle.update_heat_async(map),
             };
-            watch.wait("taking the heat map", SILENCE_LIMIT, answered(answer)).await??;
+            guard.wait("taking the heat map", SILENCE_LIMIT, answered(answer)).await??;
         }
-        self.start_streams(watch)?;
+        self.start_streams(guard)?;
         control.outbox().send(Control::HeatTaken).await;
         Ok(())
     }
 
     /// Nothing is read from a data stream before the first heat map is known.
-    fn start_streams(&mut self, watch: &Watch<'_>) -> Result<(), Trouble> {
+    fn start_streams(&mut self, guard: &Guard<'_>) -> Result<(), SessionError> {
         for stream in std::mem::take(&mut self.waiting) {
-            let (socket, ender) = split(stream.socket).map_err(Trouble::link("starting its streams"))?;
+            let (socket, ender) = split(stream.socket).map_err(SessionError::link("starting its streams"))?;
             self.enders.push(ender);
-            let inlet = Inlet { socket, life: watch.life.clone(), ledger: self.ledger.clone() };
+            let inlet = StreamInput {
+                socket,
+                session_state: guard.session_state.clone(),
+                ledger: self.ledger.clone(),
+            };
             let bounds =
                 Bounds { memory_pages: self.pages, stream: stream.index, streams: self.hello.streams };
             let sequence = Sequence::new(self.hello.session, WireLane::Stream(stream.index));
@@ -199,11 +203,11 @@ impl<'a> Arrival<'a> {
         &mut self,
         ended: RoundEnd,
         control: &ControlLink,
-        watch: &Watch<'_>,
-    ) -> Result<(), Trouble> {
+        guard: &Guard<'_>,
+    ) -> Result<(), SessionError> {
         // A source starts a round when the last one is done: so no stream can run ahead without bound.
         if ended.round != self.rounds_done + 1 {
-            return Err(Trouble::Peer(format!("the end of round {} too early", ended.round)));
+            return Err(SessionError::Peer(format!("the end of round {} too early", ended.round)));
         }
         if ended.last {
             self.streams_done += 1;
@@ -218,25 +222,25 @@ impl<'a> Arrival<'a> {
                 && !ended.last
             {
                 let settled = answered(handle.settle_receiving_async());
-                watch.wait("waiting for the store", PREPARE_LIMIT, settled).await??;
+                guard.wait("waiting for the store", PREPARE_LIMIT, settled).await??;
             }
             control.outbox().send(Control::RoundDone { round: ended.round }).await;
         }
         Ok(())
     }
 
-    fn progress(&self, watch: &Watch<'_>) -> Progress {
+    fn progress(&self, guard: &Guard<'_>) -> Progress {
         let seen = swapd::units::bytes_of(self.ledger.borrow().seen());
         Progress {
             phase: if self.state_complete { Phase::Stopped } else { Phase::Copying },
             round: self.rounds_done as u32 + 1,
             bytes_total: self.hello.memory_bytes,
             bytes_done: seen,
-            bytes_sent: watch.life.bytes_received(),
+            bytes_sent: guard.session_state.bytes_received(),
             bytes_left: self.hello.memory_bytes - seen,
             bytes_per_second: 0,
             throttle_percent: 0,
-            waiting: watch.is_silent().then_some(Wait::Peer),
+            waiting: guard.is_silent().then_some(Wait::Peer),
         }
     }
 

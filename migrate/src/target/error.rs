@@ -2,7 +2,7 @@
 
 use swapd::CommandError;
 
-use crate::link::trouble::Trouble;
+use crate::link::error::SessionError;
 use crate::registry::RegistryError;
 use crate::versions::NoneInCommon;
 use crate::vm::VmError;
@@ -39,16 +39,16 @@ impl ReceiveError {
     }
 }
 
-impl From<Trouble> for ReceiveError {
-    fn from(trouble: Trouble) -> ReceiveError {
+impl From<SessionError> for ReceiveError {
+    fn from(trouble: SessionError) -> ReceiveError {
         match trouble {
-            Trouble::Link { during, source } => ReceiveError::Link { during, source },
-            Trouble::Peer(text) => ReceiveError::Peer(text),
-            Trouble::GaveUp(text) => ReceiveError::GaveUp(text),
-            Trouble::Cancelled => ReceiveError::Cancelled,
-            Trouble::Engine(error) => ReceiveError::Engine(error),
-            Trouble::Memory(error) => ReceiveError::Setup(format!("the VM's memory failed: {error}")),
-            Trouble::Unable(text) => ReceiveError::Setup(text),
+            SessionError::Link { during, source } => ReceiveError::Link { during, source },
+            SessionError::Peer(text) => ReceiveError::Peer(text),
+            SessionError::GaveUp(text) => ReceiveError::GaveUp(text),
+            SessionError::Cancelled => ReceiveError::Cancelled,
+            SessionError::Engine(error) => ReceiveError::Engine(error),
+            SessionError::Memory(error) => ReceiveError::Setup(format!("the VM's memory failed: {error}")),
+            SessionError::Unable(text) => ReceiveError::Setup(text),
         }
     }
 }

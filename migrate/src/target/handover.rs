@@ -15,8 +15,8 @@ use super::error::ReceiveError;
 use super::placement::Check;
 use super::session::{Failed, Session};
 use crate::limits::{RESOLVE_EVERY, RESOLVE_LIMIT, patience};
-use crate::link::trouble::Trouble;
-use crate::outside::{Instant, elsewhere, pause, planted};
+use crate::link::error::SessionError;
+use crate::outside::{Instant, on_own_thread, pause, planted};
 use crate::progress::{Phase, Progress};
 use crate::registry::{Begun, Kept, RegistryError};
 use crate::report::Received;
@@ -45,17 +45,20 @@ pub(super) fn run(
         TargetMemory::Engine(handle) if link.hello.check_placement => Some(handle),
         _ => None,
     };
-    session.watch.resume();
+    session.guard.resume();
     let outbox = session.control.outbox().clone();
     // Nothing moves now, so this is how it is at the start. The VM stands still: nobody waits for the answers yet.
     let check = check.map(Check::begin);
     session.runtime.block_on(outbox.deliver(Control::Prepared { placed, took }));
-    let (control, watch) = (&mut session.control, &session.watch);
+    let (control, guard) = (&mut session.control, &session.guard);
     (link.progress)(Progress::waiting(Phase::HandOver, link.hello.memory_bytes, Wait::Commit));
-    let word = session.runtime.block_on(watch.wait_for(Wait::Commit, control.next()));
+    let word = session.runtime.block_on(guard.wait_for(Wait::Commit, control.next()));
     let word = word.map_err(|trouble| fail(session, trouble))?;
     let Control::Commit { paused } = word else {
-        return Err(fail(session, Trouble::Peer("something else than a commit or an abort".to_string())));
+        return Err(fail(
+            session,
+            SessionError::Peer("something else than a commit or an abort".to_string()),
+        ));
     };
     if planted!(StartsBeforeTheRecord) {
         let _ = vm.start(paused);
@@ -120,14 +123,14 @@ fn keep(link: &TargetLink<'_>, kept: Kept) {
             tracing::info!(%session, "that the VM runs here is recorded now");
         }
     };
-    if let Err(error) = elsewhere("vmemd-record", flush) {
+    if let Err(error) = on_own_thread("vmemd-record", flush) {
         tracing::error!(%error, %session, "that the VM runs here may be forgotten if this host goes down: no thread");
     }
 }
 
-fn fail(session: &Session<'_>, trouble: Trouble) -> Failed {
-    session.watch.failed(trouble);
-    Failed::Trouble
+fn fail(session: &Session<'_>, trouble: SessionError) -> Failed {
+    session.guard.failed(trouble);
+    Failed::SessionError
 }
 
 /// Only this message, or the registry's record, gives the VM back to the source.

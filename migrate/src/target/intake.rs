@@ -5,10 +5,10 @@ use std::mem::size_of;
 use swapd::Run;
 use tokio::sync::mpsc;
 
-use super::sink::{Batch, Inlet, Sink};
+use super::sink::{Batch, Sink, StreamInput};
+use crate::link::error::SessionError;
 use crate::link::read_exact;
-use crate::link::trouble::Trouble;
-use crate::outside::{breathe, planted};
+use crate::outside::{planted, yield_to_ring};
 use crate::wire::control::{Totals, read_totals};
 use crate::wire::extents::Bounds;
 use crate::wire::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_DATA_META, Sequence};
@@ -31,13 +31,13 @@ pub(crate) struct Lane {
 }
 
 /// Runs until the stream's last round has ended, or the session fails.
-pub(crate) async fn run(inlet: Inlet, mut lane: Lane, mut sink: Sink) {
+pub(crate) async fn run(inlet: StreamInput, mut lane: Lane, mut sink: Sink) {
     let result = receive(&inlet, &mut lane, &mut sink).await;
     if planted!(EndsRoundsEarly)
         && let Ok(last) = result
     {
         let _ = lane.ends.send(last).await;
-        breathe().await;
+        yield_to_ring().await;
     }
     let closed = sink.rest().await;
     match result.and_then(|last| closed.map(|()| last)) {
@@ -45,11 +45,11 @@ pub(crate) async fn run(inlet: Inlet, mut lane: Lane, mut sink: Sink) {
         Ok(last) => {
             let _ = lane.ends.send(last).await;
         }
-        Err(trouble) => inlet.life.fail(trouble),
+        Err(trouble) => inlet.session_state.fail(trouble),
     }
 }
 
-async fn receive(inlet: &Inlet, lane: &mut Lane, sink: &mut Sink) -> Result<RoundEnd, Trouble> {
+async fn receive(inlet: &StreamInput, lane: &mut Lane, sink: &mut Sink) -> Result<RoundEnd, SessionError> {
     let mut head = Vec::with_capacity(HEADER_BYTES + MAX_DATA_META);
     let mut runs: Vec<Run> = Vec::new();
     let mut totals = Totals::default();
@@ -87,7 +87,7 @@ async fn receive(inlet: &Inlet, lane: &mut Lane, sink: &mut Sink) -> Result<Roun
                 let end = RoundEnd { round, totals, last: header.has(FLAG_LAST) };
                 if header.number != round || read_totals(meta)? != totals {
                     let text = format!("the end of round {}, where {end:?} was due", header.number);
-                    return Err(Trouble::Peer(text));
+                    return Err(SessionError::Peer(text));
                 }
                 if end.last {
                     return Ok(end);
@@ -96,24 +96,28 @@ async fn receive(inlet: &Inlet, lane: &mut Lane, sink: &mut Sink) -> Result<Roun
                 // Nobody listens any more if the session has failed.
                 let _ = lane.ends.send(end).await;
             }
-            kind => return Err(Trouble::Peer(format!("a {kind:?} record on a data stream"))),
+            kind => return Err(SessionError::Peer(format!("a {kind:?} record on a data stream"))),
         }
     }
 }
 
 /// Reads a header and its metadata, checked.
-async fn read_head(inlet: &Inlet, lane: &mut Lane, head: Vec<u8>) -> Result<(Header, Vec<u8>), Trouble> {
-    let link = Trouble::link("waiting for pages");
-    let (result, mut head) = read_exact(&inlet.socket, head, 0, HEADER_BYTES, &inlet.life).await;
+async fn read_head(
+    inlet: &StreamInput,
+    lane: &mut Lane,
+    head: Vec<u8>,
+) -> Result<(Header, Vec<u8>), SessionError> {
+    let link = SessionError::link("waiting for pages");
+    let (result, mut head) = read_exact(&inlet.socket, head, 0, HEADER_BYTES, &inlet.session_state).await;
     result.map_err(&link)?;
     let bytes: [u8; HEADER_BYTES] = *head.first_chunk().expect("just read");
     let header = Header::open(&bytes)?;
     if !header.kind.is_data() {
-        return Err(Trouble::Peer(format!("a {:?} record on a data stream", header.kind)));
+        return Err(SessionError::Peer(format!("a {:?} record on a data stream", header.kind)));
     }
     let end = HEADER_BYTES + header.meta_bytes as usize;
     if end > HEADER_BYTES {
-        let (result, filled) = read_exact(&inlet.socket, head, HEADER_BYTES, end, &inlet.life).await;
+        let (result, filled) = read_exact(&inlet.socket, head, HEADER_BYTES, end, &inlet.session_state).await;
         result.map_err(&link)?;
         head = filled;
     }

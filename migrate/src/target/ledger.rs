@@ -3,7 +3,7 @@
 use swapd::{PageNo, Placed, Run};
 
 use crate::bitmap::Bitmap;
-use crate::link::trouble::Trouble;
+use crate::link::error::SessionError;
 use crate::outside::planted;
 use crate::wire::control::Totals;
 
@@ -17,7 +17,7 @@ pub(crate) struct Ledger {
 
 /// Pages of a run that were all here before, or all not.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Stretch {
+pub(crate) struct SameHistory {
     pub(crate) run: Run,
     pub(crate) again: bool,
 }
@@ -32,11 +32,11 @@ impl Ledger {
     }
 
     /// The first stretch of `run`.
-    pub(crate) fn stretch(&self, run: Run) -> Stretch {
+    pub(crate) fn stretch(&self, run: Run) -> SameHistory {
         let again = self.seen.get(run.start);
         let changes = |page: &PageNo| self.seen.get(*page) != again;
         let len = run.pages().find(changes).map_or(run.len, |page| (page.0 - run.start.0) as u32);
-        Stretch { run: run.part(0, len), again }
+        SameHistory { run: run.part(0, len), again }
     }
 
     pub(crate) fn arrived(&mut self, run: Run) {
@@ -50,16 +50,18 @@ impl Ledger {
     }
 
     /// Whether this is all, by what the source says that it sent and by what arrived on all streams.
-    pub(crate) fn settle(&self, theirs: Totals, ours: Totals) -> Result<(), Trouble> {
+    pub(crate) fn settle(&self, theirs: Totals, ours: Totals) -> Result<(), SessionError> {
         if planted!(BelievesLostStreams) {
             return Ok(());
         }
         if theirs != ours {
-            return Err(Trouble::Peer(format!("it sent {theirs:?}, but {ours:?} arrived")));
+            return Err(SessionError::Peer(format!("it sent {theirs:?}, but {ours:?} arrived")));
         }
         if !self.seen.is_full() {
             let missing = self.pages - self.seen.count();
-            return Err(Trouble::Peer(format!("it called the memory complete with {missing} pages missing")));
+            return Err(SessionError::Peer(format!(
+                "it called the memory complete with {missing} pages missing"
+            )));
         }
         Ok(())
     }
@@ -80,9 +82,9 @@ mod tests {
         let mut ledger = Ledger::new(512);
         ledger.arrived(Run::new(PageNo(10), 5));
         let stretch = |start, len| ledger.stretch(Run::new(PageNo(start), len));
-        assert_eq!(stretch(8, 10), Stretch { run: Run::new(PageNo(8), 2), again: false });
-        assert_eq!(stretch(10, 10), Stretch { run: Run::new(PageNo(10), 5), again: true });
-        assert_eq!(stretch(15, 3), Stretch { run: Run::new(PageNo(15), 3), again: false });
+        assert_eq!(stretch(8, 10), SameHistory { run: Run::new(PageNo(8), 2), again: false });
+        assert_eq!(stretch(10, 10), SameHistory { run: Run::new(PageNo(10), 5), again: true });
+        assert_eq!(stretch(15, 3), SameHistory { run: Run::new(PageNo(15), 3), again: false });
     }
 
     #[test]

@@ -23,9 +23,9 @@ use session::{Failed, Session};
 
 use crate::hello::{refuse, write_opening};
 use crate::link::control::ControlLink;
-use crate::link::life::Life;
-use crate::link::trouble::Trouble;
-use crate::link::watch::Watch;
+use crate::link::error::SessionError;
+use crate::link::guard::Guard;
+use crate::link::state::SessionState;
 use crate::outside::{Instant, runtime};
 use crate::registry::Begun;
 use crate::report::Received;
@@ -105,28 +105,30 @@ fn accepted(
     let streams = data_streams(link)?;
     let runtime = runtime().map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
     let control = link.control.try_clone().map_err(broken)?;
-    let life = Rc::new(Life::default());
+    let session_state = Rc::new(SessionState::default());
     let lanes = [WireLane::ToTarget, WireLane::ToSource];
     let control = runtime
-        .block_on(async { ControlLink::start(control, link.hello.session, lanes, &life) })
+        .block_on(async { ControlLink::start(control, link.hello.session, lanes, &session_state) })
         .map_err(broken)?;
-    let watch = Watch::new(life.clone(), link.cancel, control.outbox().clone());
-    let mut session = Session { runtime: &runtime, control, watch };
+    let guard = Guard::new(session_state.clone(), link.cancel, control.outbox().clone());
+    let mut session = Session { runtime: &runtime, control, guard };
 
     let result = session.run(link, memory, vm, streams, begun);
     let Session { control, .. } = session;
     let last_word = match &result {
         Ok(_) => None,
-        Err(Failed::Trouble) => life.farewell(),
+        Err(Failed::SessionError) => session_state.farewell(),
         Err(Failed::Said(error)) => Some(error.chain()),
     };
-    runtime.block_on(control.close(&life, last_word));
+    runtime.block_on(control.close(&session_state, last_word));
     match result {
         Ok(mut received) => {
-            received.bytes_received = life.bytes_received();
+            received.bytes_received = session_state.bytes_received();
             Ok(received)
         }
-        Err(Failed::Trouble) => Err(life.take_trouble().unwrap_or(Trouble::Cancelled).into()),
+        Err(Failed::SessionError) => {
+            Err(session_state.take_error().unwrap_or(SessionError::Cancelled).into())
+        }
         Err(Failed::Said(error)) => Err(error),
     }
 }
@@ -163,12 +165,12 @@ impl Session<'_> {
         begun: Begun,
     ) -> Result<Received, Failed> {
         let mut arrival = Arrival::new(&link.hello, memory, streams);
-        let (control, watch) = (&mut self.control, &self.watch);
+        let (control, guard) = (&mut self.control, &self.guard);
         let arrived = self.runtime.block_on(async {
-            let arrived = arrival.run(control, watch, link.progress).await;
+            let arrived = arrival.run(control, guard, link.progress).await;
             let arrived = arrived.map_err(|trouble| {
-                watch.failed(trouble);
-                Failed::Trouble
+                guard.failed(trouble);
+                Failed::SessionError
             });
             arrival.close().await;
             arrived

@@ -2,18 +2,18 @@
 
 use super::error::ReceiveError;
 use crate::link::control::ControlLink;
-use crate::link::watch::Watch;
+use crate::link::guard::Guard;
 use crate::outside::Runtime;
 
 /// How a session fails: on the wire, or with an error of this side's VM or registry.
 pub(super) enum Failed {
-    /// The session's `Life` has it.
-    Trouble,
+    /// The session's `SessionState` has it.
+    SessionError,
     Said(ReceiveError),
 }
 
 pub(super) struct Session<'a> {
     pub(super) runtime: &'a Runtime,
     pub(super) control: ControlLink,
-    pub(super) watch: Watch<'a>,
+    pub(super) guard: Guard<'a>,
 }

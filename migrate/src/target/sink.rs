@@ -10,9 +10,9 @@ use tokio_uring::buf::BoundedBuf;
 
 use super::ledger::Ledger;
 use super::plain::PlainMemory;
-use crate::link::life::Life;
+use crate::link::error::SessionError;
 use crate::link::region::{Pages, Region};
-use crate::link::trouble::Trouble;
+use crate::link::state::SessionState;
 use crate::outside::{EngineHandle, TcpStream, planted};
 use crate::wire::record::MAX_RECORD_PAGES;
 
@@ -24,9 +24,9 @@ const MAX_OPEN_ARRIVALS: usize = 2 * MAX_RECORD_PAGES as usize;
 const DURING: &str = "receiving pages";
 
 /// A stream's connection and what belongs to the whole session.
-pub(crate) struct Inlet {
+pub(crate) struct StreamInput {
     pub(crate) socket: TcpStream,
-    pub(crate) life: Rc<Life>,
+    pub(crate) session_state: Rc<SessionState>,
     pub(crate) ledger: Rc<RefCell<Ledger>>,
 }
 
@@ -43,14 +43,14 @@ pub(crate) enum Sink {
 }
 
 impl Sink {
-    pub(crate) async fn pages(&mut self, inlet: &Inlet, batch: Batch<'_>) -> Result<(), Trouble> {
+    pub(crate) async fn pages(&mut self, inlet: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
         match self {
             Sink::Engine(sink) => sink.pages(inlet, batch).await,
             Sink::Plain(sink) => sink.pages(inlet, batch).await,
         }
     }
 
-    pub(crate) async fn zeros(&mut self, inlet: &Inlet, runs: &[Run]) -> Result<(), Trouble> {
+    pub(crate) async fn zeros(&mut self, inlet: &StreamInput, runs: &[Run]) -> Result<(), SessionError> {
         for run in runs {
             match self {
                 Sink::Engine(sink) => sink.sent(sink.handle.arrive_zero_async(*run)).await?,
@@ -61,13 +61,13 @@ impl Sink {
         Ok(())
     }
 
-    pub(crate) async fn poisoned(&mut self, inlet: &Inlet, runs: &[Run]) -> Result<(), Trouble> {
+    pub(crate) async fn poisoned(&mut self, inlet: &StreamInput, runs: &[Run]) -> Result<(), SessionError> {
         for run in runs {
             match self {
                 Sink::Engine(sink) => sink.sent(sink.handle.arrive_poisoned_async(*run)).await?,
                 Sink::Plain(_) => {
                     let text = "the VM has poisoned pages, which memory without an engine cannot keep";
-                    return Err(Trouble::Unable(text.to_string()));
+                    return Err(SessionError::Unable(text.to_string()));
                 }
             }
             inlet.ledger.borrow_mut().arrived(*run);
@@ -77,7 +77,7 @@ impl Sink {
 
     /// Nothing more comes for now: gives back what was granted. Another stream may have to wait for it, of whose round this one's next
     /// page must wait for the end.
-    pub(crate) async fn rest(&mut self) -> Result<(), Trouble> {
+    pub(crate) async fn rest(&mut self) -> Result<(), SessionError> {
         match self {
             Sink::Engine(sink) => sink.rest().await,
             Sink::Plain(_) => Ok(()),
@@ -99,7 +99,7 @@ impl EngineSink {
         EngineSink { handle, spare: None, coming: None, arrivals: VecDeque::with_capacity(MAX_OPEN_ARRIVALS) }
     }
 
-    async fn pages(&mut self, inlet: &Inlet, batch: Batch<'_>) -> Result<(), Trouble> {
+    async fn pages(&mut self, inlet: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
         let total = batch.sums.len();
         let mut done = 0;
         let mut runs = batch.runs.iter().copied().collect::<VecDeque<Run>>();
@@ -123,11 +123,11 @@ impl EngineSink {
 
     async fn arrive(
         &mut self,
-        inlet: &Inlet,
+        inlet: &StreamInput,
         runs: &[Run],
         slots: SlotRun,
         sums: &[[u8; 8]],
-    ) -> Result<(), Trouble> {
+    ) -> Result<(), SessionError> {
         let mut at = 0;
         for run in runs {
             let mut rest = *run;
@@ -153,7 +153,7 @@ impl EngineSink {
     }
 
     /// Keeps an answer until it is certainly there, so that its error is not lost.
-    async fn sent(&mut self, answer: Answer<()>) -> Result<(), Trouble> {
+    async fn sent(&mut self, answer: Answer<()>) -> Result<(), SessionError> {
         if self.arrivals.len() == MAX_OPEN_ARRIVALS {
             self.settle(MAX_OPEN_ARRIVALS / 2).await?;
         }
@@ -161,7 +161,7 @@ impl EngineSink {
         Ok(())
     }
 
-    async fn settle(&mut self, leave: usize) -> Result<(), Trouble> {
+    async fn settle(&mut self, leave: usize) -> Result<(), SessionError> {
         while self.arrivals.len() > leave
             && let Some(answer) = self.arrivals.pop_front()
         {
@@ -171,7 +171,7 @@ impl EngineSink {
     }
 
     /// Up to `want` granted frames. More are asked for ahead, so that a stream seldom waits.
-    async fn grant(&mut self, inlet: &Inlet, want: u32) -> Result<SlotRun, Trouble> {
+    async fn grant(&mut self, inlet: &StreamInput, want: u32) -> Result<SlotRun, SessionError> {
         let granted = match self.spare.take() {
             Some(slots) => slots,
             None => {
@@ -180,8 +180,8 @@ impl EngineSink {
                     None => self.handle.grant_frames_async(GRANT_SLOTS),
                 };
                 // If the session fails meanwhile, the engine takes back what nobody waits for any more.
-                let granted = inlet.life.unless_failed(answered(coming)).await;
-                let granted = granted.ok_or_else(|| Trouble::Link {
+                let granted = inlet.session_state.unless_failed(answered(coming)).await;
+                let granted = granted.ok_or_else(|| SessionError::Link {
                     during: DURING,
                     source: std::io::ErrorKind::ConnectionAborted.into(),
                 })??;
@@ -200,7 +200,7 @@ impl EngineSink {
         }
     }
 
-    async fn rest(&mut self) -> Result<(), Trouble> {
+    async fn rest(&mut self) -> Result<(), SessionError> {
         if let Some(mut coming) = self.coming.take() {
             coming.close();
             // It may have been answered before it was closed.
@@ -226,7 +226,7 @@ impl PlainSink {
         PlainSink { memory, bounce: Pages::new(MAX_RECORD_PAGES as usize * PAGE_SIZE) }
     }
 
-    async fn pages(&mut self, inlet: &Inlet, batch: Batch<'_>) -> Result<(), Trouble> {
+    async fn pages(&mut self, inlet: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
         if let [run] = batch.runs {
             let start = self.memory.page_address(run.start);
             // SAFETY: within the mapping (`page_address` checks its start, the decoder its end), which the clone keeps; nobody
@@ -252,12 +252,12 @@ impl PlainSink {
         Ok(())
     }
 
-    fn zero(&self, ledger: &Ledger, run: Run) -> Result<(), Trouble> {
+    fn zero(&self, ledger: &Ledger, run: Run) -> Result<(), SessionError> {
         let mut rest = run;
         while rest.len > 0 {
             let stretch = ledger.stretch(rest);
             if stretch.again {
-                self.memory.clear(stretch.run).map_err(Trouble::Memory)?;
+                self.memory.clear(stretch.run).map_err(SessionError::Memory)?;
             }
             rest = rest.part(stretch.run.len, rest.len - stretch.run.len);
         }
@@ -283,11 +283,11 @@ fn take_runs(runs: &mut VecDeque<Run>, pages: u32) -> Vec<Run> {
 
 /// Fills the region from the socket, and checks each page as soon as it is there, while it is in the cache.
 async fn receive_checked<K: Unpin + 'static>(
-    inlet: &Inlet,
+    inlet: &StreamInput,
     mut region: Region<K>,
     runs: &[Run],
     sums: &[[u8; 8]],
-) -> Result<Region<K>, Trouble> {
+) -> Result<Region<K>, SessionError> {
     let mut numbers = runs.iter().flat_map(|run| run.pages());
     let (mut filled, mut checked) = (0, 0);
     while checked < sums.len() {
@@ -295,22 +295,22 @@ async fn receive_checked<K: Unpin + 'static>(
         region = slice.into_inner();
         match result {
             Ok(0) => {
-                return Err(Trouble::Link {
+                return Err(SessionError::Link {
                     during: DURING,
                     source: std::io::ErrorKind::UnexpectedEof.into(),
                 });
             }
             Ok(count) => {
-                inlet.life.received(count);
+                inlet.session_state.received(count);
                 filled += count;
             }
-            Err(source) => return Err(Trouble::Link { during: DURING, source }),
+            Err(source) => return Err(SessionError::Link { during: DURING, source }),
         }
         let whole = &region.bytes()[checked * PAGE_SIZE..filled / PAGE_SIZE * PAGE_SIZE];
         for bytes in whole.chunks_exact(PAGE_SIZE) {
             let page = numbers.next().expect("as many pages as checksums");
             if page_sum(page, bytes).to_le_bytes() != sums[checked] && !planted!(TrustsTheWire) {
-                return Err(Trouble::Peer(format!("the content of {page} does not match its checksum")));
+                return Err(SessionError::Peer(format!("the content of {page} does not match its checksum")));
             }
             checked += 1;
         }

@@ -73,7 +73,7 @@ impl Core {
             // Else it has come with others, or been given back, meanwhile: it needs no frame, and must not look as if it did.
             let needs_one = matches!(state, PageState::Stored | PageState::Untouched);
             if needs_one && self.waiting.contains_key(&page) {
-                if self.available() == 0 && self.staging.standby_count() == 0 {
+                if self.frames_at_hand() == 0 && self.staging.standby_count() == 0 {
                     return;
                 }
                 let served = if state == PageState::Stored { self.page_in(page) } else { self.fill(page) };
@@ -221,7 +221,7 @@ impl Core {
         let start = PageNo(page.0 - page.0 % u64::from(chunk)).max(block.start);
         let end = PageNo(start.0 - start.0 % u64::from(chunk) + u64::from(chunk)).min(block.end());
         // The page itself first: it must get a frame even if nothing else does.
-        if self.available() == 0 {
+        if self.frames_at_hand() == 0 {
             self.reclaim_standby(1);
         }
         let after = Run::new(page, (end.0 - page.0) as u32);
@@ -237,7 +237,7 @@ impl Core {
 
     /// The untouched pages of the run, while the budget has more than the engine keeps free.
     pub(super) fn fill_ahead(&mut self, run: Run) -> Response {
-        let spare = self.available().saturating_sub(u64::from(self.marks.goal()));
+        let spare = self.frames_at_hand().saturating_sub(u64::from(self.marks.goal()));
         let pages = run.pages().filter(|page| self.table.state(*page) == PageState::Untouched);
         let runs: Vec<_> = runs_of(pages.take(spare as usize), run.len).collect();
         for run in runs {
@@ -249,7 +249,7 @@ impl Core {
     /// Huge pages are for memory that need not be paged: to take a part out of one costs as much as some hundred moves.
     fn may_fill_whole(&self, run: Run) -> bool {
         let whole = run.len == BLOCK_PAGES && run == self.table.block_of(run.start);
-        whole && self.covers() && self.budget - self.taken >= u64::from(BLOCK_PAGES)
+        whole && self.budget_covers_memory() && self.budget - self.taken >= u64::from(BLOCK_PAGES)
     }
 
     fn fill_whole(&mut self, run: Run) {
@@ -271,7 +271,7 @@ impl Core {
     }
 
     pub(super) fn filled(&mut self, run: Run, huge: bool) {
-        run.pages().for_each(|page| self.came_in(page));
+        run.pages().for_each(|page| self.now_resident(page));
         self.table.set_huge(run.start.block(), huge);
     }
 
@@ -297,12 +297,12 @@ impl Core {
         self.counts.prefetch_used += u64::from(proof.used);
         self.counts.prefetch_wasted += u64::from(proof.wasted);
         self.probation.note_way(proof.way, self.budget);
-        plans.drain(..).for_each(|plan| self.bring(plan));
+        plans.drain(..).for_each(|plan| self.prefetch_plan(plan));
         self.plans = plans;
     }
 
     /// Brings in what of the plan is stored, as long as frames are plentiful.
-    fn bring(&mut self, plan: Plan) {
+    fn prefetch_plan(&mut self, plan: Plan) {
         let landing = match plan.marker {
             Some(_) => Landing::Guest { marker: plan.marker },
             None => Landing::Staging,
@@ -341,10 +341,10 @@ impl Core {
         let mut run = run;
         while run.len > 0 {
             let floor = u64::from(self.marks.low / 2);
-            if self.available() < floor + u64::from(run.len.min(super::IO_PAGES_MAX)) {
+            if self.frames_at_hand() < floor + u64::from(run.len.min(super::IO_PAGES_MAX)) {
                 self.reclaim_standby(self.marks.low);
             }
-            let spare = self.available().saturating_sub(floor);
+            let spare = self.frames_at_hand().saturating_sub(floor);
             let want = u64::from(run.len.min(super::IO_PAGES_MAX)).min(spare) as u32;
             let Some(taken) = self.take_frames(want) else { break };
             let part = run.part(0, taken.slots.len);

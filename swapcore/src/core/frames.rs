@@ -22,15 +22,15 @@ pub(super) struct Taken {
 
 impl Core {
     /// Frames to be had without taking one from a page.
-    pub(super) fn available(&self) -> u64 {
-        let limit = self.limit();
+    pub(super) fn frames_at_hand(&self) -> u64 {
+        let limit = self.frames_allowed();
         let over = self.taken.saturating_sub(limit);
         u64::from(self.staging.free_frames()).saturating_sub(over) + limit.saturating_sub(self.taken)
     }
 
     /// Up to `want` contiguous frames, not yet bound.
     pub(super) fn take_frames(&mut self, want: u32) -> Option<Taken> {
-        let want = u64::from(want).min(self.available()) as u32;
+        let want = u64::from(want).min(self.frames_at_hand()) as u32;
         match self.staging.take_free(want) {
             Some(slots) => Some(Taken { slots, fresh: false }),
             None => self.take_fresh(want),
@@ -39,7 +39,7 @@ impl Core {
 
     /// The same, from the host alone.
     pub(super) fn take_fresh(&mut self, want: u32) -> Option<Taken> {
-        let left = self.limit().saturating_sub(self.taken) + u64::from(mutant!(OverspendsBudget));
+        let left = self.frames_allowed().saturating_sub(self.taken) + u64::from(mutant!(OverspendsBudget));
         let want = u64::from(want).min(left) as u32;
         let slots = self.staging.take_empty(want)?;
         self.taken += u64::from(slots.len);
@@ -48,7 +48,7 @@ impl Core {
 
     /// One frame, from standby if need be: for somebody who waits.
     pub(super) fn take_one(&mut self) -> Option<Taken> {
-        if self.available() == 0 {
+        if self.frames_at_hand() == 0 {
             self.reclaim_standby(1);
         }
         self.take_frames(1)
@@ -111,7 +111,7 @@ impl Core {
     // ── budget ───────────────────────────────────────────────────────────────────────────
 
     /// Every page can have a frame: nothing need ever leave.
-    pub(super) fn covers(&self) -> bool {
+    pub(super) fn budget_covers_memory(&self) -> bool {
         self.budget >= self.table.memory_pages()
     }
 
@@ -137,9 +137,9 @@ impl Core {
         if bytes > memory.max(bytes_of(self.config.budget_min)) {
             return Some(Err(CommandError::BudgetTooLarge { asked: bytes, memory }));
         }
-        let covered = self.covers();
+        let covered = self.budget_covers_memory();
         self.budget = frames;
-        if self.covers() != covered {
+        if self.budget_covers_memory() != covered {
             // While huge pages still find the way back to where they were.
             self.end_sampling();
             self.actions.push_back(Action::HugePages(!covered));
@@ -152,7 +152,7 @@ impl Core {
     }
 
     /// Gives frames above the budget back to the host, and tells who waits for that, or why he waits in vain.
-    pub(super) fn give_back(&mut self) {
+    pub(super) fn shrink_to_budget(&mut self) {
         let over = self.taken.saturating_sub(self.budget);
         if !mutant!(KeepsFramesAboveBudget) {
             self.release_free(u32::try_from(over).unwrap_or(u32::MAX));
@@ -171,23 +171,23 @@ impl Core {
     }
 
     /// Free frames take up slots that victims need: those that are more than is kept ready go back to the host.
-    pub(super) fn make_slots(&mut self) {
+    pub(super) fn free_empty_slots(&mut self) {
         if self.staging.empty_slots() < self.staging.slots() / 4 {
             self.release_free(self.staging.free_frames().saturating_sub(self.marks.high));
         }
     }
 
     /// Gives frames back for the copies that have been made, or could not be: so many that lie side by side, for this flushes too.
-    pub(super) fn make_headroom(&mut self) {
-        if self.lone < HEADROOM {
+    pub(super) fn repay_copies(&mut self) {
+        if self.copies_owed < HEADROOM {
             return;
         }
-        self.lone = 0;
+        self.copies_owed = 0;
         let Some(slots) = self.staging.take_free(HEADROOM.min(self.staging.free_frames() / 2)) else {
             return;
         };
         if slots.len >= HEADROOM_MIN {
-            self.hand_back(slots);
+            self.return_to_host(slots);
         } else {
             slots.slots().for_each(|slot| self.staging.free(slot));
         }
@@ -196,13 +196,13 @@ impl Core {
     fn release_free(&mut self, mut count: u32) {
         while count > 0 {
             let Some(slots) = self.staging.take_free(count) else { return };
-            self.hand_back(slots);
+            self.return_to_host(slots);
             count -= slots.len;
         }
     }
 
     /// Frames just taken from the free ones go to the host.
-    fn hand_back(&mut self, slots: SlotRun) {
+    fn return_to_host(&mut self, slots: SlotRun) {
         slots.slots().for_each(|slot| {
             self.staging.assign(slot, Use::Orphan);
             self.staging.vacate(slot);

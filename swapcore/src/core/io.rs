@@ -93,7 +93,7 @@ impl Core {
             }
         }
         match arrived[..] {
-            [(page, slot)] if run.len == 1 => self.bring_in(page, slot),
+            [(page, slot)] if run.len == 1 => self.copy_or_move_in(page, slot),
             _ => self.move_in(arrived.iter().copied()),
         }
         arrived.clear();

@@ -36,7 +36,7 @@ impl Core {
     }
 
     /// Frames that pages can have: all of the budget but what is left of the reserve. (A VM that arrives runs no vCPUs.)
-    pub(super) fn limit(&self) -> u64 {
+    pub(super) fn frames_allowed(&self) -> u64 {
         if self.receiving.is_some() {
             return self.budget;
         }
@@ -178,7 +178,7 @@ impl Core {
     /// there can leave.
     pub(super) fn tell_starved(&mut self) {
         let Some(error) = self.tiers.failed().filter(|_| !self.room_may_come()) else { return };
-        let plenty = self.available() > u64::from(self.marks.high);
+        let plenty = self.frames_at_hand() > u64::from(self.marks.high);
         let nothing_leaves = self.tiers.all_failed() || self.is_starved();
         if !self.deferred.is_empty() {
             if nothing_leaves && !std::mem::replace(&mut self.starving.told, true) {

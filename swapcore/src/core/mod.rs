@@ -152,7 +152,7 @@ pub struct Core {
     /// Of these, the ones for which there was no frame, in order.
     deferred: VecDeque<PageNo>,
     /// Pages that were read alone and came to the guest since frames were last given back for copies.
-    lone: u32,
+    copies_owed: u32,
     /// Moves into the guest that met a pinned page.
     pinned_in: Vec<(Run, SlotRun)>,
     dirty: DirtyTracking,
@@ -228,7 +228,7 @@ impl Core {
             ios: Ios::default(),
             waiting: PageMap::default(),
             deferred: VecDeque::new(),
-            lone: 0,
+            copies_owed: 0,
             pinned_in: Vec::new(),
             dirty: DirtyTracking::default(),
             walks: Walks::default(),
@@ -445,10 +445,10 @@ impl Core {
 
     /// A page that was read alone. A frame that leaves staging has to be flushed from the TLBs of all processors that run the VM, which
     /// takes longer than to copy a page. The copy takes one frame more, until that in staging is given back with others.
-    pub(super) fn bring_in(&mut self, page: PageNo, slot: Slot) {
-        let recycles = !self.covers() && self.receiving.is_none();
-        self.lone += u32::from(recycles);
-        if recycles && self.taken < self.limit() {
+    pub(super) fn copy_or_move_in(&mut self, page: PageNo, slot: Slot) {
+        let recycles = !self.budget_covers_memory() && self.receiving.is_none();
+        self.copies_owed += u32::from(recycles);
+        if recycles && self.taken < self.frames_allowed() {
             self.taken += u64::from(!mutant!(MiscountsCopies));
             self.actions.push_back(Action::CopyIn { page, slot });
         } else {
@@ -460,7 +460,7 @@ impl Core {
     fn copied_in(&mut self, page: PageNo, slot: Slot, copied: bool) {
         if copied {
             self.unbind(page);
-            self.came_in(page);
+            self.now_resident(page);
         } else {
             self.taken -= 1;
             self.actions.push_front(Action::MoveIn { run: Run::one(page), slots: SlotRun::new(slot, 1) });
@@ -471,14 +471,14 @@ impl Core {
         if self.staging.lent_to(run.start.block()) == Some(slots) {
             if moved == run.len || mutant!(TrustsPartialBlocks) {
                 self.staging.take_back(run.start.block());
-                return run.pages().for_each(|page| self.came_in(page));
+                return run.pages().for_each(|page| self.now_resident(page));
             }
             self.split_sample(run.start);
         }
         for (page, slot) in run.pages().zip(slots.slots()).take(moved as usize) {
             self.slots_of.remove(&page);
             self.staging.vacate(slot);
-            self.came_in(page);
+            self.now_resident(page);
         }
         if moved < run.len && !mutant!(ForgetsPinnedMoves) {
             let rest = run.len - moved;
@@ -487,7 +487,7 @@ impl Core {
     }
 
     /// Its frame is in the guest.
-    fn came_in(&mut self, page: PageNo) {
+    fn now_resident(&mut self, page: PageNo) {
         self.table.set(page, PageState::Resident);
         self.may_give_way(page);
         if !self.waiting.is_empty()

@@ -31,10 +31,10 @@ impl Core {
             self.serve_receiving();
         }
         if self.taken > self.budget || !self.budget_waiters.is_empty() {
-            self.give_back();
+            self.shrink_to_budget();
         }
         if !self.evict_waiters.is_empty() {
-            self.make_slots();
+            self.free_empty_slots();
             self.answer_evicted(may_evict);
         }
         if self.tiers.latched().is_some() {
@@ -52,8 +52,8 @@ impl Core {
         if self.receiving.is_none() {
             self.make_room();
             self.serve_deferred();
-            self.make_slots();
-            self.make_headroom();
+            self.free_empty_slots();
+            self.repay_copies();
         } else {
             self.make_way();
         }
@@ -61,14 +61,14 @@ impl Core {
 
     fn make_room(&mut self) {
         let over = u32::try_from(self.taken.saturating_sub(self.budget)).unwrap_or(u32::MAX);
-        let available = u32::try_from(self.available()).unwrap_or(u32::MAX);
+        let available = u32::try_from(self.frames_at_hand()).unwrap_or(u32::MAX);
         if available < self.marks.low || over > 0 {
             let free_wanted =
                 self.marks.high.saturating_sub(available) + over.saturating_sub(self.staging.free_frames());
             self.reclaim_standby(free_wanted);
         }
         let leaving = self.leaving_soon() as u32;
-        let outside = (u32::try_from(self.available()).unwrap_or(u32::MAX))
+        let outside = (u32::try_from(self.frames_at_hand()).unwrap_or(u32::MAX))
             .saturating_add(self.staging.standby_count())
             .saturating_add(leaving);
         let goal = self.marks.goal().saturating_add(over);
@@ -120,7 +120,8 @@ impl Core {
     fn write_behind(&mut self) {
         let most = if self.prefetcher.shares_device() { BURST_POLITE_MAX } else { BURST_MAX };
         let burst = most.min(self.marks.goal() / 4) as usize;
-        let scarce = self.available() + u64::from(self.staging.standby_count()) < u64::from(self.marks.low);
+        let scarce =
+            self.frames_at_hand() + u64::from(self.staging.standby_count()) < u64::from(self.marks.low);
         let awaited = !self.evict_waiters.is_empty() || !self.budget_waiters.is_empty();
         // What a VM's frames wait for that arrives: it has no reads that a write could be in the way of.
         let arrives = self.receiving.is_some();
@@ -291,7 +292,7 @@ impl Core {
         samples.clear();
         // While all of memory has frames. Else huge pages fall to pieces anyway.
         let has_place = |block| self.staging.has_place(block);
-        let huge = self.covers().then_some(&has_place as &dyn Fn(usize) -> bool);
+        let huge = self.budget_covers_memory().then_some(&has_place as &dyn Fn(usize) -> bool);
         self.sampler.choose(&mut self.table, self.tick, Places { huge, single }, &mut samples);
         for run in samples.drain(..) {
             let out = if run.len == BLOCK_PAGES {

@@ -66,7 +66,7 @@ impl Core {
 
     /// Somebody waits for a frame, no page is on its way out, and none can be.
     fn is_stuck(&self) -> bool {
-        let outside = self.available() + u64::from(self.staging.standby_count());
+        let outside = self.frames_at_hand() + u64::from(self.staging.standby_count());
         !self.deferred.is_empty()
             && outside + self.leaving_soon() == 0
             && self.tiers.any_open()
@@ -108,7 +108,7 @@ impl Core {
             return;
         }
         // So that the figures are those of this moment.
-        self.give_back();
+        self.shrink_to_budget();
         if self.budget_waiters.is_empty() {
             return;
         }

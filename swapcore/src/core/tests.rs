@@ -356,7 +356,7 @@ fn who_waits_for_a_frame_no_longer_is_not_said_to_starve() {
     burst.extend(actions(&mut core, Event::Tick { ticks: 1 }));
     written(&mut core, io_of(&burst), Ok(()));
     let mut next = PageNo(100);
-    while core.available() > 0 {
+    while core.frames_at_hand() > 0 {
         next = next.plus(1);
         actions(&mut core, Event::Fault(next));
     }
@@ -369,7 +369,7 @@ fn who_waits_for_a_frame_no_longer_is_not_said_to_starve() {
     ask(&mut core, Request::Discard(Run::one(gone)));
     let (_, enough) = all_pinned(&mut core, |core| core.handle(Event::Tick { ticks: 1 }));
     assert!(matches!(enough[..], [Action::Enough]), "{enough:?}");
-    assert_eq!((core.available(), core.stats().starved_ms), (0, 0));
+    assert_eq!((core.frames_at_hand(), core.stats().starved_ms), (0, 0));
 }
 
 /// A VM of two huge pages whose budget covers it, with samples on.

@@ -124,7 +124,7 @@ pub struct Prefetcher {
     recent: VecDeque<(PageNo, u64)>,
     clock: u64,
     /// Moving share of faults that belong to no stream, of SCORE_MAX.
-    lone: u32,
+    outside_share: u32,
     /// Moving share of neighbours used, of SCORE_MAX.
     score: u32,
     pages: u64,
@@ -146,7 +146,7 @@ impl Prefetcher {
             streams: Vec::with_capacity(STREAMS),
             recent: VecDeque::with_capacity(RECENT + 1),
             clock: 0,
-            lone: 0,
+            outside_share: 0,
             score: SCORE_START,
             pages,
         }
@@ -159,7 +159,7 @@ impl Prefetcher {
             self.streams.iter().filter(|stream| self.clock - stream.last_used < ACTIVE).count() as u32;
         let largest = (around.frames / active.max(1) / (AHEAD as u32 + 2)).clamp(WINDOW_MIN, WINDOW_MAX);
         let largest = if self.shares_device() { largest.min(WINDOW_POLITE_MAX) } else { largest };
-        self.lone -= self.lone / LONE_WEIGHT;
+        self.outside_share -= self.outside_share / LONE_WEIGHT;
         if let Some(at) = self.streams.iter().position(|stream| stream.covers(page)) {
             let (clock, pages) = (self.clock, self.pages);
             let stream = &mut self.streams[at];
@@ -178,7 +178,7 @@ impl Prefetcher {
             None => {
                 // A guest that runs ahead of its stream is not another one.
                 if !self.streams.iter().any(|stream| stream.is_beside(page, SPAN_MAX)) {
-                    self.lone += SCORE_MAX / LONE_WEIGHT;
+                    self.outside_share += SCORE_MAX / LONE_WEIGHT;
                 }
                 plans.extend(self.solo(page));
                 Proof::default()
@@ -189,7 +189,7 @@ impl Prefetcher {
     /// Whether streams and lone faults come side by side.
     pub fn shares_device(&self) -> bool {
         let alive = self.streams.iter().any(|stream| self.clock - stream.last_used < SIDE_BY_SIDE);
-        alive && self.lone > SCORE_MAX / 16
+        alive && self.outside_share > SCORE_MAX / 16
     }
 
     /// Whether a stream that is alive gets to the page soon; of a budget of so many frames, all streams together claim half at most.

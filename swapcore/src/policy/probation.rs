@@ -46,7 +46,7 @@ const STRANGERS: u32 = WHOLE / 64;
 pub struct Probation {
     runs: VecDeque<Run>,
     pages: u64,
-    lone: VecDeque<PageNo>,
+    single_faults: VecDeque<PageNo>,
     /// Pages that have left so far, from 1, wrapping.
     left: u32,
     /// `left` when a page of the chunk left last; 0: never.
@@ -70,7 +70,7 @@ impl Probation {
         Probation {
             runs: VecDeque::new(),
             pages: 0,
-            lone: VecDeque::new(),
+            single_faults: VecDeque::new(),
             left: 1,
             left_at: vec![0; pages.div_ceil(CHUNK_PAGES) as usize],
             way: (1, 0),
@@ -107,7 +107,7 @@ impl Probation {
 
     /// Takes in a page that one fault fetched. One that has kept heat from an earlier stay is the clock's.
     pub fn admit_lone(&mut self, page: PageNo) {
-        self.lone.push_back(page);
+        self.single_faults.push_back(page);
     }
 
     fn share_to_stay(&self, run: Run, budget: u64) -> u32 {
@@ -141,8 +141,8 @@ impl Probation {
     pub fn step(&mut self, table: &PageTable, budget: u64, room: u64, victims: &mut Vec<Run>) -> bool {
         victims.clear();
         let unproven = |page: &PageNo| may_leave(table, *page) && table.heat(*page) <= HEAT_FAULT;
-        while victims.is_empty() && self.lone.len() as u64 > (budget / LONE_SHARE).max(LONE_MIN) {
-            let Some(page) = self.lone.pop_front().filter(unproven) else { continue };
+        while victims.is_empty() && self.single_faults.len() as u64 > (budget / LONE_SHARE).max(LONE_MIN) {
+            let Some(page) = self.single_faults.pop_front().filter(unproven) else { continue };
             if !self.ghosts.next_stays() {
                 self.ghosts.note_unproven(page);
                 victims.push(Run::one(page));
@@ -206,7 +206,7 @@ mod tests {
             left += victims.len();
         }
         assert_eq!(
-            (left, probation.lone.len()),
+            (left, probation.single_faults.len()),
             (2, 80),
             "of nine unproven ones, one in eight leaves as long as nothing is known"
         );

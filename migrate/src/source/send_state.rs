@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::record::Record;
 use super::tracker::Tracker;
-use crate::link::life::Life;
+use crate::link::state::SessionState;
 use crate::outside::{EngineHandle, StoredReader};
 use crate::wire::control::Totals;
 use crate::wire::extents::stream_of;
@@ -18,10 +18,10 @@ use crate::wire::record::Kind;
 /// Records that a stream may have in the making and on their way: 4 MiB.
 pub(crate) const RECORDS_PER_STREAM: usize = 4;
 
-pub(crate) struct Shipment {
+pub(crate) struct SendState {
     pub(crate) handle: EngineHandle,
     pub(crate) stored: StoredReader,
-    pub(crate) life: Rc<Life>,
+    pub(crate) session_state: Rc<SessionState>,
     pub(crate) tracker: RefCell<Tracker>,
     pub(crate) lanes: Vec<Lane>,
     /// Pages whose content was sent since this was last reset.
@@ -42,7 +42,7 @@ pub(crate) struct Lane {
 
 /// What a stream's sender sends.
 #[derive(Debug)]
-pub(crate) enum Parcel {
+pub(crate) enum Outgoing {
     Pages(Record),
     /// Zero or poisoned pages.
     Bare(Kind, Vec<Run>),
@@ -98,7 +98,7 @@ impl Lane {
     }
 }
 
-impl Shipment {
+impl SendState {
     pub(crate) fn streams(&self) -> u32 {
         self.lanes.len() as u32
     }

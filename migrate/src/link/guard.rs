@@ -7,8 +7,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::control::Outbox;
-use super::life::Life;
-use super::trouble::Trouble;
+use super::error::SessionError;
+use super::state::SessionState;
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT, patience};
 use crate::outside::{Instant, planted, sleep};
@@ -16,18 +16,18 @@ use crate::wait::Wait;
 use crate::wire::control::Control;
 
 /// Of one session, for its main thread of control.
-pub(crate) struct Watch<'a> {
-    pub(crate) life: Rc<Life>,
+pub(crate) struct Guard<'a> {
+    pub(crate) session_state: Rc<SessionState>,
     pub(crate) cancel: &'a CancelFlag,
     outbox: Outbox,
     heard: Cell<(u64, Instant)>,
     said: Cell<Instant>,
 }
 
-impl<'a> Watch<'a> {
-    pub(crate) fn new(life: Rc<Life>, cancel: &'a CancelFlag, outbox: Outbox) -> Watch<'a> {
+impl<'a> Guard<'a> {
+    pub(crate) fn new(session_state: Rc<SessionState>, cancel: &'a CancelFlag, outbox: Outbox) -> Guard<'a> {
         let now = Instant::now();
-        Watch { life, cancel, outbox, heard: Cell::new((0, now)), said: Cell::new(now) }
+        Guard { session_state, cancel, outbox, heard: Cell::new((0, now)), said: Cell::new(now) }
     }
 
     /// Waits for `work`, which must bear being dropped half-way.
@@ -36,12 +36,16 @@ impl<'a> Watch<'a> {
         during: &'static str,
         limit: Duration,
         work: impl Future<Output = T>,
-    ) -> Result<T, Trouble> {
+    ) -> Result<T, SessionError> {
         self.wait_at_most(during, patience(limit), work).await
     }
 
     /// Waits for what the other side is to do.
-    pub(crate) async fn wait_for<T>(&self, wait: Wait, work: impl Future<Output = T>) -> Result<T, Trouble> {
+    pub(crate) async fn wait_for<T>(
+        &self,
+        wait: Wait,
+        work: impl Future<Output = T>,
+    ) -> Result<T, SessionError> {
         self.wait_at_most(wait.during(), wait.limit().1, work).await
     }
 
@@ -50,37 +54,37 @@ impl<'a> Watch<'a> {
         during: &'static str,
         limit: Duration,
         work: impl Future<Output = T>,
-    ) -> Result<T, Trouble> {
+    ) -> Result<T, SessionError> {
         let deadline = Instant::now() + limit;
         tokio::pin!(work);
         loop {
             tokio::select! {
                 biased;
                 result = &mut work => return Ok(result),
-                () = self.life.failure() => {}
+                () = self.session_state.failure() => {}
                 () = sleep(CANCEL_POLL) => {}
             }
             self.check(during)?;
             if Instant::now() >= deadline {
-                return Err(Trouble::Link { during, source: io::ErrorKind::TimedOut.into() });
+                return Err(SessionError::Link { during, source: io::ErrorKind::TimedOut.into() });
             }
         }
     }
 
     /// To be called at least every [`CANCEL_POLL`]: says why the session must end, or says that it lives.
-    pub(crate) fn check(&self, during: &'static str) -> Result<(), Trouble> {
-        if self.life.has_failed() {
-            // Only a placeholder: `Life` has the trouble itself, and the peer's reason may still arrive.
-            return Err(Trouble::Link { during, source: io::ErrorKind::ConnectionAborted.into() });
+    pub(crate) fn check(&self, during: &'static str) -> Result<(), SessionError> {
+        if self.session_state.has_failed() {
+            // Only a placeholder: `SessionState` has the trouble itself, and the peer's reason may still arrive.
+            return Err(SessionError::Link { during, source: io::ErrorKind::ConnectionAborted.into() });
         }
         if is_cancelled(self.cancel) {
-            return Err(Trouble::Cancelled);
+            return Err(SessionError::Cancelled);
         }
         let (beats, at) = self.heard.get();
-        if beats != self.life.beats() {
-            self.heard.set((self.life.beats(), Instant::now()));
+        if beats != self.session_state.beats() {
+            self.heard.set((self.session_state.beats(), Instant::now()));
         } else if at.elapsed() > patience(SILENCE_LIMIT) && !planted!(WaitsForever) {
-            return Err(Trouble::Link { during, source: io::ErrorKind::TimedOut.into() });
+            return Err(SessionError::Link { during, source: io::ErrorKind::TimedOut.into() });
         }
         if self.said.get().elapsed() > patience(ALIVE_EVERY) {
             self.said.set(Instant::now());
@@ -95,12 +99,12 @@ impl<'a> Watch<'a> {
     }
 
     /// The session ends of this, unless it has failed already.
-    pub(crate) fn failed(&self, trouble: Trouble) {
-        self.life.fail(trouble);
+    pub(crate) fn failed(&self, trouble: SessionError) {
+        self.session_state.fail(trouble);
     }
 
     /// The session was left alone for a while (the thread did something else): silence is counted from now.
     pub(crate) fn resume(&self) {
-        self.heard.set((self.life.beats(), Instant::now()));
+        self.heard.set((self.session_state.beats(), Instant::now()));
     }
 }

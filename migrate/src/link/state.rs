@@ -5,12 +5,12 @@ use std::future::Future;
 
 use tokio::sync::Notify;
 
-use super::trouble::Trouble;
+use super::error::SessionError;
 
 /// Lives on one thread.
 #[derive(Debug, Default)]
-pub(crate) struct Life {
-    trouble: RefCell<Option<Trouble>>,
+pub(crate) struct SessionState {
+    trouble: RefCell<Option<SessionError>>,
     failed: Cell<bool>,
     wake: Notify,
     beats: Cell<u64>,
@@ -18,11 +18,12 @@ pub(crate) struct Life {
     bytes_received: Cell<u64>,
 }
 
-impl Life {
+impl SessionState {
     /// The first trouble counts, but the peer's own reason explains a link that broke.
-    pub(crate) fn fail(&self, trouble: Trouble) {
+    pub(crate) fn fail(&self, trouble: SessionError) {
         let mut first = self.trouble.borrow_mut();
-        let explains = matches!((&*first, &trouble), (Some(Trouble::Link { .. }), Trouble::GaveUp(_)));
+        let explains =
+            matches!((&*first, &trouble), (Some(SessionError::Link { .. }), SessionError::GaveUp(_)));
         if !self.failed.get() || explains {
             *first = Some(trouble);
         }
@@ -34,17 +35,17 @@ impl Life {
         self.failed.get()
     }
 
-    pub(crate) fn take_trouble(&self) -> Option<Trouble> {
+    pub(crate) fn take_error(&self) -> Option<SessionError> {
         self.trouble.borrow_mut().take()
     }
 
     /// What the peer is told about the trouble.
     pub(crate) fn farewell(&self) -> Option<String> {
-        self.trouble.borrow().as_ref().map(Trouble::farewell)
+        self.trouble.borrow().as_ref().map(SessionError::farewell)
     }
 
     pub(crate) fn is_link_trouble(&self) -> bool {
-        matches!(&*self.trouble.borrow(), Some(Trouble::Link { .. }))
+        matches!(&*self.trouble.borrow(), Some(SessionError::Link { .. }))
     }
 
     /// Waits for `work`; None if the session fails first. What is there already counts, even so.
