@@ -13,7 +13,8 @@
 //! - its *decision*, on a file system that is memory (`outside::in_memory`): what outlasts the death of a process. `commit` writes eight
 //!   bytes of it, and nothing else happens in the pause. It goes when the record has been flushed with the same word.
 //!
-//! Both are changed under the record's `flock` alone. Who commits keeps it until the VM has started or the commit is revoked, so who
+//! Both are changed under the record's `flock` alone, but for the flush behind the start ([`Kept::flush`]): whoever writes the record of a
+//! committed session writes the same word. Who commits keeps it until the VM has started or the commit is revoked, so who
 //! finds it free sees a decision that stands. A record that is settled counts by itself. One that is *begun* counts only together
 //! with its decision, and the decision only within the boot that the record names:
 //!

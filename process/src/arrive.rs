@@ -271,8 +271,8 @@ impl TargetVm for Target<'_> {
     }
 
     fn start(&mut self, paused: bool) -> Result<(), VmError> {
-        // The commit is recorded. Whatever ends this thread from here on, a bug as well, the VM is this host's unless that is taken back
-        // below: it may run already, so it must run nowhere else.
+        // The commit is decided, so the source will not run the VM again. From here on any end of this thread, a panic too, leaves the VM
+        // marked as this host's. Only the failure below, where the guest provably did not start, takes that back.
         let stands = paused.then_some(AS_IT_CAME);
         self.vm.core(|core| (core.phase, core.paused, core.waiting) = (Phase::Here, stands, None));
         let started = self

@@ -69,8 +69,9 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
         .map_err(|error| Failure::io("cannot start the signal thread", &error))
 }
 
-/// A VM with one of its threads missing would hang rather than fail: a panic ends the process, once it has been told. Not while a thread
-/// receives or sends, which the VM can do without, and which knows where it is then.
+/// A panic on any thread ends the process, behind its last words: a VM with one of its threads missing would hang rather than fail.
+/// Except while a thread receives or sends: the VM can do without that thread, which catches its own panic and knows at which side
+/// the VM is then.
 fn die_on_panic(vm: Arc<Vm>) {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {

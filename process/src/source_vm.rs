@@ -52,7 +52,7 @@ impl<'a> Leaving<'a> {
         self.failed(self.vm.unmovable().map_or(failure, cannot_move))
     }
 
-    /// A bug ended the migration (in a process of ours, all of it). The VM is never left between here and there.
+    /// A bug ended the migration, and the thread that sends has caught it. The VM is never left between here and there.
     pub(crate) fn after_panic(&mut self, to: &str) -> SendError {
         self.throttle(0);
         if let Some(session) = self.session {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use migrate::tls::Credentials;
+use migrate::wire::opening::MAX_STREAMS;
 use vmprocess::control::protocol::{EngineKind, Force, Trust};
 use vmprocess::failure::Failure;
 use vmprocess::size::Size;
@@ -299,7 +300,7 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(super) max_downtime: Option<Duration>,
     /// Number of data connections
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_STREAMS)))]
     pub(super) streams: u32,
     /// Stop the VM after this many rounds, whatever is left
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]

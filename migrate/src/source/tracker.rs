@@ -4,9 +4,10 @@
 //!   todo ── taken ──▶ sent ── written ──▶ next ── a round begins ──▶ todo
 //!     └───────── written, or moving just now ──────▲
 //! ```
-//! A page leaves `todo` *before* it is copied: if it is written while or after that, a later scan says so. Not so for devices: a page that was
-//! pinned for I/O when a scan reported it, and protected it again, gets its content without another trace. But what a scan reports is never
-//! sent before the next round, and between the scan and that round such I/O [ends](crate::SourceVm::drain).
+//! A page leaves `todo` *before* it is copied: if it is written while or after that, a later scan reports it. The exception are devices: I/O
+//! writes through its own mapping and ignores write protection, so a page that is pinned for I/O may be reported, be protected again, and
+//! only then get its data, without another report. Therefore a reported page is sent in the next round at the earliest, and between
+//! rounds [`SourceVm::drain`](crate::SourceVm::drain) waits for all I/O that was under way.
 
 use swapd::{BLOCK_PAGES, PageNo, Run};
 

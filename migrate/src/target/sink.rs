@@ -75,8 +75,8 @@ impl Sink {
         Ok(())
     }
 
-    /// Nothing more comes for now: gives back what was granted. Another stream may have to wait for it, of whose round this one's next
-    /// page must wait for the end.
+    /// End of a round on this stream. Frames that were granted and not used go back now: another stream may need them to finish the same
+    /// round, and this stream gets no more pages until every stream has finished it. To keep them would be a deadlock.
     pub(crate) async fn rest(&mut self) -> Result<(), SessionError> {
         match self {
             Sink::Engine(sink) => sink.rest().await,

@@ -3,7 +3,7 @@
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
 //! `tiers` (which of them answer), `latch` (one that takes no writes), `space` (room that comes back there), `pins` (pages that something
 //! holds), `frames` (where frames come from), `source` and `receive` (the two ends of a migration), `walk` (requests that look at all of
-//! memory). Each is an `impl Core`. What a concern keeps between events is a type of its own in `state`, which knows nothing of the core.
+//! memory), `huge` (huge pages put together). Each is an `impl Core`. What a concern keeps between events is a type of its own in `state`, which knows nothing of the core.
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;

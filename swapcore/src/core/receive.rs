@@ -176,7 +176,7 @@ impl Core {
         let heat = if again { known.max(HEAT_AGAIN) } else { known };
         let receiving = self.receiving.as_ref().expect("checked by the caller");
         let in_store = self.table.count(PageState::Leaving) + self.table.count(PageState::Stored);
-        // What was found last shows how many are still to be found: none, when the guest has been everywhere it goes.
+        // About as many hot pages in the store are expected of the next heat map as the last one found.
         let unseen = receiving.found_hot.unwrap_or(in_store / HOT_UNSEEN_SHARE);
         let facts = Arrivals {
             room: self.budget - reserve,

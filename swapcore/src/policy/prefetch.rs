@@ -210,8 +210,9 @@ impl Prefetcher {
         near.or_else(|| steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step)))
     }
 
-    /// There were no frames for all of a plan: of a stream going up, the pages before `from` come, of another none. The stream
-    /// asks for the rest again when the guest gets there.
+    /// Cancels the part of the plan that found no frame, which begins at `from`. Plans are read in ascending order: an ascending stream keeps
+    /// the pages before `from` and goes on there; a descending one keeps nothing, because the pages nearest to the guest were to
+    /// come last. The stream asks for the rest again when the guest gets there.
     pub fn withdraw(&mut self, plan: &Plan, from: PageNo) {
         let Some(marker) = plan.marker else { return };
         let owner = |stream: &&mut Stream| stream.asked.iter().any(|window| window.marker == marker);

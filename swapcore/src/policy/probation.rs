@@ -12,8 +12,10 @@
 //! What comes back sooner than a budget's worth of pages has left was worth a frame (S3-FIFO's ghost queue; here, when a page of
 //! each 256 KiB left last). But a guest that goes round and round a little more than its budget brings back everything, and no
 //! page is better than another: only a part of it may stay, or all would push each other out (bimodal insertion, Qureshi et al.,
-//! ISCA 2007). That part is the smaller, the more of the streams' way is resident already; and never so large that the clock's hand
-//! keeps pace with a stream, for then it would take just what the stream is about to need.
+//! ISCA 2007). Let *m* be the share of pages, among those that streams passed over lately, that were not in RAM. A page that comes
+//! back stays with a probability of *m*/3, and of 1/64 at least. Where *m* is small most of the loop is in RAM, and to replace pages only
+//! exchanges one for another. A third at most, because if more stayed, eviction by the clock would advance as fast as the stream
+//! and take exactly the pages just ahead of it.
 
 use std::collections::VecDeque;
 
@@ -105,7 +107,8 @@ impl Probation {
         true
     }
 
-    /// Takes in a page that one fault fetched. One that has kept heat from an earlier stay is the clock's.
+    /// Takes in a page that a lone fault fetched. The caller leaves out pages that have kept heat from an earlier stay: those are the
+    /// clock's.
     pub fn admit_lone(&mut self, page: PageNo) {
         self.single_faults.push_back(page);
     }

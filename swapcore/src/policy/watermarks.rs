@@ -10,7 +10,8 @@ pub const LOW_SHARE: u32 = 64;
 pub const STANDBY_SHARE: u32 = 64;
 pub const STANDBY_MIN: u32 = 128;
 
-/// Frames that nobody gets but while the store takes no writes: what vCPUs need to come to a place where they can be stopped.
+/// Reserve for a store that has failed, unused otherwise. While the store takes no writes, a few of these frames are let go of a tick, so
+/// that an emulated vCPU (TCG), which can be stopped only behind the access that it is at, gets there.
 pub const RESERVE_MAX: u32 = 64;
 /// One frame in this many at most.
 pub const RESERVE_SHARE: u32 = 64;

@@ -3,9 +3,9 @@
 //! ```text
 //! staging:  slots for single frames │ blocks of slots for huge pages │ the bay
 //! ```
-//! Huge pages come from the bay alone, a 2 MiB block that is empty between two of them. Elsewhere no touch may take one. Guest memory
-//! is advised to have huge pages all the same while no page of it need ever leave: at the touch of a missing page the kernel then
-//! makes no page table for single frames there, in which no huge page could be placed.
+//! Only the bay, a 2 MiB block that is empty between two uses, may get a huge page by being touched. While the budget covers all memory,
+//! guest memory is advised to have huge pages too (`MADV_HUGEPAGE`): not so that a fault takes one, which userfaultfd forbids, but so that
+//! the kernel makes no page table for single frames where a vCPU faults. Where there is one, no huge page can be moved to.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -85,7 +85,7 @@ impl Memory {
             collapses: huge_page_mode().is_some_and(|mode| mode != "never"),
             huge: AtomicBool::new(false),
         };
-        // As above: nothing is lost on a kernel without huge pages.
+        // A kernel without huge pages refuses the advice, and the bay is filled with single frames.
         let _ = advise(memory.bay(), BLOCK, libc::MADV_HUGEPAGE);
         Ok(memory)
     }

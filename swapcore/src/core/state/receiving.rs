@@ -10,7 +10,8 @@ pub(crate) struct Receiving {
     /// One bit a page: a version of it has come.
     pub(crate) came: Vec<u64>,
     pub(crate) to_come: u64,
-    /// What the source told last, having watched the VM, made so many pages hot that are in the store.
+    /// Pages already placed in the store that the source's latest heat map newly calls hot; none before the second map. About as many
+    /// again are expected of the next map, and so much RAM is kept free for them. 0: the source has seen the whole working set.
     pub(crate) found_hot: Option<u64>,
     /// Where the search for pages that give way to hotter ones goes on.
     pub(crate) hand: PageNo,
