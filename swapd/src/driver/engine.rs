@@ -166,7 +166,6 @@ impl Engine {
                 recorder: Default::default(),
                 replies: Default::default(),
                 next_ticket: 0,
-                reads: Default::default(),
                 page_outs: Vec::new(),
                 sums: Vec::new(),
                 faulted: Vec::new(),

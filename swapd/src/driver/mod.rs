@@ -33,7 +33,7 @@ use latency::LatencyBook;
 use mailbox::{Command, Mailbox};
 use memory::Memory;
 use recorder::Recorder;
-use ring::{Completion, Ring};
+use ring::{Completion, Operation, Ring};
 use sealer::Sealer;
 use swapcore::api::Copies;
 use swapcore::core::{
@@ -61,7 +61,6 @@ struct Driver {
     recorder: Recorder,
     replies: HashMap<Ticket, (Reply, Option<Run>)>,
     next_ticket: u64,
-    reads: HashMap<IoId, (Run, SlotRun)>,
     page_outs: Vec<PageOut>,
     sums: Vec<u64>,
     /// Of faults that are read together; kept, so that no reading allocates.
@@ -108,7 +107,7 @@ impl Driver {
                 match completion {
                     Completion::Faults => {}
                     Completion::Commands => closed |= self.mailbox.take(&mut commands),
-                    Completion::Io { io, result } => self.io_done(io, result),
+                    Completion::Io { io, operation, result } => self.io_done(io, operation, result),
                     Completion::Dropped { io, result } => self.dropped(io, result),
                 }
             }
@@ -152,16 +151,16 @@ impl Driver {
         self.perform_all();
     }
 
-    fn io_done(&mut self, io: IoId, result: std::io::Result<()>) {
-        let read = self.reads.remove(&io);
+    fn io_done(&mut self, io: IoId, operation: Operation, result: std::io::Result<()>) {
+        let Operation { run, slots, sealed, .. } = operation;
         let failed = |error: std::io::Error| {
             let kind = IoErrorKind::of(&error);
-            (IoError { tier: TierId::STORE, write: read.is_none(), kind }, error)
+            (IoError { tier: TierId::STORE, write: slots.is_none(), kind }, error)
         };
         let error = result.err().map(failed);
-        let Some((run, slots)) = read else {
-            if let Some(sealer) = &mut self.sealer {
-                sealer.written(io);
+        let Some(slots) = slots else {
+            if let (Some(sealer), Some(copy)) = (&mut self.sealer, sealed) {
+                sealer.written(copy);
             }
             return self
                 .event(Event::WriteDone { io, result: error.map_or(Ok(()), |(error, _)| Err(error)) });
@@ -273,8 +272,7 @@ impl Driver {
             Action::CopyOut { ticket, pages } => self.copy_out(ticket, &pages),
             Action::Read { io, tier, run, slots } => {
                 assert_eq!(tier, TierId::STORE, "the only one there is");
-                self.reads.insert(io, (run, slots));
-                self.ring.start(io, false, run, self.memory.slot(slots.start));
+                self.ring.read(io, run, slots, self.memory.slot(slots.start));
             }
             Action::Write { io, tier, run, slots } => {
                 assert_eq!(tier, TierId::STORE, "the only one there is");
@@ -319,12 +317,11 @@ impl Driver {
     }
 
     fn write(&mut self, io: IoId, run: Run, slots: SlotRun) {
-        let at = match &mut self.sealer {
-            // SAFETY: pages on their way to the store are in staging, where the core lets nobody write to them.
-            Some(sealer) => sealer.seal(io, run, unsafe { self.memory.slot_bytes(slots) }),
-            None => self.memory.slot(slots.start),
-        };
-        self.ring.start(io, true, run, at);
+        // SAFETY: pages on their way to the store are in staging, where the core lets nobody write to them.
+        let seal = |sealer: &mut Sealer| sealer.seal(run, unsafe { self.memory.slot_bytes(slots) });
+        let sealed = self.sealer.as_mut().map(seal);
+        let at = sealed.as_ref().map_or(self.memory.slot(slots.start), |copy| copy.as_ptr() as usize);
+        self.ring.write(io, run, at, sealed);
     }
 
     fn copy_out(&mut self, ticket: Ticket, pages: &[(PageNo, Slot)]) {

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use memmap2::MmapMut;
 
 use super::store::Store;
 use swapcore::core::IoId;
 use swapcore::transfer::Transfer;
-use swapcore::units::Run;
+use swapcore::units::{Run, SlotRun};
 
 /// Submission entries; completions have twice as many. More operations than this wait in the kernel's overflow list.
 const ENTRIES: u32 = 512;
@@ -32,6 +33,7 @@ pub(super) enum Completion {
     /// All bytes transferred, or an error.
     Io {
         io: IoId,
+        operation: Operation,
         result: io::Result<()>,
     },
     Dropped {
@@ -40,14 +42,26 @@ pub(super) enum Completion {
     },
 }
 
+/// A read or write of the store that is under way.
+#[derive(Debug)]
+pub(super) struct Operation {
+    pub(super) run: Run,
+    /// Where the pages go that are read; none for a write.
+    pub(super) slots: Option<SlotRun>,
+    /// What is written, if that is not what is in staging. The device reads it until the operation has completed.
+    pub(super) sealed: Option<MmapMut>,
+    transfer: Transfer,
+    started: Instant,
+}
+
 pub(super) struct Ring {
     ring: IoUring,
     /// Registered with it.
     store: Arc<Store>,
     faults: RawFd,
     commands: RawFd,
-    /// By number of the operation, with when they were started. The buffers are staging slots or a sealer's copies, which outlive the ring.
-    transfers: Vec<Option<(Transfer, Instant)>>,
+    /// By number of the operation. The buffers are staging slots, which outlive the ring, or the operation's own.
+    operations: Vec<Option<Operation>>,
     in_flight: usize,
 }
 
@@ -75,7 +89,7 @@ impl Ring {
         ring.submitter()
             .register_files(&[store.file().as_raw_fd()])
             .map_err(|error| format!("cannot register the store with io_uring: {error}"))?;
-        let mut ring = Ring { ring, store, faults, commands, transfers: Vec::new(), in_flight: 0 };
+        let mut ring = Ring { ring, store, faults, commands, operations: Vec::new(), in_flight: 0 };
         ring.watch(faults, DATA_FAULTS);
         ring.watch(commands, DATA_COMMANDS);
         Ok(ring)
@@ -87,7 +101,7 @@ impl Ring {
 
     /// How long the oldest transfer under way has been so.
     pub(super) fn oldest(&self) -> Duration {
-        let started = self.transfers.iter().flatten().map(|(_, started)| *started).min();
+        let started = self.operations.iter().flatten().map(|operation| operation.started).min();
         started.map_or(Duration::ZERO, |started| started.elapsed())
     }
 
@@ -99,7 +113,7 @@ impl Ring {
     fn push(&mut self, entry: &squeue::Entry) {
         loop {
             // SAFETY: a poll has no buffer; the buffer of a transfer is staging memory, which is unmapped only after the
-            // ring is gone, and whose slots the core keeps until the operation has completed, or a sealer's copy, kept as long.
+            // ring is gone, and whose slots the core keeps until the operation has completed, or the operation's own, kept as long.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return;
             }
@@ -109,16 +123,21 @@ impl Ring {
         }
     }
 
-    /// Starts a transfer between the store and memory at `address`, which stays until it has completed.
-    pub(super) fn start(&mut self, io: IoId, write: bool, run: Run, address: usize) {
-        let at = io.0 as usize;
-        if self.transfers.len() <= at {
-            self.transfers.resize(at + 1, None);
-        }
-        let transfer =
-            Transfer { write, offset: self.store.place_of(run.start), address, len: run.bytes(), done: 0 };
+    /// Starts to read a run into its slots, the first of which is at `address`.
+    pub(super) fn read(&mut self, io: IoId, run: Run, slots: SlotRun, address: usize) {
+        self.start(io, run, address, Some(slots), None);
+    }
+
+    /// Starts to write a run from memory at `address`, which stays as it is until the operation has completed: of staging, or of `sealed`.
+    pub(super) fn write(&mut self, io: IoId, run: Run, address: usize, sealed: Option<MmapMut>) {
+        self.start(io, run, address, None, sealed);
+    }
+
+    fn start(&mut self, io: IoId, run: Run, address: usize, slots: Option<SlotRun>, sealed: Option<MmapMut>) {
+        let (write, offset) = (slots.is_none(), self.store.place_of(run.start));
+        let transfer = Transfer { write, offset, address, len: run.bytes(), done: 0 };
         self.in_flight += 1;
-        self.submit(io, transfer, Instant::now());
+        self.submit(io, Operation { run, slots, sealed, transfer, started: Instant::now() });
     }
 
     /// Makes a hole in the store's file. The kernel does that in a thread of its own, in which it keeps other operations on the file
@@ -131,15 +150,19 @@ impl Ring {
         self.push(&entry.user_data(DATA_DROP | u64::from(io.0)));
     }
 
-    fn submit(&mut self, io: IoId, transfer: Transfer, started: Instant) {
-        let Transfer { write, offset, address, len, done } = transfer;
+    fn submit(&mut self, io: IoId, operation: Operation) {
+        let Transfer { write, offset, address, len, done } = operation.transfer;
         let (at, rest, offset) = ((address + done) as *mut u8, (len - done) as u32, offset + done as u64);
         let entry = if write {
             opcode::Write::new(STORE, at, rest).offset(offset).build()
         } else {
             opcode::Read::new(STORE, at, rest).offset(offset).build()
         };
-        self.transfers[io.0 as usize] = Some((transfer, started));
+        let index = io.0 as usize;
+        if self.operations.len() <= index {
+            self.operations.resize_with(index + 1, || None);
+        }
+        self.operations[index] = Some(operation);
         self.push(&entry.user_data(u64::from(io.0)));
     }
 
@@ -192,14 +215,13 @@ impl Ring {
             };
             return Some(Completion::Dropped { io, result });
         }
-        let (mut transfer, started) =
-            self.transfers[io.0 as usize].take().expect("a transfer completes once");
-        let Some(result) = transfer.completed(entry.result()) else {
-            self.submit(io, transfer, started);
+        let mut operation = self.operations[io.0 as usize].take().expect("an operation completes once");
+        let Some(result) = operation.transfer.completed(entry.result()) else {
+            self.submit(io, operation);
             return None;
         };
         self.in_flight -= 1;
-        Some(Completion::Io { io, result })
+        Some(Completion::Io { io, operation, result })
     }
 }
 

@@ -1,28 +1,26 @@
 //! Writes of an encrypted store: what goes to the device is a copy, for pages in staging are still rescued from there.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use memmap2::MmapMut;
 
 use crate::cipher::Cipher;
-use swapcore::core::{IO_PAGES_MAX, IoId};
+use swapcore::core::IO_PAGES_MAX;
 use swapcore::units::{PAGE_SIZE, Run};
 
 pub(super) struct Sealer {
     cipher: Arc<Cipher>,
-    /// Copies under way. They are used again, the last first: only as many are ever touched as were needed at once.
-    sealed: HashMap<IoId, MmapMut>,
+    /// Copies are used again, the last first: only as many are ever touched as were needed at once.
     spare: Vec<MmapMut>,
 }
 
 impl Sealer {
     pub(super) fn new(cipher: Arc<Cipher>) -> Sealer {
-        Sealer { cipher, sealed: HashMap::new(), spare: Vec::new() }
+        Sealer { cipher, spare: Vec::new() }
     }
 
-    /// Address of the run's encrypted content, which stays there until [`Sealer::written`].
-    pub(super) fn seal(&mut self, io: IoId, run: Run, bytes: &[u8]) -> usize {
+    /// The run's encrypted content, at the beginning of a copy that goes to [`Sealer::written`].
+    pub(super) fn seal(&mut self, run: Run, bytes: &[u8]) -> MmapMut {
         let mut copy = self.spare.pop().unwrap_or_else(|| {
             // Without address space for a copy nothing can leave memory any more.
             MmapMut::map_anon(IO_PAGES_MAX as usize * PAGE_SIZE).expect("address space for a write")
@@ -30,13 +28,11 @@ impl Sealer {
         let sealed = &mut copy[..bytes.len()];
         sealed.copy_from_slice(bytes);
         self.cipher.encrypt(run, sealed);
-        let at = sealed.as_ptr() as usize;
-        self.sealed.insert(io, copy);
-        at
+        copy
     }
 
-    pub(super) fn written(&mut self, io: IoId) {
-        self.spare.extend(self.sealed.remove(&io));
+    pub(super) fn written(&mut self, copy: MmapMut) {
+        self.spare.push(copy);
     }
 
     pub(super) fn open(&self, run: Run, bytes: &mut [u8]) {
