@@ -1,7 +1,7 @@
 //! What the tests of all crates have in common. For `[dev-dependencies]` alone.
 //!
 //! - [`harness`]: `cargo test`'s own, but for tests that cannot run here: they are counted as ignored, with the reason.
-//! - [`skip`]: how a test says so.
+//! - [`mod@skip`]: how a test says so.
 //! - [`wait`]: for what gives no sign when it happens.
 //! - [`place`]: directories that go with the test.
 //! - [`random`], [`pages`]: what is written and checked.
