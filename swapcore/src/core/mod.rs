@@ -10,8 +10,10 @@
 //! - a page's newest content is in exactly one of: its frame in the guest, its slot in staging, the store;
 //! - every waiting vCPU's page is arriving, being written, or in the queue for a frame.
 
+mod checks;
 mod event;
 mod fault;
+mod figures;
 mod frames;
 mod huge;
 mod io;
@@ -42,9 +44,9 @@ use crate::policy::probation::Probation;
 use crate::policy::sampler::Sampler;
 use crate::policy::watermarks::Watermarks;
 use crate::staging::{Staging, Use};
-use crate::stats::{LOST_RUNS_MAX, LostRun, Stats, TierState};
-use crate::table::{Flag, PageState, PageTable, STATES};
-use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId, bytes_of, runs_of};
+use crate::stats::TierState;
+use crate::table::{PageState, PageTable};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId};
 use state::dirty::DirtyTracking;
 use state::ios::Ios;
 use state::latch::Starving;
@@ -553,158 +555,5 @@ impl Core {
                 }
             }
         }
-    }
-
-    pub fn stats(&self) -> Stats {
-        use PageState::{Arriving, Leaving, Poisoned, Resident, Sampled, Standby, Stored, Untouched};
-        let count = |states: &[PageState]| states.iter().map(|state| self.table.count(*state)).sum::<u64>();
-        let counts = &self.counts;
-        Stats {
-            memory_bytes: bytes_of(self.table.pages()),
-            ram_budget_bytes: bytes_of(self.budget),
-            frames_bytes: bytes_of(self.taken),
-            resident_bytes: bytes_of(count(&[Resident, Leaving, Standby, Sampled, Arriving])),
-            stored_bytes: bytes_of(count(&[Stored])),
-            untouched_bytes: bytes_of(count(&[Untouched])),
-            poisoned_pages: count(&[Poisoned]),
-            pinned_bytes: bytes_of(self.table.pinned()),
-            starved_ms: self.pins.starved_ms(),
-            lost: self.lost_runs(),
-            bookkeeping_bytes: self.bookkeeping_bytes(),
-            faults: crate::stats::FaultCounts {
-                total: counts.zero + counts.rescue + counts.store,
-                zero: counts.zero,
-                rescue: counts.rescue,
-                store: counts.store,
-            },
-            prefetch: crate::stats::PrefetchCounts {
-                pages: counts.prefetched,
-                used: counts.prefetch_used,
-                wasted: counts.prefetch_wasted,
-            },
-            evict: crate::stats::EvictCounts {
-                written: counts.written,
-                dropped: counts.dropped,
-                pinned: counts.pinned,
-            },
-            sampling: crate::stats::SamplingCounts { pages: counts.sampled, touched: counts.samples_touched },
-            store: crate::stats::StoreCounts {
-                pages_read: counts.pages_read,
-                pages_written: counts.written,
-                read_errors: counts.read_errors,
-                write_errors: counts.write_errors,
-                checksum_mismatches: counts.mismatches,
-                used_bytes: bytes_of(self.space.count()),
-                failed: self.tiers.failed().map(|error| error.to_string()),
-                state: self.tiers.state(TierId::STORE),
-                silent_ms: self.tiers.silent_ticks(TierId::STORE) * TICK_MS,
-                ..Default::default()
-            },
-            latency_us: crate::stats::Latencies::default(),
-        }
-    }
-
-    /// The first of the runs of pages that are lost.
-    fn lost_runs(&self) -> Vec<LostRun> {
-        let runs = runs_of(self.lost.iter().copied(), u32::MAX).take(LOST_RUNS_MAX);
-        runs.map(|run| LostRun { first: run.start.0, pages: u64::from(run.len) }).collect()
-    }
-
-    /// Bytes of the core's books once every page has been touched; until then the host gives less.
-    fn bookkeeping_bytes(&self) -> u64 {
-        // A hash map fills 7/8 of its buckets at most, and needs a byte beside each.
-        let buckets = (self.slots_of.capacity() * 8 / 7).next_power_of_two();
-        let map = buckets * (size_of::<(PageNo, Slot)>() + 1);
-        let lists = self.staging.bytes() + self.probation.bytes() + self.space.bytes();
-        (self.table.bytes() + size_of_val(&self.sums[..]) + lists + map) as u64
-    }
-
-    // ── for the drivers' checks ──────────────────────────────────────────────────────────
-
-    pub fn table(&self) -> &PageTable {
-        &self.table
-    }
-
-    /// How often each transition was taken.
-    pub fn transitions(&self) -> &[[u64; STATES]; STATES] {
-        self.table.transitions()
-    }
-
-    pub fn slot_of(&self, page: PageNo) -> Option<Slot> {
-        let lent =
-            || self.staging.lent_to(page.block()).map(|slots| slots.start.plus(page.0 as u32 % BLOCK_PAGES));
-        self.slots_of.get(&page).copied().or_else(lent)
-    }
-
-    pub fn recorded_sum(&self, page: PageNo) -> Option<u64> {
-        self.table.has(page, Flag::Stored).then(|| self.sums[page.index()])
-    }
-
-    pub fn frames_taken(&self) -> u64 {
-        self.taken
-    }
-
-    pub fn budget_frames(&self) -> u64 {
-        self.budget
-    }
-
-    pub fn is_waited_for(&self, page: PageNo) -> bool {
-        self.waiting.contains_key(&page)
-    }
-
-    /// Pages that vCPUs wait for.
-    pub fn faults_waiting(&self) -> usize {
-        self.waiting.len()
-    }
-
-    /// Panics if the core's own books disagree.
-    pub fn check(&self) {
-        let resident = self.table.count(PageState::Resident);
-        let held = u64::from(self.staging.held_frames());
-        assert_eq!(resident + held, self.taken, "frames in the guest + in staging = frames taken");
-        for (page, slot) in &self.slots_of {
-            assert_eq!(self.staging.used(*slot), Use::Bound(*page), "{page} is bound to {slot:?}");
-        }
-        self.check_slots();
-        let (hot, counted) = (self.table.find_hot_in_store(), self.table.hot_in_store());
-        assert_eq!(hot, counted, "hot pages that are in the store = those counted");
-        let in_staging = [PageState::Leaving, PageState::Standby, PageState::Arriving, PageState::Sampled];
-        let count: u64 = in_staging.iter().map(|state| self.table.count(*state)).sum();
-        let lent = self.staging.lent_blocks() * BLOCK_PAGES as usize;
-        assert_eq!(count, (self.slots_of.len() + lent) as u64, "every page in staging has one slot");
-        for page in self.waiting.keys() {
-            let state = self.table.state(*page);
-            let served = match state {
-                PageState::Arriving => true,
-                PageState::Leaving => self.table.has(*page, Flag::Writing),
-                PageState::Stored | PageState::Untouched => {
-                    self.deferred.contains(page) || self.bad_reads.contains_key(page)
-                }
-                _ => false,
-            };
-            assert!(served, "{page} is {state:?}, and nobody will wake who waits for it");
-        }
-    }
-
-    /// No slot is bound to a page that knows nothing of it, and no frame waits for the end of what is not under way.
-    fn check_slots(&self) {
-        let (mut bound, mut orphans, mut empty, mut free) = (0, 0, 0, 0);
-        for slot in (0..self.staging.all_slots()).map(Slot) {
-            match self.staging.used(slot) {
-                Use::Bound(_) => bound += 1,
-                Use::Orphan => orphans += 1,
-                Use::Empty => empty += 1,
-                Use::Free => free += 1,
-                Use::Granted => {}
-            }
-        }
-        let to_be_had = (self.staging.all_slots() - self.staging.held_frames(), self.staging.free_frames());
-        assert_eq!((empty, free), to_be_had, "every empty slot and every free frame can be had");
-        let lent = self.staging.lent_blocks() * BLOCK_PAGES as usize;
-        assert_eq!(bound, self.slots_of.len() + lent, "every bound slot is that of its page");
-        let pinned = self.pinned_in.iter().map(|(_, slots)| *slots);
-        let awaited = self.ios.slots().chain(pinned).flat_map(|slots| slots.slots());
-        let awaited = awaited.filter(|slot| self.staging.used(*slot) == Use::Orphan).count();
-        assert_eq!(awaited, orphans, "every frame without a page becomes free in the end");
     }
 }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::api::Arrival;
 use crate::units::TierId;
+use crate::units::bytes_of;
 
 const PAGE: PageNo = PageNo(7);
 
