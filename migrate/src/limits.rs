@@ -33,8 +33,8 @@ pub const PLACEMENT_LIMIT: Duration = Duration::from_secs(11);
 pub(crate) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 /// How long it is tried to deliver what a session over TLS said last.
 pub(crate) const LINGER_LIMIT: Duration = Duration::from_secs(5);
-/// How often a page that could not be read is read once more, and when.
-pub(crate) const REREADS: u32 = 3;
+/// Readings of a page that have to fail before it is lost, each behind another page that the store has given, and when it is read again.
+pub(crate) const BROKEN_TRIES: u32 = 4;
 pub(crate) const REREAD_EVERY: Duration = Duration::from_millis(300);
 /// In a session it is not waited between them more often than that: a disk that is gone gives nothing back.
 pub(crate) const REREAD_WAITS: u32 = 32;

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::record::{Content, Record};
 use super::send_state::{Lane, Outgoing, SendState};
 use super::tracker::Tracker;
-use crate::limits::{REREAD_EVERY, REREADS, STORE_LIMIT, patience};
+use crate::limits::{BROKEN_TRIES, REREAD_EVERY, STORE_LIMIT, patience};
 use crate::link::error::SessionError;
 use crate::outside::{Instant, planted, sleep, yield_to_ring};
 use crate::wire::record::{Kind, MAX_RECORD_RUNS};
@@ -254,30 +254,28 @@ impl Filler {
     }
 
     /// Reads a page that was bad, again and again for a while, as the engine does: the device may have had a hiccup. False: its medium is
-    /// broken, for the store gives others.
+    /// broken, for [`BROKEN_TRIES`] readings of it have failed, and the store has given another page before each of them.
     ///
     /// # Errors
     /// The store gives nothing.
     async fn read_again(&mut self, page: PageNo, stored: &Stored) -> Result<bool, SessionError> {
         let deadline = Instant::now() + patience(STORE_LIMIT);
-        let mut tries = 0;
+        let (mut counted, mut fair) = (0, false);
         loop {
             let Err(error) = self.read(Run::one(page), stored).await else { return Ok(true) };
-            tries += 1;
-            if tries > REREADS {
-                let of_medium = matches!(error.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
-                if of_medium && (self.gives_another(page).await? || planted!(TakesSilenceForBroken)) {
-                    // Since it gave the other, this one has not been asked for.
-                    return Ok(self.read(Run::one(page), stored).await.is_ok());
-                }
-                if Instant::now() >= deadline {
-                    return Err(CommandError::Store(error).into());
-                }
-                sleep(REREAD_EVERY).await;
-                continue;
+            let of_medium = matches!(error.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
+            counted += u32::from(of_medium && fair);
+            if counted == BROKEN_TRIES {
+                return Ok(false);
+            }
+            fair = self.gives_another(page).await? || planted!(TakesSilenceForBroken);
+            if !(fair && of_medium) && Instant::now() >= deadline {
+                return Err(CommandError::Store(error).into());
             }
             match self.ship.patience.get() {
-                0 => {}
+                // Where much is broken, what is left of it is lost without waiting, but not on less evidence.
+                0 if fair && of_medium => {}
+                0 => sleep(REREAD_EVERY).await,
                 left => {
                     self.ship.patience.set(left - 1);
                     sleep(REREAD_EVERY).await;

@@ -38,7 +38,8 @@ pub enum PageOut {
 pub enum Event<'a> {
     /// A vCPU, or the kernel for it, waits for the page.
     Fault(PageNo),
-    /// So many times [`TICK_MS`] have passed since the last tick: one while there is something to do.
+    /// So many times [`TICK_MS`] have passed since the last tick: one while there is something to do, none behind a long
+    /// [sleep](super::Core::slept).
     Tick {
         ticks: u64,
     },

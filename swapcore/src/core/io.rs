@@ -99,7 +99,7 @@ impl Core {
         arrived.clear();
         self.scratch = arrived;
         if given > 0 {
-            self.tiers.gave(tier, given);
+            self.tiers.gave(tier, given, run.start);
             self.tier_answers(tier);
         }
     }
@@ -147,7 +147,7 @@ impl Core {
         // If it has been written meanwhile, it may be neither the old nor the new content: that says nothing.
         if result.is_ok_and(|sums| sums[0] == self.sums[page.index()]) {
             self.staging.free(slot);
-            self.tiers.gave(tier, 1);
+            self.tiers.gave(tier, 1, page);
             self.tier_answers(tier);
         } else {
             self.probe(tier, slot, more);

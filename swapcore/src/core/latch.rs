@@ -130,7 +130,10 @@ impl Core {
 
     /// When nothing is being written to it any more, and nothing failed: the tier works again.
     pub(super) fn end_retry(&mut self, tier: TierId) {
-        if self.ios.writes_to(tier) > 0 {
+        // Nor does a page wait for the drop of its place.
+        let table = &self.table;
+        let waits = self.space.waiting.iter().any(|(page, _)| table.home(page.block()) == tier);
+        if self.ios.writes_to(tier) > 0 || waits {
             return;
         }
         let latch = &mut self.tiers.get_mut(tier).latch;

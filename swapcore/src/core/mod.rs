@@ -66,7 +66,7 @@ pub const BUDGET_MIN: u64 = 4096;
 /// Ticks in an epoch: heat halves every ten seconds, so that a sample outlives a pass of the sampler over some GiB.
 const EPOCH_TICKS: u64 = 100;
 /// Ticks between two looks while there is nothing to do.
-const IDLE_TICKS: u64 = 10;
+pub const IDLE_TICKS: u64 = 10;
 const SLOTS_MIN: u64 = 2048;
 const SLOTS_MAX: u64 = 131_072;
 /// One staging slot for so many pages of memory.
@@ -346,13 +346,18 @@ impl Core {
         }
     }
 
-    fn on_tick(&mut self, ticks: u64) {
+    /// So many ticks have passed in which nothing happened. To be called before what ends that is handed in; a tick follows behind it.
+    pub fn slept(&mut self, ticks: u64) {
         let epoch = self.tick / EPOCH_TICKS;
         self.tick += ticks;
         if self.receiving.is_none() {
             // What the source has told holds until it tells something else.
             (epoch..self.tick / EPOCH_TICKS).for_each(|_| self.table.next_epoch());
         }
+    }
+
+    fn on_tick(&mut self, ticks: u64) {
+        self.slept(ticks);
         for (run, slots) in std::mem::take(&mut self.pinned_in) {
             self.move_in_again(run, slots);
         }

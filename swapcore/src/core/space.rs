@@ -151,6 +151,7 @@ impl Core {
         }
         self.drop_dead();
         self.write_behind_drops();
+        self.tiers.ids().for_each(|tier| self.end_retry(tier));
         if self.space.under_way.is_empty() && self.is_any_full() && std::mem::take(&mut self.space.freed) {
             for tier in self.tiers.ids().filter(|tier| self.tiers.is_full(*tier)).collect::<Vec<_>>() {
                 self.retry_tier(tier);
@@ -211,7 +212,8 @@ impl Core {
                 break;
             }
             self.space.sweep = ((block + 1) % blocks, left - 1);
-            let full = self.tiers.is_full(self.table.home(block));
+            let home = self.table.home(block);
+            let full = self.tiers.is_full(home) && self.space.supported[home.index()];
             if full && self.table.resident_in_block(block) > 0 && self.space.has_taken(block) {
                 looks += 1;
                 found += self.give_up_copies_of(block);

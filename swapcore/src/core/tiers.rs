@@ -43,6 +43,7 @@ impl Core {
             tries: 0,
             counted: 0,
             first_tick: tick,
+            failed_tick: tick,
             again_tick: tick,
             good_before: tier.good,
             fair: true,
@@ -59,6 +60,7 @@ impl Core {
         let wait = REREAD_TICKS[(bad.tries as usize).min(REREAD_TICKS.len() - 1)];
         bad.tries = bad.tries.saturating_add(1);
         (bad.again_tick, bad.good_before, bad.fair, bad.kind) = (tick + wait, tier.good, false, kind);
+        bad.failed_tick = tick;
         if wait == 0 { Verdict::ReadNow } else { Verdict::ReadLater }
     }
 
@@ -87,6 +89,8 @@ impl Core {
     /// A page of the tier for a probe: what it has there is known, and nobody is writing it.
     pub(super) fn find_probe(&mut self, tier: TierId) -> Option<PageNo> {
         let pages = self.table.pages();
+        // What it gave last, once; then somewhere else, for that one may fail by now.
+        let last = self.tiers.get_mut(tier).gave_last.take();
         self.tiers.probe_hand = self.tiers.probe_hand.wrapping_add(PROBE_STRIDE);
         let start = ((u128::from(self.tiers.probe_hand) * u128::from(pages)) >> 64) as u64;
         let there = |page: &PageNo| {
@@ -95,21 +99,35 @@ impl Core {
                 && self.tier_of(*page) == tier
                 && !self.bad_reads.contains_key(page)
         };
-        (0..PROBE_SEARCH_MAX.min(pages)).map(|nth| PageNo((start + nth) % pages)).find(there)
+        last.filter(&there)
+            .or_else(|| (0..PROBE_SEARCH_MAX.min(pages)).map(|nth| PageNo((start + nth) % pages)).find(there))
+    }
+
+    /// Somebody has long waited for a page that the tier does not give though it gives others, with errors that say nothing of the page's
+    /// medium: one of its paths is gone. That is no silence, but for whoever waits it is none the better.
+    fn withholds(&self, tier: TierId) -> bool {
+        self.bad_reads.iter().any(|(page, bad)| {
+            !matches!(bad.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch)
+                && self.tick - bad.first_tick >= SILENT_TICKS
+                && self.tier_of(*page) == tier
+                && self.waiting.contains_key(page)
+        })
     }
 
     /// The tier has given a page. Who waited for others that it did not give is served at once, if that was for want of an answer.
     pub(super) fn tier_answers(&mut self, tier: TierId) {
-        let told = self.end_silence(tier);
         if self.bad_reads.is_empty() {
+            self.end_silence(tier);
             return;
         }
+        let told = !self.withholds(tier) && self.end_silence(tier);
         let (table, tick) = (&self.table, self.tick);
         let mut any = false;
         for (page, bad) in &mut self.bad_reads {
             let no_answer = !matches!(bad.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
-            if table.home(page.block()) == tier && (told || no_answer) && bad.again_tick > tick {
-                // Once: should it fail again, it is read again in its own time.
+            let hurry = told || (no_answer && bad.failed_tick < tick);
+            if table.home(page.block()) == tier && hurry && bad.again_tick > tick {
+                // Once a tick: should it fail again, it is read again in its own time.
                 (bad.again_tick, any) = (tick, true);
             }
         }
@@ -135,10 +153,15 @@ impl Core {
             let reader = self.waits_for_read(tier);
             let writing = self.ios.writes_to(tier) > 0;
             let writer = writing && !self.deferred.is_empty();
+            let withholds = reader && self.withholds(tier);
             let Tier { good, writes, silence, .. } = self.tiers.get_mut(tier);
             let heard = (silence.good != *good, silence.writes != *writes);
             (silence.good, silence.writes) = (*good, *writes);
-            silence.unread = if reader && !heard.0 { silence.unread + ticks } else { 0 };
+            silence.unread = match (reader && !heard.0, withholds) {
+                (true, _) => silence.unread + ticks,
+                (false, true) => silence.unread.max(SILENT_TICKS),
+                (false, false) => 0,
+            };
             silence.unwritten = if writer && !heard.1 { silence.unwritten + ticks } else { 0 };
             silence.stalled = if writing && !heard.1 { silence.stalled + ticks } else { 0 };
             match silence.unread.max(silence.unwritten) {
@@ -316,5 +339,69 @@ mod tests {
         assert_eq!(core.table.state(bad), PageState::Leaving);
         store(&mut core, PageNo(200));
         assert_eq!(core.table.state(PageNo(200)), PageState::Stored);
+    }
+
+    #[test]
+    fn a_page_that_its_tier_withholds_while_it_gives_others_is_no_busy_loop_and_is_told() {
+        let mut core = core();
+        let (bad, good) = (PageNo(3), PageNo(200));
+        [bad, good].into_iter().for_each(|page| store(&mut core, page));
+        let (mut told, mut reads) = (false, 0);
+        let mut todo = hand(&mut core, Event::Fault(bad));
+        for _ in 0..SILENT_TICKS + 20 {
+            // All that it asks for within one tick.
+            for _ in 0..100 {
+                for action in std::mem::take(&mut todo) {
+                    match action {
+                        Action::Read { io, tier, run, .. } => {
+                            reads += 1;
+                            let kind = IoErrorKind::Unreachable;
+                            let sums: Vec<_> = run.pages().map(|page| page.0).collect();
+                            let failed = Err(IoError { tier, write: false, kind });
+                            let result = if run.contains(bad) { failed } else { Ok(&sums[..]) };
+                            todo.extend(hand(&mut core, Event::ReadDone { io, result }));
+                        }
+                        Action::TierUnreachable(_) => told = true,
+                        Action::TierReachable(_) => told = false,
+                        _ => {}
+                    }
+                }
+            }
+            assert!(todo.is_empty(), "reads without end within a tick");
+            todo = hand(&mut core, Event::Tick { ticks: 1 });
+        }
+        assert!(told, "somebody has waited for 5 s");
+        assert!(reads < 400, "{reads} reads in 7 s");
+        assert_eq!(core.table.state(bad), PageState::Stored, "nothing says that it is lost");
+        // It is given in the end.
+        for _ in 0..100 {
+            for action in std::mem::take(&mut todo) {
+                match action {
+                    Action::Read { io, run, .. } => {
+                        let sums: Vec<_> = run.pages().map(|page| page.0).collect();
+                        todo.extend(hand(&mut core, Event::ReadDone { io, result: Ok(&sums) }));
+                    }
+                    Action::TierReachable(_) => told = false,
+                    _ => {}
+                }
+            }
+            if todo.is_empty() {
+                todo = hand(&mut core, Event::Tick { ticks: 1 });
+            }
+        }
+        assert!(!told && core.table.state(bad) == PageState::Resident && core.faults_waiting() == 0);
+    }
+
+    /// An idle VM's engine sleeps for seconds: whoever begins to wait then has not waited for these.
+    #[test]
+    fn who_begins_to_wait_behind_a_long_sleep_has_not_waited_for_it() {
+        let mut core = core();
+        store(&mut core, PageNo(3));
+        core.slept(64);
+        let mut todo = hand(&mut core, Event::Fault(PageNo(3)));
+        todo.extend(hand(&mut core, Event::Tick { ticks: 0 }));
+        assert!(!todo.iter().any(|action| matches!(action, Action::TierUnreachable(_))), "{todo:?}");
+        todo.extend(hand(&mut core, Event::Tick { ticks: SILENT_TICKS }));
+        assert!(todo.iter().any(|action| matches!(action, Action::TierUnreachable(_))), "{todo:?}");
     }
 }

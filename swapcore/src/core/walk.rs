@@ -3,7 +3,7 @@
 //! A VM of 1 TiB has 268 million pages: to look at all of them takes the engine's thread from a tenth of a second (its own table) to
 //! ten seconds (the kernel's page tables), in which no fault would be served. So such a request is a *walk*: as long as
 //! [`Core::is_walking`], the driver hands in one [`Event::Step`](super::Event::Step) a turn of its loop, and serves the faults that
-//! have come meanwhile in between. Walks are done one after the other, in the order in which they were asked for; the answer comes
+//! have come meanwhile in between. Walks are done one after the other, in the order in which they were asked for but that a scan for dirty pages goes first; the answer comes
 //! behind the last step.
 //!
 //! What a walk finds is as old as the step that found it. For dirty pages that is enough: a page that is written behind its step is
@@ -59,7 +59,7 @@ impl Core {
     }
 
     pub(super) fn collect_dirty(&mut self, ticket: Ticket, id: SubscriberId) {
-        self.walks.begin(ticket, Task::CollectDirty(id, DirtyPages::default()));
+        self.walks.begin_next(ticket, Task::CollectDirty(id, DirtyPages::default()));
     }
 
     /// At once: of walks for that subscriber, those under way find nothing more.

@@ -3,7 +3,7 @@
 use super::latch::{Backoff, Latch};
 use crate::error::{IoError, IoErrorKind};
 use crate::stats::TierState;
-use crate::units::TierId;
+use crate::units::{PageNo, TierId};
 
 /// A tier that has ended no write for so many ticks gets no more victims, and nobody counts on the frames of those that it has: 2 s.
 const STALLED_TICKS: u64 = 20;
@@ -16,6 +16,8 @@ pub(crate) struct BadReads {
     /// Of these, the ones that count: the tier has given another page since the one before.
     pub(crate) counted: u32,
     pub(crate) first_tick: u64,
+    /// Of the last reading that failed.
+    pub(crate) failed_tick: u64,
     pub(crate) again_tick: u64,
     /// Pages that the tier had given when it failed last, and whether it has given more by when it was read again.
     pub(crate) good_before: u64,
@@ -53,6 +55,8 @@ pub(crate) struct Tier {
     pub(crate) backoff: Backoff,
     /// Pages that were read and were as they had been written.
     pub(crate) good: u64,
+    /// One of the last of these, for the next probe.
+    pub(crate) gave_last: Option<PageNo>,
     pub(crate) writes: u64,
     pub(crate) silence: Silence,
 }
@@ -160,7 +164,10 @@ impl Tiers {
         self.get_mut(tier).writes += 1;
     }
 
-    pub(crate) fn gave(&mut self, tier: TierId, pages: u64) {
-        self.get_mut(tier).good += pages;
+    /// It has given so many pages, this one among them.
+    pub(crate) fn gave(&mut self, tier: TierId, pages: u64, one: PageNo) {
+        let tier = self.get_mut(tier);
+        tier.good += pages;
+        tier.gave_last = Some(one);
     }
 }

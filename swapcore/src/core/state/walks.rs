@@ -53,4 +53,9 @@ impl Walks {
     pub(crate) fn begin(&mut self, ticket: Ticket, task: Task) {
         self.0.push_back(Walk { ticket, task, next: PageNo(0) });
     }
+
+    /// The same, in front of those that have not begun: a VM may stand still for it.
+    pub(crate) fn begin_next(&mut self, ticket: Ticket, task: Task) {
+        self.0.insert(self.0.len().min(1), Walk { ticket, task, next: PageNo(0) });
+    }
 }
