@@ -8,8 +8,11 @@ use crate::units::{PAGE_SIZE, PageNo, Run, SlotRun, TierId};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FaultKind {
+    /// By a frame of zeros: the page was touched for the first time.
     Zero,
+    /// From staging, where the page's frame still was: no I/O.
     Rescue,
+    /// By a read of the store, which the fault began or found under way.
     Store,
 }
 
@@ -33,7 +36,9 @@ pub enum Place {
 /// Pages of a held run that are in the same place.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Piece {
+    /// The pages, next to each other.
     pub run: Run,
+    /// Where all of them are.
     pub place: Place,
     /// What is stored of these pages is there.
     pub tier: TierId,
@@ -71,12 +76,14 @@ impl DirtyPages {
 /// Copies of pages that were in [`Place::Staged`].
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Copies {
+    /// Whose copies these are. Pages that were asked for and had left staging are missing.
     pub pages: Vec<PageNo>,
     /// Their contents, one behind the other.
     pub bytes: Vec<u8>,
 }
 
 impl Copies {
+    /// Each page with its content.
     pub fn iter(&self) -> impl Iterator<Item = (PageNo, &[u8; PAGE_SIZE])> {
         self.pages.iter().copied().zip(self.bytes.as_chunks().0)
     }
@@ -85,6 +92,7 @@ impl Copies {
 /// Pages received into frames of the staging area, to be placed by the engine.
 #[derive(Clone, Debug)]
 pub struct Arrival {
+    /// The pages, in the order of their frames.
     pub run: Run,
     /// Frames granted by `EngineHandle::grant_frames_async`; they go back to the engine with this call.
     pub slots: SlotRun,
@@ -97,11 +105,15 @@ pub struct Arrival {
 /// How a finished receiving left the pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Placed {
+    /// Pages that are in RAM, or on their way into the guest.
     pub pages_ram: u64,
+    /// Pages that are in the store, or on their way there.
     pub pages_store: u64,
+    /// Pages that read as zeros and take no frame.
     pub pages_zero: u64,
     /// Page-ins and page-outs by the VM's own paging while it received.
     pub pageins: u64,
+    /// Pages paged out by the VM's own paging meanwhile.
     pub pageouts: u64,
 }
 
@@ -110,13 +122,16 @@ pub struct Placed {
 pub struct SeenFault {
     /// Since the recording began.
     pub at_us: u64,
+    /// The page that was touched.
     pub page: PageNo,
+    /// How it was served.
     pub kind: FaultKind,
 }
 
 /// Part of what a recording saw.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct FaultsSeen {
+    /// In the order in which they were served; a few hundred at most.
     pub faults: Vec<SeenFault>,
     /// Seen as well, and kept for the next answers.
     pub left: u64,

@@ -24,8 +24,11 @@ pub enum IoErrorKind {
 /// An operation on a tier failed. [`std::fmt::Display`] is what an operator is told.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct IoError {
+    /// The tier that was asked.
     pub tier: TierId,
+    /// Whether it was a write; else it was a read.
     pub write: bool,
+    /// What kind of failure it was.
     pub kind: IoErrorKind,
 }
 
@@ -92,25 +95,52 @@ impl std::error::Error for IoError {}
 /// Why the engine did not do what it was asked.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CommandError {
+    /// The engine's thread has ended, or ends before it answers.
     #[error("the engine of this VM has ended")]
     Gone,
+    /// The budget asked for is less than any VM needs.
     #[error("a RAM budget of {asked} bytes is below the minimum of {minimum} bytes")]
-    BudgetTooSmall { asked: u64, minimum: u64 },
+    BudgetTooSmall {
+        /// What was asked for, in bytes.
+        asked: u64,
+        /// The smallest budget of any VM, in bytes.
+        minimum: u64,
+    },
+    /// The budget asked for is more than the VM could ever use.
     #[error("a RAM budget of {asked} bytes is above the VM's memory of {memory} bytes")]
-    BudgetTooLarge { asked: u64, memory: u64 },
+    BudgetTooLarge {
+        /// What was asked for, in bytes.
+        asked: u64,
+        /// The VM's memory, in bytes.
+        memory: u64,
+    },
+    /// This page, of those that were named, is beyond the VM's memory or in a gap between its regions.
     #[error("{0} is not within the VM's memory")]
     OutOfRange(PageNo),
+    /// What is asked for needs writes to a tier that takes none; the error is that of the write that failed.
     #[error("{0}")]
     Store(IoError),
     /// The budget holds from now on, but the frames above it do not leave: no frame has for some seconds.
     #[error(
         "{held} bytes of RAM are still held, above the budget of {budget} bytes; {pinned} bytes of them are pinned"
     )]
-    StillAbove { budget: u64, held: u64, pinned: u64 },
+    StillAbove {
+        /// The budget from now on, in bytes.
+        budget: u64,
+        /// What the VM holds, in bytes.
+        held: u64,
+        /// How much of that could not leave because something holds its frames, in bytes.
+        pinned: u64,
+    },
+    /// The pages were asked to leave, and have not for some seconds.
     #[error(
         "{pages} pages cannot leave RAM: something holds their frames, as I/O under way and registered buffers do"
     )]
-    Pinned { pages: u64 },
+    Pinned {
+        /// How many pages of the run are still in RAM.
+        pages: u64,
+    },
+    /// It does not fit the state that the VM is in; the text says which.
     #[error("{0}")]
     NotNow(&'static str),
 }

@@ -3,6 +3,8 @@
 //!
 //! Each file depends only on those before it: `units`, `table` and `staging`, `policy`, `api`, `core`, `replay` and `sim`.
 
+#![deny(missing_docs)]
+
 #[macro_use]
 pub mod mutant;
 

@@ -12,6 +12,7 @@ const RETRIES: u32 = 2000;
 /// How far a move came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Moved {
+    /// To its end.
     All,
     /// So many bytes, then a page pinned by I/O.
     Pinned(usize),
@@ -20,7 +21,9 @@ pub enum Moved {
 /// What stopped a move for good: how far it was, and the errno.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Refused {
+    /// Bytes moved before that.
     pub done: usize,
+    /// The kernel's number of the error ([`crate::errno`]).
     pub errno: i32,
 }
 

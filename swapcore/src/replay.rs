@@ -24,23 +24,32 @@ pub struct Pace {
 /// What has happened so far. Two of them can be subtracted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Counts {
+    /// Touches of the guest, hits and misses.
     pub touches: u64,
     /// Touches that the engine did not see.
     pub hits: u64,
+    /// Faults at the first touch of a page, served without a read.
     pub faults_zero: u64,
+    /// Faults served from staging, without a read.
     pub faults_rescue: u64,
+    /// Faults that waited for a read.
     pub faults_store: u64,
     /// Pages read because a vCPU waited for them.
     pub read_demand: u64,
+    /// Pages read ahead of any touch.
     pub read_prefetch: u64,
+    /// Pages written to the store. A page that leaves unchanged is not written.
     pub written: u64,
 }
 
 impl Counts {
+    /// All pages read, on demand and ahead of it.
     pub fn pages_read(&self) -> u64 {
         self.read_demand + self.read_prefetch
     }
 
+    /// What has happened since `earlier`, which must be an earlier count of the same replay: else the differences
+    /// overflow.
     #[must_use]
     pub fn since(&self, earlier: &Counts) -> Counts {
         Counts {
@@ -144,6 +153,7 @@ impl Replay {
         self.core.stats()
     }
 
+    /// The core that is driven, to look at.
     pub fn core(&self) -> &Core {
         &self.core
     }

@@ -202,6 +202,7 @@ impl std::fmt::Debug for Staging {
 }
 
 impl Staging {
+    /// An area of so many single slots, and so many blocks of 512 behind them. All are empty.
     pub fn new(slots: u32, blocks: u32) -> Self {
         let all = slots + blocks * BLOCK_PAGES;
         Staging {
@@ -217,6 +218,7 @@ impl Staging {
         }
     }
 
+    /// All slots, those of the blocks among them.
     pub fn all_slots(&self) -> u32 {
         self.used.len() as u32
     }
@@ -238,6 +240,7 @@ impl Staging {
         self.free.count
     }
 
+    /// Single slots without a frame.
     pub fn empty_slots(&self) -> u32 {
         self.empty.count
     }
@@ -247,6 +250,7 @@ impl Staging {
         self.used.len() as u32 - self.empty.count - self.blocks.iter().sum::<u32>()
     }
 
+    /// What the slot is used for.
     pub fn used(&self, slot: Slot) -> Use {
         let lent =
             slot.0.checked_sub(self.slots()).map(|beyond| (beyond / BLOCK_PAGES, beyond % BLOCK_PAGES));
@@ -318,6 +322,11 @@ impl Staging {
         Some(slots)
     }
 
+    /// From now on the slot, which was taken before, is used for this.
+    ///
+    /// # Panics
+    /// If that is [`Use::Empty`] or [`Use::Free`]: only [`Staging::vacate`] and [`Staging::free`] put a slot where it
+    /// is found again.
     pub fn assign(&mut self, slot: Slot, used: Use) {
         assert!(
             !matches!(used, Use::Empty | Use::Free),
@@ -345,14 +354,17 @@ impl Staging {
 
     // ── the standby list ──────────────────────────────────────────────────────────────────
 
+    /// Slots in the standby list.
     pub fn standby_count(&self) -> u32 {
         self.standby_count
     }
 
+    /// The slot that became standby first. None if the list is empty.
     pub fn standby_oldest(&self) -> Option<Slot> {
         (self.standby_first != NIL).then_some(Slot(self.standby_first))
     }
 
+    /// Puts a slot at the end of the list. It must not be in the list, which would be cut off there.
     pub fn standby_push(&mut self, slot: Slot) {
         let last = self.standby_last;
         self.links[slot.index()] = [last, NIL];
@@ -364,6 +376,8 @@ impl Staging {
         self.standby_count += 1;
     }
 
+    /// Takes a slot out of the list, wherever it is. It must be in the list, or the list's ends and its count are
+    /// wrong.
     pub fn standby_remove(&mut self, slot: Slot) {
         let [prev, next] = self.links[slot.index()];
         match prev {

@@ -93,8 +93,11 @@ const HEAT_SHIFT: u32 = 8;
 /// One-bit facts about a page beside its state.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Flag {
+    /// The store has content for the page, and its checksum is on record.
     Stored,
+    /// A migration reads the page where it is: it must not leave the guest.
     Held,
+    /// A write of the page to the store is under way.
     Writing,
     /// Of standby pages alone: a change of state ends it.
     Prefetched,
@@ -199,6 +202,7 @@ impl PageTable {
         }
     }
 
+    /// Pages of the table, those that fill up short blocks among them.
     pub fn pages(&self) -> u64 {
         self.entries.len() as u64
     }
@@ -231,6 +235,7 @@ impl PageTable {
         self.short.iter().find_map(first)
     }
 
+    /// Where the page is.
     pub fn state(&self, page: PageNo) -> PageState {
         ALL_STATES[usize::from(self.entries[page.index()] & STATE_MASK)]
     }
@@ -263,6 +268,7 @@ impl PageTable {
         self.hot_in_store += u64::from(self.is_hot_in_store(page));
     }
 
+    /// Whether the page has the flag.
     pub fn has(&self, page: PageNo, flag: Flag) -> bool {
         self.entries[page.index()] & flag.bit() != 0 && flag.may_be_of(self.state(page))
     }
@@ -282,6 +288,7 @@ impl PageTable {
         *entry = if on { *entry | flag.bit() } else { *entry & !flag.bit() };
     }
 
+    /// Pages in that state.
     pub fn count(&self, state: PageState) -> u64 {
         self.counts[state as usize]
     }
@@ -301,6 +308,7 @@ impl PageTable {
         &self.transitions
     }
 
+    /// Resident pages of the block: 512 at most.
     pub fn resident_in_block(&self, block: usize) -> u16 {
         self.blocks[block].resident
     }
@@ -323,6 +331,7 @@ impl PageTable {
         fresh
     }
 
+    /// Some of the block has just been touched for the first time.
     pub fn set_fresh(&mut self, block: usize) {
         self.blocks[block].mark(FRESH, true);
     }
@@ -401,6 +410,7 @@ impl PageTable {
         self.blocks[page.block()].epoch = self.epoch;
     }
 
+    /// Sets the page's heat, as of now.
     pub fn set_heat(&mut self, page: PageNo, heat: u8) {
         self.refresh(page);
         self.hot_in_store -= u64::from(self.is_hot_in_store(page));
@@ -433,6 +443,7 @@ impl PageTable {
         self.hot_from.is_some_and(hot)
     }
 
+    /// Adds so much to the page's heat, up to 255.
     pub fn warm(&mut self, page: PageNo, by: u8) {
         self.set_heat(page, self.heat(page).saturating_add(by));
     }

@@ -9,12 +9,15 @@ use crate::units::PAGE_SIZE;
 /// Short ones go on where they stopped.
 #[derive(Clone, Copy, Debug)]
 pub struct Transfer {
+    /// Whether it is a write; else it is a read.
     pub write: bool,
     /// In the store.
     pub offset: u64,
     /// In memory.
     pub address: usize,
+    /// Bytes of the whole operation, a multiple of the page size.
     pub len: usize,
+    /// Bytes done so far. The rest is submitted at `offset + done`, from `address + done`.
     pub done: usize,
 }
 

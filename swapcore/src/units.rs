@@ -28,8 +28,10 @@ pub struct TierId(pub u8);
 pub const TIERS_MAX: usize = 8;
 
 impl TierId {
+    /// The VM's own store.
     pub const STORE: TierId = TierId(0);
 
+    /// Index of the tier in a list with one element a tier.
     pub fn index(self) -> usize {
         usize::from(self.0)
     }
@@ -47,14 +49,18 @@ impl fmt::Display for TierId {
 /// `len` contiguous pages from `start`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Run {
+    /// The first page.
     pub start: PageNo,
+    /// How many pages.
     pub len: u32,
 }
 
 /// `len` contiguous staging slots from `start`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct SlotRun {
+    /// The first slot.
     pub start: Slot,
+    /// How many slots.
     pub len: u32,
 }
 
@@ -64,10 +70,12 @@ impl PageNo {
         self.0 << PAGE_SHIFT
     }
 
+    /// The page in which this byte of guest memory lies.
     pub fn from_offset(bytes: u64) -> Self {
         PageNo(bytes >> PAGE_SHIFT)
     }
 
+    /// Index of the page in a list with one element a page.
     pub fn index(self) -> usize {
         self.0 as usize
     }
@@ -83,6 +91,7 @@ impl PageNo {
         PageNo((self.block() as u64 + 1) * u64::from(BLOCK_PAGES))
     }
 
+    /// The page so many pages behind this one, which may lie beyond the memory.
     #[must_use]
     pub fn plus(self, pages: u32) -> Self {
         PageNo(self.0 + u64::from(pages))
@@ -101,10 +110,12 @@ impl Slot {
         (self.0 as usize) << PAGE_SHIFT
     }
 
+    /// Index of the slot in a list with one element a slot.
     pub fn index(self) -> usize {
         self.0 as usize
     }
 
+    /// The slot so many slots behind this one, which may lie beyond the staging area.
     #[must_use]
     pub fn plus(self, slots: u32) -> Self {
         Slot(self.0 + slots)
@@ -112,10 +123,12 @@ impl Slot {
 }
 
 impl Run {
+    /// `len` pages from `start` on.
     pub fn new(start: PageNo, len: u32) -> Self {
         Run { start, len }
     }
 
+    /// A run of this page alone.
     pub fn one(page: PageNo) -> Self {
         Run { start: page, len: 1 }
     }
@@ -125,14 +138,17 @@ impl Run {
         self.start.plus(self.len)
     }
 
+    /// Whether the page is one of the run.
     pub fn contains(self, page: PageNo) -> bool {
         self.start <= page && page < self.end()
     }
 
+    /// The pages of the run, in ascending order.
     pub fn pages(self) -> impl DoubleEndedIterator<Item = PageNo> + Clone {
         (self.start.0..self.end().0).map(PageNo)
     }
 
+    /// Bytes of all its pages.
     pub fn bytes(self) -> usize {
         (self.len as usize) << PAGE_SHIFT
     }
@@ -151,18 +167,22 @@ impl Run {
 }
 
 impl SlotRun {
+    /// `len` slots from `start` on.
     pub fn new(start: Slot, len: u32) -> Self {
         SlotRun { start, len }
     }
 
+    /// Whether the slot is one of the run.
     pub fn contains(self, slot: Slot) -> bool {
         self.start <= slot && slot.0 < self.start.0 + self.len
     }
 
+    /// The slots of the run, in ascending order.
     pub fn slots(self) -> impl DoubleEndedIterator<Item = Slot> + Clone {
         (self.start.0..self.start.0 + self.len).map(Slot)
     }
 
+    /// Bytes of the frames in all its slots.
     pub fn bytes(self) -> usize {
         (self.len as usize) << PAGE_SHIFT
     }

@@ -90,6 +90,7 @@ impl EngineHandle {
         self.ask(request, pick).blocking_recv().unwrap_or(Err(CommandError::Gone))
     }
 
+    /// The VM's memory, each region rounded up to whole blocks of 2 MiB.
     pub fn memory_bytes(&self) -> u64 {
         self.memory.guest_len() as u64
     }
@@ -113,6 +114,10 @@ impl EngineHandle {
         StoredReader { store: self.store.clone(), cipher: self.cipher.clone() }
     }
 
+    /// A snapshot of the engine's figures.
+    ///
+    /// # Errors
+    /// [`CommandError::Gone`] if the engine has ended.
     pub fn stats(&self) -> Result<Stats, CommandError> {
         self.call(Request::Stats, stats)
     }
@@ -195,6 +200,7 @@ impl EngineHandle {
         self.ask(Request::Hold(run), pieces)
     }
 
+    /// Lets the run's pages leave the guest again. What `hold` said of them does not hold from then on.
     pub fn release_async(&self, run: Run) -> Answer<()> {
         self.ask(Request::Release(run), done)
     }
@@ -232,6 +238,8 @@ impl EngineHandle {
         self.ask(Request::GrantFrames(count), frames)
     }
 
+    /// Gives back granted frames that were not received into. A frame that neither returns nor arrives is lost to
+    /// the VM until its engine ends.
     pub fn return_frames_async(&self, slots: SlotRun) -> Answer<()> {
         self.ask(Request::ReturnFrames(slots), done)
     }
@@ -242,10 +250,12 @@ impl EngineHandle {
         self.ask(Request::Arrive(arrival), done)
     }
 
+    /// Pages that arrive as zeros: they take no frame, and replace what was there.
     pub fn arrive_zero_async(&self, run: Run) -> Answer<()> {
         self.ask(Request::ArriveZero(run), done)
     }
 
+    /// Pages that are lost at the source: a touch of them is a memory error here as well.
     pub fn arrive_poisoned_async(&self, run: Run) -> Answer<()> {
         self.ask(Request::ArrivePoisoned(run), done)
     }
@@ -266,6 +276,7 @@ impl EngineHandle {
         self.call(Request::ResidentMap, runs)
     }
 
+    /// [`EngineHandle::resident_map`], not waited for.
     pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
         self.ask(Request::ResidentMap, runs)
     }
@@ -283,10 +294,18 @@ impl EngineHandle {
         self.call(Request::RetryStore, done)
     }
 
+    /// [`EngineHandle::hold_async`], waited for.
+    ///
+    /// # Errors
+    /// [`CommandError::OutOfRange`], or [`CommandError::Gone`] if the engine has ended.
     pub fn hold(&self, run: Run) -> Result<Vec<Piece>, CommandError> {
         self.call(Request::Hold(run), pieces)
     }
 
+    /// [`EngineHandle::release_async`], waited for.
+    ///
+    /// # Errors
+    /// [`CommandError::OutOfRange`], or [`CommandError::Gone`] if the engine has ended.
     pub fn release(&self, run: Run) -> Result<(), CommandError> {
         self.call(Request::Release(run), done)
     }

@@ -1,5 +1,7 @@
 //! vmemd's swap engine: one VM's private virtual memory. What it decides is in `swapcore`; here is what it does that with.
 
+#![deny(missing_docs)]
+
 #[cfg(test)]
 #[macro_use]
 extern crate testkit;

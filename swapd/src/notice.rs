@@ -21,7 +21,10 @@ pub enum Notice {
     Reachable,
     /// The VM needs a frame, and has waited for some time: all that could leave is held where it is. It goes on when that is let
     /// go of, or with a larger budget.
-    Short { pinned_bytes: u64 },
+    Short {
+        /// How much of RAM could not leave because something holds its frames.
+        pinned_bytes: u64,
+    },
     /// There are frames again.
     Enough,
     /// The guest sees a memory error when it touches this page.

@@ -36,19 +36,24 @@ pub struct StoredReader {
 pub struct Cloned {
     /// Both files have the same blocks, until one of them changes: nothing was copied.
     pub shared: u64,
+    /// The file has blocks of its own for these.
     pub copied: u64,
 }
 
 /// Why pages are not in a file.
 #[derive(Debug, thiserror::Error)]
 pub enum CloneError {
+    /// The store is encrypted: a copy of what it has would be of no use.
     #[error(
         "what an encrypted store has is of no use outside of this VM's process, which alone knows the key"
     )]
     Encrypted,
+    /// The kernel neither shares the blocks nor copies them.
     #[error("pages cannot be cloned from {tier}")]
     Io {
+        /// The tier whose pages these are.
         tier: TierId,
+        /// What the kernel says.
         #[source]
         source: io::Error,
     },

@@ -6,6 +6,7 @@ use crate::table::{Flag, PageState, PageTable, STATES};
 use crate::units::{BLOCK_PAGES, PageNo, Slot};
 
 impl Core {
+    /// The page table: where each page is.
     pub fn table(&self) -> &PageTable {
         &self.table
     }
@@ -15,24 +16,30 @@ impl Core {
         self.table.transitions()
     }
 
+    /// The slot in staging that the page has. None if it has none, as every page that is in the guest or in the store
+    /// alone.
     pub fn slot_of(&self, page: PageNo) -> Option<Slot> {
         let lent =
             || self.staging.lent_to(page.block()).map(|slots| slots.start.plus(page.0 as u32 % BLOCK_PAGES));
         self.slots_of.get(&page).copied().or_else(lent)
     }
 
+    /// The checksum of the page's stored content. None if nothing of it is stored.
     pub fn recorded_sum(&self, page: PageNo) -> Option<u64> {
         self.table.has(page, Flag::Stored).then(|| self.sums[page.index()])
     }
 
+    /// Frames taken from the host: those in the guest and those in staging.
     pub fn frames_taken(&self) -> u64 {
         self.taken
     }
 
+    /// The RAM budget, in frames.
     pub fn budget_frames(&self) -> u64 {
         self.budget
     }
 
+    /// Whether a vCPU waits for the page.
     pub fn is_waited_for(&self, page: PageNo) -> bool {
         self.waiting.contains_key(&page)
     }

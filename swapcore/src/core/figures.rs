@@ -7,6 +7,8 @@ use crate::table::PageState;
 use crate::units::{PageNo, Slot, TierId, bytes_of, runs_of};
 
 impl Core {
+    /// A snapshot of all figures that the core has. Latencies and the age of I/O are the driver's, and stay at their
+    /// defaults.
     pub fn stats(&self) -> Stats {
         use PageState::{Arriving, Leaving, Poisoned, Resident, Sampled, Standby, Stored, Untouched};
         let count = |states: &[PageState]| states.iter().map(|state| self.table.count(*state)).sum::<u64>();

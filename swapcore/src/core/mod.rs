@@ -114,7 +114,9 @@ pub type PageMap<T> = HashMap<PageNo, T, BuildHasherDefault<PageHasher>>;
 /// Settings that do not change.
 #[derive(Clone, Copy, Debug)]
 pub struct CoreConfig {
+    /// The VM's memory, in pages. The last block need not be whole.
     pub pages: u64,
+    /// The RAM budget at the start, in frames.
     pub budget_frames: u64,
     /// No budget may be set below this many frames.
     pub budget_min: u64,
@@ -122,7 +124,9 @@ pub struct CoreConfig {
     pub slots: u32,
     /// Blocks of slots behind it, for huge pages.
     pub blocks: u32,
+    /// Whether resident pages are sampled while there is no memory pressure, to see which of them are in use.
     pub sampling: bool,
+    /// How much of memory one step of a walk looks at; a fault that comes meanwhile waits for its end.
     pub walk: WalkStep,
 }
 
@@ -275,6 +279,7 @@ impl Core {
         self
     }
 
+    /// What the tier does at present.
     pub fn tier_state(&self, tier: TierId) -> TierState {
         self.tiers.state(tier)
     }

@@ -32,6 +32,7 @@ const _: () =
     assert!(EPOCHS as u64 * 3 == EPOCH_SHARE, "ghosts are watched while a third of the budget leaves");
 const _: () = assert!(GROUP == 1 << 4, "the hash below has four bits");
 
+/// The ghosts of one VM, and the share of unproven pages that stays because of them.
 #[derive(Debug)]
 pub struct Ghosts {
     /// The epoch in which the watched page of each group left unproven; 0: it is no ghost.

@@ -87,6 +87,7 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The pages to bring, in ascending order. Those that are in RAM already are among them.
     pub fn pages(&self) -> impl Iterator<Item = PageNo> {
         self.run.pages().step_by(self.step as usize)
     }
@@ -110,7 +111,9 @@ impl std::fmt::Debug for Surroundings<'_> {
 /// Verdict on pages that were prefetched before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Proof {
+    /// Pages that the guest has used since the last verdict.
     pub used: u32,
+    /// Pages that the guest will not use: their stream was forgotten.
     pub wasted: u32,
     /// Pages that streams went over to find the next ones to bring, and those of them that were in RAM.
     pub way: (u32, u32),
@@ -141,6 +144,7 @@ const SCORE_HIGH: u32 = SCORE_MAX / 3;
 const SCORE_START: u32 = SCORE_HIGH;
 
 impl Prefetcher {
+    /// For a memory of so many pages. Nothing is known of them, so the first lone faults bring all their neighbours.
     pub fn new(pages: u64) -> Self {
         Prefetcher {
             streams: Vec::with_capacity(STREAMS),

@@ -8,6 +8,7 @@ pub const LOW_MAX: u32 = 1024;
 pub const LOW_SHARE: u32 = 64;
 /// One frame in this many waits in standby, where a touch rescues it without I/O.
 pub const STANDBY_SHARE: u32 = 64;
+/// Frames in standby at least, unless that is more than a sixteenth of the budget or a quarter of the slots.
 pub const STANDBY_MIN: u32 = 128;
 
 /// Reserve for a store that has failed, unused otherwise. While the store takes no writes, a few of these frames are let go of a tick, so

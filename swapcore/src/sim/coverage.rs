@@ -4,12 +4,13 @@ use crate::core::{Event, Request};
 use crate::table::{LEGAL, PageState, STATES};
 
 macro_rules! named {
-    ($(#[$doc:meta])* $name:ident { $($variant:ident,)+ }) => {
+    ($(#[$doc:meta])* $name:ident { $($(#[$about:meta])* $variant:ident,)+ }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-        pub enum $name { $($variant,)+ }
+        pub enum $name { $($(#[$about])* $variant,)+ }
 
         impl $name {
+            /// All of them, in the order of their numbers.
             pub const ALL: &[$name] = &[$($name::$variant,)+];
         }
     };
@@ -19,25 +20,136 @@ named! {
     /// What the core was told when a page changed its state; `Balance` and `MakeReady` are what it does behind every event, and
     /// when all events at hand are dealt with.
     Cause {
-        Fault, Tick, ReadDone, ReadFailed, WriteDone, WriteFailed, MovedIn, MovedOut, Filled, Balance, MakeReady,
-        SetBudget, Discard, Fill, Walk, Hold, Arrive, ArriveZero, ArrivePoisoned, Other,
+        /// A vCPU, or the kernel for it, waits for a page.
+        Fault,
+        /// Time has passed.
+        Tick,
+        /// A read has ended, and the device says that it is good.
+        ReadDone,
+        /// A read has failed.
+        ReadFailed,
+        /// A write has ended, and the device says that it is good.
+        WriteDone,
+        /// A write has failed.
+        WriteFailed,
+        /// Frames were moved into the guest, or copied.
+        MovedIn,
+        /// Frames were moved out of the guest, or refused.
+        MovedOut,
+        /// A block was given zeros at once.
+        Filled,
+        /// Behind every event: whoever waits for a frame is served, evictions go on.
+        Balance,
+        /// When all events at hand are dealt with: victims are chosen ahead of need.
+        MakeReady,
+        /// The RAM budget is changed.
+        SetBudget,
+        /// The guest gave memory back.
+        Discard,
+        /// Pages that were never touched are given frames.
+        Fill,
+        /// A request that looks at all of memory goes on by a step.
+        Walk,
+        /// A migration holds pages.
+        Hold,
+        /// Pages of an arriving VM are placed.
+        Arrive,
+        /// Pages of an arriving VM are zeros.
+        ArriveZero,
+        /// Pages of an arriving VM are lost.
+        ArrivePoisoned,
+        /// All else: no page may change its state by it.
+        Other,
     }
 }
 
 named! {
     /// What goes wrong, or goes otherwise than one would like.
     Fault {
-        ReadError, Misread, BadSector, Torn, LostWrite, Misdirected, Overwritten, Rot, WriteError, BadRegion, DiskFull,
-        ShortTransfer, TryAgain, LatencySpike, DropError, PinnedOut, PinnedForGood, PinnedIn, MoveAgain, NoFrame, LateFault, SessionGone,
-        Silence, Outage,
+        /// A read fails, and the next one may not.
+        ReadError,
+        /// A read gives the page next door, or a flipped bit; the medium is right.
+        Misread,
+        /// A page cannot be read until it is written again.
+        BadSector,
+        /// A write that is said to be done left a mixture of old and new.
+        Torn,
+        /// A write that is said to be done changed nothing.
+        LostWrite,
+        /// A write that is said to be done went to another page's place: of the page that was to be written.
+        Misdirected,
+        /// The same, of the page whose place was hit.
+        Overwritten,
+        /// Stored content changes by itself.
+        Rot,
+        /// A write fails: the page may be as before, new, or both.
+        WriteError,
+        /// Writes to some pages fail until that is mended.
+        BadRegion,
+        /// There is no room for pages that were not written before.
+        DiskFull,
+        /// A read or write does a part, and says so.
+        ShortTransfer,
+        /// The device answers `EAGAIN`.
+        TryAgain,
+        /// A read or write takes hundreds of steps.
+        LatencySpike,
+        /// A drop fails, having done a part.
+        DropError,
+        /// A page cannot be moved out of the guest for a while.
+        PinnedOut,
+        /// A page cannot be moved out of the guest, and no end of that is in sight.
+        PinnedForGood,
+        /// A frame cannot be moved into the guest yet.
+        PinnedIn,
+        /// The kernel does a part of a move, and asks for another call.
+        MoveAgain,
+        /// The host has no frame for a copy.
+        NoFrame,
+        /// A fault is read late, and comes a second time.
+        LateFault,
+        /// A session has ended before the frames that it asked for come.
+        SessionGone,
+        /// A tier ends nothing for a while.
+        Silence,
+        /// A tier fails at everything for a while.
+        Outage,
     }
 }
 
 named! {
     /// What became of it.
     Outcome {
-        ReadAgain, ReadLater, GivenUp, NotWanted, Poisoned, WrittenAnew, GivenBack, NeverNeeded, KeptInRam, Rescued, Resumed, WentOn,
-        StayedInGuest, Served, Returned,
+        /// The read was repeated at once.
+        ReadAgain,
+        /// Somebody waits for the page, and it is read again some ticks later.
+        ReadLater,
+        /// It was a prefetch, which is dropped.
+        GivenUp,
+        /// The page was given back during the read.
+        NotWanted,
+        /// The page is lost, and said to be.
+        Poisoned,
+        /// Damage that nobody met: the page was written again.
+        WrittenAnew,
+        /// Nobody needs the content any more: the guest gave the page back.
+        GivenBack,
+        /// Damage that nobody met until the end of the run.
+        NeverNeeded,
+        /// The page whose write failed keeps its frame.
+        KeptInRam,
+        /// The page whose write failed went back to the guest, which waited for it.
+        Rescued,
+        /// The store was tried again, and takes writes.
+        Resumed,
+        /// The rest was done by another call or operation.
+        WentOn,
+        /// The page stays where it is.
+        StayedInGuest,
+        /// It took longer, and nothing else.
+        Served,
+        /// The frames went back to the engine.
+        Returned,
     }
 }
 
@@ -84,7 +196,9 @@ pub struct Coverage {
     outcomes: [[u64; KINDS]; FAULTS],
     /// The core's own counts as of the last event.
     seen: [[u64; STATES]; STATES],
+    /// Steps of the simulation.
     pub steps: u64,
+    /// Times that the oracle looked at all pages.
     pub checks: u64,
 }
 
@@ -104,7 +218,9 @@ impl Default for Coverage {
 /// Whether the gaps are looked for among causes as well: that takes many seeds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Depth {
+    /// Every legal transition was taken, every fault was injected, and nothing happened that is not listed.
     Transitions,
+    /// That, and every cause and outcome that is listed was seen.
     Causes,
 }
 
@@ -130,6 +246,7 @@ impl Coverage {
         self.outcomes[fault as usize][outcome as usize] += 1;
     }
 
+    /// Adds the counts of another run.
     pub fn add(&mut self, other: &Coverage) {
         let sum = |into: &mut u64, from: &u64| *into += from;
         let (into, from) = (self.transitions.as_flattened_mut(), other.transitions.as_flattened());

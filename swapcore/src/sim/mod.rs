@@ -142,6 +142,7 @@ pub struct Sim {
 }
 
 impl Sim {
+    /// A VM as the seed draws it: its size, its budget, its tiers, and how often each thing goes wrong.
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let odds = Odds::draw(&mut random);

@@ -31,12 +31,14 @@ pub struct StoreConfig {
     pub encrypt: bool,
 }
 
+/// What an engine is started with. [`StartError`] says which of it does not fit the VM or the host.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
     /// The VM's memory; a multiple of 2 MiB.
     pub memory_bytes: u64,
     /// RAM budget, at least [`Engine::MIN_BUDGET_BYTES`], at most the memory.
     pub budget_bytes: u64,
+    /// Where pages go that are not in RAM.
     pub store: StoreConfig,
     /// Take all frames at start; of external memory, when it is attached.
     pub prealloc: bool,
@@ -192,6 +194,8 @@ impl Engine {
         }
     }
 
+    /// A handle to this engine, for any thread. Its calls fail with [`CommandError::Gone`](crate::CommandError::Gone)
+    /// once the engine has ended.
     pub fn handle(&self) -> EngineHandle {
         self.handle.clone()
     }
