@@ -8,6 +8,8 @@
 //! Each side is one thread with a tokio-uring runtime, from [`send`] or [`receive`] to its return; the VM and the
 //! engine's blocking calls are only used between two turns of that runtime. `docs/wire.md` has the protocol.
 
+#![deny(missing_docs)]
+
 mod bitmap;
 mod cancel;
 mod hello;

@@ -8,6 +8,7 @@ use crate::wait::Wait;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
+    /// The target is asked to take the VM, and the data streams are opened. No page has been sent.
     Connecting,
     /// The first round: every page once, except those that are being written.
     Copying,
@@ -24,6 +25,7 @@ pub enum Phase {
 /// A moment of a migration.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Progress {
+    /// The step that is under way.
     pub phase: Phase,
     /// 1 is the first; 0 before it.
     pub round: u32,
@@ -35,7 +37,9 @@ pub struct Progress {
     pub bytes_sent: u64,
     /// What this round has still to look at.
     pub bytes_left: u64,
+    /// Page content sent a second, as estimated from the rounds that have ended; it says little before the first has.
     pub bytes_per_second: u64,
+    /// Share of the time for which the vCPUs are kept out of the guest now, 0 to 99 percent.
     pub throttle_percent: u8,
     /// What it waits for, if it can do nothing else.
     pub waiting: Option<Wait>,

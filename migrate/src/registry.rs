@@ -59,32 +59,58 @@ pub enum Outcome {
     NotThere,
 }
 
+/// Why a session could not be begun, committed or burned on record, or why nobody can say what became of it.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
+    /// The session was given up before the commit arrived: the VM must not start here.
     #[error("session {0} was given up before the source's commit arrived")]
     Burned(SessionId),
+    /// There is no record. Nobody may answer *not there* then: the record that is lost may have said *committed*.
     #[error(
         "session {0} has no record here: it was never begun, or the record is lost (this host was started anew, or it was given up over a week ago)"
     )]
     Unknown(SessionId),
+    /// The session was begun, or committed, before: neither is done twice.
     #[error("session {0} exists here already")]
     Exists(SessionId),
+    /// The record is undecided and of an earlier boot. Its decision went with the memory that it was in, so only the
+    /// operator can say.
     #[error(
         "this host went down while session {0} was handed over, and its record does not say whether the VM ran here: it runs here no \
          longer, so decide whether it goes on where it was (`vmemd resolve NAME --force run-here`)"
     )]
     Lost(SessionId),
+    /// The record is undecided and of this boot, but its decision has been removed: the VM may run here.
     #[error(
         "what was decided of session {session} stood in {path}, which somebody has removed: look whether the VM runs here, and decide \
          where it was (`vmemd resolve NAME --force run-here` or `--force gone`)"
     )]
-    Gone { session: SessionId, path: PathBuf },
+    Gone {
+        /// The session in question.
+        session: SessionId,
+        /// Where the decision stood.
+        path: PathBuf,
+    },
+    /// The record stays locked: a commit whose VM has not started yet, or a process that stands still. Worth asking
+    /// again.
     #[error("session {0} is being decided: whoever decides it does not come to an end; ask again")]
     Busy(SessionId),
+    /// A record or decision holds something that is never written there, so nothing is believed of it.
     #[error("the record {path} of a session is damaged")]
-    Damaged { path: PathBuf },
+    Damaged {
+        /// The record or the decision.
+        path: PathBuf,
+    },
+    /// A file or directory of the registry could not be used.
     #[error("could not {what} {path}")]
-    Io { what: &'static str, path: PathBuf, source: io::Error },
+    Io {
+        /// The step that failed, as a verb for the message: `create`, `flush`.
+        what: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The operating system's error.
+        source: io::Error,
+    },
 }
 
 /// One small file a session in a directory, named by the session, and another one in memory until the first is settled. Every method is
@@ -136,6 +162,8 @@ impl Mark {
 }
 
 impl Registry {
+    /// Opens the registry in `directory`, which is made if it is missing, and finds the place in memory for decisions.
+    ///
     /// # Errors
     /// If the directory cannot be made.
     pub fn new(directory: &Path) -> Result<Registry, RegistryError> {

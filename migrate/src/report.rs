@@ -8,7 +8,9 @@ use crate::session::SessionId;
 /// The source's account: the JSON of `vmemd migrate`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
+    /// The VM that has moved; it has the same name on both sides.
     pub name: String,
+    /// The attempt, as the target has recorded it.
     pub session: SessionId,
     /// The VM's memory.
     pub bytes_total: u64,
@@ -16,6 +18,7 @@ pub struct Report {
     pub bytes_sent: u64,
     /// Including the one in which the VM stood still.
     pub rounds: u32,
+    /// From the call of [`crate::send`] to the end of all that is reported here.
     pub duration_ms: f64,
     /// From the request to pause to the target's word that the VM runs.
     pub downtime_ms: f64,
@@ -28,18 +31,25 @@ pub struct Report {
     /// Why it was more than the target, if it was.
     #[serde(default)]
     pub downtime_missed: Option<String>,
+    /// Pages that the target has placed in RAM. 0 if `resolved_later`, as all counts of the target are.
     pub pages_ram: u64,
+    /// Pages that the target has in its store alone.
     pub pages_store: u64,
+    /// Pages that read as zeros at the target, with neither a frame nor room in its store.
     pub pages_zero: u64,
     /// That the store here did not give back: a touch there is a memory error.
     #[serde(default)]
     pub pages_lost: u64,
+    /// Page-ins of the VM's own paging at the target while it was received.
     pub pageins_during: u64,
+    /// Page-outs of the VM's own paging at the target while it was received.
     pub pageouts_during: u64,
+    /// Highest share of the time for which the vCPUs were kept out of the guest, 0 to 99 percent.
     pub throttle_max_percent: u8,
     /// The link broke after the hand-over was decided; that the VM runs there is known by asking again, so
     /// the target's page counts and `placement` are missing.
     pub resolved_later: bool,
+    /// How good the placement was; None if that was not asked for, or was not told in time.
     pub placement: Option<Placement>,
 }
 
@@ -83,6 +93,8 @@ impl DowntimeParts {
 /// How good the placement was, measured over the first second after the move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Placement {
+    /// Distinct pages that the VM touched, without those that were neither in RAM nor in the store when it started:
+    /// nobody had to place them.
     pub touched_pages: u64,
     /// Those of them that were in RAM when the VM started.
     pub touched_in_ram: u64,
@@ -91,15 +103,25 @@ pub struct Placement {
 /// The target's account. The VM runs here.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Received {
+    /// The VM that has come, by its source's name for it.
     pub name: String,
+    /// The attempt, as in the source's [`Report`].
     pub session: SessionId,
+    /// Bytes that came on all connections.
     pub bytes_received: u64,
+    /// From the call of [`crate::receive`] to its return.
     pub duration_ms: f64,
+    /// Pages that were placed in RAM.
     pub pages_ram: u64,
+    /// Pages that are in the store alone.
     pub pages_store: u64,
+    /// Pages that read as zeros, with neither a frame nor room in the store.
     pub pages_zero: u64,
+    /// Page-ins of the VM's own paging while it was received.
     pub pageins_during: u64,
+    /// Page-outs of the VM's own paging while it was received.
     pub pageouts_during: u64,
+    /// How good the placement was; None if the source did not ask, or it could not be checked.
     pub placement: Option<Placement>,
 }
 

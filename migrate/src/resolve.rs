@@ -12,16 +12,41 @@ use crate::session::SessionId;
 use crate::tls::{Security, TlsError};
 use crate::wire::opening::{Answer, Hello, RefuseKind};
 
+/// Why the target gave no clear answer. The session is in doubt still, so the VM must stay paused at the source.
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
+    /// There is no connection to the target, or it broke before the answer.
     #[error("could not ask {to}")]
-    Link { to: String, source: io::Error },
+    Link {
+        /// `HOST:PORT` of the target, as given.
+        to: String,
+        /// The operating system's error.
+        source: io::Error,
+    },
+    /// It is not known that the right target is there, so it was not asked, and would not have been believed.
     #[error("{to} was not asked")]
-    Insecure { to: String, source: TlsError },
+    Insecure {
+        /// `HOST:PORT` of the target, as given.
+        to: String,
+        /// Why the connection is not secure.
+        source: TlsError,
+    },
+    /// The answer is against the protocol.
     #[error("{to} answered rubbish: {text}")]
-    Peer { to: String, text: String },
+    Peer {
+        /// `HOST:PORT` of the target, as given.
+        to: String,
+        /// What is wrong with the answer.
+        text: String,
+    },
+    /// The target was asked and cannot say, for one of the reasons in [`RegistryError`].
     #[error("{to} cannot say: {text}")]
-    Refused { to: String, text: String },
+    Refused {
+        /// `HOST:PORT` of the target, as given.
+        to: String,
+        /// The target's reason, for the operator.
+        text: String,
+    },
 }
 
 /// Asks the target's daemon once, bounded in time. [`Outcome::NotThere`] burns the session: it can never start there.
@@ -75,8 +100,10 @@ pub fn answer_resolve(
 /// Why there is no connection to a target, or none that may be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ReachError {
+    /// No address of the target answers in time, or its name has none.
     #[error("cannot be reached")]
     Link(#[from] io::Error),
+    /// The one that answers is not known to be the target.
     #[error("is not secure")]
     Insecure(#[from] TlsError),
 }

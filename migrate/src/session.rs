@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 pub struct SessionId(pub [u8; 16]);
 
 impl SessionId {
+    /// A new name, for one attempt.
+    ///
     /// # Errors
     /// If the kernel has no random bytes to give.
     pub fn random() -> std::io::Result<SessionId> {

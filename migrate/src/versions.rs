@@ -32,7 +32,9 @@ impl fmt::Display for Named {
 /// One of two sides, in a message that names both.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Side {
+    /// What the message calls this side, such as `source`.
     pub name: &'static str,
+    /// The versions that this side knows.
     pub versions: Versions,
     /// What is to be done if this side is the older one.
     pub remedy: &'static str,
@@ -45,7 +47,9 @@ pub struct Side {
     sides[0].name, Named(sides[0].versions.clone()), sides[1].name, Named(sides[1].versions.clone()), self.older().remedy
 )]
 pub struct NoneInCommon {
+    /// What the message calls the protocol, such as `migration protocol`.
     pub protocol: &'static str,
+    /// Both sides, in the order in which the message names them.
     pub sides: [Side; 2],
 }
 

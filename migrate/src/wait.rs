@@ -9,6 +9,7 @@ use crate::limits::{
     SILENCE_LIMIT, WATCH_LIMIT, patience,
 };
 
+/// What is waited for. Each has one limit ([`Wait::limit`]), so that no session waits for ever.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Wait {

@@ -35,9 +35,13 @@ const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
 /// What the daemon tells the process that it starts, as one JSON argument.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ArriveSettings {
+    /// Where the daemon has bound the socket, and where the registry is.
     pub run_dir: PathBuf,
+    /// What the source offers, but for its offer of a machine.
     pub hello: SessionHello,
+    /// RAM budget that the daemon has granted, and tells the source.
     pub granted_ram_bytes: u64,
+    /// The memory to receive into.
     pub memory: MemorySpec,
     /// Listen address of the daemon.
     pub daemon: String,

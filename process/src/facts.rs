@@ -5,10 +5,13 @@ use crate::control::protocol::EngineKind;
 /// What does not change in a VM's life here.
 #[derive(Clone, Debug)]
 pub struct Facts {
+    /// What the VM is called.
     pub name: String,
+    /// The guest's memory.
     pub memory_bytes: u64,
     /// At the start: what `stat` shows until there is memory.
     pub budget_bytes: u64,
+    /// What holds its memory.
     pub engine: EngineKind,
     /// Listen address of the daemon that received it.
     pub daemon: Option<String>,

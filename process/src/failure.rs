@@ -58,11 +58,14 @@ impl Kind {
 /// A failure to report: to a person, or over a control socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
+    /// For programs: the exit code goes by it.
     pub kind: Kind,
+    /// For people: what went wrong, and what to do. It stands without the kind.
     pub text: String,
 }
 
 impl Failure {
+    /// A failure of this kind, with this text for people.
     pub fn new(kind: Kind, text: impl Into<String>) -> Failure {
         Failure { kind, text: text.into() }
     }

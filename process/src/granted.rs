@@ -28,13 +28,17 @@ const RECORD_BYTES: usize = 512;
 /// What one VM may have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
+    /// What the VM is called. During a move two records may have the same name: they are told apart by an id.
     pub name: String,
     /// Its process; 0 while that is being started.
     pub pid: u32,
     /// Listen address of the daemon that granted it.
     pub daemon: Option<String>,
+    /// What holds its memory: a plain VM has no store to count.
     pub engine: EngineKind,
+    /// All of its memory: what exceeds the budget may have to go to the store.
     pub memory_bytes: u64,
+    /// RAM that it may use, whether or not it has taken it.
     pub ram_budget_bytes: u64,
 }
 
@@ -73,6 +77,8 @@ fn fail(path: &Path) -> impl Fn(io::Error) -> Failure {
 }
 
 impl Granted {
+    /// Makes the record `id`, and locks it.
+    ///
     /// # Errors
     /// If the record cannot be made.
     pub fn new(dir: &RunDir, id: &str, share: Share) -> Result<Granted, Failure> {

@@ -84,6 +84,7 @@ pub trait Guest: Send + fmt::Debug {
 /// A guest as `stat` shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GuestView {
+    /// Number of its virtual processors.
     pub vcpus: u32,
     /// What it runs, in a word.
     pub workload: String,
@@ -98,6 +99,7 @@ pub struct GuestView {
 pub struct RunState {
     /// In its own word.
     pub word: String,
+    /// What `stat` shows for it.
     pub state: State,
     /// Why it does not run. None of one that somebody told to stand still.
     pub why: Option<String>,

@@ -19,6 +19,8 @@
 //! 4. The guest has then been asked to quit, if [`End::quit`] says so; otherwise the program has to end itself. The
 //!    name is held until the [`Process`] is dropped, or the [`NameHold`] is released.
 
+#![deny(missing_docs)]
+
 #[cfg(test)]
 #[macro_use]
 extern crate testkit;

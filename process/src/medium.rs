@@ -30,6 +30,7 @@ const RAM_DEVICES: &[&str] = &["zram", "ram"];
 /// What a store is on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Medium {
+    /// A disk, or what could not be looked into.
     Disk,
     /// This host's RAM, by the name of what keeps it there.
     Ram(String),

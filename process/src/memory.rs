@@ -11,8 +11,11 @@ use crate::failure::{Failure, Kind};
 /// What memory a VM shall have.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct MemorySpec {
+    /// What is to hold it: the swap engine, or an ordinary mapping.
     pub engine: EngineKind,
+    /// The guest's memory: a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// RAM that it may use, at most all of it.
     pub budget_bytes: u64,
     /// A directory or a block device.
     pub store: PathBuf,
@@ -20,7 +23,9 @@ pub struct MemorySpec {
     pub store_overcommit: bool,
     /// With a key that only the VM's process knows.
     pub store_encrypt: bool,
+    /// Take all frames of the budget at the start.
     pub prealloc: bool,
+    /// Lock frames against the host's own swap, which would page a second time.
     pub lock: bool,
 }
 

@@ -31,7 +31,9 @@ pub fn memory_file(index: usize) -> PathBuf {
 /// The preload's word in a program that it was loaded into.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
+    /// The program that the preload is in, without links in its path; empty if the kernel does not say.
     pub program: PathBuf,
+    /// [`VERSION`] of the preload.
     pub version: String,
     /// What is wrong with the settings in the environment.
     pub trouble: Option<String>,
@@ -48,9 +50,11 @@ pub struct PreloadSettings {
     pub program: PathBuf,
     /// Guest memory, in the order of its page numbers.
     pub backends: Vec<Backend>,
+    /// The monitor by which the preload drives the QEMU.
     pub qmp: QmpAddress,
     /// QEMU's arguments, if it is something else than vmemd that starts it: its VM moves only if these are what it gets.
     pub args: Option<Vec<String>>,
+    /// Whether the VM is new, and all that differs by that.
     pub role: Role,
 }
 
@@ -58,9 +62,13 @@ pub struct PreloadSettings {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
+    /// The VM starts here.
     New {
+        /// The run directory in which the preload claims the name.
         run_dir: PathBuf,
+        /// What the VM is to be called.
         name: String,
+        /// The VM's memory: all backends together, each rounded up to 2 MiB.
         memory: MemorySpec,
         /// What a target needs to start the same machine; opaque here.
         offer: String,
@@ -74,6 +82,7 @@ pub enum Role {
 }
 
 impl Role {
+    /// What the VM is called, be it new or from elsewhere.
     pub fn name(&self) -> &str {
         match self {
             Role::New { name, .. } => name,
@@ -81,6 +90,7 @@ impl Role {
         }
     }
 
+    /// The memory that the preload makes for it.
     pub fn memory(&self) -> &MemorySpec {
         match self {
             Role::New { memory, .. } => memory,
@@ -105,5 +115,10 @@ pub enum QmpAddress {
     /// A socket on which QEMU listens. Removed when it ends.
     Socket(PathBuf),
     /// The ends of a socket pair, both inherited; QEMU knows `theirs`, as `-chardev socket,fd=…`.
-    Descriptor { ours: RawFd, theirs: RawFd },
+    Descriptor {
+        /// The preload's end.
+        ours: RawFd,
+        /// QEMU's end.
+        theirs: RawFd,
+    },
 }

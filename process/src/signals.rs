@@ -71,6 +71,7 @@ pub fn check() -> Result<(), Failure> {
     }
 }
 
+/// The failure of whatever that signal has ended, which names it.
 pub fn interrupted(signal: i32) -> Failure {
     Failure::new(Kind::Interrupted, format!("interrupted by {}", name(signal)))
 }

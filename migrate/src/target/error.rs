@@ -10,23 +10,36 @@ use crate::vm::VmError;
 /// Why a VM did not arrive. It does not run here and never will; the source has been told if it could be.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
+    /// The connection broke, or the source was silent for too long.
     #[error("the link to the source broke while {during}")]
-    Link { during: &'static str, source: std::io::Error },
+    Link {
+        /// What the target was doing, for the message.
+        during: &'static str,
+        /// The operating system's error.
+        source: std::io::Error,
+    },
     /// The peer said something that it must not say.
     #[error("the peer sent rubbish: {0}")]
     Peer(String),
+    /// The two sides know no protocol version in common.
     #[error(transparent)]
     Version(NoneInCommon),
+    /// The source ended the session, for the reason in its words.
     #[error("the source gave up: {0}")]
     GaveUp(String),
+    /// The [`CancelFlag`](crate::CancelFlag) was set before the commit.
     #[error("cancelled")]
     Cancelled,
+    /// This side cannot receive such a VM, or lacks something for it. The text says what.
     #[error("{0}")]
     Setup(String),
+    /// The VM did not take its state, or did not start.
     #[error("the VM failed")]
     Vm(#[from] VmError),
+    /// The engine refused a request of the move, or has ended.
     #[error("the engine failed")]
     Engine(#[from] CommandError),
+    /// The session could not be begun or committed on record, so the VM was not started.
     #[error("the hand-over could not be recorded")]
     Registry(#[from] RegistryError),
 }

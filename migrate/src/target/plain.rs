@@ -40,6 +40,7 @@ impl PlainMemory {
         Ok(PlainMemory(Arc::new(Mapping { base, bytes })))
     }
 
+    /// Length of the memory, as asked for.
     pub fn bytes(&self) -> u64 {
         self.0.bytes as u64
     }

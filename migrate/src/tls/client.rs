@@ -20,6 +20,7 @@ pub enum Security {
     ThisHost,
     /// Nothing: everybody on the way can read the VM's memory, or be the target.
     Plain,
+    /// A certificate of the CA for the right name, over TLS 1.3.
     Tls(Arc<Client>),
 }
 
@@ -32,6 +33,9 @@ pub struct Client {
 }
 
 impl Client {
+    /// By this host's credentials. The target's certificate must be for `name`, or, without it, for the host in the
+    /// target's address.
+    ///
     /// # Errors
     /// If the credentials or the name are of no use.
     pub fn new(credentials: &Credentials, name: Option<&str>) -> Result<Client, TlsError> {

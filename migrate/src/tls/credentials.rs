@@ -24,6 +24,7 @@ pub struct Credentials {
     pub ca: String,
     /// This host's certificate, and those between it and the CA.
     pub cert: String,
+    /// The private key of that certificate. A secret: neither logged nor shown.
     pub key: String,
 }
 
@@ -44,6 +45,8 @@ impl Credentials {
     /// Most that there is to be told of them.
     pub const BYTES_MAX: usize = 3 * FILE_BYTES_MAX;
 
+    /// Reads the three files of a directory. What is in them is looked at later.
+    ///
     /// # Errors
     /// If one of the files is missing or cannot be read.
     pub fn read(dir: &Path) -> Result<Credentials, TlsError> {

@@ -4,6 +4,7 @@ use std::io;
 
 use rustls::{AlertDescription, CertificateError, Error};
 
+/// Why there is no secure connection, or why there is none any more.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// Certificates or key of this side.
@@ -12,8 +13,10 @@ pub enum TlsError {
     /// What the peer is, or does.
     #[error("{0}")]
     Peer(String),
+    /// The connection broke before both sides were sure of each other.
     #[error("the link broke while each side was to prove who it is")]
     Link(#[from] io::Error),
+    /// The peer did not prove who it is within the limit.
     #[error("it took too long to prove who it is")]
     TooSlow,
 }

@@ -37,6 +37,8 @@ impl Secured {
 }
 
 impl Server {
+    /// By this host's credentials. Whoever has a certificate of their CA is let in.
+    ///
     /// # Errors
     /// If the credentials are of no use.
     pub fn new(credentials: &Credentials) -> Result<Server, TlsError> {

@@ -19,8 +19,11 @@ pub const MAX_STATE_PART: usize = MAX_CONTROL_META;
 /// What went over one data stream, or all of them, since the start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Totals {
+    /// Pages with content. One that was sent twice counts twice, here and below.
     pub pages: u64,
+    /// Pages that read as zeros.
     pub zeros: u64,
+    /// Pages that the source has lost.
     pub poisoned: u64,
 }
 
@@ -35,11 +38,15 @@ impl std::ops::AddAssign for Totals {
 /// A message of the control connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Control {
+    /// Some of the heat map. Parts come in order; the whole map is answered with `HeatTaken`.
     Heat(Part),
     /// Some of the VM's state, from byte `at`.
     State {
+        /// Where in the state `bytes` begins.
         at: u64,
+        /// The part, of at most [`MAX_STATE_PART`] bytes.
         bytes: Vec<u8>,
+        /// The state ends here.
         last: bool,
     },
     /// All pages are sent: what that was, on all streams together.
@@ -49,25 +56,32 @@ pub enum Control {
         /// It stands still, and is to stay so.
         paused: bool,
     },
+    /// The sender has nothing else to say. Without it, silence would look like a broken link.
     Alive,
+    /// The sender gives up, for this reason.
     Abort(String),
+    /// The whole heat map is known to the target, which places pages by it from now on.
     HeatTaken,
     /// Everything of this round has arrived.
     RoundDone {
+        /// The round, from 1.
         round: u64,
     },
     /// The VM is complete and does not run yet.
     Prepared {
+        /// Where the pages are now.
         placed: Placed,
         /// For the last pages to come to their places, and for the state to be loaded.
         took: [Micros; 2],
     },
+    /// It is the target's VM now. It runs, or stays paused as the commit said.
     Running {
         /// For the commit to be recorded, and for the VM to start.
         took: [Micros; 2],
     },
     /// The VM could not start, nothing of it has run: the source may have it back.
     NotStarted(String),
+    /// How good the placement was, if the source asked.
     Placement(Placement),
 }
 
@@ -147,6 +161,7 @@ pub fn state_parts(state: &[u8]) -> impl Iterator<Item = Control> + '_ {
 }
 
 impl Control {
+    /// The whole record, sealed as the next one of its connection and direction. Texts are cut to [`MAX_TEXT`] bytes.
     pub fn encode(&self, sequence: &mut Sequence) -> Vec<u8> {
         let (kind, number, body) = match self {
             Control::Heat(part) => {

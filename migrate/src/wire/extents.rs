@@ -33,7 +33,9 @@ pub fn encode(run: Run) -> [u8; 8] {
 pub struct Bounds {
     /// Of the VM's memory.
     pub memory_pages: u64,
+    /// The data stream on which they come.
     pub stream: u32,
+    /// How many data streams the session has.
     pub streams: u32,
 }
 

@@ -11,7 +11,9 @@ const _: () = assert!(MAX_PART_PAGES <= MAX_CONTROL_META);
 /// The heat of some pages.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Part {
+    /// Number of the first of these pages.
     pub first: u64,
+    /// One byte a page, 0 for cold; at most [`MAX_PART_PAGES`].
     pub heat: Vec<u8>,
     /// The map ends here.
     pub last: bool,
@@ -78,6 +80,7 @@ pub struct Assembly {
 }
 
 impl Assembly {
+    /// Without any part yet, for a memory of so many pages.
     pub fn new(pages: u64) -> Assembly {
         Assembly { pages, heat: Vec::new() }
     }

@@ -29,24 +29,58 @@ pub(crate) fn none_in_common(source: Versions, target: Versions) -> NoneInCommon
 /// Why bytes are not what they should be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
+    /// The magic is missing: the peer is not vmemd, or the stream has lost its step.
     #[error("it does not speak vmemd's migration protocol")]
     NotOurs,
+    /// The versions of a peer, of which none is known here.
     #[error("it speaks {} of the migration protocol, and here is {}", Named(.0.clone()), Named(VERSIONS))]
     Version(Versions),
+    /// The kind of an opening or record is not one of this version.
     #[error("a message of unknown kind {0}")]
     UnknownKind(u8),
+    /// A number is above its limit. Found before anything is allocated for it.
     #[error("{what} of {value}, where at most {limit} is allowed")]
-    TooLarge { what: &'static str, value: u64, limit: u64 },
+    TooLarge {
+        /// What there is too much of, for the message.
+        what: &'static str,
+        /// The number, as received.
+        value: u64,
+        /// The most that is allowed.
+        limit: u64,
+    },
+    /// Lengths or counts in one message contradict each other; the text names them.
     #[error("a message whose lengths do not fit each other: {0}")]
     Lengths(&'static str),
+    /// The bytes were changed on the way, or a record is not the one that is due on its connection.
     #[error("a damaged or misplaced message: its checksum does not match")]
     Checksum,
+    /// A run is empty, crosses a block, or ends beyond the memory.
     #[error("pages {start}+{len} are not a run within one 2 MiB block of a memory of {memory} pages")]
-    BadRun { start: u64, len: u32, memory: u64 },
+    BadRun {
+        /// The run's first page.
+        start: u64,
+        /// Pages in the run.
+        len: u32,
+        /// Pages of the VM's memory.
+        memory: u64,
+    },
+    /// A page came where its other versions do not: their order would be lost.
     #[error("page {page} came on stream {stream}, where it does not belong")]
-    WrongStream { page: u64, stream: u32 },
+    WrongStream {
+        /// First page of the run.
+        page: u64,
+        /// The data stream on which it came.
+        stream: u32,
+    },
+    /// A field has a value that it cannot have.
     #[error("a field with the value {value}, which {what} cannot have")]
-    BadValue { what: &'static str, value: u64 },
+    BadValue {
+        /// What cannot have that value, for the message.
+        what: &'static str,
+        /// The value, as received.
+        value: u64,
+    },
+    /// A text is not UTF-8, so it can be neither shown nor used as a name.
     #[error("a text that is not UTF-8")]
     NotText,
 }

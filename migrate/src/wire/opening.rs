@@ -17,6 +17,7 @@ use crate::versions::{Versions, highest_common};
 
 /// First bytes of every connection, and of every answer to it.
 pub const OPENING_MAGIC: [u8; 8] = *b"vmemdmig";
+/// Bytes of the preamble: magic, versions, kind and length.
 pub const PREAMBLE_BYTES: usize = 16;
 /// Most bytes behind a preamble, checksum included; of a session's, [`MAX_SESSION_BODY`].
 pub const MAX_BODY: usize = MAX_TEXT + 64;
@@ -85,20 +86,29 @@ pub enum Hello {
     /// One more data stream of a session: give it to that session's `streams` callback.
     Stream(StreamHello),
     /// What became of a session? Answered by [`crate::answer_resolve`].
-    Resolve { session: SessionId },
+    Resolve {
+        /// The session whose commit had no answer.
+        session: SessionId,
+    },
 }
 
+/// A VM that a source offers, and what it asks for with it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionHello {
     /// Versions of the protocol that the source knows.
     #[serde(default = "unsaid_versions")]
     pub versions: Versions,
+    /// New for every attempt.
     pub session: SessionId,
+    /// What the VM is called, at the target too: see [`is_name`].
     pub name: String,
+    /// The VM's memory: a multiple of 2 MiB, at most [`MAX_MEMORY_BYTES`].
     pub memory_bytes: u64,
     /// RAM that the source wishes for the VM; None: as the target likes.
     pub ram_bytes: Option<u64>,
+    /// How many data streams the source will open, 1 to [`MAX_STREAMS`].
     pub streams: u32,
+    /// The source wants to hear how much of what the VM touches in its first second was in RAM.
     pub check_placement: bool,
     /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's state.
     pub offer: Option<String>,
@@ -117,8 +127,10 @@ impl SessionHello {
     }
 }
 
+/// A data stream, by the session that it belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamHello {
+    /// The session, which has been accepted by then.
     pub session: SessionId,
     /// Which of the session's streams, from 0.
     pub index: u32,
@@ -128,24 +140,34 @@ pub struct StreamHello {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RefuseKind {
+    /// No version is known to both sides.
     Version,
+    /// Another VM has the name at the target's host.
     NameTaken,
+    /// RAM or store is short.
     NoRoom,
+    /// Whatever else; the text says what.
     Other,
 }
 
 /// The answer to a connection's opening.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
+    /// The VM may come: the source opens its data streams.
     Accepted {
+        /// RAM budget that it gets at the target.
         ram_bytes: u64,
         /// What is spoken from here on: the highest version that both sides know.
         version: u16,
     },
+    /// The target does not do what was asked.
     Refused {
+        /// Why, for programs.
         kind: RefuseKind,
+        /// Why, for people: at most [`MAX_TEXT`] bytes.
         text: String,
     },
+    /// What became of a session, once and for all.
     Resolved(Outcome),
 }
 
@@ -231,6 +253,7 @@ fn fixed<T: FromBytes + KnownLayout + Immutable>(body: &[u8]) -> Result<T, WireE
 }
 
 impl Hello {
+    /// All bytes of the opening: preamble, body and checksum.
     pub fn encode(&self) -> Vec<u8> {
         match self {
             Hello::Session(hello) => {
@@ -256,6 +279,8 @@ impl Hello {
         }
     }
 
+    /// Reads an opening: its preamble, and the [`body_bytes`](Preamble::body_bytes) behind it. The checksum is looked at
+    /// before anything in the body is believed.
     pub fn decode(preamble: &[u8; PREAMBLE_BYTES], body: &[u8]) -> Result<Hello, WireError> {
         let Preamble { kind, versions, .. } = Preamble::open(preamble)?;
         let body = checked(preamble, body)?;
@@ -324,6 +349,7 @@ fn checked_name(name: &[u8]) -> Result<String, WireError> {
 }
 
 impl Answer {
+    /// All bytes of the answer: preamble, body and checksum.
     pub fn encode(&self) -> Vec<u8> {
         match self {
             Answer::Accepted { ram_bytes, version } => {
@@ -344,6 +370,7 @@ impl Answer {
         }
     }
 
+    /// Reads an answer: its preamble, and the [`body_bytes`](Preamble::body_bytes) behind it, as [`Hello::decode`].
     pub fn decode(preamble: &[u8; PREAMBLE_BYTES], body: &[u8]) -> Result<Answer, WireError> {
         let Preamble { kind, versions, .. } = Preamble::open(preamble)?;
         let body = checked(preamble, body)?;

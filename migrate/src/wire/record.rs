@@ -9,6 +9,7 @@ use crate::session::SessionId;
 
 /// First bytes of every record: "vM".
 pub const RECORD_MAGIC: u16 = u16::from_le_bytes(*b"vM");
+/// Bytes of a record's header.
 pub const HEADER_BYTES: usize = 32;
 /// Most pages whose content one record carries: 1 MiB.
 pub const MAX_RECORD_PAGES: u32 = 256;
@@ -31,28 +32,45 @@ const _: () = assert!(MAX_RECORD_RUNS as usize * 8 <= MAX_DATA_META);
 #[repr(u8)]
 pub enum Kind {
     // On data streams.
+    /// Pages with content: runs, checksums, and the content behind them.
     Pages = 1,
+    /// Runs of pages that read as zeros.
     Zeros = 2,
+    /// Runs of pages that the source has lost: a touch of them is a memory error at the target, too.
     Poisoned = 3,
+    /// The round's pages on this stream are all sent; with the stream's totals.
     RoundEnd = 4,
     // On the control connection, to the target.
+    /// Some of the heat map.
     Heat = 16,
+    /// Some of the vCPU and device state.
     State = 17,
+    /// All pages are sent; with the totals of all streams.
     Final = 18,
+    /// The VM is the target's from now on.
     Commit = 19,
     // On the control connection, both ways.
+    /// Nothing but a sign of life.
     Alive = 32,
+    /// The sender gives up, and says why.
     Abort = 33,
     // On the control connection, to the source.
+    /// The heat map has come whole.
     HeatTaken = 48,
+    /// Everything of the round has arrived.
     RoundDone = 49,
+    /// The VM is complete, and does not run yet.
     Prepared = 50,
+    /// It is the target's VM now, also if it stays paused.
     Running = 51,
+    /// The VM could not start, and no vCPU has run: the source may have it back.
     NotStarted = 52,
+    /// How good the placement was.
     Placement = 53,
 }
 
 impl Kind {
+    /// Every kind, by rising number.
     pub const ALL: [Kind; 16] = [
         Kind::Pages,
         Kind::Zeros,
@@ -104,7 +122,9 @@ struct RawHeader {
 /// A header whose fields are within their limits and fit each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
+    /// What the record is, and so what the other fields mean.
     pub kind: Kind,
+    /// [`FLAG_LAST`], [`FLAG_RUNS`], both or neither.
     pub flags: u8,
     /// Pages that the record is about.
     pub pages: u32,
@@ -124,8 +144,11 @@ pub struct Sequence(u64);
 /// A connection and direction of a session.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lane {
+    /// The control connection, from source to target.
     ToTarget,
+    /// The control connection, from target to source.
     ToSource,
+    /// The data stream of that index, which only the source writes to.
     Stream(u32),
 }
 
@@ -153,6 +176,7 @@ impl Header {
         Header { kind, flags: 0, pages: 0, number, meta_bytes: meta_bytes as u32, payload_bytes: 0 }
     }
 
+    /// The same header with these flags, and no others.
     #[must_use]
     pub fn with_flags(self, flags: u8) -> Header {
         Header { flags, ..self }
@@ -234,6 +258,7 @@ impl Header {
         if raw.sum.get() == sum(&raw, meta, sequence.take()) { Ok(()) } else { Err(WireError::Checksum) }
     }
 
+    /// Whether this flag is set.
     pub fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }

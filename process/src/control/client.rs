@@ -50,6 +50,8 @@ impl VmClient {
         }
     }
 
+    /// Connects to the VM whose socket that is: during a move two VMs of one host may have the same name.
+    ///
     /// # Errors
     /// If the process ended meanwhile, or this user may not talk to it.
     pub fn connect_to(dir: &RunDir, place: &Place) -> Result<VmClient, Failure> {
@@ -81,6 +83,8 @@ impl VmClient {
         })
     }
 
+    /// Asks, and waits for the answer. `timeout` is for each line of it, so progress keeps the waiting alive.
+    ///
     /// # Errors
     /// The VM's refusal, or no answer.
     pub fn ask(&mut self, request: &Request, timeout: Duration) -> Result<Value, Failure> {

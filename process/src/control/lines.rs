@@ -18,16 +18,22 @@ const READ_CHUNK: usize = 4096;
 /// Why a line could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
+    /// The other side has closed the connection; a line that it had begun is lost.
     #[error("the other side closed the connection")]
     Closed,
+    /// The other side was silent, or did not read, for this long.
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
+    /// The process has chosen a version that it was not offered: what it says next may mean something else.
     #[error("it chose version {0} of the control protocol, which it was not offered")]
     Version(u16),
+    /// A line is longer than [`LINE_MAX`]. Nothing more can be read: where the next one begins is not known.
     #[error("a line longer than {LINE_MAX} bytes")]
     TooLong,
+    /// A line is no JSON, or not of the shape that was expected.
     #[error("not the expected JSON: {0}")]
     Json(#[from] serde_json::Error),
+    /// Any other error of the socket.
     #[error("{0}")]
     Io(#[from] std::io::Error),
 }
@@ -40,10 +46,12 @@ pub struct Lines {
 }
 
 impl Lines {
+    /// Lines over a connected socket, of which nothing has been read yet.
     pub fn new(stream: UnixStream) -> Lines {
         Lines { stream, buffer: Vec::new() }
     }
 
+    /// The socket, to poll or peek at. What is read from it directly is missing from a line.
     pub fn stream(&self) -> &UnixStream {
         &self.stream
     }

@@ -12,8 +12,11 @@ use crate::failure::Failure;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
+    /// The facts of the VM, answered with a [`VmStat`]. Means the same in every version.
     Stat,
+    /// Stop the VM. Answered when no vCPU is in the guest any more.
     Pause,
+    /// Let the VM go on. One that is in doubt asks its target first.
     Resume,
     /// What became of a hand-over in doubt: asks the target again.
     Resolve {
@@ -25,12 +28,16 @@ pub enum Request {
     Stop,
     /// Of a migration under way, on its own connection: the migration's answer is then what became of it.
     Cancel,
+    /// Change the RAM budget. Answered when no more frames are held.
     SetRam {
+        /// The new budget. It holds even if frames above it do not leave in time.
         ram_bytes: u64,
     },
+    /// Move the VM to another host. Answered when it runs there (or stays paused).
     Migrate(MigrateRequest),
     /// Tell every fault for so long.
     RecordFaults {
+        /// How long, 1 to 86400.
         seconds: u64,
     },
 }
@@ -53,15 +60,21 @@ pub struct MigrateRequest {
     /// RAM budget at the target; the daemon's choice without it.
     #[serde(default)]
     pub ram_bytes: Option<u64>,
+    /// The VM is stopped when it is expected to stand still for no longer than this.
     pub downtime_target_ms: u64,
     /// It is not stopped for longer: it stays instead, and the request fails.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
+    /// Connections that carry pages, 1 to [`MAX_STREAMS`](migrate::wire::opening::MAX_STREAMS).
     pub streams: u32,
+    /// After so many rounds the VM is stopped even if that misses the downtime target; if it would miss
+    /// `max_downtime_ms`, it stays.
     pub max_rounds: u32,
     /// Highest share of time, in percent, for which the guest may be held back; 0: never.
     pub max_throttle: u8,
+    /// Have the target measure how much of what the VM touches in its first second there is in RAM.
     pub check_placement: bool,
+    /// How to be sure of the target. In JSON, its fields are among the others.
     #[serde(flatten)]
     pub trust: Trust,
 }
@@ -84,6 +97,8 @@ pub struct Trust {
 const _: () = assert!(Credentials::BYTES_MAX + Credentials::BYTES_MAX / 16 < LINE_MAX - (4 << 10));
 
 impl Trust {
+    /// The same for [`migrate::SourceOptions`], with the credentials understood.
+    ///
     /// # Errors
     /// If the credentials are of no use.
     pub fn security(&self) -> Result<Security, TlsError> {
@@ -103,9 +118,13 @@ impl Trust {
 pub enum Reply {
     /// The version of all that follows: comes first, and only to a client that has said which versions it knows.
     Version(u16),
+    /// How far the migration is.
     Progress(MigrationStat),
+    /// Part of a recording.
     Faults(swapd::FaultsSeen),
+    /// Done. What the value holds depends on the request.
     Ok(serde_json::Value),
+    /// Not done, and why. Means the same in every version.
     Error(Failure),
 }
 
@@ -115,7 +134,9 @@ pub enum Reply {
 pub enum State {
     /// Memory is being received; the VM runs elsewhere.
     Arriving,
+    /// The vCPUs are let into the guest.
     Running,
+    /// Somebody had it stopped; `reason` says who.
     Paused,
     /// It waits for a migration of the machine's own (QEMU's), not of vmemd's.
     Incoming,
@@ -136,6 +157,7 @@ pub enum State {
 }
 
 impl State {
+    /// The word for it in JSON and in tables.
     pub const fn name(self) -> &'static str {
         match self {
             State::Arriving => "arriving",
@@ -166,22 +188,31 @@ pub enum EngineKind {
 /// `stat`: the facts of one VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmStat {
+    /// The name under which it is reached in the run directory.
     pub name: String,
+    /// Where it is in its life.
     pub state: State,
     /// Why it does not run, or what is wrong with its store.
     pub reason: Option<String>,
     /// What its machine does, as QEMU calls it (`prelaunch`, `io-error`); None of the reference guest.
     #[serde(default)]
     pub run_state: Option<String>,
+    /// The VM's process.
     pub pid: u32,
+    /// What holds its memory; of a plain VM most of `memory` is zero.
     pub engine: EngineKind,
+    /// 0 until there is a machine.
     pub vcpus: u32,
+    /// What the guest runs, in a word: the reference guest's workload, or the file name of the QEMU.
     pub workload: String,
+    /// Since the process began to serve the control socket: of a VM that came from elsewhere, since it began to arrive.
     pub uptime_ms: u64,
     /// Listen address of the daemon that received the VM, if one did.
     pub daemon: Option<String>,
+    /// What the engine counts. In JSON, its fields are among the others.
     #[serde(flatten)]
     pub memory: swapd::Stats,
+    /// What the guest reports itself; zeros of one that does not.
     pub guest: GuestStat,
     /// What it waits for, and how long at most.
     pub waiting: Option<WaitStat>,
@@ -194,11 +225,15 @@ pub struct VmStat {
 /// What the guest itself reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestStat {
+    /// Passes over the working set (or as many touches) that every vCPU has completed.
     pub rounds: u64,
+    /// Touches that found the whole page right.
     pub verified_pages: u64,
+    /// Touches that found wrong content: more than 0 means that memory was corrupted.
     pub mismatched_pages: u64,
     /// Pages written at the start, without verifying.
     pub filled_pages: u64,
+    /// Touches that wrote a page anew after looking at it.
     pub rewritten_pages: u64,
     /// Page number of the first mismatch.
     pub first_mismatch: Option<u64>,
@@ -207,39 +242,57 @@ pub struct GuestStat {
 /// A migration under way, seen from the source.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MigrationStat {
+    /// `HOST:PORT` of the target.
     pub to: String,
+    /// The [`migrate::Phase`] as in JSON, such as `hand_over`.
     pub phase: String,
+    /// From 1; 0 before the first.
     pub round: u32,
+    /// On all connections, since the start.
     pub bytes_sent: u64,
     /// Bytes of guest memory dealt with, and in all.
     pub bytes_done: u64,
     /// What this round has still to look at.
     pub bytes_left: u64,
+    /// The VM's memory.
     pub bytes_total: u64,
+    /// How fast bytes are sent now, on all connections.
     pub bytes_per_second: u64,
+    /// Share of the time for which the guest is held back now, 0 to 99 percent.
     pub throttle_percent: u8,
+    /// Since the migration began.
     pub elapsed_ms: u64,
 }
 
 /// What a VM's hand-over waits for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitStat {
+    /// In words, to stand behind "waiting for".
     #[serde(rename = "for")]
     pub what: String,
     /// The name of the limit that ends the waiting (`docs/operating.md` lists them), and its value.
     pub limit: String,
+    /// The value of that limit: what is left is this less `elapsed_ms`.
     pub limit_ms: u64,
+    /// Since the waiting began.
     pub elapsed_ms: u64,
 }
 
 /// How a VM's memory was received.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ArrivalStat {
+    /// The attempt, 32 hexadecimal digits, as in the source's report.
     pub session: String,
+    /// Bytes that came on all connections.
     pub bytes_received: u64,
+    /// Pages that were placed in RAM.
     pub pages_ram: u64,
+    /// Pages that were placed in the store alone.
     pub pages_store: u64,
+    /// Pages that read as zeros, with neither a frame nor room in the store.
     pub pages_zero: u64,
+    /// Page-ins of the VM's own paging while it was received.
     pub pageins_during: u64,
+    /// Page-outs of the VM's own paging while it was received.
     pub pageouts_during: u64,
 }

@@ -56,20 +56,26 @@ pub fn check_name(name: &str) -> Result<(), Failure> {
 /// One VM's socket in the run directory.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
+    /// `NAME.sock`: the VM has its name, and nobody else may take it.
     Here(String),
+    /// `NAME.leaving-ID.sock`: the VM has given up its name for the session whose id begins so.
     Leaving(String, String),
+    /// `NAME.arriving-ID.sock`: the VM is received in the session whose id begins so, and takes the name at its end.
     Arriving(String, String),
 }
 
 impl Place {
+    /// The place of a VM that leaves, by the whole id of its session.
     pub fn leaving(name: &str, session: &str) -> Place {
         Place::Leaving(name.to_owned(), short(session))
     }
 
+    /// The place of a VM that arrives, by the whole id of its session.
     pub fn arriving(name: &str, session: &str) -> Place {
         Place::Arriving(name.to_owned(), short(session))
     }
 
+    /// The VM's name, whether or not this socket holds it.
     pub fn name(&self) -> &str {
         match self {
             Place::Here(name) | Place::Leaving(name, _) | Place::Arriving(name, _) => name,
@@ -167,6 +173,7 @@ impl RunDir {
         Ok(RunDir { path: path.to_owned(), dir: Arc::new(dir) })
     }
 
+    /// Path of the directory as it was opened: it may be relative.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -391,6 +398,7 @@ impl Claim {
         &self.dir
     }
 
+    /// Where the socket is now.
     pub fn place(&self) -> &Place {
         &self.place
     }

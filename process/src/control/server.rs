@@ -26,6 +26,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// What answers the requests.
 pub trait Service: Send + Sync + 'static {
+    /// Does what is asked, on the connection's own thread, and gives the value of the answer.
+    ///
     /// # Errors
     /// The refusal or failure that the client is told.
     fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure>;
@@ -87,6 +89,8 @@ pub struct Server {
 }
 
 impl Server {
+    /// Serves every connection to `listener` from now on.
+    ///
     /// # Errors
     /// If the kernel gives no thread.
     pub fn start(listener: UnixListener, service: Arc<dyn Service>) -> Result<Server, Failure> {

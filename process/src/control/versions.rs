@@ -35,6 +35,7 @@ impl<'a> Offer<'a> {
 /// A request as a VM's process reads it.
 #[derive(Debug, PartialEq)]
 pub struct Asked {
+    /// What the client wants.
     pub request: Request,
     /// The version in which it is answered, for a client that wants to know.
     pub version: Option<u16>,
