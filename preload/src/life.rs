@@ -203,6 +203,7 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
         }
         Err(Failure::new(Kind::Usage, "QEMU has not mapped all of its memory backends: see its command line"))
     };
+    process.on_end(tell_end);
     let end = match arrival {
         None => process.run(memory, || Ok(Box::new(meet()?) as Box<dyn Guest>)),
         Some(arrival) => match meet() {
@@ -211,16 +212,12 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
                 let failure = farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why));
                 arrival.refuse(&failure);
                 process.give_up();
+                tell_end(name, &Err(failure.clone()));
                 End { result: Err(failure), quit: false }
             }
         },
     };
     let code = end.result.as_ref().map_or_else(|failure| failure.kind.exit_code(), |()| 0);
-    match &end.result {
-        Err(failure) if failure.kind == Kind::Moved => info!(vm = name, "{failure}"),
-        Err(failure) => error!(vm = name, "{failure}"),
-        Ok(()) => {}
-    }
     if end.quit {
         // QEMU ends now; its exit handler gives the name up.
         std::mem::forget(process);
@@ -229,6 +226,14 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     Leftovers::remove();
     // SAFETY: ends the process at once, with threads that wait for pages which never come.
     unsafe { libc::_exit(i32::from(code)) };
+}
+
+fn tell_end(name: &str, result: &Result<(), Failure>) {
+    match result {
+        Err(failure) if failure.kind == Kind::Moved => info!(vm = name, "{failure}"),
+        Err(failure) => error!(vm = name, "{failure}"),
+        Ok(()) => {}
+    }
 }
 
 fn meet(settings: &PreloadSettings, arrives: bool) -> Result<Qemu, Failure> {

@@ -229,7 +229,9 @@ impl Process {
             Err(failure) => {
                 memory.stop();
                 self.give_up();
-                End::failed(failure)
+                let end = End::failed(failure);
+                self.vm.tell_end(&end.result);
+                end
             }
         }
     }

@@ -55,6 +55,7 @@ pub use guest::{Guest, GuestView, Newcomer, RunState};
 pub use life::End;
 pub use memory::{Memory, MemorySpec};
 pub use process::{NameHold, Owner, Process};
+pub use vm::OnEnd;
 
 #[cfg(test)]
 testkit::main!();

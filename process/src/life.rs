@@ -214,6 +214,7 @@ pub(crate) fn finish(
     server.drain(DRAIN_TIMEOUT);
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
+    vm.tell_end(&result);
     if worker_done && still && !vm.core(|core| matches!(core.phase, Phase::Migrating)) {
         match vm.quit_guest() {
             Ok(told) => {

@@ -17,7 +17,7 @@ use crate::granted::{Granted, Share};
 use crate::guest::Guest;
 use crate::life::{self, End};
 use crate::memory::Memory;
-use crate::vm::{Event, Phase, Vm, lock};
+use crate::vm::{Event, OnEnd, Phase, Vm, lock};
 
 /// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the same reason.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
@@ -96,6 +96,12 @@ impl Process {
         }
     }
 
+    /// Has it told how the VM's life has ended, before the guest is told to quit. For a guest that takes the process along, as a QEMU
+    /// does: what is said behind that may never be heard.
+    pub fn on_end(&self, tell: OnEnd) {
+        let _ = self.vm.on_end.set(tell);
+    }
+
     /// For exit handlers of a program that may end at any time.
     pub fn name_hold(&self) -> NameHold {
         NameHold { vm: self.vm.clone(), server: Some(self.server.clone()) }
@@ -113,7 +119,9 @@ impl Process {
             Err(failure) => {
                 memory.stop();
                 self.give_up();
-                return End::failed(failure);
+                let end = End::failed(failure);
+                vm.tell_end(&end.result);
+                return end;
             }
         }
         let ended = life::live(vm, &self.events);

@@ -151,7 +151,12 @@ pub(crate) struct Vm {
     /// The guest's last known account, for when it is busy being paused.
     last_seen: Mutex<(GuestView, Option<RunState>)>,
     started: Instant,
+    /// Told how the VM has ended, before its guest is told to quit: where that ends the process, nothing can be said behind it.
+    pub(crate) on_end: OnceLock<OnEnd>,
 }
+
+/// See [`Process::on_end`](crate::Process::on_end).
+pub type OnEnd = fn(name: &str, result: &Result<(), Failure>);
 
 impl Vm {
     pub(crate) fn new(
@@ -186,6 +191,14 @@ impl Vm {
             core: Mutex::new(core),
             last_seen: Mutex::default(),
             started: Instant::now(),
+            on_end: OnceLock::new(),
+        }
+    }
+
+    /// How the VM's life has ended, to whoever wants to tell it.
+    pub(crate) fn tell_end(&self, result: &Result<(), Failure>) {
+        if let Some(tell) = self.on_end.get() {
+            tell(&self.facts.name, result);
         }
     }
 

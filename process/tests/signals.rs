@@ -11,8 +11,13 @@ use vmprocess::signals::{caught, check, install, interrupted, wait_readable};
 #[test]
 fn a_signal_wakes_whoever_waits_and_an_ignored_one_stays_ignored() {
     let raise = |signal| kill_process(getpid(), signal).unwrap();
-    // SAFETY: sets no handler, before this process has any.
-    unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+    // What this process's parent ignores (a shell, of a job in the background) would stay ignored too.
+    let set = |signal, to| {
+        // SAFETY: sets no handler, before this process has any.
+        unsafe { libc::signal(signal, to) };
+    };
+    set(libc::SIGHUP, libc::SIG_IGN);
+    [libc::SIGINT, libc::SIGTERM].into_iter().for_each(|signal| set(signal, libc::SIG_DFL));
     install().unwrap();
     install().unwrap();
     let (silent, _writer) = pipe().unwrap();
