@@ -202,9 +202,9 @@ impl Cloner<'_> {
         while done < len {
             let (mut from_at, mut to_at) = ((at + done as u64) as i64, (to + done as u64) as i64);
             let (from, into) = (self.from.as_raw_fd(), self.to.as_raw_fd());
+            let left = len - done;
             // SAFETY: the kernel reads and writes two offsets, which outlive the call.
-            let copied =
-                unsafe { libc::copy_file_range(from, &mut from_at, into, &mut to_at, len - done, 0) };
+            let copied = unsafe { libc::copy_file_range(from, &mut from_at, into, &mut to_at, left, 0) };
             match copied {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 copied if copied > 0 => done += copied as usize,

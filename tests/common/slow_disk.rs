@@ -192,9 +192,9 @@ fn mount(at: &Path, channel: i32) -> io::Result<()> {
     let options = c(&format!("fd={channel},rootmode=40000,user_id=0,group_id=0,max_read={WRITE_MAX}"));
     let (what, at, kind) = (c("slow"), c(text(at)), c("fuse"));
     let flags = libc::MS_NOSUID | libc::MS_NODEV;
+    let data = options.as_ptr().cast();
     // SAFETY: four texts that end with a zero byte and outlive the call.
-    let done =
-        unsafe { libc::mount(what.as_ptr(), at.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast()) };
+    let done = unsafe { libc::mount(what.as_ptr(), at.as_ptr(), kind.as_ptr(), flags, data) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

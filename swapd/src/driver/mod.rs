@@ -101,9 +101,10 @@ impl Driver {
             };
             self.ring.wait(patience, &mut completions);
             // The clock is put right before what has come is handled: whoever begins to wait now would else seem to have waited since the
-            // last tick, which is seconds ago in an idle VM, and a store that was asked for nothing would be taken for silent.
+            // last tick, which is seconds ago in an idle VM, and a store that was asked for nothing would be taken for silent. While
+            // somebody does wait it never sleeps for longer than that many ticks, so no time of a silent store is left out.
             let slept = last_tick.elapsed().as_millis() as u64 / TICK_MS;
-            let woken = !completions.is_empty() && slept >= IDLE_TICKS;
+            let woken = !completions.is_empty() && slept > IDLE_TICKS;
             if woken {
                 last_tick += tick * slept as u32;
                 self.core.slept(slept);
