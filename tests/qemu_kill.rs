@@ -15,7 +15,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Host, Running, lives, needs_vms, signal, wait_for};
+use common::{Host, Running, kill, lives, needs_vms, wait_for};
 use proxy::{After, At, Plan, Proxy, Strike, Word};
 use qemu::{BOOT, Guest, Machine, Qemu, field};
 use serde_json::Value;
@@ -40,11 +40,6 @@ const STEPS: [(&str, Word, usize); 6] = [
     ("the commit is sent", Word::Commit, 1),
     ("the commit is answered", Word::Running, 1),
 ];
-
-fn kill(pid: u32) {
-    signal(pid, libc::SIGKILL);
-    wait_for("a killed process to die", || (!lives(pid)).then_some(()));
-}
 
 fn rows(host: &Host) -> Vec<Value> {
     host.vmemd(&["list", "--json"]).json().as_array().expect("a list").clone()

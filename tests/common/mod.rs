@@ -89,10 +89,12 @@ pub(crate) fn kill(pid: u32) {
     wait_for("a killed process to die", || (!lives(pid)).then_some(()));
 }
 
+/// Whether any thread of it runs: until the last has ended, the process has its files, and with them its locks.
 pub(crate) fn lives(pid: u32) -> bool {
-    // A zombie whose parent has not looked yet does not live.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    // A zombie whose parent has not looked yet does not live. The first thread is one before the others have ended.
+    let zombie = stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']));
+    !zombie || fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
 }
 
 /// What a finished command said.

@@ -118,8 +118,7 @@ impl Guest {
 
     /// Whether the process still runs (one that ended is a zombie until it is waited for).
     pub(crate) fn lives(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
-        stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+        crate::common::lives(self.pid())
     }
 
     /// Waits until the process ends.
