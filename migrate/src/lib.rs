@@ -17,6 +17,8 @@ pub mod limits;
 mod link;
 mod outside;
 mod progress;
+pub mod reader;
+mod region;
 mod registry;
 mod report;
 mod resolve;

@@ -46,7 +46,7 @@ mod real {
 
     use swapd::{IoError, IoErrorKind, PageNo, Run, TierId};
 
-    use crate::link::region::Region;
+    use crate::region::Region;
     use crate::tls::{Client, TlsError};
 
     /// The group's right to write, and everybody's.

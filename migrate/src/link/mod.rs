@@ -6,7 +6,6 @@
 pub(crate) mod control;
 pub(crate) mod error;
 pub(crate) mod guard;
-pub(crate) mod region;
 pub(crate) mod state;
 
 use std::io;

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use super::runtime::sleep;
 use super::world::world;
-use crate::link::region::{Pages, Region};
+use crate::region::{Pages, Region};
 
 const NO_SPACE: IoError = IoError { tier: TierId::STORE, write: true, kind: IoErrorKind::Full };
 const COMMAND: Duration = Duration::from_micros(400);

@@ -9,7 +9,7 @@
 
 use std::time::Duration;
 
-use super::order::hot_room;
+use super::hot_room::hot_room;
 
 /// The last one of so many parts of the time since tracking began is lately.
 const LATELY_PARTS: u32 = 4;

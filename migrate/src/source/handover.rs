@@ -180,7 +180,7 @@ fn prepare(
         parts.pages_ms = milliseconds(began.elapsed());
         let began = Instant::now();
         // Behind a large state the queue may be full, and the link silent.
-        let word = rounds.control.outbox().send(Control::Final(rounds.ship.totals()));
+        let word = rounds.control.outbox().send(Control::Final(rounds.sent.totals()));
         rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
         match rounds.hear(Wait::Prepared).await? {
             Control::Prepared { placed, took } => {
@@ -303,7 +303,7 @@ fn report(moving: &Moving<'_, '_>, placed: Option<Placed>, downtime: Duration) -
     Report {
         name: moving.options.name.clone(),
         session: moving.session,
-        bytes_total: moving.rounds.ship.handle.memory_bytes(),
+        bytes_total: moving.rounds.memory_bytes(),
         bytes_sent: moving.rounds.guard.session_state.bytes_sent(),
         rounds: moving.rounds.round as u32,
         duration_ms: milliseconds(moving.started.elapsed()),
@@ -314,7 +314,7 @@ fn report(moving: &Moving<'_, '_>, placed: Option<Placed>, downtime: Duration) -
         pages_ram: counts.pages_ram,
         pages_store: counts.pages_store,
         pages_zero: counts.pages_zero,
-        pages_lost: moving.rounds.ship.totals().poisoned,
+        pages_lost: moving.rounds.sent.totals().poisoned,
         pageins_during: counts.pageins,
         pageouts_during: counts.pageouts,
         throttle_max_percent: moving.throttle_max,

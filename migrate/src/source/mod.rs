@@ -3,17 +3,15 @@
 mod connect;
 mod discovery;
 mod error;
-mod filler;
 mod handover;
+mod hot_room;
 mod moving;
 mod options;
-mod order;
 mod pace;
 mod record;
 mod rounds;
-mod send_state;
 mod sender;
-mod tracker;
+mod streams;
 
 use std::rc::Rc;
 

@@ -37,7 +37,7 @@ impl Moving<'_, '_> {
             rounds: self.rounds.round as u32,
             left_pages: self.rounds.left_pages(),
             sent_per_s: self.rounds.send_rate.per_s(),
-            written_per_s: self.rounds.write_rate.per_s().unwrap_or(0.0),
+            written_per_s: self.rounds.written_per_s(),
             throttle: self.throttle,
             vm_cost: self.expected.time,
             state_bytes: self.expected.state_bytes,

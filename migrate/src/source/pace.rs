@@ -123,35 +123,6 @@ impl SendRate {
     }
 }
 
-/// The rate at which pages are written, from the last few scans.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct WriteRate {
-    scans: [(u64, Duration); WriteRate::SCANS],
-    count: usize,
-}
-
-impl WriteRate {
-    const SCANS: usize = 4;
-
-    pub(crate) fn scan(&mut self, pages: u64, since_last: Duration) {
-        self.scans[self.count % Self::SCANS] = (pages, since_last);
-        self.count += 1;
-    }
-
-    /// The throttle changed: what was seen before no longer holds.
-    pub(crate) fn forget(&mut self) {
-        *self = WriteRate::default();
-    }
-
-    /// Pages a second; None before the first scan.
-    pub(crate) fn per_s(&self) -> Option<f64> {
-        let known = &self.scans[..self.count.min(Self::SCANS)];
-        let (pages, time) =
-            known.iter().fold((0, Duration::ZERO), |all, scan| (all.0 + scan.0, all.1 + scan.1));
-        (!time.is_zero()).then(|| pages as f64 / time.as_secs_f64())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -243,10 +214,6 @@ mod tests {
             of_zeros.round(pages, Duration::from_millis(ms));
             assert_eq!(of_zeros.per_s(), per_s);
         }
-        let mut written = WriteRate::default();
-        assert_eq!(written.per_s(), None);
-        (0..9).for_each(|pages| written.scan(pages, Duration::from_secs(1)));
-        assert_eq!(written.per_s(), Some(6.5));
     }
 
     proptest! {

@@ -11,9 +11,9 @@ use tokio_uring::buf::BoundedBuf;
 use super::ledger::Ledger;
 use super::plain::PlainMemory;
 use crate::link::error::SessionError;
-use crate::link::region::{Pages, Region};
 use crate::link::state::SessionState;
 use crate::outside::{EngineHandle, TcpStream, planted};
+use crate::region::{Pages, Region};
 use crate::wire::record::MAX_RECORD_PAGES;
 
 /// Frames that a stream asks for at once.

@@ -1,20 +1,18 @@
-//! In which order blocks go out, and how hot the target should take pages to be: pure.
+//! In which order blocks are read in the first round, and how hot a page is that was seen written: pure.
 //!
-//! What is cold goes first: it is the least likely to be written again, and while it is on its way the scans find out what
-//! is hot. Stored blocks are the coldest of all.
+//! Cold blocks come first. They are the least likely to be written again, and while they are read the scans find out
+//! which pages are hot. Stored blocks are the coldest of all.
 
 use std::cmp::Reverse;
 
-use crate::limits::HOT_SHARE;
-
 /// What is known of a 2 MiB block before the first round.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct BlockFacts {
-    pub(crate) block: u32,
+pub(super) struct BlockFacts {
+    pub(super) block: u32,
     /// Some of it is in the store.
-    pub(crate) stored: bool,
+    pub(super) stored: bool,
     /// Mean heat of its pages.
-    pub(crate) heat: u8,
+    pub(super) heat: u8,
 }
 
 /// Heat is only compared by powers of two, so that neighbours stay neighbours; what has none goes before what has any.
@@ -23,55 +21,30 @@ fn class(heat: u8) -> u32 {
 }
 
 /// Heat of a page that was seen written is at least this, of all others less.
-pub(crate) const WRITTEN_HEAT: u8 = 128;
+pub(super) const WRITTEN_HEAT: u8 = 128;
 /// How much each scan that saw a page written adds.
 const SCAN_HEAT: u8 = 8;
 
 /// The blocks in the order of the first round.
-pub(crate) fn first_round(mut blocks: Vec<BlockFacts>) -> Vec<u32> {
+pub(super) fn first_round(mut blocks: Vec<BlockFacts>) -> Vec<u32> {
     blocks.sort_unstable_by_key(|facts| (Reverse(facts.stored), class(facts.heat), facts.block));
     blocks.into_iter().map(|facts| facts.block).collect()
 }
 
 /// Mean heat of a block.
-pub(crate) fn mean_heat(pages: &[u8]) -> u8 {
+pub(super) fn mean_heat(pages: &[u8]) -> u8 {
     let sum: u64 = pages.iter().map(|heat| u64::from(*heat)).sum();
     (sum / pages.len().max(1) as u64) as u8
 }
 
 /// The heat of a page, from the engine's knowledge of it and from how many scans saw it written.
-pub(crate) fn raise_for_writes(heat: u8, scans: u8) -> u8 {
+pub(super) fn raise_for_writes(heat: u8, scans: u8) -> u8 {
     match scans {
         // What has any is never as cold as what has none.
         0 => (heat / 2).max(heat.min(1)),
         _ => {
             WRITTEN_HEAT
                 + (heat / 4).saturating_add(scans.saturating_mul(SCAN_HEAT)).min(u8::MAX - WRITTEN_HEAT)
-        }
-    }
-}
-
-/// Hot pages that the target has room for, if the VM gets so many pages of RAM there.
-pub(crate) fn hot_room(ram_pages: u64) -> u64 {
-    (ram_pages as f64 * HOT_SHARE) as u64
-}
-
-/// Leaves heat only to the `pages` hottest: what is hot shall fit the target's RAM, or the word means nothing there.
-pub(crate) fn keep_hottest(heat: &mut [u8], pages: u64) {
-    let mut count = [0_u64; 256];
-    heat.iter().for_each(|heat| count[usize::from(*heat)] += 1);
-    let mut left = pages;
-    let mut lowest = u8::MAX;
-    while lowest > 0 && count[usize::from(lowest)] <= left {
-        left -= count[usize::from(lowest)];
-        lowest -= 1;
-    }
-    // Everything above `lowest` fits, and `left` pages of those with just this heat.
-    for heat in heat.iter_mut().filter(|heat| **heat <= lowest) {
-        if *heat == lowest && left > 0 {
-            left -= 1;
-        } else {
-            *heat = 0;
         }
     }
 }
@@ -92,19 +65,6 @@ mod tests {
             facts(5, false, 201),
         ];
         assert_eq!(first_round(blocks), [4, 2, 3, 1, 0, 5]);
-    }
-
-    #[test]
-    fn only_the_hottest_stay_hot() {
-        let kept = |pages| {
-            let mut heat = [5, 0, 9, 5, 1, 5, 255];
-            keep_hottest(&mut heat, pages);
-            heat
-        };
-        assert_eq!(kept(0), [0; 7]);
-        assert_eq!(kept(1), [0, 0, 0, 0, 0, 0, 255]);
-        assert_eq!(kept(4), [5, 0, 9, 5, 0, 0, 255]);
-        assert_eq!(kept(100), [5, 0, 9, 5, 1, 5, 255]);
     }
 
     #[test]

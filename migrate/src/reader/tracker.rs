@@ -11,14 +11,15 @@
 
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
+use super::order::raise_for_writes;
 use crate::bitmap::Bitmap;
 use crate::outside::planted;
 
 #[derive(Debug)]
-pub(crate) struct Tracker {
+pub(super) struct Tracker {
     pages: u64,
-    pub(crate) todo: Bitmap,
-    pub(crate) next: Bitmap,
+    pub(super) todo: Bitmap,
+    pub(super) next: Bitmap,
     sent: Bitmap,
     /// Sent before any scan saw it written: the target took it for what it was by the heat map, and has it in the store if that was cold.
     sent_unseen: Bitmap,
@@ -34,7 +35,7 @@ pub(crate) struct Tracker {
 
 impl Tracker {
     /// Everything is to be sent.
-    pub(crate) fn new(pages: u64) -> Tracker {
+    pub(super) fn new(pages: u64) -> Tracker {
         let mut todo = Bitmap::new(pages);
         todo.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("checked when the target was asked")));
         Tracker {
@@ -51,22 +52,22 @@ impl Tracker {
     }
 
     /// Pages of the blocks in which a scan saw a page written.
-    pub(crate) fn pages_around_written(&self) -> u64 {
+    pub(super) fn pages_around_written(&self) -> u64 {
         self.blocks_written.count() * u64::from(BLOCK_PAGES)
     }
 
-    pub(crate) fn blocks(&self) -> u32 {
+    pub(super) fn blocks(&self) -> u32 {
         (self.pages / u64::from(BLOCK_PAGES)) as u32
     }
 
     /// What was to come next is to be sent now.
-    pub(crate) fn begin_round(&mut self) {
+    pub(super) fn begin_round(&mut self) {
         assert_eq!(self.todo.count(), 0, "a round begins before the last has ended");
         std::mem::swap(&mut self.todo, &mut self.next);
     }
 
     /// These pages left the guest's memory, and may have been written before. That they left says nothing of how they are used.
-    pub(crate) fn left(&mut self, run: Run) {
+    pub(super) fn left(&mut self, run: Run) {
         if !planted!(ForgetsWrittenPages) || self.todo.count_run(run) == 0 {
             self.next.set_run(run);
         }
@@ -74,7 +75,7 @@ impl Tracker {
     }
 
     /// A scan found these pages written: they need no sending now, because they would need it again. Returns how many were never found before.
-    pub(crate) fn written(&mut self, run: Run) -> u64 {
+    pub(super) fn written(&mut self, run: Run) -> u64 {
         self.left(run);
         let mut new = 0;
         for scans in &mut self.scans[run.indices()] {
@@ -88,7 +89,7 @@ impl Tracker {
     }
 
     /// From the first to the last page of a block that is to be sent now.
-    pub(crate) fn cover(&self, block: u32) -> Option<Run> {
+    pub(super) fn cover(&self, block: u32) -> Option<Run> {
         let run = Run::new(PageNo(u64::from(block) * u64::from(BLOCK_PAGES)), BLOCK_PAGES);
         let first = self.todo.first_in(run)?;
         let last = self.todo.pages_in(run).last()?;
@@ -96,29 +97,29 @@ impl Tracker {
     }
 
     /// The first page of the run that is to be sent now.
-    pub(crate) fn first_in(&self, run: Run) -> Option<PageNo> {
+    pub(super) fn first_in(&self, run: Run) -> Option<PageNo> {
         self.todo.first_in(run)
     }
 
     /// All of them.
-    pub(crate) fn pages_in(&self, run: Run) -> impl Iterator<Item = PageNo> {
+    pub(super) fn pages_in(&self, run: Run) -> impl Iterator<Item = PageNo> {
         self.todo.pages_in(run)
     }
 
     /// The page is taken, to be copied now.
-    pub(crate) fn take(&mut self, page: PageNo) {
+    pub(super) fn take(&mut self, page: PageNo) {
         self.todo.clear(page);
     }
 
     /// The page cannot be sent just now.
-    pub(crate) fn defer(&mut self, page: PageNo) {
+    pub(super) fn defer(&mut self, page: PageNo) {
         self.todo.clear(page);
         self.next.set(page);
     }
 
     /// Whether content with this checksum is news; if so, it counts as sent. What a scan has seen written since it was sent is news even if
     /// it was the sooner of the two, and nothing has changed: the target places it anew, by what is known now.
-    pub(crate) fn differs_from_sent(&mut self, page: PageNo, sum: u64) -> bool {
+    pub(super) fn differs_from_sent(&mut self, page: PageNo, sum: u64) -> bool {
         let was_zero = self.zero.clear(page);
         let is_seen = self.scans[page.index()] > 0;
         let found = is_seen && self.sent_unseen.clear(page);
@@ -131,27 +132,27 @@ impl Tracker {
     }
 
     /// Whether the page's being zero is news; if so, it counts as sent.
-    pub(crate) fn differs_from_sent_zero(&mut self, page: PageNo) -> bool {
+    pub(super) fn differs_from_sent_zero(&mut self, page: PageNo) -> bool {
         let first = self.sent.set(page);
         self.zero.set(page) || first
     }
 
     /// The page was not sent after all, though it was taken to be.
-    pub(crate) fn unsent(&mut self, page: PageNo) {
+    pub(super) fn unsent(&mut self, page: PageNo) {
         self.sent.clear(page);
     }
 
     /// The untouched pages of a run, which are sent before all others.
-    pub(crate) fn sent_untouched(&mut self, run: Run) {
+    pub(super) fn sent_untouched(&mut self, run: Run) {
         self.todo.clear_run(run);
         self.sent.set_run(run);
         self.zero.set_run(run);
     }
 
     /// The engine's heat, corrected by what the scans saw.
-    pub(crate) fn heat(&self, base: &[u8]) -> Vec<u8> {
+    pub(super) fn heat(&self, base: &[u8]) -> Vec<u8> {
         let known = base.iter().zip(&self.scans);
-        known.map(|(heat, scans)| super::order::raise_for_writes(*heat, *scans)).collect()
+        known.map(|(heat, scans)| raise_for_writes(*heat, *scans)).collect()
     }
 }
 
