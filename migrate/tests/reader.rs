@@ -18,6 +18,7 @@ use migrate::SourceVm;
 use migrate::reader::{Closed, FILLERS, Found, PageBuffer, ReadError, Reader, Sink};
 use swapd::digest::page_sum;
 use swapd::{BLOCK_PAGES, Engine, PAGE_SIZE, PageNo, Run};
+use testkit::until;
 use tokio::sync::Notify;
 
 const QUEUES: u32 = 2;
@@ -138,9 +139,11 @@ async fn read(reader: &mut Reader<Image>, vm: &mut Writer, rounds: u32) -> Resul
     reader.begin_first_round();
     finish_round(reader).await?;
     for _ in 1..rounds {
+        let before = vm.writes();
+        until("the guest writes", || vm.writes() > before);
         reader.scan().await?;
         vm.drain().unwrap();
-        assert!(reader.pages_for_next() > 0, "the guest writes");
+        assert!(reader.pages_for_next() > 0, "what the guest has written is not seen");
         reader.begin_round();
         finish_round(reader).await?;
     }

@@ -108,7 +108,6 @@ impl<'a> Rounds<'a> {
 
     /// Round 1: heat, then what was never touched, then everything else but what is being written.
     pub(crate) async fn first(&mut self) -> Result<(), SessionError> {
-        self.enter(Phase::Copying);
         let heat = self.guard.wait("asking for heat", SILENCE_LIMIT, self.reader.ask_heat()).await??.to_vec();
         self.send_heat(heat).await?;
         while self.guard.wait(DURING, SILENCE_LIMIT, self.reader.survey()).await?? {}
@@ -174,14 +173,13 @@ impl<'a> Rounds<'a> {
             self.reader.forget_write_rate();
         }
         self.reader.begin_round();
-        self.enter(Phase::Converging);
+        self.tell();
         self.send_measured().await?;
         self.scan().await
     }
 
     /// The last round, while the VM stands still: leaves nothing.
     pub(crate) async fn last(&mut self) -> Result<(), SessionError> {
-        self.enter(Phase::Stopped);
         self.guard.resume();
         if !planted!(SkipsTheLastScan) {
             self.scan().await?;
