@@ -88,7 +88,7 @@ impl ControlLink {
 
     /// Says a last word, and ends the connection. If the link broke, the peer's last word is waited for.
     pub(crate) async fn close(mut self, session_state: &SessionState, last_word: Option<String>) {
-        if session_state.is_link_trouble() {
+        if session_state.is_link_error() {
             let _ = timeout(FAREWELL_LIMIT, &mut self.reader).await;
         }
         if let Some(text) = last_word {
@@ -121,7 +121,7 @@ async fn read(
                     return;
                 }
             }
-            Err(trouble) => return session_state.fail(trouble),
+            Err(error) => return session_state.fail(error),
         }
     }
 }

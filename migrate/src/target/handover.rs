@@ -53,7 +53,7 @@ pub(super) fn run(
     let (control, guard) = (&mut session.control, &session.guard);
     (link.progress)(Progress::waiting(Phase::HandOver, link.hello.memory_bytes, Wait::Commit));
     let word = session.runtime.block_on(guard.wait_for(Wait::Commit, control.next()));
-    let word = word.map_err(|trouble| fail(session, trouble))?;
+    let word = word.map_err(|error| fail(session, error))?;
     let Control::Commit { paused } = word else {
         return Err(fail(
             session,
@@ -128,8 +128,8 @@ fn keep(link: &TargetLink<'_>, kept: Kept) {
     }
 }
 
-fn fail(session: &Session<'_>, trouble: SessionError) -> Failed {
-    session.guard.failed(trouble);
+fn fail(session: &Session<'_>, error: SessionError) -> Failed {
+    session.guard.failed(error);
     Failed::SessionError
 }
 

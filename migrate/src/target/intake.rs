@@ -45,7 +45,7 @@ pub(crate) async fn run(inlet: StreamInput, mut lane: Lane, mut sink: Sink) {
         Ok(last) => {
             let _ = lane.ends.send(last).await;
         }
-        Err(trouble) => inlet.session_state.fail(trouble),
+        Err(error) => inlet.session_state.fail(error),
     }
 }
 

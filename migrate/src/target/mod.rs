@@ -168,8 +168,8 @@ impl Session<'_> {
         let (control, guard) = (&mut self.control, &self.guard);
         let arrived = self.runtime.block_on(async {
             let arrived = arrival.run(control, guard, link.progress).await;
-            let arrived = arrived.map_err(|trouble| {
-                guard.failed(trouble);
+            let arrived = arrived.map_err(|error| {
+                guard.failed(error);
                 Failed::SessionError
             });
             arrival.close().await;

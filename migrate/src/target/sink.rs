@@ -111,9 +111,9 @@ impl EngineSink {
             // SAFETY: granted frames are ours until they arrive or go back, which happens below, behind the read; the
             // handle keeps the engine's staging area mapped as far as its owner lets it (it stops the engine only after us).
             let region = unsafe { Region::new(frames, slots.bytes(), self.handle.clone()) };
-            if let Err(trouble) = receive_checked(inlet, region, &part, sums).await {
+            if let Err(error) = receive_checked(inlet, region, &part, sums).await {
                 self.give_back(slots).await;
-                return Err(trouble);
+                return Err(error);
             }
             self.arrive(inlet, &part, slots, sums).await?;
             done += slots.len as usize;
