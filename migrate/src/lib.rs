@@ -1,7 +1,7 @@
 //! vmemd's moving of a running VM's memory to another host: wire format, source and target sessions.
 //!
 //! ```text
-//!  send ── connect ─▶ rounds (order, pace, tracker) ─▶ handover        receive ── arrival ─▶ handover
+//!  send ── connect ─▶ rounds (order, pace, tracker) ─▶ handover        receive ── receiving ─▶ handover
 //!                       │ fillers ─▶ records ─▶ senders ══ streams ══▶ intakes ─▶ sinks ─▶ engine
 //!                       └──────────────────────────────── control ──────────┘
 //! ```

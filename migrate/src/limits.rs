@@ -64,7 +64,7 @@ pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// A limit on waiting for the peer as it holds in this process. Tests of what happens at its end cannot wait for minutes: in builds
 /// with debug assertions, and only there, `VMEMD_TEST_HASTE=10` makes it a tenth.
-pub fn patience(limit: Duration) -> Duration {
+pub fn scaled_for_tests(limit: Duration) -> Duration {
     #[cfg(debug_assertions)]
     {
         static HASTE: std::sync::OnceLock<u32> = std::sync::OnceLock::new();

@@ -43,7 +43,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{LOCK_RETRY, RESOLVE_CALL_LIMIT, patience};
+use crate::limits::{LOCK_RETRY, RESOLVE_CALL_LIMIT, scaled_for_tests};
 use crate::outside::{
     File, FileExt, Instant, OpenOptions, boot_id, in_memory, make_own, pause, planted, remove_file, vouch_for,
 };
@@ -478,7 +478,7 @@ impl Record {
     /// can be made to stand still.
     fn locked_soon(self, session: SessionId) -> Result<Record, RegistryError> {
         // Who asks is to hear that, and waits no longer than this limit itself.
-        let deadline = Instant::now() + patience(RESOLVE_CALL_LIMIT) / 2;
+        let deadline = Instant::now() + scaled_for_tests(RESOLVE_CALL_LIMIT) / 2;
         loop {
             match self.file.try_lock() {
                 Ok(()) => return Ok(self),

@@ -165,7 +165,7 @@ async fn write(
         }
         session_state.sent_unheard(length);
         if let Some(done) = done {
-            // Whoever waited may have lost patience.
+            // Whoever waited may have given up.
             let _ = done.send(());
         }
     }

@@ -10,7 +10,7 @@ use super::control::Outbox;
 use super::error::SessionError;
 use super::state::SessionState;
 use crate::cancel::{CancelFlag, is_cancelled};
-use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT, patience};
+use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT, scaled_for_tests};
 use crate::outside::{Instant, planted, sleep};
 use crate::wait::Wait;
 use crate::wire::control::Control;
@@ -37,7 +37,7 @@ impl<'a> Guard<'a> {
         limit: Duration,
         work: impl Future<Output = T>,
     ) -> Result<T, SessionError> {
-        self.wait_at_most(during, patience(limit), work).await
+        self.wait_at_most(during, scaled_for_tests(limit), work).await
     }
 
     /// Waits for what the other side is to do.
@@ -83,10 +83,10 @@ impl<'a> Guard<'a> {
         let (beats, at) = self.heard.get();
         if beats != self.session_state.beats() {
             self.heard.set((self.session_state.beats(), Instant::now()));
-        } else if at.elapsed() > patience(SILENCE_LIMIT) && !planted!(WaitsForever) {
+        } else if at.elapsed() > scaled_for_tests(SILENCE_LIMIT) && !planted!(WaitsForever) {
             return Err(SessionError::Link { during, source: io::ErrorKind::TimedOut.into() });
         }
-        if self.said.get().elapsed() > patience(ALIVE_EVERY) {
+        if self.said.get().elapsed() > scaled_for_tests(ALIVE_EVERY) {
             self.said.set(Instant::now());
             self.outbox.try_send(Control::Alive);
         }
@@ -95,7 +95,7 @@ impl<'a> Guard<'a> {
 
     /// Nothing was heard for so long that a sign of life is overdue.
     pub(crate) fn is_silent(&self) -> bool {
-        self.heard.get().1.elapsed() > patience(ALIVE_EVERY) + patience(ALIVE_EVERY) / 2
+        self.heard.get().1.elapsed() > scaled_for_tests(ALIVE_EVERY) + scaled_for_tests(ALIVE_EVERY) / 2
     }
 
     /// The session ends of this, unless it has failed already.

@@ -15,6 +15,7 @@
 //! and the round that follows, and the last scan comes after the VM has been stopped.
 
 mod buffer;
+mod dirty_rate;
 mod error;
 mod filler;
 mod hold;
@@ -24,7 +25,6 @@ mod shared;
 mod sink;
 mod stored;
 mod tracker;
-mod write_rate;
 
 pub use buffer::PageBuffer;
 pub use error::ReadError;

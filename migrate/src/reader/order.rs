@@ -21,7 +21,7 @@ fn class(heat: u8) -> u32 {
 }
 
 /// Heat of a page that was seen written is at least this, of all others less.
-pub(super) const WRITTEN_HEAT: u8 = 128;
+pub(super) const DIRTY_HEAT: u8 = 128;
 /// How much each scan that saw a page written adds.
 const SCAN_HEAT: u8 = 8;
 
@@ -38,13 +38,12 @@ pub(super) fn mean_heat(pages: &[u8]) -> u8 {
 }
 
 /// The heat of a page, from the engine's knowledge of it and from how many scans saw it written.
-pub(super) fn raise_for_writes(heat: u8, scans: u8) -> u8 {
+pub(super) fn raise_for_scans(heat: u8, scans: u8) -> u8 {
     match scans {
         // What has any is never as cold as what has none.
         0 => (heat / 2).max(heat.min(1)),
         _ => {
-            WRITTEN_HEAT
-                + (heat / 4).saturating_add(scans.saturating_mul(SCAN_HEAT)).min(u8::MAX - WRITTEN_HEAT)
+            DIRTY_HEAT + (heat / 4).saturating_add(scans.saturating_mul(SCAN_HEAT)).min(u8::MAX - DIRTY_HEAT)
         }
     }
 }
@@ -69,10 +68,10 @@ mod tests {
 
     #[test]
     fn a_written_page_is_hotter_than_any_other() {
-        assert!(raise_for_writes(0, 1) > raise_for_writes(255, 0));
-        assert!(raise_for_writes(0, 3) > raise_for_writes(0, 1));
-        assert_eq!([0, 1, 2, 255].map(|heat| raise_for_writes(heat, 0)), [0, 1, 1, 127]);
-        assert_eq!(raise_for_writes(255, 255), 255);
+        assert!(raise_for_scans(0, 1) > raise_for_scans(255, 0));
+        assert!(raise_for_scans(0, 3) > raise_for_scans(0, 1));
+        assert_eq!([0, 1, 2, 255].map(|heat| raise_for_scans(heat, 0)), [0, 1, 1, 127]);
+        assert_eq!(raise_for_scans(255, 255), 255);
         assert_eq!(mean_heat(&[0, 100]), 50);
     }
 }

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use swapd::{BLOCK_PAGES, PageNo, Piece, Place, Run, answered};
 
+use super::dirty_rate::DirtyRate;
 use super::error::ReadError;
 use super::filler;
 use super::hold::Hold;
 use super::order::{self, BlockFacts};
 use super::shared::{Shared, pages_of};
 use super::sink::{Closed, Found, MAX_RUNS, Sink};
-use super::write_rate::WriteRate;
 use crate::limits::{MOVING_RETRIES, MOVING_RETRY, SCAN_EVERY};
 use crate::outside::{DirtySubscription, EngineHandle, Instant, JoinSet, sleep};
 
@@ -35,7 +35,7 @@ pub struct Reader<S> {
     survey: Survey,
     /// Of the last round: how often it may still begin again, for pages that were just moving.
     tries_left: Option<u32>,
-    write_rate: WriteRate,
+    dirty_rate: DirtyRate,
     last_scan: Instant,
     scan_took: Duration,
 }
@@ -79,7 +79,7 @@ impl<S: Sink> Reader<S> {
             engine_heat: vec![0; pages as usize],
             survey,
             tries_left: None,
-            write_rate: WriteRate::default(),
+            dirty_rate: DirtyRate::default(),
             last_scan: Instant::now(),
             scan_took: Duration::ZERO,
         })
@@ -219,14 +219,14 @@ impl<S: Sink> Reader<S> {
     /// See [`ReadError`].
     pub async fn scan(&mut self) -> Result<Scanned, ReadError> {
         let began = Instant::now();
-        let written = answered(self.dirty.collect_async()).await?;
+        let found = answered(self.dirty.collect_async()).await?;
         let mut tracker = self.shared.tracker.borrow_mut();
-        written.left.iter().for_each(|run| tracker.left(*run));
-        let new = written.seen.iter().map(|run| tracker.written(*run)).sum();
+        found.left.iter().for_each(|run| tracker.left(*run));
+        let new = found.seen.iter().map(|run| tracker.found_dirty(*run)).sum();
         drop(tracker);
         self.scan_took = began.elapsed();
-        let pages = written.seen.iter().chain(&written.left).map(|run| u64::from(run.len)).sum();
-        self.write_rate.scan(pages, self.last_scan.elapsed());
+        let pages = found.seen.iter().chain(&found.left).map(|run| u64::from(run.len)).sum();
+        self.dirty_rate.scan(pages, self.last_scan.elapsed());
         self.last_scan = Instant::now();
         Ok(Scanned { new })
     }
@@ -243,13 +243,13 @@ impl<S: Sink> Reader<S> {
     }
 
     /// Pages written a second, by the last few scans; None before the first.
-    pub fn written_per_s(&self) -> Option<f64> {
-        self.write_rate.per_s()
+    pub fn dirty_per_s(&self) -> Option<f64> {
+        self.dirty_rate.per_s()
     }
 
     /// The VM is slowed down, or runs faster again: the rate of before says nothing any more.
-    pub fn forget_write_rate(&mut self) {
-        self.write_rate.forget();
+    pub fn forget_dirty_rate(&mut self) {
+        self.dirty_rate.forget();
     }
 
     /// Pages that are still to be read in this round.
@@ -268,8 +268,8 @@ impl<S: Sink> Reader<S> {
     }
 
     /// Pages of those 2 MiB blocks in which a scan has seen any page written.
-    pub fn pages_around_written(&self) -> u64 {
-        self.shared.tracker.borrow().pages_around_written()
+    pub fn pages_around_dirty(&self) -> u64 {
+        self.shared.tracker.borrow().pages_around_dirty()
     }
 
     /// Ends the reading, waits until nothing is in flight and no page is held, and gives the sink back. If fillers may be

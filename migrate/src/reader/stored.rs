@@ -11,7 +11,7 @@ use swapd::{CommandError, IoError, IoErrorKind, PageNo, Run, TierId, answered};
 
 use super::buffer::PageBuffer;
 use super::error::ReadError;
-use crate::limits::{BROKEN_TRIES, REREAD_EVERY, REREAD_WAITS, STORE_LIMIT, patience};
+use crate::limits::{BROKEN_TRIES, REREAD_EVERY, REREAD_WAITS, STORE_LIMIT, scaled_for_tests};
 use crate::outside::{EngineHandle, Instant, StoredReader, planted, sleep};
 
 /// Pages that are asked for to see whether the store gives any.
@@ -93,7 +93,7 @@ impl StoredPages {
         stored: &Stored,
         into: &mut PageBuffer,
     ) -> Result<bool, ReadError> {
-        let deadline = Instant::now() + patience(STORE_LIMIT);
+        let deadline = Instant::now() + scaled_for_tests(STORE_LIMIT);
         let (mut counted, mut fair) = (0, false);
         loop {
             let Err(error) = self.read(Run::one(page), stored, into).await else { return Ok(true) };

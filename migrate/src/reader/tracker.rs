@@ -11,7 +11,7 @@
 
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
-use super::order::raise_for_writes;
+use super::order::raise_for_scans;
 use crate::bitmap::Bitmap;
 use crate::outside::planted;
 
@@ -30,7 +30,7 @@ pub(super) struct Tracker {
     /// How many scans saw a page written.
     scans: Vec<u8>,
     /// Blocks in which a scan saw a page written.
-    blocks_written: Bitmap,
+    dirty_blocks: Bitmap,
 }
 
 impl Tracker {
@@ -47,13 +47,13 @@ impl Tracker {
             zero: Bitmap::new(pages),
             sums: vec![0; pages as usize],
             scans: vec![0; pages as usize],
-            blocks_written: Bitmap::new(pages.div_ceil(u64::from(BLOCK_PAGES))),
+            dirty_blocks: Bitmap::new(pages.div_ceil(u64::from(BLOCK_PAGES))),
         }
     }
 
     /// Pages of the blocks in which a scan saw a page written.
-    pub(super) fn pages_around_written(&self) -> u64 {
-        self.blocks_written.count() * u64::from(BLOCK_PAGES)
+    pub(super) fn pages_around_dirty(&self) -> u64 {
+        self.dirty_blocks.count() * u64::from(BLOCK_PAGES)
     }
 
     pub(super) fn blocks(&self) -> u32 {
@@ -68,14 +68,14 @@ impl Tracker {
 
     /// These pages left the guest's memory, and may have been written before. That they left says nothing of how they are used.
     pub(super) fn left(&mut self, run: Run) {
-        if !planted!(ForgetsWrittenPages) || self.todo.count_run(run) == 0 {
+        if !planted!(ForgetsDirtyPages) || self.todo.count_run(run) == 0 {
             self.next.set_run(run);
         }
         self.todo.clear_run(run);
     }
 
     /// A scan found these pages written: they need no sending now, because they would need it again. Returns how many were never found before.
-    pub(super) fn written(&mut self, run: Run) -> u64 {
+    pub(super) fn found_dirty(&mut self, run: Run) -> u64 {
         self.left(run);
         let mut new = 0;
         for scans in &mut self.scans[run.indices()] {
@@ -83,7 +83,7 @@ impl Tracker {
             *scans = scans.saturating_add(1);
         }
         for block in run.start.block()..=run.start.plus(run.len - 1).block() {
-            self.blocks_written.set(PageNo(block as u64));
+            self.dirty_blocks.set(PageNo(block as u64));
         }
         new
     }
@@ -152,7 +152,7 @@ impl Tracker {
     /// The engine's heat, corrected by what the scans saw.
     pub(super) fn heat(&self, base: &[u8]) -> Vec<u8> {
         let known = base.iter().zip(&self.scans);
-        known.map(|(heat, scans)| raise_for_writes(*heat, *scans)).collect()
+        known.map(|(heat, scans)| raise_for_scans(*heat, *scans)).collect()
     }
 }
 
@@ -163,8 +163,8 @@ mod tests {
     #[test]
     fn a_written_page_waits_for_the_next_round() {
         let mut tracker = Tracker::new(1024);
-        assert_eq!(tracker.written(Run::new(PageNo(0), 510)), 510);
-        assert_eq!(tracker.pages_around_written(), 512);
+        assert_eq!(tracker.found_dirty(Run::new(PageNo(0), 510)), 510);
+        assert_eq!(tracker.pages_around_dirty(), 512);
         assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
         tracker.take(PageNo(511));
         assert_eq!(tracker.cover(0), Some(Run::one(PageNo(510))));
@@ -177,11 +177,8 @@ mod tests {
     fn what_the_source_pages_out_is_sent_again_and_not_taken_for_what_is_in_use() {
         let mut tracker = Tracker::new(1024);
         tracker.left(Run::new(PageNo(512), 4));
-        assert_eq!(
-            (tracker.next.count(), tracker.todo.count(), tracker.pages_around_written()),
-            (4, 1020, 0)
-        );
-        assert_eq!(tracker.written(Run::new(PageNo(514), 1)), 1, "never seen before");
+        assert_eq!((tracker.next.count(), tracker.todo.count(), tracker.pages_around_dirty()), (4, 1020, 0));
+        assert_eq!(tracker.found_dirty(Run::new(PageNo(514), 1)), 1, "never seen before");
         let heat = tracker.heat(&[1; 1024]);
         assert_eq!((heat[512], heat[513]), (1, 1));
         assert!(heat[514] > 1);
@@ -198,7 +195,7 @@ mod tests {
         assert!(tracker.differs_from_sent(page, 6));
         tracker.unsent(page);
         assert!(tracker.differs_from_sent(page, 6));
-        tracker.written(Run::one(page));
+        tracker.found_dirty(Run::one(page));
         assert!(tracker.differs_from_sent(page, 6), "the target does not know yet that it is in use");
         assert!(!tracker.differs_from_sent(page, 6));
         tracker.sent_untouched(Run::one(PageNo(8)));

@@ -90,7 +90,7 @@ impl<'a> Copying<'a> {
             rounds: rounds.round as u32,
             left_pages: rounds.left_pages(),
             sent_per_s: rounds.send_rate.per_s(),
-            written_per_s: rounds.written_per_s(),
+            dirty_per_s: rounds.dirty_per_s(),
             throttle: self.throttle,
             vm_cost: self.expected.time,
             state_bytes: self.expected.state_bytes,

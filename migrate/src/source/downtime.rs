@@ -46,7 +46,7 @@ fn did_not_fit(session: &Session<'_>, standing: &Standing) -> String {
          the link carries {:.1} MB/s",
         standing.rounds,
         megabytes(standing.left_pages as f64),
-        megabytes(standing.written_per_s),
+        megabytes(standing.dirty_per_s),
         megabytes(standing.sent_per_s),
     )
 }

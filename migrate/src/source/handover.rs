@@ -22,7 +22,8 @@ use super::session::{Failed, Session};
 use super::steps::{Step, TargetTimes, milliseconds};
 use crate::cancel::is_cancelled;
 use crate::limits::{
-    CANCEL_POLL, PLACEMENT_LIMIT, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, patience,
+    CANCEL_POLL, PLACEMENT_LIMIT, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT,
+    scaled_for_tests,
 };
 use crate::link::error::SessionError;
 use crate::outside::{Instant, pause, planted, timeout, timeout_at};
@@ -217,7 +218,7 @@ impl<'a> Stopped<'a> {
             let paused = session.vm.stood_still();
             let rounds = &mut session.rounds;
             rounds.waits(Some(Wait::Running));
-            let limit = Instant::now() + patience(RUNNING_LIMIT);
+            let limit = Instant::now() + scaled_for_tests(RUNNING_LIMIT);
             Ok(session.runtime.block_on(async {
                 // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
                 let session_state = rounds.guard.session_state.clone();
@@ -325,7 +326,7 @@ impl Committed<'_> {
 /// Asks the target's daemon until it answers, for a bounded time. A cancel ends only the asking.
 fn ask(session: &mut Session<'_>) -> Option<Outcome> {
     session.rounds.waits(Some(Wait::Resolve));
-    let deadline = Instant::now() + patience(RESOLVE_LIMIT);
+    let deadline = Instant::now() + scaled_for_tests(RESOLVE_LIMIT);
     let enough = || Instant::now() >= deadline || is_cancelled(session.rounds.guard.cancel);
     loop {
         match resolve(&session.options.to, &session.options.security, session.id) {

@@ -34,7 +34,7 @@ pub(crate) struct Standing {
     pub(crate) left_pages: u64,
     pub(crate) sent_per_s: f64,
     /// Distinct pages written, under the throttle of now.
-    pub(crate) written_per_s: f64,
+    pub(crate) dirty_per_s: f64,
     pub(crate) throttle: u8,
     /// What the downtime consists of besides pages and the state's way: stopping, saving, loading and starting the VM.
     pub(crate) vm_cost: Duration,
@@ -86,12 +86,12 @@ pub(crate) fn decide(rules: &Rules, now: &Standing) -> Decision {
     if last {
         return Decision::GiveUp;
     }
-    let next = left * now.written_per_s / now.sent_per_s;
+    let next = left * now.dirty_per_s / now.sent_per_s;
     if next <= left * WANTED_SHRINK || next <= fits {
         return Decision::Go { throttle: now.throttle };
     }
     let running = 1.0 - f64::from(now.throttle) / 100.0;
-    let unthrottled = now.written_per_s / running;
+    let unthrottled = now.dirty_per_s / running;
     let wanted = 100.0 * (1.0 - WANTED_SHRINK * now.sent_per_s / unthrottled);
     let throttle = (wanted.ceil() as u8).clamp(now.throttle, rules.max_throttle.max(now.throttle));
     Decision::Go { throttle }
@@ -139,7 +139,7 @@ mod tests {
         rounds: 2,
         left_pages: 100_000,
         sent_per_s: 100_000.0,
-        written_per_s: 0.0,
+        dirty_per_s: 0.0,
         throttle: 0,
         vm_cost: Duration::from_millis(8),
         state_bytes: 0,
@@ -184,10 +184,10 @@ mod tests {
 
     #[test]
     fn throttles_just_enough() {
-        let fast = Standing { written_per_s: 200_000.0, ..STANDING };
+        let fast = Standing { dirty_per_s: 200_000.0, ..STANDING };
         assert_eq!(decide(&RULES, &fast), Decision::Go { throttle: 88 });
         // The same VM, seen while it is throttled, gets no more of it.
-        let slowed = Standing { written_per_s: 200_000.0 * 0.12, throttle: 88, ..STANDING };
+        let slowed = Standing { dirty_per_s: 200_000.0 * 0.12, throttle: 88, ..STANDING };
         assert_eq!(decide(&RULES, &slowed), Decision::Go { throttle: 88 });
         let gentle = Rules { max_throttle: 40, ..RULES };
         assert_eq!(decide(&gentle, &fast), Decision::Go { throttle: 40 });
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn slow_writers_are_left_alone() {
-        let slow = Standing { written_per_s: 25_000.0, ..STANDING };
+        let slow = Standing { dirty_per_s: 25_000.0, ..STANDING };
         assert_eq!(decide(&RULES, &slow), Decision::Go { throttle: 0 });
     }
 
@@ -224,9 +224,9 @@ mod tests {
             let rules = Rules { max_throttle, ..RULES };
             let (mut left, mut throttle, mut rounds) = (pages, 0, 1);
             loop {
-                let written_per_s = write_per_s * (1.0 - f64::from(throttle) / 100.0);
+                let dirty_per_s = write_per_s * (1.0 - f64::from(throttle) / 100.0);
                 let now =
-                    Standing { rounds, left_pages: left, sent_per_s: send_per_s, written_per_s, throttle, state_bytes, ..STANDING };
+                    Standing { rounds, left_pages: left, sent_per_s: send_per_s, dirty_per_s, throttle, state_bytes, ..STANDING };
                 match decide(&rules, &now) {
                     Decision::Stop => break,
                     Decision::GiveUp => prop_assert!(false, "nothing forbids it"),

@@ -151,7 +151,7 @@ impl<'a> Rounds<'a> {
             memory: swapd::units::pages_in(self.reader.memory_bytes()),
             room: self.room_pages,
             warm: self.warm_pages,
-            around: self.reader.pages_around_written(),
+            around: self.reader.pages_around_dirty(),
             most: Wait::Writes.limit().1,
         }
     }
@@ -170,7 +170,7 @@ impl<'a> Rounds<'a> {
     pub(crate) async fn again(&mut self, throttle: u8) -> Result<(), SessionError> {
         if throttle != self.throttle {
             self.throttle = throttle;
-            self.reader.forget_write_rate();
+            self.reader.forget_dirty_rate();
         }
         self.reader.begin_round();
         self.tell();
@@ -310,8 +310,8 @@ impl<'a> Rounds<'a> {
     }
 
     /// Pages written a second, as far as that is known.
-    pub(crate) fn written_per_s(&self) -> f64 {
-        self.reader.written_per_s().unwrap_or(0.0)
+    pub(crate) fn dirty_per_s(&self) -> f64 {
+        self.reader.dirty_per_s().unwrap_or(0.0)
     }
 
     /// The VM's memory.

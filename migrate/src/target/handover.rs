@@ -14,7 +14,7 @@ use super::accepted::{TargetLink, TargetMemory};
 use super::error::ReceiveError;
 use super::placement::Check;
 use super::session::{Failed, Session};
-use crate::limits::{RESOLVE_EVERY, RESOLVE_LIMIT, patience};
+use crate::limits::{RESOLVE_EVERY, RESOLVE_LIMIT, scaled_for_tests};
 use crate::link::error::SessionError;
 use crate::outside::{Instant, on_own_thread, pause, planted};
 use crate::progress::{Phase, Progress};
@@ -150,7 +150,7 @@ pub(super) fn give_up(link: &TargetLink<'_>) {
 
 /// A disk that fails is tried again for as long as a source asks.
 fn persist(link: &TargetLink<'_>, mut error: RegistryError, record: impl Fn() -> Result<(), RegistryError>) {
-    let deadline = Instant::now() + patience(RESOLVE_LIMIT);
+    let deadline = Instant::now() + scaled_for_tests(RESOLVE_LIMIT);
     loop {
         tracing::error!(%error, session = %link.hello.session, "that a VM does not start here could not be recorded");
         if !matches!(error, RegistryError::Io { .. } | RegistryError::Busy(_)) || Instant::now() >= deadline {

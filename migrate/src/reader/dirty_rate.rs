@@ -4,12 +4,12 @@ use std::time::Duration;
 
 /// The rate at which pages are written, from the last few scans.
 #[derive(Clone, Debug, Default)]
-pub(super) struct WriteRate {
-    scans: [(u64, Duration); WriteRate::SCANS],
+pub(super) struct DirtyRate {
+    scans: [(u64, Duration); DirtyRate::SCANS],
     count: usize,
 }
 
-impl WriteRate {
+impl DirtyRate {
     const SCANS: usize = 4;
 
     pub(super) fn scan(&mut self, pages: u64, since_last: Duration) {
@@ -19,7 +19,7 @@ impl WriteRate {
 
     /// The throttle changed: what was seen before no longer holds.
     pub(super) fn forget(&mut self) {
-        *self = WriteRate::default();
+        *self = DirtyRate::default();
     }
 
     /// Pages a second; None before the first scan.
@@ -37,9 +37,9 @@ mod tests {
 
     #[test]
     fn only_the_last_scans_count() {
-        let mut written = WriteRate::default();
-        assert_eq!(written.per_s(), None);
-        (0..9).for_each(|pages| written.scan(pages, Duration::from_secs(1)));
-        assert_eq!(written.per_s(), Some(6.5));
+        let mut rate = DirtyRate::default();
+        assert_eq!(rate.per_s(), None);
+        (0..9).for_each(|pages| rate.scan(pages, Duration::from_secs(1)));
+        assert_eq!(rate.per_s(), Some(6.5));
     }
 }
