@@ -108,7 +108,7 @@ pub enum ReachError {
     Insecure(#[from] TlsError),
 }
 
-/// Connects to the first address of `to` that answers, and makes sure of who does.
+/// Connects to the first address of `to` that answers, and makes sure that it is the right peer.
 pub(crate) fn connect(to: &str, security: &Security, limit: Duration) -> Result<StdStream, ReachError> {
     let stream = connect_tcp(to, limit)?;
     match security {

@@ -78,7 +78,8 @@ impl ControlLink {
         round_trip(&self.ender)
     }
 
-    /// The peer's next message, other than signs of life. Waits for ever if the link is broken: the session has failed then.
+    /// The peer's next message, other than signs of life. If the link is broken this waits for ever, and the session
+    /// has failed: whoever waits must look at that, too.
     pub(crate) async fn next(&mut self) -> Control {
         match self.inbox.recv().await {
             Some(message) => message,

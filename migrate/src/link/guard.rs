@@ -74,7 +74,7 @@ impl<'a> Guard<'a> {
     /// To be called at least every [`CANCEL_POLL`]: says why the session must end, or says that it lives.
     pub(crate) fn check(&self, during: &'static str) -> Result<(), SessionError> {
         if self.session_state.has_failed() {
-            // Only a placeholder: `SessionState` has the error itself, and the peer's reason may still arrive.
+            // Only a placeholder: the session's state has the error itself, and the peer's reason may still arrive.
             return Err(SessionError::Link { during, source: io::ErrorKind::ConnectionAborted.into() });
         }
         if is_cancelled(self.cancel) {

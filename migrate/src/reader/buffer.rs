@@ -128,8 +128,8 @@ impl PageBuffer {
         (room, &self.runs, &self.sums)
     }
 
-    /// The last `head_bytes` of the head room and all pages, for one operation. The caller keeps the buffer as it is until
-    /// that has ended.
+    /// The last `head_bytes` of the head room and all pages, for one operation. The caller keeps the buffer as it is
+    /// until that has ended.
     pub(crate) fn whole(&mut self, head_bytes: usize) -> Region<Rc<Pages>> {
         let (from, to) = (self.head - head_bytes, self.at(self.pages()));
         // SAFETY: the caller's promise.

@@ -63,7 +63,7 @@ impl<S: Sink> Filler<S> {
 
     fn has_room(&self) -> bool {
         let bare = self.zeros.len().max(self.lost.len()) as u32;
-        // A block adds at most a run for every other page.
+        // The next block adds at most a run for every other page.
         self.buffer.room() > 0 && bare + swapd::BLOCK_PAGES / 2 <= MAX_RUNS
     }
 

@@ -58,8 +58,8 @@ pub struct Scanned {
 }
 
 impl<S: Sink> Reader<S> {
-    /// A reader to which all pages are still to be read. `dirty` has been told of every write since before the call. Must
-    /// be called on the runtime.
+    /// A reader to which all pages are still to be read. `dirty` has been told of every write since before the call.
+    /// Must be called on the runtime.
     ///
     /// # Errors
     /// The store cannot be opened.
@@ -231,8 +231,8 @@ impl<S: Sink> Reader<S> {
         Ok(Scanned { new })
     }
 
-    /// The last scan is so long ago that another is due. While a round goes on, scans show what the guest writes, and keep
-    /// pages from being read that would have to be read again.
+    /// The last scan is so long ago that another is due. While a round goes on, scans show what the guest writes, and
+    /// keep pages from being read that would have to be read again.
     pub fn scan_is_due(&self) -> bool {
         self.last_scan.elapsed() >= SCAN_EVERY
     }
@@ -272,8 +272,8 @@ impl<S: Sink> Reader<S> {
         self.shared.tracker.borrow().pages_around_dirty()
     }
 
-    /// Ends the reading, waits until nothing is in flight and no page is held, and gives the sink back. If fillers may be
-    /// waiting for the sink, it must have been closed first: they end when it says so.
+    /// Ends the reading, waits until nothing is in flight and no page is held, and gives the sink back. If fillers may
+    /// be waiting for the sink, it must have been closed first: they end when it says so.
     pub async fn close(mut self) -> S {
         while let Some(done) = self.fillers.join_next().await {
             // Whatever they say comes too late.

@@ -118,8 +118,8 @@ impl StoredPages {
         }
     }
 
-    /// Whether the store gives any page but this one, as it was written. None of those asked for is held, so a page that
-    /// is just being changed does not count.
+    /// Whether the store gives any page but this one, as it was written. None of those asked for is held, so a page
+    /// that is just being changed does not count.
     async fn gives_another(&self, page: PageNo, scratch: &mut PageBuffer) -> Result<bool, ReadError> {
         if let Some(last) = self.last_given.get()
             && last != page

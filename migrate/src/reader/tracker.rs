@@ -1,13 +1,15 @@
-//! Which pages are to be sent, now or in the next round, and what was sent of each.
+//! Which pages are to be read, in this round or the next, and what the sink was given of each.
 //!
 //! ```text
-//!   todo ── taken ──▶ sent ── written ──▶ next ── a round begins ──▶ todo
-//!     └───────── written, or moving just now ──────▲
+//!   todo ── taken ──▶ sent ── found dirty ──▶ next ── a round begins ──▶ todo
+//!     └───────── found dirty, or moving just now ──────▲
 //! ```
-//! A page leaves `todo` *before* it is copied: if it is written while or after that, a later scan reports it. The exception are devices: I/O
-//! writes through its own mapping and ignores write protection, so a page that is pinned for I/O may be reported, be protected again, and
-//! only then get its data, without another report. Therefore a reported page is sent in the next round at the earliest, and between
-//! rounds [`SourceVm::drain`](crate::SourceVm::drain) waits for all I/O that was under way.
+//! A page leaves `todo` *before* it is copied: if it is written during the copy or after it, a later scan reports it.
+//! Devices are the exception. Their I/O writes through a mapping of its own and ignores write protection. So a page
+//! that is pinned for I/O may be reported, be protected again, and only then get its data, without another report.
+//! Therefore a reported page is read in the next round at the earliest, and between two rounds
+//! [`SourceVm::drain`](crate::SourceVm::drain) waits for all I/O that was under way. A copy that was made between
+//! report and data would be wrong for ever.
 
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
@@ -21,7 +23,8 @@ pub(super) struct Tracker {
     pub(super) todo: Bitmap,
     pub(super) next: Bitmap,
     sent: Bitmap,
-    /// Sent before any scan saw it written: the target took it for what it was by the heat map, and has it in the store if that was cold.
+    /// Sent before any scan saw it written. The target has placed such a page by the heat that was known then: it may
+    /// be in the store there, though the guest uses it.
     sent_unseen: Bitmap,
     /// Last sent as zeros.
     zero: Bitmap,
@@ -66,7 +69,8 @@ impl Tracker {
         std::mem::swap(&mut self.todo, &mut self.next);
     }
 
-    /// These pages left the guest's memory, and may have been written before. That they left says nothing of how they are used.
+    /// These pages have left the guest, and may have been written before: they are dirty. That they left was the
+    /// engine's choice, so they are not counted as in use.
     pub(super) fn left(&mut self, run: Run) {
         if !planted!(ForgetsDirtyPages) || self.todo.count_run(run) == 0 {
             self.next.set_run(run);
@@ -74,7 +78,8 @@ impl Tracker {
         self.todo.clear_run(run);
     }
 
-    /// A scan found these pages written: they need no sending now, because they would need it again. Returns how many were never found before.
+    /// A scan found these pages dirty. They leave this round's list, because they will have to be read again anyway.
+    /// Returns how many of them no scan had found before.
     pub(super) fn found_dirty(&mut self, run: Run) -> u64 {
         self.left(run);
         let mut new = 0;
@@ -117,8 +122,9 @@ impl Tracker {
         self.next.set(page);
     }
 
-    /// Whether content with this checksum is news; if so, it counts as sent. What a scan has seen written since it was sent is news even if
-    /// it was the sooner of the two, and nothing has changed: the target places it anew, by what is known now.
+    /// Whether content with this checksum is to be sent, because it differs from what was sent last. If so, it counts
+    /// as sent. A page that was sent before any scan saw it written is sent again after the first that did, even
+    /// unchanged: the target learns that the page is in use, and places it anew.
     pub(super) fn differs_from_sent(&mut self, page: PageNo, sum: u64) -> bool {
         let was_zero = self.zero.clear(page);
         let is_seen = self.scans[page.index()] > 0;
@@ -131,13 +137,13 @@ impl Tracker {
         news
     }
 
-    /// Whether the page's being zero is news; if so, it counts as sent.
+    /// Whether it is to be sent that the page reads as zeros. If so, it counts as sent.
     pub(super) fn differs_from_sent_zero(&mut self, page: PageNo) -> bool {
         let first = self.sent.set(page);
         self.zero.set(page) || first
     }
 
-    /// The page was not sent after all, though it was taken to be.
+    /// The page counts as never sent: its content is lost, so whatever comes after is to be sent.
     pub(super) fn unsent(&mut self, page: PageNo) {
         self.sent.clear(page);
     }
@@ -149,7 +155,7 @@ impl Tracker {
         self.zero.set_run(run);
     }
 
-    /// The engine's heat, corrected by what the scans saw.
+    /// The engine's heat, corrected by what the scans have seen.
     pub(super) fn heat(&self, base: &[u8]) -> Vec<u8> {
         let known = base.iter().zip(&self.scans);
         known.map(|(heat, scans)| raise_for_scans(*heat, *scans)).collect()

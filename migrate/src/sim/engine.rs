@@ -1,5 +1,6 @@
-//! A simulated engine, as its handle promises it to be and no better: answers take their time, pages that are not held wander between
-//! memory and the store, a scan may name pages that did not change, the store cannot read some pages, and has spoilt others.
+//! A simulated engine, as its handle promises it to be and no better: answers take their time, pages that are not held
+//! wander between memory and the store, a scan may name pages that did not change, the store cannot read some pages,
+//! and has spoilt others.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -105,7 +105,8 @@ fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendErr
             Ok(ram_bytes)
         }
         Ok((Answer::Refused { kind, text }, theirs)) => Err(match kind {
-            // Every refusal carries its sender's versions. A target of one exact version does not name ours in its text.
+            // Every refusal carries its sender's versions. A target of one exact version does not name ours in its
+            // text.
             RefuseKind::Version if highest_common(&VERSIONS, &theirs).is_none() => other_version(theirs),
             RefuseKind::Version => SendError::Version(text),
             RefuseKind::NameTaken => SendError::NameTaken(text),

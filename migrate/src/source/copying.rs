@@ -16,7 +16,8 @@ pub(super) struct Copying<'a> {
     pub(super) throttle_max: u8,
     /// The VM's name is given up.
     unnamed: bool,
-    /// Of the VM itself, at the last look. Looked at before a round: pages are written meanwhile that nobody has counted.
+    /// Of the VM itself, at the last look. Looked at before a round: pages are written meanwhile that nobody has
+    /// counted.
     expected: Expected,
 }
 
@@ -106,8 +107,8 @@ impl<'a> Copying<'a> {
         }
     }
 
-    /// Asks what of the downtime will be the VM's own. A VM whose state the target would not take is not stopped to find
-    /// that out.
+    /// Asks what of the downtime will be the VM's own. A VM whose state the target would not take is not stopped to
+    /// find that out.
     fn look_ahead(&mut self) -> Result<(), Failed> {
         self.expected = self.session.vm.expected();
         match too_large(self.expected.state_bytes) {
@@ -116,8 +117,8 @@ impl<'a> Copying<'a> {
         }
     }
 
-    /// Frees the VM's name. A name is a file, and its directory may be on a slow disk: so it goes before the VM is stopped.
-    /// What was written meanwhile counts.
+    /// Frees the VM's name. A name is a file, and its directory may be on a slow disk: so it goes before the VM is
+    /// stopped. What was written meanwhile counts.
     fn give_up_name(&mut self) -> Result<(), Failed> {
         self.unnamed = true;
         self.session.step(Step::GiveUpName, |session| {
@@ -127,8 +128,8 @@ impl<'a> Copying<'a> {
         })
     }
 
-    /// Waits until devices have written all that they had begun to write. Pages that were reported as dirty, or not tracked
-    /// yet, have their last bytes then, and can be sent.
+    /// Waits until devices have written all that they had begun to write. Pages that were reported as dirty, or not
+    /// tracked yet, have their last bytes then, and can be sent.
     fn drain(&mut self) -> Result<(), Failed> {
         if planted!(SkipsTheDrains) {
             return Ok(());

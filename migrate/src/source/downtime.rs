@@ -1,4 +1,5 @@
-//! What is said of a downtime that would be, is or was longer than it should be.
+//! The texts about a downtime that is longer than it should be: before the VM is stopped, while it stands still, and in
+//! the report.
 
 use std::time::Duration;
 
@@ -33,7 +34,7 @@ fn refrain(session: &Session<'_>, text: String) -> Failed {
     Failed::Said(SendError::Downtime(text))
 }
 
-/// How things stood when no further round was allowed.
+/// Says how things stood when no further round was allowed.
 fn did_not_fit(session: &Session<'_>, standing: &Standing) -> String {
     let megabytes = |pages: f64| pages * swapd::PAGE_SIZE as f64 / 1e6;
     let held_back = match (session.options.max_throttle, standing.throttle) {

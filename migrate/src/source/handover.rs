@@ -83,12 +83,12 @@ impl<'a> Converged<'a> {
             let paused = session.vm.pause();
             paused.map_err(|error| session.vm_failed(error))
         });
-        // Not before: it would write at full speed once more.
+        // Not before the VM stands still: it would write at full speed once more.
         converged.copying.set_throttle(0);
         let stopped = Stopped { converged, at, target: TargetTimes::default() };
         match paused {
             Ok(()) => Ok(stopped),
-            // It may have been paused half-way.
+            // A VM that could not be paused may have been paused half-way.
             Err(failed) => Err(stopped.resume(failed)),
         }
     }
@@ -302,7 +302,8 @@ impl Committed<'_> {
         report
     }
 
-    /// Waits for the target's look at what the VM touches. The VM runs there: how much of that is in RAM is a bonus.
+    /// Waits for the target's check of the placement. The VM runs there already, so a check that fails is no failure of
+    /// the migration.
     fn placement(&mut self) -> Option<Placement> {
         if self.placed.is_none() || !self.stopped.session().options.check_placement {
             return None;

@@ -10,7 +10,7 @@ pub(crate) fn hot_room(ram_pages: u64) -> u64 {
     (ram_pages as f64 * HOT_SHARE) as u64
 }
 
-/// Leaves heat only to the `pages` hottest: what is hot shall fit the target's RAM, or the word means nothing there.
+/// Leaves heat only to the `pages` hottest; all others become cold.
 pub(crate) fn keep_hottest(heat: &mut [u8], pages: u64) {
     let mut count = [0_u64; 256];
     heat.iter().for_each(|heat| count[usize::from(*heat)] += 1);

@@ -1,16 +1,18 @@
 //! When to stop the VM, and how much to slow it down before: values in, decisions out.
 //!
-//! A round sends what was written during the one before. It converges if pages are written more slowly than
-//! they are sent. If they are not, the VM is throttled, as in QEMU's auto-converge, but straight to the
-//! share at which the next round shrinks to [`WANTED_SHRINK`], not step by step.
+//! A round sends the pages that became dirty during the one before. Rounds get shorter if pages become dirty more
+//! slowly than they are sent. If they do not, the VM is throttled, as in QEMU's auto-converge, but at once to the share
+//! at which the next round shrinks to [`WANTED_SHRINK`], not step by step.
 
 use std::time::Duration;
 
 /// The next round shall have at most this share of the pages of this one.
 pub(crate) const WANTED_SHRINK: f64 = 0.25;
-/// Share of what the other costs leave of the downtime target that is for sending pages: rates are never quite what they were.
+/// Of the downtime that the other costs leave, this share is for sending pages. The rest is for rates that are not
+/// quite what they were.
 pub(crate) const PAGES_SHARE: f64 = 0.75;
-/// Share of the target that is for sending pages whatever else there is: with less, no VM that writes would ever be stopped.
+/// This share of the downtime target is for sending pages, whatever the other costs are. With less, no VM that writes
+/// would ever be stopped.
 pub(crate) const LEAST_SHARE: f64 = 0.1;
 /// A round with fewer pages says little about the rate.
 const MIN_RATE_PAGES: u64 = 256;
@@ -33,14 +35,14 @@ pub(crate) struct Standing {
     /// Pages to be sent next.
     pub(crate) left_pages: u64,
     pub(crate) sent_per_s: f64,
-    /// Distinct pages written, under the throttle of now.
+    /// Pages that become dirty a second, under the throttle of now.
     pub(crate) dirty_per_s: f64,
     pub(crate) throttle: u8,
     /// What the downtime consists of besides pages and the state's way: stopping, saving, loading and starting the VM.
     pub(crate) vm_cost: Duration,
     /// The VM's state, to be sent with the pages.
     pub(crate) state_bytes: u64,
-    /// The last look for written pages, and questions and answers on their way.
+    /// The last scan, and questions and answers on their way.
     pub(crate) link_cost: Duration,
 }
 
@@ -101,7 +103,7 @@ pub(crate) fn decide(rules: &Rules, now: &Standing) -> Decision {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct SendRate {
     per_s: Option<f64>,
-    /// That is of a round with enough pages.
+    /// The rate is that of a round with enough pages.
     is_known: bool,
 }
 
@@ -110,7 +112,8 @@ impl SendRate {
         let rate = pages.max(1) as f64 / took.as_secs_f64().max(1e-6);
         let says_much = pages >= MIN_RATE_PAGES;
         if says_much || !self.is_known {
-            // Of rounds that say little the fastest says most: a memory of zeros takes its time, and hardly a page is sent.
+            // Of rounds with few pages the fastest says most: a memory of zeros takes its time, and hardly a page is
+            // sent.
             let least = if says_much { 0.0 } else { self.per_s.unwrap_or_default() };
             self.per_s = Some(rate.max(least));
             self.is_known |= says_much;

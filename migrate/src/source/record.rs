@@ -1,5 +1,5 @@
-//! A record of pages: a reader's buffer, whose head room takes the record's header and metadata, so that all of it leaves
-//! in one write.
+//! A record of pages: a reader's buffer, whose head room takes the record's header and metadata, so that all of it
+//! leaves in one write.
 //!
 //! ```text
 //!   0        HEAD - header - meta          HEAD                         HEAD + pages x 4096

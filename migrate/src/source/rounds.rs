@@ -1,4 +1,5 @@
-//! The rounds of a source's session: what is sent when, and the scans meanwhile.
+//! The rounds of a source's session: drives the reader, keeps to the protocol of rounds and heat maps with the target,
+//! and reports progress.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -48,7 +49,7 @@ pub(crate) struct Rounds<'a> {
     senders: Vec<JoinHandle<()>>,
     enders: Vec<StdStream>,
     discovery: Discovery,
-    /// Pages that are not cold, by all that is known: of those with a heat of 1 nothing is known but that they are in RAM.
+    /// Pages that are not cold, by all that is known. A heat of 1 does not count: it says only that the page is in RAM.
     warm_pages: u64,
     /// RAM that the VM gets at the target.
     room_pages: u64,
@@ -106,7 +107,8 @@ impl<'a> Rounds<'a> {
         })
     }
 
-    /// Round 1: heat, then what was never touched, then everything else but what is being written.
+    /// The first round: the heat map, then pages that were never touched, then all others but those that are being
+    /// written.
     pub(crate) async fn first(&mut self) -> Result<(), SessionError> {
         let heat = self.guard.wait("asking for heat", SILENCE_LIMIT, self.reader.ask_heat()).await??.to_vec();
         self.send_heat(heat).await?;
@@ -119,7 +121,8 @@ impl<'a> Rounds<'a> {
         self.watch_writes().await
     }
 
-    /// After round 1: the VM runs on here, and nothing is sent but heat, as long as it shows more of what it uses and that matters there.
+    /// After the first round: the VM runs on here and nothing is sent but heat, as long as the scans find more pages of
+    /// its working set and the target has a use for that ([`Discovery`]).
     async fn watch_writes(&mut self) -> Result<(), SessionError> {
         if !self.discovery.goes_on(self.began.elapsed(), &self.stakes()) {
             return Ok(());
@@ -156,8 +159,8 @@ impl<'a> Rounds<'a> {
         }
     }
 
-    /// What is hot is known better by and by: all that was written. Pages that went out as cold ones before may be among
-    /// it, and the target keeps room for them.
+    /// Sends a better heat map: the scans have found more dirty pages, and those are hot. Some of them were sent as
+    /// cold ones before; the target keeps room in RAM for them.
     async fn send_known_heat(&mut self) -> Result<(), SessionError> {
         let known = self.reader.known_heat();
         self.warm_pages = known.iter().filter(|heat| **heat > 1).count() as u64;
@@ -166,7 +169,7 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    /// A later round: what was written before it.
+    /// A later round: the pages that scans have found dirty before it.
     pub(crate) async fn again(&mut self, throttle: u8) -> Result<(), SessionError> {
         if throttle != self.throttle {
             self.throttle = throttle;
@@ -212,13 +215,13 @@ impl<'a> Rounds<'a> {
         said
     }
 
-    /// Says what is waited for.
+    /// Notes what is waited for, and reports it.
     pub(crate) fn waits(&mut self, wait: Option<Wait>) {
         self.waiting = wait;
         self.tell();
     }
 
-    /// A round that is not the last, which shows how fast the link is.
+    /// Sends a round that is not the last, and notes how fast the link was.
     async fn send_measured(&mut self) -> Result<(), SessionError> {
         let (began, before) = (Instant::now(), self.reader.pages_given());
         self.send_round().await?;
@@ -227,7 +230,7 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    /// Sends all that is to be sent in the round that has begun, and scans meanwhile.
+    /// Sends all pages of the round that has begun, and scans meanwhile.
     async fn send_round(&mut self) -> Result<(), SessionError> {
         loop {
             self.guard.check(DURING)?;
@@ -252,7 +255,8 @@ impl<'a> Rounds<'a> {
         }
     }
 
-    /// Ends the round on every stream and waits until the target has all of it, so that the rate is what really arrives.
+    /// Ends the round on every data stream, and waits until the target has all of it. So the rate that is measured is
+    /// that at which pages arrive, not that at which sockets take them.
     async fn end_round(&mut self, last: bool) -> Result<(), SessionError> {
         self.round += 1;
         let round = self.round;
@@ -261,7 +265,7 @@ impl<'a> Rounds<'a> {
         self.expect(Control::RoundDone { round }, Wait::Round).await
     }
 
-    /// Asks what was written since the last time.
+    /// Scans for dirty pages.
     pub(crate) async fn scan(&mut self) -> Result<(), SessionError> {
         let scanned =
             self.guard.wait("looking for written pages", SILENCE_LIMIT, self.reader.scan()).await??;
@@ -269,7 +273,7 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    /// Something else begins: says so at once.
+    /// Another phase begins: reports it at once.
     pub(crate) fn enter(&mut self, phase: Phase) {
         self.phase = phase;
         self.tell();
@@ -300,7 +304,7 @@ impl<'a> Rounds<'a> {
         });
     }
 
-    /// What the last round costs besides pages: a look for written ones, and questions and answers on their way.
+    /// What the last round costs besides pages: a scan, and questions and answers on their way.
     pub(crate) fn link_cost(&self) -> Duration {
         self.reader.scan_took() + self.control.round_trip().unwrap_or_default() * QUESTIONS
     }
@@ -309,7 +313,7 @@ impl<'a> Rounds<'a> {
         self.reader.pages_for_next()
     }
 
-    /// Pages written a second, as far as that is known.
+    /// Pages that become dirty a second, as far as that is known.
     pub(crate) fn dirty_per_s(&self) -> f64 {
         self.reader.dirty_per_s().unwrap_or(0.0)
     }

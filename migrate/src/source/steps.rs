@@ -74,7 +74,8 @@ impl Times {
         self.0[step as usize]
     }
 
-    /// What the downtime consisted of. Of the steps in which the target works, what it does not account for is the link's.
+    /// What the downtime consisted of. Of the steps in which the target works, what it does not account for is the
+    /// link's.
     pub(super) fn downtime_parts(&self, target: &TargetTimes) -> DowntimeParts {
         let link = self.of(Step::Prepare).saturating_sub(target.place + target.load)
             + self.of(Step::Commit).saturating_sub(target.record + target.start);

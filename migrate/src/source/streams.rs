@@ -1,4 +1,4 @@
-//! The seam between the reader and the network: the sink that makes a record of the wire of whatever the reader finds.
+//! The seam between the reader and the network: a sink that sends whatever the reader finds as records of the wire.
 //!
 //! ```text
 //!   reader ── PageBuffer ──▶ Streams ── Outgoing ──▶ sender ══ data stream ══▶ target

@@ -89,7 +89,8 @@ pub(super) fn run(
         keep(link, committed.started());
     }
     let mut received = Received::new(link.hello.name.clone(), link.hello.session, placed);
-    // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
+    // Behind the start, because the first scan takes its time. A page that is touched before it is touched again, or
+    // not counted.
     let check = check.map(Check::started);
     vm.settle();
     if let Some(check) = check {
@@ -105,14 +106,19 @@ pub(super) fn run(
     Ok(received)
 }
 
-/// Has it known after a crash of this host, too, that the VM runs here: on a thread of its own, for as long as the disk needs.
+/// Flushes the record that the VM runs here, so that it outlasts a crash of this host: on a thread of its own, for as
+/// long as the disk needs.
 fn keep(link: &TargetLink<'_>, kept: Kept) {
     let session = link.hello.session;
     let flush = move || {
         let mut told = false;
         while let Err(error) = kept.flush() {
             if !std::mem::replace(&mut told, true) {
-                tracing::error!(%error, %session, "that the VM runs here may be forgotten if this host goes down; it is tried again");
+                tracing::error!(
+                    %error,
+                    %session,
+                    "that the VM runs here may be forgotten if this host goes down; it is tried again"
+                );
             }
             if planted!(FlushesOnce) {
                 return;

@@ -13,16 +13,16 @@ use crate::wire::control::{Totals, read_totals};
 use crate::wire::extents::Bounds;
 use crate::wire::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_DATA_META, Sequence};
 
-/// A stream has come to the end of a round.
+/// A data stream has come to the end of a round.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RoundEnd {
     pub(crate) round: u64,
-    /// What the stream has brought since its start.
+    /// Pages that have come on it since its start.
     pub(crate) totals: Totals,
     pub(crate) last: bool,
 }
 
-/// What a stream needs to know of its session.
+/// What a data stream's intake needs besides the stream: what may come on it, and who hears of the end of a round.
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
     pub(crate) bounds: Bounds,

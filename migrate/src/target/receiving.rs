@@ -1,4 +1,4 @@
-//! The receiving itself: which message may come when, and what is complete.
+//! The receiving itself: which message may come when, and when the VM is complete.
 //!
 //! ```text
 //!   heat ──▶ streams run ──(heat again)──▶ every stream's last round ended + state + final ──▶ complete
@@ -217,7 +217,8 @@ impl<'a> Receiving<'a> {
         if self.streams_ahead == self.hello.streams {
             self.streams_ahead = 0;
             self.rounds_done += 1;
-            // The next round may be the last, in which no page is to wait for a frame whose content is still being written.
+            // The next round may be the last. In it no page shall wait for a frame whose content is still being
+            // written.
             if let TargetMemory::Engine(handle) = self.memory
                 && !ended.last
             {

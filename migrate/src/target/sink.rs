@@ -75,8 +75,9 @@ impl Sink {
         Ok(())
     }
 
-    /// End of a round on this stream. Frames that were granted and not used go back now: another stream may need them to finish the same
-    /// round, and this stream gets no more pages until every stream has finished it. To keep them would be a deadlock.
+    /// End of a round on this data stream. Frames that were granted and not used go back now: another stream may need
+    /// them to finish the same round, and this stream gets no more pages until every stream has finished it. To keep
+    /// them would be a deadlock.
     pub(crate) async fn rest(&mut self) -> Result<(), SessionError> {
         match self {
             Sink::Engine(sink) => sink.rest().await,
@@ -109,7 +110,8 @@ impl EngineSink {
             let part = take_runs(&mut runs, slots.len);
             let frames = self.handle.slot_address(slots);
             // SAFETY: granted frames are ours until they arrive or go back, which happens below, behind the read; the
-            // handle keeps the engine's staging area mapped as far as its owner lets it (it stops the engine only after us).
+            // handle keeps the engine's staging area mapped as far as its owner lets it (it stops the engine only after
+            // us).
             let region = unsafe { Region::new(frames, slots.bytes(), self.handle.clone()) };
             if let Err(error) = receive_checked(input, region, &part, sums).await {
                 self.give_back(slots).await;
@@ -229,8 +231,8 @@ impl PlainSink {
     async fn pages(&mut self, input: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
         if let [run] = batch.runs {
             let start = self.memory.page_address(run.start);
-            // SAFETY: within the mapping (`page_address` checks its start, the decoder its end), which the clone keeps; nobody
-            // uses the memory of a VM that does not run yet, and streams own disjoint blocks.
+            // SAFETY: within the mapping (`page_address` checks its start, the decoder its end), which the clone keeps;
+            // nobody uses the memory of a VM that does not run yet, and streams own disjoint blocks.
             let region = unsafe { Region::new(start, run.bytes(), self.memory.clone()) };
             receive_checked(input, region, batch.runs, batch.sums).await?;
         } else {
@@ -241,7 +243,8 @@ impl PlainSink {
             let mut rest = region.bytes();
             for run in batch.runs {
                 let (bytes, behind) = rest.split_at(run.bytes());
-                // SAFETY: as above for the destination; the source is as long as the run, and they are different allocations.
+                // SAFETY: as above for the destination; the source is as long as the run, and they are different
+                // allocations.
                 unsafe {
                     self.memory.page_address(run.start).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
                 }
