@@ -138,7 +138,7 @@ impl<'a> Stopped<'a> {
             // Behind a large state the queue may be full, and the link silent.
             let word = rounds.control.outbox().send(Control::Final(rounds.sent.totals()));
             rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
-            match rounds.hear(Wait::Prepared).await? {
+            match rounds.receive_word(Wait::Prepared).await? {
                 Control::Prepared { placed, took } => Ok((placed, took)),
                 other => Err(SessionError::Peer(format!("{other:?} instead of a word that it is prepared"))),
             }

@@ -144,7 +144,7 @@ impl<'a> Rounds<'a> {
             if self.last_heat.elapsed() >= HEAT_EVERY {
                 self.send_known_heat().await?;
             }
-            self.tell_if_due();
+            self.report_if_due();
         }
         self.send_known_heat().await
     }
@@ -176,7 +176,7 @@ impl<'a> Rounds<'a> {
             self.reader.forget_dirty_rate();
         }
         self.reader.begin_round();
-        self.tell();
+        self.report();
         self.send_measured().await?;
         self.scan().await
     }
@@ -203,12 +203,12 @@ impl<'a> Rounds<'a> {
     }
 
     async fn expect(&mut self, word: Control, wait: Wait) -> Result<(), SessionError> {
-        let said = self.hear(wait).await?;
+        let said = self.receive_word(wait).await?;
         if said == word { Ok(()) } else { Err(SessionError::Peer(format!("{said:?} instead of {word:?}"))) }
     }
 
     /// The target's next word.
-    pub(crate) async fn hear(&mut self, wait: Wait) -> Result<Control, SessionError> {
+    pub(crate) async fn receive_word(&mut self, wait: Wait) -> Result<Control, SessionError> {
         self.waits(Some(wait));
         let said = self.guard.wait_for(wait, self.control.next()).await;
         self.waits(None);
@@ -218,7 +218,7 @@ impl<'a> Rounds<'a> {
     /// Notes what is waited for, and reports it.
     pub(crate) fn waits(&mut self, wait: Option<Wait>) {
         self.waiting = wait;
-        self.tell();
+        self.report();
     }
 
     /// Sends a round that is not the last, and notes how fast the link was.
@@ -251,7 +251,7 @@ impl<'a> Rounds<'a> {
             if self.phase == Phase::Copying && self.last_heat.elapsed() >= HEAT_EVERY {
                 self.send_known_heat().await?;
             }
-            self.tell_if_due();
+            self.report_if_due();
         }
     }
 
@@ -276,17 +276,17 @@ impl<'a> Rounds<'a> {
     /// Another phase begins: reports it at once.
     pub(crate) fn enter(&mut self, phase: Phase) {
         self.phase = phase;
-        self.tell();
+        self.report();
     }
 
     /// Reports progress, now and then.
-    fn tell_if_due(&mut self) {
+    fn report_if_due(&mut self) {
         if self.last_progress.elapsed() >= PROGRESS_EVERY {
-            self.tell();
+            self.report();
         }
     }
 
-    fn tell(&mut self) {
+    fn report(&mut self) {
         self.last_progress = Instant::now();
         let total = self.reader.memory_bytes();
         let bytes = swapd::units::bytes_of;

@@ -3,10 +3,11 @@
 //! The stages themselves are types that consume themselves, so that only the right order of calls compiles:
 //!
 //! ```text
-//!   Connected ──▶ Copying ──▶ Converged ──▶ Stopped ──▶ Prepared ──▶ Committed ──▶ report
-//!                    │            │           │            │  ▲          ▲
-//!      throttle,     ▼            ▼           ▼            ▼  └ InDoubt ─┤ the target's host says so
-//!      name back ◀── stay ◀───── stay ◀── resume ◀──── resume     └──────┴▶ stays paused, and that is said
+//!   Connected ─▶ Copying ─▶ Converged ─▶ Stopped ─▶ Prepared ─▶ Committed ─▶ report
+//!                   │           │           │          │            ▲
+//!                   │           │           │          └─ no word ─▶ InDoubt ─▶ paused here, and that is said
+//!                   ▼           ▼           ▼          ▼               │
+//!                 stay ◀───────────────── resume ◀─────── not there ───┘
 //! ```
 //! A stage that fails consumes itself, too, and hands back the error: `stay` undoes what was done to a running VM (its
 //! throttle, its name), `resume` first lets a stopped one run on. Callers have nothing to undo.
