@@ -14,7 +14,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 use tracing::{debug, warn};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// Read, and nothing else: libraries, host names, facts about the host.
 const READABLE: [&str; 9] = [
@@ -103,7 +103,7 @@ const DENIED: [libc::c_long; 59] = [
 pub(crate) fn enter(written: &[&Path]) -> Result<(), Failure> {
     let denied = |what: &str, error: &dyn std::fmt::Display| {
         Failure::new(
-            Kind::Host,
+            FailureKind::Host,
             format!("cannot give up {what}: {error}; `vmemd doctor` tells what is missing"),
         )
     };

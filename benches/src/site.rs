@@ -16,7 +16,7 @@ use rustix::process::{Pid, WaitOptions, getpid, set_child_subreaper, waitpid};
 use vmemd::program;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::medium::Medium;
 use vmprocess::signals;
 
@@ -44,7 +44,7 @@ impl Site {
                 "the store {} is in RAM ({what}), and what is measured there says nothing of a disk: choose a --store on one",
                 store.display()
             );
-            return Err(Failure::new(Kind::Usage, text));
+            return Err(Failure::new(FailureKind::Usage, text));
         }
         remove_left(store);
         set_child_subreaper(Some(getpid()))
@@ -230,7 +230,7 @@ impl Proc {
         loop {
             signals::check()?;
             if Instant::now() >= deadline {
-                return Err(Failure::new(Kind::Vm, "it did not end within the time allowed"));
+                return Err(Failure::new(FailureKind::Vm, "it did not end within the time allowed"));
             }
             if !signals::wait_readable(stdout.as_fd(), Some(POLL)) {
                 continue;
@@ -260,7 +260,7 @@ impl Proc {
         let log = fs::read_to_string(&self.log).unwrap_or_default();
         let last = log.lines().last().unwrap_or("it said nothing");
         let last = last.strip_prefix("vmemd: ").unwrap_or(last);
-        Failure::new(Kind::Vm, format!("a process of the experiment ended: {last}"))
+        Failure::new(FailureKind::Vm, format!("a process of the experiment ended: {last}"))
     }
 }
 

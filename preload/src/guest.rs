@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmprocess::control::protocol::{GuestStat, State};
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::qemu::Backend;
 use vmprocess::{Guest, GuestView, Newcomer, RunState};
 
@@ -125,7 +125,7 @@ fn has_loose_bitmaps(nodes: &Value) -> bool {
 }
 
 fn failure(error: QmpError) -> Failure {
-    Failure::new(Kind::Vm, chain(&error))
+    Failure::new(FailureKind::Vm, chain(&error))
 }
 
 impl Qemu {
@@ -183,9 +183,9 @@ impl Qemu {
     /// Returns the migration capabilities that [`save`](Guest::save) needs. Fails if the machine cannot move as it is now: its command
     /// line is to make the same one at the target.
     fn check_move(&mut self) -> Result<Vec<&'static str>, Failure> {
-        let cannot = |why: String| Failure::new(Kind::CannotMove, format!("cannot move: {why}"));
+        let cannot = |why: String| Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"));
         if let Some(why) = &self.stays {
-            return Err(Failure::new(Kind::CannotMove, why.clone()));
+            return Err(Failure::new(FailureKind::CannotMove, why.clone()));
         }
         if self.disks_away {
             let text =
@@ -268,11 +268,11 @@ impl Qemu {
                 "completed" => return Ok(()),
                 "failed" | "cancelled" | "none" | "" => {
                     let why = answer["error-desc"].as_str().unwrap_or("it does not say why");
-                    return Err(Failure::new(Kind::Vm, format!("QEMU's device state: {why}")));
+                    return Err(Failure::new(FailureKind::Vm, format!("QEMU's device state: {why}")));
                 }
                 status if Instant::now() >= deadline => {
                     let text = format!("QEMU's device state is still {status:?} after {STATE_TIMEOUT:?}");
-                    return Err(Failure::new(Kind::Vm, text));
+                    return Err(Failure::new(FailureKind::Vm, text));
                 }
                 _ => std::thread::sleep(STATE_POLL),
             }
@@ -363,7 +363,7 @@ impl Guest for Qemu {
             let text = format!(
                 "cannot move: its devices have about {bytes} bytes of memory in use (frame buffers?), and no more than {STATE_BYTES_MAX} can go with its state"
             );
-            return Err(Failure::new(Kind::CannotMove, text));
+            return Err(Failure::new(FailureKind::CannotMove, text));
         }
         Ok(())
     }
@@ -383,7 +383,7 @@ impl Guest for Qemu {
         let now = self.status()?;
         if now.state == State::Suspended {
             // It would not stand still: it wakes up by itself. It can be stopped for good all the same.
-            return Err(Failure::new(Kind::Name, now.why.unwrap_or_default()));
+            return Err(Failure::new(FailureKind::Name, now.why.unwrap_or_default()));
         }
         self.ask("stop", Value::Null)?;
         if now.state == State::Running {
@@ -395,7 +395,7 @@ impl Guest for Qemu {
     fn runs(&mut self) -> Result<bool, Failure> {
         let now = self.status()?;
         if let Some(why) = runstate::why_over(&now.word) {
-            return Err(Failure::new(Kind::Vm, why));
+            return Err(Failure::new(FailureKind::Vm, why));
         }
         // A guest that sleeps wakes up by itself.
         let runs = matches!(now.state, State::Running | State::Suspended);
@@ -409,12 +409,12 @@ impl Guest for Qemu {
         }
         // QEMU takes the word, and does not follow it.
         if let Some(why) = runstate::why_no_cont(&self.standing.get().word) {
-            return Err(Failure::new(Kind::Name, why));
+            return Err(Failure::new(FailureKind::Name, why));
         }
         self.qmp.ask("cont", Value::Null, COMMAND_TIMEOUT).map_err(|error| match error {
             QmpError::Refused { .. } => failure(error),
             // It may have been heard, and be carried out later.
-            error => Failure::new(Kind::InDoubt, chain(&error)),
+            error => Failure::new(FailureKind::InDoubt, chain(&error)),
         })?;
         self.standing.set(runstate::RUNNING, true);
         self.disks_away = false;
@@ -482,7 +482,7 @@ impl Newcomer for Incoming {
                 Ok(Box::new(qemu))
             }
             // QEMU ends when it does not understand its state.
-            Err(failure) => Err(farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why))),
+            Err(failure) => Err(farewell::reason().map_or(failure, |why| Failure::new(FailureKind::Vm, why))),
         }
     }
 }
@@ -497,7 +497,7 @@ fn read_all(mut channel: UnixStream, deadline: Instant) -> Result<Vec<u8>, Failu
         let text = format!(
             "QEMU's device state is larger than {STATE_BYTES_MAX} bytes: is its memory really shared?"
         );
-        return Err(Failure::new(Kind::Vm, text));
+        return Err(Failure::new(FailureKind::Vm, text));
     }
     Ok(state)
 }

@@ -19,7 +19,7 @@ use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::qemu::{Backend, PreloadSettings, QmpAddress, Role};
 use vmprocess::{Arrival, End, Facts, Guest, Memory, NameHold, Owner, Process};
 
@@ -50,7 +50,7 @@ pub(crate) fn prepare() {
     let mut settings = match unsafe { settings::take() } {
         Found::Ours(settings) => *settings,
         Found::NotMeant(why) => return drop(NOT_MEANT.set(why)),
-        Found::Unreadable(why) => end(Kind::Usage, &why),
+        Found::Unreadable(why) => end(FailureKind::Usage, &why),
     };
     start_logging();
     // Before any other: it runs behind all of them.
@@ -61,7 +61,7 @@ pub(crate) fn prepare() {
     }
     if let (Role::New { stays, .. }, Some(printed)) = (&mut settings.role, &settings.args) {
         let words = started::own_words().unwrap_or_else(|error| {
-            end(Kind::Host, &format!("cannot read this process's command line: {error}"))
+            end(FailureKind::Host, &format!("cannot read this process's command line: {error}"))
         });
         *stays = stays.take().or_else(|| started::otherwise(&words, printed));
     }
@@ -71,12 +71,12 @@ pub(crate) fn prepare() {
     let life = Life { settings, engine: OnceLock::new() };
     match Backends::new(files, Box::new(life)) {
         Ok(backends) => drop(BACKENDS.set(backends)),
-        Err(error) => end(Kind::Host, &format!("no memfd for guest memory: {error}")),
+        Err(error) => end(FailureKind::Host, &format!("no memfd for guest memory: {error}")),
     }
 }
 
 /// Ends the process before QEMU's `main`: nothing has been set up.
-fn end(kind: Kind, why: &str) -> ! {
+fn end(kind: FailureKind, why: &str) -> ! {
     eprintln!("vmemd: {why}");
     // SAFETY: ends the process at once.
     unsafe { libc::_exit(i32::from(kind.exit_code())) }
@@ -139,7 +139,10 @@ impl Life {
 fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
     let spec = settings.role.memory();
     if spec.engine != EngineKind::Vmemd {
-        return Err(Failure::new(Kind::Usage, "plain memory is what QEMU has without vmemd: start it so"));
+        return Err(Failure::new(
+            FailureKind::Usage,
+            "plain memory is what QEMU has without vmemd: start it so",
+        ));
     }
     let (process, arrival) = match &settings.role {
         Role::New { run_dir, name, offer, .. } => {
@@ -201,7 +204,10 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
             info!(vm = name, "QEMU answers, and has its memory from vmemd");
             return Ok(qemu);
         }
-        Err(Failure::new(Kind::Usage, "QEMU has not mapped all of its memory backends: see its command line"))
+        Err(Failure::new(
+            FailureKind::Usage,
+            "QEMU has not mapped all of its memory backends: see its command line",
+        ))
     };
     process.on_end(tell_end);
     let end = match arrival {
@@ -209,7 +215,7 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
         Some(arrival) => match meet() {
             Ok(qemu) => process.receive(arrival, memory, Box::new(Incoming(qemu))),
             Err(failure) => {
-                let failure = farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why));
+                let failure = farewell::reason().map_or(failure, |why| Failure::new(FailureKind::Vm, why));
                 arrival.refuse(&failure);
                 process.give_up();
                 tell_end(name, &Err(failure.clone()));
@@ -230,7 +236,7 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
 
 fn tell_end(name: &str, result: &Result<(), Failure>) {
     match result {
-        Err(failure) if failure.kind == Kind::Moved => info!(vm = name, "{failure}"),
+        Err(failure) if failure.kind == FailureKind::Moved => info!(vm = name, "{failure}"),
         Err(failure) => error!(vm = name, "{failure}"),
         Ok(()) => {}
     }
@@ -249,8 +255,9 @@ fn meet(settings: &PreloadSettings, arrives: bool) -> Result<Qemu, Failure> {
             Qmp::over(monitor, limit)
         }
     };
-    let kind =
-        |error: &QmpError| if matches!(error, QmpError::NoSocket { .. }) { Kind::Usage } else { Kind::Vm };
+    let kind = |error: &QmpError| {
+        if matches!(error, QmpError::NoSocket { .. }) { FailureKind::Usage } else { FailureKind::Vm }
+    };
     Qemu::new(qmp.map_err(|error| Failure::new(kind(&error), chain(&error)))?, &settings.backends)
 }
 
@@ -298,7 +305,7 @@ impl Leftovers {
                 let _ = monitor.shutdown(Shutdown::Both);
                 standing.last_words()
             });
-            said.unwrap_or_else(|| Failure::new(Kind::Vm, "its QEMU exited: see its log"))
+            said.unwrap_or_else(|| Failure::new(FailureKind::Vm, "its QEMU exited: see its log"))
         };
         name.ends(why, GOODBYE_LIMIT);
     }

@@ -8,7 +8,7 @@ use tracing::info;
 
 use crate::control::protocol::{Request, State};
 use crate::control::server::{Client, Service};
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::guest::Guest;
 use crate::size::Size;
 use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, Event, PINNED_BY, Phase, Vm, lock};
@@ -21,9 +21,8 @@ impl Service for Control {
     fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure> {
         let vm = &self.0;
         match request {
-            Request::Stat => {
-                serde_json::to_value(vm.stat()?).map_err(|error| Failure::new(Kind::Other, error.to_string()))
-            }
+            Request::Stat => serde_json::to_value(vm.stat()?)
+                .map_err(|error| Failure::new(FailureKind::Other, error.to_string())),
             Request::Pause => vm.pause(),
             Request::Resume => vm.resume(),
             Request::Resolve { force } => crate::doubt::resolve(vm, force),
@@ -32,9 +31,10 @@ impl Service for Control {
             Request::Migrate(request) => crate::leave::migrate(vm, &request, client),
             Request::Stop => vm.stop(),
             // During a migration its own connection hears of it: see `leave`.
-            Request::Cancel => {
-                Err(Failure::new(Kind::Name, format!("no migration of {:?} is under way", vm.facts.name)))
-            }
+            Request::Cancel => Err(Failure::new(
+                FailureKind::Name,
+                format!("no migration of {:?} is under way", vm.facts.name),
+            )),
         }
     }
 }
@@ -54,7 +54,7 @@ impl Vm {
         });
         match why {
             None => Ok(()),
-            Some(why) => Err(Failure::new(Kind::Name, format!("cannot {to_do} {name:?}: {why}"))),
+            Some(why) => Err(Failure::new(FailureKind::Name, format!("cannot {to_do} {name:?}: {why}"))),
         }
     }
 
@@ -118,7 +118,7 @@ impl Vm {
     fn stands_still(&self, guest: &dyn Guest) -> Failure {
         let now = guest.run_state();
         let why = now.map(|now| now.why.unwrap_or(now.word)).unwrap_or_default();
-        Failure::new(Kind::Vm, format!("{:?} was told to run, and does not: {why}", self.facts.name))
+        Failure::new(FailureKind::Vm, format!("{:?} was told to run, and does not: {why}", self.facts.name))
     }
 
     /// Has the VM end, and says what became of it when that is known: it may have moved meanwhile.
@@ -129,7 +129,7 @@ impl Vm {
             None => core.stoppers.push(tell),
         });
         let _ = self.events.send(Event::Stop);
-        let ended = |_| Failure::new(Kind::Vm, format!("{:?} ended by itself", self.facts.name));
+        let ended = |_| Failure::new(FailureKind::Vm, format!("{:?} ended by itself", self.facts.name));
         told.recv().map_err(ended)?
     }
 
@@ -156,7 +156,7 @@ impl Vm {
         set.map_err(|error| match error {
             swapd::CommandError::Store(reason) => {
                 let text = format!("{reason}; its RAM shrinks to the new budget when the store takes writes");
-                Failure::new(Kind::Resources, text)
+                Failure::new(FailureKind::Resources, text)
             }
             swapd::CommandError::StillAbove { budget, held, pinned } => {
                 let [budget, held, pinned] = [budget, held, pinned].map(Size);
@@ -165,7 +165,7 @@ impl Vm {
                      is kept when that is let go of",
                     self.facts.name
                 );
-                Failure::new(Kind::Resources, text)
+                Failure::new(FailureKind::Resources, text)
             }
             error => error.into(),
         })?;

@@ -20,7 +20,7 @@ use tracing::{error, info, warn};
 use crate::control::protocol::ArrivalStat;
 use crate::control::rundir::{Place, RunDir};
 use crate::facts::Facts;
-use crate::failure::{Failure, Kind, chain};
+use crate::failure::{Failure, FailureKind, chain};
 use crate::granted::{Granted, Share};
 use crate::guest::Newcomer;
 use crate::life::{self, End, RECEIVER};
@@ -70,7 +70,7 @@ fn take(settings: &ArriveSettings) -> Result<Passed, Failure> {
         // SAFETY: F_SETFD only changes a flag of the descriptor, and fails on one that is not open.
         if fd <= libc::STDERR_FILENO || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
             return Err(Failure::new(
-                Kind::Usage,
+                FailureKind::Usage,
                 "`vmemd receive` is started by `vmemd serve`, not by hand",
             ));
         }
@@ -133,8 +133,8 @@ impl Arrival {
         };
         let granted = Granted::adopt(&dir, &hello.session.to_string(), granted, Share::of(&facts))?;
         let process = Process::begin_granted(facts, place, granted, owner)?;
-        let registry =
-            Registry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+        let registry = Registry::new(&dir.sessions_dir())
+            .map_err(|error| Failure::new(FailureKind::Other, chain(&error)))?;
         Ok((process, registry))
     }
 
@@ -165,9 +165,10 @@ impl Arrival {
                         take_name(&vm);
                         Ok(())
                     }
-                    Err(_) => {
-                        Err(Failure::new(Kind::Vm, "a bug in vmemd ended the arrival: see the panic above"))
-                    }
+                    Err(_) => Err(Failure::new(
+                        FailureKind::Vm,
+                        "a bug in vmemd ended the arrival: see the panic above",
+                    )),
                 };
                 let _ = vm.events.send(Event::Arrived(result));
             })
@@ -238,7 +239,7 @@ impl Process {
 }
 
 fn tell_refusal(control: &mut TcpStream, failure: &Failure) {
-    let kind = if failure.kind == Kind::Resources { RefuseKind::NoRoom } else { RefuseKind::Other };
+    let kind = if failure.kind == FailureKind::Resources { RefuseKind::NoRoom } else { RefuseKind::Other };
     migrate::refuse(control, kind, &failure.text);
 }
 
@@ -286,7 +287,7 @@ impl TargetVm for Target<'_> {
             .claim(|claim| claim.is_free())
             .and_then(|()| if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) });
         match started {
-            Err(failure) if failure.kind == Kind::InDoubt => {
+            Err(failure) if failure.kind == FailureKind::InDoubt => {
                 warn!(vm = %self.vm.facts.name, %failure, "told to run, without an answer: if it stands still, `vmemd resume`");
                 Ok(())
             }

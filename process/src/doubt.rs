@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tracing::{error, info, warn};
 
 use crate::control::protocol::Force;
-use crate::failure::{Failure, Kind, chain};
+use crate::failure::{Failure, FailureKind, chain};
 use crate::source_vm::Leaving;
 use crate::vm::{Event, Phase, Vm, Waiting, lock};
 
@@ -100,7 +100,7 @@ pub(crate) fn resume(vm: &Vm) -> Result<Value, Failure> {
             let (name, to) = (&vm.facts.name, facts["to"].as_str().unwrap_or_default());
             let said = facts["said"].as_str().unwrap_or_default();
             Err(Failure::new(
-                Kind::InDoubt,
+                FailureKind::InDoubt,
                 format!("{name:?} may run at {to}, which does not say ({said}): see `vmemd resolve {name}`"),
             ))
         }
@@ -116,7 +116,7 @@ fn no_doubt(vm: &Vm, force: Option<Force>) -> Result<Value, Failure> {
             format!(", waiting for {} ({}, {} ms)", waiting.what, waiting.limit, waiting.limit_ms)
         });
         let text = format!("{:?} is not in doubt: it is {state}{}", vm.facts.name, asks.unwrap_or_default());
-        return Err(Failure::new(Kind::Name, text));
+        return Err(Failure::new(FailureKind::Name, text));
     }
     Ok(json!({ "name": stat.name, "state": state, "waiting": stat.waiting }))
 }
@@ -141,7 +141,7 @@ fn come_back(vm: &Vm, forced: bool) -> Result<&'static str, Failure> {
     });
     vm.go_on();
     resumed.map_err(|error| {
-        Failure::new(Kind::Vm, format!("{name:?} is here, and could not be resumed: {error}"))
+        Failure::new(FailureKind::Vm, format!("{name:?} is here, and could not be resumed: {error}"))
     })?;
     Ok(if paused { "paused" } else { "running" })
 }

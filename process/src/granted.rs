@@ -18,7 +18,7 @@ use tracing::warn;
 use crate::control::protocol::EngineKind;
 use crate::control::rundir::RunDir;
 use crate::facts::Facts;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// How often a record is read that makes no sense.
 const READ_TRIES: u32 = 100;
@@ -90,7 +90,7 @@ impl Granted {
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(Failure::new(Kind::Name, format!("{} is another VM's", path.display())));
+                return Err(Failure::new(FailureKind::Name, format!("{} is another VM's", path.display())));
             }
             Err(TryLockError::Error(error)) => return Err(fail(&path)(error)),
         }
@@ -186,7 +186,7 @@ fn read(file: &mut File, path: &Path) -> Result<Share, Failure> {
             Err(_) if tries < READ_TRIES => tries += 1,
             Err(error) => {
                 let text = format!("{} of a living VM cannot be read: {error}", path.display());
-                return Err(Failure::new(Kind::Other, text));
+                return Err(Failure::new(FailureKind::Other, text));
             }
         }
         std::thread::yield_now();

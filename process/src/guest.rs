@@ -11,7 +11,7 @@ pub trait Guest: Send + fmt::Debug {
     /// after that, [`save`](Self::save) finds.
     ///
     /// # Errors
-    /// Why it cannot move ([`Kind::CannotMove`](crate::failure::Kind::CannotMove)).
+    /// Why it cannot move ([`FailureKind::CannotMove`](crate::failure::FailureKind::CannotMove)).
     fn may_move(&mut self) -> Result<(), Failure> {
         Ok(())
     }
@@ -39,7 +39,7 @@ pub trait Guest: Send + fmt::Debug {
     /// Lets the vCPUs go on, or run for the first time after [`Newcomer::load`].
     ///
     /// # Errors
-    /// If the guest has failed. No vCPU has entered it then, except with [`Kind::InDoubt`](crate::failure::Kind::InDoubt):
+    /// If the guest has failed. No vCPU has entered it then, except with [`FailureKind::InDoubt`](crate::failure::FailureKind::InDoubt):
     /// it was told to go on and has not said that it does, so it may do so at any time.
     fn resume(&mut self) -> Result<(), Failure>;
 

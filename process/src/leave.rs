@@ -15,7 +15,7 @@ use tracing::{info, warn};
 use crate::control::protocol::{MigrateRequest, MigrationStat, State};
 use crate::control::server::Client;
 use crate::doubt;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::life::CAUGHT;
 use crate::size::Size;
 use crate::source_vm::Leaving;
@@ -82,7 +82,7 @@ pub(crate) fn migrate(
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Failure::new(
-                    Kind::Vm,
+                    FailureKind::Vm,
                     format!("the migration of {name:?} ended without a word: see its log"),
                 ));
             }
@@ -107,7 +107,7 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
         let text = format!(
             "a RAM budget of {ram} is above the VM's memory of {memory}: give {most}, or leave --ram out"
         );
-        return Err(Failure::new(Kind::Usage, text));
+        return Err(Failure::new(FailureKind::Usage, text));
     }
     let mut options = SourceOptions::new(&vm.facts.name, &request.to);
     options.security = request.trust.security()?;
@@ -125,7 +125,7 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
 /// Running → migrating, in one step, so that two requests cannot both.
 fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     let name = &vm.facts.name;
-    let cannot = |why: String| Failure::new(Kind::CannotMove, format!("{name:?} cannot move: {why}"));
+    let cannot = |why: String| Failure::new(FailureKind::CannotMove, format!("{name:?} cannot move: {why}"));
     if let Some(reason) = vm.guest_failure() {
         return Err(cannot(format!("its guest has failed: {reason}")));
     }
@@ -151,7 +151,7 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
             Phase::InDoubt { .. } => "a former hand-over is in doubt: `vmemd resolve` it first",
             Phase::Moved { .. } => "it has moved already",
         };
-        Err(Failure::new(Kind::Name, format!("{name:?} cannot move: {why}")))
+        Err(Failure::new(FailureKind::Name, format!("{name:?} cannot move: {why}")))
     })
 }
 
@@ -254,8 +254,8 @@ fn report(
 ) -> Result<Value, Failure> {
     match result {
         Ok(report) => {
-            let mut value =
-                serde_json::to_value(report).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+            let mut value = serde_json::to_value(report)
+                .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?;
             value["to"] = to.into();
             Ok(value)
         }

@@ -11,7 +11,7 @@ use tracing::{error, info, warn};
 
 use crate::control::rundir::Place;
 use crate::control::server::Server;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::memory::Memory;
 use crate::signals;
 use crate::vm::{Core, Event, Phase, Told, Vm};
@@ -61,7 +61,7 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
             };
             if vm.memory.get().is_none() {
                 drop(vm.core(|core| core.claim.take()));
-                std::process::exit(i32::from(Kind::Interrupted.exit_code()));
+                std::process::exit(i32::from(FailureKind::Interrupted.exit_code()));
             }
             let _ = vm.events.send(Event::Signal(signal));
         })
@@ -154,19 +154,19 @@ impl Vm {
     }
 
     /// What the end of this process by a bug means, whoever starts VMs again that have failed: nobody may who might have two then.
-    fn crashed(&self) -> Kind {
+    fn crashed(&self) -> FailureKind {
         let kind = |core: &mut Core| match core.phase {
-            Phase::Moved { .. } => Kind::Moved,
-            Phase::InDoubt { .. } => Kind::InDoubt,
-            _ if may_run_elsewhere(core) => Kind::InDoubt,
-            _ => Kind::Vm,
+            Phase::Moved { .. } => FailureKind::Moved,
+            Phase::InDoubt { .. } => FailureKind::InDoubt,
+            _ if may_run_elsewhere(core) => FailureKind::InDoubt,
+            _ => FailureKind::Vm,
         };
         let deadline = Instant::now() + CORE_LIMIT;
         loop {
             match self.try_core(kind) {
                 Some(kind) => return kind,
                 // It is the thread that panics that is at work on it.
-                None if Instant::now() >= deadline => return Kind::InDoubt,
+                None if Instant::now() >= deadline => return FailureKind::InDoubt,
                 None => std::thread::sleep(Duration::from_millis(1)),
             }
         }
@@ -182,7 +182,7 @@ fn may_run_elsewhere(core: &Core) -> bool {
 /// How a VM's life in this process has ended.
 #[derive(Debug)]
 pub struct End {
-    /// Stopped, or why it ended otherwise ([`Kind::Moved`]: it has moved away): what the process's exit code says.
+    /// Stopped, or why it ended otherwise ([`FailureKind::Moved`]: it has moved away): what the process's exit code says.
     pub result: Result<(), Failure>,
     /// The guest has been told to quit. If not, it does not end by itself: it had not come yet, or a vCPU of it waits
     /// for a page that never comes. The process must then be ended without it.
@@ -207,7 +207,7 @@ pub(crate) fn finish(
     let result = outcome(vm, &ended);
     vm.has_ended(&match (&ended, &result) {
         (Ended::Moved { to }, _) => Ok(json!({ "name": name, "state": "moved", "to": to })),
-        (_, Err(failure)) if failure.kind == Kind::InDoubt => Err(failure.clone()),
+        (_, Err(failure)) if failure.kind == FailureKind::InDoubt => Err(failure.clone()),
         _ => vm.stopped(),
     });
     let mut quit = false;
@@ -241,30 +241,30 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
     match ended {
         Ended::Moved { to } => {
             info!(vm = %name, %to, "the VM has moved; this process ends");
-            return Err(Failure::new(Kind::Moved, format!("{name} has moved to {to}")));
+            return Err(Failure::new(FailureKind::Moved, format!("{name} has moved to {to}")));
         }
         Ended::NotArrived(failure) => return Err(failure.clone()),
         Ended::Stopped | Ended::Signal(_) => {}
     }
     if let Some(reason) = failed {
-        return Err(Failure::new(Kind::Vm, format!("the guest of {name:?} failed: {reason}")));
+        return Err(Failure::new(FailureKind::Vm, format!("the guest of {name:?} failed: {reason}")));
     }
     if mismatched > 0 {
         let text = format!("the guest of {name:?} found {mismatched} pages with the wrong content");
-        return Err(Failure::new(Kind::Vm, text));
+        return Err(Failure::new(FailureKind::Vm, text));
     }
     if let Phase::InDoubt { session, to, .. } = vm.core(|core| core.phase.clone()) {
         let text = format!(
             "{name:?} was stopped here while it was in doubt whether it runs at {to} (session {session})"
         );
-        return Err(Failure::new(Kind::InDoubt, text));
+        return Err(Failure::new(FailureKind::InDoubt, text));
     }
     if let Some(to) = vm.may_run_at() {
         let text = format!(
             "{name:?} was stopped here in the middle of its hand-over to {to}, which may have happened: see `vmemd list` there before it \
              is started again"
         );
-        return Err(Failure::new(Kind::InDoubt, text));
+        return Err(Failure::new(FailureKind::InDoubt, text));
     }
     match ended {
         Ended::Signal(signal) => Err(signals::interrupted(*signal)),
@@ -278,7 +278,7 @@ fn stand_still(vm: &Vm) -> bool {
         Err(error) => {
             info!(vm = %vm.facts.name, %error, "while stopping");
             // It is not here, or sleeps.
-            error.kind == Kind::Name
+            error.kind == FailureKind::Name
         }
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// File systems over others, such as a loop device over a file, are looked through so often.
 const LAYERS_MAX: u32 = 8;
@@ -57,7 +57,7 @@ pub fn need_disk(store: &Path, wanted: bool) -> Result<(), Failure> {
                  choose a --store on a disk, or give --store-in-ram for a trial",
                 store.display()
             );
-            Err(Failure::new(Kind::Usage, text))
+            Err(Failure::new(FailureKind::Usage, text))
         }
         _ => Ok(()),
     }
@@ -226,7 +226,7 @@ mod tests {
                 assert_eq!(Medium::of(Path::new(dir)), Medium::Ram("tmpfs".to_owned()), "{dir}");
                 let refused = need_disk(Path::new(dir), false).unwrap_err();
                 assert!(refused.text.contains("--store-in-ram"), "{refused}");
-                assert_eq!(refused.kind, Kind::Usage);
+                assert_eq!(refused.kind, FailureKind::Usage);
                 need_disk(Path::new(dir), true).unwrap();
             }
         }

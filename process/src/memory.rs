@@ -6,7 +6,7 @@ use migrate::{PlainMemory, TargetMemory};
 use swapd::{Engine, EngineConfig, EngineHandle, Notice, PageNo, Stats, StoreConfig};
 
 use crate::control::protocol::EngineKind;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// What memory a VM shall have.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -73,7 +73,7 @@ impl Memory {
                 Ok(memory) => Ok(Memory(Kept::Plain(memory))),
                 Err(error) => {
                     let text = format!("no address space for the VM's memory: {error}");
-                    Err(Failure::new(Kind::Resources, text))
+                    Err(Failure::new(FailureKind::Resources, text))
                 }
             },
         }
@@ -145,7 +145,7 @@ impl MemoryView {
         match self {
             MemoryView::Engine(handle) => Ok(handle),
             MemoryView::Plain(_) => Err(Failure::new(
-                Kind::Usage,
+                FailureKind::Usage,
                 "this VM has plain memory (--engine plain): it can neither move nor change its budget",
             )),
         }

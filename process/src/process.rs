@@ -12,7 +12,7 @@ use crate::actions::Control;
 use crate::control::rundir::Claim;
 use crate::control::server::Server;
 use crate::facts::Facts;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::granted::{Granted, Share};
 use crate::guest::Guest;
 use crate::life::{self, End};
@@ -171,11 +171,11 @@ impl NameHold {
 
     /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be started here again.
     /// Before [`NameHold::release`].
-    pub fn end(&self) -> Option<Kind> {
+    pub fn end(&self) -> Option<FailureKind> {
         match self.vm.core(|core| core.phase.clone()) {
-            Phase::Moved { .. } => Some(Kind::Moved),
-            Phase::InDoubt { .. } => Some(Kind::InDoubt),
-            _ => self.vm.may_run_at().map(|_| Kind::InDoubt),
+            Phase::Moved { .. } => Some(FailureKind::Moved),
+            Phase::InDoubt { .. } => Some(FailureKind::InDoubt),
+            _ => self.vm.may_run_at().map(|_| FailureKind::InDoubt),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use migrate::{Expected, SendError, SessionId, SourceVm, VmError};
 use tracing::error;
 
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::vm::{BY_ITS_MONITOR, Core, DID_NOT_GO_ON, Vm};
 
 /// How long it is tried again to let a VM go on that has not left: a target that ends may hold its disks' locks still.
@@ -43,7 +43,7 @@ impl<'a> Leaving<'a> {
 
     /// Remembers why it cannot move: that is not a failure of the VM.
     fn failed(&mut self, failure: Failure) -> VmError {
-        self.cannot = Some(failure.clone()).filter(|failure| failure.kind == Kind::CannotMove);
+        self.cannot = Some(failure.clone()).filter(|failure| failure.kind == FailureKind::CannotMove);
         text(failure)
     }
 
@@ -72,7 +72,7 @@ fn text(failure: Failure) -> VmError {
 }
 
 fn cannot_move(why: String) -> Failure {
-    Failure::new(Kind::CannotMove, format!("cannot move: {why}"))
+    Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"))
 }
 
 impl SourceVm for Leaving<'_> {

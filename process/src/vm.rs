@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use crate::control::protocol::{ArrivalStat, MigrationStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::facts::Facts;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::granted::Granted;
 use crate::guest::{Guest, GuestView, RunState};
 use crate::memory::MemoryView;
@@ -229,7 +229,7 @@ impl Vm {
     /// Works with the name's claim, which may wait for the run directory's lock, without holding up `stat`.
     pub(crate) fn claim(&self, work: impl FnOnce(&mut Claim) -> Result<(), Failure>) -> Result<(), Failure> {
         let Some(mut claim) = self.core(|core| core.claim.take()) else {
-            return Err(Failure::new(Kind::Name, "this process is ending"));
+            return Err(Failure::new(FailureKind::Name, "this process is ending"));
         };
         let result = work(&mut claim);
         self.core(|core| core.claim = Some(claim));
@@ -254,7 +254,7 @@ impl Vm {
         match lock(&self.guest).as_mut() {
             Some(guest) => work(&mut **guest),
             None => Err(Failure::new(
-                Kind::Name,
+                FailureKind::Name,
                 format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name),
             )),
         }
@@ -262,7 +262,7 @@ impl Vm {
 
     pub(crate) fn memory(&self) -> Result<&MemoryView, Failure> {
         self.memory.get().ok_or_else(|| {
-            Failure::new(Kind::Name, format!("{:?} is still being set up: try again", self.facts.name))
+            Failure::new(FailureKind::Name, format!("{:?} is still being set up: try again", self.facts.name))
         })
     }
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request};
 use vmprocess::control::rundir::{Place, RunDir};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use vmprocess::size::Size;
 
@@ -44,7 +44,7 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
     let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
     bar.end();
     match answer {
-        Err(failure) if failure.kind == Kind::Interrupted && signals::caught().is_some() => {
+        Err(failure) if failure.kind == FailureKind::Interrupted && signals::caught().is_some() => {
             Err(cancelled(&args.name, vm))
         }
         Err(failure) => Err(failure),
@@ -68,7 +68,7 @@ fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
     let connect = |place: Place| VmClient::connect_to(dir, &place);
     loop {
         match dir.find(name).and_then(connect) {
-            Err(failure) if failure.kind == Kind::Name && Instant::now() < deadline => {
+            Err(failure) if failure.kind == FailureKind::Name && Instant::now() < deadline => {
                 signals::check()?;
                 std::thread::sleep(FIND_POLL);
             }
@@ -81,15 +81,15 @@ fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
 fn cancelled(name: &str, mut vm: VmClient) -> Failure {
     let text = match vm.cancel(CANCEL_TIMEOUT) {
         Ok(_) => format!("too late to cancel: {name:?} has moved"),
-        Err(failure) if failure.kind == Kind::InDoubt => {
-            return Failure::new(Kind::InDoubt, format!("{failure}: see `vmemd resolve {name}`"));
+        Err(failure) if failure.kind == FailureKind::InDoubt => {
+            return Failure::new(FailureKind::InDoubt, format!("{failure}: see `vmemd resolve {name}`"));
         }
         // It says where the VM is.
-        Err(failure) if failure.kind != Kind::Other => return failure,
+        Err(failure) if failure.kind != FailureKind::Other => return failure,
         // Closing the connection cancels as well, but is not answered.
         Err(failure) => format!("asked to cancel, but {name:?} may still be migrating ({failure})"),
     };
-    Failure::new(Kind::Interrupted, text)
+    Failure::new(FailureKind::Interrupted, text)
 }
 
 /// What a person wants to know afterwards.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vmprocess::control::client::{ACTION_TIMEOUT, STAT_TIMEOUT, VmClient};
 use vmprocess::control::protocol::{Request, State, VmStat};
 use vmprocess::control::rundir::{Place, RunDir};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::args::{NameArgs, SetArgs};
@@ -89,7 +89,7 @@ fn ask_all(dir: &RunDir, places: &[Place]) -> Option<Vec<Row>> {
 fn ask(dir: &RunDir, place: &Place) -> Option<Row> {
     match VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()) {
         Ok(stat) => Some(row(stat)),
-        Err(failure) if failure.kind == Kind::Name => None,
+        Err(failure) if failure.kind == FailureKind::Name => None,
         Err(_) => Some(Row { name: place.name().to_owned(), state: "unknown".to_owned(), facts: None }),
     }
 }
@@ -164,7 +164,7 @@ pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
     if ended["state"] == "moved" {
         let (name, to) = (&args.name, ended["to"].as_str().unwrap_or_default());
         let text = format!("{name:?} was not stopped: it had moved to {to} by then, and runs there");
-        return Err(Failure::new(Kind::Moved, text));
+        return Err(Failure::new(FailureKind::Moved, text));
     }
     say(
         args.json.json,

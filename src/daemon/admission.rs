@@ -8,7 +8,7 @@ use tracing::warn;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, State, VmStat};
 use vmprocess::control::rundir::{Place, RunDir, check_name, name_taken};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::granted::{self, Share};
 use vmprocess::host;
 use vmprocess::size::Size;
@@ -40,8 +40,8 @@ impl Refusal {
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Refusal {
         let kind = match failure.kind {
-            Kind::Resources => RefuseKind::NoRoom,
-            Kind::Name => RefuseKind::NameTaken,
+            FailureKind::Resources => RefuseKind::NoRoom,
+            FailureKind::Name => RefuseKind::NameTaken,
             _ => RefuseKind::Other,
         };
         Refusal { kind, text: failure.text }
@@ -193,7 +193,7 @@ pub(super) fn tolerated_holders(dir: &RunDir, name: &str) -> Result<Vec<Place>, 
         let state = match VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()) {
             Ok(stat) => stat.state,
             // It ended between the two looks.
-            Err(failure) if matches!(failure.kind, Kind::Name | Kind::Vm) => continue,
+            Err(failure) if matches!(failure.kind, FailureKind::Name | FailureKind::Vm) => continue,
             Err(_) => return Err(Refusal::name_taken(place)),
         };
         let tolerated = match place {

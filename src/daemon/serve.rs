@@ -14,7 +14,7 @@ use migrate::{Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello}
 use tracing::{debug, info, warn};
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{Place, RunDir};
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::granted::{Granted, Share};
 use vmprocess::size::Size;
 use vmprocess::{ArriveSettings, MemorySpec, host, passing, signals};
@@ -34,7 +34,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// How long a VM that comes again is kept waiting for what is left of its last try.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(3);
 /// How a VM's process ends when the VM has moved on.
-const MOVED: i32 = Kind::Moved.exit_code() as i32;
+const MOVED: i32 = FailureKind::Moved.exit_code() as i32;
 /// Records of hand-overs that were given up longer ago are removed.
 const RECORDS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -85,7 +85,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     if settings.ram_bytes > total {
         let (asked, total) = (Size(settings.ram_bytes), Size(total));
         return Err(Failure::new(
-            Kind::Resources,
+            FailureKind::Resources,
             format!("--ram {asked:#} is more than this host has ({total:#})"),
         ));
     }
@@ -98,8 +98,8 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let fail = |error| Failure::io("cannot listen", &error);
     listener.set_nonblocking(true).map_err(fail)?;
     let listen = listener.local_addr().map_err(fail)?.to_string();
-    let registry =
-        Registry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+    let registry = Registry::new(&dir.sessions_dir())
+        .map_err(|error| Failure::new(FailureKind::Other, chain(&error)))?;
     if let Err(error) = registry.prune(RECORDS_KEPT) {
         warn!(error = %chain(&error), "old records of hand-overs stay");
     }
@@ -128,14 +128,18 @@ fn bind(settings: &ServeSettings) -> Result<TcpListener, Failure> {
     let listen = &settings.listen;
     let fail = |error: std::io::Error| {
         let text = format!("cannot listen on {listen}: {error}; choose another --listen ADDRESS:PORT");
-        let kind = if error.kind() == std::io::ErrorKind::InvalidInput { Kind::Usage } else { Kind::Link };
+        let kind = if error.kind() == std::io::ErrorKind::InvalidInput {
+            FailureKind::Usage
+        } else {
+            FailureKind::Link
+        };
         Failure::new(kind, text)
     };
     let addresses: Vec<SocketAddr> = listen.to_socket_addrs().map_err(fail)?.collect();
     let this_host = addresses.iter().all(|address| address.ip().to_canonical().is_loopback());
     if !this_host && settings.door.tls.is_none() && !settings.plain {
         return Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             format!(
                 "--listen {listen} can be reached from other hosts: give --tls DIR (`vmemd pki init` makes one), so that \
                  only hosts of yours come in, or --plain if the network is yours alone"

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::options::CommandLine;
 
@@ -182,7 +182,7 @@ pub(super) fn check_model(help: &str, model: &str) -> Result<(), Failure> {
     }
     let text =
         format!("this QEMU has no processor model {model:?}: see its `-cpu help`, or use a newer QEMU");
-    Err(Failure::new(Kind::Host, text))
+    Err(Failure::new(FailureKind::Host, text))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE, VERSION, memory_file};
 
 use super::inherit::inherit;
@@ -39,7 +39,7 @@ pub fn library() -> Result<PathBuf, Failure> {
             "{LIBRARY} is neither in {} nor in {INSTALLED} from there: build it with `cargo build --release`, or install it",
             beside.display()
         );
-        Failure::new(Kind::Host, text)
+        Failure::new(FailureKind::Host, text)
     })?;
     can_be_preloaded(&found)?;
     Ok(found)
@@ -54,7 +54,7 @@ fn can_be_preloaded(library: &Path) -> Result<(), Failure> {
         "{LD_PRELOAD} cannot name {}, which has a blank or a colon in its path: install it elsewhere",
         library.display()
     );
-    Err(Failure::new(Kind::Host, text))
+    Err(Failure::new(FailureKind::Host, text))
 }
 
 /// A command that is ready to be started, and what it inherits.
@@ -125,7 +125,7 @@ pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
 /// What has to be in QEMU's environment. It works: the binary was asked.
 pub fn environment(settings: &PreloadSettings) -> Result<[(&'static str, OsString); 2], Failure> {
     let text = serde_json::to_string(settings).map_err(|error| {
-        Failure::new(Kind::Usage, format!("the preload cannot be told what to do: {error}"))
+        Failure::new(FailureKind::Usage, format!("the preload cannot be told what to do: {error}"))
     })?;
     let mut libraries = library()?.into_os_string();
     if let Some(others) = std::env::var_os(LD_PRELOAD).filter(|others| !others.is_empty()) {
@@ -146,7 +146,7 @@ mod tests {
         can_be_preloaded(Path::new("/opt/vm-emd/lib.so")).unwrap();
         for path in ["/my programs/lib.so", "/a:b/lib.so"] {
             let refused = can_be_preloaded(Path::new(path)).unwrap_err();
-            assert!(refused.kind == Kind::Host && refused.text.contains("elsewhere"), "{refused}");
+            assert!(refused.kind == FailureKind::Host && refused.text.contains("elsewhere"), "{refused}");
         }
     }
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::qemu::{Answer, LIBRARY, QUESTION, VERSION};
 
 use super::ask;
@@ -25,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// Refuses a binary into which the preload does not get with that environment.
 pub(super) fn check(binary: &Path, environment: &[(&'static str, OsString)]) -> Result<(), Failure> {
-    let host = |text: String| Failure::new(Kind::Host, text);
+    let host = |text: String| Failure::new(FailureKind::Host, text);
     let (reader, writer) =
         std::io::pipe().map_err(|error| Failure::io("no pipe to ask QEMU over", &error))?;
     let mut command = Command::new(binary);
@@ -77,7 +77,7 @@ fn judge(binary: &Path, library: &str, answers: &[Answer], err: &str) -> Result<
     let Some(last) = answers.last() else {
         return match complaint {
             Some(line) => fail(
-                Kind::Host,
+                FailureKind::Host,
                 format!(
                     "the loader does not take {library} into {shown}, so QEMU's memory would have no budget: {}: reinstall \
                      it, readable for this user, on a file system that is not mounted noexec",
@@ -85,7 +85,7 @@ fn judge(binary: &Path, library: &str, answers: &[Answer], err: &str) -> Result<
                 ),
             ),
             None => fail(
-                Kind::Host,
+                FailureKind::Host,
                 format!(
                     "{shown} starts without {library}, so QEMU's memory would have no budget: name the QEMU binary \
                      itself, not a wrapper that starts it with another environment"
@@ -98,24 +98,24 @@ fn judge(binary: &Path, library: &str, answers: &[Answer], err: &str) -> Result<
             "{shown} is a wrapper that starts {}: name that, with the arguments that the wrapper adds",
             other.program.display()
         );
-        return fail(Kind::Usage, text);
+        return fail(FailureKind::Usage, text);
     }
     if last.version != VERSION {
         let text = format!(
             "{library} is of vmemd {}, and this is vmemd {VERSION}: install both of one version",
             last.version
         );
-        return fail(Kind::Host, text);
+        return fail(FailureKind::Host, text);
     }
     if let Some(trouble) = answers.iter().find_map(|answer| answer.trouble.as_ref()) {
-        return fail(Kind::Host, format!("{library} in {shown}: {trouble}"));
+        return fail(FailureKind::Host, format!("{library} in {shown}: {trouble}"));
     }
     if !last.exits {
         let text = format!(
             "{shown} becomes another program, without {library} (a wrapper that changes the environment): name the QEMU \
              binary itself"
         );
-        return fail(Kind::Usage, text);
+        return fail(FailureKind::Usage, text);
     }
     Ok(())
 }
@@ -150,16 +150,16 @@ mod tests {
         let old = whole.clone().map(|answer| Answer { version: "0.0.1".to_owned(), ..answer });
         let garbled = whole.clone().map(|answer| Answer { trouble: Some("no".to_owned()), ..answer });
         for (answers, kind, says) in [
-            (&[][..], Kind::Host, "starts without /opt/libvmemd_preload.so"),
-            (&whole[..1], Kind::Usage, "becomes another program"),
+            (&[][..], FailureKind::Host, "starts without /opt/libvmemd_preload.so"),
+            (&whole[..1], FailureKind::Usage, "becomes another program"),
             (
                 &[answer(QEMU, false), answer(other, false), answer(other, true)],
-                Kind::Usage,
+                FailureKind::Usage,
                 "starts /usr/lib/qemu",
             ),
-            (&[answer(other, false), answer(other, true)], Kind::Usage, "starts /usr/lib/qemu"),
-            (&old, Kind::Host, "is of vmemd 0.0.1, and this is vmemd"),
-            (&garbled, Kind::Host, "preload.so in /usr/bin/qemu-system-x86_64: no"),
+            (&[answer(other, false), answer(other, true)], FailureKind::Usage, "starts /usr/lib/qemu"),
+            (&old, FailureKind::Host, "is of vmemd 0.0.1, and this is vmemd"),
+            (&garbled, FailureKind::Host, "preload.so in /usr/bin/qemu-system-x86_64: no"),
         ] {
             let failure = judged(answers, "").unwrap_err();
             assert!(failure.kind == kind && failure.text.contains(says), "{says}: {failure}");

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::ask::Ask;
 use super::cpu::{self, Cpu};
@@ -97,7 +97,7 @@ impl Offer {
         if let Some(source) = &self.cpu {
             if !source.is_sane() {
                 return Err(Failure::new(
-                    Kind::Link,
+                    FailureKind::Link,
                     "the source names more processor features than there are",
                 ));
             }
@@ -179,7 +179,7 @@ fn find(binary: &str, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
         let text = format!(
             "{named} is not a QEMU by its name (qemu-system-…): it is not started for a VM that arrives"
         );
-        return Err(Failure::new(Kind::Usage, text));
+        return Err(Failure::new(FailureKind::Usage, text));
     }
     found
 }
@@ -196,7 +196,7 @@ fn names(binary: &Path) -> Result<(String, Option<String>), Failure> {
 }
 
 fn utf8(binary: &Path) -> Result<String, Failure> {
-    let text = || Failure::new(Kind::Usage, format!("{} is not UTF-8: rename it", binary.display()));
+    let text = || Failure::new(FailureKind::Usage, format!("{} is not UTF-8: rename it", binary.display()));
     binary.to_str().map(str::to_owned).ok_or_else(text)
 }
 
@@ -300,7 +300,7 @@ mod tests {
         let bin = Bin::new("none");
         let path = bin.0.as_os_str();
         let error = offer.accept(&Rules::default(), &Rich, &Fake("6.0"), path, &cpu("sse")).unwrap_err();
-        assert_eq!(error.kind, Kind::Host);
+        assert_eq!(error.kind, FailureKind::Host);
         for says in [
             "disk /missing/a is missing here",
             "tap interface t is missing here",

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::options::{CommandLine, Word};
 use super::props::{Props, is_on};
@@ -100,7 +100,7 @@ fn report(head: &str, found: Vec<Refusal>) -> Result<(), Failure> {
         return Ok(());
     }
     let lines: Vec<String> = found.iter().map(|refusal| format!("\n  {refusal}")).collect();
-    Err(Failure::new(Kind::Usage, format!("{head}:{}", lines.concat())))
+    Err(Failure::new(FailureKind::Usage, format!("{head}:{}", lines.concat())))
 }
 
 /// Each thing that cannot work, in the command line's order.
@@ -483,7 +483,7 @@ mod tests {
     #[test]
     fn every_refusal_is_told_at_once() {
         let error = refuse(&line("-daemonize -append a,chroot,vfio-pci -mem-path /x -runas me")).unwrap_err();
-        assert_eq!(error.kind, Kind::Usage);
+        assert_eq!(error.kind, FailureKind::Usage);
         assert_eq!(error.text.lines().count(), 4, "{error}");
         let error = refuse(&line("-device {x}")).unwrap_err();
         assert!(error.text.starts_with("`-device {x}` cannot be read: it is not JSON"), "{error}");

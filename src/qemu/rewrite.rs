@@ -8,7 +8,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use swapd::Engine;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::options::{CommandLine, Word, size};
@@ -103,7 +103,7 @@ pub struct Rewritten {
 }
 
 fn usage(text: impl Into<String>) -> Failure {
-    Failure::new(Kind::Usage, text)
+    Failure::new(FailureKind::Usage, text)
 }
 
 impl Plan {

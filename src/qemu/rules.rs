@@ -15,7 +15,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 use toml::Spanned;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::resources::what::What;
 
@@ -64,7 +64,7 @@ impl Rules {
         let bad = |at: usize, why: &str| {
             let before = text.get(..at).unwrap_or(text);
             let line = before.matches('\n').count() + 1;
-            Failure::new(Kind::Usage, format!("{file}:{line}: {why}"))
+            Failure::new(FailureKind::Usage, format!("{file}:{line}: {why}"))
         };
         let document: Document = toml::from_str(text)
             .map_err(|error| bad(error.span().map_or(0, |span| span.start), error.message()))?;
@@ -202,7 +202,7 @@ to = "virbr0"
         ] {
             let error = Rules::parse(text, "rules").unwrap_err();
             assert!(error.text.contains(says), "{text}: {error}");
-            assert_eq!(error.kind, Kind::Usage);
+            assert_eq!(error.kind, FailureKind::Usage);
         }
         assert_eq!(Rules::parse("", "rules").unwrap(), Rules::default());
         let error = Rules::read(Path::new("/nowhere/rules.toml")).unwrap_err();

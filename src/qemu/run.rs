@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{RunDir, name_taken};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::host;
 use vmprocess::qemu::{PreloadSettings, QmpAddress, Role, VERSION};
 use vmprocess::size::Size;
@@ -57,8 +57,10 @@ struct Planned {
 }
 
 fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
-    let (name, args) =
-        settings.words.split_first().ok_or_else(|| Failure::new(Kind::Usage, "no QEMU is named after --"))?;
+    let (name, args) = settings
+        .words
+        .split_first()
+        .ok_or_else(|| Failure::new(FailureKind::Usage, "no QEMU is named after --"))?;
     let name = options::text(std::slice::from_ref(name))?.remove(0);
     let binary = binary::find(&name, &std::env::var_os("PATH").unwrap_or_default())?;
     binary::check(&binary)?;
@@ -71,7 +73,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
     let memory = plan.managed();
     let disks = resources::disks(&CommandLine::parse(&offer.args)?)?;
     let offer =
-        serde_json::to_string(&offer).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
+        serde_json::to_string(&offer).map_err(|error| Failure::new(FailureKind::Usage, error.to_string()))?;
     let role = Role::New {
         run_dir: settings.run_dir.clone(),
         name: settings.name.clone(),

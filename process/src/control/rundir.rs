@@ -21,7 +21,7 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::geteuid;
 
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// Longest name of a VM.
 pub const NAME_MAX: usize = 64;
@@ -37,14 +37,14 @@ const _: () = assert!(
 /// Checks a VM's name: it becomes a file name.
 ///
 /// # Errors
-/// [`Kind::Usage`] with the rule.
+/// [`FailureKind::Usage`] with the rule.
 pub fn check_name(name: &str) -> Result<(), Failure> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     let role = [".arriving-", ".leaving-"].iter().any(|role| name.contains(role));
     if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.chars().all(allowed) || role
     {
         return Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             format!(
                 "{name:?} is not a name for a VM: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not beginning with a dot"
             ),
@@ -163,7 +163,7 @@ impl RunDir {
         let own = geteuid().as_raw();
         if let Some(why) = untrusted(own, [name.uid(), found.uid()], found.mode()) {
             return Err(Failure::new(
-                Kind::Host,
+                FailureKind::Host,
                 format!(
                     "the run directory {} {why}: whoever controls it controls the VMs; choose another with --run-dir",
                     path.display()
@@ -317,7 +317,7 @@ impl RunDir {
     /// Claims the name for a VM that is to run here.
     ///
     /// # Errors
-    /// [`Kind::Name`] if a living VM has it.
+    /// [`FailureKind::Name`] if a living VM has it.
     pub fn claim_name(&self, name: &str) -> Result<(Claim, UnixListener), Failure> {
         check_name(name)?;
         let lock = self.lock()?;
@@ -330,7 +330,7 @@ impl RunDir {
     /// The place at which to reach the VM of that name: where it runs, else where it is leaving or arriving.
     ///
     /// # Errors
-    /// [`Kind::Name`] if there is none, with the names that there are.
+    /// [`FailureKind::Name`] if there is none, with the names that there are.
     pub fn find(&self, name: &str) -> Result<Place, Failure> {
         check_name(name)?;
         let places = self.places()?;
@@ -343,7 +343,10 @@ impl RunDir {
             [] => "no VM runs here".to_owned(),
             names => format!("there are: {}", names.join(", ")),
         };
-        Err(Failure::new(Kind::Name, format!("no VM named {name:?} in {} ({known})", self.path.display())))
+        Err(Failure::new(
+            FailureKind::Name,
+            format!("no VM named {name:?} in {} ({known})", self.path.display()),
+        ))
     }
 }
 
@@ -379,7 +382,7 @@ pub fn name_taken(place: &Place) -> Failure {
         Place::Arriving(..) => "a VM of that name is arriving at this host",
     };
     Failure::new(
-        Kind::Name,
+        FailureKind::Name,
         format!("the name {:?} is taken: {how}; choose another, or stop it first", place.name()),
     )
 }
@@ -416,7 +419,7 @@ impl Claim {
     /// before [`settle`](Self::settle).
     ///
     /// # Errors
-    /// [`Kind::Name`] if another VM has it now.
+    /// [`FailureKind::Name`] if another VM has it now.
     pub fn is_free(&mut self) -> Result<(), Failure> {
         let here = Place::Here(self.place.name().to_owned());
         match self.dir.connect(&here) {
@@ -433,7 +436,7 @@ impl Claim {
     /// Takes the name, for the first time or back.
     ///
     /// # Errors
-    /// [`Kind::Name`] if another VM has it now.
+    /// [`FailureKind::Name`] if another VM has it now.
     pub fn settle(&mut self) -> Result<(), Failure> {
         let lock = self.dir.lock()?;
         let here = Place::Here(self.place.name().to_owned());

@@ -41,7 +41,7 @@ fn names_that_are_no_file_names_are_refused() {
         "a\n",
         "a.leaving-1",
     ] {
-        assert_eq!(check_name(name).unwrap_err().kind, Kind::Usage, "{name}");
+        assert_eq!(check_name(name).unwrap_err().kind, FailureKind::Usage, "{name}");
     }
     for name in ["a", "web-1", "A.b_c", &"x".repeat(64)] {
         check_name(name).unwrap();
@@ -52,7 +52,7 @@ fn names_that_are_no_file_names_are_refused() {
 fn a_name_is_held_while_its_process_listens() {
     let temp = Temp::new("held");
     let (claim, listener) = temp.0.claim_name("web").unwrap();
-    assert_eq!(temp.0.claim_name("web").unwrap_err().kind, Kind::Name);
+    assert_eq!(temp.0.claim_name("web").unwrap_err().kind, FailureKind::Name);
     // A process that dies leaves the file, and nobody listens.
     drop(listener);
     let (again, _listener) = temp.0.claim_name("web").unwrap();
@@ -71,11 +71,11 @@ fn a_hand_over_within_one_directory() {
     drop(lock);
     assert_eq!(temp.0.places().unwrap().len(), 2);
     assert_eq!(temp.0.find("web").unwrap(), Place::Here("web".to_owned()));
-    assert_eq!(target.settle().unwrap_err().kind, Kind::Name);
+    assert_eq!(target.settle().unwrap_err().kind, FailureKind::Name);
     source.leave(session).unwrap();
     target.settle().unwrap();
     assert_eq!(temp.files(), ["web.leaving-01234567.sock", "web.sock"]);
-    assert_eq!(source.settle().unwrap_err().kind, Kind::Name);
+    assert_eq!(source.settle().unwrap_err().kind, FailureKind::Name);
     drop(source);
     assert_eq!(temp.files(), ["web.sock"]);
 }
@@ -139,7 +139,7 @@ fn a_directory_of_somebody_else_is_not_used() {
     let temp = Temp::new("widened");
     std::fs::set_permissions(temp.0.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
     let failure = RunDir::open(temp.0.path()).unwrap_err();
-    assert!(failure.kind == Kind::Host && failure.text.contains("--run-dir"), "{failure}");
+    assert!(failure.kind == FailureKind::Host && failure.text.contains("--run-dir"), "{failure}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::descriptors;
 use super::walk::{Resource, SOCKET_PATH_MAX, fits_a_socket, list};
@@ -76,7 +76,7 @@ pub(in crate::qemu) fn report(missing: &[String]) -> Result<(), Failure> {
     }
     let lines: String = missing.iter().map(|line| format!("\n  {line}")).collect();
     let text = format!("this host cannot take the VM:{lines}");
-    Err(Failure::new(Kind::Host, text))
+    Err(Failure::new(FailureKind::Host, text))
 }
 
 fn lacks(resource: &Resource, host: &dyn Host) -> Option<String> {
@@ -212,7 +212,7 @@ mod tests {
                     -serial file:/logs/s -chardev socket,id=c,path=/run/c,server=on -accel kvm -L /l \
                     -netdev tap,id=m,ifname=t1,script=/up,downscript=no";
         let error = check(&line(text), &Fake::default()).unwrap_err();
-        assert_eq!(error.kind, Kind::Host);
+        assert_eq!(error.kind, FailureKind::Host);
         for says in [
             "`-kernel /k`: file /k is missing here: make it, or map its name by a rule",
             "disk /d is missing here",
