@@ -35,7 +35,7 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
     }
     let dir = RunDir::open(&settings.run_dir)?;
     sandbox::enter(&[dir.path(), &spec.store])?;
-    let place = dir.claim_name(&settings.name)?;
+    let claimed = dir.claim_name(&settings.name)?;
     let facts = Facts {
         name: settings.name.clone(),
         memory_bytes: spec.memory_bytes,
@@ -45,7 +45,7 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
         // All of it is in the guest's state.
         offer: None,
     };
-    let process = Process::begin(facts, place, Owner::Ours)?;
+    let process = Process::begin(facts, claimed, Owner::Ours)?;
     let memory = Memory::start(spec, process.notices())?;
     let base = memory.base();
     process.run(memory, || start(settings, base)).result

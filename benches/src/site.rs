@@ -95,8 +95,8 @@ fn end_vms(run_dir: &Path) {
         return;
     }
     let Ok(dir) = RunDir::open(run_dir) else { return };
-    for place in dir.places().unwrap_or_default() {
-        if let Ok(stat) = VmClient::connect_to(&dir, &place).and_then(|mut vm| vm.stat()) {
+    for socket in dir.sockets().unwrap_or_default() {
+        if let Ok(stat) = VmClient::connect_to(&dir, &socket).and_then(|mut vm| vm.stat()) {
             kill(stat.pid as i32);
         }
     }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 use crate::control::protocol::ArrivalStat;
-use crate::control::rundir::{Place, RunDir};
+use crate::control::rundir::{RunDir, SocketName};
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind, chain};
 use crate::granted::{Granted, Share};
@@ -122,7 +122,7 @@ impl Arrival {
     ) -> Result<(Process, Registry), Failure> {
         let hello = &settings.hello;
         let dir = RunDir::open(&settings.run_dir)?;
-        let place = dir.adopt(Place::arriving(&hello.name, &hello.session.to_string()), listener);
+        let claimed = dir.adopt(SocketName::arriving(&hello.name, &hello.session.to_string()), listener);
         let facts = Facts {
             name: hello.name.clone(),
             memory_bytes: settings.memory.memory_bytes,
@@ -132,7 +132,7 @@ impl Arrival {
             offer: settings.offer.clone(),
         };
         let granted = Granted::adopt(&dir, &hello.session.to_string(), granted, Share::of(&facts))?;
-        let process = Process::begin_granted(facts, place, granted, owner)?;
+        let process = Process::begin_granted(facts, claimed, granted, owner)?;
         let registry = Registry::new(&dir.sessions_dir())
             .map_err(|error| Failure::new(FailureKind::Other, chain(&error)))?;
         Ok((process, registry))

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tracing::{error, info, warn};
 
-use crate::control::rundir::Place;
+use crate::control::rundir::SocketName;
 use crate::control::server::Server;
 use crate::failure::{Failure, FailureKind};
 use crate::memory::Memory;
@@ -176,7 +176,7 @@ impl Vm {
 fn may_run_elsewhere(core: &Core) -> bool {
     // From then on the target may start it.
     matches!(core.phase, Phase::Migrating)
-        && core.claim.as_ref().is_none_or(|claim| matches!(claim.place(), Place::Leaving(..)))
+        && core.claim.as_ref().is_none_or(|claim| matches!(claim.socket(), SocketName::Leaving(..)))
 }
 
 /// How a VM's life in this process has ended.

@@ -20,7 +20,7 @@ use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, StartError, StoreConfig};
 use testkit::{Reason, TempDir, skip, until, wait_for};
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, Force, GuestStat, MigrateRequest, Request, State, Trust};
-use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::control::rundir::{RunDir, SocketName};
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::granted::{Granted, Share};
 use vmprocess::{
@@ -202,8 +202,8 @@ fn start_as(host: &Host, manner: Manner) -> Running {
         daemon: None,
         offer: Some(OFFER.to_owned()),
     };
-    let place = host.run_dir().claim_name("web").unwrap();
-    let process = Process::begin(facts, place, Owner::Embedder).unwrap();
+    let socket = host.run_dir().claim_name("web").unwrap();
+    let process = Process::begin(facts, socket, Owner::Embedder).unwrap();
     let engine = engine(host, process.notices());
     for number in 0..PAGES {
         // SAFETY: an aligned word of the engine's memory, which lives as long as the engine; only this thread uses it.
@@ -274,8 +274,8 @@ fn settings_of(
     streams: UnixStream,
 ) -> ArriveSettings {
     assert_eq!(hello.offer.as_deref(), Some(OFFER));
-    let place = Place::arriving(&hello.name, &hello.session.to_string());
-    let (claim, listener) = dir.claim(&dir.lock().unwrap(), place).unwrap();
+    let socket = SocketName::arriving(&hello.name, &hello.session.to_string());
+    let (claim, listener) = dir.claim(&dir.lock().unwrap(), socket).unwrap();
     claim.hand_over();
     let share = Share {
         name: hello.name.clone(),
@@ -373,7 +373,7 @@ fn an_embedded_vm_obeys_and_leaves_its_program_alone() {
 #[test]
 fn a_program_that_ends_by_itself_takes_the_name_with_it() {
     let host = Host::new();
-    let place = host.run_dir().claim_name("web").unwrap();
+    let socket = host.run_dir().claim_name("web").unwrap();
     let facts = Facts {
         name: "web".to_owned(),
         memory_bytes: MEMORY,
@@ -382,7 +382,7 @@ fn a_program_that_ends_by_itself_takes_the_name_with_it() {
         daemon: None,
         offer: Some(OFFER.to_owned()),
     };
-    let process = Process::begin(facts, place, Owner::Embedder).unwrap();
+    let process = Process::begin(facts, socket, Owner::Embedder).unwrap();
     let name = process.name_hold();
     assert_eq!(connect(&host).stat().unwrap().state, State::Arriving);
     assert!(host.socket().exists());
@@ -525,8 +525,8 @@ fn a_bug_at_the_start_leaves_the_vm_where_the_record_says() {
     assert_eq!(connect(&host).stat().unwrap().state, State::Running);
     // It has not run: whoever panicked did so before.
     connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
-    let places = host.run_dir().places().unwrap();
-    let left = places.iter().find(|place| matches!(place, Place::Leaving(..))).unwrap();
+    let sockets = host.run_dir().sockets().unwrap();
+    let left = sockets.iter().find(|socket| matches!(socket, SocketName::Leaving(..))).unwrap();
     let mut doubter = VmClient::connect_to(&host.run_dir(), left).unwrap();
     until("the limit", || {
         doubter.stat().unwrap().waiting.is_some_and(|waiting| waiting.limit == "RESOLVE_LIMIT")

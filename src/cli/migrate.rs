@@ -8,7 +8,7 @@ use migrate::DowntimeParts;
 use serde_json::Value;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request};
-use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::control::rundir::{RunDir, SocketName};
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use vmprocess::size::Size;
@@ -65,7 +65,7 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
 /// change its place.
 fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
     let deadline = Instant::now() + START_GRACE;
-    let connect = |place: Place| VmClient::connect_to(dir, &place);
+    let connect = |socket: SocketName| VmClient::connect_to(dir, &socket);
     loop {
         match dir.find(name).and_then(connect) {
             Err(failure) if failure.kind == FailureKind::Name && Instant::now() < deadline => {

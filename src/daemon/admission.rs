@@ -7,7 +7,7 @@ use swapd::Engine;
 use tracing::warn;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, State, VmStat};
-use vmprocess::control::rundir::{Place, RunDir, check_name, name_taken};
+use vmprocess::control::rundir::{RunDir, SocketName, check_name, name_taken};
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::granted::{self, Share};
 use vmprocess::host;
@@ -32,8 +32,8 @@ impl Refusal {
         Refusal { kind: RefuseKind::NoRoom, text: text.into() }
     }
 
-    pub(super) fn name_taken(place: &Place) -> Refusal {
-        Refusal { kind: RefuseKind::NameTaken, text: name_taken(place).text }
+    pub(super) fn name_taken(socket: &SocketName) -> Refusal {
+        Refusal { kind: RefuseKind::NameTaken, text: name_taken(socket).text }
     }
 }
 
@@ -62,11 +62,11 @@ impl Held {
     /// Of the VMs that arrived through the daemon of that listen address. One that does not answer has what it was granted all the
     /// same; of its store it may still fill everything.
     pub(super) fn ask(dir: &RunDir, daemon: &str) -> Result<Held, Failure> {
-        let places = dir.places()?;
-        let ask = |place| VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat());
+        let sockets = dir.sockets()?;
+        let ask = |socket| VmClient::connect_to(dir, socket).and_then(|mut vm| vm.stat());
         // All at once: one that does not answer must not hold up the others.
         let stats: Vec<VmStat> = std::thread::scope(|scope| {
-            let asked: Vec<_> = places.iter().map(|place| scope.spawn(move || ask(place))).collect();
+            let asked: Vec<_> = sockets.iter().map(|socket| scope.spawn(move || ask(socket))).collect();
             asked.into_iter().filter_map(|asked| asked.join().ok()?.ok()).collect()
         });
         // Only now: whoever had no record when it was asked has one by now, or has ended.
@@ -187,25 +187,26 @@ pub(super) fn check_hello(hello: &SessionHello) -> Result<(), Refusal> {
 
 /// Those who hold the name and may go on doing so while the VM arrives: its source on this very host, which gives the
 /// name up at the hand-over, and processes of a VM that has moved already and are ending.
-pub(super) fn tolerated_holders(dir: &RunDir, name: &str) -> Result<Vec<Place>, Refusal> {
-    let places: Vec<Place> = dir.places()?.into_iter().filter(|place| place.name() == name).collect();
-    for place in &places {
-        let state = match VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()) {
+pub(super) fn tolerated_holders(dir: &RunDir, name: &str) -> Result<Vec<SocketName>, Refusal> {
+    let sockets: Vec<SocketName> =
+        dir.sockets()?.into_iter().filter(|socket| socket.name() == name).collect();
+    for socket in &sockets {
+        let state = match VmClient::connect_to(dir, socket).and_then(|mut vm| vm.stat()) {
             Ok(stat) => stat.state,
             // It ended between the two looks.
             Err(failure) if matches!(failure.kind, FailureKind::Name | FailureKind::Vm) => continue,
-            Err(_) => return Err(Refusal::name_taken(place)),
+            Err(_) => return Err(Refusal::name_taken(socket)),
         };
-        let tolerated = match place {
-            Place::Here(_) => state == State::Migrating,
-            Place::Leaving(..) => state == State::Moved,
-            Place::Arriving(..) => false,
+        let tolerated = match socket {
+            SocketName::Here(_) => state == State::Migrating,
+            SocketName::Leaving(..) => state == State::Moved,
+            SocketName::Arriving(..) => false,
         };
         if !tolerated {
-            return Err(Refusal::name_taken(place));
+            return Err(Refusal::name_taken(socket));
         }
     }
-    Ok(places)
+    Ok(sockets)
 }
 
 #[cfg(test)]

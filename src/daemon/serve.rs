@@ -13,7 +13,7 @@ use std::time::Duration;
 use migrate::{Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello};
 use tracing::{debug, info, warn};
 use vmprocess::control::protocol::EngineKind;
-use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::control::rundir::{RunDir, SocketName};
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::granted::{Granted, Share};
 use vmprocess::size::Size;
@@ -286,13 +286,13 @@ impl Daemon {
         let tolerated = tolerated_holders(&self.dir, &hello.name)?;
         let granted = self.find_room(hello)?;
         let lock = self.dir.lock()?;
-        if let Some(place) =
-            self.dir.holders(&lock, &hello.name)?.iter().find(|place| !tolerated.contains(place))
+        if let Some(socket) =
+            self.dir.holders(&lock, &hello.name)?.iter().find(|socket| !tolerated.contains(socket))
         {
-            return Err(Refusal::name_taken(place));
+            return Err(Refusal::name_taken(socket));
         }
-        let place = Place::arriving(&hello.name, &hello.session.to_string());
-        let (claim, listener) = self.dir.claim(&lock, place)?;
+        let socket = SocketName::arriving(&hello.name, &hello.session.to_string());
+        let (claim, listener) = self.dir.claim(&lock, socket)?;
         drop(lock);
         let record = Granted::new(&self.dir, &hello.session.to_string(), self.share(hello, granted))?;
         let group = self.groups.make(&hello.name, &hello.session.to_string());
@@ -406,7 +406,7 @@ impl Daemon {
             if let Err(error) = daemon.registry.burn(hello.session) {
                 debug!(session = %hello.session, error = %chain(&error), "nothing to burn");
             }
-            let _ = daemon.dir.places();
+            let _ = daemon.dir.sockets();
         });
         if let Err(error) = spawned {
             warn!(%error, "no thread to wait for the VM's process");

@@ -110,8 +110,8 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
         swapd::Engine::check_lock(memory.memory_bytes)?;
     }
     // The preload claims the name; but by then QEMU would have to say why it ends.
-    if let Ok(place) = RunDir::open(&settings.run_dir)?.find(&settings.name) {
-        return Err(name_taken(&place));
+    if let Ok(socket) = RunDir::open(&settings.run_dir)?.find(&settings.name) {
+        return Err(name_taken(&socket));
     }
     info!(vm = %settings.name, memory = %Size(memory.memory_bytes), ram = %Size(memory.budget_bytes), qemu = %binary.display(), "starting");
     let mut launch = launch::launch(&binary, plan, role)?;

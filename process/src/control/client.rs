@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::lines::{LineError, Lines};
 use super::protocol::{MigrationStat, Reply, Request, VmStat};
-use super::rundir::{Place, RunDir};
+use super::rundir::{RunDir, SocketName};
 use super::versions::{Offer, UNSAID, VERSIONS, none_in_common};
 use crate::failure::{Failure, FailureKind};
 
@@ -41,9 +41,9 @@ impl VmClient {
     /// [`FailureKind::Name`] if there is none.
     pub fn connect(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
         loop {
-            let place = dir.find(name)?;
-            match VmClient::connect_to(dir, &place) {
-                // It lived when it was found: it has changed its place since (a hand-over), or ended. The next look tells.
+            let socket = dir.find(name)?;
+            match VmClient::connect_to(dir, &socket) {
+                // It lived when it was found: its socket has another name since (a hand-over), or it ended. The next look tells.
                 Err(failure) if failure.kind == FailureKind::Name => {}
                 connected => return connected,
             }
@@ -54,22 +54,22 @@ impl VmClient {
     ///
     /// # Errors
     /// If the process ended meanwhile, or this user may not talk to it.
-    pub fn connect_to(dir: &RunDir, place: &Place) -> Result<VmClient, Failure> {
-        let stream = dir.connect(place).map_err(|error| match error.kind() {
+    pub fn connect_to(dir: &RunDir, socket: &SocketName) -> Result<VmClient, Failure> {
+        let stream = dir.connect(socket).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
-                Failure::new(FailureKind::Name, format!("the VM {:?} has just ended or moved", place.name()))
+                Failure::new(FailureKind::Name, format!("the VM {:?} has just ended or moved", socket.name()))
             }
             std::io::ErrorKind::WouldBlock => Failure::new(
                 FailureKind::Other,
-                format!("the VM {:?} does not answer: its process stands still", place.name()),
+                format!("the VM {:?} does not answer: its process stands still", socket.name()),
             ),
             std::io::ErrorKind::PermissionDenied => Failure::new(
                 FailureKind::Host,
-                format!("no permission to talk to the VM {:?}: use the account that runs it", place.name()),
+                format!("no permission to talk to the VM {:?}: use the account that runs it", socket.name()),
             ),
-            _ => Failure::io(format!("cannot talk to the VM {:?}", place.name()), &error),
+            _ => Failure::io(format!("cannot talk to the VM {:?}", socket.name()), &error),
         })?;
-        Ok(VmClient::over(place.name(), stream))
+        Ok(VmClient::over(socket.name(), stream))
     }
 
     /// Asks for the VM's facts.

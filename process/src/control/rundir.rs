@@ -53,9 +53,9 @@ pub fn check_name(name: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// One VM's socket in the run directory.
+/// The file name of one VM's socket in the run directory, which says where the VM is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
+pub enum SocketName {
     /// `NAME.sock`: the VM has its name, and nobody else may take it.
     Here(String),
     /// `NAME.leaving-ID.sock`: the VM has given up its name for the session whose id begins so.
@@ -64,42 +64,42 @@ pub enum Place {
     Arriving(String, String),
 }
 
-impl Place {
-    /// The place of a VM that leaves, by the whole id of its session.
-    pub fn leaving(name: &str, session: &str) -> Place {
-        Place::Leaving(name.to_owned(), short(session))
+impl SocketName {
+    /// The socket's name of a VM that leaves, by the whole id of its session.
+    pub fn leaving(name: &str, session: &str) -> SocketName {
+        SocketName::Leaving(name.to_owned(), short(session))
     }
 
-    /// The place of a VM that arrives, by the whole id of its session.
-    pub fn arriving(name: &str, session: &str) -> Place {
-        Place::Arriving(name.to_owned(), short(session))
+    /// The socket's name of a VM that arrives, by the whole id of its session.
+    pub fn arriving(name: &str, session: &str) -> SocketName {
+        SocketName::Arriving(name.to_owned(), short(session))
     }
 
     /// The VM's name, whether or not this socket holds it.
     pub fn name(&self) -> &str {
         match self {
-            Place::Here(name) | Place::Leaving(name, _) | Place::Arriving(name, _) => name,
+            SocketName::Here(name) | SocketName::Leaving(name, _) | SocketName::Arriving(name, _) => name,
         }
     }
 
     fn file_name(&self) -> String {
         match self {
-            Place::Here(name) => format!("{name}.sock"),
-            Place::Leaving(name, id) => format!("{name}.leaving-{id}.sock"),
-            Place::Arriving(name, id) => format!("{name}.arriving-{id}.sock"),
+            SocketName::Here(name) => format!("{name}.sock"),
+            SocketName::Leaving(name, id) => format!("{name}.leaving-{id}.sock"),
+            SocketName::Arriving(name, id) => format!("{name}.arriving-{id}.sock"),
         }
     }
 
-    fn parse(file_name: &str) -> Option<Place> {
+    fn parse(file_name: &str) -> Option<SocketName> {
         let stem = file_name.strip_suffix(".sock")?;
-        let place = if let Some((name, id)) = stem.rsplit_once(".leaving-") {
-            Place::leaving(name, id)
+        let socket = if let Some((name, id)) = stem.rsplit_once(".leaving-") {
+            SocketName::leaving(name, id)
         } else if let Some((name, id)) = stem.rsplit_once(".arriving-") {
-            Place::arriving(name, id)
+            SocketName::arriving(name, id)
         } else {
-            Place::Here(stem.to_owned())
+            SocketName::Here(stem.to_owned())
         };
-        check_name(place.name()).is_ok().then_some(place)
+        check_name(socket.name()).is_ok().then_some(socket)
     }
 }
 
@@ -232,56 +232,56 @@ impl RunDir {
         Ok(Lock { _file: file })
     }
 
-    fn address(&self, place: &Place) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}/{}", self.dir.as_raw_fd(), place.file_name()))
+    fn address(&self, socket: &SocketName) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{}", self.dir.as_raw_fd(), socket.file_name()))
     }
 
     /// Connects to a VM's process.
     ///
     /// # Errors
     /// The kernel's: `NotFound` and `ConnectionRefused` mean that there is no such VM.
-    pub fn connect(&self, place: &Place) -> io::Result<UnixStream> {
-        connect_at_once(&self.address(place))
+    pub fn connect(&self, socket: &SocketName) -> io::Result<UnixStream> {
+        connect_at_once(&self.address(socket))
     }
 
     /// Every VM of this directory that lives, in order of name. Removes sockets of dead ones.
     ///
     /// # Errors
     /// If the directory cannot be read.
-    pub fn places(&self) -> Result<Vec<Place>, Failure> {
+    pub fn sockets(&self) -> Result<Vec<SocketName>, Failure> {
         let _lock = self.lock()?;
         self.living(|_| true)
     }
 
-    /// The places that hold `name`. The caller has the lock.
+    /// The sockets of the VMs of that name. The caller has the lock.
     ///
     /// # Errors
     /// If the directory cannot be read.
-    pub fn holders(&self, _lock: &Lock, name: &str) -> Result<Vec<Place>, Failure> {
-        self.living(|place| place.name() == name)
+    pub fn holders(&self, _lock: &Lock, name: &str) -> Result<Vec<SocketName>, Failure> {
+        self.living(|socket| socket.name() == name)
     }
 
-    fn living(&self, wanted: impl Fn(&Place) -> bool) -> Result<Vec<Place>, Failure> {
+    fn living(&self, wanted: impl Fn(&SocketName) -> bool) -> Result<Vec<SocketName>, Failure> {
         let fail =
             |error| Failure::io(format!("cannot read the run directory {}", self.path.display()), &error);
-        let mut places = Vec::new();
+        let mut sockets = Vec::new();
         for entry in std::fs::read_dir(&self.path).map_err(fail)? {
             let file_name = entry.map_err(fail)?.file_name();
-            let Some(place) = file_name.to_str().and_then(Place::parse) else { continue };
-            if wanted(&place) && self.lives(&place) {
-                places.push(place);
+            let Some(socket) = file_name.to_str().and_then(SocketName::parse) else { continue };
+            if wanted(&socket) && self.lives(&socket) {
+                sockets.push(socket);
             }
         }
-        places.sort();
-        Ok(places)
+        sockets.sort();
+        Ok(sockets)
     }
 
     /// Whether somebody listens; removes the socket if nobody does. Under the lock.
-    fn lives(&self, place: &Place) -> bool {
-        match self.connect(place) {
+    fn lives(&self, socket: &SocketName) -> bool {
+        match self.connect(socket) {
             Ok(_) => true,
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                let _ = std::fs::remove_file(self.address(place));
+                let _ = std::fs::remove_file(self.address(socket));
                 false
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -290,28 +290,28 @@ impl RunDir {
         }
     }
 
-    /// Takes a place and listens there. The caller has the lock and has checked the name's holders.
+    /// Makes a socket and listens there. The caller has the lock and has checked the name's holders.
     ///
     /// # Errors
     /// If the socket cannot be made.
-    pub fn claim(&self, _lock: &Lock, place: Place) -> Result<(Claim, UnixListener), Failure> {
-        let address = self.address(&place);
-        let _ = self.lives(&place);
+    pub fn claim(&self, _lock: &Lock, socket: SocketName) -> Result<(Claim, UnixListener), Failure> {
+        let address = self.address(&socket);
+        let _ = self.lives(&socket);
         let fail = |error| {
             Failure::io(
-                format!("cannot make the socket {}", self.path.join(place.file_name()).display()),
+                format!("cannot make the socket {}", self.path.join(socket.file_name()).display()),
                 &error,
             )
         };
         let listener = UnixListener::bind(&address).map_err(fail)?;
-        let claim = Claim { dir: self.clone(), place: place.clone(), ours: true };
+        let claim = Claim { dir: self.clone(), socket: socket.clone(), ours: true };
         std::fs::set_permissions(&address, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
         Ok((claim, listener))
     }
 
-    /// Takes over a place that another process has claimed and whose listener it has passed to this one.
-    pub fn adopt(&self, place: Place, listener: OwnedFd) -> (Claim, UnixListener) {
-        (Claim { dir: self.clone(), place, ours: true }, UnixListener::from(listener))
+    /// Takes over a socket that another process has claimed and whose listener it has passed to this one.
+    pub fn adopt(&self, socket: SocketName, listener: OwnedFd) -> (Claim, UnixListener) {
+        (Claim { dir: self.clone(), socket, ours: true }, UnixListener::from(listener))
     }
 
     /// Claims the name for a VM that is to run here.
@@ -321,23 +321,23 @@ impl RunDir {
     pub fn claim_name(&self, name: &str) -> Result<(Claim, UnixListener), Failure> {
         check_name(name)?;
         let lock = self.lock()?;
-        if let Some(place) = self.holders(&lock, name)?.first() {
-            return Err(name_taken(place));
+        if let Some(socket) = self.holders(&lock, name)?.first() {
+            return Err(name_taken(socket));
         }
-        self.claim(&lock, Place::Here(name.to_owned()))
+        self.claim(&lock, SocketName::Here(name.to_owned()))
     }
 
-    /// The place at which to reach the VM of that name: where it runs, else where it is leaving or arriving.
+    /// The socket at which to reach the VM of that name: where it runs, else where it is leaving or arriving.
     ///
     /// # Errors
     /// [`FailureKind::Name`] if there is none, with the names that there are.
-    pub fn find(&self, name: &str) -> Result<Place, Failure> {
+    pub fn find(&self, name: &str) -> Result<SocketName, Failure> {
         check_name(name)?;
-        let places = self.places()?;
-        if let Some(place) = places.iter().find(|place| place.name() == name) {
-            return Ok(place.clone());
+        let sockets = self.sockets()?;
+        if let Some(socket) = sockets.iter().find(|socket| socket.name() == name) {
+            return Ok(socket.clone());
         }
-        let mut names: Vec<&str> = places.iter().map(Place::name).collect();
+        let mut names: Vec<&str> = sockets.iter().map(SocketName::name).collect();
         names.dedup();
         let known = match names.as_slice() {
             [] => "no VM runs here".to_owned(),
@@ -375,15 +375,15 @@ fn flock(file: &File) -> io::Result<()> {
 }
 
 /// The refusal of a name that is held.
-pub fn name_taken(place: &Place) -> Failure {
-    let how = match place {
-        Place::Here(_) => "a VM of that name runs on this host",
-        Place::Leaving(..) => "a VM of that name is leaving this host",
-        Place::Arriving(..) => "a VM of that name is arriving at this host",
+pub fn name_taken(socket: &SocketName) -> Failure {
+    let how = match socket {
+        SocketName::Here(_) => "a VM of that name runs on this host",
+        SocketName::Leaving(..) => "a VM of that name is leaving this host",
+        SocketName::Arriving(..) => "a VM of that name is arriving at this host",
     };
     Failure::new(
         FailureKind::Name,
-        format!("the name {:?} is taken: {how}; choose another, or stop it first", place.name()),
+        format!("the name {:?} is taken: {how}; choose another, or stop it first", socket.name()),
     )
 }
 
@@ -391,7 +391,7 @@ pub fn name_taken(place: &Place) -> Failure {
 #[derive(Debug)]
 pub struct Claim {
     dir: RunDir,
-    place: Place,
+    socket: SocketName,
     /// Whether to remove the file at the end.
     ours: bool,
 }
@@ -401,9 +401,9 @@ impl Claim {
         &self.dir
     }
 
-    /// Where the socket is now.
-    pub fn place(&self) -> &Place {
-        &self.place
+    /// The socket's name now.
+    pub fn socket(&self) -> &SocketName {
+        &self.socket
     }
 
     /// Gives the name up, keeping the socket reachable.
@@ -412,7 +412,7 @@ impl Claim {
     /// If the file cannot be renamed.
     pub fn leave(&mut self, session: &str) -> Result<(), Failure> {
         let lock = self.dir.lock()?;
-        self.rename(&lock, Place::leaving(self.place.name(), session))
+        self.rename(&lock, SocketName::leaving(self.socket.name(), session))
     }
 
     /// Whether the name can be taken. Waits for no disk, and nobody but another VM of that name that is on its way itself can take it
@@ -421,14 +421,14 @@ impl Claim {
     /// # Errors
     /// [`FailureKind::Name`] if another VM has it now.
     pub fn is_free(&mut self) -> Result<(), Failure> {
-        let here = Place::Here(self.place.name().to_owned());
+        let here = SocketName::Here(self.socket.name().to_owned());
         match self.dir.connect(&here) {
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
             {
                 Ok(())
             }
-            _ if self.place == here => Ok(()),
+            _ if self.socket == here => Ok(()),
             _ => Err(name_taken(&here)),
         }
     }
@@ -439,8 +439,8 @@ impl Claim {
     /// [`FailureKind::Name`] if another VM has it now.
     pub fn settle(&mut self) -> Result<(), Failure> {
         let lock = self.dir.lock()?;
-        let here = Place::Here(self.place.name().to_owned());
-        if self.place == here {
+        let here = SocketName::Here(self.socket.name().to_owned());
+        if self.socket == here {
             return Ok(());
         }
         if self.dir.lives(&here) {
@@ -449,10 +449,10 @@ impl Claim {
         self.rename(&lock, here)
     }
 
-    fn rename(&mut self, _lock: &Lock, to: Place) -> Result<(), Failure> {
-        std::fs::rename(self.dir.address(&self.place), self.dir.address(&to))
+    fn rename(&mut self, _lock: &Lock, to: SocketName) -> Result<(), Failure> {
+        std::fs::rename(self.dir.address(&self.socket), self.dir.address(&to))
             .map_err(|error| Failure::io(format!("cannot rename the socket of {:?}", to.name()), &error))?;
-        self.place = to;
+        self.socket = to;
         Ok(())
     }
 
@@ -465,7 +465,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if self.ours {
-            let _ = std::fs::remove_file(self.dir.address(&self.place));
+            let _ = std::fs::remove_file(self.dir.address(&self.socket));
         }
     }
 }

@@ -67,10 +67,10 @@ fn a_hand_over_within_one_directory() {
     let session = "0123456789abcdef";
     let (mut source, _source_listener) = temp.0.claim_name("web").unwrap();
     let lock = temp.0.lock().unwrap();
-    let (mut target, _target_listener) = temp.0.claim(&lock, Place::arriving("web", session)).unwrap();
+    let (mut target, _target_listener) = temp.0.claim(&lock, SocketName::arriving("web", session)).unwrap();
     drop(lock);
-    assert_eq!(temp.0.places().unwrap().len(), 2);
-    assert_eq!(temp.0.find("web").unwrap(), Place::Here("web".to_owned()));
+    assert_eq!(temp.0.sockets().unwrap().len(), 2);
+    assert_eq!(temp.0.find("web").unwrap(), SocketName::Here("web".to_owned()));
     assert_eq!(target.settle().unwrap_err().kind, FailureKind::Name);
     source.leave(session).unwrap();
     target.settle().unwrap();
@@ -101,7 +101,7 @@ fn a_vm_that_changes_its_place_is_reached() {
         assert!(mover.join().unwrap() > 0);
         assert!(connected);
     });
-    temp.0.connect(claim.place()).unwrap().write_all(b"x").unwrap();
+    temp.0.connect(claim.socket()).unwrap().write_all(b"x").unwrap();
     acceptor.join().unwrap();
 }
 
@@ -117,7 +117,7 @@ fn stale_sockets_vanish_from_the_list() {
     claim.hand_over();
     drop(listener);
     let (_claim, _listener) = temp.0.claim_name("live").unwrap();
-    assert_eq!(temp.0.places().unwrap(), [Place::Here("live".to_owned())]);
+    assert_eq!(temp.0.sockets().unwrap(), [SocketName::Here("live".to_owned())]);
     assert_eq!(temp.files(), ["live.sock"]);
     let text = temp.0.find("dead").unwrap_err().text;
     assert!(text.contains("live"), "{text}");
@@ -148,7 +148,7 @@ fn sockets_and_their_directory_are_their_users_alone() {
     let (claim, _listener) = temp.0.claim_name("web").unwrap();
     let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
     assert_eq!(mode(temp.0.path()), 0o700);
-    assert_eq!(mode(&temp.0.path().join(claim.place().file_name())), 0o600);
+    assert_eq!(mode(&temp.0.path().join(claim.socket().file_name())), 0o600);
 }
 
 #[test]
@@ -156,5 +156,5 @@ fn a_long_directory_and_a_long_name_fit_a_socket_address() {
     let temp = Temp::new(&"long".repeat(40));
     let (mut claim, _listener) = temp.0.claim_name(&"n".repeat(NAME_MAX)).unwrap();
     claim.leave("0123456789").unwrap();
-    temp.0.connect(claim.place()).unwrap();
+    temp.0.connect(claim.socket()).unwrap();
 }
