@@ -257,7 +257,7 @@ fn arrival_of(received: &Received) -> ArrivalStat {
 
 /// Of a VM that is here, whether or not it has the name already.
 fn take_name(vm: &Vm) {
-    if let Err(failure) = vm.claim(|claim| claim.settle()) {
+    if let Err(failure) = vm.claim(|claim| claim.take_name()) {
         error!(vm = %vm.facts.name, %failure, "the name could not be taken: the VM runs as one that is arriving");
     }
 }

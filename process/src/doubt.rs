@@ -132,7 +132,7 @@ fn come_back(vm: &Vm, forced: bool) -> Result<&'static str, Failure> {
     let name = &vm.facts.name;
     let mut source = Leaving::in_doubt(vm);
     if forced {
-        vm.claim(|claim| claim.settle())?;
+        vm.claim(|claim| claim.take_name())?;
     }
     let resumed = source.come_back();
     let paused = vm.core(|core| {

@@ -59,7 +59,7 @@ pub(crate) fn migrate(
         let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
         CAUGHT.set(false);
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
-        settle(&mover, &options, &result);
+        note_where(&mover, &options, &result);
         let _ = steps.send(Step::Ended(result, leaving.cannot));
         doubt::ask_until_known(&mover);
     });
@@ -217,7 +217,7 @@ impl Speed {
 }
 
 /// Notes where the VM is now.
-fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) {
+fn note_where(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) {
     let SourceOptions { to, security, .. } = options;
     let phase = match result {
         Ok(_) => Phase::Moved { to: to.clone() },

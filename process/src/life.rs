@@ -25,7 +25,7 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than this nobody is at work on what changes of a VM.
 const CORE_LIMIT: Duration = Duration::from_millis(200);
 /// How long clients may take to fetch their answers.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
+const ANSWERS_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The thread that receives: what it leaves behind when it panics is put in order where it is started.
 pub(crate) const RECEIVER: &str = "receive";
@@ -211,7 +211,7 @@ pub(crate) fn finish(
         _ => vm.stopped(),
     });
     let mut quit = false;
-    server.drain(DRAIN_TIMEOUT);
+    server.wait_answered(ANSWERS_TIMEOUT);
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
     vm.tell_end(&result);

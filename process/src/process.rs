@@ -84,7 +84,7 @@ impl Process {
     /// The VM never came to be: tells whoever has stopped it meanwhile.
     pub fn give_up(&self) {
         self.vm.has_ended(&self.vm.stopped());
-        self.server.drain(GIVE_UP_DRAIN);
+        self.server.wait_answered(GIVE_UP_ANSWER_LIMIT);
     }
 
     /// What the engine is to tell its notices to.
@@ -136,7 +136,7 @@ impl Drop for Process {
 }
 
 /// How long whoever stops a VM that never came to be may take to fetch the answer.
-const GIVE_UP_DRAIN: Duration = Duration::from_secs(3);
+const GIVE_UP_ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
 /// The VM's name, for letting go of it when the process ends by another way than [`Process`]'s.
 #[derive(Clone, Debug)]
@@ -159,7 +159,7 @@ impl NameHold {
             std::thread::sleep(SETTLE_POLL);
         }
         if let Some(server) = &self.server {
-            server.drain(deadline.saturating_duration_since(Instant::now()));
+            server.wait_answered(deadline.saturating_duration_since(Instant::now()));
         }
     }
 

@@ -153,7 +153,7 @@ impl SourceVm for Leaving<'_> {
 
     fn take_name_back(&mut self) {
         (self.unnamed, self.session) = (None, None);
-        if let Err(error) = self.vm.claim(|claim| claim.settle()) {
+        if let Err(error) = self.vm.claim(|claim| claim.take_name()) {
             error!(vm = %self.vm.facts.name, %error, "the name could not be taken back: the VM runs on as one that is leaving");
         }
     }

@@ -3,7 +3,7 @@
 //! A name is held by a socket that somebody listens on; there is no other record of it. The file's name tells the role:
 //! ```text
 //!   run ─────────▶ NAME.sock ──give_up_name──▶ NAME.leaving-ID.sock ──▶ gone
-//!   serve ──▶ NAME.arriving-ID.sock ──settle──▶ NAME.sock
+//!   serve ──▶ NAME.arriving-ID.sock ──take_name──▶ NAME.sock
 //! ```
 //! Renaming may wait for a disk, so neither is done while the VM stands still: the one comes before, the other behind the start.
 //! Every change is made under one flock, so that source and target may share a directory. A socket that refuses
@@ -416,7 +416,7 @@ impl Claim {
     }
 
     /// Whether the name can be taken. Waits for no disk, and nobody but another VM of that name that is on its way itself can take it
-    /// before [`settle`](Self::settle).
+    /// before [`take_name`](Self::take_name).
     ///
     /// # Errors
     /// [`FailureKind::Name`] if another VM has it now.
@@ -437,7 +437,7 @@ impl Claim {
     ///
     /// # Errors
     /// [`FailureKind::Name`] if another VM has it now.
-    pub fn settle(&mut self) -> Result<(), Failure> {
+    pub fn take_name(&mut self) -> Result<(), Failure> {
         let lock = self.dir.lock()?;
         let here = SocketName::Here(self.socket.name().to_owned());
         if self.socket == here {

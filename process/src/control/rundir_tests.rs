@@ -71,11 +71,11 @@ fn a_hand_over_within_one_directory() {
     drop(lock);
     assert_eq!(temp.0.sockets().unwrap().len(), 2);
     assert_eq!(temp.0.find("web").unwrap(), SocketName::Here("web".to_owned()));
-    assert_eq!(target.settle().unwrap_err().kind, FailureKind::Name);
+    assert_eq!(target.take_name().unwrap_err().kind, FailureKind::Name);
     source.leave(session).unwrap();
-    target.settle().unwrap();
+    target.take_name().unwrap();
     assert_eq!(temp.files(), ["web.leaving-01234567.sock", "web.sock"]);
-    assert_eq!(source.settle().unwrap_err().kind, FailureKind::Name);
+    assert_eq!(source.take_name().unwrap_err().kind, FailureKind::Name);
     drop(source);
     assert_eq!(temp.files(), ["web.sock"]);
 }
@@ -91,7 +91,7 @@ fn a_vm_that_changes_its_place_is_reached() {
             let mut moves = 0;
             while !over.load(Ordering::Relaxed) {
                 claim.leave("0123456789abcdef").unwrap();
-                claim.settle().unwrap();
+                claim.take_name().unwrap();
                 moves += 1;
             }
             moves

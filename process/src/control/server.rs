@@ -104,7 +104,7 @@ impl Server {
     }
 
     /// Waits until every request has its answer, at most `timeout`.
-    pub fn drain(&self, timeout: Duration) {
+    pub fn wait_answered(&self, timeout: Duration) {
         let (load, changed) = &*self.load;
         let guard = load.lock().expect("the load's lock is never poisoned");
         let _ = changed.wait_timeout_while(guard, timeout, |load| load.unanswered > 0);
