@@ -2,15 +2,15 @@
 
 use vmprocess::control::protocol::GuestStat;
 use vmprocess::failure::{Failure, FailureKind, chain};
-use vmprocess::{Guest, GuestView, Newcomer};
+use vmprocess::{GuestView, Machine, Newcomer};
 
-use crate::vmm::{Machine, RunState, VmmError};
+use crate::vmm::{ReferenceMachine, RunState, VmmError};
 
 /// A machine in this very process.
 #[derive(Debug)]
-pub(crate) struct ReferenceGuest(pub(crate) Machine);
+pub(crate) struct ReferenceGuest(pub(crate) ReferenceMachine);
 
-impl Guest for ReferenceGuest {
+impl Machine for ReferenceGuest {
     fn drain(&mut self) -> Result<(), Failure> {
         // It has no such devices.
         Ok(())
@@ -78,8 +78,8 @@ pub(crate) struct ReferenceNewcomer {
 }
 
 impl Newcomer for ReferenceNewcomer {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
-        let machine = Machine::restore_sized(state, self.base as *mut u8, self.memory_bytes)?;
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure> {
+        let machine = ReferenceMachine::restore_sized(state, self.base as *mut u8, self.memory_bytes)?;
         Ok(Box::new(ReferenceGuest(machine)))
     }
 }

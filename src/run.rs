@@ -8,11 +8,11 @@ use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::size::Size;
-use vmprocess::{Arrival, ArriveSettings, Facts, Guest, Memory, MemorySpec, Owner, Process, host};
+use vmprocess::{Arrival, ArriveSettings, Facts, Machine, Memory, MemorySpec, Owner, Process, host};
 
 use crate::reference::{ReferenceGuest, ReferenceNewcomer};
 use crate::sandbox;
-use crate::vmm::{Machine, MachineConfig, Workload};
+use crate::vmm::{MachineConfig, ReferenceMachine, Workload};
 
 /// What `vmemd run` shall start.
 #[derive(Clone, Debug)]
@@ -51,10 +51,10 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
     process.run(memory, || start(settings, base)).result
 }
 
-fn start(settings: &RunSettings, base: *mut u8) -> Result<Box<dyn Guest>, Failure> {
+fn start(settings: &RunSettings, base: *mut u8) -> Result<Box<dyn Machine>, Failure> {
     let RunSettings { name, memory: spec, vcpus, workload, .. } = settings;
     let config = MachineConfig { memory_bytes: spec.memory_bytes, vcpus: *vcpus, workload: *workload };
-    let mut machine = Machine::new(config, base)?;
+    let mut machine = ReferenceMachine::new(config, base)?;
     machine.start()?;
     info!(vm = %name, memory = %Size(spec.memory_bytes), ram = %Size(spec.budget_bytes), guest = %workload, "running");
     Ok(Box::new(ReferenceGuest(machine)))

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use vmprocess::control::protocol::{GuestStat, State};
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::qemu::Backend;
-use vmprocess::{Guest, GuestView, Newcomer, RunState};
+use vmprocess::{GuestView, Machine, Newcomer, RunState};
 
 use crate::devices;
 use crate::farewell;
@@ -180,7 +180,7 @@ impl Qemu {
         Qemu { stays: why, ..self }
     }
 
-    /// Returns the migration capabilities that [`save`](Guest::save) needs. Fails if the machine cannot move as it is now: its command
+    /// Returns the migration capabilities that [`save`](Machine::save) needs. Fails if the machine cannot move as it is now: its command
     /// line is to make the same one at the target.
     fn check_move(&mut self) -> Result<Vec<&'static str>, Failure> {
         let cannot = |why: String| Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"));
@@ -355,7 +355,7 @@ fn inventory(qmp: &mut Qmp) -> Result<Inventory, Failure> {
     Ok(Inventory::new(&answers(qmp, &Inventory::questions())?))
 }
 
-impl Guest for Qemu {
+impl Machine for Qemu {
     fn may_move(&mut self) -> Result<(), Failure> {
         self.check_move()?;
         let bytes = self.state_bytes().unwrap_or(0);
@@ -473,7 +473,7 @@ impl Guest for Qemu {
 pub(crate) struct Incoming(pub(crate) Qemu);
 
 impl Newcomer for Incoming {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure> {
         let mut qemu = self.0;
         match qemu.take_state(state) {
             Ok(()) => {

@@ -21,7 +21,7 @@ use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::qemu::{Backend, PreloadSettings, QmpAddress, Role};
-use vmprocess::{Arrival, End, Facts, Guest, Memory, NameHold, Owner, Process};
+use vmprocess::{Arrival, End, Facts, Machine, Memory, NameHold, Owner, Process};
 
 use crate::backends::{Backends, Keeper, Part};
 use crate::farewell::{self, GOODBYE_LIMIT};
@@ -211,7 +211,7 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
     };
     process.on_end(tell_end);
     let end = match arrival {
-        None => process.run(memory, || Ok(Box::new(meet()?) as Box<dyn Guest>)),
+        None => process.run(memory, || Ok(Box::new(meet()?) as Box<dyn Machine>)),
         Some(arrival) => match meet() {
             Ok(qemu) => process.receive(arrival, memory, Box::new(Incoming(qemu))),
             Err(failure) => {

@@ -9,7 +9,7 @@ use tracing::info;
 use crate::control::protocol::{Request, State};
 use crate::control::server::{Client, Service};
 use crate::failure::{Failure, FailureKind};
-use crate::guest::Guest;
+use crate::machine::Machine;
 use crate::size::Size;
 use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, Event, PINNED_BY, Phase, Vm, lock};
 
@@ -60,11 +60,11 @@ impl Vm {
 
     fn pause(&self) -> Result<Value, Failure> {
         self.must_be_here("pause")?;
-        let already = self.guest(|guest| {
-            // Under the guest's lock, so that a migration which begins now finds it as it is to be.
+        let already = self.machine(|machine| {
+            // Under the machine's lock, so that a migration which begins now finds it as it is to be.
             self.must_be_here("pause")?;
-            let stood = !guest.runs()?;
-            guest.pause()?;
+            let stood = !machine.runs()?;
+            machine.pause()?;
             Ok(self.core(|core| {
                 let already = stood && core.stalled.is_none();
                 // Whoever stopped it before is still to be named.
@@ -94,17 +94,17 @@ impl Vm {
             );
             return Err(Failure::new(failure.kind, text));
         }
-        let resumed = self.guest(|guest| {
-            // Under the guest's lock, so that a migration which begins now pauses it later than this.
+        let resumed = self.machine(|machine| {
+            // Under the machine's lock, so that a migration which begins now pauses it later than this.
             self.must_be_here("resume")?;
             // What has failed may go on all the same: a disk was mended.
-            let ran = guest.runs().is_ok_and(|runs| runs);
-            if ran && guest.run_state().is_some_and(|now| now.state == State::Running) {
+            let ran = machine.runs().is_ok_and(|runs| runs);
+            if ran && machine.run_state().is_some_and(|now| now.state == State::Running) {
                 return Ok(true);
             }
-            guest.resume()?;
-            match guest.runs()? {
-                false if guest.run_state().is_some() => Err(self.stands_still(guest)),
+            machine.resume()?;
+            match machine.runs()? {
+                false if machine.run_state().is_some() => Err(self.stands_still(machine)),
                 _ => Ok(ran && paused.is_none() && !stalled),
             }
         });
@@ -115,8 +115,8 @@ impl Vm {
     }
 
     /// It took the word to go on, and did not.
-    fn stands_still(&self, guest: &dyn Guest) -> Failure {
-        let now = guest.run_state();
+    fn stands_still(&self, machine: &dyn Machine) -> Failure {
+        let now = machine.run_state();
         let why = now.map(|now| now.why.unwrap_or(now.word)).unwrap_or_default();
         Failure::new(FailureKind::Vm, format!("{:?} was told to run, and does not: {why}", self.facts.name))
     }

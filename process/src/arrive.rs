@@ -22,8 +22,8 @@ use crate::control::rundir::{RunDir, SocketName};
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind, chain};
 use crate::granted::{Granted, Share};
-use crate::guest::Newcomer;
 use crate::life::{self, End, RECEIVER};
+use crate::machine::Newcomer;
 use crate::memory::{Memory, MemorySpec};
 use crate::passing;
 use crate::process::{Owner, Process};
@@ -272,8 +272,8 @@ struct Target<'a> {
 impl TargetVm for Target<'_> {
     fn load(&mut self, state: &[u8]) -> Result<(), VmError> {
         let newcomer = self.newcomer.take().ok_or_else(|| VmError("its state came twice".to_owned()))?;
-        let guest = newcomer.load(state).map_err(|failure| VmError(failure.text))?;
-        self.vm.set_guest(guest);
+        let machine = newcomer.load(state).map_err(|failure| VmError(failure.text))?;
+        self.vm.set_machine(machine);
         Ok(())
     }
 
@@ -285,7 +285,7 @@ impl TargetVm for Target<'_> {
         let started = self
             .vm
             .claim(|claim| claim.is_free())
-            .and_then(|()| if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) });
+            .and_then(|()| if paused { Ok(()) } else { self.vm.machine(|machine| machine.resume()) });
         match started {
             Err(failure) if failure.kind == FailureKind::InDoubt => {
                 warn!(vm = %self.vm.facts.name, %failure, "told to run, without an answer: if it stands still, `vmemd resume`");

@@ -46,7 +46,7 @@ pub(crate) fn migrate(
     wait_until_set_up(vm, client);
     vm.memory()?.engine()?;
     begin(vm, &request.to)?;
-    if let Err(failure) = vm.guest(|guest| guest.may_move()) {
+    if let Err(failure) = vm.machine(|machine| machine.may_move()) {
         vm.core(|core| (core.phase, core.migration) = (Phase::Here, None));
         vm.go_on();
         return Err(stays(vm, failure));

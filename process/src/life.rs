@@ -216,7 +216,7 @@ pub(crate) fn finish(
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
     vm.tell_end(&result);
     if worker_done && still && !vm.core(|core| matches!(core.phase, Phase::Migrating)) {
-        match vm.quit_guest() {
+        match vm.quit_machine() {
             Ok(told) => {
                 quit = told;
                 memory.stop();
@@ -273,7 +273,7 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
 }
 
 fn stand_still(vm: &Vm) -> bool {
-    match vm.guest(|guest| if guest.view().failed.is_some() { Ok(()) } else { guest.pause() }) {
+    match vm.machine(|machine| if machine.view().failed.is_some() { Ok(()) } else { machine.pause() }) {
         Ok(()) => true,
         Err(error) => {
             info!(vm = %vm.facts.name, %error, "while stopping");

@@ -6,7 +6,7 @@ use crate::control::protocol::{GuestStat, State};
 use crate::failure::Failure;
 
 /// A VM's processors and devices, as its process drives them. Only one of these calls is under way at a time.
-pub trait Guest: Send + fmt::Debug {
+pub trait Machine: Send + fmt::Debug {
     /// Whether a target could make the same machine, as it is now. Asked before a byte moves, while the guest runs; what changes
     /// after that, [`save`](Self::save) finds.
     ///
@@ -107,10 +107,10 @@ pub struct RunState {
 
 /// A VM's machine at the target, before its state has come. It knows its memory, which fills meanwhile.
 pub trait Newcomer: Send {
-    /// Takes the state of [`Guest::save`]. Memory has its final content, or provides it when touched. No vCPU may run
-    /// before [`Guest::resume`].
+    /// Takes the state of [`Machine::save`]. Memory has its final content, or provides it when touched. No vCPU may run
+    /// before [`Machine::resume`].
     ///
     /// # Errors
     /// If the state is not for this machine. The guest then stays at the source.
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure>;
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure>;
 }

@@ -14,8 +14,8 @@ use crate::control::server::Server;
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind};
 use crate::granted::{Granted, Share};
-use crate::guest::Guest;
 use crate::life::{self, End};
+use crate::machine::Machine;
 use crate::memory::Memory;
 use crate::vm::{Event, OnEnd, Phase, Vm, lock};
 
@@ -108,12 +108,12 @@ impl Process {
     }
 
     /// Lives with a new VM, which `set_up` makes and lets run, until it is stopped or has moved away.
-    pub fn run(&self, memory: Memory, set_up: impl FnOnce() -> Result<Box<dyn Guest>, Failure>) -> End {
+    pub fn run(&self, memory: Memory, set_up: impl FnOnce() -> Result<Box<dyn Machine>, Failure>) -> End {
         let vm = &self.vm;
         let _ = vm.memory.set(memory.view());
         match set_up() {
-            Ok(guest) => {
-                vm.set_guest(guest);
+            Ok(machine) => {
+                vm.set_machine(machine);
                 vm.core(|core| core.phase = Phase::Here);
             }
             Err(failure) => {

@@ -85,11 +85,11 @@ impl SourceVm for Leaving<'_> {
         if let Some(reason) = self.vm.over() {
             return Err(self.failed(cannot_move(reason)));
         }
-        self.vm.guest(|guest| guest.drain()).map_err(text)
+        self.vm.machine(|machine| machine.drain()).map_err(text)
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        let looked = self.vm.guest(|guest| Ok((guest.runs()?, guest.run_state().is_some())));
+        let looked = self.vm.machine(|machine| Ok((machine.runs()?, machine.run_state().is_some())));
         let (runs, tells) = looked.map_err(|failure| self.not_stopped(failure))?;
         self.vm.core(|core| {
             if !runs && !core.stalled.as_ref().is_some_and(|stall| stall.ran) {
@@ -101,7 +101,7 @@ impl SourceVm for Leaving<'_> {
             }
         });
         self.paused = true;
-        self.vm.guest(|guest| guest.pause()).map_err(|failure| self.not_stopped(failure))
+        self.vm.machine(|machine| machine.pause()).map_err(|failure| self.not_stopped(failure))
     }
 
     fn stood_still(&self) -> bool {
@@ -116,7 +116,7 @@ impl SourceVm for Leaving<'_> {
         }
         let deadline = Instant::now() + RESUME_LIMIT;
         loop {
-            let Err(failure) = self.vm.guest(|guest| guest.resume()) else { return Ok(()) };
+            let Err(failure) = self.vm.machine(|machine| machine.resume()) else { return Ok(()) };
             if Instant::now() >= deadline {
                 // Until its user resumes it.
                 self.vm.core(|core| core.paused = Some(DID_NOT_GO_ON));
@@ -127,17 +127,17 @@ impl SourceVm for Leaving<'_> {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        self.vm.guest(|guest| guest.save()).map_err(|failure| self.failed(failure))
+        self.vm.machine(|machine| machine.save()).map_err(|failure| self.failed(failure))
     }
 
     fn expected(&mut self) -> Expected {
-        let state = self.vm.guest(|guest| Ok(guest.state_bytes())).ok().flatten();
+        let state = self.vm.machine(|machine| Ok(machine.state_bytes())).ok().flatten();
         Expected { state_bytes: state.unwrap_or(0), ..Expected::default() }
     }
 
     fn throttle(&mut self, percent: u8) {
-        let _ = self.vm.guest(|guest| {
-            guest.throttle(percent);
+        let _ = self.vm.machine(|machine| {
+            machine.throttle(percent);
             Ok(())
         });
     }

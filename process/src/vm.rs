@@ -15,7 +15,7 @@ use crate::control::rundir::Claim;
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind};
 use crate::granted::Granted;
-use crate::guest::{Guest, GuestView, RunState};
+use crate::machine::{GuestView, Machine, RunState};
 use crate::memory::MemoryView;
 use crate::size::Size;
 
@@ -144,11 +144,11 @@ pub(crate) struct Vm {
     pub(crate) budgeting: Mutex<()>,
     /// One at a time asks what became of a hand-over, and draws the conclusion.
     pub(crate) resolving: Mutex<()>,
-    guest: Mutex<Option<Box<dyn Guest>>>,
+    machine: Mutex<Option<Box<dyn Machine>>>,
     /// Until this process gives everything up.
     pub(crate) granted: Mutex<Option<Granted>>,
     core: Mutex<Core>,
-    /// The guest's last known account, for when it is busy being paused.
+    /// The machine's last known account, for when it is busy being paused.
     last_seen: Mutex<(GuestView, Option<RunState>)>,
     started: Instant,
     /// Told how the VM has ended, before its guest is told to quit: where that ends the process, nothing can be said behind it.
@@ -186,7 +186,7 @@ impl Vm {
             recording: AtomicBool::new(false),
             budgeting: Mutex::default(),
             resolving: Mutex::default(),
-            guest: Mutex::new(None),
+            machine: Mutex::new(None),
             granted: Mutex::new(Some(granted)),
             core: Mutex::new(core),
             last_seen: Mutex::default(),
@@ -236,23 +236,23 @@ impl Vm {
         result
     }
 
-    pub(crate) fn set_guest(&self, guest: Box<dyn Guest>) {
-        *lock(&self.guest) = Some(guest);
+    pub(crate) fn set_machine(&self, machine: Box<dyn Machine>) {
+        *lock(&self.machine) = Some(machine);
     }
 
-    /// Ends the guest, if there is one yet. Says whether it was told.
-    pub(crate) fn quit_guest(&self) -> Result<bool, Failure> {
-        let guest = lock(&self.guest).take();
-        guest.map_or(Ok(false), |guest| guest.quit().map(|()| true))
+    /// Ends the machine, if there is one yet. Says whether it was told.
+    pub(crate) fn quit_machine(&self) -> Result<bool, Failure> {
+        let machine = lock(&self.machine).take();
+        machine.map_or(Ok(false), |machine| machine.quit().map(|()| true))
     }
 
-    /// Works with the guest; waits for its turn.
-    pub(crate) fn guest<T>(
+    /// Works with the machine; waits for its turn.
+    pub(crate) fn machine<T>(
         &self,
-        work: impl FnOnce(&mut dyn Guest) -> Result<T, Failure>,
+        work: impl FnOnce(&mut dyn Machine) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        match lock(&self.guest).as_mut() {
-            Some(guest) => work(&mut **guest),
+        match lock(&self.machine).as_mut() {
+            Some(machine) => work(&mut **machine),
             None => Err(Failure::new(
                 FailureKind::Name,
                 format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name),
@@ -283,10 +283,10 @@ impl Vm {
 
     fn seen(&self) -> (GuestView, Option<RunState>) {
         let mut last = lock(&self.last_seen);
-        if let Ok(guest) = self.guest.try_lock()
-            && let Some(guest) = guest.as_ref()
+        if let Ok(machine) = self.machine.try_lock()
+            && let Some(machine) = machine.as_ref()
         {
-            *last = (guest.view(), guest.run_state());
+            *last = (machine.view(), machine.run_state());
         }
         last.clone()
     }
@@ -302,7 +302,7 @@ impl Vm {
 
     /// Why the VM ends by itself, if it does.
     pub(crate) fn ended(&self) -> Option<Failure> {
-        self.core(|core| core.ended.clone()).or_else(|| self.guest.try_lock().ok()?.as_ref()?.ended())
+        self.core(|core| core.ended.clone()).or_else(|| self.machine.try_lock().ok()?.as_ref()?.ended())
     }
 
     /// Why its guest will not go on, if it has failed or shut down.
@@ -421,13 +421,13 @@ impl Vm {
         });
         // It is paused already.
         let Some(migrating) = migrating else { return };
-        let paused = self.guest(|guest| {
+        let paused = self.machine(|machine| {
             // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
-            if !migrating && guest.runs().is_ok_and(|runs| !runs) {
+            if !migrating && machine.runs().is_ok_and(|runs| !runs) {
                 self.core(|core| core.stalled.as_mut().map(|stall| stall.ran = false));
                 return Ok(());
             }
-            guest.pause()
+            machine.pause()
         });
         // A vCPU that waits for a page stops behind that.
         if let Err(error) = paused {
@@ -458,13 +458,13 @@ impl Vm {
         if !self.core(may) {
             return;
         }
-        let gone_on = self.guest(|guest| {
-            // Under the guest's lock, so that a migration which begins now pauses it later than this.
+        let gone_on = self.machine(|machine| {
+            // Under the machine's lock, so that a migration which begins now pauses it later than this.
             let go = self.core(|core| {
                 let stall = if may(core) { core.stalled.take() } else { None };
                 stall.is_some_and(|stall| stall.ran && core.paused.is_none())
             });
-            if go { guest.resume().map(|()| true) } else { Ok(false) }
+            if go { machine.resume().map(|()| true) } else { Ok(false) }
         });
         match gone_on {
             Ok(true) => info!(vm = %self.facts.name, "it goes on"),

@@ -24,7 +24,7 @@ use vmprocess::control::rundir::{RunDir, SocketName};
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::granted::{Granted, Share};
 use vmprocess::{
-    Arrival, ArriveSettings, End, Facts, Guest, GuestView, Memory, MemorySpec, Newcomer, Owner, Process,
+    Arrival, ArriveSettings, End, Facts, GuestView, Machine, Memory, MemorySpec, Newcomer, Owner, Process,
     passing,
 };
 
@@ -95,7 +95,7 @@ impl LoggedGuest {
     }
 }
 
-impl Guest for LoggedGuest {
+impl Machine for LoggedGuest {
     fn drain(&mut self) -> Result<(), Failure> {
         Ok(())
     }
@@ -150,7 +150,7 @@ struct LoggedNewcomer {
 }
 
 impl Newcomer for LoggedNewcomer {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure> {
         assert_ne!(self.manner, Manner::Panics);
         if self.manner == Manner::RefusesState || state != STATE {
             return Err(Failure::new(FailureKind::Vm, "these devices are unknown here"));

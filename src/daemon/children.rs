@@ -13,7 +13,7 @@ use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::qemu::Role;
 
 use super::groups::{self, Group};
-use super::machine::{Machine, Qemu};
+use super::machine::{MachineChoice, Qemu};
 use crate::qemu::inherit::inherit;
 use crate::qemu::launch::{Launch, launch};
 
@@ -32,7 +32,7 @@ pub(super) struct Descriptors<'a> {
 /// If no process can be started, or its log cannot be opened.
 pub(super) fn start(
     mut settings: ArriveSettings,
-    machine: Machine,
+    machine: MachineChoice,
     descriptors: &Descriptors<'_>,
     log_dir: Option<&Path>,
     group: Option<&Group>,
@@ -42,8 +42,8 @@ pub(super) fn start(
     [settings.control_fd, settings.streams_fd, settings.listener_fd, settings.granted_fd] = fds;
     let log = log_dir.map(|dir| log_path(dir, &settings.hello.name));
     let mut launch = match machine {
-        Machine::Reference => Launch::from(receive(&settings)?),
-        Machine::Qemu(qemu) => {
+        MachineChoice::Reference => Launch::from(receive(&settings)?),
+        MachineChoice::Qemu(qemu) => {
             let Qemu { binary, plan, .. } = *qemu;
             launch(&binary, plan, Role::Arriving(Box::new(settings)))?
         }

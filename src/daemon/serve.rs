@@ -23,7 +23,7 @@ use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
 use super::children::{self, Descriptors};
 use super::door::{Door, DoorSettings};
 use super::groups::{Group, Groups};
-use super::machine::{self, Machine};
+use super::machine::{self, MachineChoice};
 use super::watch::{Log, Watch};
 use crate::qemu::rules::Rules;
 
@@ -341,7 +341,7 @@ impl Daemon {
         Ok(granted)
     }
 
-    fn arrive_settings(&self, hello: &SessionHello, granted: u64, machine: &Machine) -> ArriveSettings {
+    fn arrive_settings(&self, hello: &SessionHello, granted: u64, machine: &MachineChoice) -> ArriveSettings {
         ArriveSettings {
             run_dir: self.dir.path().to_owned(),
             hello: SessionHello { offer: None, ..hello.clone() },
@@ -358,8 +358,8 @@ impl Daemon {
             },
             daemon: self.listen.clone(),
             offer: match machine {
-                Machine::Reference => None,
-                Machine::Qemu(qemu) => Some(qemu.offer.clone()),
+                MachineChoice::Reference => None,
+                MachineChoice::Qemu(qemu) => Some(qemu.offer.clone()),
             },
             control_fd: -1,
             streams_fd: -1,
