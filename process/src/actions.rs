@@ -11,13 +11,13 @@ use crate::control::server::{Client, Service};
 use crate::failure::{Failure, FailureKind};
 use crate::machine::Machine;
 use crate::size::Size;
-use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, Event, PINNED_BY, Phase, Vm, lock};
+use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, PINNED_BY, Vm, VmEvent, Whereabouts, lock};
 
-/// The VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
+/// Answers on the VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
 #[derive(Debug)]
-pub(crate) struct Control(pub(crate) Arc<Vm>);
+pub(crate) struct VmService(pub(crate) Arc<Vm>);
 
-impl Service for Control {
+impl Service for VmService {
     fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure> {
         let vm = &self.0;
         match request {
@@ -43,14 +43,16 @@ impl Vm {
     /// Refuses unless the VM is here, and neither coming nor going.
     pub(crate) fn must_be_here(&self, to_do: &str) -> Result<(), Failure> {
         let name = &self.facts.name;
-        let why = self.core(|core| match &core.phase {
-            Phase::Here => None,
-            Phase::Arriving => Some("it is still arriving".to_owned()),
-            Phase::Migrating => {
+        let why = self.locked(|state| match &state.whereabouts {
+            Whereabouts::Here => None,
+            Whereabouts::Arriving => Some("it is still arriving".to_owned()),
+            Whereabouts::Migrating => {
                 Some("it is migrating; cancel that first (Ctrl-C of `vmemd migrate`)".to_owned())
             }
-            Phase::InDoubt { to, .. } => Some(format!("it may run at {to}; see `vmemd resolve {name}`")),
-            Phase::Moved { to } => Some(format!("it has moved to {to}")),
+            Whereabouts::InDoubt { to, .. } => {
+                Some(format!("it may run at {to}; see `vmemd resolve {name}`"))
+            }
+            Whereabouts::Moved { to } => Some(format!("it has moved to {to}")),
         });
         match why {
             None => Ok(()),
@@ -65,10 +67,10 @@ impl Vm {
             self.must_be_here("pause")?;
             let stood = !machine.runs()?;
             machine.pause()?;
-            Ok(self.core(|core| {
-                let already = stood && core.stalled.is_none();
+            Ok(self.locked(|state| {
+                let already = stood && state.stalled.is_none();
                 // Whoever stopped it before is still to be named.
-                core.paused = Some(if already { core.paused.unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
+                state.paused = Some(if already { state.paused.unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
                 already
             }))
         })?;
@@ -77,12 +79,12 @@ impl Vm {
     }
 
     fn resume(&self) -> Result<Value, Failure> {
-        if self.core(|core| matches!(core.phase, Phase::InDoubt { .. })) {
+        if self.locked(|state| matches!(state.whereabouts, Whereabouts::InDoubt { .. })) {
             return crate::doubt::resume(self);
         }
         self.must_be_here("resume")?;
         // Even if it cannot go on yet: it is to, as soon as it can.
-        let (paused, stalled) = self.core(|core| (core.paused.take(), core.stalled.is_some()));
+        let (paused, stalled) = self.locked(|state| (state.paused.take(), state.stalled.is_some()));
         if let Ok(engine) = self.memory()?.engine()
             && let Err(error) = engine.retry_store()
             && stalled
@@ -108,8 +110,8 @@ impl Vm {
                 _ => Ok(ran && paused.is_none() && !stalled),
             }
         });
-        let already = resumed.inspect_err(|_| self.core(|core| core.paused = paused))?;
-        self.core(|core| (core.stalled, core.paused) = (None, None));
+        let already = resumed.inspect_err(|_| self.locked(|state| state.paused = paused))?;
+        self.locked(|state| (state.stalled, state.paused) = (None, None));
         info!(vm = %self.facts.name, already, "resumed");
         self.told(already)
     }
@@ -124,11 +126,11 @@ impl Vm {
     /// Has the VM end, and says what became of it when that is known: it may have moved meanwhile.
     fn stop(&self) -> Result<Value, Failure> {
         let (tell, told) = channel();
-        self.core(|core| match &core.end {
+        self.locked(|state| match &state.end {
             Some(end) => drop(tell.send(end.clone())),
-            None => core.stoppers.push(tell),
+            None => state.stoppers.push(tell),
         });
-        let _ = self.events.send(Event::Stop);
+        let _ = self.events.send(VmEvent::Stop);
         let ended = |_| Failure::new(FailureKind::Vm, format!("{:?} ended by itself", self.facts.name));
         told.recv().map_err(ended)?
     }

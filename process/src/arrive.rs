@@ -27,7 +27,7 @@ use crate::machine::Newcomer;
 use crate::memory::{Memory, MemorySpec};
 use crate::passing;
 use crate::process::{Owner, Process};
-use crate::vm::{AS_IT_CAME, Event, Phase, Vm, Waiting};
+use crate::vm::{AS_IT_CAME, Vm, VmEvent, Waiting, Whereabouts};
 
 /// How long the next data stream may take to be passed on.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
@@ -161,7 +161,7 @@ impl Arrival {
                 let ran = catch_unwind(AssertUnwindSafe(|| self.run(&vm, memory, newcomer)));
                 let result = match ran {
                     Ok(result) => result,
-                    Err(_) if vm.core(|core| matches!(core.phase, Phase::Here)) => {
+                    Err(_) if vm.locked(|state| matches!(state.whereabouts, Whereabouts::Here)) => {
                         take_name(&vm);
                         Ok(())
                     }
@@ -170,7 +170,7 @@ impl Arrival {
                         "a bug in vmemd ended the arrival: see the panic above",
                     )),
                 };
-                let _ = vm.events.send(Event::Arrived(result));
+                let _ = vm.events.send(VmEvent::Arrived(result));
             })
             .map_err(|error| Failure::io("cannot start the receiving thread", &error))
     }
@@ -180,7 +180,7 @@ impl Arrival {
         let mut streams = || {
             let limit = patience(STREAM_TIMEOUT);
             let waiting = Waiting::new("the source's data connections", ("STREAM_TIMEOUT", limit));
-            vm.core(|core| core.waiting = Some(waiting));
+            vm.locked(|state| state.waiting = Some(waiting));
             let (fd, index) = passing::receive_fd(&streams, limit)?;
             Ok(DataStream { index, socket: TcpStream::from(fd) })
         };
@@ -199,11 +199,11 @@ impl Arrival {
         match received {
             Ok(received) => {
                 info!(vm = %vm.facts.name, bytes = received.bytes_received, "arrived");
-                vm.core(|core| core.arrival = Some(arrival_of(&received)));
+                vm.locked(|state| state.arrival = Some(arrival_of(&received)));
                 Ok(())
             }
             // The VM runs here, whatever went wrong afterwards (the source left while the placement was measured).
-            Err(error) if vm.core(|core| matches!(core.phase, Phase::Here)) => {
+            Err(error) if vm.locked(|state| matches!(state.whereabouts, Whereabouts::Here)) => {
                 warn!(vm = %vm.facts.name, error = %chain(&error), "arrived, but the session did not end well");
                 Ok(())
             }
@@ -281,7 +281,9 @@ impl TargetVm for Target<'_> {
         // The commit is decided, so the source will not run the VM again. From here on any end of this thread, a panic too, leaves the VM
         // marked as this host's. Only the failure below, where the guest provably did not start, takes that back.
         let stands = paused.then_some(AS_IT_CAME);
-        self.vm.core(|core| (core.phase, core.paused, core.waiting) = (Phase::Here, stands, None));
+        self.vm.locked(|state| {
+            (state.whereabouts, state.paused, state.waiting) = (Whereabouts::Here, stands, None)
+        });
         let started = self
             .vm
             .claim(|claim| claim.is_free())
@@ -292,7 +294,7 @@ impl TargetVm for Target<'_> {
                 Ok(())
             }
             Err(failure) => {
-                self.vm.core(|core| core.phase = Phase::Arriving);
+                self.vm.locked(|state| state.whereabouts = Whereabouts::Arriving);
                 Err(VmError(failure.text))
             }
             Ok(()) => Ok(()),

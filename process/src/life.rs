@@ -14,7 +14,7 @@ use crate::control::server::Server;
 use crate::failure::{Failure, FailureKind};
 use crate::memory::Memory;
 use crate::signals;
-use crate::vm::{Core, Event, Phase, Told, Vm};
+use crate::vm::{Told, Vm, VmEvent, VmState, Whereabouts};
 
 /// How often the guest is looked at without an event: only to log that it failed.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -23,7 +23,7 @@ const LOOK_EVERY_ENDING: Duration = Duration::from_millis(100);
 /// How long a migration may take to notice that it is cancelled.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than this nobody is at work on what changes of a VM.
-const CORE_LIMIT: Duration = Duration::from_millis(200);
+const LOCK_LIMIT: Duration = Duration::from_millis(200);
 /// How long clients may take to fetch their answers.
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -60,10 +60,10 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
                 }
             };
             if vm.memory.get().is_none() {
-                drop(vm.core(|core| core.claim.take()));
+                drop(vm.locked(|state| state.claim.take()));
                 std::process::exit(i32::from(FailureKind::Interrupted.exit_code()));
             }
-            let _ = vm.events.send(Event::Signal(signal));
+            let _ = vm.events.send(VmEvent::Signal(signal));
         })
         .map(|_| ())
         .map_err(|error| Failure::io("cannot start the signal thread", &error))
@@ -84,30 +84,30 @@ fn die_on_panic(vm: Arc<Vm>) {
 }
 
 /// Serves the VM's events until it is to end.
-pub(crate) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
+pub(crate) fn live(vm: &Vm, events: &Receiver<VmEvent>) -> Ended {
     let mut ending: Option<(Ended, Instant)> = None;
     let mut failure_told = false;
     loop {
         let patience = if ending.is_some() { LOOK_EVERY_ENDING } else { LOOK_EVERY };
         match events.recv_timeout(patience) {
-            Ok(Event::Notice(notice)) => vm.notice(notice),
-            Ok(Event::Arrived(Ok(()))) | Err(RecvTimeoutError::Timeout) => {}
-            Ok(Event::Arrived(Err(failure))) => return Ended::NotArrived(failure),
-            Ok(Event::Stop) => ending = Some(vm.is_to_end(Ended::Stopped, "`vmemd stop`")),
-            Ok(Event::Signal(signal)) => {
+            Ok(VmEvent::Notice(notice)) => vm.notice(notice),
+            Ok(VmEvent::Arrived(Ok(()))) | Err(RecvTimeoutError::Timeout) => {}
+            Ok(VmEvent::Arrived(Err(failure))) => return Ended::NotArrived(failure),
+            Ok(VmEvent::Stop) => ending = Some(vm.is_to_end(Ended::Stopped, "`vmemd stop`")),
+            Ok(VmEvent::Signal(signal)) => {
                 ending = Some(vm.is_to_end(Ended::Signal(signal), signals::name(signal)))
             }
-            Ok(Event::Moved) => {}
+            Ok(VmEvent::Moved) => {}
             // The VM itself holds a sender.
             Err(RecvTimeoutError::Disconnected) => unreachable!("the VM holds a sender of its events"),
         }
-        let phase = vm.core(|core| core.phase.clone());
-        if let Phase::Moved { to } = phase {
+        let whereabouts = vm.locked(|state| state.whereabouts.clone());
+        if let Whereabouts::Moved { to } = whereabouts {
             return Ended::Moved { to };
         }
         if let Some((end, deadline)) = ending.take() {
             vm.cancel.store(true, std::sync::atomic::Ordering::SeqCst);
-            let settled = matches!(phase, Phase::Here | Phase::InDoubt { .. });
+            let settled = matches!(whereabouts, Whereabouts::Here | Whereabouts::InDoubt { .. });
             if settled || Instant::now() >= deadline {
                 return end;
             }
@@ -123,9 +123,9 @@ pub(crate) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
 impl Vm {
     /// From now on a migration that ends knows why. Until when it is waited for.
     fn is_to_end(&self, end: Ended, by: &'static str) -> (Ended, Instant) {
-        let migrating = self.core(|core| {
-            core.ender = Some(by);
-            matches!(core.phase, Phase::Migrating)
+        let migrating = self.locked(|state| {
+            state.ender = Some(by);
+            matches!(state.whereabouts, Whereabouts::Migrating)
         });
         if migrating {
             info!(vm = %self.facts.name, by, "it is to end here: its migration is cancelled, if it is not too late for that");
@@ -135,9 +135,9 @@ impl Vm {
 
     /// Tells whoever stopped the VM, or does so from now on, what became of it.
     pub(crate) fn has_ended(&self, told: &Told) {
-        self.core(|core| {
-            core.end.get_or_insert_with(|| told.clone());
-            core.stoppers.drain(..).for_each(|stopper| drop(stopper.send(told.clone())));
+        self.locked(|state| {
+            state.end.get_or_insert_with(|| told.clone());
+            state.stoppers.drain(..).for_each(|stopper| drop(stopper.send(told.clone())));
         });
     }
 
@@ -147,23 +147,23 @@ impl Vm {
 
     /// Where a VM may run whose process ends in the middle of a hand-over.
     pub(crate) fn may_run_at(&self) -> Option<String> {
-        self.core(|core| {
-            may_run_elsewhere(core)
-                .then(|| core.migration.as_ref().map_or_else(String::new, |stat| stat.to.clone()))
+        self.locked(|state| {
+            may_run_elsewhere(state)
+                .then(|| state.migration.as_ref().map_or_else(String::new, |stat| stat.to.clone()))
         })
     }
 
     /// What the end of this process by a bug means, whoever starts VMs again that have failed: nobody may who might have two then.
     fn crashed(&self) -> FailureKind {
-        let kind = |core: &mut Core| match core.phase {
-            Phase::Moved { .. } => FailureKind::Moved,
-            Phase::InDoubt { .. } => FailureKind::InDoubt,
-            _ if may_run_elsewhere(core) => FailureKind::InDoubt,
+        let kind = |state: &mut VmState| match state.whereabouts {
+            Whereabouts::Moved { .. } => FailureKind::Moved,
+            Whereabouts::InDoubt { .. } => FailureKind::InDoubt,
+            _ if may_run_elsewhere(state) => FailureKind::InDoubt,
             _ => FailureKind::Vm,
         };
-        let deadline = Instant::now() + CORE_LIMIT;
+        let deadline = Instant::now() + LOCK_LIMIT;
         loop {
-            match self.try_core(kind) {
+            match self.try_locked(kind) {
                 Some(kind) => return kind,
                 // It is the thread that panics that is at work on it.
                 None if Instant::now() >= deadline => return FailureKind::InDoubt,
@@ -173,10 +173,10 @@ impl Vm {
     }
 }
 
-fn may_run_elsewhere(core: &Core) -> bool {
+fn may_run_elsewhere(state: &VmState) -> bool {
     // From then on the target may start it.
-    matches!(core.phase, Phase::Migrating)
-        && core.claim.as_ref().is_none_or(|claim| matches!(claim.socket(), SocketName::Leaving(..)))
+    matches!(state.whereabouts, Whereabouts::Migrating)
+        && state.claim.as_ref().is_none_or(|claim| matches!(claim.socket(), SocketName::Leaving(..)))
 }
 
 /// How a VM's life in this process has ended.
@@ -215,7 +215,7 @@ pub(crate) fn finish(
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
     vm.tell_end(&result);
-    if worker_done && still && !vm.core(|core| matches!(core.phase, Phase::Migrating)) {
+    if worker_done && still && !vm.locked(|state| matches!(state.whereabouts, Whereabouts::Migrating)) {
         match vm.quit_machine() {
             Ok(told) => {
                 quit = told;
@@ -253,7 +253,7 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
         let text = format!("the guest of {name:?} found {mismatched} pages with the wrong content");
         return Err(Failure::new(FailureKind::Vm, text));
     }
-    if let Phase::InDoubt { session, to, .. } = vm.core(|core| core.phase.clone()) {
+    if let Whereabouts::InDoubt { session, to, .. } = vm.locked(|state| state.whereabouts.clone()) {
         let text = format!(
             "{name:?} was stopped here while it was in doubt whether it runs at {to} (session {session})"
         );

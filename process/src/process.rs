@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use swapd::Notice;
 
-use crate::actions::Control;
+use crate::actions::VmService;
 use crate::control::rundir::Claim;
 use crate::control::server::Server;
 use crate::facts::Facts;
@@ -17,7 +17,7 @@ use crate::granted::{Granted, Share};
 use crate::life::{self, End};
 use crate::machine::Machine;
 use crate::memory::Memory;
-use crate::vm::{Event, OnEnd, Phase, Vm, lock};
+use crate::vm::{OnEnd, Vm, VmEvent, Whereabouts, lock};
 
 /// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the same reason.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
@@ -38,7 +38,7 @@ pub enum Owner {
 pub struct Process {
     pub(crate) vm: Arc<Vm>,
     pub(crate) server: Server,
-    pub(crate) events: Receiver<Event>,
+    pub(crate) events: Receiver<VmEvent>,
 }
 
 impl Process {
@@ -64,13 +64,13 @@ impl Process {
         owner: Owner,
     ) -> Result<Process, Failure> {
         let (sender, events) = channel();
-        let vm = Arc::new(Vm::new(facts, Phase::Arriving, (claim, granted), sender));
+        let vm = Arc::new(Vm::new(facts, Whereabouts::Arriving, (claim, granted), sender));
         let name = NameHold { vm: vm.clone(), server: None };
         let serve = || {
             if owner == Owner::Ours {
                 life::take_process_over(&vm)?;
             }
-            Server::start(listener, Arc::new(Control(vm.clone())))
+            Server::start(listener, Arc::new(VmService(vm.clone())))
         };
         match serve() {
             Ok(server) => Ok(Process { vm, server, events }),
@@ -92,7 +92,7 @@ impl Process {
         let events = self.vm.events.clone();
         move |notice| {
             // The receiver is gone only when the process is ending.
-            let _ = events.send(Event::Notice(notice));
+            let _ = events.send(VmEvent::Notice(notice));
         }
     }
 
@@ -114,7 +114,7 @@ impl Process {
         match set_up() {
             Ok(machine) => {
                 vm.set_machine(machine);
-                vm.core(|core| core.phase = Phase::Here);
+                vm.locked(|state| state.whereabouts = Whereabouts::Here);
             }
             Err(failure) => {
                 memory.stop();
@@ -148,11 +148,11 @@ pub struct NameHold {
 impl NameHold {
     /// The program ends, and the VM with it: whoever moves it is told why, and so is the target. Waits for that, at most `limit`.
     pub fn ends(&self, why: impl FnOnce() -> Failure, limit: Duration) {
-        let migrates = || self.vm.core(|core| matches!(core.phase, Phase::Migrating));
+        let migrates = || self.vm.locked(|state| matches!(state.whereabouts, Whereabouts::Migrating));
         let mut deadline = Instant::now() + limit.min(ANSWER_LIMIT);
         if migrates() {
             deadline = Instant::now() + limit;
-            self.vm.core(|core| core.ended = Some(why()));
+            self.vm.locked(|state| state.ended = Some(why()));
             self.vm.cancel.store(true, Ordering::SeqCst);
         }
         while migrates() && Instant::now() < deadline {
@@ -165,16 +165,16 @@ impl NameHold {
 
     /// Removes the control socket's file. Short, and harmless when repeated: fit for an `atexit` handler.
     pub fn release(&self) {
-        drop(self.vm.core(|core| core.claim.take()));
+        drop(self.vm.locked(|state| state.claim.take()));
         drop(lock(&self.vm.granted).take());
     }
 
     /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be started here again.
     /// Before [`NameHold::release`].
     pub fn end(&self) -> Option<FailureKind> {
-        match self.vm.core(|core| core.phase.clone()) {
-            Phase::Moved { .. } => Some(FailureKind::Moved),
-            Phase::InDoubt { .. } => Some(FailureKind::InDoubt),
+        match self.vm.locked(|state| state.whereabouts.clone()) {
+            Whereabouts::Moved { .. } => Some(FailureKind::Moved),
+            Whereabouts::InDoubt { .. } => Some(FailureKind::InDoubt),
             _ => self.vm.may_run_at().map(|_| FailureKind::InDoubt),
         }
     }

@@ -21,7 +21,7 @@ use crate::size::Size;
 
 /// What the process's main loop is told.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub(crate) enum VmEvent {
     Notice(Notice),
     Signal(i32),
     Stop,
@@ -36,9 +36,9 @@ pub(crate) const PINNED_BY: &str =
 /// Without an answer for so long, `stat` says that the store does not give one.
 const STORE_SILENCE_MS: u64 = 5000;
 
-/// Where the VM is in its life.
+/// Where the VM is.
 #[derive(Clone, Debug)]
-pub(crate) enum Phase {
+pub(crate) enum Whereabouts {
     Arriving,
     Here,
     Migrating,
@@ -76,10 +76,10 @@ pub(crate) struct Stall {
     relieved: bool,
 }
 
-/// What changes, under one lock. Nothing slow is done while it is held.
+/// What changes of a VM, under one lock. Nothing slow is done while it is held.
 #[derive(Debug)]
-pub(crate) struct Core {
-    pub(crate) phase: Phase,
+pub(crate) struct VmState {
+    pub(crate) whereabouts: Whereabouts,
     /// By whom or by what, if somebody wants it to stand still. Who let it go on past vmemd is not heard here: of a machine that says
     /// what it does, that counts.
     pub(crate) paused: Option<&'static str>,
@@ -135,7 +135,7 @@ impl Waiting {
 pub(crate) struct Vm {
     pub(crate) facts: Facts,
     pub(crate) memory: OnceLock<MemoryView>,
-    pub(crate) events: Sender<Event>,
+    pub(crate) events: Sender<VmEvent>,
     /// Cancels the migration under way.
     pub(crate) cancel: AtomicBool,
     /// Its faults are being recorded.
@@ -147,7 +147,7 @@ pub(crate) struct Vm {
     machine: Mutex<Option<Box<dyn Machine>>>,
     /// Until this process gives everything up.
     pub(crate) granted: Mutex<Option<Granted>>,
-    core: Mutex<Core>,
+    state: Mutex<VmState>,
     /// The machine's last known account, for when it is busy being paused.
     last_seen: Mutex<(GuestView, Option<RunState>)>,
     started: Instant,
@@ -161,12 +161,12 @@ pub type OnEnd = fn(name: &str, result: &Result<(), Failure>);
 impl Vm {
     pub(crate) fn new(
         facts: Facts,
-        phase: Phase,
+        whereabouts: Whereabouts,
         (claim, granted): (Claim, Granted),
-        events: Sender<Event>,
+        events: Sender<VmEvent>,
     ) -> Vm {
-        let core = Core {
-            phase,
+        let state = VmState {
+            whereabouts,
             paused: None,
             stalled: None,
             migration: None,
@@ -188,7 +188,7 @@ impl Vm {
             resolving: Mutex::default(),
             machine: Mutex::new(None),
             granted: Mutex::new(Some(granted)),
-            core: Mutex::new(core),
+            state: Mutex::new(state),
             last_seen: Mutex::default(),
             started: Instant::now(),
             on_end: OnceLock::new(),
@@ -203,15 +203,15 @@ impl Vm {
     }
 
     /// Looks at, or changes, what changes. For short work only.
-    pub(crate) fn core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> T {
-        work(&mut lock(&self.core))
+    pub(crate) fn locked<T>(&self, work: impl FnOnce(&mut VmState) -> T) -> T {
+        work(&mut lock(&self.state))
     }
 
     /// The same, if nobody is at it now.
-    pub(crate) fn try_core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> Option<T> {
-        match self.core.try_lock() {
-            Ok(mut core) => Some(work(&mut core)),
-            Err(TryLockError::Poisoned(core)) => Some(work(&mut core.into_inner())),
+    pub(crate) fn try_locked<T>(&self, work: impl FnOnce(&mut VmState) -> T) -> Option<T> {
+        match self.state.try_lock() {
+            Ok(mut state) => Some(work(&mut state)),
+            Err(TryLockError::Poisoned(state)) => Some(work(&mut state.into_inner())),
             Err(TryLockError::WouldBlock) => None,
         }
     }
@@ -219,20 +219,20 @@ impl Vm {
     /// Notes what a migration's session waits for, with the time at which that began.
     pub(crate) fn waits(&self, wait: Option<Wait>) {
         let waiting = wait.map(|wait| Waiting::new(wait.what(), wait.limit()));
-        self.core(|core| {
-            if core.waiting.map(|old| old.what) != waiting.map(|new| new.what) {
-                core.waiting = waiting;
+        self.locked(|state| {
+            if state.waiting.map(|old| old.what) != waiting.map(|new| new.what) {
+                state.waiting = waiting;
             }
         });
     }
 
     /// Works with the name's claim, which may wait for the run directory's lock, without holding up `stat`.
     pub(crate) fn claim(&self, work: impl FnOnce(&mut Claim) -> Result<(), Failure>) -> Result<(), Failure> {
-        let Some(mut claim) = self.core(|core| core.claim.take()) else {
+        let Some(mut claim) = self.locked(|state| state.claim.take()) else {
             return Err(Failure::new(FailureKind::Name, "this process is ending"));
         };
         let result = work(&mut claim);
-        self.core(|core| core.claim = Some(claim));
+        self.locked(|state| state.claim = Some(claim));
         result
     }
 
@@ -302,7 +302,7 @@ impl Vm {
 
     /// Why the VM ends by itself, if it does.
     pub(crate) fn ended(&self) -> Option<Failure> {
-        self.core(|core| core.ended.clone()).or_else(|| self.machine.try_lock().ok()?.as_ref()?.ended())
+        self.locked(|state| state.ended.clone()).or_else(|| self.machine.try_lock().ok()?.as_ref()?.ended())
     }
 
     /// Why its guest will not go on, if it has failed or shut down.
@@ -320,7 +320,7 @@ impl Vm {
     /// What it does, and why it does not run if it does not.
     pub(crate) fn state(&self) -> (State, Option<String>) {
         let (view, run_state) = self.seen();
-        self.core(|core| state_of(core, view.failed, run_state.as_ref(), &Stats::default()))
+        self.locked(|state| state_of(state, view.failed, run_state.as_ref(), &Stats::default()))
     }
 
     /// How it stays here that was to leave.
@@ -329,7 +329,7 @@ impl Vm {
         if self.guest_failure().is_some() {
             return "stays here, failed";
         }
-        let (stalled, paused) = self.core(|core| (core.stalled.is_some(), core.paused.is_some()));
+        let (stalled, paused) = self.locked(|state| (state.stalled.is_some(), state.paused.is_some()));
         match run_state.map(|run_state| run_state.state) {
             _ if stalled => "stays here, stalled",
             Some(State::Shutdown) => "stays here, shut down",
@@ -351,8 +351,8 @@ impl Vm {
             },
         };
         let (seen, run_state) = self.seen();
-        Ok(self.core(|core| {
-            let (state, reason) = state_of(core, seen.failed, run_state.as_ref(), &memory);
+        Ok(self.locked(|vm| {
+            let (state, reason) = state_of(vm, seen.failed, run_state.as_ref(), &memory);
             VmStat {
                 name: self.facts.name.clone(),
                 state,
@@ -366,9 +366,9 @@ impl Vm {
                 daemon: self.facts.daemon.clone(),
                 memory,
                 guest: seen.guest,
-                waiting: core.waiting.as_ref().map(Waiting::stat),
-                migration: core.migration.clone(),
-                arrival: core.arrival.clone(),
+                waiting: vm.waiting.as_ref().map(Waiting::stat),
+                migration: vm.migration.clone(),
+                arrival: vm.arrival.clone(),
             }
         }))
     }
@@ -409,22 +409,22 @@ impl Vm {
     fn stall(&self, want: Want, reason: String) {
         let name = &self.facts.name;
         // Before it is paused: who finds it so is to know why.
-        let migrating = self.core(|core| {
-            if let Some(stall) = &mut core.stalled
+        let migrating = self.locked(|state| {
+            if let Some(stall) = &mut state.stalled
                 && !stall.relieved
             {
                 stall.reasons.push((want, reason));
                 return None;
             }
-            core.stalled = Some(Stall { reasons: vec![(want, reason)], ran: true, relieved: false });
-            Some(matches!(core.phase, Phase::Migrating))
+            state.stalled = Some(Stall { reasons: vec![(want, reason)], ran: true, relieved: false });
+            Some(matches!(state.whereabouts, Whereabouts::Migrating))
         });
         // It is paused already.
         let Some(migrating) = migrating else { return };
         let paused = self.machine(|machine| {
             // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
             if !migrating && machine.runs().is_ok_and(|runs| !runs) {
-                self.core(|core| core.stalled.as_mut().map(|stall| stall.ran = false));
+                self.locked(|state| state.stalled.as_mut().map(|stall| stall.ran = false));
                 return Ok(());
             }
             machine.pause()
@@ -437,8 +437,8 @@ impl Vm {
 
     /// It has that again.
     fn ease(&self, want: Want) {
-        self.core(|core| {
-            let Some(stall) = &mut core.stalled else { return };
+        self.locked(|state| {
+            let Some(stall) = &mut state.stalled else { return };
             if stall.reasons.iter().any(|(other, _)| *other != want) {
                 stall.reasons.retain(|(other, _)| *other != want);
             } else {
@@ -451,18 +451,18 @@ impl Vm {
     /// Lets a VM go on that stood still for what its store did not do, and does again, unless somebody else has it or wants it to
     /// stand still.
     pub(crate) fn go_on(&self) {
-        let may = |core: &mut Core| {
-            let relieved = core.stalled.as_ref().is_some_and(|stall| stall.relieved);
-            relieved && matches!(core.phase, Phase::Here)
+        let may = |state: &mut VmState| {
+            let relieved = state.stalled.as_ref().is_some_and(|stall| stall.relieved);
+            relieved && matches!(state.whereabouts, Whereabouts::Here)
         };
-        if !self.core(may) {
+        if !self.locked(may) {
             return;
         }
         let gone_on = self.machine(|machine| {
             // Under the machine's lock, so that a migration which begins now pauses it later than this.
-            let go = self.core(|core| {
-                let stall = if may(core) { core.stalled.take() } else { None };
-                stall.is_some_and(|stall| stall.ran && core.paused.is_none())
+            let go = self.locked(|state| {
+                let stall = if may(state) { state.stalled.take() } else { None };
+                stall.is_some_and(|stall| stall.ran && state.paused.is_none())
             });
             if go { machine.resume().map(|()| true) } else { Ok(false) }
         });
@@ -471,19 +471,19 @@ impl Vm {
             Ok(false) => {}
             Err(error) => {
                 warn!(vm = %self.facts.name, %error, "it could go on, but does not: `vmemd resume` it");
-                self.core(|core| core.paused = Some(DID_NOT_GO_ON));
+                self.locked(|state| state.paused = Some(DID_NOT_GO_ON));
             }
         }
     }
 }
 
 fn state_of(
-    core: &Core,
+    state: &VmState,
     failed: Option<String>,
     run_state: Option<&RunState>,
     memory: &Stats,
 ) -> (State, Option<String>) {
-    let stalled = core.stalled.as_ref().map(|stall| {
+    let stalled = state.stalled.as_ref().map(|stall| {
         let told = stall.reasons.iter().map(|(want, reason)| match want {
             Want::Frames => format!(
                 "{reason}; it goes on by itself when the store takes writes; it may also get more RAM, or migrate"
@@ -492,19 +492,19 @@ fn state_of(
         });
         told.collect::<Vec<_>>().join("; ")
     });
-    match (&core.phase, failed) {
-        (Phase::Moved { .. }, _) => (State::Moved, None),
-        (Phase::Arriving, _) => (State::Arriving, None),
-        (Phase::InDoubt { session, to, said, .. }, _) => (
+    match (&state.whereabouts, failed) {
+        (Whereabouts::Moved { .. }, _) => (State::Moved, None),
+        (Whereabouts::Arriving, _) => (State::Arriving, None),
+        (Whereabouts::InDoubt { session, to, said, .. }, _) => (
             State::InDoubt,
             Some(format!("it may run at {to} (session {session}; {said}): see `vmemd resolve`")),
         ),
         (_, Some(reason)) => (State::Failed, Some(reason)),
-        (Phase::Migrating, None) => (State::Migrating, stalled.or_else(|| trouble(memory))),
-        (Phase::Here, None) if stalled.is_some() => (State::Stalled, stalled),
-        (Phase::Here, None) => {
-            let (state, why) = standing(core.paused, run_state);
-            let reasons: Vec<String> = why.into_iter().chain(trouble(memory)).collect();
+        (Whereabouts::Migrating, None) => (State::Migrating, stalled.or_else(|| memory_problem(memory))),
+        (Whereabouts::Here, None) if stalled.is_some() => (State::Stalled, stalled),
+        (Whereabouts::Here, None) => {
+            let (state, why) = standing(state.paused, run_state);
+            let reasons: Vec<String> = why.into_iter().chain(memory_problem(memory)).collect();
             (state, Some(reasons.join("; ")).filter(|reasons| !reasons.is_empty()))
         }
     }
@@ -523,7 +523,7 @@ fn standing(paused: Option<&'static str>, run_state: Option<&RunState>) -> (Stat
 }
 
 /// What is wrong with the store, or the RAM, of a VM that can do with it for now.
-fn trouble(memory: &Stats) -> Option<String> {
+fn memory_problem(memory: &Stats) -> Option<String> {
     let store = &memory.store;
     let [pinned, budget, held] =
         [memory.pinned_bytes, memory.ram_budget_bytes, memory.frames_bytes].map(Size);
