@@ -19,7 +19,7 @@ use vmprocess::{GuestView, Machine, Newcomer, RunState};
 use crate::devices;
 use crate::farewell;
 use crate::inventory::Inventory;
-use crate::qmp::{Qmp, QmpError, Standing};
+use crate::qmp::{HeardState, Qmp, QmpError};
 use crate::runstate;
 use crate::throttle::Throttle;
 use crate::tuning::{self, Tuning};
@@ -47,7 +47,7 @@ const OBSTACLES: [&str; 4] = ["query-migrate", "query-status", "query-jobs", "qu
 #[derive(Debug)]
 pub(crate) struct Qemu {
     qmp: Qmp,
-    standing: Standing,
+    heard_state: HeardState,
     throttle: Option<Throttle>,
     vcpus: u32,
     workload: String,
@@ -138,7 +138,7 @@ impl Qemu {
         let memory = guest_memory(&mut qmp, backends)?;
         let workload = program.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
         let mut qemu = Qemu {
-            standing: qmp.standing(),
+            heard_state: qmp.heard_state(),
             throttle: Throttle::find(),
             vcpus: vcpus.as_array().map_or(0, |list| list.len() as u32),
             workload: workload.to_string_lossy().into_owned(),
@@ -155,8 +155,8 @@ impl Qemu {
         Ok(qemu)
     }
 
-    pub(crate) fn standing(&self) -> Standing {
-        self.standing.clone()
+    pub(crate) fn heard_state(&self) -> HeardState {
+        self.heard_state.clone()
     }
 
     /// For ending the conversation when QEMU ends.
@@ -171,8 +171,8 @@ impl Qemu {
     /// What the machine does now.
     fn status(&mut self) -> Result<RunState, Failure> {
         let answer = self.ask("query-status", Value::Null)?;
-        self.standing.answered(&answer);
-        Ok(self.standing.get())
+        self.heard_state.answered(&answer);
+        Ok(self.heard_state.get())
     }
 
     /// Never moves, for that reason.
@@ -387,7 +387,7 @@ impl Machine for Qemu {
         }
         self.ask("stop", Value::Null)?;
         if now.state == State::Running {
-            self.standing.set(runstate::PAUSED, false);
+            self.heard_state.set(runstate::PAUSED, false);
         }
         Ok(())
     }
@@ -408,7 +408,7 @@ impl Machine for Qemu {
             return Err(failure(QmpError::Closed));
         }
         // QEMU takes the word, and does not follow it.
-        if let Some(why) = runstate::why_no_cont(&self.standing.get().word) {
+        if let Some(why) = runstate::why_no_cont(&self.heard_state.get().word) {
             return Err(Failure::new(FailureKind::Name, why));
         }
         self.qmp.ask("cont", Value::Null, COMMAND_TIMEOUT).map_err(|error| match error {
@@ -416,7 +416,7 @@ impl Machine for Qemu {
             // It may have been heard, and be carried out later.
             error => Failure::new(FailureKind::InDoubt, chain(&error)),
         })?;
-        self.standing.set(runstate::RUNNING, true);
+        self.heard_state.set(runstate::RUNNING, true);
         self.disks_away = false;
         self.put_back();
         if std::mem::take(&mut self.given_away)
@@ -445,18 +445,18 @@ impl Machine for Qemu {
     }
 
     fn view(&self) -> GuestView {
-        let RunState { state, why, .. } = self.standing.get();
+        let RunState { state, why, .. } = self.heard_state.get();
         let failed = why.filter(|_| state == State::Failed);
         GuestView { vcpus: self.vcpus, workload: self.workload.clone(), guest: GuestStat::default(), failed }
     }
 
     fn run_state(&self) -> Option<RunState> {
         self.qmp.look_again();
-        Some(self.standing.get())
+        Some(self.heard_state.get())
     }
 
     fn ended(&self) -> Option<Failure> {
-        self.qmp.has_ended().then(|| self.standing.last_words()).flatten()
+        self.qmp.has_ended().then(|| self.heard_state.last_words()).flatten()
     }
 
     fn quit(mut self: Box<Self>) -> Result<(), Failure> {

@@ -27,7 +27,7 @@ use crate::backends::{Backends, Keeper, Part};
 use crate::farewell::{self, GOODBYE_LIMIT};
 use crate::guest::{Incoming, Qemu};
 use crate::interpose::{BACKENDS, NOT_MEANT};
-use crate::qmp::{Qmp, QmpError, Standing, lock};
+use crate::qmp::{HeardState, Qmp, QmpError, lock};
 use crate::settings::{self, Found};
 use crate::started;
 
@@ -68,8 +68,8 @@ pub(crate) fn prepare() {
     let path = |backend: &Backend| CString::new(backend.path.as_os_str().as_bytes()).unwrap_or_default();
     let files: Vec<_> =
         settings.backends.iter().map(|backend| (path(backend), backend.bytes as usize)).collect();
-    let life = Life { settings, engine: OnceLock::new() };
-    match Backends::new(files, Box::new(life)) {
+    let keeper = EngineKeeper { settings, engine: OnceLock::new() };
+    match Backends::new(files, Box::new(keeper)) {
         Ok(backends) => drop(BACKENDS.set(backends)),
         Err(error) => end(FailureKind::Host, &format!("no memfd for guest memory: {error}")),
     }
@@ -93,13 +93,13 @@ fn start_logging() {
 }
 
 /// Holds the VM's memory for [`Backends`].
-struct Life {
+struct EngineKeeper {
     settings: PreloadSettings,
     /// Once the first backend is mapped.
     engine: OnceLock<EngineHandle>,
 }
 
-impl Keeper for Life {
+impl Keeper for EngineKeeper {
     fn attach(&self, index: usize, address: usize, _bytes: usize) -> Result<(), c_int> {
         let name = self.settings.role.name();
         let attached = self.engine().and_then(|engine| {
@@ -123,7 +123,7 @@ impl Keeper for Life {
     }
 }
 
-impl Life {
+impl EngineKeeper {
     /// The running engine. Called by one thread at a time.
     fn engine(&self) -> Result<&EngineHandle, Failure> {
         if let Some(engine) = self.engine.get() {
@@ -268,7 +268,7 @@ struct Leftovers {
     /// A forked child that exits removes nothing.
     pid: u32,
     /// QEMU's monitor, and what was heard on it: from the moment on that QEMU answers.
-    monitor: Option<(UnixStream, Standing)>,
+    monitor: Option<(UnixStream, HeardState)>,
 }
 
 static LEFTOVERS: Mutex<Option<Leftovers>> = Mutex::new(None);
@@ -286,7 +286,7 @@ impl Leftovers {
 
     fn knows(qemu: &Qemu) {
         if let Some(leftovers) = lock(&LEFTOVERS).as_mut() {
-            leftovers.monitor = qemu.monitor().map(|monitor| (monitor, qemu.standing()));
+            leftovers.monitor = qemu.monitor().map(|monitor| (monitor, qemu.heard_state()));
         }
     }
 
@@ -300,10 +300,10 @@ impl Leftovers {
         };
         // Only of a VM that moves away: of one that arrives, [`farewell`] ends the conversation.
         let why = || {
-            let said = monitor.and_then(|(monitor, standing)| {
+            let said = monitor.and_then(|(monitor, heard_state)| {
                 // QEMU answers nothing any more: what is asked now fails at once.
                 let _ = monitor.shutdown(Shutdown::Both);
-                standing.last_words()
+                heard_state.last_words()
             });
             said.unwrap_or_else(|| Failure::new(FailureKind::Vm, "its QEMU exited: see its log"))
         };

@@ -8,7 +8,9 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Mutex;
 
-use vmprocess::qemu::{Answer, LIBRARY, PreloadSettings, QUESTION, QmpAddress, Role, VARIABLE, VERSION};
+use vmprocess::qemu::{
+    LIBRARY, PreloadAnswer, PreloadSettings, QUESTION, QmpAddress, Role, VARIABLE, VERSION,
+};
 
 use crate::qmp::lock;
 
@@ -35,7 +37,7 @@ pub(crate) unsafe fn take() -> Found {
     let settings = match read() {
         Ok(Some(settings)) => settings,
         Ok(None) => return Found::NotMeant(format!("{VARIABLE} is missing in its environment")),
-        Err(trouble) => return Found::Unreadable(trouble),
+        Err(why) => return Found::Unreadable(why),
     };
     let here = match std::env::current_exe() {
         Ok(here) => here,
@@ -103,8 +105,8 @@ fn tell(exits: bool) {
     let asked = lock(&ASKED);
     let Some((pipe, _)) = asked.as_ref().filter(|(_, pid)| *pid == std::process::id()) else { return };
     let program = std::env::current_exe().unwrap_or_default();
-    let trouble = if exits { None } else { read().err() };
-    let answer = Answer { program, version: VERSION.to_owned(), trouble, exits };
+    let settings_error = if exits { None } else { read().err() };
+    let answer = PreloadAnswer { program, version: VERSION.to_owned(), settings_error, exits };
     if let Ok(text) = serde_json::to_string(&answer) {
         // Whoever asked may have gone.
         let _ = (&*pipe).write_all(format!("{text}\n").as_bytes());

@@ -12,7 +12,7 @@ use crate::memory::MemorySpec;
 pub const VARIABLE: &str = "VMEMD_PRELOAD";
 /// File name of the shared object that goes to `LD_PRELOAD`.
 pub const LIBRARY: &str = "libvmemd_preload.so";
-/// The environment variable of a question: the number of a pipe's descriptor, to which the preload writes an [`Answer`] a
+/// The environment variable of a question: the number of a pipe's descriptor, to which the preload writes an [`PreloadAnswer`] a
 /// line, when the program begins and when it exits.
 pub const QUESTION: &str = "VMEMD_PRELOAD_QUESTION";
 /// Whoever starts a QEMU and the preload in it must be of one version.
@@ -30,13 +30,14 @@ pub fn memory_file(index: usize) -> PathBuf {
 
 /// The preload's word in a program that it was loaded into.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Answer {
+pub struct PreloadAnswer {
     /// The program that the preload is in, without links in its path; empty if the kernel does not say.
     pub program: PathBuf,
     /// [`VERSION`] of the preload.
     pub version: String,
     /// What is wrong with the settings in the environment.
-    pub trouble: Option<String>,
+    #[serde(rename = "trouble")]
+    pub settings_error: Option<String>,
     /// The program exits, rather than begins: it has not become another one.
     pub exits: bool,
 }

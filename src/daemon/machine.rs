@@ -12,7 +12,7 @@ use crate::qemu::ask::Really;
 use crate::qemu::cpu::Cpu;
 use crate::qemu::offer::{Accepted, Offer};
 use crate::qemu::resources::ThisHost;
-use crate::qemu::rewrite::Plan;
+use crate::qemu::rewrite::LinePlan;
 use crate::qemu::rules::Rules;
 use crate::qemu::words::one_line;
 
@@ -26,7 +26,7 @@ pub(super) enum MachineChoice {
 #[derive(Debug)]
 pub(super) struct Qemu {
     pub(super) binary: PathBuf,
-    pub(super) plan: Plan,
+    pub(super) plan: LinePlan,
     /// For the VM's way onward.
     pub(super) offer: String,
 }

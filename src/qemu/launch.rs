@@ -16,7 +16,7 @@ use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIA
 
 use super::inherit::inherit;
 use super::loaded;
-use super::rewrite::{self, Monitor, Plan, Rewritten, Settings};
+use super::rewrite::{self, LinePlan, Monitor, Rewritten, Settings};
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
 /// Where a distribution's package puts the preload, from the command's directory.
@@ -78,7 +78,7 @@ impl From<Command> for Launch {
 ///
 /// # Errors
 /// If the kernel gives no descriptor, or the preload is missing or does not get into this binary.
-pub fn launch(binary: &Path, plan: Plan, role: Role) -> Result<Launch, Failure> {
+pub fn launch(binary: &Path, plan: LinePlan, role: Role) -> Result<Launch, Failure> {
     let paths = memory_files(&plan);
     let (theirs, ours) = UnixStream::pair().map_err(|error| Failure::io("no socket pair", &error))?;
     let backends = backends(&plan, &paths);
@@ -111,12 +111,12 @@ pub fn program(binary: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// The names by which QEMU asks the preload for the guest's memory.
-pub fn memory_files(plan: &Plan) -> Vec<PathBuf> {
+pub fn memory_files(plan: &LinePlan) -> Vec<PathBuf> {
     (0..plan.backends.len()).map(memory_file).collect()
 }
 
 /// What the preload is to know of the guest's memory.
-pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
+pub fn backends(plan: &LinePlan, files: &[PathBuf]) -> Vec<Backend> {
     let each = plan.backends.iter().zip(files);
     let mapped = |backend: &rewrite::Backend| backend.mapped().expect("checked when it was planned");
     each.map(|(backend, path)| Backend { path: path.clone(), bytes: mapped(backend) }).collect()

@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use vmprocess::failure::{Failure, FailureKind};
-use vmprocess::qemu::{Answer, LIBRARY, QUESTION, VERSION};
+use vmprocess::qemu::{LIBRARY, PreloadAnswer, QUESTION, VERSION};
 
 use super::ask;
 use super::inherit::inherit;
@@ -61,7 +61,7 @@ pub(super) fn check(binary: &Path, environment: &[(&'static str, OsString)]) -> 
     })
 }
 
-fn answers(reader: PipeReader) -> Vec<Answer> {
+fn answers(reader: PipeReader) -> Vec<PreloadAnswer> {
     // A process that a wrapper left behind may hold the pipe open: what there is was written before the program ended.
     let _ = rustix::fs::fcntl_setfl(&reader, rustix::fs::OFlags::NONBLOCK);
     let mut text = Vec::new();
@@ -70,7 +70,7 @@ fn answers(reader: PipeReader) -> Vec<Answer> {
 }
 
 /// `err`: what the program, and the loader in it, printed.
-fn judge(binary: &Path, library: &str, answers: &[Answer], err: &str) -> Result<(), Failure> {
+fn judge(binary: &Path, library: &str, answers: &[PreloadAnswer], err: &str) -> Result<(), Failure> {
     let shown = binary.display();
     let fail = |kind, text: String| Err(Failure::new(kind, text));
     let complaint = err.lines().find(|line| line.contains("ld.so") && line.contains(library));
@@ -107,8 +107,8 @@ fn judge(binary: &Path, library: &str, answers: &[Answer], err: &str) -> Result<
         );
         return fail(FailureKind::Host, text);
     }
-    if let Some(trouble) = answers.iter().find_map(|answer| answer.trouble.as_ref()) {
-        return fail(FailureKind::Host, format!("{library} in {shown}: {trouble}"));
+    if let Some(why) = answers.iter().find_map(|answer| answer.settings_error.as_ref()) {
+        return fail(FailureKind::Host, format!("{library} in {shown}: {why}"));
     }
     if !last.exits {
         let text = format!(
@@ -134,11 +134,11 @@ mod tests {
     const QEMU: &str = "/usr/bin/qemu-system-x86_64";
     const OBJECT: &str = "/opt/libvmemd_preload.so";
 
-    fn answer(program: &str, exits: bool) -> Answer {
-        Answer { program: program.into(), version: VERSION.to_owned(), trouble: None, exits }
+    fn answer(program: &str, exits: bool) -> PreloadAnswer {
+        PreloadAnswer { program: program.into(), version: VERSION.to_owned(), settings_error: None, exits }
     }
 
-    fn judged(answers: &[Answer], err: &str) -> Result<(), Failure> {
+    fn judged(answers: &[PreloadAnswer], err: &str) -> Result<(), Failure> {
         judge(Path::new(QEMU), OBJECT, answers, err)
     }
 
@@ -147,8 +147,9 @@ mod tests {
         let whole = [answer(QEMU, false), answer(QEMU, true)];
         assert_eq!(judged(&whole, "qemu: a warning"), Ok(()));
         let other = "/usr/lib/qemu";
-        let old = whole.clone().map(|answer| Answer { version: "0.0.1".to_owned(), ..answer });
-        let garbled = whole.clone().map(|answer| Answer { trouble: Some("no".to_owned()), ..answer });
+        let old = whole.clone().map(|answer| PreloadAnswer { version: "0.0.1".to_owned(), ..answer });
+        let garbled =
+            whole.clone().map(|answer| PreloadAnswer { settings_error: Some("no".to_owned()), ..answer });
         for (answers, kind, says) in [
             (&[][..], FailureKind::Host, "starts without /opt/libvmemd_preload.so"),
             (&whole[..1], FailureKind::Usage, "becomes another program"),

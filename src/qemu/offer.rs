@@ -16,7 +16,7 @@ use super::machine::{Machines, Pinned, Version};
 use super::options::CommandLine;
 use super::refuse::unmovable;
 use super::resources::{self, Host};
-use super::rewrite::Plan;
+use super::rewrite::LinePlan;
 use super::rules::Rules;
 use super::{accel, binary};
 
@@ -41,7 +41,7 @@ pub struct Offer {
 #[derive(Debug)]
 pub struct Accepted {
     pub binary: PathBuf,
-    pub plan: Plan,
+    pub plan: LinePlan,
     /// The same machine in the names of this host, for the VM's way onward.
     pub onward: Offer,
 }
@@ -83,7 +83,7 @@ impl Offer {
     ) -> Result<Accepted, Failure> {
         let mut line = CommandLine::parse(&self.args)?;
         resources::map(&mut line, rules)?;
-        let plan = Plan::of(&line)?;
+        let plan = LinePlan::of(&line)?;
         unmovable(&line)?;
         let mut missing = resources::missing(&line, host)?;
         let found = self.find(rules, path).and_then(|binary| {

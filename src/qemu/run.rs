@@ -21,7 +21,7 @@ use super::offer::Offer;
 use super::options::{self, CommandLine};
 use super::output::{self, Format};
 use super::refuse::unmovable;
-use super::rewrite::{self, Monitor, Plan, Settings};
+use super::rewrite::{self, LinePlan, Monitor, Settings};
 use super::words::one_line;
 use super::{binary, resources};
 
@@ -52,7 +52,7 @@ struct Planned {
     name: String,
     binary: PathBuf,
     line: CommandLine,
-    plan: Plan,
+    plan: LinePlan,
     role: Role,
 }
 
@@ -66,7 +66,7 @@ fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
     binary::check(&binary)?;
     let mut line = CommandLine::parse(&options::text(args)?)?;
     let offer = Offer::of(&binary, &mut line, &here()?, &Really, Cpu::of_this_host)?;
-    let plan = Plan::of(&line)?;
+    let plan = LinePlan::of(&line)?;
     // All of it, to the byte: what the engine rounds up takes no RAM.
     let ram = settings.ram.unwrap_or_else(|| plan.memory().max(Size(swapd::Engine::MIN_BUDGET_BYTES)));
     check_ram(plan.memory(), ram)?;
@@ -129,7 +129,7 @@ pub fn arguments(settings: &QemuSettings, format: Format) -> Result<String, Fail
     let Planned { binary, mut line, mut role, .. } = plan(settings)?;
     resources::from_anywhere(&mut line, &here()?)?;
     let is_libvirt = format == Format::Libvirt;
-    let plan = if is_libvirt { Plan::appended(&line)? } else { Plan::of(&line)? };
+    let plan = if is_libvirt { LinePlan::appended(&line)? } else { LinePlan::of(&line)? };
     if let Role::New { stays, .. } = &mut role
         && is_libvirt
     {
