@@ -9,9 +9,10 @@ use tracing::info;
 use crate::control::protocol::{Request, State};
 use crate::control::server::{Client, Service};
 use crate::failure::{Failure, FailureKind};
+use crate::hold::{Resumer, Whereabouts, may_resume};
 use crate::machine::Machine;
 use crate::size::Size;
-use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, PINNED_BY, Vm, VmEvent, Whereabouts, lock};
+use crate::vm::{PINNED_BY, Vm, VmEvent, VmState, lock};
 
 /// Answers on the VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
 #[derive(Debug)]
@@ -43,17 +44,7 @@ impl Vm {
     /// Refuses unless the VM is here, and neither coming nor going.
     pub(crate) fn must_be_here(&self, to_do: &str) -> Result<(), Failure> {
         let name = &self.facts.name;
-        let why = self.locked(|state| match &state.whereabouts {
-            Whereabouts::Here => None,
-            Whereabouts::Arriving => Some("it is still arriving".to_owned()),
-            Whereabouts::Migrating => {
-                Some("it is migrating; cancel that first (Ctrl-C of `vmemd migrate`)".to_owned())
-            }
-            Whereabouts::InDoubt { to, .. } => {
-                Some(format!("it may run at {to}; see `vmemd resolve {name}`"))
-            }
-            Whereabouts::Moved { to } => Some(format!("it has moved to {to}")),
-        });
+        let why = self.locked(|state| state.whereabouts.elsewhere(name));
         match why {
             None => Ok(()),
             Some(why) => Err(Failure::new(FailureKind::Name, format!("cannot {to_do} {name:?}: {why}"))),
@@ -67,12 +58,7 @@ impl Vm {
             self.must_be_here("pause")?;
             let stood = !machine.runs()?;
             machine.pause()?;
-            Ok(self.locked(|state| {
-                let already = stood && state.stalled.is_none();
-                // Whoever stopped it before is still to be named.
-                state.paused = Some(if already { state.paused.unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
-                already
-            }))
+            Ok(self.locked(|state| state.hold.pause(stood)))
         })?;
         info!(vm = %self.facts.name, already, "paused");
         self.told(already)
@@ -82,9 +68,9 @@ impl Vm {
         if self.locked(|state| matches!(state.whereabouts, Whereabouts::InDoubt { .. })) {
             return crate::doubt::resume(self);
         }
-        self.must_be_here("resume")?;
+        self.operator_may_resume()?;
         // Even if it cannot go on yet: it is to, as soon as it can.
-        let (paused, stalled) = self.locked(|state| (state.paused.take(), state.stalled.is_some()));
+        let (paused, stalled) = self.locked(|state| (state.hold.unpause(), state.hold.is_stalled()));
         if let Ok(engine) = self.memory()?.engine()
             && let Err(error) = engine.retry_store()
             && stalled
@@ -98,7 +84,7 @@ impl Vm {
         }
         let resumed = self.machine(|machine| {
             // Under the machine's lock, so that a migration which begins now pauses it later than this.
-            self.must_be_here("resume")?;
+            self.operator_may_resume()?;
             // What has failed may go on all the same: a disk was mended.
             let ran = machine.runs().is_ok_and(|runs| runs);
             if ran && machine.run_state().is_some_and(|now| now.state == State::Running) {
@@ -110,10 +96,16 @@ impl Vm {
                 _ => Ok(ran && paused.is_none() && !stalled),
             }
         });
-        let already = resumed.inspect_err(|_| self.locked(|state| state.paused = paused))?;
-        self.locked(|state| (state.stalled, state.paused) = (None, None));
+        let still_paused = |state: &mut VmState| paused.into_iter().for_each(|by| state.hold.pause_by(by));
+        let already = resumed.inspect_err(|_| self.locked(still_paused))?;
+        self.locked(|state| state.hold.free());
         info!(vm = %self.facts.name, already, "resumed");
         self.told(already)
+    }
+
+    fn operator_may_resume(&self) -> Result<(), Failure> {
+        let may = |state: &mut VmState| may_resume(Resumer::Operator, &state.whereabouts, &state.hold);
+        if self.locked(may) { Ok(()) } else { self.must_be_here("resume") }
     }
 
     /// It took the word to go on, and did not.

@@ -22,12 +22,13 @@ use crate::control::rundir::{RunDir, SocketName};
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind, chain};
 use crate::granted::{Granted, Share};
+use crate::hold::{AS_IT_CAME, Resumer, Whereabouts, may_resume};
 use crate::life::{self, End, RECEIVER};
 use crate::machine::Newcomer;
 use crate::memory::{Memory, MemorySpec};
 use crate::passing;
 use crate::process::{Owner, Process};
-use crate::vm::{AS_IT_CAME, Vm, VmEvent, Waiting, Whereabouts};
+use crate::vm::{Vm, VmEvent, Waiting};
 
 /// How long the next data stream may take to be passed on.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
@@ -280,14 +281,17 @@ impl TargetVm for Target<'_> {
     fn start(&mut self, paused: bool) -> Result<(), VmError> {
         // The commit is decided, so the source will not run the VM again. From here on any end of this thread, a panic too, leaves the VM
         // marked as this host's. Only the failure below, where the guest provably did not start, takes that back.
-        let stands = paused.then_some(AS_IT_CAME);
-        self.vm.locked(|state| {
-            (state.whereabouts, state.paused, state.waiting) = (Whereabouts::Here, stands, None)
+        let go = self.vm.locked(|state| {
+            (state.whereabouts, state.waiting) = (Whereabouts::Here, None);
+            if paused {
+                state.hold.pause_by(AS_IT_CAME);
+            }
+            may_resume(Resumer::Target, &state.whereabouts, &state.hold)
         });
         let started = self
             .vm
             .claim(|claim| claim.is_free())
-            .and_then(|()| if paused { Ok(()) } else { self.vm.machine(|machine| machine.resume()) });
+            .and_then(|()| if go { self.vm.machine(|machine| machine.resume()) } else { Ok(()) });
         match started {
             Err(failure) if failure.kind == FailureKind::InDoubt => {
                 warn!(vm = %self.vm.facts.name, %failure, "told to run, without an answer: if it stands still, `vmemd resume`");

@@ -20,8 +20,9 @@ use tracing::{error, info, warn};
 
 use crate::control::protocol::Force;
 use crate::failure::{Failure, FailureKind, chain};
+use crate::hold::Whereabouts;
 use crate::source_vm::Leaving;
-use crate::vm::{Vm, VmEvent, Waiting, Whereabouts, lock};
+use crate::vm::{Vm, VmEvent, Waiting, lock};
 
 /// How often the target is asked again, for as long as the doubt lasts.
 const ASK_AGAIN_EVERY: Duration = Duration::from_secs(10);
@@ -139,7 +140,7 @@ fn come_back(vm: &Vm, forced: bool) -> Result<&'static str, Failure> {
     let resumed = source.come_back();
     let paused = vm.locked(|state| {
         (state.whereabouts, state.waiting) = (Whereabouts::Here, None);
-        state.paused.is_some()
+        state.hold.paused().is_some()
     });
     vm.go_on();
     resumed.map_err(|error| {

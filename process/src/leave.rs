@@ -16,10 +16,11 @@ use crate::control::protocol::{MigrateRequest, MigrationStat, State};
 use crate::control::server::Client;
 use crate::doubt;
 use crate::failure::{Failure, FailureKind};
+use crate::hold::Whereabouts;
 use crate::life::CAUGHT;
 use crate::size::Size;
 use crate::source_vm::Leaving;
-use crate::vm::{Vm, VmEvent, Whereabouts};
+use crate::vm::{Vm, VmEvent};
 
 /// How often it is looked whether whoever asked is still there.
 const CLIENT_POLL: Duration = Duration::from_millis(100);

@@ -40,6 +40,7 @@ mod arrive;
 mod doubt;
 mod facts;
 pub mod granted;
+mod hold;
 mod leave;
 mod life;
 mod machine;

@@ -12,9 +12,10 @@ use tracing::{error, info, warn};
 use crate::control::rundir::SocketName;
 use crate::control::server::Server;
 use crate::failure::{Failure, FailureKind};
+use crate::hold::Whereabouts;
 use crate::memory::Memory;
 use crate::signals;
-use crate::vm::{Told, Vm, VmEvent, VmState, Whereabouts};
+use crate::vm::{Told, Vm, VmEvent, VmState};
 
 /// How often the guest is looked at without an event: only to log that it failed.
 const LOOK_EVERY: Duration = Duration::from_secs(10);

@@ -14,10 +14,11 @@ use crate::control::server::Server;
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind};
 use crate::granted::{Granted, Share};
+use crate::hold::Whereabouts;
 use crate::life::{self, End};
 use crate::machine::Machine;
 use crate::memory::Memory;
-use crate::vm::{OnEnd, Vm, VmEvent, Whereabouts, lock};
+use crate::vm::{OnEnd, Vm, VmEvent, lock};
 
 /// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the same reason.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);

@@ -6,7 +6,8 @@ use migrate::{Expected, SendError, SessionId, SourceVm, VmError};
 use tracing::error;
 
 use crate::failure::{Failure, FailureKind};
-use crate::vm::{BY_ITS_MONITOR, DID_NOT_GO_ON, Vm, VmState};
+use crate::hold::{DID_NOT_GO_ON, Resumer, may_resume};
+use crate::vm::{Vm, VmState};
 
 /// How long it is tried again to let a VM go on that has not left: a target that ends may hold its disks' locks still.
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
@@ -62,7 +63,11 @@ impl<'a> Leaving<'a> {
             self.take_name_back();
         }
         let paused = self.paused;
-        self.vm.locked(|state| state.paused = state.paused.or(paused.then_some(DID_NOT_GO_ON)));
+        self.vm.locked(|state| {
+            if paused && state.hold.paused().is_none() {
+                state.hold.pause_by(DID_NOT_GO_ON);
+            }
+        });
         SendError::Vm(VmError("a bug in vmemd ended the migration: see the panic in its log".to_owned()))
     }
 }
@@ -92,12 +97,10 @@ impl SourceVm for Leaving<'_> {
         let looked = self.vm.machine(|machine| Ok((machine.runs()?, machine.run_state().is_some())));
         let (runs, tells) = looked.map_err(|failure| self.not_stopped(failure))?;
         self.vm.locked(|state| {
-            if !runs && !state.stalled.as_ref().is_some_and(|stall| stall.ran) {
-                // By whatever means, such as a monitor of its user's.
-                state.paused = state.paused.or(Some(BY_ITS_MONITOR));
-            } else if runs && tells {
-                // Let go on by such means, too.
-                state.paused = None;
+            if !runs {
+                state.hold.found_still();
+            } else if tells {
+                state.hold.found_running();
             }
         });
         self.paused = true;
@@ -105,13 +108,13 @@ impl SourceVm for Leaving<'_> {
     }
 
     fn stood_still(&self) -> bool {
-        self.vm.locked(|state| state.paused.is_some())
+        self.vm.locked(|state| state.hold.paused().is_some())
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        // Whoever stalled it meanwhile wants it to stand still.
-        let stays = |state: &mut VmState| state.stalled.is_some() || state.paused.is_some();
-        if !self.paused || self.vm.locked(stays) || self.vm.ended().is_some() {
+        let who = Resumer::Source { stopped_it: self.paused };
+        let may = |state: &mut VmState| may_resume(who, &state.whereabouts, &state.hold);
+        if !self.vm.locked(may) || self.vm.ended().is_some() {
             return Ok(());
         }
         let deadline = Instant::now() + RESUME_LIMIT;
@@ -119,7 +122,7 @@ impl SourceVm for Leaving<'_> {
             let Err(failure) = self.vm.machine(|machine| machine.resume()) else { return Ok(()) };
             if Instant::now() >= deadline {
                 // Until its user resumes it.
-                self.vm.locked(|state| state.paused = Some(DID_NOT_GO_ON));
+                self.vm.locked(|state| state.hold.pause_by(DID_NOT_GO_ON));
                 return Err(text(failure));
             }
             std::thread::sleep(RESUME_RETRY);

@@ -5,8 +5,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use migrate::tls::Security;
-use migrate::{SessionId, Wait};
+use migrate::Wait;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
@@ -15,6 +14,7 @@ use crate::control::rundir::Claim;
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind};
 use crate::granted::Granted;
+use crate::hold::{BY_ITS_MONITOR, DID_NOT_GO_ON, Hold, Resumer, Want, Whereabouts, may_resume};
 use crate::machine::{GuestView, Machine, RunState};
 use crate::memory::MemoryView;
 use crate::size::Size;
@@ -36,55 +36,12 @@ pub(crate) const PINNED_BY: &str =
 /// Without an answer for so long, `stat` says that the store does not give one.
 const STORE_SILENCE_MS: u64 = 5000;
 
-/// Where the VM is.
-#[derive(Clone, Debug)]
-pub(crate) enum Whereabouts {
-    Arriving,
-    Here,
-    Migrating,
-    /// `said`: what the target said when it was asked last, or why it could not be asked.
-    InDoubt {
-        session: SessionId,
-        /// How to be sure that it is the target who answers.
-        security: Security,
-        to: String,
-        since: Instant,
-        said: String,
-    },
-    Moved {
-        to: String,
-    },
-}
-
-/// What a VM that is paused needs of its store.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Want {
-    /// Frames: it takes no writes.
-    Frames,
-    /// Pages: it gives none.
-    Pages,
-}
-
-/// A VM that is paused because it needs something that its store does not do.
-#[derive(Clone, Debug)]
-pub(crate) struct Stall {
-    /// One at least; the last one stays until the VM goes on.
-    reasons: Vec<(Want, String)>,
-    /// It ran until then: it goes on by itself.
-    pub(crate) ran: bool,
-    /// It has what it needs again, but a migration had the VM then.
-    relieved: bool,
-}
-
 /// What changes of a VM, under one lock. Nothing slow is done while it is held.
 #[derive(Debug)]
 pub(crate) struct VmState {
     pub(crate) whereabouts: Whereabouts,
-    /// By whom or by what, if somebody wants it to stand still. Who let it go on past vmemd is not heard here: of a machine that says
-    /// what it does, that counts.
-    pub(crate) paused: Option<&'static str>,
-    /// It stands still for what its store does not do.
-    pub(crate) stalled: Option<Stall>,
+    /// Why it stands still, if it does.
+    pub(crate) hold: Hold,
     pub(crate) migration: Option<MigrationStat>,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
@@ -100,12 +57,6 @@ pub(crate) struct VmState {
 
 /// What whoever stops a VM is told.
 pub(crate) type Told = Result<serde_json::Value, Failure>;
-
-/// Who wants a VM to stand still.
-pub(crate) const BY_VMEMD: &str = "by `vmemd pause`";
-pub(crate) const BY_ITS_MONITOR: &str = "by a monitor of its QEMU, not by vmemd";
-pub(crate) const AS_IT_CAME: &str = "it was paused when it came";
-pub(crate) const DID_NOT_GO_ON: &str = "it could not be let go on: see its log";
 
 /// What is waited for, since when, and what ends the waiting.
 #[derive(Clone, Copy, Debug)]
@@ -167,8 +118,7 @@ impl Vm {
     ) -> Vm {
         let state = VmState {
             whereabouts,
-            paused: None,
-            stalled: None,
+            hold: Hold::Free,
             migration: None,
             waiting: None,
             arrival: None,
@@ -329,7 +279,7 @@ impl Vm {
         if self.guest_failure().is_some() {
             return "stays here, failed";
         }
-        let (stalled, paused) = self.locked(|state| (state.stalled.is_some(), state.paused.is_some()));
+        let (stalled, paused) = self.locked(|state| (state.hold.is_stalled(), state.hold.paused().is_some()));
         match run_state.map(|run_state| run_state.state) {
             _ if stalled => "stays here, stalled",
             Some(State::Shutdown) => "stays here, shut down",
@@ -410,21 +360,15 @@ impl Vm {
         let name = &self.facts.name;
         // Before it is paused: who finds it so is to know why.
         let migrating = self.locked(|state| {
-            if let Some(stall) = &mut state.stalled
-                && !stall.relieved
-            {
-                stall.reasons.push((want, reason));
-                return None;
-            }
-            state.stalled = Some(Stall { reasons: vec![(want, reason)], ran: true, relieved: false });
-            Some(matches!(state.whereabouts, Whereabouts::Migrating))
+            let begins = state.hold.stall(want, reason);
+            begins.then_some(matches!(state.whereabouts, Whereabouts::Migrating))
         });
         // It is paused already.
         let Some(migrating) = migrating else { return };
         let paused = self.machine(|machine| {
             // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
             if !migrating && machine.runs().is_ok_and(|runs| !runs) {
-                self.locked(|state| state.stalled.as_mut().map(|stall| stall.ran = false));
+                self.locked(|state| state.hold.stood_before());
                 return Ok(());
             }
             machine.pause()
@@ -437,32 +381,26 @@ impl Vm {
 
     /// It has that again.
     fn ease(&self, want: Want) {
-        self.locked(|state| {
-            let Some(stall) = &mut state.stalled else { return };
-            if stall.reasons.iter().any(|(other, _)| *other != want) {
-                stall.reasons.retain(|(other, _)| *other != want);
-            } else {
-                stall.relieved = true;
-            }
-        });
+        self.locked(|state| state.hold.ease(want));
         self.go_on();
     }
 
     /// Lets a VM go on that stood still for what its store did not do, and does again, unless somebody else has it or wants it to
     /// stand still.
     pub(crate) fn go_on(&self) {
-        let may = |state: &mut VmState| {
-            let relieved = state.stalled.as_ref().is_some_and(|stall| stall.relieved);
-            relieved && matches!(state.whereabouts, Whereabouts::Here)
-        };
-        if !self.locked(may) {
+        let over =
+            |state: &mut VmState| state.hold.is_relieved() && matches!(state.whereabouts, Whereabouts::Here);
+        if !self.locked(over) {
             return;
         }
         let gone_on = self.machine(|machine| {
             // Under the machine's lock, so that a migration which begins now pauses it later than this.
             let go = self.locked(|state| {
-                let stall = if may(state) { state.stalled.take() } else { None };
-                stall.is_some_and(|stall| stall.ran && state.paused.is_none())
+                let go = may_resume(Resumer::Store, &state.whereabouts, &state.hold);
+                if over(state) {
+                    state.hold.end_stall();
+                }
+                go
             });
             if go { machine.resume().map(|()| true) } else { Ok(false) }
         });
@@ -471,7 +409,7 @@ impl Vm {
             Ok(false) => {}
             Err(error) => {
                 warn!(vm = %self.facts.name, %error, "it could go on, but does not: `vmemd resume` it");
-                self.locked(|state| state.paused = Some(DID_NOT_GO_ON));
+                self.locked(|state| state.hold.pause_by(DID_NOT_GO_ON));
             }
         }
     }
@@ -483,15 +421,7 @@ fn state_of(
     run_state: Option<&RunState>,
     memory: &Stats,
 ) -> (State, Option<String>) {
-    let stalled = state.stalled.as_ref().map(|stall| {
-        let told = stall.reasons.iter().map(|(want, reason)| match want {
-            Want::Frames => format!(
-                "{reason}; it goes on by itself when the store takes writes; it may also get more RAM, or migrate"
-            ),
-            Want::Pages => format!("{reason}; it goes on by itself when the store answers; nothing is lost"),
-        });
-        told.collect::<Vec<_>>().join("; ")
-    });
+    let stalled = state.hold.stall_reason();
     match (&state.whereabouts, failed) {
         (Whereabouts::Moved { .. }, _) => (State::Moved, None),
         (Whereabouts::Arriving, _) => (State::Arriving, None),
@@ -503,7 +433,7 @@ fn state_of(
         (Whereabouts::Migrating, None) => (State::Migrating, stalled.or_else(|| memory_problem(memory))),
         (Whereabouts::Here, None) if stalled.is_some() => (State::Stalled, stalled),
         (Whereabouts::Here, None) => {
-            let (state, why) = standing(state.paused, run_state);
+            let (state, why) = here_state(state.hold.paused(), run_state);
             let reasons: Vec<String> = why.into_iter().chain(memory_problem(memory)).collect();
             (state, Some(reasons.join("; ")).filter(|reasons| !reasons.is_empty()))
         }
@@ -511,7 +441,7 @@ fn state_of(
 }
 
 /// Of a VM that is here and has not failed.
-fn standing(paused: Option<&'static str>, run_state: Option<&RunState>) -> (State, Option<String>) {
+fn here_state(paused: Option<&'static str>, run_state: Option<&RunState>) -> (State, Option<String>) {
     match run_state {
         Some(RunState { state: State::Paused, why: None, .. }) => {
             (State::Paused, Some(paused.unwrap_or(BY_ITS_MONITOR).to_owned()))
@@ -555,6 +485,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hold::{AS_IT_CAME, BY_VMEMD};
 
     #[test]
     fn what_the_machine_says_counts_and_who_paused_it_is_told() {
@@ -564,7 +495,7 @@ mod tests {
         let launch = says(State::Paused, Some("-S"));
         let sleeps = says(State::Suspended, Some("sleeps"));
         let told = |paused, run_state: Option<&RunState>| {
-            let (state, why) = standing(paused, run_state);
+            let (state, why) = here_state(paused, run_state);
             (state, why.unwrap_or_default())
         };
         let text = |text: &str| text.to_owned();
