@@ -280,5 +280,8 @@ mod tests {
         assert!(check_hello(&hello(4097, None)).is_err());
         assert!(check_hello(&SessionHello { name: "../x".to_owned(), ..hello(G, None) }).is_err());
         assert!(check_hello(&hello(G, None)).is_ok());
+        // The wire carries it; no host takes it, and the source is told why.
+        let long = SessionHello { name: "x".repeat(65), ..hello(G, None) };
+        assert!(check_hello(&long).unwrap_err().text.contains("use 1 to 64 letters"));
     }
 }

@@ -18,39 +18,35 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use migrate::wire::opening::{NAME_MAX, NAME_ROLES, is_name};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::geteuid;
 
 use crate::failure::{Failure, FailureKind};
 
-/// Longest name of a VM.
-pub const NAME_MAX: usize = 64;
 /// Hexadecimal digits of a session id in a socket's file name: room for them in a socket address is short.
 const ID_DIGITS: usize = 8;
 const LOCK_FILE: &str = ".lock";
 const ADDRESS_MAX: usize = 107;
 const _: () = assert!(
-    "/proc/self/fd/1234567/".len() + NAME_MAX + ".arriving-".len() + ID_DIGITS + ".sock".len()
+    "/proc/self/fd/1234567/".len() + NAME_MAX + NAME_ROLES[0].len() + ID_DIGITS + ".sock".len()
         <= ADDRESS_MAX + 2
 );
 
-/// Checks a VM's name: it becomes a file name.
+/// Checks a VM's name: it becomes a file name. The rule is the one of all hosts, [`is_name`].
 ///
 /// # Errors
 /// [`FailureKind::Usage`] with the rule.
 pub fn check_name(name: &str) -> Result<(), Failure> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let role = [".arriving-", ".leaving-"].iter().any(|role| name.contains(role));
-    if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.chars().all(allowed) || role
-    {
-        return Err(Failure::new(
-            FailureKind::Usage,
-            format!(
-                "{name:?} is not a name for a VM: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not beginning with a dot"
-            ),
-        ));
+    if is_name(name) {
+        return Ok(());
     }
-    Ok(())
+    let text = format!(
+        "{name:?} is not a name for a VM: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not beginning with a dot, \
+         and without {:?} or {:?}",
+        NAME_ROLES[0], NAME_ROLES[1]
+    );
+    Err(Failure::new(FailureKind::Usage, text))
 }
 
 /// The file name of one VM's socket in the run directory, which says where the VM is.
