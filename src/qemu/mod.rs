@@ -22,6 +22,7 @@ pub mod options;
 pub mod output;
 pub mod props;
 pub mod refuse;
+mod refused;
 pub mod resources;
 pub mod rewrite;
 pub mod rules;
