@@ -1,8 +1,9 @@
-//! Every decoder of bytes that somebody else chose, one function each: what the fuzzer calls, and what the tests call with the corpus.
-//! Those of benchmarks are in theirs.
+//! Every decoder of bytes that somebody else chose, one function each: what the fuzzer calls, and what the tests call
+//! with the corpus. Those of benchmarks are in theirs.
 //!
-//! A function here fails (panics) if the decoder does, or if a value that it let through does not come back the same when it is written
-//! and read again. Checksums are made right first, where there are any: they keep accidents out, not a peer.
+//! A function here fails (panics) if the decoder does, or if a value that it let through does not come back the same
+//! when it is written and read again. Checksums are made right first, where there are any: they keep accidents out, not
+//! a peer.
 
 use std::path::{Path, PathBuf};
 

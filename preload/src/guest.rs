@@ -1,8 +1,9 @@
 //! The VM of this QEMU, driven over its QMP monitor.
 //!
-//! The device state travels through a socket pair whose other end QEMU is given: nothing of it is ever in a file system.
-//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is also its
-//! user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set as before.
+//! The device state travels through a socket pair whose other end QEMU is given: nothing of it is ever in a file
+//! system. `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's
+//! migration is also its user's: before ours, it is asked whether it is free and whether the machine can move;
+//! afterwards it is set as before.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -180,8 +181,8 @@ impl Qemu {
         Qemu { stays: why, ..self }
     }
 
-    /// Returns the migration capabilities that [`save`](Machine::save) needs. Fails if the machine cannot move as it is now: its command
-    /// line is to make the same one at the target.
+    /// Returns the migration capabilities that [`save`](Machine::save) needs. Fails if the machine cannot move as it is
+    /// now: its command line is to make the same one at the target.
     fn check_move(&mut self) -> Result<Vec<&'static str>, Failure> {
         let cannot = |why: String| Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"));
         if let Some(why) = &self.stays {
@@ -211,8 +212,8 @@ impl Qemu {
         Ok(on)
     }
 
-    /// Runs `work` with the capabilities in `on` and no others, and with parameters for a state that goes at once. The user's settings
-    /// are put back behind it, also if it fails.
+    /// Runs `work` with the capabilities in `on` and no others, and with parameters for a state that goes at once. The
+    /// user's settings are put back behind it, also if it fails.
     fn with_capabilities<T>(
         &mut self,
         on: &[&str],

@@ -145,8 +145,8 @@ fn a_qemu_that_is_gone_is_an_error_at_once() {
     }
 }
 
-/// A QEMU that carries everything out, until it hears `cont`: what it says to that is `answer`'s, where `$` stands for the
-/// command's number.
+/// A QEMU that carries everything out, until it hears `cont`: what it says to that is `answer`'s, where `$` stands for
+/// the command's number.
 fn fake(answer: Option<&'static str>) -> Qemu {
     let (ours, theirs) = UnixStream::pair().unwrap();
     std::thread::spawn(move || {
@@ -190,7 +190,8 @@ fn draining_waits_for_the_disk() {
             let stats = qemu.ask("query-blockstats", Value::Null).unwrap();
             stats[0]["stats"]["rd_operations"].as_u64().expect("a number")
         };
-        // The firmware looks for something to start. Its first read begins between two of these calls, and ends in the next.
+        // The firmware looks for something to start. Its first read begins between two of these calls, and ends in the
+        // next.
         let deadline = Instant::now() + PATIENCE;
         loop {
             let began = Instant::now();

@@ -2,7 +2,8 @@
 //!
 //! The target starts QEMU with the command line of the start. What a monitor has changed since would be missing there,
 //! or worse: a disk would be the file of before, without what was written since. So a machine moves only if both lists
-//! are the same. Not listed is what changes in the life of a machine: counts, sizes, who is connected, what a balloon holds.
+//! are the same. Not listed is what changes in the life of a machine: counts, sizes, who is connected, what a balloon
+//! holds.
 
 use std::collections::BTreeMap;
 
@@ -190,8 +191,8 @@ fn limits(medium: &Value) -> Vec<String> {
     set.map(|(name, value)| format!("{name}={value}")).collect()
 }
 
-/// What a chardev was told to be. A socket is described by who is connected, so only its kind is sure; but for a server's
-/// path, which stays.
+/// What a chardev was told to be. A socket is described by who is connected, so only its kind is sure; but for a
+/// server's path, which stays.
 fn end_point(filename: &str) -> String {
     let told = filename.strip_prefix("disconnected:").unwrap_or(filename);
     let told = told.split(" <-> ").next().unwrap_or_default();

@@ -1,7 +1,7 @@
 //! The VM's life in the process of its QEMU: from the first memory backend to the end of the process.
 //!
-//! The engine is never stopped: QEMU touches guest memory until its last moment. The kernel takes everything at the end;
-//! only the files that stand for the VM (control socket, QMP socket) are removed, by an exit handler.
+//! The engine is never stopped: QEMU touches guest memory until its last moment. The kernel takes everything at the
+//! end; only the files that stand for the VM (control socket, QMP socket) are removed, by an exit handler.
 
 use std::ffi::CString;
 use std::net::Shutdown;
@@ -31,10 +31,11 @@ use crate::qmp::{HeardState, Qmp, QmpError, lock};
 use crate::settings::{self, Found};
 use crate::started;
 
-/// From the first memory backend of a VM that arrives to a machine that answers. Large disks take their time to be opened; the daemon
-/// has less patience.
+/// From the first memory backend of a VM that arrives to a machine that answers. Large disks take their time to be
+/// opened; the daemon has less patience.
 const SET_UP_TIMEOUT: Duration = Duration::from_secs(300);
-/// A QEMU that its user starts may wait for a client of a serial line as long as it likes, and ends by itself if it fails: ten years.
+/// A QEMU that its user starts may wait for a client of a serial line as long as it likes, and ends by itself if it
+/// fails: ten years.
 const NO_LIMIT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// A QEMU that somebody else has started answers within this, or the log says that it does not.
 const GREETING_USUAL: Duration = Duration::from_secs(10);
@@ -103,8 +104,8 @@ impl Keeper for EngineKeeper {
     fn attach(&self, index: usize, address: usize, _bytes: usize) -> Result<(), c_int> {
         let name = self.settings.role.name();
         let attached = self.engine().and_then(|engine| {
-            // SAFETY: Backends has just mapped the region so, as long as the settings say (the engine was started with the
-            // same sizes), and never unmaps it; QEMU has no pointer to it yet, and Rust code none at all.
+            // SAFETY: Backends has just mapped the region so, as long as the settings say (the engine was started with
+            // the same sizes), and never unmaps it; QEMU has no pointer to it yet, and Rust code none at all.
             unsafe { engine.attach(index, address as *mut u8) }.map_err(Failure::from)
         });
         attached.map_err(|failure| {
@@ -336,8 +337,8 @@ extern "C" fn at_exit() {
 /// The exit code, if it is not QEMU's to say: the VM runs elsewhere, or may.
 static END: AtomicU8 = AtomicU8::new(0);
 
-/// QEMU was told to quit (or was ended in the middle of a hand-over) and knows nothing of where its guest went: whoever started it is told by the exit code. By then its own
-/// exit handlers have run.
+/// QEMU was told to quit (or was ended in the middle of a hand-over) and knows nothing of where its guest went: whoever
+/// started it is told by the exit code. By then its own exit handlers have run.
 extern "C" fn at_last() {
     let code = END.load(Ordering::SeqCst);
     if code != 0 {

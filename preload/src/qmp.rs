@@ -140,8 +140,8 @@ pub(crate) struct Qmp {
 }
 
 impl Qmp {
-    /// Connects to a QEMU that has mapped its memory: its sockets were there before that, in whatever order its command line is. Whether a
-    /// monitor answers there is not known so soon; if it takes more than `usual`, the log says so.
+    /// Connects to a QEMU that has mapped its memory: its sockets were there before that, in whatever order its command
+    /// line is. Whether a monitor answers there is not known so soon; if it takes more than `usual`, the log says so.
     ///
     /// # Errors
     /// If there is no such socket, or nobody speaks QMP there within `timeout`.
@@ -199,8 +199,8 @@ impl Qmp {
         self.heard_state.clone()
     }
 
-    /// Has QEMU say what the machine does, for the next look, if that may have changed without a word. One that has said that it ends
-    /// is not asked: it may abort.
+    /// Has QEMU say what the machine does, for the next look, if that may have changed without a word. One that has
+    /// said that it ends is not asked: it may abort.
     pub(crate) fn look_again(&self) {
         let mut heard = self.heard_state.heard();
         let may_tell = heard.ending.is_none() && runstate::is_unheard(&heard.word);
@@ -233,8 +233,8 @@ impl Qmp {
         self.ask_with(command, arguments, None, timeout)
     }
 
-    /// Has QEMU do all of these commands, one after the other, without waiting for an answer in between: what QEMU refuses is an
-    /// answer like any other.
+    /// Has QEMU do all of these commands, one after the other, without waiting for an answer in between: what QEMU
+    /// refuses is an answer like any other.
     ///
     /// # Errors
     /// A conversation that broke, as in [`Qmp::ask`].
@@ -399,8 +399,8 @@ impl Reader {
         }
     }
 
-    /// Why a machine stands still, its status says, not the event. Nothing is asked at SHUTDOWN: QEMU (seen of 7.2) aborts if a
-    /// command comes while it ends, and a machine that does not end (`-no-shutdown`) tells STOP as well.
+    /// Why a machine stands still, its status says, not the event. Nothing is asked at SHUTDOWN: QEMU (seen of 7.2)
+    /// aborts if a command comes while it ends, and a machine that does not end (`-no-shutdown`) tells STOP as well.
     fn hear(&self, event: &str, data: &Value) {
         match event {
             "STOP" | "RESUME" | "RESET" | "SUSPEND" | "WAKEUP" | "WATCHDOG" | "GUEST_PANICKED" => {

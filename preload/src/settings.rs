@@ -80,13 +80,14 @@ fn read() -> Result<Option<PreloadSettings>, String> {
 /// Where the answers go, and which process answers: a child of it exits too.
 static ASKED: Mutex<Option<(File, u32)>> = Mutex::new(None);
 
-/// Whether somebody only wants to know if this library is in the program that they named. They are told then, now and at the
-/// program's exit, and nothing else is done.
+/// Whether somebody only wants to know if this library is in the program that they named. They are told then, now and
+/// at the program's exit, and nothing else is done.
 pub(crate) fn answer() -> bool {
     let Some(text) = std::env::var_os(QUESTION) else { return false };
     let fd: Option<RawFd> = text.to_str().and_then(|text| text.parse().ok());
     if let Some(fd) = fd.filter(|fd| *fd > libc::STDERR_FILENO) {
-        // SAFETY: left open to this program for the answers; one that is not open, or another file, is not touched below.
+        // SAFETY: left open to this program for the answers; one that is not open, or another file, is not touched
+        // below.
         let pipe = std::mem::ManuallyDrop::new(unsafe { File::from_raw_fd(fd) });
         let copy = pipe
             .metadata()

@@ -1,7 +1,7 @@
 //! The settings of QEMU's own migration: what its user has set is set aside while vmemd uses it, and put back.
 //!
-//! Left behind, `x-ignore-shared` would keep guest memory out of every later `savevm`, without an error; and what the user
-//! has set for a migration of his own (`multifd`, `mapped-ram`, TLS) is in the way of ours.
+//! Left behind, `x-ignore-shared` would keep guest memory out of every later `savevm`, without an error; and what the
+//! user has set for a migration of his own (`multifd`, `mapped-ram`, TLS) is in the way of ours.
 
 use serde_json::{Map, Value, json};
 

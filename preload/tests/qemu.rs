@@ -1,4 +1,5 @@
-//! Stock QEMUs whose memory is vmemd's, under TCG: a guest that checks its memory finds no wrong byte, whatever is done.
+//! Stock QEMUs whose memory is vmemd's, under TCG: a guest that checks its memory finds no wrong byte, whatever is
+//! done.
 
 #[macro_use]
 extern crate testkit;

@@ -14,7 +14,8 @@ use crate::machine::Machine;
 use crate::size::Size;
 use crate::vm::{PINNED_BY, Vm, VmEvent, VmState, lock};
 
-/// Answers on the VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
+/// Answers on the VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a
+/// request.
 #[derive(Debug)]
 pub(crate) struct VmService(pub(crate) Arc<Vm>);
 

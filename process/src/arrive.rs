@@ -279,8 +279,9 @@ impl TargetVm for Target<'_> {
     }
 
     fn start(&mut self, paused: bool) -> Result<(), VmError> {
-        // The commit is decided, so the source will not run the VM again. From here on any end of this thread, a panic too, leaves the VM
-        // marked as this host's. Only the failure below, where the guest provably did not start, takes that back.
+        // The commit is decided, so the source will not run the VM again. From here on any end of this thread, a panic
+        // too, leaves the VM marked as this host's. Only the failure below, where the guest provably did not start,
+        // takes that back.
         let go = self.vm.locked(|state| {
             (state.whereabouts, state.waiting) = (Whereabouts::Here, None);
             if paused {

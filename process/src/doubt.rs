@@ -1,5 +1,5 @@
-//! A hand-over in doubt: the commit was sent, and the target's word on it got lost. Until it is known what became of it,
-//! the VM stands still here, because it may run there.
+//! A hand-over in doubt: the commit was sent, and the target's word on it got lost. Until it is known what became of
+//! it, the VM stands still here, because it may run there.
 //!
 //! ```text
 //!               ┌── asked again and again, by itself or by `vmemd resolve` ──┐

@@ -1,10 +1,10 @@
-//! The RAM that each VM of this host was granted, on record for whoever promises RAM to others: it counts for as long as the VM's process
-//! lives, whether or not that answers.
+//! The RAM that each VM of this host was granted, on record for whoever promises RAM to others: it counts for as long
+//! as the VM's process lives, whether or not that answers.
 //!
-//! `RUN_DIR/.ram/ID` holds one line of JSON and is locked (flock) by the process, from its start to its end however it ends. A process
-//! that a daemon starts inherits file and lock, so there is no moment at which its RAM is on nobody's record. A file that nobody has
-//! locked is that of a dead process; whoever sees it removes it. Files are made, and those of the
-//! dead removed, under the run directory's lock.
+//! `RUN_DIR/.ram/ID` holds one line of JSON and is locked (flock) by the process, from its start to its end however it
+//! ends. A process that a daemon starts inherits file and lock, so there is no moment at which its RAM is on nobody's
+//! record. A file that nobody has locked is that of a dead process; whoever sees it removes it. Files are made, and
+//! those of the dead removed, under the run directory's lock.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom};

@@ -1,17 +1,19 @@
 //! Where a VM is, why it stands still, and who may let it go on: values in, decisions out.
 //!
-//! Where it is ([`Whereabouts`]) and why it stands still ([`Hold`]) change independently of each other. All changes of a hold:
+//! Where it is ([`Whereabouts`]) and why it stands still ([`Hold`]) change independently of each other. All changes of
+//! a hold:
 //!
 //! | event | `Free` | `Paused` | `Stalled` | `StalledAndPaused` |
 //! |---|---|---|---|---|
-//! | [`pause`](Hold::pause), [`pause_by`](Hold::pause_by): somebody wants it to stand still | `Paused` | stays | `StalledAndPaused` | stays |
-//! | [`unpause`](Hold::unpause): nobody wants that any more | stays | `Free` | stays | `Stalled` |
-//! | [`free`](Hold::free): it was let go on, and did | stays | `Free` | `Free` | `Free` |
-//! | [`found_still`](Hold::found_still): a migration finds it so | `Paused` | stays | `StalledAndPaused` if it stood before | stays |
-//! | [`found_running`](Hold::found_running): a migration finds it so | stays | `Free` | stays | `Stalled` |
-//! | [`stall`](Hold::stall): it needs something that its store does not do | `Stalled` | `StalledAndPaused` | stays | stays |
-//! | [`stood_before`](Hold::stood_before), [`ease`](Hold::ease): of the stall | stays | stays | stays | stays |
-//! | [`end_stall`](Hold::end_stall): it has what it needs | stays | stays | `Free` if relieved | `Paused` if relieved |
+//! | [`pause`](Hold::pause), [`pause_by`](Hold::pause_by) | `Paused` | stays | `StalledAndPaused` | stays |
+//! | [`unpause`](Hold::unpause) | stays | `Free` | stays | `Stalled` |
+//! | [`free`](Hold::free) | stays | `Free` | `Free` | `Free` |
+//! | [`found_still`](Hold::found_still), of a VM that ran before the stall | `Paused` | stays | stays | stays |
+//! | the same, of one that stood still before | | | `StalledAndPaused` | stays |
+//! | [`found_running`](Hold::found_running) | stays | `Free` | stays | `Stalled` |
+//! | [`stall`](Hold::stall) | `Stalled` | `StalledAndPaused` | stays | stays |
+//! | [`stood_before`](Hold::stood_before), [`ease`](Hold::ease) | stays | stays | stays | stays |
+//! | [`end_stall`](Hold::end_stall), if it is relieved | stays | stays | `Free` | `Paused` |
 //!
 //! Who may let it go on is [`may_resume`].
 
@@ -83,8 +85,8 @@ pub(crate) struct Stall {
     relieved: bool,
 }
 
-/// Why a VM stands still, as far as vmemd knows. A monitor of its own may have let it go on all the same: of a machine that says what
-/// it does, that counts.
+/// Why a VM stands still, as far as vmemd knows. A monitor of its own may have let it go on all the same: of a machine
+/// that says what it does, that counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Hold {
     /// For no reason: it runs.
@@ -113,14 +115,14 @@ pub(crate) enum Resumer {
 
 /// Who may let a VM go on:
 ///
-/// | who | where the VM is | whatever it stands still for, but |
+/// | who | where the VM has to be | what it may stand still for |
 /// |---|---|---|
-/// | the operator | here | no exception: he knows |
-/// | its store | here | it was paused too, stood still before the stall, or still needs something |
-/// | a migration that failed | migrating, or in doubt until now | any reason: whoever paused or stalled it meanwhile wants it so. And only if the migration stopped it |
-/// | a migration that brought it | here, as of the commit | it came paused |
+/// | the operator | here | anything |
+/// | its store | here | a stall that is relieved, before which it ran, and nothing else |
+/// | a migration that failed, if that stopped it | migrating, or in doubt until now | nothing else |
+/// | a migration that brought it | here, as of the commit | anything but that it came paused |
 ///
-/// Nobody else may. A VM that another one lets go on would run at two hosts, or against the will of the one who paused it.
+/// Nobody else may. A VM that somebody else lets go on would run at two hosts, or against the will of whoever paused it.
 pub(crate) fn may_resume(who: Resumer, whereabouts: &Whereabouts, hold: &Hold) -> bool {
     let here = matches!(whereabouts, Whereabouts::Here);
     match who {
@@ -185,8 +187,8 @@ impl Hold {
         };
     }
 
-    /// For `vmemd pause` of a VM that stood still already, or did not. Whoever stopped it before is still to be named. Returns whether
-    /// there was nothing to do.
+    /// For `vmemd pause` of a VM that stood still already, or did not. Whoever stopped it before is still to be named.
+    /// Returns whether there was nothing to do.
     pub(crate) fn pause(&mut self, stood: bool) -> bool {
         let already = stood && !self.is_stalled();
         self.pause_by(if already { self.paused().unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
@@ -222,7 +224,8 @@ impl Hold {
         self.unpause();
     }
 
-    /// It needs something that its store does not do. Returns whether it has to be paused for that: it was not stalled before.
+    /// It needs something that its store does not do. Returns whether it has to be paused for that: it was not stalled
+    /// before.
     pub(crate) fn stall(&mut self, want: Want, reason: String) -> bool {
         let mut begins = true;
         self.change(|stall, _| match stall {

@@ -1,7 +1,7 @@
 use super::*;
 
-/// Every hold, by a word of two letters: `p` if it is paused; `R` if it is stalled and ran before, `S` if it stood still before, small
-/// if it is relieved.
+/// Every hold, by a word of two letters: `p` if it is paused; `R` if it is stalled and ran before, `S` if it stood
+/// still before, small if it is relieved.
 const HOLDS: [&str; 10] = ["--", "p-", "-R", "-S", "-r", "-s", "pR", "pS", "pr", "ps"];
 
 fn hold(word: &str) -> Hold {

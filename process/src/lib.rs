@@ -5,8 +5,9 @@
 //!   receive ▶ Arriving ──┘ │ migrate                              │
 //!                          └──▶ Migrating ──▶ Moved     or    InDoubt
 //! ```
-//! The VM's processors and devices are a [`Machine`]; one that is still to come, a [`Newcomer`]. The process is either ours from its first
-//! instruction, or another program's in which this crate is a guest itself, such as QEMU: see [`Owner`] for what differs.
+//! The VM's processors and devices are a [`Machine`]; one that is still to come, a [`Newcomer`]. The process is either
+//! ours from its first instruction, or another program's in which this crate is a guest itself, such as QEMU: see
+//! [`Owner`] for what differs.
 //!
 //! A program that embeds a VM goes these steps, on a thread of its own. Every thread that is started here inherits that
 //! one's signal mask: block all signals on it first, where the program takes its signals on threads of its choice.

@@ -45,8 +45,8 @@ pub(crate) enum Ended {
     NotArrived(Failure),
 }
 
-/// Makes the process the VM's own. Signals become events. A signal before there is memory ends the process at once: nothing is there to unwind
-/// but the socket, and setting memory up cannot be interrupted.
+/// Makes the process the VM's own. Signals become events. A signal before there is memory ends the process at once:
+/// nothing is there to unwind but the socket, and setting memory up cannot be interrupted.
 pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
     signals::install()?;
     die_on_panic(vm.clone());
@@ -70,9 +70,9 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
         .map_err(|error| Failure::io("cannot start the signal thread", &error))
 }
 
-/// A panic on any thread ends the process, behind its last words: a VM with one of its threads missing would hang rather than fail.
-/// Except while a thread receives or sends: the VM can do without that thread, which catches its own panic and knows at which side
-/// the VM is then.
+/// A panic on any thread ends the process, behind its last words: a VM with one of its threads missing would hang
+/// rather than fail. Except while a thread receives or sends: the VM can do without that thread, which catches its own
+/// panic and knows at which side the VM is then.
 fn die_on_panic(vm: Arc<Vm>) {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -154,7 +154,8 @@ impl Vm {
         })
     }
 
-    /// What the end of this process by a bug means, whoever starts VMs again that have failed: nobody may who might have two then.
+    /// What the end of this process by a bug means, whoever starts VMs again that have failed: nobody may who might
+    /// have two then.
     fn crashed(&self) -> FailureKind {
         let kind = |state: &mut VmState| match state.whereabouts {
             Whereabouts::Moved { .. } => FailureKind::Moved,
@@ -183,7 +184,8 @@ fn may_run_elsewhere(state: &VmState) -> bool {
 /// How a VM's life in this process has ended.
 #[derive(Debug)]
 pub struct End {
-    /// Stopped, or why it ended otherwise ([`FailureKind::Moved`]: it has moved away): what the process's exit code says.
+    /// Stopped, or why it ended otherwise ([`FailureKind::Moved`]: it has moved away): what the process's exit code
+    /// says.
     pub result: Result<(), Failure>,
     /// The guest has been told to quit. If not, it does not end by itself: it had not come yet, or a vCPU of it waits
     /// for a page that never comes. The process must then be ended without it.

@@ -7,8 +7,8 @@ use crate::failure::Failure;
 
 /// A VM's processors and devices, as its process drives them. Only one of these calls is under way at a time.
 pub trait Machine: Send + fmt::Debug {
-    /// Whether a target could make the same machine, as it is now. Asked before a byte moves, while the guest runs; what changes
-    /// after that, [`save`](Self::save) finds.
+    /// Whether a target could make the same machine, as it is now. Asked before a byte moves, while the guest runs;
+    /// what changes after that, [`save`](Self::save) finds.
     ///
     /// # Errors
     /// Why it cannot move ([`FailureKind::CannotMove`](crate::failure::FailureKind::CannotMove)).
@@ -16,8 +16,8 @@ pub trait Machine: Send + fmt::Debug {
         Ok(())
     }
 
-    /// Returns when every write to guest memory has ended that devices had under way when this was called, such as a disk's read
-    /// past the page cache. The guest runs on. Bounded in time.
+    /// Returns when every write to guest memory has ended that devices had under way when this was called, such as a
+    /// disk's read past the page cache. The guest runs on. Bounded in time.
     ///
     /// # Errors
     /// If they do not end in time.
@@ -30,7 +30,8 @@ pub trait Machine: Send + fmt::Debug {
     /// If a vCPU does not stop in time, or the guest has failed.
     fn pause(&mut self) -> Result<(), Failure>;
 
-    /// Whether its vCPUs are let into the guest. Not if it was paused, be it by other means than [`pause`](Self::pause).
+    /// Whether its vCPUs are let into the guest. Not if it was paused, be it by other means than
+    /// [`pause`](Self::pause).
     ///
     /// # Errors
     /// If the guest has failed.
@@ -39,8 +40,9 @@ pub trait Machine: Send + fmt::Debug {
     /// Lets the vCPUs go on, or run for the first time after [`Newcomer::load`].
     ///
     /// # Errors
-    /// If the guest has failed. No vCPU has entered it then, except with [`FailureKind::InDoubt`](crate::failure::FailureKind::InDoubt):
-    /// it was told to go on and has not said that it does, so it may do so at any time.
+    /// If the guest has failed. No vCPU has entered it then, except with
+    /// [`FailureKind::InDoubt`](crate::failure::FailureKind::InDoubt): it was told to go on and has not said that it
+    /// does, so it may do so at any time.
     fn resume(&mut self) -> Result<(), Failure>;
 
     /// Everything of the paused guest that is not in its memory. It can be resumed afterwards all the same.
@@ -60,8 +62,8 @@ pub trait Machine: Send + fmt::Debug {
     /// What it is and how it does. Must not wait for anything: `stat` is answered from it.
     fn view(&self) -> GuestView;
 
-    /// What it does by its own account, if it gives one: then that counts, for others than its process may stop it and let it go on.
-    /// As of the last call of [`runs`](Self::runs) at least. Must not wait for anything.
+    /// What it does by its own account, if it gives one: then that counts, for others than its process may stop it and
+    /// let it go on. As of the last call of [`runs`](Self::runs) at least. Must not wait for anything.
     fn run_state(&self) -> Option<RunState> {
         None
     }

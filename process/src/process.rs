@@ -20,7 +20,8 @@ use crate::machine::Machine;
 use crate::memory::Memory;
 use crate::vm::{OnEnd, Vm, VmEvent, lock};
 
-/// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the same reason.
+/// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the
+/// same reason.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 /// Between two looks at whether a migration has ended.
 const SETTLE_POLL: Duration = Duration::from_millis(2);
@@ -97,8 +98,8 @@ impl Process {
         }
     }
 
-    /// Has it told how the VM's life has ended, before the guest is told to quit. For a guest that takes the process along, as a QEMU
-    /// does: what is said behind that may never be heard.
+    /// Has it told how the VM's life has ended, before the guest is told to quit. For a guest that takes the process
+    /// along, as a QEMU does: what is said behind that may never be heard.
     pub fn on_end(&self, tell: OnEnd) {
         let _ = self.vm.on_end.set(tell);
     }
@@ -147,7 +148,8 @@ pub struct NameHold {
 }
 
 impl NameHold {
-    /// The program ends, and the VM with it: whoever moves it is told why, and so is the target. Waits for that, at most `limit`.
+    /// The program ends, and the VM with it: whoever moves it is told why, and so is the target. Waits for that, at
+    /// most `limit`.
     pub fn ends(&self, why: impl FnOnce() -> Failure, limit: Duration) {
         let migrates = || self.vm.locked(|state| matches!(state.whereabouts, Whereabouts::Migrating));
         let mut deadline = Instant::now() + limit.min(ANSWER_LIMIT);
@@ -170,8 +172,8 @@ impl NameHold {
         drop(lock(&self.vm.granted).take());
     }
 
-    /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be started here again.
-    /// Before [`NameHold::release`].
+    /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be
+    /// started here again. Before [`NameHold::release`].
     pub fn end(&self) -> Option<FailureKind> {
         match self.vm.locked(|state| state.whereabouts.clone()) {
             Whereabouts::Moved { .. } => Some(FailureKind::Moved),

@@ -12,14 +12,14 @@ use crate::memory::MemorySpec;
 pub const VARIABLE: &str = "VMEMD_PRELOAD";
 /// File name of the shared object that goes to `LD_PRELOAD`.
 pub const LIBRARY: &str = "libvmemd_preload.so";
-/// The environment variable of a question: the number of a pipe's descriptor, to which the preload writes an [`PreloadAnswer`] a
-/// line, when the program begins and when it exits.
+/// The environment variable of a question: the number of a pipe's descriptor, to which the preload writes an
+/// [`PreloadAnswer`] a line, when the program begins and when it exits.
 pub const QUESTION: &str = "VMEMD_PRELOAD_QUESTION";
 /// Whoever starts a QEMU and the preload in it must be of one version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Guest memory is in files that are not there: the preload opens them for QEMU, and nothing else can, nor make them (in /proc
-/// nobody can). A QEMU without the preload prints this name, and ends.
+/// Guest memory is in files that are not there: the preload opens them for QEMU, and nothing else can, nor make them
+/// (in /proc nobody can). A QEMU without the preload prints this name, and ends.
 pub const MEMORY_FILES: &str =
     "/proc/libvmemd_preload.so-is-not-in-this-QEMU:LD_PRELOAD-was-lost-or-not-followed:see-docs/qemu.md/ram";
 
@@ -53,7 +53,8 @@ pub struct PreloadSettings {
     pub backends: Vec<Backend>,
     /// The monitor by which the preload drives the QEMU.
     pub qmp: QmpAddress,
-    /// QEMU's arguments, if it is something else than vmemd that starts it: its VM moves only if these are what it gets.
+    /// QEMU's arguments, if it is something else than vmemd that starts it: its VM moves only if these are what it
+    /// gets.
     pub args: Option<Vec<String>>,
     /// Whether the VM is new, and all that differs by that.
     pub role: Role,

@@ -48,7 +48,8 @@ impl<'a> Leaving<'a> {
         text(failure)
     }
 
-    /// If a machine that cannot move as it is was not stopped for that reason, then it is told as it would have been before a byte moved.
+    /// If a machine that cannot move as it is was not stopped for that reason, then it is told as it would have been
+    /// before a byte moved.
     fn not_stopped(&mut self, failure: Failure) -> VmError {
         self.failed(self.vm.unmovable().map_or(failure, cannot_move))
     }

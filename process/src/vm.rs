@@ -102,7 +102,8 @@ pub(crate) struct Vm {
     /// The machine's last known account, for when it is busy being paused.
     last_seen: Mutex<(GuestView, Option<RunState>)>,
     started: Instant,
-    /// Told how the VM has ended, before its guest is told to quit: where that ends the process, nothing can be said behind it.
+    /// Told how the VM has ended, before its guest is told to quit: where that ends the process, nothing can be said
+    /// behind it.
     pub(crate) on_end: OnceLock<OnEnd>,
 }
 
@@ -385,8 +386,8 @@ impl Vm {
         self.go_on();
     }
 
-    /// Lets a VM go on that stood still for what its store did not do, and does again, unless somebody else has it or wants it to
-    /// stand still.
+    /// Lets a VM go on that stood still for what its store did not do, and does again, unless somebody else has it or
+    /// wants it to stand still.
     pub(crate) fn go_on(&self) {
         let over =
             |state: &mut VmState| state.hold.is_relieved() && matches!(state.whereabouts, Whereabouts::Here);

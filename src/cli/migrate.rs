@@ -61,8 +61,8 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
     }
 }
 
-/// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above), or which may be arriving and
-/// change its place.
+/// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above), or which may be
+/// arriving and change its place.
 fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
     let deadline = Instant::now() + START_GRACE;
     let connect = |socket: SocketName| VmClient::connect_to(dir, &socket);

@@ -76,7 +76,8 @@ fn rounded(bytes: u64) -> String {
     format!("{:#}", Size(bytes))
 }
 
-/// None: one has ended, or its socket was renamed (a hand-over), between being listed and being asked. The next list tells.
+/// None: one has ended, or its socket was renamed (a hand-over), between being listed and being asked. The next list
+/// tells.
 fn ask_all(dir: &RunDir, sockets: &[SocketName]) -> Option<Vec<Row>> {
     // All at once: one that does not answer must not hold up the others.
     std::thread::scope(|scope| {

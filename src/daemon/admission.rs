@@ -59,8 +59,8 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Of the VMs that arrived through the daemon of that listen address. One that does not answer has what it was granted all the
-    /// same; of its store it may still fill everything.
+    /// Of the VMs that arrived through the daemon of that listen address. One that does not answer has what it was
+    /// granted all the same; of its store it may still fill everything.
     pub(super) fn ask(dir: &RunDir, daemon: &str) -> Result<Held, Failure> {
         let sockets = dir.sockets()?;
         let ask = |socket| VmClient::connect_to(dir, socket).and_then(|mut vm| vm.stat());

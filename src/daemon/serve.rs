@@ -256,8 +256,8 @@ impl Daemon {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a VM in. The source hears of a failure before the process that was to take the VM has ended: that must not be in the way
-    /// of the next try.
+    /// Lets a VM in. The source hears of a failure before the process that was to take the VM has ended: that must not
+    /// be in the way of the next try.
     fn admit_again(self: &Arc<Daemon>, stream: &mut TcpStream, hello: &SessionHello) -> Result<(), Refusal> {
         let before = self.sessions_of(&hello.name);
         self.admit(stream, hello).or_else(|refusal| {

@@ -16,8 +16,8 @@ const PT_INTERP: u32 = 3;
 const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 
-/// Finds a binary as a shell does: by `PATH`, unless there is a `/` in its name. Links stay: QEMU goes by the name that it is
-/// started by.
+/// Finds a binary as a shell does: by `PATH`, unless there is a `/` in its name. Links stay: QEMU goes by the name that
+/// it is started by.
 pub fn find(name: &str, path: &std::ffi::OsStr) -> Result<PathBuf, Failure> {
     let missing = |why: String| {
         Failure::new(FailureKind::Host, format!("{name}: {why}: install QEMU, or correct the name"))

@@ -1,4 +1,5 @@
-//! Whether a guest finds the same processor at the target: with `-cpu host` (or `max`) under KVM it has seen the source's.
+//! Whether a guest finds the same processor at the target: with `-cpu host` (or `max`) under KVM it has seen the
+//! source's.
 
 use std::collections::BTreeSet;
 

@@ -1,7 +1,7 @@
 //! A QEMU with vmemd's engine in it: names for its memory, a monitor for us, the preload and its settings.
 //!
-//! What it needs besides its command line is inherited: a connected socket for its monitor. So nothing is left behind however
-//! it ends.
+//! What it needs besides its command line is inherited: a connected socket for its monitor. So nothing is left behind
+//! however it ends.
 
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};

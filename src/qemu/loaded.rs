@@ -1,8 +1,9 @@
 //! Whether a program really gets the preload: asked of the program itself, before a VM depends on it.
 //!
-//! The loader drops what it cannot load (a damaged file, a file system mounted noexec) with a word on standard error, and goes on
-//! without it; a wrapper may start QEMU with another environment. So the program is started once as `--version`, with
-//! the environment that the VM's QEMU will have, and the preload answers over a pipe when the program begins and when it exits.
+//! The loader drops what it cannot load (a damaged file, a file system mounted noexec) with a word on standard error,
+//! and goes on without it; a wrapper may start QEMU with another environment. So the program is started once as
+//! `--version`, with the environment that the VM's QEMU will have, and the preload answers over a pipe when the program
+//! begins and when it exits.
 
 use std::ffi::OsString;
 use std::io::{PipeReader, Read};

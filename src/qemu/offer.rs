@@ -110,7 +110,8 @@ impl Offer {
         Ok(Accepted { binary, plan, onward })
     }
 
-    /// The QEMU binary of this host: of the same (or the mapped) path, else of the same name; else what that is a link to.
+    /// The QEMU binary of this host: of the same (or the mapped) path, else of the same name; else what that is a link
+    /// to.
     fn find(&self, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
         let found = find(&self.binary, rules, path).or_else(|failure| match &self.real {
             Some(real) => find(real, rules, path).map_err(|_| failure),

@@ -1,5 +1,6 @@
-//! The tables of what of a QEMU command line cannot work under vmemd: to refuse one thing more, add a row. [`refuse`](super::refuse)
-//! looks them up, and a test of it that docs/qemu.md names each, and that `options` knows each option.
+//! The tables of what of a QEMU command line cannot work under vmemd: to refuse one thing more, add a row.
+//! [`refuse`](super::refuse) looks them up, and a test of it that docs/qemu.md names each, and that `options` knows
+//! each option.
 
 use super::props::{Props, is_on};
 

@@ -65,8 +65,8 @@ impl Host {
                 memory_size: bytes,
                 userspace_addr: base as u64 + start,
             };
-            // SAFETY: who makes a ReferenceMachine promises that memory_bytes from the base stay mapped while it exists; the
-            // slots lie within and do not overlap.
+            // SAFETY: who makes a ReferenceMachine promises that memory_bytes from the base stay mapped while it
+            // exists; the slots lie within and do not overlap.
             unsafe { self.vm.set_user_memory_region(region) }.map_err(kvm("map the guest's memory"))?;
         }
         (0..config.vcpus).map(|index| self.vcpu(index)).collect()

@@ -69,9 +69,9 @@ impl ReferenceMachine {
         ReferenceMachine::assemble(config, layout, &memory, host.vm, vcpus, counters)
     }
 
-    /// Takes over a guest that [`save`](ReferenceMachine::save) has left, paused. Its memory must hold what it held then (or
-    /// provide it when touched; nothing is touched here), and `memory_base` is as for [`new`](ReferenceMachine::new), with
-    /// the size that [`saved_config`](crate::vmm::saved_config) tells.
+    /// Takes over a guest that [`save`](ReferenceMachine::save) has left, paused. Its memory must hold what it held
+    /// then (or provide it when touched; nothing is touched here), and `memory_base` is as for
+    /// [`new`](ReferenceMachine::new), with the size that [`saved_config`](crate::vmm::saved_config) tells.
     pub fn restore(state: &[u8], memory_base: *mut u8) -> Result<ReferenceMachine, VmmError> {
         ReferenceMachine::from_state(MachineState::decode(state)?, memory_base)
     }

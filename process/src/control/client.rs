@@ -26,7 +26,8 @@ pub struct VmClient {
     lines: Lines,
     /// The versions that this side knows.
     versions: Versions,
-    /// The version that the VM's process has chosen; None until it has said so, and of one that does not know of versions.
+    /// The version that the VM's process has chosen; None until it has said so, and of one that does not know of
+    /// versions.
     version: Option<u16>,
 }
 
@@ -43,7 +44,8 @@ impl VmClient {
         loop {
             let socket = dir.find(name)?;
             match VmClient::connect_to(dir, &socket) {
-                // It lived when it was found: its socket has another name since (a hand-over), or it ended. The next look tells.
+                // It lived when it was found: its socket has another name since (a hand-over), or it ended. The next
+                // look tells.
                 Err(failure) if failure.kind == FailureKind::Name => {}
                 connected => return connected,
             }
@@ -103,8 +105,8 @@ impl VmClient {
         }
     }
 
-    /// A process that knows of one version only does what it is asked without a look at ours. If it would misunderstand us, it is asked
-    /// for its facts alone, which harms nothing.
+    /// A process that knows of one version only does what it is asked without a look at ours. If it would misunderstand
+    /// us, it is asked for its facts alone, which harms nothing.
     fn make_sure(&mut self) -> Result<(), Failure> {
         if self.versions.contains(&UNSAID) || self.version.is_some() {
             return Ok(());
@@ -199,8 +201,8 @@ impl VmClient {
     /// Has the VM end, and waits until it is known what became of it; null if it has failed, or had ended by then.
     ///
     /// # Errors
-    /// The VM's refusal, or no answer. [`FailureKind::InDoubt`] if its process ended without a word while it was moving, by what `before` says:
-    /// what was heard of it last (null if nothing was).
+    /// The VM's refusal, or no answer. [`FailureKind::InDoubt`] if its process ended without a word while it was
+    /// moving, by what `before` says: what was heard of it last (null if nothing was).
     pub fn stop(&mut self, before: &Value, timeout: Duration) -> Result<Value, Failure> {
         self.make_sure()?;
         match self.reply(&Request::Stop, timeout) {

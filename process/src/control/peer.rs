@@ -39,8 +39,8 @@ impl Peers {
     }
 }
 
-/// As they were when it connected. Not by rustix, whose process numbers cannot be 0: the kernel gives that one for a process of
-/// another PID namespace, such as one outside of this process's container.
+/// As they were when it connected. Not by rustix, whose process numbers cannot be 0: the kernel gives that one for a
+/// process of another PID namespace, such as one outside of this process's container.
 fn credentials(stream: &UnixStream) -> io::Result<libc::ucred> {
     let mut found = libc::ucred { pid: 0, uid: libc::uid_t::MAX, gid: libc::gid_t::MAX };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;

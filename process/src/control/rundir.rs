@@ -5,10 +5,10 @@
 //!   run ─────────▶ NAME.sock ──give_up_name──▶ NAME.leaving-ID.sock ──▶ gone
 //!   serve ──▶ NAME.arriving-ID.sock ──take_name──▶ NAME.sock
 //! ```
-//! Renaming may wait for a disk, so neither is done while the VM stands still: the one comes before, the other behind the start.
-//! Every change is made under one flock, so that source and target may share a directory. A socket that refuses
-//! connections belongs to a dead process and is removed. Sockets are addressed through `/proc/self/fd`, which keeps long
-//! directory names within the 107 bytes of a socket address.
+//! Renaming may wait for a disk, so neither is done while the VM stands still: the one comes before, the other behind
+//! the start. Every change is made under one flock, so that source and target may share a directory. A socket that
+//! refuses connections belongs to a dead process and is removed. Sockets are addressed through `/proc/self/fd`, which
+//! keeps long directory names within the 107 bytes of a socket address.
 
 use std::fs::File;
 use std::io;
@@ -99,8 +99,8 @@ impl SocketName {
     }
 }
 
-/// Why a user cannot rely on a directory that has these owners (of its name, and its own) and this mode. Root may look after the
-/// VMs of others.
+/// Why a user cannot rely on a directory that has these owners (of its name, and its own) and this mode. Root may look
+/// after the VMs of others.
 fn untrusted(own: u32, owners: [u32; 2], mode: u32) -> Option<String> {
     if let Some(other) = owners.iter().find(|owner| own != 0 && **owner != own && **owner != 0) {
         return Some(format!("belongs to another user ({other})"));
@@ -346,8 +346,8 @@ impl RunDir {
     }
 }
 
-/// Fails with `WouldBlock` if the listener's queue is full. A process that stands still leaves in it whoever has looked whether it
-/// lives, and one look too many would wait for ever (with the directory's lock, which all others wait for).
+/// Fails with `WouldBlock` if the listener's queue is full. A process that stands still leaves in it whoever has looked
+/// whether it lives, and one look too many would wait for ever (with the directory's lock, which all others wait for).
 fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     if path.as_os_str().len() > ADDRESS_MAX {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -411,8 +411,8 @@ impl Claim {
         self.rename(&lock, SocketName::leaving(self.socket.name(), session))
     }
 
-    /// Whether the name can be taken. Waits for no disk, and nobody but another VM of that name that is on its way itself can take it
-    /// before [`take_name`](Self::take_name).
+    /// Whether the name can be taken. Waits for no disk, and nobody but another VM of that name that is on its way
+    /// itself can take it before [`take_name`](Self::take_name).
     ///
     /// # Errors
     /// [`FailureKind::Name`] if another VM has it now.

@@ -56,7 +56,8 @@ impl Client<'_> {
         self.lines.write(&Reply::Faults(seen))
     }
 
-    /// Whether the client says that it wants no more of what is under way. Anything else that it says waits for its turn.
+    /// Whether the client says that it wants no more of what is under way. Anything else that it says waits for its
+    /// turn.
     pub fn cancels(&mut self) -> bool {
         let mut said = [0; PEEKED];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -179,8 +180,8 @@ impl Server {
     }
 }
 
-/// The version goes ahead of the answer, which may be long in coming. A client that has gone by then is no reason not to serve it: that
-/// is up to each request.
+/// The version goes ahead of the answer, which may be long in coming. A client that has gone by then is no reason not
+/// to serve it: that is up to each request.
 fn answer(
     lines: &mut Lines,
     request: Request,

@@ -1,8 +1,9 @@
 //! Which version of the control protocol a client and a VM's process speak: the highest that both know.
 //!
-//! A client writes its range into each of its requests, where a process that knows of one version does not look. A process writes the
-//! version that it has chosen in a line before its answer, to a client that has written a range. Who writes neither speaks version 1.
-//! So a choice costs no exchange of its own, and a request is good for whoever reads it.
+//! A client writes its range into each of its requests, where a process that knows of one version does not look. A
+//! process writes the version that it has chosen in a line before its answer, to a client that has written a range. Who
+//! writes neither speaks version 1. So a choice costs no exchange of its own, and a request is good for whoever reads
+//! it.
 
 use migrate::versions::{NoneInCommon, Side, Versions, highest_common};
 use serde::Serialize;

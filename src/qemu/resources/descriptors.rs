@@ -1,5 +1,5 @@
-//! Paths that are a process's own: `/dev/fd/10`, `/proc/self/fd/10`, and links to these. They look like names, but another
-//! process that opens one gets something else of its own, on another host above all.
+//! Paths that are a process's own: `/dev/fd/10`, `/proc/self/fd/10`, and links to these. They look like names, but
+//! another process that opens one gets something else of its own, on another host above all.
 
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
