@@ -6,7 +6,7 @@ use migrate::Registry;
 use tracing::info;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, FailureKind, chain};
+use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 use vmprocess::{Arrival, ArriveSettings, Facts, Machine, Memory, MemorySpec, Owner, Process, host};
 
@@ -67,7 +67,7 @@ fn start(settings: &RunSettings, base: *mut u8) -> Result<Box<dyn Machine>, Fail
 pub fn receive(settings: &ArriveSettings) -> Result<(), Failure> {
     let spec = &settings.memory;
     let registry = Registry::new(&RunDir::open(&settings.run_dir)?.sessions_dir());
-    let registry = registry.map_err(|error| Failure::new(FailureKind::Other, chain(&error)))?;
+    let registry = registry.map_err(|error| Failure::other(&error))?;
     sandbox::enter(&[&settings.run_dir, &spec.store, registry.decisions()])?;
     let (process, arrival) = Arrival::begin(settings, Owner::Ours)?;
     let memory = match Memory::start(spec, process.notices()) {

@@ -23,8 +23,7 @@ impl Service for VmService {
     fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure> {
         let vm = &self.0;
         match request {
-            Request::Stat => serde_json::to_value(vm.stat()?)
-                .map_err(|error| Failure::new(FailureKind::Other, error.to_string())),
+            Request::Stat => serde_json::to_value(vm.stat()?).map_err(|error| Failure::other(&error)),
             Request::Pause => vm.pause(),
             Request::Resume => vm.resume(),
             Request::Resolve { force } => crate::doubt::resolve(vm, force),

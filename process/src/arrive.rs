@@ -134,8 +134,7 @@ impl Arrival {
         };
         let granted = Granted::adopt(&dir, &hello.session.to_string(), granted, Share::of(&facts))?;
         let process = Process::begin_granted(facts, claimed, granted, owner)?;
-        let registry = Registry::new(&dir.sessions_dir())
-            .map_err(|error| Failure::new(FailureKind::Other, chain(&error)))?;
+        let registry = Registry::new(&dir.sessions_dir()).map_err(|error| Failure::other(&error))?;
         Ok((process, registry))
     }
 

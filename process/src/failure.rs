@@ -70,6 +70,11 @@ impl Failure {
         Failure { kind, text: text.into() }
     }
 
+    /// An error that has no kind of its own, with its causes.
+    pub fn other(error: &dyn std::error::Error) -> Failure {
+        Failure::new(FailureKind::Other, chain(error))
+    }
+
     /// An operating error of this machine, with what was being done.
     pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Failure {
         let kind = match error.kind() {

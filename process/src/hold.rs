@@ -122,7 +122,7 @@ pub(crate) enum Resumer {
 /// | a migration that failed, if that stopped it | migrating, or in doubt until now | nothing else |
 /// | a migration that brought it | here, as of the commit | anything but that it came paused |
 ///
-/// Nobody else may. A VM that somebody else lets go on would run at two hosts, or against the will of whoever paused it.
+/// Nobody else may. A VM that somebody else lets go on would run at two hosts, or against the will of its pauser.
 pub(crate) fn may_resume(who: Resumer, whereabouts: &Whereabouts, hold: &Hold) -> bool {
     let here = matches!(whereabouts, Whereabouts::Here);
     match who {

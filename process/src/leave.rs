@@ -256,8 +256,7 @@ fn report(
 ) -> Result<Value, Failure> {
     match result {
         Ok(report) => {
-            let mut value = serde_json::to_value(report)
-                .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?;
+            let mut value = serde_json::to_value(report).map_err(|error| Failure::other(&error))?;
             value["to"] = to.into();
             Ok(value)
         }

@@ -50,9 +50,7 @@ fn watch(dir: &RunDir, args: &StatArgs) -> Result<(), Failure> {
             Err(failure) => return Err(failure),
         };
         let text = if args.json.json {
-            serde_json::to_string(&stat)
-                .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?
-                + "\n"
+            serde_json::to_string(&stat).map_err(|error| Failure::other(&error))? + "\n"
         } else {
             let since =
                 before.as_ref().map(|(then, stat)| Since { stat, seconds: (now - *then).as_secs_f64() });

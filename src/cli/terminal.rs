@@ -4,7 +4,7 @@ use std::io::Write;
 
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
-use vmprocess::failure::{Failure, FailureKind};
+use vmprocess::failure::Failure;
 
 /// Prints to stdout.
 pub fn print(text: &str) {
@@ -16,8 +16,7 @@ pub fn print(text: &str) {
 /// # Errors
 /// If it cannot be written as JSON.
 pub fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?;
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::other(&error))?;
     print(&text);
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use tracing::warn;
 use vmprocess::ArriveSettings;
-use vmprocess::failure::{Failure, FailureKind};
+use vmprocess::failure::Failure;
 use vmprocess::qemu::Role;
 
 use super::groups::{self, Group};
@@ -71,8 +71,7 @@ pub(super) fn log_path(dir: &Path, vm: &str) -> PathBuf {
 }
 
 fn receive(settings: &ArriveSettings) -> Result<Command, Failure> {
-    let text = serde_json::to_string(settings)
-        .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?;
+    let text = serde_json::to_string(settings).map_err(|error| Failure::other(&error))?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("vmemd").arg("receive").arg(text);
     Ok(command)

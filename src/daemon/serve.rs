@@ -98,8 +98,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let fail = |error| Failure::io("cannot listen", &error);
     listener.set_nonblocking(true).map_err(fail)?;
     let listen = listener.local_addr().map_err(fail)?.to_string();
-    let registry = Registry::new(&dir.sessions_dir())
-        .map_err(|error| Failure::new(FailureKind::Other, chain(&error)))?;
+    let registry = Registry::new(&dir.sessions_dir()).map_err(|error| Failure::other(&error))?;
     if let Err(error) = registry.prune(RECORDS_KEPT) {
         warn!(error = %chain(&error), "old records of hand-overs stay");
     }

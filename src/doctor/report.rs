@@ -32,8 +32,7 @@ pub fn doctor(store: &Path, json: bool) -> Result<(), Failure> {
         )),
     };
     let text = if json {
-        serde_json::to_string_pretty(&Account { ok, checks })
-            .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?
+        serde_json::to_string_pretty(&Account { ok, checks }).map_err(|error| Failure::other(&error))?
     } else {
         table(&checks, std::io::stdout().is_terminal())
     };
