@@ -14,7 +14,7 @@ use crate::reference::{ReferenceGuest, ReferenceNewcomer};
 use crate::sandbox;
 use crate::vmm::{MachineConfig, ReferenceMachine, Workload};
 
-/// What `vmemd run` shall start.
+/// The settings of `vmemd run` with the reference guest.
 #[derive(Clone, Debug)]
 pub struct RunSettings {
     pub run_dir: PathBuf,

@@ -18,7 +18,7 @@ use libc::c_int;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 
-/// What the memory is handed to.
+/// The owner that mapped memory is handed to.
 pub(crate) trait Keeper: Send + Sync {
     /// Takes over backend `index`, freshly mapped. The error has been told; QEMU sees an errno.
     fn attach(&self, index: usize, address: usize, bytes: usize) -> Result<(), c_int>;

@@ -25,9 +25,9 @@ use crate::runstate;
 use crate::throttle::Throttle;
 use crate::tuning::{self, Tuning};
 
-/// For what QEMU does at once, unless a disk or the store keeps it waiting.
+/// Limit for a command that QEMU carries out at once, unless a disk or the store keeps it waiting.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
-/// For all of the device state to be written or read.
+/// Limit for all of the device state to be written or read.
 const STATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks at how that stands.
 const STATE_POLL: Duration = Duration::from_millis(2);
@@ -35,13 +35,13 @@ const STATE_POLL: Duration = Duration::from_millis(2);
 const STATE_BYTES_MAX: usize = migrate::wire::control::MAX_STATE_BYTES;
 /// Of QEMU's migration: memory that others share is not its to send.
 const IGNORE_SHARED: &str = "x-ignore-shared";
-/// What QEMU calls the descriptor that it is given.
+/// QEMU's name for the descriptor that it is given.
 const STATE_FD: &str = "vmemd-state";
 /// Of QEMU's migration: disks are opened when the guest is to run, not when its state has come.
 const LATE_BLOCK_ACTIVATE: &str = "late-block-activate";
 /// Of QEMU's migration: what was written to a disk since, for a backup (a bitmap that is in no image).
 const DIRTY_BITMAPS: &str = "dirty-bitmaps";
-/// What is asked before the VM moves, besides its inventory.
+/// The questions to QEMU before the VM moves, besides its inventory.
 const OBSTACLES: [&str; 4] = ["query-migrate", "query-status", "query-jobs", "query-block-exports"];
 
 /// A QEMU that can be asked.
@@ -52,17 +52,18 @@ pub(crate) struct Qemu {
     throttle: Option<Throttle>,
     vcpus: u32,
     workload: String,
-    /// What it was made of when it was started: so its target is.
+    /// The parts that it was made of when it was started: its target is made of the same.
     started_with: Inventory,
     /// Why it does not move, whatever its state, if its command line is the reason.
     stays: Option<String>,
-    /// What its guest memory is called.
+    /// QEMU's ids of its guest memory.
     memory: Vec<String>,
     /// Its directory in /proc.
     process: PathBuf,
     /// The user's settings of QEMU's migration, while they are not set.
     set_aside: Option<Tuning>,
-    /// Its network may know the guest's addresses elsewhere: at the target that it did not go to.
+    /// Its device state was saved for a target that it may not have gone to. Bridges may have learnt there where the
+    /// guest's addresses are, so it announces them again when it runs on here.
     given_away: bool,
     /// It came and has not run yet, so its disks are not its own: a QEMU that gives them away once more ends there.
     disks_away: bool,
@@ -78,7 +79,7 @@ fn is_busy(status: &str) -> bool {
     !matches!(status, "" | "none" | "completed" | "failed" | "cancelled")
 }
 
-/// What keeps a machine from moving as it is now, from QEMU's answers to [`OBSTACLES`].
+/// The obstacles to a move of the machine as it is now, from QEMU's answers to [`OBSTACLES`].
 fn obstacles(answers: &[Value]) -> Vec<String> {
     let [migration, status, jobs, exports] = answers else { return Vec::new() };
     let mut found = Vec::new();
@@ -169,7 +170,7 @@ impl Qemu {
         self.qmp.ask(command, arguments, COMMAND_TIMEOUT).map_err(failure)
     }
 
-    /// What the machine does now.
+    /// The machine's state now.
     fn status(&mut self) -> Result<RunState, Failure> {
         let answer = self.ask("query-status", Value::Null)?;
         self.heard_state.answered(&answer);
@@ -285,7 +286,7 @@ impl Qemu {
         let deadline = Instant::now() + STATE_TIMEOUT;
         let begun = self.qmp.ask("migrate", json!({ "uri": format!("fd:{STATE_FD}") }), COMMAND_TIMEOUT);
         if let Err(error) = begun {
-            // What QEMU refuses has not begun. What is under way then is somebody else's.
+            // A migration that QEMU refuses has not begun: one that is under way then is somebody else's.
             if !matches!(error, QmpError::Refused { .. }) {
                 self.give_state_up();
             }

@@ -1,4 +1,4 @@
-//! What a machine consists of, in QEMU's own words: listed when QEMU starts, and again before the VM moves.
+//! The parts that a machine consists of, in QEMU's own words: listed when QEMU starts, and again before the VM moves.
 //!
 //! The target starts QEMU with the command line of the start. What a monitor has changed since would be missing there,
 //! or worse: a disk would be the file of before, without what was written since. So a machine moves only if both lists
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-/// What is asked, in this order.
+/// The questions to QEMU, in this order.
 const QUESTIONS: [&str; 10] = [
     "query-block",
     "query-named-block-nodes",
@@ -70,7 +70,7 @@ impl Inventory {
         all
     }
 
-    /// What is not as it was `then`, each in a few words.
+    /// The parts that are not as they were `then`, each in a few words.
     pub(crate) fn changes(&self, then: &Inventory) -> Vec<String> {
         let mut names: Vec<&String> = self.0.keys().chain(then.0.keys()).collect();
         names.sort();

@@ -79,7 +79,7 @@ struct Refusal {
 
 type Received = Result<Line, QmpError>;
 
-/// What the machine does, as last heard.
+/// The machine's state, as QEMU has told it last.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HeardState(Arc<(Mutex<Heard>, Condvar)>);
 

@@ -1,14 +1,15 @@
-//! What QEMU says a machine does (`RunState` of its QAPI), in vmemd's words; and why a QEMU ends (`ShutdownCause`).
+//! QEMU's words for whether a machine runs (`RunState` of its QAPI) and why a QEMU ends (`ShutdownCause`), in vmemd's
+//! words.
 
 use vmprocess::RunState;
 use vmprocess::control::protocol::State;
 use vmprocess::failure::{Failure, FailureKind};
 
 pub(crate) const RUNNING: &str = "running";
-/// What `stop` makes of a machine that runs.
+/// QEMU's word for a machine that `stop` has stopped.
 pub(crate) const PAUSED: &str = "paused";
 
-/// What a word of QEMU means.
+/// The meaning of one of QEMU's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Meaning {
     word: &'static str,
@@ -67,7 +68,8 @@ fn meaning(word: &str) -> Option<&'static Meaning> {
     MEANINGS.iter().find(|meaning| meaning.word == word)
 }
 
-/// What a machine does. `running`: whether its vCPUs are let into the guest, as QEMU says beside the word.
+/// A machine's state by QEMU's word for it. `running`: whether its vCPUs are let into the guest, as QEMU says beside
+/// it.
 pub(crate) fn of(word: &str, running: bool) -> RunState {
     let (state, why) = match meaning(word) {
         Some(meaning) => (meaning.state, Some(meaning.why).filter(|why| !why.is_empty()).map(str::to_owned)),

@@ -17,7 +17,7 @@ use crate::qmp::lock;
 const LD_PRELOAD: &str = "LD_PRELOAD";
 const LD_SEPARATORS: [u8; 2] = [b':', b' '];
 
-/// What the environment has for this program.
+/// The settings in the environment, if they are meant for this program.
 #[derive(Debug)]
 pub(crate) enum Found {
     /// This process is the QEMU that they are for.
@@ -130,7 +130,7 @@ fn inherited(settings: &PreloadSettings) -> Vec<RawFd> {
     all
 }
 
-/// What is left of a preload list without this library.
+/// A preload list without this library.
 fn without_us(list: &OsStr) -> Option<OsString> {
     let entries = list.as_bytes().split(|byte| LD_SEPARATORS.contains(byte));
     let others: Vec<&[u8]> =

@@ -1,4 +1,4 @@
-//! What a VM's process does when it is asked over its control socket.
+//! The requests of the control socket, carried out: pause, resume, stop, a new budget.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -85,7 +85,7 @@ impl Vm {
         let resumed = self.machine(|machine| {
             // Under the machine's lock, so that a migration which begins now pauses it later than this.
             self.operator_may_resume()?;
-            // What has failed may go on all the same: a disk was mended.
+            // A guest that has failed may go on all the same: a disk was mended.
             let ran = machine.runs().is_ok_and(|runs| runs);
             if ran && machine.run_state().is_some_and(|now| now.state == State::Running) {
                 return Ok(true);
@@ -167,7 +167,7 @@ impl Vm {
         Ok(json!({ "name": self.facts.name, "ram_budget_bytes": engine.stats()?.ram_budget_bytes }))
     }
 
-    /// What it does now. `already`: it did so before it was asked.
+    /// The answer with the VM's state now. `already`: the VM did so before it was asked.
     fn told(&self, already: bool) -> Result<Value, Failure> {
         let (state, reason) = self.state();
         Ok(json!({ "name": self.facts.name, "state": state, "reason": reason, "already": already }))

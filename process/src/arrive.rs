@@ -33,7 +33,7 @@ use crate::vm::{Vm, VmEvent, Waiting};
 /// How long the next data stream may take to be passed on.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What the daemon tells the process that it starts, as one JSON argument.
+/// The settings that the daemon gives the process that it starts, as one JSON argument.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ArriveSettings {
     /// Where the daemon has bound the socket, and where the registry is.

@@ -25,7 +25,7 @@ const READ_TRIES: u32 = 100;
 /// Records have one length, so that one write replaces all of another.
 const RECORD_BYTES: usize = 512;
 
-/// What one VM may have.
+/// The RAM and memory of one VM, as on record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
     /// What the VM is called. During a move two records may have the same name: they are told apart by an id.
@@ -54,7 +54,7 @@ impl Share {
         }
     }
 
-    /// What it may still take from the host.
+    /// The part of the budget that the VM has not taken from the host yet.
     pub fn untaken_bytes(&self) -> u64 {
         let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.pid)).unwrap_or_default();
         let pages = statm.split_whitespace().nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
@@ -150,7 +150,7 @@ impl Drop for Granted {
     }
 }
 
-/// What the living VMs of this host may have. Removes the records of dead ones.
+/// The records of the living VMs of this host. Removes those of dead ones.
 ///
 /// # Errors
 /// If the directory cannot be read, or a living VM's record: nobody could tell what it may have.

@@ -1,4 +1,4 @@
-//! What this host has left: RAM, and room on a file system.
+//! Resources that this host has left: RAM, and room on a file system.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! What the process of one VM does, whatever its machine: its control socket, its life, leaving and arriving.
+//! The process of one VM, whatever its machine: its control socket, its life, leaving and arriving.
 //!
 //! ```text
 //!   run ──────────────▶ Here ◀──────────── taken back ───────────┐

@@ -154,7 +154,7 @@ impl Vm {
         })
     }
 
-    /// What the end of this process by a bug means, whoever starts VMs again that have failed: nobody may who might
+    /// The exit code's kind if a bug ends this process. It tells whatever restarts failed VMs: nobody may who might
     /// have two then.
     fn crashed(&self) -> FailureKind {
         let kind = |state: &mut VmState| match state.whereabouts {

@@ -1,4 +1,5 @@
-//! What a VM's process needs of the machine that it runs.
+//! The machine of a VM, as the VM's process drives it: a trait, with one implementation for QEMU and one for the
+//! reference guest.
 
 use std::fmt;
 
@@ -59,7 +60,7 @@ pub trait Machine: Send + fmt::Debug {
     /// Keeps the vCPUs out of the guest for that share of the time, 0 to 99 percent.
     fn throttle(&mut self, percent: u8);
 
-    /// What it is and how it does. Must not wait for anything: `stat` is answered from it.
+    /// The guest as `stat` shows it. Must not wait for anything: otherwise `stat` would.
     fn view(&self) -> GuestView;
 
     /// What it does by its own account, if it gives one: then that counts, for others than its process may stop it and
@@ -96,7 +97,7 @@ pub struct GuestView {
     pub failed: Option<String>,
 }
 
-/// What a machine does.
+/// Whether a machine runs, and why not, by its own account.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunState {
     /// In its own word.

@@ -1,4 +1,5 @@
-//! What a store's pages end on: a disk, this host's own RAM, or another host.
+//! The medium that a store's pages end on: a disk, this host's own RAM, or another host. A store in RAM would move
+//! pages from RAM to RAM, so it is refused unless the user insists.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -27,7 +28,7 @@ const OVERLAY: u32 = 0x794c_7630;
 /// Block devices whose content is RAM.
 const RAM_DEVICES: &[&str] = &["zram", "ram"];
 
-/// What a store is on.
+/// The medium of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Medium {
     /// A disk, or what could not be looked into.

@@ -1,4 +1,4 @@
-//! What holds a VM's memory: the swap engine, or (for comparisons) an ordinary mapping.
+//! A VM's memory: held by the swap engine, or (for comparisons) an ordinary mapping.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use swapd::{Engine, EngineConfig, EngineHandle, Notice, PageNo, Stats, StoreConf
 use crate::control::protocol::EngineKind;
 use crate::failure::{Failure, FailureKind};
 
-/// What memory a VM shall have.
+/// The memory that a VM shall have.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct MemorySpec {
     /// What is to hold it: the swap engine, or an ordinary mapping.
@@ -119,7 +119,7 @@ impl Memory {
     }
 }
 
-/// What other threads need of the memory.
+/// The part of the memory's interface that other threads use.
 #[derive(Clone, Debug)]
 pub(crate) enum MemoryView {
     Engine(EngineHandle),

@@ -89,7 +89,7 @@ impl Process {
         self.server.wait_answered(GIVE_UP_ANSWER_LIMIT);
     }
 
-    /// What the engine is to tell its notices to.
+    /// The listener to start the engine with: it passes the engine's notices to the main loop.
     pub fn notices(&self) -> impl Fn(Notice) + Send + 'static {
         let events = self.vm.events.clone();
         move |notice| {

@@ -1,4 +1,4 @@
-//! What is agreed between whoever starts a QEMU and the preload in it: one JSON text in the environment.
+//! The agreement between the program that starts a QEMU and the preload in it: one JSON text in the environment.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ pub struct PreloadAnswer {
     pub exits: bool,
 }
 
-/// What the preload is told.
+/// The settings that the preload is given.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PreloadSettings {
     /// [`VERSION`] of whoever says this.

@@ -19,7 +19,7 @@ use crate::machine::{GuestView, Machine, RunState};
 use crate::memory::MemoryView;
 use crate::size::Size;
 
-/// What the process's main loop is told.
+/// Messages to the process's main loop.
 #[derive(Debug)]
 pub(crate) enum VmEvent {
     Notice(Notice),
@@ -36,7 +36,7 @@ pub(crate) const PINNED_BY: &str =
 /// Without an answer for so long, `stat` says that the store does not give one.
 const STORE_SILENCE_MS: u64 = 5000;
 
-/// What changes of a VM, under one lock. Nothing slow is done while it is held.
+/// The changing part of a VM, under one lock. Nothing slow is done while the lock is held.
 #[derive(Debug)]
 pub(crate) struct VmState {
     pub(crate) whereabouts: Whereabouts,
@@ -50,15 +50,15 @@ pub(crate) struct VmState {
     pub(crate) ender: Option<&'static str>,
     /// The program whose process this is ends by itself, and why.
     pub(crate) ended: Option<Failure>,
-    /// Who waits to hear how it ended, and what they are told.
+    /// Channels of those who have asked it to stop and wait to hear how it ended; and the answer, once there is one.
     pub(crate) stoppers: Vec<Sender<Told>>,
     pub(crate) end: Option<Told>,
 }
 
-/// What whoever stops a VM is told.
+/// The answer to those who stop a VM.
 pub(crate) type Told = Result<serde_json::Value, Failure>;
 
-/// What is waited for, since when, and what ends the waiting.
+/// A wait: for something, since some time, up to a limit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Waiting {
     what: &'static str,
@@ -217,7 +217,7 @@ impl Vm {
         })
     }
 
-    /// What it may have of RAM now.
+    /// The VM's RAM budget as it is now.
     fn budget(&self) -> u64 {
         let engine = self.memory.get().and_then(|memory| memory.engine().ok()?.stats().ok());
         engine.map_or(self.facts.budget_bytes, |stats| stats.ram_budget_bytes)
@@ -268,7 +268,7 @@ impl Vm {
         self.over().or_else(sleeps)
     }
 
-    /// What it does, and why it does not run if it does not.
+    /// The VM's state as `stat` shows it, and why it does not run if it does not.
     pub(crate) fn state(&self) -> (State, Option<String>) {
         let (view, run_state) = self.seen();
         self.locked(|state| state_of(state, view.failed, run_state.as_ref(), &Stats::default()))
@@ -453,7 +453,7 @@ fn here_state(paused: Option<&'static str>, run_state: Option<&RunState>) -> (St
     }
 }
 
-/// What is wrong with the store, or the RAM, of a VM that can do with it for now.
+/// A defect of the store, or a lack of RAM, with which the VM goes on for now.
 fn memory_problem(memory: &Stats) -> Option<String> {
     let store = &memory.store;
     let [pinned, budget, held] =

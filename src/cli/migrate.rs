@@ -92,7 +92,7 @@ fn cancelled(name: &str, mut vm: VmClient) -> Failure {
     Failure::new(FailureKind::Interrupted, text)
 }
 
-/// What a person wants to know afterwards.
+/// The report of a migration for a person.
 fn summary(report: &Value) -> String {
     let number = |field: &str| report[field].as_u64().unwrap_or(0);
     let float = |field: &str| report[field].as_f64().unwrap_or(0.0);

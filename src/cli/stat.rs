@@ -74,7 +74,7 @@ fn watch(dir: &RunDir, args: &StatArgs) -> Result<(), Failure> {
     }
 }
 
-/// What `stat` was some seconds ago.
+/// The figures of `stat` of some seconds ago.
 struct Since<'a> {
     stat: &'a VmStat,
     seconds: f64,

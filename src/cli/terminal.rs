@@ -1,4 +1,4 @@
-//! What vmemd's programs say: results on stdout, everything else on stderr. A reader that has gone away is no error.
+//! Output of vmemd's programs: results on stdout, everything else on stderr. A reader that has gone away is no error.
 
 use std::io::Write;
 

@@ -48,7 +48,7 @@ impl From<Failure> for Refusal {
     }
 }
 
-/// What the daemon's living VMs hold and may still take.
+/// RAM and room in the store that the daemon's living VMs hold and may still take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Held {
     pub(super) ram_bytes: u64,
@@ -173,7 +173,7 @@ impl Pool<'_> {
     }
 }
 
-/// What of the hello can be judged without looking around.
+/// Checks the part of a hello that can be judged without looking at the host.
 pub(super) fn check_hello(hello: &SessionHello) -> Result<(), Refusal> {
     check_name(&hello.name)?;
     if hello.memory_bytes == 0 || !hello.memory_bytes.is_multiple_of(MEMORY_STEP) {

@@ -17,7 +17,7 @@ use super::machine::{MachineChoice, Qemu};
 use crate::qemu::inherit::inherit;
 use crate::qemu::launch::{Launch, launch};
 
-/// What the child gets besides its settings.
+/// The descriptors that the child gets besides its settings.
 #[derive(Debug)]
 pub(super) struct Descriptors<'a> {
     pub(super) control: &'a TcpStream,

@@ -16,7 +16,7 @@ use crate::qemu::rewrite::LinePlan;
 use crate::qemu::rules::Rules;
 use crate::qemu::words::one_line;
 
-/// What the VM's process is made of.
+/// The machine that the VM's process is to have.
 #[derive(Debug)]
 pub(super) enum MachineChoice {
     Reference,

@@ -38,7 +38,7 @@ const MOVED: i32 = FailureKind::Moved.exit_code() as i32;
 /// Records of hand-overs that were given up longer ago are removed.
 const RECORDS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// What `vmemd serve` shall do.
+/// The settings of `vmemd serve`.
 #[derive(Clone, Debug)]
 pub struct ServeSettings {
     pub run_dir: PathBuf,

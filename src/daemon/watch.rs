@@ -18,7 +18,7 @@ use vmprocess::last_words::{LOG_BYTES_MAX, last_words};
 const UP_LIMIT: Duration = Duration::from_secs(45);
 const _: () = assert!(UP_LIMIT.as_secs() + 5 < ACCEPT_LIMIT.as_secs(), "the source is to hear of it");
 
-/// What is kept of a VM that is being taken, until its process has said that it is there.
+/// The record of a VM that is being taken, until its process has said that it is there.
 #[derive(Debug)]
 pub(super) struct Watch {
     /// Where the process says so.

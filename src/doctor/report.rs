@@ -1,4 +1,4 @@
-//! What was found, as people and programs read it.
+//! The findings, as people and programs read them.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! What vmemd knows of QEMU's command lines, without starting anything but `QEMU --version` and its kin.
+//! QEMU's command lines: read, judged, changed and described, without starting anything but `QEMU --version` and its
+//! kin.
 //!
 //! ```text
 //! arguments ─▶ options ─▶ machine (pin) ─▶ refuse ─▶ rewrite ─▶ print | exec

@@ -20,7 +20,7 @@ use super::rewrite::LinePlan;
 use super::rules::Rules;
 use super::{accel, binary};
 
-/// What the source sends: enough to start the same QEMU elsewhere.
+/// The source's description of its QEMU: enough to start the same elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Offer {
@@ -37,7 +37,7 @@ pub struct Offer {
     pub cpu: Option<Cpu>,
 }
 
-/// What the target starts.
+/// The QEMU that the target starts.
 #[derive(Debug)]
 pub struct Accepted {
     pub binary: PathBuf,
@@ -166,7 +166,7 @@ fn find(binary: &str, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
     let name = named.rsplit('/').next().unwrap_or_default();
     let found = if named.starts_with('/') { binary::find(&named, path) } else { binary::find(name, path) };
     let found = found.or_else(|failure| binary::find(name, path).map_err(|_| failure));
-    // What a distribution wraps has a dot before its name: `.qemu-system-x86_64-wrapped`.
+    // A binary that a distribution wraps has a dot before its name: `.qemu-system-x86_64-wrapped`.
     let is_qemu = |name: &str| {
         let name = name.strip_prefix('.').unwrap_or(name);
         name.starts_with("qemu") || name == "kvm"

@@ -1,4 +1,4 @@
-//! What of a QEMU command line cannot work under vmemd: each with the reason and the remedy, from the tables in
+//! Finds in a QEMU command line the options that cannot work under vmemd, with reason and remedy, by the tables in
 //! [`refused`](super::refused).
 //!
 //! [`refuse`] is about running at all, [`unmovable`] about moving to another host.

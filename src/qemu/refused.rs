@@ -1,10 +1,9 @@
-//! The tables of what of a QEMU command line cannot work under vmemd: to refuse one thing more, add a row.
-//! [`refuse`](super::refuse) looks them up, and a test of it that docs/qemu.md names each, and that `options` knows
-//! each option.
+//! The tables of QEMU's options that cannot work under vmemd: to refuse one more, add a row. [`refuse`](super::refuse)
+//! looks them up; its tests compare the tables with docs/qemu.md, and with the options that `options` knows.
 
 use super::props::{Props, is_on};
 
-/// What our own additions are called, so that nobody else uses it.
+/// The beginning of all ids of our own additions. A user's id may not begin so.
 pub(super) const OURS: &str = "vmemd-";
 
 /// Why something cannot be.
@@ -140,7 +139,7 @@ fn row(options: &'static [&'static str], when: When, reason: &'static Reason) ->
     Row { options, when, reason }
 }
 
-/// What keeps a VM from running under vmemd.
+/// The options with which a VM cannot run under vmemd.
 pub(super) fn cannot_run() -> Vec<Row> {
     use When::{Begins, Driver, First, Given, Props, Value};
     vec![
@@ -265,7 +264,7 @@ const GRAPHICS: Reason = Reason {
     remedy: "use virtio-vga without gl",
 };
 
-/// What keeps a VM that runs from moving to another host.
+/// The options with which a VM runs, and cannot move to another host.
 pub(super) fn cannot_move() -> Vec<Row> {
     use When::{First, Given, Props};
     vec![

@@ -23,7 +23,7 @@ const OUR_QMP: &str = "vmemd-qmp";
 const ALIGN: u64 = 2 << 20;
 /// QEMU rounds `-m` up to this.
 const MEMORY_STEP: u64 = 8192;
-/// What QEMU gives a machine without `-m`, if its kind is one of these.
+/// The memory that QEMU gives a machine without `-m`, if its kind is one of these.
 const DEFAULT_MEMORY: u64 = 128 << 20;
 const WITH_DEFAULT_MEMORY: &[&str] = &["pc", "q35", "isapc", "microvm"];
 /// What fits into a socket's address with its final zero.
@@ -71,7 +71,7 @@ pub enum Monitor<'a> {
     Descriptor(RawFd),
 }
 
-/// What the caller has made for QEMU.
+/// The files and the monitor that the caller has made for QEMU.
 #[derive(Clone, Debug)]
 pub struct Settings<'a> {
     /// A file for each of [`LinePlan::backends`], in that order.
@@ -140,7 +140,7 @@ impl LinePlan {
         Ok(LinePlan { line, backends: vec![ours] })
     }
 
-    /// What the guest has.
+    /// The guest's memory.
     pub fn memory(&self) -> Size {
         Size(self.backends.iter().map(|backend| backend.size.bytes()).sum())
     }

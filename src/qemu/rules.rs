@@ -19,7 +19,7 @@ use vmprocess::failure::{Failure, FailureKind};
 
 use super::resources::what::What;
 
-/// What a rule is for.
+/// The names that a rule is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Names {
@@ -95,7 +95,8 @@ impl Rules {
         Ok(())
     }
 
-    /// What something is called here, if a rule says so. The longest prefix of whole path components counts.
+    /// The name here of something that another host calls `name`, if a rule says so. Of paths, the longest prefix of
+    /// whole components counts.
     pub fn apply(&self, what: What, name: &str) -> Option<String> {
         let kind = match what {
             What::Tap | What::TapMade => Names::Tap,

@@ -29,7 +29,7 @@ use super::{binary, resources};
 const LIBVIRTS: &str = "this VM cannot be moved: libvirt made most of its command line, which vmemd does not know, and another host's \
                         libvirt would know nothing of it; start it with `vmemd run` if it is to move";
 
-/// What the user asks for.
+/// The settings of `vmemd run` and `vmemd qemu-args` with a QEMU.
 #[derive(Clone, Debug)]
 pub struct QemuSettings {
     pub run_dir: PathBuf,
@@ -121,10 +121,10 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
     Err(Failure::io(format!("cannot start {}", binary.display()), &error))
 }
 
-/// What somebody else has to start: arguments and environment, as one text.
+/// The arguments and the environment for somebody else to start QEMU with, as one text.
 ///
 /// # Errors
-/// What cannot work.
+/// If the command line cannot work.
 pub fn arguments(settings: &QemuSettings, format: Format) -> Result<String, Failure> {
     let Planned { binary, mut line, mut role, .. } = plan(settings)?;
     resources::from_anywhere(&mut line, &here()?)?;

@@ -1,4 +1,4 @@
-//! What the reference guest takes from KVM: the device, a VM with its memory slots, vCPUs.
+//! The parts of KVM that the reference guest uses: the device, a VM with its memory slots, vCPUs.
 
 use kvm_bindings::{CpuId, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};

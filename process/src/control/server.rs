@@ -24,7 +24,7 @@ pub(super) const PEEKED: usize = 64;
 /// Pause after an accept that failed for want of descriptors or memory.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// What answers the requests.
+/// The side that carries requests out.
 pub trait Service: Send + Sync + 'static {
     /// Does what is asked, on the connection's own thread, and gives the value of the answer.
     ///

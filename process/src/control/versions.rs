@@ -14,7 +14,7 @@ use crate::failure::{Failure, FailureKind};
 
 /// The versions of the control protocol that this vmemd speaks. `docs/control.md` says when to raise which end.
 pub const VERSIONS: Versions = 1..=1;
-/// What a side speaks that says nothing of versions.
+/// The version that a side speaks which says nothing of versions.
 pub const UNSAID: u16 = 1;
 
 const _: () = assert!(*VERSIONS.start() <= *VERSIONS.end());
@@ -66,12 +66,12 @@ impl Asked {
     }
 }
 
-/// What a client hears that has said something else.
+/// The answer to a client whose line is no request.
 pub(super) fn no_request(why: &dyn std::fmt::Display) -> Failure {
     Failure::new(FailureKind::Usage, format!("this is no request: {why}; docs/control.md describes them"))
 }
 
-/// What is told on both sides if they cannot speak to each other.
+/// The failure on both sides if they have no version in common.
 pub(super) fn none_in_common(client: Versions, process: Versions) -> Failure {
     let client = Side { name: "command", versions: client, remedy: "use a newer vmemd" };
     let process = Side {

@@ -11,7 +11,7 @@ use super::walk::{Resource, SOCKET_PATH_MAX, fits_a_socket, list};
 use super::what::What;
 use crate::qemu::options::CommandLine;
 
-/// What can be seen of a host; [`ThisHost`] looks at the real one.
+/// A host, as far as it can be seen; [`ThisHost`] looks at the real one.
 pub trait Host: std::fmt::Debug {
     fn is_directory(&self, path: &Path) -> bool;
     /// It is there, whatever it is.

@@ -9,7 +9,7 @@ use super::what::What;
 /// As the kernel has it.
 const LINKS_MAX: u32 = 40;
 
-/// What a path stands for if, by its words alone, it is a process's own.
+/// The meaning of a path that, by its words alone, is a process's own.
 pub(super) fn named(path: &str) -> Option<What> {
     let parts = parts(path)?;
     let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
