@@ -30,7 +30,7 @@ fn find_in(beside: &Path, path: Option<&OsStr>, name: &str) -> Result<PathBuf, F
     })
 }
 
-fn is_program(path: &Path) -> bool {
+pub(crate) fn is_program(path: &Path) -> bool {
     path.metadata().is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 

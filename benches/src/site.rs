@@ -17,6 +17,7 @@ use vmemd::program;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind};
+use vmprocess::host::children_of;
 use vmprocess::medium::Medium;
 use vmprocess::signals;
 
@@ -109,23 +110,11 @@ pub(super) fn end_descendants() {
         if children.is_empty() {
             return;
         }
-        for pid in children {
+        for pid in children.into_iter().map(|pid| pid as i32) {
             kill(pid);
             let _ = waitpid(Pid::from_raw(pid), WaitOptions::empty());
         }
     }
-}
-
-fn children_of(parent: u32) -> Vec<i32> {
-    let parent = parent.to_string();
-    let of = |pid: &str| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name in parentheses may hold anything; the parent is the second field behind it.
-        let is_child = stat.rsplit_once(')')?.1.split_whitespace().nth(1)? == parent;
-        is_child.then(|| pid.parse().ok()).flatten()
-    };
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| of(entry.file_name().to_str()?)).collect()
 }
 
 /// A directory of one experiment. Removed when dropped.

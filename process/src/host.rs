@@ -1,4 +1,4 @@
-//! Resources that this host has left: RAM, and room on a file system.
+//! Facts about this host: RAM and room on a file system that are left, and the children of a process.
 
 use std::path::Path;
 
@@ -28,6 +28,18 @@ fn meminfo(field: &str) -> Result<u64, Failure> {
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
         .map(|kib| kib << 10)
         .ok_or_else(|| Failure::new(FailureKind::Host, format!("/proc/meminfo has no {field}")))
+}
+
+/// The processes whose parent is `parent`, as far as /proc shows them.
+pub fn children_of(parent: u32) -> Vec<u32> {
+    let parent_of = |pid: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name in parentheses may hold anything; the parent is the second field behind it.
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<u32>().ok()
+    };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| parent_of(*pid) == Some(parent)).collect()
 }
 
 /// Fails unless so much RAM is free.

@@ -9,6 +9,7 @@ use vmprocess::failure::{Failure, FailureKind};
 use super::descriptors;
 use super::walk::{Resource, SOCKET_PATH_MAX, fits_a_socket, list};
 use super::what::What;
+use crate::program;
 use crate::qemu::options::CommandLine;
 
 /// A host, as far as it can be seen; [`ThisHost`] looks at the real one.
@@ -39,8 +40,7 @@ impl Host for ThisHost {
     }
 
     fn is_program(&self, path: &Path) -> bool {
-        use std::os::unix::fs::PermissionsExt;
-        path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+        program::is_program(path)
     }
 
     fn has_interface(&self, name: &str) -> bool {
