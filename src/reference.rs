@@ -1,16 +1,16 @@
 //! The reference guest as its process drives it.
 
 use vmprocess::control::protocol::GuestStat;
-use vmprocess::failure::{Failure, Kind, chain};
-use vmprocess::{Guest, GuestView, Newcomer};
+use vmprocess::failure::{Failure, FailureKind, chain};
+use vmprocess::{GuestView, Machine, Newcomer};
 
-use crate::vmm::{Machine, RunState, VmmError};
+use crate::vmm::{ReferenceMachine, RunState, VmmError};
 
 /// A machine in this very process.
 #[derive(Debug)]
-pub(crate) struct ReferenceGuest(pub(crate) Machine);
+pub(crate) struct ReferenceGuest(pub(crate) ReferenceMachine);
 
-impl Guest for ReferenceGuest {
+impl Machine for ReferenceGuest {
     fn drain(&mut self) -> Result<(), Failure> {
         // It has no such devices.
         Ok(())
@@ -24,7 +24,9 @@ impl Guest for ReferenceGuest {
         match self.0.state() {
             RunState::Running => Ok(true),
             RunState::Paused => Ok(false),
-            RunState::Failed(reason) => Err(Failure::new(Kind::Vm, format!("the guest failed: {reason}"))),
+            RunState::Failed(reason) => {
+                Err(Failure::new(FailureKind::Vm, format!("the guest failed: {reason}")))
+            }
         }
     }
 
@@ -76,8 +78,8 @@ pub(crate) struct ReferenceNewcomer {
 }
 
 impl Newcomer for ReferenceNewcomer {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
-        let machine = Machine::restore_sized(state, self.base as *mut u8, self.memory_bytes)?;
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure> {
+        let machine = ReferenceMachine::restore_sized(state, self.base as *mut u8, self.memory_bytes)?;
         Ok(Box::new(ReferenceGuest(machine)))
     }
 }
@@ -86,12 +88,12 @@ impl From<VmmError> for Failure {
     fn from(error: VmmError) -> Failure {
         use VmmError as E;
         let kind = match &error {
-            E::NoKvm | E::NoPermission | E::Kvm { .. } | E::Register(_) => Kind::Host,
-            E::Thread { .. } => Kind::Other,
-            E::PauseTimeout(_) | E::Failed(_) => Kind::Vm,
-            E::NotPaused => Kind::Name,
-            E::StateVersion { .. } | E::BadState(_) | E::MemorySize { .. } => Kind::Link,
-            _ => Kind::Usage,
+            E::NoKvm | E::NoPermission | E::Kvm { .. } | E::Register(_) => FailureKind::Host,
+            E::Thread { .. } => FailureKind::Other,
+            E::PauseTimeout(_) | E::Failed(_) => FailureKind::Vm,
+            E::NotPaused => FailureKind::Name,
+            E::StateVersion { .. } | E::BadState(_) | E::MemorySize { .. } => FailureKind::Link,
+            _ => FailureKind::Usage,
         };
         Failure::new(kind, chain(&error))
     }

@@ -22,6 +22,7 @@ use network::Network;
 use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
 use testkit::{OrSkip, Random, Reason, skip};
+use vmprocess::host::children_of;
 
 /// Verifies its memory all the time; some of it is never touched.
 const GUEST: &str = "rewrite:working-set=12M,rate=300M";
@@ -39,17 +40,6 @@ fn long() -> bool {
 
 fn first_seed() -> u64 {
     std::env::var("VMEMD_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
-}
-
-fn children_of(parent: u32) -> Vec<u32> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let parent_of = |stat: &str| stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse::<u32>().ok();
-        parent_of(&stat) == Some(parent)
-    })
-    .collect()
 }
 
 /// A VM on one host, a daemon on another (or the same), and a cable between them.

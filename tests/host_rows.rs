@@ -22,7 +22,7 @@ use common::{Host, Running, Said, freeze, lives, needs_root, needs_vms, processe
 use proxy::{After, At, Plan, Proxy, Strike, Word};
 use qemu::{BOOT, Guest, Machine, Qemu};
 use testkit::{Reason, skip};
-use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::control::rundir::{RunDir, SocketName};
 
 const GUEST: &str = "rewrite:working-set=40M,rate=400M";
 /// The exit code of a VM's process when the VM has moved away.
@@ -218,8 +218,8 @@ fn a_vm_that_stands_still_holds_up_nobody() {
     let _other = host.start_vm("other", "idle:working-set=16M");
     freeze(run.pid());
     let dir = RunDir::open(&host.run_dir()).expect("the run directory");
-    let place = Place::Here("web".to_owned());
-    let looks = (0..100_000).take_while(|_| dir.connect(&place).is_ok()).count();
+    let socket = SocketName::Here("web".to_owned());
+    let looks = (0..100_000).take_while(|_| dir.connect(&socket).is_ok()).count();
     println!("its queue holds {looks} connections");
     assert!((1..100_000).contains(&looks), "{looks}");
     let begun = Instant::now();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use guest::{Guest, config, memory, uffd};
 use testkit::{OrSkip, Reason};
-use vmemd::vmm::{Machine, RunState, VmmError, saved_config};
+use vmemd::vmm::{ReferenceMachine, RunState, VmmError, saved_config};
 
 /// Patterns that go round, on a working set that takes little time.
 const ROUND_PATTERNS: [&str; 5] = [
@@ -345,15 +345,16 @@ fn faults_may_wait_for_another_thread() {
 fn impossible_requests_say_what_to_do() {
     let mut memory = memory(64 << 20);
     let base = memory.as_mut_ptr();
-    let error =
-        |size, vcpus, workload| Machine::new(config(size, vcpus, workload), base).unwrap_err().to_string();
+    let error = |size, vcpus, workload| {
+        ReferenceMachine::new(config(size, vcpus, workload), base).unwrap_err().to_string()
+    };
     assert!(error("16M", 1, "fill").contains("at least 32M"));
     assert!(error("33M", 1, "fill").contains("multiple of 2M"));
     drop(Guest::new("32M", 1, "fill"));
     assert!(error("64M", 9, "fill").contains("choose 1 to 8"));
     assert!(error("64M", 0, "fill").contains("choose 1 to 8"));
     assert!(error("64M", 1, "fill:working-set=64M").contains("choose a smaller working set"));
-    let odd = Machine::new(config("32M", 1, "fill"), base.wrapping_add(8)).unwrap_err();
+    let odd = ReferenceMachine::new(config("32M", 1, "fill"), base.wrapping_add(8)).unwrap_err();
     assert!(matches!(odd, VmmError::Misaligned(_)));
 }
 
@@ -366,9 +367,9 @@ fn saving_and_restoring_refuse_what_does_not_fit() {
     let mut state = guest.machine.save().unwrap();
     let mut memory = memory(64 << 20);
     let base = memory.as_mut_ptr();
-    let size = Machine::restore_sized(&state, base, 64 << 20).unwrap_err();
+    let size = ReferenceMachine::restore_sized(&state, base, 64 << 20).unwrap_err();
     assert!(size.to_string().contains("has 32M of memory, but 64M"), "{size}");
     state[8] = 77;
-    let version = Machine::restore(&state, base).unwrap_err();
+    let version = ReferenceMachine::restore(&state, base).unwrap_err();
     assert!(version.to_string().contains("state version 77"), "{version}");
 }

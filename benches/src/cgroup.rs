@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::left::{PREFIX, kill};
 
@@ -31,7 +31,10 @@ fn controller() -> Result<(PathBuf, Version), Failure> {
             .is_ok_and(|all| all.split_whitespace().any(|one| one == "memory"))
     })
     .ok_or_else(|| {
-        Failure::new(Kind::Host, "this host has no memory cgroups (mount cgroup2 with the memory controller)")
+        Failure::new(
+            FailureKind::Host,
+            "this host has no memory cgroups (mount cgroup2 with the memory controller)",
+        )
     })
 }
 
@@ -55,13 +58,13 @@ pub struct MemoryCgroup {
 
 impl MemoryCgroup {
     /// # Errors
-    /// [`Kind::Host`] if this user may not, or there is no memory controller.
+    /// [`FailureKind::Host`] if this user may not, or there is no memory controller.
     pub fn create(name: &str, limit_bytes: u64) -> Result<MemoryCgroup, Failure> {
         let (root, version) = controller()?;
         let path = root.join(name);
         let fail = |error: std::io::Error| {
             Failure::new(
-                Kind::Host,
+                FailureKind::Host,
                 format!("cannot make the memory cgroup {} (needs root): {error}", path.display()),
             )
         };
@@ -155,11 +158,11 @@ pub(super) fn remove_left(is_left: impl Fn(&str) -> bool) {
 /// Whether this user can make memory cgroups and swap files, and how.
 ///
 /// # Errors
-/// [`Kind::Host`] with what is missing.
+/// [`FailureKind::Host`] with what is missing.
 pub fn available() -> Result<String, Failure> {
     let (root, version) = controller()?;
     if !rustix::process::geteuid().is_root() {
-        return Err(Failure::new(Kind::Host, "memory cgroups and swap files need root"));
+        return Err(Failure::new(FailureKind::Host, "memory cgroups and swap files need root"));
     }
     let probe = MemoryCgroup::create(&format!("{PREFIX}{}-probe", std::process::id()), 1 << 30)?;
     drop(probe);

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use swapd::PAGE_SIZE;
 use vmemd::cli::terminal::say;
 use vmemd::doctor;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 use vmprocess::{host, signals};
 
@@ -76,7 +76,7 @@ pub(crate) fn run(settings: &RunSettings) -> Result<(), Failure> {
 }
 
 fn scenarios(settings: &RunSettings) -> Result<Vec<Scenario>, Failure> {
-    let usage = |text| Failure::new(Kind::Usage, text);
+    let usage = |text| Failure::new(FailureKind::Usage, text);
     if settings.files.iter().filter(|path| jobfile::is_standard_input(path)).count() > 1 {
         return Err(usage("standard input (`-`) can be read once: leave the others out".to_owned()));
     }
@@ -299,8 +299,8 @@ impl Setup {
             // The optimum is that of the touches, not of the engine.
             optimum: engine == BenchEngine::Vmemd,
         };
-        let request =
-            serde_json::to_string(&request).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        let request = serde_json::to_string(&request)
+            .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?;
         let entrance = confined.as_ref().map(Confined::entrance).transpose()?;
         let args = ["worker", &request].map(str::to_owned);
         let worker = Proc::start(Program::Worker, &args, &dir.0.join("log"), entrance.as_ref())?;
@@ -317,11 +317,11 @@ fn one(site: &Site, scenario: &Scenario, engine: BenchEngine, number: u32) -> Re
     let said = setup.worker.output(Instant::now() + time_allowed(scenario));
     let said = said.map_err(|failure| Confined::explain(setup.confined.as_ref(), failure))?;
     let sample: Sample = serde_json::from_str(&said).map_err(|error| {
-        Failure::new(Kind::Vm, format!("the worker said something else than a sample: {error}"))
+        Failure::new(FailureKind::Vm, format!("the worker said something else than a sample: {error}"))
     })?;
     match sample.jobs.len() == scenario.jobs.len() {
         true => Ok(sample),
-        false => Err(Failure::new(Kind::Vm, "the worker did not measure all jobs")),
+        false => Err(Failure::new(FailureKind::Vm, "the worker did not measure all jobs")),
     }
 }
 
@@ -365,14 +365,16 @@ fn verdict(results: &[Compared]) -> Result<(), Failure> {
         let wrong: u64 = samples.flat_map(|sample| &sample.jobs).map(|job| job.verify_errors).sum();
         if wrong > 0 {
             let text = format!("{}: {wrong} touches found the wrong content", compared.scenario.name);
-            return Err(Failure::new(Kind::Vm, text));
+            return Err(Failure::new(FailureKind::Vm, text));
         }
     }
     if let Some(none) = results.iter().find(|compared| !compared.any_measured()) {
         let left_out = none.engines.iter().all(|of| of.left_out.is_some());
         return Err(match left_out {
-            true => Failure::new(Kind::Host, format!("{}: every engine was left out", none.scenario.name)),
-            false => Failure::new(Kind::Vm, format!("{}: no run succeeded", none.scenario.name)),
+            true => {
+                Failure::new(FailureKind::Host, format!("{}: every engine was left out", none.scenario.name))
+            }
+            false => Failure::new(FailureKind::Vm, format!("{}: no run succeeded", none.scenario.name)),
         });
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// A cost by its name in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -36,7 +36,7 @@ impl Costs {
 
 /// Reads `{"idle_percent": 0.015, "books_percent": 0.32}`.
 pub(super) fn read(path: &Path) -> Result<Costs, Failure> {
-    let usage = |text| Failure::new(Kind::Usage, format!("{}: {text}", path.display()));
+    let usage = |text| Failure::new(FailureKind::Usage, format!("{}: {text}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| usage(format!("cannot be read: {error}")))?;
     let costs: Costs = serde_json::from_str(&text)
         .map_err(|error| usage(format!("{error}: costs are what `scripts/bench` writes")))?;

@@ -9,7 +9,7 @@ use serde_json::Value;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{MigrateRequest, Request, Trust, VmStat};
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use vmprocess::size::Size;
 
@@ -203,19 +203,19 @@ impl Setup {
             let stat = client.as_mut().map_err(|failure| failure.clone()).and_then(VmClient::stat);
             match stat {
                 Ok(stat) if stat.reason.is_some() => {
-                    return Err(Failure::new(Kind::Vm, stat.reason.unwrap_or_default()));
+                    return Err(Failure::new(FailureKind::Vm, stat.reason.unwrap_or_default()));
                 }
                 Ok(stat) if done(&stat) => return Ok(stat),
                 Ok(_) => vm = client.ok(),
                 // Right after its start there is no VM yet; later its end is the end of the run.
-                Err(failure) if failure.kind == Kind::Name && dir.path() == self.source_dir.path() => {
+                Err(failure) if failure.kind == FailureKind::Name && dir.path() == self.source_dir.path() => {
                     self.source.check()?
                 }
-                Err(failure) if failure.kind == Kind::Other && Instant::now() < deadline => {}
+                Err(failure) if failure.kind == FailureKind::Other && Instant::now() < deadline => {}
                 Err(failure) => return Err(failure),
             }
             if Instant::now() >= deadline {
-                return Err(Failure::new(Kind::Vm, "the VM made no progress within the time allowed"));
+                return Err(Failure::new(FailureKind::Vm, "the VM made no progress within the time allowed"));
             }
             std::thread::sleep(POLL);
         }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::demands::Row;
@@ -66,7 +66,7 @@ fn svg(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Drawn) -> Result<String
     {
         let area = SVGBackend::with_string(&mut text, size).into_drawing_area();
         let drawn = draw(&area).and_then(|()| Ok(area.present()?));
-        drawn.map_err(|error| Failure::new(Kind::Other, format!("cannot draw: {error}")))?;
+        drawn.map_err(|error| Failure::new(FailureKind::Other, format!("cannot draw: {error}")))?;
     }
     Ok(text.replace(INK_IN_SVG, "currentColor"))
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use swapd::PAGE_SIZE;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use vmprocess::size::Size;
 
@@ -53,7 +53,7 @@ const ALIASES: [(&str, &str); 2] = [("readwrite", "rw"), ("blocksize", "bs")];
 /// Reads a job file; `-` is standard input.
 ///
 /// # Errors
-/// [`Kind::Usage`] with file, line and column of everything that is wrong with it.
+/// [`FailureKind::Usage`] with file, line and column of everything that is wrong with it.
 pub(super) fn read(path: &Path) -> Result<Scenario, Failure> {
     if is_standard_input(path) {
         return read_from(std::io::stdin().lock(), "standard input", "stdin");
@@ -65,7 +65,7 @@ pub(super) fn read(path: &Path) -> Result<Scenario, Failure> {
 }
 
 fn unreadable(file: &str, error: &std::io::Error) -> Failure {
-    Failure::new(Kind::Usage, format!("cannot read the job file {file}: {error}"))
+    Failure::new(FailureKind::Usage, format!("cannot read the job file {file}: {error}"))
 }
 
 fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Failure> {
@@ -81,7 +81,7 @@ fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Fail
             Err(error) => return Err(unreadable(file, &error)),
         }
     }
-    let usage = |text| Failure::new(Kind::Usage, text);
+    let usage = |text| Failure::new(FailureKind::Usage, text);
     if bytes.len() as u64 > FILE_MAX_BYTES {
         return Err(usage(format!("{file} is larger than {}: not a job file", Size(FILE_MAX_BYTES))));
     }

@@ -429,7 +429,7 @@ fn files_that_are_none() {
     std::fs::write(&path, format!("{HEAD}[a]\r\nsize=64m\r\nrw=rw\r\n")).unwrap();
     assert_eq!(read(&path).unwrap().name, "x");
     drop(place);
-    assert_eq!(read(&path).unwrap_err().kind, Kind::Usage);
+    assert_eq!(read(&path).unwrap_err().kind, FailureKind::Usage);
 }
 
 fn any_job() -> impl Strategy<Value = Job> {

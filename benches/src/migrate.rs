@@ -7,7 +7,7 @@
 use std::io::Write;
 
 use vmemd::cli::terminal::say;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::{host, signals};
 
 use super::cgroup;
@@ -59,6 +59,6 @@ pub(crate) fn migrate(settings: &Settings) -> Result<(), Failure> {
     let _ = writeln!(std::io::stdout(), "{text}");
     match results.any_measured() {
         true => Ok(()),
-        false => Err(Failure::new(Kind::Vm, "no run of the benchmark succeeded")),
+        false => Err(Failure::new(FailureKind::Vm, "no run of the benchmark succeeded")),
     }
 }

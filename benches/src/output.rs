@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::figures::{ROWS, cell, middle, short, usec};
@@ -78,12 +78,12 @@ fn write_file(path: &Path, text: &str) -> Result<(), Failure> {
 
 fn to_text(value: &Value) -> Result<String, Failure> {
     // Not pretty: a number a line would make histograms very long.
-    serde_json::to_string(value).map_err(|error| Failure::new(Kind::Other, error.to_string()))
+    serde_json::to_string(value).map_err(|error| Failure::new(FailureKind::Other, error.to_string()))
 }
 
 /// Reads documents that [`Style::Json`] has written.
 pub(super) fn read(path: &Path) -> Result<Vec<Compared>, Failure> {
-    let usage = |text| Failure::new(Kind::Usage, text);
+    let usage = |text| Failure::new(FailureKind::Usage, text);
     let bytes = fs::read(path).map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
     let document: Document = serde_json::from_slice(&bytes).map_err(|error| {
         let write = "results are what `vmemd bench run --output-format json` writes";
@@ -141,7 +141,7 @@ fn combined(results: &[Compared]) -> Result<Value, Failure> {
     document.insert("jobs".to_owned(), Value::Array(jobs));
     let kept = Kept { format: FORMAT, results: results.to_vec() };
     let mut kept =
-        serde_json::to_value(&kept).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        serde_json::to_value(&kept).map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?;
     kept["summary"] = Value::Array(results.iter().flat_map(summary).collect());
     document.insert("vmemd".to_owned(), kept);
     Ok(Value::Object(document))

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::experiment::{Measured, Settings, Target};
 use super::results::Spread;
@@ -100,7 +100,8 @@ impl Results {
     /// A list with one object a target, in the order asked for.
     pub(super) fn json(&self) -> Result<String, Failure> {
         let list: Vec<Value> = self.0.iter().map(|of| self.value(of)).collect();
-        serde_json::to_string_pretty(&list).map_err(|error| Failure::new(Kind::Other, error.to_string()))
+        serde_json::to_string_pretty(&list)
+            .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))
     }
 
     fn value(&self, of: &OfTarget) -> Value {

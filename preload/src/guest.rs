@@ -1,8 +1,9 @@
 //! The VM of this QEMU, driven over its QMP monitor.
 //!
-//! The device state travels through a socket pair whose other end QEMU is given: nothing of it is ever in a file system.
-//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is also its
-//! user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set as before.
+//! The device state travels through a socket pair whose other end QEMU is given: nothing of it is ever in a file
+//! system. `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's
+//! migration is also its user's: before ours, it is asked whether it is free and whether the machine can move;
+//! afterwards it is set as before.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -12,21 +13,21 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmprocess::control::protocol::{GuestStat, State};
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::qemu::Backend;
-use vmprocess::{Guest, GuestView, Newcomer, RunState};
+use vmprocess::{GuestView, Machine, Newcomer, RunState};
 
 use crate::devices;
 use crate::farewell;
 use crate::inventory::Inventory;
-use crate::qmp::{Qmp, QmpError, Standing};
+use crate::qmp::{HeardState, Qmp, QmpError};
 use crate::runstate;
 use crate::throttle::Throttle;
 use crate::tuning::{self, Tuning};
 
-/// For what QEMU does at once, unless a disk or the store keeps it waiting.
+/// Limit for a command that QEMU carries out at once, unless a disk or the store keeps it waiting.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
-/// For all of the device state to be written or read.
+/// Limit for all of the device state to be written or read.
 const STATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks at how that stands.
 const STATE_POLL: Duration = Duration::from_millis(2);
@@ -34,34 +35,35 @@ const STATE_POLL: Duration = Duration::from_millis(2);
 const STATE_BYTES_MAX: usize = migrate::wire::control::MAX_STATE_BYTES;
 /// Of QEMU's migration: memory that others share is not its to send.
 const IGNORE_SHARED: &str = "x-ignore-shared";
-/// What QEMU calls the descriptor that it is given.
+/// QEMU's name for the descriptor that it is given.
 const STATE_FD: &str = "vmemd-state";
 /// Of QEMU's migration: disks are opened when the guest is to run, not when its state has come.
 const LATE_BLOCK_ACTIVATE: &str = "late-block-activate";
 /// Of QEMU's migration: what was written to a disk since, for a backup (a bitmap that is in no image).
 const DIRTY_BITMAPS: &str = "dirty-bitmaps";
-/// What is asked before the VM moves, besides its inventory.
+/// The questions to QEMU before the VM moves, besides its inventory.
 const OBSTACLES: [&str; 4] = ["query-migrate", "query-status", "query-jobs", "query-block-exports"];
 
 /// A QEMU that can be asked.
 #[derive(Debug)]
 pub(crate) struct Qemu {
     qmp: Qmp,
-    standing: Standing,
+    heard_state: HeardState,
     throttle: Option<Throttle>,
     vcpus: u32,
     workload: String,
-    /// What it was made of when it was started: so its target is.
+    /// The parts that it was made of when it was started: its target is made of the same.
     started_with: Inventory,
     /// Why it does not move, whatever its state, if its command line is the reason.
     stays: Option<String>,
-    /// What its guest memory is called.
+    /// QEMU's ids of its guest memory.
     memory: Vec<String>,
     /// Its directory in /proc.
     process: PathBuf,
     /// The user's settings of QEMU's migration, while they are not set.
     set_aside: Option<Tuning>,
-    /// Its network may know the guest's addresses elsewhere: at the target that it did not go to.
+    /// Its device state was saved for a target that it may not have gone to. Bridges may have learnt there where the
+    /// guest's addresses are, so it announces them again when it runs on here.
     given_away: bool,
     /// It came and has not run yet, so its disks are not its own: a QEMU that gives them away once more ends there.
     disks_away: bool,
@@ -77,7 +79,7 @@ fn is_busy(status: &str) -> bool {
     !matches!(status, "" | "none" | "completed" | "failed" | "cancelled")
 }
 
-/// What keeps a machine from moving as it is now, from QEMU's answers to [`OBSTACLES`].
+/// The obstacles to a move of the machine as it is now, from QEMU's answers to [`OBSTACLES`].
 fn obstacles(answers: &[Value]) -> Vec<String> {
     let [migration, status, jobs, exports] = answers else { return Vec::new() };
     let mut found = Vec::new();
@@ -125,7 +127,7 @@ fn has_loose_bitmaps(nodes: &Value) -> bool {
 }
 
 fn failure(error: QmpError) -> Failure {
-    Failure::new(Kind::Vm, chain(&error))
+    Failure::new(FailureKind::Vm, chain(&error))
 }
 
 impl Qemu {
@@ -138,7 +140,7 @@ impl Qemu {
         let memory = guest_memory(&mut qmp, backends)?;
         let workload = program.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
         let mut qemu = Qemu {
-            standing: qmp.standing(),
+            heard_state: qmp.heard_state(),
             throttle: Throttle::find(),
             vcpus: vcpus.as_array().map_or(0, |list| list.len() as u32),
             workload: workload.to_string_lossy().into_owned(),
@@ -155,8 +157,8 @@ impl Qemu {
         Ok(qemu)
     }
 
-    pub(crate) fn standing(&self) -> Standing {
-        self.standing.clone()
+    pub(crate) fn heard_state(&self) -> HeardState {
+        self.heard_state.clone()
     }
 
     /// For ending the conversation when QEMU ends.
@@ -168,11 +170,11 @@ impl Qemu {
         self.qmp.ask(command, arguments, COMMAND_TIMEOUT).map_err(failure)
     }
 
-    /// What the machine does now.
+    /// The machine's state now.
     fn status(&mut self) -> Result<RunState, Failure> {
         let answer = self.ask("query-status", Value::Null)?;
-        self.standing.answered(&answer);
-        Ok(self.standing.get())
+        self.heard_state.answered(&answer);
+        Ok(self.heard_state.get())
     }
 
     /// Never moves, for that reason.
@@ -180,12 +182,12 @@ impl Qemu {
         Qemu { stays: why, ..self }
     }
 
-    /// Returns the migration capabilities that [`save`](Guest::save) needs. Fails if the machine cannot move as it is now: its command
-    /// line is to make the same one at the target.
+    /// Returns the migration capabilities that [`save`](Machine::save) needs. Fails if the machine cannot move as it is
+    /// now: its command line is to make the same one at the target.
     fn check_move(&mut self) -> Result<Vec<&'static str>, Failure> {
-        let cannot = |why: String| Failure::new(Kind::CannotMove, format!("cannot move: {why}"));
+        let cannot = |why: String| Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"));
         if let Some(why) = &self.stays {
-            return Err(Failure::new(Kind::CannotMove, why.clone()));
+            return Err(Failure::new(FailureKind::CannotMove, why.clone()));
         }
         if self.disks_away {
             let text =
@@ -211,8 +213,8 @@ impl Qemu {
         Ok(on)
     }
 
-    /// Runs `work` with the capabilities in `on` and no others, and with parameters for a state that goes at once. The user's settings
-    /// are put back behind it, also if it fails.
+    /// Runs `work` with the capabilities in `on` and no others, and with parameters for a state that goes at once. The
+    /// user's settings are put back behind it, also if it fails.
     fn with_capabilities<T>(
         &mut self,
         on: &[&str],
@@ -268,11 +270,11 @@ impl Qemu {
                 "completed" => return Ok(()),
                 "failed" | "cancelled" | "none" | "" => {
                     let why = answer["error-desc"].as_str().unwrap_or("it does not say why");
-                    return Err(Failure::new(Kind::Vm, format!("QEMU's device state: {why}")));
+                    return Err(Failure::new(FailureKind::Vm, format!("QEMU's device state: {why}")));
                 }
                 status if Instant::now() >= deadline => {
                     let text = format!("QEMU's device state is still {status:?} after {STATE_TIMEOUT:?}");
-                    return Err(Failure::new(Kind::Vm, text));
+                    return Err(Failure::new(FailureKind::Vm, text));
                 }
                 _ => std::thread::sleep(STATE_POLL),
             }
@@ -284,7 +286,7 @@ impl Qemu {
         let deadline = Instant::now() + STATE_TIMEOUT;
         let begun = self.qmp.ask("migrate", json!({ "uri": format!("fd:{STATE_FD}") }), COMMAND_TIMEOUT);
         if let Err(error) = begun {
-            // What QEMU refuses has not begun. What is under way then is somebody else's.
+            // A migration that QEMU refuses has not begun: one that is under way then is somebody else's.
             if !matches!(error, QmpError::Refused { .. }) {
                 self.give_state_up();
             }
@@ -355,7 +357,7 @@ fn inventory(qmp: &mut Qmp) -> Result<Inventory, Failure> {
     Ok(Inventory::new(&answers(qmp, &Inventory::questions())?))
 }
 
-impl Guest for Qemu {
+impl Machine for Qemu {
     fn may_move(&mut self) -> Result<(), Failure> {
         self.check_move()?;
         let bytes = self.state_bytes().unwrap_or(0);
@@ -363,7 +365,7 @@ impl Guest for Qemu {
             let text = format!(
                 "cannot move: its devices have about {bytes} bytes of memory in use (frame buffers?), and no more than {STATE_BYTES_MAX} can go with its state"
             );
-            return Err(Failure::new(Kind::CannotMove, text));
+            return Err(Failure::new(FailureKind::CannotMove, text));
         }
         Ok(())
     }
@@ -383,11 +385,11 @@ impl Guest for Qemu {
         let now = self.status()?;
         if now.state == State::Suspended {
             // It would not stand still: it wakes up by itself. It can be stopped for good all the same.
-            return Err(Failure::new(Kind::Name, now.why.unwrap_or_default()));
+            return Err(Failure::new(FailureKind::Name, now.why.unwrap_or_default()));
         }
         self.ask("stop", Value::Null)?;
         if now.state == State::Running {
-            self.standing.set(runstate::PAUSED, false);
+            self.heard_state.set(runstate::PAUSED, false);
         }
         Ok(())
     }
@@ -395,7 +397,7 @@ impl Guest for Qemu {
     fn runs(&mut self) -> Result<bool, Failure> {
         let now = self.status()?;
         if let Some(why) = runstate::why_over(&now.word) {
-            return Err(Failure::new(Kind::Vm, why));
+            return Err(Failure::new(FailureKind::Vm, why));
         }
         // A guest that sleeps wakes up by itself.
         let runs = matches!(now.state, State::Running | State::Suspended);
@@ -408,15 +410,15 @@ impl Guest for Qemu {
             return Err(failure(QmpError::Closed));
         }
         // QEMU takes the word, and does not follow it.
-        if let Some(why) = runstate::why_no_cont(&self.standing.get().word) {
-            return Err(Failure::new(Kind::Name, why));
+        if let Some(why) = runstate::why_no_cont(&self.heard_state.get().word) {
+            return Err(Failure::new(FailureKind::Name, why));
         }
         self.qmp.ask("cont", Value::Null, COMMAND_TIMEOUT).map_err(|error| match error {
             QmpError::Refused { .. } => failure(error),
             // It may have been heard, and be carried out later.
-            error => Failure::new(Kind::InDoubt, chain(&error)),
+            error => Failure::new(FailureKind::InDoubt, chain(&error)),
         })?;
-        self.standing.set(runstate::RUNNING, true);
+        self.heard_state.set(runstate::RUNNING, true);
         self.disks_away = false;
         self.put_back();
         if std::mem::take(&mut self.given_away)
@@ -445,18 +447,18 @@ impl Guest for Qemu {
     }
 
     fn view(&self) -> GuestView {
-        let RunState { state, why, .. } = self.standing.get();
+        let RunState { state, why, .. } = self.heard_state.get();
         let failed = why.filter(|_| state == State::Failed);
         GuestView { vcpus: self.vcpus, workload: self.workload.clone(), guest: GuestStat::default(), failed }
     }
 
     fn run_state(&self) -> Option<RunState> {
         self.qmp.look_again();
-        Some(self.standing.get())
+        Some(self.heard_state.get())
     }
 
     fn ended(&self) -> Option<Failure> {
-        self.qmp.has_ended().then(|| self.standing.last_words()).flatten()
+        self.qmp.has_ended().then(|| self.heard_state.last_words()).flatten()
     }
 
     fn quit(mut self: Box<Self>) -> Result<(), Failure> {
@@ -473,7 +475,7 @@ impl Guest for Qemu {
 pub(crate) struct Incoming(pub(crate) Qemu);
 
 impl Newcomer for Incoming {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
+    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure> {
         let mut qemu = self.0;
         match qemu.take_state(state) {
             Ok(()) => {
@@ -482,7 +484,7 @@ impl Newcomer for Incoming {
                 Ok(Box::new(qemu))
             }
             // QEMU ends when it does not understand its state.
-            Err(failure) => Err(farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why))),
+            Err(failure) => Err(farewell::reason().map_or(failure, |why| Failure::new(FailureKind::Vm, why))),
         }
     }
 }
@@ -497,7 +499,7 @@ fn read_all(mut channel: UnixStream, deadline: Instant) -> Result<Vec<u8>, Failu
         let text = format!(
             "QEMU's device state is larger than {STATE_BYTES_MAX} bytes: is its memory really shared?"
         );
-        return Err(Failure::new(Kind::Vm, text));
+        return Err(Failure::new(FailureKind::Vm, text));
     }
     Ok(state)
 }

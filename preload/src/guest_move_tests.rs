@@ -73,7 +73,7 @@ fn settings_of_its_migration_are_set_aside_and_put_back() {
             // And where saving fails: nobody may run it, or even end it, with the wrong settings.
             source.pause().unwrap();
             source
-                .with_capabilities(&[IGNORE_SHARED], |_| Err::<(), _>(Failure::new(Kind::Vm, "")))
+                .with_capabilities(&[IGNORE_SHARED], |_| Err::<(), _>(Failure::new(FailureKind::Vm, "")))
                 .unwrap_err();
             assert_eq!(settings(&mut source), before, "after a failure");
             let panics =
@@ -104,11 +104,11 @@ fn a_migration_of_the_users_own_is_left_alone() {
         migration_comes_to(&mut source, |status| status == "active");
         let before = settings(&mut source);
         let refused = source.may_move().unwrap_err();
-        assert_eq!(refused.kind, Kind::CannotMove);
+        assert_eq!(refused.kind, FailureKind::CannotMove);
         assert!(refused.text.contains("a migration that vmemd did not start"), "{refused}");
         // Begun while memory went.
         source.pause().unwrap();
-        assert_eq!(source.save().unwrap_err().kind, Kind::CannotMove);
+        assert_eq!(source.save().unwrap_err().kind, FailureKind::CannotMove);
         // Or in the very last moment.
         assert!(source.write_state().is_err());
         assert_eq!((migration(&mut source).as_str(), settings(&mut source)), ("active", before));
@@ -206,12 +206,15 @@ fn a_machine_that_a_monitor_has_changed_is_told_from_that_of_its_command_line() 
             }
             let said = say(&mut qemu, change);
             let Err(refused) = qemu.may_move() else { panic!("{change}: {said}") };
-            assert!(refused.kind == Kind::CannotMove && refused.text.contains(says), "{change}: {refused}");
+            assert!(
+                refused.kind == FailureKind::CannotMove && refused.text.contains(says),
+                "{change}: {refused}"
+            );
             qemu.pause().unwrap();
             // A device that was unplugged before may only be gone now, so the rest of the words may differ.
             let again = qemu.save().unwrap_err();
             assert!(
-                again.kind == Kind::CannotMove && again.text.contains(says),
+                again.kind == FailureKind::CannotMove && again.text.contains(says),
                 "{change}, at rest: {again}"
             );
             qemu.resume().unwrap();
@@ -238,7 +241,7 @@ fn what_qemu_itself_cannot_move_is_known_before() {
         let drive = format!("file=fat:rw:{},format=raw,if=virtio", shared.display());
         let (mut qemu, _process) = start(&program, &memory, &["-drive", &drive]);
         let refused = qemu.may_move().unwrap_err();
-        assert!(refused.kind == Kind::CannotMove && refused.text.contains("vvfat"), "{refused}");
+        assert!(refused.kind == FailureKind::CannotMove && refused.text.contains("vvfat"), "{refused}");
 
         let (mut qemu, _process) = start_with(&program, &memory, &changeable(&directory), &[]);
         let socket = directory.0.path().join("nbd").display().to_string();
@@ -247,7 +250,7 @@ fn what_qemu_itself_cannot_move_is_known_before() {
         qemu.ask("nbd-server-add", json!({ "device": "d0" })).unwrap();
         let refused = qemu.may_move().unwrap_err();
         assert!(
-            refused.kind == Kind::CannotMove && refused.text.contains("is exported (nbd, d0)"),
+            refused.kind == FailureKind::CannotMove && refused.text.contains("is exported (nbd, d0)"),
             "{refused}"
         );
         qemu.ask("nbd-server-stop", Value::Null).unwrap();
@@ -259,7 +262,7 @@ fn what_qemu_itself_cannot_move_is_known_before() {
         qemu.ask("drive-backup", job).unwrap();
         let refused = qemu.may_move().unwrap_err();
         assert!(
-            refused.kind == Kind::CannotMove && refused.text.contains("job copying (backup) is"),
+            refused.kind == FailureKind::CannotMove && refused.text.contains("job copying (backup) is"),
             "{refused}"
         );
     }
@@ -299,7 +302,7 @@ fn a_state_that_was_given_away_is_known_before() {
     qemu.pause().unwrap();
     qemu.save().unwrap();
     let refused = qemu.may_move().unwrap_err();
-    assert!(refused.kind == Kind::CannotMove && refused.text.contains("postmigrate"), "{refused}");
+    assert!(refused.kind == FailureKind::CannotMove && refused.text.contains("postmigrate"), "{refused}");
     qemu.resume().unwrap();
     qemu.may_move().unwrap();
     let stays = qemu.stays(Some("this VM cannot be moved: for a reason".to_owned()));

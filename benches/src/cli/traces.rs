@@ -11,7 +11,7 @@ use vmemd::cli::terminal::{print, print_json, warn};
 use vmemd::cli::values::{JsonArg, check_sizes};
 use vmprocess::control::client::VmClient;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::host;
 use vmprocess::size::Size;
 
@@ -105,7 +105,7 @@ fn touches(args: &ReplayArgs) -> Result<(String, Touches, Size), Failure> {
         touches.pages = touches.pages.next_multiple_of(u64::from(swapd::BLOCK_PAGES));
         let recorded = Some(Size(header.ram_pages * page_bytes)).filter(|ram| ram.bytes() > 0);
         let ram = args.ram.or(recorded).ok_or_else(|| {
-            Failure::new(Kind::Usage, "the trace does not say how much RAM there was: give --ram")
+            Failure::new(FailureKind::Usage, "the trace does not say how much RAM there was: give --ram")
         })?;
         return Ok((path.display().to_string(), touches, ram));
     };

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -206,7 +206,10 @@ impl TraceWriter {
         name.push(".partial");
         let partial = path.with_file_name(name);
         if path.is_dir() {
-            return Err(Failure::new(Kind::Usage, format!("{} is a directory: name a file", path.display())));
+            return Err(Failure::new(
+                FailureKind::Usage,
+                format!("{} is a directory: name a file", path.display()),
+            ));
         }
         let mut file = File::create(&partial)
             .map_err(|error| Failure::io(format!("cannot make the trace {}", partial.display()), &error))?;
@@ -234,7 +237,10 @@ impl TraceWriter {
     /// If the disk is full, or the trace.
     pub(crate) fn push(&mut self, entry: Entry) -> Result<(), Failure> {
         if self.entries == TOUCHES_MAX {
-            return Err(Failure::new(Kind::Resources, format!("a trace has at most {TOUCHES_MAX} entries")));
+            return Err(Failure::new(
+                FailureKind::Resources,
+                format!("a trace has at most {TOUCHES_MAX} entries"),
+            ));
         }
         encode(&mut self.buffer, self.kind, &mut self.last, entry);
         self.entries += 1;
@@ -299,7 +305,7 @@ pub(crate) fn read(path: &Path, each: impl FnMut(Entry)) -> Result<Header, Failu
         decode(file, facts.len(), each)
     };
     open().map_err(|error| {
-        Failure::new(Kind::Usage, format!("cannot read the trace {}: {error}", path.display()))
+        Failure::new(FailureKind::Usage, format!("cannot read the trace {}: {error}", path.display()))
     })
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::touches::Touches;
@@ -83,7 +83,7 @@ impl SyntheticSettings {
         if working_set_bytes > self.memory.bytes() {
             let needed = Size(working_set_bytes.next_multiple_of(2 << 20));
             let text = format!("{} with --ram {} needs --memory {needed} or more", self.what, self.ram);
-            return Err(Failure::new(Kind::Usage, text));
+            return Err(Failure::new(FailureKind::Usage, text));
         }
         let job = Job {
             name: self.what.to_string(),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use swapd::{PageNo, Run};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::file::{self, Entry, Header, TraceKind, TraceWriter, What};
 use super::limits::{PAGES_MAX, TOUCHES_MAX};
@@ -31,7 +31,7 @@ impl Touches {
         let page_bytes = swapd::PAGE_SIZE as u64;
         let pages = memory_bytes / page_bytes;
         if pages > PAGES_MAX {
-            return Err(Failure::new(Kind::Usage, "a memory of more than 8T cannot be traced"));
+            return Err(Failure::new(FailureKind::Usage, "a memory of more than 8T cannot be traced"));
         }
         let prefilled =
             jobs.iter().filter(|job| job.prefill).map(|job| job.size_bytes / page_bytes).sum::<u64>();
@@ -40,7 +40,7 @@ impl Touches {
             let text = format!(
                 "{total} touches, with those before the ones that count: at most {TOUCHES_MAX} are possible"
             );
-            return Err(Failure::new(Kind::Usage, text));
+            return Err(Failure::new(FailureKind::Usage, text));
         }
         let (mut list, mut patterns, mut start) = (Vec::with_capacity(total as usize), Vec::new(), 0);
         for job in jobs {

@@ -5,7 +5,7 @@ use std::path::Path;
 use migrate::PlainMemory;
 use swapd::{Engine, EngineConfig, Notice, StartError, StoreConfig};
 use vmemd::cli::terminal::warn;
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::host;
 
 use super::content::Base;
@@ -47,7 +47,7 @@ impl Memory {
         let ram = request.scenario.ram_bytes.min(bytes);
         let plain = || {
             PlainMemory::new(bytes).map_err(|error| {
-                Failure::new(Kind::Resources, format!("no address space for {bytes} bytes: {error}"))
+                Failure::new(FailureKind::Resources, format!("no address space for {bytes} bytes: {error}"))
             })
         };
         match request.engine {
@@ -60,7 +60,7 @@ impl Memory {
                 host::need_free_ram(bytes + HOST_RESERVE_BYTES, "this job on plain memory")?;
                 plain().map(Memory::Plain)
             }
-            BenchEngine::Raw => Err(Failure::new(Kind::Usage, "the raw engine has no memory")),
+            BenchEngine::Raw => Err(Failure::new(FailureKind::Usage, "the raw engine has no memory")),
         }
     }
 
@@ -112,9 +112,9 @@ fn start_engine(bytes: u64, ram: u64, store: &Path, encrypt: bool) -> Result<Eng
 /// Threads that touch memory would wait for ever, or be killed by a signal: better say why, and end.
 fn end_on_failure(notice: Notice) {
     let failure = match notice {
-        Notice::StoreFailed(reason) => Failure::new(Kind::Resources, reason),
+        Notice::StoreFailed(reason) => Failure::new(FailureKind::Resources, reason),
         Notice::Poisoned(page) => {
-            Failure::new(Kind::Vm, format!("{page} is lost: the store gave wrong content"))
+            Failure::new(FailureKind::Vm, format!("{page} is lost: the store gave wrong content"))
         }
         Notice::StoreRecovered
         | Notice::Starved(_)

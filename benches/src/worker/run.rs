@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use swapd::{PAGE_SIZE, Run};
 use vmemd::cli::terminal::warn;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::areas::areas;
@@ -41,7 +41,7 @@ pub(crate) fn main(request: &WorkerRequest) -> Result<Sample, Failure> {
 
 /// The parent has read a job file; who types a request by hand may get it wrong.
 fn check(scenario: &Scenario) -> Result<(), Failure> {
-    let usage = |text: String| Err(Failure::new(Kind::Usage, text));
+    let usage = |text: String| Err(Failure::new(FailureKind::Usage, text));
     if scenario.jobs.is_empty() {
         return usage("there are no jobs".to_owned());
     }
@@ -151,7 +151,7 @@ fn run_phases(teams: &mut [Team<'_>], base: Base, memory: &Memory) -> Result<(Mo
             if let Err(error) = spawned {
                 // Those that are there wait for one that will not come.
                 warn(&format!("cannot start {threads} threads: {error}"));
-                std::process::exit(i32::from(Kind::Resources.exit_code()));
+                std::process::exit(i32::from(FailureKind::Resources.exit_code()));
             }
         }
         gate.wait();

@@ -15,8 +15,8 @@ use crate::session::SessionId;
 use crate::versions::highest_common;
 use crate::wait::Wait;
 use crate::wire::opening::{
-    Answer, Hello, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, Preamble, RefuseKind, SessionHello, StreamHello,
-    is_name,
+    Answer, Hello, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, NAME_MAX, Preamble, RefuseKind, SessionHello,
+    StreamHello, is_name,
 };
 use crate::wire::{VERSIONS, WireError, none_in_common};
 
@@ -34,7 +34,7 @@ fn check(options: &SourceOptions, memory_bytes: u64) -> Result<(), SendError> {
     let wrong = |text: String| Err(SendError::Options(text));
     if !is_name(&options.name) {
         return wrong(format!(
-            "{:?} is no name of a VM: letters, digits, and ._- behind the first",
+            "{:?} is no name of a VM: 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not a dot first",
             options.name
         ));
     }

@@ -26,8 +26,13 @@ pub const MAX_BODY: usize = MAX_TEXT + 64;
 pub const MAX_OFFER: usize = 64 << 10;
 /// Most bytes behind the preamble of a session.
 pub const MAX_SESSION_BODY: usize = size_of::<RawSession>() + MAX_NAME + MAX_OFFER + SUM_BYTES;
-/// Most bytes of a VM's name.
+/// Most bytes of a VM's name that the format carries. No VM has a name of more than [`NAME_MAX`].
 pub const MAX_NAME: usize = 255;
+/// Most bytes of a VM's name: that of its control socket has to fit a socket's address.
+pub const NAME_MAX: usize = 64;
+/// What the file name of a VM's control socket has behind the VM's name while the VM is on its way.
+pub const NAME_ROLES: [&str; 2] = [".arriving-", ".leaving-"];
+const _: () = assert!(NAME_MAX <= MAX_NAME);
 /// Most data streams of a session.
 pub const MAX_STREAMS: u32 = 16;
 /// Most bytes of a VM's memory: 8 TiB.
@@ -331,18 +336,24 @@ fn decode_session(versions: Versions, body: &[u8]) -> Result<SessionHello, WireE
     })
 }
 
-/// A name becomes part of a path at the target: letters, digits, and `.`, `_`, `-` behind the first.
+/// Whether a VM may have this name: the rule of every host, for the name is part of a path there. 1 to [`NAME_MAX`] ASCII letters,
+/// digits, `.`, `_` and `-`; not a dot first, and none of the [`NAME_ROLES`] in it.
+///
+/// A source asks before it connects, and a target before it makes anything of that name. An opening with a name that is longer, or has
+/// such a word in it, is read all the same, so that the refusal can say what is wrong.
 pub fn is_name(name: &str) -> bool {
-    let mut chars = name.chars();
-    name.len() <= MAX_NAME
-        && chars.next().is_some_and(|c| c.is_ascii_alphanumeric())
-        && chars.all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+    name.len() <= NAME_MAX && is_of_name_letters(name) && !NAME_ROLES.iter().any(|role| name.contains(role))
+}
+
+fn is_of_name_letters(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    !name.is_empty() && !name.starts_with('.') && name.chars().all(allowed)
 }
 
 fn checked_name(name: &[u8]) -> Result<String, WireError> {
     at_most("bytes of a name", name.len() as u64, MAX_NAME as u64)?;
     let name = str::from_utf8(name).map_err(|_| WireError::NotText)?;
-    match is_name(name) {
+    match is_of_name_letters(name) {
         true => Ok(name.to_string()),
         false => Err(WireError::BadValue {
             what: "a VM's name, of letters, digits and ._-,",
@@ -430,9 +441,31 @@ mod tests {
     #[test]
     fn names_that_are_no_file_names_are_refused() {
         for name in ["", "../x", "a/b", ".hidden", "a\nb", "ä", &"x".repeat(256)] {
+            assert!(!is_name(name), "{name:?}");
             let bytes = Hello::Session(session(name)).encode();
             let (preamble, body) = split(&bytes);
             assert!(Hello::decode(preamble, body).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn every_name_that_a_host_takes_is_read_and_longer_ones_too_so_that_they_can_be_refused() {
+        for (name, taken) in [
+            ("a", true),
+            ("web-1", true),
+            ("A.b_c", true),
+            ("_a", true),
+            ("-a", true),
+            (&"x".repeat(NAME_MAX), true),
+            (&"x".repeat(NAME_MAX + 1), false),
+            (&"x".repeat(MAX_NAME), false),
+            ("a.leaving-1", false),
+            ("a.arriving-1", false),
+        ] {
+            assert_eq!(is_name(name), taken, "{name:?}");
+            let bytes = Hello::Session(session(name)).encode();
+            let (preamble, body) = split(&bytes);
+            assert_eq!(Hello::decode(preamble, body), Ok(Hello::Session(session(name))), "{name:?}");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::host;
 
 use super::burst::{Write, WriteBehind};
@@ -23,13 +23,13 @@ pub(in crate::worker) fn run(request: &WorkerRequest) -> Result<Sample, Failure>
     let scenario = &request.scenario;
     let Some(plan) = plan::plan(scenario, &areas(scenario)) else {
         return Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             "too many touches to find their least traffic: choose fewer loops",
         ));
     };
     if plan.lanes.iter().all(|lane| lane.operations.is_empty()) {
         return Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             "these jobs need no device: all that they touch fits into their RAM",
         ));
     }
