@@ -134,6 +134,16 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+fn kind_of(error: &migrate::VmError) -> Kind {
+    use migrate::VmError as E;
+    match error {
+        E::CannotMove(_) | E::TooMuchState { .. } => Kind::CannotMove,
+        E::Resources(_) => Kind::Resources,
+        E::Io { source, .. } => Failure::io("", source).kind,
+        E::Machine(_) | E::Ended(_) | E::NotResumed(_) | E::Bug => Kind::Vm,
+    }
+}
+
 impl From<migrate::SendError> for Failure {
     fn from(error: migrate::SendError) -> Failure {
         use migrate::SendError as E;
@@ -151,7 +161,8 @@ impl From<migrate::SendError> for Failure {
             E::NameTaken(_) => Kind::Name,
             E::Cancelled => Kind::Interrupted,
             E::Downtime(_) => Kind::Downtime,
-            E::Vm(_) | E::Engine(_) => Kind::Vm,
+            E::Vm(error) => kind_of(error),
+            E::Engine(_) => Kind::Vm,
             E::InDoubt { .. } => Kind::InDoubt,
         };
         Failure::new(kind, chain(&error))
@@ -163,7 +174,9 @@ impl From<migrate::ReceiveError> for Failure {
         use migrate::ReceiveError as E;
         let kind = match &error {
             E::Cancelled => Kind::Interrupted,
-            E::Vm(_) | E::Engine(_) => Kind::Vm,
+            E::Vm(error) => kind_of(error),
+            E::Engine(_) => Kind::Vm,
+            E::Spool { source, .. } => Failure::io("", source).kind,
             E::Registry(_) => Kind::Other,
             _ => Kind::Link,
         };

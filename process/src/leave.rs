@@ -18,7 +18,7 @@ use crate::doubt;
 use crate::failure::{Failure, Kind};
 use crate::life::CAUGHT;
 use crate::size::Size;
-use crate::source_vm::Leaving;
+use crate::source_vm::{Leaving, vm_error};
 use crate::vm::{Event, Phase, Vm};
 
 /// How often it is looked whether whoever asked is still there.
@@ -32,8 +32,7 @@ const SPEED_WINDOW: Duration = Duration::from_millis(500);
 
 enum Step {
     Progress(MigrationStat),
-    /// With the reason why the VM cannot move, if that was found on the way.
-    Ended(Result<Report, SendError>, Option<Failure>),
+    Ended(Result<Report, SendError>),
 }
 
 /// Moves the VM away. Answers when it has moved, or stays; cancels if the client goes away.
@@ -60,7 +59,7 @@ pub(crate) fn migrate(
         CAUGHT.set(false);
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         settle(&mover, &options, &result);
-        let _ = steps.send(Step::Ended(result, leaving.cannot));
+        let _ = steps.send(Step::Ended(result));
         doubt::ask_until_known(&mover);
     });
     if let Err(error) = spawned {
@@ -75,7 +74,7 @@ pub(crate) fn migrate(
                     vm.cancel.store(true, Ordering::SeqCst);
                 }
             }
-            Ok(Step::Ended(result, cannot)) => return report(vm, &request.to, result, cannot),
+            Ok(Step::Ended(result)) => return report(vm, &request.to, result),
             Err(RecvTimeoutError::Timeout) if client.gone() || client.cancels() => {
                 vm.cancel.store(true, Ordering::SeqCst)
             }
@@ -163,7 +162,7 @@ fn send(
     let vm = leaving.vm;
     let handle = match vm.memory().and_then(|memory| memory.engine()) {
         Ok(handle) => handle.clone(),
-        Err(failure) => return Err(SendError::Vm(VmError(failure.text))),
+        Err(failure) => return Err(SendError::Vm(vm_error(failure))),
     };
     let started = Instant::now();
     let speed = Speed::new(started);
@@ -246,12 +245,7 @@ fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) 
     }
 }
 
-fn report(
-    vm: &Vm,
-    to: &str,
-    result: Result<Report, SendError>,
-    cannot: Option<Failure>,
-) -> Result<Value, Failure> {
+fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value, Failure> {
     match result {
         Ok(report) => {
             let mut value =
@@ -259,7 +253,10 @@ fn report(
             value["to"] = to.into();
             Ok(value)
         }
-        Err(SendError::Vm(_)) if let Some(cannot) = cannot => Err(stays(vm, cannot)),
+        // No failure of the VM's: it is told as it would have been before a byte moved.
+        Err(SendError::Vm(error @ (VmError::CannotMove(_) | VmError::TooMuchState { .. }))) => {
+            Err(stays(vm, Failure::new(Kind::CannotMove, error.to_string())))
+        }
         Err(error) if error.still_here() => Err(stays(vm, Failure::from(error))),
         Err(error) => Err(Failure::from(error)),
     }

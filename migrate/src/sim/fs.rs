@@ -19,6 +19,7 @@ const STEP: Duration = Duration::from_millis(2);
 /// The same for what is in memory.
 const MEMORY_STEP: Duration = Duration::from_micros(20);
 const MEMORY: &str = "/memory";
+const ROTTEN: &str = "rotten";
 
 struct Inode {
     content: Vec<u8>,
@@ -35,6 +36,9 @@ struct Disk {
     failing: Option<(u32, u32)>,
     crashes: u32,
     swept: bool,
+    /// Files without a name so far; and none of them keeps its content wrongly.
+    unnamed: u32,
+    sound: bool,
 }
 
 thread_local!(static DISK: RefCell<Disk> = RefCell::default());
@@ -53,7 +57,7 @@ pub(crate) fn fail(skip: u32, count: u32) {
 }
 
 pub(crate) fn heal() {
-    with(|disk| disk.failing = None);
+    with(|disk| (disk.failing, disk.sound) = (None, true));
 }
 
 /// The host has lost its power.
@@ -140,6 +144,17 @@ pub fn in_memory(_: &Path) -> io::Result<PathBuf> {
 
 pub fn vouch_for(_: &Path) -> io::Result<()> {
     Ok(())
+}
+
+/// For a VM's state. Some keep it wrongly.
+pub fn unnamed_file(directory: &Path) -> io::Result<File> {
+    let (number, sound) = with(|disk| {
+        disk.unnamed += 1;
+        (disk.unnamed, disk.sound)
+    });
+    let rotten = !sound && world().random.one_in(6);
+    let path = directory.join(format!("{}-{number}", if rotten { ROTTEN } else { "sound" }));
+    File::create_new(&path)
 }
 
 pub fn remove_file(path: &Path) -> io::Result<()> {
@@ -284,10 +299,12 @@ impl File {
 
 impl FileExt for File {
     fn read_exact_at(&self, into: &mut [u8], from: u64) -> io::Result<()> {
-        let content = content(&self.path).ok_or(ErrorKind::NotFound)?;
-        let bytes = content.get(from as usize..from as usize + into.len()).ok_or(ErrorKind::UnexpectedEof)?;
-        into.copy_from_slice(bytes);
-        Ok(())
+        with(|disk| {
+            let file = disk.files.get(&self.path).ok_or(ErrorKind::NotFound)?;
+            let bytes = file.content.get(from as usize..from as usize + into.len());
+            into.copy_from_slice(bytes.ok_or(ErrorKind::UnexpectedEof)?);
+            Ok(())
+        })
     }
 
     fn write_all_at(&self, bytes: &[u8], to: u64) -> io::Result<()> {
@@ -297,6 +314,9 @@ impl FileExt for File {
                 let end = to as usize + bytes.len();
                 file.content.resize(end.max(file.content.len()), 0);
                 file.content[to as usize..end].copy_from_slice(bytes);
+                if self.path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(ROTTEN)) {
+                    file.content[to as usize] ^= 1;
+                }
             }
         });
         Ok(())

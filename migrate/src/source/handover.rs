@@ -17,6 +17,7 @@ use swapd::Placed;
 use super::error::SendError;
 use super::moving::{Failed, Moving, said};
 use super::pace::Standing;
+use super::state_sink::{self, Unsent};
 use crate::cancel::is_cancelled;
 use crate::limits::{
     CANCEL_POLL, PLACEMENT_LIMIT, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, patience,
@@ -29,7 +30,7 @@ use crate::report::{DowntimeParts, Placement, Report};
 use crate::resolve::resolve;
 use crate::vm::VmError;
 use crate::wait::Wait;
-use crate::wire::control::{Control, MAX_STATE_BYTES, state_parts};
+use crate::wire::control::Control;
 
 /// What became of a commit.
 enum Committed {
@@ -162,20 +163,19 @@ fn prepare(
     parts: &mut DowntimeParts,
 ) -> Result<Placed, Failed> {
     let began = Instant::now();
-    let state = moving.vm.save().map_err(|error| said(moving, error))?;
-    // It may be more than was expected.
-    if let Some(error) = too_large(state.len() as u64) {
-        return Err(said(moving, error));
-    }
+    state_sink::save(moving, stopped_at).map_err(|unsent| match unsent {
+        Unsent::Vm(error) => said(moving, error),
+        Unsent::Session(trouble) => {
+            moving.rounds.guard.failed(trouble);
+            Failed::SessionError
+        }
+        Unsent::TooLong => stood_too_long(moving, moving.options.max_downtime.unwrap_or_default()),
+    })?;
     parts.state_ms = milliseconds(began.elapsed());
     in_time(moving, stopped_at)?;
     let rounds = &mut moving.rounds;
     let work = async {
         let began = Instant::now();
-        for part in state_parts(&state) {
-            let sent = rounds.control.outbox().send(part);
-            rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, sent).await?;
-        }
         rounds.last().await?;
         parts.pages_ms = milliseconds(began.elapsed());
         let began = Instant::now();
@@ -281,17 +281,8 @@ fn take_back(moving: &mut Moving<'_, '_>, trouble: SessionError) -> Failed {
 fn resume(moving: &mut Moving<'_, '_>, failed: Failed) -> Failed {
     match moving.vm.resume() {
         Ok(()) => failed,
-        Err(error) => said(moving, VmError(format!("it could not be resumed: {error}"))),
+        Err(error) => said(moving, VmError::NotResumed(Box::new(error))),
     }
-}
-
-/// Why a state of so many bytes cannot move.
-pub(super) fn too_large(state_bytes: u64) -> Option<VmError> {
-    (state_bytes > MAX_STATE_BYTES as u64).then(|| {
-        VmError(format!(
-            "its vCPUs and devices have {state_bytes} bytes of state, and at most {MAX_STATE_BYTES} can move"
-        ))
-    })
 }
 
 fn milliseconds(time: Duration) -> f64 {

@@ -13,6 +13,7 @@ mod record;
 mod rounds;
 mod send_state;
 mod sender;
+mod state_sink;
 mod tracker;
 
 use std::rc::Rc;
@@ -24,6 +25,7 @@ use crate::outside::{EngineHandle, Instant, planted, runtime};
 use crate::progress::{Phase, Progress};
 use crate::report::Report;
 use crate::vm::{Expected, SourceVm};
+use crate::wire::control::state_limit;
 use moving::{Failed, Moving, said};
 use pace::{Decision, Rules, Standing, decide};
 use rounds::Rounds;
@@ -49,7 +51,7 @@ pub fn send(
     let runtime = runtime().map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;
     let dirty = handle.subscribe_dirty()?;
     let session_state = Rc::new(SessionState::default());
-    let session = connected.session;
+    let (session, state_most) = (connected.session, state_limit(connected.version));
     let rounds = runtime
         .block_on(async { Rounds::start(handle, dirty, connected, &session_state, cancel, progress) })?;
     let mut moving = Moving {
@@ -58,6 +60,7 @@ pub fn send(
         vm,
         options,
         session,
+        state_most,
         started,
         throttle: 0,
         throttle_max: 0,
@@ -121,10 +124,11 @@ impl Moving<'_, '_> {
         }
     }
 
-    /// Asks what of the downtime will be the VM's own. A VM whose state the target would not take is not stopped to find that out.
+    /// Asks what of the downtime will be the VM's own. A VM whose state the target would not take (one of a former version) is not
+    /// stopped to find that out.
     fn look_ahead(&mut self) -> Result<(), Failed> {
         self.expected = self.vm.expected();
-        match handover::too_large(self.expected.state_bytes) {
+        match state_sink::too_much(self.expected.state_bytes, self.state_most) {
             Some(error) => Err(said(self, error)),
             None => Ok(()),
         }

@@ -22,6 +22,8 @@ pub(super) struct Moving<'a, 'b> {
     pub(super) vm: &'b mut dyn SourceVm,
     pub(super) options: &'a SourceOptions,
     pub(super) session: SessionId,
+    /// Most bytes of state that the target takes.
+    pub(super) state_most: Option<u64>,
     pub(super) started: Instant,
     pub(super) throttle: u8,
     pub(super) throttle_max: u8,
@@ -64,6 +66,6 @@ impl Moving<'_, '_> {
 
 /// The VM failed: the target hears of it as well.
 pub(super) fn said(moving: &Moving<'_, '_>, error: VmError) -> Failed {
-    moving.rounds.guard.failed(SessionError::GaveUp(format!("the VM failed: {error}")));
+    moving.rounds.guard.failed(SessionError::GaveUp(format!("the VM failed: {}", error.chain())));
     Failed::Said(error.into())
 }

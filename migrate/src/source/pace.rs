@@ -12,6 +12,8 @@ pub(crate) const WANTED_SHRINK: f64 = 0.25;
 pub(crate) const PAGES_SHARE: f64 = 0.75;
 /// Share of the target that is for sending pages whatever else there is: with less, no VM that writes would ever be stopped.
 pub(crate) const LEAST_SHARE: f64 = 0.1;
+/// A machine takes its state at least so fast, as QEMU takes a full frame buffer.
+const LOADED_BYTES_PER_S: f64 = 1e9;
 /// A round with fewer pages says little about the rate.
 const MIN_RATE_PAGES: u64 = 256;
 
@@ -36,9 +38,9 @@ pub(crate) struct Standing {
     /// Distinct pages written, under the throttle of now.
     pub(crate) written_per_s: f64,
     pub(crate) throttle: u8,
-    /// What the downtime consists of besides pages and the state's way: stopping, saving, loading and starting the VM.
+    /// What the downtime consists of besides pages and what the state takes by its size: stopping and starting the VM.
     pub(crate) vm_cost: Duration,
-    /// The VM's state, to be sent with the pages.
+    /// The VM's state, to be sent before the pages, and loaded behind them.
     pub(crate) state_bytes: u64,
     /// The last look for written pages, and questions and answers on their way.
     pub(crate) link_cost: Duration,
@@ -48,7 +50,8 @@ impl Standing {
     /// What is spent besides sending pages.
     fn costs(&self) -> Duration {
         let state_pages = self.state_bytes as f64 / swapd::PAGE_SIZE as f64;
-        self.vm_cost + self.link_cost + seconds(state_pages / self.sent_per_s)
+        let loading = seconds(self.state_bytes as f64 / LOADED_BYTES_PER_S);
+        self.vm_cost + self.link_cost + loading + seconds(state_pages / self.sent_per_s)
     }
 
     /// How long the VM will stand still if it is stopped now.

@@ -1,6 +1,7 @@
 //! What whoever receives a VM hands in: connections, memory, and who is told.
 
 use super::plain::PlainMemory;
+use super::spool::StateSpool;
 use crate::cancel::CancelFlag;
 use crate::outside::{EngineHandle, StdStream};
 use crate::progress::Progress;
@@ -36,6 +37,8 @@ pub struct TargetLink<'a> {
     pub granted_ram_bytes: u64,
     /// Waits, bounded in time, for the session's next data stream. Called `hello.streams` times, after the source was told to go on.
     pub streams: &'a mut dyn FnMut() -> std::io::Result<DataStream>,
+    /// Where the state of its vCPUs and devices waits until all of its memory is here.
+    pub spool: StateSpool,
     /// Where it is decided, and recorded, which side runs the VM.
     pub registry: &'a Registry,
     /// Called on the thread of [`crate::receive`], several times a second while pages arrive.
