@@ -20,6 +20,9 @@ const STEP: Duration = Duration::from_millis(2);
 const MEMORY_STEP: Duration = Duration::from_micros(20);
 const MEMORY: &str = "/memory";
 const ROTTEN: &str = "rotten";
+/// Takes so many bytes.
+const SMALL: &str = "small";
+const SMALL_BYTES: u64 = 1 << 20;
 
 struct Inode {
     content: Vec<u8>,
@@ -146,15 +149,14 @@ pub fn vouch_for(_: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// For a VM's state. Some keep it wrongly.
+/// For a VM's state. Some keep it wrongly, or have little room.
 pub fn unnamed_file(directory: &Path) -> io::Result<File> {
     let (number, sound) = with(|disk| {
         disk.unnamed += 1;
         (disk.unnamed, disk.sound)
     });
-    let rotten = !sound && world().random.one_in(6);
-    let path = directory.join(format!("{}-{number}", if rotten { ROTTEN } else { "sound" }));
-    File::create_new(&path)
+    let kind = if sound { "sound" } else { world().random.pick(&["sound", "sound", "sound", ROTTEN, SMALL]) };
+    File::create_new(&directory.join(format!("{kind}-{number}")))
 }
 
 pub fn remove_file(path: &Path) -> io::Result<()> {
@@ -223,6 +225,11 @@ impl File {
         }
         File::make(path)?;
         Ok(File { path: path.to_path_buf(), locked: false.into() })
+    }
+
+    /// Of a file without a name, of that kind.
+    fn is(&self, kind: &str) -> bool {
+        self.path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(kind))
     }
 
     /// Of a directory: to flush its entries.
@@ -309,12 +316,16 @@ impl FileExt for File {
 
     fn write_all_at(&self, bytes: &[u8], to: u64) -> io::Result<()> {
         changing(&self.path)?;
+        if self.is(SMALL) && to + bytes.len() as u64 > SMALL_BYTES {
+            world().note(|| "the disk is full".to_string());
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
         with(|disk| {
             if let Some(file) = disk.files.get_mut(&self.path) {
                 let end = to as usize + bytes.len();
                 file.content.resize(end.max(file.content.len()), 0);
                 file.content[to as usize..end].copy_from_slice(bytes);
-                if self.path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(ROTTEN)) {
+                if self.is(ROTTEN) {
                     file.content[to as usize] ^= 1;
                 }
             }

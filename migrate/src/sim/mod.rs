@@ -19,9 +19,9 @@ use bugs::Bug;
 use coverage::Coverage;
 use faults::{Class, Step};
 
-const SEEDS: u64 = 500;
+const SEEDS: u64 = 800;
 /// With fewer seeds, cells of the table may stay empty.
-const ENOUGH: u64 = 500;
+const ENOUGH: u64 = 800;
 /// Every bug is found within so many seeds.
 const WITHIN: u64 = 1000;
 

@@ -322,8 +322,7 @@ impl SourceVm for Leaving {
         *self.0.state.borrow_mut() = state;
         // It takes its time, and may fail half-way.
         let state = self.0.state.borrow();
-        let fails_at = random.below(bytes + 1) as usize;
-        let (before, behind) = state.split_at(fails_at);
+        let (before, behind) = state.split_at(state.len() / 2);
         for (part, chore) in [(before, true), (behind, false)] {
             for piece in part.chunks(1 + random.below(1 << 20) as usize) {
                 pause(world().delay(VM_STEP));

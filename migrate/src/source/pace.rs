@@ -183,10 +183,10 @@ mod tests {
         assert_eq!(decide(&RULES, &Standing { left_pages: 3000, ..STANDING }), Decision::Stop);
         let dear = Standing { left_pages: 3000, link_cost: Duration::from_millis(3), ..STANDING };
         assert_eq!(decide(&RULES, &dear), Decision::Go { throttle: 0 });
-        // 4096 bytes a page: 1000 pages of state take 10 ms more.
-        let with_state = Standing { left_pages: 2251, state_bytes: 1000 << 12, ..STANDING };
+        // 4096 bytes a page: 1000 pages of state take 10 ms more to send, and 4.1 ms to load.
+        let with_state = Standing { left_pages: 1944, state_bytes: 1000 << 12, ..STANDING };
         assert_eq!(decide(&RULES, &with_state), Decision::Go { throttle: 0 });
-        assert_eq!(decide(&RULES, &Standing { left_pages: 2249, ..with_state }), Decision::Stop);
+        assert_eq!(decide(&RULES, &Standing { left_pages: 1942, ..with_state }), Decision::Stop);
         let hopeless = Standing { vm_cost: Duration::from_secs(1), left_pages: 500, ..STANDING };
         assert_eq!(decide(&RULES, &hopeless), Decision::Stop, "waiting makes it no shorter");
         let more = Standing { left_pages: 3001, ..STANDING };

@@ -197,6 +197,10 @@ struct Daemon {
 }
 
 impl Daemon {
+    fn note(&self, socket: &TcpStream) {
+        self.sockets.lock().unwrap().push(socket.try_clone().unwrap());
+    }
+
     fn serve(self, done: &Sender<Result<Received, ReceiveError>>) {
         std::thread::scope(|scope| {
             let mut waiting: Option<Sender<DataStream>> = None;
@@ -205,9 +209,9 @@ impl Daemon {
                 if self.stop.load(Ordering::SeqCst) {
                     return;
                 }
-                self.sockets.lock().unwrap().push(socket.try_clone().unwrap());
                 match read_hello(&mut socket) {
                     Ok(Hello::Session(mut hello)) => {
+                        self.note(&socket);
                         if let Some(highest) = self.highest {
                             hello.versions = *hello.versions.start()..=highest;
                         }
@@ -222,6 +226,7 @@ impl Daemon {
                         });
                     }
                     Ok(Hello::Stream(hello)) => {
+                        self.note(&socket);
                         if let Some(waiting) = &waiting {
                             let _ = waiting.send(DataStream { index: hello.index, socket });
                         }
