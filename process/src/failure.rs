@@ -36,6 +36,15 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Of an operating error of this machine.
+    fn of_io(error: &std::io::Error) -> Kind {
+        match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::Resources,
+            std::io::ErrorKind::PermissionDenied => Kind::Host,
+            _ => Kind::Other,
+        }
+    }
+
     /// The exit code of a process that fails for this reason.
     pub const fn exit_code(self) -> u8 {
         match self {
@@ -72,12 +81,7 @@ impl Failure {
 
     /// An operating error of this machine, with what was being done.
     pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Failure {
-        let kind = match error.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::Resources,
-            std::io::ErrorKind::PermissionDenied => Kind::Host,
-            _ => Kind::Other,
-        };
-        Failure::new(kind, format!("{doing}: {error}"))
+        Failure::new(Kind::of_io(error), format!("{doing}: {error}"))
     }
 }
 
@@ -139,7 +143,7 @@ fn kind_of(error: &migrate::VmError) -> Kind {
     match error {
         E::CannotMove(_) | E::TooMuchState { .. } => Kind::CannotMove,
         E::Resources(_) => Kind::Resources,
-        E::Io { source, .. } => Failure::io("", source).kind,
+        E::Io { source, .. } => Kind::of_io(source),
         E::Machine(_) | E::Ended(_) | E::NotResumed(_) | E::Bug => Kind::Vm,
     }
 }
@@ -176,7 +180,7 @@ impl From<migrate::ReceiveError> for Failure {
             E::Cancelled => Kind::Interrupted,
             E::Vm(error) => kind_of(error),
             E::Engine(_) => Kind::Vm,
-            E::Spool { source, .. } => Failure::io("", source).kind,
+            E::Spool { source, .. } => Kind::of_io(source),
             E::Registry(_) => Kind::Other,
             _ => Kind::Link,
         };
