@@ -281,6 +281,11 @@ fn take_back(moving: &mut Moving<'_, '_>, trouble: SessionError) -> Failed {
 fn resume(moving: &mut Moving<'_, '_>, failed: Failed) -> Failed {
     match moving.vm.resume() {
         Ok(()) => failed,
+        // What keeps such a machine from moving keeps it from going on: it sleeps, or has failed.
+        Err(error) if matches!(failed, Failed::Said(SendError::Vm(VmError::CannotMove(_)))) => {
+            tracing::info!(%error, "it stands still as it did before");
+            failed
+        }
         Err(error) => said(moving, VmError::NotResumed(Box::new(error))),
     }
 }
