@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use migrate::limits::{STATE_IN_MEMORY, STREAM_TIMEOUT, patience};
+use migrate::limits::{STATE_IN_MEMORY, STREAM_TIMEOUT, scaled_for_tests};
 use migrate::{
     DataStream, Received, RefuseKind, Registry, SessionHello, StateSpool, TargetLink, TargetMemory, TargetVm,
     VmError,
@@ -175,7 +175,7 @@ impl Arrival {
     fn run(self, vm: &Vm, memory: TargetMemory, newcomer: Box<dyn Newcomer>) -> Result<(), Failure> {
         let Arrival { settings, control, streams, registry } = self;
         let mut streams = || {
-            let limit = patience(STREAM_TIMEOUT);
+            let limit = scaled_for_tests(STREAM_TIMEOUT);
             let waiting = Waiting::new("the source's data connections", ("STREAM_TIMEOUT", limit));
             vm.core(|core| core.waiting = Some(waiting));
             let (fd, index) = passing::receive_fd(&streams, limit)?;

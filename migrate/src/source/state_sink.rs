@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use super::moving::Moving;
+use super::session::Session;
 use crate::limits::SILENCE_LIMIT;
 use crate::link::control::Outbox;
 use crate::link::error::SessionError;
@@ -41,18 +41,19 @@ pub(super) struct StateSink<'a> {
 }
 
 /// Has the VM save its state, and sends it. The last of it may be in the queue still.
-pub(super) fn save(moving: &mut Moving<'_, '_>, stopped_at: Instant) -> Result<(), Unsent> {
+pub(super) fn save(session: &mut Session<'_>, stopped_at: Instant) -> Result<(), Unsent> {
+    let Session { runtime, rounds, vm, options, state_most, .. } = session;
     let mut sink = StateSink {
-        runtime: moving.runtime,
-        guard: &moving.rounds.guard,
-        outbox: moving.rounds.control.outbox().clone(),
-        until: moving.options.max_downtime.map(|max| stopped_at + max),
-        most: moving.state_most,
+        runtime,
+        guard: &rounds.guard,
+        outbox: rounds.control.outbox().clone(),
+        until: options.max_downtime.map(|max| stopped_at + max),
+        most: *state_most,
         part: Vec::new(),
         at: 0,
         trouble: None,
     };
-    let saved = moving.vm.save(&mut sink);
+    let saved = vm.save(&mut sink);
     // Of a VM that could not write because of the session, the session's trouble is told.
     match (sink.trouble.take(), saved) {
         (Some(trouble), _) => Err(trouble),
