@@ -87,8 +87,9 @@ pub trait SourceVm {
     fn stood_still(&self) -> bool;
     /// Undoes [`pause`](Self::pause): it runs again, unless it [stood still](Self::stood_still) before.
     fn resume(&mut self) -> Result<(), VmError>;
-    /// Writes the state of vCPUs and devices, while paused. What is written goes over the wire while the rest is still being made: a
-    /// write waits when the link carries less, and fails when the session has ended. Whoever gets such an error gives up at once.
+    /// Writes the state of vCPUs and devices, while paused. What is written goes over the wire while the rest is
+    /// still being made: a write waits when the link carries less, and fails when the session has ended. Whoever gets
+    /// such an error gives up at once.
     fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError>;
     /// Keeps the vCPUs out of the guest for this share of time (0: not at all).
     fn throttle(&mut self, percent: u8);
@@ -107,8 +108,8 @@ pub trait SourceVm {
 
 /// The VM at the target. Called on the thread that called [`crate::receive`], outside of its async runtime.
 pub trait TargetVm {
-    /// Takes the state from [`SourceVm::save`], to its end. Memory already has its final content. Must not run the guest. A read fails
-    /// when the session has ended, or the state cannot be read back from where it was kept.
+    /// Takes the state from [`SourceVm::save`], to its end. Memory already has its final content. Must not run the
+    /// guest. A read fails when the session has ended, or the state cannot be read back from where it was kept.
     fn load(&mut self, state: &mut dyn Read) -> Result<(), VmError>;
     /// The hand-over is decided: run, or stay `paused`. If this fails, no vCPU may have entered the guest. Part of the downtime: must wait
     /// for no disk.

@@ -1,5 +1,5 @@
-//! The state of vCPUs and devices goes out as it is made and is kept until memory is complete: of any size, in bounded memory; and what
-//! becomes of a VM whose state does not get there.
+//! The state of vCPUs and devices goes out as it is made and is kept until memory is complete: of any size, in
+//! bounded memory; and what becomes of a VM whose state does not get there.
 
 #[macro_use]
 extern crate testkit;

@@ -236,8 +236,8 @@ impl Process {
     }
 }
 
-/// A state that is too large for memory is kept where the VM's pages are kept. Of a store that is a disk without a file system it is
-/// where files are that are large and of no name.
+/// A state that is too large for memory is kept where the VM's pages are kept. Of a store that is a disk without a
+/// file system it is where files are that are large and of no name.
 fn spool_of(memory: &MemorySpec) -> StateSpool {
     let directory = if memory.store.is_dir() { memory.store.clone() } else { PathBuf::from("/var/tmp") };
     StateSpool { directory, memory_bytes: STATE_IN_MEMORY, encrypt: memory.store_encrypt, lock: memory.lock }

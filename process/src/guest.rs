@@ -44,8 +44,8 @@ pub trait Guest: Send + fmt::Debug {
     /// it was told to go on and has not said that it does, so it may do so at any time.
     fn resume(&mut self) -> Result<(), Failure>;
 
-    /// Writes everything of the paused guest that is not in its memory, as it is made: it goes over the network meanwhile. It can be
-    /// resumed afterwards all the same.
+    /// Writes everything of the paused guest that is not in its memory, as it is made: it goes over the network
+    /// meanwhile. It can be resumed afterwards all the same.
     ///
     /// # Errors
     /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move); or if a write fails.
@@ -109,8 +109,8 @@ pub struct RunState {
 
 /// A VM's machine at the target, before its state has come. It knows its memory, which fills meanwhile.
 pub trait Newcomer: Send {
-    /// Takes the state of [`Guest::save`], to its end. Memory has its final content, or provides it when touched. No vCPU may run
-    /// before [`Guest::resume`].
+    /// Takes the state of [`Guest::save`], to its end. Memory has its final content, or provides it when touched. No
+    /// vCPU may run before [`Guest::resume`].
     ///
     /// # Errors
     /// If the state is not for this machine, or cannot be read. The guest then stays at the source.

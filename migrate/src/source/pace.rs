@@ -14,7 +14,8 @@ pub(crate) const PAGES_SHARE: f64 = 0.75;
 /// This share of the downtime target is for sending pages, whatever the other costs are. With less, no VM that writes
 /// would ever be stopped.
 pub(crate) const LEAST_SHARE: f64 = 0.1;
-/// How fast a machine takes its state: QEMU took 256 MiB of frame buffer in 0.66 and 0.69 s (on a busy host of 2 cores, 2026-11-29).
+/// How fast a machine takes its state: QEMU took 256 MiB of frame buffer in 0.66 and 0.69 s (on a busy host of 2
+/// cores, 2026-11-29).
 const LOADED_BYTES_PER_S: f64 = 4e8;
 /// A round with fewer pages says little about the rate.
 const MIN_RATE_PAGES: u64 = 256;

@@ -1,7 +1,7 @@
 //! Where a VM writes its state: a part that is full goes to the wire while the rest is still being made.
 //!
-//! At most one part is held here, and the queue behind it holds a few: so a VM that makes its state faster than the link carries it
-//! waits, and the memory that all of it takes has a bound whatever the state's size.
+//! At most one part is held here, and the queue behind it holds a few: so a VM that makes its state faster than the
+//! link carries it waits, and the memory that all of it takes has a bound whatever the state's size.
 
 use std::io::{self, Write};
 

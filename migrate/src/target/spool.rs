@@ -1,11 +1,12 @@
-//! Where the state of vCPUs and devices waits until the VM's memory is complete: devices read guest memory when they load.
+//! Where the state of vCPUs and devices waits until the VM's memory is complete: devices read guest memory when they
+//! load.
 //!
 //! ```text
 //!   parts from the wire ──▶ chunks in memory, up to a limit ──▶ chunks in a file without a name ──▶ read in that order, once
 //! ```
-//! A state of any size takes no more memory than the limit and the checksums of the chunks in the file, 8 bytes for each. The file
-//! is in no directory, so nothing of it is left behind whoever ends. Writes to it are the page cache's; the VM stands still meanwhile,
-//! and nothing is flushed.
+//! A state of any size takes no more memory than the limit and the checksums of the chunks in the file, 8 bytes for
+//! each. The file is in no directory, so nothing of it is left behind whoever ends. Writes to it are the page
+//! cache's; the VM stands still meanwhile, and nothing is flushed.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
