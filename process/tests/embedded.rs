@@ -125,7 +125,7 @@ impl Guest for LoggedGuest {
     fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
         self.note("save")?;
         assert_ne!(self.manner, Manner::Panics);
-        to.write_all(&STATE).map_err(|error| Failure::io("its state", &error))
+        to.write_all(STATE).map_err(|error| Failure::io("its state", &error))
     }
 
     fn throttle(&mut self, _percent: u8) {}
