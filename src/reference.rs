@@ -1,10 +1,15 @@
 //! The reference guest as its process drives it.
 
+use std::io::{Read, Write};
+
 use vmprocess::control::protocol::GuestStat;
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::{GuestView, Machine, Newcomer};
 
 use crate::vmm::{ReferenceMachine, RunState, VmmError};
+
+/// Far above what the most vCPUs have, and all of a state that is believed before it is looked at.
+const STATE_BYTES_MAX: u64 = 16 << 20;
 
 /// A machine in this very process.
 #[derive(Debug)]
@@ -34,8 +39,10 @@ impl Machine for ReferenceGuest {
         Ok(self.0.resume()?)
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, Failure> {
-        Ok(self.0.save()?)
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
+        // Small, and made at once.
+        let state = self.0.save()?;
+        to.write_all(&state).map_err(|error| Failure::io("the guest's state is not taken", &error))
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -78,8 +85,15 @@ pub(crate) struct ReferenceNewcomer {
 }
 
 impl Newcomer for ReferenceNewcomer {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure> {
-        let machine = ReferenceMachine::restore_sized(state, self.base as *mut u8, self.memory_bytes)?;
+    fn load(self: Box<Self>, state: &mut dyn Read) -> Result<Box<dyn Machine>, Failure> {
+        let mut whole = Vec::new();
+        let read = state.take(STATE_BYTES_MAX + 1).read_to_end(&mut whole);
+        read.map_err(|error| Failure::io("the guest's state does not come", &error))?;
+        if whole.len() as u64 > STATE_BYTES_MAX {
+            let text = format!("a state of more than {STATE_BYTES_MAX} bytes is not a reference guest's");
+            return Err(Failure::new(FailureKind::Link, text));
+        }
+        let machine = ReferenceMachine::restore_sized(&whole, self.base as *mut u8, self.memory_bytes)?;
         Ok(Box::new(ReferenceGuest(machine)))
     }
 }

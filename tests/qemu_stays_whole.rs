@@ -351,6 +351,9 @@ fn a_full_frame_buffer_moves_too() {
         let frames = devices.iter().find(|device| device["qdev_id"] == "frames").expect("the VGA");
         let start = frames["regions"][0]["address"].as_u64().expect("an address");
         fill(&socket, start, FRAME_BUFFER, 0x41);
+        // What it takes to send and to load is known before the machine is stopped.
+        let short = here.host.vmemd(&["migrate", "db", "--to", &address, "--max-downtime", "100ms"]);
+        short.fails(12, &["it would stand still for about", "--max-downtime allows 100 ms"]);
         let said = here.host.vmemd(&["migrate", "db", "--to", &address, "--json"]);
         assert_eq!(said.code, 0, "{said:?}");
         let report = said.json();

@@ -43,7 +43,7 @@ pub use report::{DowntimeParts, Placement, Received, Report};
 pub use resolve::{ReachError, ResolveError, answer_resolve, resolve};
 pub use session::SessionId;
 pub use source::{SendError, SourceOptions, send};
-pub use target::{DataStream, PlainMemory, ReceiveError, TargetLink, TargetMemory, receive};
+pub use target::{DataStream, PlainMemory, ReceiveError, StateSpool, TargetLink, TargetMemory, receive};
 pub use vm::{Expected, SourceVm, TargetVm, VmError};
 pub use wait::Wait;
 pub use wire::opening::{Hello, RefuseKind, SessionHello, StreamHello};

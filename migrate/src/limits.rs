@@ -13,6 +13,10 @@ pub const ACCEPT_LIMIT: Duration = Duration::from_secs(60);
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 /// A side that has nothing to say says so this often.
 pub const ALIVE_EVERY: Duration = Duration::from_secs(4);
+/// Of a VM's state, what its target keeps in memory until it is loaded. The rest is in a file meanwhile.
+pub const STATE_IN_MEMORY: usize = 64 << 20;
+/// How long the next data stream of a session may take to be passed on to the process that receives the VM.
+pub const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
 /// From the source's last word on memory to the target's `Prepared`.
 pub const PREPARE_LIMIT: Duration = Duration::from_secs(60);
 /// From the target's `Prepared` to the source's `Commit`; then the target discards the VM.

@@ -216,6 +216,27 @@ mod real {
         Ok([libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&found.f_type))
     }
 
+    /// A new file in a directory, which has no name there: it goes with whoever has it open.
+    pub(crate) fn unnamed_file(directory: &Path) -> io::Result<File> {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        match rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR) {
+            // Not every file system can.
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => removed_file(directory),
+            opened => Ok(File::from(opened?)),
+        }
+    }
+
+    fn removed_file(directory: &Path) -> io::Result<File> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let mut random = [0; 8];
+        random_bytes(&mut random)?;
+        let path = directory.join(format!(".vmemd-state-{:016x}", u64::from_ne_bytes(random)));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+        remove_file(&path)?;
+        Ok(file)
+    }
+
     pub(crate) fn random_bytes(into: &mut [u8]) -> io::Result<()> {
         let bytes = into.len();
         let got = rustix::rand::getrandom(into, rustix::rand::GetRandomFlags::empty())?;

@@ -86,8 +86,8 @@ impl SourceVm for WithDevice {
         self.writer.resume()
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        self.writer.save()
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError> {
+        self.writer.save(to)
     }
 
     fn throttle(&mut self, percent: u8) {

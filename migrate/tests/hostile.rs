@@ -87,7 +87,7 @@ fn another_version_is_told_so() {
     bytes[8] = 200;
     stream.write_all(&bytes).unwrap();
     assert!(
-        matches!(target.result(), Err(ReceiveError::Version(none)) if none.sides[0].versions == (200..=200))
+        matches!(target.result(), Err(ReceiveError::Version(none)) if none.sides[0].versions == (200..=201))
     );
     assert!(matches!(read_answer(&mut stream), Answer::Refused { kind: RefuseKind::Version, .. }));
 }

@@ -1,11 +1,11 @@
 //! The VM of this QEMU, driven over its QMP monitor.
 //!
-//! The device state travels through a socket pair whose other end QEMU is given: nothing of it is ever in a file
-//! system. `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's
-//! migration is also its user's: before ours, it is asked whether it is free and whether the machine can move;
-//! afterwards it is set as before.
+//! The device state travels through a socket pair whose other end QEMU is given, as QEMU makes it and as QEMU takes it.
+//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is also
+//! its user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set as
+//! before.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -27,12 +27,12 @@ use crate::tuning::{self, Tuning};
 
 /// Limit for a command that QEMU carries out at once, unless a disk or the store keeps it waiting.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
-/// Limit for all of the device state to be written or read.
+/// Limit for QEMU to write or take any of its device state, and to settle behind that.
 const STATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks at how that stands.
 const STATE_POLL: Duration = Duration::from_millis(2);
-/// Device state is some hundred KiB and the memory of displays.
-const STATE_BYTES_MAX: usize = migrate::wire::control::MAX_STATE_BYTES;
+/// Device state is some hundred KiB and the memory of displays. So much of it is carried on at once.
+const STATE_PART_BYTES: usize = 256 << 10;
 /// Of QEMU's migration: memory that others share is not its to send.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 /// QEMU's name for the descriptor that it is given.
@@ -281,9 +281,8 @@ impl Qemu {
         }
     }
 
-    fn write_state(&mut self) -> Result<Vec<u8>, Failure> {
+    fn write_state(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
         let channel = self.state_channel()?;
-        let deadline = Instant::now() + STATE_TIMEOUT;
         let begun = self.qmp.ask("migrate", json!({ "uri": format!("fd:{STATE_FD}") }), COMMAND_TIMEOUT);
         if let Err(error) = begun {
             // A migration that QEMU refuses has not begun: one that is under way then is somebody else's.
@@ -292,31 +291,24 @@ impl Qemu {
             }
             return Err(failure(error));
         }
-        let state = read_all(channel, deadline).and_then(|state| {
-            self.settle(deadline)?;
-            Ok(state)
-        });
-        state.inspect_err(|_| self.give_state_up())
+        let passed = pass_on(channel, to).and_then(|()| self.settle(Instant::now() + STATE_TIMEOUT));
+        passed.inspect_err(|_| self.give_state_up())
     }
 
-    fn take_state(&mut self, state: &[u8]) -> Result<(), Failure> {
+    fn take_state(&mut self, state: &mut dyn Read) -> Result<(), Failure> {
         // Disks stay the source's until the guest is to run: it may be resumed there.
         let on = [IGNORE_SHARED, LATE_BLOCK_ACTIVATE, DIRTY_BITMAPS];
         self.with_capabilities(&on, |qemu| qemu.read_state(state))?;
         self.status().map(drop)
     }
 
-    fn read_state(&mut self, state: &[u8]) -> Result<(), Failure> {
-        let mut channel = self.state_channel()?;
-        let deadline = Instant::now() + STATE_TIMEOUT;
+    fn read_state(&mut self, state: &mut dyn Read) -> Result<(), Failure> {
+        let channel = self.state_channel()?;
         self.ask("migrate-incoming", json!({ "uri": format!("fd:{STATE_FD}") }))?;
-        let io = |error| Failure::io("QEMU does not take its device state", &error);
-        channel.set_write_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
         // If it does not take all of it, it says why.
-        let written = channel.write_all(state).map_err(io);
-        drop(channel);
-        self.settle(deadline)?;
-        written
+        let fed = feed(channel, state);
+        self.settle(Instant::now() + STATE_TIMEOUT)?;
+        fed
     }
 
     /// QEMU may still be at it: it can go on with the guest only when it is not.
@@ -359,15 +351,7 @@ fn inventory(qmp: &mut Qmp) -> Result<Inventory, Failure> {
 
 impl Machine for Qemu {
     fn may_move(&mut self) -> Result<(), Failure> {
-        self.check_move()?;
-        let bytes = self.state_bytes().unwrap_or(0);
-        if bytes > STATE_BYTES_MAX as u64 {
-            let text = format!(
-                "cannot move: its devices have about {bytes} bytes of memory in use (frame buffers?), and no more than {STATE_BYTES_MAX} can go with its state"
-            );
-            return Err(Failure::new(FailureKind::CannotMove, text));
-        }
-        Ok(())
+        self.check_move().map(drop)
     }
 
     fn state_bytes(&mut self) -> Option<u64> {
@@ -429,11 +413,11 @@ impl Machine for Qemu {
         Ok(())
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, Failure> {
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
         // Once more: a monitor may have changed it while its memory went.
         let on = self.check_move()?;
         self.given_away = true;
-        self.with_capabilities(&on, Qemu::write_state)
+        self.with_capabilities(&on, |qemu| qemu.write_state(to))
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -475,7 +459,7 @@ impl Machine for Qemu {
 pub(crate) struct Incoming(pub(crate) Qemu);
 
 impl Newcomer for Incoming {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure> {
+    fn load(self: Box<Self>, state: &mut dyn Read) -> Result<Box<dyn Machine>, Failure> {
         let mut qemu = self.0;
         match qemu.take_state(state) {
             Ok(()) => {
@@ -489,19 +473,36 @@ impl Newcomer for Incoming {
     }
 }
 
-fn read_all(mut channel: UnixStream, deadline: Instant) -> Result<Vec<u8>, Failure> {
+/// Carries QEMU's device state on as QEMU makes it: at the speed of the slower of the two.
+fn pass_on(mut channel: UnixStream, to: &mut dyn Write) -> Result<(), Failure> {
     let io = |error| Failure::io("QEMU's device state", &error);
-    let left = deadline.saturating_duration_since(Instant::now()).max(STATE_POLL);
-    channel.set_read_timeout(Some(left)).map_err(io)?;
-    let mut state = Vec::new();
-    (&mut channel).take(STATE_BYTES_MAX as u64 + 1).read_to_end(&mut state).map_err(io)?;
-    if state.len() > STATE_BYTES_MAX {
-        let text = format!(
-            "QEMU's device state is larger than {STATE_BYTES_MAX} bytes: is its memory really shared?"
-        );
-        return Err(Failure::new(FailureKind::Vm, text));
+    channel.set_read_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
+    let mut part = vec![0; STATE_PART_BYTES];
+    loop {
+        match channel.read(&mut part) {
+            Ok(0) => return Ok(()),
+            Ok(count) => to
+                .write_all(&part[..count])
+                .map_err(|error| Failure::io("QEMU's device state is not taken", &error))?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(io(error)),
+        }
     }
-    Ok(state)
+}
+
+/// Gives QEMU its device state as it takes it, and its end.
+fn feed(mut channel: UnixStream, state: &mut dyn Read) -> Result<(), Failure> {
+    let io = |error| Failure::io("QEMU does not take its device state", &error);
+    channel.set_write_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
+    let mut part = vec![0; STATE_PART_BYTES];
+    loop {
+        match state.read(&mut part) {
+            Ok(0) => return Ok(()),
+            Ok(count) => channel.write_all(&part[..count]).map_err(io)?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(Failure::io("QEMU's device state does not come", &error)),
+        }
+    }
 }
 
 #[cfg(test)]

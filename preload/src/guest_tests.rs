@@ -76,6 +76,12 @@ pub(super) fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qe
     (Qemu::new(Qmp::over(ours, PATIENCE).unwrap(), &[backend]).unwrap(), child)
 }
 
+/// All of its state, as it saves it.
+pub(super) fn saved(machine: &mut dyn Machine) -> Result<Vec<u8>, Failure> {
+    let mut state = Vec::new();
+    machine.save(&mut state).map(|()| state)
+}
+
 pub(super) const INCOMING: [&str; 3] = ["-incoming", "defer", "-S"];
 
 #[test]
@@ -88,18 +94,18 @@ fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {
         source.pause().unwrap();
         source.pause().unwrap();
         assert_eq!((source.status().unwrap().word.as_str(), source.runs().unwrap()), ("paused", false));
-        let state = source.save().unwrap();
+        let state = saved(&mut source).unwrap();
         assert!((1 << 12..64 << 20).contains(&state.len()), "{} bytes", state.len());
         // It was not taken: it goes on, and can be saved again.
         source.resume().unwrap();
         assert_eq!(source.status().unwrap().word, "running");
         source.pause().unwrap();
-        let state = source.save().unwrap();
+        let state = saved(&mut source).unwrap();
 
         let (target, mut target_process) =
             start(&program, &memory, &[&["-smp", "2"][..], &INCOMING].concat());
-        let mut target = Box::new(Incoming(target)).load(&state).unwrap();
-        assert!(target.save().unwrap_err().text.contains("not run since it arrived"));
+        let mut target = Box::new(Incoming(target)).load(&mut &state[..]).unwrap();
+        assert!(saved(&mut *target).unwrap_err().text.contains("not run since it arrived"));
         target.resume().unwrap();
         assert_eq!(target.view().failed, None);
         Box::new(source).quit().unwrap();
@@ -116,10 +122,10 @@ fn a_state_that_is_rubbish_is_an_error() {
         let memory = memory();
         let (mut source, _process) = start(&program, &memory, &[]);
         source.pause().unwrap();
-        let whole = source.save().unwrap();
-        for state in [&b"rubbish"[..], &whole[..whole.len() / 2], &[]] {
+        let whole = saved(&mut source).unwrap();
+        for mut state in [&b"rubbish"[..], &whole[..whole.len() / 2], &[]] {
             let (target, mut process) = start(&program, &memory, &INCOMING);
-            let refused = Box::new(Incoming(target)).load(state).unwrap_err();
+            let refused = Box::new(Incoming(target)).load(&mut state).unwrap_err();
             assert_eq!(refused.kind, FailureKind::Vm, "{refused}");
             // Older QEMUs end by themselves, newer ones when nobody holds their monitor any more.
             let _ = process.0.kill();
@@ -139,7 +145,7 @@ fn a_qemu_that_is_gone_is_an_error_at_once() {
         process.end();
         let began = Instant::now();
         assert_eq!(qemu.pause().unwrap_err().kind, FailureKind::Vm);
-        assert!(qemu.save().is_err());
+        assert!(saved(&mut qemu).is_err());
         assert!(Box::new(qemu).quit().is_ok(), "it has ended, which is what was asked");
         assert!(began.elapsed() < COMMAND_TIMEOUT);
     }

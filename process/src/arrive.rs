@@ -1,6 +1,6 @@
 //! A VM that arrives: in a process that the daemon starts, in a session of its own, with four descriptors.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -8,11 +8,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use migrate::limits::scaled_for_tests;
+use migrate::limits::{STATE_IN_MEMORY, STREAM_TIMEOUT, scaled_for_tests};
 use migrate::{
-    DataStream, Received, RefuseKind, Registry, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
+    DataStream, Received, RefuseKind, Registry, SessionHello, StateSpool, TargetLink, TargetMemory, TargetVm,
+    VmError,
 };
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
@@ -28,10 +28,8 @@ use crate::machine::Newcomer;
 use crate::memory::{Memory, MemorySpec};
 use crate::passing;
 use crate::process::{Owner, Process};
+use crate::source_vm::vm_error;
 use crate::vm::{Vm, VmEvent, Waiting};
-
-/// How long the next data stream may take to be passed on.
-const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The settings that the daemon gives the process that it starts, as one JSON argument.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -189,6 +187,7 @@ impl Arrival {
             hello: settings.hello,
             granted_ram_bytes: settings.granted_ram_bytes,
             streams: &mut streams,
+            spool: spool_of(&settings.memory),
             registry: &registry,
             progress: &|progress| vm.waits(progress.waiting),
             cancel: &vm.cancel,
@@ -238,6 +237,13 @@ impl Process {
     }
 }
 
+/// A state that is too large for memory is kept where the VM's pages are kept. Of a store that is a disk without a
+/// file system it is where files are that are large and of no name.
+fn spool_of(memory: &MemorySpec) -> StateSpool {
+    let directory = if memory.store.is_dir() { memory.store.clone() } else { PathBuf::from("/var/tmp") };
+    StateSpool { directory, memory_bytes: STATE_IN_MEMORY, encrypt: memory.store_encrypt, lock: memory.lock }
+}
+
 fn tell_refusal(control: &mut TcpStream, failure: &Failure) {
     let kind = if failure.kind == FailureKind::Resources { RefuseKind::NoRoom } else { RefuseKind::Other };
     migrate::refuse(control, kind, &failure.text);
@@ -270,9 +276,9 @@ struct Target<'a> {
 }
 
 impl TargetVm for Target<'_> {
-    fn load(&mut self, state: &[u8]) -> Result<(), VmError> {
-        let newcomer = self.newcomer.take().ok_or_else(|| VmError("its state came twice".to_owned()))?;
-        let machine = newcomer.load(state).map_err(|failure| VmError(failure.text))?;
+    fn load(&mut self, state: &mut dyn Read) -> Result<(), VmError> {
+        let newcomer = self.newcomer.take().expect("a state comes once");
+        let machine = newcomer.load(state).map_err(vm_error)?;
         self.vm.set_machine(machine);
         Ok(())
     }
@@ -299,7 +305,7 @@ impl TargetVm for Target<'_> {
             }
             Err(failure) => {
                 self.vm.locked(|state| state.whereabouts = Whereabouts::Arriving);
-                Err(VmError(failure.text))
+                Err(vm_error(failure))
             }
             Ok(()) => Ok(()),
         }

@@ -36,6 +36,15 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
+    /// Of an operating error of this machine.
+    fn of_io(error: &std::io::Error) -> FailureKind {
+        match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => FailureKind::Resources,
+            std::io::ErrorKind::PermissionDenied => FailureKind::Host,
+            _ => FailureKind::Other,
+        }
+    }
+
     /// The exit code of a process that fails for this reason.
     pub const fn exit_code(self) -> u8 {
         match self {
@@ -77,12 +86,7 @@ impl Failure {
 
     /// An operating error of this machine, with what was being done.
     pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Failure {
-        let kind = match error.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => FailureKind::Resources,
-            std::io::ErrorKind::PermissionDenied => FailureKind::Host,
-            _ => FailureKind::Other,
-        };
-        Failure::new(kind, format!("{doing}: {error}"))
+        Failure::new(FailureKind::of_io(error), format!("{doing}: {error}"))
     }
 }
 
@@ -139,6 +143,16 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+fn kind_of(error: &migrate::VmError) -> FailureKind {
+    use migrate::VmError as E;
+    match error {
+        E::CannotMove(_) | E::TooMuchState { .. } => FailureKind::CannotMove,
+        E::Resources(_) => FailureKind::Resources,
+        E::Io { source, .. } => FailureKind::of_io(source),
+        E::Machine(_) | E::Ended(_) | E::NotResumed(_) | E::Bug => FailureKind::Vm,
+    }
+}
+
 impl From<migrate::SendError> for Failure {
     fn from(error: migrate::SendError) -> Failure {
         use migrate::SendError as E;
@@ -156,7 +170,8 @@ impl From<migrate::SendError> for Failure {
             E::NameTaken(_) => FailureKind::Name,
             E::Cancelled => FailureKind::Interrupted,
             E::Downtime(_) => FailureKind::Downtime,
-            E::Vm(_) | E::Engine(_) => FailureKind::Vm,
+            E::Vm(error) => kind_of(error),
+            E::Engine(_) => FailureKind::Vm,
             E::InDoubt { .. } => FailureKind::InDoubt,
         };
         Failure::new(kind, chain(&error))
@@ -168,7 +183,9 @@ impl From<migrate::ReceiveError> for Failure {
         use migrate::ReceiveError as E;
         let kind = match &error {
             E::Cancelled => FailureKind::Interrupted,
-            E::Vm(_) | E::Engine(_) => FailureKind::Vm,
+            E::Vm(error) => kind_of(error),
+            E::Engine(_) => FailureKind::Vm,
+            E::Spool { source, .. } => FailureKind::of_io(source),
             E::Registry(_) => FailureKind::Other,
             _ => FailureKind::Link,
         };

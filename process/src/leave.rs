@@ -19,7 +19,7 @@ use crate::failure::{Failure, FailureKind};
 use crate::hold::Whereabouts;
 use crate::life::CAUGHT;
 use crate::size::Size;
-use crate::source_vm::Leaving;
+use crate::source_vm::{Leaving, vm_error};
 use crate::vm::{Vm, VmEvent};
 
 /// How often it is looked whether whoever asked is still there.
@@ -33,8 +33,7 @@ const SPEED_WINDOW: Duration = Duration::from_millis(500);
 
 enum Step {
     Progress(MigrationStat),
-    /// With the reason why the VM cannot move, if that was found on the way.
-    Ended(Result<Report, SendError>, Option<Failure>),
+    Ended(Result<Report, SendError>),
 }
 
 /// Moves the VM away. Answers when it has moved, or stays; cancels if the client goes away.
@@ -61,7 +60,7 @@ pub(crate) fn migrate(
         CAUGHT.set(false);
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
         note_where(&mover, &options, &result);
-        let _ = steps.send(Step::Ended(result, leaving.cannot));
+        let _ = steps.send(Step::Ended(result));
         doubt::ask_until_known(&mover);
     });
     if let Err(error) = spawned {
@@ -76,7 +75,7 @@ pub(crate) fn migrate(
                     vm.cancel.store(true, Ordering::SeqCst);
                 }
             }
-            Ok(Step::Ended(result, cannot)) => return report(vm, &request.to, result, cannot),
+            Ok(Step::Ended(result)) => return report(vm, &request.to, result),
             Err(RecvTimeoutError::Timeout) if client.gone() || client.cancels() => {
                 vm.cancel.store(true, Ordering::SeqCst)
             }
@@ -165,7 +164,7 @@ fn send(
     let vm = leaving.vm;
     let handle = match vm.memory().and_then(|memory| memory.engine()) {
         Ok(handle) => handle.clone(),
-        Err(failure) => return Err(SendError::Vm(VmError(failure.text))),
+        Err(failure) => return Err(SendError::Vm(vm_error(failure))),
     };
     let started = Instant::now();
     let speed = Speed::new(started);
@@ -248,19 +247,17 @@ fn note_where(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendErro
     }
 }
 
-fn report(
-    vm: &Vm,
-    to: &str,
-    result: Result<Report, SendError>,
-    cannot: Option<Failure>,
-) -> Result<Value, Failure> {
+fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value, Failure> {
     match result {
         Ok(report) => {
             let mut value = serde_json::to_value(report).map_err(|error| Failure::other(&error))?;
             value["to"] = to.into();
             Ok(value)
         }
-        Err(SendError::Vm(_)) if let Some(cannot) = cannot => Err(stays(vm, cannot)),
+        // No failure of the VM's: it is told as it would have been before a byte moved.
+        Err(SendError::Vm(error @ (VmError::CannotMove(_) | VmError::TooMuchState { .. }))) => {
+            Err(stays(vm, Failure::new(FailureKind::CannotMove, error.to_string())))
+        }
         Err(error) if error.still_here() => Err(stays(vm, Failure::from(error))),
         Err(error) => Err(Failure::from(error)),
     }

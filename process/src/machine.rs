@@ -2,6 +2,7 @@
 //! reference guest.
 
 use std::fmt;
+use std::io::{Read, Write};
 
 use crate::control::protocol::{GuestStat, State};
 use crate::failure::Failure;
@@ -46,11 +47,12 @@ pub trait Machine: Send + fmt::Debug {
     /// does, so it may do so at any time.
     fn resume(&mut self) -> Result<(), Failure>;
 
-    /// Everything of the paused guest that is not in its memory. It can be resumed afterwards all the same.
+    /// Writes everything of the paused guest that is not in its memory, as it is made: it goes over the network
+    /// meanwhile. It can be resumed afterwards all the same.
     ///
     /// # Errors
-    /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move).
-    fn save(&mut self) -> Result<Vec<u8>, Failure>;
+    /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move); or if a write fails.
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure>;
 
     /// About how many bytes [`save`](Self::save) will give, as far as that is known while the guest runs.
     fn state_bytes(&mut self) -> Option<u64> {
@@ -110,10 +112,10 @@ pub struct RunState {
 
 /// A VM's machine at the target, before its state has come. It knows its memory, which fills meanwhile.
 pub trait Newcomer: Send {
-    /// Takes the state of [`Machine::save`]. Memory has its final content, or provides it when touched. No vCPU may run
-    /// before [`Machine::resume`].
+    /// Takes the state of [`Machine::save`], to its end. Memory has its final content, or provides it when touched. No
+    /// vCPU may run before [`Machine::resume`].
     ///
     /// # Errors
-    /// If the state is not for this machine. The guest then stays at the source.
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure>;
+    /// If the state is not for this machine, or cannot be read. The guest then stays at the source.
+    fn load(self: Box<Self>, state: &mut dyn Read) -> Result<Box<dyn Machine>, Failure>;
 }

@@ -1,5 +1,6 @@
 //! The VM as a migration's source stops it, saves it and lets it go on.
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use migrate::{Expected, SendError, SessionId, SourceVm, VmError};
@@ -22,18 +23,16 @@ pub(crate) struct Leaving<'a> {
     unnamed: Option<SessionId>,
     /// From the moment on that the target may start it.
     session: Option<SessionId>,
-    /// Why it cannot move, if it has become such a VM on the way.
-    pub(crate) cannot: Option<Failure>,
 }
 
 impl<'a> Leaving<'a> {
     pub(crate) fn begin(vm: &'a Vm) -> Leaving<'a> {
-        Leaving { vm, paused: false, unnamed: None, session: None, cannot: None }
+        Leaving { vm, paused: false, unnamed: None, session: None }
     }
 
     /// A VM that stands still, and may have left.
     pub(crate) fn in_doubt(vm: &'a Vm) -> Leaving<'a> {
-        Leaving { vm, paused: true, unnamed: None, session: None, cannot: None }
+        Leaving { vm, paused: true, unnamed: None, session: None }
     }
 
     /// It has not left after all.
@@ -42,15 +41,15 @@ impl<'a> Leaving<'a> {
         self.resume()
     }
 
-    /// Remembers why it cannot move: that is not a failure of the VM.
-    fn failed(&mut self, failure: Failure) -> VmError {
-        self.cannot = Some(failure.clone()).filter(|failure| failure.kind == FailureKind::CannotMove);
-        text(failure)
+    fn failed(&self, failure: Failure) -> VmError {
+        match self.vm.ended() {
+            Some(_) => VmError::Ended(failure.text),
+            None => vm_error(failure),
+        }
     }
 
-    /// If a machine that cannot move as it is was not stopped for that reason, then it is told as it would have been
-    /// before a byte moved.
-    fn not_stopped(&mut self, failure: Failure) -> VmError {
+    /// If a machine that cannot move as it is was not stopped for that reason, then it is told as it would have been before a byte moved.
+    fn not_stopped(&self, failure: Failure) -> VmError {
         self.failed(self.vm.unmovable().map_or(failure, cannot_move))
     }
 
@@ -69,12 +68,17 @@ impl<'a> Leaving<'a> {
                 state.hold.pause_by(DID_NOT_GO_ON);
             }
         });
-        SendError::Vm(VmError("a bug in vmemd ended the migration: see the panic in its log".to_owned()))
+        SendError::Vm(VmError::Bug)
     }
 }
 
-fn text(failure: Failure) -> VmError {
-    VmError(failure.text)
+/// A failure of the VM's own process, as a migration knows it.
+pub(crate) fn vm_error(Failure { kind, text }: Failure) -> VmError {
+    match kind {
+        FailureKind::CannotMove => VmError::CannotMove(text),
+        FailureKind::Resources => VmError::Resources(text),
+        _ => VmError::Machine(text),
+    }
 }
 
 fn cannot_move(why: String) -> Failure {
@@ -91,7 +95,7 @@ impl SourceVm for Leaving<'_> {
         if let Some(reason) = self.vm.over() {
             return Err(self.failed(cannot_move(reason)));
         }
-        self.vm.machine(|machine| machine.drain()).map_err(text)
+        self.vm.machine(|machine| machine.drain()).map_err(vm_error)
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
@@ -124,14 +128,14 @@ impl SourceVm for Leaving<'_> {
             if Instant::now() >= deadline {
                 // Until its user resumes it.
                 self.vm.locked(|state| state.hold.pause_by(DID_NOT_GO_ON));
-                return Err(text(failure));
+                return Err(vm_error(failure));
             }
             std::thread::sleep(RESUME_RETRY);
         }
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        self.vm.machine(|machine| machine.save()).map_err(|failure| self.failed(failure))
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError> {
+        self.vm.machine(|machine| machine.save(to)).map_err(|failure| self.failed(failure))
     }
 
     fn expected(&mut self) -> Expected {
@@ -148,7 +152,7 @@ impl SourceVm for Leaving<'_> {
 
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
         self.unnamed = Some(session);
-        self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(text)
+        self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(vm_error)
     }
 
     fn may_start_there(&mut self) {

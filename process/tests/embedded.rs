@@ -6,7 +6,7 @@ extern crate testkit;
 
 testkit::main!();
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
@@ -122,10 +122,10 @@ impl Machine for LoggedGuest {
         }
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, Failure> {
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
         self.note("save")?;
         assert_ne!(self.manner, Manner::Panics);
-        Ok(STATE.to_vec())
+        to.write_all(STATE).map_err(|error| Failure::io("its state", &error))
     }
 
     fn throttle(&mut self, _percent: u8) {}
@@ -150,9 +150,11 @@ struct LoggedNewcomer {
 }
 
 impl Newcomer for LoggedNewcomer {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Machine>, Failure> {
+    fn load(self: Box<Self>, state: &mut dyn Read) -> Result<Box<dyn Machine>, Failure> {
         assert_ne!(self.manner, Manner::Panics);
-        if self.manner == Manner::RefusesState || state != STATE {
+        let mut whole = Vec::new();
+        state.read_to_end(&mut whole).map_err(|error| Failure::io("its state", &error))?;
+        if self.manner == Manner::RefusesState || whole != STATE {
             return Err(Failure::new(FailureKind::Vm, "these devices are unknown here"));
         }
         let guest = LoggedGuest { log: self.log, manner: self.manner };

@@ -25,7 +25,7 @@ struct Keys {
 }
 
 /// A key that nobody else has.
-pub(crate) struct Cipher(Box<Keys>);
+pub struct Cipher(Box<Keys>);
 
 impl std::fmt::Debug for Cipher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -38,7 +38,7 @@ impl Cipher {
     ///
     /// # Errors
     /// If the kernel gives no random bytes, or does not lock memory.
-    pub(crate) fn random(lock: bool) -> io::Result<Cipher> {
+    pub fn random(lock: bool) -> io::Result<Cipher> {
         let mut keys = [[0; KEY_BYTES]; 2];
         keys.iter_mut().try_for_each(|key| fill_random(key))?;
         let cipher = Cipher::of(&keys);
@@ -58,13 +58,19 @@ impl Cipher {
         Cipher(Box::new(Keys { content, tweak }))
     }
 
+    /// Encrypts pages where they are.
+    ///
     /// # Panics
-    /// If the bytes are not those of the run's pages, as for [`Cipher::decrypt`].
-    pub(crate) fn encrypt(&self, run: Run, bytes: &mut [u8]) {
+    /// If the bytes are not as many as the run's pages have.
+    pub fn encrypt(&self, run: Run, bytes: &mut [u8]) {
         self.each_page(run, bytes, |blocks| self.0.content.encrypt_blocks(blocks));
     }
 
-    pub(crate) fn decrypt(&self, run: Run, bytes: &mut [u8]) {
+    /// Undoes [`Cipher::encrypt`], of the same pages.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn decrypt(&self, run: Run, bytes: &mut [u8]) {
         self.each_page(run, bytes, |blocks| self.0.content.decrypt_blocks(blocks));
     }
 

@@ -13,6 +13,7 @@ mod handle;
 mod notice;
 mod reader;
 
+pub use cipher::Cipher;
 pub use driver::engine::{Engine, EngineConfig, StoreConfig};
 pub use driver::locking::lock_limit;
 pub use driver::memory::huge_page_mode;

@@ -52,10 +52,18 @@ pub(crate) enum Bug {
     KeepsPagesHeld,
     /// A peer that says nothing is waited for.
     WaitsForever,
+    /// A part of the state that the disk did not take counts as kept.
+    BelievesAFullSpool,
+    /// What of the state does not stay in memory is lost.
+    LosesWhatIsSpooled,
+    /// What comes back from the disk counts as the state that was kept there.
+    TrustsTheSpool,
+    /// The state's parts on the disk are read before those in memory.
+    ReadsTheSpoolFirst,
 }
 
 impl Bug {
-    pub(crate) const ALL: [Bug; 24] = [
+    pub(crate) const ALL: [Bug; 28] = [
         Bug::StartsBeforeTheRecord,
         Bug::LeavesRecordsUnflushed,
         Bug::IgnoresAFailedRecord,
@@ -80,6 +88,10 @@ impl Bug {
         Bug::TrustsTheWire,
         Bug::KeepsPagesHeld,
         Bug::WaitsForever,
+        Bug::BelievesAFullSpool,
+        Bug::LosesWhatIsSpooled,
+        Bug::TrustsTheSpool,
+        Bug::ReadsTheSpoolFirst,
     ];
 }
 

@@ -20,9 +20,9 @@ use bugs::Bug;
 use coverage::Coverage;
 use faults::{Class, Step};
 
-const SEEDS: u64 = 500;
+const SEEDS: u64 = 800;
 /// With fewer seeds, cells of the table may stay empty.
-const ENOUGH: u64 = 500;
+const ENOUGH: u64 = 800;
 /// Every bug is found within so many seeds.
 const WITHIN: u64 = 1000;
 
@@ -50,8 +50,29 @@ const ENDS: [&[&str]; 2] = [
         "no Load today",
         "no Start today",
         "does not match its checksum",
+        "cannot be kept in",
     ],
 ];
+
+/// Runs something on a thread of a world without faults.
+pub(crate) fn in_a_world(seed: u64, work: impl FnOnce() + 'static) {
+    fs::begin();
+    let done = std::rc::Rc::new(std::cell::Cell::new(false));
+    let ended = done.clone();
+    let begin = move || {
+        let world = world::world();
+        world.spawn(world.process("a test"), move || {
+            work();
+            ended.set(true);
+        });
+    };
+    world::World::run(seed, begin, move || done.get()).unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// No file of this world keeps its content wrongly.
+pub(crate) fn sound_disk() {
+    fs::heal();
+}
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;

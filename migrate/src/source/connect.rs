@@ -26,6 +26,8 @@ pub(crate) struct Connected {
     pub(crate) session: SessionId,
     /// RAM that the VM gets there.
     pub(crate) ram_bytes: u64,
+    /// What is spoken.
+    pub(crate) version: u16,
     pub(crate) control: StdStream,
     pub(crate) streams: Vec<StdStream>,
 }
@@ -79,7 +81,7 @@ pub(crate) fn connect(
     });
     write_opening(&mut control, &hello.encode()).map_err(link("offering the VM"))?;
     waits(Wait::Accept);
-    let ram_bytes = accepted(&mut control, cancel)?;
+    let (ram_bytes, version) = accepted(&mut control, cancel)?;
     waits(Wait::Connect);
     let mut streams = Vec::new();
     for index in 0..options.streams {
@@ -88,11 +90,11 @@ pub(crate) fn connect(
         write_opening(&mut stream, &hello.encode()).map_err(link("opening the streams"))?;
         streams.push(stream);
     }
-    Ok(Connected { session, ram_bytes, control, streams })
+    Ok(Connected { session, ram_bytes, version, control, streams })
 }
 
-/// Waits for the target's answer: the RAM that the VM gets.
-fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendError> {
+/// Waits for the target's answer: the RAM that the VM gets, and the version that is spoken.
+fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<(u64, u16), SendError> {
     let opened = read_opening(control, scaled_for_tests(ACCEPT_LIMIT), || is_cancelled(cancel));
     let answer = opened.and_then(|(preamble, body)| {
         let theirs = Preamble::open(&preamble).map_err(OpeningError::Wire)?.versions().clone();
@@ -102,7 +104,7 @@ fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendErr
     match answer {
         Ok((Answer::Accepted { ram_bytes, version }, _)) => {
             tracing::debug!(version, "the target takes the VM");
-            Ok(ram_bytes)
+            Ok((ram_bytes, version))
         }
         Ok((Answer::Refused { kind, text }, theirs)) => Err(match kind {
             // Every refusal carries its sender's versions. A target of one exact version does not name ours in its

@@ -4,10 +4,10 @@ use super::downtime::too_long;
 use super::error::SendError;
 use super::pace::{Decision, Rules, Standing, decide};
 use super::session::{Failed, Session};
+use super::state_sink::too_much;
 use super::steps::Step;
 use crate::outside::planted;
-use crate::vm::{Expected, VmError};
-use crate::wire::control::MAX_STATE_BYTES;
+use crate::vm::Expected;
 
 /// The VM runs here, perhaps throttled, and its memory is being copied.
 pub(super) struct Copying<'a> {
@@ -107,11 +107,11 @@ impl<'a> Copying<'a> {
         }
     }
 
-    /// Asks what of the downtime will be the VM's own. A VM whose state the target would not take is not stopped to
-    /// find that out.
+    /// Asks what of the downtime will be the VM's own. A VM whose state the target would not take (one of a
+    /// former version) is not stopped to find that out.
     fn look_ahead(&mut self) -> Result<(), Failed> {
         self.expected = self.session.vm.expected();
-        match too_large(self.expected.state_bytes) {
+        match too_much(self.expected.state_bytes, self.session.state_most) {
             Some(error) => Err(self.session.vm_failed(error)),
             None => Ok(()),
         }
@@ -137,13 +137,4 @@ impl<'a> Copying<'a> {
         let drained = self.session.vm.drain();
         self.session.asked(drained)
     }
-}
-
-/// Why a state of so many bytes cannot move.
-pub(super) fn too_large(state_bytes: u64) -> Option<VmError> {
-    (state_bytes > MAX_STATE_BYTES as u64).then(|| {
-        VmError(format!(
-            "its vCPUs and devices have {state_bytes} bytes of state, and at most {MAX_STATE_BYTES} can move"
-        ))
-    })
 }

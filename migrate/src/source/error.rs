@@ -98,6 +98,7 @@ impl From<SessionError> for SendError {
             SessionError::Cancelled => SendError::Cancelled,
             SessionError::Engine(error) => SendError::Engine(error),
             SessionError::Memory(source) => SendError::Link { during: "opening the store", source },
+            SessionError::Spool { .. } => unreachable!("only a target keeps a state"),
             SessionError::Unable(text) => SendError::Options(text),
         }
     }

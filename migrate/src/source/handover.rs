@@ -14,11 +14,12 @@ use std::time::Duration;
 
 use swapd::Placed;
 
-use super::copying::{Converged, too_large};
+use super::copying::Converged;
 use super::downtime::{missed, stood_too_long};
 use super::error::SendError;
 use super::rounds::Rounds;
 use super::session::{Failed, Session};
+use super::state_sink::{self, Unsent};
 use super::steps::{Step, TargetTimes, milliseconds};
 use crate::cancel::is_cancelled;
 use crate::limits::{
@@ -32,7 +33,7 @@ use crate::report::{Placement, Report};
 use crate::resolve::resolve;
 use crate::vm::VmError;
 use crate::wait::Wait;
-use crate::wire::control::{Control, state_parts};
+use crate::wire::control::Control;
 
 /// The VM stands still here, and can be resumed at any time.
 pub(super) struct Stopped<'a> {
@@ -100,7 +101,12 @@ impl<'a> Stopped<'a> {
         let Converged { copying, .. } = self.converged;
         let failed = match copying.session.vm.resume() {
             Ok(()) => failed,
-            Err(error) => copying.session.vm_failed(VmError(format!("it could not be resumed: {error}"))),
+            // What keeps such a machine from moving keeps it from going on: it sleeps, or has failed.
+            Err(error) if matches!(failed, Failed::Said(SendError::Vm(VmError::CannotMove(_)))) => {
+                tracing::info!(%error, "it stands still as it did before");
+                failed
+            }
+            Err(error) => copying.session.vm_failed(VmError::NotResumed(Box::new(error))),
         };
         copying.stay(failed)
     }
@@ -118,22 +124,19 @@ impl<'a> Stopped<'a> {
 
     fn send_the_rest(&mut self) -> Result<Placed, Failed> {
         self.in_time()?;
-        let state = self.session_mut().step(Step::SaveState, |session| {
-            let state = session.vm.save().map_err(|error| session.vm_failed(error))?;
-            // It may be more than was expected.
-            match too_large(state.len() as u64) {
-                Some(error) => Err(session.vm_failed(error)),
-                None => Ok(state),
-            }
+        let at = self.at;
+        self.session_mut().step(Step::SaveState, |session| {
+            state_sink::save(session, at).map_err(|unsent| match unsent {
+                Unsent::Vm(error) => session.vm_failed(error),
+                Unsent::Session(error) => {
+                    session.rounds.guard.failed(error);
+                    Failed::Session
+                }
+                Unsent::TooLong => stood_too_long(session, session.options.max_downtime.unwrap_or_default()),
+            })
         })?;
         self.in_time()?;
-        self.before_deadline(Step::LastPages, async |rounds| {
-            for part in state_parts(&state) {
-                let sent = rounds.control.outbox().send(part);
-                rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, sent).await?;
-            }
-            rounds.last().await
-        })?;
+        self.before_deadline(Step::LastPages, async |rounds| rounds.last().await)?;
         let (placed, took) = self.before_deadline(Step::Prepare, async |rounds| {
             // Behind a large state the queue may be full, and the link silent.
             let word = rounds.control.outbox().send(Control::Final(rounds.sent.totals()));

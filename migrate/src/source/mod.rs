@@ -13,6 +13,7 @@ mod record;
 mod rounds;
 mod sender;
 mod session;
+mod state_sink;
 mod steps;
 mod streams;
 

@@ -26,6 +26,7 @@ use crate::outside::{EngineHandle, Instant, Runtime, runtime};
 use crate::progress::Progress;
 use crate::session::SessionId;
 use crate::vm::{SourceVm, VmError};
+use crate::wire::control::state_limit;
 
 /// Why a step failed.
 pub(super) enum Failed {
@@ -42,6 +43,8 @@ pub(super) struct Session<'a> {
     pub(super) vm: &'a mut dyn SourceVm,
     pub(super) options: &'a SourceOptions,
     pub(super) id: SessionId,
+    /// Most bytes of state that the target takes.
+    pub(super) state_most: Option<u64>,
     pub(super) started: Instant,
     pub(super) times: Times,
 }
@@ -58,10 +61,10 @@ impl<'a> Session<'a> {
         let runtime = runtime().map_err(|error| SendError::Options(crate::target::no_ring(&error)))?;
         let dirty = handle.subscribe_dirty()?;
         let session_state = Rc::new(SessionState::default());
-        let id = connected.session;
+        let (id, state_most) = (connected.session, state_limit(connected.version));
         let rounds = runtime
             .block_on(async { Rounds::start(handle, dirty, connected, &session_state, cancel, progress) })?;
-        Ok(Session { runtime, rounds, vm, options, id, started, times: Times::default() })
+        Ok(Session { runtime, rounds, vm, options, id, state_most, started, times: Times::default() })
     }
 
     /// Takes a step: tells the owner of it, has it done, and notes and logs how long it took.
@@ -107,7 +110,7 @@ impl<'a> Session<'a> {
 
     /// The VM failed: the target hears of it as well.
     pub(super) fn vm_failed(&self, error: VmError) -> Failed {
-        self.rounds.guard.failed(SessionError::GaveUp(format!("the VM failed: {error}")));
+        self.rounds.guard.failed(SessionError::GaveUp(format!("the VM failed: {}", error.chain())));
         Failed::Said(error.into())
     }
 

@@ -10,23 +10,27 @@ mod plain;
 mod receiving;
 mod session;
 mod sink;
+mod spool;
 
 pub use accepted::{DataStream, TargetLink, TargetMemory};
 pub use error::ReceiveError;
 pub use plain::PlainMemory;
+pub use spool::StateSpool;
 
 use std::rc::Rc;
 
 use handover::Prepared;
 use receiving::Receiving;
 use session::{Failed, Session};
+use spool::Spool;
 
 use crate::hello::{refuse, write_opening};
+use crate::limits::CANCEL_POLL;
 use crate::link::control::ControlLink;
 use crate::link::error::SessionError;
 use crate::link::guard::Guard;
 use crate::link::state::SessionState;
-use crate::outside::{Instant, runtime};
+use crate::outside::{Instant, runtime, yield_to_ring};
 use crate::registry::Begun;
 use crate::report::Received;
 use crate::vm::TargetVm;
@@ -164,7 +168,7 @@ impl Session<'_> {
         streams: Vec<DataStream>,
         begun: Begun,
     ) -> Result<Received, Failed> {
-        let mut receiving = Receiving::new(&link.hello, memory, streams);
+        let mut receiving = Receiving::new(&link.hello, memory, streams, link.spool.clone());
         let (control, guard) = (&mut self.control, &self.guard);
         let arrived = self.runtime.block_on(async {
             let arrived = receiving.run(control, guard, link.progress).await;
@@ -176,8 +180,30 @@ impl Session<'_> {
             arrived
         })?;
         let began = Instant::now();
-        vm.load(&arrived.state).map_err(|error| Failed::Said(error.into()))?;
+        self.load(vm, arrived.state)?;
         let took = [arrived.took, began.elapsed()].map(Into::into);
         handover::run(self, link, memory, vm, Prepared { placed: arrived.placed, took, begun })
+    }
+
+    /// Has the VM take its state. The session lives on meanwhile, and may end.
+    fn load(&self, vm: &mut dyn TargetVm, state: Spool) -> Result<(), Failed> {
+        let mut last = Instant::now();
+        let mut lives = || {
+            if last.elapsed() < CANCEL_POLL {
+                return Ok(());
+            }
+            last = Instant::now();
+            self.runtime.block_on(async {
+                yield_to_ring().await;
+                self.guard.check("loading the VM's state")
+            })
+        };
+        let mut reader = state.read(&mut lives);
+        let loaded = vm.load(&mut reader);
+        if let Some(trouble) = reader.into_trouble() {
+            self.guard.failed(trouble);
+            return Err(Failed::SessionError);
+        }
+        loaded.map_err(|error| Failed::Said(error.into()))
     }
 }

@@ -15,6 +15,7 @@ use super::accepted::{DataStream, TargetMemory};
 use super::intake::{self, Intake, RoundEnd};
 use super::ledger::Ledger;
 use super::sink::{EngineSink, PlainSink, Sink, StreamInput};
+use super::spool::{Spool, StateSpool};
 use crate::limits::{CANCEL_POLL, PREPARE_LIMIT, SILENCE_LIMIT};
 use crate::link::control::ControlLink;
 use crate::link::error::SessionError;
@@ -32,7 +33,7 @@ use crate::wire::record::{Lane, Sequence};
 /// A VM that is all here and does not run.
 #[derive(Debug)]
 pub(crate) struct Arrived {
-    pub(crate) state: Vec<u8>,
+    pub(crate) state: Spool,
     pub(crate) placed: Placed,
     /// For the last pages to come to their places.
     pub(crate) took: Duration,
@@ -56,7 +57,7 @@ pub(crate) struct Receiving<'a> {
     streams_done: u32,
     totals: Totals,
     heat: Assembly,
-    state: Vec<u8>,
+    state: Option<Spool>,
     state_complete: bool,
     claimed: Option<Totals>,
 }
@@ -66,6 +67,7 @@ impl<'a> Receiving<'a> {
         hello: &'a SessionHello,
         memory: &'a TargetMemory,
         streams: Vec<DataStream>,
+        spool: StateSpool,
     ) -> Receiving<'a> {
         let pages = swapd::units::pages_in(hello.memory_bytes);
         let (ends_in, ends) = mpsc::channel(MAX_STREAMS as usize);
@@ -84,7 +86,7 @@ impl<'a> Receiving<'a> {
             streams_done: 0,
             totals: Totals::default(),
             heat: Assembly::new(pages),
-            state: Vec::new(),
+            state: Some(Spool::new(spool)),
             state_complete: false,
             claimed: None,
         }
@@ -118,7 +120,8 @@ impl<'a> Receiving<'a> {
             }
             TargetMemory::Plain(_) => self.ledger.borrow().placed_plain(),
         };
-        Ok(Arrived { state: std::mem::take(&mut self.state), placed, took: began.elapsed() })
+        let state = self.state.take().expect("it arrives once");
+        Ok(Arrived { state, placed, took: began.elapsed() })
     }
 
     fn is_complete(&self) -> bool {
@@ -134,13 +137,14 @@ impl<'a> Receiving<'a> {
         match message {
             Control::Heat(part) if !self.state_complete => self.heat_part(part, control, guard).await,
             Control::State { at, bytes, last } if !self.state_complete && self.has_started() => {
-                if at != self.state.len() as u64 {
+                let state = self.state.as_mut().expect("it is still coming");
+                if at != state.bytes() {
                     return Err(SessionError::Peer(format!(
                         "VM state from byte {at} after byte {}",
-                        self.state.len()
+                        state.bytes()
                     )));
                 }
-                self.state.extend_from_slice(&bytes);
+                state.push(&bytes)?;
                 self.state_complete = last;
                 Ok(())
             }

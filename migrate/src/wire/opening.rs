@@ -512,7 +512,7 @@ mod tests {
     fn another_version_is_told_from_rubbish() {
         let mut bytes = Hello::Session(session("web")).encode();
         bytes[8] = 99;
-        assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::Version(99..=99)));
+        assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::Version(99..=100)));
         bytes[0] = b'V';
         assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::NotOurs));
     }
