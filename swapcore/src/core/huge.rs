@@ -25,7 +25,7 @@ impl Core {
     }
 
     fn could_collapse(&self) -> bool {
-        self.budget_covers_memory() && !self.dirty.is_on() && self.receiving.is_none()
+        self.frames.cover_memory() && !self.dirty.is_on() && self.receiving.is_none()
     }
 
     /// Also while the host is at the last blocks: at the first that misses a page it leaves those behind it as they are.

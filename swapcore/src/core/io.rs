@@ -7,7 +7,6 @@ use super::state::tiers::Verdict;
 use super::tiers::PROBES_MAX;
 use crate::error::{IoError, IoErrorKind};
 use crate::policy::probation::HEAT_RETURNED;
-use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
@@ -17,9 +16,9 @@ impl Core {
     /// Reads stored pages into frames just taken.
     pub(super) fn read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
         run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
-        self.bind_run(run, slots);
+        self.frames.bind_run(run, slots);
         if landing != Landing::Staging {
-            self.probation.note_back(run, self.budget);
+            self.probation.note_back(run, self.frames.budget());
         }
         self.counts.pages_read += u64::from(run.len);
         self.start_read(run, slots, landing);
@@ -54,14 +53,15 @@ impl Core {
             Kind::Probe { more } => return self.probed(tier, run.start, slots.start, more, result),
             Kind::Write(_) | Kind::Drop => panic!("{io:?} is not a read"),
         };
-        if matches!(landing, Landing::Guest { marker: Some(_) }) && !self.probation.admit(run, self.budget) {
+        if matches!(landing, Landing::Guest { marker: Some(_) })
+            && !self.probation.admit(run, self.frames.budget())
+        {
             run.pages().for_each(|page| self.table.warm(page, HEAT_RETURNED));
         }
-        let mut arrived = std::mem::take(&mut self.scratch);
+        let mut arrived = std::mem::take(&mut self.scratch.pages);
         let mut given = 0;
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
-            if self.staging.used(slot) == Use::Orphan {
-                self.staging.free(slot);
+            if self.frames.free_if_orphan(slot) {
                 continue;
             }
             let trusted = mutant!(TrustsReads)
@@ -80,7 +80,7 @@ impl Core {
             if !self.bad_reads.is_empty() {
                 self.bad_reads.remove(&page);
             }
-            let wanted = self.waiting.contains_key(&page);
+            let wanted = self.waiters.wait_for(page);
             match landing {
                 Landing::Staging if !wanted => {
                     self.enter_standby(page, slot);
@@ -97,7 +97,7 @@ impl Core {
             _ => self.move_in(arrived.iter().copied()),
         }
         arrived.clear();
-        self.scratch = arrived;
+        self.scratch.pages = arrived;
         if given > 0 {
             self.tiers.gave(tier, given, run.start);
             self.tier_answers(tier);
@@ -106,10 +106,10 @@ impl Core {
 
     /// A page that could not be read, or came back with another content.
     fn bad_read(&mut self, page: PageNo, slot: Slot, kind: IoErrorKind) {
-        if !self.waiting.contains_key(&page) {
+        if !self.waiters.wait_for(page) {
             // Nobody asked for it: whoever does will find out for himself.
             self.table.set(page, PageState::Stored);
-            self.unbind(page);
+            self.frames.unbind(page);
             return;
         }
         match self.judge(page, kind) {
@@ -118,15 +118,15 @@ impl Core {
             }
             Verdict::ReadLater => {
                 self.table.set(page, PageState::Stored);
-                self.orphan(page);
+                self.frames.orphan(page);
                 self.probe(self.tier_of(page), slot, PROBES_MAX);
             }
             Verdict::Lost => {
                 self.bad_reads.remove(&page);
                 self.table.set(page, PageState::Poisoned);
                 self.table.put(page, Flag::Stored, false);
-                self.unbind(page);
-                self.waiting.remove(&page);
+                self.frames.unbind(page);
+                self.waiters.end(page);
                 self.lost.insert(page);
                 self.actions.push_back(Action::Poison { page });
                 self.actions.push_back(Action::PagePoisoned(page));
@@ -137,7 +137,9 @@ impl Core {
     /// Reads some page of the tier into a frame that is nobody's, to see whether it gives anything.
     fn probe(&mut self, tier: TierId, slot: Slot, left: u32) {
         let found = if left > 0 { self.find_probe(tier) } else { None };
-        let Some(page) = found.filter(|_| !mutant!(NeverProbes)) else { return self.staging.free(slot) };
+        let Some(page) = found.filter(|_| !mutant!(NeverProbes)) else {
+            return self.frames.free_orphan(slot);
+        };
         let (run, slots) = (Run::one(page), SlotRun::new(slot, 1));
         let io = self.ios.start(Io { kind: Kind::Probe { more: left - 1 }, tier, run, slots, outdated: 0 });
         self.actions.push_back(Action::Read { io, tier, run, slots });
@@ -146,7 +148,7 @@ impl Core {
     fn probed(&mut self, tier: TierId, page: PageNo, slot: Slot, more: u32, result: Result<&[u64], IoError>) {
         // If it has been written meanwhile, it may be neither the old nor the new content: that says nothing.
         if result.is_ok_and(|sums| sums[0] == self.sums[page.index()]) {
-            self.staging.free(slot);
+            self.frames.free_orphan(slot);
             self.tiers.gave(tier, 1, page);
             self.tier_answers(tier);
         } else {
@@ -206,12 +208,11 @@ impl Core {
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
             self.table.put(page, Flag::Writing, false);
             let state = self.table.state(page);
-            if self.staging.used(slot) == Use::Orphan {
-                self.staging.free(slot);
+            if self.frames.free_if_orphan(slot) {
                 match state {
                     // A newer version waits for this write to end.
                     PageState::Leaving if mutant!(ForgetsNewerVersion) => {}
-                    PageState::Leaving => to_write.push((page, self.slots_of[&page])),
+                    PageState::Leaving => to_write.push((page, self.frames.slot(page))),
                     PageState::Untouched | PageState::Poisoned => {}
                     _ => {
                         let newest = outdated >> nth & 1 == 0 || mutant!(TrustsReplacedVersions);
@@ -222,7 +223,7 @@ impl Core {
                 continue;
             }
             self.table.put(page, Flag::Stored, result.is_ok());
-            if self.waiting.contains_key(&page) && !mutant!(ForgetsWaitersOfWrite) {
+            if self.waiters.wait_for(page) && !mutant!(ForgetsWaitersOfWrite) {
                 self.table.set(page, PageState::Arriving);
                 rescued.push((page, slot));
             } else if result.is_ok() {
@@ -230,7 +231,7 @@ impl Core {
                     Purpose::PageOut => self.enter_standby(page, slot),
                     Purpose::Placement => {
                         self.table.set(page, PageState::Stored);
-                        self.unbind(page);
+                        self.frames.unbind(page);
                     }
                 }
             }

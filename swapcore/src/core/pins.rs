@@ -66,8 +66,8 @@ impl Core {
 
     /// Somebody waits for a frame, no page is on its way out, and none can be.
     fn is_stuck(&self) -> bool {
-        let outside = self.frames_at_hand() + u64::from(self.staging.standby_count());
-        !self.deferred.is_empty()
+        let outside = self.frames.at_hand_or_standby();
+        self.waiters.any_deferred()
             && outside + self.leaving_soon() == 0
             && self.tiers.any_open()
             && self.receiving.is_none()
@@ -92,7 +92,7 @@ impl Core {
             self.pins.told = true;
             self.actions.push_back(Action::Short { pinned: self.table.pinned() });
         }
-        if self.deferred.is_empty() && std::mem::take(&mut self.pins.told) {
+        if !self.waiters.any_deferred() && std::mem::take(&mut self.pins.told) {
             self.actions.push_back(Action::Enough);
         }
     }
@@ -103,23 +103,20 @@ impl Core {
 
     /// Who waits for a smaller budget is told when it is not going to be kept any time soon.
     fn tell_held(&mut self) {
-        let (fewest, since) = self.pins.fewest;
-        if self.budget_waiters.is_empty() || mutant!(WaitsForPinnedForEver) {
+        if !self.shrinking.is_awaited() || mutant!(WaitsForPinnedForEver) {
             return;
         }
         // So that the figures are those of this moment.
         self.shrink_to_budget();
-        if self.budget_waiters.is_empty() {
+        if !self.shrinking.is_awaited() {
             return;
         }
-        if self.taken < fewest {
-            return self.pins.shrinks(self.taken, self.tick);
-        }
-        if self.tick - since < self.patience() {
+        if self.shrinking.stuck_for(self.frames.taken(), self.tick) < self.patience() {
             return;
         }
-        let [budget, held, pinned] = [self.budget, self.taken, self.table.pinned()].map(bytes_of);
-        for ticket in std::mem::take(&mut self.budget_waiters) {
+        let [budget, held, pinned] =
+            [self.frames.budget(), self.frames.taken(), self.table.pinned()].map(bytes_of);
+        for ticket in self.shrinking.take() {
             let answer = Err(CommandError::StillAbove { budget, held, pinned });
             self.actions.push_back(Action::Answer { ticket, answer });
         }

@@ -14,7 +14,6 @@ use crate::api::{Arrival, Placed};
 use crate::error::CommandError;
 use crate::policy::clock::{VICTIM_RUN_MAX, may_leave};
 use crate::policy::placement::{Arrivals, HEAT_AGAIN, HOT};
-use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run, SlotRun};
 
@@ -54,6 +53,7 @@ impl Core {
             grants: VecDeque::new(),
             settle: None,
         });
+        self.frames.set_receiving(true);
         self.take_heat(heat)?;
         Ok(Response::Done)
     }
@@ -95,10 +95,7 @@ impl Core {
     }
 
     pub(super) fn return_frames(&mut self, slots: SlotRun) -> Response {
-        for slot in slots.slots() {
-            assert_eq!(self.staging.used(slot), Use::Granted, "{slot:?} was not granted");
-            self.staging.free(slot);
-        }
+        self.frames.end_grant(slots);
         Response::Done
     }
 
@@ -114,10 +111,10 @@ impl Core {
         let mut to_guest = Vec::with_capacity(arrival.run.len as usize);
         let mut to_store = Vec::new();
         for (nth, (page, slot)) in arrival.run.pages().zip(arrival.slots.slots()).enumerate() {
-            assert_eq!(self.staging.used(slot), Use::Granted, "{slot:?} was not granted");
+            self.frames.check_granted(slot);
             let to_ram = self.choose_ram(page, arrival.again);
             self.replace(page);
-            self.bind(page, slot);
+            self.frames.bind(page, slot);
             if to_ram {
                 self.table.set(page, PageState::Arriving);
                 to_guest.push((page, slot));
@@ -161,7 +158,7 @@ impl Core {
 
     /// Frames that are kept to receive into.
     fn receive_reserve(&self) -> u64 {
-        u64::from(self.marks.high.max(RECEIVE_FRAMES)).min(self.budget / 8)
+        u64::from(self.frames.marks().high.max(RECEIVE_FRAMES)).min(self.frames.budget() / 8)
     }
 
     pub(super) fn placed_in_ram(&self) -> u64 {
@@ -179,7 +176,7 @@ impl Core {
         // About as many hot pages in the store are expected of the next heat map as the last one found.
         let unseen = receiving.found_hot.unwrap_or(in_store / HOT_UNSEEN_SHARE);
         let facts = Arrivals {
-            room: self.budget - reserve,
+            room: self.frames.budget() - reserve,
             overdraft: reserve / 2,
             // Its own old version makes room.
             in_ram: self.placed_in_ram()
@@ -198,13 +195,13 @@ impl Core {
 
     /// More is in RAM than may be, for it is hotter than what was there: the coldest goes to the store instead.
     pub(super) fn make_way(&mut self) {
-        let room = self.budget - self.receive_reserve();
+        let room = self.frames.budget() - self.receive_reserve();
         let over = self.placed_in_ram().saturating_sub(room) as u32;
         if over == 0 || self.receiving.is_none() || self.tiers.latched().is_some() {
             return;
         }
         let want = over.max(WAY_MIN);
-        let mut cold = std::mem::take(&mut self.victims);
+        let mut cold = std::mem::take(&mut self.scratch.runs);
         self.find_cold(want, &mut cold);
         for run in cold.drain(..) {
             let out = self.start_out(run, PageState::Leaving);
@@ -214,7 +211,7 @@ impl Core {
                 break;
             }
         }
-        self.victims = cold;
+        self.scratch.runs = cold;
     }
 
     /// The coldest pages in RAM, some `want` of them, where the hand comes to next. None, if nothing there is colder than the rest.
@@ -287,9 +284,8 @@ impl Core {
     /// Drops a page's old version. A frame in the guest is recycled through staging.
     fn replace(&mut self, page: PageNo) {
         if self.table.state(page) == PageState::Resident
-            && let Some(slots) = self.staging.take_empty(1)
+            && let Some(slots) = self.frames.orphan_empty()
         {
-            self.staging.assign(slots.start, Use::Orphan);
             self.table.set(page, PageState::Untouched);
             self.table.put(page, Flag::Stored, false);
             self.note_dead(page);
@@ -309,9 +305,8 @@ impl Core {
             let answer = if let Some(error) = &failed {
                 Err(error.clone())
             } else {
-                let Some(taken) = self.take_frames(count) else { break };
-                taken.slots.slots().for_each(|slot| self.staging.assign(slot, Use::Granted));
-                Ok(Response::Frames(taken.slots))
+                let Some(slots) = self.frames.grant(count) else { break };
+                Ok(Response::Frames(slots))
             };
             self.actions.push_back(Action::Answer { ticket, answer });
             self.receiving.as_mut().expect("still receiving").grants.pop_front();
@@ -342,6 +337,7 @@ impl Core {
             return Err(error);
         }
         let Some(receiving) = self.receiving.take() else { return Err(NOT_RECEIVING) };
+        self.frames.set_receiving(false);
         self.table.count_hot_from(None);
         let waiting = receiving.grants.iter().map(|(ticket, _)| *ticket).chain(receiving.settle);
         self.actions.extend(waiting.map(|ticket| Action::Answer { ticket, answer: Err(NOT_RECEIVING) }));

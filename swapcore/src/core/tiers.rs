@@ -72,15 +72,15 @@ impl Core {
         due.sort_unstable();
         for page in due {
             // If it is not in the store any more, or waits for a frame, it needs no help.
-            let idle = self.table.state(page) == PageState::Stored && !self.deferred.contains(&page);
-            if !self.waiting.contains_key(&page) {
+            let idle = self.table.state(page) == PageState::Stored && !self.waiters.is_deferred(page);
+            if !self.waiters.wait_for(page) {
                 self.bad_reads.remove(&page);
             } else if idle && !mutant!(ForgetsRereads) {
                 let good = self.tiers.get(self.tier_of(page)).good;
                 let bad = self.bad_reads.get_mut(&page).expect("just found");
                 bad.fair = good != bad.good_before;
                 if !self.page_in(page) {
-                    self.deferred.push_back(page);
+                    self.waiters.defer(page);
                 }
             }
         }
@@ -110,7 +110,7 @@ impl Core {
             !matches!(bad.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch)
                 && self.tick - bad.first_tick >= SILENT_TICKS
                 && self.tier_of(*page) == tier
-                && self.waiting.contains_key(page)
+                && self.waiters.wait_for(*page)
         })
     }
 
@@ -152,7 +152,7 @@ impl Core {
         for tier in self.tiers.ids() {
             let reader = self.waits_for_read(tier);
             let writing = self.ios.writes_to(tier) > 0;
-            let writer = writing && !self.deferred.is_empty();
+            let writer = writing && self.waiters.any_deferred();
             let withholds = reader && self.withholds(tier);
             let Tier { good, writes, silence, .. } = self.tiers.get_mut(tier);
             let heard = (silence.good != *good, silence.writes != *writes);
@@ -179,12 +179,14 @@ impl Core {
 
     /// Somebody waits for a page that is being read from the tier, or is to be read again.
     fn waits_for_read(&self, tier: TierId) -> bool {
-        self.waiting.keys().any(|page| {
-            self.tier_of(*page) == tier
-                && match self.table.state(*page) {
-                    PageState::Stored => self.bad_reads.contains_key(page) && !self.deferred.contains(page),
+        self.waiters.pages().any(|page| {
+            self.tier_of(page) == tier
+                && match self.table.state(page) {
+                    PageState::Stored => {
+                        self.bad_reads.contains_key(&page) && !self.waiters.is_deferred(page)
+                    }
                     PageState::Arriving => {
-                        self.slots_of.get(page).is_some_and(|slot| self.ios.is_reading(*slot))
+                        self.frames.find_slot(page).is_some_and(|slot| self.ios.is_reading(slot))
                     }
                     _ => false,
                 }

@@ -48,6 +48,8 @@ const RECENT_AGE: u64 = 64;
 const NEAR: u64 = 8;
 /// Three faults at the same distance are a stream up to this one: 2 MiB.
 const STEP_MAX: u64 = 512;
+/// Pages rescued at once, of a row that the guest walks along.
+const RESCUE_ROW_MAX: u32 = 64;
 /// Every so often neighbours are tried even if they were useless lately.
 const PROBE_EVERY: u32 = 256;
 
@@ -131,6 +133,10 @@ pub struct Prefetcher {
     /// Moving share of neighbours used, of SCORE_MAX.
     score: u32,
     pages: u64,
+    /// Whether pages are read ahead at all.
+    on: bool,
+    /// The page behind the last rescue, and how many pages that one was to take.
+    rescue_row: (PageNo, u32),
 }
 
 /// All neighbours used.
@@ -153,7 +159,31 @@ impl Prefetcher {
             outside_share: 0,
             score: SCORE_START,
             pages,
+            on: true,
+            rescue_row: (PageNo(0), 1),
         }
+    }
+
+    /// Whether pages are to be read ahead.
+    pub fn turn(&mut self, on: bool) {
+        self.on = on;
+    }
+
+    /// Whether they are.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// Pages to rescue at once from this one on. A guest that walks through standby would fault at every page: it gets twice as many
+    /// at each step.
+    pub fn rescues_at(&self, page: PageNo) -> u32 {
+        let (next, last) = self.rescue_row;
+        if page == next { (last * 2).min(RESCUE_ROW_MAX) } else { 1 }
+    }
+
+    /// Of the pages before this one, the last ones are rescued; so many were wanted.
+    pub fn rescued(&mut self, behind: PageNo, wanted: u32) {
+        self.rescue_row = (behind, wanted);
     }
 
     /// A vCPU faulted on `page` and waits, or touched a marker. Appends what to bring in to `plans`.

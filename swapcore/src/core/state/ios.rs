@@ -54,9 +54,25 @@ pub(crate) struct Ios {
     /// Writes under way, to each tier.
     writes: [u32; TIERS_MAX],
     drops: u32,
+    /// Have left the guest with new content; the next burst of writes.
+    unwritten: Vec<(PageNo, Slot)>,
 }
 
 impl Ios {
+    /// The page's frame in that slot is to be written with the next burst.
+    pub(crate) fn add_unwritten(&mut self, page: PageNo, slot: Slot) {
+        self.unwritten.push((page, slot));
+    }
+
+    /// What waits for the next burst. A page that was rescued or given back is still in it, and one that has left twice is in it twice.
+    pub(crate) fn unwritten(&mut self) -> &mut Vec<(PageNo, Slot)> {
+        &mut self.unwritten
+    }
+
+    pub(crate) fn unwritten_count(&self) -> usize {
+        self.unwritten.len()
+    }
+
     pub(crate) fn start(&mut self, io: Io) -> IoId {
         *self.count(io) += 1;
         let id = self.vacant.pop().unwrap_or_else(|| {
@@ -82,6 +98,11 @@ impl Ios {
     pub(crate) fn end_drop(&mut self, id: IoId) -> (TierId, Run) {
         let Io { kind: Kind::Drop, tier, run, .. } = self.end(id) else { panic!("{id:?} is not a drop") };
         (tier, run)
+    }
+
+    /// Whether the device works with the frame in the slot.
+    pub(crate) fn work_with(&self, slot: Slot) -> bool {
+        self.slots().any(|slots| slots.contains(slot))
     }
 
     /// The slots that the device works with.

@@ -16,8 +16,6 @@ pub(crate) struct Pins {
     /// Ticks for which somebody has waited for a frame and nothing could leave.
     pub(crate) starved: u64,
     pub(crate) told: bool,
-    /// The fewest frames since a smaller budget was asked for, and the tick at which they had become so few.
-    pub(crate) fewest: (u64, u64),
 }
 
 impl Pins {
@@ -28,10 +26,6 @@ impl Pins {
     /// All of memory has been looked at: before the next tick there will be none either.
     pub(crate) fn found_none(&mut self, tick: u64) {
         self.none_at = Some(tick);
-    }
-
-    pub(crate) fn shrinks(&mut self, taken: u64, tick: u64) {
-        self.fewest = (taken, tick);
     }
 
     pub(crate) fn starved_ms(&self) -> u64 {
