@@ -197,8 +197,11 @@ impl Core {
 
     // ── first touch ──────────────────────────────────────────────────────────────────────
 
-    /// Zeros for a page that was never touched, and for its neighbours.
-    /// False when there is no frame for it.
+    /// Zeros for a page that was never touched, and for its neighbours. False when there is no frame for it.
+    ///
+    /// In an order that matters when frames run out on the way: first the page itself and what is behind it in its chunk, for a guest goes
+    /// up more often than down and the page must have a frame though nothing else does; then what is before it in the chunk. With plenty
+    /// of frames, the rest of the block behind the chunk and before it.
     fn fill(&mut self, page: PageNo) -> bool {
         let block = self.table.run_around(page, PageState::Untouched, self.table.block_of(page));
         self.table.set_fresh(page.block());
@@ -214,7 +217,6 @@ impl Core {
         };
         let start = PageNo(page.0 - page.0 % u64::from(chunk)).max(block.start);
         let end = PageNo(start.0 - start.0 % u64::from(chunk) + u64::from(chunk)).min(block.end());
-        // The page itself first: it must get a frame even if nothing else does.
         if self.frames.at_hand() == 0 {
             self.reclaim_standby(1);
         }

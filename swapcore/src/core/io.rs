@@ -2,6 +2,7 @@
 
 use super::Core;
 use super::event::{Action, IoId};
+use super::state::io_end::{ReadEnd, WriteEnd, Written, read_end, write_end};
 use super::state::ios::{Io, Kind, Landing, Purpose};
 use super::state::tiers::Verdict;
 use super::tiers::PROBES_MAX;
@@ -61,35 +62,25 @@ impl Core {
         let mut arrived = std::mem::take(&mut self.scratch.pages);
         let mut given = 0;
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
-            if self.frames.free_if_orphan(slot) {
-                continue;
-            }
-            let trusted = mutant!(TrustsReads)
-                || (nth > 0 && mutant!(ChecksFirstPageOnly))
-                || (mutant!(TrustsRereads) && self.bad_reads.contains_key(&page));
-            let good = match &result {
-                Ok(sums) => sums[nth] == self.sums[page.index()] || trusted,
-                Err(_) => mutant!(TrustsFailedReads),
-            };
-            if !good {
-                self.counts.mismatches += u64::from(result.is_ok());
-                self.bad_read(page, slot, result.err().map_or(IoErrorKind::Mismatch, |error| error.kind));
-                continue;
+            let orphan = self.frames.free_if_orphan(slot);
+            let content = self.content_read(page, nth, result);
+            let end = read_end(orphan, content, self.waiters.wait_for(page), page, landing);
+            match end {
+                ReadEnd::Elsewhere => continue,
+                ReadEnd::Bad(kind) => {
+                    self.counts.mismatches += u64::from(result.is_ok());
+                    self.bad_read(page, slot, kind);
+                    continue;
+                }
+                ReadEnd::IntoGuest => arrived.push((page, slot)),
+                ReadEnd::Standby { prefetched } => {
+                    self.enter_standby(page, slot);
+                    self.table.put(page, Flag::Prefetched, prefetched);
+                }
             }
             given += 1;
             if !self.bad_reads.is_empty() {
                 self.bad_reads.remove(&page);
-            }
-            let wanted = self.waiters.wait_for(page);
-            match landing {
-                Landing::Staging if !wanted => {
-                    self.enter_standby(page, slot);
-                    self.table.put(page, Flag::Prefetched, true);
-                }
-                Landing::Guest { marker } if marker == Some(page) && !wanted => {
-                    self.enter_standby(page, slot)
-                }
-                _ => arrived.push((page, slot)),
             }
         }
         match arrived[..] {
@@ -102,6 +93,28 @@ impl Core {
             self.tiers.gave(tier, given, run.start);
             self.tier_answers(tier);
         }
+    }
+
+    /// Whether the nth page of a read has the content on record; if not, what is wrong.
+    fn content_read(
+        &self,
+        page: PageNo,
+        nth: usize,
+        result: Result<&[u64], IoError>,
+    ) -> Result<(), IoErrorKind> {
+        match result {
+            Ok(sums) if sums[nth] == self.sums[page.index()] || self.believes(page, nth) => Ok(()),
+            Ok(_) => Err(IoErrorKind::Mismatch),
+            Err(_) if mutant!(TrustsFailedReads) => Ok(()),
+            Err(error) => Err(error.kind),
+        }
+    }
+
+    /// For planted bugs: what is read is believed whatever its checksum is.
+    fn believes(&self, page: PageNo, nth: usize) -> bool {
+        mutant!(TrustsReads)
+            || (nth > 0 && mutant!(ChecksFirstPageOnly))
+            || (mutant!(TrustsRereads) && self.bad_reads.contains_key(&page))
     }
 
     /// A page that could not be read, or came back with another content.
@@ -207,32 +220,32 @@ impl Core {
         let mut to_write = Vec::new();
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
             self.table.put(page, Flag::Writing, false);
-            let state = self.table.state(page);
-            if self.frames.free_if_orphan(slot) {
-                match state {
-                    // A newer version waits for this write to end.
-                    PageState::Leaving if mutant!(ForgetsNewerVersion) => {}
-                    PageState::Leaving => to_write.push((page, self.frames.slot(page))),
-                    PageState::Untouched | PageState::Poisoned => {}
-                    _ => {
-                        let newest = outdated >> nth & 1 == 0 || mutant!(TrustsReplacedVersions);
-                        self.table.put(page, Flag::Stored, result.is_ok() && newest);
-                        self.may_give_way(page);
-                    }
-                }
-                continue;
+            let written = Written {
+                orphan: self.frames.free_if_orphan(slot),
+                state: self.table.state(page),
+                well: result.is_ok(),
+                on_record: outdated >> nth & 1 == 0 || mutant!(TrustsReplacedVersions),
+                waited_for: self.waiters.wait_for(page) && !mutant!(ForgetsWaitersOfWrite),
+            };
+            if !written.orphan {
+                self.table.put(page, Flag::Stored, written.well);
             }
-            self.table.put(page, Flag::Stored, result.is_ok());
-            if self.waiters.wait_for(page) && !mutant!(ForgetsWaitersOfWrite) {
-                self.table.set(page, PageState::Arriving);
-                rescued.push((page, slot));
-            } else if result.is_ok() {
-                match purpose {
-                    Purpose::PageOut => self.enter_standby(page, slot),
-                    Purpose::Placement => {
-                        self.table.set(page, PageState::Stored);
-                        self.frames.unbind(page);
-                    }
+            match write_end(written, purpose) {
+                WriteEnd::WriteNewer if mutant!(ForgetsNewerVersion) => {}
+                WriteEnd::WriteNewer => to_write.push((page, self.frames.slot(page))),
+                WriteEnd::Nothing | WriteEnd::Stays => {}
+                WriteEnd::Elsewhere { has_copy } => {
+                    self.table.put(page, Flag::Stored, has_copy);
+                    self.may_give_way(page);
+                }
+                WriteEnd::Rescue => {
+                    self.table.set(page, PageState::Arriving);
+                    rescued.push((page, slot));
+                }
+                WriteEnd::Standby => self.enter_standby(page, slot),
+                WriteEnd::Stored => {
+                    self.table.set(page, PageState::Stored);
+                    self.frames.unbind(page);
                 }
             }
         }

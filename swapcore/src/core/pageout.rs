@@ -87,33 +87,41 @@ impl Core {
         let (mut started, mut runs, mut passed) = (0, 0, 0);
         // What is under way to the guest must not be taken before it has been used.
         let room = u64::from(2 * self.frames.marks().high);
-        'batch: while started < want && runs < OUT_RUNS_MAX {
-            let found = self.probation.step(&self.table, self.frames.budget(), room, &mut victims)
-                || self.clock.step(&mut self.table, &mut passed, &mut victims);
-            if !found {
+        let mut full = false;
+        while started < want && runs < OUT_RUNS_MAX && !full {
+            if !self.find_victims(room, &mut passed, &mut victims) {
                 if started == 0 {
                     self.pins.found_none(self.tick);
                 }
                 break;
             }
-            // What a stream is about to use stays, unless there is nothing else.
-            if passed < self.table.pages() {
-                victims.retain(|run| !self.prefetcher.is_ahead(run.start, self.frames.budget()));
-            }
-            if self.tiers.count() > 1 {
-                victims.retain(|run| self.may_leave_now(*run));
-            }
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
                 self.probation.note_left(*run, self.frames.budget());
-                started += out;
-                runs += 1;
-                if out < run.len {
-                    break 'batch;
+                (started, runs) = (started + out, runs + 1);
+                full = out < run.len;
+                if full {
+                    break;
                 }
             }
         }
         self.scratch.runs = victims;
+    }
+
+    /// The next victims: of pages on probation, or where the clock's hand is, which has `passed` so many pages before. False, if there are
+    /// none anywhere; those that were found may all have to stay for now.
+    fn find_victims(&mut self, room: u64, passed: &mut u64, victims: &mut Vec<Run>) -> bool {
+        let budget = self.frames.budget();
+        let found = self.probation.step(&self.table, budget, room, victims)
+            || self.clock.step(&mut self.table, passed, victims);
+        // What a stream is about to use stays, unless there is nothing else.
+        if *passed < self.table.pages() {
+            victims.retain(|run| !self.prefetcher.is_ahead(run.start, budget));
+        }
+        if self.tiers.count() > 1 {
+            victims.retain(|run| self.may_leave_now(*run));
+        }
+        found
     }
 
     /// Writes what has left, once it is a burst, or if its frames are wanted.

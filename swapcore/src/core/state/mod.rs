@@ -1,7 +1,9 @@
 //! The parts of the core's state: each of one concern, and none of them knows the core.
 
+pub(crate) mod cold_hand;
 pub(crate) mod dirty;
 pub(crate) mod frames;
+pub(crate) mod io_end;
 pub(crate) mod ios;
 pub(crate) mod latch;
 pub(crate) mod page_map;
