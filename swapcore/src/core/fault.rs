@@ -68,7 +68,8 @@ impl Core {
     pub(super) fn serve_deferred(&mut self) {
         while let Some(page) = self.waiters.first_deferred() {
             let state = self.table.state(page);
-            // Else it has come with others, or been given back, meanwhile: it needs no frame, and must not look as if it did.
+            // Else it has come with others, or been given back, meanwhile: it needs no frame, and must not look as if
+            // it did.
             let needs_one = matches!(state, PageState::Stored | PageState::Untouched);
             if needs_one && self.waiters.wait_for(page) {
                 if self.frames.at_hand_or_standby() == 0 {
@@ -169,8 +170,8 @@ impl Core {
         self.counts.samples_touched += u64::from(run.len);
     }
 
-    /// Those of the run that are still out. None may be: what is out now and then has been given back, filled anew and taken once more,
-    /// and is on its way back already.
+    /// Those of the run that are still out. None may be: what is out now and then has been given back, filled anew and
+    /// taken once more, and is on its way back already.
     pub(super) fn put_sample_back(&mut self, run: Run) {
         if self.table.state(run.start) == PageState::Sampled
             && let Some(slots) = self.frames.staging().lent_to(run.start.block())
@@ -199,9 +200,9 @@ impl Core {
 
     /// Zeros for a page that was never touched, and for its neighbours. False when there is no frame for it.
     ///
-    /// In an order that matters when frames run out on the way: first the page itself and what is behind it in its chunk, for a guest goes
-    /// up more often than down and the page must have a frame though nothing else does; then what is before it in the chunk. With plenty
-    /// of frames, the rest of the block behind the chunk and before it.
+    /// In an order that matters when frames run out on the way: first the page itself and what is behind it in its
+    /// chunk, for a guest goes up more often than down and the page must have a frame though nothing else does; then
+    /// what is before it in the chunk. With plenty of frames, the rest of the block behind the chunk and before it.
     fn fill(&mut self, page: PageNo) -> bool {
         let block = self.table.run_around(page, PageState::Untouched, self.table.block_of(page));
         self.table.set_fresh(page.block());
@@ -281,7 +282,8 @@ impl Core {
     }
 
     fn prefetch_after(&mut self, page: PageNo) {
-        // With a store that takes nothing, frames are for those who wait; and one that gives nothing is not asked for more.
+        // With a store that takes nothing, frames are for those who wait; and one that gives nothing is not asked for
+        // more.
         let tier = self.tiers.state(self.tier_of(page));
         if !self.prefetcher.is_on() || self.tiers.latched().is_some() || tier != TierState::Working {
             return;
@@ -294,7 +296,7 @@ impl Core {
         let proof = self.prefetcher.on_fault(page, Surroundings { stored: &stored, frames }, &mut plans);
         self.counts.prefetch_used += u64::from(proof.used);
         self.counts.prefetch_wasted += u64::from(proof.wasted);
-        self.probation.note_way(proof.way, self.frames.budget());
+        self.probation.note_passed(proof.passed, self.frames.budget());
         plans.drain(..).for_each(|plan| self.prefetch_plan(plan));
         self.scratch.plans = plans;
     }

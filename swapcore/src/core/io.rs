@@ -3,7 +3,7 @@
 use super::Core;
 use super::event::{Action, IoId};
 use super::state::io_end::{ReadEnd, WriteEnd, Written, read_end, write_end};
-use super::state::ios::{Io, Kind, Landing, Purpose};
+use super::state::ios::{Io, IoKind, Landing, Purpose};
 use super::state::tiers::Verdict;
 use super::tiers::PROBES_MAX;
 use crate::error::{IoError, IoErrorKind};
@@ -33,7 +33,7 @@ impl Core {
             let tier = self.tier_of(rest.start);
             let len = rest.pages().take_while(|page| self.tier_of(*page) == tier).count() as u32;
             let (run, slots) = (rest.part(0, len), slots.part(done, len));
-            let kind = Kind::Read { landing };
+            let kind = IoKind::Read { landing };
             let io = self.ios.start(Io { kind, tier, run, slots, outdated: 0 });
             self.actions.push_back(Action::Read { io, tier, run, slots });
             done += len;
@@ -50,9 +50,9 @@ impl Core {
         assert!(result.is_ok() || result.is_err_and(|error| error.tier == tier), "{result:?} of {tier}");
         self.counts.read_errors += u64::from(result.is_err());
         let landing = match kind {
-            Kind::Read { landing } => landing,
-            Kind::Probe { more } => return self.probed(tier, run.start, slots.start, more, result),
-            Kind::Write(_) | Kind::Drop => panic!("{io:?} is not a read"),
+            IoKind::Read { landing } => landing,
+            IoKind::Probe { more } => return self.probed(tier, run.start, slots.start, more, result),
+            IoKind::Write(_) | IoKind::Drop => panic!("{io:?} is not a read"),
         };
         if matches!(landing, Landing::Guest { marker: Some(_) })
             && !self.probation.admit(run, self.frames.budget())
@@ -154,7 +154,7 @@ impl Core {
             return self.frames.free_orphan(slot);
         };
         let (run, slots) = (Run::one(page), SlotRun::new(slot, 1));
-        let io = self.ios.start(Io { kind: Kind::Probe { more: left - 1 }, tier, run, slots, outdated: 0 });
+        let io = self.ios.start(Io { kind: IoKind::Probe { more: left - 1 }, tier, run, slots, outdated: 0 });
         self.actions.push_back(Action::Read { io, tier, run, slots });
     }
 
@@ -169,8 +169,8 @@ impl Core {
         }
     }
 
-    /// Writes pages whose new sums are on record. Those whose places are being dropped at this moment wait for that: the device may do
-    /// the one or the other first.
+    /// Writes pages whose new sums are on record. Those whose places are being dropped at this moment wait for that:
+    /// the device may do the one or the other first.
     pub(super) fn write(&mut self, pages: &[(PageNo, Slot)], purpose: Purpose) {
         if !self.space.is_anything_dropping() {
             return self.write_now(pages, purpose);
@@ -205,13 +205,13 @@ impl Core {
                 self.table.put(page, Flag::Writing, true);
                 self.space.set_taken(page, true);
             }
-            let io = self.ios.start(Io { kind: Kind::Write(purpose), tier, run, slots, outdated: 0 });
+            let io = self.ios.start(Io { kind: IoKind::Write(purpose), tier, run, slots, outdated: 0 });
             self.actions.push_back(Action::Write { io, tier, run, slots });
         }
     }
 
     pub(super) fn write_done(&mut self, io: IoId, result: Result<(), IoError>) {
-        let Io { kind: Kind::Write(purpose), tier, run, slots, outdated } = self.ios.end(io) else {
+        let Io { kind: IoKind::Write(purpose), tier, run, slots, outdated } = self.ios.end(io) else {
             panic!("{io:?} is not a write");
         };
         assert!(result.is_ok() || result.is_err_and(|error| error.tier == tier), "{result:?} of {tier}");

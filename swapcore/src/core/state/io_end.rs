@@ -49,7 +49,7 @@ pub(crate) fn read_end(
 /// |---|---|---|---|---|---|
 /// | is nobody's any more | leaves anew | any | | | has its newer version written now |
 /// | is nobody's any more | is empty or lost | any | | | needs nothing |
-/// | is nobody's any more | is anywhere else | any | | | has a copy in the store, if the write ended well and was of the version that the sum on record is of |
+/// | is nobody's any more | is anywhere else | any | | | has a copy in the store, if that is what the sum on record is of |
 /// | its own | leaves | any | yes | any | goes back into the guest |
 /// | its own | leaves | ended well | no | page-out | is in standby |
 /// | its own | leaves | ended well | no | placement | is in the store alone |

@@ -21,7 +21,7 @@ pub(crate) enum Purpose {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Kind {
+pub(crate) enum IoKind {
     Read {
         landing: Landing,
     },
@@ -36,7 +36,7 @@ pub(crate) enum Kind {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Io {
-    pub(crate) kind: Kind,
+    pub(crate) kind: IoKind,
     pub(crate) tier: TierId,
     pub(crate) run: Run,
     pub(crate) slots: SlotRun,
@@ -64,7 +64,8 @@ impl Ios {
         self.unwritten.push((page, slot));
     }
 
-    /// What waits for the next burst. A page that was rescued or given back is still in it, and one that has left twice is in it twice.
+    /// What waits for the next burst. A page that was rescued or given back is still in it, and one that has left twice
+    /// is in it twice.
     pub(crate) fn unwritten(&mut self) -> &mut Vec<(PageNo, Slot)> {
         &mut self.unwritten
     }
@@ -85,18 +86,18 @@ impl Ios {
 
     fn count(&mut self, io: Io) -> &mut u32 {
         match io.kind {
-            Kind::Read { .. } | Kind::Probe { .. } => &mut self.reads,
-            Kind::Write(_) => &mut self.writes[io.tier.index()],
-            Kind::Drop => &mut self.drops,
+            IoKind::Read { .. } | IoKind::Probe { .. } => &mut self.reads,
+            IoKind::Write(_) => &mut self.writes[io.tier.index()],
+            IoKind::Drop => &mut self.drops,
         }
     }
 
     pub(crate) fn start_drop(&mut self, tier: TierId, run: Run) -> IoId {
-        self.start(Io { kind: Kind::Drop, tier, run, slots: SlotRun::new(Slot(0), 0), outdated: 0 })
+        self.start(Io { kind: IoKind::Drop, tier, run, slots: SlotRun::new(Slot(0), 0), outdated: 0 })
     }
 
     pub(crate) fn end_drop(&mut self, id: IoId) -> (TierId, Run) {
-        let Io { kind: Kind::Drop, tier, run, .. } = self.end(id) else { panic!("{id:?} is not a drop") };
+        let Io { kind: IoKind::Drop, tier, run, .. } = self.end(id) else { panic!("{id:?} is not a drop") };
         (tier, run)
     }
 
@@ -112,7 +113,7 @@ impl Ios {
 
     /// A newer version of the page gets its checksum on record while an older one is being written.
     pub(crate) fn outdate(&mut self, page: PageNo) {
-        let of_page = |io: &&mut Io| matches!(io.kind, Kind::Write(_)) && io.run.contains(page);
+        let of_page = |io: &&mut Io| matches!(io.kind, IoKind::Write(_)) && io.run.contains(page);
         if let Some(io) = self.entries.iter_mut().flatten().find(of_page) {
             io.outdated |= 1 << (page.0 - io.run.start.0);
         }
@@ -131,7 +132,7 @@ impl Ios {
     /// Whether a read of the page is under way.
     pub(crate) fn is_read(&self, page: PageNo) -> bool {
         let of_page =
-            |io: &Io| matches!(io.kind, Kind::Read { .. } | Kind::Probe { .. }) && io.run.contains(page);
+            |io: &Io| matches!(io.kind, IoKind::Read { .. } | IoKind::Probe { .. }) && io.run.contains(page);
         self.reads > 0 && self.entries.iter().flatten().any(of_page)
     }
 
@@ -153,7 +154,7 @@ impl Ios {
 
     /// The device fills the slot for its page.
     pub(crate) fn is_reading(&self, slot: Slot) -> bool {
-        let is_read = |io: &&Io| matches!(io.kind, Kind::Read { .. });
+        let is_read = |io: &&Io| matches!(io.kind, IoKind::Read { .. });
         self.entries.iter().flatten().filter(is_read).any(|io| io.slots.contains(slot))
     }
 }
