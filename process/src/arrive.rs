@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use migrate::limits::patience;
+use migrate::limits::scaled_for_tests;
 use migrate::{
     DataStream, Received, RefuseKind, Registry, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
 };
@@ -177,7 +177,7 @@ impl Arrival {
     fn run(self, vm: &Vm, memory: TargetMemory, newcomer: Box<dyn Newcomer>) -> Result<(), Failure> {
         let Arrival { settings, control, streams, registry } = self;
         let mut streams = || {
-            let limit = patience(STREAM_TIMEOUT);
+            let limit = scaled_for_tests(STREAM_TIMEOUT);
             let waiting = Waiting::new("the source's data connections", ("STREAM_TIMEOUT", limit));
             vm.core(|core| core.waiting = Some(waiting));
             let (fd, index) = passing::receive_fd(&streams, limit)?;

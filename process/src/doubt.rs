@@ -12,7 +12,7 @@
 
 use std::time::{Duration, Instant};
 
-use migrate::limits::patience;
+use migrate::limits::scaled_for_tests;
 use migrate::tls::Security;
 use migrate::{Outcome, SessionId};
 use serde_json::{Value, json};
@@ -38,13 +38,16 @@ pub(crate) fn begin(vm: &Vm, session: SessionId, to: &str, security: &Security) 
 }
 
 fn waiting() -> Waiting {
-    Waiting::new("the next time that the target is asked", ("ASK_AGAIN_EVERY", patience(ASK_AGAIN_EVERY)))
+    Waiting::new(
+        "the next time that the target is asked",
+        ("ASK_AGAIN_EVERY", scaled_for_tests(ASK_AGAIN_EVERY)),
+    )
 }
 
 /// Asks until the doubt has ended. The target may be cut off for hours: somebody need not be there when it comes back.
 pub(crate) fn ask_until_known(vm: &Vm) {
     while vm.core(|core| matches!(core.phase, Phase::InDoubt { .. })) {
-        std::thread::sleep(patience(ASK_AGAIN_EVERY));
+        std::thread::sleep(scaled_for_tests(ASK_AGAIN_EVERY));
         if let Err(failure) = resolve(vm, None) {
             warn!(vm = %vm.facts.name, %failure, "while asking what became of a hand-over");
         }
@@ -88,7 +91,7 @@ pub(crate) fn resolve(vm: &Vm, force: Option<Force>) -> Result<Value, Failure> {
         "to": to,
         "in_doubt_ms": since.elapsed().as_millis() as u64,
         "said": said,
-        "ask_again_ms": patience(ASK_AGAIN_EVERY).as_millis() as u64,
+        "ask_again_ms": scaled_for_tests(ASK_AGAIN_EVERY).as_millis() as u64,
     }))
 }
 

@@ -10,7 +10,7 @@ use std::process::Child;
 use std::time::Duration;
 
 use migrate::RefuseKind;
-use migrate::limits::{ACCEPT_LIMIT, patience};
+use migrate::limits::{ACCEPT_LIMIT, scaled_for_tests};
 use rustix::process::{Pid, Signal, kill_process_group};
 use vmprocess::last_words::{LOG_BYTES_MAX, last_words};
 
@@ -57,7 +57,7 @@ impl Log {
 impl Watch {
     /// Waits until the process is there, or has ended, and ends it if neither comes in time. Returns why, for the daemon's log.
     pub(super) fn until_up(mut self, child: &mut Child) -> Option<String> {
-        let limit = patience(UP_LIMIT);
+        let limit = scaled_for_tests(UP_LIMIT);
         let waiting = self.streams.set_read_timeout(Some(limit));
         // A word, or the end of the connection with the process's.
         match waiting.and_then(|()| self.streams.read(&mut [0])) {

@@ -41,7 +41,7 @@ pub(crate) enum Bug {
     /// A round begins while devices still write, without a trace, to pages that it sends.
     SkipsTheDrains,
     /// A page that is written while it waits to be sent is not sent in the next round.
-    ForgetsWrittenPages,
+    ForgetsDirtyPages,
     /// What was read from the store is not looked at.
     TrustsTheStore,
     /// Pages that the store does not give in time are lost, though it gives no others either.
@@ -74,7 +74,7 @@ impl Bug {
         Bug::EndsRoundsEarly,
         Bug::SkipsTheLastScan,
         Bug::SkipsTheDrains,
-        Bug::ForgetsWrittenPages,
+        Bug::ForgetsDirtyPages,
         Bug::TrustsTheStore,
         Bug::TakesSilenceForBroken,
         Bug::TrustsTheWire,

@@ -1,5 +1,6 @@
-//! A simulated engine, as its handle promises it to be and no better: answers take their time, pages that are not held wander between
-//! memory and the store, a scan may name pages that did not change, the store cannot read some pages, and has spoilt others.
+//! A simulated engine, as its handle promises it to be and no better: answers take their time, pages that are not held
+//! wander between memory and the store, a scan may name pages that did not change, the store cannot read some pages,
+//! and has spoilt others.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -17,7 +18,7 @@ use tokio::sync::oneshot;
 
 use super::runtime::sleep;
 use super::world::world;
-use crate::link::region::{Pages, Region};
+use crate::region::{Pages, Region};
 
 const NO_SPACE: IoError = IoError { tier: TierId::STORE, write: true, kind: IoErrorKind::Full };
 const COMMAND: Duration = Duration::from_micros(400);

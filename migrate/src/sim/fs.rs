@@ -1,6 +1,6 @@
-//! The simulated file systems of the target's host: what was written is lost in a crash unless it was flushed (or the kernel happened
-//! to write it back); writes and flushes fail; every step takes time, so that the process may die between any two. What is in memory
-//! is lost in any crash, and may be swept away before; it does not fail.
+//! The simulated file systems of the target's host: what was written is lost in a crash unless it was flushed (or the
+//! kernel happened to write it back); writes and flushes fail; every step takes time, so that the process may die
+//! between any two. What is in memory is lost in any crash, and may be swept away before; it does not fail.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;

@@ -1,5 +1,6 @@
-//! The simulation: the real sessions, hand-over, records and questions of both sides, on a simulated network, file system and engine,
-//! in virtual time, with faults at every step of the protocol. `docs/simulation-migration.md` says what is checked.
+//! The simulation: the real sessions, hand-over, records and questions of both sides, on a simulated network, file
+//! system and engine, in virtual time, with faults at every step of the protocol. `docs/simulation-migration.md` says
+//! what is checked.
 
 pub(crate) mod bugs;
 mod coverage;
@@ -25,7 +26,8 @@ const ENOUGH: u64 = 500;
 /// Every bug is found within so many seeds.
 const WITHIN: u64 = 1000;
 
-/// How sessions must have ended, some of them, at the source and at the target: each named limit, and each way of doubt.
+/// How sessions must have ended, some of them, at the source and at the target: each named limit, and each way of
+/// doubt.
 const ENDS: [&[&str]; 2] = [
     &[
         "moved, by asking",

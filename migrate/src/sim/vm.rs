@@ -1,4 +1,5 @@
-//! The VM: a guest that writes at the source, what each side's process does with it, and who watches that it runs at one place only.
+//! The VM: a guest that writes at the source, what each side's process does with it, and who watches that it runs at
+//! one place only.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;

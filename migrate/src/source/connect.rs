@@ -8,7 +8,7 @@ use super::error::SendError;
 use super::options::SourceOptions;
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::hello::{OpeningError, read_opening, write_opening};
-use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, patience};
+use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, scaled_for_tests};
 use crate::outside::{Instant, StdStream, on_own_thread};
 use crate::resolve::{self, ReachError};
 use crate::session::SessionId;
@@ -66,7 +66,7 @@ pub(crate) fn connect(
     let link = |during| move |source| SendError::Link { during, source };
     let session = SessionId::random().map_err(link("choosing a session"))?;
     waits(Wait::Connect);
-    let mut control = reach(options, patience(CONNECT_LIMIT), cancel)?;
+    let mut control = reach(options, scaled_for_tests(CONNECT_LIMIT), cancel)?;
     let hello = Hello::Session(SessionHello {
         versions: VERSIONS,
         session,
@@ -83,7 +83,7 @@ pub(crate) fn connect(
     waits(Wait::Connect);
     let mut streams = Vec::new();
     for index in 0..options.streams {
-        let mut stream = reach(options, patience(CONNECT_LIMIT), cancel)?;
+        let mut stream = reach(options, scaled_for_tests(CONNECT_LIMIT), cancel)?;
         let hello = Hello::Stream(StreamHello { session, index });
         write_opening(&mut stream, &hello.encode()).map_err(link("opening the streams"))?;
         streams.push(stream);
@@ -93,7 +93,7 @@ pub(crate) fn connect(
 
 /// Waits for the target's answer: the RAM that the VM gets.
 fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendError> {
-    let opened = read_opening(control, patience(ACCEPT_LIMIT), || is_cancelled(cancel));
+    let opened = read_opening(control, scaled_for_tests(ACCEPT_LIMIT), || is_cancelled(cancel));
     let answer = opened.and_then(|(preamble, body)| {
         let theirs = Preamble::open(&preamble).map_err(OpeningError::Wire)?.versions().clone();
         Ok((Answer::decode(&preamble, &body).map_err(OpeningError::Wire)?, theirs))
@@ -105,7 +105,8 @@ fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendErr
             Ok(ram_bytes)
         }
         Ok((Answer::Refused { kind, text }, theirs)) => Err(match kind {
-            // Every refusal carries its sender's versions. A target of one exact version does not name ours in its text.
+            // Every refusal carries its sender's versions. A target of one exact version does not name ours in its
+            // text.
             RefuseKind::Version if highest_common(&VERSIONS, &theirs).is_none() => other_version(theirs),
             RefuseKind::Version => SendError::Version(text),
             RefuseKind::NameTaken => SendError::NameTaken(text),

@@ -90,8 +90,8 @@ impl SendError {
 }
 
 impl From<SessionError> for SendError {
-    fn from(trouble: SessionError) -> SendError {
-        match trouble {
+    fn from(error: SessionError) -> SendError {
+        match error {
             SessionError::Link { during, source } => SendError::Link { during, source },
             SessionError::Peer(text) => SendError::Peer(text),
             SessionError::GaveUp(text) => SendError::GaveUp(text),

@@ -53,8 +53,8 @@ impl ReceiveError {
 }
 
 impl From<SessionError> for ReceiveError {
-    fn from(trouble: SessionError) -> ReceiveError {
-        match trouble {
+    fn from(error: SessionError) -> ReceiveError {
+        match error {
             SessionError::Link { during, source } => ReceiveError::Link { during, source },
             SessionError::Peer(text) => ReceiveError::Peer(text),
             SessionError::GaveUp(text) => ReceiveError::GaveUp(text),

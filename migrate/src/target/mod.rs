@@ -1,13 +1,13 @@
 //! The target's session.
 
 mod accepted;
-mod arrival;
 pub(crate) mod error;
 mod handover;
 mod intake;
 mod ledger;
 mod placement;
 mod plain;
+mod receiving;
 mod session;
 mod sink;
 
@@ -17,8 +17,8 @@ pub use plain::PlainMemory;
 
 use std::rc::Rc;
 
-use arrival::Arrival;
 use handover::Prepared;
+use receiving::Receiving;
 use session::{Failed, Session};
 
 use crate::hello::{refuse, write_opening};
@@ -31,7 +31,7 @@ use crate::registry::Begun;
 use crate::report::Received;
 use crate::vm::TargetVm;
 use crate::wire::opening::{Answer, MAX_STREAMS, RefuseKind, SessionHello};
-use crate::wire::record::Lane as WireLane;
+use crate::wire::record::Lane;
 use crate::wire::{VERSIONS, none_in_common};
 
 /// Receives a VM and runs it. Blocks; returns when it runs (and the placement has been checked, if asked).
@@ -106,7 +106,7 @@ fn accepted(
     let runtime = runtime().map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
     let control = link.control.try_clone().map_err(broken)?;
     let session_state = Rc::new(SessionState::default());
-    let lanes = [WireLane::ToTarget, WireLane::ToSource];
+    let lanes = [Lane::ToTarget, Lane::ToSource];
     let control = runtime
         .block_on(async { ControlLink::start(control, link.hello.session, lanes, &session_state) })
         .map_err(broken)?;
@@ -164,15 +164,15 @@ impl Session<'_> {
         streams: Vec<DataStream>,
         begun: Begun,
     ) -> Result<Received, Failed> {
-        let mut arrival = Arrival::new(&link.hello, memory, streams);
+        let mut receiving = Receiving::new(&link.hello, memory, streams);
         let (control, guard) = (&mut self.control, &self.guard);
         let arrived = self.runtime.block_on(async {
-            let arrived = arrival.run(control, guard, link.progress).await;
-            let arrived = arrived.map_err(|trouble| {
-                guard.failed(trouble);
+            let arrived = receiving.run(control, guard, link.progress).await;
+            let arrived = arrived.map_err(|error| {
+                guard.failed(error);
                 Failed::SessionError
             });
-            arrival.close().await;
+            receiving.close().await;
             arrived
         })?;
         let began = Instant::now();

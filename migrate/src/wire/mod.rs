@@ -11,8 +11,8 @@ pub mod record;
 
 use crate::versions::{Named, NoneInCommon, Side, Versions};
 
-/// The versions of everything in this module that this vmemd speaks. Two sides take the highest that both know; a peer that knows none
-/// of them is refused. `docs/wire.md` says when to raise which end.
+/// The versions of everything in this module that this vmemd speaks. Two sides take the highest that both know; a peer
+/// that knows none of them is refused. `docs/wire.md` says when to raise which end.
 pub const VERSIONS: Versions = 2..=2;
 
 // An opening has one byte for the distance between the ends.

@@ -1,7 +1,8 @@
 //! The opening of a connection: what it is for, and the answer.
 //!
-//! The preamble keeps its layout in every version, and so does a refusal, so that versions that do not understand each other can at
-//! least say so. A question for an outcome and its answer keep theirs too: a doubt can be settled whatever was updated meanwhile.
+//! The preamble keeps its layout in every version, and so does a refusal, so that versions that do not understand each
+//! other can at least say so. A question for an outcome and its answer keep theirs too: a doubt can be settled whatever
+//! was updated meanwhile.
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
@@ -110,7 +111,8 @@ pub struct SessionHello {
     pub streams: u32,
     /// The source wants to hear how much of what the VM touches in its first second was in RAM.
     pub check_placement: bool,
-    /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's state.
+    /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's
+    /// state.
     pub offer: Option<String>,
 }
 
@@ -180,8 +182,8 @@ pub struct Preamble {
 }
 
 impl Preamble {
-    /// Checks a connection's first bytes. The versions come before all that depends on them. What is the same in every version is
-    /// understood from any.
+    /// Checks a connection's first bytes. The versions come before all that depends on them. What is the same in every
+    /// version is understood from any.
     pub fn open(bytes: &[u8; PREAMBLE_BYTES]) -> Result<Preamble, WireError> {
         let raw: RawPreamble = zerocopy::transmute!(*bytes);
         if raw.magic != OPENING_MAGIC {
@@ -224,7 +226,8 @@ pub fn sealed(kind: u8, body: &[u8]) -> Vec<u8> {
     sealed_as(&VERSIONS, kind, body)
 }
 
-/// As [`sealed`], of a side that knows other versions. Of a range that is wider than an opening can say, the lowest 256.
+/// As [`sealed`], of a side that knows other versions. Of a range that is wider than an opening can say, the lowest
+/// 256.
 pub fn sealed_as(versions: &Versions, kind: u8, body: &[u8]) -> Vec<u8> {
     let more_versions = versions.end().saturating_sub(*versions.start()).min(u8::MAX.into()) as u8;
     let preamble = RawPreamble {
@@ -279,8 +282,8 @@ impl Hello {
         }
     }
 
-    /// Reads an opening: its preamble, and the [`body_bytes`](Preamble::body_bytes) behind it. The checksum is looked at
-    /// before anything in the body is believed.
+    /// Reads an opening: its preamble, and the [`body_bytes`](Preamble::body_bytes) behind it. The checksum is looked
+    /// at before anything in the body is believed.
     pub fn decode(preamble: &[u8; PREAMBLE_BYTES], body: &[u8]) -> Result<Hello, WireError> {
         let Preamble { kind, versions, .. } = Preamble::open(preamble)?;
         let body = checked(preamble, body)?;

@@ -1,4 +1,4 @@
-//! The receiving itself: which message may come when, and what is complete.
+//! The receiving itself: which message may come when, and when the VM is complete.
 //!
 //! ```text
 //!   heat ──▶ streams run ──(heat again)──▶ every stream's last round ended + state + final ──▶ complete
@@ -12,7 +12,7 @@ use swapd::{Placed, answered};
 use tokio::sync::mpsc;
 
 use super::accepted::{DataStream, TargetMemory};
-use super::intake::{self, Lane, RoundEnd};
+use super::intake::{self, Intake, RoundEnd};
 use super::ledger::Ledger;
 use super::sink::{EngineSink, PlainSink, Sink, StreamInput};
 use crate::limits::{CANCEL_POLL, PREPARE_LIMIT, SILENCE_LIMIT};
@@ -27,7 +27,7 @@ use crate::wire::control::{Control, Totals};
 use crate::wire::extents::Bounds;
 use crate::wire::heat::{Assembly, Part};
 use crate::wire::opening::{MAX_STREAMS, SessionHello};
-use crate::wire::record::{Lane as WireLane, Sequence};
+use crate::wire::record::{Lane, Sequence};
 
 /// A VM that is all here and does not run.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub(crate) struct Arrived {
 }
 
 /// A session's receiving half. [`close`](Self::close) it, whatever happens.
-pub(crate) struct Arrival<'a> {
+pub(crate) struct Receiving<'a> {
     hello: &'a SessionHello,
     memory: &'a TargetMemory,
     pages: u64,
@@ -61,15 +61,15 @@ pub(crate) struct Arrival<'a> {
     claimed: Option<Totals>,
 }
 
-impl<'a> Arrival<'a> {
+impl<'a> Receiving<'a> {
     pub(crate) fn new(
         hello: &'a SessionHello,
         memory: &'a TargetMemory,
         streams: Vec<DataStream>,
-    ) -> Arrival<'a> {
+    ) -> Receiving<'a> {
         let pages = swapd::units::pages_in(hello.memory_bytes);
         let (ends_in, ends) = mpsc::channel(MAX_STREAMS as usize);
-        Arrival {
+        Receiving {
             hello,
             memory,
             pages,
@@ -109,7 +109,7 @@ impl<'a> Arrival<'a> {
             }
         }
         let claimed = self.claimed.unwrap_or_default();
-        self.ledger.borrow().settle(claimed, self.totals)?;
+        self.ledger.borrow().check_complete(claimed, self.totals)?;
         let began = Instant::now();
         let placed = match self.memory {
             TargetMemory::Engine(handle) => {
@@ -180,20 +180,20 @@ impl<'a> Arrival<'a> {
         for stream in std::mem::take(&mut self.waiting) {
             let (socket, ender) = split(stream.socket).map_err(SessionError::link("starting its streams"))?;
             self.enders.push(ender);
-            let inlet = StreamInput {
+            let input = StreamInput {
                 socket,
                 session_state: guard.session_state.clone(),
                 ledger: self.ledger.clone(),
             };
             let bounds =
                 Bounds { memory_pages: self.pages, stream: stream.index, streams: self.hello.streams };
-            let sequence = Sequence::new(self.hello.session, WireLane::Stream(stream.index));
-            let lane = Lane { bounds, sequence, ends: self.ends_in.clone() };
+            let sequence = Sequence::new(self.hello.session, Lane::Stream(stream.index));
+            let intake = Intake { bounds, sequence, ends: self.ends_in.clone() };
             let sink = match self.memory {
                 TargetMemory::Engine(handle) => Sink::Engine(EngineSink::new(handle.clone())),
                 TargetMemory::Plain(memory) => Sink::Plain(PlainSink::new(memory.clone())),
             };
-            self.tasks.push(spawn(intake::run(inlet, lane, sink)));
+            self.tasks.push(spawn(intake::run(input, intake, sink)));
         }
         Ok(())
     }
@@ -217,7 +217,8 @@ impl<'a> Arrival<'a> {
         if self.streams_ahead == self.hello.streams {
             self.streams_ahead = 0;
             self.rounds_done += 1;
-            // The next round may be the last, in which no page is to wait for a frame whose content is still being written.
+            // The next round may be the last. In it no page shall wait for a frame whose content is still being
+            // written.
             if let TargetMemory::Engine(handle) = self.memory
                 && !ended.last
             {
