@@ -543,7 +543,7 @@ mod tests {
         store(&mut core, PageNo(3));
         let told = wait(&mut core, PageNo(3), SILENT_TICKS + 20, |_| false);
         assert!(told.iter().any(|action| matches!(action, Action::TierUnreachable(_))), "{told:?}");
-        core.deferred.push_back(PageNo(3));
+        core.waiters.defer(PageNo(3));
         core.tick_tiers(1);
         assert_eq!(core.tier_state(TierId(0)), TierState::Unreachable, "it has given nothing");
         assert!(core.tiers.silent_ticks(TierId(0)) >= SILENT_TICKS);
