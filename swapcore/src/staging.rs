@@ -300,9 +300,9 @@ impl Staging {
         Some(self.slots_at(place))
     }
 
-    /// How many blocks of memory have slots as wholes.
-    pub fn lent_blocks(&self) -> usize {
-        self.lent.iter().filter(|block| **block > 0).count()
+    /// How many pages are in blocks that have slots as wholes.
+    pub fn lent_pages(&self) -> usize {
+        self.lent.iter().filter(|block| **block > 0).count() * BLOCK_PAGES as usize
     }
 
     /// All of its frames went to the guest.
@@ -415,8 +415,8 @@ mod tests {
         assert_eq!([4, 6].map(|block| staging.lent_to(block)), [Some(first), None]);
         staging.take_back(4);
         assert_eq!(
-            (staging.used(Slot(67)), staging.held_frames(), staging.lent_blocks()),
-            (Use::Empty, 512, 1)
+            (staging.used(Slot(67)), staging.held_frames(), staging.lent_pages()),
+            (Use::Empty, 512, 512)
         );
         assert!(staging.has_place(6) && !staging.has_place(5));
         // A part goes another way.

@@ -14,8 +14,6 @@ use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, runs_of};
 const FILL_FIRST: u32 = 64;
 /// Filled at once when frames must be taken from other pages.
 const FILL_SCARCE: u32 = 16;
-/// Pages rescued at once, of a row that the guest walks along.
-const RESCUE_ROW_MAX: u32 = 64;
 /// Heat that a page gains when it is rescued: it was in use when the hand took it.
 const HEAT_RESCUE: u8 = 8;
 /// Heat of a page that was missed while it was sampled.
@@ -34,7 +32,7 @@ impl Core {
             PageState::Leaving | PageState::Standby | PageState::Sampled => FaultKind::Rescue,
             PageState::Stored | PageState::Arriving => FaultKind::Store,
         };
-        if self.waiting.insert(page, kind).is_some() {
+        if !self.waiters.wait(page, kind) {
             return;
         }
         match kind {
@@ -45,7 +43,7 @@ impl Core {
         match state {
             PageState::Untouched => {
                 if !self.fill(page) {
-                    self.deferred.push_back(page);
+                    self.waiters.defer(page);
                 }
             }
             PageState::Sampled => self.rescue_sample(page),
@@ -57,7 +55,7 @@ impl Core {
             }
             PageState::Stored => {
                 if !self.page_in(page) {
-                    return self.deferred.push_back(page);
+                    return self.waiters.defer(page);
                 }
                 self.prefetch_after(page);
             }
@@ -68,12 +66,13 @@ impl Core {
 
     /// Serves who waits for a frame, as far as there are frames.
     pub(super) fn serve_deferred(&mut self) {
-        while let Some(page) = self.deferred.front().copied() {
+        while let Some(page) = self.waiters.first_deferred() {
             let state = self.table.state(page);
-            // Else it has come with others, or been given back, meanwhile: it needs no frame, and must not look as if it did.
+            // Else it has come with others, or been given back, meanwhile: it needs no frame, and must not look as if
+            // it did.
             let needs_one = matches!(state, PageState::Stored | PageState::Untouched);
-            if needs_one && self.waiting.contains_key(&page) {
-                if self.frames_at_hand() == 0 && self.staging.standby_count() == 0 {
+            if needs_one && self.waiters.wait_for(page) {
+                if self.frames.at_hand_or_standby() == 0 {
                     return;
                 }
                 let served = if state == PageState::Stored { self.page_in(page) } else { self.fill(page) };
@@ -81,7 +80,7 @@ impl Core {
                     return;
                 }
             }
-            self.deferred.pop_front();
+            self.waiters.end_first_deferred();
         }
     }
 
@@ -103,10 +102,8 @@ impl Core {
         if !self.table.has(page, Flag::Prefetched) {
             self.table.warm(page, HEAT_RESCUE);
         }
-        // A guest that walks through standby would fault at every page: it gets twice as many at each step.
-        let (next, last) = self.rescue_row;
-        let want = if page == next { (last * 2).min(RESCUE_ROW_MAX) } else { 1 };
-        let mut rescued = std::mem::take(&mut self.scratch);
+        let want = self.prefetcher.rescues_at(page);
+        let mut rescued = std::mem::take(&mut self.scratch.pages);
         let mut behind = page;
         loop {
             rescued.push((behind, self.start_rescue(behind)));
@@ -116,9 +113,9 @@ impl Core {
                 break;
             }
         }
-        self.rescue_row = (behind, want);
+        self.prefetcher.rescued(behind, want);
         self.move_in(rescued.drain(..));
-        self.scratch = rescued;
+        self.scratch.pages = rescued;
     }
 
     /// In staging, and nobody reads its frame at this moment.
@@ -139,9 +136,9 @@ impl Core {
         if self.table.state(page) == PageState::Standby {
             self.leave_standby(page);
         }
-        self.probation.note_back(Run::one(page), self.budget);
+        self.probation.note_back(Run::one(page), self.frames.budget());
         self.table.set(page, PageState::Arriving);
-        self.slots_of[&page]
+        self.frames.slot(page)
     }
 
     fn is_under_write(&self, page: PageNo) -> bool {
@@ -151,12 +148,12 @@ impl Core {
     /// The device reads the frame at this moment: the guest must not change it. It gets a copy, or waits for the write.
     fn rescue_by_copy(&mut self, page: PageNo) {
         self.table.warm(page, HEAT_RESCUE);
-        self.probation.note_back(Run::one(page), self.budget);
-        let from = self.slots_of[&page];
-        let Some(taken) = self.take_frames(1) else { return };
-        self.orphan(page);
+        self.probation.note_back(Run::one(page), self.frames.budget());
+        let from = self.frames.slot(page);
+        let Some(taken) = self.frames.take(1) else { return };
+        self.frames.orphan(page);
         let to = taken.slots.start;
-        self.bind(page, to);
+        self.frames.bind(page, to);
         self.table.set(page, PageState::Arriving);
         if !mutant!(RescuesWithoutCopy) {
             self.actions.push_back(Action::Copy { from, to });
@@ -173,11 +170,11 @@ impl Core {
         self.counts.samples_touched += u64::from(run.len);
     }
 
-    /// Those of the run that are still out. None may be: what is out now and then has been given back, filled anew and taken once more,
-    /// and is on its way back already.
+    /// Those of the run that are still out. None may be: what is out now and then has been given back, filled anew and
+    /// taken once more, and is on its way back already.
     pub(super) fn put_sample_back(&mut self, run: Run) {
         if self.table.state(run.start) == PageState::Sampled
-            && let Some(slots) = self.staging.lent_to(run.start.block())
+            && let Some(slots) = self.frames.staging().lent_to(run.start.block())
             && run.len == slots.len
         {
             run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
@@ -188,7 +185,7 @@ impl Core {
         let back: Vec<_> = run
             .pages()
             .filter(|page| self.table.state(*page) == PageState::Sampled)
-            .map(|page| (page, self.slots_of[&page]))
+            .map(|page| (page, self.frames.slot(page)))
             .collect();
         back.iter().for_each(|(page, _)| self.table.set(*page, PageState::Arriving));
         self.move_in(back);
@@ -196,15 +193,16 @@ impl Core {
 
     /// A part of a huge page that is out as a whole goes another way.
     pub(super) fn split_sample(&mut self, page: PageNo) {
-        if let Some(slots) = self.staging.split(page.block()) {
-            self.slots_of.extend(self.table.block_of(page).pages().zip(slots.slots()));
-        }
+        self.frames.split(self.table.block_of(page));
     }
 
     // ── first touch ──────────────────────────────────────────────────────────────────────
 
-    /// Zeros for a page that was never touched, and for its neighbours.
-    /// False when there is no frame for it.
+    /// Zeros for a page that was never touched, and for its neighbours. False when there is no frame for it.
+    ///
+    /// In an order that matters when frames run out on the way: first the page itself and what is behind it in its
+    /// chunk, for a guest goes up more often than down and the page must have a frame though nothing else does; then
+    /// what is before it in the chunk. With plenty of frames, the rest of the block behind the chunk and before it.
     fn fill(&mut self, page: PageNo) -> bool {
         let block = self.table.run_around(page, PageState::Untouched, self.table.block_of(page));
         self.table.set_fresh(page.block());
@@ -212,7 +210,7 @@ impl Core {
             self.fill_whole(block);
             return true;
         }
-        let plenty = self.budget.saturating_sub(self.taken) > u64::from(self.marks.goal());
+        let plenty = self.frames.left() > u64::from(self.frames.marks().goal());
         let chunk = match plenty {
             true => FILL_FIRST,
             false if self.tiers.latched().is_some() => 1,
@@ -220,8 +218,7 @@ impl Core {
         };
         let start = PageNo(page.0 - page.0 % u64::from(chunk)).max(block.start);
         let end = PageNo(start.0 - start.0 % u64::from(chunk) + u64::from(chunk)).min(block.end());
-        // The page itself first: it must get a frame even if nothing else does.
-        if self.frames_at_hand() == 0 {
+        if self.frames.at_hand() == 0 {
             self.reclaim_standby(1);
         }
         let after = Run::new(page, (end.0 - page.0) as u32);
@@ -237,7 +234,7 @@ impl Core {
 
     /// The untouched pages of the run, while the budget has more than the engine keeps free.
     pub(super) fn fill_ahead(&mut self, run: Run) -> Response {
-        let spare = self.frames_at_hand().saturating_sub(u64::from(self.marks.goal()));
+        let spare = self.frames.at_hand().saturating_sub(u64::from(self.frames.marks().goal()));
         let pages = run.pages().filter(|page| self.table.state(*page) == PageState::Untouched);
         let runs: Vec<_> = runs_of(pages.take(spare as usize), run.len).collect();
         for run in runs {
@@ -249,21 +246,23 @@ impl Core {
     /// Huge pages are for memory that need not be paged: to take a part out of one costs as much as some hundred moves.
     fn may_fill_whole(&self, run: Run) -> bool {
         let whole = run.len == BLOCK_PAGES && run == self.table.block_of(run.start);
-        whole && self.budget_covers_memory() && self.budget - self.taken >= u64::from(BLOCK_PAGES)
+        whole && self.frames.cover_memory() && self.frames.left() >= u64::from(BLOCK_PAGES)
     }
 
     fn fill_whole(&mut self, run: Run) {
         run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
-        self.taken += if mutant!(MiscountsBlocks) { 1 } else { u64::from(run.len) };
+        self.frames.fill(run.len);
         self.actions.push_back(Action::FillBlock { run });
     }
 
     fn fill_run(&mut self, mut run: Run) {
         while run.len > 0 {
-            let Some(taken) = self.take_fresh(run.len).or_else(|| self.take_frames(run.len)) else { return };
+            let Some(taken) = self.frames.take_fresh(run.len).or_else(|| self.frames.take(run.len)) else {
+                return;
+            };
             let (part, slots) = (run.part(0, taken.slots.len), taken.slots);
             part.pages().for_each(|page| self.table.set(page, PageState::Arriving));
-            self.bind_run(part, slots);
+            self.frames.bind_run(part, slots);
             self.actions.push_back(Action::Prepare { slots, fresh: taken.fresh });
             self.actions.push_back(Action::MoveIn { run: part, slots });
             run = run.part(part.len, run.len - part.len);
@@ -278,27 +277,28 @@ impl Core {
     // ── prefetch ─────────────────────────────────────────────────────────────────────────
 
     pub(super) fn set_prefetch(&mut self, on: bool) -> Response {
-        self.prefetching = on;
+        self.prefetcher.turn(on);
         Response::Done
     }
 
     fn prefetch_after(&mut self, page: PageNo) {
-        // With a store that takes nothing, frames are for those who wait; and one that gives nothing is not asked for more.
+        // With a store that takes nothing, frames are for those who wait; and one that gives nothing is not asked for
+        // more.
         let tier = self.tiers.state(self.tier_of(page));
-        if !self.prefetching || self.tiers.latched().is_some() || tier != TierState::Working {
+        if !self.prefetcher.is_on() || self.tiers.latched().is_some() || tier != TierState::Working {
             return;
         }
-        let mut plans = std::mem::take(&mut self.plans);
+        let mut plans = std::mem::take(&mut self.scratch.plans);
         let table = &self.table;
         let stored = |page| table.state(page) == PageState::Stored;
         // With a frame for every page, only the window's own limit counts.
-        let frames = if self.marks.high == 0 { u32::MAX } else { self.marks.high };
+        let frames = if self.frames.marks().high == 0 { u32::MAX } else { self.frames.marks().high };
         let proof = self.prefetcher.on_fault(page, Surroundings { stored: &stored, frames }, &mut plans);
         self.counts.prefetch_used += u64::from(proof.used);
         self.counts.prefetch_wasted += u64::from(proof.wasted);
-        self.probation.note_way(proof.way, self.budget);
+        self.probation.note_passed(proof.passed, self.frames.budget());
         plans.drain(..).for_each(|plan| self.prefetch_plan(plan));
-        self.plans = plans;
+        self.scratch.plans = plans;
     }
 
     /// Brings in what of the plan is stored, as long as frames are plentiful.
@@ -323,11 +323,11 @@ impl Core {
                 PageState::Standby | PageState::Leaving
                     if plan.marker.is_some() && same.pages().all(|page| self.is_at_hand(page)) =>
                 {
-                    let mut rescued = std::mem::take(&mut self.scratch);
+                    let mut rescued = std::mem::take(&mut self.scratch.pages);
                     let pages = same.pages().filter(|page| plan.marker != Some(*page));
                     rescued.extend(pages.map(|page| (page, self.start_rescue(page))));
                     self.move_in(rescued.drain(..));
-                    self.scratch = rescued;
+                    self.scratch.pages = rescued;
                 }
                 _ => {}
             }
@@ -340,13 +340,13 @@ impl Core {
         let whole = run.len;
         let mut run = run;
         while run.len > 0 {
-            let floor = u64::from(self.marks.low / 2);
-            if self.frames_at_hand() < floor + u64::from(run.len.min(super::IO_PAGES_MAX)) {
-                self.reclaim_standby(self.marks.low);
+            let floor = u64::from(self.frames.marks().low / 2);
+            if self.frames.at_hand() < floor + u64::from(run.len.min(super::IO_PAGES_MAX)) {
+                self.reclaim_standby(self.frames.marks().low);
             }
-            let spare = self.frames_at_hand().saturating_sub(floor);
+            let spare = self.frames.at_hand().saturating_sub(floor);
             let want = u64::from(run.len.min(super::IO_PAGES_MAX)).min(spare) as u32;
-            let Some(taken) = self.take_frames(want) else { break };
+            let Some(taken) = self.frames.take(want) else { break };
             let part = run.part(0, taken.slots.len);
             self.counts.prefetched += u64::from(part.len);
             self.read(part, taken.slots, landing);

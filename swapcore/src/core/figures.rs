@@ -4,7 +4,7 @@ use super::Core;
 use super::event::TICK_MS;
 use crate::stats::{LOST_RUNS_MAX, LostRun, Stats};
 use crate::table::PageState;
-use crate::units::{PageNo, Slot, TierId, bytes_of, runs_of};
+use crate::units::{TierId, bytes_of, runs_of};
 
 impl Core {
     /// A snapshot of all figures that the core has. Latencies and the age of I/O are the driver's, and stay at their
@@ -15,8 +15,8 @@ impl Core {
         let counts = &self.counts;
         Stats {
             memory_bytes: bytes_of(self.table.pages()),
-            ram_budget_bytes: bytes_of(self.budget),
-            frames_bytes: bytes_of(self.taken),
+            ram_budget_bytes: bytes_of(self.frames.budget()),
+            frames_bytes: bytes_of(self.frames.taken()),
             resident_bytes: bytes_of(count(&[Resident, Leaving, Standby, Sampled, Arriving])),
             stored_bytes: bytes_of(count(&[Stored])),
             untouched_bytes: bytes_of(count(&[Untouched])),
@@ -66,10 +66,7 @@ impl Core {
 
     /// Bytes of the core's books once every page has been touched; until then the host gives less.
     fn bookkeeping_bytes(&self) -> u64 {
-        // A hash map fills 7/8 of its buckets at most, and needs a byte beside each.
-        let buckets = (self.slots_of.capacity() * 8 / 7).next_power_of_two();
-        let map = buckets * (size_of::<(PageNo, Slot)>() + 1);
-        let lists = self.staging.bytes() + self.probation.bytes() + self.space.bytes();
-        (self.table.bytes() + size_of_val(&self.sums[..]) + lists + map) as u64
+        let lists = self.frames.bytes() + self.probation.bytes() + self.space.bytes();
+        (self.table.bytes() + size_of_val(&self.sums[..]) + lists) as u64
     }
 }

@@ -2,12 +2,12 @@
 
 use super::Core;
 use super::event::{Action, IoId};
-use super::state::ios::{Io, Kind, Landing, Purpose};
+use super::state::io_end::{ReadEnd, WriteEnd, Written, read_end, write_end};
+use super::state::ios::{Io, IoKind, Landing, Purpose};
 use super::state::tiers::Verdict;
 use super::tiers::PROBES_MAX;
 use crate::error::{IoError, IoErrorKind};
 use crate::policy::probation::HEAT_RETURNED;
-use crate::staging::Use;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
@@ -17,9 +17,9 @@ impl Core {
     /// Reads stored pages into frames just taken.
     pub(super) fn read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
         run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
-        self.bind_run(run, slots);
+        self.frames.bind_run(run, slots);
         if landing != Landing::Staging {
-            self.probation.note_back(run, self.budget);
+            self.probation.note_back(run, self.frames.budget());
         }
         self.counts.pages_read += u64::from(run.len);
         self.start_read(run, slots, landing);
@@ -33,7 +33,7 @@ impl Core {
             let tier = self.tier_of(rest.start);
             let len = rest.pages().take_while(|page| self.tier_of(*page) == tier).count() as u32;
             let (run, slots) = (rest.part(0, len), slots.part(done, len));
-            let kind = Kind::Read { landing };
+            let kind = IoKind::Read { landing };
             let io = self.ios.start(Io { kind, tier, run, slots, outdated: 0 });
             self.actions.push_back(Action::Read { io, tier, run, slots });
             done += len;
@@ -50,46 +50,37 @@ impl Core {
         assert!(result.is_ok() || result.is_err_and(|error| error.tier == tier), "{result:?} of {tier}");
         self.counts.read_errors += u64::from(result.is_err());
         let landing = match kind {
-            Kind::Read { landing } => landing,
-            Kind::Probe { more } => return self.probed(tier, run.start, slots.start, more, result),
-            Kind::Write(_) | Kind::Drop => panic!("{io:?} is not a read"),
+            IoKind::Read { landing } => landing,
+            IoKind::Probe { more } => return self.probed(tier, run.start, slots.start, more, result),
+            IoKind::Write(_) | IoKind::Drop => panic!("{io:?} is not a read"),
         };
-        if matches!(landing, Landing::Guest { marker: Some(_) }) && !self.probation.admit(run, self.budget) {
+        if matches!(landing, Landing::Guest { marker: Some(_) })
+            && !self.probation.admit(run, self.frames.budget())
+        {
             run.pages().for_each(|page| self.table.warm(page, HEAT_RETURNED));
         }
-        let mut arrived = std::mem::take(&mut self.scratch);
+        let mut arrived = std::mem::take(&mut self.scratch.pages);
         let mut given = 0;
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
-            if self.staging.used(slot) == Use::Orphan {
-                self.staging.free(slot);
-                continue;
-            }
-            let trusted = mutant!(TrustsReads)
-                || (nth > 0 && mutant!(ChecksFirstPageOnly))
-                || (mutant!(TrustsRereads) && self.bad_reads.contains_key(&page));
-            let good = match &result {
-                Ok(sums) => sums[nth] == self.sums[page.index()] || trusted,
-                Err(_) => mutant!(TrustsFailedReads),
-            };
-            if !good {
-                self.counts.mismatches += u64::from(result.is_ok());
-                self.bad_read(page, slot, result.err().map_or(IoErrorKind::Mismatch, |error| error.kind));
-                continue;
+            let orphan = self.frames.free_if_orphan(slot);
+            let content = self.content_read(page, nth, result);
+            let end = read_end(orphan, content, self.waiters.wait_for(page), page, landing);
+            match end {
+                ReadEnd::Elsewhere => continue,
+                ReadEnd::Bad(kind) => {
+                    self.counts.mismatches += u64::from(result.is_ok());
+                    self.bad_read(page, slot, kind);
+                    continue;
+                }
+                ReadEnd::IntoGuest => arrived.push((page, slot)),
+                ReadEnd::Standby { prefetched } => {
+                    self.enter_standby(page, slot);
+                    self.table.put(page, Flag::Prefetched, prefetched);
+                }
             }
             given += 1;
             if !self.bad_reads.is_empty() {
                 self.bad_reads.remove(&page);
-            }
-            let wanted = self.waiting.contains_key(&page);
-            match landing {
-                Landing::Staging if !wanted => {
-                    self.enter_standby(page, slot);
-                    self.table.put(page, Flag::Prefetched, true);
-                }
-                Landing::Guest { marker } if marker == Some(page) && !wanted => {
-                    self.enter_standby(page, slot)
-                }
-                _ => arrived.push((page, slot)),
             }
         }
         match arrived[..] {
@@ -97,19 +88,41 @@ impl Core {
             _ => self.move_in(arrived.iter().copied()),
         }
         arrived.clear();
-        self.scratch = arrived;
+        self.scratch.pages = arrived;
         if given > 0 {
             self.tiers.gave(tier, given, run.start);
             self.tier_answers(tier);
         }
     }
 
+    /// Whether the nth page of a read has the content on record; if not, what is wrong.
+    fn content_read(
+        &self,
+        page: PageNo,
+        nth: usize,
+        result: Result<&[u64], IoError>,
+    ) -> Result<(), IoErrorKind> {
+        match result {
+            Ok(sums) if sums[nth] == self.sums[page.index()] || self.believes(page, nth) => Ok(()),
+            Ok(_) => Err(IoErrorKind::Mismatch),
+            Err(_) if mutant!(TrustsFailedReads) => Ok(()),
+            Err(error) => Err(error.kind),
+        }
+    }
+
+    /// For planted bugs: what is read is believed whatever its checksum is.
+    fn believes(&self, page: PageNo, nth: usize) -> bool {
+        mutant!(TrustsReads)
+            || (nth > 0 && mutant!(ChecksFirstPageOnly))
+            || (mutant!(TrustsRereads) && self.bad_reads.contains_key(&page))
+    }
+
     /// A page that could not be read, or came back with another content.
     fn bad_read(&mut self, page: PageNo, slot: Slot, kind: IoErrorKind) {
-        if !self.waiting.contains_key(&page) {
+        if !self.waiters.wait_for(page) {
             // Nobody asked for it: whoever does will find out for himself.
             self.table.set(page, PageState::Stored);
-            self.unbind(page);
+            self.frames.unbind(page);
             return;
         }
         match self.judge(page, kind) {
@@ -118,15 +131,15 @@ impl Core {
             }
             Verdict::ReadLater => {
                 self.table.set(page, PageState::Stored);
-                self.orphan(page);
+                self.frames.orphan(page);
                 self.probe(self.tier_of(page), slot, PROBES_MAX);
             }
             Verdict::Lost => {
                 self.bad_reads.remove(&page);
                 self.table.set(page, PageState::Poisoned);
                 self.table.put(page, Flag::Stored, false);
-                self.unbind(page);
-                self.waiting.remove(&page);
+                self.frames.unbind(page);
+                self.waiters.end(page);
                 self.lost.insert(page);
                 self.actions.push_back(Action::Poison { page });
                 self.actions.push_back(Action::PagePoisoned(page));
@@ -138,16 +151,18 @@ impl Core {
     fn probe(&mut self, tier: TierId, slot: Slot, left: u32) {
         let found = if left > 0 { self.find_probe(tier) } else { None };
         self.tiers.get_mut(tier).wants_sown |= found.is_none() && left == PROBES_MAX;
-        let Some(page) = found.filter(|_| !mutant!(NeverProbes)) else { return self.staging.free(slot) };
+        let Some(page) = found.filter(|_| !mutant!(NeverProbes)) else {
+            return self.frames.free_orphan(slot);
+        };
         let (run, slots) = (Run::one(page), SlotRun::new(slot, 1));
-        let io = self.ios.start(Io { kind: Kind::Probe { more: left - 1 }, tier, run, slots, outdated: 0 });
+        let io = self.ios.start(Io { kind: IoKind::Probe { more: left - 1 }, tier, run, slots, outdated: 0 });
         self.actions.push_back(Action::Read { io, tier, run, slots });
     }
 
     fn probed(&mut self, tier: TierId, page: PageNo, slot: Slot, more: u32, result: Result<&[u64], IoError>) {
         // If it has been written meanwhile, it may be neither the old nor the new content: that says nothing.
         if result.is_ok_and(|sums| sums[0] == self.sums[page.index()]) {
-            self.staging.free(slot);
+            self.frames.free_orphan(slot);
             self.tiers.gave(tier, 1, page);
             self.tier_answers(tier);
         } else {
@@ -155,8 +170,8 @@ impl Core {
         }
     }
 
-    /// Writes pages whose new sums are on record. Those whose places are being dropped at this moment wait for that: the device may do
-    /// the one or the other first.
+    /// Writes pages whose new sums are on record. Those whose places are being dropped at this moment wait for that:
+    /// the device may do the one or the other first.
     pub(super) fn write(&mut self, pages: &[(PageNo, Slot)], purpose: Purpose) {
         if !self.space.is_anything_dropping() {
             return self.write_now(pages, purpose);
@@ -191,13 +206,13 @@ impl Core {
                 self.table.put(page, Flag::Writing, true);
                 self.space.set_taken(page, true);
             }
-            let io = self.ios.start(Io { kind: Kind::Write(purpose), tier, run, slots, outdated: 0 });
+            let io = self.ios.start(Io { kind: IoKind::Write(purpose), tier, run, slots, outdated: 0 });
             self.actions.push_back(Action::Write { io, tier, run, slots });
         }
     }
 
     pub(super) fn write_done(&mut self, io: IoId, result: Result<(), IoError>) {
-        let Io { kind: Kind::Write(purpose), tier, run, slots, outdated } = self.ios.end(io) else {
+        let Io { kind: IoKind::Write(purpose), tier, run, slots, outdated } = self.ios.end(io) else {
             panic!("{io:?} is not a write");
         };
         assert!(result.is_ok() || result.is_err_and(|error| error.tier == tier), "{result:?} of {tier}");
@@ -206,33 +221,32 @@ impl Core {
         let mut to_write = Vec::new();
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
             self.table.put(page, Flag::Writing, false);
-            let state = self.table.state(page);
-            if self.staging.used(slot) == Use::Orphan {
-                self.staging.free(slot);
-                match state {
-                    // A newer version waits for this write to end.
-                    PageState::Leaving if mutant!(ForgetsNewerVersion) => {}
-                    PageState::Leaving => to_write.push((page, self.slots_of[&page])),
-                    PageState::Untouched | PageState::Poisoned => {}
-                    _ => {
-                        let newest = outdated >> nth & 1 == 0 || mutant!(TrustsReplacedVersions);
-                        self.table.put(page, Flag::Stored, result.is_ok() && newest);
-                        self.may_give_way(page);
-                    }
-                }
-                continue;
+            let written = Written {
+                orphan: self.frames.free_if_orphan(slot),
+                state: self.table.state(page),
+                well: result.is_ok(),
+                on_record: outdated >> nth & 1 == 0 || mutant!(TrustsReplacedVersions),
+                waited_for: self.waiters.wait_for(page) && !mutant!(ForgetsWaitersOfWrite),
+            };
+            if !written.orphan {
+                self.table.put(page, Flag::Stored, written.well);
             }
-            self.table.put(page, Flag::Stored, result.is_ok());
-            if self.waiting.contains_key(&page) && !mutant!(ForgetsWaitersOfWrite) {
-                self.table.set(page, PageState::Arriving);
-                rescued.push((page, slot));
-            } else if result.is_ok() {
-                match purpose {
-                    Purpose::PageOut => self.enter_standby(page, slot),
-                    Purpose::Placement => {
-                        self.table.set(page, PageState::Stored);
-                        self.unbind(page);
-                    }
+            match write_end(written, purpose) {
+                WriteEnd::WriteNewer if mutant!(ForgetsNewerVersion) => {}
+                WriteEnd::WriteNewer => to_write.push((page, self.frames.slot(page))),
+                WriteEnd::Nothing | WriteEnd::Stays => {}
+                WriteEnd::Elsewhere { has_copy } => {
+                    self.table.put(page, Flag::Stored, has_copy);
+                    self.may_give_way(page);
+                }
+                WriteEnd::Rescue => {
+                    self.table.set(page, PageState::Arriving);
+                    rescued.push((page, slot));
+                }
+                WriteEnd::Standby => self.enter_standby(page, slot),
+                WriteEnd::Stored => {
+                    self.table.set(page, PageState::Stored);
+                    self.frames.unbind(page);
                 }
             }
         }

@@ -35,14 +35,6 @@ impl Core {
         latch.map(|latch| CommandError::Store(latch.error))
     }
 
-    /// Frames that pages can have: all of the budget but what is left of the reserve. (A VM that arrives runs no vCPUs.)
-    pub(super) fn frames_allowed(&self) -> u64 {
-        if self.receiving.is_some() {
-            return self.budget;
-        }
-        self.budget.saturating_sub(u64::from(self.marks.reserve).saturating_sub(self.starving.dripped))
-    }
-
     /// A write failed.
     pub(super) fn latch_store(&mut self, error: IoError) {
         self.counts.write_errors += 1;
@@ -108,10 +100,10 @@ impl Core {
         }
         // They are among those found below.
         let table = &self.table;
-        self.unwritten.retain(|(page, _)| table.home(page.block()) != tier);
-        let unwritten: Vec<_> = (0..self.staging.all_slots())
+        self.ios.unwritten().retain(|(page, _)| table.home(page.block()) != tier);
+        let unwritten: Vec<_> = (0..self.frames.staging().all_slots())
             .map(Slot)
-            .filter_map(|slot| match self.staging.used(slot) {
+            .filter_map(|slot| match self.frames.staging().used(slot) {
                 Use::Bound(page) => Some((page, slot)),
                 _ => None,
             })
@@ -148,7 +140,8 @@ impl Core {
     }
 
     fn relieve(&mut self) {
-        let told = std::mem::take(&mut self.starving).told;
+        self.frames.keep_reserve();
+        let told = self.waiters.set_starved_told(false);
         self.actions.extend((told && !mutant!(ForgetsRelief)).then_some(Action::Relieved));
     }
 
@@ -156,9 +149,8 @@ impl Core {
         if self.tiers.latched().is_none() {
             return;
         }
-        if !self.deferred.is_empty() && (self.tiers.none_writable() || self.starving.told) {
-            let dripped = self.starving.dripped + DRIP_FRAMES;
-            self.starving.dripped = dripped.min(u64::from(self.marks.reserve));
+        if self.waiters.any_deferred() && (self.tiers.none_writable() || self.waiters.is_starved_told()) {
+            self.frames.drip(DRIP_FRAMES);
         }
         for tier in self.tiers.ids() {
             let due = |latch: &Latch| self.tick >= latch.retry_tick;
@@ -181,13 +173,13 @@ impl Core {
     /// there can leave.
     pub(super) fn tell_starved(&mut self) {
         let Some(error) = self.tiers.failed().filter(|_| !self.room_may_come()) else { return };
-        let plenty = self.frames_at_hand() > u64::from(self.marks.high);
+        let plenty = self.frames.at_hand() > u64::from(self.frames.marks().high);
         let nothing_leaves = self.tiers.all_failed() || self.is_starved();
-        if !self.deferred.is_empty() {
-            if nothing_leaves && !std::mem::replace(&mut self.starving.told, true) {
+        if self.waiters.any_deferred() {
+            if nothing_leaves && !self.waiters.set_starved_told(true) {
                 self.actions.push_back(Action::Starved(error));
             }
-        } else if self.starving.told && (plenty || !nothing_leaves) {
+        } else if self.waiters.is_starved_told() && (plenty || !nothing_leaves) {
             self.relieve();
         }
     }

@@ -29,32 +29,32 @@ mod tests;
 mod tiers;
 mod walk;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::{BTreeSet, VecDeque};
 
 pub use crate::error::{IoError, IoErrorKind};
 pub use event::{Action, DropResult, Event, IoId, PageOut, Request, Response, TICK_MS, Ticket};
+pub use state::page_map::{PageHasher, PageMap};
 pub use state::walks::WalkStep;
 
-use crate::api::FaultKind;
 use crate::error::CommandError;
 use crate::policy::clock::Clock;
 use crate::policy::prefetch::{Plan, Prefetcher, WINDOW_MAX};
 use crate::policy::probation::Probation;
 use crate::policy::sampler::Sampler;
-use crate::policy::watermarks::Watermarks;
-use crate::staging::{Staging, Use};
+use crate::staging::Use;
 use crate::stats::TierState;
 use crate::table::{PageState, PageTable};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId};
 use state::dirty::DirtyTracking;
+use state::frames::Frames;
 use state::ios::Ios;
-use state::latch::Starving;
 use state::pass::Pass;
 use state::pins::Pins;
 use state::receiving::Receiving;
+use state::shrinking::Shrinking;
 use state::space::Space;
 use state::tiers::{BadReads, Tiers};
+use state::waiters::Waiters;
 use state::walks::Walks;
 
 /// Pages in one read or write of the store at most: 256 KiB.
@@ -90,27 +90,6 @@ pub fn staging_blocks(pages: u64, few: bool) -> u32 {
     (pages / u64::from(BLOCK_PAGES)).min(if few { BLOCKS_FEW } else { BLOCKS_MAX }) as u32
 }
 
-/// Page numbers are spread well by one multiplication.
-#[derive(Default, Debug)]
-pub struct PageHasher(u64);
-
-impl Hasher for PageHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("only page numbers are hashed");
-    }
-
-    fn write_u64(&mut self, page: u64) {
-        self.0 = page.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_right(20);
-    }
-}
-
-/// A map by page number.
-pub type PageMap<T> = HashMap<PageNo, T, BuildHasherDefault<PageHasher>>;
-
 /// Settings that do not change.
 #[derive(Clone, Copy, Debug)]
 pub struct CoreConfig {
@@ -137,55 +116,39 @@ pub struct Core {
     table: PageTable,
     /// Checksum of what the store has, valid where the page's `Stored` flag is set, or a write is in flight.
     sums: Vec<u64>,
-    staging: Staging,
-    /// The slot of every page that is in staging.
-    slots_of: PageMap<Slot>,
-    marks: Watermarks,
-    budget: u64,
-    /// Frames taken from the host.
-    taken: u64,
+    frames: Frames,
     clock: Clock,
     probation: Probation,
-    /// The page behind the last rescue, and how many pages that one took.
-    rescue_row: (PageNo, u32),
     prefetcher: Prefetcher,
-    prefetching: bool,
     sampler: Sampler,
     collapse: Pass,
     ios: Ios,
-    /// Pages that vCPUs wait for.
-    waiting: PageMap<FaultKind>,
-    /// Of these, the ones for which there was no frame, in order.
-    deferred: VecDeque<PageNo>,
-    /// Pages that were read alone and came to the guest since frames were last given back for copies.
-    copies_owed: u32,
-    /// Moves into the guest that met a pinned page.
-    pinned_in: Vec<(Run, SlotRun)>,
+    waiters: Waiters,
     dirty: DirtyTracking,
     walks: Walks,
     receiving: Option<Receiving>,
     tiers: Tiers,
-    starving: Starving,
     space: Space,
     pins: Pins,
     /// Pages of which a reading failed, until one succeeds or the page is lost.
     bad_reads: PageMap<BadReads>,
     /// Poisoned pages.
     lost: BTreeSet<PageNo>,
-    budget_waiters: Vec<Ticket>,
+    shrinking: Shrinking,
     /// With the tick at which they asked.
     evict_waiters: Vec<(Ticket, Run, u64)>,
     tick: u64,
-    /// Victims counted up to the last tick: more of them mean that memory is scarce.
-    victims_at_tick: u64,
     counts: Counts,
     actions: VecDeque<Action>,
-    victims: Vec<Run>,
-    /// Left the guest with new content; the next burst of writes.
-    unwritten: Vec<(PageNo, Slot)>,
+    scratch: Scratch,
+}
+
+/// Lists that are empty between events. They are kept so that no event allocates.
+#[derive(Debug)]
+struct Scratch {
+    runs: Vec<Run>,
     plans: Vec<Plan>,
-    /// Kept between events, so that none of them allocates.
-    scratch: Vec<(PageNo, Slot)>,
+    pages: Vec<(PageNo, Slot)>,
 }
 
 /// What the core counts beside the page table's own counts.
@@ -214,56 +177,45 @@ impl Core {
     /// If the budget is below the minimum: the caller checks what users give.
     pub fn new(config: CoreConfig) -> Self {
         assert!(config.budget_frames >= config.budget_min, "budget below the minimum");
-        let slots = config.slots;
         Core {
             config,
             table: PageTable::new(config.pages),
             sums: vec![0; config.pages as usize],
-            staging: Staging::new(slots, config.blocks),
-            slots_of: PageMap::with_capacity_and_hasher(slots as usize / 2, BuildHasherDefault::default()),
-            marks: Watermarks::of(config.budget_frames, config.pages, slots),
-            budget: config.budget_frames,
-            taken: 0,
+            frames: Frames::new(config.budget_frames, config.pages, config.slots, config.blocks),
             clock: Clock::default(),
             probation: Probation::new(config.pages),
-            rescue_row: (PageNo(0), 1),
             prefetcher: Prefetcher::new(config.pages),
-            prefetching: true,
             sampler: Sampler::default(),
             collapse: Pass::default(),
             ios: Ios::default(),
-            waiting: PageMap::default(),
-            deferred: VecDeque::new(),
-            copies_owed: 0,
-            pinned_in: Vec::new(),
+            waiters: Waiters::default(),
             dirty: DirtyTracking::default(),
             walks: Walks::default(),
             receiving: None,
             tiers: Tiers::new(1),
-            starving: Starving::default(),
             space: Space::new(config.pages),
             pins: Pins::default(),
             bad_reads: PageMap::default(),
             lost: BTreeSet::new(),
-            budget_waiters: Vec::new(),
+            shrinking: Shrinking::default(),
             evict_waiters: Vec::new(),
             tick: 0,
-            victims_at_tick: 0,
             counts: Counts::default(),
             actions: VecDeque::with_capacity(256),
-            victims: Vec::with_capacity(64),
-            unwritten: Vec::with_capacity(LEAVING_MAX as usize),
-            plans: Vec::with_capacity(8),
-            scratch: Vec::with_capacity(WINDOW_MAX as usize),
+            scratch: Scratch {
+                runs: Vec::with_capacity(64),
+                plans: Vec::with_capacity(8),
+                pages: Vec::with_capacity(WINDOW_MAX as usize),
+            },
         }
     }
 
     /// The same where some blocks have fewer pages of memory: see [`PageTable::with_short_blocks`].
     #[must_use]
-    pub fn with_short_blocks(self, short: Vec<Run>) -> Self {
-        let table = self.table.with_short_blocks(short);
-        let marks = Watermarks::of(self.budget, table.memory_pages(), self.staging.slots());
-        Core { table, marks, ..self }
+    pub fn with_short_blocks(mut self, short: Vec<Run>) -> Self {
+        self.table = self.table.with_short_blocks(short);
+        self.frames.set_memory(self.table.memory_pages());
+        self
     }
 
     /// The same with so many tiers: at which of them each block of pages is at home.
@@ -331,20 +283,19 @@ impl Core {
 
     /// Ticks until there is something to do, if nothing else happens: an idle VM is to cost nothing. May shrink at any event.
     pub fn ticks_to_sleep(&self) -> u64 {
-        let scarce_since = self.counts.victims != self.victims_at_tick;
         // What met pinned pages is tried again; samples give way to victims.
-        let waits = !self.pinned_in.is_empty()
-            || !self.deferred.is_empty()
+        let waits = self.frames.any_refused()
+            || self.waiters.any_deferred()
             || !self.bad_reads.is_empty()
-            || !self.unwritten.is_empty()
+            || self.ios.unwritten_count() > 0
             || !self.evict_waiters.is_empty()
-            || !self.budget_waiters.is_empty()
+            || self.shrinking.is_awaited()
             || self.space.waits(self.tick)
             || self.room_may_come()
-            || (scarce_since && self.sampler.is_out());
+            || self.sampler.gives_way(self.counts.victims);
         if waits || self.is_collapsing() {
             1
-        } else if self.may_sample() && self.waiting.is_empty() {
+        } else if self.may_sample() && self.waiters.pages().len() == 0 {
             self.sampler.interval()
         } else {
             IDLE_TICKS.min(self.ticks_to_retry())
@@ -363,8 +314,9 @@ impl Core {
 
     fn on_tick(&mut self, ticks: u64) {
         self.slept(ticks);
-        for (run, slots) in std::mem::take(&mut self.pinned_in) {
-            self.move_in_again(run, slots);
+        for (run, slots) in self.frames.take_refused() {
+            let again = self.frames.still_bound(run, slots);
+            self.move_in(again);
         }
         if !self.bad_reads.is_empty() {
             self.reread();
@@ -458,10 +410,7 @@ impl Core {
     /// A page that was read alone. A frame that leaves staging has to be flushed from the TLBs of all processors that run the VM, which
     /// takes longer than to copy a page. The copy takes one frame more, until that in staging is given back with others.
     pub(super) fn copy_or_move_in(&mut self, page: PageNo, slot: Slot) {
-        let recycles = !self.budget_covers_memory() && self.receiving.is_none();
-        self.copies_owed += u32::from(recycles);
-        if recycles && self.taken < self.frames_allowed() {
-            self.taken += u64::from(!mutant!(MiscountsCopies));
+        if self.frames.may_copy() {
             self.actions.push_back(Action::CopyIn { page, slot });
         } else {
             self.move_in([(page, slot)]);
@@ -471,30 +420,29 @@ impl Core {
     /// If the host had no frame for a copy, that in staging goes.
     fn copied_in(&mut self, page: PageNo, slot: Slot, copied: bool) {
         if copied {
-            self.unbind(page);
+            self.frames.unbind(page);
             self.now_resident(page);
         } else {
-            self.taken -= 1;
+            self.frames.returned();
             self.actions.push_front(Action::MoveIn { run: Run::one(page), slots: SlotRun::new(slot, 1) });
         }
     }
 
     fn moved_in(&mut self, run: Run, slots: SlotRun, moved: u32) {
-        if self.staging.lent_to(run.start.block()) == Some(slots) {
+        if self.frames.staging().lent_to(run.start.block()) == Some(slots) {
             if moved == run.len || mutant!(TrustsPartialBlocks) {
-                self.staging.take_back(run.start.block());
+                self.frames.take_back(run.start.block());
                 return run.pages().for_each(|page| self.now_resident(page));
             }
             self.split_sample(run.start);
         }
         for (page, slot) in run.pages().zip(slots.slots()).take(moved as usize) {
-            self.slots_of.remove(&page);
-            self.staging.vacate(slot);
+            self.frames.is_in_guest(page, slot);
             self.now_resident(page);
         }
         if moved < run.len && !mutant!(ForgetsPinnedMoves) {
             let rest = run.len - moved;
-            self.pinned_in.push((run.part(moved, rest), slots.part(moved, rest)));
+            self.frames.refuse(run.part(moved, rest), slots.part(moved, rest));
         }
     }
 
@@ -502,30 +450,14 @@ impl Core {
     fn now_resident(&mut self, page: PageNo) {
         self.table.set(page, PageState::Resident);
         self.may_give_way(page);
-        if !self.waiting.is_empty()
-            && let Some(kind) = self.waiting.remove(&page)
-        {
+        if let Some(kind) = self.waiters.end(page) {
             self.actions.push_back(Action::Resolved { page, kind });
         }
     }
 
-    /// After a tick: whatever of a pinned move still makes sense.
-    fn move_in_again(&mut self, run: Run, slots: SlotRun) {
-        let mut again = Vec::with_capacity(run.len as usize);
-        for (page, slot) in run.pages().zip(slots.slots()) {
-            match self.staging.used(slot) {
-                Use::Bound(bound) if bound == page => again.push((page, slot)),
-                // Given back by the guest meanwhile.
-                Use::Orphan if mutant!(LeaksPinnedOrphans) => {}
-                Use::Orphan => self.staging.free(slot),
-                other => unreachable!("{slot:?} of a pinned move is {other:?}"),
-            }
-        }
-        self.move_in(again);
-    }
-
     fn moved_out(&mut self, run: Run, slots: SlotRun, pages: &[PageOut]) {
-        if self.staging.lent_to(run.start.block()) == Some(slots) && pages.contains(&PageOut::Pinned) {
+        if self.frames.staging().lent_to(run.start.block()) == Some(slots) && pages.contains(&PageOut::Pinned)
+        {
             self.split_sample(run.start);
         }
         if self.table.state(run.start) == PageState::Sampled
@@ -534,13 +466,12 @@ impl Core {
             self.sampler.refused(run);
         }
         for ((page, slot), out) in run.pages().zip(slots.slots()).zip(pages) {
-            match (self.staging.used(slot), *out) {
+            match (self.frames.staging().used(slot), *out) {
                 // The old version of a page that arrives anew: only its frame is wanted.
-                (Use::Orphan, PageOut::Moved { .. }) => self.staging.free(slot),
+                (Use::Orphan, PageOut::Moved { .. }) => self.frames.free_orphan(slot),
                 // It cannot be recycled, and must be gone before the new version comes.
                 (Use::Orphan, PageOut::Pinned) => {
-                    self.staging.vacate(slot);
-                    self.taken -= 1;
+                    self.frames.vacate_orphan(slot);
                     self.actions.push_front(Action::DropGuest { run: Run::one(page) });
                 }
                 (_, PageOut::Pinned) => {
@@ -550,8 +481,7 @@ impl Core {
                     if victim {
                         self.give_up(page);
                     }
-                    self.slots_of.remove(&page);
-                    self.staging.vacate(slot);
+                    self.frames.is_in_guest(page, slot);
                 }
                 (_, PageOut::Moved { sum, zero }) => {
                     if !mutant!(LeavesUnseenByTracking) {

@@ -8,7 +8,7 @@ use crate::policy::clock::may_leave;
 use crate::policy::sampler::Places;
 use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
-use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, runs_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, runs_of};
 
 /// Pages written in one burst: 2 MiB. A read that meets writes takes twice as long, however few they are; so they come together and
 /// leave the device alone for the rest of the time.
@@ -30,7 +30,7 @@ impl Core {
         if self.receiving.is_some() {
             self.serve_receiving();
         }
-        if self.taken > self.budget || !self.budget_waiters.is_empty() {
+        if self.frames.over() > 0 || self.shrinking.is_awaited() {
             self.shrink_to_budget();
         }
         if !self.evict_waiters.is_empty() {
@@ -60,22 +60,22 @@ impl Core {
     }
 
     fn make_room(&mut self) {
-        let over = u32::try_from(self.taken.saturating_sub(self.budget)).unwrap_or(u32::MAX);
-        let available = u32::try_from(self.frames_at_hand()).unwrap_or(u32::MAX);
-        if available < self.marks.low || over > 0 {
-            let free_wanted =
-                self.marks.high.saturating_sub(available) + over.saturating_sub(self.staging.free_frames());
+        let over = u32::try_from(self.frames.over()).unwrap_or(u32::MAX);
+        let available = u32::try_from(self.frames.at_hand()).unwrap_or(u32::MAX);
+        if available < self.frames.marks().low || over > 0 {
+            let free_wanted = self.frames.marks().high.saturating_sub(available)
+                + over.saturating_sub(self.frames.staging().free_frames());
             self.reclaim_standby(free_wanted);
         }
         let leaving = self.leaving_soon() as u32;
-        let outside = (u32::try_from(self.frames_at_hand()).unwrap_or(u32::MAX))
-            .saturating_add(self.staging.standby_count())
+        let outside = (u32::try_from(self.frames.at_hand()).unwrap_or(u32::MAX))
+            .saturating_add(self.frames.staging().standby_count())
             .saturating_add(leaving);
-        let goal = self.marks.goal().saturating_add(over);
-        let short = outside + self.marks.batch <= goal && leaving < LEAVING_MAX;
+        let goal = self.frames.marks().goal().saturating_add(over);
+        let short = outside + self.frames.marks().batch <= goal && leaving < LEAVING_MAX;
         // A walk's steps are not to wait for page-out, which a VM that stands still in a migration would pay for, as long as there are
         // frames for faults.
-        let later = self.is_walking() && available >= self.marks.low / 2 && over == 0;
+        let later = self.is_walking() && available >= self.frames.marks().low / 2 && over == 0;
         if self.tiers.any_open() && short && !later && self.may_find_victims() {
             self.page_out((goal - outside).min(LEAVING_MAX - leaving));
         }
@@ -83,93 +83,95 @@ impl Core {
 
     /// Chooses victims and starts them on their way.
     fn page_out(&mut self, want: u32) {
-        let mut victims = std::mem::take(&mut self.victims);
+        let mut victims = std::mem::take(&mut self.scratch.runs);
         let (mut started, mut runs, mut passed) = (0, 0, 0);
         // What is under way to the guest must not be taken before it has been used.
-        let room = u64::from(2 * self.marks.high);
-        'batch: while started < want && runs < OUT_RUNS_MAX {
-            let found = self.probation.step(&self.table, self.budget, room, &mut victims)
-                || self.clock.step(&mut self.table, &mut passed, &mut victims);
-            if !found {
+        let room = u64::from(2 * self.frames.marks().high);
+        let mut full = false;
+        while started < want && runs < OUT_RUNS_MAX && !full {
+            if !self.find_victims(room, &mut passed, &mut victims) {
                 if started == 0 {
                     self.pins.found_none(self.tick);
                 }
                 break;
             }
-            // What a stream is about to use stays, unless there is nothing else.
-            if passed < self.table.pages() {
-                victims.retain(|run| !self.prefetcher.is_ahead(run.start, self.budget));
-            }
-            if self.tiers.count() > 1 {
-                victims.retain(|run| self.may_leave_now(*run));
-            }
             for run in &victims {
                 let out = self.start_out(*run, PageState::Leaving);
-                self.probation.note_left(*run, self.budget);
-                started += out;
-                runs += 1;
-                if out < run.len {
-                    break 'batch;
+                self.probation.note_left(*run, self.frames.budget());
+                (started, runs) = (started + out, runs + 1);
+                full = out < run.len;
+                if full {
+                    break;
                 }
             }
         }
-        self.victims = victims;
+        self.scratch.runs = victims;
+    }
+
+    /// The next victims: of pages on probation, or where the clock's hand is, which has `passed` so many pages before. False, if there are
+    /// none anywhere; those that were found may all have to stay for now.
+    fn find_victims(&mut self, room: u64, passed: &mut u64, victims: &mut Vec<Run>) -> bool {
+        let budget = self.frames.budget();
+        let found = self.probation.step(&self.table, budget, room, victims)
+            || self.clock.step(&mut self.table, passed, victims);
+        // What a stream is about to use stays, unless there is nothing else.
+        if *passed < self.table.pages() {
+            victims.retain(|run| !self.prefetcher.is_ahead(run.start, budget));
+        }
+        if self.tiers.count() > 1 {
+            victims.retain(|run| self.may_leave_now(*run));
+        }
+        found
     }
 
     /// Writes what has left, once it is a burst, or if its frames are wanted.
     fn write_behind(&mut self) {
         let most = if self.prefetcher.shares_device() { BURST_POLITE_MAX } else { BURST_MAX };
-        let burst = most.min(self.marks.goal() / 4) as usize;
-        let scarce =
-            self.frames_at_hand() + u64::from(self.staging.standby_count()) < u64::from(self.marks.low);
-        let awaited = !self.evict_waiters.is_empty() || !self.budget_waiters.is_empty();
+        let burst = most.min(self.frames.marks().goal() / 4) as usize;
+        let scarce = self.frames.at_hand_or_standby() < u64::from(self.frames.marks().low);
+        let awaited = !self.evict_waiters.is_empty() || self.shrinking.is_awaited();
         // What a VM's frames wait for that arrives: it has no reads that a write could be in the way of.
         let arrives = self.receiving.is_some();
-        if self.unwritten.len() > burst || scarce || awaited || arrives {
+        if self.ios.unwritten_count() > burst || scarce || awaited || arrives {
             self.write_all_behind();
         }
     }
 
     pub(super) fn write_all_behind(&mut self) {
-        if self.tiers.none_writable() || self.unwritten.is_empty() {
+        if self.tiers.none_writable() || self.ios.unwritten_count() == 0 {
             return;
         }
-        let mut unwritten = std::mem::take(&mut self.unwritten);
+        let mut unwritten = std::mem::take(self.ios.unwritten());
         // A page that was rescued or given back meanwhile is not to be written, and one that has left twice is in it twice.
         unwritten.retain(|(page, slot)| {
             // What a latched tier gets is found again when that is retried.
             let here = self.table.state(*page) == PageState::Leaving
                 && self.tiers.may_write(self.table.home(page.block()))
                 && !self.table.has(*page, Flag::Writing)
-                && (self.slots_of.get(page) == Some(slot) || mutant!(WritesFromOldSlot));
+                && (self.frames.find_slot(*page) == Some(*slot) || mutant!(WritesFromOldSlot));
             self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
             here
         });
         let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
         self.write(&unwritten, purpose);
         unwritten.clear();
-        self.unwritten = unwritten;
+        *self.ios.unwritten() = unwritten;
     }
 
     /// Moves resident pages to staging. Stops short when there is no empty slot; returns how many pages go.
     pub(super) fn start_out(&mut self, mut run: Run, state: PageState) -> u32 {
         let mut started = 0;
         while run.len > 0 {
-            let Some(slots) = self.staging.take_empty(run.len) else { break };
+            let Some(slots) = self.frames.bind_empty(run) else { break };
             self.table.set_huge(run.start.block(), false);
             let part = run.part(0, slots.len);
-            started += self.start_out_to(part, slots, state);
+            part.pages().for_each(|page| self.table.set(page, state));
+            let digest = state == PageState::Leaving;
+            self.actions.push_back(Action::MoveOut { run: part, slots, digest });
+            started += part.len;
             run = run.part(part.len, run.len - part.len);
         }
         started
-    }
-
-    fn start_out_to(&mut self, run: Run, slots: SlotRun, state: PageState) -> u32 {
-        run.pages().for_each(|page| self.table.set(page, state));
-        self.bind_run(run, slots);
-        let digest = state == PageState::Leaving;
-        self.actions.push_back(Action::MoveOut { run, slots, digest });
-        run.len
     }
 
     /// A victim's frame is in staging: drop it, keep it, or write it.
@@ -179,7 +181,7 @@ impl Core {
             self.table.set(page, PageState::Untouched);
             self.table.put(page, Flag::Stored, false);
             self.note_dead(page);
-            self.unbind(page);
+            self.frames.unbind(page);
         } else if self.receiving.is_none() && self.is_unchanged(page, sum) {
             self.counts.dropped += 1;
             self.enter_standby(page, slot);
@@ -188,7 +190,7 @@ impl Core {
             // The sum is not that of what the store has, until it is written.
             self.table.put(page, Flag::Stored, mutant!(KeepsStoredBit));
             if self.receiving.is_none() || !mutant!(ForgetsWhatGaveWay) {
-                self.unwritten.push((page, slot));
+                self.ios.add_unwritten(page, slot);
             }
         }
     }
@@ -260,7 +262,7 @@ impl Core {
             if self.table.state(page) == PageState::Standby {
                 self.leave_standby(page);
                 self.table.set(page, PageState::Stored);
-                self.unbind(page);
+                self.frames.unbind(page);
             }
         }
         all_started && run.pages().all(|page| self.table.state(page) != PageState::Leaving)
@@ -278,21 +280,21 @@ impl Core {
     }
 
     pub(super) fn sample(&mut self) {
-        let idle = self.may_sample() && self.counts.victims == self.victims_at_tick;
-        self.victims_at_tick = self.counts.victims;
+        let scarce = self.sampler.note_victims(self.counts.victims);
+        let idle = self.may_sample() && !scarce;
         if !idle {
             return self.end_sampling();
         }
         // Most slots are for pages that leave, should that begin.
-        let single = self.staging.slots() / 4;
+        let single = self.frames.staging().slots() / 4;
         while let Some(run) = self.sampler.overdue(self.tick, single, false) {
             self.put_sample_back(run);
         }
-        let mut samples = std::mem::take(&mut self.victims);
+        let mut samples = std::mem::take(&mut self.scratch.runs);
         samples.clear();
         // While all of memory has frames. Else huge pages fall to pieces anyway.
-        let has_place = |block| self.staging.has_place(block);
-        let huge = self.budget_covers_memory().then_some(&has_place as &dyn Fn(usize) -> bool);
+        let has_place = |block| self.frames.staging().has_place(block);
+        let huge = self.frames.cover_memory().then_some(&has_place as &dyn Fn(usize) -> bool);
         self.sampler.choose(&mut self.table, self.tick, Places { huge, single }, &mut samples);
         for run in samples.drain(..) {
             let out = if run.len == BLOCK_PAGES {
@@ -305,12 +307,12 @@ impl Core {
                 self.sampler.refused(run);
             }
         }
-        self.victims = samples;
+        self.scratch.runs = samples;
     }
 
     /// A huge page goes to its place, if that is still empty: one chosen with it may have the same, and it must not go to pieces for that.
     fn lend_out(&mut self, run: Run) -> u32 {
-        let Some(slots) = self.staging.lend(run.start.block()) else { return 0 };
+        let Some(slots) = self.frames.lend(run.start.block()) else { return 0 };
         run.pages().for_each(|page| self.table.set(page, PageState::Sampled));
         self.actions.push_back(Action::MoveOut { run, slots, digest: false });
         run.len

@@ -16,8 +16,6 @@ use crate::units::{PageNo, Run, bytes_of};
 
 /// Pages that may be chosen again in a tick: all of a budget of 8 GiB within some two minutes, for one percent of the engine's time.
 const AGAIN_A_TICK: u32 = 2048;
-/// Somebody has waited for a frame in vain for so many ticks until that is told: 1 s.
-const STARVED_TICKS: u64 = 10;
 /// So many ticks without a frame less, and whoever waits for a smaller budget, or for pages to leave, is told so: 5 s.
 const HELD_TICKS: u64 = 50;
 /// The same while the store is at work: 30 s.
@@ -26,48 +24,37 @@ const WRITING_TICKS: u64 = 300;
 impl Core {
     /// A victim could not leave.
     pub(super) fn give_up(&mut self, page: PageNo) {
-        self.pins.met = true;
         self.table.put(page, Flag::Pinned, true);
-        match self.pins.given_up.back_mut() {
-            Some((tick, run)) if *tick == self.tick && run.end() == page => run.len += 1,
-            _ => self.pins.given_up.push_back((self.tick, Run::one(page))),
-        }
+        self.pins.give_up(page, self.tick);
     }
 
     /// Whether [`Core::make_ready`] is to be called again though nothing has happened.
     pub fn looks_for_others(&self) -> bool {
-        self.pins.met
+        self.pins.met()
     }
 
     pub(super) fn may_find_victims(&self) -> bool {
         let may_leave = self.table.count(PageState::Resident) > self.table.pinned();
-        (may_leave && self.pins.none_at != Some(self.tick)) || mutant!(RetriesPinnedAtOnce)
+        (may_leave && self.pins.may_find(self.tick)) || mutant!(RetriesPinnedAtOnce)
     }
 
     pub(super) fn tick_pins(&mut self, ticks: u64) {
         self.tell_short(ticks);
         self.tell_held();
-        let mut left = AGAIN_A_TICK;
-        while left > 0 && !mutant!(NeverRetriesPinned) {
-            let next = self.pins.given_up.front().copied().filter(|(tick, _)| *tick < self.tick);
-            let Some((_, run)) = next else { break };
-            self.pins.given_up.pop_front();
-            let again = run.part(0, run.len.min(left));
+        let mut left = if mutant!(NeverRetriesPinned) { 0 } else { AGAIN_A_TICK };
+        while let Some(again) = self.pins.next_again(self.tick, left) {
             for page in again.pages() {
                 self.table.put(page, Flag::Pinned, false);
                 self.may_give_way(page);
             }
             left -= again.len;
-            if again.len < run.len {
-                self.pins.given_up.push_front((0, run.part(again.len, run.len - again.len)));
-            }
         }
     }
 
     /// Somebody waits for a frame, no page is on its way out, and none can be.
     fn is_stuck(&self) -> bool {
-        let outside = self.frames_at_hand() + u64::from(self.staging.standby_count());
-        !self.deferred.is_empty()
+        let outside = self.frames.at_hand_or_standby();
+        self.waiters.any_deferred()
             && outside + self.leaving_soon() == 0
             && self.tiers.any_open()
             && self.receiving.is_none()
@@ -75,7 +62,7 @@ impl Core {
 
     /// Somebody has waited for a frame, and nothing could leave, for long enough.
     pub(super) fn is_starved(&self) -> bool {
-        self.pins.starved >= STARVED_TICKS
+        self.pins.are_starving()
     }
 
     /// Pages on their way to tiers that take them.
@@ -85,14 +72,12 @@ impl Core {
     }
 
     fn tell_short(&mut self, ticks: u64) {
-        self.pins.starved = if self.is_stuck() { self.pins.starved + ticks } else { 0 };
+        self.pins.wait(self.is_stuck(), ticks);
         // What a tier refuses, or does not end, is another matter, and told otherwise.
-        let pins = self.tiers.all_open();
-        if pins && self.pins.starved >= STARVED_TICKS && !self.pins.told && !mutant!(StarvesInSilence) {
-            self.pins.told = true;
+        if self.tiers.all_open() && self.pins.tell() {
             self.actions.push_back(Action::Short { pinned: self.table.pinned() });
         }
-        if self.deferred.is_empty() && std::mem::take(&mut self.pins.told) {
+        if !self.waiters.any_deferred() && self.pins.end_telling() {
             self.actions.push_back(Action::Enough);
         }
     }
@@ -103,23 +88,20 @@ impl Core {
 
     /// Who waits for a smaller budget is told when it is not going to be kept any time soon.
     fn tell_held(&mut self) {
-        let (fewest, since) = self.pins.fewest;
-        if self.budget_waiters.is_empty() || mutant!(WaitsForPinnedForEver) {
+        if !self.shrinking.is_awaited() || mutant!(WaitsForPinnedForEver) {
             return;
         }
         // So that the figures are those of this moment.
         self.shrink_to_budget();
-        if self.budget_waiters.is_empty() {
+        if !self.shrinking.is_awaited() {
             return;
         }
-        if self.taken < fewest {
-            return self.pins.shrinks(self.taken, self.tick);
-        }
-        if self.tick - since < self.patience() {
+        if self.shrinking.stuck_for(self.frames.taken(), self.tick) < self.patience() {
             return;
         }
-        let [budget, held, pinned] = [self.budget, self.taken, self.table.pinned()].map(bytes_of);
-        for ticket in std::mem::take(&mut self.budget_waiters) {
+        let [budget, held, pinned] =
+            [self.frames.budget(), self.frames.taken(), self.table.pinned()].map(bytes_of);
+        for ticket in self.shrinking.take() {
             let answer = Err(CommandError::StillAbove { budget, held, pinned });
             self.actions.push_back(Action::Answer { ticket, answer });
         }

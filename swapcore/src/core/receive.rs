@@ -5,31 +5,21 @@
 //! VM stands still meanwhile, and what still leaves is in a state that it may well be in. Whoever has time to wait for the writes
 //! [settles](Core::settle_receiving) before.
 
-use std::collections::VecDeque;
-
-use super::Core;
 use super::event::{Action, Response, Ticket};
+use super::state::cold_hand::ColdHand;
 use super::state::receiving::Receiving;
+use super::{Core, Counts};
 use crate::api::{Arrival, Placed};
 use crate::error::CommandError;
-use crate::policy::clock::{VICTIM_RUN_MAX, may_leave};
 use crate::policy::placement::{Arrivals, HEAT_AGAIN, HOT};
-use crate::staging::Use;
 use crate::table::{Flag, PageState};
-use crate::units::{BLOCK_PAGES, PageNo, Run, SlotRun};
+use crate::units::{PageNo, Run, SlotRun};
 
 /// Frames kept for receiving into, at least: newer versions come while the old ones still have theirs.
 const RECEIVE_FRAMES: u32 = 512;
 
-/// How often, for one heat map, the search begins anew because of a page that came and is colder than all others were: each time it looks
-/// at every page in RAM, and where there is no end of such pages they are not what counts.
-const RESTARTS_MAX: u32 = 16;
-
 /// Pages that give way at a time, at least.
 const WAY_MIN: u32 = 64;
-
-/// As long as the source has not watched the VM, one page in so many of those in the store is taken to be hot.
-const HOT_UNSEEN_SHARE: u64 = 4;
 
 const NOT_RECEIVING: CommandError = CommandError::NotNow("the VM is not being received");
 
@@ -40,20 +30,9 @@ impl Core {
         }
         self.check_heat(heat)?;
         self.table.count_hot_from(Some(HOT));
-        let pages = self.table.pages();
-        self.receiving = Some(Receiving {
-            came: vec![0; pages.div_ceil(64) as usize],
-            to_come: pages,
-            found_hot: None,
-            hand: PageNo(0),
-            coldest: 0,
-            next_coldest: u8::MAX,
-            restarts: 0,
-            pages_read_before: self.counts.pages_read,
-            victims_before: self.counts.victims,
-            grants: VecDeque::new(),
-            settle: None,
-        });
+        let Counts { pages_read, victims, .. } = self.counts;
+        self.receiving = Some(Receiving::new(self.table.pages(), pages_read, victims));
+        self.frames.set_receiving(true);
         self.take_heat(heat)?;
         Ok(Response::Done)
     }
@@ -65,7 +44,7 @@ impl Core {
 
     pub(super) fn update_heat(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
         let found = self.take_heat(heat)?;
-        self.receiving.as_mut().expect("checked by take_heat").found_hot = Some(found);
+        self.receiving.as_mut().expect("checked by take_heat").found_hot(found);
         Ok(Response::Done)
     }
 
@@ -73,8 +52,7 @@ impl Core {
     fn take_heat(&mut self, heat: &[u8]) -> Result<u64, CommandError> {
         self.check_heat(heat)?;
         let Some(receiving) = &mut self.receiving else { return Err(NOT_RECEIVING) };
-        (receiving.hand, receiving.coldest, receiving.next_coldest) = (PageNo(0), 0, u8::MAX);
-        receiving.restarts = 0;
+        receiving.cold = ColdHand::new();
         let mut found = 0;
         for (page, heat) in (0..).map(PageNo).zip(heat.iter().copied()) {
             let before = self.table.heat(page);
@@ -90,15 +68,12 @@ impl Core {
 
     pub(super) fn grant(&mut self, ticket: Ticket, count: u32) -> Option<Result<Response, CommandError>> {
         let Some(receiving) = &mut self.receiving else { return Some(Err(NOT_RECEIVING)) };
-        receiving.grants.push_back((ticket, count.max(1)));
+        receiving.wait_for_frames(ticket, count);
         None
     }
 
     pub(super) fn return_frames(&mut self, slots: SlotRun) -> Response {
-        for slot in slots.slots() {
-            assert_eq!(self.staging.used(slot), Use::Granted, "{slot:?} was not granted");
-            self.staging.free(slot);
-        }
+        self.frames.end_grant(slots);
         Response::Done
     }
 
@@ -114,10 +89,17 @@ impl Core {
         let mut to_guest = Vec::with_capacity(arrival.run.len as usize);
         let mut to_store = Vec::new();
         for (nth, (page, slot)) in arrival.run.pages().zip(arrival.slots.slots()).enumerate() {
-            assert_eq!(self.staging.used(slot), Use::Granted, "{slot:?} was not granted");
-            let to_ram = self.choose_ram(page, arrival.again);
+            self.frames.check_granted(slot);
+            let known = self.table.heat(page);
+            let heat = if arrival.again { known.max(HEAT_AGAIN) } else { known };
+            let receiving = self.receiving.as_ref().expect("looked at above");
+            let to_ram = self.arrivals(receiving, page).into_ram(heat);
+            if heat > known {
+                self.table.set_heat(page, heat);
+            }
+            self.came(page);
             self.replace(page);
-            self.bind(page, slot);
+            self.frames.bind(page, slot);
             if to_ram {
                 self.table.set(page, PageState::Arriving);
                 to_guest.push((page, slot));
@@ -161,135 +143,66 @@ impl Core {
 
     /// Frames that are kept to receive into.
     fn receive_reserve(&self) -> u64 {
-        u64::from(self.marks.high.max(RECEIVE_FRAMES)).min(self.budget / 8)
+        u64::from(self.frames.marks().high.max(RECEIVE_FRAMES)).min(self.frames.budget() / 8)
     }
 
     pub(super) fn placed_in_ram(&self) -> u64 {
         self.table.count(PageState::Resident) + self.table.count(PageState::Arriving)
     }
 
-    /// Decides for one page.
-    fn choose_ram(&mut self, page: PageNo, again: bool) -> bool {
+    /// What the decision about a page that arrives depends on.
+    fn arrivals(&self, receiving: &Receiving, page: PageNo) -> Arrivals {
         let reserve = self.receive_reserve();
-        let before = self.table.state(page);
-        let known = self.table.heat(page);
-        let heat = if again { known.max(HEAT_AGAIN) } else { known };
-        let receiving = self.receiving.as_ref().expect("checked by the caller");
         let in_store = self.table.count(PageState::Leaving) + self.table.count(PageState::Stored);
-        // About as many hot pages in the store are expected of the next heat map as the last one found.
-        let unseen = receiving.found_hot.unwrap_or(in_store / HOT_UNSEEN_SHARE);
-        let facts = Arrivals {
-            room: self.budget - reserve,
+        // Its own old version makes room.
+        let own = matches!(self.table.state(page), PageState::Resident | PageState::Arriving);
+        Arrivals {
+            room: self.frames.budget() - reserve,
             overdraft: reserve / 2,
-            // Its own old version makes room.
-            in_ram: self.placed_in_ram()
-                - u64::from(matches!(before, PageState::Resident | PageState::Arriving)),
-            to_come: receiving.to_come,
-            hot_in_store: self.table.hot_in_store() + unseen,
-            coldest: receiving.coldest,
-        };
-        let to_ram = facts.into_ram(heat);
-        if heat > known {
-            self.table.set_heat(page, heat);
+            in_ram: self.placed_in_ram() - u64::from(own),
+            to_come: receiving.to_come(),
+            hot_in_store: self.table.hot_in_store() + receiving.hot_unseen(in_store),
+            coldest: receiving.cold.coldest(),
         }
-        self.came(page);
-        to_ram
     }
 
     /// More is in RAM than may be, for it is hotter than what was there: the coldest goes to the store instead.
     pub(super) fn make_way(&mut self) {
-        let room = self.budget - self.receive_reserve();
+        let room = self.frames.budget() - self.receive_reserve();
         let over = self.placed_in_ram().saturating_sub(room) as u32;
         if over == 0 || self.receiving.is_none() || self.tiers.latched().is_some() {
             return;
         }
         let want = over.max(WAY_MIN);
-        let mut cold = std::mem::take(&mut self.victims);
-        self.find_cold(want, &mut cold);
+        let mut cold = std::mem::take(&mut self.scratch.runs);
+        self.receiving.as_mut().expect("looked at above").cold.find(&self.table, want, &mut cold);
         for run in cold.drain(..) {
             let out = self.start_out(run, PageState::Leaving);
             if out < run.len {
                 // No slots: those that stay are found again once there are.
-                self.receiving.as_mut().expect("looked at above").hand = run.start.plus(out);
+                self.receiving.as_mut().expect("looked at above").cold.back_to(run.start.plus(out));
                 break;
             }
         }
-        self.victims = cold;
+        self.scratch.runs = cold;
     }
 
-    /// The coldest pages in RAM, some `want` of them, where the hand comes to next. None, if nothing there is colder than the rest.
-    fn find_cold(&mut self, want: u32, cold: &mut Vec<Run>) {
-        cold.clear();
-        let receiving = self.receiving.as_mut().expect("only called while the VM is received");
-        let (table, pages) = (&self.table, self.table.pages());
-        let mut found = 0;
-        while found < want {
-            let page = receiving.hand;
-            if page.0 >= pages {
-                // The hand has been everywhere since the coldest were as cold as this.
-                if !cold.is_empty() || receiving.next_coldest == u8::MAX {
-                    return;
-                }
-                receiving.hand = PageNo(0);
-                receiving.coldest = receiving.next_coldest;
-                receiving.next_coldest = u8::MAX;
-                continue;
-            }
-            if let Some(block) = table.skip_empty_region(page.block()) {
-                receiving.hand = PageNo(block as u64 * u64::from(BLOCK_PAGES));
-                continue;
-            }
-            if table.resident_in_block(page.block()) == 0 {
-                receiving.hand = page.next_block();
-                continue;
-            }
-            receiving.hand = page.plus(1);
-            if !may_leave(table, page) {
-                continue;
-            }
-            let heat = table.heat(page);
-            if heat > receiving.coldest {
-                receiving.next_coldest = receiving.next_coldest.min(heat);
-                continue;
-            }
-            found += 1;
-            match cold.last_mut() {
-                Some(run) if run.end() == page && run.len < VICTIM_RUN_MAX => run.len += 1,
-                _ => cold.push(Run::one(page)),
-            }
-        }
-    }
-
-    /// A page has come to RAM, or is held there no longer. The hand may have passed it: it comes by again.
+    /// A page has come to RAM, or is held there no longer.
     pub(super) fn may_give_way(&mut self, page: PageNo) {
-        let Some(receiving) = &mut self.receiving else { return };
-        if !may_leave(&self.table, page) {
-            return;
-        }
-        let heat = self.table.heat(page);
-        if heat < receiving.coldest && receiving.restarts < RESTARTS_MAX {
-            (receiving.hand, receiving.coldest, receiving.next_coldest) = (PageNo(0), heat, u8::MAX);
-            receiving.restarts += 1;
-        } else if page < receiving.hand {
-            receiving.next_coldest = receiving.next_coldest.min(heat);
+        if let Some(receiving) = &mut self.receiving {
+            receiving.cold.may_give_way(&self.table, page);
         }
     }
 
     fn came(&mut self, page: PageNo) {
-        let receiving = self.receiving.as_mut().expect("checked by the caller");
-        let (word, bit) = (&mut receiving.came[page.index() / 64], 1 << (page.index() % 64));
-        if *word & bit == 0 {
-            *word |= bit;
-            receiving.to_come -= 1;
-        }
+        self.receiving.as_mut().expect("checked by the caller").came(page);
     }
 
     /// Drops a page's old version. A frame in the guest is recycled through staging.
     fn replace(&mut self, page: PageNo) {
         if self.table.state(page) == PageState::Resident
-            && let Some(slots) = self.staging.take_empty(1)
+            && let Some(slots) = self.frames.orphan_empty()
         {
-            self.staging.assign(slots.start, Use::Orphan);
             self.table.set(page, PageState::Untouched);
             self.table.put(page, Flag::Stored, false);
             self.note_dead(page);
@@ -302,35 +215,32 @@ impl Core {
     /// Grants what can be granted, and says when everything is in its place.
     pub(super) fn serve_receiving(&mut self) {
         let failed = self.store_error();
-        while let Some((ticket, count)) =
-            self.receiving.as_ref().and_then(|receiving| receiving.grants.front())
-        {
-            let (ticket, count) = (*ticket, *count);
+        let Some(receiving) = &mut self.receiving else { return };
+        while let Some((ticket, count)) = receiving.first_waiter() {
             let answer = if let Some(error) = &failed {
                 Err(error.clone())
             } else {
-                let Some(taken) = self.take_frames(count) else { break };
-                taken.slots.slots().for_each(|slot| self.staging.assign(slot, Use::Granted));
-                Ok(Response::Frames(taken.slots))
+                let Some(slots) = self.frames.grant(count) else { break };
+                Ok(Response::Frames(slots))
             };
+            receiving.end_first_waiter();
             self.actions.push_back(Action::Answer { ticket, answer });
-            self.receiving.as_mut().expect("still receiving").grants.pop_front();
         }
-        let Some(ticket) = self.receiving.as_ref().and_then(|receiving| receiving.settle) else { return };
+        let Some(ticket) = receiving.settles() else { return };
         let in_motion = self.table.count(PageState::Leaving) + self.table.count(PageState::Arriving);
         let answer = match failed {
             Some(error) => Err(error),
             None if in_motion == 0 && self.ios.is_idle() => Ok(Response::Done),
             None => return,
         };
-        self.receiving.as_mut().expect("still receiving").settle = None;
+        receiving.end_settle();
         self.actions.push_back(Action::Answer { ticket, answer });
     }
 
     /// Answers when every page that has arrived is where it belongs.
     pub(super) fn settle_receiving(&mut self, ticket: Ticket) -> Option<Result<Response, CommandError>> {
         let Some(receiving) = &mut self.receiving else { return Some(Err(NOT_RECEIVING)) };
-        if receiving.settle.replace(ticket).is_some() {
+        if !receiving.settle(ticket) {
             return Some(Err(CommandError::NotNow("the receiving is being settled already")));
         }
         None
@@ -342,18 +252,20 @@ impl Core {
             return Err(error);
         }
         let Some(receiving) = self.receiving.take() else { return Err(NOT_RECEIVING) };
+        self.frames.set_receiving(false);
         self.table.count_hot_from(None);
-        let waiting = receiving.grants.iter().map(|(ticket, _)| *ticket).chain(receiving.settle);
-        self.actions.extend(waiting.map(|ticket| Action::Answer { ticket, answer: Err(NOT_RECEIVING) }));
+        self.actions
+            .extend(receiving.waiters().map(|ticket| Action::Answer { ticket, answer: Err(NOT_RECEIVING) }));
         self.begin_collapse(false);
         let count = |states: [PageState; 2]| states.iter().map(|state| self.table.count(*state)).sum::<u64>();
         let leaving = if mutant!(OverlooksWhatIsLeaving) { PageState::Arriving } else { PageState::Leaving };
+        let (pageins, pageouts) = receiving.since(self.counts.pages_read, self.counts.victims);
         Ok(Response::Placed(Placed {
             pages_ram: count([PageState::Resident, PageState::Arriving]),
             pages_store: count([PageState::Stored, leaving]),
             pages_zero: self.table.count(PageState::Untouched),
-            pageins: self.counts.pages_read - receiving.pages_read_before,
-            pageouts: self.counts.victims - receiving.victims_before,
+            pageins,
+            pageouts,
         }))
     }
 }

@@ -25,7 +25,7 @@ impl Core {
                 PageState::Sampled => {
                     self.split_sample(page);
                     self.table.set(page, PageState::Arriving);
-                    rescued.push((page, self.slots_of[&page]));
+                    rescued.push((page, self.frames.slot(page)));
                     Place::Moving
                 }
             };
@@ -54,7 +54,7 @@ impl Core {
             PageState::Arriving => mutant!(CopiesWhatArrives),
             _ => false,
         };
-        let pages = pages.into_iter().filter(is_there).map(|page| (page, self.slots_of[&page])).collect();
+        let pages = pages.into_iter().filter(is_there).map(|page| (page, self.frames.slot(page))).collect();
         self.actions.push_back(Action::CopyOut { ticket, pages });
         None
     }

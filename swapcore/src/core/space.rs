@@ -208,7 +208,7 @@ impl Core {
             let tier = self.table.home(page.block());
             let here = self.table.state(*page) == PageState::Leaving
                 && !self.table.has(*page, Flag::Writing)
-                && self.slots_of.get(page) == Some(slot)
+                && self.frames.find_slot(*page) == Some(*slot)
                 // Else it is found when that is retried.
                 && (self.tiers.may_write(tier) || self.tiers.is_retrying(tier));
             self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));

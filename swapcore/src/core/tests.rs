@@ -265,7 +265,7 @@ fn a_lone_page_is_copied_but_never_beyond_the_budget() {
     written(&mut core, io_of(&burst), Ok(()));
     // What was filled beside it.
     ask(&mut core, Request::Discard(Run::new(PAGE.plus(1), 32)));
-    let (taken, free) = (core.frames_taken(), core.staging.free_frames());
+    let (taken, free) = (core.frames_taken(), core.frames.staging().free_frames());
     core.handle(Event::Fault(PAGE));
     let Some(Action::Read { io, .. }) = core.next_action() else { panic!("it is read") };
     core.handle(Event::ReadDone { io, result: Ok(&[1]) });
@@ -276,7 +276,7 @@ fn a_lone_page_is_copied_but_never_beyond_the_budget() {
     let Some(Action::MoveIn { run, slots }) = core.next_action() else { panic!("it is moved") };
     assert_eq!((run, slots.start), (Run::one(PAGE), slot));
     core.handle(Event::MovedIn { run, slots, moved: 1 });
-    assert_eq!((core.frames_taken(), core.staging.free_frames()), (taken, free - 1));
+    assert_eq!((core.frames_taken(), core.frames.staging().free_frames()), (taken, free - 1));
     core.check();
 }
 
@@ -357,7 +357,7 @@ fn who_waits_for_a_frame_no_longer_is_not_said_to_starve() {
     burst.extend(actions(&mut core, Event::Tick { ticks: 1 }));
     written(&mut core, io_of(&burst), Ok(()));
     let mut next = PageNo(100);
-    while core.frames_at_hand() > 0 {
+    while core.frames.at_hand() > 0 {
         next = next.plus(1);
         actions(&mut core, Event::Fault(next));
     }
@@ -370,7 +370,7 @@ fn who_waits_for_a_frame_no_longer_is_not_said_to_starve() {
     ask(&mut core, Request::Discard(Run::one(gone)));
     let (_, enough) = all_pinned(&mut core, |core| core.handle(Event::Tick { ticks: 1 }));
     assert!(matches!(enough[..], [Action::Enough]), "{enough:?}");
-    assert_eq!((core.frames_at_hand(), core.stats().starved_ms), (0, 0));
+    assert_eq!((core.frames.at_hand(), core.stats().starved_ms), (0, 0));
 }
 
 /// A VM of two huge pages whose budget covers it, with samples on.
@@ -533,7 +533,7 @@ fn a_sample_for_which_there_is_no_slot_is_not_out() {
     });
     (0..64).for_each(|page| drop(actions(&mut core, Event::Fault(PageNo(page)))));
     sampled(&mut core, true);
-    let taken: Vec<_> = std::iter::from_fn(|| core.staging.take_empty(256)).collect();
+    let taken: Vec<_> = std::iter::from_fn(|| core.frames.staging_mut().take_empty(256)).collect();
     assert!(!taken.is_empty() && !core.sampler.is_out(), "fresh ones are left alone");
     core.handle(Event::Tick { ticks: 1 });
     assert!(core.next_action().is_none() && !core.sampler.is_out(), "no slot, no sample");
@@ -583,24 +583,24 @@ fn what_found_no_slot_on_its_way_out_is_found_again() {
     let mut core = arriving(4096, vec![], heat);
     (0..ROOM).for_each(|page| place(&mut core, page, false));
     // All but 20 of the slots are somebody's.
-    let taken: Vec<_> = std::iter::from_fn(|| core.staging.take_empty(32)).collect();
+    let taken: Vec<_> = std::iter::from_fn(|| core.frames.staging_mut().take_empty(32)).collect();
     let some = taken.iter().flat_map(|slots| slots.slots()).take(20);
     some.for_each(|slot| {
-        core.staging.assign(slot, Use::Orphan);
-        core.staging.vacate(slot);
+        core.frames.staging_mut().assign(slot, Use::Orphan);
+        core.frames.staging_mut().vacate(slot);
     });
     core.make_way();
     assert!(core.next_action().is_none(), "nothing is over");
-    core.budget -= 30;
+    core.frames.set_budget(core.frames.budget() - 30);
     core.make_way();
     let out =
         |core: &Core| (0..64).filter(|page| core.table.state(PageNo(*page)) == PageState::Leaving).count();
     assert_eq!(out(&core), 20);
     taken.iter().flat_map(|slots| slots.slots()).skip(20).for_each(|slot| {
-        core.staging.assign(slot, Use::Orphan);
-        core.staging.vacate(slot);
+        core.frames.staging_mut().assign(slot, Use::Orphan);
+        core.frames.staging_mut().vacate(slot);
     });
-    core.budget -= 30;
+    core.frames.set_budget(core.frames.budget() - 30);
     core.make_way();
     assert_eq!(out(&core), 64, "from the first one that stayed");
 }

@@ -73,15 +73,15 @@ impl Core {
         due.sort_unstable();
         for page in due {
             // If it is not in the store any more, or waits for a frame, it needs no help.
-            let idle = self.table.state(page) == PageState::Stored && !self.deferred.contains(&page);
-            if !self.waiting.contains_key(&page) {
+            let idle = self.table.state(page) == PageState::Stored && !self.waiters.is_deferred(page);
+            if !self.waiters.wait_for(page) {
                 self.bad_reads.remove(&page);
             } else if idle && !mutant!(ForgetsRereads) {
                 let good = self.tiers.get(self.tier_of(page)).good;
                 let bad = self.bad_reads.get_mut(&page).expect("just found");
                 bad.fair = good != bad.good_before;
                 if !self.page_in(page) {
-                    self.deferred.push_back(page);
+                    self.waiters.defer(page);
                 }
             }
         }
@@ -150,7 +150,7 @@ impl Core {
             !matches!(bad.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch)
                 && self.tick - bad.first_tick >= SILENT_TICKS
                 && self.tier_of(*page) == tier
-                && self.waiting.contains_key(page)
+                && self.waiters.wait_for(*page)
         })
     }
 
@@ -195,7 +195,7 @@ impl Core {
             // It has given nothing, and is not asked for lack of a frame: that is neither more silence nor an end of it.
             let asks_later = !reader && self.waits_to_read_again(tier);
             let writing = self.ios.writes_to(tier) > 0 || self.waits_for_drop(tier);
-            let writer = writing && !self.deferred.is_empty();
+            let writer = writing && self.waiters.any_deferred();
             let withholds = (reader || asks_later) && self.withholds(tier);
             let Tier { good, writes, silence, .. } = self.tiers.get_mut(tier);
             let heard = (silence.good != *good, silence.writes != *writes);
@@ -224,18 +224,20 @@ impl Core {
 
     /// Somebody waits for a page that the tier has not given, and that has no frame to be read into once more.
     fn waits_to_read_again(&self, tier: TierId) -> bool {
-        let waits = |page: &PageNo| self.tier_of(*page) == tier && self.waiting.contains_key(page);
+        let waits = |page: &PageNo| self.tier_of(*page) == tier && self.waiters.wait_for(*page);
         self.bad_reads.keys().any(waits) && !mutant!(EndsSilenceForWantOfFrames)
     }
 
     /// Somebody waits for a page that is being read from the tier, or is to be read again.
     fn waits_for_read(&self, tier: TierId) -> bool {
-        self.waiting.keys().any(|page| {
-            self.tier_of(*page) == tier
-                && match self.table.state(*page) {
-                    PageState::Stored => self.bad_reads.contains_key(page) && !self.deferred.contains(page),
+        self.waiters.pages().any(|page| {
+            self.tier_of(page) == tier
+                && match self.table.state(page) {
+                    PageState::Stored => {
+                        self.bad_reads.contains_key(&page) && !self.waiters.is_deferred(page)
+                    }
                     PageState::Arriving => {
-                        self.slots_of.get(page).is_some_and(|slot| self.ios.is_reading(*slot))
+                        self.frames.find_slot(page).is_some_and(|slot| self.ios.is_reading(slot))
                     }
                     _ => false,
                 }
@@ -541,7 +543,7 @@ mod tests {
         store(&mut core, PageNo(3));
         let told = wait(&mut core, PageNo(3), SILENT_TICKS + 20, |_| false);
         assert!(told.iter().any(|action| matches!(action, Action::TierUnreachable(_))), "{told:?}");
-        core.deferred.push_back(PageNo(3));
+        core.waiters.defer(PageNo(3));
         core.tick_tiers(1);
         assert_eq!(core.tier_state(TierId(0)), TierState::Unreachable, "it has given nothing");
         assert!(core.tiers.silent_ticks(TierId(0)) >= SILENT_TICKS);

@@ -97,7 +97,7 @@ impl Core {
         let in_table = Run::new(walk.next, self.config.walk.table.min(pages - walk.next.0) as u32);
         walk.next = match &mut walk.task {
             Task::Heat(heat) => {
-                let others_left = !self.budget_covers_memory() && self.table.count(PageState::Stored) > 0;
+                let others_left = !self.frames.cover_memory() && self.table.count(PageState::Stored) > 0;
                 heat.extend(in_table.pages().map(|page| self.heat_to_tell(page, others_left)));
                 in_table.end()
             }

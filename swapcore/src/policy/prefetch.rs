@@ -6,8 +6,8 @@
 //! the guest runs out of this one. Windows double while the guest follows (the idea of Linux' PG_readahead
 //! marker, `mm/readahead.c`). What is in the guest already is stepped over and does not count.
 //!
-//! A step of a few pages is taken up at its second fault, a longer one when three faults have it. A fault off the step's grid
-//! makes the grid finer (their greatest common divisor), down to every page.
+//! A step of a few pages is taken up at its second fault, a longer one when three faults have it. A fault off the
+//! step's grid makes the grid finer (their greatest common divisor), down to every page.
 //!
 //! A fault that belongs to no stream brings a few neighbours, which wait in staging to prove themselves.
 //! How many follows from how many of the last ones were used.
@@ -20,7 +20,8 @@ use crate::units::{PageNo, Run};
 pub const WINDOW_MIN: u32 = 8;
 /// Largest window: 1 MiB.
 pub const WINDOW_MAX: u32 = 256;
-/// Largest window of a stream that leaves pages out: each of its pages is a read of its own, and two windows keep any SSD busy.
+/// Largest window of a stream that leaves pages out: each of its pages is a read of its own, and two windows keep any
+/// SSD busy.
 pub const WINDOW_STRIDE_MAX: u32 = 64;
 /// Largest window while lone faults wait at the same device: 96 KiB, or they would stand behind megabytes.
 pub const WINDOW_POLITE_MAX: u32 = 24;
@@ -48,6 +49,8 @@ const RECENT_AGE: u64 = 64;
 const NEAR: u64 = 8;
 /// Three faults at the same distance are a stream up to this one: 2 MiB.
 const STEP_MAX: u64 = 512;
+/// Pages rescued at once, of a row that the guest walks along.
+const RESCUE_ROW_MAX: u32 = 64;
 /// Every so often neighbours are tried even if they were useless lately.
 const PROBE_EVERY: u32 = 256;
 
@@ -64,7 +67,7 @@ struct Stream {
     asked: VecDeque<Window>,
     last_used: u64,
     /// As in [`Proof`], since it was last asked for.
-    way: (u32, u32),
+    passed: (u32, u32),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +119,7 @@ pub struct Proof {
     /// Pages that the guest will not use: their stream was forgotten.
     pub wasted: u32,
     /// Pages that streams went over to find the next ones to bring, and those of them that were in RAM.
-    pub way: (u32, u32),
+    pub passed: (u32, u32),
 }
 
 /// All that prefetching remembers of one VM.
@@ -131,6 +134,10 @@ pub struct Prefetcher {
     /// Moving share of neighbours used, of SCORE_MAX.
     score: u32,
     pages: u64,
+    /// Whether pages are read ahead at all.
+    on: bool,
+    /// The page behind the last rescue, and how many pages that one was to take.
+    rescue_row: (PageNo, u32),
 }
 
 /// All neighbours used.
@@ -153,7 +160,31 @@ impl Prefetcher {
             outside_share: 0,
             score: SCORE_START,
             pages,
+            on: true,
+            rescue_row: (PageNo(0), 1),
         }
+    }
+
+    /// Whether pages are to be read ahead.
+    pub fn turn(&mut self, on: bool) {
+        self.on = on;
+    }
+
+    /// Whether they are.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// Pages to rescue at once from this one on. A guest that walks through standby would fault at every page: it gets
+    /// twice as many at each step.
+    pub fn rescues_at(&self, page: PageNo) -> u32 {
+        let (next, last) = self.rescue_row;
+        if page == next { (last * 2).min(RESCUE_ROW_MAX) } else { 1 }
+    }
+
+    /// Of the pages before this one, the last ones are rescued; so many were wanted.
+    pub fn rescued(&mut self, behind: PageNo, wanted: u32) {
+        self.rescue_row = (behind, wanted);
     }
 
     /// A vCPU faulted on `page` and waits, or touched a marker. Appends what to bring in to `plans`.
@@ -170,7 +201,7 @@ impl Prefetcher {
             stream.last_used = clock;
             stream.window = stream.window.min(largest);
             let used = stream.follow(page, pages, largest, around.stored, plans);
-            return Proof { used, way: std::mem::take(&mut stream.way), ..Proof::default() };
+            return Proof { used, passed: std::mem::take(&mut stream.passed), ..Proof::default() };
         }
         let step = self.step_to(page);
         self.recent.push_back((page, self.clock));
@@ -196,7 +227,8 @@ impl Prefetcher {
         alive && self.outside_share > SCORE_MAX / 16
     }
 
-    /// Whether a stream that is alive gets to the page soon; of a budget of so many frames, all streams together claim half at most.
+    /// Whether a stream that is alive gets to the page soon; of a budget of so many frames, all streams together claim
+    /// half at most.
     pub fn is_ahead(&self, page: PageNo, budget: u64) -> bool {
         // Of a handful of frames the rest would go round so fast that a page could leave before it is touched.
         let reach = if budget < CLAIM_MIN { 0 } else { (budget / (2 * STREAMS as u64)).min(SPAN_MAX) };
@@ -214,9 +246,9 @@ impl Prefetcher {
         near.or_else(|| steps.find(|step| step.unsigned_abs() <= STEP_MAX && third(*step)))
     }
 
-    /// Cancels the part of the plan that found no frame, which begins at `from`. Plans are read in ascending order: an ascending stream keeps
-    /// the pages before `from` and goes on there; a descending one keeps nothing, because the pages nearest to the guest were to
-    /// come last. The stream asks for the rest again when the guest gets there.
+    /// Cancels the part of the plan that found no frame, which begins at `from`. Plans are read in ascending order: an
+    /// ascending stream keeps the pages before `from` and goes on there; a descending one keeps nothing, because the
+    /// pages nearest to the guest were to come last. The stream asks for the rest again when the guest gets there.
     pub fn withdraw(&mut self, plan: &Plan, from: PageNo) {
         let Some(marker) = plan.marker else { return };
         let owner = |stream: &&mut Stream| stream.asked.iter().any(|window| window.marker == marker);
@@ -260,7 +292,7 @@ impl Prefetcher {
         let asked = VecDeque::with_capacity(AHEAD + 2);
         let window = WINDOW_MIN;
         let mut stream =
-            Stream { step, frontier, window, at: page, asked, last_used: self.clock, way: (0, 0) };
+            Stream { step, frontier, window, at: page, asked, last_used: self.clock, passed: (0, 0) };
         plans.extend(stream.ask(self.pages, stored));
         self.streams.push(stream);
         proof
@@ -363,12 +395,12 @@ impl Stream {
             }
             span = Some((first, last));
             self.frontier += self.step;
-            self.way.0 += 1;
+            self.passed.0 += 1;
             if stored(page) {
                 count += 1;
                 marker = marker.or(Some(page));
             } else {
-                self.way.1 += 1;
+                self.passed.1 += 1;
             }
         }
         let (marker, (first, last)) = (marker?, span?);
@@ -417,6 +449,66 @@ mod tests {
     fn a_sequential_walk_misses_at_its_start_only() {
         assert!(walk(&mut Prefetcher::new(100_000), 500..60_000).0 <= 3);
         assert!(walk(&mut Prefetcher::new(100_000), (500..60_000).rev()).0 <= 12);
+    }
+
+    /// A stream that goes up from page 100 by the step, of which the first window has been asked for.
+    fn stream(step: i64) -> Stream {
+        let (frontier, asked) = (100 + step, VecDeque::new());
+        let mut stream = Stream {
+            step,
+            frontier,
+            window: WINDOW_MIN,
+            at: PageNo(100),
+            asked,
+            last_used: 0,
+            passed: (0, 0),
+        };
+        stream.ask(100_000, &|_| true).expect("a window");
+        stream
+    }
+
+    #[test]
+    fn which_faults_are_a_streams() {
+        // (what, step, page, whether it is)
+        let cases = [
+            ("where it was seen last", 1, 100, true),
+            ("its first marker", 1, 101, true),
+            ("near behind where it was", 1, 108, true),
+            ("its frontier", 1, 109, true),
+            ("near behind its frontier", 1, 117, true),
+            ("far ahead", 1, 118, false),
+            ("before it", 1, 99, false),
+            ("one step on", 20, 120, true),
+            ("two steps on", 20, 140, true),
+            ("within its windows, near nothing", 20, 190, false),
+            ("its frontier, by steps", 20, 280, true),
+            ("one step down", -20, 80, true),
+            ("up again", -20, 120, false),
+        ];
+        for (what, step, page, is) in cases {
+            assert_eq!(stream(step).covers(PageNo(page)), is, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_a_stream_does_when_the_guest_is_seen() {
+        // (what, step, page, pages used, step and window from then on, where the next window begins if one is asked
+        // for)
+        let cases = [
+            ("at its marker: the next window comes", 1, 101, 0, (1, 8), Some(109)),
+            ("behind its window: that was used, and windows double", 1, 109, 8, (1, 16), Some(110)),
+            ("off its grid: a finer one, and it begins anew", 20, 108, 0, (4, 8), Some(112)),
+        ];
+        for (what, step, page, used, becomes, begins) in cases {
+            let (mut stream, mut plans) = (stream(step), vec![]);
+            assert_eq!(
+                stream.follow(PageNo(page), 100_000, WINDOW_MAX, &|_| true, &mut plans),
+                used,
+                "{what}"
+            );
+            assert_eq!((stream.step, stream.window), becomes, "{what}");
+            assert_eq!(plans.first().map(|plan| plan.run.start.0), begins, "{what}");
+        }
     }
 
     #[test]

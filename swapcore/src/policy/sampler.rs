@@ -52,6 +52,8 @@ pub struct Sampler {
     /// Tick up to which all touches are known, and that of the first choice behind the last of them.
     now: u64,
     quiet_since: u64,
+    /// Victims counted up to the last tick: more of them mean that memory is scarce.
+    victims_before: u64,
 }
 
 impl Default for Sampler {
@@ -65,6 +67,7 @@ impl Default for Sampler {
             touches: 0,
             now: 0,
             quiet_since: 0,
+            victims_before: 0,
         }
     }
 }
@@ -113,9 +116,19 @@ impl Sampler {
         }
     }
 
+    /// At a tick: so many pages have been victims by now. Whether any have been since the last tick, for then memory is scarce.
+    pub fn note_victims(&mut self, victims: u64) -> bool {
+        std::mem::replace(&mut self.victims_before, victims) != victims
+    }
+
     /// Whether any samples may be out.
     pub fn is_out(&self) -> bool {
         !self.out.is_empty()
+    }
+
+    /// Whether samples are out that are to come back at the next tick, because memory has become scarce.
+    pub fn gives_way(&self, victims: u64) -> bool {
+        victims != self.victims_before && self.is_out()
     }
 
     /// Runs to move out at this tick.

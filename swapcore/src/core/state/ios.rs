@@ -21,7 +21,7 @@ pub(crate) enum Purpose {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Kind {
+pub(crate) enum IoKind {
     Read {
         landing: Landing,
     },
@@ -36,7 +36,7 @@ pub(crate) enum Kind {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Io {
-    pub(crate) kind: Kind,
+    pub(crate) kind: IoKind,
     pub(crate) tier: TierId,
     pub(crate) run: Run,
     pub(crate) slots: SlotRun,
@@ -54,9 +54,26 @@ pub(crate) struct Ios {
     /// Writes under way, to each tier.
     writes: [u32; TIERS_MAX],
     drops: u32,
+    /// Have left the guest with new content; the next burst of writes.
+    unwritten: Vec<(PageNo, Slot)>,
 }
 
 impl Ios {
+    /// The page's frame in that slot is to be written with the next burst.
+    pub(crate) fn add_unwritten(&mut self, page: PageNo, slot: Slot) {
+        self.unwritten.push((page, slot));
+    }
+
+    /// What waits for the next burst. A page that was rescued or given back is still in it, and one that has left twice
+    /// is in it twice.
+    pub(crate) fn unwritten(&mut self) -> &mut Vec<(PageNo, Slot)> {
+        &mut self.unwritten
+    }
+
+    pub(crate) fn unwritten_count(&self) -> usize {
+        self.unwritten.len()
+    }
+
     pub(crate) fn start(&mut self, io: Io) -> IoId {
         *self.count(io) += 1;
         let id = self.vacant.pop().unwrap_or_else(|| {
@@ -69,19 +86,24 @@ impl Ios {
 
     fn count(&mut self, io: Io) -> &mut u32 {
         match io.kind {
-            Kind::Read { .. } | Kind::Probe { .. } => &mut self.reads,
-            Kind::Write(_) => &mut self.writes[io.tier.index()],
-            Kind::Drop => &mut self.drops,
+            IoKind::Read { .. } | IoKind::Probe { .. } => &mut self.reads,
+            IoKind::Write(_) => &mut self.writes[io.tier.index()],
+            IoKind::Drop => &mut self.drops,
         }
     }
 
     pub(crate) fn start_drop(&mut self, tier: TierId, run: Run) -> IoId {
-        self.start(Io { kind: Kind::Drop, tier, run, slots: SlotRun::new(Slot(0), 0), outdated: 0 })
+        self.start(Io { kind: IoKind::Drop, tier, run, slots: SlotRun::new(Slot(0), 0), outdated: 0 })
     }
 
     pub(crate) fn end_drop(&mut self, id: IoId) -> (TierId, Run) {
-        let Io { kind: Kind::Drop, tier, run, .. } = self.end(id) else { panic!("{id:?} is not a drop") };
+        let Io { kind: IoKind::Drop, tier, run, .. } = self.end(id) else { panic!("{id:?} is not a drop") };
         (tier, run)
+    }
+
+    /// Whether the device works with the frame in the slot.
+    pub(crate) fn work_with(&self, slot: Slot) -> bool {
+        self.slots().any(|slots| slots.contains(slot))
     }
 
     /// The slots that the device works with.
@@ -91,7 +113,7 @@ impl Ios {
 
     /// A newer version of the page gets its checksum on record while an older one is being written.
     pub(crate) fn outdate(&mut self, page: PageNo) {
-        let of_page = |io: &&mut Io| matches!(io.kind, Kind::Write(_)) && io.run.contains(page);
+        let of_page = |io: &&mut Io| matches!(io.kind, IoKind::Write(_)) && io.run.contains(page);
         if let Some(io) = self.entries.iter_mut().flatten().find(of_page) {
             io.outdated |= 1 << (page.0 - io.run.start.0);
         }
@@ -116,7 +138,7 @@ impl Ios {
     pub(crate) fn reads_any(&self, run: Run) -> bool {
         let of_run = |io: &Io| {
             let meets = io.run.start < run.end() && run.start < io.run.end();
-            matches!(io.kind, Kind::Read { .. } | Kind::Probe { .. }) && meets
+            matches!(io.kind, IoKind::Read { .. } | IoKind::Probe { .. }) && meets
         };
         self.reads > 0 && self.entries.iter().flatten().any(of_run)
     }
@@ -139,7 +161,7 @@ impl Ios {
 
     /// The device fills the slot for its page.
     pub(crate) fn is_reading(&self, slot: Slot) -> bool {
-        let is_read = |io: &&Io| matches!(io.kind, Kind::Read { .. });
+        let is_read = |io: &&Io| matches!(io.kind, IoKind::Read { .. });
         self.entries.iter().flatten().filter(is_read).any(|io| io.slots.contains(slot))
     }
 }

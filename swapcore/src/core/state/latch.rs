@@ -35,14 +35,6 @@ pub(crate) struct Latch {
     pub(crate) waiters: Vec<Ticket>,
 }
 
-/// Somebody waits for a frame, and there will be none as long as nothing can be written.
-#[derive(Debug, Default)]
-pub(crate) struct Starving {
-    /// Frames of the reserve that have been let go of.
-    pub(crate) dripped: u64,
-    pub(crate) told: bool,
-}
-
 impl Latch {
     pub(crate) fn error(&self) -> IoError {
         self.error
