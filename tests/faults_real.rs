@@ -23,8 +23,10 @@ use serde_json::Value;
 use testkit::{OrSkip, Reason};
 
 const MIB: u64 = 1 << 20;
-/// However slow the device is: what the process knows it says at once. (On a machine that others use as well.)
+/// However slow the device is: what the process knows it says at once.
 const PROMPTLY: Duration = Duration::from_secs(2);
+/// One of so many tries is prompt: others may keep the machine busy for a moment, and what waits for the device does so each time.
+const TRIES: usize = 5;
 const PAGE: u64 = 4096;
 
 fn times() -> u32 {
@@ -53,11 +55,23 @@ fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or_else(|| panic!("{value} is no number"))
 }
 
+/// Does that until it was done within the limit, and returns what came of it then.
+fn promptly<T>(what: &str, limit: Duration, mut work: impl FnMut() -> T) -> T {
+    let mut fastest = Duration::MAX;
+    for _ in 0..TRIES {
+        let asked = Instant::now();
+        let done = work();
+        fastest = fastest.min(asked.elapsed());
+        if fastest < limit {
+            return done;
+        }
+    }
+    panic!("{what} took {fastest:?} at least");
+}
+
 /// Asks for it, promptly, and returns the reason that is shown.
 fn reason(host: &Host, name: &str) -> String {
-    let asked = Instant::now();
-    let stat = host.stat(name).expect("its stat");
-    assert!(asked.elapsed() < PROMPTLY, "`stat` took {:?}", asked.elapsed());
+    let stat = promptly("`stat`", PROMPTLY, || host.stat(name).expect("its stat"));
     stat["reason"].as_str().unwrap_or_default().to_owned()
 }
 
@@ -298,11 +312,11 @@ fn a_slow_disk_makes_a_slow_vm_and_nothing_worse() {
             |stat: &Value| number(&stat["store"]["pages_read"]) + number(&stat["store"]["pages_written"]);
         let rate = (moved(&stat) - moved(&before)) as f64 * PAGE as f64 / began.elapsed().as_secs_f64();
         assert!(rate < 16.0 * MIB as f64, "the disk is not slow: {rate} bytes/s");
-        let asked = Instant::now();
-        assert_eq!(host.vmemd(&["set", "web", "--ram", "48M"]).code, 0);
-        assert_eq!(host.vmemd(&["pause", "web"]).code, 0);
-        assert_eq!(host.vmemd(&["resume", "web"]).code, 0);
-        assert!(asked.elapsed() < 3 * PROMPTLY, "set, pause and resume took {:?}", asked.elapsed());
+        promptly("set, pause and resume", 3 * PROMPTLY, || {
+            assert_eq!(host.vmemd(&["set", "web", "--ram", "48M"]).code, 0);
+            assert_eq!(host.vmemd(&["pause", "web"]).code, 0);
+            assert_eq!(host.vmemd(&["resume", "web"]).code, 0);
+        });
         assert_eq!(host.vmemd(&["set", "web", "--ram", "32M"]).code, 0);
     }
     let said = host.vmemd(&["migrate", "web", "--to", &address, "--ram", "32M", "--json"]);

@@ -155,7 +155,8 @@ fn a_lost_answer_leaves_the_vm_at_the_target() {
     assert_eq!(host.sockets(), ["web.sock"]);
 }
 
-/// Until the target can be asked, which is done by TLS as well, the VM stays paused where it was. Takes the minute for which the source asks by itself.
+/// Until the target can be asked, which is done by TLS as well, the VM stays paused where it was. Takes as long as the source asks by itself
+/// before it says that it is in doubt. From its return on the source may find out at any moment, for it goes on to ask.
 fn stays_in_doubt(loses: Loses) -> (Host, common::Running, common::Running) {
     let (host, proxy, daemon, run, said) = hand_over(loses, false, true);
     said.fails(8, &["paused"]);
@@ -170,7 +171,6 @@ fn stays_in_doubt(loses: Loses) -> (Host, common::Running, common::Running) {
 #[test]
 fn a_vm_in_doubt_goes_on_when_the_target_says_that_it_has_it_not() {
     let (host, _daemon, mut run) = stays_in_doubt(Loses::Commit);
-    assert_eq!(host.stat("web").expect("it is here")["state"], "in_doubt");
     let resumed = host.vmemd(&["resume", "web", "--json"]);
     assert_eq!(resumed.code, 0, "{resumed:?}");
     assert_eq!(resumed.json()["state"], "running");
@@ -188,7 +188,9 @@ fn a_vm_in_doubt_ends_here_when_the_target_says_that_it_has_it() {
     assert_ne!(stat["pid"], run.pid());
     let resumed = host.vmemd(&["resume", "web", "--json"]);
     assert_eq!(resumed.code, 0, "{resumed:?}");
-    assert_eq!(resumed.json()["state"], "moved");
+    // Or the source has asked by itself in that moment, and the name is the target's alone, whose VM runs already.
+    let told = resumed.json();
+    assert!(told["state"] == "moved" || (told["state"] == "running" && told["already"] == true), "{told}");
     run.ends_with(10);
     host.wait_rounds("web", 1);
 }

@@ -122,7 +122,7 @@ fn moves(way: Way<'_>, what: &str) {
             let moved = said.json();
             assert_eq!((&moved["pageins_during"], &moved["pageouts_during"]), (&0.into(), &0.into()));
             // The round under way began before the move.
-            let goal = number(&way.there.stat(name).expect("it is there")["guest"]["rounds"]) + 2;
+            let goal = number(&way.there.wait_state(name, "running")["guest"]["rounds"]) + 2;
             let gone = |stat: &Value| stat["guest"]["rounds"].as_u64() >= Some(goal);
             let stat = way.there.wait_stat(name, "a whole round", gone);
             assert_eq!(stat["guest"]["mismatched_pages"], 0, "{stat}");

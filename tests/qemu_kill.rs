@@ -15,7 +15,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Host, Running, kill, lives, needs_vms, wait_for};
+use common::{Host, LOOKS_IN_VAIN, Running, kill, lives, needs_vms, wait_for};
 use proxy::{After, At, Plan, Proxy, Strike, Word};
 use qemu::{BOOT, Guest, Machine, Qemu, field};
 use serde_json::Value;
@@ -146,11 +146,16 @@ impl Pair {
             Victim::Daemon => Some(from),
         };
         let open = ["arriving", "migrating", "in_doubt", "moved", "unknown"];
+        let mut in_vain = 0;
         let found = wait_for("an end of the hand-over", || {
             let found: Vec<(usize, Value)> = [0, 1]
                 .into_iter()
                 .flat_map(|side| rows(&hosts[side]).into_iter().map(move |row| (side, row)))
                 .collect();
+            in_vain += u32::from(found.is_empty());
+            if found.is_empty() && in_vain < LOOKS_IN_VAIN {
+                return None;
+            }
             found
                 .iter()
                 .all(|(_, row)| !open.contains(&row["state"].as_str().expect("a state")))
@@ -181,7 +186,10 @@ impl Pair {
 }
 
 fn arriving_or_running(host: &Host) -> u32 {
-    arriving(host).unwrap_or_else(|| rows(host)[0]["pid"].as_u64().expect("a number") as u32)
+    // Under neither name for a moment, when it takes its own.
+    wait_for("its process", || {
+        arriving(host).or_else(|| Some(rows(host).first()?["pid"].as_u64().expect("a number") as u32))
+    })
 }
 
 fn serve(host: &mut Host) -> (Running, String) {

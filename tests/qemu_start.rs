@@ -383,7 +383,7 @@ fn a_qemu_without_vmemds_monitor_is_told_what_it_lacks() {
         };
         // Its socket would be there by now, so it ends, before its guest runs.
         let mut guest = without(&["-chardev", "-mon"]);
-        assert_eq!(guest.wait_end(AT_ONCE).code(), Some(2), "{}", guest.log());
+        assert_eq!(guest.wait_end(BOOT).code(), Some(2), "{}", guest.log());
         let socket = host.run_dir().join(".monitors/vm.qmp").display().to_string();
         assert!(
             guest.log().contains(&format!("QEMU has not made {socket}: are `-chardev")),

@@ -27,6 +27,8 @@ const FAULT_MIN: Duration = Duration::from_micros(15);
 const WINDOW: Duration = Duration::from_secs(2);
 /// What a request may add to the longest wait but one in a thousand.
 const ADDED_MAX: Duration = Duration::from_millis(2);
+/// In one of so many windows: a request that keeps faults waiting does so in each, a disk that stalls for a moment in one.
+const WINDOWS: u32 = 3;
 
 /// What is touched before: 4 GiB if the environment has `VMEMD_LONG`.
 fn touched() -> u64 {
@@ -116,10 +118,14 @@ fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
     let without = faults_during(&vm, "nothing", |_| std::thread::sleep(Duration::from_millis(10)));
     let mut slow = Vec::new();
     let mut measure = |what: &str, request: &dyn Fn(&EngineHandle)| {
-        let late = faults_during(&vm, what, request);
-        if late > without + ADDED_MAX {
-            slow.push(format!("{what}: {late:?}"));
+        let mut least = Duration::MAX;
+        for _ in 0..WINDOWS {
+            least = least.min(faults_during(&vm, what, request));
+            if least <= without + ADDED_MAX {
+                return;
+            }
         }
+        slow.push(format!("{what}: {least:?}"));
     };
     measure("heat", &|handle| {
         handle.heat_async().blocking_recv().expect("the engine lives").expect("heat is always known");

@@ -12,8 +12,11 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use testkit::wait::DEADLINE;
 
 /// What a message is, as far as its first bytes tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -261,6 +264,49 @@ impl Proxy {
         let state = self.shared.lock();
         let waited = self.shared.changed.wait_timeout_while(state, patience, |state| state.struck.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.struck.is_some()
+    }
+}
+
+/// A cable that holds everything up, once so much has got through, until it is told to go on.
+pub(crate) struct HeldUp {
+    proxy: Proxy,
+    held: Receiver<()>,
+    go_on: Mutex<Option<Sender<()>>>,
+}
+
+/// As the daemon at `target`.
+pub(crate) fn hold_up(target: &str, after_bytes: u64) -> HeldUp {
+    let proxy = Proxy::start(target);
+    let (holds, held) = channel();
+    let (go_on, gone_on) = channel::<()>();
+    let then = Box::new(move || {
+        let _ = holds.send(());
+        // The other end is dropped, and says nothing.
+        let _ = gone_on.recv();
+    });
+    proxy.plan(Plan { at: At::Byte(after_bytes), strike: Strike::Kill, after: After::Open, then });
+    HeldUp { proxy, held, go_on: Mutex::new(Some(go_on)) }
+}
+
+impl HeldUp {
+    pub(crate) fn address(&self) -> &str {
+        &self.proxy.address
+    }
+
+    pub(crate) fn wait_until_held(&self) {
+        self.held.recv_timeout(DEADLINE).expect("so much is sent");
+    }
+
+    /// From now on everything gets through.
+    pub(crate) fn go_on(&self) {
+        self.go_on.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+impl Drop for HeldUp {
+    fn drop(&mut self) {
+        // What holds it up has the proxy's lock, for which the proxy's end waits.
+        self.go_on();
     }
 }
 
