@@ -22,7 +22,7 @@ use super::figures::short;
 use super::job::{BenchEngine, Job, Length, Scenario, WorkerRequest};
 use super::left::SWAP_FILE;
 use super::reserve::{HOST_RESERVE_BYTES, warm};
-use super::results::{Compared, Figure, OfEngine, Outcome, Run};
+use super::results::{Compared, Figure, OfEngine, Run, RunOutcome};
 use super::sample::Sample;
 use super::settings::RunSettings;
 use super::site::{Dir, Proc, Program, Site};
@@ -245,8 +245,8 @@ fn compare(
                 shown.finish_and_clear();
                 signals::check()?;
                 let outcome = outcome.map_or_else(
-                    |failure| Outcome::Failed(failure.text),
-                    |sample| Outcome::Measured(Box::new(sample)),
+                    |failure| RunOutcome::Failed(failure.text),
+                    |sample| RunOutcome::Measured(Box::new(sample)),
                 );
                 say(&format!("[{}/{}] {label}: {}", progress.done, progress.runs, line(&outcome)));
                 of.outcomes.push(outcome);
@@ -339,10 +339,10 @@ fn time_allowed(scenario: &Scenario) -> Duration {
 }
 
 /// A run in one line.
-fn line(outcome: &Outcome) -> String {
+fn line(outcome: &RunOutcome) -> String {
     let sample = match outcome {
-        Outcome::Measured(sample) => sample,
-        Outcome::Failed(text) => return format!("failed: {text}"),
+        RunOutcome::Measured(sample) => sample,
+        RunOutcome::Failed(text) => return format!("failed: {text}"),
     };
     let of = |job| {
         let run = Run { sample, job };

@@ -279,7 +279,7 @@ mod tests {
             .collect();
         for of in &mut compared.engines {
             for outcome in &mut of.outcomes {
-                if let super::super::results::Outcome::Measured(sample) = outcome {
+                if let super::super::results::RunOutcome::Measured(sample) = outcome {
                     sample.jobs = vec![sample.jobs[0].clone(); jobs.len()];
                 }
             }

@@ -9,7 +9,7 @@ const LONGEST_SHOWN: usize = 160;
 
 /// Characters of a text: line and column of the first, both counted from one, and how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct Position {
     pub(super) line: usize,
     pub(super) column: usize,
     pub(super) width: usize,
@@ -18,7 +18,7 @@ pub(crate) struct Place {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Word<'a> {
     pub(super) text: &'a str,
-    pub(super) place: Place,
+    pub(super) position: Position,
 }
 
 #[derive(Clone, Debug)]
@@ -39,7 +39,7 @@ pub(super) struct Section<'a> {
 /// What is wrong with a text, where, and how it is mended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
-    pub(super) place: Place,
+    pub(super) position: Position,
     pub(super) text: String,
     pub(super) mend: Mend,
 }
@@ -60,13 +60,13 @@ pub(super) enum Mend {
 }
 
 impl Fault {
-    pub(super) fn new(place: Place, text: impl Into<String>, mend: Mend) -> Fault {
-        Fault { place, text: text.into(), mend }
+    pub(super) fn new(position: Position, text: impl Into<String>, mend: Mend) -> Fault {
+        Fault { position, text: text.into(), mend }
     }
 
     /// `file:line:column: what`, and below it the line with the place marked.
     pub(crate) fn show(&self, file: &str, text: &str) -> String {
-        let Place { line, column, width } = self.place;
+        let Position { line, column, width } = self.position;
         let head = format!("{file}:{line}:{column}: {}", self.text);
         let shown = text.lines().nth(line - 1).map(str::trim_end).unwrap_or_default();
         if shown.is_empty() || shown.chars().count() > LONGEST_SHOWN {
@@ -103,7 +103,7 @@ impl Faults {
 
     /// In the text's order.
     pub(super) fn sorted(mut self) -> Faults {
-        self.0.sort_by_key(|fault| (fault.place.line, fault.place.column));
+        self.0.sort_by_key(|fault| (fault.position.line, fault.position.column));
         self
     }
 
@@ -122,8 +122,9 @@ fn word(line: usize, whole: &str, start: usize, end: usize) -> Word<'_> {
     let text = part.trim();
     let lead = part.len() - part.trim_start().len();
     let before = if text.is_empty() { start } else { start + lead };
-    let place = Place { line, column: whole[..before].chars().count() + 1, width: text.chars().count() };
-    Word { text, place }
+    let position =
+        Position { line, column: whole[..before].chars().count() + 1, width: text.chars().count() };
+    Word { text, position }
 }
 
 /// The sections of a text, in its order. What is wrong goes to `faults`, and is read as what it was probably meant to be.
@@ -147,7 +148,7 @@ pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a
         };
         if key.text.is_empty() {
             faults.add(Fault::new(
-                said.place,
+                said.position,
                 "there is no key before `=`: leave the line out",
                 Mend::LeaveOut,
             ));
@@ -171,16 +172,18 @@ pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a
         Some(global) => {
             for entry in &homeless {
                 let text = "this key is in no section: write it under [global]";
-                faults.add(Fault::new(entry.key.place, text, Mend::UnderGlobal(None)));
+                faults.add(Fault::new(entry.key.position, text, Mend::UnderGlobal(None)));
             }
             global.entries.splice(0..0, homeless);
         }
         None => {
-            let line = text.lines().nth(first.place.line - 1).unwrap_or_default();
+            let line = text.lines().nth(first.position.line - 1).unwrap_or_default();
             let told = "this key is in no section: write `[global]` before it, or a job's `[name]`";
-            faults.add(Fault::new(first.place, told, Mend::Write(format!("[{GLOBAL}]\n{line}"))));
-            sections
-                .insert(0, Section { name: Word { text: GLOBAL, place: first.place }, entries: homeless });
+            faults.add(Fault::new(first.position, told, Mend::Write(format!("[{GLOBAL}]\n{line}"))));
+            sections.insert(
+                0,
+                Section { name: Word { text: GLOBAL, position: first.position }, entries: homeless },
+            );
         }
     }
     sections
@@ -189,7 +192,7 @@ pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a
 fn section_name<'a>(line: usize, whole: &'a str, said: &Word<'a>, faults: &mut Faults) -> Word<'a> {
     let open = whole.find('[').unwrap_or_default();
     let end = whole.find([';', '#']).unwrap_or(whole.len());
-    let mut wrong = |place, text: &str, mend| faults.add(Fault::new(place, text, mend));
+    let mut wrong = |position, text: &str, mend| faults.add(Fault::new(position, text, mend));
     let close = match whole.find(']') {
         Some(close) if close < end => close,
         close => {
@@ -199,7 +202,7 @@ fn section_name<'a>(line: usize, whole: &'a str, said: &Word<'a>, faults: &mut F
                 Some(_) => format!("a section's name ends with `]`, before any comment: write `[{right}]`"),
                 None => format!("a section's name ends with `]`: write `[{right}]`"),
             };
-            wrong(said.place, &text, Mend::Write(format!("[{right}]")));
+            wrong(said.position, &text, Mend::Write(format!("[{right}]")));
             return name;
         }
     };
@@ -208,14 +211,14 @@ fn section_name<'a>(line: usize, whole: &'a str, said: &Word<'a>, faults: &mut F
     if !behind.text.is_empty() {
         let lines = format!("[{}]\n{}", name.text, behind.text);
         wrong(
-            behind.place,
+            behind.position,
             "there is something behind the section's name: begin a new line",
             Mend::Write(lines),
         );
     }
     if name.text.is_empty() {
         wrong(
-            said.place,
+            said.position,
             "a section needs a name: write `[job]`, or another one",
             Mend::Write("[job]".to_owned()),
         );
@@ -237,7 +240,7 @@ mod tests {
         assert_eq!(sections[1].name.text, "a b");
         let [size, thread] = &sections[0].entries[..] else { panic!("{sections:?}") };
         assert_eq!((size.key.text, size.value.unwrap().text), ("size", "4g"));
-        assert_eq!(size.value.unwrap().place, Place { line: 3, column: 9, width: 2 });
+        assert_eq!(size.value.unwrap().position, Position { line: 3, column: 9, width: 2 });
         assert_eq!((thread.key.text, thread.value.is_none()), ("thread", true));
     }
 

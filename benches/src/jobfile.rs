@@ -13,7 +13,7 @@ use vmprocess::signals;
 use vmprocess::size::Size;
 
 use super::foreign;
-use super::ini::{self, Entry, Fault, Faults, GLOBAL, Mend, Place, Section, Word};
+use super::ini::{self, Entry, Fault, Faults, GLOBAL, Mend, Position, Section, Word};
 use super::job::{Access, BenchEngine, Job, Length, Order, Scenario};
 
 /// A job file is text of a person; whatever is larger is not one.
@@ -108,11 +108,11 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
     let sections = ini::sections(text, &mut faults);
     check_sections(&sections, &mut faults);
     let (global, jobs): (Vec<_>, Vec<_>) = sections.iter().partition(|section| section.name.text == GLOBAL);
-    let start = Place { line: 1, column: 1, width: 1 };
+    let start = Position { line: 1, column: 1, width: 1 };
     let shared = Keys {
         own: global.first().map_or(&[][..], |global| &global.entries),
         inherited: &[],
-        header: global.first().map_or(start, |global| global.name.place),
+        header: global.first().map_or(start, |global| global.name.position),
     };
     // Of a job the same key is where it should not be, and that is told.
     if shared.find("ram").is_none()
@@ -122,11 +122,11 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
         faults.add(Fault::new(shared.header, text, Mend::UnderGlobal(Some("ram=2g".to_owned()))));
     }
     if jobs.is_empty() {
-        let place = sections
+        let position = sections
             .last()
-            .map_or(start, |section| section.entries.last().map_or(section.name, |entry| entry.key).place);
+            .map_or(start, |section| section.entries.last().map_or(section.name, |entry| entry.key).position);
         let text = "there is no job: write a section `[name]` with `size=` and `rw=` behind this";
-        faults.add(Fault::new(place, text, Mend::Add("[job]\nsize=64m\nrw=randrw".to_owned())));
+        faults.add(Fault::new(position, text, Mend::Add("[job]\nsize=64m\nrw=randrw".to_owned())));
     }
     let mut scenario = Scenario {
         name: name.to_owned(),
@@ -139,7 +139,7 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
     };
     let mut memory = 0u64;
     for (number, section) in jobs.iter().enumerate() {
-        let keys = Keys { own: &section.entries, inherited: shared.own, header: section.name.place };
+        let keys = Keys { own: &section.entries, inherited: shared.own, header: section.name.position };
         for (key, example) in [("size", "size=4g"), ("rw", "rw=randrw")] {
             if keys.find(key).is_none() {
                 let name = section.name.text;
@@ -152,19 +152,19 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
         if sequential && keys.find("random_distribution").is_some() && keys.is_good("random_distribution") {
             let text =
                 "`random_distribution` is for randread, randwrite and randrw: this job's order is sequential";
-            faults.add(Fault::new(keys.place_of("random_distribution"), text, Mend::Choose));
+            faults.add(Fault::new(keys.position_of("random_distribution"), text, Mend::Choose));
         }
         for misfit in misfits(&job) {
             // A wrong or missing value has been told; what would follow from it is unknown.
             if misfit.of.iter().all(|key| keys.is_good(key)) {
-                faults.add(Fault::new(keys.place_of(misfit.of[0]), misfit.text, Mend::Choose));
+                faults.add(Fault::new(keys.position_of(misfit.of[0]), misfit.text, Mend::Choose));
             }
         }
         let before = memory;
         memory = memory.saturating_add(job.size_bytes);
         if memory > MEMORY_MAX_BYTES && before <= MEMORY_MAX_BYTES {
             let text = format!("all areas together are more than {}", Size(MEMORY_MAX_BYTES));
-            faults.add(Fault::new(keys.place_of("size"), text, Mend::Choose));
+            faults.add(Fault::new(keys.position_of("size"), text, Mend::Choose));
         }
         scenario.jobs.push(job);
     }
@@ -182,9 +182,9 @@ fn check_sections(sections: &[Section], faults: &mut Faults) {
         if faults.is_full() {
             return;
         }
-        let Word { text: name, place } = section.name;
+        let Word { text: name, position } = section.name;
         if let Some(first) = sections[..number].iter().find(|other| other.name.text == name) {
-            let line = first.name.place.line;
+            let line = first.name.position.line;
             let (text, mend) = match name {
                 GLOBAL => {
                     (format!("[global] is there already, in line {line}: write its keys there"), Mend::Choose)
@@ -199,10 +199,10 @@ fn check_sections(sections: &[Section], faults: &mut Faults) {
                     (text, Mend::Write(format!("[{other}]")))
                 }
             };
-            faults.add(Fault::new(place, text, mend));
+            faults.add(Fault::new(position, text, mend));
         } else if name == GLOBAL && number > 0 {
             let text = "[global] comes first, for it holds for all jobs: write it before the first of them";
-            faults.add(Fault::new(place, text, Mend::Choose));
+            faults.add(Fault::new(position, text, Mend::Choose));
         }
         // What waits for the jobs before it has nothing to wait for.
         let first_job = sections[..number].iter().all(|section| section.name.text == GLOBAL);
@@ -222,9 +222,9 @@ fn check_sections(sections: &[Section], faults: &mut Faults) {
             if let Some(first) = first.filter(|_| known && !wrong) {
                 let text = format!(
                     "`{key}` is there already, in line {}: leave one of them out",
-                    first.key.place.line
+                    first.key.position.line
                 );
-                faults.add(Fault::new(entry.key.place, text, Mend::LeaveOut));
+                faults.add(Fault::new(entry.key.position, text, Mend::LeaveOut));
             }
         }
     }
@@ -234,7 +234,7 @@ fn check_sections(sections: &[Section], faults: &mut Faults) {
 fn blank(entry: &Entry) -> Fault {
     let line = line_of(entry.key.text, entry.value.map(|value| value.text));
     Fault::new(
-        entry.key.place,
+        entry.key.position,
         format!("a line is `key=value`, or `[section]`: write `{line}`"),
         Mend::Write(line),
     )
@@ -250,7 +250,7 @@ fn canonical(key: &str) -> &str {
 
 /// What is wrong with a key and its value. `alone`: no job of the file is before those that it holds for.
 fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> Result<(), Fault> {
-    let (key, place) = (entry.key.text, entry.key.place);
+    let (key, position) = (entry.key.text, entry.key.position);
     let value = entry.value.map(|value| value.text);
     let known = canonical(key);
     let here = |key: &str| section.entries.iter().any(|entry| canonical(entry.key.text) == key);
@@ -263,18 +263,18 @@ fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> 
             true => ("leave it out, [global] has it already", Mend::LeaveOut),
             false => ("write it under [global]", Mend::UnderGlobal(Some(line_of(key, value)))),
         };
-        return Err(Fault::new(place, format!("`{key}` is the same for all jobs: {what}"), mend));
+        return Err(Fault::new(position, format!("`{key}` is the same for all jobs: {what}"), mend));
     }
     if let Some(example) = example(known) {
         let example = line_of(key, Some(example));
         return match value {
             None | Some("") if !(value.is_none() && is_switch(known)) => Err(Fault::new(
-                place,
+                position,
                 format!("`{key}` needs a value, as in `{example}`"),
                 Mend::Write(example),
             )),
             Some(text) => check_value(known, text).map_err(|wrong| {
-                Fault::new(entry.value.unwrap_or(entry.key).place, wrong, Mend::Write(example))
+                Fault::new(entry.value.unwrap_or(entry.key).position, wrong, Mend::Write(example))
             }),
             None => Ok(()),
         };
@@ -284,14 +284,14 @@ fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> 
             return Ok(());
         }
         let text = "a job's name is that of its section, `[name]`: leave it out";
-        return Err(Fault::new(place, text, Mend::LeaveOut));
+        return Err(Fault::new(position, text, Mend::LeaveOut));
     }
     if key == "include" {
         let text = format!(
             "there is no `include` here: write the lines of {} instead",
             value.unwrap_or("that file")
         );
-        return Err(Fault::new(place, text, Mend::LeaveOut));
+        return Err(Fault::new(position, text, Mend::LeaveOut));
     }
     let there = |key: &str| here(key) || in_global(key);
     if let Some(instead) =
@@ -299,20 +299,20 @@ fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> 
     {
         let line = line_of(instead.0, Some(&instead.1));
         return Err(Fault::new(
-            place,
+            position,
             format!("there is no `{key}` here: write `{line}`"),
             Mend::Write(line),
         ));
     }
     if let Some(verdict) = foreign::verdict(key, value, alone) {
-        return verdict.map_err(|text| Fault::new(place, text, Mend::LeaveOut));
+        return verdict.map_err(|text| Fault::new(position, text, Mend::LeaveOut));
     }
     Err(unknown(entry, |key| here(key) || (GLOBAL_KEYS.contains(&key) && section.name.text != GLOBAL)))
 }
 
 /// A key that nobody knows. It is held for another one only if that is not taken and takes its value.
 fn unknown(entry: &Entry, taken: impl Fn(&str) -> bool) -> Fault {
-    let (key, place) = (entry.key.text, entry.key.place);
+    let (key, position) = (entry.key.text, entry.key.position);
     let value = entry.value.map(|value| value.text);
     let fits = |known: &str| match value {
         Some(text) => check_value(canonical(known), text).is_ok() && !text.is_empty(),
@@ -326,11 +326,15 @@ fn unknown(entry: &Entry, taken: impl Fn(&str) -> bool) -> Fault {
     match nearest {
         Some((_, known)) => {
             let text = format!("unknown key `{key}`: did you mean `{known}`?");
-            Fault::new(place, text, Mend::Write(line_of(known, value)))
+            Fault::new(position, text, Mend::Write(line_of(known, value)))
         }
         None => {
             let known = [&GLOBAL_KEYS[..], &JOB_KEYS].concat().join(", ");
-            Fault::new(place, format!("unknown key `{key}`: leave it out; known are {known}"), Mend::LeaveOut)
+            Fault::new(
+                position,
+                format!("unknown key `{key}`: leave it out; known are {known}"),
+                Mend::LeaveOut,
+            )
         }
     }
 }
@@ -403,7 +407,7 @@ fn check_block(bytes: u64) -> Result<(), String> {
 struct Keys<'a> {
     own: &'a [Entry<'a>],
     inherited: &'a [Entry<'a>],
-    header: Place,
+    header: Position,
 }
 
 impl Keys<'_> {
@@ -412,8 +416,8 @@ impl Keys<'_> {
     }
 
     /// The value of this key, or the section's name if it is not written anywhere.
-    fn place_of(&self, key: &str) -> Place {
-        self.find(key).map_or(self.header, |entry| entry.value.unwrap_or(entry.key).place)
+    fn position_of(&self, key: &str) -> Position {
+        self.find(key).map_or(self.header, |entry| entry.value.unwrap_or(entry.key).position)
     }
 
     /// Nothing is wrong with the key: it has a good value, or is missing and has a default.

@@ -167,7 +167,7 @@ fn every_fault_is_told_at_once() {
 /// Does what a fault's text says.
 fn mended(text: &str, fault: &Fault) -> Option<String> {
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    let at = fault.place.line - 1;
+    let at = fault.position.line - 1;
     let put = |lines: &mut Vec<String>, at: usize, new: &str| {
         let at = at.min(lines.len());
         lines.splice(at..at, new.lines().map(str::to_owned));
@@ -207,7 +207,8 @@ fn mended(text: &str, fault: &Fault) -> Option<String> {
 /// A line's words, wherever it stands.
 fn told(text: &str) -> Vec<(String, String)> {
     let faults = parse("x", text).map_or_else(|faults| faults.0, |_| Vec::new());
-    let line = |fault: &Fault| text.lines().nth(fault.place.line - 1).unwrap_or_default().trim().to_owned();
+    let line =
+        |fault: &Fault| text.lines().nth(fault.position.line - 1).unwrap_or_default().trim().to_owned();
     faults.iter().map(|fault| (fault.text.clone(), line(fault))).collect()
 }
 

@@ -16,7 +16,7 @@ use vmprocess::size::Size;
 
 use super::figures::{ROWS, cell, middle, short, usec};
 use super::job::{BenchEngine, Job, Scenario};
-use super::results::{Compared, Figure, OfEngine, Outcome};
+use super::results::{Compared, Figure, OfEngine, RunOutcome};
 use super::sample::{JobSample, Sample, Side};
 use super::settings::{ReportSettings, RunSettings, Style};
 use super::{costs, demands, fio, html};
@@ -61,7 +61,7 @@ fn write_runs(compared: &Compared, dir: &Path) -> Result<(), Failure> {
     let scenario = &compared.scenario;
     for of in &compared.engines {
         for (number, outcome) in of.outcomes.iter().enumerate() {
-            let Outcome::Measured(sample) = outcome else { continue };
+            let RunOutcome::Measured(sample) = outcome else { continue };
             let path = dir.join(format!("{}-{}-{}.json", scenario.name, of.engine.name(), number + 1));
             write_file(&path, &to_text(&fio::document(scenario, sample))?)?;
         }

@@ -10,15 +10,15 @@ use super::results::Spread;
 /// How one run ended.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Outcome {
+pub(super) enum MigrationOutcome {
     Measured(Measured),
     Failed(String),
 }
 
-impl Outcome {
+impl MigrationOutcome {
     pub(super) fn line(&self) -> String {
         match self {
-            Outcome::Measured(run) => format!(
+            MigrationOutcome::Measured(run) => format!(
                 "migration {:.2} s, downtime {:.1} ms, rewrite {:.2} s, {} page-ins, {} page-outs, {} mismatched",
                 run.migration_s,
                 run.downtime_ms,
@@ -27,7 +27,7 @@ impl Outcome {
                 run.pageouts_during,
                 run.mismatched_pages
             ),
-            Outcome::Failed(text) => format!("failed: {text}"),
+            MigrationOutcome::Failed(text) => format!("failed: {text}"),
         }
     }
 }
@@ -35,7 +35,7 @@ impl Outcome {
 struct OfTarget {
     target: Target,
     left_out: Option<String>,
-    outcomes: Vec<Outcome>,
+    outcomes: Vec<MigrationOutcome>,
 }
 
 /// All runs so far.
@@ -44,8 +44,8 @@ pub(super) struct Results(Vec<OfTarget>);
 impl OfTarget {
     fn runs(&self) -> impl Iterator<Item = &Measured> {
         self.outcomes.iter().filter_map(|outcome| match outcome {
-            Outcome::Measured(run) => Some(run),
-            Outcome::Failed(_) => None,
+            MigrationOutcome::Measured(run) => Some(run),
+            MigrationOutcome::Failed(_) => None,
         })
     }
 
@@ -55,8 +55,8 @@ impl OfTarget {
 
     fn failures(&self) -> Vec<&str> {
         let failed = self.outcomes.iter().filter_map(|outcome| match outcome {
-            Outcome::Failed(text) => Some(text.as_str()),
-            Outcome::Measured(_) => None,
+            MigrationOutcome::Failed(text) => Some(text.as_str()),
+            MigrationOutcome::Measured(_) => None,
         });
         failed.collect()
     }
@@ -76,7 +76,7 @@ impl Results {
         self.of(target).is_some_and(|of| of.left_out.is_some())
     }
 
-    pub(super) fn add(&mut self, target: Target, outcome: Outcome) {
+    pub(super) fn add(&mut self, target: Target, outcome: MigrationOutcome) {
         if let Some(of) = self.0.iter_mut().find(|of| of.target == target) {
             of.outcomes.push(outcome);
         }
@@ -205,8 +205,8 @@ fn row(of: &OfTarget) -> String {
 mod tests {
     use super::*;
 
-    fn run(migration_s: f64, rewrite_s: f64) -> Outcome {
-        Outcome::Measured(Measured {
+    fn run(migration_s: f64, rewrite_s: f64) -> MigrationOutcome {
+        MigrationOutcome::Measured(Measured {
             migration_s,
             downtime_ms: 40.0,
             rewrite_s,
@@ -224,7 +224,7 @@ mod tests {
         let mut results =
             Results::new(vec![(Target::Vmemd, None), (Target::Swap, Some("no root".to_owned()))]);
         results.add(Target::Vmemd, run(2.0, 1.0));
-        results.add(Target::Vmemd, Outcome::Failed("killed".to_owned()));
+        results.add(Target::Vmemd, MigrationOutcome::Failed("killed".to_owned()));
         let list: Value = serde_json::from_str(&results.json().unwrap()).unwrap();
         assert_eq!(list[0]["migration_s"], 2.0);
         assert_eq!(list[0]["failed"][0], "killed");

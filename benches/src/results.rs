@@ -8,7 +8,7 @@ use super::sample::{JobSample, Sample};
 /// How one run ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Outcome {
+pub(super) enum RunOutcome {
     Measured(Box<Sample>),
     Failed(String),
 }
@@ -19,21 +19,21 @@ pub(super) struct OfEngine {
     pub(super) engine: BenchEngine,
     /// Why it was not run.
     pub(super) left_out: Option<String>,
-    pub(super) outcomes: Vec<Outcome>,
+    pub(super) outcomes: Vec<RunOutcome>,
 }
 
 impl OfEngine {
     pub(super) fn samples(&self) -> impl Iterator<Item = &Sample> {
         self.outcomes.iter().filter_map(|outcome| match outcome {
-            Outcome::Measured(sample) => Some(&**sample),
-            Outcome::Failed(_) => None,
+            RunOutcome::Measured(sample) => Some(&**sample),
+            RunOutcome::Failed(_) => None,
         })
     }
 
     pub(super) fn failures(&self) -> impl Iterator<Item = &str> {
         self.outcomes.iter().filter_map(|outcome| match outcome {
-            Outcome::Measured(_) => None,
-            Outcome::Failed(text) => Some(text.as_str()),
+            RunOutcome::Measured(_) => None,
+            RunOutcome::Failed(text) => Some(text.as_str()),
         })
     }
 
@@ -217,9 +217,9 @@ pub(super) mod tests {
             engine,
             left_out: None,
             outcomes: vec![
-                Outcome::Measured(Box::new(sample(engine, &scenario.jobs, operations, us))),
-                Outcome::Failed("killed".to_owned()),
-                Outcome::Measured(Box::new(sample(engine, &scenario.jobs, operations * 3, us))),
+                RunOutcome::Measured(Box::new(sample(engine, &scenario.jobs, operations, us))),
+                RunOutcome::Failed("killed".to_owned()),
+                RunOutcome::Measured(Box::new(sample(engine, &scenario.jobs, operations * 3, us))),
             ],
         };
         let mut engines = vec![

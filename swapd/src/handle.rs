@@ -63,13 +63,13 @@ fn stats(response: Response) -> Stats {
 }
 
 /// The answer to a command that has been sent.
-pub type Answer<T> = oneshot::Receiver<Result<T, CommandError>>;
+pub type PendingAnswer<T> = oneshot::Receiver<Result<T, CommandError>>;
 
 /// Waits for an answer on an async runtime.
 ///
 /// # Errors
 /// The engine's refusal, or [`CommandError::Gone`] if it ended.
-pub async fn answered<T>(answer: Answer<T>) -> Result<T, CommandError> {
+pub async fn answered<T>(answer: PendingAnswer<T>) -> Result<T, CommandError> {
     answer.await.unwrap_or(Err(CommandError::Gone))
 }
 
@@ -78,7 +78,7 @@ impl EngineHandle {
         &self,
         request: Request,
         pick: impl FnOnce(Response) -> T + Send + 'static,
-    ) -> Answer<T> {
+    ) -> PendingAnswer<T> {
         let (sender, answer) = oneshot::channel();
         let reply =
             Box::new(move |response: Result<Response, CommandError>| sender.send(response.map(pick)).is_ok());
@@ -184,90 +184,90 @@ impl EngineHandle {
     }
 
     /// The same, not waited for.
-    pub fn subscribe_dirty_async(&self) -> Answer<DirtySubscription> {
+    pub fn subscribe_dirty_async(&self) -> PendingAnswer<DirtySubscription> {
         let handle = self.clone();
         self.ask(Request::SubscribeDirty, |response| DirtySubscription { handle, id: subscribed(response) })
     }
 
     /// Without prefetch only what is touched comes in: for measurements of what a guest touches.
-    pub fn set_prefetch_async(&self, on: bool) -> Answer<()> {
+    pub fn set_prefetch_async(&self, on: bool) -> PendingAnswer<()> {
         self.ask(Request::Prefetch(on), done)
     }
 
     /// Keeps the run's pages where they are (against page-out; the guest's own page-ins go on) until
     /// `release`, and says where they are. Nothing is paged in for it. One holder a page at a time.
-    pub fn hold_async(&self, run: Run) -> Answer<Vec<Piece>> {
+    pub fn hold_async(&self, run: Run) -> PendingAnswer<Vec<Piece>> {
         self.ask(Request::Hold(run), pieces)
     }
 
     /// Lets the run's pages leave the guest again. What `hold` said of them does not hold from then on.
-    pub fn release_async(&self, run: Run) -> Answer<()> {
+    pub fn release_async(&self, run: Run) -> PendingAnswer<()> {
         self.ask(Request::Release(run), done)
     }
 
     /// Checksums of pages in [`Place::Stored`](swapcore::api::Place::Stored) (valid while they are held).
-    pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
+    pub fn sums_async(&self, run: Run) -> PendingAnswer<Vec<u64>> {
         self.ask(Request::Sums(run), sums)
     }
 
     /// Copies of those of the pages that are in a frame outside the guest at this moment, whether they are held or not. Their writes
     /// to the store are not waited for.
-    pub fn staged_async(&self, pages: Vec<PageNo>) -> Answer<Copies> {
+    pub fn staged_async(&self, pages: Vec<PageNo>) -> PendingAnswer<Copies> {
         self.ask(Request::Staged(pages), copies)
     }
 
     /// One byte a page: 0 is cold or unknown.
-    pub fn heat_async(&self) -> Answer<Vec<u8>> {
+    pub fn heat_async(&self) -> PendingAnswer<Vec<u8>> {
         self.ask(Request::Heat, heat)
     }
 
     // ── the target's side of a migration ──────────────────────────────────────────────────
 
     /// Enters the receiving state with the source's heat, one byte a page. The guest must not run.
-    pub fn start_receiving_async(&self, heat: Vec<u8>) -> Answer<()> {
+    pub fn start_receiving_async(&self, heat: Vec<u8>) -> PendingAnswer<()> {
         self.ask(Request::StartReceiving(heat), done)
     }
 
     /// Newer heat from the source, for the pages still to come.
-    pub fn update_heat_async(&self, heat: Vec<u8>) -> Answer<()> {
+    pub fn update_heat_async(&self, heat: Vec<u8>) -> PendingAnswer<()> {
         self.ask(Request::UpdateHeat(heat), done)
     }
 
     /// Up to `count` contiguous frames to receive into; answers when at least one is free.
-    pub fn grant_frames_async(&self, count: u32) -> Answer<SlotRun> {
+    pub fn grant_frames_async(&self, count: u32) -> PendingAnswer<SlotRun> {
         self.ask(Request::GrantFrames(count), frames)
     }
 
     /// Gives back granted frames that were not received into. A frame that neither returns nor arrives is lost to
     /// the VM until its engine ends.
-    pub fn return_frames_async(&self, slots: SlotRun) -> Answer<()> {
+    pub fn return_frames_async(&self, slots: SlotRun) -> PendingAnswer<()> {
         self.ask(Request::ReturnFrames(slots), done)
     }
 
     /// Places received pages, each in RAM or in the store, replacing what was there. Answers at once;
     /// `settle_receiving` waits for the writes.
-    pub fn arrive_async(&self, arrival: Arrival) -> Answer<()> {
+    pub fn arrive_async(&self, arrival: Arrival) -> PendingAnswer<()> {
         self.ask(Request::Arrive(arrival), done)
     }
 
     /// Pages that arrive as zeros: they take no frame, and replace what was there.
-    pub fn arrive_zero_async(&self, run: Run) -> Answer<()> {
+    pub fn arrive_zero_async(&self, run: Run) -> PendingAnswer<()> {
         self.ask(Request::ArriveZero(run), done)
     }
 
     /// Pages that are lost at the source: a touch of them is a memory error here as well.
-    pub fn arrive_poisoned_async(&self, run: Run) -> Answer<()> {
+    pub fn arrive_poisoned_async(&self, run: Run) -> PendingAnswer<()> {
         self.ask(Request::ArrivePoisoned(run), done)
     }
 
     /// Answers when every page that has arrived is where it belongs: waits for the store.
-    pub fn settle_receiving_async(&self) -> Answer<()> {
+    pub fn settle_receiving_async(&self) -> PendingAnswer<()> {
         self.ask(Request::SettleReceiving, done)
     }
 
     /// Ends the receiving: the VM may run. Answers at once, and the last pages go to the store while it runs. Every granted frame must
     /// have come back.
-    pub fn finish_receiving_async(&self) -> Answer<Placed> {
+    pub fn finish_receiving_async(&self) -> PendingAnswer<Placed> {
         self.ask(Request::FinishReceiving, placed)
     }
 
@@ -277,12 +277,12 @@ impl EngineHandle {
     }
 
     /// [`EngineHandle::resident_map`], not waited for.
-    pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
+    pub fn resident_map_async(&self) -> PendingAnswer<Vec<Run>> {
         self.ask(Request::ResidentMap, runs)
     }
 
     /// The pages that are in the store, or on their way there, in ascending runs.
-    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
+    pub fn stored_map_async(&self) -> PendingAnswer<Vec<Run>> {
         self.ask(Request::StoredMap, runs)
     }
 
@@ -324,7 +324,7 @@ impl DirtySubscription {
     ///
     /// # Errors
     /// [`CommandError::Gone`] if the engine has ended.
-    pub fn collect_async(&self) -> Answer<DirtyPages> {
+    pub fn collect_async(&self) -> PendingAnswer<DirtyPages> {
         self.handle.ask(Request::CollectDirty(self.id), dirty)
     }
 

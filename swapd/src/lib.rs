@@ -17,7 +17,7 @@ pub use driver::engine::{Engine, EngineConfig, StoreConfig};
 pub use driver::locking::lock_limit;
 pub use driver::memory::huge_page_mode;
 pub use error::StartError;
-pub use handle::{Answer, DirtySubscription, EngineHandle, answered};
+pub use handle::{DirtySubscription, EngineHandle, PendingAnswer, answered};
 pub use notice::Notice;
 pub use reader::{CloneError, Cloned, StoredReader, verify};
 pub use swapcore::api::{

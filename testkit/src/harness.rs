@@ -66,7 +66,7 @@ macro_rules! main {
 }
 
 /// What became of a test.
-enum Outcome {
+enum TestOutcome {
     Passed,
     Skipped(Skipped),
     Failed(String),
@@ -81,41 +81,43 @@ impl Test {
         }
     }
 
-    fn run_here(&self) -> Outcome {
+    fn run_here(&self) -> TestOutcome {
         match catch_unwind(AssertUnwindSafe(self.run)) {
-            Ok(()) => Outcome::Passed,
+            Ok(()) => TestOutcome::Passed,
             Err(payload) => match payload.downcast::<Skipped>() {
-                Ok(skipped) => Outcome::Skipped(*skipped),
+                Ok(skipped) => TestOutcome::Skipped(*skipped),
                 // The panic hook has printed what it was.
-                Err(_) => Outcome::Failed(String::new()),
+                Err(_) => TestOutcome::Failed(String::new()),
             },
         }
     }
 
     /// In a process of its own.
-    fn run_apart(&self) -> Outcome {
+    fn run_apart(&self) -> TestOutcome {
         let ran = tempfile::tempfile().and_then(|output| {
             let status = self.process(&output)?.status()?;
             Ok((status, output))
         });
         let (status, mut output) = match ran {
             Ok(ran) => ran,
-            Err(error) => return Outcome::Failed(format!("cannot run it in a process of its own: {error}")),
+            Err(error) => {
+                return TestOutcome::Failed(format!("cannot run it in a process of its own: {error}"));
+            }
         };
         let mut said = Vec::new();
         if let Err(error) = output.rewind().and_then(|()| output.read_to_end(&mut said)) {
-            return Outcome::Failed(format!("cannot read its output: {error}"));
+            return TestOutcome::Failed(format!("cannot read its output: {error}"));
         }
         let said = String::from_utf8_lossy(&said).into_owned();
         match status.code() {
-            Some(0) => Outcome::Passed,
+            Some(0) => TestOutcome::Passed,
             Some(code) if code == i32::from(SKIPPED) => match Skipped::read(&said) {
-                Some(skipped) => Outcome::Skipped(skipped),
-                None => Outcome::Failed(format!("it ended with {code}\n{said}")),
+                Some(skipped) => TestOutcome::Skipped(skipped),
+                None => TestOutcome::Failed(format!("it ended with {code}\n{said}")),
             },
             // As after a panic, which has been told.
-            Some(101) => Outcome::Failed(said),
-            _ => Outcome::Failed(format!("{said}\nits process ended: {status}")),
+            Some(101) => TestOutcome::Failed(said),
+            _ => TestOutcome::Failed(format!("{said}\nits process ended: {status}")),
         }
     }
 
@@ -140,16 +142,16 @@ impl Skipped {
     }
 }
 
-impl Outcome {
+impl TestOutcome {
     fn told(self) -> Result<Completion, Failed> {
         match self {
-            Outcome::Passed => Ok(Completion::Completed),
-            Outcome::Skipped(skipped) if skip::must_run().contains(&skipped.reason) => {
+            TestOutcome::Passed => Ok(Completion::Completed),
+            TestOutcome::Skipped(skipped) if skip::must_run().contains(&skipped.reason) => {
                 Err(skip::forbidden(&skipped).into())
             }
-            Outcome::Skipped(skipped) => Ok(Completion::ignored_with(skipped)),
-            Outcome::Failed(said) if said.is_empty() => Err(Failed::without_message()),
-            Outcome::Failed(said) => Err(said.into()),
+            TestOutcome::Skipped(skipped) => Ok(Completion::ignored_with(skipped)),
+            TestOutcome::Failed(said) if said.is_empty() => Err(Failed::without_message()),
+            TestOutcome::Failed(said) => Err(said.into()),
         }
     }
 }
@@ -187,9 +189,9 @@ fn run_one(test: &'static Test) -> ExitCode {
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) };
     let thread = std::thread::Builder::new().name(test.path()).spawn(|| test.run_here());
     match thread.expect("a thread").join().expect("it catches all panics") {
-        Outcome::Passed => ExitCode::SUCCESS,
-        Outcome::Failed(_) => ExitCode::from(101),
-        Outcome::Skipped(skipped) => {
+        TestOutcome::Passed => ExitCode::SUCCESS,
+        TestOutcome::Failed(_) => ExitCode::from(101),
+        TestOutcome::Skipped(skipped) => {
             eprintln!("{}", skipped.line());
             ExitCode::from(SKIPPED)
         }

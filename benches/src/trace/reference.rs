@@ -5,7 +5,7 @@ use std::collections::{BinaryHeap, VecDeque};
 
 /// What became of a touch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Outcome {
+pub(super) enum TouchOutcome {
     Hit,
     /// The page got a frame; this one lost it, if there was no free one.
     Miss(Option<u32>),
@@ -13,7 +13,7 @@ pub(super) enum Outcome {
 
 /// A choice of victims, for a number of frames given at the start.
 pub(super) trait Policy {
-    fn touch(&mut self, page: u32) -> Outcome;
+    fn touch(&mut self, page: u32) -> TouchOutcome;
 }
 
 const NONE: u32 = u32::MAX;
@@ -54,17 +54,17 @@ impl Lru {
 }
 
 impl Policy for Lru {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         let outcome = if self.newer[page as usize] != NONE {
             self.unlink(page);
-            Outcome::Hit
+            TouchOutcome::Hit
         } else if self.free > 0 {
             self.free -= 1;
-            Outcome::Miss(None)
+            TouchOutcome::Miss(None)
         } else {
             let oldest = self.newer[self.head() as usize];
             self.unlink(oldest);
-            Outcome::Miss(Some(oldest))
+            TouchOutcome::Miss(Some(oldest))
         };
         self.link_newest(page);
         outcome
@@ -85,9 +85,9 @@ impl Fifo {
 }
 
 impl Policy for Fifo {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         if self.resident[page as usize] {
-            return Outcome::Hit;
+            return TouchOutcome::Hit;
         }
         let victim = if self.queue.len() == self.frames { self.queue.pop_front() } else { None };
         if let Some(victim) = victim {
@@ -95,7 +95,7 @@ impl Policy for Fifo {
         }
         self.resident[page as usize] = true;
         self.queue.push_back(page);
-        Outcome::Miss(victim)
+        TouchOutcome::Miss(victim)
     }
 }
 
@@ -115,15 +115,15 @@ impl Clock {
 }
 
 impl Policy for Clock {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         if self.resident[page as usize] {
             self.used[page as usize] = true;
-            return Outcome::Hit;
+            return TouchOutcome::Hit;
         }
         self.resident[page as usize] = true;
         if self.ring.len() < self.frames {
             self.ring.push(page);
-            return Outcome::Miss(None);
+            return TouchOutcome::Miss(None);
         }
         while std::mem::take(&mut self.used[self.ring[self.hand] as usize]) {
             self.hand = (self.hand + 1) % self.frames;
@@ -131,7 +131,7 @@ impl Policy for Clock {
         let victim = std::mem::replace(&mut self.ring[self.hand], page);
         self.hand = (self.hand + 1) % self.frames;
         self.resident[victim as usize] = false;
-        Outcome::Miss(Some(victim))
+        TouchOutcome::Miss(Some(victim))
     }
 }
 
@@ -164,10 +164,10 @@ impl Lfu {
 }
 
 impl Policy for Lfu {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         self.counts[page as usize] += 1;
         if self.resident[page as usize] {
-            return Outcome::Hit;
+            return TouchOutcome::Hit;
         }
         let victim = (self.order.len() == self.frames).then(|| self.evict());
         if let Some(victim) = victim {
@@ -175,7 +175,7 @@ impl Policy for Lfu {
         }
         self.resident[page as usize] = true;
         self.order.push(Reverse((self.counts[page as usize], page)));
-        Outcome::Miss(victim)
+        TouchOutcome::Miss(victim)
     }
 }
 
@@ -239,11 +239,11 @@ impl S3Fifo {
 }
 
 impl Policy for S3Fifo {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         if self.resident[page as usize] {
             let uses = &mut self.uses[page as usize];
             *uses = (*uses + 1).min(Self::USES_MAX);
-            return Outcome::Hit;
+            return TouchOutcome::Hit;
         }
         let was_ghost = self.is_ghost(page);
         let victim = (self.small.len() + self.main.len() == self.frames).then(|| self.evict());
@@ -258,7 +258,7 @@ impl Policy for S3Fifo {
         } else {
             self.small.push_back(page)
         }
-        Outcome::Miss(victim)
+        TouchOutcome::Miss(victim)
     }
 }
 
@@ -282,7 +282,7 @@ mod tests {
     }
 
     fn misses(policy: &mut dyn Policy, touches: &[u32]) -> usize {
-        touches.iter().filter(|page| policy.touch(**page) != Outcome::Hit).count()
+        touches.iter().filter(|page| policy.touch(**page) != TouchOutcome::Hit).count()
     }
 
     proptest! {
@@ -298,8 +298,8 @@ mod tests {
                 let (mut resident, mut missed) = (BTreeSet::new(), 0);
                 for page in &touches {
                     match policy.touch(*page) {
-                        Outcome::Hit => prop_assert!(resident.contains(page), "{name}: {page} was not there"),
-                        Outcome::Miss(victim) => {
+                        TouchOutcome::Hit => prop_assert!(resident.contains(page), "{name}: {page} was not there"),
+                        TouchOutcome::Miss(victim) => {
                             missed += 1;
                             if let Some(victim) = victim {
                                 prop_assert!(resident.remove(&victim), "{name}: {victim} was not there");
@@ -321,7 +321,7 @@ mod tests {
             for (at, page) in touches.iter().enumerate() {
                 let since: BTreeSet<_> = touches[..at].iter().rev().take_while(|other| *other != page).collect();
                 let hit = touches[..at].contains(page) && since.len() < frames;
-                prop_assert_eq!(lru.touch(*page) == Outcome::Hit, hit);
+                prop_assert_eq!(lru.touch(*page) == TouchOutcome::Hit, hit);
             }
         }
     }

@@ -5,7 +5,7 @@ use swapd::PageNo;
 use swapd::core::{BUDGET_MIN, CoreConfig, WalkStep, staging_blocks, staging_slots};
 use swapd::replay::{Counts, Pace, Replay};
 
-use super::reference::{Clock, Fifo, Lfu, Lru, Outcome, S3Fifo};
+use super::reference::{Clock, Fifo, Lfu, Lru, S3Fifo, TouchOutcome};
 use super::touches::Touches;
 use crate::optimum::{WRITE, optimum};
 
@@ -128,7 +128,7 @@ fn by_demand(touches: &Touches, policy: Policy, mut choice: impl super::referenc
     for (page, write, counts) in touches.all() {
         let counted = u64::from(counts);
         touched += counted;
-        if let Outcome::Miss(victim) = choice.touch(page) {
+        if let TouchOutcome::Miss(victim) = choice.touch(page) {
             read += counted * u64::from(has_content[page as usize]);
             let lost = victim.is_some_and(|victim| std::mem::take(&mut dirty[victim as usize]));
             written += counted * u64::from(lost);

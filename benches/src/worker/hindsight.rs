@@ -5,7 +5,7 @@
 
 use swapd::{Run, units::pages_in};
 
-use super::touch::{Mark, Record};
+use super::touch::{Mark, TouchRecord};
 use crate::job::{Job, Scenario};
 use crate::optimum::{WRITE, optimum};
 use crate::pattern::{Pattern, Touch};
@@ -14,13 +14,13 @@ use crate::pattern::{Pattern, Touch};
 const TOUCHES_MAX: u64 = 40_000_000;
 
 /// The optimum's hit rate in the measured phase. None if there were no touches, or too many of them.
-pub(super) fn hit_rate(scenario: &Scenario, areas: &[Run], records: &[Vec<Record>]) -> Option<f64> {
+pub(super) fn hit_rate(scenario: &Scenario, areas: &[Run], records: &[Vec<TouchRecord>]) -> Option<f64> {
     let mut streams: Vec<Stream<'_>> = Vec::new();
     for ((job, area), records) in scenario.jobs.iter().zip(areas).zip(records) {
         let stream = |(thread, record)| Stream::new(Pattern::new(job, *area, thread), record);
         streams.extend((0..).zip(records).map(stream));
     }
-    let all = records.iter().flatten().map(Record::measured);
+    let all = records.iter().flatten().map(TouchRecord::measured);
     let (before, total) = all.fold((0, 0), |sum, (start, end)| (sum.0 + start.touches, sum.1 + end.touches));
     if !(1..=TOUCHES_MAX).contains(&total) || areas.iter().any(|area| area.end().0 >= u64::from(WRITE)) {
         return None;
@@ -55,7 +55,7 @@ struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    fn new(pattern: Pattern, record: &'a Record) -> Stream<'a> {
+    fn new(pattern: Pattern, record: &'a TouchRecord) -> Stream<'a> {
         let mut stream = Stream {
             pattern,
             marks: record.marks.windows(2),
@@ -106,10 +106,10 @@ mod tests {
     use crate::sample::Times;
     use swapd::PageNo;
 
-    fn record(marks: &[(u64, u64)]) -> Record {
+    fn record(marks: &[(u64, u64)]) -> TouchRecord {
         let mark =
             |(ticks, touches): &(u64, u64)| Mark { ticks: *ticks, touches: *touches, operations: *touches };
-        Record {
+        TouchRecord {
             reads: Times::default(),
             writes: Times::default(),
             misses: Times::default(),

@@ -15,7 +15,7 @@ use crate::vmstat::Swapped;
 
 /// Unmapped when dropped: nothing may touch it any more then.
 #[derive(Debug)]
-pub(super) enum Memory {
+pub(super) enum TestedMemory {
     Engine(Engine),
     /// With the kernel's swap behind it.
     Swapped(PlainMemory),
@@ -41,8 +41,8 @@ impl DeviceCounts {
     }
 }
 
-impl Memory {
-    pub(super) fn start(request: &WorkerRequest) -> Result<Memory, Failure> {
+impl TestedMemory {
+    pub(super) fn start(request: &WorkerRequest) -> Result<TestedMemory, Failure> {
         let bytes = request.scenario.memory_bytes();
         let ram = request.scenario.ram_bytes.min(bytes);
         let plain = || {
@@ -53,12 +53,12 @@ impl Memory {
         match request.engine {
             BenchEngine::Vmemd => {
                 host::need_free_ram(ram, "this job")?;
-                start_engine(bytes, ram, &request.dir, request.scenario.encrypt).map(Memory::Engine)
+                start_engine(bytes, ram, &request.dir, request.scenario.encrypt).map(TestedMemory::Engine)
             }
-            BenchEngine::Swap => plain().map(Memory::Swapped),
+            BenchEngine::Swap => plain().map(TestedMemory::Swapped),
             BenchEngine::Mem => {
                 host::need_free_ram(bytes + HOST_RESERVE_BYTES, "this job on plain memory")?;
-                plain().map(Memory::Plain)
+                plain().map(TestedMemory::Plain)
             }
             BenchEngine::Raw => Err(Failure::new(Kind::Usage, "the raw engine has no memory")),
         }
@@ -66,14 +66,14 @@ impl Memory {
 
     pub(super) fn base(&self) -> Base {
         match self {
-            Memory::Engine(engine) => Base(engine.memory_base()),
-            Memory::Swapped(memory) | Memory::Plain(memory) => Base(memory.base()),
+            TestedMemory::Engine(engine) => Base(engine.memory_base()),
+            TestedMemory::Swapped(memory) | TestedMemory::Plain(memory) => Base(memory.base()),
         }
     }
 
     pub(super) fn counts(&self) -> Result<DeviceCounts, Failure> {
         match self {
-            Memory::Engine(engine) => {
+            TestedMemory::Engine(engine) => {
                 let stats = engine.handle().stats()?;
                 Ok(DeviceCounts {
                     pages_read: stats.store.pages_read,
@@ -81,11 +81,11 @@ impl Memory {
                     store_faults: Some(stats.faults.store),
                 })
             }
-            Memory::Swapped(_) => {
+            TestedMemory::Swapped(_) => {
                 let Swapped { ins, outs } = Swapped::now();
                 Ok(DeviceCounts { pages_read: ins, pages_written: outs, store_faults: None })
             }
-            Memory::Plain(_) => Ok(DeviceCounts::default()),
+            TestedMemory::Plain(_) => Ok(DeviceCounts::default()),
         }
     }
 }

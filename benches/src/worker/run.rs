@@ -12,8 +12,8 @@ use vmprocess::size::Size;
 use super::areas::areas;
 use super::clock::Clock;
 use super::content::{Base, Content};
-use super::memory::{DeviceCounts, Memory};
-use super::touch::{MissRule, Record, Toucher};
+use super::memory::{DeviceCounts, TestedMemory};
+use super::touch::{MissRule, TouchRecord, Toucher};
 use super::{hindsight, raw, usage};
 use crate::job::{BenchEngine, Job, Scenario, WorkerRequest};
 use crate::pattern::Pattern;
@@ -86,7 +86,7 @@ struct Moment {
 }
 
 impl Moment {
-    fn now(memory: &Memory) -> Result<Moment, Failure> {
+    fn now(memory: &TestedMemory) -> Result<Moment, Failure> {
         Ok(Moment { device: memory.counts()?, cpu_ns: usage::process_cpu_ns() })
     }
 }
@@ -100,7 +100,7 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
         scenario.jobs.iter().zip(&areas).map(|(job, area)| Team::new(clock, job, *area, rule)).collect();
     usage::lock_what_is_mapped();
     let started = Instant::now();
-    let memory = Memory::start(request)?;
+    let memory = TestedMemory::start(request)?;
     let start_ns = started.elapsed().as_nanos() as u64;
     let base = memory.base();
     for team in teams.iter().filter(|team| team.job.prefill) {
@@ -110,14 +110,14 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
     // Nobody touches it any more, and what comes now may need its room.
     drop(memory);
     let device = after.device.since(before.device);
-    let records: Vec<Vec<Record>> = teams
+    let records: Vec<Vec<TouchRecord>> = teams
         .into_iter()
         .map(|team| team.touchers.into_iter().map(|toucher| toucher.record).collect())
         .collect();
     // A swap engine's cgroup has no room for it.
     let wanted = request.optimum && request.engine == BenchEngine::Vmemd;
     let optimum_hit_rate = wanted.then(|| hindsight::hit_rate(scenario, &areas, &records)).flatten();
-    let job_sample = |(job, records): (&Job, &Vec<Record>)| job_sample(clock, job, records);
+    let job_sample = |(job, records): (&Job, &Vec<TouchRecord>)| job_sample(clock, job, records);
     Ok(Sample {
         engine: request.engine,
         jobs: scenario.jobs.iter().zip(&records).map(job_sample).collect(),
@@ -131,7 +131,11 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
 }
 
 /// Ramp and measured phase. Returns what was counted before and after the latter.
-fn run_phases(teams: &mut [Team<'_>], base: Base, memory: &Memory) -> Result<(Moment, Moment), Failure> {
+fn run_phases(
+    teams: &mut [Team<'_>],
+    base: Base,
+    memory: &TestedMemory,
+) -> Result<(Moment, Moment), Failure> {
     let ramp = Duration::from_millis(teams.iter().map(|team| team.job.ramp_ms).max().unwrap_or(0));
     let threads: usize = teams.iter().map(|team| team.touchers.len()).sum();
     let gate = Barrier::new(threads + 1);
@@ -164,12 +168,12 @@ fn run_phases(teams: &mut [Team<'_>], base: Base, memory: &Memory) -> Result<(Mo
     })
 }
 
-fn job_sample(clock: Clock, job: &Job, records: &[Record]) -> JobSample {
-    let side = |of: fn(&Record) -> &Times| {
+fn job_sample(clock: Clock, job: &Job, records: &[TouchRecord]) -> JobSample {
+    let side = |of: fn(&TouchRecord) -> &Times| {
         let times_ns = sum(records.iter().map(of));
         Side { operations: times_ns.0.len(), bytes: times_ns.0.len() * job.block_bytes, times_ns }
     };
-    let ends: Vec<_> = records.iter().map(Record::measured).collect();
+    let ends: Vec<_> = records.iter().map(TouchRecord::measured).collect();
     let start = ends.iter().map(|(start, _)| start.ticks).min().unwrap_or(0);
     let end = ends.iter().map(|(_, end)| end.ticks).max().unwrap_or(start);
     let runtime_ns = clock.ns(end - start);

@@ -51,7 +51,7 @@ pub(super) struct Mark {
 
 /// What one thread has measured.
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct TouchRecord {
     pub(super) reads: Times,
     pub(super) writes: Times,
     pub(super) misses: Times,
@@ -62,7 +62,7 @@ pub(super) struct Record {
     pub(super) measured_from: usize,
 }
 
-impl Record {
+impl TouchRecord {
     /// Where the measured phase began and ended.
     pub(super) fn measured(&self) -> (Mark, Mark) {
         let end = self.marks.last().copied().unwrap_or_default();
@@ -88,7 +88,7 @@ pub(super) struct Toucher {
     faults: Faults,
     at: Mark,
     next_mark: u64,
-    pub(super) record: Record,
+    pub(super) record: TouchRecord,
 }
 
 impl Toucher {
@@ -106,7 +106,7 @@ impl Toucher {
         let mut marks = vec![Mark::default(); (measured_ms + job.ramp_ms).min(MARKS_MAX) as usize + 16];
         // Their memory stays, and is in RAM now.
         marks.clear();
-        let record = Record {
+        let record = TouchRecord {
             reads: Times::default(),
             writes: Times::default(),
             misses: Times::default(),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::arguments::Failure;
 use crate::content::{self, PAGE};
 use crate::differences::Mismatched;
-use crate::pages::Memory;
+use crate::pages::PageBuffer;
 
 /// Memory of the job, unless said otherwise.
 pub(crate) const SIZE: usize = 64 << 20;
@@ -21,7 +21,7 @@ pub(crate) fn run(time: Duration, size: usize) -> Result<Mismatched, Failure> {
     if pages < PAGES {
         return Err(format!("{size} bytes are too few for a benchmark").into());
     }
-    let mut memory = Memory::new(pages * PAGE);
+    let mut memory = PageBuffer::new(pages * PAGE);
     // All of it is resident before the clock starts.
     memory.as_mut_slice().chunks_exact_mut(PAGE).for_each(|bytes| content::fill(bytes, 0, 0));
     let started = Instant::now();

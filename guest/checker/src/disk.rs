@@ -8,7 +8,7 @@ use std::time::Instant;
 use crate::arguments::Failure;
 use crate::content::{self, DISK, PAGE};
 use crate::differences::{Differences, Mismatched};
-use crate::pages::Memory;
+use crate::pages::PageBuffer;
 
 /// Bytes of one read.
 const PIECE: usize = 16 << 20;
@@ -29,7 +29,8 @@ pub(crate) fn check(device: &str, count: u64) -> Result<Mismatched, Failure> {
     if pieces < 2 {
         return Err(format!("{device} has less than {} bytes: make the image larger", 2 * PIECE).into());
     }
-    let mut buffers: Vec<(Memory, Option<u64>)> = (0..BUFFERS).map(|_| (Memory::new(PIECE), None)).collect();
+    let mut buffers: Vec<(PageBuffer, Option<u64>)> =
+        (0..BUFFERS).map(|_| (PageBuffer::new(PIECE), None)).collect();
     let mut differences = Differences::none("disk");
     let started = Instant::now();
     for read in 0..count {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::arguments::{self, Failure};
 use crate::content::{self, PAGE};
 use crate::differences::{Differences, Mismatched};
-use crate::pages::Memory;
+use crate::pages::PageBuffer;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Order {
@@ -47,7 +47,7 @@ impl FromStr for Until {
 }
 
 pub(crate) fn check(size: usize, until: Until, order: Order) -> Result<Mismatched, Failure> {
-    let mut memory = Memory::new(size / PAGE * PAGE);
+    let mut memory = PageBuffer::new(size / PAGE * PAGE);
     let pages = size / PAGE;
     let started = Instant::now();
     for (page, bytes) in memory.as_mut_slice().chunks_exact_mut(PAGE).enumerate() {

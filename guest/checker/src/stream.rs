@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::arguments::Failure;
 use crate::content::{self, PAGE, STREAM};
 use crate::differences::{Differences, Mismatched};
-use crate::pages::Memory;
+use crate::pages::PageBuffer;
 
 /// What is sent and received at once.
 const PIECE: usize = 1 << 20;
@@ -24,7 +24,7 @@ pub(crate) fn receive(port: u16) -> Result<Mismatched, Failure> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
     println!("checker stream listening port={port}");
     let (mut sender, _) = listener.accept()?;
-    let mut buffer = Memory::new(PIECE);
+    let mut buffer = PageBuffer::new(PIECE);
     let mut differences = Differences::none("stream");
     let (mut pages, mut received, mut said) = (0, 0, 0);
     let started = Instant::now();

@@ -4,7 +4,7 @@
 //! The VM stands still between the end of the receiving and its start, so nothing that the check needs is waited for then: it is asked
 //! for, and the answers are looked at when the VM runs. Pages that move while the engine still looks are counted as they were found.
 
-use swapd::{Answer, CommandError, Run, answered};
+use swapd::{CommandError, PendingAnswer, Run, answered};
 
 use crate::bitmap::Bitmap;
 use crate::limits::PLACEMENT_WINDOW;
@@ -16,9 +16,9 @@ use crate::report::Placement;
 pub(super) struct Check<'a> {
     handle: &'a EngineHandle,
     /// The pages in RAM and those in the store, until they are looked at.
-    maps: Option<[Answer<Vec<Run>>; 2]>,
+    maps: Option<[PendingAnswer<Vec<Run>>; 2]>,
     /// From the start of the VM on: when it was, and what is told of its writes.
-    started: Option<(Instant, Answer<DirtySubscription>)>,
+    started: Option<(Instant, PendingAnswer<DirtySubscription>)>,
 }
 
 impl<'a> Check<'a> {

@@ -12,12 +12,12 @@ const WAITING_PAGES: u32 = 2 * BURST_PAGES;
 
 const _: () = assert!(WAITING_PAGES > BURST_PAGES, "what waits must become a burst");
 
-/// A write that a lane has asked for.
+/// A write that a thread has asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Write {
-    pub(super) lane: usize,
+    pub(super) thread: usize,
     pub(super) run: Run,
-    /// Touches of its lane that are done with it.
+    /// Touches of its thread that are done with it.
     pub(super) touches: u64,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct WriteBehind {
 }
 
 impl WriteBehind {
-    /// Whether lanes must wait before they write more.
+    /// Whether threads must wait before they write more.
     pub(super) fn is_full(&self) -> bool {
         self.waiting_pages >= WAITING_PAGES
     }
@@ -68,7 +68,9 @@ impl Write {
     /// Whether one write can do for this one and the one behind it.
     fn takes(&self, behind: &Write) -> bool {
         let next: PageNo = self.run.end();
-        self.lane == behind.lane && next == behind.run.start && self.run.len + behind.run.len <= JOINED_PAGES
+        self.thread == behind.thread
+            && next == behind.run.start
+            && self.run.len + behind.run.len <= JOINED_PAGES
     }
 }
 
@@ -76,8 +78,8 @@ impl Write {
 mod tests {
     use super::*;
 
-    fn write(lane: usize, start: u64, len: u32) -> Write {
-        Write { lane, run: Run::new(PageNo(start), len), touches: start }
+    fn write(thread: usize, start: u64, len: u32) -> Write {
+        Write { thread, run: Run::new(PageNo(start), len), touches: start }
     }
 
     #[test]
@@ -99,11 +101,11 @@ mod tests {
     #[test]
     fn neighbours_of_one_lane_are_one_write() {
         let mut behind = WriteBehind::default();
-        for (lane, start, len) in [(0, 12, 2), (0, 10, 2), (1, 14, 1), (0, 20, JOINED_PAGES), (0, 19, 1)] {
-            behind.add(write(lane, start, len));
+        for (thread, start, len) in [(0, 12, 2), (0, 10, 2), (1, 14, 1), (0, 20, JOINED_PAGES), (0, 19, 1)] {
+            behind.add(write(thread, start, len));
         }
         let burst: Vec<_> = std::iter::from_fn(|| behind.next(true)).collect();
-        // One lane's progress is none of another's, and a write has its limit.
+        // One thread's progress is none of another's, and a write has its limit.
         let joined = Write { touches: 12, ..write(0, 10, 4) };
         assert_eq!(burst, [joined, write(1, 14, 1), write(0, 19, 1), write(0, 20, JOINED_PAGES)]);
     }

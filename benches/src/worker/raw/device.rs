@@ -44,10 +44,10 @@ pub(super) fn make(dir: &Path, bytes: u64) -> io::Result<File> {
 /// What is done on a slot of the ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Transfer {
-    pub(super) lane: usize,
+    pub(super) thread: usize,
     pub(super) run: Run,
     pub(super) write: bool,
-    /// Passed through: touches of the lane that are done with it.
+    /// Passed through: touches of the thread that are done with it.
     pub(super) touches: u64,
     pub(super) began: u64,
 }
@@ -97,7 +97,7 @@ impl Device {
     /// If all slots are in use.
     pub(super) fn start(&mut self, transfer: Transfer) {
         let vacant = if transfer.write { &mut self.vacant_for_writes } else { &mut self.vacant };
-        let slot = vacant.pop().expect("as many slots as lanes and writers need");
+        let slot = vacant.pop().expect("as many slots as threads and writers need");
         // SAFETY: within the mapping: a read's own part of it, or the part behind those, which all writes share.
         let at = unsafe { self.buffers.as_mut_ptr().add(slot.min(self.reads) * BUFFER_BYTES) };
         let (len, offset) = (transfer.run.bytes() as u32, transfer.run.start.offset());
