@@ -1,4 +1,5 @@
-//! What a crate's tests do with its fuzz targets, without the fuzzer: each gets its corpus, and what becomes of that by chance.
+//! What a crate's tests do with its fuzz targets, without the fuzzer: each gets its corpus, and what becomes of that
+//! by chance.
 //!
 //! Crates take this file in by its path: it needs nothing of theirs.
 

@@ -201,8 +201,9 @@ fn ctrl_c_of_migrate_or_its_death_leaves_the_vm_where_it_was() {
     host.wait_rounds("web", 1);
 }
 
-/// Begins a migration, and stops the receiving process while it copies: a cable holds the rest back until that process stands still,
-/// for a migration may be over sooner than a busy machine stops it. Returns that process as well, and the cable, which is to live on.
+/// Begins a migration, and stops the receiving process while it copies: a cable holds the rest back until that
+/// process stands still, for a migration may be over sooner than a busy machine stops it. Returns that process as
+/// well, and the cable, which is to live on.
 fn start_frozen_migration(host: &mut Host, address: &str) -> (common::Running, u32, HeldUp) {
     // Until it has filled its memory there may be less to send than the cable lets through.
     host.wait_rounds("web", 1);

@@ -61,8 +61,8 @@ fn quoted(text: &str) -> Vec<&str> {
     prose.flat_map(|line| line.split('`').skip(1).step_by(2)).collect()
 }
 
-/// Whether that is the name of a file of the repository, as a document names one: from its root, or with as much as tells it from others
-/// (`core/fault.rs`).
+/// Whether that is the name of a file of the repository, as a document names one: from its root, or with as much as
+/// tells it from others (`core/fault.rs`).
 fn names_a_file(quoted: &str) -> bool {
     const ENDINGS: [&str; 7] = [".rs", ".md", ".toml", ".fio", ".service", ".py", ".rules"];
     const ROOTS: [&str; 12] = [

@@ -1,6 +1,8 @@
-//! QEMU VMs, and somebody killed at each step of their hand-over: what ought to run runs, nothing is left behind.
+//! At each step of a QEMU VM's hand-over a process that takes part is killed. The VM runs where it ought to, and
+//! nothing is left behind.
 //!
-//! `VMEMD_LONG=1`: every step and everybody; without it, the steps at which it is decided who has the VM.
+//! With `VMEMD_LONG=1`, every step and every process; without it, the steps at which it is decided which side has the
+//! VM.
 
 #[macro_use]
 extern crate testkit;
@@ -31,7 +33,7 @@ enum Victim {
     Daemon,
 }
 
-/// What has just been sent, and not been heard, when somebody is killed.
+/// The steps: the message that has been sent, and not been heard, when the process is killed.
 const STEPS: [(&str, Word, usize); 6] = [
     ("the offer is accepted", Word::Accepted, 1),
     ("memory is copied", Word::Pages, 2),
@@ -100,7 +102,8 @@ impl Pair {
         guest
     }
 
-    /// Moves the VM away from that side and kills somebody at that step. Says where it runs then, if it does.
+    /// Moves the VM away from that side, and kills the victim at that step. Returns the side at which the VM runs
+    /// then; none if it runs nowhere.
     fn kill_at(
         &mut self,
         from: usize,
@@ -236,7 +239,7 @@ fn whoever_is_killed_at_whatever_step_what_ought_to_run_runs() {
     }
 }
 
-/// The shell in which `vmemd run` was typed, with everything that read what it printed.
+/// A VM lives on when the shell in which `vmemd run` was typed is killed, with the process that read its output.
 #[test]
 fn a_vm_survives_the_shell_that_started_it() {
     let qemu = Qemu::versions().remove(0);

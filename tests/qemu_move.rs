@@ -267,7 +267,8 @@ fn tell_monitor(path: &str, command: &str) {
     }
 }
 
-/// How many lines a guest that stands still has printed: what it printed just before may be in the console's socket still.
+/// How many lines a guest that stands still has printed: what it printed just before may be in the console's socket
+/// still.
 fn printed_at_rest(guest: &Guest) -> usize {
     wait_for("all that it has printed", || guest.console().all_lines()).len()
 }
@@ -306,8 +307,9 @@ fn a_paused_vm_arrives_paused() {
     }
 }
 
-/// Begins a migration, and stops the receiving QEMU while it copies: a cable holds the rest back until that QEMU stands still, for a
-/// migration may be over sooner than a busy machine stops it. Returns that QEMU as well, and the cable, which is to live on.
+/// Begins a migration, and stops the receiving QEMU while it copies: a cable holds the rest back until that QEMU
+/// stands still, for a migration may be over sooner than a busy machine stops it. Returns that QEMU as well, and the
+/// cable, which is to live on.
 fn frozen_migration(here: &mut Host, there: &Host, address: &str) -> (Running, u32, HeldUp) {
     let cable = hold_up(address, 4 << 20);
     let migrate = here.start(&["migrate", "db", "--to", cable.address()]);

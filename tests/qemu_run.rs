@@ -1,6 +1,7 @@
 //! Stock QEMUs with vmemd's memory: guests that check themselves while their memory comes and goes.
 //!
-//! `VMEMD_LONG=1` makes every test as long as `docs/qemu.md` says; without it they take the shortest time that can show a fault.
+//! `VMEMD_LONG=1` makes every test as long as `docs/qemu.md` says; without it they take the shortest time that can
+//! show a fault.
 
 #[macro_use]
 extern crate testkit;
@@ -24,7 +25,7 @@ use vmprocess::size::Size;
 
 /// How long a guest's job may take on a slow, busy machine.
 const JOB: Duration = Duration::from_secs(400);
-/// Between two changes of a budget that a person could make.
+/// Time between two changes of a budget, as a person could make them.
 const CHANGE_EVERY: Duration = Duration::from_secs(1);
 const MIB: u64 = 1 << 20;
 
@@ -76,12 +77,12 @@ impl Squeezer {
         Squeezer { stop, changes, thread: Some(thread) }
     }
 
-    /// How many changes there have been by now.
+    /// The number of changes by now.
     fn so_far(&self) -> u64 {
         self.changes.load(Ordering::SeqCst)
     }
 
-    /// How many changes there were.
+    /// Ends the changes, and returns how many there were.
     fn end(mut self) -> u64 {
         self.join();
         self.changes.load(Ordering::SeqCst)
@@ -261,7 +262,7 @@ fn what_cannot_work_is_refused_before_qemu_starts() {
     }
 }
 
-/// Nothing stands between QEMU and whoever started it, and nothing is left of one that is killed.
+/// `vmemd run` becomes QEMU, so a kill of its process is one of QEMU, and nothing is left of it.
 #[test]
 fn a_killed_qemu_leaves_nothing_behind() {
     for qemu in qemus().iter().take(1) {

@@ -1,4 +1,4 @@
-//! What a QEMU VM must not lose by a move: what its user has changed, saved, or begun through a monitor of his own.
+//! A move loses nothing that the VM's user has changed, saved or begun through a monitor of his own.
 
 #[macro_use]
 extern crate testkit;
@@ -137,7 +137,8 @@ fn memory_is_right(guest: &Guest) {
 /// Saves the whole VM in its disk, lets it go on, and goes back: the guest counts on from there.
 fn saves_and_goes_back(monitor: &mut Monitor, guest: &Guest, name: &str) {
     assert_eq!(monitor.human(&format!("savevm {name}")), "");
-    // What it has said so far may still be on its way, so this is at most what it knew when it was saved, or shortly after.
+    // What it has said so far may still be on its way, so this is at most what it knew when it was saved, or shortly
+    // after.
     let known = beats(guest).last().copied().expect("it counts");
     let disks = monitor.ask("query-block", json!({}));
     let snapshots = disks[0]["inserted"]["image"]["snapshots"].as_array().expect("snapshots").clone();
@@ -394,8 +395,8 @@ impl Drop for Started {
     }
 }
 
-/// Somebody else starts QEMU, with a path changed, a device added, or libvirt's own words: the target would start it with what was
-/// printed, on another disk.
+/// Somebody else starts QEMU, with a path changed, a device added, or libvirt's own words: the target would start it
+/// with what was printed, on another disk.
 #[test]
 fn a_qemu_that_was_started_with_other_words_than_were_printed_stays() {
     for qemu in qemus() {

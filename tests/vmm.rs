@@ -14,7 +14,7 @@ use guest::{Guest, config, memory, uffd};
 use testkit::{OrSkip, Reason};
 use vmemd::vmm::{Machine, RunState, VmmError, saved_config};
 
-/// Pausing a machine takes a few ms: more, and it waits for something.
+/// Pausing a machine takes a few ms. One that takes longer than this has waited for something.
 const QUICKLY: Duration = Duration::from_secs(2);
 /// Patterns that go round, on a working set that takes little time.
 const ROUND_PATTERNS: [&str; 5] = [
@@ -337,8 +337,8 @@ fn faults_may_wait_for_another_thread() {
     guest.wait("some filling", |counters| counters.filled_pages >= 512);
     server.stall(true);
     guest.wait("both vCPUs in unserved faults", |_| server.waiting() >= 2);
-    // Nobody serves, and yet vCPUs leave the guest: a kick breaks the wait off. One of some tries is quick: others may keep the machine
-    // busy for a moment.
+    // Nobody serves, and yet vCPUs leave the guest: a kick breaks the wait off. One of some tries is quick: others
+    // may keep the machine busy for a moment.
     let mut fastest = Duration::MAX;
     for _ in 0..5 {
         let start = Instant::now();

@@ -1,13 +1,14 @@
 //! INI text as fio writes it: `[section]`, `key=value` or `key` alone, comments from `;` or `#` to the end of the line.
 //!
-//! Every word keeps its place, so that whoever makes sense of it can point at what is wrong.
+//! Every word keeps its position in the text, so that a later stage can point at the word that is wrong.
 
 /// The section that holds for all others.
 pub(super) const GLOBAL: &str = "global";
 /// Lines longer than this are not shown in an error.
 const LONGEST_SHOWN: usize = 160;
 
-/// Characters of a text: line and column of the first, both counted from one, and how many.
+/// Where some characters of a text are: line and column of the first one, both counted from one, and how many they
+/// are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position {
     pub(super) line: usize,
@@ -24,9 +25,9 @@ pub(super) struct Word<'a> {
 #[derive(Clone, Debug)]
 pub(super) struct Entry<'a> {
     pub(super) key: Word<'a>,
-    /// None without `=`.
+    /// The value; none if the line has no `=`.
     pub(super) value: Option<Word<'a>>,
-    /// Key and value have a blank between them instead of `=`, which is a fault.
+    /// Key and value have a blank between them where `=` belongs, which is a fault.
     pub(super) blank: bool,
 }
 
@@ -36,7 +37,7 @@ pub(super) struct Section<'a> {
     pub(super) entries: Vec<Entry<'a>>,
 }
 
-/// What is wrong with a text, where, and how it is mended.
+/// Something that is wrong with a text: what it is, its position, and how it is mended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
     pub(super) position: Position,
@@ -44,18 +45,18 @@ pub(crate) struct Fault {
     pub(super) mend: Mend,
 }
 
-/// What a fault's text says is to be done, for a test to do it.
+/// The mend that a fault's text describes, in a form that a test can carry out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Mend {
-    /// The text says what is right and leaves the choice.
+    /// The text says which values are right, and leaves the choice.
     Choose,
-    /// The line goes.
+    /// The line is to be removed.
     LeaveOut,
-    /// These lines stand in the place of the line.
+    /// These lines are to replace the line.
     Write(String),
-    /// This line stands behind the line.
+    /// This line is to be added after the line.
     Add(String),
-    /// The line stands under `[global]` instead, or this one does.
+    /// The line, or else this one, is to be moved under `[global]`.
     UnderGlobal(Option<String>),
 }
 
@@ -79,18 +80,18 @@ impl Fault {
     }
 }
 
-/// Faults that are shown; a file that is no job file at all has as many as lines.
+/// Most faults that are shown: a file that is no job file at all has one in every line.
 const SHOWN_MAX: usize = 50;
 
-/// Faults that are looked for: every further one is compared with all lines.
+/// Most faults that are collected: each new one is compared with all before it, so that many would take long.
 const FAULTS_MAX: usize = 200;
 
-/// All that is wrong with a text.
+/// All faults of a text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Faults(pub(super) Vec<Fault>);
 
 impl Faults {
-    /// The same fault of a line that several jobs inherit is one.
+    /// Adds a fault. A fault of a line that several jobs inherit is found once for each of them, and counts once.
     pub(super) fn add(&mut self, fault: Fault) {
         if !self.is_full() && !self.0.contains(&fault) {
             self.0.push(fault);
@@ -101,7 +102,7 @@ impl Faults {
         self.0.len() >= FAULTS_MAX
     }
 
-    /// In the text's order.
+    /// Sorts the faults by their position.
     pub(super) fn sorted(mut self) -> Faults {
         self.0.sort_by_key(|fault| (fault.position.line, fault.position.column));
         self
@@ -127,7 +128,8 @@ fn word(line: usize, whole: &str, start: usize, end: usize) -> Word<'_> {
     Word { text, position }
 }
 
-/// The sections of a text, in its order. What is wrong goes to `faults`, and is read as what it was probably meant to be.
+/// The sections of a text, in its order. A line that is wrong is added to `faults`, and read as what was probably
+/// meant: so the faults after it are found as well.
 pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a>> {
     let mut sections: Vec<Section> = Vec::new();
     let mut homeless: Vec<Entry> = Vec::new();

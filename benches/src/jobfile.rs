@@ -510,7 +510,8 @@ fn misfits(job: &Job) -> Vec<Misfit> {
     let share =
         if sequential { working_set / PAGE / u64::from(job.threads.max(1)) * PAGE } else { working_set };
     if share < job.block_bytes.max(PAGE) {
-        let text = "the working set is too small: each thread of a sequential job has its own part, of at least one `bs`";
+        let text = "the working set is too small: each thread of a sequential job has its own part, of at least one \
+             `bs`";
         fail(&["numjobs", "size", "working_set", "bs", "rw"], text.to_owned());
     }
     if job.stride_pages > 1 {

@@ -106,7 +106,7 @@ impl Results {
     fn value(&self, of: &OfTarget) -> Value {
         let median = |value| of.spread(value).map(|spread| spread.median);
         let spread = |value| of.spread(value).map(|spread| json!({ "min": spread.min, "max": spread.max }));
-        // The worst of all runs: none of these may be hidden by a median.
+        // Not medians, but the worst of all runs: one run with a wrong page must show.
         let most = |value: fn(&Measured) -> u64| of.runs().map(value).max();
         let mut ratios = serde_json::Map::new();
         for to in self.0.iter().filter(|to| to.target != of.target) {
@@ -137,7 +137,8 @@ impl Results {
 
     pub(super) fn table(&self, settings: &Settings) -> String {
         let mut text = format!(
-            "A VM of {:#} migrates into {:#} and rewrites half of its memory there: medians of {} (lowest – highest)\n\n",
+            "A VM of {:#} migrates into {:#} and rewrites half of its memory there: medians of {} (lowest – \
+                 highest)\n\n",
             settings.memory, settings.ram, settings.repeat
         );
         text += &format!(

@@ -17,7 +17,7 @@ pub(super) enum RunOutcome {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct OfEngine {
     pub(super) engine: BenchEngine,
-    /// Why it was not run.
+    /// The reason why the engine was not run; none if it was.
     pub(super) left_out: Option<String>,
     pub(super) outcomes: Vec<RunOutcome>,
 }
@@ -37,7 +37,7 @@ impl OfEngine {
         })
     }
 
-    /// Of all runs, of the job at this place.
+    /// Median and spread of a figure of the job with this index, over all runs that were measured.
     pub(super) fn spread(&self, job: usize, figure: Figure) -> Option<Spread> {
         let runs = self.samples().filter_map(|sample| Some(Run { sample, job: sample.jobs.get(job)? }));
         Spread::of(runs.filter_map(|run| figure.of(&run)).collect())
@@ -81,7 +81,7 @@ pub(super) struct Run<'a> {
     pub(super) job: &'a JobSample,
 }
 
-/// What is told of a job.
+/// A figure of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Figure {
     TouchesPerSecond,
@@ -91,9 +91,9 @@ pub(super) enum Figure {
     Miss(u32),
     /// CPU time of the whole process a miss of any job, in µs.
     CpuPerMiss,
-    /// The same, a touch.
+    /// CPU time of the whole process a touch of any job, in µs.
     CpuPerTouch,
-    /// In percent, of the jobs together.
+    /// Hit rate of all jobs together, in percent.
     HitRate,
     OptimumHitRate,
     StartMillis,

@@ -107,7 +107,8 @@ fn edited(edits: &[Edit]) -> Vec<Step> {
 struct Teller {
     source: Source,
     sent: [Totals; 2],
-    /// It waits for the target to be ready however long that takes, for it will be; else only for as long as the target says something.
+    /// It waits for the target to be ready however long that takes, for it will be; else only for as long as the
+    /// target says something.
     waits: bool,
 }
 

@@ -1,4 +1,4 @@
-//! How much state of vCPUs and devices a VM may have, and when it is known that it has more.
+//! The limit on the state of a VM's vCPUs and devices, and when a migration notices that a VM has more.
 
 #[macro_use]
 extern crate testkit;

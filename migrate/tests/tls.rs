@@ -1,4 +1,4 @@
-//! Who is let in, and what becomes of connections that are tampered with: the real TLS stack over loopback.
+//! The real TLS stack over loopback: which peers are let in, and how connections end that are tampered with.
 
 #[macro_use]
 extern crate testkit;
@@ -243,7 +243,8 @@ fn old_broken_and_slow_greetings_end_in_time() {
     drop(cut);
     assert!(matches!(gate.next(), Err(TlsError::Link(_))));
 
-    // A byte now and then does not make it longer: the whole greeting, which would be refused for its version, takes 30 times as long.
+    // A byte now and then does not make it longer: the whole greeting, which would be refused for its version, takes
+    // 30 times as long.
     let mut slow = connect(&hasty);
     let dripping = std::thread::spawn(move || {
         for byte in hello_of_tls_1_2().iter().cycle() {

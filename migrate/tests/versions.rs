@@ -1,4 +1,4 @@
-//! Peers that know other versions of the protocol than this one: what is chosen, and what is said if there is nothing to choose.
+//! Peers that know other versions of the protocol: the version that is chosen, and the error if no version is common.
 
 #[macro_use]
 extern crate testkit;
@@ -110,7 +110,8 @@ fn a_source_without_a_common_version_hears_both_ranges_and_so_does_the_target() 
         "the source speaks versions 0 to 1 of the migration protocol, the target version 2: update vmemd at the source",
         "the source speaks version 1 of the migration protocol, the target version 2: update vmemd at the source",
         "the source speaks version 3 of the migration protocol, the target version 2: update vmemd at the target",
-        "the source speaks versions 3 to 258 of the migration protocol, the target version 2: update vmemd at the target",
+        "the source speaks versions 3 to 258 of the migration protocol, the target version 2: update vmemd at the \
+             target",
     ]) {
         let streams = Hello::Stream(migrate::StreamHello { session: SESSION, index: 0 });
         for hello in [Hello::Session(hello_of(SESSION)), streams] {

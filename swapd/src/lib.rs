@@ -1,4 +1,5 @@
-//! vmemd's swap engine: one VM's private virtual memory. What it decides is in `swapcore`; here is what it does that with.
+//! vmemd's swap engine, which gives one VM a private virtual memory. Its decisions are made in `swapcore`; this crate
+//! carries them out with userfaultfd, io_uring and memory mappings.
 
 #![deny(missing_docs)]
 

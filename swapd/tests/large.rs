@@ -20,7 +20,8 @@ const BUDGET: u64 = 64 * MIB;
 const BLOCKS: u64 = 512;
 const PAGES_A_BLOCK: u64 = 48;
 const BLOCK_PAGES: u64 = 512;
-/// It takes a few ms. One of so many starts does: a busy machine or a disk that stalls for a moment holds up single ones.
+/// It takes a few ms. One of so many starts does: a busy machine or a disk that stalls for a moment holds up single
+/// ones.
 const START_MAX: Duration = Duration::from_secs(3);
 const STARTS: usize = 5;
 

@@ -1,4 +1,5 @@
-//! Frames that something holds where they are: buffers registered with io_uring, and pages that the host would merge (KSM).
+//! Frames that cannot move because something holds them: buffers registered with io_uring, and pages that the host
+//! would merge (KSM).
 
 #[macro_use]
 extern crate testkit;
@@ -29,8 +30,8 @@ fn start(memory: u64, budget: u64) -> (Vm, Receiver<Notice>) {
     (Vm::of(started(Engine::start(config(memory, budget, store_directory(), false), notify))), told)
 }
 
-/// Registers the first bytes of the VM's memory as buffers of a ring: they stay where they are for as long as it lives. Ends the
-/// test where this user may not.
+/// Registers the first bytes of the VM's memory as buffers of a ring: they stay where they are for as long as it
+/// lives. Ends the test where this user may not.
 fn pin(vm: &Vm, bytes: u64) -> IoUring {
     let ring = IoUring::new(2).expect("a ring, as the engine has one");
     let at = vm.addresses().start as *mut libc::c_void;

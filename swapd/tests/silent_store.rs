@@ -1,5 +1,6 @@
-//! A store that falls silent, or fails at everything, and comes back, on the real kernel and under a VM that reads and writes: no page is
-//! lost, none is wrong, and the VM goes on. `VMEMD_LONG=1` has it be away for a minute as well.
+//! A store that falls silent, or fails at everything, and comes back, on the real kernel and under a VM that reads
+//! and writes: no page is lost, none is wrong, and the VM goes on. `VMEMD_LONG=1` has it be away for a minute as
+//! well.
 
 #[macro_use]
 extern crate testkit;
@@ -63,8 +64,8 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// One thread reads and verifies the first half of memory, another rewrites the second, round after round, while `meanwhile` runs; then
-/// each goes on for a while, and all of memory is looked at.
+/// One thread reads and verifies the first half of memory, another rewrites the second, round after round, while
+/// `meanwhile` runs; then each goes on for a while, and all of memory is looked at.
 fn busy(vm: &Vm, meanwhile: impl FnOnce()) {
     vm.write_all(1);
     let half = vm.pages() / 2;

@@ -1,5 +1,5 @@
-//! Space comes back: what the guest gives back leaves holes in the store's file, or is discarded on its device, and a full store gives up
-//! the copies of pages that are in RAM.
+//! Space comes back: what the guest gives back leaves holes in the store's file, or is discarded on its device, and a
+//! full store gives up the copies of pages that are in RAM.
 
 #[macro_use]
 extern crate testkit;
@@ -74,7 +74,8 @@ fn until_punched(bytes: u64) -> Duration {
     began.elapsed()
 }
 
-/// Everything is written and paged out; a part in the middle is given back, its space is free within seconds, and nothing else is harmed.
+/// Everything is written and paged out; a part in the middle is given back, its space is free within seconds, and
+/// nothing else is harmed.
 fn gives_back(vm: &Vm, gone: Run, taken: impl Fn() -> u64) {
     let all = Run::new(PageNo(0), vm.pages() as u32);
     let handle = vm.handle();

@@ -1,4 +1,5 @@
-//! A test harness that tells tests which could not run here from those that passed: `cargo test`'s own has no way to.
+//! A test harness that tells tests which could not run on this host from those that passed, which `cargo test`'s own
+//! cannot.
 //!
 //! ```text
 //! #[test] fn a() ─▶ inventory ─▶ main ─▶ libtest-mimic: arguments, threads, the list of what became of each
@@ -9,16 +10,17 @@
 //!                                            ▼
 //!                         0 passed · 77 skipped, the reason in the last line · else failed
 //! ```
-//! Each test has a process of its own, because nobody but `cargo test`'s harness can catch what a thread prints. With `--nocapture` all
-//! run in one, as there. What a file of tests needs: `harness = false` in its Cargo.toml, and
+//! Each test runs in a process of its own: only `cargo test`'s harness can catch what a thread prints, and this one
+//! catches what a process prints. With `--nocapture` all tests run in one process, as with `cargo test`'s. A file of
+//! tests needs `harness = false` in its Cargo.toml, and begins with
 //! ```text
 //! #[macro_use]
 //! extern crate testkit;
 //!
 //! testkit::main!();
 //! ```
-//! The first lines make `#[test]` that of this crate, in all modules: the language's own takes the function away where there is no
-//! harness of `cargo test`'s, and nobody would miss it.
+//! The first two lines make `#[test]` this crate's attribute in all modules. The language's own removes a test where
+//! `cargo test`'s harness is switched off, and nobody would notice that it does not run.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -34,7 +36,7 @@ use crate::skip::{self, Skipped};
 pub struct Test {
     pub module: &'static str,
     pub name: &'static str,
-    /// It runs only if asked for, and why.
+    /// The reason why the test runs only if it is asked for (`#[ignore]`); none if it always runs.
     pub ignored: Option<&'static str>,
     pub run: fn(),
 }
@@ -45,14 +47,14 @@ inventory::collect!(Test);
 const RUN_ONE: &str = "--run-one";
 /// Its exit code, if the test was skipped.
 const SKIPPED: u8 = 77;
-/// Begins the last line of its output then.
+/// The last line of its output begins with this, if the test was skipped.
 const SKIPPED_LINE: &str = "\u{1}skipped ";
 
 /// The program's `main`. Once in each file of tests, or in a library's `lib.rs` under `cfg(test)`.
 #[macro_export]
 macro_rules! main {
     () => {
-        /// The harness.
+        /// Runs this program's tests.
         fn main() -> ::std::process::ExitCode {
             $crate::harness::main()
         }
@@ -65,7 +67,7 @@ macro_rules! main {
     };
 }
 
-/// What became of a test.
+/// How a test ended.
 enum TestOutcome {
     Passed,
     Skipped(Skipped),
@@ -73,7 +75,7 @@ enum TestOutcome {
 }
 
 impl Test {
-    /// As `cargo test`'s harness would call it: with the modules below the crate's root.
+    /// The test's name with its modules below the crate's root, as `cargo test`'s harness would print it.
     fn path(&self) -> String {
         match self.module.split_once("::") {
             Some((_, module)) => format!("{module}::{}", self.name),
@@ -92,7 +94,7 @@ impl Test {
         }
     }
 
-    /// In a process of its own.
+    /// Runs the test in a process of its own, which is this program with [`RUN_ONE`].
     fn run_apart(&self) -> TestOutcome {
         let ran = tempfile::tempfile().and_then(|output| {
             let status = self.process(&output)?.status()?;
@@ -115,7 +117,7 @@ impl Test {
                 Some(skipped) => TestOutcome::Skipped(skipped),
                 None => TestOutcome::Failed(format!("it ended with {code}\n{said}")),
             },
-            // As after a panic, which has been told.
+            // The exit code after a panic; its message is in the output.
             Some(101) => TestOutcome::Failed(said),
             _ => TestOutcome::Failed(format!("{said}\nits process ended: {status}")),
         }
@@ -130,7 +132,7 @@ impl Test {
 }
 
 impl Skipped {
-    /// As the last line of a process's output.
+    /// The last line of a process's output that says so.
     fn line(&self) -> String {
         format!("{SKIPPED_LINE}{}: {}", self.reason, self.why.trim().replace('\n', "; "))
     }
@@ -182,9 +184,9 @@ pub fn main() -> ExitCode {
     libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit_code()
 }
 
-/// The whole of a process of one test.
+/// All that a process does which was started for one test.
 fn run_one(test: &'static Test) -> ExitCode {
-    // Whoever ends the harness ends its tests.
+    // A test must not outlive the harness: it ends when the harness is killed.
     // SAFETY: no memory arguments.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) };
     let thread = std::thread::Builder::new().name(test.path()).spawn(|| test.run_here());

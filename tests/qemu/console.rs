@@ -1,4 +1,5 @@
-//! A serial console on a Unix socket: bytes are kept by connection, lines are made of them all.
+//! A serial console on a Unix socket. Bytes are kept for each connection; the lines are those of all connections, one
+//! after the other.
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
@@ -56,7 +57,8 @@ impl Console {
         lines(&self.shared.connections.lock().expect("a lock"))
     }
 
-    /// Every whole line, if all that QEMU has printed so far has been read: what it printed before it was stopped, say.
+    /// Every whole line, once all that QEMU has printed so far has been read; none before that. Of a QEMU that stands
+    /// still these are all its lines.
     pub(crate) fn all_lines(&self) -> Option<Vec<String>> {
         let connections = self.shared.connections.lock().expect("a lock");
         connections.iter().all(|connection| unread(&connection.stream) == 0).then(|| lines(&connections))

@@ -1,13 +1,14 @@
-//! Policies from the literature, as plain as they come: what the engine's own is compared with.
+//! Policies from the literature in their plainest form, with which the engine's own is compared.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-/// What became of a touch.
+/// How a policy answered a touch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum TouchOutcome {
     Hit,
-    /// The page got a frame; this one lost it, if there was no free one.
+    /// The page was not resident and got a frame. The page named here lost its frame for that; none if a frame was
+    /// free.
     Miss(Option<u32>),
 }
 
@@ -18,9 +19,10 @@ pub(super) trait Policy {
 
 const NONE: u32 = u32::MAX;
 
-/// The least recently used page goes.
+/// LRU: the victim is the page that was not used for the longest time.
 pub(super) struct Lru {
-    /// Neighbours in a ring of the resident pages; the last element is the ring's head. `NONE`: not resident.
+    /// The neighbours of each page in a ring of the resident pages; the last element is the ring's head. `NONE`: the
+    /// page is not resident.
     newer: Vec<u32>,
     older: Vec<u32>,
     free: usize,
@@ -71,7 +73,7 @@ impl Policy for Lru {
     }
 }
 
-/// The page that came first goes.
+/// FIFO: the victim is the page that came in first.
 pub(super) struct Fifo {
     queue: VecDeque<u32>,
     resident: Vec<bool>,
@@ -99,7 +101,7 @@ impl Policy for Fifo {
     }
 }
 
-/// First in, first out, with a second chance for what was used since the hand came by (Corbató 1968).
+/// CLOCK (Corbató 1968): FIFO, but a page that was used since the hand last came by is passed over once.
 pub(super) struct Clock {
     ring: Vec<u32>,
     hand: usize,
@@ -135,10 +137,10 @@ impl Policy for Clock {
     }
 }
 
-/// The page that was touched least often goes, counted from the start, whether it was resident or not: as good as can be without
-/// knowing the future where what is hot stays hot.
+/// LFU: the victim is the page with the fewest touches since the start, those included that found it not resident.
+/// Where hot pages stay hot, no policy does better without knowing the future.
 pub(super) struct Lfu {
-    /// Resident pages by their counts, some of which are out of date: too low.
+    /// Resident pages by their counts. A count may be out of date, and is too low then.
     order: BinaryHeap<Reverse<(u32, u32)>>,
     resident: Vec<bool>,
     counts: Vec<u32>,
@@ -179,12 +181,13 @@ impl Policy for Lfu {
     }
 }
 
-/// A small queue on probation, a main one, and a memory of what left the small one (Yang et al., SOSP 2023).
+/// S3-FIFO (Yang et al., SOSP 2023): a small queue on probation, a main queue, and ghosts, which are the pages that
+/// left the small queue lately.
 pub(super) struct S3Fifo {
     small: VecDeque<u32>,
     main: VecDeque<u32>,
     resident: Vec<bool>,
-    /// Uses since it came, at most three.
+    /// Uses of each page since it came in, at most three.
     uses: Vec<u8>,
     /// Number of the departure from the small queue to the ghosts; 0: never. The last so many departed are ghosts.
     departed: Vec<u32>,
@@ -286,7 +289,8 @@ mod tests {
     }
 
     proptest! {
-        /// Hits are of resident pages, victims were resident, frames are kept to, and nobody is better than the optimum.
+        /// Hits are of resident pages, victims were resident, frames are kept to, and nobody is better than the
+        /// optimum.
         #[test]
         fn every_policy_keeps_to_the_rules(
             touches in prop::collection::vec(0u32..PAGES as u32, 1..600), frames in 1usize..PAGES

@@ -1,7 +1,8 @@
-//! The touches of a run once more, in the order in which they came, and what the optimum would have made of them.
+//! After a run: its touches again, in the order in which they came, and the hit rate that Belady's optimum would have
+//! had on them.
 //!
-//! Patterns are functions of their seeds, so threads note only how far they had come at each mark. Between two marks of
-//! a thread its touches are taken as evenly spread.
+//! A pattern is a function of its seed, so threads need not write touches down. Each notes once a millisecond how
+//! many it has made (a *mark*); its touches between two marks are taken as evenly spread over that time.
 
 use swapd::{Run, units::pages_in};
 
@@ -10,7 +11,7 @@ use crate::job::{Job, Scenario};
 use crate::optimum::{WRITE, optimum};
 use crate::pattern::{Pattern, Touch};
 
-/// Longer runs are not looked at again: the optimum takes 10 bytes and 0.1 µs a touch.
+/// Most touches for which the optimum is computed: each takes 10 bytes and 0.1 µs.
 const TOUCHES_MAX: u64 = 40_000_000;
 
 /// The optimum's hit rate in the measured phase. None if there were no touches, or too many of them.
@@ -31,22 +32,23 @@ pub(super) fn hit_rate(scenario: &Scenario, areas: &[Run], records: &[Vec<TouchR
     (done.touched > 0).then(|| 1.0 - done.misses as f64 / done.touched as f64)
 }
 
-/// The pages that were filled, in that order.
+/// The pages that were filled before the run, in the order in which they were filled.
 pub(super) fn warm(jobs: &[Job], areas: &[Run]) -> Vec<u32> {
     let filled = jobs.iter().zip(areas).filter(|(job, _)| job.prefill);
     filled.flat_map(|(_, area)| area.pages()).map(|page| page.0 as u32).collect()
 }
 
-/// As [`optimum`] takes it.
+/// A touch in the form that [`optimum`] takes.
 pub(super) fn coded(touch: Touch) -> u32 {
     touch.page as u32 | if touch.write { WRITE } else { 0 }
 }
 
-/// What a thread has touched, with times.
+/// The touches of one thread, each with its time.
 struct Stream<'a> {
     pattern: Pattern,
     marks: std::slice::Windows<'a, Mark>,
-    /// Of the marks around the next touch: the time and number of touches of the first, and the differences.
+    /// The marks before and after the next touch: time and number of touches of the first, and what the second has
+    /// more.
     from: Mark,
     ticks: u64,
     touches: u64,

@@ -1,4 +1,4 @@
-//! The memory under test, of three kinds, and what the device did for it.
+//! The memory under test, of one of three kinds, and the pages that the device has read and written for it.
 
 use std::path::Path;
 
@@ -13,21 +13,21 @@ use crate::job::{BenchEngine, WorkerRequest};
 use crate::reserve::HOST_RESERVE_BYTES;
 use crate::vmstat::Swapped;
 
-/// Unmapped when dropped: nothing may touch it any more then.
+/// The memory that a run touches. It is unmapped when dropped; nothing may touch it from then on.
 #[derive(Debug)]
 pub(super) enum TestedMemory {
     Engine(Engine),
-    /// With the kernel's swap behind it.
+    /// Plain memory with the kernel's swap behind it.
     Swapped(PlainMemory),
     Plain(PlainMemory),
 }
 
-/// Counts of what the device did, since some time before.
+/// Pages that the device has read and written since some time before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct DeviceCounts {
     pub(super) pages_read: u64,
     pub(super) pages_written: u64,
-    /// Faults that the engine saw waiting for the store.
+    /// Faults that waited for the store, by the engine's count.
     pub(super) store_faults: Option<u64>,
 }
 
@@ -109,7 +109,8 @@ fn start_engine(bytes: u64, ram: u64, store: &Path, encrypt: bool) -> Result<Eng
     }
 }
 
-/// Threads that touch memory would wait for ever, or be killed by a signal: better say why, and end.
+/// Ends this process with the reason when the engine cannot serve its memory any more: threads that touch it would
+/// wait for ever, or be killed by a signal.
 fn end_on_failure(notice: Notice) {
     let failure = match notice {
         Notice::StoreFailed(reason) => Failure::new(Kind::Resources, reason),

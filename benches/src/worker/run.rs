@@ -1,4 +1,4 @@
-//! A run from its books to its sample: the phases through which all threads go together.
+//! A run from its first allocation to its sample: the phases that all threads enter together.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,13 +19,13 @@ use crate::job::{BenchEngine, Job, Scenario, WorkerRequest};
 use crate::pattern::Pattern;
 use crate::sample::{JobSample, SERIES_MS, Sample, Side, Times};
 
-/// Enough for a loop of touches; a cgroup's memory is dear.
+/// Bytes of a thread's stack. It only touches pages in a loop, and a larger stack would take of the cgroup's memory.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Pages have numbers of 31 bits here.
+/// Most pages of all areas together: page numbers have 31 bits here.
 const MEMORY_MAX: u64 = 8 << 40;
 
-/// Measures.
+/// Runs the jobs of the request, and measures.
 ///
 /// # Errors
 /// If the host lacks something, the sizes do not fit, or the engine fails.
@@ -39,7 +39,7 @@ pub(crate) fn main(request: &WorkerRequest) -> Result<Sample, Failure> {
     }
 }
 
-/// The parent has read a job file; who types a request by hand may get it wrong.
+/// Refuses a request that makes no sense. `vmemd bench run` makes none, but one that was typed by hand may be wrong.
 fn check(scenario: &Scenario) -> Result<(), Failure> {
     let usage = |text: String| Err(Failure::new(Kind::Usage, text));
     if scenario.jobs.is_empty() {
@@ -79,7 +79,7 @@ impl<'a> Team<'a> {
     }
 }
 
-/// What is counted outside the threads, at the ends of the measured phase.
+/// Counters of the process and the engine, read at the beginning and at the end of the measured phase.
 struct Moment {
     cpu_ns: u64,
     device: DeviceCounts,
@@ -107,14 +107,14 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
         team.content.fill(base);
     }
     let (before, after) = run_phases(&mut teams, base, &memory)?;
-    // Nobody touches it any more, and what comes now may need its room.
+    // The threads have ended. The memory is freed now, because the optimum below may need its room.
     drop(memory);
     let device = after.device.since(before.device);
     let records: Vec<Vec<TouchRecord>> = teams
         .into_iter()
         .map(|team| team.touchers.into_iter().map(|toucher| toucher.record).collect())
         .collect();
-    // A swap engine's cgroup has no room for it.
+    // A swap engine's cgroup has no room for the optimum.
     let wanted = request.optimum && request.engine == BenchEngine::Vmemd;
     let optimum_hit_rate = wanted.then(|| hindsight::hit_rate(scenario, &areas, &records)).flatten();
     let job_sample = |(job, records): (&Job, &Vec<TouchRecord>)| job_sample(clock, job, records);
@@ -130,7 +130,7 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
     })
 }
 
-/// Ramp and measured phase. Returns what was counted before and after the latter.
+/// Runs the ramp and the measured phase. Returns the counters from before and after the measured phase.
 fn run_phases(
     teams: &mut [Team<'_>],
     base: Base,
@@ -153,7 +153,8 @@ fn run_phases(
             };
             let spawned = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
             if let Err(error) = spawned {
-                // Those that are there wait for one that will not come.
+                // The other threads wait at the barrier for one that could not be started: only the end of the
+                // process ends that.
                 warn(&format!("cannot start {threads} threads: {error}"));
                 std::process::exit(i32::from(Kind::Resources.exit_code()));
             }

@@ -1,4 +1,5 @@
-//! A fixed job of computing and of touching memory, none of it waiting for anything: what a guest's processor gets done.
+//! A fixed job of computing and of touching memory, none of it waiting for anything: what a guest's processor gets
+//! done.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
 //! What every page of checked data holds: a function of where it is, so that nothing else can be taken for it.
 //!
-//! Word *i* (64 bits, little-endian) of page *p* in series *s* is `base(s, p) + i * STEP`, modulo 2^64. All words of a page
-//! follow from its number: a page that is lost, stale, another's, torn or shifted by a byte differs. The series is the
-//! round of a memory check, or one of the names below.
+//! Word *i* (64 bits, little-endian) of page *p* in series *s* is `base(s, p) + i * STEP`, modulo 2^64. All words of
+//! a page follow from its number: a page that is lost, stale, another's, torn or shifted by a byte differs. The
+//! series is the round of a memory check, or one of the names below.
 
 /// Bytes of a page.
 pub(crate) const PAGE: usize = 4096;

@@ -1,4 +1,5 @@
-//! A disk whose content is a function of the offset: the host writes the image, the guest reads and verifies it past its page cache.
+//! A disk whose content is a function of the offset: the host writes the image, the guest reads and verifies it past
+//! its page cache.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -12,7 +13,8 @@ use crate::pages::PageBuffer;
 
 /// Bytes of one read.
 const PIECE: usize = 16 << 20;
-/// Buffers that are read into in turn. A buffer's pages lie untouched for the time of the reads between, and may be evicted.
+/// Buffers that are read into in turn. A buffer's pages lie untouched for the time of the reads between, and may be
+/// evicted.
 const BUFFERS: usize = 4;
 /// Pieces between two lines.
 const SAY_EVERY: u64 = 5;

@@ -1,7 +1,7 @@
 //! What test guests run, and its counterparts on the host: writes, reads and verifies data that is known beforehand.
 //!
-//! Every mode prints lines `checker MODE [EVENT] key=value ...`, each with one write, and exits with 1 if anything differed,
-//! with 2 if it could not do its work.
+//! Every mode prints lines `checker MODE [EVENT] key=value ...`, each with one write, and exits with 1 if anything
+//! differed, with 2 if it could not do its work.
 
 mod arguments;
 mod beat;

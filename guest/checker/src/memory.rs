@@ -84,7 +84,8 @@ pub(crate) fn check(size: usize, until: Until, order: Order) -> Result<Mismatche
 
 /// The page at place `index` of a round's random order: a bijection on `0..pages`.
 ///
-/// Each step below is a bijection on the next power of two; what falls outside of `pages` goes through again, until inside.
+/// Each step below is a bijection on the next power of two; what falls outside of `pages` goes through again, until
+/// inside.
 fn scatter(index: usize, pages: usize, round: u64) -> usize {
     let bits = usize::BITS - (pages - 1).leading_zeros();
     let mask = (1 << bits) - 1;

@@ -1,4 +1,5 @@
-//! A TCP stream whose content is a function of the offset: the host sends, the guest verifies and answers what it found.
+//! A TCP stream whose content is a function of the offset: the host sends, the guest verifies and answers what it
+//! found.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};

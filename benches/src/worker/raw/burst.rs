@@ -1,13 +1,14 @@
-//! Writes wait for each other: the device likes them many at a time, in the order of their places, and then none, because a read
-//! that meets writes takes longer however few they are. The engine under test writes in the same way.
+//! Writes are collected and started as a burst, in the order of their places in the file; between bursts the device
+//! has none. A read that meets writes takes longer however few they are, so writes one by one would slow down all
+//! reads. The engine under test writes in the same way.
 
 use swapd::{PageNo, Run};
 
 use super::plan::JOINED_PAGES;
 
-/// Pages that make a burst.
+/// A burst is started when so many pages wait to be written.
 const BURST_PAGES: u32 = 512;
-/// Pages that wait at most, while the burst before them is written.
+/// Most pages that wait while the burst before them is written. Beyond that, threads wait as well.
 const WAITING_PAGES: u32 = 2 * BURST_PAGES;
 
 const _: () = assert!(WAITING_PAGES > BURST_PAGES, "what waits must become a burst");
@@ -17,7 +18,7 @@ const _: () = assert!(WAITING_PAGES > BURST_PAGES, "what waits must become a bur
 pub(super) struct Write {
     pub(super) thread: usize,
     pub(super) run: Run,
-    /// Touches of its thread that are done with it.
+    /// Touches of its thread that are done when this write is.
     pub(super) touches: u64,
 }
 
@@ -25,7 +26,7 @@ pub(super) struct Write {
 pub(super) struct WriteBehind {
     waiting: Vec<Write>,
     waiting_pages: u32,
-    /// What is left to start of the burst, the next one last.
+    /// Writes of the burst that are still to be started, the next one last.
     burst: Vec<Write>,
 }
 
@@ -40,7 +41,7 @@ impl WriteBehind {
         self.waiting_pages += write.run.len;
     }
 
-    /// The next write to start. Those that make no burst yet stay, unless all of them are wanted.
+    /// The next write to start. Writes that do not make a burst yet stay, unless `all`.
     pub(super) fn next(&mut self, all: bool) -> Option<Write> {
         if self.burst.is_empty() && (all || self.waiting_pages >= BURST_PAGES) {
             self.begin();
@@ -65,7 +66,7 @@ impl WriteBehind {
 }
 
 impl Write {
-    /// Whether one write can do for this one and the one behind it.
+    /// Whether this write and the one behind it can be one write.
     fn takes(&self, behind: &Write) -> bool {
         let next: PageNo = self.run.end();
         self.thread == behind.thread

@@ -1,10 +1,11 @@
-//! The least device traffic that jobs need: the reads and writes of Belady's optimum, as a list of operations for each thread of each
-//! job.
+//! The least device traffic that jobs need: the reads and writes of Belady's optimum, as a list of operations for
+//! each thread of each job.
 //!
-//! A planned thread is one thread of a job. Planned threads take turns, one operation each. A job of so many passes is planned whole.
-//! Of a job that runs for a time, [`TOUCHES`] touches are planned for all threads together, and a thread that comes to the end of its list
-//! begins again. The optimum is computed over more touches than are planned: those before them are the job's warm-up, and those after
-//! them keep the optimum from evicting everything because it sees the end.
+//! A planned thread is one thread of a job. Planned threads take turns, one operation each. A job of so many passes
+//! is planned whole. Of a job that runs for a time, [`TOUCHES`] touches are planned for all threads together, and a
+//! thread that comes to the end of its list begins again. The optimum is computed over more touches than are planned:
+//! those before them are the job's warm-up, and those after them keep the optimum from evicting everything because it
+//! sees the end.
 
 use swapd::{Run, units::pages_in};
 
@@ -15,9 +16,9 @@ use crate::worker::hindsight::{coded, warm};
 
 /// Touches that stand for a timed run, of all threads together.
 const TOUCHES: u64 = 4 << 20;
-/// Passes over the working set that the optimum sees before and after the planned touches. With fewer, the pages that it has in RAM would
-/// depend on what was filled last, or on where the touches end. It keeps pages that come again within as many touches as name a RAM's worth
-/// of different pages; with random touches those are several passes.
+/// Passes over the working set that the optimum sees before and after the planned touches. With fewer, the pages that
+/// it has in RAM would depend on what was filled last, or on where the touches end. It keeps pages that come again
+/// within as many touches as name a RAM's worth of different pages; with random touches those are several passes.
 const AROUND_SEQUENTIAL: u64 = 1;
 const AROUND_RANDOM: u64 = 4;
 const TOUCHES_AROUND: u64 = 4 * TOUCHES;
@@ -25,8 +26,8 @@ const TOUCHES_AROUND: u64 = 4 * TOUCHES;
 const TOUCHES_MAX: u64 = 64 << 20;
 /// Pages in one read or write at most: 256 KiB.
 pub(super) const JOINED_PAGES: u32 = 64;
-/// Most reads that a sequential job has under way, all its threads together. More of them slow each other down: with 16, sequential
-/// rewriting is a tenth slower.
+/// Most reads that a sequential job has under way, all its threads together. More of them slow each other down: with
+/// 16, sequential rewriting is a tenth slower.
 const READS_AHEAD: u32 = 4;
 
 /// One read or write of the device.
@@ -125,8 +126,8 @@ pub(super) fn plan(scenario: &Scenario, areas: &[Run]) -> Option<DevicePlan> {
     let mut builders: Vec<Builder> =
         threads.iter().map(|thread| Builder::new(&scenario.jobs[thread.job])).collect();
     let mut seen = 0;
-    // Gives each thread the touches up to this transfer, and the transfer to the thread whose touch caused it. The optimum reports
-    // transfers in the order of the touches.
+    // Gives each thread the touches up to this transfer, and the transfer to the thread whose touch caused it. The
+    // optimum reports transfers in the order of the touches.
     let mut tell = |traffic: Option<Traffic>| {
         let until = traffic.map_or(origins.len(), |traffic| traffic.at + 1);
         for origin in &origins[seen..until] {
@@ -179,8 +180,8 @@ fn merged(drafts: &mut [Draft]) -> (Vec<u32>, Vec<Origin>) {
     (touches, origins)
 }
 
-/// A planned thread's operations in the making. Transfers of neighbouring pages are joined into one operation: writes always, reads only of
-/// sequential jobs, because nobody could know the next page of a random one ahead.
+/// A planned thread's operations in the making. Transfers of neighbouring pages are joined into one operation: writes
+/// always, reads only of sequential jobs, because nobody could know the next page of a random one ahead.
 struct Builder {
     read_pages: u32,
     touches: u64,
@@ -219,8 +220,9 @@ impl Builder {
     }
 }
 
-/// Gives each operation its share of all touches, by its pages. The optimum of a loop misses in one half of a round and hits in the other,
-/// so a run that ends in the middle of a round would otherwise count misses alone, or hits alone.
+/// Gives each operation its share of all touches, by its pages. The optimum of a loop misses in one half of a round
+/// and hits in the other, so a run that ends in the middle of a round would otherwise count misses alone, or hits
+/// alone.
 fn spread(operations: &mut [Operation], touches: u64) {
     let all: u64 = operations.iter().map(|operation| u64::from(operation.run.len)).sum();
     let mut pages = 0;

@@ -1,5 +1,5 @@
-//! A run of the raw device: each planned thread has reads under way, writes wait behind them, and each job's times and touches are
-//! added up. One thread of this process does it all.
+//! A run of the raw device: each planned thread has reads under way, writes wait behind them, and each job's times
+//! and touches are added up. One thread of this process does it all.
 
 use std::time::{Duration, Instant};
 
@@ -15,9 +15,9 @@ use crate::worker::areas::areas;
 use crate::worker::clock::Clock;
 use crate::worker::usage;
 
-/// Writes under way at most.
+/// Most writes under way.
 const WRITES: usize = 128;
-/// How long a completion may take: longer than any disk.
+/// Longest time without any completion; then the run fails. No disk takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(in crate::worker) fn run(request: &WorkerRequest) -> Result<Sample, Failure> {
@@ -50,9 +50,9 @@ pub(in crate::worker) fn run(request: &WorkerRequest) -> Result<Sample, Failure>
 struct Progress<'a> {
     planned: &'a PlannedThread,
     next: usize,
-    /// Touches of the rounds before this one.
+    /// Touches of the times that the thread has gone through its list before.
     before: u64,
-    /// When to stop.
+    /// The time at which the job ends, in ticks.
     deadline: u64,
     reads_under_way: u32,
     touches: u64,
@@ -75,7 +75,7 @@ impl Progress<'_> {
     }
 }
 
-/// What a job has come to.
+/// The times and touches of one job so far.
 struct Tally {
     reads: Times,
     writes: Times,
@@ -142,7 +142,7 @@ impl<'a> RawRun<'a> {
                 self.issue(thread, now);
             }
             self.issue_writes(now, false);
-            // What waits at the end makes no burst.
+            // At the end the writes that wait make no burst, and are started all the same.
             if self.device.in_flight() == 0 {
                 self.issue_writes(now, true);
             }
@@ -161,7 +161,7 @@ impl<'a> RawRun<'a> {
         }
     }
 
-    /// Starts what the thread may have under way.
+    /// Starts operations of the thread until it may have no more under way.
     fn issue(&mut self, index: usize, now: u64) {
         let thread = &mut self.threads[index];
         thread.over |= now >= thread.deadline;
@@ -201,7 +201,7 @@ impl<'a> RawRun<'a> {
         } else {
             thread.reads_under_way -= 1;
         }
-        // What was under way when time was over does not count.
+        // A transfer that ends after the job's time does not count.
         if now > thread.deadline {
             tally.end = tally.end.max(thread.deadline);
             return;
@@ -213,7 +213,7 @@ impl<'a> RawRun<'a> {
             self.pages_read += u64::from(transfer.run.len);
             tally.reads.0.saturating_record(ns);
         }
-        // A thread that has come to its end has nothing more to wait for.
+        // A thread at the end of its list has made all its touches, those after its last transfer included.
         let reached =
             if thread.over && !thread.planned.cycles { thread.planned.touches } else { transfer.touches };
         let more = reached.saturating_sub(thread.touches);
