@@ -150,7 +150,7 @@ pub(super) fn plan(scenario: &Scenario, areas: &[Run]) -> Option<DevicePlan> {
     let touches: u64 = threads.iter().map(|thread| thread.touches).sum();
     let misses: u64 = threads.iter().map(|thread| thread.pages(false)).sum();
     let hit_rate = (touches > 0).then(|| 1.0 - misses as f64 / touches as f64);
-    Some(DevicePlan { threads: threads, hit_rate })
+    Some(DevicePlan { threads, hit_rate })
 }
 
 /// Where one of the merged touches comes from.
