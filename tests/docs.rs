@@ -1,11 +1,11 @@
-//! What the documents name exists: files, places in other documents, and options.
+//! Files, places in other documents, options and limits that the documents name exist, and are as the documents say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Documents for people, and what is said in each.
+/// The path and the text of each document for people.
 fn documents() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let in_docs = fs::read_dir(root.join("docs")).expect("the documents").flatten().map(|entry| entry.path());
@@ -22,7 +22,7 @@ fn documents() -> Vec<(PathBuf, String)> {
         .collect()
 }
 
-/// Every file of the repository, by its path within it.
+/// Every file of the repository, as its path from the root.
 fn files() -> Vec<String> {
     fn walk(directory: &Path, within: &str, found: &mut Vec<String>) {
         for entry in fs::read_dir(directory).expect("a directory").flatten() {
@@ -55,7 +55,7 @@ fn lines(text: &str) -> impl Iterator<Item = (bool, &str)> {
     })
 }
 
-/// What stands between backticks in a document's prose.
+/// Every word between backticks in a document's prose.
 fn quoted(text: &str) -> Vec<&str> {
     let prose = lines(text).filter(|(in_code, _)| !in_code).map(|(_, line)| line);
     prose.flat_map(|line| line.split('`').skip(1).step_by(2)).collect()
@@ -91,7 +91,7 @@ fn names_a_file(quoted: &str) -> bool {
 
 #[test]
 fn every_file_that_a_document_names_exists() {
-    /// Of somebody's own in an example, and of others' programs.
+    /// Names of a user's own file in an example, and of files of other programs.
     const NOT_OURS: [&str; 3] = ["mine.fio", "libvirtd.service", "virtqemud.service"];
     let files = files();
     let exists = |named: &str| files.iter().any(|file| file == named || file.ends_with(&format!("/{named}")));
@@ -149,7 +149,7 @@ fn each_answer_to_where_do_i_look_is_where_it_is_said_to_be() {
     assert!(missing.is_empty(), "{}", missing.join("\n"));
 }
 
-/// A heading as it is linked to.
+/// The name by which a link leads to a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.to_lowercase();
     kept.chars().filter(|c| c.is_alphanumeric() || "_- ".contains(*c)).collect::<String>().replace(' ', "-")
@@ -180,6 +180,55 @@ fn every_link_from_a_document_leads_somewhere() {
     }
     assert!(checked > 100, "{checked}");
     assert!(missing.is_empty(), "{}", missing.join("\n"));
+}
+
+#[test]
+fn every_document_can_be_found_from_the_readme() {
+    let readme = include_str!("../README.md");
+    for (document, _) in documents() {
+        let name = document.file_name().and_then(|name| name.to_str()).expect("a name");
+        assert!(name == "README.md" || readme.contains(&format!("{name})")), "{name} is not linked to");
+    }
+}
+
+/// The time limits of the code, by their names: seconds.
+fn limits() -> BTreeMap<String, u64> {
+    let sources = files().into_iter().filter(|file| file.ends_with(".rs") && file.contains("src/"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = BTreeMap::new();
+    for file in sources {
+        let text = fs::read_to_string(root.join(file)).expect("a source file");
+        for line in text.lines() {
+            let limit = line
+                .split_once("const ")
+                .and_then(|(_, rest)| rest.split_once(": Duration = Duration::from_secs("));
+            let Some((name, rest)) = limit else { continue };
+            if let Some(seconds) = rest.split(')').next().and_then(|number| number.parse().ok()) {
+                found.insert(name.to_owned(), seconds);
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn limits_on_waiting_are_those_of_the_code() {
+    let (manual, limits) = (include_str!("../docs/operating.md"), limits());
+    let (_, table) = manual.split_once("## What waits, and how long\n").expect("the table");
+    let rows = table.lines().skip_while(|line| !line.starts_with("|---")).skip(1);
+    let rows: Vec<&str> = rows.take_while(|line| line.starts_with('|')).collect();
+    assert!(rows.len() > 10, "{rows:?}");
+    for row in rows {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let told = cells[2].strip_suffix(" s").and_then(|seconds| seconds.parse().ok()).expect("seconds");
+        assert_eq!(limits.get(cells[1].trim_matches('`')), Some(&told), "{row}");
+        // Others that the row names, with their values in parentheses.
+        for pair in cells[3].split("` (").collect::<Vec<_>>().windows(2) {
+            let name = pair[0].rsplit('`').next().expect("a name");
+            let told = pair[1].split(" s)").next().and_then(|seconds| seconds.parse().ok());
+            assert_eq!(limits.get(name).copied(), told, "{name} in {row}");
+        }
+    }
 }
 
 /// Every option in a text: two dashes and a word.
@@ -243,7 +292,7 @@ fn known_options() -> BTreeSet<String> {
 
 #[test]
 fn every_option_that_a_document_names_exists() {
-    /// Of cargo and its tests, `blockdev`, `fio-plot` and `systemctl`.
+    /// Options of cargo and its tests, `blockdev`, `fio-plot` and `systemctl`.
     const OTHERS: [&str; 6] = ["nocapture", "exact", "skip", "setrw", "show-cpu", "now"];
     let known = known_options();
     let (mut checked, mut missing) = (0, Vec::new());
