@@ -16,21 +16,21 @@ use super::foreign;
 use super::ini::{self, Entry, Fault, Faults, GLOBAL, Mend, Position, Section, Word};
 use super::job::{Access, BenchEngine, Job, Length, Order, Scenario};
 
-/// A job file is text of a person; whatever is larger is not one.
+/// Most bytes of a job file. A larger file was not written by a person, and is something else.
 const FILE_MAX_BYTES: u64 = 1 << 20;
-/// Page numbers have 31 bits in traces.
+/// Most bytes of all areas: page numbers have 31 bits in traces.
 const MEMORY_MAX_BYTES: u64 = (PAGE_SIZE as u64) << 31;
 const THREADS_MAX: u32 = 64;
 const BLOCK_MIN_BYTES: u64 = 64;
 const BLOCK_MAX_BYTES: u64 = 1 << 20;
 const THETA_MAX: f64 = 10.0;
 const RUNTIME_MAX_MS: u64 = 24 * 3600 * 1000;
-/// A name further away than this from what was written is no help.
+/// Least similarity of a known name to an unknown one for which it is proposed.
 const NEAREST_LEAST: f64 = 0.6;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// These say something about the whole run.
+/// Keys of the whole run, which belong under `[global]`.
 const GLOBAL_KEYS: [&str; 4] = ["ram", "engine", "store", "encrypt"];
 const JOB_KEYS: [&str; 14] = [
     "size",
@@ -48,7 +48,7 @@ const JOB_KEYS: [&str; 14] = [
     "randseed",
     "description",
 ];
-/// fio's other names of the same.
+/// fio's second names of some keys, and the names used here.
 const ALIASES: [(&str, &str); 2] = [("readwrite", "rw"), ("blocksize", "bs")];
 /// Reads a job file; `-` is standard input.
 ///
@@ -76,7 +76,7 @@ fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Fail
         match source.read(&mut part) {
             Ok(0) => break,
             Ok(count) => bytes.extend_from_slice(&part[..count]),
-            // Ctrl-C while nobody writes.
+            // A Ctrl-C while standard input is waited for.
             Err(error) if error.kind() == ErrorKind::Interrupted => signals::check()?,
             Err(error) => return Err(unreadable(file, &error)),
         }
@@ -90,7 +90,7 @@ fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Fail
     parse(name, text).map_err(|faults| usage(faults.show(file, text)))
 }
 
-/// A file of that name is `./-`.
+/// Whether the path means standard input. (A file of that name is `./-`.)
 pub(super) fn is_standard_input(path: &Path) -> bool {
     path == Path::new("-")
 }
@@ -114,7 +114,7 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
         inherited: &[],
         header: global.first().map_or(start, |global| global.name.position),
     };
-    // Of a job the same key is where it should not be, and that is told.
+    // A key of `[global]` in a job is in the wrong place, and is reported where jobs are read.
     if shared.find("ram").is_none()
         && !jobs.iter().any(|job| job.entries.iter().any(|entry| entry.key.text == "ram"))
     {
@@ -155,7 +155,7 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
             faults.add(Fault::new(keys.position_of("random_distribution"), text, Mend::Choose));
         }
         for misfit in misfits(&job) {
-            // A wrong or missing value has been told; what would follow from it is unknown.
+            // A wrong or missing value has been reported. Checks that depend on it are left out.
             if misfit.of.iter().all(|key| keys.is_good(key)) {
                 faults.add(Fault::new(keys.position_of(misfit.of[0]), misfit.text, Mend::Choose));
             }
@@ -175,7 +175,7 @@ fn default_engines() -> Vec<BenchEngine> {
     vec![BenchEngine::Vmemd, BenchEngine::Swap, BenchEngine::Raw]
 }
 
-/// Everything that can be said of each section and key alone.
+/// Reports faults that each section and key has by itself.
 fn check_sections(sections: &[Section], faults: &mut Faults) {
     let jobs = sections.iter().filter(|section| section.name.text != GLOBAL).count();
     for (number, section) in sections.iter().enumerate() {
@@ -204,7 +204,7 @@ fn check_sections(sections: &[Section], faults: &mut Faults) {
             let text = "[global] comes first, for it holds for all jobs: write it before the first of them";
             faults.add(Fault::new(position, text, Mend::Choose));
         }
-        // What waits for the jobs before it has nothing to wait for.
+        // `stonewall` makes a job wait for the jobs before it; the first one has none.
         let first_job = sections[..number].iter().all(|section| section.name.text == GLOBAL);
         let alone = if name == GLOBAL { jobs < 2 } else { first_job };
         for (at, entry) in section.entries.iter().enumerate() {
@@ -230,7 +230,7 @@ fn check_sections(sections: &[Section], faults: &mut Faults) {
     }
 }
 
-/// A line without `=` whose key and value are good.
+/// The fault of a line that has a blank where `=` belongs, and whose key and value are right.
 fn blank(entry: &Entry) -> Fault {
     let line = line_of(entry.key.text, entry.value.map(|value| value.text));
     Fault::new(
@@ -248,7 +248,7 @@ fn canonical(key: &str) -> &str {
     ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key, |(_, known)| known)
 }
 
-/// What is wrong with a key and its value. `alone`: no job of the file is before those that it holds for.
+/// The fault of a key and its value. `alone`: the jobs that the key is for have no other job of the file before them.
 fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> Result<(), Fault> {
     let (key, position) = (entry.key.text, entry.key.position);
     let value = entry.value.map(|value| value.text);
@@ -310,7 +310,7 @@ fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> 
     Err(unknown(entry, |key| here(key) || (GLOBAL_KEYS.contains(&key) && section.name.text != GLOBAL)))
 }
 
-/// A key that nobody knows. It is held for another one only if that is not taken and takes its value.
+/// The fault of an unknown key. A similar known key is proposed only if it is not `taken` and takes the value.
 fn unknown(entry: &Entry, taken: impl Fn(&str) -> bool) -> Fault {
     let (key, position) = (entry.key.text, entry.key.position);
     let value = entry.value.map(|value| value.text);
@@ -339,7 +339,7 @@ fn unknown(entry: &Entry, taken: impl Fn(&str) -> bool) -> Fault {
     }
 }
 
-/// A key of ours with a value that it takes. None: it is not ours.
+/// A key of this format with an example of a value that it takes. None: it is no key of this format.
 fn example(key: &str) -> Option<&'static str> {
     Some(match key {
         "ram" => "2g",
@@ -357,12 +357,12 @@ fn example(key: &str) -> Option<&'static str> {
     })
 }
 
-/// The key alone means yes, as in fio.
+/// Whether the key means yes without a value, as in fio.
 fn is_switch(key: &str) -> bool {
     matches!(key, "encrypt" | "prefill")
 }
 
-/// Whether this key of ours takes the value, whatever the others are.
+/// Whether a key of this format takes the value, whatever the other keys are.
 fn check_value(key: &str, text: &str) -> Result<(), String> {
     if text.contains("${") && key != "description" {
         return Err("variables of the environment are not replaced here: write the value itself".to_owned());
@@ -420,7 +420,7 @@ impl Keys<'_> {
         self.find(key).map_or(self.header, |entry| entry.value.unwrap_or(entry.key).position)
     }
 
-    /// Nothing is wrong with the key: it has a good value, or is missing and has a default.
+    /// Whether nothing is wrong with the key: it has a right value, or is missing and has a default.
     fn is_good(&self, key: &str) -> bool {
         match self.find(key) {
             Some(entry) => entry.value.map_or(is_switch(key), |value| check_value(key, value.text).is_ok()),
@@ -428,7 +428,7 @@ impl Keys<'_> {
         }
     }
 
-    /// None if it is missing, or wrong, which has been told.
+    /// The key's value. None if it is missing, or wrong, which has been reported.
     fn get<T>(&self, key: &str, read: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         self.find(key)?
             .value
@@ -436,7 +436,7 @@ impl Keys<'_> {
             .and_then(|value| read(value.text).ok())
     }
 
-    /// `key` alone means yes, as in fio.
+    /// The value of a key that means yes without a value, as in fio.
     fn switch(&self, key: &str) -> Option<bool> {
         match self.find(key) {
             Some(Entry { value: None, .. }) => Some(true),
@@ -477,13 +477,13 @@ impl Keys<'_> {
     }
 }
 
-/// Keys that do not fit together: the first is to blame.
+/// A fault of keys that do not fit together. It is reported at the first of them.
 struct Misfit {
     of: &'static [&'static str],
     text: String,
 }
 
-/// What fits together in a job: the key to blame, and why.
+/// Refuses a job whose keys do not fit together, with the key to change and the reason.
 pub(super) fn check(job: &Job) -> Result<(), (&'static str, String)> {
     for (key, bytes) in [("size", job.size_bytes), ("working_set", job.working_set_bytes)] {
         check_area(key, bytes).map_err(|text| (key, text))?;
@@ -548,7 +548,7 @@ fn number_in(text: &str, least: u64, most: u64) -> Result<u64, String> {
     number.ok_or_else(|| format!("write a whole number from {least} to {most}"))
 }
 
-/// Seconds, or with a unit.
+/// A time in seconds, or with a unit.
 fn millis(text: &str) -> Result<u64, String> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);

@@ -1,5 +1,5 @@
-//! A fixed job of computing and of touching memory, none of it waiting for anything: what a guest's processor gets
-//! done.
+//! A fixed job that computes and touches memory and waits for nothing. Its score is the work that a guest's processor
+//! gets done.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ pub(crate) fn run(time: Duration, size: usize) -> Result<Mismatched, Failure> {
         return Err(format!("{size} bytes are too few for a benchmark").into());
     }
     let mut memory = PageBuffer::new(pages * PAGE);
-    // All of it is resident before the clock starts.
+    // All of the memory is resident before the clock starts.
     memory.as_mut_slice().chunks_exact_mut(PAGE).for_each(|bytes| content::fill(bytes, 0, 0));
     let started = Instant::now();
     let (mut units, mut place, mut wrong) = (0, 0, 0);

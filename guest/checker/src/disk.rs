@@ -27,7 +27,7 @@ pub(crate) fn check(device: &str, count: u64) -> Result<Mismatched, Failure> {
         .open(device)
         .map_err(|error| format!("{device}: {error}"))?;
     let pieces = disk.seek(SeekFrom::End(0))? / PIECE as u64;
-    // Else a buffer's old content would be the right one, and a read that writes nothing would pass.
+    // A buffer whose old content is the right one would let a read pass that writes nothing.
     if pieces < 2 {
         return Err(format!("{device} has less than {} bytes: make the image larger", 2 * PIECE).into());
     }
@@ -38,7 +38,7 @@ pub(crate) fn check(device: &str, count: u64) -> Result<Mismatched, Failure> {
     for read in 0..count {
         let piece = read % pieces;
         let turn = read as usize % BUFFERS;
-        // Never into a buffer that holds this very piece.
+        // Never into a buffer that has this very piece.
         let at = (turn..turn + BUFFERS).find(|&at| buffers[at % BUFFERS].1 != Some(piece));
         let (buffer, holds) = &mut buffers[at.expect("the last read was of another piece") % BUFFERS];
         disk.read_exact_at(buffer.as_mut_slice(), piece * PIECE as u64)

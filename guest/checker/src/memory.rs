@@ -1,4 +1,4 @@
-//! Memory: every page is written, and in each round verified and written anew.
+//! The mode `memory`: every page is written, and in each round verified and written anew.
 
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ impl FromStr for Order {
     }
 }
 
-/// When the last round has been.
+/// The end of the rounds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Until {
     Rounds(u64),

@@ -1,4 +1,4 @@
-//! PageBuffer in whole pages.
+//! Memory in whole pages.
 
 use crate::content;
 

@@ -12,12 +12,13 @@ use crate::content::{self, PAGE, STREAM};
 use crate::differences::{Differences, Mismatched};
 use crate::pages::PageBuffer;
 
-/// What is sent and received at once.
+/// Bytes that are sent and received at once.
 const PIECE: usize = 1 << 20;
 /// Bytes between two lines of the receiver.
 const SAY_EVERY: u64 = 64 << 20;
 
-/// What the receiver answers at the end of the stream: bytes and mismatched pages, 64 bits each, little-endian.
+/// Bytes of the receiver's answer at the end of the stream: received bytes and mismatched pages, 64 bits each,
+/// little-endian.
 const ANSWER: usize = 16;
 
 /// Receives one stream.
@@ -72,7 +73,7 @@ fn fill_from(sender: &mut TcpStream, buffer: &mut [u8]) -> Result<usize, Failure
     Ok(filled)
 }
 
-/// Whether whoever started this has closed its standard input.
+/// Whether standard input has been closed, by which a test ends the sender.
 pub(crate) fn until_input_ends() -> impl Fn() -> bool {
     let ended = Arc::new(AtomicBool::new(false));
     let seen = ended.clone();
