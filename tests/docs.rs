@@ -55,10 +55,14 @@ fn lines(text: &str) -> impl Iterator<Item = (bool, &str)> {
     })
 }
 
-/// Every word between backticks in a document's prose.
-fn quoted(text: &str) -> Vec<&str> {
-    let prose = lines(text).filter(|(in_code, _)| !in_code).map(|(_, line)| line);
-    prose.flat_map(|line| line.split('`').skip(1).step_by(2)).collect()
+/// Everything between backticks in a document's prose.
+fn quoted(text: &str) -> Vec<String> {
+    let prose: Vec<&str> = lines(text).map(|(in_code, line)| if in_code { "" } else { line }).collect();
+    // Within a paragraph: one that has an odd number of backticks must not turn all others inside out.
+    let paragraphs = prose.split(|line| line.trim().is_empty()).map(|lines| lines.join(" "));
+    let words =
+        |paragraph: String| paragraph.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
+    paragraphs.flat_map(words).collect()
 }
 
 /// Whether that is the name of a file of the repository, as a document names one: from its root, or with as much as
@@ -98,11 +102,11 @@ fn every_file_that_a_document_names_exists() {
     let (mut checked, mut missing) = (0, Vec::new());
     for (document, text) in documents() {
         for quoted in quoted(&text) {
-            if !names_a_file(quoted) || NOT_OURS.contains(&quoted) {
+            if !names_a_file(&quoted) || NOT_OURS.contains(&quoted.as_str()) {
                 continue;
             }
             checked += 1;
-            if !exists(quoted) && !exists(&format!("{quoted}/")) {
+            if !exists(&quoted) && !exists(&format!("{quoted}/")) {
                 missing.push(format!("{}: {quoted}", document.display()));
             }
         }
@@ -122,7 +126,7 @@ fn each_answer_to_where_do_i_look_is_where_it_is_said_to_be() {
     for row in rows {
         let cells: Vec<&str> = row.split('|').collect();
         let sources = quoted(cells[1]).into_iter().flat_map(|named| {
-            let fits = |file: &&String| *file == named || file.ends_with(&format!("/{named}"));
+            let fits = |file: &&String| **file == named || file.ends_with(&format!("/{named}"));
             files.iter().filter(fits).collect::<Vec<_>>()
         });
         let sources: Vec<String> =
