@@ -126,7 +126,7 @@ fn each_answer_to_where_do_i_look_is_where_it_is_said_to_be() {
     for row in rows {
         let cells: Vec<&str> = row.split('|').collect();
         let sources = quoted(cells[1]).into_iter().flat_map(|named| {
-            let fits = |file: &&String| **file == named || file.ends_with(&format!("/{named}"));
+            let fits = |file: &&String| file.as_str() == named || file.ends_with(&format!("/{named}"));
             files.iter().filter(fits).collect::<Vec<_>>()
         });
         let sources: Vec<String> =
@@ -306,8 +306,10 @@ fn every_option_that_a_document_names_exists() {
         // QEMU's own words, and what is said beside it, are not vmemd's.
         let commands = commands.map(|line| line.split(" -- ").next().unwrap_or_default());
         let quoted = quoted(&text);
-        let quoted =
-            quoted.iter().copied().filter(|words| words.starts_with("--") || words.starts_with("vmemd "));
+        let quoted = quoted
+            .iter()
+            .map(String::as_str)
+            .filter(|words| words.starts_with("--") || words.starts_with("vmemd "));
         for words in commands.chain(quoted) {
             for option in options(words) {
                 checked += 1;
