@@ -156,12 +156,37 @@ fn a_store_as_large_as_what_is_outside_of_ram_is_enough() {
     wait_for("the store works", || vm.stats().store.failed.is_none().then_some(()));
 }
 
-/// How long faults wait while space is given back beside them. Prints; the figures are those of `docs/performance.md`.
+/// Rounds of what is measured, without holes and beside them. The best of each count, for others use this machine too.
+const ROUNDS: u64 = 3;
+/// What is given back while the VM reads all the time has left the store by then, 1 GiB as well.
+const SOON_BESIDE: Duration = Duration::from_secs(3);
+/// How long faults wait beside that: of 100, all but one at most so many times as long as before;
+const P99_TIMES: f64 = 2.0;
+/// and of 1000, all but one at most so much longer: they may have met a drop.
+const P999_MORE: Duration = Duration::from_millis(8);
+
+/// How long touches took, in ascending order.
+struct Waits(Vec<Duration>);
+
+impl Waits {
+    fn at(&self, share: f64) -> Duration {
+        self.0[(self.0.len() as f64 * share) as usize]
+    }
+
+    fn tell(&self, what: &str) {
+        let [p50, p90, p99, p999] = [0.5, 0.9, 0.99, 0.999].map(|share| self.at(share).as_micros());
+        let (n, max) = (self.0.len(), self.0[self.0.len() - 1].as_micros());
+        println!("{what}: {n} touches, p50 {p50} p90 {p90} p99 {p99} p99.9 {p999} max {max} us");
+    }
+}
+
+/// Space comes back soon although the VM reads all the time, and its faults hardly notice. The figures are those of
+/// `docs/engine.md`.
 #[test]
 fn faults_go_on_beside_holes() {
     let directory = place("beside");
     let gone = given_back();
-    let vm = start(gone + 256 * MIB, 64 * MIB, directory.path(), quiet);
+    let vm = start(ROUNDS * gone + 256 * MIB, 64 * MIB, directory.path(), quiet);
     let all = Run::new(PageNo(0), vm.pages() as u32);
     let handle = vm.handle();
     vm.write_all(1);
@@ -183,27 +208,35 @@ fn faults_go_on_beside_holes() {
             }
         }
         waits.sort_unstable();
-        waits
+        Waits(waits)
     };
-    let tell = |what: &str, waits: &[Duration]| {
-        let at = |share: f64| waits[(waits.len() as f64 * share) as usize].as_micros();
-        let (n, max) = (waits.len(), waits.last().unwrap().as_micros());
-        println!(
-            "{what}: {n} touches, p50 {} p90 {} p99 {} p99.9 {} max {max} us",
-            at(0.5),
-            at(0.9),
-            at(0.99),
-            at(0.999)
-        );
-    };
-    let until = Instant::now() + Duration::from_secs(3);
-    tell("before", &touch(&mut || Instant::now() < until));
-    let before = used();
-    handle.discard(Run::new(PageNo(0), (gone / 4096) as u32)).unwrap();
-    let began = Instant::now();
-    tell("beside holes", &touch(&mut || before.saturating_sub(used()) < gone));
-    println!("{} MiB in {:?}", gone / MIB, began.elapsed());
-    let until = Instant::now() + Duration::from_secs(3);
-    tell("after", &touch(&mut || Instant::now() < until));
+    let [mut without, mut with] = [[Duration::MAX; 2]; 2];
+    let mut soonest = Duration::MAX;
+    let better =
+        |best: [Duration; 2], waits: &Waits| [best[0].min(waits.at(0.99)), best[1].min(waits.at(0.999))];
+    for round in 0..ROUNDS {
+        let until = Instant::now() + Duration::from_secs(2);
+        let before = touch(&mut || Instant::now() < until);
+        before.tell("before");
+        let (stored, pages) = (used(), (gone / 4096) as u32);
+        handle.discard(all.part(round as u32 * pages, pages)).unwrap();
+        let began = Instant::now();
+        let beside = touch(&mut || stored.saturating_sub(used()) < gone);
+        let took = began.elapsed();
+        beside.tell("beside holes");
+        println!("{} MiB in {took:?}", gone / MIB);
+        (without, with) = (better(without, &before), better(with, &beside));
+        soonest = soonest.min(took);
+    }
+    let (times, more) =
+        (with[0].as_secs_f64() / without[0].as_secs_f64(), with[1].saturating_sub(without[1]));
+    println!(
+        "best of {ROUNDS}: p99 {with:?} instead of {without:?}, {times:.2} times, p99.9 {more:?} more, in {soonest:?}"
+    );
+    assert!(
+        times <= P99_TIMES && more <= P999_MORE,
+        "faults wait for holes: {times:.2} times, {more:?} more"
+    );
+    assert!(soonest <= SOON_BESIDE, "{soonest:?}");
     assert!(touched.pages().all(|page| vm.is_right(page, 1)));
 }

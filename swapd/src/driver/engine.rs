@@ -174,6 +174,7 @@ impl Engine {
                 faulted: Vec::new(),
                 read_error_told: None,
                 discarder,
+                drops: Vec::new(),
                 drop_error_told: None,
                 prealloc: config.prealloc,
             };
