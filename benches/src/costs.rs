@@ -1,4 +1,5 @@
-//! What the engine costs beside its work, as the tests `idle` and `bookkeeping` have measured it and `scripts/bench` has written it down.
+//! What the engine costs beside its work, as the tests `idle` and `bookkeeping` have measured it and `scripts/bench`
+//! has written it down.
 
 use std::fs;
 use std::path::Path;
@@ -15,13 +16,13 @@ pub(super) enum Cost {
     BooksPercent,
 }
 
-/// None is what was not measured: the host could not.
+/// The costs that were measured. None: this host could not measure it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Costs {
-    /// Of a core, by a VM that does nothing: the worst of those measured.
+    /// Share of a core that a VM takes which does nothing: the worst of those measured, in percent.
     pub(super) idle_percent: Option<f64>,
-    /// Of a VM's memory, by the engine's books.
+    /// Share of a VM's memory that the engine's bookkeeping takes, in percent.
     pub(super) books_percent: Option<f64>,
 }
 

@@ -16,7 +16,7 @@ use vmprocess::size::Size;
 
 use super::figures::{ROWS, cell, middle, short, usec};
 use super::job::{BenchEngine, Job, Scenario};
-use super::results::{Compared, Figure, OfEngine, Outcome};
+use super::results::{Compared, Figure, OfEngine, RunOutcome};
 use super::sample::{JobSample, Sample, Side};
 use super::settings::{ReportSettings, RunSettings, Style};
 use super::{costs, demands, fio, html};
@@ -24,7 +24,7 @@ use super::{costs, demands, fio, html};
 /// Changes whenever older readers would misunderstand results.
 const FORMAT: u32 = 1;
 
-/// The raw results of a document, beside all that fio's readers want.
+/// The part of a document that fio's readers do not know: the raw results.
 #[derive(Serialize, Deserialize)]
 struct Kept {
     format: u32,
@@ -61,7 +61,7 @@ fn write_runs(compared: &Compared, dir: &Path) -> Result<(), Failure> {
     let scenario = &compared.scenario;
     for of in &compared.engines {
         for (number, outcome) in of.outcomes.iter().enumerate() {
-            let Outcome::Measured(sample) = outcome else { continue };
+            let RunOutcome::Measured(sample) = outcome else { continue };
             let path = dir.join(format!("{}-{}-{}.json", scenario.name, of.engine.name(), number + 1));
             write_file(&path, &to_text(&fio::document(scenario, sample))?)?;
         }
@@ -77,7 +77,7 @@ fn write_file(path: &Path, text: &str) -> Result<(), Failure> {
 }
 
 fn to_text(value: &Value) -> Result<String, Failure> {
-    // Not pretty: a number a line would make histograms very long.
+    // Without line breaks: a histogram with one number a line would be very long.
     serde_json::to_string(value).map_err(|error| Failure::new(FailureKind::Other, error.to_string()))
 }
 
@@ -269,7 +269,7 @@ fn direction(name: &str, side: &Side, job: &JobSample) -> String {
     text
 }
 
-/// Medians and spread of a job, an engine a column, and what they are to each other.
+/// Medians and spread of a job, one column an engine, and vmemd's ratios to the other engines.
 fn table(compared: &Compared, number: usize, job: &Job) -> String {
     let engines: Vec<&OfEngine> =
         compared.engines.iter().filter(|of| of.samples().next().is_some()).collect();

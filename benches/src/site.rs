@@ -24,9 +24,9 @@ use vmprocess::signals;
 use super::left::{PREFIX, SWAP_FILE, is_left, kill};
 use super::{cgroup, swapfile};
 
-/// Read at a time of what a process says.
+/// Bytes read at a time of a process's output.
 const OUTPUT_BYTES: usize = 64 << 10;
-/// How often a process that says nothing is asked whether it is in time.
+/// Time between two looks whether a process that prints nothing has exceeded its limit.
 const POLL: Duration = Duration::from_millis(500);
 
 /// The directory of one benchmark.
@@ -42,7 +42,8 @@ impl Site {
             .map_err(|error| Failure::io(format!("cannot make {}", store.display()), &error))?;
         if let Medium::Ram(what) = Medium::of(store) {
             let text = format!(
-                "the store {} is in RAM ({what}), and what is measured there says nothing of a disk: choose a --store on one",
+                "the store {} is in RAM ({what}), and what is measured there says nothing of a disk: choose a \
+                     --store on one",
                 store.display()
             );
             return Err(Failure::new(FailureKind::Usage, text));
@@ -90,7 +91,7 @@ fn remove_left(store: &Path) {
     cgroup::remove_left(is_left);
 }
 
-/// Ends VMs of a run directory that nobody answers for.
+/// Ends the VMs of a run directory whose benchmark is dead.
 fn end_vms(run_dir: &Path) {
     if !run_dir.is_dir() {
         return;
@@ -180,8 +181,8 @@ impl Proc {
             .stdout(Stdio::piped())
             .stderr(stderr)
             .process_group(0);
-        // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing; the
-        // cgroup's descriptor is open over the fork.
+        // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing;
+        // the cgroup's descriptor is open over the fork.
         unsafe {
             command.pre_exec(move || {
                 if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {

@@ -1,4 +1,5 @@
-//! A device writes to a page that it had pinned before the page was reported as written: no scan reports that again.
+//! A device has pinned a page, the page is reported as written, and only then the device writes to it: no scan
+//! reports that write, and it must arrive all the same.
 
 #[macro_use]
 extern crate testkit;

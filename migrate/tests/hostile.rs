@@ -1,4 +1,4 @@
-//! What a peer may say, and what happens when it says something else: over real sockets, against the real target.
+//! The real target, over real sockets, against peers that say what they may not.
 
 mod common;
 #[path = "common/source.rs"]

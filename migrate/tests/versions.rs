@@ -1,4 +1,4 @@
-//! Peers that know other versions of the protocol than this one: what is chosen, and what is said if there is nothing to choose.
+//! Peers that know other versions of the protocol: the version that is chosen, and the error if no version is common.
 
 #[macro_use]
 extern crate testkit;

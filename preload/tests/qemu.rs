@@ -1,5 +1,5 @@
-//! Stock QEMUs whose memory is vmemd's, under TCG: a guest that checks its memory finds no wrong byte, whatever is
-//! done.
+//! Stock QEMUs whose memory is vmemd's, under TCG. A guest that checks its memory finds no wrong byte while its
+//! budget changes, a balloon takes memory, disks write into it, or QEMU is killed.
 
 #[macro_use]
 extern crate testkit;

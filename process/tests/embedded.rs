@@ -1,5 +1,5 @@
-//! VMs embedded in a program that is not ours (this test), with guests that are not ours either and engines that
-//! somebody else has started: what a preloaded QEMU does.
+//! VMs embedded in another program (this test), with guests and engines that the program brings along, as a preloaded
+//! QEMU does.
 
 #[macro_use]
 extern crate testkit;

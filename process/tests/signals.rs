@@ -1,4 +1,4 @@
-//! Signals as something that can be waited for, in a process of its own: what is caught stays caught.
+//! Waiting for signals. In a process of its own, because a signal that was caught stays caught.
 
 use std::io::{Write, pipe};
 use std::os::fd::AsFd;

@@ -1,5 +1,6 @@
-//! A store that falls silent, or fails at everything, and comes back, on the real kernel and under a VM that reads and writes: no page is
-//! lost, none is wrong, and the VM goes on. `VMEMD_LONG=1` has it be away for a minute as well.
+//! A store that falls silent, or fails at everything, and comes back, on the real kernel and under a VM that reads
+//! and writes: no page is lost, none is wrong, and the VM goes on. `VMEMD_LONG=1` has it be away for a minute as
+//! well.
 
 #[macro_use]
 extern crate testkit;
@@ -63,8 +64,8 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// One thread reads and verifies the first half of memory, another rewrites the second, round after round, while `meanwhile` runs; then
-/// each goes on for a while, and all of memory is looked at.
+/// One thread reads and verifies the first half of memory, another rewrites the second, round after round, while
+/// `meanwhile` runs; then each goes on for a while, and all of memory is looked at.
 fn busy(vm: &Vm, meanwhile: impl FnOnce()) {
     vm.write_all(1);
     let half = vm.pages() / 2;
@@ -166,7 +167,8 @@ fn a_store_that_fails_at_everything_and_comes_back_loses_nothing() {
     assert!(vm.stats().store.read_errors > 0);
 }
 
-/// A device that keeps a discard to itself: whoever waits for a frame behind it is told of, as with a read or a write that does not end.
+/// A device that keeps a discard to itself: whoever waits for a frame behind it is told of, as with a read or a write
+/// that does not end.
 #[test]
 fn a_store_that_ends_no_discard_and_does_after_all_loses_nothing() {
     let directory = testkit::directory_in(store_directory(), "discards");

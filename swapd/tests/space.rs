@@ -1,5 +1,5 @@
-//! Space comes back: what the guest gives back leaves holes in the store's file, or is discarded on its device, and a full store gives up
-//! the copies of pages that are in RAM.
+//! Space comes back: what the guest gives back leaves holes in the store's file, or is discarded on its device, and a
+//! full store gives up the copies of pages that are in RAM.
 
 #[macro_use]
 extern crate testkit;
@@ -11,7 +11,8 @@ mod common;
 #[allow(dead_code, reason = "each test file uses a part")]
 mod disk;
 
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use swapd::{Engine, Notice, PageNo, Run};
 use testkit::{OrSkip, Reason, TempDir, wait_for};
 
 const MIB: u64 = 1 << 20;
-/// What is given back must have left the store by then.
+/// What is given back must have left the store by then, beside what the disk itself takes for it.
 const SOON: Duration = Duration::from_secs(5);
 
 /// What is given back: with `VMEMD_LONG` as much as a balloon may.
@@ -56,7 +57,25 @@ fn until_gone(before: u64, bytes: u64, mut taken: impl FnMut() -> u64) -> Durati
     began.elapsed()
 }
 
-/// Everything is written and paged out; a part in the middle is given back, its space is free within seconds, and nothing else is harmed.
+/// How long the disk of the stores takes by itself to take as much back from a file.
+fn until_punched(bytes: u64) -> Duration {
+    let file = testkit::directory_in(store_directory(), "punched");
+    let file = std::fs::File::create(file.path().join("file")).expect("a file");
+    let piece = vec![0x5A; MIB as usize];
+    (0..bytes / MIB).for_each(|nth| file.write_all_at(&piece, nth * MIB).expect("room for it"));
+    file.sync_all().expect("a file");
+    let began = Instant::now();
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    for nth in 0..bytes / MIB {
+        // SAFETY: no memory arguments; the file is open.
+        let punched = unsafe { libc::fallocate(file.as_raw_fd(), mode, (nth * MIB) as i64, MIB as i64) };
+        assert_eq!(punched, 0, "{}", std::io::Error::last_os_error());
+    }
+    began.elapsed()
+}
+
+/// Everything is written and paged out; a part in the middle is given back, its space is free within seconds, and
+/// nothing else is harmed.
 fn gives_back(vm: &Vm, gone: Run, taken: impl Fn() -> u64) {
     let all = Run::new(PageNo(0), vm.pages() as u32);
     let handle = vm.handle();
@@ -69,7 +88,10 @@ fn gives_back(vm: &Vm, gone: Run, taken: impl Fn() -> u64) {
     // The file system may keep a block at each end.
     let took = until_gone(before, gone.bytes() as u64 - MIB, &taken);
     println!("{} MiB were free after {took:?}", gone.bytes() as u64 / MIB);
-    assert!(took <= SOON, "{took:?}");
+    if took > SOON {
+        let disk = until_punched(gone.bytes() as u64);
+        assert!(took <= SOON + 2 * disk, "{took:?}; by itself, the disk takes {disk:?}");
+    }
     wait_for("it is on record", || {
         (vm.stats().store.used_bytes == (all.len - gone.len) as u64 * 4096).then_some(())
     });
@@ -158,7 +180,8 @@ impl Waits {
     }
 }
 
-/// Space comes back soon although the VM reads all the time, and its faults hardly notice. The figures are those of `docs/engine.md`.
+/// Space comes back soon although the VM reads all the time, and its faults hardly notice. The figures are those of
+/// `docs/engine.md`.
 #[test]
 fn faults_go_on_beside_holes() {
     let directory = place("beside");

@@ -1,5 +1,5 @@
-//! A disk of a test whose flushes take their time, that falls silent, or that fails at everything for a while: a loop device over the
-//! one file of a FUSE file system that this process serves.
+//! A disk of a test whose flushes take their time, that falls silent, or that fails at everything for a while: a loop
+//! device over the one file of a FUSE file system that this process serves.
 //!
 //! ```text
 //!   ext4, with a journal, or nothing ─▶ loop device ─▶ disk.img on FUSE ─▶ this process ─▶ a sparse file
@@ -29,7 +29,7 @@ const ROOT: u64 = 1;
 const IMAGE: u64 = 2;
 const NAME: &str = "disk.img";
 
-/// What the disk does, told while it is in use.
+/// The behaviour of the disk, which is changed while it is in use.
 #[derive(Debug, Default)]
 struct Manners {
     flush_delay_ms: AtomicU64,
@@ -39,7 +39,7 @@ struct Manners {
     back: Condvar,
 }
 
-/// What becomes of reads, writes and discards.
+/// How reads, writes and discards end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Away {
     #[default]
@@ -47,7 +47,7 @@ enum Away {
     Silent,
     /// Discards alone wait.
     KeepsDiscards,
-    /// They fail, as this errno.
+    /// They fail with this errno.
     Failing(i32),
 }
 
@@ -139,22 +139,22 @@ impl SlowDisk {
         &self.device
     }
 
-    /// From now on nothing that is asked of it ends, until it [is back](SlowDisk::come_back).
+    /// From now on no read or write ends, until the disk [is back](SlowDisk::come_back).
     pub(crate) fn fall_silent(&self) {
         self.manners.become_away(Away::Silent);
     }
 
-    /// From now on no discard ends, until it [is back](SlowDisk::come_back).
+    /// From now on no discard ends, until the disk [is back](SlowDisk::come_back).
     pub(crate) fn keep_discards(&self) {
         self.manners.become_away(Away::KeepsDiscards);
     }
 
-    /// From now on everything that is asked of it fails, until it [is back](SlowDisk::come_back).
+    /// From now on every read and write fails, until the disk [is back](SlowDisk::come_back).
     pub(crate) fn fail(&self, errno: i32) {
         self.manners.become_away(Away::Failing(errno));
     }
 
-    /// What waits ends, and all is as it was.
+    /// Reads and writes that wait are done, and the disk works as before.
     pub(crate) fn come_back(&self) {
         self.manners.become_away(Away::Here);
     }
@@ -240,7 +240,7 @@ impl Body {
 }
 
 impl Served {
-    /// Until it is unmounted.
+    /// Serves requests until the file system is unmounted.
     fn serve(&self) {
         let mut request = vec![0; WRITE_MAX + (1 << 16)];
         loop {
@@ -270,7 +270,7 @@ impl Served {
         }
     }
 
-    /// None: the kernel waits for no answer.
+    /// The answer to a request. None: the kernel does not wait for one.
     fn answer(&self, opcode: u32, node: u64, body: &[u8]) -> Option<Result<Body, i32>> {
         const LOOKUP: u32 = 1;
         const FORGET: u32 = 2;

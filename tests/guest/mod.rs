@@ -1,4 +1,4 @@
-//! A reference guest on plain memory, and what tests do with it.
+//! A reference guest on plain memory, with the operations that tests need.
 
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
@@ -42,7 +42,7 @@ impl Guest {
         Guest::on(memory(config.memory_bytes), config)
     }
 
-    /// The same on memory that the caller has made.
+    /// A guest on memory that the caller has made.
     pub(crate) fn on(mut memory: MmapMut, config: MachineConfig) -> Guest {
         match ReferenceMachine::new(config, memory.as_mut_ptr()) {
             Ok(machine) => Guest { machine, memory },

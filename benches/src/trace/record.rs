@@ -13,11 +13,11 @@ use super::limits::PAGES_MAX;
 use super::touches::Touches;
 use crate::jobfile;
 
-/// What was recorded.
+/// Facts about a finished recording.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub(crate) struct Recorded {
     pub(crate) entries: u64,
-    /// Faults that came faster than they could be told.
+    /// Faults that came faster than they could be sent, and are missing in the trace.
     pub(crate) dropped: u64,
     pub(crate) file_bytes: u64,
 }

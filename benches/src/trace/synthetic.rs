@@ -1,4 +1,4 @@
-//! Touches by one word: `zipf:0.99`, `loop:1.1`, `stride:17`.
+//! Lists of touches made from one word: `zipf:0.99`, `loop:1.1`, `stride:17`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,13 +9,13 @@ use vmprocess::size::Size;
 use super::touches::Touches;
 use crate::job::{Access, Job, Length, Order};
 
-/// What to touch.
+/// The pattern of the touches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Synthetic {
     Random,
     Zipf(f64),
     Seq,
-    /// Round and round through so many times the RAM.
+    /// Round and round through memory of so many times the RAM budget.
     Loop(f64),
     Stride(u32),
 }
@@ -56,7 +56,7 @@ impl fmt::Display for Synthetic {
     }
 }
 
-/// How many touches by whom.
+/// The number of touches, and of threads that make them in turns.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SyntheticSettings {
     pub(crate) what: Synthetic,

@@ -5,7 +5,7 @@
 //! only asks, and looks at the answers when the VM runs. Pages that move while the engine still looks are counted as
 //! found.
 
-use swapd::{Answer, CommandError, Run, answered};
+use swapd::{CommandError, PendingAnswer, Run, answered};
 
 use crate::bitmap::Bitmap;
 use crate::limits::PLACEMENT_WINDOW;
@@ -17,9 +17,9 @@ use crate::report::Placement;
 pub(super) struct Check<'a> {
     handle: &'a EngineHandle,
     /// The pages in RAM and those in the store, until they are looked at.
-    maps: Option<[Answer<Vec<Run>>; 2]>,
+    maps: Option<[PendingAnswer<Vec<Run>>; 2]>,
     /// Once the VM has been started: when that was, and the subscription to its writes.
-    started: Option<(Instant, Answer<DirtySubscription>)>,
+    started: Option<(Instant, PendingAnswer<DirtySubscription>)>,
 }
 
 impl<'a> Check<'a> {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use swapd::digest::page_sum;
-use swapd::{Answer, Arrival, PAGE_SIZE, Run, SlotRun, answered};
+use swapd::{Arrival, PAGE_SIZE, PendingAnswer, Run, SlotRun, answered};
 use tokio_uring::buf::BoundedBuf;
 
 use super::ledger::Ledger;
@@ -91,8 +91,8 @@ pub(crate) struct EngineSink {
     /// Granted and not used yet.
     spare: Option<SlotRun>,
     /// Asked for ahead of need.
-    coming: Option<Answer<SlotRun>>,
-    arrivals: VecDeque<Answer<()>>,
+    coming: Option<PendingAnswer<SlotRun>>,
+    arrivals: VecDeque<PendingAnswer<()>>,
 }
 
 impl EngineSink {
@@ -155,7 +155,7 @@ impl EngineSink {
     }
 
     /// Keeps an answer until it is certainly there, so that its error is not lost.
-    async fn sent(&mut self, answer: Answer<()>) -> Result<(), SessionError> {
+    async fn sent(&mut self, answer: PendingAnswer<()>) -> Result<(), SessionError> {
         if self.arrivals.len() == MAX_OPEN_ARRIVALS {
             self.await_arrivals(MAX_OPEN_ARRIVALS / 2).await?;
         }

@@ -82,7 +82,8 @@ impl TargetVm for TestVm {
 /// A daemon with one session's worth of memory.
 pub struct Target {
     pub address: SocketAddr,
-    /// A session of it, under a number of its own: an end of one that comes late is then never taken for that of another.
+    /// A session of it, under a number of its own: an end of one that comes late is then never taken for that of
+    /// another.
     pub session: SessionId,
     pub vm: TestVm,
     pub cancel: Arc<AtomicBool>,
