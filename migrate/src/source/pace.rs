@@ -63,6 +63,12 @@ impl Standing {
     }
 }
 
+/// How long a target may take to load a state of so many bytes: ten times what a machine takes, for what was kept on a
+/// slow disk. A target that does not live is found by its silence long before.
+pub(crate) fn longest_load(state_bytes: u64) -> Duration {
+    seconds(state_bytes as f64 / LOADED_BYTES_PER_S * 10.0)
+}
+
 /// A time that a rate says, which may be near zero.
 fn seconds(seconds: f64) -> Duration {
     const MAX_S: f64 = 1e6;

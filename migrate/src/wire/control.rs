@@ -151,7 +151,7 @@ pub fn short_text(text: &str) -> &str {
 /// Most bytes of state that a target takes with which this version is spoken: None if it takes any number.
 #[must_use]
 pub const fn state_limit(version: u16) -> Option<u64> {
-    if version < STATE_WITHOUT_LIMIT { Some(64 << 20) } else { None }
+    if version < STATE_WITHOUT_LIMIT { Some(1 << 30) } else { None }
 }
 
 impl Control {
@@ -311,6 +311,6 @@ mod tests {
     #[test]
     fn only_the_first_version_has_a_limit_of_state() {
         let limits = crate::wire::VERSIONS.map(state_limit).collect::<Vec<_>>();
-        assert_eq!(limits, [Some(64 << 20), None]);
+        assert_eq!(limits, [Some(1 << 30), None]);
     }
 }

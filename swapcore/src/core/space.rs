@@ -9,7 +9,7 @@
 //!                               └───────────────────────────────────────── tried again later
 //! ```
 //! Invariant: no write and no wanted read of a page is under way together with a drop of its place. A drop is looked at anew when it is
-//! issued, not when the page joined the batch ([`Core::may_drop`]); a write that meets a drop waits until that has ended
+//! issued, not when the page joined the batch ([`Core::dead_in`]); a write that meets a drop waits until that has ended
 //! ([`Core::write`]). Else the drop could come second, and take the newest content along.
 //!
 //! What is *not* dropped: the old copy of a page that is in the guest. If the page has not changed it leaves again without a write, and if it
@@ -68,7 +68,9 @@ impl Core {
         {
             // Whoever waits for a page comes first, and has most of the time, if there always is somebody.
             let somebody_reads = self.space.reads_go_on || self.ios.reads() > 0;
-            if somebody_reads && !self.space.pace.may_disturb() {
+            // Without room, somebody waits for the drops themselves.
+            let wanted = self.is_any_full() || self.waiters.any_deferred();
+            if somebody_reads && !wanted && !self.space.pace.may_disturb() {
                 return;
             }
             let Some(run) = self.next_dead() else { return };
@@ -194,10 +196,8 @@ impl Core {
         self.drop_dead();
         self.write_behind_drops();
         self.tiers.ids().for_each(|tier| self.end_retry(tier));
-        if self.space.under_way.is_empty() && self.is_any_full() && std::mem::take(&mut self.space.freed) {
-            for tier in self.tiers.ids().filter(|tier| self.tiers.is_full(*tier)).collect::<Vec<_>>() {
-                self.retry_tier(tier);
-            }
+        if self.tiers.is_full(tier) && !self.space.is_busy(tier) && std::mem::take(&mut self.space.freed) {
+            self.retry_tier(tier);
         }
     }
 
@@ -237,12 +237,16 @@ impl Core {
         let space = &self.space;
         let drops = space.draining && self.tick >= space.retry_tick;
         let (_, left) = space.sweep;
-        let full = |tier: TierId| space.supported[tier.index()] && self.tiers.is_full(tier);
-        self.tiers.ids().any(full) && (space.is_anything_dropping() || drops || left > 0)
+        let may_come = |tier: TierId| {
+            let full = space.supported[tier.index()] && self.tiers.is_full(tier);
+            full && (space.is_busy(tier) || drops || left > 0)
+        };
+        self.tiers.ids().any(may_come)
     }
 
     fn give_up_copies(&mut self) {
-        if !self.is_any_full() || self.space.is_anything_dropping() {
+        let waits = |tier: TierId| self.tiers.is_full(tier) && !self.space.is_busy(tier);
+        if !self.tiers.ids().any(waits) {
             return;
         }
         let wanted = COPIES_MIN.max(2 * self.table.count(PageState::Leaving));
@@ -284,7 +288,12 @@ impl Core {
 
     /// Somebody's page cannot be written before a drop has ended: it has met that one, or there is no room in the tier but what is dropped.
     pub(super) fn waits_for_drop(&self, tier: TierId) -> bool {
-        let behind = |(page, _): &(PageNo, Slot)| self.tier_of(*page) == tier;
+        // A page that has been rescued since is on the list still.
+        let behind = |(page, slot): &(PageNo, Slot)| {
+            self.tier_of(*page) == tier
+                && self.table.state(*page) == PageState::Leaving
+                && self.frames.find_slot(*page) == Some(*slot)
+        };
         self.space.is_busy(tier)
             && (self.tiers.is_full(tier) || self.space.waiting.iter().any(behind))
             && !mutant!(ForgetsSilentDrops)
