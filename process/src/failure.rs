@@ -105,7 +105,8 @@ impl From<swapd::StartError> for Failure {
             swapd::StartError::Host(_) => FailureKind::Host,
             swapd::StartError::Store(_) | swapd::StartError::Memory(_) => FailureKind::Resources,
         };
-        Failure::new(kind, chain(&error))
+        // Its text names the cause.
+        Failure::new(kind, error.to_string())
     }
 }
 

@@ -472,7 +472,7 @@ impl Driver {
 
     /// Takes over a region of memory that its owner has mapped. Until then its pages are untouched, and nobody can touch them.
     fn attach(&mut self, region: usize, base: usize) -> Result<(), StartError> {
-        self.memory.check(region, base).map_err(StartError::Memory)?;
+        self.memory.check(region, base)?;
         self.memory.map_in(&self.faults, region, base)?;
         if self.prealloc {
             self.memory.runs_of(region).for_each(|run| self.prealloc(run));
