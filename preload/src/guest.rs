@@ -1,9 +1,9 @@
 //! The VM of this QEMU, driven over its QMP monitor.
 //!
 //! The device state travels through a socket pair whose other end QEMU is given, as QEMU makes it and as QEMU takes it.
-//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is also
-//! its user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set as
-//! before.
+//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is
+//! also its user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set
+//! as before.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
