@@ -118,5 +118,5 @@ pub trait TargetVm {
     /// downtime: must wait for no disk.
     fn start(&mut self, paused: bool) -> Result<(), VmError>;
     /// It has started, and its source has been told: take the name. This may take its time.
-    fn settle(&mut self) {}
+    fn take_name(&mut self) {}
 }
