@@ -324,7 +324,7 @@ impl TargetVm for Target<'_> {
         }
     }
 
-    fn settle(&mut self) {
+    fn take_name(&mut self) {
         take_name(self.vm);
     }
 }

@@ -318,7 +318,7 @@ impl<'a> Rounds<'a> {
         self.reader.scan_took() + self.control.round_trip().unwrap_or_default() * QUESTIONS
     }
 
-    pub(crate) fn left_pages(&self) -> u64 {
+    pub(crate) fn remaining_pages(&self) -> u64 {
         self.reader.pages_for_next()
     }
 

@@ -95,7 +95,7 @@ pub(super) fn run(
     // Behind the start, because the first scan takes its time. A page that is touched before it is touched again, or
     // not counted.
     let check = check.map(Check::started);
-    vm.settle();
+    vm.take_name();
     if let Some(check) = check {
         // The VM runs, so nothing here is a failure of the migration.
         match session.runtime.block_on(check.finish()) {

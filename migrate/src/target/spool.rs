@@ -2,7 +2,8 @@
 //! load.
 //!
 //! ```text
-//!   parts from the wire ──▶ chunks in memory, up to a limit ──▶ chunks in a file without a name ──▶ read in that order, once
+//!   parts from the wire ─▶ chunks in memory, up to a limit ─▶ chunks in a file without a name
+//!                                        └──────── read in that order, once ────────┘
 //! ```
 //! A state of any size takes no more memory than the limit and the checksums of the chunks in the file, 8 bytes for
 //! each. The file is in no directory, so nothing of it is left behind whoever ends. Writes to it are the page
