@@ -54,6 +54,7 @@ impl Core {
         space.pace.tick(ticks);
         let before = std::mem::replace(&mut space.read_at_tick, self.counts.pages_read);
         space.reads_go_on = self.counts.pages_read != before;
+        self.forget_rescued();
         self.give_up_copies();
         let old = self.tick >= self.space.since + COLLECT_TICKS;
         self.space.draining |= old || self.space.blocks.len() >= BATCH_BLOCKS;
@@ -201,6 +202,16 @@ impl Core {
         }
     }
 
+    /// Pages that wait behind a drop and have been rescued since do not wait any more.
+    fn forget_rescued(&mut self) {
+        let waiting = &mut self.space.waiting;
+        waiting.sort_unstable_by_key(|(page, _)| *page);
+        waiting.dedup();
+        waiting.retain(|(page, slot)| {
+            self.table.state(*page) == PageState::Leaving && self.frames.find_slot(*page) == Some(*slot)
+        });
+    }
+
     /// Writes what has met a drop that is over. It is a part of a retry, if its tier is being retried.
     fn write_behind_drops(&mut self) {
         let mut waiting = std::mem::take(&mut self.space.waiting);
@@ -288,12 +299,7 @@ impl Core {
 
     /// Somebody's page cannot be written before a drop has ended: it has met that one, or there is no room in the tier but what is dropped.
     pub(super) fn waits_for_drop(&self, tier: TierId) -> bool {
-        // A page that has been rescued since is on the list still.
-        let behind = |(page, slot): &(PageNo, Slot)| {
-            self.tier_of(*page) == tier
-                && self.table.state(*page) == PageState::Leaving
-                && self.frames.find_slot(*page) == Some(*slot)
-        };
+        let behind = |(page, _): &(PageNo, Slot)| self.tier_of(*page) == tier;
         self.space.is_busy(tier)
             && (self.tiers.is_full(tier) || self.space.waiting.iter().any(behind))
             && !mutant!(ForgetsSilentDrops)

@@ -656,7 +656,7 @@ mod tests {
                 }
                 todo.extend(hand(&mut core, Event::Tick { ticks: 1 }));
             }
-            if core.faults_waiting() > 0 { panic!("{page} {:?} stalled? open {} leaving {} standby {} at_hand {} {:?}", core.tiers.get_mut(TierId(0)).silence, core.tiers.any_open(), core.table.count(PageState::Leaving), core.frames.staging().standby_count(), core.frames.at_hand(), core.frames.marks()); }
+            assert_eq!(core.faults_waiting(), 0, "{page}");
         }
     }
 
