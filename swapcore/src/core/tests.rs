@@ -43,8 +43,14 @@ fn performed(core: &mut Core) -> Vec<Action> {
     rest
 }
 
+/// A heat map is taken over as a whole.
 fn ask(core: &mut Core, request: Request) -> Vec<Action> {
-    actions(core, Event::Request { ticket: Ticket(1), request })
+    let heat = matches!(request, Request::StartReceiving(_) | Request::UpdateHeat(_));
+    let mut done = actions(core, Event::Request { ticket: Ticket(1), request });
+    while heat && core.is_walking() {
+        done.extend(actions(core, Event::Step));
+    }
+    done
 }
 
 fn written(core: &mut Core, io: IoId, result: Result<(), IoError>) -> Vec<Action> {
@@ -646,6 +652,78 @@ fn a_heat_map_of_another_size_begins_no_receiving() {
         "{refused:?}"
     );
     assert!(core.receiving.is_none(), "it pages as before");
+}
+
+#[test]
+fn samples_go_back_some_at_a_time_and_the_host_is_told_behind_the_last() {
+    let mut core = Core::new(CoreConfig {
+        pages: 1 << 16,
+        budget_frames: 1 << 16,
+        budget_min: 48,
+        slots: 8192,
+        blocks: 0,
+        sampling: true,
+        walk: WalkStep::default(),
+    });
+    for page in (0..1 << 16).step_by(512).map(PageNo) {
+        core.handle(Event::Fault(page));
+        while let Some(action) = core.next_action() {
+            if let Action::FillBlock { run } = action {
+                core.handle(Event::Filled { run, huge: false });
+            }
+        }
+    }
+    // The first pass leaves what is fresh alone.
+    (0..8).for_each(|_| drop(actions(&mut core, Event::Tick { ticks: 1 })));
+    let out = core.table.count(PageState::Sampled);
+    assert!(out > 33 * 16, "{out} pages are out");
+    let moves = |core: &mut Core, event: Event<'_>| {
+        core.handle(event);
+        let (mut moves, mut told) = (0, false);
+        while let Some(action) = core.next_action() {
+            match action {
+                Action::MoveIn { run, slots } => {
+                    moves += 1;
+                    core.handle(Event::MovedIn { run, slots, moved: run.len });
+                }
+                Action::HugePages(allowed) => told = !allowed,
+                _ => {}
+            }
+        }
+        (moves, told)
+    };
+    let request = Request::SetBudget(bytes_of((1 << 16) - 1));
+    assert_eq!(moves(&mut core, Event::Request { ticket: Ticket(1), request }), (32, false));
+    let mut told = false;
+    while core.is_walking() {
+        assert!(!told, "that comes last");
+        let (moved, now) = moves(&mut core, Event::Step);
+        assert!(moved <= 32, "{moved} samples in one step");
+        told = now;
+    }
+    assert_eq!((core.table.count(PageState::Sampled), told), (0, true));
+}
+
+#[test]
+fn a_discard_of_much_is_done_in_steps_and_answered_behind_the_last() {
+    let mut core = core();
+    core.config.walk = WalkStep { table: 64, ..WalkStep::default() };
+    actions(&mut core, Event::Fault(PAGE));
+    actions(&mut core, Event::Fault(PageNo(200)));
+    let mut done = ask(&mut core, Request::Discard(Run::new(PageNo(0), 256)));
+    assert_eq!((core.table.state(PAGE), answers(&done)), (PageState::Untouched, 0));
+    assert_eq!(core.table.state(PageNo(200)), PageState::Resident);
+    // It is touched behind its step: that is new, and stays.
+    done.extend(actions(&mut core, Event::Fault(PAGE)));
+    while core.is_walking() {
+        assert_eq!(answers(&done), 0);
+        done.extend(actions(&mut core, Event::Step));
+    }
+    assert_eq!(
+        [PAGE, PageNo(200)].map(|page| core.table.state(page)),
+        [PageState::Resident, PageState::Untouched]
+    );
+    assert_eq!(answers(&done), 1);
 }
 
 fn heat_map(core: &mut Core) -> Vec<u8> {

@@ -17,8 +17,8 @@ macro_rules! named {
 }
 
 named! {
-    /// What the core was told when a page changed its state; `Balance` and `MakeReady` are what it does behind every event, and
-    /// when all events at hand are dealt with.
+    /// What the core was told when a page changed its state; `Balance` and `MakeReady` are what it does behind every
+    /// event, and when all events at hand are dealt with.
     Cause {
         /// A vCPU, or the kernel for it, waits for a page.
         Fault,

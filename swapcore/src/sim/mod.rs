@@ -51,7 +51,8 @@ const FULL_STEPS: u32 = 600;
 /// Steps without I/O, each of a tick at least, within which whoever waits for a frame in vain is told so.
 const QUIET_STEPS: u32 = 20;
 
-/// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own mixture.
+/// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own
+/// mixture.
 #[derive(Clone, Copy, Debug, Default)]
 struct Odds {
     read_error: u64,
@@ -194,8 +195,8 @@ impl Sim {
         }
     }
 
-    /// One VM in three has regions that are not whole blocks: the last one, and in half of them one more before all others. Drawn apart, so
-    /// that all other seeds are as they would be without.
+    /// One VM in three has regions that are not whole blocks: the last one, and in half of them one more before all
+    /// others. Drawn apart, so that all other seeds are as they would be without.
     fn short_blocks(seed: u64, config: &mut CoreConfig) -> Vec<Run> {
         let random = &mut Random::new(!seed);
         let block = u64::from(BLOCK_PAGES);
@@ -280,6 +281,7 @@ impl Sim {
     /// One step of what looks at all of memory.
     fn walk(&mut self) {
         if self.core.is_walking() {
+            self.step_discard();
             self.event(Event::Step);
         }
     }
@@ -299,7 +301,8 @@ impl Sim {
         self.event(Event::Tick { ticks });
     }
 
-    /// One tier is away for good: every page of the other is served as if nothing were, as long as there are frames that can be had.
+    /// One tier is away for good: every page of the other is served as if nothing were, as long as there are frames
+    /// that can be had.
     fn lose_a_tier(&mut self) {
         let frames = self.pages / 2;
         self.ask(Request::SetBudget(bytes_of(frames)), Asked::Budget);
@@ -432,12 +435,14 @@ impl Sim {
         }
     }
 
-    /// While pages are pinned for good: whoever asked something has an answer, and a guest that waits for a frame in vain is told of.
+    /// While pages are pinned for good: whoever asked something has an answer, and a guest that waits for a frame in
+    /// vain is told of.
     fn settle_pinned(&mut self) {
         if !self.kernel.is_anything_pinned_for_good() {
             return;
         }
-        // A late write may end at the very last of them: from then on it takes the core some ticks to see that nothing leaves.
+        // A late write may end at the very last of them: from then on it takes the core some ticks to see that nothing
+        // leaves.
         let (mut steps, mut quiet) = (0, 0);
         while steps < PINNED_STEPS || (1..QUIET_STEPS).contains(&quiet) {
             self.go_on();
