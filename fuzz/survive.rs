@@ -1,4 +1,5 @@
-//! What a crate's tests do with its fuzz targets, without the fuzzer: each gets its corpus, and what becomes of that by chance.
+//! Runs a crate's fuzz targets in its tests, without the fuzzer: each target gets its corpus, and random changes of
+//! it.
 //!
 //! Crates take this file in by its path: it needs nothing of theirs.
 
@@ -7,7 +8,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use proptest::sample::Index;
 
-/// A name, which its corpus and its file in `fuzz_targets` have as well, and the target.
+/// A target with its name, which is also that of its corpus and of its file in `fuzz_targets`.
 type Target = (&'static str, fn(&[u8]));
 
 fn corpus(fuzz: &Path, name: &str) -> Vec<Vec<u8>> {
@@ -24,7 +25,8 @@ pub(crate) fn corpora(fuzz: &Path, targets: &[Target]) {
     }
 }
 
-/// A short run of what `scripts/fuzz` does for longer, and without its eye for what is new.
+/// A short run of the target. `scripts/fuzz` runs it for longer, and keeps inputs that reach new code, which this
+/// does not.
 pub(crate) fn chance(fuzz: &Path, targets: &[Target]) {
     for (name, target) in targets {
         let corpus = corpus(fuzz, name);
@@ -41,7 +43,7 @@ enum Change {
     Flip(Index, u8),
     Remove(Index, Index),
     Double(Index, Index),
-    /// The rest is that of another input.
+    /// The rest of the input is replaced by that of another one.
     GoOn(Index, Index, Index),
 }
 

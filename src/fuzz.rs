@@ -1,8 +1,9 @@
-//! Every decoder of bytes that somebody else chose, one function each: what the fuzzer calls, and what the tests call with the corpus.
-//! Those of benchmarks are in theirs.
+//! Every decoder of bytes that somebody else chose, one function each: what the fuzzer calls, and what the tests call
+//! with the corpus. Those of benchmarks are in theirs.
 //!
-//! A function here fails (panics) if the decoder does, or if a value that it let through does not come back the same when it is written
-//! and read again. Checksums are made right first, where there are any: they keep accidents out, not a peer.
+//! A function here fails (panics) if the decoder does, or if a value that it let through does not come back the same
+//! when it is written and read again. Checksums are made right first, where there are any: they keep accidents out, not
+//! a peer.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,7 @@ use crate::qemu::offer::Offer;
 use crate::qemu::options::CommandLine;
 use crate::qemu::refuse::{refuse, unmovable};
 use crate::qemu::resources;
-use crate::qemu::rewrite::{Monitor, Plan, Role, Settings};
+use crate::qemu::rewrite::{LinePlan, Monitor, Role, Settings};
 use crate::qemu::rules::Rules;
 use crate::vmm::{saved_config, state};
 
@@ -146,18 +147,18 @@ pub fn qemu_line(data: &[u8]) {
     let Ok(mut line) = CommandLine::parse(&args) else { return };
     assert_eq!(CommandLine::parse(&line.print()).map(|again| again.print()).ok(), Some(line.print()));
     let _ = (refuse(&line), unmovable(&line));
-    if let Ok(plan) = Plan::of(&line) {
+    if let Ok(plan) = LinePlan::of(&line) {
         rewrite(plan);
     }
     let _ = (resources::list(&line), resources::absolute(&mut line, Path::new("/home")));
 }
 
-fn rewrite(plan: Plan) {
+fn rewrite(plan: LinePlan) {
     let files = vec![PathBuf::from("/backend"); plan.backends.len()];
     for role in [Role::Start, Role::Arrive] {
         let settings = Settings { files: &files, monitor: Monitor::Socket(Path::new("/monitor")), role };
         if let Ok(made) = plan.clone().rewrite(&settings) {
-            let again = CommandLine::parse(&made.args).and_then(|line| Plan::of(&line));
+            let again = CommandLine::parse(&made.args).and_then(|line| LinePlan::of(&line));
             assert!(again.is_err(), "it does not know its own work: {:?}", made.args);
         }
     }
@@ -171,7 +172,7 @@ pub fn qemu_offer(data: &[u8]) {
     let Ok(mut line) = CommandLine::parse(&offer.args) else { return };
     if resources::map(&mut line, &rules).is_ok()
         && unmovable(&line).is_ok()
-        && let Ok(plan) = Plan::of(&line)
+        && let Ok(plan) = LinePlan::of(&line)
     {
         rewrite(plan);
     }

@@ -18,7 +18,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, date_time_ymd,
 };
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// How long the CA lives at least: longer than its hosts' certificates.
 const CA_DAYS: u32 = 3650;
@@ -91,7 +91,7 @@ fn issue_all(
         // A CA of another kind would have another name than the one that was signed with.
         Server::new(&made).map_err(|error| {
             let text = format!("{} is not a CA of `vmemd pki init`: {error}", settings.dir.display());
-            Failure::new(Kind::Usage, text)
+            Failure::new(FailureKind::Usage, text)
         })?;
         let dir = settings.dir.join(&names[0]);
         make_dir(&dir, false)?;
@@ -112,7 +112,7 @@ fn checked(name: &str) -> Result<String, Failure> {
     match ServerName::try_from(name) {
         Ok(_) => Ok(name.to_owned()),
         Err(_) => Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             format!("--host {name:?} is no name or address of a host: as in --host a.example,192.0.2.1"),
         )),
     }
@@ -142,7 +142,7 @@ fn lasting(params: &mut CertificateParams, days: u32) {
 }
 
 fn failed(error: rcgen::Error) -> Failure {
-    Failure::new(Kind::Other, format!("cannot make a certificate: {error}"))
+    Failure::new(FailureKind::Other, format!("cannot make a certificate: {error}"))
 }
 
 fn make_dir(path: &Path, may_exist: bool) -> Result<(), Failure> {
@@ -158,7 +158,7 @@ fn exists(path: &Path, error: &std::io::Error) -> Failure {
     let path = path.display();
     if error.kind() == std::io::ErrorKind::AlreadyExists {
         return Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             format!(
                 "{path} is there already and is not overwritten: move it away, or choose another directory"
             ),

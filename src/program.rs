@@ -4,12 +4,12 @@ use std::ffi::OsStr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// The program of this name.
 ///
 /// # Errors
-/// [`Kind::Host`] if it is neither beside this one nor in `PATH`, with what to do.
+/// [`FailureKind::Host`] if it is neither beside this one nor in `PATH`, with what to do.
 pub fn find(name: &str) -> Result<PathBuf, Failure> {
     let this =
         std::env::current_exe().map_err(|error| Failure::io("cannot tell where this program is", &error))?;
@@ -26,11 +26,11 @@ fn find_in(beside: &Path, path: Option<&OsStr>, name: &str) -> Result<PathBuf, F
             "{name} is neither in {} nor in PATH: build it with `cargo build --release`, or install it there",
             beside.display()
         );
-        Failure::new(Kind::Host, text)
+        Failure::new(FailureKind::Host, text)
     })
 }
 
-fn is_program(path: &Path) -> bool {
+pub(crate) fn is_program(path: &Path) -> bool {
     path.metadata().is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 
@@ -54,7 +54,7 @@ mod tests {
         let path = std::env::join_paths([&first, &second]).unwrap();
         let find = || find_in(&beside, Some(&path), "it");
         let missing = find().unwrap_err();
-        assert_eq!(missing.kind, Kind::Host);
+        assert_eq!(missing.kind, FailureKind::Host);
         assert!(
             missing.text.contains("it is neither in ") && missing.text.contains("cargo build"),
             "{missing}"

@@ -1,16 +1,21 @@
 //! The reference guest as its process drives it.
 
-use vmprocess::control::protocol::GuestStat;
-use vmprocess::failure::{Failure, Kind, chain};
-use vmprocess::{Guest, GuestView, Newcomer};
+use std::io::{Read, Write};
 
-use crate::vmm::{Machine, RunState, VmmError};
+use vmprocess::control::protocol::GuestStat;
+use vmprocess::failure::{Failure, FailureKind, chain};
+use vmprocess::{GuestView, Machine, Newcomer};
+
+use crate::vmm::{ReferenceMachine, RunState, VmmError};
+
+/// Far above what the most vCPUs have, and all of a state that is believed before it is looked at.
+const STATE_BYTES_MAX: u64 = 16 << 20;
 
 /// A machine in this very process.
 #[derive(Debug)]
-pub(crate) struct ReferenceGuest(pub(crate) Machine);
+pub(crate) struct ReferenceGuest(pub(crate) ReferenceMachine);
 
-impl Guest for ReferenceGuest {
+impl Machine for ReferenceGuest {
     fn drain(&mut self) -> Result<(), Failure> {
         // It has no such devices.
         Ok(())
@@ -24,7 +29,9 @@ impl Guest for ReferenceGuest {
         match self.0.state() {
             RunState::Running => Ok(true),
             RunState::Paused => Ok(false),
-            RunState::Failed(reason) => Err(Failure::new(Kind::Vm, format!("the guest failed: {reason}"))),
+            RunState::Failed(reason) => {
+                Err(Failure::new(FailureKind::Vm, format!("the guest failed: {reason}")))
+            }
         }
     }
 
@@ -32,8 +39,10 @@ impl Guest for ReferenceGuest {
         Ok(self.0.resume()?)
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, Failure> {
-        Ok(self.0.save()?)
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
+        // Small, and made at once.
+        let state = self.0.save()?;
+        to.write_all(&state).map_err(|error| Failure::io("the guest's state is not taken", &error))
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -76,8 +85,15 @@ pub(crate) struct ReferenceNewcomer {
 }
 
 impl Newcomer for ReferenceNewcomer {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
-        let machine = Machine::restore_sized(state, self.base as *mut u8, self.memory_bytes)?;
+    fn load(self: Box<Self>, state: &mut dyn Read) -> Result<Box<dyn Machine>, Failure> {
+        let mut whole = Vec::new();
+        let read = state.take(STATE_BYTES_MAX + 1).read_to_end(&mut whole);
+        read.map_err(|error| Failure::io("the guest's state does not come", &error))?;
+        if whole.len() as u64 > STATE_BYTES_MAX {
+            let text = format!("a state of more than {STATE_BYTES_MAX} bytes is not a reference guest's");
+            return Err(Failure::new(FailureKind::Link, text));
+        }
+        let machine = ReferenceMachine::restore_sized(&whole, self.base as *mut u8, self.memory_bytes)?;
         Ok(Box::new(ReferenceGuest(machine)))
     }
 }
@@ -86,12 +102,12 @@ impl From<VmmError> for Failure {
     fn from(error: VmmError) -> Failure {
         use VmmError as E;
         let kind = match &error {
-            E::NoKvm | E::NoPermission | E::Kvm { .. } | E::Register(_) => Kind::Host,
-            E::Thread { .. } => Kind::Other,
-            E::PauseTimeout(_) | E::Failed(_) => Kind::Vm,
-            E::NotPaused => Kind::Name,
-            E::StateVersion { .. } | E::BadState(_) | E::MemorySize { .. } => Kind::Link,
-            _ => Kind::Usage,
+            E::NoKvm | E::NoPermission | E::Kvm { .. } | E::Register(_) => FailureKind::Host,
+            E::Thread { .. } => FailureKind::Other,
+            E::PauseTimeout(_) | E::Failed(_) => FailureKind::Vm,
+            E::NotPaused => FailureKind::Name,
+            E::StateVersion { .. } | E::BadState(_) | E::MemorySize { .. } => FailureKind::Link,
+            _ => FailureKind::Usage,
         };
         Failure::new(kind, chain(&error))
     }

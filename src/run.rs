@@ -6,15 +6,15 @@ use migrate::Registry;
 use tracing::info;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::Failure;
 use vmprocess::size::Size;
-use vmprocess::{Arrival, ArriveSettings, Facts, Guest, Memory, MemorySpec, Owner, Process, host};
+use vmprocess::{Arrival, ArriveSettings, Facts, Machine, Memory, MemorySpec, Owner, Process, host};
 
 use crate::reference::{ReferenceGuest, ReferenceNewcomer};
 use crate::sandbox;
-use crate::vmm::{Machine, MachineConfig, Workload};
+use crate::vmm::{MachineConfig, ReferenceMachine, Workload};
 
-/// What `vmemd run` shall start.
+/// The settings of `vmemd run` with the reference guest.
 #[derive(Clone, Debug)]
 pub struct RunSettings {
     pub run_dir: PathBuf,
@@ -35,7 +35,7 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
     }
     let dir = RunDir::open(&settings.run_dir)?;
     sandbox::enter(&[dir.path(), &spec.store])?;
-    let place = dir.claim_name(&settings.name)?;
+    let claimed = dir.claim_name(&settings.name)?;
     let facts = Facts {
         name: settings.name.clone(),
         memory_bytes: spec.memory_bytes,
@@ -45,16 +45,16 @@ pub fn run(settings: &RunSettings) -> Result<(), Failure> {
         // All of it is in the guest's state.
         offer: None,
     };
-    let process = Process::begin(facts, place, Owner::Ours)?;
+    let process = Process::begin(facts, claimed, Owner::Ours)?;
     let memory = Memory::start(spec, process.notices())?;
     let base = memory.base();
     process.run(memory, || start(settings, base)).result
 }
 
-fn start(settings: &RunSettings, base: *mut u8) -> Result<Box<dyn Guest>, Failure> {
+fn start(settings: &RunSettings, base: *mut u8) -> Result<Box<dyn Machine>, Failure> {
     let RunSettings { name, memory: spec, vcpus, workload, .. } = settings;
     let config = MachineConfig { memory_bytes: spec.memory_bytes, vcpus: *vcpus, workload: *workload };
-    let mut machine = Machine::new(config, base)?;
+    let mut machine = ReferenceMachine::new(config, base)?;
     machine.start()?;
     info!(vm = %name, memory = %Size(spec.memory_bytes), ram = %Size(spec.budget_bytes), guest = %workload, "running");
     Ok(Box::new(ReferenceGuest(machine)))
@@ -67,7 +67,7 @@ fn start(settings: &RunSettings, base: *mut u8) -> Result<Box<dyn Guest>, Failur
 pub fn receive(settings: &ArriveSettings) -> Result<(), Failure> {
     let spec = &settings.memory;
     let registry = Registry::new(&RunDir::open(&settings.run_dir)?.sessions_dir());
-    let registry = registry.map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+    let registry = registry.map_err(|error| Failure::other(&error))?;
     sandbox::enter(&[&settings.run_dir, &spec.store, registry.decisions()])?;
     let (process, arrival) = Arrival::begin(settings, Owner::Ours)?;
     let memory = match Memory::start(spec, process.notices()) {

@@ -1,7 +1,8 @@
-//! Rights that a VM's process of our own gives up before it has any thread: it serves one VM, and nobody who takes it over shall get further.
+//! Rights that a VM's process of our own gives up before it has any thread: it serves one VM, and nobody who takes it
+//! over shall get further.
 //!
-//! Files by Landlock, system calls by seccomp. A list of what is denied, as systemd's and QEMU's are: a list of what is allowed would
-//! end VMs with the next C library. A QEMU is confined by its own `-sandbox`, and by whoever starts it.
+//! Files by Landlock, system calls by seccomp. A list of what is denied, as systemd's and QEMU's are: a list of what is
+//! allowed would end VMs with the next C library. A QEMU is confined by its own `-sandbox`, and by whoever starts it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +15,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 use tracing::{debug, warn};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// Read, and nothing else: libraries, host names, facts about the host.
 const READABLE: [&str; 9] = [
@@ -95,15 +96,15 @@ const DENIED: [libc::c_long; 59] = [
     libc::SYS_setgroups,
 ];
 
-/// Gives up, for this thread and all that it will start, everything but one VM's business: `written` are the directories (or the device)
-/// of its store and its sockets.
+/// Gives up, for this thread and all that it will start, everything but one VM's business: `written` are the
+/// directories (or the device) of its store and its sockets.
 ///
 /// # Errors
 /// If the kernel refuses a filter; a kernel without Landlock is only told of in the log.
 pub(crate) fn enter(written: &[&Path]) -> Result<(), Failure> {
     let denied = |what: &str, error: &dyn std::fmt::Display| {
         Failure::new(
-            Kind::Host,
+            FailureKind::Host,
             format!("cannot give up {what}: {error}; `vmemd doctor` tells what is missing"),
         )
     };
@@ -136,8 +137,8 @@ fn confine_files(written: &[&Path]) -> Result<(), landlock::RulesetError> {
     Ok(())
 }
 
-/// Two filters, for each has one answer to what it denies. The C library starts threads in the older way when told that the newer does
-/// not exist, and of that the filter sees the flags.
+/// Two filters, for each has one answer to what it denies. The C library starts threads in the older way when told that
+/// the newer does not exist, and of that the filter sees the flags.
 fn filters() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let thread = libc::CLONE_THREAD as u64;
     let no_thread = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(thread), 0)?;

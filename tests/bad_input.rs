@@ -1,4 +1,5 @@
-//! Bad input of every kind: one clear error that says what to do, the right exit code, nothing left behind.
+//! Bad input of every kind ends with one clear error that says what to do and with the right exit code, and leaves
+//! nothing behind.
 
 #[macro_use]
 extern crate testkit;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use swapd::{Engine, EngineConfig, StoreConfig};
 use testkit::{OrSkip, Reason};
-use vmemd::vmm::{Machine, MachineConfig, RunState};
+use vmemd::vmm::{MachineConfig, ReferenceMachine, RunState};
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 512 * MIB;
@@ -61,7 +61,7 @@ fn ram_stays_within_the_budget_at_every_moment() {
     let engine = Engine::start(config, Box::new(|_| {})).or_skip(Reason::Uffd);
     let workload = "rewrite".parse().expect("a workload");
     let config = MachineConfig { memory_bytes: MEMORY, vcpus: 2, workload };
-    let mut machine = Machine::new(config, engine.memory_base()).or_skip(Reason::Kvm);
+    let mut machine = ReferenceMachine::new(config, engine.memory_base()).or_skip(Reason::Kvm);
     machine.start().expect("the machine starts");
     let deadline = Instant::now() + Duration::from_secs(120);
     for (budget, rounds) in [(128, 2), (64, 1), (256, 2)] {

@@ -1,8 +1,9 @@
-//! The link is cut, and whoever takes part is killed, at every message of a migration. Whatever happens: exactly one side runs the VM
-//! (none, if whoever had it was killed), or it is in doubt and that can be ended; its memory is right; nothing is left behind.
+//! At each message of a migration the link is cut, or one of the processes that take part is killed. Each time
+//! exactly one side runs the VM, or no side if the process that had it was killed, or the VM is in doubt and the
+//! doubt can be ended. Its memory is right, and nothing is left behind.
 //!
-//! `VMEMD_LONG=1` goes through every message of the migration, and many more seeds; without it, those that matter most. `VMEMD_SEED`
-//! is the first seed.
+//! With `VMEMD_LONG=1` the tests go through every message of the migration and many seeds; without it, through the
+//! messages that matter most and few seeds. `VMEMD_SEED` is the first seed.
 
 #[macro_use]
 extern crate testkit;
@@ -22,15 +23,16 @@ use network::Network;
 use proxy::{After, At, FAULTS, Fault, Plan, Proxy, Strike, Word};
 use serde_json::Value;
 use testkit::{OrSkip, Random, Reason, skip};
+use vmprocess::host::children_of;
 
-/// Verifies its memory all the time; some of it is never touched.
+/// A guest that verifies its memory all the time, and never touches some of it.
 const GUEST: &str = "rewrite:working-set=12M,rate=300M";
 const MEMORY: &str = "32M";
 /// Less than the guest's working set: some pages go to the store.
 const BUDGET: &str = "16M";
-/// The product's patience with a silent peer, divided.
+/// The divisor of the product's limits on waiting for a peer (`VMEMD_TEST_HASTE`).
 const HASTE: u32 = 10;
-/// The same where the first packet may have to be sent again after a second.
+/// A smaller divisor where TCP may have to send the first packet again after a second.
 const CABLE_HASTE: u32 = 4;
 
 fn long() -> bool {
@@ -39,17 +41,6 @@ fn long() -> bool {
 
 fn first_seed() -> u64 {
     std::env::var("VMEMD_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
-}
-
-fn children_of(parent: u32) -> Vec<u32> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let parent_of = |stat: &str| stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse::<u32>().ok();
-        parent_of(&stat) == Some(parent)
-    })
-    .collect()
 }
 
 /// A VM on one host, a daemon on another (or the same), and a cable between them.
@@ -93,7 +84,8 @@ impl Site {
         self.here().vmemd(&["migrate", "web", "--to", &self.proxy.address, "--json"])
     }
 
-    /// Whether it runs, with its memory right: here, there. Waits until that is decided.
+    /// Waits until it is decided where the VM runs, and says whether it runs here and whether it runs there. Its
+    /// memory must be right.
     fn settled(&self) -> [bool; 2] {
         let all = || self.hosts.iter().flat_map(rows).collect::<Vec<_>>();
         // Unknown: it ends just now.
@@ -116,7 +108,7 @@ impl Site {
         [here, !here]
     }
 
-    /// Ends what runs, and looks for leftovers.
+    /// Stops the VM and the daemon, and checks that nothing is left behind.
     fn close(mut self) {
         wait_for("every session to be decided", || {
             let records = std::fs::read_dir(self.there().run_dir().join(".sessions"));
@@ -225,7 +217,8 @@ fn in_the_middle_of_a_message_one_side_runs_the_vm() {
     }
 }
 
-/// Every message of the migration, with every fault. The number of messages is not always the same: until there is none of that number.
+/// Every message of the migration, with every fault. The number of messages differs from run to run, so message
+/// numbers go up until a migration has none of that number.
 #[test]
 fn at_every_message_one_side_runs_the_vm() {
     needs_vms();
@@ -253,7 +246,7 @@ fn at_every_message_one_side_runs_the_vm() {
     assert!(tried > 20 * FAULTS.len(), "{tried}");
 }
 
-/// A VM of which nobody knows, for now, whether it has moved.
+/// Brings a VM into doubt: its hand-over breaks off at that message, and the target cannot be asked.
 fn in_doubt(hosts: usize, at: Word, fault: Fault) -> Site {
     needs_vms();
     let site = Site::new(hosts, 2 * HASTE);
@@ -294,7 +287,8 @@ fn a_doubt_says_what_it_is_and_ends_by_itself() {
     site.close();
 }
 
-/// On one host, where the target's process has the name by now: the process that waits is found all the same.
+/// Source and target are on one host, and the target's process has the VM's name by now. The source's process, which
+/// is in doubt, is found all the same.
 #[test]
 fn what_the_target_says_ends_a_doubt_whatever_is_forced() {
     let site = in_doubt(1, Word::Running, Fault::CutAll);
@@ -334,7 +328,7 @@ fn a_vm_that_runs_at_the_target_is_told_to_be_gone() {
     site.close();
 }
 
-/// The target's host was started anew, say: what it answers then must not be taken for knowledge.
+/// A target whose records are gone (its host was started anew, say) has no answer: the VM stays in doubt.
 #[test]
 fn a_target_that_has_lost_its_records_ends_no_doubt() {
     let mut site = in_doubt(2, Word::Running, Fault::CutAll);

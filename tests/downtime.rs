@@ -1,5 +1,5 @@
-//! The downtime does not depend on the disk: stores and run directories of both sides are on a disk whose flushes take 50 and 500 ms,
-//! with somebody else writing to it all the time, or on one that carries 100 MB/s.
+//! The downtime does not depend on the disk. The stores and run directories of both sides are on a disk whose flushes
+//! take 50 or 500 ms while another writer is at work on it, or on one that carries 100 MB/s.
 //!
 //! `VMEMD_LONG=1` moves the VM twenty times in each setting instead of three.
 
@@ -27,11 +27,12 @@ use testkit::{OrSkip, Reason, skip};
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 1 << 30;
-/// The default downtime target, and what it may be missed by.
+/// The default downtime target, and 30 ms by which it may be missed.
 const MOST_MS: f64 = 50.0 + 30.0;
-/// Half of it does not fit in the RAM that it gets, and it writes in all of its working set.
+/// A guest that writes in all of its working set; half of its memory does not fit in the RAM that it gets.
 const GUEST: &str = "rewrite:working-set=40M,rate=100M";
-/// Its working set does not fit: there are always pages on their way to the disk, and from it, also when it is stopped.
+/// A guest whose working set does not fit in its RAM: there are always pages on their way to the disk and from it,
+/// also when it is stopped.
 const PAGING_GUEST: &str = "rewrite:working-set=96M,rate=20M";
 
 fn is_long() -> bool {
@@ -42,7 +43,7 @@ fn moves() -> usize {
     if is_long() { 20 } else { 3 }
 }
 
-/// Somebody who writes to the disk, and flushes, for as long as this lives.
+/// A thread that writes to the disk and flushes it until this is dropped.
 struct Load {
     stop: Arc<AtomicBool>,
     writer: Option<JoinHandle<()>>,
@@ -78,7 +79,7 @@ impl Drop for Load {
     }
 }
 
-/// A host with all that is its own on that disk.
+/// A host whose store and run directory are on that disk.
 fn host_on(disk: &SlowDisk) -> Host {
     let mut host = Host::new("downtime");
     host.root = disk.mount().join("host");
@@ -86,7 +87,7 @@ fn host_on(disk: &SlowDisk) -> Host {
     host
 }
 
-/// Moves a VM to and fro between two daemons. Returns what was reported.
+/// Moves a VM to and fro between two daemons. Returns the reports.
 fn move_about(host: &mut Host, group: Option<&Group>, guest: &str) -> Vec<Value> {
     let daemons: Vec<_> = (0..2).map(|_| host.start_daemon("127.0.0.1:0", "64M", &[])).collect();
     let mut run = host.start_vm("web", guest);
@@ -250,8 +251,8 @@ fn the_demo_keeps_its_promise_on_a_slow_disk() {
     shares.sort_by(f64::total_cmp);
     let _ = writeln!(
         std::io::stderr(),
-        "{times} demos at 100 MB/s, flushes of 50 ms: downtime {:.1} ms (median), {:.1} ms (worst); hot pages in RAM {:.1} % \
-         (median), {:.1} % (worst)",
+        "{times} demos at 100 MB/s, flushes of 50 ms: downtime {:.1} ms (median), {:.1} ms (worst); hot pages in RAM \
+         {:.1} % (median), {:.1} % (worst)",
         downtimes[times / 2],
         downtimes[times - 1],
         shares[times / 2],

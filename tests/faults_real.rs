@@ -1,6 +1,6 @@
-//! Stores that fail in earnest, on the real kernel, under VMs that check their memory: file systems that fill up, devices that give
-//! errors or hardly answer, memory that is short. Nothing is lost but what the device has lost; the VM stands still when it must, says
-//! why, and goes on by itself.
+//! Stores that fail in earnest, on the real kernel, under VMs that check their memory: file systems that fill up,
+//! devices that give errors or hardly answer, memory that is short. Nothing is lost but what the device has lost; the
+//! VM stands still when it must, says why, and goes on by itself.
 //!
 //! `VMEMD_LONG=1` makes each fault come and go ten times instead of once.
 
@@ -23,8 +23,11 @@ use serde_json::Value;
 use testkit::{OrSkip, Reason};
 
 const MIB: u64 = 1 << 20;
-/// However slow the device is: what the process knows it says at once. (On a machine that others use as well.)
+/// A question that the process can answer by itself is answered in this time, however slow the device is.
 const PROMPTLY: Duration = Duration::from_secs(2);
+/// One of so many tries must be prompt. Others may keep the machine busy for a moment, but an answer that waits for
+/// the device is late each time.
+const TRIES: usize = 5;
 const PAGE: u64 = 4096;
 
 fn times() -> u32 {
@@ -53,15 +56,27 @@ fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// Asks for it, promptly, and returns the reason that is shown.
+/// Calls `work` until one call is done within the limit, and returns what that one gave.
+fn promptly<T>(what: &str, limit: Duration, mut work: impl FnMut() -> T) -> T {
+    let mut fastest = Duration::MAX;
+    for _ in 0..TRIES {
+        let asked = Instant::now();
+        let done = work();
+        fastest = fastest.min(asked.elapsed());
+        if fastest < limit {
+            return done;
+        }
+    }
+    panic!("{what} took {fastest:?} at least");
+}
+
+/// Asks for the VM's `stat`, which must come promptly, and returns the reason in it.
 fn reason(host: &Host, name: &str) -> String {
-    let asked = Instant::now();
-    let stat = host.stat(name).expect("its stat");
-    assert!(asked.elapsed() < PROMPTLY, "`stat` took {:?}", asked.elapsed());
+    let stat = promptly("`stat`", PROMPTLY, || host.stat(name).expect("its stat"));
     stat["reason"].as_str().unwrap_or_default().to_owned()
 }
 
-/// Really paused, not just waiting: the guest reports nothing while time passes for the others.
+/// The VM is really paused, and not just waiting for pages: its guest reports nothing new while time passes.
 fn assert_still(host: &Host, name: &str) {
     let before = host.stat(name).expect("its stat");
     let log = |stat: &Value| (number(&stat["uptime_ms"]), stat["guest"].clone());
@@ -107,7 +122,7 @@ fn a_vm_on_a_full_disk_is_paused_and_goes_on_by_itself() {
     vm.ends_with(0);
 }
 
-/// Without any help: the disk is full, then it is not.
+/// A full disk gets room again, and that alone lets the VM go on.
 #[test]
 fn a_disk_that_gets_room_is_enough() {
     needs_disks();
@@ -189,8 +204,8 @@ fn a_disk_that_cannot_be_written_loses_nothing() {
     }
 }
 
-/// Half of the device does not give back what it was given. A VM that does not touch what was there goes on, here and elsewhere, where
-/// exactly these pages are missed; one that does sees a memory error.
+/// Half of the device loses what was written to it. A VM that does not touch the lost pages goes on, here and after a
+/// move, which reports exactly these pages as lost. A VM that touches one sees a memory error.
 #[test]
 fn bad_sectors_cost_what_was_on_them_and_no_more() {
     const BAD: u64 = 96 * MIB;
@@ -235,8 +250,8 @@ fn bad_sectors_cost_what_was_on_them_and_no_more() {
     vm.ends_with(7);
 }
 
-/// A disk that answers nothing, or nothing but errors, says nothing about the pages that it has: the VM is paused, goes on by itself, and
-/// cannot be moved away meanwhile, for these pages would be lost on the way.
+/// A disk that answers nothing, or nothing but errors, says nothing about the pages that it has: the VM is paused,
+/// goes on by itself, and cannot be moved away meanwhile, for these pages would be lost on the way.
 #[test]
 fn a_vm_whose_disk_is_away_waits_for_it_and_stays() {
     needs_disks();
@@ -273,7 +288,7 @@ fn a_vm_whose_disk_is_away_waits_for_it_and_stays() {
     wait_for("its end", || host.stat("web").is_none().then_some(()));
 }
 
-/// 4 MiB a second, each way.
+/// The disk carries 4 MiB a second, each way.
 #[test]
 fn a_slow_disk_makes_a_slow_vm_and_nothing_worse() {
     needs_disks();
@@ -298,11 +313,11 @@ fn a_slow_disk_makes_a_slow_vm_and_nothing_worse() {
             |stat: &Value| number(&stat["store"]["pages_read"]) + number(&stat["store"]["pages_written"]);
         let rate = (moved(&stat) - moved(&before)) as f64 * PAGE as f64 / began.elapsed().as_secs_f64();
         assert!(rate < 16.0 * MIB as f64, "the disk is not slow: {rate} bytes/s");
-        let asked = Instant::now();
-        assert_eq!(host.vmemd(&["set", "web", "--ram", "48M"]).code, 0);
-        assert_eq!(host.vmemd(&["pause", "web"]).code, 0);
-        assert_eq!(host.vmemd(&["resume", "web"]).code, 0);
-        assert!(asked.elapsed() < 3 * PROMPTLY, "set, pause and resume took {:?}", asked.elapsed());
+        promptly("set, pause and resume", 3 * PROMPTLY, || {
+            assert_eq!(host.vmemd(&["set", "web", "--ram", "48M"]).code, 0);
+            assert_eq!(host.vmemd(&["pause", "web"]).code, 0);
+            assert_eq!(host.vmemd(&["resume", "web"]).code, 0);
+        });
         assert_eq!(host.vmemd(&["set", "web", "--ram", "32M"]).code, 0);
     }
     let said = host.vmemd(&["migrate", "web", "--to", &address, "--ram", "32M", "--json"]);
@@ -348,8 +363,8 @@ fn a_vm_in_short_memory_is_right() {
     }
 }
 
-/// An emulated processor stops only behind the access that it is at: it gets as many frames as it needs for that. So QEMU can be paused
-/// and resumed, and moved.
+/// An emulated processor (TCG) stops only after the access that it is at. On a full disk it gets the few frames that
+/// it needs for that, so its QEMU can be paused, resumed and moved.
 #[test]
 fn a_qemu_on_a_full_disk_is_paused_goes_on_and_moves() {
     needs_disks();

@@ -1,9 +1,10 @@
 //! The link breaks at the moment of the hand-over: exactly one side runs the VM, and both know which.
 //!
-//! `tests/cuts.rs` does much more of this; here the cable knows nothing of what it carries, so that it may be a tunnel's.
+//! `tests/cuts.rs` does this at many more moments. Its cable reads the messages that it carries; the cable here does
+//! not, so TLS may run through it.
 //!
-//! A proxy between source and daemon cuts the control connection when the source sends something while the process at the target says
-//! that it waits for the commit.
+//! A proxy between source and daemon cuts the control connection when the source sends something while the process at
+//! the target says that it waits for the commit.
 
 #[macro_use]
 extern crate testkit;
@@ -33,9 +34,9 @@ struct Proxy {
     target: String,
     run_dir: PathBuf,
     loses: Loses,
-    /// Set when the link was cut.
+    /// Whether the link has been cut.
     cut: AtomicBool,
-    /// Whether new connections pass after that.
+    /// Whether new connections pass after the cut.
     open: AtomicBool,
 }
 
@@ -61,7 +62,7 @@ impl Proxy {
         (proxy, address)
     }
 
-    /// All but the commit has come, so it is what the source says next.
+    /// Whether the target waits for the commit: then that is what the source says next.
     fn awaits_commit(&self) -> bool {
         let entries = std::fs::read_dir(&self.run_dir).into_iter().flatten().flatten();
         let mut arriving = entries.filter(|entry| entry.file_name().to_string_lossy().contains(".arriving-"));
@@ -74,7 +75,7 @@ impl Proxy {
         asked.is_ok() && said.contains("the source's commit")
     }
 
-    /// From the target to the source. What comes on a connection that is being cut is lost.
+    /// Carries bytes from the target to the source. Bytes that come on a connection which has been cut are lost.
     fn back(&self, mut target: TcpStream, mut source: TcpStream) {
         let cut_at_start = self.cut.load(Ordering::SeqCst);
         let mut buffer = vec![0; 64 << 10];
@@ -87,7 +88,7 @@ impl Proxy {
         let _ = source.shutdown(Shutdown::Write);
     }
 
-    /// From the source to the target, until the moment of the hand-over.
+    /// Carries bytes from the source to the target, until the moment of the hand-over.
     fn forth(&self, mut source: TcpStream, mut target: TcpStream) {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = source.read(&mut buffer) {
@@ -155,7 +156,9 @@ fn a_lost_answer_leaves_the_vm_at_the_target() {
     assert_eq!(host.sockets(), ["web.sock"]);
 }
 
-/// Until the target can be asked, which is done by TLS as well, the VM stays paused where it was. Takes the minute for which the source asks by itself.
+/// Until the target can be asked, which is done by TLS as well, the VM stays paused where it was. Takes as long as
+/// the source asks by itself before it says that it is in doubt. From its return on the source may find out at any
+/// moment, for it goes on to ask.
 fn stays_in_doubt(loses: Loses) -> (Host, common::Running, common::Running) {
     let (host, proxy, daemon, run, said) = hand_over(loses, false, true);
     said.fails(8, &["paused"]);
@@ -170,7 +173,6 @@ fn stays_in_doubt(loses: Loses) -> (Host, common::Running, common::Running) {
 #[test]
 fn a_vm_in_doubt_goes_on_when_the_target_says_that_it_has_it_not() {
     let (host, _daemon, mut run) = stays_in_doubt(Loses::Commit);
-    assert_eq!(host.stat("web").expect("it is here")["state"], "in_doubt");
     let resumed = host.vmemd(&["resume", "web", "--json"]);
     assert_eq!(resumed.code, 0, "{resumed:?}");
     assert_eq!(resumed.json()["state"], "running");
@@ -188,7 +190,9 @@ fn a_vm_in_doubt_ends_here_when_the_target_says_that_it_has_it() {
     assert_ne!(stat["pid"], run.pid());
     let resumed = host.vmemd(&["resume", "web", "--json"]);
     assert_eq!(resumed.code, 0, "{resumed:?}");
-    assert_eq!(resumed.json()["state"], "moved");
+    // Or the source has asked by itself in that moment, and the name is the target's alone, whose VM runs already.
+    let told = resumed.json();
+    assert!(told["state"] == "moved" || (told["state"] == "running" && told["already"] == true), "{told}");
     run.ends_with(10);
     host.wait_rounds("web", 1);
 }

@@ -1,5 +1,5 @@
-//! What users of a host run into: memory merging, RAM promised twice, units that end or start what they must not, a VM that is stopped in
-//! the middle of its move.
+//! Troubles that users of a host run into: memory that the host merges, RAM that is promised twice, systemd units
+//! that end or start a VM which they must not, and a VM that is stopped in the middle of its move.
 
 #[macro_use]
 extern crate testkit;
@@ -19,10 +19,10 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use common::{Host, Running, Said, freeze, lives, needs_root, needs_vms, processes_of, signal, wait_for};
-use proxy::{After, At, Plan, Proxy, Strike, Word};
+use proxy::{After, At, Plan, Proxy, Strike, Word, hold_up};
 use qemu::{BOOT, Guest, Machine, Qemu};
 use testkit::{Reason, skip};
-use vmprocess::control::rundir::{Place, RunDir};
+use vmprocess::control::rundir::{RunDir, SocketName};
 
 const GUEST: &str = "rewrite:working-set=40M,rate=400M";
 /// The exit code of a VM's process when the VM has moved away.
@@ -51,7 +51,7 @@ impl Drop for Ksm {
     }
 }
 
-/// As a unit with `MemoryKSM=yes` starts it.
+/// Starts the process as a unit with `MemoryKSM=yes` would.
 fn merging(command: &mut Command) {
     const PR_SET_MEMORY_MERGE: libc::c_int = 67;
     // SAFETY: between fork and exec only this one async-signal-safe call is made, which touches no memory.
@@ -63,7 +63,8 @@ fn merging(command: &mut Command) {
     }
 }
 
-/// KiB of mappings that the host may merge: of guest memory and staging (whose missing pages an engine brings), and of all else.
+/// KiB of mappings that the host may merge: of guest memory and staging (whose missing pages an engine brings), and
+/// of all else.
 fn mergeable(pid: u32) -> [u64; 2] {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process lives");
     let (mut size, mut served, mut found) = (0, 0, [0; 2]);
@@ -137,7 +138,7 @@ fn pid_of(host: &Host, name: &str) -> u32 {
     host.wait_state(name, "running")["pid"].as_u64().expect("a number") as u32
 }
 
-/// A VM that has come with so much of the daemon's RAM.
+/// Moves a new VM to the daemon, where it gets so much RAM. Returns its pid there.
 fn came(there: &Host, here: &mut Host, name: &str, address: &str, ram: &str) -> u32 {
     let _run = here.start_vm(name, "idle:working-set=16M");
     let moved = move_to(here, name, address, ram);
@@ -183,16 +184,16 @@ fn a_budget_that_was_raised_counts_and_so_does_that_of_a_vm_on_its_way() {
 
     // One on its way, of which the daemon that let it in knows nothing any more.
     let _coming = here.start_vm("coming", "rewrite");
-    let args = "migrate coming --ram 64M --no-throttle --max-rounds 1000 --downtime-target 1ms --to";
-    let mut migrate = here.start(&args.split(' ').chain([address.as_str()]).collect::<Vec<_>>());
-    here.wait_stat("coming", "data on its way", |stat| {
-        stat["migration"]["bytes_sent"].as_u64() >= Some(1 << 20)
-    });
+    here.wait_rounds("coming", 1);
+    let cable = hold_up(&address, 4 << 20);
+    let mut migrate = here.start(&["migrate", "coming", "--ram", "64M", "--to", cable.address()]);
+    cable.wait_until_held();
     let arriving = processes_of(&there.root.display().to_string())
         .into_iter()
         .find(|pid| ![raised, daemon.pid()].contains(pid))
         .expect("the receiving process");
     freeze(arriving);
+    cable.go_on();
     daemon.signal(libc::SIGKILL);
     daemon.end();
     let (_daemon, address) = there.start_daemon(&address, "192M", &[]);
@@ -209,7 +210,8 @@ fn a_budget_that_was_raised_counts_and_so_does_that_of_a_vm_on_its_way() {
     wait_for("the RAM to be free", || (move_to(&here, "web", &address, "100M").code == 0).then_some(()));
 }
 
-/// Whoever looks whether a VM lives leaves a connection in its queue, and that is full at some time.
+/// Each look whether a VM lives leaves a connection in its socket's queue. When that queue is full, commands must not
+/// hang at it.
 #[test]
 fn a_vm_that_stands_still_holds_up_nobody() {
     needs_vms();
@@ -218,8 +220,8 @@ fn a_vm_that_stands_still_holds_up_nobody() {
     let _other = host.start_vm("other", "idle:working-set=16M");
     freeze(run.pid());
     let dir = RunDir::open(&host.run_dir()).expect("the run directory");
-    let place = Place::Here("web".to_owned());
-    let looks = (0..100_000).take_while(|_| dir.connect(&place).is_ok()).count();
+    let socket = SocketName::Here("web".to_owned());
+    let looks = (0..100_000).take_while(|_| dir.connect(&socket).is_ok()).count();
     println!("its queue holds {looks} connections");
     assert!((1..100_000).contains(&looks), "{looks}");
     let begun = Instant::now();
@@ -288,7 +290,7 @@ fn units_end_and_start_only_what_they_may() {
     fs::remove_dir_all(dir).expect("it can be removed");
 }
 
-/// What the unit does at its end, with a `systemctl` that only notes how it was called.
+/// The unit's `ExecStopPost=`, run with a `systemctl` that only writes down how it was called.
 #[test]
 fn a_vm_that_has_moved_or_may_have_is_not_started_at_the_next_boot() {
     let vm = settings("vmemd-vm@.service");
@@ -372,7 +374,7 @@ impl Group {
         dirs.map(|entry| entry.file_name().display().to_string()).collect()
     }
 
-    /// A daemon in it, as its unit's main process.
+    /// Starts a daemon in the group, as its unit's main process.
     fn serve(&self, host: &mut Host, listen: &str) -> (Running, String) {
         let enter = format!("echo $$ >{}/cgroup.procs && exec \"$@\"", self.0.display());
         let within = std::mem::replace(host, Host::new("unused")).started_by(["sh", "-c", &enter, "sh"]);
@@ -434,7 +436,7 @@ fn vms_live_on_when_all_of_the_daemons_own_group_is_ended() {
     wait_for("the group to be empty", || group.procs().is_empty().then_some(()));
 }
 
-/// With `KillMode=process` only the main process is ended.
+/// Where the VM is in the daemon's own group, only `KillMode=process` keeps systemd from ending it with the daemon.
 #[test]
 fn without_a_group_of_its_own_a_vm_needs_a_unit_that_ends_the_daemon_alone() {
     needs_vms();
@@ -465,16 +467,17 @@ struct Stopped {
     stop: Option<Running>,
 }
 
-/// At the first message of that kind `stop` is called, with the host and the pids of the VM and of `vmemd migrate`.
-fn stop_at(word: Word, stop: impl Fn(&mut Host, u32, u32) -> Option<Running>) -> Stopped {
-    stop_and_then(word, stop, |_| {})
+/// At the first message of that kind `stop` is called, with the host and the VM's pid.
+fn stop_at(word: Word, stop: impl Fn(&mut Host, u32) -> Option<Running>) -> Stopped {
+    stop_and_then(word, stop, |_, _| {})
 }
 
-/// The same; `then_do` is called with the VM's pid when it has heard that, before the message goes on.
+/// As [`stop_at`]. `then_do` is called with the pids of the VM and of `vmemd migrate` when the VM has heard of its
+/// end, and before the message goes on.
 fn stop_and_then(
     word: Word,
-    stop: impl Fn(&mut Host, u32, u32) -> Option<Running>,
-    then_do: impl Fn(u32),
+    stop: impl Fn(&mut Host, u32) -> Option<Running>,
+    then_do: impl Fn(u32, u32),
 ) -> Stopped {
     needs_vms();
     let (mut host, mut there) = (Host::new("stop"), Host::new("stop-there"));
@@ -492,9 +495,9 @@ fn stop_and_then(
     let migrate = host.start(&["migrate", "web", "--to", &proxy.address]);
     let came = held.recv_timeout(common::DEADLINE);
     assert!(came.is_ok(), "{word:?} never came: {}", migrate.log());
-    let stop = stop(&mut host, run.pid(), migrate.pid());
+    let stop = stop(&mut host, run.pid());
     wait_for("the VM's process to hear that", || run.log().contains("it is to end here").then_some(()));
-    then_do(run.pid());
+    then_do(run.pid(), migrate.pid());
     drop(go_on);
     let mut stopped = Stopped { host, there, run, daemon, migrate, stop };
     stopped.migrate.end();
@@ -513,11 +516,11 @@ const WORDS: [Word; 9] = [
     Word::Running,
 ];
 
-fn by_command(host: &mut Host, _: u32, _: u32) -> Option<Running> {
+fn by_command(host: &mut Host, _: u32) -> Option<Running> {
     Some(host.start(&["stop", "web"]))
 }
 
-/// Whatever becomes of it, `stop`, `migrate` and the VM's process say the same, and it is so.
+/// The VM has moved or it has not: `stop`, `migrate` and the VM's process all say the same, and it is true.
 #[test]
 fn a_vm_that_is_stopped_in_the_middle_of_its_move_is_where_everybody_says() {
     let mut seen = BTreeMap::<i32, Vec<Word>>::new();
@@ -551,7 +554,8 @@ fn a_vm_that_is_stopped_in_the_middle_of_its_move_is_where_everybody_says() {
     assert!(seen[&0].contains(&Word::Pages) && seen[&MOVED].contains(&Word::Running), "{seen:?}");
 }
 
-/// The commit has gone, and the cable is dumb: nobody knows, and the VM's process ends before it could be known.
+/// The commit is sent and the link falls silent. The VM's process is stopped before it can learn what became of the
+/// commit, and says that.
 #[test]
 fn a_vm_that_is_stopped_in_the_middle_of_its_hand_over_may_have_moved_and_that_is_said() {
     needs_vms();
@@ -575,7 +579,7 @@ fn a_vm_that_is_stopped_in_the_middle_of_its_hand_over_may_have_moved_and_that_i
 #[test]
 fn a_signal_in_the_middle_of_a_move_ends_the_vm_and_is_named() {
     for word in [Word::Pages, Word::Running] {
-        let by_signal = |_: &mut Host, vm: u32, _: u32| {
+        let by_signal = |_: &mut Host, vm: u32| {
             signal(vm, libc::SIGTERM);
             None
         };
@@ -598,15 +602,11 @@ fn a_signal_in_the_middle_of_a_move_ends_the_vm_and_is_named() {
     }
 }
 
-/// It said "too late to cancel: it has moved", for the VM's process was gone.
+/// `migrate` once said "too late to cancel: it has moved", because the VM's process was gone.
 #[test]
 fn ctrl_c_of_a_migration_whose_vm_is_stopped_says_that_it_was() {
-    let both = |host: &mut Host, _: u32, migrate: u32| {
-        let stop = host.start(&["stop", "web"]);
-        signal(migrate, libc::SIGINT);
-        Some(stop)
-    };
-    let stopped = stop_at(Word::Pages, both);
+    // Behind the stop, which is heard by then: a Ctrl-C that comes first ends a migration of a VM that runs on.
+    let stopped = stop_and_then(Word::Pages, by_command, |_, migrate| signal(migrate, libc::SIGINT));
     let Stopped { host, there, mut run, daemon, mut migrate, stop } = stopped;
     stop.expect("the command").ends_with(0);
     run.ends_with(0);
@@ -639,9 +639,10 @@ fn what_else_is_asked_of_a_vm_that_moves_is_refused_with_the_reason() {
             host.vmemd(asked).fails(4, &["it is migrating; cancel that first"]);
         }
         if !moves {
-            // The answer to that is the migration's own.
+            // The answer to that is the migration's own. The message is held until then, or the VM might have moved
+            // sooner.
             migrate.signal(libc::SIGINT);
-            wait_for("the cancel to be on its way", || migrate_waits(&migrate).then_some(()));
+            migrate.ends_with(130);
         }
         drop(go_on);
         migrate.ends_with(if moves { 0 } else { 130 });
@@ -652,20 +653,12 @@ fn what_else_is_asked_of_a_vm_that_moves_is_refused_with_the_reason() {
     run.ends_with(MOVED);
 }
 
-/// Whether it still lives a moment after its signal: it waits for the VM's word.
-fn migrate_waits(migrate: &Running) -> bool {
-    let status = fs::read_to_string(format!("/proc/{}/status", migrate.pid())).unwrap_or_default();
-    // The handler has run: the signal is pending no more.
-    status
-        .lines()
-        .any(|line| line.strip_prefix("ShdPnd:").is_some_and(|set| set.trim().chars().all(|c| c == '0')))
-}
-
-/// Its process is killed before it can answer: behind the commit the VM runs elsewhere, and nobody may say that it is stopped.
+/// The VM's process is killed before it can answer a `stop`. After the commit the VM runs elsewhere, so `stop` must
+/// not say that it is stopped.
 #[test]
 fn a_vm_that_is_killed_while_it_is_stopped_in_its_move_is_not_said_to_be_stopped() {
     for (word, runs_there) in [(Word::Running, true), (Word::Pages, false)] {
-        let stopped = stop_and_then(word, by_command, common::kill);
+        let stopped = stop_and_then(word, by_command, |vm, _| common::kill(vm));
         let Stopped { host, there, run: _, daemon, mut migrate, stop } = stopped;
         let mut stop = stop.expect("the command");
         let code = stop.end().code();

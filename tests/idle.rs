@@ -1,11 +1,13 @@
-//! What an idle VM costs.
+//! The cost of an idle VM.
 //!
-//! Three things are judged, for each alone can be deceived:
+//! Three things are judged, because each alone can mislead:
 //! - *How often its threads wake up*, by the kernel's count of a thread's own switches. It is the same on every host.
-//! - *What its engine asks of the kernel each time*: the moves of samples, and nothing that looks at all memory (as a scan of the page
-//!   tables does, which may take less time than the wake-up itself). It is the same on every host, too.
-//! - *The processor time of its process*. A wake-up costs 0.1 ms on one host and 2 ms on another (a hypervisor below, cold caches), so
-//!   that time alone says as much of the host as of the VM. It is taken beside that of a thread that does next to nothing as often.
+//! - *What its engine asks of the kernel each time*: the moves of samples, and nothing that looks at all memory (as a
+//!   scan of the page tables does, which may take less time than the wake-up itself). It is the same on every host,
+//!   too.
+//! - *The processor time of its process*. A wake-up costs 0.1 ms on one host and 2 ms on another (a hypervisor below,
+//!   cold caches), so that time alone says as much of the host as of the VM. It is taken beside that of a thread that
+//!   does next to nothing as often.
 
 #[macro_use]
 extern crate testkit;
@@ -22,23 +24,25 @@ use std::time::{Duration, Instant};
 use common::{Host, needs_vms, wait_for};
 use testkit::{Reason, skip};
 
-/// The longest time between two wake-ups of an idle VM's engine (`swapd`'s sampler, after the VM has touched nothing for a while), and
-/// between two looks of its process's main thread.
+/// The longest time between two wake-ups of an idle VM's engine (`swapd`'s sampler, after the VM has touched nothing
+/// for a while), and between two looks of its process's main thread.
 const ENGINE_SLEEPS: Duration = Duration::from_millis(6400);
 const MAIN_SLEEPS: Duration = Duration::from_secs(10);
-/// Seen to sleep for so long, it has settled to that.
+/// An engine that has slept for so long without a break has reached its longest interval.
 const SETTLED: Duration = Duration::from_millis(5500);
-/// How long is measured: three wake-ups of the engine.
+/// Length of a measurement: three wake-ups of the engine.
 const WINDOW: Duration = ENGINE_SLEEPS.saturating_mul(3);
 /// An idle VM's share of a core: 0.1 %.
 const SHARE_MAX: f64 = 0.001;
-/// The VM's is the least of so many windows: what others take more is the host's.
+/// The VM's share is the least of so many windows: the host adds to the others.
 const WINDOWS: u32 = 3;
-/// About as often an idle VM's process wakes up.
+/// About as often as this an idle VM's process wakes up, and so does the control thread.
 const CONTROL_EVERY: Duration = Duration::from_secs(4);
-/// What a wake-up reads: code, stacks and tables of a few hundred KiB.
+/// Bytes that the control thread reads at a wake-up, as much as a wake-up of the engine reads of code, stacks and
+/// tables.
 const CONTROL_BYTES: usize = 256 << 10;
-/// Looked at closely: so many wake-ups of the engine, and what it moves at each: eight samples out, and as many back.
+/// So many wake-ups of the engine are traced, and at each it may make so many moves: eight samples out, and as many
+/// back.
 const TRACED: u32 = 2;
 const MOVES_MAX: u32 = 16;
 /// `UFFDIO_MOVE`.
@@ -46,7 +50,7 @@ const MOVE: u64 = 0xc028_aa05;
 /// `PAGEMAP_SCAN`.
 const SCAN: u64 = 0xc060_6610;
 
-/// Of each thread of a process: nanoseconds that it has run, and how often it has gone to sleep.
+/// For each thread of a process: the nanoseconds that it has run, and the number of times that it has gone to sleep.
 fn threads(pid: u32) -> BTreeMap<(u32, String), (u64, u64)> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the process lives");
     tasks
@@ -67,7 +71,8 @@ fn engine(pid: u32) -> u32 {
     find().expect("it has an engine").0
 }
 
-/// The share of a core that a thread takes over the window which wakes up as often as an idle VM does, and only looks at some memory.
+/// The share of a core that a thread takes over the window which wakes up as often as an idle VM does, and only looks
+/// at some memory.
 fn control() -> f64 {
     let memory = vec![1_u8; CONTROL_BYTES];
     let ran = || {
@@ -82,20 +87,23 @@ fn control() -> f64 {
     (ran() - before) as f64 / since.elapsed().as_nanos() as f64
 }
 
-/// What a VM's process did over a window.
+/// A VM's process over a window.
 struct Seen {
     share: f64,
-    /// How often each thread woke up.
+    /// The number of times that each thread woke up.
     woken: BTreeMap<String, u64>,
     words: String,
+    /// Length of the window: longer than [`WINDOW`] on a busy host.
+    window: Duration,
 }
 
 fn look(pid: u32) -> Seen {
     let (since, before) = (Instant::now(), threads(pid));
     // Time itself is what is measured here.
     std::thread::sleep(WINDOW);
-    let (after, window) = (threads(pid), since.elapsed().as_nanos() as f64);
-    let mut seen = Seen { share: 0.0, woken: BTreeMap::new(), words: String::new() };
+    let (after, window) = (threads(pid), since.elapsed());
+    let mut seen = Seen { share: 0.0, woken: BTreeMap::new(), words: String::new(), window };
+    let window = window.as_nanos() as f64;
     for (thread, (ran, slept)) in after {
         let (ran_before, slept_before) = before.get(&thread).copied().unwrap_or_default();
         let (share, woken) = (ran.saturating_sub(ran_before) as f64 / window, slept - slept_before);
@@ -130,7 +138,8 @@ fn measure(name: &str, memory: &str, ram: &str) {
     host.wait_stat(name, "the fill", |stat| {
         stat["guest"]["filled_pages"].as_u64().is_some_and(|filled| filled + pages / 64 >= pages)
     });
-    // The sampler takes one pass to see that nothing is in use, and then looks less and less often. Each `stat` wakes the engine.
+    // The sampler takes one pass to see that nothing is in use, and then looks less and less often. Each `stat` wakes
+    // the engine.
     let engine = engine(vm.pid());
     let sleeps =
         |pid| threads(pid).into_iter().find(|((tid, _), _)| *tid == engine).map(|(_, (_, slept))| slept);
@@ -147,7 +156,7 @@ fn measure(name: &str, memory: &str, ram: &str) {
     let (mut least, mut dear) = (f64::MAX, 0);
     for _ in 0..WINDOWS {
         let control = std::thread::spawn(control);
-        let Seen { share, woken, words } = look(vm.pid());
+        let Seen { share, woken, words, window } = look(vm.pid());
         let control = control.join().expect("the control");
         println!(
             "{memory} in {ram}: {:.4} % of a core{words}; control {:.4} %",
@@ -155,12 +164,12 @@ fn measure(name: &str, memory: &str, ram: &str) {
             control * 100.0
         );
         for (thread, sleeps) in [("vmemd-engine", ENGINE_SLEEPS), ("vmemd", MAIN_SLEEPS)] {
-            // Two more than there is time for: the window begins anywhere, and may end late. Twice as many are too many.
-            let most = WINDOW.as_millis().div_ceil(sleeps.as_millis()) as u64 + 2;
+            // Two more than there is time for: the window begins and ends anywhere. Twice as many are too many.
+            let most = window.as_millis().div_ceil(sleeps.as_millis()) as u64 + 2;
             let times = woken.get(thread).copied().unwrap_or_default();
             assert!(
                 times <= most,
-                "{memory} in {ram}, idle: {thread} woke up {times} times in {WINDOW:?}{words}"
+                "{memory} in {ram}, idle: {thread} woke up {times} times in {window:?}{words}"
             );
         }
         if share < SHARE_MAX {
@@ -176,7 +185,7 @@ fn measure(name: &str, memory: &str, ram: &str) {
     panic!("{memory} in {ram}, idle: {:.4} % of a core", least * 100.0);
 }
 
-/// What the engine does at a wake-up is the same few moves each time.
+/// At each wake-up the engine makes the same few moves, and no other system call.
 fn wakes_up_for_samples_alone(engine: u32) {
     let (mut woken, mut moves, mut looks) = (0, 0, 0);
     trace::system_calls(engine, |number, arguments| {

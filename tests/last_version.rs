@@ -1,5 +1,5 @@
-//! This version and the last one get along: VMs move between them, and the command of each is understood by the other's VMs. The last
-//! version is the commit that `.last-version` names, which `scripts/last-version` builds.
+//! This version and the last one get along: VMs move between them, and the command of each is understood by the
+//! other's VMs. The last version is the commit that `.last-version` names, which `scripts/last-version` builds.
 
 #[macro_use]
 extern crate testkit;

@@ -1,7 +1,8 @@
-//! What a guest uses is in RAM after a move, however fast it goes through it, on a slow disk and over a slow link.
+//! The pages that a guest uses are in RAM after a move, however fast or slowly the guest goes through them, on a slow
+//! disk and over a slow link.
 //!
-//! Judged by the guest's first whole round there: what it uses and is not in RAM has to be read from the store. Pages that are only read
-//! count as well. `VMEMD_LONG=1` moves guests of every kind everywhere, and twice.
+//! Judged by the guest's first whole round there: what it uses and is not in RAM has to be read from the store. Pages
+//! that are only read count as well. `VMEMD_LONG=1` moves guests of every kind everywhere, and twice.
 
 #[macro_use]
 extern crate testkit;
@@ -26,13 +27,13 @@ use testkit::{OrSkip, Reason};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
-/// What is promised: so many of a hundred pages.
+/// The promise: so many of a hundred pages that the guest uses are in RAM.
 const SHARE_MIN: f64 = 98.0;
-/// From the beginning of the guest's second round to the move, at least.
+/// Shortest time from the beginning of the guest's second round to the move.
 const LIFE_MS: u64 = 10_000;
-/// The default target, and what it may be missed by.
+/// The default downtime target, and 30 ms by which it may be missed.
 const DOWNTIME_MAX_MS: f64 = 50.0 + 30.0;
-/// Of the disk, each way, and of the link.
+/// Bytes a second of the slow disk, each way, and the rate of the slow link.
 const SLOW_DISK: u64 = 100_000_000;
 const SLOW_LINK: &str = "400mbit";
 
@@ -46,8 +47,9 @@ fn is_long() -> bool {
     std::env::var_os("VMEMD_LONG").is_some_and(|value| value != "0")
 }
 
-/// Guests that use so much, each with its name. The slow ones take 15 s for a round, whatever the size. Those that are scattered use every
-/// other page of twice as much, which is more than the RAM. [`PAGING`] has no more RAM where it comes from.
+/// Guests that use so much, each with its name. The slow ones take 15 s for a round, whatever the size. Those that
+/// are scattered use every other page of twice as much, which is more than the RAM. [`PAGING`] has no more RAM where
+/// it comes from.
 fn guests(working_set: u64) -> [(&'static str, String); 6] {
     let [set, scattered] =
         [format!("{}M", working_set / MIB), format!("{}M,scatter=2", working_set / MIB * 2)];
@@ -78,7 +80,8 @@ struct Way<'a> {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Those {
-    /// If there is little time those that are simply slow or fast, else all; some time after each has begun its second round.
+    /// If there is little time those that are simply slow or fast, else all; some time after each has begun its
+    /// second round.
     Plain,
     /// The same, with the others if there is little time.
     Others,
@@ -122,7 +125,7 @@ fn moves(way: Way<'_>, what: &str) {
             let moved = said.json();
             assert_eq!((&moved["pageins_during"], &moved["pageouts_during"]), (&0.into(), &0.into()));
             // The round under way began before the move.
-            let goal = number(&way.there.stat(name).expect("it is there")["guest"]["rounds"]) + 2;
+            let goal = number(&way.there.wait_state(name, "running")["guest"]["rounds"]) + 2;
             let gone = |stat: &Value| stat["guest"]["rounds"].as_u64() >= Some(goal);
             let stat = way.there.wait_stat(name, "a whole round", gone);
             assert_eq!(stat["guest"]["mismatched_pages"], 0, "{stat}");
@@ -130,7 +133,8 @@ fn moves(way: Way<'_>, what: &str) {
             let share = 100.0 - read as f64 * 100.0 / wanted as f64;
             let (placement, downtime) = (&moved["placement"], &moved["downtime_ms"]);
             eprintln!(
-                "{what}, {name}: {read} of {wanted} pages read, {share:.2} % in RAM; {placement}; downtime {downtime} ms"
+                "{what}, {name}: {read} of {wanted} pages read, {share:.2} % in RAM; {placement}; downtime \
+                     {downtime} ms"
             );
             if way.those == Those::Young {
                 assert!(downtime.as_f64() <= Some(DOWNTIME_MAX_MS), "{moved}");
@@ -209,8 +213,8 @@ fn what_is_used_is_in_ram_over_a_slow_link() {
     moves(way, "placement-slow-link");
 }
 
-/// All that is slow at once: stores and run directories on a disk of 100 MB/s whose flushes take half a second, a link of 1 Gbit/s, and
-/// guests that were started ten seconds ago.
+/// All that is slow at once: stores and run directories on a disk of 100 MB/s whose flushes take half a second, a
+/// link of 1 Gbit/s, and guests that were started ten seconds ago.
 #[test]
 fn a_young_guest_moves_on_slow_machines() {
     needs_vms();

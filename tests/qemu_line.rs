@@ -1,4 +1,5 @@
-//! Command lines as people write them, with real QEMUs: sizes, names, sockets. What `src/qemu/golden_tests.rs` cannot show.
+//! Command lines as people write them, with real QEMUs: sizes, names, sockets. These tests show what
+//! `src/qemu/golden_tests.rs` cannot, because that runs no QEMU.
 
 #[macro_use]
 extern crate testkit;

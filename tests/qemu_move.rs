@@ -9,6 +9,7 @@ extern crate testkit;
 testkit::main!();
 
 mod common;
+mod proxy;
 mod qemu;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -22,6 +23,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{Host, Running, freeze, lives, needs_root, signal, wait_for};
+use proxy::{HeldUp, hold_up};
 use qemu::{BOOT, Guest, Machine, Network, Qemu, checker, field, on_host, qemus};
 use serde_json::Value;
 use testkit::{OrSkip, Reason, skip};
@@ -33,8 +35,6 @@ const JOB: Duration = Duration::from_secs(120);
 const DOWNTIME_MAX_MS: f64 = 3000.0;
 /// Pace of the lines over a connection, so that the guest's processor is not theirs alone.
 const TALK_EVERY: Duration = Duration::from_millis(5);
-/// A guest that runs prints several lines in that time.
-const AT_REST: Duration = Duration::from_millis(300);
 /// The guest beats and checks its memory as long as it lives.
 const JOBS: &str = "checker beat & checker memory 150M 100000";
 
@@ -267,17 +267,10 @@ fn tell_monitor(path: &str, command: &str) {
     }
 }
 
-/// How many lines a guest that stands still has printed: what it said just before may still be on its way.
+/// How many lines a guest that stands still has printed: what it printed just before may be in the console's socket
+/// still.
 fn printed_at_rest(guest: &Guest) -> usize {
-    let mut printed = guest.lines().len();
-    loop {
-        std::thread::sleep(AT_REST);
-        let now = guest.lines().len();
-        if now == printed {
-            return now;
-        }
-        printed = now;
-    }
+    wait_for("all that it has printed", || guest.console().all_lines()).len()
 }
 
 #[test]
@@ -303,7 +296,7 @@ fn a_paused_vm_arrives_paused() {
         assert!(UnixStream::connect(left).is_err(), "what it held here is free for its return");
         assert_eq!(guest.wait_end(JOB).code(), Some(10), "{}", guest.log());
         to.wait_state("db", "paused");
-        assert_eq!(guest.lines().len(), printed, "it ran");
+        assert_eq!(printed_at_rest(&guest), printed, "it ran");
         // Its disks become its own when it runs.
         let onward = to.vmemd(&["migrate", "db", "--to", back]);
         onward.fails(9, &["it has not run since it arrived", "\"db\" stays paused here"]);
@@ -314,28 +307,22 @@ fn a_paused_vm_arrives_paused() {
     }
 }
 
-/// Begins a migration that cannot end, and stops the receiving QEMU while it is at it. Returns that QEMU as well.
-fn frozen_migration(here: &mut Host, there: &Host, address: &str) -> (Running, u32) {
-    let migrate = here.start(&[
-        "migrate",
-        "db",
-        "--no-throttle",
-        "--max-rounds",
-        "1000",
-        "--downtime-target",
-        "1ms",
-        "--to",
-        address,
-    ]);
+/// Begins a migration, and stops the receiving QEMU while it copies: a cable holds the rest back until that QEMU
+/// stands still, for a migration may be over sooner than a busy machine stops it. Returns that QEMU as well, and the
+/// cable, which is to live on.
+fn frozen_migration(here: &mut Host, there: &Host, address: &str) -> (Running, u32, HeldUp) {
+    let cable = hold_up(address, 4 << 20);
+    let migrate = here.start(&["migrate", "db", "--to", cable.address()]);
+    cable.wait_until_held();
     let arriving = wait_for("the VM to arrive", || {
         let list = there.vmemd(&["list", "--json"]).json();
         let row = list.as_array()?.iter().find(|row| row["state"] == "arriving")?.clone();
         Some(row["pid"].as_u64()? as u32)
     });
-    here.wait_stat("db", "data on its way", |stat| stat["migration"]["bytes_sent"].as_u64() >= Some(1 << 20));
     freeze(arriving);
     here.wait_state("db", "migrating");
-    (migrate, arriving)
+    cable.go_on();
+    (migrate, arriving, cable)
 }
 
 #[test]
@@ -343,13 +330,12 @@ fn whoever_dies_what_ought_to_run_runs() {
     let qemu = qemus().remove(0);
     let (mut here, mut there) = (Host::new("qkill"), Host::new("qkill-there"));
     let (mut daemon, address) = serve(&mut there, "127.0.0.1:0", "192M", "");
-    // It writes faster than can be sent.
     let machine = Machine::new("256M").run(JOBS);
     let guest = start(&here, &qemu, &machine, &[]);
     guest.wait_for("checker memory round=1", BOOT);
 
     // Ctrl-C.
-    let (mut migrate, arriving) = frozen_migration(&mut here, &there, &address);
+    let (mut migrate, arriving, _cable) = frozen_migration(&mut here, &there, &address);
     migrate.signal(libc::SIGINT);
     migrate.ends_with(130);
     signal(arriving, libc::SIGCONT);
@@ -358,7 +344,7 @@ fn whoever_dies_what_ought_to_run_runs() {
     there.assert_clean_but(&[daemon.pid()]);
 
     // The QEMU that receives.
-    let (mut migrate, arriving) = frozen_migration(&mut here, &there, &address);
+    let (mut migrate, arriving, _cable) = frozen_migration(&mut here, &there, &address);
     signal(arriving, libc::SIGKILL);
     migrate.ends_with(6);
     assert!(migrate.log().contains("runs on here"), "{}", migrate.log());
@@ -366,7 +352,7 @@ fn whoever_dies_what_ought_to_run_runs() {
     there.assert_clean_but(&[daemon.pid()]);
 
     // The daemon: the receiving QEMU no longer needs it.
-    let (mut migrate, arriving) = frozen_migration(&mut here, &there, &address);
+    let (mut migrate, arriving, _cable) = frozen_migration(&mut here, &there, &address);
     daemon.signal(libc::SIGKILL);
     daemon.end();
     signal(arriving, libc::SIGCONT);
@@ -376,7 +362,7 @@ fn whoever_dies_what_ought_to_run_runs() {
 
     // The QEMU that sends.
     let (mut daemon, address) = serve(&mut here, "127.0.0.1:0", "192M", "");
-    let (mut migrate, receiving) = frozen_migration(&mut there, &here, &address);
+    let (mut migrate, receiving, _cable) = frozen_migration(&mut there, &here, &address);
     signal(arriving, libc::SIGKILL);
     migrate.ends_with(7);
     signal(receiving, libc::SIGCONT);

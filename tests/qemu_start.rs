@@ -1,4 +1,5 @@
-//! A QEMU that does not get vmemd's engine does not run: it has no memory then, and somebody says why.
+//! A QEMU that does not get vmemd's engine does not run, because it has no memory; vmemd, the preload or QEMU says
+//! why.
 
 #[macro_use]
 extern crate testkit;
@@ -19,9 +20,9 @@ use qemu::{BOOT, Guest, Machine, Qemu, qemus};
 use testkit::{Reason, skip};
 use vmprocess::qemu::{LIBRARY, MEMORY_FILES, VARIABLE};
 
-/// What `docs/qemu.md` promises for it, and a loaded machine's share.
+/// The time that a QEMU without memory may take to end: what `docs/qemu.md` promises, and more for a loaded machine.
 const AT_ONCE: Duration = Duration::from_secs(10);
-/// The promise itself: at least one of some tries is as fast.
+/// The promise itself: one of [`TRIES`] tries must keep it.
 const PROMISED: Duration = Duration::from_secs(1);
 const TRIES: usize = 5;
 
@@ -250,8 +251,8 @@ fn a_wrapper_is_told_as_such() {
         let path = which(&real);
         let source = |call: &str| {
             format!(
-                "#include <unistd.h>\n#include <stdlib.h>\nint main(int n, char **v) {{ (void)n; char *none[] = {{NULL}}; \
-                 (void)none; {call}; return 9; }}\n"
+                "#include <unistd.h>\n#include <stdlib.h>\nint main(int n, char **v) {{ (void)n; char *none[] = \
+                 {{NULL}}; (void)none; {call}; return 9; }}\n"
             )
         };
         let scrubs = source(&format!("execve(\"{path}\", v, none)"));
@@ -328,7 +329,7 @@ fn arguments_without_the_preload_give_a_qemu_without_memory() {
     }
 }
 
-/// Whoever adds to a command line behind vmemd's words gets no memory past it.
+/// Options that are added after vmemd's arguments cannot give the guest memory that is not vmemd's.
 #[test]
 fn memory_that_is_not_vmemds_is_refused_at_the_start() {
     for qemu in qemus() {
@@ -361,7 +362,8 @@ fn memory_that_is_not_vmemds_is_refused_at_the_start() {
     }
 }
 
-/// Whoever copies the words may leave some out: without vmemd's monitor a VM would be arriving for ever.
+/// Of copied arguments some may be left out. Without vmemd's monitor a VM would be arriving for ever, so its QEMU
+/// ends, or is warned of.
 #[test]
 fn a_qemu_without_vmemds_monitor_is_told_what_it_lacks() {
     for qemu in qemus() {
@@ -383,7 +385,7 @@ fn a_qemu_without_vmemds_monitor_is_told_what_it_lacks() {
         };
         // Its socket would be there by now, so it ends, before its guest runs.
         let mut guest = without(&["-chardev", "-mon"]);
-        assert_eq!(guest.wait_end(AT_ONCE).code(), Some(2), "{}", guest.log());
+        assert_eq!(guest.wait_end(BOOT).code(), Some(2), "{}", guest.log());
         let socket = host.run_dir().join(".monitors/vm.qmp").display().to_string();
         assert!(
             guest.log().contains(&format!("QEMU has not made {socket}: are `-chardev")),
@@ -402,7 +404,7 @@ fn a_qemu_without_vmemds_monitor_is_told_what_it_lacks() {
     }
 }
 
-/// The daemon's host can be the one that lacks it: told to the source, which keeps its VM.
+/// The preload is damaged on the daemon's host: the source is told, and keeps its VM.
 #[test]
 fn a_preload_that_the_targets_loader_does_not_take_is_told_to_the_source() {
     for qemu in qemus() {

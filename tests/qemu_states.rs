@@ -1,6 +1,7 @@
-//! What a QEMU's machine does is what vmemd says of it; and a guest that ends in the middle of a move is told as such.
+//! vmemd tells what a QEMU's machine does as QEMU does, and says so when a guest ends in the middle of a move.
 //!
-//! The guests here are QEMU's firmware: what a kernel would ask of the machine, a test writes to its ports by QEMU's monitor.
+//! The guests here are QEMU's firmware: what a kernel would ask of the machine, a test writes to its ports by QEMU's
+//! monitor.
 
 #[macro_use]
 extern crate testkit;
@@ -19,9 +20,10 @@ use proxy::{After, At, Plan, Proxy, Strike, Word};
 use qemu::{BOOT, Guest, Monitor, Qemu, qemus};
 use serde_json::{Value, json};
 
-/// A guest's shutdown is told at once: the machine may be busy, but no limit of vmemd's is waited for.
+/// Longest time until a guest's shutdown is told: less than any of vmemd's limits, and enough for a busy machine.
 const PROMPT: Duration = Duration::from_secs(15);
-/// Ports of the machine `pc`: its power management's control, with what is written to it; the keyboard's reset; a paravirtual panic.
+/// Ports of the machine `pc`: its power management's control, with what is written to it; the keyboard's reset; a
+/// paravirtual panic.
 const SLEEP: &str = "o/h 0x604 0x2400";
 const POWER_OFF: &str = "o/h 0x604 0x2000";
 const RESET: &str = "o/b 0x64 0xfe";
@@ -222,7 +224,8 @@ fn serve(host: &mut Host, from: &Host) -> (Running, String) {
     host.start_qemu_daemon("127.0.0.1:0", "192M", &rule, &[])
 }
 
-/// Moves the VM, and has this happen when that is on its way. Returns what `migrate` said, and how long it took from then on.
+/// Moves the VM, and calls `then` when that message is on its way. Returns what `migrate` said, the time that it took
+/// from then on, and the cable.
 fn moved_while(
     host: &Host,
     address: &str,
@@ -369,8 +372,8 @@ fn a_qemu_that_ends_when_its_vm_has_been_handed_over_is_no_failure() {
     }
 }
 
-/// A guest that reboots moves on. One that has failed, has shut down or sleeps stays, with the exit code that it has before a byte
-/// moves (what has failed is told in the middle, not at the end).
+/// A guest that reboots moves on. One that has failed, has shut down or sleeps stays, with the exit code that it has
+/// before a byte moves (what has failed is told in the middle, not at the end).
 #[test]
 fn a_guest_that_reboots_moves_and_one_that_can_not_as_it_is_stays() {
     for qemu in qemus() {
@@ -406,7 +409,7 @@ fn a_guest_that_reboots_moves_and_one_that_can_not_as_it_is_stays() {
     }
 }
 
-/// Whoever stopped it, or let it go on, and when: it arrives as it was.
+/// A machine arrives running or paused, as vmemd, its monitor or its command line had left it.
 #[test]
 fn a_machine_arrives_as_it_was_left_by_whoever_had_it() {
     for qemu in qemus() {

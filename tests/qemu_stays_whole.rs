@@ -1,4 +1,4 @@
-//! What a QEMU VM must not lose by a move: what its user has changed, saved, or begun through a monitor of his own.
+//! A move loses nothing that the VM's user has changed, saved or begun through a monitor of his own.
 
 #[macro_use]
 extern crate testkit;
@@ -6,6 +6,7 @@ extern crate testkit;
 testkit::main!();
 
 mod common;
+mod proxy;
 mod qemu;
 
 use std::io::{BufRead, BufReader, Write};
@@ -15,6 +16,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Host, Running};
+use proxy::hold_up;
 use qemu::{BOOT, Guest, Machine, Monitor, Qemu, field, qemus};
 use serde_json::{Value, json};
 
@@ -135,7 +137,8 @@ fn memory_is_right(guest: &Guest) {
 /// Saves the whole VM in its disk, lets it go on, and goes back: the guest counts on from there.
 fn saves_and_goes_back(monitor: &mut Monitor, guest: &Guest, name: &str) {
     assert_eq!(monitor.human(&format!("savevm {name}")), "");
-    // What it has said so far may still be on its way, so this is at most what it knew when it was saved, or shortly after.
+    // What it has said so far may still be on its way, so this is at most what it knew when it was saved, or shortly
+    // after.
     let known = beats(guest).last().copied().expect("it counts");
     let disks = monitor.ask("query-block", json!({}));
     let snapshots = disks[0]["inserted"]["image"]["snapshots"].as_array().expect("snapshots").clone();
@@ -241,23 +244,13 @@ fn what_begins_while_memory_goes_is_found_when_it_stands_still() {
     let more = ["-drive", &drive, "-device", "virtio-blk-pci,drive=d0"];
     let guest = here.start(&qemu, &Machine::new("192M").run(JOBS), &more);
     guest.wait_for("checker memory round=1", BOOT);
-    // It writes faster than is sent: rounds go on until they are allowed no more.
-    let rounds = [
-        "migrate",
-        "db",
-        "--no-throttle",
-        "--max-rounds",
-        "40",
-        "--downtime-target",
-        "1ms",
-        "--to",
-        &address,
-    ];
-    let mut migrate = here.host.start(&rounds);
-    here.host
-        .wait_stat("db", "data on its way", |stat| stat["migration"]["bytes_sent"].as_u64() >= Some(1 << 20));
+    // A cable holds memory up until the disk has changed.
+    let cable = hold_up(&address, 4 << 20);
+    let mut migrate = here.host.start(&["migrate", "db", "--to", cable.address()]);
+    cable.wait_until_held();
     let snapshot = here.host.root.join("snap.qcow2").display().to_string();
     here.monitor().human(&format!("snapshot_blkdev d0 {snapshot} qcow2"));
+    cable.go_on();
     migrate.ends_with(9);
     let said = migrate.log();
     assert!(said.contains(&format!("disk d0 is now {snapshot} (qcow2) on")), "{said}");
@@ -351,6 +344,9 @@ fn a_full_frame_buffer_moves_too() {
         let frames = devices.iter().find(|device| device["qdev_id"] == "frames").expect("the VGA");
         let start = frames["regions"][0]["address"].as_u64().expect("an address");
         fill(&socket, start, FRAME_BUFFER, 0x41);
+        // What it takes to send and to load is known before the machine is stopped.
+        let short = here.host.vmemd(&["migrate", "db", "--to", &address, "--max-downtime", "100ms"]);
+        short.fails(12, &["it would stand still for about", "--max-downtime allows 100 ms"]);
         let said = here.host.vmemd(&["migrate", "db", "--to", &address, "--json"]);
         assert_eq!(said.code, 0, "{said:?}");
         let report = said.json();
@@ -402,8 +398,8 @@ impl Drop for Started {
     }
 }
 
-/// Somebody else starts QEMU, with a path changed, a device added, or libvirt's own words: the target would start it with what was
-/// printed, on another disk.
+/// Somebody else starts QEMU, with a path changed, a device added, or libvirt's own words: the target would start it
+/// with what was printed, on another disk.
 #[test]
 fn a_qemu_that_was_started_with_other_words_than_were_printed_stays() {
     for qemu in qemus() {

@@ -1,6 +1,6 @@
-//! VMs that work, change their budgets, and move between two hosts, while links are cut, processes killed, a disk fills up and memory is
-//! compacted: for as long as `VMEMD_SOAK_MINUTES` says (`scripts/soak`). At the end no page was wrong, no VM is lost that ought to live, and no process
-//! has grown. `VMEMD_SEED` is the seed of what happens.
+//! VMs that work, change their budgets, and move between two hosts, while links are cut, processes killed, a disk
+//! fills up and memory is compacted: for as long as `VMEMD_SOAK_MINUTES` says (`scripts/soak`). At the end no page
+//! was wrong, no VM is lost that ought to live, and no process has grown. `VMEMD_SEED` is the seed of what happens.
 
 #[macro_use]
 extern crate testkit;
@@ -28,11 +28,11 @@ const GUESTS: [&str; 4] = [
     "zipf:working-set=40M,rate=100M",
     "rewrite:working-set=12M,rate=300M",
 ];
-/// It never moves: what its process holds beside the guest's memory must stay as it was.
+/// A VM that never moves: its process must not grow.
 const STAYS: &str = "stays";
-/// The product's patience with a silent peer, divided.
+/// The divisor of the product's limits on waiting for a peer (`VMEMD_TEST_HASTE`).
 const HASTE: u32 = 10;
-/// How much a process may have grown in all that time: what an allocator keeps back, not a leak that goes on.
+/// Bytes by which a process may have grown: an allocator keeps some back, a leak takes more.
 const GROWTH_MAX: u64 = 4 * MIB;
 
 fn rows(host: &Host) -> Vec<Value> {
@@ -256,7 +256,8 @@ impl World {
         }
     }
 
-    /// What each process that stays holds: daemons, and the VM that never moves without its guest's frames.
+    /// The memory and files of each process that stays: the daemons, and the VM that never moves, less its guest's
+    /// frames.
     fn footprint(&self) -> Vec<(String, u64, usize)> {
         let mut all: Vec<_> = (0..2)
             .map(|at| {

@@ -19,11 +19,13 @@ const USER: u32 = 65534;
 const MIB: u64 = 1 << 20;
 const QEMU: &str = "qemu-system-x86_64";
 
-/// Mounts the device node in `$1` over the host's for what follows alone, and becomes it, with at most `$2` of locked memory.
+/// Mounts the device node in `$1` over the host's for what follows alone, and becomes it, with at most `$2` of locked
+/// memory.
 const AS_USER: &str = "mount --bind \"$1\" /dev/userfaultfd && limit=$2 && shift 2 && \
     exec prlimit --memlock=\"$limit\" setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
 
-/// Whose processes are those of a user who may lock so much memory, soft and hard. Ends the test if that cannot be here.
+/// A host whose processes are those of another user, who may lock so much memory (soft and hard limit). Ends the test
+/// where that cannot be.
 fn host_of_user(name: &str, memlock: &str) -> Host {
     needs_root("becoming another user");
     let Ok(device) = fs::metadata("/dev/userfaultfd") else {
@@ -51,7 +53,8 @@ fn host_of_user(name: &str, memlock: &str) -> Host {
         &node,
         memlock,
     ]);
-    // Directories above the build that are root's alone, a file system without devices, a limit that root may not raise here.
+    // Directories above the build that are root's alone, a file system without devices, a limit that root may not
+    // raise here.
     let said = host.vmemd(&["--version"]);
     if said.code != 0 {
         let why = said.err.trim();

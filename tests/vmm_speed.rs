@@ -1,5 +1,5 @@
-//! How fast the reference guest is: throttled (the one test here that is run by default, so that no other test's VM runs beside it), and what
-//! a page, a pause, a save and a restore cost.
+//! How fast the reference guest is: throttled (the one test here that is run by default, so that no other test's VM
+//! runs beside it), and what a page, a pause, a save and a restore cost.
 
 #[macro_use]
 extern crate testkit;

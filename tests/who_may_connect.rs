@@ -1,4 +1,4 @@
-//! Who may send VMs here and who may control them: those who may not are refused, and logged once.
+//! Hosts that may send VMs here, and users who may control them, are let in; all others are refused, and logged once.
 
 #[macro_use]
 extern crate testkit;
@@ -30,12 +30,12 @@ const GUEST: &str = "rewrite:working-set=40M,rate=400M";
 /// Another user, without any rights.
 const NOBODY: u32 = 65534;
 
-/// How often the log says that somebody was refused, with these words.
+/// The number of refusals in the log with these words.
 fn told(log: &str, words: &str) -> usize {
     log.lines().filter(|line| line.contains("refused:") && line.contains(words)).count()
 }
 
-/// Waits until it was told, and that is once.
+/// Waits until such a refusal is in the log, and checks that it is there once.
 fn told_once(daemon: &Running, words: &str) {
     wait_for(words, || (told(&daemon.log(), words) > 0).then_some(()));
     assert_eq!(told(&daemon.log(), words), 1, "{}", daemon.log());

@@ -5,14 +5,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::left::{PREFIX, kill};
 
 /// How long the kernel may take to let go of processes that were killed.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(20);
-/// Several times as fast as a kernel here swaps out: so long its statistics may be let alone.
+/// Bytes a second, several times as fast as a kernel here swaps out. A cgroup's statistics are read as often as its
+/// limit could be swapped out at this pace.
 const FASTEST_BYTES_PER_MS: u64 = 2 << 20;
 const REFRESH_MS_MAX: u64 = 500;
 
@@ -22,7 +23,7 @@ enum Version {
     Two,
 }
 
-/// Where the memory controller is.
+/// The hierarchy in which the memory controller is.
 fn controller() -> Result<(PathBuf, Version), Failure> {
     let mounts = fs::read_to_string("/proc/self/mounts")
         .map_err(|error| Failure::io("cannot read /proc/self/mounts", &error))?;
@@ -31,7 +32,10 @@ fn controller() -> Result<(PathBuf, Version), Failure> {
             .is_ok_and(|all| all.split_whitespace().any(|one| one == "memory"))
     })
     .ok_or_else(|| {
-        Failure::new(Kind::Host, "this host has no memory cgroups (mount cgroup2 with the memory controller)")
+        Failure::new(
+            FailureKind::Host,
+            "this host has no memory cgroups (mount cgroup2 with the memory controller)",
+        )
     })
 }
 
@@ -47,7 +51,7 @@ fn find_controller(mounts: &str, v2_has_memory: impl Fn(&Path) -> bool) -> Optio
     })
 }
 
-/// A limit for the processes put into it.
+/// A group whose processes may use so much memory together.
 #[derive(Debug)]
 pub struct MemoryCgroup {
     path: PathBuf,
@@ -55,13 +59,13 @@ pub struct MemoryCgroup {
 
 impl MemoryCgroup {
     /// # Errors
-    /// [`Kind::Host`] if this user may not, or there is no memory controller.
+    /// [`FailureKind::Host`] if this user may not, or there is no memory controller.
     pub fn create(name: &str, limit_bytes: u64) -> Result<MemoryCgroup, Failure> {
         let (root, version) = controller()?;
         let path = root.join(name);
         let fail = |error: std::io::Error| {
             Failure::new(
-                Kind::Host,
+                FailureKind::Host,
                 format!("cannot make the memory cgroup {} (needs root): {error}", path.display()),
             )
         };
@@ -81,7 +85,7 @@ impl MemoryCgroup {
         Ok(cgroup)
     }
 
-    /// Processes that the kernel has killed in it for want of memory.
+    /// How many of its processes the kernel has killed for want of memory.
     pub fn oom_kills(&self) -> u64 {
         // v1 and v2.
         let read = |file| fs::read_to_string(self.path.join(file)).unwrap_or_default();
@@ -90,7 +94,7 @@ impl MemoryCgroup {
         count.unwrap_or(0)
     }
 
-    /// Writing `0` to it puts the writing process in.
+    /// The file by which a process joins the group: whoever writes `0` to it is in.
     ///
     /// # Errors
     /// If it cannot be opened.
@@ -103,9 +107,11 @@ impl MemoryCgroup {
     }
 }
 
-/// Reads a cgroup's statistics until it is gone, which makes the kernel add them up. By itself it does so every 2 s (Linux 6.18,
-/// `FLUSH_TIME`), and meanwhile reclaim takes pages to be inactive that no longer are (`inactive_is_low`): of a cgroup of
-/// 32 MiB it can have swapped out all that were, makes no others so, and kills for want of memory beside a free swap file.
+/// Reads a cgroup's statistics again and again until the cgroup is gone: each reading makes the kernel add them up.
+/// Otherwise the kernel does so every 2 s (Linux 6.18, `FLUSH_TIME`), and until then its reclaim goes by the old
+/// number of inactive pages (`inactive_is_low`). In a cgroup of 32 MiB all inactive pages can be swapped out within
+/// that time; the kernel then deactivates no others, finds nothing to reclaim, and kills a process although the swap
+/// file is nearly empty.
 fn keep_fresh(path: &Path, period: Duration) {
     while fs::read(path.join("memory.stat")).is_ok() {
         std::thread::sleep(period);
@@ -124,7 +130,7 @@ impl Drop for MemoryCgroup {
     }
 }
 
-/// Kills what is in it, and removes it.
+/// Kills all processes of a cgroup, and removes the cgroup.
 fn remove(path: &Path) -> std::io::Result<()> {
     let deadline = Instant::now() + EMPTY_TIMEOUT;
     loop {
@@ -155,11 +161,11 @@ pub(super) fn remove_left(is_left: impl Fn(&str) -> bool) {
 /// Whether this user can make memory cgroups and swap files, and how.
 ///
 /// # Errors
-/// [`Kind::Host`] with what is missing.
+/// [`FailureKind::Host`] with what is missing.
 pub fn available() -> Result<String, Failure> {
     let (root, version) = controller()?;
     if !rustix::process::geteuid().is_root() {
-        return Err(Failure::new(Kind::Host, "memory cgroups and swap files need root"));
+        return Err(Failure::new(FailureKind::Host, "memory cgroups and swap files need root"));
     }
     let probe = MemoryCgroup::create(&format!("{PREFIX}{}-probe", std::process::id()), 1 << 30)?;
     drop(probe);

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use swapd::PAGE_SIZE;
 use vmemd::cli::terminal::say;
 use vmemd::doctor;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 use vmprocess::{host, signals};
 
@@ -22,25 +22,26 @@ use super::figures::short;
 use super::job::{BenchEngine, Job, Length, Scenario, WorkerRequest};
 use super::left::SWAP_FILE;
 use super::reserve::{HOST_RESERVE_BYTES, warm};
-use super::results::{Compared, Figure, OfEngine, Outcome, Run};
+use super::results::{Compared, Figure, OfEngine, Run, RunOutcome};
 use super::sample::Sample;
 use super::settings::RunSettings;
 use super::site::{Dir, Proc, Program, Site};
 use super::swapfile::SwapFile;
 use super::{jobfile, output};
 
-/// Beside what a run takes at the slowest rates below.
+/// Time that a run may take beside what its touches take at the slowest rates below.
 const RUN_TIMEOUT: Duration = Duration::from_secs(300);
 const SLOWEST_BYTES_PER_SECOND: u64 = 4 << 20;
 const SLOWEST_TOUCHES_PER_SECOND: u64 = 500;
-/// The swap file is so many times as large as what may be swapped. When more than half of its swap is in use, the kernel
-/// takes a page's slot back as soon as the page is read, and has to write the page again though it did not change.
+/// The swap file is so many times as large as what may be swapped. When more than half of its swap is in use, the
+/// kernel takes a page's slot back as soon as the page is read, and has to write the page again though it did not
+/// change.
 const SWAP_ROOM: u64 = 2;
-/// Of the swap file that is made to see whether it is allowed.
+/// Bytes of the swap file that is made to see whether this user may have one.
 const PROBE_BYTES: u64 = 1 << 20;
 
-/// Runs, and writes what came out. A run that fails is noted, and the others go on. If a file cannot be done to its end, the results
-/// of the files before it are written all the same.
+/// Runs, and writes what came out. A run that fails is noted, and the others go on. If a file cannot be done to its
+/// end, the results of the files before it are written all the same.
 ///
 /// # Errors
 /// If a file is wrong or does not fit, if it is interrupted, or if nothing could be measured.
@@ -76,7 +77,7 @@ pub(crate) fn run(settings: &RunSettings) -> Result<(), Failure> {
 }
 
 fn scenarios(settings: &RunSettings) -> Result<Vec<Scenario>, Failure> {
-    let usage = |text| Failure::new(Kind::Usage, text);
+    let usage = |text| Failure::new(FailureKind::Usage, text);
     if settings.files.iter().filter(|path| jobfile::is_standard_input(path)).count() > 1 {
         return Err(usage("standard input (`-`) can be read once: leave the others out".to_owned()));
     }
@@ -96,7 +97,7 @@ fn scenarios(settings: &RunSettings) -> Result<Vec<Scenario>, Failure> {
     read.collect()
 }
 
-/// What the command line says wins over the file.
+/// A scenario with what the command line says in the place of what its file says.
 fn overridden(mut scenario: Scenario, settings: &RunSettings) -> Result<Scenario, String> {
     const PAGE: u64 = PAGE_SIZE as u64;
     let least = swapd::Engine::MIN_BUDGET_BYTES;
@@ -133,7 +134,8 @@ fn overridden(mut scenario: Scenario, settings: &RunSettings) -> Result<Scenario
     let memory = scenario.memory_bytes();
     if memory < least && scenario.engines.contains(&BenchEngine::Vmemd) {
         return Err(format!(
-            "all areas together are {}, less than the least RAM budget of vmemd, {}: they need a larger `size` or --scale",
+            "all areas together are {}, less than the least RAM budget of vmemd, {}: they need a larger `size` or \
+                 --scale",
             Size(memory),
             Size(least)
         ));
@@ -151,12 +153,12 @@ fn touched_bytes(scenario: &Scenario) -> u64 {
     scenario.jobs.iter().map(touched).sum()
 }
 
-/// The limit of the swap engine's cgroup beside the budget: the worker's own pages and the page tables.
+/// What the swap engine's cgroup may use beside the budget: the worker's own pages and the page tables.
 fn allowance(scenario: &Scenario) -> u64 {
     PROCESS_ALLOWANCE_BYTES + touched_bytes(scenario) / PAGE_TABLE_SHARE
 }
 
-/// What the worker itself holds may be swapped as well.
+/// Bytes of the worker's own pages that the swap file must have room for: they may be swapped as well.
 fn swap_bytes(scenario: &Scenario) -> u64 {
     SWAP_ROOM * (touched_bytes(scenario).next_multiple_of(PAGE_SIZE as u64) + PROCESS_ALLOWANCE_BYTES)
 }
@@ -185,7 +187,7 @@ fn need_room(scenario: &Scenario, settings: &RunSettings) -> Result<(), Failure>
     host::need_free_disk(existing, on_disk, 0).map_err(named)
 }
 
-/// Why an engine cannot run these jobs on this host, if so.
+/// The reason why an engine cannot run these jobs on this host; none if it can.
 fn lacks(engine: BenchEngine, scenario: &Scenario, site: &Site) -> Option<String> {
     let probe = || -> Result<(), Failure> {
         cgroup::available()?;
@@ -206,7 +208,7 @@ fn lacks(engine: BenchEngine, scenario: &Scenario, site: &Site) -> Option<String
     }
 }
 
-/// Scenarios and their engines, in turns.
+/// The runs of all scenarios on their engines, in turns.
 fn compare(
     scenarios: Vec<Scenario>,
     settings: &RunSettings,
@@ -245,8 +247,8 @@ fn compare(
                 shown.finish_and_clear();
                 signals::check()?;
                 let outcome = outcome.map_or_else(
-                    |failure| Outcome::Failed(failure.text),
-                    |sample| Outcome::Measured(Box::new(sample)),
+                    |failure| RunOutcome::Failed(failure.text),
+                    |sample| RunOutcome::Measured(Box::new(sample)),
                 );
                 say(&format!("[{}/{}] {label}: {}", progress.done, progress.runs, line(&outcome)));
                 of.outcomes.push(outcome);
@@ -262,7 +264,7 @@ struct Progress {
 }
 
 impl Progress {
-    /// A sign of life where stderr is a terminal.
+    /// Shows which run is under way, if stderr is a terminal.
     fn begin(&self, label: &str) -> ProgressBar {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
@@ -296,11 +298,11 @@ impl Setup {
             scenario: scenario.clone(),
             engine,
             dir: dir.0.clone(),
-            // The optimum is that of the touches, not of the engine.
+            // The optimum depends on the touches alone, so one engine computes it for all.
             optimum: engine == BenchEngine::Vmemd,
         };
-        let request =
-            serde_json::to_string(&request).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        let request = serde_json::to_string(&request)
+            .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?;
         let entrance = confined.as_ref().map(Confined::entrance).transpose()?;
         let args = ["worker", &request].map(str::to_owned);
         let worker = Proc::start(Program::Worker, &args, &dir.0.join("log"), entrance.as_ref())?;
@@ -317,11 +319,11 @@ fn one(site: &Site, scenario: &Scenario, engine: BenchEngine, number: u32) -> Re
     let said = setup.worker.output(Instant::now() + time_allowed(scenario));
     let said = said.map_err(|failure| Confined::explain(setup.confined.as_ref(), failure))?;
     let sample: Sample = serde_json::from_str(&said).map_err(|error| {
-        Failure::new(Kind::Vm, format!("the worker said something else than a sample: {error}"))
+        Failure::new(FailureKind::Vm, format!("the worker said something else than a sample: {error}"))
     })?;
     match sample.jobs.len() == scenario.jobs.len() {
         true => Ok(sample),
-        false => Err(Failure::new(Kind::Vm, "the worker did not measure all jobs")),
+        false => Err(Failure::new(FailureKind::Vm, "the worker did not measure all jobs")),
     }
 }
 
@@ -339,10 +341,10 @@ fn time_allowed(scenario: &Scenario) -> Duration {
 }
 
 /// A run in one line.
-fn line(outcome: &Outcome) -> String {
+fn line(outcome: &RunOutcome) -> String {
     let sample = match outcome {
-        Outcome::Measured(sample) => sample,
-        Outcome::Failed(text) => return format!("failed: {text}"),
+        RunOutcome::Measured(sample) => sample,
+        RunOutcome::Failed(text) => return format!("failed: {text}"),
     };
     let of = |job| {
         let run = Run { sample, job };
@@ -365,14 +367,16 @@ fn verdict(results: &[Compared]) -> Result<(), Failure> {
         let wrong: u64 = samples.flat_map(|sample| &sample.jobs).map(|job| job.verify_errors).sum();
         if wrong > 0 {
             let text = format!("{}: {wrong} touches found the wrong content", compared.scenario.name);
-            return Err(Failure::new(Kind::Vm, text));
+            return Err(Failure::new(FailureKind::Vm, text));
         }
     }
     if let Some(none) = results.iter().find(|compared| !compared.any_measured()) {
         let left_out = none.engines.iter().all(|of| of.left_out.is_some());
         return Err(match left_out {
-            true => Failure::new(Kind::Host, format!("{}: every engine was left out", none.scenario.name)),
-            false => Failure::new(Kind::Vm, format!("{}: no run succeeded", none.scenario.name)),
+            true => {
+                Failure::new(FailureKind::Host, format!("{}: every engine was left out", none.scenario.name))
+            }
+            false => Failure::new(FailureKind::Vm, format!("{}: no run succeeded", none.scenario.name)),
         });
     }
     Ok(())

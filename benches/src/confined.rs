@@ -9,8 +9,8 @@ use super::cgroup::MemoryCgroup;
 use super::left::{PREFIX, SWAP_FILE};
 use super::swapfile::SwapFile;
 
-/// What the processes in the cgroup take besides the memory that is measured and its page tables: the daemon's and the VM's
-/// own pages (7 MB measured), socket buffers.
+/// What the processes in the cgroup take besides the memory that is measured and its page tables: the daemon's and
+/// the VM's own pages (7 MB measured), socket buffers.
 pub(crate) const PROCESS_ALLOWANCE_BYTES: u64 = 16 << 20;
 /// A page table entry of 8 bytes for each page of 4 KiB.
 pub(crate) const PAGE_TABLE_SHARE: u64 = 512;

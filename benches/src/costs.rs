@@ -1,11 +1,12 @@
-//! What the engine costs beside its work, as the tests `idle` and `bookkeeping` have measured it and `scripts/bench` has written it down.
+//! What the engine costs beside its work, as the tests `idle` and `bookkeeping` have measured it and `scripts/bench`
+//! has written it down.
 
 use std::fs;
 use std::path::Path;
 
 use serde::Deserialize;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// A cost by its name in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -15,13 +16,13 @@ pub(super) enum Cost {
     BooksPercent,
 }
 
-/// None is what was not measured: the host could not.
+/// The costs that were measured. None: this host could not measure it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Costs {
-    /// Of a core, by a VM that does nothing: the worst of those measured.
+    /// Share of a core that a VM takes which does nothing: the worst of those measured, in percent.
     pub(super) idle_percent: Option<f64>,
-    /// Of a VM's memory, by the engine's books.
+    /// Share of a VM's memory that the engine's bookkeeping takes, in percent.
     pub(super) books_percent: Option<f64>,
 }
 
@@ -36,7 +37,7 @@ impl Costs {
 
 /// Reads `{"idle_percent": 0.015, "books_percent": 0.32}`.
 pub(super) fn read(path: &Path) -> Result<Costs, Failure> {
-    let usage = |text| Failure::new(Kind::Usage, format!("{}: {text}", path.display()));
+    let usage = |text| Failure::new(FailureKind::Usage, format!("{}: {text}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| usage(format!("cannot be read: {error}")))?;
     let costs: Costs = serde_json::from_str(&text)
         .map_err(|error| usage(format!("{error}: costs are what `scripts/bench` writes")))?;

@@ -12,7 +12,7 @@ use super::results::{Compared, Figure};
 
 const TEXT: &str = include_str!("../demands.toml");
 
-/// A test reads it: it is the program's own.
+/// The table as it is built into the program. A test parses it, so that a mistake in it shows there.
 static TABLE: LazyLock<Table> =
     LazyLock::new(|| toml::from_str(TEXT).unwrap_or_else(|error| panic!("demands.toml: {error}")));
 
@@ -20,7 +20,7 @@ static TABLE: LazyLock<Table> =
 #[serde(deny_unknown_fields)]
 struct Table {
     row: Vec<Line>,
-    /// What no job shows.
+    /// Demands on costs that no job shows.
     cost: Vec<CostLine>,
 }
 
@@ -41,7 +41,7 @@ struct Line {
 struct CostLine {
     title: String,
     cost: Cost,
-    /// In percent.
+    /// The most that it may be, in percent.
     at_most: f64,
 }
 
@@ -279,7 +279,7 @@ mod tests {
             .collect();
         for of in &mut compared.engines {
             for outcome in &mut of.outcomes {
-                if let super::super::results::Outcome::Measured(sample) = outcome {
+                if let super::super::results::RunOutcome::Measured(sample) = outcome {
                     sample.jobs = vec![sample.jobs[0].clone(); jobs.len()];
                 }
             }

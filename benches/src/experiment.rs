@@ -9,7 +9,7 @@ use serde_json::Value;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{MigrateRequest, Request, Trust, VmStat};
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use vmprocess::size::Size;
 
@@ -21,7 +21,7 @@ use super::reserve::warm;
 use super::site::{self, Dir, Proc, Program, Site};
 use super::vmstat::Swapped;
 
-/// How long a stage may take at least, and at which rate memory must be dealt with at least.
+/// A stage may take this long, and beside that the time that all memory takes at this rate.
 const STAGE_TIMEOUT: Duration = Duration::from_secs(120);
 const SLOWEST_BYTES_PER_SECOND: u64 = 4 << 20;
 const POLL: Duration = Duration::from_millis(10);
@@ -203,19 +203,19 @@ impl Setup {
             let stat = client.as_mut().map_err(|failure| failure.clone()).and_then(VmClient::stat);
             match stat {
                 Ok(stat) if stat.reason.is_some() => {
-                    return Err(Failure::new(Kind::Vm, stat.reason.unwrap_or_default()));
+                    return Err(Failure::new(FailureKind::Vm, stat.reason.unwrap_or_default()));
                 }
                 Ok(stat) if done(&stat) => return Ok(stat),
                 Ok(_) => vm = client.ok(),
-                // Right after its start there is no VM yet; later its end is the end of the run.
-                Err(failure) if failure.kind == Kind::Name && dir.path() == self.source_dir.path() => {
+                // Right after its start there is no VM yet. Later, a VM that is gone ends the run.
+                Err(failure) if failure.kind == FailureKind::Name && dir.path() == self.source_dir.path() => {
                     self.source.check()?
                 }
-                Err(failure) if failure.kind == Kind::Other && Instant::now() < deadline => {}
+                Err(failure) if failure.kind == FailureKind::Other && Instant::now() < deadline => {}
                 Err(failure) => return Err(failure),
             }
             if Instant::now() >= deadline {
-                return Err(Failure::new(Kind::Vm, "the VM made no progress within the time allowed"));
+                return Err(Failure::new(FailureKind::Vm, "the VM made no progress within the time allowed"));
             }
             std::thread::sleep(POLL);
         }
@@ -280,12 +280,13 @@ fn run_args(settings: &Settings, dir: &Path) -> Vec<String> {
 }
 
 impl Settings {
-    /// Added to the limit of the swap target, so that the guest has all of R.
+    /// Memory that the swap target's cgroup may use beside the budget, so that the guest has all of the budget.
     pub(super) fn allowance(&self) -> Size {
         Size(PROCESS_ALLOWANCE_BYTES + self.memory.bytes() / PAGE_TABLE_SHARE)
     }
 
-    /// The guest's workload: without another wish, all of its memory is filled, and rewritten again and again.
+    /// The guest's workload. Unless another was asked for, it fills all of its memory and rewrites it again and
+    /// again.
     pub(super) fn guest(&self) -> Workload {
         self.guest.unwrap_or_else(|| Workload::new(Pattern::Rewrite))
     }

@@ -3,7 +3,7 @@
 use super::results::{Figure, OfEngine};
 use super::sample::Sample;
 
-/// What is told of a job, in this order.
+/// The figures of a job that are shown, in this order.
 pub(super) const ROWS: [(&str, Figure); 10] = [
     ("touches/s", Figure::TouchesPerSecond),
     ("misses/s", Figure::MissesPerSecond),

@@ -1,4 +1,5 @@
-//! Results under the names of fio's JSON, so that tools for fio's results read them. `docs/jobs.md` says what each means here.
+//! Results under the names of fio's JSON, so that tools for fio's results read them. `docs/jobs.md` says what each
+//! means here.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -62,7 +63,7 @@ fn job(group: usize, job: &Job, measured: &JobSample, sample: &Sample, repetitio
     options.insert("name".to_owned(), json!(job.name));
     options.insert("engine".to_owned(), json!(sample.engine.name()));
     options.insert("repetition".to_owned(), json!(repetition.to_string()));
-    // A touch waits for its page.
+    // One operation at a time: a touch waits for its page.
     options.insert("iodepth".to_owned(), json!("1"));
     let seconds = measured.runtime_ns as f64 / 1e9;
     let all = merged(&[&measured.read.times_ns, &measured.write.times_ns]);
@@ -177,7 +178,7 @@ fn stats(times: &Times) -> Value {
     })
 }
 
-/// With percentiles, as fio does where something was measured.
+/// Times with their percentiles, which fio leaves out where nothing was measured.
 fn detailed(times: &Times) -> Value {
     let mut value = stats(times);
     let percentiles = percentiles(times);
@@ -238,13 +239,14 @@ mod tests {
         let sample = compared.engines[0].samples().next().unwrap();
         let document = document(&compared.scenario, sample);
         let job = &document["jobs"][0];
-        for field in "io_bytes io_kbytes bw_bytes bw iops runtime total_ios bw_min bw_max bw_mean bw_dev iops_min iops_max \
-                      iops_mean iops_stddev clat_ns/min clat_ns/max clat_ns/mean clat_ns/stddev clat_ns/N lat_ns/mean \
-                      slat_ns/mean"
+        for field in "io_bytes io_kbytes bw_bytes bw iops runtime total_ios bw_min bw_max bw_mean bw_dev iops_min \
+                      iops_max iops_mean iops_stddev clat_ns/min clat_ns/max clat_ns/mean clat_ns/stddev clat_ns/N \
+                      lat_ns/mean slat_ns/mean"
             .split_whitespace()
         {
             for direction in ["read", "write", "trim"] {
-                assert!(job.pointer(&format!("/{direction}/{field}")).is_some_and(Value::is_number), "{direction} {field}");
+                let value = job.pointer(&format!("/{direction}/{field}"));
+                assert!(value.is_some_and(Value::is_number), "{direction} {field}");
             }
         }
         assert_eq!(job["read"]["iops"], 1000.0);

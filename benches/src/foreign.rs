@@ -1,16 +1,16 @@
-//! fio's keys that are not ours. One rule: a value that describes what happens here anyway is taken without a word; one that would change
-//! what is measured is refused, with the reason and what to write instead.
+//! fio's keys that job files here do not have. One rule: a value that describes what happens here anyway is accepted
+//! without a word; a value that would change what is measured is refused, with the reason and what to write instead.
 
-/// What holds here anyway is taken.
+/// Which values of a key are accepted, because they describe what happens here anyway.
 #[derive(Clone, Copy, Debug)]
 enum Taken {
-    /// Nothing: whatever the value is, it means something else there.
+    /// No value: whatever it is, fio would measure something else.
     Never,
-    /// These values, as [`plain`] has them.
+    /// These values, written as [`plain`] writes them.
     Only(&'static [&'static str]),
-    /// Any value: without something else that is refused it changes nothing.
+    /// Any value: it only matters together with another key, which is refused.
     Any,
-    /// Of a job that has none before it.
+    /// Any value, in a job with no other job before it.
     Alone,
 }
 use Taken::{Alone, Any, Never, Only};
@@ -18,7 +18,7 @@ use Taken::{Alone, Any, Never, Only};
 const YES: Taken = Only(&["1"]);
 const NO: Taken = Only(&["0"]);
 
-/// Keys with a blank between them, what is taken of them, and why the rest is not.
+/// Keys with a blank between them, which values of theirs are accepted, and why the others are not.
 const KEYS: &[(&str, Taken, &str)] = &[
     ("time_based", YES, "a job with `runtime=` runs as long as that"),
     ("group_reporting", YES, "a job's threads are reported together"),
@@ -31,7 +31,8 @@ const KEYS: &[(&str, Taken, &str)] = &[
         "jobs touch memory, and what holds it is chosen by `engine=` under [global]",
     ),
     (
-        "iodepth iodepth_low iodepth_batch iodepth_batch_submit iodepth_batch_complete iodepth_batch_complete_min iodepth_batch_complete_max",
+        "iodepth iodepth_low iodepth_batch iodepth_batch_submit iodepth_batch_complete iodepth_batch_complete_min \
+             iodepth_batch_complete_max",
         Only(&["1"]),
         "a touch waits for its page: `numjobs=` has more of them at a time",
     ),
@@ -114,15 +115,16 @@ const KEYS: &[(&str, Taken, &str)] = &[
         NO,
         "a thread touches as fast as it can",
     ),
-    // Only how a `thinktime` or `rate` above zero is spent.
+    // These say only how a `thinktime` or `rate` above zero is spent.
     ("thinktime_blocks thinktime_blocks_type rate_process rate_cycle rate_ignore_thinktime", Any, ""),
     ("lockmem", NO, "`ram=` under [global] says how much memory there is"),
     ("mem iomem hugepage-size", Never, "jobs touch the VM's memory"),
     ("kb_base", Only(&["1024"]), "sizes are binary"),
     ("unit_base", Only(&["0", "8"]), "sizes are bytes"),
-    // How fio prints.
+    // These say only how fio prints.
     (
-        "clat_percentiles percentile_list significant_figures stats unified_rw_reporting lat_percentiles slat_percentiles disk_util eta eta-newline",
+        "clat_percentiles percentile_list significant_figures stats unified_rw_reporting lat_percentiles \
+             slat_percentiles disk_util eta eta-newline",
         Any,
         "",
     ),
@@ -132,17 +134,20 @@ const KEYS: &[(&str, Taken, &str)] = &[
         "times are always measured",
     ),
     (
-        "write_bw_log write_lat_log write_iops_log write_hist_log log_avg_msec log_hist_msec log_max_value log_offset per_job_logs write_iolog read_iolog",
+        "write_bw_log write_lat_log write_iops_log write_hist_log log_avg_msec log_hist_msec log_max_value \
+             log_offset per_job_logs write_iolog read_iolog",
         Never,
         "`--output-dir` writes results with a series of each job",
     ),
     (
-        "cpus_allowed cpus_allowed_policy cpumask numa_cpu_nodes numa_mem_policy nice prio prioclass ioscheduler cgroup cgroup_weight uid gid",
+        "cpus_allowed cpus_allowed_policy cpumask numa_cpu_nodes numa_mem_policy nice prio prioclass ioscheduler \
+             cgroup cgroup_weight uid gid",
         Never,
         "threads run where and as the host lets them",
     ),
     (
-        "exec_prerun exec_postrun exit_what continue_on_error max_latency latency_target latency_window latency_percentile steadystate steadystate_duration ss ss_dur flow trim_percentage",
+        "exec_prerun exec_postrun exit_what continue_on_error max_latency latency_target latency_window \
+             latency_percentile steadystate steadystate_duration ss ss_dur flow trim_percentage",
         Never,
         "a run has a ramp (`ramp_time=`), and is measured as long as `runtime=` or `loops=` says",
     ),
@@ -153,7 +158,8 @@ const KEYS: &[(&str, Taken, &str)] = &[
     ),
 ];
 
-/// `None`: not a key of fio's that is known here. `alone`: no job of the file is before those that the key holds for.
+/// Whether fio's `key` may have this value. `None`: no key of fio's that is known here. `alone`: the jobs that the
+/// key is for have no other job of the file before them.
 pub(super) fn verdict(key: &str, value: Option<&str>, alone: bool) -> Option<Result<(), String>> {
     let (_, taken, why) = KEYS.iter().find(|(keys, ..)| keys.split(' ').any(|known| known == key))?;
     let plain = plain(value);
@@ -166,7 +172,7 @@ pub(super) fn verdict(key: &str, value: Option<&str>, alone: bool) -> Option<Res
     Some(if holds { Ok(()) } else { Err(format!("fio's `{key}` has no meaning here: leave it out; {why}")) })
 }
 
-/// A key of ours that says the same, and its value.
+/// The key of this format that says the same, and its value.
 pub(super) fn instead(key: &str, value: Option<&str>) -> Option<(&'static str, String)> {
     let value = value?;
     match key {
@@ -180,7 +186,7 @@ pub(super) fn instead(key: &str, value: Option<&str>) -> Option<(&'static str, S
     }
 }
 
-/// Yes is 1, no is 0, and so is nothing of any unit.
+/// A value in its plainest form: `yes` is 1; `no` and zero of any unit are 0.
 fn plain(value: Option<&str>) -> String {
     let value = value.unwrap_or("1").to_ascii_lowercase();
     let digits = value.trim_end_matches(|c: char| c.is_ascii_alphabetic());

@@ -1,5 +1,5 @@
-//! The decoders of files that somebody else made, one function each: what the fuzzer calls, and what the tests call with the
-//! corpus.
+//! The decoders of files that somebody else made, one function each: what the fuzzer calls, and what the tests call
+//! with the corpus.
 //!
 //! A function here fails (panics) if the decoder does.
 

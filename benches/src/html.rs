@@ -6,7 +6,7 @@ use std::ops::Range;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::demands::Row;
@@ -16,38 +16,45 @@ use super::job::BenchEngine;
 use super::results::{Compared, Figure, OfEngine};
 use super::sample::{SERIES_MS, Times};
 
-/// Stands for the colour of text, which the page chooses.
+/// A placeholder for the colour of text, which the page's style sheet sets for light and dark screens.
 const INK: RGBColor = RGBColor(1, 2, 3);
 const INK_IN_SVG: &str = "#010203";
 const CHART: (u32, u32) = (520, 300);
 const BAR_HEIGHT: u32 = 38;
-/// Where bars begin, behind the names of jobs.
+/// Pixels from the left edge to where bars begin; the names of jobs are before that.
 const NAMES_WIDTH: u32 = 170;
-/// Distributions end where fewer values than this are left.
+/// A distribution is drawn up to the percentile above which fewer values than this are left: beyond that it is
+/// chance.
 const TAIL_LEAST: f64 = 1.0;
 const NINES_MAX: f64 = 5.0;
 
 const STYLE: &str = "
-:root { color-scheme: light dark; --ink: #1c2530; --soft: #5c6773; --page: #fcfcfa; --line: #d5d9de; --good: #1b7f3b; --bad: #c02b2b; }
+:root { color-scheme: light dark; --ink: #1c2530; --soft: #5c6773; --page: #fcfcfa; --line: #d5d9de;
+  --good: #1b7f3b; --bad: #c02b2b; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e8ec; --soft: #9aa5b1; --page: #14181d; --line: #333b44; --good: #5fd38a; --bad: #ff7b72; }
 }
-body { color: var(--ink); background: var(--page); font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 0; border-top: 1px solid var(--line); padding-top: 1rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
+body { color: var(--ink); background: var(--page); font: 15px/1.5 system-ui, sans-serif; max-width: 1120px;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 0; border-top: 1px solid var(--line); padding-top: 1rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 p { margin: .3rem 0; color: var(--soft); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); } td.n, th.n { text-align: right; }
 .met { color: var(--good); } .missed { color: var(--bad); font-weight: 600; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
 svg { max-width: 100%; height: auto; color: var(--ink); }
-.key span { display: inline-block; margin-right: 1.2rem; } .key i { display: inline-block; width: 1.6em; height: 4px; margin-right: .4em; vertical-align: middle; }
+.key span { display: inline-block; margin-right: 1.2rem; }
+.key i { display: inline-block; width: 1.6em; height: 4px; margin-right: .4em; vertical-align: middle; }
 .spread { color: var(--soft); font-size: .85em; }
 ";
 
-/// Colours that are told apart on white and on black.
+/// A colour for each engine, which can be told from the others on white and on black.
 fn colour(engine: BenchEngine) -> RGBColor {
     match engine {
         BenchEngine::Vmemd => RGBColor(232, 89, 12),
@@ -60,13 +67,13 @@ fn colour(engine: BenchEngine) -> RGBColor {
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
-/// An SVG of this size, with what `draw` puts into it.
+/// An SVG of this size with what `draw` draws into it.
 fn svg(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Drawn) -> Result<String, Failure> {
     let mut text = String::new();
     {
         let area = SVGBackend::with_string(&mut text, size).into_drawing_area();
         let drawn = draw(&area).and_then(|()| Ok(area.present()?));
-        drawn.map_err(|error| Failure::new(Kind::Other, format!("cannot draw: {error}")))?;
+        drawn.map_err(|error| Failure::new(FailureKind::Other, format!("cannot draw: {error}")))?;
     }
     Ok(text.replace(INK_IN_SVG, "currentColor"))
 }
@@ -118,9 +125,11 @@ fn escaped(text: &str) -> String {
 }
 
 fn verdict(rows: &[Row]) -> String {
-    let mut text = "<div class=\"wide\"><table>\n<tr><th>job</th><th>against</th><th class=\"n\">measured</th><th>demanded</th>\
+    let mut text =
+        "<div class=\"wide\"><table>\n<tr><th>job</th><th>against</th><th class=\"n\">measured</th>\
+         <th>demanded</th>\
                     <th class=\"n\">CPU a miss, µs</th><th class=\"n\">swap's</th><th>verdict</th></tr>\n"
-        .to_owned();
+            .to_owned();
     for row in rows {
         for (number, judged) in row.demands.iter().enumerate() {
             let title = if number == 0 { row.title } else { "" };
@@ -135,7 +144,8 @@ fn verdict(rows: &[Row]) -> String {
             };
             let _ = writeln!(
                 text,
-                "<tr><td>{title}</td><td>{}</td><td class=\"n\">{}</td><td>{}</td><td class=\"n\">{ours}</td><td class=\"n\">{swaps}</td><td class=\"{class}\">{verdict}</td></tr>",
+                "<tr><td>{title}</td><td>{}</td><td class=\"n\">{}</td><td>{}</td><td class=\"n\">{ours}</td>\
+                     <td class=\"n\">{swaps}</td><td class=\"{class}\">{verdict}</td></tr>",
                 escaped(&judged.against),
                 escaped(&judged.shown),
                 escaped(&judged.demanded)
@@ -145,7 +155,7 @@ fn verdict(rows: &[Row]) -> String {
     text + "</table></div>\n"
 }
 
-/// A pair of bars a job: throughput of vmemd to that of swap and of the device.
+/// Two bars for each job: vmemd's throughput divided by swap's, and by the raw device's.
 fn ratios(results: &[Compared]) -> Result<Option<String>, Failure> {
     let mut bars: Vec<(String, Vec<(BenchEngine, f64)>)> = Vec::new();
     for compared in results {
@@ -205,7 +215,7 @@ fn ratios(results: &[Compared]) -> Result<Option<String>, Failure> {
     Ok(Some(format!("<figure>{drawn}</figure>\n")))
 }
 
-/// Name of a job among all.
+/// The name of a job by which it is told from those of other files.
 fn label(compared: &Compared, job: &str) -> String {
     let name = &compared.scenario.name;
     if compared.scenario.jobs.len() == 1 { name.clone() } else { format!("{name}: {job}") }
@@ -249,7 +259,7 @@ fn scenario(compared: &Compared) -> Result<String, Failure> {
     Ok(text)
 }
 
-/// All runs' times of a kind together.
+/// The times of all runs in one histogram.
 fn together(of: &OfEngine, job: usize, misses: bool) -> Times {
     let jobs = of.samples().filter_map(|sample| sample.jobs.get(job));
     let times: Vec<&Times> = match misses {
@@ -259,14 +269,14 @@ fn together(of: &OfEngine, job: usize, misses: bool) -> Times {
     fio::merged(&times)
 }
 
-/// How long it takes at which percentile, the tail drawn out.
+/// The times at the percentiles, with the tail drawn out: each further nine has the same room.
 fn distribution(compared: &Compared, job: usize) -> Result<Option<String>, Failure> {
     let of_kind = |misses| -> Vec<(BenchEngine, Vec<(f64, f64)>)> {
         let of = |of: &OfEngine| (of.engine, nines(&together(of, job, misses)));
         compared.engines.iter().map(of).filter(|(_, points)| points.len() > 1).collect()
     };
     let (misses, operations) = (of_kind(true), of_kind(false));
-    // Where an engine never waits, misses of the others compare with nothing.
+    // An engine without a miss has no line.
     let (lines, what) =
         if misses.len() < operations.len() { (operations, "an operation") } else { (misses, "a miss") };
     let points = || lines.iter().flat_map(|(_, points)| points);
@@ -313,7 +323,7 @@ fn curves(across: Axis, up: Axis, lines: &[(BenchEngine, Vec<(f64, f64)>)]) -> R
             .y_label_formatter(&|value| (up.label)(*value))
             .draw()?;
         for (engine, points) in lines {
-            // A logarithm has no place for nothing.
+            // Zero has no logarithm.
             let points = points.iter().map(|(at, value)| (*at, value.max(lowest)));
             chart.draw_series(LineSeries::new(points, colour(*engine).stroke_width(2)))?;
         }

@@ -1,15 +1,16 @@
 //! INI text as fio writes it: `[section]`, `key=value` or `key` alone, comments from `;` or `#` to the end of the line.
 //!
-//! Every word keeps its place, so that whoever makes sense of it can point at what is wrong.
+//! Every word keeps its position in the text, so that a later stage can point at the word that is wrong.
 
 /// The section that holds for all others.
 pub(super) const GLOBAL: &str = "global";
 /// Lines longer than this are not shown in an error.
 const LONGEST_SHOWN: usize = 160;
 
-/// Characters of a text: line and column of the first, both counted from one, and how many.
+/// Where some characters of a text are: line and column of the first one, both counted from one, and how many they
+/// are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct Position {
     pub(super) line: usize,
     pub(super) column: usize,
     pub(super) width: usize,
@@ -18,15 +19,15 @@ pub(crate) struct Place {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Word<'a> {
     pub(super) text: &'a str,
-    pub(super) place: Place,
+    pub(super) position: Position,
 }
 
 #[derive(Clone, Debug)]
 pub(super) struct Entry<'a> {
     pub(super) key: Word<'a>,
-    /// None without `=`.
+    /// The value; none if the line has no `=`.
     pub(super) value: Option<Word<'a>>,
-    /// Key and value have a blank between them instead of `=`, which is a fault.
+    /// Key and value have a blank between them where `=` belongs, which is a fault.
     pub(super) blank: bool,
 }
 
@@ -36,37 +37,37 @@ pub(super) struct Section<'a> {
     pub(super) entries: Vec<Entry<'a>>,
 }
 
-/// What is wrong with a text, where, and how it is mended.
+/// Something that is wrong with a text: what it is, its position, and how it is mended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
-    pub(super) place: Place,
+    pub(super) position: Position,
     pub(super) text: String,
     pub(super) mend: Mend,
 }
 
-/// What a fault's text says is to be done, for a test to do it.
+/// The mend that a fault's text describes, in a form that a test can carry out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Mend {
-    /// The text says what is right and leaves the choice.
+    /// The text says which values are right, and leaves the choice.
     Choose,
-    /// The line goes.
+    /// The line is to be removed.
     LeaveOut,
-    /// These lines stand in the place of the line.
+    /// These lines are to replace the line.
     Write(String),
-    /// This line stands behind the line.
+    /// This line is to be added after the line.
     Add(String),
-    /// The line stands under `[global]` instead, or this one does.
+    /// The line, or else this one, is to be moved under `[global]`.
     UnderGlobal(Option<String>),
 }
 
 impl Fault {
-    pub(super) fn new(place: Place, text: impl Into<String>, mend: Mend) -> Fault {
-        Fault { place, text: text.into(), mend }
+    pub(super) fn new(position: Position, text: impl Into<String>, mend: Mend) -> Fault {
+        Fault { position, text: text.into(), mend }
     }
 
     /// `file:line:column: what`, and below it the line with the place marked.
     pub(crate) fn show(&self, file: &str, text: &str) -> String {
-        let Place { line, column, width } = self.place;
+        let Position { line, column, width } = self.position;
         let head = format!("{file}:{line}:{column}: {}", self.text);
         let shown = text.lines().nth(line - 1).map(str::trim_end).unwrap_or_default();
         if shown.is_empty() || shown.chars().count() > LONGEST_SHOWN {
@@ -79,18 +80,18 @@ impl Fault {
     }
 }
 
-/// Faults that are shown; a file that is no job file at all has as many as lines.
+/// Most faults that are shown: a file that is no job file at all has one in every line.
 const SHOWN_MAX: usize = 50;
 
-/// Faults that are looked for: every further one is compared with all lines.
+/// Most faults that are collected: each new one is compared with all before it, so that many would take long.
 const FAULTS_MAX: usize = 200;
 
-/// All that is wrong with a text.
+/// All faults of a text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Faults(pub(super) Vec<Fault>);
 
 impl Faults {
-    /// The same fault of a line that several jobs inherit is one.
+    /// Adds a fault. A fault of a line that several jobs inherit is found once for each of them, and counts once.
     pub(super) fn add(&mut self, fault: Fault) {
         if !self.is_full() && !self.0.contains(&fault) {
             self.0.push(fault);
@@ -101,9 +102,9 @@ impl Faults {
         self.0.len() >= FAULTS_MAX
     }
 
-    /// In the text's order.
+    /// Sorts the faults by their position.
     pub(super) fn sorted(mut self) -> Faults {
-        self.0.sort_by_key(|fault| (fault.place.line, fault.place.column));
+        self.0.sort_by_key(|fault| (fault.position.line, fault.position.column));
         self
     }
 
@@ -122,11 +123,13 @@ fn word(line: usize, whole: &str, start: usize, end: usize) -> Word<'_> {
     let text = part.trim();
     let lead = part.len() - part.trim_start().len();
     let before = if text.is_empty() { start } else { start + lead };
-    let place = Place { line, column: whole[..before].chars().count() + 1, width: text.chars().count() };
-    Word { text, place }
+    let position =
+        Position { line, column: whole[..before].chars().count() + 1, width: text.chars().count() };
+    Word { text, position }
 }
 
-/// The sections of a text, in its order. What is wrong goes to `faults`, and is read as what it was probably meant to be.
+/// The sections of a text, in its order. A line that is wrong is added to `faults`, and read as what was probably
+/// meant: so the faults after it are found as well.
 pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a>> {
     let mut sections: Vec<Section> = Vec::new();
     let mut homeless: Vec<Entry> = Vec::new();
@@ -147,7 +150,7 @@ pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a
         };
         if key.text.is_empty() {
             faults.add(Fault::new(
-                said.place,
+                said.position,
                 "there is no key before `=`: leave the line out",
                 Mend::LeaveOut,
             ));
@@ -171,16 +174,18 @@ pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a
         Some(global) => {
             for entry in &homeless {
                 let text = "this key is in no section: write it under [global]";
-                faults.add(Fault::new(entry.key.place, text, Mend::UnderGlobal(None)));
+                faults.add(Fault::new(entry.key.position, text, Mend::UnderGlobal(None)));
             }
             global.entries.splice(0..0, homeless);
         }
         None => {
-            let line = text.lines().nth(first.place.line - 1).unwrap_or_default();
+            let line = text.lines().nth(first.position.line - 1).unwrap_or_default();
             let told = "this key is in no section: write `[global]` before it, or a job's `[name]`";
-            faults.add(Fault::new(first.place, told, Mend::Write(format!("[{GLOBAL}]\n{line}"))));
-            sections
-                .insert(0, Section { name: Word { text: GLOBAL, place: first.place }, entries: homeless });
+            faults.add(Fault::new(first.position, told, Mend::Write(format!("[{GLOBAL}]\n{line}"))));
+            sections.insert(
+                0,
+                Section { name: Word { text: GLOBAL, position: first.position }, entries: homeless },
+            );
         }
     }
     sections
@@ -189,7 +194,7 @@ pub(super) fn sections<'a>(text: &'a str, faults: &mut Faults) -> Vec<Section<'a
 fn section_name<'a>(line: usize, whole: &'a str, said: &Word<'a>, faults: &mut Faults) -> Word<'a> {
     let open = whole.find('[').unwrap_or_default();
     let end = whole.find([';', '#']).unwrap_or(whole.len());
-    let mut wrong = |place, text: &str, mend| faults.add(Fault::new(place, text, mend));
+    let mut wrong = |position, text: &str, mend| faults.add(Fault::new(position, text, mend));
     let close = match whole.find(']') {
         Some(close) if close < end => close,
         close => {
@@ -199,7 +204,7 @@ fn section_name<'a>(line: usize, whole: &'a str, said: &Word<'a>, faults: &mut F
                 Some(_) => format!("a section's name ends with `]`, before any comment: write `[{right}]`"),
                 None => format!("a section's name ends with `]`: write `[{right}]`"),
             };
-            wrong(said.place, &text, Mend::Write(format!("[{right}]")));
+            wrong(said.position, &text, Mend::Write(format!("[{right}]")));
             return name;
         }
     };
@@ -208,14 +213,14 @@ fn section_name<'a>(line: usize, whole: &'a str, said: &Word<'a>, faults: &mut F
     if !behind.text.is_empty() {
         let lines = format!("[{}]\n{}", name.text, behind.text);
         wrong(
-            behind.place,
+            behind.position,
             "there is something behind the section's name: begin a new line",
             Mend::Write(lines),
         );
     }
     if name.text.is_empty() {
         wrong(
-            said.place,
+            said.position,
             "a section needs a name: write `[job]`, or another one",
             Mend::Write("[job]".to_owned()),
         );
@@ -237,7 +242,7 @@ mod tests {
         assert_eq!(sections[1].name.text, "a b");
         let [size, thread] = &sections[0].entries[..] else { panic!("{sections:?}") };
         assert_eq!((size.key.text, size.value.unwrap().text), ("size", "4g"));
-        assert_eq!(size.value.unwrap().place, Place { line: 3, column: 9, width: 2 });
+        assert_eq!(size.value.unwrap().position, Position { line: 3, column: 9, width: 2 });
         assert_eq!((thread.key.text, thread.value.is_none()), ("thread", true));
     }
 

@@ -38,9 +38,9 @@ pub(crate) struct Scenario {
     /// RAM budget of the VM.
     pub(crate) ram_bytes: u64,
     pub(crate) engines: Vec<BenchEngine>,
-    /// From the file; the command line's wins.
+    /// The store that the file names; one on the command line comes before it.
     pub(crate) store: Option<PathBuf>,
-    /// Whether the engine encrypts its store. Results of before have no word about it.
+    /// Whether the engine encrypts its store. Older results have no such field.
     #[serde(default)]
     pub(crate) encrypt: bool,
     pub(crate) jobs: Vec<Job>,
@@ -86,10 +86,10 @@ pub(crate) struct Job {
     pub(crate) name: String,
     /// Area of the job.
     pub(crate) size_bytes: u64,
-    /// What is touched of it, from its start.
+    /// How much of the area is touched, from its start.
     pub(crate) working_set_bytes: u64,
     pub(crate) access: Access,
-    /// Of mixed operations.
+    /// Percentage of reads among mixed operations.
     pub(crate) read_percent: u8,
     pub(crate) order: Order,
     pub(crate) stride_pages: u32,

@@ -8,29 +8,29 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use swapd::PAGE_SIZE;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use vmprocess::size::Size;
 
 use super::foreign;
-use super::ini::{self, Entry, Fault, Faults, GLOBAL, Mend, Place, Section, Word};
+use super::ini::{self, Entry, Fault, Faults, GLOBAL, Mend, Position, Section, Word};
 use super::job::{Access, BenchEngine, Job, Length, Order, Scenario};
 
-/// A job file is text of a person; whatever is larger is not one.
+/// Most bytes of a job file. A larger file was not written by a person, and is something else.
 const FILE_MAX_BYTES: u64 = 1 << 20;
-/// Page numbers have 31 bits in traces.
+/// Most bytes of all areas: page numbers have 31 bits in traces.
 const MEMORY_MAX_BYTES: u64 = (PAGE_SIZE as u64) << 31;
 const THREADS_MAX: u32 = 64;
 const BLOCK_MIN_BYTES: u64 = 64;
 const BLOCK_MAX_BYTES: u64 = 1 << 20;
 const THETA_MAX: f64 = 10.0;
 const RUNTIME_MAX_MS: u64 = 24 * 3600 * 1000;
-/// A name further away than this from what was written is no help.
+/// Least similarity of a known name to an unknown one for which it is proposed.
 const NEAREST_LEAST: f64 = 0.6;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// These say something about the whole run.
+/// Keys of the whole run, which belong under `[global]`.
 const GLOBAL_KEYS: [&str; 4] = ["ram", "engine", "store", "encrypt"];
 const JOB_KEYS: [&str; 14] = [
     "size",
@@ -48,12 +48,12 @@ const JOB_KEYS: [&str; 14] = [
     "randseed",
     "description",
 ];
-/// fio's other names of the same.
+/// fio's second names of some keys, and the names used here.
 const ALIASES: [(&str, &str); 2] = [("readwrite", "rw"), ("blocksize", "bs")];
 /// Reads a job file; `-` is standard input.
 ///
 /// # Errors
-/// [`Kind::Usage`] with file, line and column of everything that is wrong with it.
+/// [`FailureKind::Usage`] with file, line and column of everything that is wrong with it.
 pub(super) fn read(path: &Path) -> Result<Scenario, Failure> {
     if is_standard_input(path) {
         return read_from(std::io::stdin().lock(), "standard input", "stdin");
@@ -65,7 +65,7 @@ pub(super) fn read(path: &Path) -> Result<Scenario, Failure> {
 }
 
 fn unreadable(file: &str, error: &std::io::Error) -> Failure {
-    Failure::new(Kind::Usage, format!("cannot read the job file {file}: {error}"))
+    Failure::new(FailureKind::Usage, format!("cannot read the job file {file}: {error}"))
 }
 
 fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Failure> {
@@ -76,12 +76,12 @@ fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Fail
         match source.read(&mut part) {
             Ok(0) => break,
             Ok(count) => bytes.extend_from_slice(&part[..count]),
-            // Ctrl-C while nobody writes.
+            // A Ctrl-C while standard input is waited for.
             Err(error) if error.kind() == ErrorKind::Interrupted => signals::check()?,
             Err(error) => return Err(unreadable(file, &error)),
         }
     }
-    let usage = |text| Failure::new(Kind::Usage, text);
+    let usage = |text| Failure::new(FailureKind::Usage, text);
     if bytes.len() as u64 > FILE_MAX_BYTES {
         return Err(usage(format!("{file} is larger than {}: not a job file", Size(FILE_MAX_BYTES))));
     }
@@ -90,7 +90,7 @@ fn read_from(source: impl Read, file: &str, name: &str) -> Result<Scenario, Fail
     parse(name, text).map_err(|faults| usage(faults.show(file, text)))
 }
 
-/// A file of that name is `./-`.
+/// Whether the path means standard input. (A file of that name is `./-`.)
 pub(super) fn is_standard_input(path: &Path) -> bool {
     path == Path::new("-")
 }
@@ -108,13 +108,13 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
     let sections = ini::sections(text, &mut faults);
     check_sections(&sections, &mut faults);
     let (global, jobs): (Vec<_>, Vec<_>) = sections.iter().partition(|section| section.name.text == GLOBAL);
-    let start = Place { line: 1, column: 1, width: 1 };
+    let start = Position { line: 1, column: 1, width: 1 };
     let shared = Keys {
         own: global.first().map_or(&[][..], |global| &global.entries),
         inherited: &[],
-        header: global.first().map_or(start, |global| global.name.place),
+        header: global.first().map_or(start, |global| global.name.position),
     };
-    // Of a job the same key is where it should not be, and that is told.
+    // A key of `[global]` in a job is in the wrong place, and is reported where jobs are read.
     if shared.find("ram").is_none()
         && !jobs.iter().any(|job| job.entries.iter().any(|entry| entry.key.text == "ram"))
     {
@@ -122,11 +122,11 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
         faults.add(Fault::new(shared.header, text, Mend::UnderGlobal(Some("ram=2g".to_owned()))));
     }
     if jobs.is_empty() {
-        let place = sections
+        let position = sections
             .last()
-            .map_or(start, |section| section.entries.last().map_or(section.name, |entry| entry.key).place);
+            .map_or(start, |section| section.entries.last().map_or(section.name, |entry| entry.key).position);
         let text = "there is no job: write a section `[name]` with `size=` and `rw=` behind this";
-        faults.add(Fault::new(place, text, Mend::Add("[job]\nsize=64m\nrw=randrw".to_owned())));
+        faults.add(Fault::new(position, text, Mend::Add("[job]\nsize=64m\nrw=randrw".to_owned())));
     }
     let mut scenario = Scenario {
         name: name.to_owned(),
@@ -139,7 +139,7 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
     };
     let mut memory = 0u64;
     for (number, section) in jobs.iter().enumerate() {
-        let keys = Keys { own: &section.entries, inherited: shared.own, header: section.name.place };
+        let keys = Keys { own: &section.entries, inherited: shared.own, header: section.name.position };
         for (key, example) in [("size", "size=4g"), ("rw", "rw=randrw")] {
             if keys.find(key).is_none() {
                 let name = section.name.text;
@@ -152,19 +152,19 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<Scenario, Faults> {
         if sequential && keys.find("random_distribution").is_some() && keys.is_good("random_distribution") {
             let text =
                 "`random_distribution` is for randread, randwrite and randrw: this job's order is sequential";
-            faults.add(Fault::new(keys.place_of("random_distribution"), text, Mend::Choose));
+            faults.add(Fault::new(keys.position_of("random_distribution"), text, Mend::Choose));
         }
         for misfit in misfits(&job) {
-            // A wrong or missing value has been told; what would follow from it is unknown.
+            // A wrong or missing value has been reported. Checks that depend on it are left out.
             if misfit.of.iter().all(|key| keys.is_good(key)) {
-                faults.add(Fault::new(keys.place_of(misfit.of[0]), misfit.text, Mend::Choose));
+                faults.add(Fault::new(keys.position_of(misfit.of[0]), misfit.text, Mend::Choose));
             }
         }
         let before = memory;
         memory = memory.saturating_add(job.size_bytes);
         if memory > MEMORY_MAX_BYTES && before <= MEMORY_MAX_BYTES {
             let text = format!("all areas together are more than {}", Size(MEMORY_MAX_BYTES));
-            faults.add(Fault::new(keys.place_of("size"), text, Mend::Choose));
+            faults.add(Fault::new(keys.position_of("size"), text, Mend::Choose));
         }
         scenario.jobs.push(job);
     }
@@ -175,16 +175,16 @@ fn default_engines() -> Vec<BenchEngine> {
     vec![BenchEngine::Vmemd, BenchEngine::Swap, BenchEngine::Raw]
 }
 
-/// Everything that can be said of each section and key alone.
+/// Reports faults that each section and key has by itself.
 fn check_sections(sections: &[Section], faults: &mut Faults) {
     let jobs = sections.iter().filter(|section| section.name.text != GLOBAL).count();
     for (number, section) in sections.iter().enumerate() {
         if faults.is_full() {
             return;
         }
-        let Word { text: name, place } = section.name;
+        let Word { text: name, position } = section.name;
         if let Some(first) = sections[..number].iter().find(|other| other.name.text == name) {
-            let line = first.name.place.line;
+            let line = first.name.position.line;
             let (text, mend) = match name {
                 GLOBAL => {
                     (format!("[global] is there already, in line {line}: write its keys there"), Mend::Choose)
@@ -199,12 +199,12 @@ fn check_sections(sections: &[Section], faults: &mut Faults) {
                     (text, Mend::Write(format!("[{other}]")))
                 }
             };
-            faults.add(Fault::new(place, text, mend));
+            faults.add(Fault::new(position, text, mend));
         } else if name == GLOBAL && number > 0 {
             let text = "[global] comes first, for it holds for all jobs: write it before the first of them";
-            faults.add(Fault::new(place, text, Mend::Choose));
+            faults.add(Fault::new(position, text, Mend::Choose));
         }
-        // What waits for the jobs before it has nothing to wait for.
+        // `stonewall` makes a job wait for the jobs before it; the first one has none.
         let first_job = sections[..number].iter().all(|section| section.name.text == GLOBAL);
         let alone = if name == GLOBAL { jobs < 2 } else { first_job };
         for (at, entry) in section.entries.iter().enumerate() {
@@ -222,19 +222,19 @@ fn check_sections(sections: &[Section], faults: &mut Faults) {
             if let Some(first) = first.filter(|_| known && !wrong) {
                 let text = format!(
                     "`{key}` is there already, in line {}: leave one of them out",
-                    first.key.place.line
+                    first.key.position.line
                 );
-                faults.add(Fault::new(entry.key.place, text, Mend::LeaveOut));
+                faults.add(Fault::new(entry.key.position, text, Mend::LeaveOut));
             }
         }
     }
 }
 
-/// A line without `=` whose key and value are good.
+/// The fault of a line that has a blank where `=` belongs, and whose key and value are right.
 fn blank(entry: &Entry) -> Fault {
     let line = line_of(entry.key.text, entry.value.map(|value| value.text));
     Fault::new(
-        entry.key.place,
+        entry.key.position,
         format!("a line is `key=value`, or `[section]`: write `{line}`"),
         Mend::Write(line),
     )
@@ -248,9 +248,9 @@ fn canonical(key: &str) -> &str {
     ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key, |(_, known)| known)
 }
 
-/// What is wrong with a key and its value. `alone`: no job of the file is before those that it holds for.
+/// The fault of a key and its value. `alone`: the jobs that the key is for have no other job of the file before them.
 fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> Result<(), Fault> {
-    let (key, place) = (entry.key.text, entry.key.place);
+    let (key, position) = (entry.key.text, entry.key.position);
     let value = entry.value.map(|value| value.text);
     let known = canonical(key);
     let here = |key: &str| section.entries.iter().any(|entry| canonical(entry.key.text) == key);
@@ -263,18 +263,18 @@ fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> 
             true => ("leave it out, [global] has it already", Mend::LeaveOut),
             false => ("write it under [global]", Mend::UnderGlobal(Some(line_of(key, value)))),
         };
-        return Err(Fault::new(place, format!("`{key}` is the same for all jobs: {what}"), mend));
+        return Err(Fault::new(position, format!("`{key}` is the same for all jobs: {what}"), mend));
     }
     if let Some(example) = example(known) {
         let example = line_of(key, Some(example));
         return match value {
             None | Some("") if !(value.is_none() && is_switch(known)) => Err(Fault::new(
-                place,
+                position,
                 format!("`{key}` needs a value, as in `{example}`"),
                 Mend::Write(example),
             )),
             Some(text) => check_value(known, text).map_err(|wrong| {
-                Fault::new(entry.value.unwrap_or(entry.key).place, wrong, Mend::Write(example))
+                Fault::new(entry.value.unwrap_or(entry.key).position, wrong, Mend::Write(example))
             }),
             None => Ok(()),
         };
@@ -284,14 +284,14 @@ fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> 
             return Ok(());
         }
         let text = "a job's name is that of its section, `[name]`: leave it out";
-        return Err(Fault::new(place, text, Mend::LeaveOut));
+        return Err(Fault::new(position, text, Mend::LeaveOut));
     }
     if key == "include" {
         let text = format!(
             "there is no `include` here: write the lines of {} instead",
             value.unwrap_or("that file")
         );
-        return Err(Fault::new(place, text, Mend::LeaveOut));
+        return Err(Fault::new(position, text, Mend::LeaveOut));
     }
     let there = |key: &str| here(key) || in_global(key);
     if let Some(instead) =
@@ -299,20 +299,20 @@ fn said(entry: &Entry, section: &Section, sections: &[Section], alone: bool) -> 
     {
         let line = line_of(instead.0, Some(&instead.1));
         return Err(Fault::new(
-            place,
+            position,
             format!("there is no `{key}` here: write `{line}`"),
             Mend::Write(line),
         ));
     }
     if let Some(verdict) = foreign::verdict(key, value, alone) {
-        return verdict.map_err(|text| Fault::new(place, text, Mend::LeaveOut));
+        return verdict.map_err(|text| Fault::new(position, text, Mend::LeaveOut));
     }
     Err(unknown(entry, |key| here(key) || (GLOBAL_KEYS.contains(&key) && section.name.text != GLOBAL)))
 }
 
-/// A key that nobody knows. It is held for another one only if that is not taken and takes its value.
+/// The fault of an unknown key. A similar known key is proposed only if it is not `taken` and takes the value.
 fn unknown(entry: &Entry, taken: impl Fn(&str) -> bool) -> Fault {
-    let (key, place) = (entry.key.text, entry.key.place);
+    let (key, position) = (entry.key.text, entry.key.position);
     let value = entry.value.map(|value| value.text);
     let fits = |known: &str| match value {
         Some(text) => check_value(canonical(known), text).is_ok() && !text.is_empty(),
@@ -326,16 +326,20 @@ fn unknown(entry: &Entry, taken: impl Fn(&str) -> bool) -> Fault {
     match nearest {
         Some((_, known)) => {
             let text = format!("unknown key `{key}`: did you mean `{known}`?");
-            Fault::new(place, text, Mend::Write(line_of(known, value)))
+            Fault::new(position, text, Mend::Write(line_of(known, value)))
         }
         None => {
             let known = [&GLOBAL_KEYS[..], &JOB_KEYS].concat().join(", ");
-            Fault::new(place, format!("unknown key `{key}`: leave it out; known are {known}"), Mend::LeaveOut)
+            Fault::new(
+                position,
+                format!("unknown key `{key}`: leave it out; known are {known}"),
+                Mend::LeaveOut,
+            )
         }
     }
 }
 
-/// A key of ours with a value that it takes. None: it is not ours.
+/// A key of this format with an example of a value that it takes. None: it is no key of this format.
 fn example(key: &str) -> Option<&'static str> {
     Some(match key {
         "ram" => "2g",
@@ -353,12 +357,12 @@ fn example(key: &str) -> Option<&'static str> {
     })
 }
 
-/// The key alone means yes, as in fio.
+/// Whether the key means yes without a value, as in fio.
 fn is_switch(key: &str) -> bool {
     matches!(key, "encrypt" | "prefill")
 }
 
-/// Whether this key of ours takes the value, whatever the others are.
+/// Whether a key of this format takes the value, whatever the other keys are.
 fn check_value(key: &str, text: &str) -> Result<(), String> {
     if text.contains("${") && key != "description" {
         return Err("variables of the environment are not replaced here: write the value itself".to_owned());
@@ -403,7 +407,7 @@ fn check_block(bytes: u64) -> Result<(), String> {
 struct Keys<'a> {
     own: &'a [Entry<'a>],
     inherited: &'a [Entry<'a>],
-    header: Place,
+    header: Position,
 }
 
 impl Keys<'_> {
@@ -412,11 +416,11 @@ impl Keys<'_> {
     }
 
     /// The value of this key, or the section's name if it is not written anywhere.
-    fn place_of(&self, key: &str) -> Place {
-        self.find(key).map_or(self.header, |entry| entry.value.unwrap_or(entry.key).place)
+    fn position_of(&self, key: &str) -> Position {
+        self.find(key).map_or(self.header, |entry| entry.value.unwrap_or(entry.key).position)
     }
 
-    /// Nothing is wrong with the key: it has a good value, or is missing and has a default.
+    /// Whether nothing is wrong with the key: it has a right value, or is missing and has a default.
     fn is_good(&self, key: &str) -> bool {
         match self.find(key) {
             Some(entry) => entry.value.map_or(is_switch(key), |value| check_value(key, value.text).is_ok()),
@@ -424,7 +428,7 @@ impl Keys<'_> {
         }
     }
 
-    /// None if it is missing, or wrong, which has been told.
+    /// The key's value. None if it is missing, or wrong, which has been reported.
     fn get<T>(&self, key: &str, read: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         self.find(key)?
             .value
@@ -432,7 +436,7 @@ impl Keys<'_> {
             .and_then(|value| read(value.text).ok())
     }
 
-    /// `key` alone means yes, as in fio.
+    /// The value of a key that means yes without a value, as in fio.
     fn switch(&self, key: &str) -> Option<bool> {
         match self.find(key) {
             Some(Entry { value: None, .. }) => Some(true),
@@ -473,13 +477,13 @@ impl Keys<'_> {
     }
 }
 
-/// Keys that do not fit together: the first is to blame.
+/// A fault of keys that do not fit together. It is reported at the first of them.
 struct Misfit {
     of: &'static [&'static str],
     text: String,
 }
 
-/// What fits together in a job: the key to blame, and why.
+/// Refuses a job whose keys do not fit together, with the key to change and the reason.
 pub(super) fn check(job: &Job) -> Result<(), (&'static str, String)> {
     for (key, bytes) in [("size", job.size_bytes), ("working_set", job.working_set_bytes)] {
         check_area(key, bytes).map_err(|text| (key, text))?;
@@ -506,7 +510,8 @@ fn misfits(job: &Job) -> Vec<Misfit> {
     let share =
         if sequential { working_set / PAGE / u64::from(job.threads.max(1)) * PAGE } else { working_set };
     if share < job.block_bytes.max(PAGE) {
-        let text = "the working set is too small: each thread of a sequential job has its own part, of at least one `bs`";
+        let text = "the working set is too small: each thread of a sequential job has its own part, of at least one \
+             `bs`";
         fail(&["numjobs", "size", "working_set", "bs", "rw"], text.to_owned());
     }
     if job.stride_pages > 1 {
@@ -543,7 +548,7 @@ fn number_in(text: &str, least: u64, most: u64) -> Result<u64, String> {
     number.ok_or_else(|| format!("write a whole number from {least} to {most}"))
 }
 
-/// Seconds, or with a unit.
+/// A time in seconds, or with a unit.
 fn millis(text: &str) -> Result<u64, String> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);

@@ -144,7 +144,8 @@ fn lines_without_an_equals_sign_are_mended() {
 /// All at once, each with its line, and nothing that only follows from another fault.
 #[test]
 fn every_fault_is_told_at_once() {
-    let text = "[global]\nioengine=libaio\niodepth=32\ndirect=1\nsize=4q\nrunntime=60\n\n[read job]\nrw=reed\nbs=96\n[read job]\nrw=write\nstride=3\nsize=8k\n";
+    let text = "[global]\nioengine=libaio\niodepth=32\ndirect=1\nsize=4q\nrunntime=60\n\n\
+                [read job]\nrw=reed\nbs=96\n[read job]\nrw=write\nstride=3\nsize=8k\n";
     let said = parse("x", text).expect_err(text).show("x.fio", text);
     let heads: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("x.fio:")).collect();
     let begins = [
@@ -167,7 +168,7 @@ fn every_fault_is_told_at_once() {
 /// Does what a fault's text says.
 fn mended(text: &str, fault: &Fault) -> Option<String> {
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    let at = fault.place.line - 1;
+    let at = fault.position.line - 1;
     let put = |lines: &mut Vec<String>, at: usize, new: &str| {
         let at = at.min(lines.len());
         lines.splice(at..at, new.lines().map(str::to_owned));
@@ -207,7 +208,8 @@ fn mended(text: &str, fault: &Fault) -> Option<String> {
 /// A line's words, wherever it stands.
 fn told(text: &str) -> Vec<(String, String)> {
     let faults = parse("x", text).map_or_else(|faults| faults.0, |_| Vec::new());
-    let line = |fault: &Fault| text.lines().nth(fault.place.line - 1).unwrap_or_default().trim().to_owned();
+    let line =
+        |fault: &Fault| text.lines().nth(fault.position.line - 1).unwrap_or_default().trim().to_owned();
     faults.iter().map(|fault| (fault.text.clone(), line(fault))).collect()
 }
 
@@ -305,7 +307,8 @@ fn no_hint_fails() {
     hints_help("");
 }
 
-/// Files as people have them: those that describe what happens here run with a `ram=`, the others are told all there is.
+/// Files as people have them: those that describe what happens here run with a `ram=`, the others are told all there
+/// is.
 #[test]
 fn job_files_of_fio() {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/job_file");
@@ -429,7 +432,7 @@ fn files_that_are_none() {
     std::fs::write(&path, format!("{HEAD}[a]\r\nsize=64m\r\nrw=rw\r\n")).unwrap();
     assert_eq!(read(&path).unwrap().name, "x");
     drop(place);
-    assert_eq!(read(&path).unwrap_err().kind, Kind::Usage);
+    assert_eq!(read(&path).unwrap_err().kind, FailureKind::Usage);
 }
 
 fn any_job() -> impl Strategy<Value = Job> {
@@ -464,7 +467,8 @@ proptest! {
     }
 
     #[test]
-    fn nothing_like_a_job_file_panics(text in "(\\[[a-z]{0,6}\\]?|(ram|size|rw|bs|stride|numjobs|runtime|é) ?=?[0-9.kmgt:é;#-]{0,9}|\t|\n){0,30}") {
+    fn nothing_like_a_job_file_panics(text in "(\\[[a-z]{0,6}\\]?|(ram|size|rw|bs|stride|numjobs|runtime|é)\
+         \\x20?=?[0-9.kmgt:é;#-]{0,9}|\t|\n){0,30}") {
         let _ = parse("x", &format!("[global]\nram=1g\n{text}")).map_err(|faults| faults.show("x.fio", &text));
         hints_help(&text);
     }

@@ -1,16 +1,17 @@
-//! By which names a benchmark knows what an earlier one, that was killed, has left.
+//! The names by which a benchmark recognises files, cgroups and processes that an earlier, killed one has left
+//! behind.
 
 use std::path::Path;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Begins the name of everything that a benchmark makes.
+/// The beginning of the name of everything that a benchmark makes.
 pub(crate) const PREFIX: &str = "vmemd-bench-";
 pub(crate) const SWAP_FILE: &str = "swapfile";
 
 /// Ends a process at once.
 pub(crate) fn kill(pid: i32) {
-    // One that this benchmark, or one that is gone, has started.
+    // A process that this benchmark has started, or one that is dead.
     if pid > 1
         && let Some(process) = Pid::from_raw(pid)
     {

@@ -1,5 +1,5 @@
-//! What `vmemd bench` starts: measurements of vmemd beside the kernel's swap, the raw device and plain memory, and traces of what
-//! VMs touch.
+//! The benchmarks that `vmemd bench` starts: measurements of vmemd beside the kernel's swap, the raw device and plain
+//! memory, and traces of the pages that VMs touch.
 
 pub mod cgroup;
 pub mod cli;

@@ -1,6 +1,6 @@
 //! The `vmemd-bench` command.
 
 fn main() {
-    // Leaves threads that cannot end (a fault that is never served) to the kernel.
+    // Ends the process without joining threads: one that waits for a fault which is never served cannot be joined.
     std::process::exit(i32::from(vmemd_bench::cli::main()));
 }

@@ -7,12 +7,12 @@
 use std::io::Write;
 
 use vmemd::cli::terminal::say;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::{host, signals};
 
 use super::cgroup;
 use super::experiment::{self, Settings, Target};
-use super::report::{Outcome, Results};
+use super::report::{MigrationOutcome, Results};
 use super::reserve::HOST_RESERVE_BYTES;
 use super::site::Site;
 
@@ -49,7 +49,8 @@ pub(crate) fn migrate(settings: &Settings) -> Result<(), Failure> {
             }
             let outcome = experiment::run(&site, settings, *target, number);
             signals::check()?;
-            let outcome = outcome.map_or_else(|failure| Outcome::Failed(failure.text), Outcome::Measured);
+            let outcome = outcome
+                .map_or_else(|failure| MigrationOutcome::Failed(failure.text), MigrationOutcome::Measured);
             say(&format!("[{number}/{total}] {} #{repetition}: {}", target.name(), outcome.line()));
             results.add(*target, outcome);
         }
@@ -59,6 +60,6 @@ pub(crate) fn migrate(settings: &Settings) -> Result<(), Failure> {
     let _ = writeln!(std::io::stdout(), "{text}");
     match results.any_measured() {
         true => Ok(()),
-        false => Err(Failure::new(Kind::Vm, "no run of the benchmark succeeded")),
+        false => Err(Failure::new(FailureKind::Vm, "no run of the benchmark succeeded")),
     }
 }

@@ -1,12 +1,13 @@
-//! The fewest misses that any choice of victims could have (Belady's MIN, 1966), and the device traffic that goes with them.
+//! The fewest misses that any choice of victims could have (Belady's MIN, 1966), and the device traffic that goes
+//! with them.
 //!
-//! The resident pages are kept by the time of their next use, as bits of a set over the times: whether a touch is a hit is whether
-//! its own time is in the set, and the victim is the page behind the set's largest time. Pages that are never used again are
-//! victims before all others, clean ones first.
+//! The resident pages are kept by the time of their next use, as bits of a set over the times: whether a touch is a
+//! hit is whether its own time is in the set, and the victim is the page behind the set's largest time. Pages that
+//! are never used again are victims before all others, clean ones first.
 
-/// In a list of touches: this one writes the page. The other bits are the page's number.
+/// The bit of a touch that says that it writes the page. The other bits are the page's number.
 pub(crate) const WRITE: u32 = 1 << 31;
-/// In place of the time of the next use: there is none.
+/// In the place of the time of the next use: the page is not used again.
 const NEVER: u32 = u32::MAX;
 
 /// What the optimum did in the touches that count.
@@ -15,7 +16,7 @@ pub(crate) struct Optimum {
     pub(crate) touched: u64,
     /// Pages that had to be read from the device. A page that was never written has no content to be read.
     pub(crate) misses: u64,
-    /// Pages that had to be written, for they had changed, when they lost their frame.
+    /// Pages that had changed when they lost their frame, and so had to be written.
     pub(crate) evicted_dirty: u64,
 }
 
@@ -28,9 +29,10 @@ pub(crate) struct Traffic {
     pub(crate) write: bool,
 }
 
-/// Runs MIN with `frames` frames over `touches` (a page number, with [`WRITE`] set or not). All `warm` pages, each named once, have
-/// been written before, in that order, and the last of them are resident: nobody who fills memory knows yet what will be touched.
-/// What happens from the touch at `count_from` on is counted, and told to `tell` in the order in which it happens.
+/// Runs MIN with `frames` frames over `touches` (a page number, with [`WRITE`] set or not). All `warm` pages, each
+/// named once, have been written before, in that order, and the last of them are resident: nobody who fills memory
+/// knows yet what will be touched. What happens from the touch at `count_from` on is counted, and told to `tell` in
+/// the order in which it happens.
 ///
 /// # Panics
 /// Without frames, and at more touches than 32 bits can number.
@@ -102,7 +104,7 @@ fn next_uses(total: usize, pages: usize, page_at: impl Fn(usize) -> usize) -> Ve
     next
 }
 
-/// Resident pages that are not used again.
+/// Resident pages that are not used again, clean ones and dirty ones.
 #[derive(Default)]
 struct Dead {
     clean: Vec<usize>,
@@ -137,7 +139,7 @@ impl TimeSet {
         }
     }
 
-    /// Whether it was there.
+    /// Removes a number, and says whether it was in the set.
     fn remove(&mut self, mut number: usize) -> bool {
         if self.levels[0][number / 64] >> (number % 64) & 1 == 0 {
             return false;
@@ -229,7 +231,8 @@ mod tests {
     proptest! {
         #[test]
         fn as_the_naive_model(
-            touches in prop::collection::vec(touch(), 1..200), frames in 1usize..9, warm in 0usize..12, from in 0usize..50
+            touches in prop::collection::vec(touch(), 1..200), frames in 1usize..9, warm in 0usize..12,
+            from in 0usize..50
         ) {
             let warm: Vec<_> = (0..warm as u32).collect();
             let (stored, resident) = warm.split_at(warm.len().saturating_sub(frames));
@@ -253,7 +256,8 @@ mod tests {
         fn no_choice_is_better(pages in prop::collection::vec(0u32..5, 1..12), frames in 1u32..4) {
             let warm: Vec<_> = (0..5).collect();
             let touches: Vec<_> = warm.iter().chain(&pages).map(|page| page | WRITE).collect();
-            // With content from the start, every page that comes is a miss: the first five touches cost as much in all cases.
+            // With content from the start, every page that comes is a miss: the first five touches cost as much in
+            // all cases.
             let done = optimum(&touches, &[], frames as usize, 0, |_| {});
             prop_assert_eq!(done.misses + 5, exhaustive(&pages_of(&touches), frames, 0));
         }

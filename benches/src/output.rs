@@ -11,12 +11,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::figures::{ROWS, cell, middle, short, usec};
 use super::job::{BenchEngine, Job, Scenario};
-use super::results::{Compared, Figure, OfEngine, Outcome};
+use super::results::{Compared, Figure, OfEngine, RunOutcome};
 use super::sample::{JobSample, Sample, Side};
 use super::settings::{ReportSettings, RunSettings, Style};
 use super::{costs, demands, fio, html};
@@ -24,7 +24,7 @@ use super::{costs, demands, fio, html};
 /// Changes whenever older readers would misunderstand results.
 const FORMAT: u32 = 1;
 
-/// The raw results of a document, beside all that fio's readers want.
+/// The part of a document that fio's readers do not know: the raw results.
 #[derive(Serialize, Deserialize)]
 struct Kept {
     format: u32,
@@ -61,7 +61,7 @@ fn write_runs(compared: &Compared, dir: &Path) -> Result<(), Failure> {
     let scenario = &compared.scenario;
     for of in &compared.engines {
         for (number, outcome) in of.outcomes.iter().enumerate() {
-            let Outcome::Measured(sample) = outcome else { continue };
+            let RunOutcome::Measured(sample) = outcome else { continue };
             let path = dir.join(format!("{}-{}-{}.json", scenario.name, of.engine.name(), number + 1));
             write_file(&path, &to_text(&fio::document(scenario, sample))?)?;
         }
@@ -77,13 +77,13 @@ fn write_file(path: &Path, text: &str) -> Result<(), Failure> {
 }
 
 fn to_text(value: &Value) -> Result<String, Failure> {
-    // Not pretty: a number a line would make histograms very long.
-    serde_json::to_string(value).map_err(|error| Failure::new(Kind::Other, error.to_string()))
+    // Without line breaks: a histogram with one number a line would be very long.
+    serde_json::to_string(value).map_err(|error| Failure::new(FailureKind::Other, error.to_string()))
 }
 
 /// Reads documents that [`Style::Json`] has written.
 pub(super) fn read(path: &Path) -> Result<Vec<Compared>, Failure> {
-    let usage = |text| Failure::new(Kind::Usage, text);
+    let usage = |text| Failure::new(FailureKind::Usage, text);
     let bytes = fs::read(path).map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
     let document: Document = serde_json::from_slice(&bytes).map_err(|error| {
         let write = "results are what `vmemd bench run --output-format json` writes";
@@ -141,7 +141,7 @@ fn combined(results: &[Compared]) -> Result<Value, Failure> {
     document.insert("jobs".to_owned(), Value::Array(jobs));
     let kept = Kept { format: FORMAT, results: results.to_vec() };
     let mut kept =
-        serde_json::to_value(&kept).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        serde_json::to_value(&kept).map_err(|error| Failure::new(FailureKind::Other, error.to_string()))?;
     kept["summary"] = Value::Array(results.iter().flat_map(summary).collect());
     document.insert("vmemd".to_owned(), kept);
     Ok(Value::Object(document))
@@ -269,7 +269,7 @@ fn direction(name: &str, side: &Side, job: &JobSample) -> String {
     text
 }
 
-/// Medians and spread of a job, an engine a column, and what they are to each other.
+/// Medians and spread of a job, one column an engine, and vmemd's ratios to the other engines.
 fn table(compared: &Compared, number: usize, job: &Job) -> String {
     let engines: Vec<&OfEngine> =
         compared.engines.iter().filter(|of| of.samples().next().is_some()).collect();

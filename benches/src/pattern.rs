@@ -1,9 +1,9 @@
 //! Which pages a thread of a job touches, in which order: a function of the job, its seed and the thread alone.
 //!
-//! A *unit* is what an order chooses: the pages of one block, or one page if blocks are smaller than that. An *operation*
-//! covers one block: one touch in each of its pages, or one touch at the block's own offset in a page.
-//! Sequential orders go through the thread's own contiguous share of the working set, with the stride counted in units and all
-//! units touched once a pass; random ones choose among all units of the working set.
+//! A *unit* is what an order chooses: the pages of one block, or one page if blocks are smaller than that. An
+//! *operation* covers one block: one touch in each of its pages, or one touch at the block's own offset in a page.
+//! Sequential orders go through the thread's own contiguous share of the working set, with the stride counted in
+//! units and all units touched once a pass; random ones choose among all units of the working set.
 
 use swapd::{PAGE_SIZE, Run};
 use vmemd::vmm::zipf;
@@ -17,16 +17,16 @@ const LINES: u64 = PAGE_SIZE as u64 / LINE_BYTES;
 /// One access to one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Touch {
-    /// Of the VM.
+    /// Number of the page in the VM's memory.
     pub(crate) page: u64,
-    /// Which line of the page.
+    /// Index of the line within the page.
     pub(crate) line: u16,
     pub(crate) write: bool,
-    /// The last one of its operation.
+    /// This touch is the last one of its operation.
     pub(crate) ends: bool,
 }
 
-/// An endless row of touches.
+/// The endless sequence of touches of one thread of a job.
 #[derive(Clone, Debug)]
 pub(crate) struct Pattern {
     /// First page and pages of the working set.
@@ -60,7 +60,8 @@ enum Chooser {
 }
 
 impl Pattern {
-    /// The touches of the job's thread `thread`, which may be any below [`Job::threads`]; `area` is the job's, in pages of the VM.
+    /// The touches of the job's thread `thread`, which may be any below [`Job::threads`]; `area` is the job's, in
+    /// pages of the VM.
     pub(crate) fn new(job: &Job, area: Run, thread: u32) -> Pattern {
         let page_bytes = PAGE_SIZE as u64;
         let pages = (job.working_set_bytes / page_bytes).clamp(1, u64::from(area.len));
@@ -169,8 +170,8 @@ impl Walk {
 
 /// A permutation of `0..count` that leaves no neighbours together.
 ///
-/// Steps that each permute the numbers of so many bits (adding a key, multiplying by an odd number, folding the high half onto the low
-/// one), repeated until the result is below the count: "cycle walking", Black and Rogaway 2002.
+/// Steps that each permute the numbers of so many bits (adding a key, multiplying by an odd number, folding the high
+/// half onto the low one), repeated until the result is below the count: "cycle walking", Black and Rogaway 2002.
 #[derive(Clone, Copy, Debug)]
 struct Scatter {
     count: u64,
@@ -284,8 +285,10 @@ mod tests {
             pages in 1u64..700, stride in 1u32..40, threads in 1u32..5, block_pages in 1u64..9, start in 0u64..1000,
         ) {
             prop_assume!(pages.div_ceil(block_pages) >= u64::from(threads));
-            let job = Job { stride_pages: stride, threads, block_bytes: block_pages * 4096, ..job(Order::Sequential, pages) };
-            let mut patterns: Vec<_> = (0..threads).map(|thread| Pattern::new(&job, area(start, &job), thread)).collect();
+            let job = job(Order::Sequential, pages);
+            let job = Job { stride_pages: stride, threads, block_bytes: block_pages * 4096, ..job };
+            let area = area(start, &job);
+            let mut patterns: Vec<_> = (0..threads).map(|thread| Pattern::new(&job, area, thread)).collect();
             for _ in 0..2 {
                 let mut seen: Vec<u64> = patterns.iter_mut().flat_map(pass).map(|touch| touch.page).collect();
                 seen.sort_unstable();
@@ -295,10 +298,15 @@ mod tests {
 
         #[test]
         fn touches_stay_within_the_working_set_and_come_again(
-            order in orders(), pages in 1u64..500, rest in 0u64..500, threads in 1u32..5, block_shift in 6u32..16, seed: u64,
+            order in orders(), pages in 1u64..500, rest in 0u64..500, threads in 1u32..5, block_shift in 6u32..16,
+            seed: u64,
         ) {
             let job = Job {
-                working_set_bytes: pages * 4096, threads, block_bytes: 1 << block_shift, seed, ..job(order, pages + rest)
+                working_set_bytes: pages * 4096,
+                threads,
+                block_bytes: 1 << block_shift,
+                seed,
+                ..job(order, pages + rest)
             };
             for thread in 0..threads {
                 let pattern = Pattern::new(&job, area(9, &job), thread);

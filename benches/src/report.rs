@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::experiment::{Measured, Settings, Target};
 use super::results::Spread;
@@ -10,15 +10,15 @@ use super::results::Spread;
 /// How one run ended.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Outcome {
+pub(super) enum MigrationOutcome {
     Measured(Measured),
     Failed(String),
 }
 
-impl Outcome {
+impl MigrationOutcome {
     pub(super) fn line(&self) -> String {
         match self {
-            Outcome::Measured(run) => format!(
+            MigrationOutcome::Measured(run) => format!(
                 "migration {:.2} s, downtime {:.1} ms, rewrite {:.2} s, {} page-ins, {} page-outs, {} mismatched",
                 run.migration_s,
                 run.downtime_ms,
@@ -27,7 +27,7 @@ impl Outcome {
                 run.pageouts_during,
                 run.mismatched_pages
             ),
-            Outcome::Failed(text) => format!("failed: {text}"),
+            MigrationOutcome::Failed(text) => format!("failed: {text}"),
         }
     }
 }
@@ -35,7 +35,7 @@ impl Outcome {
 struct OfTarget {
     target: Target,
     left_out: Option<String>,
-    outcomes: Vec<Outcome>,
+    outcomes: Vec<MigrationOutcome>,
 }
 
 /// All runs so far.
@@ -44,8 +44,8 @@ pub(super) struct Results(Vec<OfTarget>);
 impl OfTarget {
     fn runs(&self) -> impl Iterator<Item = &Measured> {
         self.outcomes.iter().filter_map(|outcome| match outcome {
-            Outcome::Measured(run) => Some(run),
-            Outcome::Failed(_) => None,
+            MigrationOutcome::Measured(run) => Some(run),
+            MigrationOutcome::Failed(_) => None,
         })
     }
 
@@ -55,8 +55,8 @@ impl OfTarget {
 
     fn failures(&self) -> Vec<&str> {
         let failed = self.outcomes.iter().filter_map(|outcome| match outcome {
-            Outcome::Failed(text) => Some(text.as_str()),
-            Outcome::Measured(_) => None,
+            MigrationOutcome::Failed(text) => Some(text.as_str()),
+            MigrationOutcome::Measured(_) => None,
         });
         failed.collect()
     }
@@ -76,7 +76,7 @@ impl Results {
         self.of(target).is_some_and(|of| of.left_out.is_some())
     }
 
-    pub(super) fn add(&mut self, target: Target, outcome: Outcome) {
+    pub(super) fn add(&mut self, target: Target, outcome: MigrationOutcome) {
         if let Some(of) = self.0.iter_mut().find(|of| of.target == target) {
             of.outcomes.push(outcome);
         }
@@ -100,13 +100,14 @@ impl Results {
     /// A list with one object a target, in the order asked for.
     pub(super) fn json(&self) -> Result<String, Failure> {
         let list: Vec<Value> = self.0.iter().map(|of| self.value(of)).collect();
-        serde_json::to_string_pretty(&list).map_err(|error| Failure::new(Kind::Other, error.to_string()))
+        serde_json::to_string_pretty(&list)
+            .map_err(|error| Failure::new(FailureKind::Other, error.to_string()))
     }
 
     fn value(&self, of: &OfTarget) -> Value {
         let median = |value| of.spread(value).map(|spread| spread.median);
         let spread = |value| of.spread(value).map(|spread| json!({ "min": spread.min, "max": spread.max }));
-        // The worst of all runs: none of these may be hidden by a median.
+        // Not medians, but the worst of all runs: one run with a wrong page must show.
         let most = |value: fn(&Measured) -> u64| of.runs().map(value).max();
         let mut ratios = serde_json::Map::new();
         for to in self.0.iter().filter(|to| to.target != of.target) {
@@ -137,7 +138,8 @@ impl Results {
 
     pub(super) fn table(&self, settings: &Settings) -> String {
         let mut text = format!(
-            "A VM of {:#} migrates into {:#} and rewrites half of its memory there: medians of {} (lowest – highest)\n\n",
+            "A VM of {:#} migrates into {:#} and rewrites half of its memory there: medians of {} (lowest – \
+                 highest)\n\n",
             settings.memory, settings.ram, settings.repeat
         );
         text += &format!(
@@ -205,8 +207,8 @@ fn row(of: &OfTarget) -> String {
 mod tests {
     use super::*;
 
-    fn run(migration_s: f64, rewrite_s: f64) -> Outcome {
-        Outcome::Measured(Measured {
+    fn run(migration_s: f64, rewrite_s: f64) -> MigrationOutcome {
+        MigrationOutcome::Measured(Measured {
             migration_s,
             downtime_ms: 40.0,
             rewrite_s,
@@ -224,7 +226,7 @@ mod tests {
         let mut results =
             Results::new(vec![(Target::Vmemd, None), (Target::Swap, Some("no root".to_owned()))]);
         results.add(Target::Vmemd, run(2.0, 1.0));
-        results.add(Target::Vmemd, Outcome::Failed("killed".to_owned()));
+        results.add(Target::Vmemd, MigrationOutcome::Failed("killed".to_owned()));
         let list: Value = serde_json::from_str(&results.json().unwrap()).unwrap();
         assert_eq!(list[0]["migration_s"], 2.0);
         assert_eq!(list[0]["failed"][0], "killed");

@@ -3,12 +3,13 @@
 use vmprocess::failure::Failure;
 use vmprocess::{host, signals};
 
-/// Memory that first touches may take without being seen as full.
+/// RAM that is left free when a benchmark checks whether this host has enough.
 pub(crate) const HOST_RESERVE_BYTES: u64 = 256 << 20;
 
-/// Memory that is in use just before a target takes it: the first touch of memory that a hypervisor below this host has taken
-/// back is ten to fifty times as slow as the next, and would hit the targets unevenly. In huge pages and in single frames, because a
-/// host finds the two in different places. Dropped when the migration, or the run, begins.
+/// Memory that is touched just before a target touches its own, and freed when the migration or the run begins. Where
+/// a hypervisor below this host has taken free memory back, the first touch of it is ten to fifty times as slow as
+/// the next, and would be counted against whichever target happens to get it. As much is touched in huge pages, and
+/// once more in single frames, because a host takes the two from different places.
 pub(crate) fn warm(bytes: u64) -> Result<[memmap2::MmapMut; 2], Failure> {
     const STEP: usize = 64 << 20;
     let free = host::available_ram()?.saturating_sub(HOST_RESERVE_BYTES);

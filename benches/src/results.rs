@@ -8,7 +8,7 @@ use super::sample::{JobSample, Sample};
 /// How one run ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Outcome {
+pub(super) enum RunOutcome {
     Measured(Box<Sample>),
     Failed(String),
 }
@@ -17,27 +17,27 @@ pub(super) enum Outcome {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct OfEngine {
     pub(super) engine: BenchEngine,
-    /// Why it was not run.
+    /// The reason why the engine was not run; none if it was.
     pub(super) left_out: Option<String>,
-    pub(super) outcomes: Vec<Outcome>,
+    pub(super) outcomes: Vec<RunOutcome>,
 }
 
 impl OfEngine {
     pub(super) fn samples(&self) -> impl Iterator<Item = &Sample> {
         self.outcomes.iter().filter_map(|outcome| match outcome {
-            Outcome::Measured(sample) => Some(&**sample),
-            Outcome::Failed(_) => None,
+            RunOutcome::Measured(sample) => Some(&**sample),
+            RunOutcome::Failed(_) => None,
         })
     }
 
     pub(super) fn failures(&self) -> impl Iterator<Item = &str> {
         self.outcomes.iter().filter_map(|outcome| match outcome {
-            Outcome::Measured(_) => None,
-            Outcome::Failed(text) => Some(text.as_str()),
+            RunOutcome::Measured(_) => None,
+            RunOutcome::Failed(text) => Some(text.as_str()),
         })
     }
 
-    /// Of all runs, of the job at this place.
+    /// Median and spread of a figure of the job with this index, over all runs that were measured.
     pub(super) fn spread(&self, job: usize, figure: Figure) -> Option<Spread> {
         let runs = self.samples().filter_map(|sample| Some(Run { sample, job: sample.jobs.get(job)? }));
         Spread::of(runs.filter_map(|run| figure.of(&run)).collect())
@@ -81,7 +81,7 @@ pub(super) struct Run<'a> {
     pub(super) job: &'a JobSample,
 }
 
-/// What is told of a job.
+/// A figure of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Figure {
     TouchesPerSecond,
@@ -91,9 +91,9 @@ pub(super) enum Figure {
     Miss(u32),
     /// CPU time of the whole process a miss of any job, in µs.
     CpuPerMiss,
-    /// The same, a touch.
+    /// CPU time of the whole process a touch of any job, in µs.
     CpuPerTouch,
-    /// In percent, of the jobs together.
+    /// Hit rate of all jobs together, in percent.
     HitRate,
     OptimumHitRate,
     StartMillis,
@@ -217,9 +217,9 @@ pub(super) mod tests {
             engine,
             left_out: None,
             outcomes: vec![
-                Outcome::Measured(Box::new(sample(engine, &scenario.jobs, operations, us))),
-                Outcome::Failed("killed".to_owned()),
-                Outcome::Measured(Box::new(sample(engine, &scenario.jobs, operations * 3, us))),
+                RunOutcome::Measured(Box::new(sample(engine, &scenario.jobs, operations, us))),
+                RunOutcome::Failed("killed".to_owned()),
+                RunOutcome::Measured(Box::new(sample(engine, &scenario.jobs, operations * 3, us))),
             ],
         };
         let mut engines = vec![

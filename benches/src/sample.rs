@@ -19,9 +19,9 @@ pub(crate) struct Sample {
     /// Pages that the device gave and took in the measured phase.
     pub(crate) pages_read: u64,
     pub(crate) pages_written: u64,
-    /// Of the optimum on the same touches.
+    /// Hit rate of the optimum on the same touches.
     pub(crate) optimum_hit_rate: Option<f64>,
-    /// From the start of the engine to its first touch.
+    /// Time from the start of the engine to the first touch.
     pub(crate) start_ns: u64,
     /// Faults that the engine itself counted as waiting for the store.
     pub(crate) engine_store_faults: Option<u64>,
@@ -37,7 +37,7 @@ pub(crate) struct JobSample {
     /// Touches that had to wait for the device.
     pub(crate) misses: u64,
     pub(crate) verify_errors: u64,
-    /// Of the measured phase.
+    /// Length of the measured phase.
     pub(crate) runtime_ns: u64,
     /// How long touches that missed took.
     pub(crate) miss_ns: Times,

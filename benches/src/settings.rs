@@ -13,7 +13,7 @@ pub(crate) enum Style {
     Json,
 }
 
-/// What to run, and how it differs from what the files say.
+/// The files to run, and what the command line says in the place of what they say.
 #[derive(Clone, Debug)]
 pub(crate) struct RunSettings {
     pub(crate) files: Vec<PathBuf>,
@@ -25,7 +25,7 @@ pub(crate) struct RunSettings {
     /// Used if neither this nor the file names a store.
     pub(crate) default_store: PathBuf,
     pub(crate) ram: Option<Size>,
-    /// Of jobs that run for a time.
+    /// How long jobs run that run for a time.
     pub(crate) runtime: Option<Duration>,
     pub(crate) ramp_time: Option<Duration>,
     /// Sizes and budget are divided by this.
@@ -35,11 +35,11 @@ pub(crate) struct RunSettings {
     pub(crate) output_dir: Option<PathBuf>,
 }
 
-/// What to make of results.
+/// The results to judge, and what to write.
 #[derive(Clone, Debug)]
 pub(crate) struct ReportSettings {
     pub(crate) results: Vec<PathBuf>,
-    /// What `scripts/bench` has measured beside the jobs.
+    /// The file of costs that `scripts/bench` has measured beside the jobs.
     pub(crate) costs: Option<PathBuf>,
     /// The HTML file.
     pub(crate) output: Option<PathBuf>,

@@ -16,16 +16,17 @@ use rustix::process::{Pid, WaitOptions, getpid, set_child_subreaper, waitpid};
 use vmemd::program;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
+use vmprocess::host::children_of;
 use vmprocess::medium::Medium;
 use vmprocess::signals;
 
 use super::left::{PREFIX, SWAP_FILE, is_left, kill};
 use super::{cgroup, swapfile};
 
-/// Read at a time of what a process says.
+/// Bytes read at a time of a process's output.
 const OUTPUT_BYTES: usize = 64 << 10;
-/// How often a process that says nothing is asked whether it is in time.
+/// Time between two looks whether a process that prints nothing has exceeded its limit.
 const POLL: Duration = Duration::from_millis(500);
 
 /// The directory of one benchmark.
@@ -41,10 +42,11 @@ impl Site {
             .map_err(|error| Failure::io(format!("cannot make {}", store.display()), &error))?;
         if let Medium::Ram(what) = Medium::of(store) {
             let text = format!(
-                "the store {} is in RAM ({what}), and what is measured there says nothing of a disk: choose a --store on one",
+                "the store {} is in RAM ({what}), and what is measured there says nothing of a disk: choose a \
+                     --store on one",
                 store.display()
             );
-            return Err(Failure::new(Kind::Usage, text));
+            return Err(Failure::new(FailureKind::Usage, text));
         }
         remove_left(store);
         set_child_subreaper(Some(getpid()))
@@ -89,14 +91,14 @@ fn remove_left(store: &Path) {
     cgroup::remove_left(is_left);
 }
 
-/// Ends VMs of a run directory that nobody answers for.
+/// Ends the VMs of a run directory whose benchmark is dead.
 fn end_vms(run_dir: &Path) {
     if !run_dir.is_dir() {
         return;
     }
     let Ok(dir) = RunDir::open(run_dir) else { return };
-    for place in dir.places().unwrap_or_default() {
-        if let Ok(stat) = VmClient::connect_to(&dir, &place).and_then(|mut vm| vm.stat()) {
+    for socket in dir.sockets().unwrap_or_default() {
+        if let Ok(stat) = VmClient::connect_to(&dir, &socket).and_then(|mut vm| vm.stat()) {
             kill(stat.pid as i32);
         }
     }
@@ -109,23 +111,11 @@ pub(super) fn end_descendants() {
         if children.is_empty() {
             return;
         }
-        for pid in children {
+        for pid in children.into_iter().map(|pid| pid as i32) {
             kill(pid);
             let _ = waitpid(Pid::from_raw(pid), WaitOptions::empty());
         }
     }
-}
-
-fn children_of(parent: u32) -> Vec<i32> {
-    let parent = parent.to_string();
-    let of = |pid: &str| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name in parentheses may hold anything; the parent is the second field behind it.
-        let is_child = stat.rsplit_once(')')?.1.split_whitespace().nth(1)? == parent;
-        is_child.then(|| pid.parse().ok()).flatten()
-    };
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| of(entry.file_name().to_str()?)).collect()
 }
 
 /// A directory of one experiment. Removed when dropped.
@@ -191,8 +181,8 @@ impl Proc {
             .stdout(Stdio::piped())
             .stderr(stderr)
             .process_group(0);
-        // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing; the
-        // cgroup's descriptor is open over the fork.
+        // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing;
+        // the cgroup's descriptor is open over the fork.
         unsafe {
             command.pre_exec(move || {
                 if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
@@ -230,7 +220,7 @@ impl Proc {
         loop {
             signals::check()?;
             if Instant::now() >= deadline {
-                return Err(Failure::new(Kind::Vm, "it did not end within the time allowed"));
+                return Err(Failure::new(FailureKind::Vm, "it did not end within the time allowed"));
             }
             if !signals::wait_readable(stdout.as_fd(), Some(POLL)) {
                 continue;
@@ -260,7 +250,7 @@ impl Proc {
         let log = fs::read_to_string(&self.log).unwrap_or_default();
         let last = log.lines().last().unwrap_or("it said nothing");
         let last = last.strip_prefix("vmemd: ").unwrap_or(last);
-        Failure::new(Kind::Vm, format!("a process of the experiment ended: {last}"))
+        Failure::new(FailureKind::Vm, format!("a process of the experiment ended: {last}"))
     }
 }
 

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// `swapoff` gives up when a signal is pending (a second Ctrl-C): try again.
 const SWAPOFF_TRIES: u32 = 20;
@@ -39,7 +39,7 @@ impl SwapFile {
                 "cannot swap on {} (needs root, and a file system that allows it): {error}",
                 path.display()
             );
-            return Err(Failure::new(Kind::Host, text));
+            return Err(Failure::new(FailureKind::Host, text));
         }
         Ok(made)
     }
@@ -67,7 +67,7 @@ fn header(pages: u64) -> [u8; HEADER_BYTES] {
 
 fn c_path(path: &Path) -> Result<CString, Failure> {
     CString::new(path.as_os_str().as_bytes())
-        .map_err(|_| Failure::new(Kind::Usage, format!("{} is not a path", path.display())))
+        .map_err(|_| Failure::new(FailureKind::Usage, format!("{} is not a path", path.display())))
 }
 
 /// Switches a swap file off, if it is on.

@@ -1,6 +1,6 @@
-//! What the kernel counts of the whole host in `/proc/vmstat`.
+//! The kernel's counters of the whole host, in `/proc/vmstat`.
 
-/// The kernel's own counts of pages swapped, of the whole host.
+/// Pages that the whole host has swapped in and out since it was booted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Swapped {
     pub(crate) ins: u64,

@@ -1,4 +1,5 @@
-//! Wrong command lines of `vmemd bench`, and sizes that no host has: one line that says what is wrong, and nothing is left.
+//! Wrong command lines of `vmemd bench`, and sizes that no host has, end with one line that says what is wrong, and
+//! leave nothing behind.
 
 #[macro_use]
 extern crate testkit;

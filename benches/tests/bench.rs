@@ -1,4 +1,5 @@
-//! `vmemd bench run`: bad input, Ctrl-C in the middle, and a short run of every engine and job file. No time is asserted.
+//! `vmemd bench run`: bad input, Ctrl-C in the middle, and a short run of every engine and job file. No time is
+//! asserted.
 
 #[macro_use]
 extern crate testkit;

@@ -54,7 +54,8 @@ fn work(request: &Value, cgroup: Option<&File>) -> Output {
     let mut command = Command::new(common::BENCH);
     command.args(["worker", &request.to_string()]);
     if let Some(fd) = cgroup.map(AsRawFd::as_raw_fd) {
-        // SAFETY: between fork and exec only write(2), which is async-signal-safe, on a descriptor that is open over the fork.
+        // SAFETY: between fork and exec only write(2), which is async-signal-safe, on a descriptor that is open over
+        // the fork.
         unsafe {
             command.pre_exec(move || match libc::write(fd, b"0".as_ptr().cast(), 1) {
                 1 => Ok(()),

@@ -1,6 +1,7 @@
-//! What vmemd costs a QEMU guest whose memory all fits, and what it gains one whose memory does not.
+//! The cost of vmemd to a QEMU guest whose memory all fits in its RAM, and its gain for one whose memory does not.
 //!
-//! Measurements, not run by default: `scripts/bench-qemu`. Both sides take turns; medians and ranges are printed with the verdict.
+//! Measurements, not run by default: `scripts/bench-qemu`. Both sides take turns; medians and ranges are printed with
+//! the verdict.
 
 #[macro_use]
 extern crate testkit;

@@ -1,12 +1,13 @@
 //! vmemd's moving of a running VM's memory to another host: wire format, source and target sessions.
 //!
 //! ```text
-//!  send ── connect ─▶ rounds (order, pace, tracker) ─▶ handover        receive ── arrival ─▶ handover
-//!                       │ fillers ─▶ records ─▶ senders ══ streams ══▶ intakes ─▶ sinks ─▶ engine
+//!  send ── connect ─▶ rounds (pace, heat) ──────────▶ handover        receive ── receiving ─▶ handover
+//!                       │ reader ─▶ records ─▶ senders ══ data streams ══▶ intakes ─▶ sinks ─▶ engine
 //!                       └──────────────────────────────── control ──────────┘
 //! ```
 //! Each side is one thread with a tokio-uring runtime, from [`send`] or [`receive`] to its return; the VM and the
-//! engine's blocking calls are only used between two turns of that runtime. `docs/wire.md` has the protocol.
+//! engine's blocking calls are only used between two turns of that runtime. `docs/wire.md` has the protocol. The
+//! [`reader`] stands by itself: it copies the memory of a running VM, and knows nothing of networks.
 
 #![deny(missing_docs)]
 
@@ -17,6 +18,8 @@ pub mod limits;
 mod link;
 mod outside;
 mod progress;
+pub mod reader;
+mod region;
 mod registry;
 mod report;
 mod resolve;
@@ -40,7 +43,7 @@ pub use report::{DowntimeParts, Placement, Received, Report};
 pub use resolve::{ReachError, ResolveError, answer_resolve, resolve};
 pub use session::SessionId;
 pub use source::{SendError, SourceOptions, send};
-pub use target::{DataStream, PlainMemory, ReceiveError, TargetLink, TargetMemory, receive};
+pub use target::{DataStream, PlainMemory, ReceiveError, StateSpool, TargetLink, TargetMemory, receive};
 pub use vm::{Expected, SourceVm, TargetVm, VmError};
 pub use wait::Wait;
 pub use wire::opening::{Hello, RefuseKind, SessionHello, StreamHello};

@@ -1,5 +1,5 @@
-//! Every time limit of this crate, and what else bounds a session and is not part of the wire format. What only one policy goes by is beside
-//! that policy: `source/pace.rs`, `source/discovery.rs`, `source/order.rs`.
+//! Every time limit of this crate, and whatever else bounds a session and is not part of the wire format. A number that
+//! only one policy goes by stands beside that policy: `source/pace.rs`, `source/discovery.rs`, `reader/order.rs`.
 
 use std::time::Duration;
 
@@ -13,6 +13,10 @@ pub const ACCEPT_LIMIT: Duration = Duration::from_secs(60);
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 /// A side that has nothing to say says so this often.
 pub const ALIVE_EVERY: Duration = Duration::from_secs(4);
+/// Of a VM's state, what its target keeps in memory until it is loaded. The rest is in a file meanwhile.
+pub const STATE_IN_MEMORY: usize = 64 << 20;
+/// How long the next data stream of a session may take to be passed on to the process that receives the VM.
+pub const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
 /// From the source's last word on memory to the target's `Prepared`.
 pub const PREPARE_LIMIT: Duration = Duration::from_secs(60);
 /// From the target's `Prepared` to the source's `Commit`; then the target discards the VM.
@@ -33,38 +37,42 @@ pub const PLACEMENT_LIMIT: Duration = Duration::from_secs(11);
 pub(crate) const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
 /// How long it is tried to deliver what a session over TLS said last.
 pub(crate) const LINGER_LIMIT: Duration = Duration::from_secs(5);
-/// Readings of a page that have to fail before it is lost, each behind another page that the store has given, and when it is read again.
+/// So many readings of a page must fail before it is given up as lost. Before each of them the store must have given
+/// another page.
 pub(crate) const BROKEN_TRIES: u32 = 4;
+/// Between two readings of a page that is bad.
 pub(crate) const REREAD_EVERY: Duration = Duration::from_millis(300);
-/// In a session it is not waited between them more often than that: a disk that is gone gives nothing back.
+/// A session waits between such readings no more often than this: a broken disk with a million bad pages would make it
+/// wait for days.
 pub(crate) const REREAD_WAITS: u32 = 32;
-/// A store that gives nothing at all is waited for so long; then the move ends, and the VM stays. Its pages are not lost: nobody knows
-/// that of a store that is silent.
+/// A store that gives nothing at all is waited for so long. Then the move ends, and the VM stays. Its pages do not
+/// count as lost: of a store that is silent, nobody knows that.
 pub(crate) const STORE_LIMIT: Duration = Duration::from_secs(10);
-/// In the last round: between two looks at pages that are just moving, and how often.
+/// In the last round: between two looks at pages that the engine is just moving.
 pub(crate) const MOVING_RETRY: Duration = Duration::from_micros(500);
+/// How often they are looked at.
 pub(crate) const MOVING_RETRIES: u32 = 20_000;
 /// Between two looks whether a session's record is free.
 pub(crate) const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// Messages of a control connection that wait to be written, or to be looked at.
 pub(crate) const QUEUE: usize = 16;
-/// The target keeps some of its RAM free to receive into: this share of it is for hot pages.
+/// The share of the VM's RAM at the target that is for hot pages. The rest is kept free to receive into.
 pub(crate) const HOT_SHARE: f64 = 0.85;
 /// How often the cancel flag is looked at.
 pub const CANCEL_POLL: Duration = Duration::from_millis(50);
-/// How often the source asks its engine for written pages.
+/// Between two scans for dirty pages at the source.
 pub const SCAN_EVERY: Duration = Duration::from_millis(120);
-/// How often the target hears, during the first round, what is known of heat by then.
+/// Between two heat maps for the target during the first round, each with what is known by then.
 pub const HEAT_EVERY: Duration = Duration::from_millis(750);
-/// How long, from the beginning of a move, the source may watch what the VM writes before it moves on: a guest that needs longer to go once
-/// around what it uses is not known in full.
+/// How long, from the beginning of a move, the source may watch what the VM writes before it moves on. A guest that
+/// needs longer for one time around its working set is not known in full, and some of its pages are placed wrongly.
 pub const WATCH_LIMIT: Duration = Duration::from_secs(30);
-/// How often the owner hears of progress.
+/// Between two reports of progress to the owner.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
-/// A limit on waiting for the peer as it holds in this process. Tests of what happens at its end cannot wait for minutes: in builds
-/// with debug assertions, and only there, `VMEMD_TEST_HASTE=10` makes it a tenth.
-pub fn patience(limit: Duration) -> Duration {
+/// A limit on waiting for the peer as it holds in this process. Tests of what happens at its end cannot wait for
+/// minutes: in builds with debug assertions, and only there, `VMEMD_TEST_HASTE=10` makes it a tenth.
+pub fn scaled_for_tests(limit: Duration) -> Duration {
     #[cfg(debug_assertions)]
     {
         static HASTE: std::sync::OnceLock<u32> = std::sync::OnceLock::new();

@@ -1,7 +1,8 @@
 //! The world outside of the sessions: connections, files, time, tasks, threads, and the engine.
 //!
-//! Everything that takes time or can fail is reached through here. Unit tests of this crate put a simulated world of the
-//! same shape in its place (`sim/`), so what they drive are the sessions as they are; any other build has the real one.
+//! Everything that takes time or can fail is reached through here. Unit tests of this crate put a simulated world of
+//! the same shape in its place (`sim/`), so what they drive are the sessions as they are; any other build has the real
+//! one.
 
 #[cfg(test)]
 pub(crate) use crate::sim::outside::*;
@@ -46,13 +47,13 @@ mod real {
 
     use swapd::{IoError, IoErrorKind, PageNo, Run, TierId};
 
-    use crate::link::region::Region;
+    use crate::region::Region;
     use crate::tls::{Client, TlsError};
 
     /// The group's right to write, and everybody's.
     const OTHERS_WRITE: u32 = 0o022;
 
-    /// Makes sure of who is at the other end, for a connection that nobody on the way can read.
+    /// Makes sure that the peer is the right one, for a connection that nobody on the way can read.
     pub(crate) fn secure(
         client: &Client,
         stream: StdStream,
@@ -75,7 +76,8 @@ mod real {
             Ok(StoredReader { reader, store })
         }
 
-        /// Reads pages of a tier, which must be held. They are in the region also if they are not what was written.
+        /// Reads pages of a tier, which must be held. If their checksums do not fit they are in the region all the
+        /// same.
         pub(crate) async fn read<K: Unpin + 'static>(
             &self,
             tier: TierId,
@@ -91,7 +93,8 @@ mod real {
             (result.and_then(|()| self.reader.open(tier, run, sums, region.bytes_mut())), region)
         }
 
-        /// Reads a page that is not held, to see whether its tier gives it: it may be written anew meanwhile, or its place dropped.
+        /// Reads a page that is not held, to see whether its tier gives it. Its content says nothing: it may be written
+        /// anew meanwhile, or its place dropped.
         pub(crate) async fn probe<K: Unpin + 'static>(
             &self,
             tier: TierId,
@@ -121,7 +124,7 @@ mod real {
         std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
     }
 
-    /// Makes a directory in which nobody else writes. One of this user's that is there already becomes such a one.
+    /// Makes a directory in which nobody else may write. If this user has it already, others lose the right to.
     pub(crate) fn make_own(directory: &Path) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let found = std::fs::metadata(directory)?;
@@ -132,8 +135,8 @@ mod real {
         Ok(())
     }
 
-    /// A directory of this user's on a file system that is memory: this one if it is on such, else one beside it. If the host has none,
-    /// this one all the same.
+    /// A directory of this user's on a file system that is memory: this one if it is on such, else another one. If the
+    /// host has none, this one all the same.
     pub(crate) fn in_memory(directory: &Path) -> io::Result<PathBuf> {
         if is_memory(directory)? {
             return Ok(directory.to_path_buf());
@@ -167,8 +170,8 @@ mod real {
         is_memory(path)
     }
 
-    /// Whether what is in the file can only be of this user, or of root: by the directory that it is in, which must be no link.
-    /// To root it may be of any one user: of a VM that runs as that user.
+    /// Makes sure that nobody but this user or root can have written the file. The directory that it is in decides,
+    /// which must be no link. For root, any one user will do: a VM may run as that user.
     pub(crate) fn vouch_for(path: &Path) -> io::Result<()> {
         let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
         let found = std::fs::symlink_metadata(directory)?;
@@ -176,7 +179,7 @@ mod real {
         needs(directory, &found, ours)
     }
 
-    /// That it is a directory in which nobody but its owner writes, who is the right one.
+    /// Makes sure that it is a directory of the right owner, in which nobody else may write.
     fn needs(directory: &Path, found: &Metadata, right_owner: bool) -> io::Result<()> {
         if found.is_dir() && right_owner && found.mode() & OTHERS_WRITE == 0 {
             return Ok(());
@@ -185,7 +188,7 @@ mod real {
         Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
     }
 
-    /// How long a question and its answer are on their way, by what the kernel has seen; unknown of what is no TCP connection.
+    /// How long a question and its answer are on their way, as the kernel has measured it. None: no TCP connection.
     pub(crate) fn round_trip(socket: &StdStream) -> Option<Duration> {
         // SAFETY: an all-zero tcp_info is a valid value of that plain C struct.
         let mut found: libc::tcp_info = unsafe { std::mem::zeroed() };
@@ -213,6 +216,27 @@ mod real {
         Ok([libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&found.f_type))
     }
 
+    /// A new file in a directory, which has no name there: it goes with whoever has it open.
+    pub(crate) fn unnamed_file(directory: &Path) -> io::Result<File> {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        match rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR) {
+            // Not every file system can.
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => removed_file(directory),
+            opened => Ok(File::from(opened?)),
+        }
+    }
+
+    fn removed_file(directory: &Path) -> io::Result<File> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let mut random = [0; 8];
+        random_bytes(&mut random)?;
+        let path = directory.join(format!(".vmemd-state-{:016x}", u64::from_ne_bytes(random)));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+        remove_file(&path)?;
+        Ok(file)
+    }
+
     pub(crate) fn random_bytes(into: &mut [u8]) -> io::Result<()> {
         let bytes = into.len();
         let got = rustix::rand::getrandom(into, rustix::rand::GetRandomFlags::empty())?;
@@ -223,8 +247,8 @@ mod real {
     /// What another thread is working on.
     pub(crate) struct Elsewhere<T>(Receiver<T>);
 
-    /// Does what can be neither cancelled nor waited for in small steps on a thread of its own, which ends by itself. If nobody
-    /// waits for the result any more, it is dropped.
+    /// Does work that can be neither cancelled nor waited for in small steps, on a thread of its own, which ends by
+    /// itself. If nobody waits for the result any more, it is dropped.
     pub(crate) fn on_own_thread<T: Send + 'static>(
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,

@@ -7,32 +7,38 @@
 //! ```
 //! While a hand-over is decided the VM stands still, and nothing may wait for a disk. So a session has two files:
 //!
-//! - its *record*, in the run directory: what outlasts a crash of the host. `begin` writes and flushes it, long before the pause, in the
-//!   state *begun*, with the id of this boot and the place of the other file. It is written again when the matter is settled, while
-//!   nobody stands still: *committed* behind the VM's start, *burned* before anybody is told so.
-//! - its *decision*, on a file system that is memory (`outside::in_memory`): what outlasts the death of a process. `commit` writes eight
-//!   bytes of it, and nothing else happens in the pause. It goes when the record has been flushed with the same word.
+//! - its *record*, in the run directory, outlasts a crash of the host. `begin` writes it in the state *begun* and
+//!   flushes it, long before the pause; it names this boot and the place of the other file. It is written once more
+//!   when the decision has been made and nobody stands still: *committed* behind the VM's start, *burned* before
+//!   anybody is told so.
+//! - its *decision*, on a file system that is memory (`outside::in_memory`), outlasts the death of a process. `commit`
+//!   writes eight bytes into it, and nothing else happens in the pause. The file goes when the record has been flushed
+//!   with the same word.
 //!
-//! Both are changed under the record's `flock` alone, but for the flush behind the start ([`Kept::flush`]): whoever writes the record of a
-//! committed session writes the same word. Who commits keeps it until the VM has started or the commit is revoked, so who
-//! finds it free sees a decision that stands. A record that is settled counts by itself. One that is *begun* counts only together
-//! with its decision, and the decision only within the boot that the record names:
+//! Both files are changed under the record's `flock` alone. (One exception: the flush behind the start,
+//! [`Kept::flush`]. Whoever writes the record of a committed session writes the same word.) A process that commits
+//! keeps the lock until the VM has started or the commit is revoked. So whoever gets the lock sees a decision that
+//! stands.
 //!
-//! | what happens | what is found | what it means |
+//! A record that says *committed* or *burned* counts by itself. A record that says *begun* counts only together with
+//! its decision, and only within the boot that it names. What is found, and what that means:
+//!
+//! | what happens | found | meaning |
 //! |---|---|---|
-//! | the target's process dies before the commit, or gives up | decision open | has not started; is burned, and can never start |
-//! | it dies between commit and start | decision committed | counts as running here: nobody can tell it from the next one |
-//! | it dies behind the start, before the record is flushed | decision committed | runs here (or died here); who asks records it |
+//! | the target's process dies before the commit, or gives up | decision open | not started; burned, can never start |
+//! | it dies between commit and start | decision committed | counts as running: nobody can tell it from the next |
+//! | it dies behind the start, record not flushed | decision committed | it ran here; whoever asks records that |
 //! | the VM cannot start | decision burned | the source may have it back; the record follows |
-//! | the record cannot be flushed behind the start | decision committed, record begun or committed | runs here; the flush is tried again for as long as the process lives, and the decision stays |
-//! | the record cannot be flushed behind a burn | decision burned | it will not start; whoever asks hears nothing until a flush succeeds |
-//! | the host goes down while the record is begun | record of another boot | nobody can say: it may have run until then. It does not now |
-//! | somebody removes the decision while the record is begun | record of this boot, no decision | nobody can say, and the VM may run here |
+//! | no flush succeeds behind the start | decision committed | runs here; tried again while the process lives |
+//! | no flush succeeds behind a burn | decision burned | will not start; whoever asks hears nothing until one does |
+//! | the host goes down, record begun | record of another boot | nobody can say whether it ran. It does not now |
+//! | somebody removes the decision, record begun | no decision | nobody can say, and the VM may run here |
 //! | the daemon is started anew | as before | nothing is kept in its memory |
 //!
-//! In the two cases of which nobody can say, no answer is given, the VM stays paused at its source, and its operator decides. Never two
-//! sides: a VM starts only behind a decision *committed*, and who answers *not there* has burned that decision before, under the lock,
-//! in the boot in which alone it could still be committed. Never none in silence: *running there* is only said of a committed session.
+//! Where nobody can say, no answer is given: the VM stays paused at its source, and its operator decides. The VM never
+//! runs at both sides: it starts only behind a decision *committed*, and whoever answers *not there* has burned that
+//! decision before, under the lock, in the one boot in which it could still be committed. Nor is it said to run where
+//! it does not: *running there* is only said of a committed session.
 //!
 //! A file system in memory may be swapped out as any memory may, and then the commit reads a page back.
 
@@ -43,7 +49,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{LOCK_RETRY, RESOLVE_CALL_LIMIT, patience};
+use crate::limits::{LOCK_RETRY, RESOLVE_CALL_LIMIT, scaled_for_tests};
 use crate::outside::{
     File, FileExt, Instant, OpenOptions, boot_id, in_memory, make_own, pause, planted, remove_file, vouch_for,
 };
@@ -67,7 +73,8 @@ pub enum RegistryError {
     Burned(SessionId),
     /// There is no record. Nobody may answer *not there* then: the record that is lost may have said *committed*.
     #[error(
-        "session {0} has no record here: it was never begun, or the record is lost (this host was started anew, or it was given up over a week ago)"
+        "session {0} has no record here: it was never begun, or the record is lost (this host was \
+         started anew, or it was given up over a week ago)"
     )]
     Unknown(SessionId),
     /// The session was begun, or committed, before: neither is done twice.
@@ -76,14 +83,15 @@ pub enum RegistryError {
     /// The record is undecided and of an earlier boot. Its decision went with the memory that it was in, so only the
     /// operator can say.
     #[error(
-        "this host went down while session {0} was handed over, and its record does not say whether the VM ran here: it runs here no \
-         longer, so decide whether it goes on where it was (`vmemd resolve NAME --force run-here`)"
+        "this host went down while session {0} was handed over, and its record does not say whether the VM \
+         ran here: it runs here no longer, so decide whether it goes on where it was (`vmemd resolve NAME --force \
+         run-here`)"
     )]
     Lost(SessionId),
     /// The record is undecided and of this boot, but its decision has been removed: the VM may run here.
     #[error(
-        "what was decided of session {session} stood in {path}, which somebody has removed: look whether the VM runs here, and decide \
-         where it was (`vmemd resolve NAME --force run-here` or `--force gone`)"
+        "what was decided of session {session} stood in {path}, which somebody has removed: look whether \
+         the VM runs here, and decide where it was (`vmemd resolve NAME --force run-here` or `--force gone`)"
     )]
     Gone {
         /// The session in question.
@@ -113,8 +121,8 @@ pub enum RegistryError {
     },
 }
 
-/// One small file a session in a directory, named by the session, and another one in memory until the first is settled. Every method is
-/// atomic against the others, also between processes.
+/// One small file a session in a directory, named by the session, and another one in memory until the first is settled.
+/// Every method is atomic against the others, also between processes.
 #[derive(Debug, Clone)]
 pub struct Registry {
     directory: PathBuf,
@@ -175,7 +183,7 @@ impl Registry {
         Ok(Registry { directory: path, decisions })
     }
 
-    /// A directory that has to be writable for who begins sessions, beside the registry's own.
+    /// A directory, beside the registry's own, in which a process that begins sessions must be able to write.
     pub fn decisions(&self) -> &Path {
         &self.decisions
     }
@@ -200,7 +208,7 @@ impl Registry {
         }
         let decision = Decision::create(session, &self.decisions)?;
         let recorded = || {
-            // What would fail at the commit is to fail now, while the VM runs.
+            // A decision that cannot be found is to fail now, while the VM runs, and not at the commit.
             Decision::find(session, decision.path.clone())?;
             let boot = boot_id().map_err(record.failed("read the boot id for"))?;
             record.write(&[&Mark::Begun.bytes()[..], boot.as_bytes(), decision.place_bytes()].concat())?;
@@ -208,7 +216,8 @@ impl Registry {
             File::open(&self.directory)
                 .and_then(|directory| directory.sync_all())
                 .map_err(|error| record.failed("flush")(error))?;
-            // The lock goes with the one, so it is opened anew; here, because the way to a file may have to be read from a disk.
+            // Dropping `record` gives its lock back, so the file is opened anew. Here, and not at the commit: to find a
+            // file may take a read from a disk.
             self.record(session)
         };
         match recorded() {
@@ -223,18 +232,18 @@ impl Registry {
         }
     }
 
-    /// The VM must not start here any more, unless it was committed: says which of them it is. Who knows nothing of the session
-    /// must not answer: its record may have been lost, with the answer in it.
+    /// Sees to it that the VM never starts here, unless the session was committed, and says which of the two it is. A
+    /// host that knows nothing of the session must not answer: the record may have been lost, with the answer in it.
     ///
     /// # Errors
-    /// If that is not known, or cannot be recorded.
+    /// If the outcome is not known, or cannot be recorded.
     pub fn burn(&self, session: SessionId) -> Result<Outcome, RegistryError> {
         let record = self.record(session)?.locked_soon(session)?;
         let decision = match record.read()? {
             Mark::Committed => return Ok(Outcome::RunningThere),
             Mark::Open | Mark::Flushing if planted!(AnswersWithoutBurning) => return Ok(Outcome::NotThere),
             Mark::Flushing if !record.is_of_this_boot()? => return Err(RegistryError::Lost(session)),
-            // Burned once more: that an earlier flush of it succeeded is not known.
+            // Burned once more: whether an earlier flush succeeded is not known.
             Mark::Open | Mark::Flushing | Mark::Burned => None,
             Mark::Begun if !record.is_of_this_boot()? => match planted!(ForgetsTheCrash) {
                 true => None,
@@ -248,7 +257,7 @@ impl Registry {
         if let Some(decision) = decision {
             match decision.read()? {
                 Mark::Committed => {
-                    // Whoever was to record that may be dead.
+                    // The process that was to record the commit may be dead.
                     match record.put(Mark::Committed) {
                         Ok(()) => decision.remove(),
                         Err(error) => {
@@ -272,8 +281,9 @@ impl Registry {
         Ok(Outcome::NotThere)
     }
 
-    /// Forgets sessions that were given up, whose source has had its answer, or keeps its VM paused until somebody decides. A committed
-    /// one stays for ever, because its source may ask at any later time, and one that is undecided stays too.
+    /// Forgets sessions that were burned long ago: their sources have had their answers, or keep their VMs paused until
+    /// somebody decides. Committed sessions stay for ever, because their sources may ask at any later time; undecided
+    /// ones stay, too.
     ///
     /// # Errors
     /// If the directory cannot be read.
@@ -324,15 +334,15 @@ pub struct Begun {
 }
 
 impl Begun {
-    /// The source's commit arrived: the VM may run here while the caller has the result, and for ever once it has dropped it.
-    /// Part of the downtime: waits for no disk.
+    /// Decides that the VM is this host's, because the source's commit has arrived. The caller starts the VM while it
+    /// has the result: nobody else can read the decision in that time. Part of the downtime: waits for no disk.
     ///
     /// # Errors
     /// If it was given up, or this cannot be recorded. Then it must not run here.
     pub fn commit(self) -> Result<Committed, RegistryError> {
         let Decision { session, path, .. } = self.decision;
         let record = self.record.locked()?;
-        // Looked for anew: who asks finds it by its name, or not at all. It goes when the session is burned.
+        // Looked for anew, by its name, as whoever asks will look for it: it goes when the session is burned.
         let decision = match Decision::find(session, path) {
             Ok(decision) => decision,
             Err(RegistryError::Gone { .. }) if record.read()? == Mark::Burned => {
@@ -350,7 +360,7 @@ impl Begun {
     }
 }
 
-/// A commit that is decided: nobody else reads it before this is dropped, or [unlocked](Self::started).
+/// A decided commit. Nobody else reads the decision before this is dropped, or [unlocked](Self::started).
 #[derive(Debug)]
 #[must_use = "the VM is started while this is held"]
 pub struct Committed {
@@ -359,7 +369,8 @@ pub struct Committed {
 }
 
 impl Committed {
-    /// The VM could not be started, and no vCPU has run: the source may have it back. Waits for no disk; [`Registry::burn`] makes it last.
+    /// Takes the commit back: the VM could not be started, no vCPU has run, and the source may have it. Waits for no
+    /// disk; [`Registry::burn`] makes it last.
     ///
     /// # Errors
     /// If that cannot be written.
@@ -367,7 +378,7 @@ impl Committed {
         self.decision.write(Mark::Burned)
     }
 
-    /// The VM runs: whoever asks may hear of it. What is left is to make it last, in no hurry.
+    /// The VM runs: whoever asks may hear of it now. The record has still to be flushed, in no hurry.
     pub fn started(self) -> Kept {
         let Committed { record, decision } = self;
         record.unlock();
@@ -375,7 +386,7 @@ impl Committed {
     }
 }
 
-/// A VM that runs here, of which that is not recorded for good yet.
+/// A VM that runs here, before the record says so for good.
 #[derive(Debug)]
 #[must_use = "the record is to last"]
 pub struct Kept {
@@ -384,7 +395,7 @@ pub struct Kept {
 }
 
 impl Kept {
-    /// Has it known after a crash of the host, too: waits for the disk. To be tried again if it fails.
+    /// Makes the record last through a crash of the host: waits for the disk. To be tried again if it fails.
     ///
     /// # Errors
     /// If it cannot be written or flushed.
@@ -392,7 +403,8 @@ impl Kept {
         if planted!(RemovesTheDecisionEarly) {
             self.decision.remove();
         }
-        // Nobody else changes the record of a committed session; but who has just found it begun is to find the decision, too.
+        // No lock is needed, because nobody else changes the record of a committed session. The decision goes only
+        // behind it: whoever has just read *begun* is to find the decision, too.
         self.record.put(Mark::Committed)?;
         self.record.lock()?;
         self.decision.remove();
@@ -474,11 +486,11 @@ struct Record {
 }
 
 impl Record {
-    /// Waits for the lock, which others hold for a few writes, and for the start of a VM. It may be for long: a process that starts one
-    /// can be made to stand still.
+    /// Waits for the lock. Others hold it for a few writes, and during the start of a VM. It may be for long: a process
+    /// that starts one can be made to stand still.
     fn locked_soon(self, session: SessionId) -> Result<Record, RegistryError> {
         // Who asks is to hear that, and waits no longer than this limit itself.
-        let deadline = Instant::now() + patience(RESOLVE_CALL_LIMIT) / 2;
+        let deadline = Instant::now() + scaled_for_tests(RESOLVE_CALL_LIMIT) / 2;
         loop {
             match self.file.try_lock() {
                 Ok(()) => return Ok(self),
@@ -491,7 +503,7 @@ impl Record {
         }
     }
 
-    /// As [`Record::locked_soon`], without an end: for who has the session itself.
+    /// As [`Record::locked_soon`], without an end: for the process that has the session itself.
     fn locked(self) -> Result<Record, RegistryError> {
         self.lock()?;
         Ok(self)

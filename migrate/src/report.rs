@@ -53,7 +53,8 @@ pub struct Report {
     pub placement: Option<Placement>,
 }
 
-/// What a downtime consisted of, in the order of events. What a target does not tell (a former version) is in `link_ms`.
+/// What a downtime consisted of, in the order of events. If the target does not tell its own times (an older version),
+/// they are in `link_ms`.
 #[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct DowntimeParts {
     /// Until the VM stood still.

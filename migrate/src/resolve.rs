@@ -5,7 +5,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
 use crate::hello::{OpeningError, read_opening, refuse, write_opening};
-use crate::limits::{RESOLVE_CALL_LIMIT, patience};
+use crate::limits::{RESOLVE_CALL_LIMIT, scaled_for_tests};
 use crate::outside::{StdStream, secure};
 use crate::registry::{Outcome, Registry, RegistryError};
 use crate::session::SessionId;
@@ -55,7 +55,7 @@ pub enum ResolveError {
 /// If there is no clear answer: the session is in doubt still.
 pub fn resolve(to: &str, security: &Security, session: SessionId) -> Result<Outcome, ResolveError> {
     let link = |source| ResolveError::Link { to: to.to_string(), source };
-    let limit = patience(RESOLVE_CALL_LIMIT);
+    let limit = scaled_for_tests(RESOLVE_CALL_LIMIT);
     let mut stream = connect(to, security, limit).map_err(|error| match error {
         ReachError::Link(source) => link(source),
         ReachError::Insecure(source) => ResolveError::Insecure { to: to.to_string(), source },
@@ -108,7 +108,7 @@ pub enum ReachError {
     Insecure(#[from] TlsError),
 }
 
-/// Connects to the first address of `to` that answers, and makes sure of who does.
+/// Connects to the first address of `to` that answers, and makes sure that it is the right peer.
 pub(crate) fn connect(to: &str, security: &Security, limit: Duration) -> Result<StdStream, ReachError> {
     let stream = connect_tcp(to, limit)?;
     match security {

@@ -1,20 +1,66 @@
 //! What a session needs of the VM on its side. The VM's owner implements it.
 
+use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use crate::session::SessionId;
 
-/// Why a VM did not do what it was asked. The text stands for itself.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct VmError(pub String);
+/// Why a VM did not do what it was asked. Made where it arises; each text stands for itself.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// Its machine (vCPUs, devices, the program that they are in) refused, or failed.
+    #[error("{0}")]
+    Machine(String),
+    /// There is no machine any more.
+    #[error("{0}")]
+    Ended(String),
+    /// It is one, or has come into a state, that cannot move.
+    #[error("{0}")]
+    CannotMove(String),
+    /// This host has too little of something for it: RAM, disk space.
+    #[error("{0}")]
+    Resources(String),
+    /// It has more state than this target takes.
+    #[error(
+        "its vCPUs and devices have {bytes} bytes of state, and vmemd at the target takes at most {most}: \
+         update vmemd there"
+    )]
+    TooMuchState {
+        /// Bytes of state that it has, or has written so far.
+        bytes: u64,
+        /// The most that the target's version of the protocol allows.
+        most: u64,
+    },
+    /// A read or a write of its owner's failed.
+    #[error("{doing}")]
+    Io {
+        /// What was being done, for the message.
+        doing: &'static str,
+        /// The operating system's error.
+        source: io::Error,
+    },
+    /// It stands still, and did not go on when it was told to.
+    #[error("it could not be resumed")]
+    NotResumed(#[source] Box<VmError>),
+    /// A panic of vmemd's own.
+    #[error("a bug in vmemd ended the migration: see the panic in its log")]
+    Bug,
+}
+
+impl VmError {
+    /// With its causes, for the other side: it has no other account of what went wrong here.
+    pub(crate) fn chain(&self) -> String {
+        let causes = std::iter::successors(std::error::Error::source(self), |error| error.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
+    }
+}
 
 /// What a VM's stop and start are expected to cost.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Expected {
-    /// To stop it, to save and load its state, and to start it.
+    /// To stop it, and to start it; and what saving and loading its state take however small that is.
     pub time: Duration,
-    /// Of the state that is sent while it stands still.
+    /// Of the state that is sent, and loaded, while it stands still.
     pub state_bytes: u64,
 }
 
@@ -41,8 +87,10 @@ pub trait SourceVm {
     fn stood_still(&self) -> bool;
     /// Undoes [`pause`](Self::pause): it runs again, unless it [stood still](Self::stood_still) before.
     fn resume(&mut self) -> Result<(), VmError>;
-    /// vCPU and device state, while paused.
-    fn save(&mut self) -> Result<Vec<u8>, VmError>;
+    /// Writes the state of vCPUs and devices, while paused. What is written goes over the wire while the rest is
+    /// still being made: a write waits when the link carries less, and fails when the session has ended. Whoever gets
+    /// such an error gives up at once.
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError>;
     /// Keeps the vCPUs out of the guest for this share of time (0: not at all).
     fn throttle(&mut self, percent: u8);
     /// What of the downtime is due to the VM itself, as far as that is known before it is stopped. May take its time.
@@ -60,8 +108,9 @@ pub trait SourceVm {
 
 /// The VM at the target. Called on the thread that called [`crate::receive`], outside of its async runtime.
 pub trait TargetVm {
-    /// Takes the state from [`SourceVm::save`]. Memory already has its final content. Must not run the guest.
-    fn load(&mut self, state: &[u8]) -> Result<(), VmError>;
+    /// Takes the state from [`SourceVm::save`], to its end. Memory already has its final content. Must not run the
+    /// guest. A read fails when the session has ended, or the state cannot be read back from where it was kept.
+    fn load(&mut self, state: &mut dyn Read) -> Result<(), VmError>;
     /// The hand-over is decided: run, or stay `paused`. If this fails, no vCPU may have entered the guest. Part of the downtime: must wait
     /// for no disk.
     fn start(&mut self, paused: bool) -> Result<(), VmError>;

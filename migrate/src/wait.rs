@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::{
     ACCEPT_LIMIT, COMMIT_LIMIT, CONNECT_LIMIT, PLACEMENT_LIMIT, PREPARE_LIMIT, RESOLVE_LIMIT, RUNNING_LIMIT,
-    SILENCE_LIMIT, WATCH_LIMIT, patience,
+    SILENCE_LIMIT, WATCH_LIMIT, scaled_for_tests,
 };
 
 /// What is waited for. Each has one limit ([`Wait::limit`]), so that no session waits for ever.
@@ -72,6 +72,6 @@ impl Wait {
             Wait::Resolve => ("RESOLVE_LIMIT", RESOLVE_LIMIT),
             Wait::Placement => ("PLACEMENT_LIMIT", PLACEMENT_LIMIT),
         };
-        (name, patience(limit))
+        (name, scaled_for_tests(limit))
     }
 }

@@ -1,4 +1,5 @@
-//! A device writes to a page that it had pinned before the page was reported as written: no scan reports that again.
+//! A device has pinned a page, the page is reported as written, and only then the device writes to it: no scan
+//! reports that write, and it must arrive all the same.
 
 #[macro_use]
 extern crate testkit;
@@ -86,8 +87,8 @@ impl SourceVm for WithDevice {
         self.writer.resume()
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        self.writer.save()
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError> {
+        self.writer.save(to)
     }
 
     fn throttle(&mut self, percent: u8) {

@@ -1,4 +1,4 @@
-//! What a peer may say, and what happens when it says something else: over real sockets, against the real target.
+//! The real target, over real sockets, against peers that say what they may not.
 
 mod common;
 #[path = "common/source.rs"]
@@ -87,7 +87,7 @@ fn another_version_is_told_so() {
     bytes[8] = 200;
     stream.write_all(&bytes).unwrap();
     assert!(
-        matches!(target.result(), Err(ReceiveError::Version(none)) if none.sides[0].versions == (200..=200))
+        matches!(target.result(), Err(ReceiveError::Version(none)) if none.sides[0].versions == (200..=201))
     );
     assert!(matches!(read_answer(&mut stream), Answer::Refused { kind: RefuseKind::Version, .. }));
 }

@@ -1,4 +1,5 @@
-//! What the source does when the link breaks, at every point of a migration, and when the target is not what it should be.
+//! The source when the link breaks at every point of a migration, and when the target is not what it should be: the
+//! VM stays here, or is in doubt.
 
 #[macro_use]
 extern crate testkit;

@@ -1,4 +1,4 @@
-//! Who is let in, and what becomes of connections that are tampered with: the real TLS stack over loopback.
+//! The real TLS stack over loopback: which peers are let in, and how connections end that are tampered with.
 
 #[macro_use]
 extern crate testkit;
@@ -14,7 +14,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::vm::{MEMORY, Writer, compare, engine, fill, options};
 use common::{DEADLINE, Target};
@@ -221,11 +221,12 @@ fn hello_of_tls_1_2() -> Vec<u8> {
 #[test]
 fn old_broken_and_slow_greetings_end_in_time() {
     let ca = Ca::new();
-    let limit = Duration::from_millis(300);
-    let gate = Gate::open(&ca.host(HERE, When::Now), limit);
-    let connect = || TcpStream::connect(gate.address).unwrap();
+    // Those that are refused for what they say have time, however busy the machine is; for the others it is short.
+    let gate = Gate::open(&ca.host(HERE, When::Now), LIMIT);
+    let hasty = Gate::open(&ca.host(HERE, When::Now), Duration::from_millis(300));
+    let connect = |gate: &Gate| TcpStream::connect(gate.address).unwrap();
 
-    let mut old = connect();
+    let mut old = connect(&gate);
     old.write_all(&hello_of_tls_1_2()).unwrap();
     let mut alert = [0; 7];
     old.read_exact(&mut alert).unwrap();
@@ -234,30 +235,29 @@ fn old_broken_and_slow_greetings_end_in_time() {
     assert!(error.to_string().contains("TLS 1.3"), "{error}");
 
     // A greeting that stops half-way, and one that is cut.
-    let mut half = connect();
+    let mut half = connect(&hasty);
     half.write_all(&hello_of_tls_1_2()[..20]).unwrap();
-    assert!(matches!(gate.next(), Err(TlsError::TooSlow)));
-    let mut cut = connect();
+    assert!(matches!(hasty.next(), Err(TlsError::TooSlow)));
+    let mut cut = connect(&gate);
     cut.write_all(&hello_of_tls_1_2()[..20]).unwrap();
     drop(cut);
     assert!(matches!(gate.next(), Err(TlsError::Link(_))));
 
-    // A byte now and then does not make it longer.
-    let begun = Instant::now();
-    let mut slow = connect();
+    // A byte now and then does not make it longer: the whole greeting, which would be refused for its version, takes
+    // 30 times as long.
+    let mut slow = connect(&hasty);
     let dripping = std::thread::spawn(move || {
         for byte in hello_of_tls_1_2().iter().cycle() {
             if slow.write_all(&[*byte]).is_err() {
                 return;
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(150));
         }
     });
-    assert!(gate.next().is_err());
-    assert!(begun.elapsed() < 20 * limit, "{:?}", begun.elapsed());
+    assert!(matches!(hasty.next(), Err(TlsError::TooSlow)));
     dripping.join().unwrap();
 
-    let mut rubbish = connect();
+    let mut rubbish = connect(&gate);
     rubbish.write_all(&[0xA5; 4096]).unwrap();
     assert!(matches!(gate.next(), Err(TlsError::Peer(_))));
 }

@@ -1,4 +1,4 @@
-//! Peers that know other versions of the protocol than this one: what is chosen, and what is said if there is nothing to choose.
+//! Peers that know other versions of the protocol: the version that is chosen, and the error if no version is common.
 
 #[macro_use]
 extern crate testkit;
@@ -107,10 +107,10 @@ fn turned_away(bytes: &[u8]) -> (ReceiveError, Answer, [u8; PREAMBLE_BYTES]) {
 #[test]
 fn a_source_without_a_common_version_hears_both_ranges_and_so_does_the_target() {
     for (versions, text) in older_and_newer().into_iter().zip([
-        "the source speaks versions 0 to 1 of the migration protocol, the target version 2: update vmemd at the source",
-        "the source speaks version 1 of the migration protocol, the target version 2: update vmemd at the source",
-        "the source speaks version 3 of the migration protocol, the target version 2: update vmemd at the target",
-        "the source speaks versions 3 to 258 of the migration protocol, the target version 2: update vmemd at the target",
+        "the source speaks versions 0 to 1 of the migration protocol, the target versions 2 to 3: update vmemd at the source",
+        "the source speaks version 1 of the migration protocol, the target versions 2 to 3: update vmemd at the source",
+        "the source speaks version 4 of the migration protocol, the target versions 2 to 3: update vmemd at the target",
+        "the source speaks versions 4 to 259 of the migration protocol, the target versions 2 to 3: update vmemd at the target",
     ]) {
         let streams = Hello::Stream(migrate::StreamHello { session: SESSION, index: 0 });
         for hello in [Hello::Session(hello_of(SESSION)), streams] {
@@ -194,11 +194,14 @@ fn a_target_without_a_common_version_is_told_from_one_that_refuses() {
     for (versions, says) in [
         (1..=1, "the target version 1: update vmemd at the target"),
         (0..=1, "the target versions 0 to 1: update vmemd at the target"),
-        (3..=4, "the target versions 3 to 4: update vmemd at the source"),
+        (4..=5, "the target versions 4 to 5: update vmemd at the source"),
     ] {
         let error = complaint(&refused(versions, VERSION, "this host speaks something else"));
         let SendError::Version(text) = &error else { panic!("{error:?}") };
-        assert!(text.starts_with("the source speaks version 2 of the") && text.ends_with(says), "{text}");
+        assert!(
+            text.starts_with("the source speaks versions 2 to 3 of the") && text.ends_with(says),
+            "{text}"
+        );
         assert!(error.to_string().starts_with("no version in common: "), "{error}");
     }
     let error = complaint(&refused(VERSIONS, VERSION, "not on Sundays"));

@@ -6,8 +6,9 @@
 //!          mmap(MAP_FIXED | MAP_SHARED, fd)  ──▶ anonymous, attached to the engine; the file stays empty
 //!          fallocate(fd, PUNCH_HOLE)         ──▶ discarded: untouched again
 //! ```
-//! Invariant: a backend is mapped at most once, whole, and stays where it is for the life of the process. Its file cannot be
-//! mapped to be written but through here: a mapping that this object did not see would be memory without a budget.
+//! Invariant: a backend is mapped at most once, whole, and stays where it is for the life of the process. Its file
+//! cannot be mapped to be written but through here: a mapping that this object did not see would be memory without a
+//! budget.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{IntoRawFd, OwnedFd};
@@ -17,7 +18,7 @@ use libc::c_int;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 
-/// What the memory is handed to.
+/// The owner that mapped memory is handed to.
 pub(crate) trait Keeper: Send + Sync {
     /// Takes over backend `index`, freshly mapped. The error has been told; QEMU sees an errno.
     fn attach(&self, index: usize, address: usize, bytes: usize) -> Result<(), c_int>;

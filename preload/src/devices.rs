@@ -1,7 +1,7 @@
 //! How much memory devices have of their own: frame buffers, mostly. It goes with the device state, in the pause.
 //!
-//! QEMU sends a page of zeros as a few bytes and any other one whole. Which it is, is looked at here while the guest runs: an
-//! empty frame buffer of 256 MiB costs nothing, a full one takes all of the pause.
+//! QEMU sends a page of zeros as a few bytes and any other one whole. Which it is, is looked at here while the guest
+//! runs: an empty frame buffer of 256 MiB costs nothing, a full one takes all of the pause.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -43,8 +43,8 @@ fn blocks(told: &str, memory: &[String]) -> Vec<Block> {
     told.lines().filter_map(block).collect()
 }
 
-/// About how many bytes the device state has, never much less than it will. `told` is QEMU's `info ramblock`, `memory` the
-/// ids of guest memory, `process` the directory of QEMU in /proc.
+/// About how many bytes the device state has, never much less than it will. `told` is QEMU's `info ramblock`, `memory`
+/// the ids of guest memory, `process` the directory of QEMU in /proc.
 pub(crate) fn state_bytes(told: &str, memory: &[String], process: &Path) -> u64 {
     let blocks = blocks(told, memory);
     let known = known_addresses(&blocks, process);

@@ -1,9 +1,10 @@
-//! What the source of a VM is told if the QEMU that was to take it ends: a wrong argument, a disk that somebody else has
-//! open, device state that it does not understand. QEMU then prints why and exits, and only its exit handlers still run.
+//! The last message to the source of a VM if the QEMU that was to take it ends: a wrong argument, a disk that somebody
+//! else has open, device state that it does not understand. QEMU then prints why and exits, and only its exit handlers
+//! still run.
 //!
 //! ```text
 //!   Expected ──▶ Coming ──▶ (nothing: it is here)
-//!      │            └─ exit: the monitor is shut, so whoever waits for QEMU gives up, tells the source, and ends the process
+//!      │            └─ exit: the monitor is shut; whoever waits for QEMU gives up, tells the source, ends the process
 //!      └─ exit: the source is refused from here
 //! ```
 

@@ -1,10 +1,11 @@
 //! The VM of this QEMU, driven over its QMP monitor.
 //!
-//! The device state travels through a socket pair whose other end QEMU is given: nothing of it is ever in a file system.
-//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is also its
-//! user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set as before.
+//! The device state travels through a socket pair whose other end QEMU is given, as QEMU makes it and as QEMU takes it.
+//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is also
+//! its user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set as
+//! before.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,56 +13,57 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmprocess::control::protocol::{GuestStat, State};
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::qemu::Backend;
-use vmprocess::{Guest, GuestView, Newcomer, RunState};
+use vmprocess::{GuestView, Machine, Newcomer, RunState};
 
 use crate::devices;
 use crate::farewell;
 use crate::inventory::Inventory;
-use crate::qmp::{Qmp, QmpError, Standing};
+use crate::qmp::{HeardState, Qmp, QmpError};
 use crate::runstate;
 use crate::throttle::Throttle;
 use crate::tuning::{self, Tuning};
 
-/// For what QEMU does at once, unless a disk or the store keeps it waiting.
+/// Limit for a command that QEMU carries out at once, unless a disk or the store keeps it waiting.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
-/// For all of the device state to be written or read.
+/// Limit for QEMU to write or take any of its device state, and to settle behind that.
 const STATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks at how that stands.
 const STATE_POLL: Duration = Duration::from_millis(2);
-/// Device state is some hundred KiB and the memory of displays.
-const STATE_BYTES_MAX: usize = migrate::wire::control::MAX_STATE_BYTES;
+/// Device state is some hundred KiB and the memory of displays. So much of it is carried on at once.
+const STATE_PART_BYTES: usize = 256 << 10;
 /// Of QEMU's migration: memory that others share is not its to send.
 const IGNORE_SHARED: &str = "x-ignore-shared";
-/// What QEMU calls the descriptor that it is given.
+/// QEMU's name for the descriptor that it is given.
 const STATE_FD: &str = "vmemd-state";
 /// Of QEMU's migration: disks are opened when the guest is to run, not when its state has come.
 const LATE_BLOCK_ACTIVATE: &str = "late-block-activate";
 /// Of QEMU's migration: what was written to a disk since, for a backup (a bitmap that is in no image).
 const DIRTY_BITMAPS: &str = "dirty-bitmaps";
-/// What is asked before the VM moves, besides its inventory.
+/// The questions to QEMU before the VM moves, besides its inventory.
 const OBSTACLES: [&str; 4] = ["query-migrate", "query-status", "query-jobs", "query-block-exports"];
 
 /// A QEMU that can be asked.
 #[derive(Debug)]
 pub(crate) struct Qemu {
     qmp: Qmp,
-    standing: Standing,
+    heard_state: HeardState,
     throttle: Option<Throttle>,
     vcpus: u32,
     workload: String,
-    /// What it was made of when it was started: so its target is.
+    /// The parts that it was made of when it was started: its target is made of the same.
     started_with: Inventory,
     /// Why it does not move, whatever its state, if its command line is the reason.
     stays: Option<String>,
-    /// What its guest memory is called.
+    /// QEMU's ids of its guest memory.
     memory: Vec<String>,
     /// Its directory in /proc.
     process: PathBuf,
     /// The user's settings of QEMU's migration, while they are not set.
     set_aside: Option<Tuning>,
-    /// Its network may know the guest's addresses elsewhere: at the target that it did not go to.
+    /// Its device state was saved for a target that it may not have gone to. Bridges may have learnt there where the
+    /// guest's addresses are, so it announces them again when it runs on here.
     given_away: bool,
     /// It came and has not run yet, so its disks are not its own: a QEMU that gives them away once more ends there.
     disks_away: bool,
@@ -77,7 +79,7 @@ fn is_busy(status: &str) -> bool {
     !matches!(status, "" | "none" | "completed" | "failed" | "cancelled")
 }
 
-/// What keeps a machine from moving as it is now, from QEMU's answers to [`OBSTACLES`].
+/// The obstacles to a move of the machine as it is now, from QEMU's answers to [`OBSTACLES`].
 fn obstacles(answers: &[Value]) -> Vec<String> {
     let [migration, status, jobs, exports] = answers else { return Vec::new() };
     let mut found = Vec::new();
@@ -125,7 +127,7 @@ fn has_loose_bitmaps(nodes: &Value) -> bool {
 }
 
 fn failure(error: QmpError) -> Failure {
-    Failure::new(Kind::Vm, chain(&error))
+    Failure::new(FailureKind::Vm, chain(&error))
 }
 
 impl Qemu {
@@ -138,7 +140,7 @@ impl Qemu {
         let memory = guest_memory(&mut qmp, backends)?;
         let workload = program.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
         let mut qemu = Qemu {
-            standing: qmp.standing(),
+            heard_state: qmp.heard_state(),
             throttle: Throttle::find(),
             vcpus: vcpus.as_array().map_or(0, |list| list.len() as u32),
             workload: workload.to_string_lossy().into_owned(),
@@ -155,8 +157,8 @@ impl Qemu {
         Ok(qemu)
     }
 
-    pub(crate) fn standing(&self) -> Standing {
-        self.standing.clone()
+    pub(crate) fn heard_state(&self) -> HeardState {
+        self.heard_state.clone()
     }
 
     /// For ending the conversation when QEMU ends.
@@ -168,11 +170,11 @@ impl Qemu {
         self.qmp.ask(command, arguments, COMMAND_TIMEOUT).map_err(failure)
     }
 
-    /// What the machine does now.
+    /// The machine's state now.
     fn status(&mut self) -> Result<RunState, Failure> {
         let answer = self.ask("query-status", Value::Null)?;
-        self.standing.answered(&answer);
-        Ok(self.standing.get())
+        self.heard_state.answered(&answer);
+        Ok(self.heard_state.get())
     }
 
     /// Never moves, for that reason.
@@ -180,12 +182,12 @@ impl Qemu {
         Qemu { stays: why, ..self }
     }
 
-    /// Returns the migration capabilities that [`save`](Guest::save) needs. Fails if the machine cannot move as it is now: its command
-    /// line is to make the same one at the target.
+    /// Returns the migration capabilities that [`save`](Machine::save) needs. Fails if the machine cannot move as it is
+    /// now: its command line is to make the same one at the target.
     fn check_move(&mut self) -> Result<Vec<&'static str>, Failure> {
-        let cannot = |why: String| Failure::new(Kind::CannotMove, format!("cannot move: {why}"));
+        let cannot = |why: String| Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"));
         if let Some(why) = &self.stays {
-            return Err(Failure::new(Kind::CannotMove, why.clone()));
+            return Err(Failure::new(FailureKind::CannotMove, why.clone()));
         }
         if self.disks_away {
             let text =
@@ -211,8 +213,8 @@ impl Qemu {
         Ok(on)
     }
 
-    /// Runs `work` with the capabilities in `on` and no others, and with parameters for a state that goes at once. The user's settings
-    /// are put back behind it, also if it fails.
+    /// Runs `work` with the capabilities in `on` and no others, and with parameters for a state that goes at once. The
+    /// user's settings are put back behind it, also if it fails.
     fn with_capabilities<T>(
         &mut self,
         on: &[&str],
@@ -268,53 +270,45 @@ impl Qemu {
                 "completed" => return Ok(()),
                 "failed" | "cancelled" | "none" | "" => {
                     let why = answer["error-desc"].as_str().unwrap_or("it does not say why");
-                    return Err(Failure::new(Kind::Vm, format!("QEMU's device state: {why}")));
+                    return Err(Failure::new(FailureKind::Vm, format!("QEMU's device state: {why}")));
                 }
                 status if Instant::now() >= deadline => {
                     let text = format!("QEMU's device state is still {status:?} after {STATE_TIMEOUT:?}");
-                    return Err(Failure::new(Kind::Vm, text));
+                    return Err(Failure::new(FailureKind::Vm, text));
                 }
                 _ => std::thread::sleep(STATE_POLL),
             }
         }
     }
 
-    fn write_state(&mut self) -> Result<Vec<u8>, Failure> {
+    fn write_state(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
         let channel = self.state_channel()?;
-        let deadline = Instant::now() + STATE_TIMEOUT;
         let begun = self.qmp.ask("migrate", json!({ "uri": format!("fd:{STATE_FD}") }), COMMAND_TIMEOUT);
         if let Err(error) = begun {
-            // What QEMU refuses has not begun. What is under way then is somebody else's.
+            // A migration that QEMU refuses has not begun: one that is under way then is somebody else's.
             if !matches!(error, QmpError::Refused { .. }) {
                 self.give_state_up();
             }
             return Err(failure(error));
         }
-        let state = read_all(channel, deadline).and_then(|state| {
-            self.settle(deadline)?;
-            Ok(state)
-        });
-        state.inspect_err(|_| self.give_state_up())
+        let passed = pass_on(channel, to).and_then(|()| self.settle(Instant::now() + STATE_TIMEOUT));
+        passed.inspect_err(|_| self.give_state_up())
     }
 
-    fn take_state(&mut self, state: &[u8]) -> Result<(), Failure> {
+    fn take_state(&mut self, state: &mut dyn Read) -> Result<(), Failure> {
         // Disks stay the source's until the guest is to run: it may be resumed there.
         let on = [IGNORE_SHARED, LATE_BLOCK_ACTIVATE, DIRTY_BITMAPS];
         self.with_capabilities(&on, |qemu| qemu.read_state(state))?;
         self.status().map(drop)
     }
 
-    fn read_state(&mut self, state: &[u8]) -> Result<(), Failure> {
-        let mut channel = self.state_channel()?;
-        let deadline = Instant::now() + STATE_TIMEOUT;
+    fn read_state(&mut self, state: &mut dyn Read) -> Result<(), Failure> {
+        let channel = self.state_channel()?;
         self.ask("migrate-incoming", json!({ "uri": format!("fd:{STATE_FD}") }))?;
-        let io = |error| Failure::io("QEMU does not take its device state", &error);
-        channel.set_write_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
         // If it does not take all of it, it says why.
-        let written = channel.write_all(state).map_err(io);
-        drop(channel);
-        self.settle(deadline)?;
-        written
+        let fed = feed(channel, state);
+        self.settle(Instant::now() + STATE_TIMEOUT)?;
+        fed
     }
 
     /// QEMU may still be at it: it can go on with the guest only when it is not.
@@ -355,17 +349,9 @@ fn inventory(qmp: &mut Qmp) -> Result<Inventory, Failure> {
     Ok(Inventory::new(&answers(qmp, &Inventory::questions())?))
 }
 
-impl Guest for Qemu {
+impl Machine for Qemu {
     fn may_move(&mut self) -> Result<(), Failure> {
-        self.check_move()?;
-        let bytes = self.state_bytes().unwrap_or(0);
-        if bytes > STATE_BYTES_MAX as u64 {
-            let text = format!(
-                "cannot move: its devices have about {bytes} bytes of memory in use (frame buffers?), and no more than {STATE_BYTES_MAX} can go with its state"
-            );
-            return Err(Failure::new(Kind::CannotMove, text));
-        }
-        Ok(())
+        self.check_move().map(drop)
     }
 
     fn state_bytes(&mut self) -> Option<u64> {
@@ -383,11 +369,11 @@ impl Guest for Qemu {
         let now = self.status()?;
         if now.state == State::Suspended {
             // It would not stand still: it wakes up by itself. It can be stopped for good all the same.
-            return Err(Failure::new(Kind::Name, now.why.unwrap_or_default()));
+            return Err(Failure::new(FailureKind::Name, now.why.unwrap_or_default()));
         }
         self.ask("stop", Value::Null)?;
         if now.state == State::Running {
-            self.standing.set(runstate::PAUSED, false);
+            self.heard_state.set(runstate::PAUSED, false);
         }
         Ok(())
     }
@@ -395,7 +381,7 @@ impl Guest for Qemu {
     fn runs(&mut self) -> Result<bool, Failure> {
         let now = self.status()?;
         if let Some(why) = runstate::why_over(&now.word) {
-            return Err(Failure::new(Kind::Vm, why));
+            return Err(Failure::new(FailureKind::Vm, why));
         }
         // A guest that sleeps wakes up by itself.
         let runs = matches!(now.state, State::Running | State::Suspended);
@@ -408,15 +394,15 @@ impl Guest for Qemu {
             return Err(failure(QmpError::Closed));
         }
         // QEMU takes the word, and does not follow it.
-        if let Some(why) = runstate::why_no_cont(&self.standing.get().word) {
-            return Err(Failure::new(Kind::Name, why));
+        if let Some(why) = runstate::why_no_cont(&self.heard_state.get().word) {
+            return Err(Failure::new(FailureKind::Name, why));
         }
         self.qmp.ask("cont", Value::Null, COMMAND_TIMEOUT).map_err(|error| match error {
             QmpError::Refused { .. } => failure(error),
             // It may have been heard, and be carried out later.
-            error => Failure::new(Kind::InDoubt, chain(&error)),
+            error => Failure::new(FailureKind::InDoubt, chain(&error)),
         })?;
-        self.standing.set(runstate::RUNNING, true);
+        self.heard_state.set(runstate::RUNNING, true);
         self.disks_away = false;
         self.put_back();
         if std::mem::take(&mut self.given_away)
@@ -427,11 +413,11 @@ impl Guest for Qemu {
         Ok(())
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, Failure> {
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
         // Once more: a monitor may have changed it while its memory went.
         let on = self.check_move()?;
         self.given_away = true;
-        self.with_capabilities(&on, Qemu::write_state)
+        self.with_capabilities(&on, |qemu| qemu.write_state(to))
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -445,18 +431,18 @@ impl Guest for Qemu {
     }
 
     fn view(&self) -> GuestView {
-        let RunState { state, why, .. } = self.standing.get();
+        let RunState { state, why, .. } = self.heard_state.get();
         let failed = why.filter(|_| state == State::Failed);
         GuestView { vcpus: self.vcpus, workload: self.workload.clone(), guest: GuestStat::default(), failed }
     }
 
     fn run_state(&self) -> Option<RunState> {
         self.qmp.look_again();
-        Some(self.standing.get())
+        Some(self.heard_state.get())
     }
 
     fn ended(&self) -> Option<Failure> {
-        self.qmp.has_ended().then(|| self.standing.last_words()).flatten()
+        self.qmp.has_ended().then(|| self.heard_state.last_words()).flatten()
     }
 
     fn quit(mut self: Box<Self>) -> Result<(), Failure> {
@@ -473,7 +459,7 @@ impl Guest for Qemu {
 pub(crate) struct Incoming(pub(crate) Qemu);
 
 impl Newcomer for Incoming {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
+    fn load(self: Box<Self>, state: &mut dyn Read) -> Result<Box<dyn Machine>, Failure> {
         let mut qemu = self.0;
         match qemu.take_state(state) {
             Ok(()) => {
@@ -482,24 +468,41 @@ impl Newcomer for Incoming {
                 Ok(Box::new(qemu))
             }
             // QEMU ends when it does not understand its state.
-            Err(failure) => Err(farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why))),
+            Err(failure) => Err(farewell::reason().map_or(failure, |why| Failure::new(FailureKind::Vm, why))),
         }
     }
 }
 
-fn read_all(mut channel: UnixStream, deadline: Instant) -> Result<Vec<u8>, Failure> {
+/// Carries QEMU's device state on as QEMU makes it: at the speed of the slower of the two.
+fn pass_on(mut channel: UnixStream, to: &mut dyn Write) -> Result<(), Failure> {
     let io = |error| Failure::io("QEMU's device state", &error);
-    let left = deadline.saturating_duration_since(Instant::now()).max(STATE_POLL);
-    channel.set_read_timeout(Some(left)).map_err(io)?;
-    let mut state = Vec::new();
-    (&mut channel).take(STATE_BYTES_MAX as u64 + 1).read_to_end(&mut state).map_err(io)?;
-    if state.len() > STATE_BYTES_MAX {
-        let text = format!(
-            "QEMU's device state is larger than {STATE_BYTES_MAX} bytes: is its memory really shared?"
-        );
-        return Err(Failure::new(Kind::Vm, text));
+    channel.set_read_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
+    let mut part = vec![0; STATE_PART_BYTES];
+    loop {
+        match channel.read(&mut part) {
+            Ok(0) => return Ok(()),
+            Ok(count) => to
+                .write_all(&part[..count])
+                .map_err(|error| Failure::io("QEMU's device state is not taken", &error))?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(io(error)),
+        }
     }
-    Ok(state)
+}
+
+/// Gives QEMU its device state as it takes it, and its end.
+fn feed(mut channel: UnixStream, state: &mut dyn Read) -> Result<(), Failure> {
+    let io = |error| Failure::io("QEMU does not take its device state", &error);
+    channel.set_write_timeout(Some(STATE_TIMEOUT)).map_err(io)?;
+    let mut part = vec![0; STATE_PART_BYTES];
+    loop {
+        match state.read(&mut part) {
+            Ok(0) => return Ok(()),
+            Ok(count) => channel.write_all(&part[..count]).map_err(io)?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(Failure::io("QEMU's device state does not come", &error)),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What a real QEMU must not lose by a move: its user's settings and migrations, and whatever a monitor has changed.
 
-use super::tests::{INCOMING, PATIENCE, memory, qemus, start};
+use super::tests::{INCOMING, PATIENCE, memory, qemus, saved, start};
 use super::*;
 
 /// A directory that goes with the test.
@@ -65,7 +65,7 @@ fn settings_of_its_migration_are_set_aside_and_put_back() {
             let before = set(&mut source, capabilities);
             source.may_move().unwrap();
             source.pause().unwrap();
-            let state = source.save().unwrap();
+            let state = saved(&mut source).unwrap();
             assert!(state.len() < 64 << 20, "without guest memory");
             assert_eq!(settings(&mut source), before, "at the source");
             source.resume().unwrap();
@@ -73,7 +73,7 @@ fn settings_of_its_migration_are_set_aside_and_put_back() {
             // And where saving fails: nobody may run it, or even end it, with the wrong settings.
             source.pause().unwrap();
             source
-                .with_capabilities(&[IGNORE_SHARED], |_| Err::<(), _>(Failure::new(Kind::Vm, "")))
+                .with_capabilities(&[IGNORE_SHARED], |_| Err::<(), _>(Failure::new(FailureKind::Vm, "")))
                 .unwrap_err();
             assert_eq!(settings(&mut source), before, "after a failure");
             let panics =
@@ -86,7 +86,7 @@ fn settings_of_its_migration_are_set_aside_and_put_back() {
 
             let (mut target, _target_process) = start(&program, &memory, &INCOMING);
             let before = set(&mut target, capabilities);
-            target.take_state(&state).unwrap();
+            target.take_state(&mut &state[..]).unwrap();
             assert_eq!(settings(&mut target), before, "at the target");
             target.resume().unwrap();
         }
@@ -104,13 +104,13 @@ fn a_migration_of_the_users_own_is_left_alone() {
         migration_comes_to(&mut source, |status| status == "active");
         let before = settings(&mut source);
         let refused = source.may_move().unwrap_err();
-        assert_eq!(refused.kind, Kind::CannotMove);
+        assert_eq!(refused.kind, FailureKind::CannotMove);
         assert!(refused.text.contains("a migration that vmemd did not start"), "{refused}");
         // Begun while memory went.
         source.pause().unwrap();
-        assert_eq!(source.save().unwrap_err().kind, Kind::CannotMove);
+        assert_eq!(saved(&mut source).unwrap_err().kind, FailureKind::CannotMove);
         // Or in the very last moment.
-        assert!(source.write_state().is_err());
+        assert!(source.write_state(&mut std::io::sink()).is_err());
         assert_eq!((migration(&mut source).as_str(), settings(&mut source)), ("active", before));
         source.resume().unwrap();
         assert_eq!(source.status().unwrap().word, "running");
@@ -206,12 +206,15 @@ fn a_machine_that_a_monitor_has_changed_is_told_from_that_of_its_command_line() 
             }
             let said = say(&mut qemu, change);
             let Err(refused) = qemu.may_move() else { panic!("{change}: {said}") };
-            assert!(refused.kind == Kind::CannotMove && refused.text.contains(says), "{change}: {refused}");
+            assert!(
+                refused.kind == FailureKind::CannotMove && refused.text.contains(says),
+                "{change}: {refused}"
+            );
             qemu.pause().unwrap();
             // A device that was unplugged before may only be gone now, so the rest of the words may differ.
-            let again = qemu.save().unwrap_err();
+            let again = saved(&mut qemu).unwrap_err();
             assert!(
-                again.kind == Kind::CannotMove && again.text.contains(says),
+                again.kind == FailureKind::CannotMove && again.text.contains(says),
                 "{change}, at rest: {again}"
             );
             qemu.resume().unwrap();
@@ -238,7 +241,7 @@ fn what_qemu_itself_cannot_move_is_known_before() {
         let drive = format!("file=fat:rw:{},format=raw,if=virtio", shared.display());
         let (mut qemu, _process) = start(&program, &memory, &["-drive", &drive]);
         let refused = qemu.may_move().unwrap_err();
-        assert!(refused.kind == Kind::CannotMove && refused.text.contains("vvfat"), "{refused}");
+        assert!(refused.kind == FailureKind::CannotMove && refused.text.contains("vvfat"), "{refused}");
 
         let (mut qemu, _process) = start_with(&program, &memory, &changeable(&directory), &[]);
         let socket = directory.0.path().join("nbd").display().to_string();
@@ -247,7 +250,7 @@ fn what_qemu_itself_cannot_move_is_known_before() {
         qemu.ask("nbd-server-add", json!({ "device": "d0" })).unwrap();
         let refused = qemu.may_move().unwrap_err();
         assert!(
-            refused.kind == Kind::CannotMove && refused.text.contains("is exported (nbd, d0)"),
+            refused.kind == FailureKind::CannotMove && refused.text.contains("is exported (nbd, d0)"),
             "{refused}"
         );
         qemu.ask("nbd-server-stop", Value::Null).unwrap();
@@ -259,7 +262,7 @@ fn what_qemu_itself_cannot_move_is_known_before() {
         qemu.ask("drive-backup", job).unwrap();
         let refused = qemu.may_move().unwrap_err();
         assert!(
-            refused.kind == Kind::CannotMove && refused.text.contains("job copying (backup) is"),
+            refused.kind == FailureKind::CannotMove && refused.text.contains("job copying (backup) is"),
             "{refused}"
         );
     }
@@ -280,9 +283,9 @@ fn a_bitmap_that_is_in_no_image_moves_too() {
         assert_eq!(count(&mut source), Some(65536));
         source.may_move().unwrap();
         source.pause().unwrap();
-        let state = source.save().unwrap();
+        let state = saved(&mut source).unwrap();
         let (mut target, _target_process) = start_with(&program, &memory, &machine, &INCOMING);
-        target.take_state(&state).unwrap();
+        target.take_state(&mut &state[..]).unwrap();
         source.ask("quit", Value::Null).ok();
         target.resume().unwrap();
         assert_eq!(count(&mut target), Some(65536));
@@ -297,9 +300,9 @@ fn a_state_that_was_given_away_is_known_before() {
     let memory = memory();
     let (mut qemu, _process) = start(&program, &memory, &[]);
     qemu.pause().unwrap();
-    qemu.save().unwrap();
+    saved(&mut qemu).unwrap();
     let refused = qemu.may_move().unwrap_err();
-    assert!(refused.kind == Kind::CannotMove && refused.text.contains("postmigrate"), "{refused}");
+    assert!(refused.kind == FailureKind::CannotMove && refused.text.contains("postmigrate"), "{refused}");
     qemu.resume().unwrap();
     qemu.may_move().unwrap();
     let stays = qemu.stays(Some("this VM cannot be moved: for a reason".to_owned()));
@@ -354,9 +357,15 @@ fn the_size_of_the_state_is_known_while_the_guest_runs() {
         qemu.may_move().unwrap();
         qemu.pause().unwrap();
         let began = Instant::now();
-        let state = qemu.save().unwrap().len() as u64;
+        let whole = saved(&mut qemu).unwrap();
+        let (state, saving) = (whole.len() as u64, began.elapsed());
+        // One of that size goes through QEMU's socket as it is made and as it is taken.
+        let (mut target, _target) =
+            start(&program, &memory, &[&["-device", device, "-qtest", "null"][..], &INCOMING].concat());
+        let began = Instant::now();
+        target.take_state(&mut &whole[..]).unwrap();
         eprintln!(
-            "{} MiB, of which {} MiB were known in {looked:?}; saved in {:?}",
+            "{} MiB, of which {} MiB were known in {looked:?}; saved in {saving:?}, loaded in {:?}",
             state >> 20,
             estimate >> 20,
             began.elapsed()
@@ -385,7 +394,7 @@ fn memory_that_is_a_devices_counts() {
         );
         let estimate = qemu.state_bytes().unwrap();
         qemu.pause().unwrap();
-        let state = qemu.save().unwrap().len() as u64;
+        let state = saved(&mut qemu).unwrap().len() as u64;
         assert!(
             state > SHARED && estimate >= state && estimate < state + (24 << 20),
             "{estimate} for {state}"

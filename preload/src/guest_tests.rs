@@ -76,6 +76,12 @@ pub(super) fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qe
     (Qemu::new(Qmp::over(ours, PATIENCE).unwrap(), &[backend]).unwrap(), child)
 }
 
+/// All of its state, as it saves it.
+pub(super) fn saved(machine: &mut dyn Machine) -> Result<Vec<u8>, Failure> {
+    let mut state = Vec::new();
+    machine.save(&mut state).map(|()| state)
+}
+
 pub(super) const INCOMING: [&str; 3] = ["-incoming", "defer", "-S"];
 
 #[test]
@@ -88,18 +94,18 @@ fn a_guest_goes_to_another_qemu_or_goes_on_where_it_was() {
         source.pause().unwrap();
         source.pause().unwrap();
         assert_eq!((source.status().unwrap().word.as_str(), source.runs().unwrap()), ("paused", false));
-        let state = source.save().unwrap();
+        let state = saved(&mut source).unwrap();
         assert!((1 << 12..64 << 20).contains(&state.len()), "{} bytes", state.len());
         // It was not taken: it goes on, and can be saved again.
         source.resume().unwrap();
         assert_eq!(source.status().unwrap().word, "running");
         source.pause().unwrap();
-        let state = source.save().unwrap();
+        let state = saved(&mut source).unwrap();
 
         let (target, mut target_process) =
             start(&program, &memory, &[&["-smp", "2"][..], &INCOMING].concat());
-        let mut target = Box::new(Incoming(target)).load(&state).unwrap();
-        assert!(target.save().unwrap_err().text.contains("not run since it arrived"));
+        let mut target = Box::new(Incoming(target)).load(&mut &state[..]).unwrap();
+        assert!(saved(&mut *target).unwrap_err().text.contains("not run since it arrived"));
         target.resume().unwrap();
         assert_eq!(target.view().failed, None);
         Box::new(source).quit().unwrap();
@@ -116,11 +122,11 @@ fn a_state_that_is_rubbish_is_an_error() {
         let memory = memory();
         let (mut source, _process) = start(&program, &memory, &[]);
         source.pause().unwrap();
-        let whole = source.save().unwrap();
-        for state in [&b"rubbish"[..], &whole[..whole.len() / 2], &[]] {
+        let whole = saved(&mut source).unwrap();
+        for mut state in [&b"rubbish"[..], &whole[..whole.len() / 2], &[]] {
             let (target, mut process) = start(&program, &memory, &INCOMING);
-            let refused = Box::new(Incoming(target)).load(state).unwrap_err();
-            assert_eq!(refused.kind, Kind::Vm, "{refused}");
+            let refused = Box::new(Incoming(target)).load(&mut state).unwrap_err();
+            assert_eq!(refused.kind, FailureKind::Vm, "{refused}");
             // Older QEMUs end by themselves, newer ones when nobody holds their monitor any more.
             let _ = process.0.kill();
             process.end();
@@ -138,15 +144,15 @@ fn a_qemu_that_is_gone_is_an_error_at_once() {
         process.0.kill().unwrap();
         process.end();
         let began = Instant::now();
-        assert_eq!(qemu.pause().unwrap_err().kind, Kind::Vm);
-        assert!(qemu.save().is_err());
+        assert_eq!(qemu.pause().unwrap_err().kind, FailureKind::Vm);
+        assert!(saved(&mut qemu).is_err());
         assert!(Box::new(qemu).quit().is_ok(), "it has ended, which is what was asked");
         assert!(began.elapsed() < COMMAND_TIMEOUT);
     }
 }
 
-/// A QEMU that carries everything out, until it hears `cont`: what it says to that is `answer`'s, where `$` stands for the
-/// command's number.
+/// A QEMU that carries everything out, until it hears `cont`: what it says to that is `answer`'s, where `$` stands for
+/// the command's number.
 fn fake(answer: Option<&'static str>) -> Qemu {
     let (ours, theirs) = UnixStream::pair().unwrap();
     std::thread::spawn(move || {
@@ -168,11 +174,11 @@ fn fake(answer: Option<&'static str>) -> Qemu {
 #[test]
 fn a_guest_that_may_yet_run_is_in_doubt() {
     let refusal = r#"{"error": {"desc": "no"}, "id": $}"#;
-    assert_eq!(fake(Some(refusal)).resume().unwrap_err().kind, Kind::Vm);
-    assert_eq!(fake(None).resume().unwrap_err().kind, Kind::InDoubt, "no answer");
+    assert_eq!(fake(Some(refusal)).resume().unwrap_err().kind, FailureKind::Vm);
+    assert_eq!(fake(None).resume().unwrap_err().kind, FailureKind::InDoubt, "no answer");
     let mut gone = fake(Some(""));
-    assert_eq!(gone.resume().unwrap_err().kind, Kind::InDoubt);
-    assert_eq!(gone.resume().unwrap_err().kind, Kind::Vm, "it cannot have heard this");
+    assert_eq!(gone.resume().unwrap_err().kind, FailureKind::InDoubt);
+    assert_eq!(gone.resume().unwrap_err().kind, FailureKind::Vm, "it cannot have heard this");
 }
 
 /// A disk whose reads take this long.
@@ -190,7 +196,8 @@ fn draining_waits_for_the_disk() {
             let stats = qemu.ask("query-blockstats", Value::Null).unwrap();
             stats[0]["stats"]["rd_operations"].as_u64().expect("a number")
         };
-        // The firmware looks for something to start. Its first read begins between two of these calls, and ends in the next.
+        // The firmware looks for something to start. Its first read begins between two of these calls, and ends in the
+        // next.
         let deadline = Instant::now() + PATIENCE;
         loop {
             let began = Instant::now();
@@ -240,7 +247,10 @@ fn a_qemu_that_waits_for_a_state_is_not_told_to_run() {
         let (mut qemu, _process) = start(&program, &memory, &INCOMING);
         assert_eq!(qemu.run_state().unwrap().state, State::Incoming);
         let refused = qemu.resume().unwrap_err();
-        assert!(refused.kind == Kind::Name && refused.text.contains("incoming migration"), "{refused}");
+        assert!(
+            refused.kind == FailureKind::Name && refused.text.contains("incoming migration"),
+            "{refused}"
+        );
         assert_eq!(qemu.status().unwrap().word, "inmigrate");
     }
 }

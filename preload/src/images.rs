@@ -1,7 +1,7 @@
 //! Whether the disks are those of the command line, when QEMU is first asked.
 //!
-//! A monitor may be heard before that: a snapshot that it takes is then what "the machine was started with", and the target would
-//! open the file of before it, without what was written since.
+//! A monitor may be heard before that: a snapshot that it takes is then what "the machine was started with", and the
+//! target would open the file of before it, without what was written since.
 
 use std::path::{Path, PathBuf};
 
@@ -37,7 +37,8 @@ fn unnamed(disks: &Value, named: &[PathBuf]) -> Option<String> {
     ))
 }
 
-/// The file of this host that an image is, by QEMU's name of it; none of what is on the network, or was given as a descriptor.
+/// The file of this host that an image is, by QEMU's name of it; none of what is on the network, or was given as a
+/// descriptor.
 fn file(name: &str) -> Option<PathBuf> {
     if let Some(options) = name.strip_prefix("json:") {
         let options: Value = serde_json::from_str(options).ok()?;

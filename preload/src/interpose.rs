@@ -135,7 +135,8 @@ unsafe extern "C" fn mmap(
             backends.map(index, len, offset, addr as usize, flags & libc::MAP_FIXED != 0, |at| {
                 let flags =
                     flags & libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-                // SAFETY: the range is the one that QEMU wanted replaced by the file's content; it is anonymous instead.
+                // SAFETY: the range is the one that QEMU wanted replaced by the file's content; it is anonymous
+                // instead.
                 match unsafe { real_mmap(at, len, prot, flags, -1, 0) } {
                     -1 => Err(errno()),
                     address => Ok(address as usize),

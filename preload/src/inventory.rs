@@ -1,14 +1,15 @@
-//! What a machine consists of, in QEMU's own words: listed when QEMU starts, and again before the VM moves.
+//! The parts that a machine consists of, in QEMU's own words: listed when QEMU starts, and again before the VM moves.
 //!
 //! The target starts QEMU with the command line of the start. What a monitor has changed since would be missing there,
 //! or worse: a disk would be the file of before, without what was written since. So a machine moves only if both lists
-//! are the same. Not listed is what changes in the life of a machine: counts, sizes, who is connected, what a balloon holds.
+//! are the same. Not listed is what changes in the life of a machine: counts, sizes, who is connected, what a balloon
+//! holds.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-/// What is asked, in this order.
+/// The questions to QEMU, in this order.
 const QUESTIONS: [&str; 10] = [
     "query-block",
     "query-named-block-nodes",
@@ -69,7 +70,7 @@ impl Inventory {
         all
     }
 
-    /// What is not as it was `then`, each in a few words.
+    /// The parts that are not as they were `then`, each in a few words.
     pub(crate) fn changes(&self, then: &Inventory) -> Vec<String> {
         let mut names: Vec<&String> = self.0.keys().chain(then.0.keys()).collect();
         names.sort();
@@ -190,8 +191,8 @@ fn limits(medium: &Value) -> Vec<String> {
     set.map(|(name, value)| format!("{name}={value}")).collect()
 }
 
-/// What a chardev was told to be. A socket is described by who is connected, so only its kind is sure; but for a server's
-/// path, which stays.
+/// What a chardev was told to be. A socket is described by who is connected, so only its kind is sure; but for a
+/// server's path, which stays.
 fn end_point(filename: &str) -> String {
     let told = filename.strip_prefix("disconnected:").unwrap_or(filename);
     let told = told.split(" <-> ").next().unwrap_or_default();

@@ -1,7 +1,7 @@
 //! The VM's life in the process of its QEMU: from the first memory backend to the end of the process.
 //!
-//! The engine is never stopped: QEMU touches guest memory until its last moment. The kernel takes everything at the end;
-//! only the files that stand for the VM (control socket, QMP socket) are removed, by an exit handler.
+//! The engine is never stopped: QEMU touches guest memory until its last moment. The kernel takes everything at the
+//! end; only the files that stand for the VM (control socket, QMP socket) are removed, by an exit handler.
 
 use std::ffi::CString;
 use std::net::Shutdown;
@@ -19,22 +19,23 @@ use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::qemu::{Backend, PreloadSettings, QmpAddress, Role};
-use vmprocess::{Arrival, End, Facts, Guest, Memory, NameHold, Owner, Process};
+use vmprocess::{Arrival, End, Facts, Machine, Memory, NameHold, Owner, Process};
 
 use crate::backends::{Backends, Keeper, Part};
 use crate::farewell::{self, GOODBYE_LIMIT};
 use crate::guest::{Incoming, Qemu};
 use crate::interpose::{BACKENDS, NOT_MEANT};
-use crate::qmp::{Qmp, QmpError, Standing, lock};
+use crate::qmp::{HeardState, Qmp, QmpError, lock};
 use crate::settings::{self, Found};
 use crate::started;
 
-/// From the first memory backend of a VM that arrives to a machine that answers. Large disks take their time to be opened; the daemon
-/// has less patience.
+/// From the first memory backend of a VM that arrives to a machine that answers. Large disks take their time to be
+/// opened; the daemon has less patience.
 const SET_UP_TIMEOUT: Duration = Duration::from_secs(300);
-/// A QEMU that its user starts may wait for a client of a serial line as long as it likes, and ends by itself if it fails: ten years.
+/// A QEMU that its user starts may wait for a client of a serial line as long as it likes, and ends by itself if it
+/// fails: ten years.
 const NO_LIMIT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// A QEMU that somebody else has started answers within this, or the log says that it does not.
 const GREETING_USUAL: Duration = Duration::from_secs(10);
@@ -50,7 +51,7 @@ pub(crate) fn prepare() {
     let mut settings = match unsafe { settings::take() } {
         Found::Ours(settings) => *settings,
         Found::NotMeant(why) => return drop(NOT_MEANT.set(why)),
-        Found::Unreadable(why) => end(Kind::Usage, &why),
+        Found::Unreadable(why) => end(FailureKind::Usage, &why),
     };
     start_logging();
     // Before any other: it runs behind all of them.
@@ -61,22 +62,22 @@ pub(crate) fn prepare() {
     }
     if let (Role::New { stays, .. }, Some(printed)) = (&mut settings.role, &settings.args) {
         let words = started::own_words().unwrap_or_else(|error| {
-            end(Kind::Host, &format!("cannot read this process's command line: {error}"))
+            end(FailureKind::Host, &format!("cannot read this process's command line: {error}"))
         });
         *stays = stays.take().or_else(|| started::otherwise(&words, printed));
     }
     let path = |backend: &Backend| CString::new(backend.path.as_os_str().as_bytes()).unwrap_or_default();
     let files: Vec<_> =
         settings.backends.iter().map(|backend| (path(backend), backend.bytes as usize)).collect();
-    let life = Life { settings, engine: OnceLock::new() };
-    match Backends::new(files, Box::new(life)) {
+    let keeper = EngineKeeper { settings, engine: OnceLock::new() };
+    match Backends::new(files, Box::new(keeper)) {
         Ok(backends) => drop(BACKENDS.set(backends)),
-        Err(error) => end(Kind::Host, &format!("no memfd for guest memory: {error}")),
+        Err(error) => end(FailureKind::Host, &format!("no memfd for guest memory: {error}")),
     }
 }
 
 /// Ends the process before QEMU's `main`: nothing has been set up.
-fn end(kind: Kind, why: &str) -> ! {
+fn end(kind: FailureKind, why: &str) -> ! {
     eprintln!("vmemd: {why}");
     // SAFETY: ends the process at once.
     unsafe { libc::_exit(i32::from(kind.exit_code())) }
@@ -93,18 +94,18 @@ fn start_logging() {
 }
 
 /// Holds the VM's memory for [`Backends`].
-struct Life {
+struct EngineKeeper {
     settings: PreloadSettings,
     /// Once the first backend is mapped.
     engine: OnceLock<EngineHandle>,
 }
 
-impl Keeper for Life {
+impl Keeper for EngineKeeper {
     fn attach(&self, index: usize, address: usize, _bytes: usize) -> Result<(), c_int> {
         let name = self.settings.role.name();
         let attached = self.engine().and_then(|engine| {
-            // SAFETY: Backends has just mapped the region so, as long as the settings say (the engine was started with the
-            // same sizes), and never unmaps it; QEMU has no pointer to it yet, and Rust code none at all.
+            // SAFETY: Backends has just mapped the region so, as long as the settings say (the engine was started with
+            // the same sizes), and never unmaps it; QEMU has no pointer to it yet, and Rust code none at all.
             unsafe { engine.attach(index, address as *mut u8) }.map_err(Failure::from)
         });
         attached.map_err(|failure| {
@@ -123,7 +124,7 @@ impl Keeper for Life {
     }
 }
 
-impl Life {
+impl EngineKeeper {
     /// The running engine. Called by one thread at a time.
     fn engine(&self) -> Result<&EngineHandle, Failure> {
         if let Some(engine) = self.engine.get() {
@@ -139,7 +140,10 @@ impl Life {
 fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
     let spec = settings.role.memory();
     if spec.engine != EngineKind::Vmemd {
-        return Err(Failure::new(Kind::Usage, "plain memory is what QEMU has without vmemd: start it so"));
+        return Err(Failure::new(
+            FailureKind::Usage,
+            "plain memory is what QEMU has without vmemd: start it so",
+        ));
     }
     let (process, arrival) = match &settings.role {
         Role::New { run_dir, name, offer, .. } => {
@@ -201,15 +205,18 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
             info!(vm = name, "QEMU answers, and has its memory from vmemd");
             return Ok(qemu);
         }
-        Err(Failure::new(Kind::Usage, "QEMU has not mapped all of its memory backends: see its command line"))
+        Err(Failure::new(
+            FailureKind::Usage,
+            "QEMU has not mapped all of its memory backends: see its command line",
+        ))
     };
     process.on_end(tell_end);
     let end = match arrival {
-        None => process.run(memory, || Ok(Box::new(meet()?) as Box<dyn Guest>)),
+        None => process.run(memory, || Ok(Box::new(meet()?) as Box<dyn Machine>)),
         Some(arrival) => match meet() {
             Ok(qemu) => process.receive(arrival, memory, Box::new(Incoming(qemu))),
             Err(failure) => {
-                let failure = farewell::reason().map_or(failure, |why| Failure::new(Kind::Vm, why));
+                let failure = farewell::reason().map_or(failure, |why| Failure::new(FailureKind::Vm, why));
                 arrival.refuse(&failure);
                 process.give_up();
                 tell_end(name, &Err(failure.clone()));
@@ -230,7 +237,7 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
 
 fn tell_end(name: &str, result: &Result<(), Failure>) {
     match result {
-        Err(failure) if failure.kind == Kind::Moved => info!(vm = name, "{failure}"),
+        Err(failure) if failure.kind == FailureKind::Moved => info!(vm = name, "{failure}"),
         Err(failure) => error!(vm = name, "{failure}"),
         Ok(()) => {}
     }
@@ -249,8 +256,9 @@ fn meet(settings: &PreloadSettings, arrives: bool) -> Result<Qemu, Failure> {
             Qmp::over(monitor, limit)
         }
     };
-    let kind =
-        |error: &QmpError| if matches!(error, QmpError::NoSocket { .. }) { Kind::Usage } else { Kind::Vm };
+    let kind = |error: &QmpError| {
+        if matches!(error, QmpError::NoSocket { .. }) { FailureKind::Usage } else { FailureKind::Vm }
+    };
     Qemu::new(qmp.map_err(|error| Failure::new(kind(&error), chain(&error)))?, &settings.backends)
 }
 
@@ -261,7 +269,7 @@ struct Leftovers {
     /// A forked child that exits removes nothing.
     pid: u32,
     /// QEMU's monitor, and what was heard on it: from the moment on that QEMU answers.
-    monitor: Option<(UnixStream, Standing)>,
+    monitor: Option<(UnixStream, HeardState)>,
 }
 
 static LEFTOVERS: Mutex<Option<Leftovers>> = Mutex::new(None);
@@ -279,7 +287,7 @@ impl Leftovers {
 
     fn knows(qemu: &Qemu) {
         if let Some(leftovers) = lock(&LEFTOVERS).as_mut() {
-            leftovers.monitor = qemu.monitor().map(|monitor| (monitor, qemu.standing()));
+            leftovers.monitor = qemu.monitor().map(|monitor| (monitor, qemu.heard_state()));
         }
     }
 
@@ -293,12 +301,12 @@ impl Leftovers {
         };
         // Only of a VM that moves away: of one that arrives, [`farewell`] ends the conversation.
         let why = || {
-            let said = monitor.and_then(|(monitor, standing)| {
+            let said = monitor.and_then(|(monitor, heard_state)| {
                 // QEMU answers nothing any more: what is asked now fails at once.
                 let _ = monitor.shutdown(Shutdown::Both);
-                standing.last_words()
+                heard_state.last_words()
             });
-            said.unwrap_or_else(|| Failure::new(Kind::Vm, "its QEMU exited: see its log"))
+            said.unwrap_or_else(|| Failure::new(FailureKind::Vm, "its QEMU exited: see its log"))
         };
         name.ends(why, GOODBYE_LIMIT);
     }
@@ -329,8 +337,8 @@ extern "C" fn at_exit() {
 /// The exit code, if it is not QEMU's to say: the VM runs elsewhere, or may.
 static END: AtomicU8 = AtomicU8::new(0);
 
-/// QEMU was told to quit (or was ended in the middle of a hand-over) and knows nothing of where its guest went: whoever started it is told by the exit code. By then its own
-/// exit handlers have run.
+/// QEMU was told to quit (or was ended in the middle of a hand-over) and knows nothing of where its guest went: whoever
+/// started it is told by the exit code. By then its own exit handlers have run.
 extern "C" fn at_last() {
     let code = END.load(Ordering::SeqCst);
     if code != 0 {

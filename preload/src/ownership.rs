@@ -1,7 +1,7 @@
 //! Whether all of a guest's memory is vmemd's: QEMU is asked, whatever its command line was.
 
 use serde_json::{Value, json};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::qemu::Backend;
 
 use crate::guest::Qemu;
@@ -22,7 +22,7 @@ impl Qemu {
             }
         };
         judge(&sizes, file.as_ref().map(|(path, file)| (path.as_str(), file.as_deref())), backends)
-            .map_err(|text| Failure::new(Kind::Usage, text))
+            .map_err(|text| Failure::new(FailureKind::Usage, text))
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   ask ──▶ writer ──▶ QEMU ──▶ reader's thread ──▶ answers ──▶ ask
 //!                                 │ STOP, RESUME, SUSPEND, …
-//!                                 └──▶ query-status ──▶ what the machine does ([`Standing`])
+//!                                 └──▶ query-status ──▶ what the machine does ([`HeardState`])
 //! ```
 //! Every command carries a number that its answer repeats: the late answer to a command that was given up is skipped.
 //! Every wait has an end, every line a greatest length. Rubbish ends the conversation.
@@ -77,11 +77,11 @@ struct Refusal {
     desc: String,
 }
 
-type Answer = Result<Line, QmpError>;
+type Received = Result<Line, QmpError>;
 
-/// What the machine does, as last heard.
+/// The machine's state, as QEMU has told it last.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Standing(Arc<(Mutex<Heard>, Condvar)>);
+pub(crate) struct HeardState(Arc<(Mutex<Heard>, Condvar)>);
 
 #[derive(Debug, Default)]
 struct Heard {
@@ -96,7 +96,7 @@ struct Heard {
     over: bool,
 }
 
-impl Standing {
+impl HeardState {
     pub(crate) fn get(&self) -> RunState {
         let heard = self.heard();
         runstate::of(&heard.word, heard.running)
@@ -133,15 +133,15 @@ impl Standing {
 #[derive(Debug)]
 pub(crate) struct Qmp {
     writer: Arc<Mutex<UnixStream>>,
-    answers: Receiver<Answer>,
-    standing: Standing,
+    answers: Receiver<Received>,
+    heard_state: HeardState,
     last_id: u64,
     ended: bool,
 }
 
 impl Qmp {
-    /// Connects to a QEMU that has mapped its memory: its sockets were there before that, in whatever order its command line is. Whether a
-    /// monitor answers there is not known so soon; if it takes more than `usual`, the log says so.
+    /// Connects to a QEMU that has mapped its memory: its sockets were there before that, in whatever order its command
+    /// line is. Whether a monitor answers there is not known so soon; if it takes more than `usual`, the log says so.
     ///
     /// # Errors
     /// If there is no such socket, or nobody speaks QMP there within `timeout`.
@@ -169,13 +169,13 @@ impl Qmp {
         let reading = stream.try_clone().map_err(QmpError::Io)?;
         let (sender, answers) = channel();
         let writer = Arc::new(Mutex::new(stream));
-        let standing = Standing::default();
-        let reader = Reader { stream: reading, writer: writer.clone(), standing: standing.clone() };
+        let heard_state = HeardState::default();
+        let reader = Reader { stream: reading, writer: writer.clone(), heard_state: heard_state.clone() };
         std::thread::Builder::new()
             .name("vmemd-qmp".to_owned())
             .spawn(move || reader.run(&sender))
             .map_err(QmpError::Io)?;
-        let mut qmp = Qmp { writer, answers, standing, last_id: READERS_ID, ended: false };
+        let mut qmp = Qmp { writer, answers, heard_state, last_id: READERS_ID, ended: false };
         let usual = made_by_others.map_or(timeout, |(_, usual)| usual.min(timeout));
         let mut greeting = qmp.answer("the greeting", Instant::now() + usual, usual);
         if let (Err(QmpError::Timeout { .. }), Some((path, _))) = (&greeting, made_by_others) {
@@ -195,14 +195,14 @@ impl Qmp {
         Ok(qmp)
     }
 
-    pub(crate) fn standing(&self) -> Standing {
-        self.standing.clone()
+    pub(crate) fn heard_state(&self) -> HeardState {
+        self.heard_state.clone()
     }
 
-    /// Has QEMU say what the machine does, for the next look, if that may have changed without a word. One that has said that it ends
-    /// is not asked: it may abort.
+    /// Has QEMU say what the machine does, for the next look, if that may have changed without a word. One that has
+    /// said that it ends is not asked: it may abort.
     pub(crate) fn look_again(&self) {
-        let mut heard = self.standing.heard();
+        let mut heard = self.heard_state.heard();
         let may_tell = heard.ending.is_none() && runstate::is_unheard(&heard.word);
         if may_tell && !std::mem::replace(&mut heard.asked, true) {
             drop(heard);
@@ -233,8 +233,8 @@ impl Qmp {
         self.ask_with(command, arguments, None, timeout)
     }
 
-    /// Has QEMU do all of these commands, one after the other, without waiting for an answer in between: what QEMU refuses is an
-    /// answer like any other.
+    /// Has QEMU do all of these commands, one after the other, without waiting for an answer in between: what QEMU
+    /// refuses is an answer like any other.
     ///
     /// # Errors
     /// A conversation that broke, as in [`Qmp::ask`].
@@ -324,7 +324,7 @@ impl Qmp {
         }
     }
 
-    fn answer(&mut self, command: &str, deadline: Instant, timeout: Duration) -> Answer {
+    fn answer(&mut self, command: &str, deadline: Instant, timeout: Duration) -> Received {
         match self.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(Ok(line)) => Ok(line),
             Ok(Err(error)) => Err(self.end(error)),
@@ -364,16 +364,16 @@ fn send_query(writer: &Mutex<UnixStream>) {
 struct Reader {
     stream: UnixStream,
     writer: Arc<Mutex<UnixStream>>,
-    standing: Standing,
+    heard_state: HeardState,
 }
 
 impl Reader {
-    fn run(mut self, answers: &Sender<Answer>) {
+    fn run(mut self, answers: &Sender<Received>) {
         self.read(answers);
-        self.standing.over();
+        self.heard_state.over();
     }
 
-    fn read(&mut self, answers: &Sender<Answer>) {
+    fn read(&mut self, answers: &Sender<Received>) {
         let mut lines = Lines::default();
         loop {
             let line = lines.next(&mut self.stream);
@@ -381,9 +381,9 @@ impl Reader {
             match line {
                 Ok(Line { event: Some(event), data, .. }) => self.hear(&event, &data.unwrap_or_default()),
                 Ok(Line { id: Some(READERS_ID), value, .. }) => {
-                    self.standing.heard().asked = false;
+                    self.heard_state.heard().asked = false;
                     if let Some(value) = value {
-                        self.standing.answered(&value);
+                        self.heard_state.answered(&value);
                     }
                 }
                 answer => {
@@ -399,14 +399,14 @@ impl Reader {
         }
     }
 
-    /// Why a machine stands still, its status says, not the event. Nothing is asked at SHUTDOWN: QEMU (seen of 7.2) aborts if a
-    /// command comes while it ends, and a machine that does not end (`-no-shutdown`) tells STOP as well.
+    /// Why a machine stands still, its status says, not the event. Nothing is asked at SHUTDOWN: QEMU (seen of 7.2)
+    /// aborts if a command comes while it ends, and a machine that does not end (`-no-shutdown`) tells STOP as well.
     fn hear(&self, event: &str, data: &Value) {
         match event {
             "STOP" | "RESUME" | "RESET" | "SUSPEND" | "WAKEUP" | "WATCHDOG" | "GUEST_PANICKED" => {
                 // It goes on.
                 if matches!(event, "RESUME" | "RESET") {
-                    self.standing.heard().ending = None;
+                    self.heard_state.heard().ending = None;
                 }
                 send_query(&self.writer);
             }
@@ -414,7 +414,7 @@ impl Reader {
             "BLOCK_IO_ERROR" if data["action"] == "stop" => send_query(&self.writer),
             "SHUTDOWN" => {
                 let cause = data["reason"].as_str().unwrap_or_default();
-                self.standing.heard().ending = Some(cause.to_owned());
+                self.heard_state.heard().ending = Some(cause.to_owned());
             }
             _ => {}
         }
@@ -427,7 +427,7 @@ struct Lines {
 }
 
 impl Lines {
-    fn next(&mut self, stream: &mut impl Read) -> Answer {
+    fn next(&mut self, stream: &mut impl Read) -> Received {
         let mut searched = 0;
         loop {
             if let Some(end) = self.read[searched..].iter().position(|byte| *byte == b'\n') {

@@ -97,11 +97,11 @@ fn why_the_machine_stands_still_is_asked_and_kept() {
         r#"{"return": {}, "id": 2}"#,
     ]);
     let mut qmp = qmp.unwrap();
-    let standing = qmp.standing();
+    let heard_state = qmp.heard_state();
     // The answer to this comes after the status, on the same thread.
     qmp.ask("cont", Value::Null, PATIENCE).unwrap();
     qemu.join().unwrap();
-    assert_eq!(standing.get().word, "guest-panicked");
+    assert_eq!(heard_state.get().word, "guest-panicked");
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn why_a_qemu_ends_is_kept_unless_it_goes_on() {
         over(&[GREETING, ">qmp_capabilities", r#"{"return": {}, "id": $}"#, ">query-status", ENDS]);
     let qmp = qmp.unwrap();
     qemu.join().unwrap();
-    assert!(qmp.standing().last_words().unwrap().text.contains("the guest shut down"));
+    assert!(qmp.heard_state().last_words().unwrap().text.contains("the guest shut down"));
 
     let (qmp, qemu) = over(&[
         GREETING,
@@ -251,7 +251,7 @@ fn why_a_qemu_ends_is_kept_unless_it_goes_on() {
     ]);
     let qmp = qmp.unwrap();
     qemu.join().unwrap();
-    assert_eq!(qmp.standing().last_words(), None);
+    assert_eq!(qmp.heard_state().last_words(), None);
 }
 
 #[test]
@@ -273,13 +273,13 @@ fn a_state_that_changes_without_a_word_is_asked_for_when_somebody_looks() {
         r#"{"return": {}, "id": $}"#,
     ]);
     let mut qmp = qmp.unwrap();
-    let standing = qmp.standing();
+    let heard_state = qmp.heard_state();
     qmp.ask("stop", Value::Null, PATIENCE).unwrap();
-    assert_eq!(standing.get().word, "inmigrate");
+    assert_eq!(heard_state.get().word, "inmigrate");
     qmp.look_again();
     qmp.look_again();
     qmp.ask("cont", Value::Null, PATIENCE).unwrap();
-    assert_eq!(standing.get().word, "paused");
+    assert_eq!(heard_state.get().word, "paused");
     qmp.look_again();
     qmp.ask("stop", Value::Null, PATIENCE).unwrap();
     qemu.join().unwrap();

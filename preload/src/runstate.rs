@@ -1,14 +1,15 @@
-//! What QEMU says a machine does (`RunState` of its QAPI), in vmemd's words; and why a QEMU ends (`ShutdownCause`).
+//! QEMU's words for whether a machine runs (`RunState` of its QAPI) and why a QEMU ends (`ShutdownCause`), in vmemd's
+//! words.
 
 use vmprocess::RunState;
 use vmprocess::control::protocol::State;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 pub(crate) const RUNNING: &str = "running";
-/// What `stop` makes of a machine that runs.
+/// QEMU's word for a machine that `stop` has stopped.
 pub(crate) const PAUSED: &str = "paused";
 
-/// What a word of QEMU means.
+/// The meaning of one of QEMU's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Meaning {
     word: &'static str,
@@ -67,7 +68,8 @@ fn meaning(word: &str) -> Option<&'static Meaning> {
     MEANINGS.iter().find(|meaning| meaning.word == word)
 }
 
-/// What a machine does. `running`: whether its vCPUs are let into the guest, as QEMU says beside the word.
+/// A machine's state by QEMU's word for it. `running`: whether its vCPUs are let into the guest, as QEMU says beside
+/// it.
 pub(crate) fn of(word: &str, running: bool) -> RunState {
     let (state, why) = match meaning(word) {
         Some(meaning) => (meaning.state, Some(meaning.why).filter(|why| !why.is_empty()).map(str::to_owned)),
@@ -106,17 +108,17 @@ pub(crate) fn why_no_cont(word: &str) -> Option<&'static str> {
 /// Why QEMU ends, by the `reason` of its `SHUTDOWN`.
 pub(crate) fn why_ended(cause: &str) -> Failure {
     let (kind, why) = match cause {
-        "guest-shutdown" => (Kind::Name, "the guest shut down"),
-        "guest-reset" => (Kind::Name, "the guest rebooted, and its QEMU has -no-reboot"),
-        "guest-panic" => (Kind::Vm, "the guest panicked"),
-        "host-qmp-quit" => (Kind::Name, "its QEMU was told to quit"),
+        "guest-shutdown" => (FailureKind::Name, "the guest shut down"),
+        "guest-reset" => (FailureKind::Name, "the guest rebooted, and its QEMU has -no-reboot"),
+        "guest-panic" => (FailureKind::Vm, "the guest panicked"),
+        "host-qmp-quit" => (FailureKind::Name, "its QEMU was told to quit"),
         "host-qmp-system-reset" | "subsystem-reset" => {
-            (Kind::Name, "its machine was reset, and its QEMU has -no-reboot")
+            (FailureKind::Name, "its machine was reset, and its QEMU has -no-reboot")
         }
-        "host-signal" => (Kind::Name, "a signal ended its QEMU"),
-        "host-ui" => (Kind::Name, "its QEMU's window was closed"),
-        "host-error" => (Kind::Vm, "its QEMU failed: see its log"),
-        other => return Failure::new(Kind::Vm, format!("its QEMU ended ({other})")),
+        "host-signal" => (FailureKind::Name, "a signal ended its QEMU"),
+        "host-ui" => (FailureKind::Name, "its QEMU's window was closed"),
+        "host-error" => (FailureKind::Vm, "its QEMU failed: see its log"),
+        other => return Failure::new(FailureKind::Vm, format!("its QEMU ended ({other})")),
     };
     Failure::new(kind, why)
 }
@@ -184,17 +186,17 @@ mod tests {
     #[test]
     fn each_cause_of_an_end_is_told() {
         for (cause, kind, says) in [
-            ("guest-shutdown", Kind::Name, "the guest shut down"),
-            ("guest-reset", Kind::Name, "rebooted"),
-            ("guest-panic", Kind::Vm, "panicked"),
-            ("host-qmp-quit", Kind::Name, "told to quit"),
-            ("host-qmp-system-reset", Kind::Name, "was reset"),
-            ("subsystem-reset", Kind::Name, "was reset"),
-            ("host-signal", Kind::Name, "a signal"),
-            ("host-ui", Kind::Name, "window"),
-            ("host-error", Kind::Vm, "failed"),
-            ("snapshot-load", Kind::Vm, "(snapshot-load)"),
-            ("", Kind::Vm, "ended"),
+            ("guest-shutdown", FailureKind::Name, "the guest shut down"),
+            ("guest-reset", FailureKind::Name, "rebooted"),
+            ("guest-panic", FailureKind::Vm, "panicked"),
+            ("host-qmp-quit", FailureKind::Name, "told to quit"),
+            ("host-qmp-system-reset", FailureKind::Name, "was reset"),
+            ("subsystem-reset", FailureKind::Name, "was reset"),
+            ("host-signal", FailureKind::Name, "a signal"),
+            ("host-ui", FailureKind::Name, "window"),
+            ("host-error", FailureKind::Vm, "failed"),
+            ("snapshot-load", FailureKind::Vm, "(snapshot-load)"),
+            ("", FailureKind::Vm, "ended"),
         ] {
             let why = why_ended(cause);
             assert!(why.kind == kind && why.text.contains(says), "{cause}: {why:?}");

@@ -8,14 +8,16 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Mutex;
 
-use vmprocess::qemu::{Answer, LIBRARY, PreloadSettings, QUESTION, QmpAddress, Role, VARIABLE, VERSION};
+use vmprocess::qemu::{
+    LIBRARY, PreloadAnswer, PreloadSettings, QUESTION, QmpAddress, Role, VARIABLE, VERSION,
+};
 
 use crate::qmp::lock;
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
 const LD_SEPARATORS: [u8; 2] = [b':', b' '];
 
-/// What the environment has for this program.
+/// The settings in the environment, if they are meant for this program.
 #[derive(Debug)]
 pub(crate) enum Found {
     /// This process is the QEMU that they are for.
@@ -35,7 +37,7 @@ pub(crate) unsafe fn take() -> Found {
     let settings = match read() {
         Ok(Some(settings)) => settings,
         Ok(None) => return Found::NotMeant(format!("{VARIABLE} is missing in its environment")),
-        Err(trouble) => return Found::Unreadable(trouble),
+        Err(why) => return Found::Unreadable(why),
     };
     let here = match std::env::current_exe() {
         Ok(here) => here,
@@ -78,13 +80,14 @@ fn read() -> Result<Option<PreloadSettings>, String> {
 /// Where the answers go, and which process answers: a child of it exits too.
 static ASKED: Mutex<Option<(File, u32)>> = Mutex::new(None);
 
-/// Whether somebody only wants to know if this library is in the program that they named. They are told then, now and at the
-/// program's exit, and nothing else is done.
+/// Whether somebody only wants to know if this library is in the program that they named. They are told then, now and
+/// at the program's exit, and nothing else is done.
 pub(crate) fn answer() -> bool {
     let Some(text) = std::env::var_os(QUESTION) else { return false };
     let fd: Option<RawFd> = text.to_str().and_then(|text| text.parse().ok());
     if let Some(fd) = fd.filter(|fd| *fd > libc::STDERR_FILENO) {
-        // SAFETY: left open to this program for the answers; one that is not open, or another file, is not touched below.
+        // SAFETY: left open to this program for the answers; one that is not open, or another file, is not touched
+        // below.
         let pipe = std::mem::ManuallyDrop::new(unsafe { File::from_raw_fd(fd) });
         let copy = pipe
             .metadata()
@@ -103,8 +106,8 @@ fn tell(exits: bool) {
     let asked = lock(&ASKED);
     let Some((pipe, _)) = asked.as_ref().filter(|(_, pid)| *pid == std::process::id()) else { return };
     let program = std::env::current_exe().unwrap_or_default();
-    let trouble = if exits { None } else { read().err() };
-    let answer = Answer { program, version: VERSION.to_owned(), trouble, exits };
+    let settings_error = if exits { None } else { read().err() };
+    let answer = PreloadAnswer { program, version: VERSION.to_owned(), settings_error, exits };
     if let Ok(text) = serde_json::to_string(&answer) {
         // Whoever asked may have gone.
         let _ = (&*pipe).write_all(format!("{text}\n").as_bytes());
@@ -127,7 +130,7 @@ fn inherited(settings: &PreloadSettings) -> Vec<RawFd> {
     all
 }
 
-/// What is left of a preload list without this library.
+/// A preload list without this library.
 fn without_us(list: &OsStr) -> Option<OsString> {
     let entries = list.as_bytes().split(|byte| LD_SEPARATORS.contains(byte));
     let others: Vec<&[u8]> =

@@ -1,7 +1,7 @@
 //! Whether QEMU was started with the command line that vmemd knows.
 //!
-//! A target starts its QEMU with what vmemd knows. If somebody else has started the source's with other words (a wrapper that
-//! edits a path), the target would open another disk, or lack a device.
+//! A target starts its QEMU with what vmemd knows. If somebody else has started the source's with other words (a
+//! wrapper that edits a path), the target would open another disk, or lack a device.
 
 use std::fmt::Write as _;
 

@@ -1,7 +1,7 @@
 //! The settings of QEMU's own migration: what its user has set is set aside while vmemd uses it, and put back.
 //!
-//! Left behind, `x-ignore-shared` would keep guest memory out of every later `savevm`, without an error; and what the user
-//! has set for a migration of his own (`multifd`, `mapped-ram`, TLS) is in the way of ours.
+//! Left behind, `x-ignore-shared` would keep guest memory out of every later `savevm`, without an error; and what the
+//! user has set for a migration of his own (`multifd`, `mapped-ram`, TLS) is in the way of ours.
 
 use serde_json::{Map, Value, json};
 
@@ -9,9 +9,9 @@ use serde_json::{Map, Value, json};
 const BYTES_PER_SECOND: u64 = 1 << 40;
 const DOWNTIME_LIMIT_MS: u64 = 1_000_000;
 
-/// What QEMU is asked to know the settings.
+/// The questions to QEMU whose answers are the settings.
 pub(crate) const QUESTIONS: [&str; 2] = ["query-migrate-capabilities", "query-migrate-parameters"];
-/// What sets them.
+/// The commands that set them.
 pub(crate) const COMMANDS: [&str; 2] = ["migrate-set-capabilities", "migrate-set-parameters"];
 
 /// Parameters as our migration needs them. Others do not matter to it, because no capability that uses them is on.

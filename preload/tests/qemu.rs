@@ -1,4 +1,5 @@
-//! Stock QEMUs whose memory is vmemd's, under TCG: a guest that checks its memory finds no wrong byte, whatever is done.
+//! Stock QEMUs whose memory is vmemd's, under TCG. A guest that checks its memory finds no wrong byte while its
+//! budget changes, a balloon takes memory, disks write into it, or QEMU is killed.
 
 #[macro_use]
 extern crate testkit;
@@ -15,7 +16,7 @@ use serde_json::json;
 use swapd::PAGE_SIZE;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{Request, State};
-use vmprocess::failure::Kind;
+use vmprocess::failure::FailureKind;
 use vmprocess::qemu::LIBRARY;
 
 const SANDBOX: [&str; 2] =
@@ -219,7 +220,7 @@ fn a_budget_that_cannot_be_is_refused_and_the_guest_goes_on() {
     let mut vm = Vm::start(&kit, &site, &plan);
     vm.says("up");
     let refused = vm.try_ask(&Request::SetRam { ram_bytes: 512 * MIB }).unwrap_err();
-    assert_eq!(refused.kind, Kind::Usage, "{refused}");
+    assert_eq!(refused.kind, FailureKind::Usage, "{refused}");
     // SAFETY: no memory arguments; the process is this test's child.
     unsafe { libc::kill(vm.pid() as i32, libc::SIGTERM) };
     // QEMU's own way to end, which takes the socket along.

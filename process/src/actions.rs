@@ -1,4 +1,4 @@
-//! What a VM's process does when it is asked over its control socket.
+//! The requests of the control socket, carried out: pause, resume, stop, a new budget.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -8,22 +8,22 @@ use tracing::info;
 
 use crate::control::protocol::{Request, State};
 use crate::control::server::{Client, Service};
-use crate::failure::{Failure, Kind};
-use crate::guest::Guest;
+use crate::failure::{Failure, FailureKind};
+use crate::hold::{Resumer, Whereabouts, may_resume};
+use crate::machine::Machine;
 use crate::size::Size;
-use crate::vm::{BY_ITS_MONITOR, BY_VMEMD, Event, PINNED_BY, Phase, Vm, lock};
+use crate::vm::{PINNED_BY, Vm, VmEvent, VmState, lock};
 
-/// The VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a request.
+/// Answers on the VM's control socket. Holds the VM from two sides: threads of a migration need it longer than a
+/// request.
 #[derive(Debug)]
-pub(crate) struct Control(pub(crate) Arc<Vm>);
+pub(crate) struct VmService(pub(crate) Arc<Vm>);
 
-impl Service for Control {
+impl Service for VmService {
     fn serve(&self, request: Request, client: &mut Client<'_>) -> Result<Value, Failure> {
         let vm = &self.0;
         match request {
-            Request::Stat => {
-                serde_json::to_value(vm.stat()?).map_err(|error| Failure::new(Kind::Other, error.to_string()))
-            }
+            Request::Stat => serde_json::to_value(vm.stat()?).map_err(|error| Failure::other(&error)),
             Request::Pause => vm.pause(),
             Request::Resume => vm.resume(),
             Request::Resolve { force } => crate::doubt::resolve(vm, force),
@@ -32,9 +32,10 @@ impl Service for Control {
             Request::Migrate(request) => crate::leave::migrate(vm, &request, client),
             Request::Stop => vm.stop(),
             // During a migration its own connection hears of it: see `leave`.
-            Request::Cancel => {
-                Err(Failure::new(Kind::Name, format!("no migration of {:?} is under way", vm.facts.name)))
-            }
+            Request::Cancel => Err(Failure::new(
+                FailureKind::Name,
+                format!("no migration of {:?} is under way", vm.facts.name),
+            )),
         }
     }
 }
@@ -43,46 +44,33 @@ impl Vm {
     /// Refuses unless the VM is here, and neither coming nor going.
     pub(crate) fn must_be_here(&self, to_do: &str) -> Result<(), Failure> {
         let name = &self.facts.name;
-        let why = self.core(|core| match &core.phase {
-            Phase::Here => None,
-            Phase::Arriving => Some("it is still arriving".to_owned()),
-            Phase::Migrating => {
-                Some("it is migrating; cancel that first (Ctrl-C of `vmemd migrate`)".to_owned())
-            }
-            Phase::InDoubt { to, .. } => Some(format!("it may run at {to}; see `vmemd resolve {name}`")),
-            Phase::Moved { to } => Some(format!("it has moved to {to}")),
-        });
+        let why = self.locked(|state| state.whereabouts.elsewhere(name));
         match why {
             None => Ok(()),
-            Some(why) => Err(Failure::new(Kind::Name, format!("cannot {to_do} {name:?}: {why}"))),
+            Some(why) => Err(Failure::new(FailureKind::Name, format!("cannot {to_do} {name:?}: {why}"))),
         }
     }
 
     fn pause(&self) -> Result<Value, Failure> {
         self.must_be_here("pause")?;
-        let already = self.guest(|guest| {
-            // Under the guest's lock, so that a migration which begins now finds it as it is to be.
+        let already = self.machine(|machine| {
+            // Under the machine's lock, so that a migration which begins now finds it as it is to be.
             self.must_be_here("pause")?;
-            let stood = !guest.runs()?;
-            guest.pause()?;
-            Ok(self.core(|core| {
-                let already = stood && core.stalled.is_none();
-                // Whoever stopped it before is still to be named.
-                core.paused = Some(if already { core.paused.unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
-                already
-            }))
+            let stood = !machine.runs()?;
+            machine.pause()?;
+            Ok(self.locked(|state| state.hold.pause(stood)))
         })?;
         info!(vm = %self.facts.name, already, "paused");
         self.told(already)
     }
 
     fn resume(&self) -> Result<Value, Failure> {
-        if self.core(|core| matches!(core.phase, Phase::InDoubt { .. })) {
+        if self.locked(|state| matches!(state.whereabouts, Whereabouts::InDoubt { .. })) {
             return crate::doubt::resume(self);
         }
-        self.must_be_here("resume")?;
+        self.operator_may_resume()?;
         // Even if it cannot go on yet: it is to, as soon as it can.
-        let (paused, stalled) = self.core(|core| (core.paused.take(), core.stalled.is_some()));
+        let (paused, stalled) = self.locked(|state| (state.hold.unpause(), state.hold.is_stalled()));
         if let Ok(engine) = self.memory()?.engine()
             && let Err(error) = engine.retry_store()
             && stalled
@@ -94,42 +82,48 @@ impl Vm {
             );
             return Err(Failure::new(failure.kind, text));
         }
-        let resumed = self.guest(|guest| {
-            // Under the guest's lock, so that a migration which begins now pauses it later than this.
-            self.must_be_here("resume")?;
-            // What has failed may go on all the same: a disk was mended.
-            let ran = guest.runs().is_ok_and(|runs| runs);
-            if ran && guest.run_state().is_some_and(|now| now.state == State::Running) {
+        let resumed = self.machine(|machine| {
+            // Under the machine's lock, so that a migration which begins now pauses it later than this.
+            self.operator_may_resume()?;
+            // A guest that has failed may go on all the same: a disk was mended.
+            let ran = machine.runs().is_ok_and(|runs| runs);
+            if ran && machine.run_state().is_some_and(|now| now.state == State::Running) {
                 return Ok(true);
             }
-            guest.resume()?;
-            match guest.runs()? {
-                false if guest.run_state().is_some() => Err(self.stands_still(guest)),
+            machine.resume()?;
+            match machine.runs()? {
+                false if machine.run_state().is_some() => Err(self.stands_still(machine)),
                 _ => Ok(ran && paused.is_none() && !stalled),
             }
         });
-        let already = resumed.inspect_err(|_| self.core(|core| core.paused = paused))?;
-        self.core(|core| (core.stalled, core.paused) = (None, None));
+        let still_paused = |state: &mut VmState| paused.into_iter().for_each(|by| state.hold.pause_by(by));
+        let already = resumed.inspect_err(|_| self.locked(still_paused))?;
+        self.locked(|state| state.hold.free());
         info!(vm = %self.facts.name, already, "resumed");
         self.told(already)
     }
 
+    fn operator_may_resume(&self) -> Result<(), Failure> {
+        let may = |state: &mut VmState| may_resume(Resumer::Operator, &state.whereabouts, &state.hold);
+        if self.locked(may) { Ok(()) } else { self.must_be_here("resume") }
+    }
+
     /// It took the word to go on, and did not.
-    fn stands_still(&self, guest: &dyn Guest) -> Failure {
-        let now = guest.run_state();
+    fn stands_still(&self, machine: &dyn Machine) -> Failure {
+        let now = machine.run_state();
         let why = now.map(|now| now.why.unwrap_or(now.word)).unwrap_or_default();
-        Failure::new(Kind::Vm, format!("{:?} was told to run, and does not: {why}", self.facts.name))
+        Failure::new(FailureKind::Vm, format!("{:?} was told to run, and does not: {why}", self.facts.name))
     }
 
     /// Has the VM end, and says what became of it when that is known: it may have moved meanwhile.
     fn stop(&self) -> Result<Value, Failure> {
         let (tell, told) = channel();
-        self.core(|core| match &core.end {
+        self.locked(|state| match &state.end {
             Some(end) => drop(tell.send(end.clone())),
-            None => core.stoppers.push(tell),
+            None => state.stoppers.push(tell),
         });
-        let _ = self.events.send(Event::Stop);
-        let ended = |_| Failure::new(Kind::Vm, format!("{:?} ended by itself", self.facts.name));
+        let _ = self.events.send(VmEvent::Stop);
+        let ended = |_| Failure::new(FailureKind::Vm, format!("{:?} ended by itself", self.facts.name));
         told.recv().map_err(ended)?
     }
 
@@ -156,7 +150,7 @@ impl Vm {
         set.map_err(|error| match error {
             swapd::CommandError::Store(reason) => {
                 let text = format!("{reason}; its RAM shrinks to the new budget when the store takes writes");
-                Failure::new(Kind::Resources, text)
+                Failure::new(FailureKind::Resources, text)
             }
             swapd::CommandError::StillAbove { budget, held, pinned } => {
                 let [budget, held, pinned] = [budget, held, pinned].map(Size);
@@ -165,7 +159,7 @@ impl Vm {
                      is kept when that is let go of",
                     self.facts.name
                 );
-                Failure::new(Kind::Resources, text)
+                Failure::new(FailureKind::Resources, text)
             }
             error => error.into(),
         })?;
@@ -173,7 +167,7 @@ impl Vm {
         Ok(json!({ "name": self.facts.name, "ram_budget_bytes": engine.stats()?.ram_budget_bytes }))
     }
 
-    /// What it does now. `already`: it did so before it was asked.
+    /// The answer with the VM's state now. `already`: the VM did so before it was asked.
     fn told(&self, already: bool) -> Result<Value, Failure> {
         let (state, reason) = self.state();
         Ok(json!({ "name": self.facts.name, "state": state, "reason": reason, "already": already }))

@@ -1,6 +1,6 @@
 //! A VM that arrives: in a process that the daemon starts, in a session of its own, with four descriptors.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -8,31 +8,30 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use migrate::limits::patience;
+use migrate::limits::{STATE_IN_MEMORY, STREAM_TIMEOUT, scaled_for_tests};
 use migrate::{
-    DataStream, Received, RefuseKind, Registry, SessionHello, TargetLink, TargetMemory, TargetVm, VmError,
+    DataStream, Received, RefuseKind, Registry, SessionHello, StateSpool, TargetLink, TargetMemory, TargetVm,
+    VmError,
 };
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 use crate::control::protocol::ArrivalStat;
-use crate::control::rundir::{Place, RunDir};
+use crate::control::rundir::{RunDir, SocketName};
 use crate::facts::Facts;
-use crate::failure::{Failure, Kind, chain};
+use crate::failure::{Failure, FailureKind, chain};
 use crate::granted::{Granted, Share};
-use crate::guest::Newcomer;
+use crate::hold::{AS_IT_CAME, Resumer, Whereabouts, may_resume};
 use crate::life::{self, End, RECEIVER};
+use crate::machine::Newcomer;
 use crate::memory::{Memory, MemorySpec};
 use crate::passing;
 use crate::process::{Owner, Process};
-use crate::vm::{AS_IT_CAME, Event, Phase, Vm, Waiting};
+use crate::source_vm::vm_error;
+use crate::vm::{Vm, VmEvent, Waiting};
 
-/// How long the next data stream may take to be passed on.
-const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// What the daemon tells the process that it starts, as one JSON argument.
+/// The settings that the daemon gives the process that it starts, as one JSON argument.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ArriveSettings {
     /// Where the daemon has bound the socket, and where the registry is.
@@ -70,7 +69,7 @@ fn take(settings: &ArriveSettings) -> Result<Passed, Failure> {
         // SAFETY: F_SETFD only changes a flag of the descriptor, and fails on one that is not open.
         if fd <= libc::STDERR_FILENO || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
             return Err(Failure::new(
-                Kind::Usage,
+                FailureKind::Usage,
                 "`vmemd receive` is started by `vmemd serve`, not by hand",
             ));
         }
@@ -122,7 +121,7 @@ impl Arrival {
     ) -> Result<(Process, Registry), Failure> {
         let hello = &settings.hello;
         let dir = RunDir::open(&settings.run_dir)?;
-        let place = dir.adopt(Place::arriving(&hello.name, &hello.session.to_string()), listener);
+        let claimed = dir.adopt(SocketName::arriving(&hello.name, &hello.session.to_string()), listener);
         let facts = Facts {
             name: hello.name.clone(),
             memory_bytes: settings.memory.memory_bytes,
@@ -132,9 +131,8 @@ impl Arrival {
             offer: settings.offer.clone(),
         };
         let granted = Granted::adopt(&dir, &hello.session.to_string(), granted, Share::of(&facts))?;
-        let process = Process::begin_granted(facts, place, granted, owner)?;
-        let registry =
-            Registry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+        let process = Process::begin_granted(facts, claimed, granted, owner)?;
+        let registry = Registry::new(&dir.sessions_dir()).map_err(|error| Failure::other(&error))?;
         Ok((process, registry))
     }
 
@@ -161,15 +159,16 @@ impl Arrival {
                 let ran = catch_unwind(AssertUnwindSafe(|| self.run(&vm, memory, newcomer)));
                 let result = match ran {
                     Ok(result) => result,
-                    Err(_) if vm.core(|core| matches!(core.phase, Phase::Here)) => {
+                    Err(_) if vm.locked(|state| matches!(state.whereabouts, Whereabouts::Here)) => {
                         take_name(&vm);
                         Ok(())
                     }
-                    Err(_) => {
-                        Err(Failure::new(Kind::Vm, "a bug in vmemd ended the arrival: see the panic above"))
-                    }
+                    Err(_) => Err(Failure::new(
+                        FailureKind::Vm,
+                        "a bug in vmemd ended the arrival: see the panic above",
+                    )),
                 };
-                let _ = vm.events.send(Event::Arrived(result));
+                let _ = vm.events.send(VmEvent::Arrived(result));
             })
             .map_err(|error| Failure::io("cannot start the receiving thread", &error))
     }
@@ -177,9 +176,9 @@ impl Arrival {
     fn run(self, vm: &Vm, memory: TargetMemory, newcomer: Box<dyn Newcomer>) -> Result<(), Failure> {
         let Arrival { settings, control, streams, registry } = self;
         let mut streams = || {
-            let limit = patience(STREAM_TIMEOUT);
+            let limit = scaled_for_tests(STREAM_TIMEOUT);
             let waiting = Waiting::new("the source's data connections", ("STREAM_TIMEOUT", limit));
-            vm.core(|core| core.waiting = Some(waiting));
+            vm.locked(|state| state.waiting = Some(waiting));
             let (fd, index) = passing::receive_fd(&streams, limit)?;
             Ok(DataStream { index, socket: TcpStream::from(fd) })
         };
@@ -188,6 +187,7 @@ impl Arrival {
             hello: settings.hello,
             granted_ram_bytes: settings.granted_ram_bytes,
             streams: &mut streams,
+            spool: spool_of(&settings.memory),
             registry: &registry,
             progress: &|progress| vm.waits(progress.waiting),
             cancel: &vm.cancel,
@@ -198,11 +198,11 @@ impl Arrival {
         match received {
             Ok(received) => {
                 info!(vm = %vm.facts.name, bytes = received.bytes_received, "arrived");
-                vm.core(|core| core.arrival = Some(arrival_of(&received)));
+                vm.locked(|state| state.arrival = Some(arrival_of(&received)));
                 Ok(())
             }
             // The VM runs here, whatever went wrong afterwards (the source left while the placement was measured).
-            Err(error) if vm.core(|core| matches!(core.phase, Phase::Here)) => {
+            Err(error) if vm.locked(|state| matches!(state.whereabouts, Whereabouts::Here)) => {
                 warn!(vm = %vm.facts.name, error = %chain(&error), "arrived, but the session did not end well");
                 Ok(())
             }
@@ -237,8 +237,15 @@ impl Process {
     }
 }
 
+/// A state that is too large for memory is kept where the VM's pages are kept. Of a store that is a disk without a
+/// file system it is where files are that are large and of no name.
+fn spool_of(memory: &MemorySpec) -> StateSpool {
+    let directory = if memory.store.is_dir() { memory.store.clone() } else { PathBuf::from("/var/tmp") };
+    StateSpool { directory, memory_bytes: STATE_IN_MEMORY, encrypt: memory.store_encrypt, lock: memory.lock }
+}
+
 fn tell_refusal(control: &mut TcpStream, failure: &Failure) {
-    let kind = if failure.kind == Kind::Resources { RefuseKind::NoRoom } else { RefuseKind::Other };
+    let kind = if failure.kind == FailureKind::Resources { RefuseKind::NoRoom } else { RefuseKind::Other };
     migrate::refuse(control, kind, &failure.text);
 }
 
@@ -256,7 +263,7 @@ fn arrival_of(received: &Received) -> ArrivalStat {
 
 /// Of a VM that is here, whether or not it has the name already.
 fn take_name(vm: &Vm) {
-    if let Err(failure) = vm.claim(|claim| claim.settle()) {
+    if let Err(failure) = vm.claim(|claim| claim.take_name()) {
         error!(vm = %vm.facts.name, %failure, "the name could not be taken: the VM runs as one that is arriving");
     }
 }
@@ -269,30 +276,36 @@ struct Target<'a> {
 }
 
 impl TargetVm for Target<'_> {
-    fn load(&mut self, state: &[u8]) -> Result<(), VmError> {
-        let newcomer = self.newcomer.take().ok_or_else(|| VmError("its state came twice".to_owned()))?;
-        let guest = newcomer.load(state).map_err(|failure| VmError(failure.text))?;
-        self.vm.set_guest(guest);
+    fn load(&mut self, state: &mut dyn Read) -> Result<(), VmError> {
+        let newcomer = self.newcomer.take().expect("a state comes once");
+        let machine = newcomer.load(state).map_err(vm_error)?;
+        self.vm.set_machine(machine);
         Ok(())
     }
 
     fn start(&mut self, paused: bool) -> Result<(), VmError> {
-        // The commit is decided, so the source will not run the VM again. From here on any end of this thread, a panic too, leaves the VM
-        // marked as this host's. Only the failure below, where the guest provably did not start, takes that back.
-        let stands = paused.then_some(AS_IT_CAME);
-        self.vm.core(|core| (core.phase, core.paused, core.waiting) = (Phase::Here, stands, None));
+        // The commit is decided, so the source will not run the VM again. From here on any end of this thread, a panic
+        // too, leaves the VM marked as this host's. Only the failure below, where the guest provably did not start,
+        // takes that back.
+        let go = self.vm.locked(|state| {
+            (state.whereabouts, state.waiting) = (Whereabouts::Here, None);
+            if paused {
+                state.hold.pause_by(AS_IT_CAME);
+            }
+            may_resume(Resumer::Target, &state.whereabouts, &state.hold)
+        });
         let started = self
             .vm
             .claim(|claim| claim.is_free())
-            .and_then(|()| if paused { Ok(()) } else { self.vm.guest(|guest| guest.resume()) });
+            .and_then(|()| if go { self.vm.machine(|machine| machine.resume()) } else { Ok(()) });
         match started {
-            Err(failure) if failure.kind == Kind::InDoubt => {
+            Err(failure) if failure.kind == FailureKind::InDoubt => {
                 warn!(vm = %self.vm.facts.name, %failure, "told to run, without an answer: if it stands still, `vmemd resume`");
                 Ok(())
             }
             Err(failure) => {
-                self.vm.core(|core| core.phase = Phase::Arriving);
-                Err(VmError(failure.text))
+                self.vm.locked(|state| state.whereabouts = Whereabouts::Arriving);
+                Err(vm_error(failure))
             }
             Ok(()) => Ok(()),
         }

@@ -1,5 +1,5 @@
-//! A hand-over in doubt: the commit was sent, and the target's word on it got lost. Until it is known what became of it,
-//! the VM stands still here, because it may run there.
+//! A hand-over in doubt: the commit was sent, and the target's word on it got lost. Until it is known what became of
+//! it, the VM stands still here, because it may run there.
 //!
 //! ```text
 //!               ┌── asked again and again, by itself or by `vmemd resolve` ──┐
@@ -12,16 +12,17 @@
 
 use std::time::{Duration, Instant};
 
-use migrate::limits::patience;
+use migrate::limits::scaled_for_tests;
 use migrate::tls::Security;
 use migrate::{Outcome, SessionId};
 use serde_json::{Value, json};
 use tracing::{error, info, warn};
 
 use crate::control::protocol::Force;
-use crate::failure::{Failure, Kind, chain};
+use crate::failure::{Failure, FailureKind, chain};
+use crate::hold::Whereabouts;
 use crate::source_vm::Leaving;
-use crate::vm::{Event, Phase, Vm, Waiting, lock};
+use crate::vm::{Vm, VmEvent, Waiting, lock};
 
 /// How often the target is asked again, for as long as the doubt lasts.
 const ASK_AGAIN_EVERY: Duration = Duration::from_secs(10);
@@ -29,22 +30,25 @@ const ASK_AGAIN_EVERY: Duration = Duration::from_secs(10);
 /// Begins the doubt.
 pub(crate) fn begin(vm: &Vm, session: SessionId, to: &str, security: &Security) {
     let said = "nobody has answered yet".to_owned();
-    vm.core(|core| {
+    vm.locked(|state| {
         let (to, security, since) = (to.to_owned(), security.clone(), Instant::now());
-        core.phase = Phase::InDoubt { session, security, to, since, said };
-        (core.migration, core.waiting) = (None, Some(waiting()));
+        state.whereabouts = Whereabouts::InDoubt { session, security, to, since, said };
+        (state.migration, state.waiting) = (None, Some(waiting()));
     });
     error!(vm = %vm.facts.name, to, %session, "in doubt: the VM stands still here; see `vmemd resolve {}`", vm.facts.name);
 }
 
 fn waiting() -> Waiting {
-    Waiting::new("the next time that the target is asked", ("ASK_AGAIN_EVERY", patience(ASK_AGAIN_EVERY)))
+    Waiting::new(
+        "the next time that the target is asked",
+        ("ASK_AGAIN_EVERY", scaled_for_tests(ASK_AGAIN_EVERY)),
+    )
 }
 
 /// Asks until the doubt has ended. The target may be cut off for hours: somebody need not be there when it comes back.
 pub(crate) fn ask_until_known(vm: &Vm) {
-    while vm.core(|core| matches!(core.phase, Phase::InDoubt { .. })) {
-        std::thread::sleep(patience(ASK_AGAIN_EVERY));
+    while vm.locked(|state| matches!(state.whereabouts, Whereabouts::InDoubt { .. })) {
+        std::thread::sleep(scaled_for_tests(ASK_AGAIN_EVERY));
         if let Err(failure) = resolve(vm, None) {
             warn!(vm = %vm.facts.name, %failure, "while asking what became of a hand-over");
         }
@@ -55,7 +59,9 @@ pub(crate) fn ask_until_known(vm: &Vm) {
 pub(crate) fn resolve(vm: &Vm, force: Option<Force>) -> Result<Value, Failure> {
     let name = &vm.facts.name;
     let _one_at_a_time = lock(&vm.resolving);
-    let Phase::InDoubt { session, security, to, since, .. } = vm.core(|core| core.phase.clone()) else {
+    let Whereabouts::InDoubt { session, security, to, since, .. } =
+        vm.locked(|state| state.whereabouts.clone())
+    else {
         return no_doubt(vm, force);
     };
     let asked = migrate::resolve(&to, &security, session);
@@ -69,9 +75,9 @@ pub(crate) fn resolve(vm: &Vm, force: Option<Force>) -> Result<Value, Failure> {
         (Ok(Outcome::NotThere), _) => come_back(vm, false)?,
         (Err(_), Some(Force::RunHere)) => come_back(vm, true)?,
         (Err(_), None) => {
-            vm.core(|core| {
-                core.waiting = Some(waiting());
-                if let Phase::InDoubt { said: last, .. } = &mut core.phase {
+            vm.locked(|state| {
+                state.waiting = Some(waiting());
+                if let Whereabouts::InDoubt { said: last, .. } = &mut state.whereabouts {
                     last.clone_from(&said);
                 }
             });
@@ -88,7 +94,7 @@ pub(crate) fn resolve(vm: &Vm, force: Option<Force>) -> Result<Value, Failure> {
         "to": to,
         "in_doubt_ms": since.elapsed().as_millis() as u64,
         "said": said,
-        "ask_again_ms": patience(ASK_AGAIN_EVERY).as_millis() as u64,
+        "ask_again_ms": scaled_for_tests(ASK_AGAIN_EVERY).as_millis() as u64,
     }))
 }
 
@@ -100,7 +106,7 @@ pub(crate) fn resume(vm: &Vm) -> Result<Value, Failure> {
             let (name, to) = (&vm.facts.name, facts["to"].as_str().unwrap_or_default());
             let said = facts["said"].as_str().unwrap_or_default();
             Err(Failure::new(
-                Kind::InDoubt,
+                FailureKind::InDoubt,
                 format!("{name:?} may run at {to}, which does not say ({said}): see `vmemd resolve {name}`"),
             ))
         }
@@ -116,14 +122,14 @@ fn no_doubt(vm: &Vm, force: Option<Force>) -> Result<Value, Failure> {
             format!(", waiting for {} ({}, {} ms)", waiting.what, waiting.limit, waiting.limit_ms)
         });
         let text = format!("{:?} is not in doubt: it is {state}{}", vm.facts.name, asks.unwrap_or_default());
-        return Err(Failure::new(Kind::Name, text));
+        return Err(Failure::new(FailureKind::Name, text));
     }
     Ok(json!({ "name": stat.name, "state": state, "waiting": stat.waiting }))
 }
 
 fn moved(vm: &Vm, to: &str) -> &'static str {
-    vm.core(|core| (core.phase, core.waiting) = (Phase::Moved { to: to.to_owned() }, None));
-    let _ = vm.events.send(Event::Moved);
+    vm.locked(|state| (state.whereabouts, state.waiting) = (Whereabouts::Moved { to: to.to_owned() }, None));
+    let _ = vm.events.send(VmEvent::Moved);
     "moved"
 }
 
@@ -132,16 +138,16 @@ fn come_back(vm: &Vm, forced: bool) -> Result<&'static str, Failure> {
     let name = &vm.facts.name;
     let mut source = Leaving::in_doubt(vm);
     if forced {
-        vm.claim(|claim| claim.settle())?;
+        vm.claim(|claim| claim.take_name())?;
     }
     let resumed = source.come_back();
-    let paused = vm.core(|core| {
-        (core.phase, core.waiting) = (Phase::Here, None);
-        core.paused.is_some()
+    let paused = vm.locked(|state| {
+        (state.whereabouts, state.waiting) = (Whereabouts::Here, None);
+        state.hold.paused().is_some()
     });
     vm.go_on();
     resumed.map_err(|error| {
-        Failure::new(Kind::Vm, format!("{name:?} is here, and could not be resumed: {error}"))
+        Failure::new(FailureKind::Vm, format!("{name:?} is here, and could not be resumed: {error}"))
     })?;
     Ok(if paused { "paused" } else { "running" })
 }

@@ -1,8 +1,8 @@
-//! What is fixed about a VM from the moment that its name is claimed.
+//! The facts about a VM that are fixed from the moment that its name is claimed.
 
 use crate::control::protocol::EngineKind;
 
-/// What does not change in a VM's life here.
+/// The facts of a VM that do not change while it is here.
 #[derive(Clone, Debug)]
 pub struct Facts {
     /// What the VM is called.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// The kinds of failure. Each has one exit code, documented in `docs/operating.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum FailureKind {
     /// Something that has no kind of its own.
     Other,
     /// The command line, or a request, is wrong.
@@ -35,22 +35,31 @@ pub enum Kind {
     Interrupted,
 }
 
-impl Kind {
+impl FailureKind {
+    /// Of an operating error of this machine.
+    fn of_io(error: &std::io::Error) -> FailureKind {
+        match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => FailureKind::Resources,
+            std::io::ErrorKind::PermissionDenied => FailureKind::Host,
+            _ => FailureKind::Other,
+        }
+    }
+
     /// The exit code of a process that fails for this reason.
     pub const fn exit_code(self) -> u8 {
         match self {
-            Kind::Other => 1,
-            Kind::Usage => 2,
-            Kind::Host => 3,
-            Kind::Name => 4,
-            Kind::Resources => 5,
-            Kind::Link => 6,
-            Kind::Vm => 7,
-            Kind::InDoubt => 8,
-            Kind::CannotMove => 9,
-            Kind::Moved => 10,
-            Kind::Downtime => 12,
-            Kind::Interrupted => 130,
+            FailureKind::Other => 1,
+            FailureKind::Usage => 2,
+            FailureKind::Host => 3,
+            FailureKind::Name => 4,
+            FailureKind::Resources => 5,
+            FailureKind::Link => 6,
+            FailureKind::Vm => 7,
+            FailureKind::InDoubt => 8,
+            FailureKind::CannotMove => 9,
+            FailureKind::Moved => 10,
+            FailureKind::Downtime => 12,
+            FailureKind::Interrupted => 130,
         }
     }
 }
@@ -59,25 +68,25 @@ impl Kind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     /// For programs: the exit code goes by it.
-    pub kind: Kind,
+    pub kind: FailureKind,
     /// For people: what went wrong, and what to do. It stands without the kind.
     pub text: String,
 }
 
 impl Failure {
     /// A failure of this kind, with this text for people.
-    pub fn new(kind: Kind, text: impl Into<String>) -> Failure {
+    pub fn new(kind: FailureKind, text: impl Into<String>) -> Failure {
         Failure { kind, text: text.into() }
+    }
+
+    /// An error that has no kind of its own, with its causes.
+    pub fn other(error: &dyn std::error::Error) -> Failure {
+        Failure::new(FailureKind::Other, chain(error))
     }
 
     /// An operating error of this machine, with what was being done.
     pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Failure {
-        let kind = match error.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::Resources,
-            std::io::ErrorKind::PermissionDenied => Kind::Host,
-            _ => Kind::Other,
-        };
-        Failure::new(kind, format!("{doing}: {error}"))
+        Failure::new(FailureKind::of_io(error), format!("{doing}: {error}"))
     }
 }
 
@@ -92,9 +101,9 @@ impl std::error::Error for Failure {}
 impl From<swapd::StartError> for Failure {
     fn from(error: swapd::StartError) -> Failure {
         let kind = match &error {
-            swapd::StartError::Budget(_) => Kind::Usage,
-            swapd::StartError::Host(_) => Kind::Host,
-            swapd::StartError::Store(_) | swapd::StartError::Memory(_) => Kind::Resources,
+            swapd::StartError::Budget(_) => FailureKind::Usage,
+            swapd::StartError::Host(_) => FailureKind::Host,
+            swapd::StartError::Store(_) | swapd::StartError::Memory(_) => FailureKind::Resources,
         };
         Failure::new(kind, chain(&error))
     }
@@ -104,10 +113,10 @@ impl From<swapd::CommandError> for Failure {
     fn from(error: swapd::CommandError) -> Failure {
         use swapd::CommandError as E;
         let kind = match &error {
-            E::BudgetTooSmall { .. } | E::BudgetTooLarge { .. } | E::OutOfRange(_) => Kind::Usage,
-            E::Store(_) | E::StillAbove { .. } | E::Pinned { .. } => Kind::Resources,
-            E::NotNow(_) => Kind::Name,
-            E::Gone => Kind::Vm,
+            E::BudgetTooSmall { .. } | E::BudgetTooLarge { .. } | E::OutOfRange(_) => FailureKind::Usage,
+            E::Store(_) | E::StillAbove { .. } | E::Pinned { .. } => FailureKind::Resources,
+            E::NotNow(_) => FailureKind::Name,
+            E::Gone => FailureKind::Vm,
         };
         Failure::new(kind, chain(&error))
     }
@@ -115,7 +124,7 @@ impl From<swapd::CommandError> for Failure {
 
 impl From<TlsError> for Failure {
     fn from(error: TlsError) -> Failure {
-        let kind = if matches!(error, TlsError::Ours(_)) { Kind::Usage } else { Kind::Link };
+        let kind = if matches!(error, TlsError::Ours(_)) { FailureKind::Usage } else { FailureKind::Link };
         Failure::new(kind, chain(&error))
     }
 }
@@ -134,6 +143,16 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+fn kind_of(error: &migrate::VmError) -> FailureKind {
+    use migrate::VmError as E;
+    match error {
+        E::CannotMove(_) | E::TooMuchState { .. } => FailureKind::CannotMove,
+        E::Resources(_) => FailureKind::Resources,
+        E::Io { source, .. } => FailureKind::of_io(source),
+        E::Machine(_) | E::Ended(_) | E::NotResumed(_) | E::Bug => FailureKind::Vm,
+    }
+}
+
 impl From<migrate::SendError> for Failure {
     fn from(error: migrate::SendError) -> Failure {
         use migrate::SendError as E;
@@ -143,16 +162,17 @@ impl From<migrate::SendError> for Failure {
             | E::Link { .. }
             | E::Peer(_)
             | E::GaveUp(_)
-            | E::Refused(_) => Kind::Link,
-            E::Insecure { source: TlsError::Ours(_), .. } => Kind::Usage,
-            E::Insecure { .. } => Kind::Link,
-            E::Options(_) => Kind::Usage,
-            E::NoRoom(_) => Kind::Resources,
-            E::NameTaken(_) => Kind::Name,
-            E::Cancelled => Kind::Interrupted,
-            E::Downtime(_) => Kind::Downtime,
-            E::Vm(_) | E::Engine(_) => Kind::Vm,
-            E::InDoubt { .. } => Kind::InDoubt,
+            | E::Refused(_) => FailureKind::Link,
+            E::Insecure { source: TlsError::Ours(_), .. } => FailureKind::Usage,
+            E::Insecure { .. } => FailureKind::Link,
+            E::Options(_) => FailureKind::Usage,
+            E::NoRoom(_) => FailureKind::Resources,
+            E::NameTaken(_) => FailureKind::Name,
+            E::Cancelled => FailureKind::Interrupted,
+            E::Downtime(_) => FailureKind::Downtime,
+            E::Vm(error) => kind_of(error),
+            E::Engine(_) => FailureKind::Vm,
+            E::InDoubt { .. } => FailureKind::InDoubt,
         };
         Failure::new(kind, chain(&error))
     }
@@ -162,10 +182,12 @@ impl From<migrate::ReceiveError> for Failure {
     fn from(error: migrate::ReceiveError) -> Failure {
         use migrate::ReceiveError as E;
         let kind = match &error {
-            E::Cancelled => Kind::Interrupted,
-            E::Vm(_) | E::Engine(_) => Kind::Vm,
-            E::Registry(_) => Kind::Other,
-            _ => Kind::Link,
+            E::Cancelled => FailureKind::Interrupted,
+            E::Vm(error) => kind_of(error),
+            E::Engine(_) => FailureKind::Vm,
+            E::Spool { source, .. } => FailureKind::of_io(source),
+            E::Registry(_) => FailureKind::Other,
+            _ => FailureKind::Link,
         };
         Failure::new(kind, chain(&error))
     }

@@ -1,10 +1,10 @@
-//! The RAM that each VM of this host was granted, on record for whoever promises RAM to others: it counts for as long as the VM's process
-//! lives, whether or not that answers.
+//! The RAM that each VM of this host was granted, on record for whoever promises RAM to others: it counts for as long
+//! as the VM's process lives, whether or not that answers.
 //!
-//! `RUN_DIR/.ram/ID` holds one line of JSON and is locked (flock) by the process, from its start to its end however it ends. A process
-//! that a daemon starts inherits file and lock, so there is no moment at which its RAM is on nobody's record. A file that nobody has
-//! locked is that of a dead process; whoever sees it removes it. Files are made, and those of the
-//! dead removed, under the run directory's lock.
+//! `RUN_DIR/.ram/ID` holds one line of JSON and is locked (flock) by the process, from its start to its end however it
+//! ends. A process that a daemon starts inherits file and lock, so there is no moment at which its RAM is on nobody's
+//! record. A file that nobody has locked is that of a dead process; whoever sees it removes it. Files are made, and
+//! those of the dead removed, under the run directory's lock.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -18,14 +18,14 @@ use tracing::warn;
 use crate::control::protocol::EngineKind;
 use crate::control::rundir::RunDir;
 use crate::facts::Facts;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// How often a record is read that makes no sense.
 const READ_TRIES: u32 = 100;
 /// Records have one length, so that one write replaces all of another.
 const RECORD_BYTES: usize = 512;
 
-/// What one VM may have.
+/// The RAM and memory of one VM, as on record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
     /// What the VM is called. During a move two records may have the same name: they are told apart by an id.
@@ -54,7 +54,7 @@ impl Share {
         }
     }
 
-    /// What it may still take from the host.
+    /// The part of the budget that the VM has not taken from the host yet.
     pub fn untaken_bytes(&self) -> u64 {
         let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.pid)).unwrap_or_default();
         let pages = statm.split_whitespace().nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
@@ -90,7 +90,7 @@ impl Granted {
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(Failure::new(Kind::Name, format!("{} is another VM's", path.display())));
+                return Err(Failure::new(FailureKind::Name, format!("{} is another VM's", path.display())));
             }
             Err(TryLockError::Error(error)) => return Err(fail(&path)(error)),
         }
@@ -150,7 +150,7 @@ impl Drop for Granted {
     }
 }
 
-/// What the living VMs of this host may have. Removes the records of dead ones.
+/// The records of the living VMs of this host. Removes those of dead ones.
 ///
 /// # Errors
 /// If the directory cannot be read, or a living VM's record: nobody could tell what it may have.
@@ -186,7 +186,7 @@ fn read(file: &mut File, path: &Path) -> Result<Share, Failure> {
             Err(_) if tries < READ_TRIES => tries += 1,
             Err(error) => {
                 let text = format!("{} of a living VM cannot be read: {error}", path.display());
-                return Err(Failure::new(Kind::Other, text));
+                return Err(Failure::new(FailureKind::Other, text));
             }
         }
         std::thread::yield_now();

@@ -1,8 +1,8 @@
-//! What this host has left: RAM, and room on a file system.
+//! Facts about this host: RAM and room on a file system that are left, and the children of a process.
 
 use std::path::Path;
 
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::size::Size;
 
 /// Bytes of RAM that the kernel thinks can be had without swapping (`MemAvailable`).
@@ -27,20 +27,32 @@ fn meminfo(field: &str) -> Result<u64, Failure> {
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
         .map(|kib| kib << 10)
-        .ok_or_else(|| Failure::new(Kind::Host, format!("/proc/meminfo has no {field}")))
+        .ok_or_else(|| Failure::new(FailureKind::Host, format!("/proc/meminfo has no {field}")))
+}
+
+/// The processes whose parent is `parent`, as far as /proc shows them.
+pub fn children_of(parent: u32) -> Vec<u32> {
+    let parent_of = |pid: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name in parentheses may hold anything; the parent is the second field behind it.
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<u32>().ok()
+    };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| parent_of(*pid) == Some(parent)).collect()
 }
 
 /// Fails unless so much RAM is free.
 ///
 /// # Errors
-/// [`Kind::Resources`], saying how much there is.
+/// [`FailureKind::Resources`], saying how much there is.
 pub fn need_free_ram(bytes: u64, what: &str) -> Result<(), Failure> {
     let free = available_ram()?;
     if bytes <= free {
         return Ok(());
     }
     Err(Failure::new(
-        Kind::Resources,
+        FailureKind::Resources,
         format!(
             "{what} needs {:#} of RAM, but this host has {:#} free: choose a smaller --ram, or end something else",
             Size(bytes),
@@ -63,14 +75,14 @@ pub fn free_disk(path: &Path) -> Result<u64, Failure> {
 /// Fails unless a store of so many bytes has room beside `promised` bytes of others.
 ///
 /// # Errors
-/// [`Kind::Resources`], saying how much there is.
+/// [`FailureKind::Resources`], saying how much there is.
 pub fn need_free_disk(path: &Path, bytes: u64, promised: u64) -> Result<(), Failure> {
     let free = free_disk(path)?.saturating_sub(promised);
     if bytes <= free {
         return Ok(());
     }
     Err(Failure::new(
-        Kind::Resources,
+        FailureKind::Resources,
         format!(
             "the store needs up to {:#} in {}, where {:#} is free: make room, choose another --store, or a larger --ram",
             Size(bytes),
@@ -91,7 +103,7 @@ mod tests {
         assert!(free_disk(Path::new("/")).is_ok());
         assert!(free_disk(Path::new("/no/such/place")).is_err());
         need_free_ram(4096, "a page").unwrap();
-        assert_eq!(need_free_ram(u64::MAX, "all").unwrap_err().kind, Kind::Resources);
-        assert_eq!(need_free_disk(Path::new("/"), u64::MAX, 0).unwrap_err().kind, Kind::Resources);
+        assert_eq!(need_free_ram(u64::MAX, "all").unwrap_err().kind, FailureKind::Resources);
+        assert_eq!(need_free_disk(Path::new("/"), u64::MAX, 0).unwrap_err().kind, FailureKind::Resources);
     }
 }

@@ -1,8 +1,8 @@
-//! What a program that ends has said last, short enough to be sent to another host.
+//! The last lines that a program wrote before it ended, short enough to be sent to another host.
 
-/// What of it is sent.
+/// Most bytes that are sent.
 const WORDS_MAX: usize = 600;
-/// What is read of a log for that.
+/// Bytes of a log's end that are read for that.
 pub const LOG_BYTES_MAX: u64 = 64 << 10;
 
 /// The lines as one; of a long one its end.

@@ -15,11 +15,12 @@ use tracing::{info, warn};
 use crate::control::protocol::{MigrateRequest, MigrationStat, State};
 use crate::control::server::Client;
 use crate::doubt;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
+use crate::hold::Whereabouts;
 use crate::life::CAUGHT;
 use crate::size::Size;
-use crate::source_vm::Leaving;
-use crate::vm::{Event, Phase, Vm};
+use crate::source_vm::{Leaving, vm_error};
+use crate::vm::{Vm, VmEvent};
 
 /// How often it is looked whether whoever asked is still there.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
@@ -32,8 +33,7 @@ const SPEED_WINDOW: Duration = Duration::from_millis(500);
 
 enum Step {
     Progress(MigrationStat),
-    /// With the reason why the VM cannot move, if that was found on the way.
-    Ended(Result<Report, SendError>, Option<Failure>),
+    Ended(Result<Report, SendError>),
 }
 
 /// Moves the VM away. Answers when it has moved, or stays; cancels if the client goes away.
@@ -46,8 +46,8 @@ pub(crate) fn migrate(
     wait_until_set_up(vm, client);
     vm.memory()?.engine()?;
     begin(vm, &request.to)?;
-    if let Err(failure) = vm.guest(|guest| guest.may_move()) {
-        vm.core(|core| (core.phase, core.migration) = (Phase::Here, None));
+    if let Err(failure) = vm.machine(|machine| machine.may_move()) {
+        vm.locked(|state| (state.whereabouts, state.migration) = (Whereabouts::Here, None));
         vm.go_on();
         return Err(stays(vm, failure));
     }
@@ -59,12 +59,12 @@ pub(crate) fn migrate(
         let sent = catch_unwind(AssertUnwindSafe(|| send(&mut leaving, &options, &steps)));
         CAUGHT.set(false);
         let result = sent.unwrap_or_else(|_| Err(leaving.after_panic(&options.to)));
-        settle(&mover, &options, &result);
-        let _ = steps.send(Step::Ended(result, leaving.cannot));
+        note_where(&mover, &options, &result);
+        let _ = steps.send(Step::Ended(result));
         doubt::ask_until_known(&mover);
     });
     if let Err(error) = spawned {
-        vm.core(|core| (core.phase, core.migration) = (Phase::Here, None));
+        vm.locked(|state| (state.whereabouts, state.migration) = (Whereabouts::Here, None));
         vm.go_on();
         return Err(Failure::io("cannot start the migration's thread", &error));
     }
@@ -75,14 +75,14 @@ pub(crate) fn migrate(
                     vm.cancel.store(true, Ordering::SeqCst);
                 }
             }
-            Ok(Step::Ended(result, cannot)) => return report(vm, &request.to, result, cannot),
+            Ok(Step::Ended(result)) => return report(vm, &request.to, result),
             Err(RecvTimeoutError::Timeout) if client.gone() || client.cancels() => {
                 vm.cancel.store(true, Ordering::SeqCst)
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Failure::new(
-                    Kind::Vm,
+                    FailureKind::Vm,
                     format!("the migration of {name:?} ended without a word: see its log"),
                 ));
             }
@@ -93,7 +93,8 @@ pub(crate) fn migrate(
 /// A VM that was started a moment ago may be asked to move at once.
 fn wait_until_set_up(vm: &Vm, client: &Client<'_>) {
     let deadline = Instant::now() + SET_UP_GRACE;
-    let setting_up = || vm.facts.daemon.is_none() && vm.core(|core| matches!(core.phase, Phase::Arriving));
+    let setting_up =
+        || vm.facts.daemon.is_none() && vm.locked(|state| matches!(state.whereabouts, Whereabouts::Arriving));
     while setting_up() && !client.gone() && Instant::now() < deadline {
         std::thread::sleep(CLIENT_POLL);
     }
@@ -107,7 +108,7 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
         let text = format!(
             "a RAM budget of {ram} is above the VM's memory of {memory}: give {most}, or leave --ram out"
         );
-        return Err(Failure::new(Kind::Usage, text));
+        return Err(Failure::new(FailureKind::Usage, text));
     }
     let mut options = SourceOptions::new(&vm.facts.name, &request.to);
     options.security = request.trust.security()?;
@@ -125,33 +126,33 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
 /// Running → migrating, in one step, so that two requests cannot both.
 fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
     let name = &vm.facts.name;
-    let cannot = |why: String| Failure::new(Kind::CannotMove, format!("{name:?} cannot move: {why}"));
+    let cannot = |why: String| Failure::new(FailureKind::CannotMove, format!("{name:?} cannot move: {why}"));
     if let Some(reason) = vm.guest_failure() {
         return Err(cannot(format!("its guest has failed: {reason}")));
     }
     if let (State::Shutdown | State::Incoming, Some(reason)) = vm.state() {
         return Err(cannot(reason));
     }
-    vm.core(|core| {
-        let why = match &core.phase {
+    vm.locked(|state| {
+        let why = match &state.whereabouts {
             // Whoever ends it is told that it is stopped, so it must not go anywhere.
-            Phase::Here if core.ender.is_some() || core.end.is_some() => "it is ending",
-            Phase::Here => {
+            Whereabouts::Here if state.ender.is_some() || state.end.is_some() => "it is ending",
+            Whereabouts::Here => {
                 vm.cancel.store(false, Ordering::SeqCst);
-                core.phase = Phase::Migrating;
-                core.migration = Some(MigrationStat {
+                state.whereabouts = Whereabouts::Migrating;
+                state.migration = Some(MigrationStat {
                     to: to.to_owned(),
                     phase: "connecting".to_owned(),
                     ..Default::default()
                 });
                 return Ok(());
             }
-            Phase::Arriving => "it is still arriving",
-            Phase::Migrating => "it is migrating already",
-            Phase::InDoubt { .. } => "a former hand-over is in doubt: `vmemd resolve` it first",
-            Phase::Moved { .. } => "it has moved already",
+            Whereabouts::Arriving => "it is still arriving",
+            Whereabouts::Migrating => "it is migrating already",
+            Whereabouts::InDoubt { .. } => "a former hand-over is in doubt: `vmemd resolve` it first",
+            Whereabouts::Moved { .. } => "it has moved already",
         };
-        Err(Failure::new(Kind::Name, format!("{name:?} cannot move: {why}")))
+        Err(Failure::new(FailureKind::Name, format!("{name:?} cannot move: {why}")))
     })
 }
 
@@ -163,14 +164,14 @@ fn send(
     let vm = leaving.vm;
     let handle = match vm.memory().and_then(|memory| memory.engine()) {
         Ok(handle) => handle.clone(),
-        Err(failure) => return Err(SendError::Vm(VmError(failure.text))),
+        Err(failure) => return Err(SendError::Vm(vm_error(failure))),
     };
     let started = Instant::now();
     let speed = Speed::new(started);
     let progress = |progress: Progress| {
         let mut stat = stat_of(&options.to, &progress, started);
         stat.bytes_per_second = speed.of(progress.bytes_sent);
-        vm.core(|core| core.migration = Some(stat.clone()));
+        vm.locked(|state| state.migration = Some(stat.clone()));
         vm.waits(progress.waiting);
         let _ = steps.send(Step::Progress(stat));
     };
@@ -217,20 +218,20 @@ impl Speed {
 }
 
 /// Notes where the VM is now.
-fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) {
+fn note_where(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) {
     let SourceOptions { to, security, .. } = options;
-    let phase = match result {
-        Ok(_) => Phase::Moved { to: to.clone() },
+    let whereabouts = match result {
+        Ok(_) => Whereabouts::Moved { to: to.clone() },
         Err(SendError::InDoubt { session, to }) => return doubt::begin(vm, *session, to, security),
-        Err(_) => Phase::Here,
+        Err(_) => Whereabouts::Here,
     };
-    vm.core(|core| (core.phase, core.migration, core.waiting) = (phase, None, None));
+    vm.locked(|state| (state.whereabouts, state.migration, state.waiting) = (whereabouts, None, None));
     vm.go_on();
     // Only now: whatever becomes of the log, the VM is where it is.
     let name = &vm.facts.name;
     match result {
         Ok(report) => {
-            let _ = vm.events.send(Event::Moved);
+            let _ = vm.events.send(VmEvent::Moved);
             info!(vm = %name, to, downtime_ms = report.downtime_ms, "moved");
             if let Some(why) = &report.downtime_missed {
                 warn!(vm = %name, downtime_ms = report.downtime_ms, target_ms = report.downtime_target_ms, %why, "the downtime target was missed");
@@ -246,20 +247,17 @@ fn settle(vm: &Vm, options: &SourceOptions, result: &Result<Report, SendError>) 
     }
 }
 
-fn report(
-    vm: &Vm,
-    to: &str,
-    result: Result<Report, SendError>,
-    cannot: Option<Failure>,
-) -> Result<Value, Failure> {
+fn report(vm: &Vm, to: &str, result: Result<Report, SendError>) -> Result<Value, Failure> {
     match result {
         Ok(report) => {
-            let mut value =
-                serde_json::to_value(report).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+            let mut value = serde_json::to_value(report).map_err(|error| Failure::other(&error))?;
             value["to"] = to.into();
             Ok(value)
         }
-        Err(SendError::Vm(_)) if let Some(cannot) = cannot => Err(stays(vm, cannot)),
+        // No failure of the VM's: it is told as it would have been before a byte moved.
+        Err(SendError::Vm(error @ (VmError::CannotMove(_) | VmError::TooMuchState { .. }))) => {
+            Err(stays(vm, Failure::new(FailureKind::CannotMove, error.to_string())))
+        }
         Err(error) if error.still_here() => Err(stays(vm, Failure::from(error))),
         Err(error) => Err(Failure::from(error)),
     }
@@ -271,7 +269,7 @@ fn stays(vm: &Vm, failure: Failure) -> Failure {
         return Failure::new(ended.kind, gone(vm, &ended));
     }
     let name = &vm.facts.name;
-    let text = match vm.core(|core| core.ender) {
+    let text = match vm.locked(|state| state.ender) {
         Some(by) => format!("{} by {by}: {name:?} has not moved, and ends here", failure.text),
         None => format!("{}; {name:?} {}", failure.text, vm.stays()),
     };

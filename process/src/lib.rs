@@ -1,12 +1,13 @@
-//! What the process of one VM does, whatever its machine: its control socket, its life, leaving and arriving.
+//! The process of one VM, whatever its machine: its control socket, its life, leaving and arriving.
 //!
 //! ```text
 //!   run ──────────────▶ Here ◀──────────── taken back ───────────┐
 //!   receive ▶ Arriving ──┘ │ migrate                              │
 //!                          └──▶ Migrating ──▶ Moved     or    InDoubt
 //! ```
-//! The machine is a [`Guest`]; one that is still to come, a [`Newcomer`]. The process is either ours from its first
-//! instruction, or another program's in which this crate is a guest itself, such as QEMU: see [`Owner`] for what differs.
+//! The VM's processors and devices are a [`Machine`]; one that is still to come, a [`Newcomer`]. The process is either
+//! ours from its first instruction, or another program's in which this crate is a guest itself, such as QEMU: see
+//! [`Owner`] for what differs.
 //!
 //! A program that embeds a VM goes these steps, on a thread of its own. Every thread that is started here inherits that
 //! one's signal mask: block all signals on it first, where the program takes its signals on threads of its choice.
@@ -40,9 +41,10 @@ mod arrive;
 mod doubt;
 mod facts;
 pub mod granted;
-mod guest;
+mod hold;
 mod leave;
 mod life;
+mod machine;
 mod memory;
 mod process;
 mod record;
@@ -51,8 +53,8 @@ mod vm;
 
 pub use arrive::{Arrival, ArriveSettings};
 pub use facts::Facts;
-pub use guest::{Guest, GuestView, Newcomer, RunState};
 pub use life::End;
+pub use machine::{GuestView, Machine, Newcomer, RunState};
 pub use memory::{Memory, MemorySpec};
 pub use process::{NameHold, Owner, Process};
 pub use vm::OnEnd;

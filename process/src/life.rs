@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tracing::{error, info, warn};
 
-use crate::control::rundir::Place;
+use crate::control::rundir::SocketName;
 use crate::control::server::Server;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
+use crate::hold::Whereabouts;
 use crate::memory::Memory;
 use crate::signals;
-use crate::vm::{Core, Event, Phase, Told, Vm};
+use crate::vm::{Told, Vm, VmEvent, VmState};
 
 /// How often the guest is looked at without an event: only to log that it failed.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -23,9 +24,9 @@ const LOOK_EVERY_ENDING: Duration = Duration::from_millis(100);
 /// How long a migration may take to notice that it is cancelled.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than this nobody is at work on what changes of a VM.
-const CORE_LIMIT: Duration = Duration::from_millis(200);
+const LOCK_LIMIT: Duration = Duration::from_millis(200);
 /// How long clients may take to fetch their answers.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
+const ANSWERS_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The thread that receives: what it leaves behind when it panics is put in order where it is started.
 pub(crate) const RECEIVER: &str = "receive";
@@ -44,8 +45,8 @@ pub(crate) enum Ended {
     NotArrived(Failure),
 }
 
-/// Makes the process the VM's own. Signals become events. A signal before there is memory ends the process at once: nothing is there to unwind
-/// but the socket, and setting memory up cannot be interrupted.
+/// Makes the process the VM's own. Signals become events. A signal before there is memory ends the process at once:
+/// nothing is there to unwind but the socket, and setting memory up cannot be interrupted.
 pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
     signals::install()?;
     die_on_panic(vm.clone());
@@ -60,18 +61,18 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
                 }
             };
             if vm.memory.get().is_none() {
-                drop(vm.core(|core| core.claim.take()));
-                std::process::exit(i32::from(Kind::Interrupted.exit_code()));
+                drop(vm.locked(|state| state.claim.take()));
+                std::process::exit(i32::from(FailureKind::Interrupted.exit_code()));
             }
-            let _ = vm.events.send(Event::Signal(signal));
+            let _ = vm.events.send(VmEvent::Signal(signal));
         })
         .map(|_| ())
         .map_err(|error| Failure::io("cannot start the signal thread", &error))
 }
 
-/// A panic on any thread ends the process, behind its last words: a VM with one of its threads missing would hang rather than fail.
-/// Except while a thread receives or sends: the VM can do without that thread, which catches its own panic and knows at which side
-/// the VM is then.
+/// A panic on any thread ends the process, behind its last words: a VM with one of its threads missing would hang
+/// rather than fail. Except while a thread receives or sends: the VM can do without that thread, which catches its own
+/// panic and knows at which side the VM is then.
 fn die_on_panic(vm: Arc<Vm>) {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -84,30 +85,30 @@ fn die_on_panic(vm: Arc<Vm>) {
 }
 
 /// Serves the VM's events until it is to end.
-pub(crate) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
+pub(crate) fn live(vm: &Vm, events: &Receiver<VmEvent>) -> Ended {
     let mut ending: Option<(Ended, Instant)> = None;
     let mut failure_told = false;
     loop {
         let patience = if ending.is_some() { LOOK_EVERY_ENDING } else { LOOK_EVERY };
         match events.recv_timeout(patience) {
-            Ok(Event::Notice(notice)) => vm.notice(notice),
-            Ok(Event::Arrived(Ok(()))) | Err(RecvTimeoutError::Timeout) => {}
-            Ok(Event::Arrived(Err(failure))) => return Ended::NotArrived(failure),
-            Ok(Event::Stop) => ending = Some(vm.is_to_end(Ended::Stopped, "`vmemd stop`")),
-            Ok(Event::Signal(signal)) => {
+            Ok(VmEvent::Notice(notice)) => vm.notice(notice),
+            Ok(VmEvent::Arrived(Ok(()))) | Err(RecvTimeoutError::Timeout) => {}
+            Ok(VmEvent::Arrived(Err(failure))) => return Ended::NotArrived(failure),
+            Ok(VmEvent::Stop) => ending = Some(vm.is_to_end(Ended::Stopped, "`vmemd stop`")),
+            Ok(VmEvent::Signal(signal)) => {
                 ending = Some(vm.is_to_end(Ended::Signal(signal), signals::name(signal)))
             }
-            Ok(Event::Moved) => {}
+            Ok(VmEvent::Moved) => {}
             // The VM itself holds a sender.
             Err(RecvTimeoutError::Disconnected) => unreachable!("the VM holds a sender of its events"),
         }
-        let phase = vm.core(|core| core.phase.clone());
-        if let Phase::Moved { to } = phase {
+        let whereabouts = vm.locked(|state| state.whereabouts.clone());
+        if let Whereabouts::Moved { to } = whereabouts {
             return Ended::Moved { to };
         }
         if let Some((end, deadline)) = ending.take() {
             vm.cancel.store(true, std::sync::atomic::Ordering::SeqCst);
-            let settled = matches!(phase, Phase::Here | Phase::InDoubt { .. });
+            let settled = matches!(whereabouts, Whereabouts::Here | Whereabouts::InDoubt { .. });
             if settled || Instant::now() >= deadline {
                 return end;
             }
@@ -123,9 +124,9 @@ pub(crate) fn live(vm: &Vm, events: &Receiver<Event>) -> Ended {
 impl Vm {
     /// From now on a migration that ends knows why. Until when it is waited for.
     fn is_to_end(&self, end: Ended, by: &'static str) -> (Ended, Instant) {
-        let migrating = self.core(|core| {
-            core.ender = Some(by);
-            matches!(core.phase, Phase::Migrating)
+        let migrating = self.locked(|state| {
+            state.ender = Some(by);
+            matches!(state.whereabouts, Whereabouts::Migrating)
         });
         if migrating {
             info!(vm = %self.facts.name, by, "it is to end here: its migration is cancelled, if it is not too late for that");
@@ -135,9 +136,9 @@ impl Vm {
 
     /// Tells whoever stopped the VM, or does so from now on, what became of it.
     pub(crate) fn has_ended(&self, told: &Told) {
-        self.core(|core| {
-            core.end.get_or_insert_with(|| told.clone());
-            core.stoppers.drain(..).for_each(|stopper| drop(stopper.send(told.clone())));
+        self.locked(|state| {
+            state.end.get_or_insert_with(|| told.clone());
+            state.stoppers.drain(..).for_each(|stopper| drop(stopper.send(told.clone())));
         });
     }
 
@@ -147,42 +148,44 @@ impl Vm {
 
     /// Where a VM may run whose process ends in the middle of a hand-over.
     pub(crate) fn may_run_at(&self) -> Option<String> {
-        self.core(|core| {
-            may_run_elsewhere(core)
-                .then(|| core.migration.as_ref().map_or_else(String::new, |stat| stat.to.clone()))
+        self.locked(|state| {
+            may_run_elsewhere(state)
+                .then(|| state.migration.as_ref().map_or_else(String::new, |stat| stat.to.clone()))
         })
     }
 
-    /// What the end of this process by a bug means, whoever starts VMs again that have failed: nobody may who might have two then.
-    fn crashed(&self) -> Kind {
-        let kind = |core: &mut Core| match core.phase {
-            Phase::Moved { .. } => Kind::Moved,
-            Phase::InDoubt { .. } => Kind::InDoubt,
-            _ if may_run_elsewhere(core) => Kind::InDoubt,
-            _ => Kind::Vm,
+    /// The exit code's kind if a bug ends this process. It tells whatever restarts failed VMs: nobody may who might
+    /// have two then.
+    fn crashed(&self) -> FailureKind {
+        let kind = |state: &mut VmState| match state.whereabouts {
+            Whereabouts::Moved { .. } => FailureKind::Moved,
+            Whereabouts::InDoubt { .. } => FailureKind::InDoubt,
+            _ if may_run_elsewhere(state) => FailureKind::InDoubt,
+            _ => FailureKind::Vm,
         };
-        let deadline = Instant::now() + CORE_LIMIT;
+        let deadline = Instant::now() + LOCK_LIMIT;
         loop {
-            match self.try_core(kind) {
+            match self.try_locked(kind) {
                 Some(kind) => return kind,
                 // It is the thread that panics that is at work on it.
-                None if Instant::now() >= deadline => return Kind::InDoubt,
+                None if Instant::now() >= deadline => return FailureKind::InDoubt,
                 None => std::thread::sleep(Duration::from_millis(1)),
             }
         }
     }
 }
 
-fn may_run_elsewhere(core: &Core) -> bool {
+fn may_run_elsewhere(state: &VmState) -> bool {
     // From then on the target may start it.
-    matches!(core.phase, Phase::Migrating)
-        && core.claim.as_ref().is_none_or(|claim| matches!(claim.place(), Place::Leaving(..)))
+    matches!(state.whereabouts, Whereabouts::Migrating)
+        && state.claim.as_ref().is_none_or(|claim| matches!(claim.socket(), SocketName::Leaving(..)))
 }
 
 /// How a VM's life in this process has ended.
 #[derive(Debug)]
 pub struct End {
-    /// Stopped, or why it ended otherwise ([`Kind::Moved`]: it has moved away): what the process's exit code says.
+    /// Stopped, or why it ended otherwise ([`FailureKind::Moved`]: it has moved away): what the process's exit code
+    /// says.
     pub result: Result<(), Failure>,
     /// The guest has been told to quit. If not, it does not end by itself: it had not come yet, or a vCPU of it waits
     /// for a page that never comes. The process must then be ended without it.
@@ -207,16 +210,16 @@ pub(crate) fn finish(
     let result = outcome(vm, &ended);
     vm.has_ended(&match (&ended, &result) {
         (Ended::Moved { to }, _) => Ok(json!({ "name": name, "state": "moved", "to": to })),
-        (_, Err(failure)) if failure.kind == Kind::InDoubt => Err(failure.clone()),
+        (_, Err(failure)) if failure.kind == FailureKind::InDoubt => Err(failure.clone()),
         _ => vm.stopped(),
     });
     let mut quit = false;
-    server.drain(DRAIN_TIMEOUT);
+    server.wait_answered(ANSWERS_TIMEOUT);
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
     vm.tell_end(&result);
-    if worker_done && still && !vm.core(|core| matches!(core.phase, Phase::Migrating)) {
-        match vm.quit_guest() {
+    if worker_done && still && !vm.locked(|state| matches!(state.whereabouts, Whereabouts::Migrating)) {
+        match vm.quit_machine() {
             Ok(told) => {
                 quit = told;
                 memory.stop();
@@ -241,30 +244,30 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
     match ended {
         Ended::Moved { to } => {
             info!(vm = %name, %to, "the VM has moved; this process ends");
-            return Err(Failure::new(Kind::Moved, format!("{name} has moved to {to}")));
+            return Err(Failure::new(FailureKind::Moved, format!("{name} has moved to {to}")));
         }
         Ended::NotArrived(failure) => return Err(failure.clone()),
         Ended::Stopped | Ended::Signal(_) => {}
     }
     if let Some(reason) = failed {
-        return Err(Failure::new(Kind::Vm, format!("the guest of {name:?} failed: {reason}")));
+        return Err(Failure::new(FailureKind::Vm, format!("the guest of {name:?} failed: {reason}")));
     }
     if mismatched > 0 {
         let text = format!("the guest of {name:?} found {mismatched} pages with the wrong content");
-        return Err(Failure::new(Kind::Vm, text));
+        return Err(Failure::new(FailureKind::Vm, text));
     }
-    if let Phase::InDoubt { session, to, .. } = vm.core(|core| core.phase.clone()) {
+    if let Whereabouts::InDoubt { session, to, .. } = vm.locked(|state| state.whereabouts.clone()) {
         let text = format!(
             "{name:?} was stopped here while it was in doubt whether it runs at {to} (session {session})"
         );
-        return Err(Failure::new(Kind::InDoubt, text));
+        return Err(Failure::new(FailureKind::InDoubt, text));
     }
     if let Some(to) = vm.may_run_at() {
         let text = format!(
             "{name:?} was stopped here in the middle of its hand-over to {to}, which may have happened: see `vmemd list` there before it \
              is started again"
         );
-        return Err(Failure::new(Kind::InDoubt, text));
+        return Err(Failure::new(FailureKind::InDoubt, text));
     }
     match ended {
         Ended::Signal(signal) => Err(signals::interrupted(*signal)),
@@ -273,12 +276,12 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
 }
 
 fn stand_still(vm: &Vm) -> bool {
-    match vm.guest(|guest| if guest.view().failed.is_some() { Ok(()) } else { guest.pause() }) {
+    match vm.machine(|machine| if machine.view().failed.is_some() { Ok(()) } else { machine.pause() }) {
         Ok(()) => true,
         Err(error) => {
             info!(vm = %vm.facts.name, %error, "while stopping");
             // It is not here, or sleeps.
-            error.kind == Kind::Name
+            error.kind == FailureKind::Name
         }
     }
 }

@@ -1,11 +1,12 @@
-//! What a store's pages end on: a disk, this host's own RAM, or another host.
+//! The medium that a store's pages end on: a disk, this host's own RAM, or another host. A store in RAM would move
+//! pages from RAM to RAM, so it is refused unless the user insists.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// File systems over others, such as a loop device over a file, are looked through so often.
 const LAYERS_MAX: u32 = 8;
@@ -27,7 +28,7 @@ const OVERLAY: u32 = 0x794c_7630;
 /// Block devices whose content is RAM.
 const RAM_DEVICES: &[&str] = &["zram", "ram"];
 
-/// What a store is on.
+/// The medium of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Medium {
     /// A disk, or what could not be looked into.
@@ -57,7 +58,7 @@ pub fn need_disk(store: &Path, wanted: bool) -> Result<(), Failure> {
                  choose a --store on a disk, or give --store-in-ram for a trial",
                 store.display()
             );
-            Err(Failure::new(Kind::Usage, text))
+            Err(Failure::new(FailureKind::Usage, text))
         }
         _ => Ok(()),
     }
@@ -226,7 +227,7 @@ mod tests {
                 assert_eq!(Medium::of(Path::new(dir)), Medium::Ram("tmpfs".to_owned()), "{dir}");
                 let refused = need_disk(Path::new(dir), false).unwrap_err();
                 assert!(refused.text.contains("--store-in-ram"), "{refused}");
-                assert_eq!(refused.kind, Kind::Usage);
+                assert_eq!(refused.kind, FailureKind::Usage);
                 need_disk(Path::new(dir), true).unwrap();
             }
         }

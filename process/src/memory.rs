@@ -1,4 +1,4 @@
-//! What holds a VM's memory: the swap engine, or (for comparisons) an ordinary mapping.
+//! A VM's memory: held by the swap engine, or (for comparisons) an ordinary mapping.
 
 use std::path::PathBuf;
 
@@ -6,9 +6,9 @@ use migrate::{PlainMemory, TargetMemory};
 use swapd::{Engine, EngineConfig, EngineHandle, Notice, PageNo, Stats, StoreConfig};
 
 use crate::control::protocol::EngineKind;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
-/// What memory a VM shall have.
+/// The memory that a VM shall have.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct MemorySpec {
     /// What is to hold it: the swap engine, or an ordinary mapping.
@@ -73,7 +73,7 @@ impl Memory {
                 Ok(memory) => Ok(Memory(Kept::Plain(memory))),
                 Err(error) => {
                     let text = format!("no address space for the VM's memory: {error}");
-                    Err(Failure::new(Kind::Resources, text))
+                    Err(Failure::new(FailureKind::Resources, text))
                 }
             },
         }
@@ -119,7 +119,7 @@ impl Memory {
     }
 }
 
-/// What other threads need of the memory.
+/// The part of the memory's interface that other threads use.
 #[derive(Clone, Debug)]
 pub(crate) enum MemoryView {
     Engine(EngineHandle),
@@ -145,7 +145,7 @@ impl MemoryView {
         match self {
             MemoryView::Engine(handle) => Ok(handle),
             MemoryView::Plain(_) => Err(Failure::new(
-                Kind::Usage,
+                FailureKind::Usage,
                 "this VM has plain memory (--engine plain): it can neither move nor change its budget",
             )),
         }

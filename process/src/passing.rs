@@ -50,8 +50,8 @@ pub fn receive_fd(socket: &UnixStream, timeout: Duration) -> io::Result<(OwnedFd
     }
 }
 
-/// Receives a descriptor with some bytes, and says how many. Bytes that come with no descriptor, or with more than one, are an
-/// error: the sender is not one of ours. Descriptors that nobody asked for are closed.
+/// Receives a descriptor with some bytes, and says how many. Bytes that come with no descriptor, or with more than one,
+/// are an error: the sender is not one of ours. Descriptors that nobody asked for are closed.
 ///
 /// # Errors
 /// As [`receive_fd`].

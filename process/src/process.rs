@@ -8,18 +8,20 @@ use std::time::{Duration, Instant};
 
 use swapd::Notice;
 
-use crate::actions::Control;
+use crate::actions::VmService;
 use crate::control::rundir::Claim;
 use crate::control::server::Server;
 use crate::facts::Facts;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::granted::{Granted, Share};
-use crate::guest::Guest;
+use crate::hold::Whereabouts;
 use crate::life::{self, End};
+use crate::machine::Machine;
 use crate::memory::Memory;
-use crate::vm::{Event, OnEnd, Phase, Vm, lock};
+use crate::vm::{OnEnd, Vm, VmEvent, lock};
 
-/// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the same reason.
+/// How long a program that ends lets an answer under way be written: that of a migration that has just failed for the
+/// same reason.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 /// Between two looks at whether a migration has ended.
 const SETTLE_POLL: Duration = Duration::from_millis(2);
@@ -38,7 +40,7 @@ pub enum Owner {
 pub struct Process {
     pub(crate) vm: Arc<Vm>,
     pub(crate) server: Server,
-    pub(crate) events: Receiver<Event>,
+    pub(crate) events: Receiver<VmEvent>,
 }
 
 impl Process {
@@ -64,13 +66,13 @@ impl Process {
         owner: Owner,
     ) -> Result<Process, Failure> {
         let (sender, events) = channel();
-        let vm = Arc::new(Vm::new(facts, Phase::Arriving, (claim, granted), sender));
+        let vm = Arc::new(Vm::new(facts, Whereabouts::Arriving, (claim, granted), sender));
         let name = NameHold { vm: vm.clone(), server: None };
         let serve = || {
             if owner == Owner::Ours {
                 life::take_process_over(&vm)?;
             }
-            Server::start(listener, Arc::new(Control(vm.clone())))
+            Server::start(listener, Arc::new(VmService(vm.clone())))
         };
         match serve() {
             Ok(server) => Ok(Process { vm, server, events }),
@@ -84,20 +86,20 @@ impl Process {
     /// The VM never came to be: tells whoever has stopped it meanwhile.
     pub fn give_up(&self) {
         self.vm.has_ended(&self.vm.stopped());
-        self.server.drain(GIVE_UP_DRAIN);
+        self.server.wait_answered(GIVE_UP_ANSWER_LIMIT);
     }
 
-    /// What the engine is to tell its notices to.
+    /// The listener to start the engine with: it passes the engine's notices to the main loop.
     pub fn notices(&self) -> impl Fn(Notice) + Send + 'static {
         let events = self.vm.events.clone();
         move |notice| {
             // The receiver is gone only when the process is ending.
-            let _ = events.send(Event::Notice(notice));
+            let _ = events.send(VmEvent::Notice(notice));
         }
     }
 
-    /// Has it told how the VM's life has ended, before the guest is told to quit. For a guest that takes the process along, as a QEMU
-    /// does: what is said behind that may never be heard.
+    /// Has it told how the VM's life has ended, before the guest is told to quit. For a guest that takes the process
+    /// along, as a QEMU does: what is said behind that may never be heard.
     pub fn on_end(&self, tell: OnEnd) {
         let _ = self.vm.on_end.set(tell);
     }
@@ -108,13 +110,13 @@ impl Process {
     }
 
     /// Lives with a new VM, which `set_up` makes and lets run, until it is stopped or has moved away.
-    pub fn run(&self, memory: Memory, set_up: impl FnOnce() -> Result<Box<dyn Guest>, Failure>) -> End {
+    pub fn run(&self, memory: Memory, set_up: impl FnOnce() -> Result<Box<dyn Machine>, Failure>) -> End {
         let vm = &self.vm;
         let _ = vm.memory.set(memory.view());
         match set_up() {
-            Ok(guest) => {
-                vm.set_guest(guest);
-                vm.core(|core| core.phase = Phase::Here);
+            Ok(machine) => {
+                vm.set_machine(machine);
+                vm.locked(|state| state.whereabouts = Whereabouts::Here);
             }
             Err(failure) => {
                 memory.stop();
@@ -136,7 +138,7 @@ impl Drop for Process {
 }
 
 /// How long whoever stops a VM that never came to be may take to fetch the answer.
-const GIVE_UP_DRAIN: Duration = Duration::from_secs(3);
+const GIVE_UP_ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
 /// The VM's name, for letting go of it when the process ends by another way than [`Process`]'s.
 #[derive(Clone, Debug)]
@@ -146,36 +148,37 @@ pub struct NameHold {
 }
 
 impl NameHold {
-    /// The program ends, and the VM with it: whoever moves it is told why, and so is the target. Waits for that, at most `limit`.
+    /// The program ends, and the VM with it: whoever moves it is told why, and so is the target. Waits for that, at
+    /// most `limit`.
     pub fn ends(&self, why: impl FnOnce() -> Failure, limit: Duration) {
-        let migrates = || self.vm.core(|core| matches!(core.phase, Phase::Migrating));
+        let migrates = || self.vm.locked(|state| matches!(state.whereabouts, Whereabouts::Migrating));
         let mut deadline = Instant::now() + limit.min(ANSWER_LIMIT);
         if migrates() {
             deadline = Instant::now() + limit;
-            self.vm.core(|core| core.ended = Some(why()));
+            self.vm.locked(|state| state.ended = Some(why()));
             self.vm.cancel.store(true, Ordering::SeqCst);
         }
         while migrates() && Instant::now() < deadline {
             std::thread::sleep(SETTLE_POLL);
         }
         if let Some(server) = &self.server {
-            server.drain(deadline.saturating_duration_since(Instant::now()));
+            server.wait_answered(deadline.saturating_duration_since(Instant::now()));
         }
     }
 
     /// Removes the control socket's file. Short, and harmless when repeated: fit for an `atexit` handler.
     pub fn release(&self) {
-        drop(self.vm.core(|core| core.claim.take()));
+        drop(self.vm.locked(|state| state.claim.take()));
         drop(lock(&self.vm.granted).take());
     }
 
-    /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be started here again.
-    /// Before [`NameHold::release`].
-    pub fn end(&self) -> Option<Kind> {
-        match self.vm.core(|core| core.phase.clone()) {
-            Phase::Moved { .. } => Some(Kind::Moved),
-            Phase::InDoubt { .. } => Some(Kind::InDoubt),
-            _ => self.vm.may_run_at().map(|_| Kind::InDoubt),
+    /// How the process is to end, whatever its program makes of it: the VM runs elsewhere, or may, and is not to be
+    /// started here again. Before [`NameHold::release`].
+    pub fn end(&self) -> Option<FailureKind> {
+        match self.vm.locked(|state| state.whereabouts.clone()) {
+            Whereabouts::Moved { .. } => Some(FailureKind::Moved),
+            Whereabouts::InDoubt { .. } => Some(FailureKind::InDoubt),
+            _ => self.vm.may_run_at().map(|_| FailureKind::InDoubt),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What is agreed between whoever starts a QEMU and the preload in it: one JSON text in the environment.
+//! The agreement between the program that starts a QEMU and the preload in it: one JSON text in the environment.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -12,14 +12,14 @@ use crate::memory::MemorySpec;
 pub const VARIABLE: &str = "VMEMD_PRELOAD";
 /// File name of the shared object that goes to `LD_PRELOAD`.
 pub const LIBRARY: &str = "libvmemd_preload.so";
-/// The environment variable of a question: the number of a pipe's descriptor, to which the preload writes an [`Answer`] a
-/// line, when the program begins and when it exits.
+/// The environment variable of a question: the number of a pipe's descriptor, to which the preload writes an
+/// [`PreloadAnswer`] a line, when the program begins and when it exits.
 pub const QUESTION: &str = "VMEMD_PRELOAD_QUESTION";
 /// Whoever starts a QEMU and the preload in it must be of one version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Guest memory is in files that are not there: the preload opens them for QEMU, and nothing else can, nor make them (in /proc
-/// nobody can). A QEMU without the preload prints this name, and ends.
+/// Guest memory is in files that are not there: the preload opens them for QEMU, and nothing else can, nor make them
+/// (in /proc nobody can). A QEMU without the preload prints this name, and ends.
 pub const MEMORY_FILES: &str =
     "/proc/libvmemd_preload.so-is-not-in-this-QEMU:LD_PRELOAD-was-lost-or-not-followed:see-docs/qemu.md/ram";
 
@@ -30,18 +30,19 @@ pub fn memory_file(index: usize) -> PathBuf {
 
 /// The preload's word in a program that it was loaded into.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Answer {
+pub struct PreloadAnswer {
     /// The program that the preload is in, without links in its path; empty if the kernel does not say.
     pub program: PathBuf,
     /// [`VERSION`] of the preload.
     pub version: String,
     /// What is wrong with the settings in the environment.
-    pub trouble: Option<String>,
+    #[serde(rename = "trouble")]
+    pub settings_error: Option<String>,
     /// The program exits, rather than begins: it has not become another one.
     pub exits: bool,
 }
 
-/// What the preload is told.
+/// The settings that the preload is given.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PreloadSettings {
     /// [`VERSION`] of whoever says this.
@@ -52,7 +53,8 @@ pub struct PreloadSettings {
     pub backends: Vec<Backend>,
     /// The monitor by which the preload drives the QEMU.
     pub qmp: QmpAddress,
-    /// QEMU's arguments, if it is something else than vmemd that starts it: its VM moves only if these are what it gets.
+    /// QEMU's arguments, if it is something else than vmemd that starts it: its VM moves only if these are what it
+    /// gets.
     pub args: Option<Vec<String>>,
     /// Whether the VM is new, and all that differs by that.
     pub role: Role,

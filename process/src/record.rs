@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::control::server::Client;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::vm::Vm;
 
 /// Longest recording: a day.
@@ -32,12 +32,12 @@ pub(crate) fn record_faults(vm: &Vm, seconds: u64, client: &mut Client<'_>) -> R
     let name = &vm.facts.name;
     if !(1..=SECONDS_MAX).contains(&seconds) {
         let text = format!("a recording of {seconds} s: choose between 1 and {SECONDS_MAX}");
-        return Err(Failure::new(Kind::Usage, text));
+        return Err(Failure::new(FailureKind::Usage, text));
     }
     let engine = vm.memory()?.engine()?;
     if vm.recording.swap(true, Ordering::SeqCst) {
         let text = format!("the faults of {name:?} are being recorded already: wait for the end of that");
-        return Err(Failure::new(Kind::Name, text));
+        return Err(Failure::new(FailureKind::Name, text));
     }
     let _turn = Turn(&vm.recording);
     let (mut recorded, mut dropped) = (0, 0);
@@ -54,11 +54,11 @@ pub(crate) fn record_faults(vm: &Vm, seconds: u64, client: &mut Client<'_>) -> R
         if !seen.faults.is_empty() || seen.dropped > 0 || now - told >= SIGN_OF_LIFE {
             told = now;
             if client.faults(seen).is_err() {
-                break Err(Failure::new(Kind::Interrupted, "the client is gone"));
+                break Err(Failure::new(FailureKind::Interrupted, "the client is gone"));
             }
         }
         if client.gone() {
-            break Err(Failure::new(Kind::Interrupted, "the client is gone"));
+            break Err(Failure::new(FailureKind::Interrupted, "the client is gone"));
         }
         if now >= end && (left == 0 || now >= end + DRAIN_MAX) {
             break Ok(());

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::{flag, low_level::pipe};
 
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 const WATCHED: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
@@ -28,7 +28,9 @@ static INSTALLED: OnceLock<Result<(), String>> = OnceLock::new();
 /// If the kernel refuses a pipe or the handlers.
 pub fn install() -> Result<(), Failure> {
     let installed = INSTALLED.get_or_init(|| take_over().map_err(|error| error.to_string()));
-    installed.clone().map_err(|text| Failure::new(Kind::Other, format!("cannot handle signals: {text}")))
+    installed
+        .clone()
+        .map_err(|text| Failure::new(FailureKind::Other, format!("cannot handle signals: {text}")))
 }
 
 fn take_over() -> io::Result<()> {
@@ -63,7 +65,7 @@ pub fn caught() -> Option<i32> {
 /// Fails if a signal was caught: to be called between the steps of long work.
 ///
 /// # Errors
-/// [`Kind::Interrupted`], naming the signal.
+/// [`FailureKind::Interrupted`], naming the signal.
 pub fn check() -> Result<(), Failure> {
     match caught() {
         Some(signal) => Err(interrupted(signal)),
@@ -73,7 +75,7 @@ pub fn check() -> Result<(), Failure> {
 
 /// The failure of whatever that signal has ended, which names it.
 pub fn interrupted(signal: i32) -> Failure {
-    Failure::new(Kind::Interrupted, format!("interrupted by {}", name(signal)))
+    Failure::new(FailureKind::Interrupted, format!("interrupted by {}", name(signal)))
 }
 
 pub(crate) fn name(signal: i32) -> &'static str {

@@ -1,12 +1,14 @@
 //! The VM as a migration's source stops it, saves it and lets it go on.
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use migrate::{Expected, SendError, SessionId, SourceVm, VmError};
 use tracing::error;
 
-use crate::failure::{Failure, Kind};
-use crate::vm::{BY_ITS_MONITOR, Core, DID_NOT_GO_ON, Vm};
+use crate::failure::{Failure, FailureKind};
+use crate::hold::{DID_NOT_GO_ON, Resumer, may_resume};
+use crate::vm::{Vm, VmState};
 
 /// How long it is tried again to let a VM go on that has not left: a target that ends may hold its disks' locks still.
 const RESUME_LIMIT: Duration = Duration::from_secs(5);
@@ -21,18 +23,16 @@ pub(crate) struct Leaving<'a> {
     unnamed: Option<SessionId>,
     /// From the moment on that the target may start it.
     session: Option<SessionId>,
-    /// Why it cannot move, if it has become such a VM on the way.
-    pub(crate) cannot: Option<Failure>,
 }
 
 impl<'a> Leaving<'a> {
     pub(crate) fn begin(vm: &'a Vm) -> Leaving<'a> {
-        Leaving { vm, paused: false, unnamed: None, session: None, cannot: None }
+        Leaving { vm, paused: false, unnamed: None, session: None }
     }
 
     /// A VM that stands still, and may have left.
     pub(crate) fn in_doubt(vm: &'a Vm) -> Leaving<'a> {
-        Leaving { vm, paused: true, unnamed: None, session: None, cannot: None }
+        Leaving { vm, paused: true, unnamed: None, session: None }
     }
 
     /// It has not left after all.
@@ -41,14 +41,15 @@ impl<'a> Leaving<'a> {
         self.resume()
     }
 
-    /// Remembers why it cannot move: that is not a failure of the VM.
-    fn failed(&mut self, failure: Failure) -> VmError {
-        self.cannot = Some(failure.clone()).filter(|failure| failure.kind == Kind::CannotMove);
-        text(failure)
+    fn failed(&self, failure: Failure) -> VmError {
+        match self.vm.ended() {
+            Some(_) => VmError::Ended(failure.text),
+            None => vm_error(failure),
+        }
     }
 
     /// If a machine that cannot move as it is was not stopped for that reason, then it is told as it would have been before a byte moved.
-    fn not_stopped(&mut self, failure: Failure) -> VmError {
+    fn not_stopped(&self, failure: Failure) -> VmError {
         self.failed(self.vm.unmovable().map_or(failure, cannot_move))
     }
 
@@ -62,17 +63,26 @@ impl<'a> Leaving<'a> {
             self.take_name_back();
         }
         let paused = self.paused;
-        self.vm.core(|core| core.paused = core.paused.or(paused.then_some(DID_NOT_GO_ON)));
-        SendError::Vm(VmError("a bug in vmemd ended the migration: see the panic in its log".to_owned()))
+        self.vm.locked(|state| {
+            if paused && state.hold.paused().is_none() {
+                state.hold.pause_by(DID_NOT_GO_ON);
+            }
+        });
+        SendError::Vm(VmError::Bug)
     }
 }
 
-fn text(failure: Failure) -> VmError {
-    VmError(failure.text)
+/// A failure of the VM's own process, as a migration knows it.
+pub(crate) fn vm_error(Failure { kind, text }: Failure) -> VmError {
+    match kind {
+        FailureKind::CannotMove => VmError::CannotMove(text),
+        FailureKind::Resources => VmError::Resources(text),
+        _ => VmError::Machine(text),
+    }
 }
 
 fn cannot_move(why: String) -> Failure {
-    Failure::new(Kind::CannotMove, format!("cannot move: {why}"))
+    Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"))
 }
 
 impl SourceVm for Leaving<'_> {
@@ -85,66 +95,64 @@ impl SourceVm for Leaving<'_> {
         if let Some(reason) = self.vm.over() {
             return Err(self.failed(cannot_move(reason)));
         }
-        self.vm.guest(|guest| guest.drain()).map_err(text)
+        self.vm.machine(|machine| machine.drain()).map_err(vm_error)
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        let looked = self.vm.guest(|guest| Ok((guest.runs()?, guest.run_state().is_some())));
+        let looked = self.vm.machine(|machine| Ok((machine.runs()?, machine.run_state().is_some())));
         let (runs, tells) = looked.map_err(|failure| self.not_stopped(failure))?;
-        self.vm.core(|core| {
-            if !runs && !core.stalled.as_ref().is_some_and(|stall| stall.ran) {
-                // By whatever means, such as a monitor of its user's.
-                core.paused = core.paused.or(Some(BY_ITS_MONITOR));
-            } else if runs && tells {
-                // Let go on by such means, too.
-                core.paused = None;
+        self.vm.locked(|state| {
+            if !runs {
+                state.hold.found_still();
+            } else if tells {
+                state.hold.found_running();
             }
         });
         self.paused = true;
-        self.vm.guest(|guest| guest.pause()).map_err(|failure| self.not_stopped(failure))
+        self.vm.machine(|machine| machine.pause()).map_err(|failure| self.not_stopped(failure))
     }
 
     fn stood_still(&self) -> bool {
-        self.vm.core(|core| core.paused.is_some())
+        self.vm.locked(|state| state.hold.paused().is_some())
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        // Whoever stalled it meanwhile wants it to stand still.
-        let stays = |core: &mut Core| core.stalled.is_some() || core.paused.is_some();
-        if !self.paused || self.vm.core(stays) || self.vm.ended().is_some() {
+        let who = Resumer::Source { stopped_it: self.paused };
+        let may = |state: &mut VmState| may_resume(who, &state.whereabouts, &state.hold);
+        if !self.vm.locked(may) || self.vm.ended().is_some() {
             return Ok(());
         }
         let deadline = Instant::now() + RESUME_LIMIT;
         loop {
-            let Err(failure) = self.vm.guest(|guest| guest.resume()) else { return Ok(()) };
+            let Err(failure) = self.vm.machine(|machine| machine.resume()) else { return Ok(()) };
             if Instant::now() >= deadline {
                 // Until its user resumes it.
-                self.vm.core(|core| core.paused = Some(DID_NOT_GO_ON));
-                return Err(text(failure));
+                self.vm.locked(|state| state.hold.pause_by(DID_NOT_GO_ON));
+                return Err(vm_error(failure));
             }
             std::thread::sleep(RESUME_RETRY);
         }
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        self.vm.guest(|guest| guest.save()).map_err(|failure| self.failed(failure))
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError> {
+        self.vm.machine(|machine| machine.save(to)).map_err(|failure| self.failed(failure))
     }
 
     fn expected(&mut self) -> Expected {
-        let state = self.vm.guest(|guest| Ok(guest.state_bytes())).ok().flatten();
+        let state = self.vm.machine(|machine| Ok(machine.state_bytes())).ok().flatten();
         Expected { state_bytes: state.unwrap_or(0), ..Expected::default() }
     }
 
     fn throttle(&mut self, percent: u8) {
-        let _ = self.vm.guest(|guest| {
-            guest.throttle(percent);
+        let _ = self.vm.machine(|machine| {
+            machine.throttle(percent);
             Ok(())
         });
     }
 
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
         self.unnamed = Some(session);
-        self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(text)
+        self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(vm_error)
     }
 
     fn may_start_there(&mut self) {
@@ -153,7 +161,7 @@ impl SourceVm for Leaving<'_> {
 
     fn take_name_back(&mut self) {
         (self.unnamed, self.session) = (None, None);
-        if let Err(error) = self.vm.claim(|claim| claim.settle()) {
+        if let Err(error) = self.vm.claim(|claim| claim.take_name()) {
             error!(vm = %self.vm.facts.name, %error, "the name could not be taken back: the VM runs on as one that is leaving");
         }
     }

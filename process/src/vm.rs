@@ -5,23 +5,23 @@ use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use migrate::tls::Security;
-use migrate::{SessionId, Wait};
+use migrate::Wait;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
 use crate::control::protocol::{ArrivalStat, MigrationStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::facts::Facts;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 use crate::granted::Granted;
-use crate::guest::{Guest, GuestView, RunState};
+use crate::hold::{BY_ITS_MONITOR, DID_NOT_GO_ON, Hold, Resumer, Want, Whereabouts, may_resume};
+use crate::machine::{GuestView, Machine, RunState};
 use crate::memory::MemoryView;
 use crate::size::Size;
 
-/// What the process's main loop is told.
+/// Messages to the process's main loop.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub(crate) enum VmEvent {
     Notice(Notice),
     Signal(i32),
     Stop,
@@ -36,55 +36,12 @@ pub(crate) const PINNED_BY: &str =
 /// Without an answer for so long, `stat` says that the store does not give one.
 const STORE_SILENCE_MS: u64 = 5000;
 
-/// Where the VM is in its life.
-#[derive(Clone, Debug)]
-pub(crate) enum Phase {
-    Arriving,
-    Here,
-    Migrating,
-    /// `said`: what the target said when it was asked last, or why it could not be asked.
-    InDoubt {
-        session: SessionId,
-        /// How to be sure that it is the target who answers.
-        security: Security,
-        to: String,
-        since: Instant,
-        said: String,
-    },
-    Moved {
-        to: String,
-    },
-}
-
-/// What a VM that is paused needs of its store.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Want {
-    /// Frames: it takes no writes.
-    Frames,
-    /// Pages: it gives none.
-    Pages,
-}
-
-/// A VM that is paused because it needs something that its store does not do.
-#[derive(Clone, Debug)]
-pub(crate) struct Stall {
-    /// One at least; the last one stays until the VM goes on.
-    reasons: Vec<(Want, String)>,
-    /// It ran until then: it goes on by itself.
-    pub(crate) ran: bool,
-    /// It has what it needs again, but a migration had the VM then.
-    relieved: bool,
-}
-
-/// What changes, under one lock. Nothing slow is done while it is held.
+/// The changing part of a VM, under one lock. Nothing slow is done while the lock is held.
 #[derive(Debug)]
-pub(crate) struct Core {
-    pub(crate) phase: Phase,
-    /// By whom or by what, if somebody wants it to stand still. Who let it go on past vmemd is not heard here: of a machine that says
-    /// what it does, that counts.
-    pub(crate) paused: Option<&'static str>,
-    /// It stands still for what its store does not do.
-    pub(crate) stalled: Option<Stall>,
+pub(crate) struct VmState {
+    pub(crate) whereabouts: Whereabouts,
+    /// Why it stands still, if it does.
+    pub(crate) hold: Hold,
     pub(crate) migration: Option<MigrationStat>,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
@@ -93,21 +50,15 @@ pub(crate) struct Core {
     pub(crate) ender: Option<&'static str>,
     /// The program whose process this is ends by itself, and why.
     pub(crate) ended: Option<Failure>,
-    /// Who waits to hear how it ended, and what they are told.
+    /// Channels of those who have asked it to stop and wait to hear how it ended; and the answer, once there is one.
     pub(crate) stoppers: Vec<Sender<Told>>,
     pub(crate) end: Option<Told>,
 }
 
-/// What whoever stops a VM is told.
+/// The answer to those who stop a VM.
 pub(crate) type Told = Result<serde_json::Value, Failure>;
 
-/// Who wants a VM to stand still.
-pub(crate) const BY_VMEMD: &str = "by `vmemd pause`";
-pub(crate) const BY_ITS_MONITOR: &str = "by a monitor of its QEMU, not by vmemd";
-pub(crate) const AS_IT_CAME: &str = "it was paused when it came";
-pub(crate) const DID_NOT_GO_ON: &str = "it could not be let go on: see its log";
-
-/// What is waited for, since when, and what ends the waiting.
+/// A wait: for something, since some time, up to a limit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Waiting {
     what: &'static str,
@@ -135,7 +86,7 @@ impl Waiting {
 pub(crate) struct Vm {
     pub(crate) facts: Facts,
     pub(crate) memory: OnceLock<MemoryView>,
-    pub(crate) events: Sender<Event>,
+    pub(crate) events: Sender<VmEvent>,
     /// Cancels the migration under way.
     pub(crate) cancel: AtomicBool,
     /// Its faults are being recorded.
@@ -144,14 +95,15 @@ pub(crate) struct Vm {
     pub(crate) budgeting: Mutex<()>,
     /// One at a time asks what became of a hand-over, and draws the conclusion.
     pub(crate) resolving: Mutex<()>,
-    guest: Mutex<Option<Box<dyn Guest>>>,
+    machine: Mutex<Option<Box<dyn Machine>>>,
     /// Until this process gives everything up.
     pub(crate) granted: Mutex<Option<Granted>>,
-    core: Mutex<Core>,
-    /// The guest's last known account, for when it is busy being paused.
+    state: Mutex<VmState>,
+    /// The machine's last known account, for when it is busy being paused.
     last_seen: Mutex<(GuestView, Option<RunState>)>,
     started: Instant,
-    /// Told how the VM has ended, before its guest is told to quit: where that ends the process, nothing can be said behind it.
+    /// Told how the VM has ended, before its guest is told to quit: where that ends the process, nothing can be said
+    /// behind it.
     pub(crate) on_end: OnceLock<OnEnd>,
 }
 
@@ -161,14 +113,13 @@ pub type OnEnd = fn(name: &str, result: &Result<(), Failure>);
 impl Vm {
     pub(crate) fn new(
         facts: Facts,
-        phase: Phase,
+        whereabouts: Whereabouts,
         (claim, granted): (Claim, Granted),
-        events: Sender<Event>,
+        events: Sender<VmEvent>,
     ) -> Vm {
-        let core = Core {
-            phase,
-            paused: None,
-            stalled: None,
+        let state = VmState {
+            whereabouts,
+            hold: Hold::Free,
             migration: None,
             waiting: None,
             arrival: None,
@@ -186,9 +137,9 @@ impl Vm {
             recording: AtomicBool::new(false),
             budgeting: Mutex::default(),
             resolving: Mutex::default(),
-            guest: Mutex::new(None),
+            machine: Mutex::new(None),
             granted: Mutex::new(Some(granted)),
-            core: Mutex::new(core),
+            state: Mutex::new(state),
             last_seen: Mutex::default(),
             started: Instant::now(),
             on_end: OnceLock::new(),
@@ -203,15 +154,15 @@ impl Vm {
     }
 
     /// Looks at, or changes, what changes. For short work only.
-    pub(crate) fn core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> T {
-        work(&mut lock(&self.core))
+    pub(crate) fn locked<T>(&self, work: impl FnOnce(&mut VmState) -> T) -> T {
+        work(&mut lock(&self.state))
     }
 
     /// The same, if nobody is at it now.
-    pub(crate) fn try_core<T>(&self, work: impl FnOnce(&mut Core) -> T) -> Option<T> {
-        match self.core.try_lock() {
-            Ok(mut core) => Some(work(&mut core)),
-            Err(TryLockError::Poisoned(core)) => Some(work(&mut core.into_inner())),
+    pub(crate) fn try_locked<T>(&self, work: impl FnOnce(&mut VmState) -> T) -> Option<T> {
+        match self.state.try_lock() {
+            Ok(mut state) => Some(work(&mut state)),
+            Err(TryLockError::Poisoned(state)) => Some(work(&mut state.into_inner())),
             Err(TryLockError::WouldBlock) => None,
         }
     }
@@ -219,42 +170,42 @@ impl Vm {
     /// Notes what a migration's session waits for, with the time at which that began.
     pub(crate) fn waits(&self, wait: Option<Wait>) {
         let waiting = wait.map(|wait| Waiting::new(wait.what(), wait.limit()));
-        self.core(|core| {
-            if core.waiting.map(|old| old.what) != waiting.map(|new| new.what) {
-                core.waiting = waiting;
+        self.locked(|state| {
+            if state.waiting.map(|old| old.what) != waiting.map(|new| new.what) {
+                state.waiting = waiting;
             }
         });
     }
 
     /// Works with the name's claim, which may wait for the run directory's lock, without holding up `stat`.
     pub(crate) fn claim(&self, work: impl FnOnce(&mut Claim) -> Result<(), Failure>) -> Result<(), Failure> {
-        let Some(mut claim) = self.core(|core| core.claim.take()) else {
-            return Err(Failure::new(Kind::Name, "this process is ending"));
+        let Some(mut claim) = self.locked(|state| state.claim.take()) else {
+            return Err(Failure::new(FailureKind::Name, "this process is ending"));
         };
         let result = work(&mut claim);
-        self.core(|core| core.claim = Some(claim));
+        self.locked(|state| state.claim = Some(claim));
         result
     }
 
-    pub(crate) fn set_guest(&self, guest: Box<dyn Guest>) {
-        *lock(&self.guest) = Some(guest);
+    pub(crate) fn set_machine(&self, machine: Box<dyn Machine>) {
+        *lock(&self.machine) = Some(machine);
     }
 
-    /// Ends the guest, if there is one yet. Says whether it was told.
-    pub(crate) fn quit_guest(&self) -> Result<bool, Failure> {
-        let guest = lock(&self.guest).take();
-        guest.map_or(Ok(false), |guest| guest.quit().map(|()| true))
+    /// Ends the machine, if there is one yet. Says whether it was told.
+    pub(crate) fn quit_machine(&self) -> Result<bool, Failure> {
+        let machine = lock(&self.machine).take();
+        machine.map_or(Ok(false), |machine| machine.quit().map(|()| true))
     }
 
-    /// Works with the guest; waits for its turn.
-    pub(crate) fn guest<T>(
+    /// Works with the machine; waits for its turn.
+    pub(crate) fn machine<T>(
         &self,
-        work: impl FnOnce(&mut dyn Guest) -> Result<T, Failure>,
+        work: impl FnOnce(&mut dyn Machine) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        match lock(&self.guest).as_mut() {
-            Some(guest) => work(&mut **guest),
+        match lock(&self.machine).as_mut() {
+            Some(machine) => work(&mut **machine),
             None => Err(Failure::new(
-                Kind::Name,
+                FailureKind::Name,
                 format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name),
             )),
         }
@@ -262,11 +213,11 @@ impl Vm {
 
     pub(crate) fn memory(&self) -> Result<&MemoryView, Failure> {
         self.memory.get().ok_or_else(|| {
-            Failure::new(Kind::Name, format!("{:?} is still being set up: try again", self.facts.name))
+            Failure::new(FailureKind::Name, format!("{:?} is still being set up: try again", self.facts.name))
         })
     }
 
-    /// What it may have of RAM now.
+    /// The VM's RAM budget as it is now.
     fn budget(&self) -> u64 {
         let engine = self.memory.get().and_then(|memory| memory.engine().ok()?.stats().ok());
         engine.map_or(self.facts.budget_bytes, |stats| stats.ram_budget_bytes)
@@ -283,10 +234,10 @@ impl Vm {
 
     fn seen(&self) -> (GuestView, Option<RunState>) {
         let mut last = lock(&self.last_seen);
-        if let Ok(guest) = self.guest.try_lock()
-            && let Some(guest) = guest.as_ref()
+        if let Ok(machine) = self.machine.try_lock()
+            && let Some(machine) = machine.as_ref()
         {
-            *last = (guest.view(), guest.run_state());
+            *last = (machine.view(), machine.run_state());
         }
         last.clone()
     }
@@ -302,7 +253,7 @@ impl Vm {
 
     /// Why the VM ends by itself, if it does.
     pub(crate) fn ended(&self) -> Option<Failure> {
-        self.core(|core| core.ended.clone()).or_else(|| self.guest.try_lock().ok()?.as_ref()?.ended())
+        self.locked(|state| state.ended.clone()).or_else(|| self.machine.try_lock().ok()?.as_ref()?.ended())
     }
 
     /// Why its guest will not go on, if it has failed or shut down.
@@ -317,10 +268,10 @@ impl Vm {
         self.over().or_else(sleeps)
     }
 
-    /// What it does, and why it does not run if it does not.
+    /// The VM's state as `stat` shows it, and why it does not run if it does not.
     pub(crate) fn state(&self) -> (State, Option<String>) {
         let (view, run_state) = self.seen();
-        self.core(|core| state_of(core, view.failed, run_state.as_ref(), &Stats::default()))
+        self.locked(|state| state_of(state, view.failed, run_state.as_ref(), &Stats::default()))
     }
 
     /// How it stays here that was to leave.
@@ -329,7 +280,7 @@ impl Vm {
         if self.guest_failure().is_some() {
             return "stays here, failed";
         }
-        let (stalled, paused) = self.core(|core| (core.stalled.is_some(), core.paused.is_some()));
+        let (stalled, paused) = self.locked(|state| (state.hold.is_stalled(), state.hold.paused().is_some()));
         match run_state.map(|run_state| run_state.state) {
             _ if stalled => "stays here, stalled",
             Some(State::Shutdown) => "stays here, shut down",
@@ -351,8 +302,8 @@ impl Vm {
             },
         };
         let (seen, run_state) = self.seen();
-        Ok(self.core(|core| {
-            let (state, reason) = state_of(core, seen.failed, run_state.as_ref(), &memory);
+        Ok(self.locked(|vm| {
+            let (state, reason) = state_of(vm, seen.failed, run_state.as_ref(), &memory);
             VmStat {
                 name: self.facts.name.clone(),
                 state,
@@ -366,9 +317,9 @@ impl Vm {
                 daemon: self.facts.daemon.clone(),
                 memory,
                 guest: seen.guest,
-                waiting: core.waiting.as_ref().map(Waiting::stat),
-                migration: core.migration.clone(),
-                arrival: core.arrival.clone(),
+                waiting: vm.waiting.as_ref().map(Waiting::stat),
+                migration: vm.migration.clone(),
+                arrival: vm.arrival.clone(),
             }
         }))
     }
@@ -409,25 +360,19 @@ impl Vm {
     fn stall(&self, want: Want, reason: String) {
         let name = &self.facts.name;
         // Before it is paused: who finds it so is to know why.
-        let migrating = self.core(|core| {
-            if let Some(stall) = &mut core.stalled
-                && !stall.relieved
-            {
-                stall.reasons.push((want, reason));
-                return None;
-            }
-            core.stalled = Some(Stall { reasons: vec![(want, reason)], ran: true, relieved: false });
-            Some(matches!(core.phase, Phase::Migrating))
+        let migrating = self.locked(|state| {
+            let begins = state.hold.stall(want, reason);
+            begins.then_some(matches!(state.whereabouts, Whereabouts::Migrating))
         });
         // It is paused already.
         let Some(migrating) = migrating else { return };
-        let paused = self.guest(|guest| {
+        let paused = self.machine(|machine| {
             // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
-            if !migrating && guest.runs().is_ok_and(|runs| !runs) {
-                self.core(|core| core.stalled.as_mut().map(|stall| stall.ran = false));
+            if !migrating && machine.runs().is_ok_and(|runs| !runs) {
+                self.locked(|state| state.hold.stood_before());
                 return Ok(());
             }
-            guest.pause()
+            machine.pause()
         });
         // A vCPU that waits for a page stops behind that.
         if let Err(error) = paused {
@@ -437,81 +382,67 @@ impl Vm {
 
     /// It has that again.
     fn ease(&self, want: Want) {
-        self.core(|core| {
-            let Some(stall) = &mut core.stalled else { return };
-            if stall.reasons.iter().any(|(other, _)| *other != want) {
-                stall.reasons.retain(|(other, _)| *other != want);
-            } else {
-                stall.relieved = true;
-            }
-        });
+        self.locked(|state| state.hold.ease(want));
         self.go_on();
     }
 
-    /// Lets a VM go on that stood still for what its store did not do, and does again, unless somebody else has it or wants it to
-    /// stand still.
+    /// Lets a VM go on that stood still for what its store did not do, and does again, unless somebody else has it or
+    /// wants it to stand still.
     pub(crate) fn go_on(&self) {
-        let may = |core: &mut Core| {
-            let relieved = core.stalled.as_ref().is_some_and(|stall| stall.relieved);
-            relieved && matches!(core.phase, Phase::Here)
-        };
-        if !self.core(may) {
+        let over =
+            |state: &mut VmState| state.hold.is_relieved() && matches!(state.whereabouts, Whereabouts::Here);
+        if !self.locked(over) {
             return;
         }
-        let gone_on = self.guest(|guest| {
-            // Under the guest's lock, so that a migration which begins now pauses it later than this.
-            let go = self.core(|core| {
-                let stall = if may(core) { core.stalled.take() } else { None };
-                stall.is_some_and(|stall| stall.ran && core.paused.is_none())
+        let gone_on = self.machine(|machine| {
+            // Under the machine's lock, so that a migration which begins now pauses it later than this.
+            let go = self.locked(|state| {
+                let go = may_resume(Resumer::Store, &state.whereabouts, &state.hold);
+                if over(state) {
+                    state.hold.end_stall();
+                }
+                go
             });
-            if go { guest.resume().map(|()| true) } else { Ok(false) }
+            if go { machine.resume().map(|()| true) } else { Ok(false) }
         });
         match gone_on {
             Ok(true) => info!(vm = %self.facts.name, "it goes on"),
             Ok(false) => {}
             Err(error) => {
                 warn!(vm = %self.facts.name, %error, "it could go on, but does not: `vmemd resume` it");
-                self.core(|core| core.paused = Some(DID_NOT_GO_ON));
+                self.locked(|state| state.hold.pause_by(DID_NOT_GO_ON));
             }
         }
     }
 }
 
 fn state_of(
-    core: &Core,
+    state: &VmState,
     failed: Option<String>,
     run_state: Option<&RunState>,
     memory: &Stats,
 ) -> (State, Option<String>) {
-    let stalled = core.stalled.as_ref().map(|stall| {
-        let told = stall.reasons.iter().map(|(want, reason)| match want {
-            Want::Frames => format!(
-                "{reason}; it goes on by itself when the store takes writes; it may also get more RAM, or migrate"
-            ),
-            Want::Pages => format!("{reason}; it goes on by itself when the store answers; nothing is lost"),
-        });
-        told.collect::<Vec<_>>().join("; ")
-    });
-    match (&core.phase, failed) {
-        (Phase::Moved { .. }, _) => (State::Moved, None),
-        (Phase::Arriving, _) => (State::Arriving, None),
-        (Phase::InDoubt { session, to, said, .. }, _) => (
+    let stalled = state.hold.stall_reason();
+    match (&state.whereabouts, failed) {
+        (Whereabouts::Moved { .. }, _) => (State::Moved, None),
+        (Whereabouts::Arriving, _) => (State::Arriving, None),
+        (Whereabouts::InDoubt { session, to, said, .. }, _) => (
             State::InDoubt,
             Some(format!("it may run at {to} (session {session}; {said}): see `vmemd resolve`")),
         ),
         (_, Some(reason)) => (State::Failed, Some(reason)),
-        (Phase::Migrating, None) => (State::Migrating, stalled.or_else(|| trouble(memory))),
-        (Phase::Here, None) if stalled.is_some() => (State::Stalled, stalled),
-        (Phase::Here, None) => {
-            let (state, why) = standing(core.paused, run_state);
-            let reasons: Vec<String> = why.into_iter().chain(trouble(memory)).collect();
+        (Whereabouts::Migrating, None) => (State::Migrating, stalled.or_else(|| memory_problem(memory))),
+        (Whereabouts::Here, None) if stalled.is_some() => (State::Stalled, stalled),
+        (Whereabouts::Here, None) => {
+            let (state, why) = here_state(state.hold.paused(), run_state);
+            let reasons: Vec<String> = why.into_iter().chain(memory_problem(memory)).collect();
             (state, Some(reasons.join("; ")).filter(|reasons| !reasons.is_empty()))
         }
     }
 }
 
 /// Of a VM that is here and has not failed.
-fn standing(paused: Option<&'static str>, run_state: Option<&RunState>) -> (State, Option<String>) {
+fn here_state(paused: Option<&'static str>, run_state: Option<&RunState>) -> (State, Option<String>) {
     match run_state {
         Some(RunState { state: State::Paused, why: None, .. }) => {
             (State::Paused, Some(paused.unwrap_or(BY_ITS_MONITOR).to_owned()))
@@ -522,8 +453,8 @@ fn standing(paused: Option<&'static str>, run_state: Option<&RunState>) -> (Stat
     }
 }
 
-/// What is wrong with the store, or the RAM, of a VM that can do with it for now.
-fn trouble(memory: &Stats) -> Option<String> {
+/// A defect of the store, or a lack of RAM, with which the VM goes on for now.
+fn memory_problem(memory: &Stats) -> Option<String> {
     let store = &memory.store;
     let [pinned, budget, held] =
         [memory.pinned_bytes, memory.ram_budget_bytes, memory.frames_bytes].map(Size);
@@ -555,6 +486,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hold::{AS_IT_CAME, BY_VMEMD};
 
     #[test]
     fn what_the_machine_says_counts_and_who_paused_it_is_told() {
@@ -564,7 +496,7 @@ mod tests {
         let launch = says(State::Paused, Some("-S"));
         let sleeps = says(State::Suspended, Some("sleeps"));
         let told = |paused, run_state: Option<&RunState>| {
-            let (state, why) = standing(paused, run_state);
+            let (state, why) = here_state(paused, run_state);
             (state, why.unwrap_or_default())
         };
         let text = |text: &str| text.to_owned();

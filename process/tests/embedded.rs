@@ -1,12 +1,12 @@
-//! VMs embedded in a program that is not ours (this test), with guests that are not ours either and engines that
-//! somebody else has started: what a preloaded QEMU does.
+//! VMs embedded in another program (this test), with guests and engines that the program brings along, as a preloaded
+//! QEMU does.
 
 #[macro_use]
 extern crate testkit;
 
 testkit::main!();
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
@@ -20,11 +20,11 @@ use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, StartError, StoreConfig};
 use testkit::{Reason, TempDir, skip, until, wait_for};
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, Force, GuestStat, MigrateRequest, Request, State, Trust};
-use vmprocess::control::rundir::{Place, RunDir};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::control::rundir::{RunDir, SocketName};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::granted::{Granted, Share};
 use vmprocess::{
-    Arrival, ArriveSettings, End, Facts, Guest, GuestView, Memory, MemorySpec, Newcomer, Owner, Process,
+    Arrival, ArriveSettings, End, Facts, GuestView, Machine, Memory, MemorySpec, Newcomer, Owner, Process,
     passing,
 };
 
@@ -95,7 +95,7 @@ impl LoggedGuest {
     }
 }
 
-impl Guest for LoggedGuest {
+impl Machine for LoggedGuest {
     fn drain(&mut self) -> Result<(), Failure> {
         Ok(())
     }
@@ -111,8 +111,8 @@ impl Guest for LoggedGuest {
     fn resume(&mut self) -> Result<(), Failure> {
         self.note("resume")?;
         match self.manner {
-            Manner::RefusesToRun => Err(Failure::new(Kind::Vm, "a disk is locked")),
-            Manner::MayRun => Err(Failure::new(Kind::InDoubt, "no answer")),
+            Manner::RefusesToRun => Err(Failure::new(FailureKind::Vm, "a disk is locked")),
+            Manner::MayRun => Err(Failure::new(FailureKind::InDoubt, "no answer")),
             // Once: its user tells it again.
             Manner::PanicsAtStart => {
                 self.manner = Manner::Well;
@@ -122,10 +122,10 @@ impl Guest for LoggedGuest {
         }
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, Failure> {
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
         self.note("save")?;
         assert_ne!(self.manner, Manner::Panics);
-        Ok(STATE.to_vec())
+        to.write_all(STATE).map_err(|error| Failure::io("its state", &error))
     }
 
     fn throttle(&mut self, _percent: u8) {}
@@ -150,10 +150,12 @@ struct LoggedNewcomer {
 }
 
 impl Newcomer for LoggedNewcomer {
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure> {
+    fn load(self: Box<Self>, state: &mut dyn Read) -> Result<Box<dyn Machine>, Failure> {
         assert_ne!(self.manner, Manner::Panics);
-        if self.manner == Manner::RefusesState || state != STATE {
-            return Err(Failure::new(Kind::Vm, "these devices are unknown here"));
+        let mut whole = Vec::new();
+        state.read_to_end(&mut whole).map_err(|error| Failure::io("its state", &error))?;
+        if self.manner == Manner::RefusesState || whole != STATE {
+            return Err(Failure::new(FailureKind::Vm, "these devices are unknown here"));
         }
         let guest = LoggedGuest { log: self.log, manner: self.manner };
         guest.note("load")?;
@@ -202,8 +204,8 @@ fn start_as(host: &Host, manner: Manner) -> Running {
         daemon: None,
         offer: Some(OFFER.to_owned()),
     };
-    let place = host.run_dir().claim_name("web").unwrap();
-    let process = Process::begin(facts, place, Owner::Embedder).unwrap();
+    let socket = host.run_dir().claim_name("web").unwrap();
+    let process = Process::begin(facts, socket, Owner::Embedder).unwrap();
     let engine = engine(host, process.notices());
     for number in 0..PAGES {
         // SAFETY: an aligned word of the engine's memory, which lives as long as the engine; only this thread uses it.
@@ -274,8 +276,8 @@ fn settings_of(
     streams: UnixStream,
 ) -> ArriveSettings {
     assert_eq!(hello.offer.as_deref(), Some(OFFER));
-    let place = Place::arriving(&hello.name, &hello.session.to_string());
-    let (claim, listener) = dir.claim(&dir.lock().unwrap(), place).unwrap();
+    let socket = SocketName::arriving(&hello.name, &hello.session.to_string());
+    let (claim, listener) = dir.claim(&dir.lock().unwrap(), socket).unwrap();
     claim.hand_over();
     let share = Share {
         name: hello.name.clone(),
@@ -365,7 +367,7 @@ fn an_embedded_vm_obeys_and_leaves_its_program_alone() {
     assert_eq!(logged(&vm.log), ["pause", "quit"]);
     // The guest has only been told: until its program ends, its memory is served and its name is taken.
     vm.engine.handle().stats().unwrap();
-    assert_eq!(host.run_dir().claim_name("web").unwrap_err().kind, Kind::Name);
+    assert_eq!(host.run_dir().claim_name("web").unwrap_err().kind, FailureKind::Name);
     drop(process);
     assert!(!host.socket().exists());
 }
@@ -373,7 +375,7 @@ fn an_embedded_vm_obeys_and_leaves_its_program_alone() {
 #[test]
 fn a_program_that_ends_by_itself_takes_the_name_with_it() {
     let host = Host::new();
-    let place = host.run_dir().claim_name("web").unwrap();
+    let socket = host.run_dir().claim_name("web").unwrap();
     let facts = Facts {
         name: "web".to_owned(),
         memory_bytes: MEMORY,
@@ -382,7 +384,7 @@ fn a_program_that_ends_by_itself_takes_the_name_with_it() {
         daemon: None,
         offer: Some(OFFER.to_owned()),
     };
-    let process = Process::begin(facts, place, Owner::Embedder).unwrap();
+    let process = Process::begin(facts, socket, Owner::Embedder).unwrap();
     let name = process.name_hold();
     assert_eq!(connect(&host).stat().unwrap().state, State::Arriving);
     assert!(host.socket().exists());
@@ -405,7 +407,7 @@ fn a_vm_moves_from_one_program_to_another() {
     assert_eq!(report["bytes_total"], MEMORY);
 
     let (process, end) = source.process.join().unwrap();
-    assert_eq!((end.result.unwrap_err().kind, end.quit), (Kind::Moved, true));
+    assert_eq!((end.result.unwrap_err().kind, end.quit), (FailureKind::Moved, true));
     assert_eq!(logged(&source.log), ["pause", "save", "quit"], "nothing runs it here again");
     drop(process);
 
@@ -489,7 +491,10 @@ fn a_vm_that_is_ending_does_not_move_any_more() {
     let mut late = connect(&host);
     assert_eq!(connect(&host).ask(&Request::Stop, DEADLINE).unwrap()["state"], "stopped");
     let refused = late.ask_long(&migrate_request("127.0.0.1:1".to_owned()), &mut |_| {}).unwrap_err();
-    assert_eq!((refused.kind, refused.text.as_str()), (Kind::Name, "\"web\" cannot move: it is ending"));
+    assert_eq!(
+        (refused.kind, refused.text.as_str()),
+        (FailureKind::Name, "\"web\" cannot move: it is ending")
+    );
     drop(slow);
     let (_process, end) = vm.process.join().unwrap();
     assert_eq!((end.result, end.quit), (Ok(()), true));
@@ -522,8 +527,8 @@ fn a_bug_at_the_start_leaves_the_vm_where_the_record_says() {
     assert_eq!(connect(&host).stat().unwrap().state, State::Running);
     // It has not run: whoever panicked did so before.
     connect(&host).ask(&Request::Resume, DEADLINE).unwrap();
-    let places = host.run_dir().places().unwrap();
-    let left = places.iter().find(|place| matches!(place, Place::Leaving(..))).unwrap();
+    let sockets = host.run_dir().sockets().unwrap();
+    let left = sockets.iter().find(|socket| matches!(socket, SocketName::Leaving(..))).unwrap();
     let mut doubter = VmClient::connect_to(&host.run_dir(), left).unwrap();
     until("the limit", || {
         doubter.stat().unwrap().waiting.is_some_and(|waiting| waiting.limit == "RESOLVE_LIMIT")
@@ -533,7 +538,7 @@ fn a_bug_at_the_start_leaves_the_vm_where_the_record_says() {
     until("its doubt", || doubter.stat().unwrap().state == State::InDoubt);
     // What holds the name here is taken for what it is: the VM.
     let here = Request::Resolve { force: Some(Force::RunHere) };
-    assert_eq!(doubter.ask(&here, DEADLINE).unwrap_err().kind, Kind::Name);
+    assert_eq!(doubter.ask(&here, DEADLINE).unwrap_err().kind, FailureKind::Name);
     let gone = Request::Resolve { force: Some(Force::Gone) };
     assert_eq!(doubter.ask(&gone, DEADLINE).unwrap()["state"], "moved");
     drop(source.process.join().unwrap());

@@ -1,11 +1,11 @@
-//! Signals as something that can be waited for, in a process of its own: what is caught stays caught.
+//! Waiting for signals. In a process of its own, because a signal that was caught stays caught.
 
 use std::io::{Write, pipe};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use rustix::process::{Signal, getpid, kill_process};
-use vmprocess::failure::Kind;
+use vmprocess::failure::FailureKind;
 use vmprocess::signals::{caught, check, install, interrupted, wait_readable};
 
 #[test]
@@ -42,7 +42,7 @@ fn a_signal_wakes_whoever_waits_and_an_ignored_one_stays_ignored() {
         std::thread::yield_now();
     }
     let failure = check().unwrap_err();
-    assert_eq!((failure.kind, &failure), (Kind::Interrupted, &interrupted(libc::SIGTERM)));
+    assert_eq!((failure.kind, &failure), (FailureKind::Interrupted, &interrupted(libc::SIGTERM)));
     let (readable, mut writer) = pipe().unwrap();
     writer.write_all(b"x").unwrap();
     assert!(wait_readable(readable.as_fd(), None));

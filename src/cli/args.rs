@@ -157,7 +157,8 @@ pub(super) struct RunArgs {
     /// Memory of the reference guest, a multiple of 2M (a QEMU has its -m)
     #[arg(long, value_name = "SIZE", required_unless_present = "qemu", conflicts_with = "qemu")]
     pub(super) memory: Option<Size>,
-    /// What the reference guest does: fill, rewrite, random, zipf, read or idle, as in rewrite:working-set=1500M,rate=200M
+    /// What the reference guest does: fill, rewrite, random, zipf, read or idle, as in
+    /// rewrite:working-set=1500M,rate=200M
     #[arg(long, value_name = "WORKLOAD", default_value = "rewrite", conflicts_with = "qemu")]
     pub(super) guest: Workload,
     /// Number of vCPUs of the reference guest, 1 to 8
@@ -187,7 +188,8 @@ pub(super) struct LimitArgs {
     /// nothing; make room there, then `vmemd resume`
     #[arg(long)]
     pub(super) store_overcommit: bool,
-    /// Take a store that is in this host's RAM (tmpfs, zram), which is refused otherwise: for trials, where nothing need fit
+    /// Take a store that is in this host's RAM (tmpfs, zram), which is refused otherwise: for trials, where nothing
+    /// need fit
     #[arg(long)]
     pub(super) store_in_ram: bool,
     /// Encrypt the store, with a key that only the VM's process knows (AES-256-XTS)
@@ -242,8 +244,8 @@ pub(super) struct ServeArgs {
     /// Where to listen: ADDRESS:PORT (port 0: any, see stdout)
     #[arg(long, value_name = "ADDR")]
     pub(super) listen: String,
-    /// Directory with this host's ca.crt, host.crt and host.key (`vmemd pki`): only hosts with a certificate of that CA may
-    /// come, by TLS 1.3. Read again when they have changed
+    /// Directory with this host's ca.crt, host.crt and host.key (`vmemd pki`): only hosts with a certificate of that CA
+    /// may come, by TLS 1.3. Read again when they have changed
     #[arg(long, value_name = "DIR", conflicts_with = "plain")]
     pub(super) tls: Option<PathBuf>,
     /// Of those, only hosts with one of these names in their certificate [default: all]
@@ -258,7 +260,8 @@ pub(super) struct ServeArgs {
     /// Directory on an SSD for the pages that have no RAM; made if missing
     #[arg(long, value_name = "DIR")]
     pub(super) store: PathBuf,
-    /// Take a store that is in this host's RAM (tmpfs, zram), which is refused otherwise: for trials, where nothing need fit
+    /// Take a store that is in this host's RAM (tmpfs, zram), which is refused otherwise: for trials, where nothing
+    /// need fit
     #[arg(long)]
     pub(super) store_in_ram: bool,
     /// What holds the memory of VMs that arrive: plain is ordinary memory, for comparisons
@@ -273,8 +276,8 @@ pub(super) struct ServeArgs {
     /// One log file a VM in this directory, instead of the daemon's stderr
     #[arg(long, value_name = "DIR")]
     pub(super) log_dir: Option<PathBuf>,
-    /// Let QEMU VMs come, with names in their command lines mapped by this TOML file (see docs/qemu.md; it may be empty).
-    /// Whoever may send VMs here (--tls, --allow-peer) can then start programs
+    /// Let QEMU VMs come, with names in their command lines mapped by this TOML file (see docs/qemu.md; it may be
+    /// empty). Whoever may send VMs here (--tls, --allow-peer) can then start programs
     #[arg(long, value_name = "FILE")]
     pub(super) qemu_rules: Option<PathBuf>,
     #[command(flatten)]

@@ -1,5 +1,5 @@
-//! `vmemd bench`: `vmemd-bench` takes this process's place. It is a program of its own, which a host that only runs VMs does
-//! without.
+//! `vmemd bench`: `vmemd-bench` takes this process's place. It is a program of its own, which a host that only runs VMs
+//! does without.
 
 use std::convert::Infallible;
 use std::ffi::OsString;

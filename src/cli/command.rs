@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::args::{Cli, Command, PkiCommand};
 use super::settings::{qemu_settings, run_settings, serve_settings};
@@ -35,7 +35,10 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Serve(args) => daemon::serve::serve(serve_settings(args, run_dir)?),
         Command::Receive { settings } => {
             let settings = serde_json::from_str(&settings).map_err(|error| {
-                Failure::new(Kind::Usage, format!("`vmemd receive` is started by `vmemd serve`: {error}"))
+                Failure::new(
+                    FailureKind::Usage,
+                    format!("`vmemd receive` is started by `vmemd serve`: {error}"),
+                )
             })?;
             run::receive(&settings)
         }

@@ -8,8 +8,8 @@ use migrate::DowntimeParts;
 use serde_json::Value;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{MigrateRequest, MigrationStat, Request};
-use vmprocess::control::rundir::{Place, RunDir};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::control::rundir::{RunDir, SocketName};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use vmprocess::size::Size;
 
@@ -44,7 +44,7 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
     let answer = vm.ask_long(&request, &mut |progress| bar.show(&progress));
     bar.end();
     match answer {
-        Err(failure) if failure.kind == Kind::Interrupted && signals::caught().is_some() => {
+        Err(failure) if failure.kind == FailureKind::Interrupted && signals::caught().is_some() => {
             Err(cancelled(&args.name, vm))
         }
         Err(failure) => Err(failure),
@@ -61,14 +61,14 @@ pub(super) fn migrate(dir: &RunDir, args: MigrateArgs) -> Result<(), Failure> {
     }
 }
 
-/// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above), or which may be arriving and
-/// change its place.
+/// Finds the VM, which somebody may be starting at this moment (`vmemd run … &` on the line above), or which may be
+/// arriving and change its place.
 fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
     let deadline = Instant::now() + START_GRACE;
-    let connect = |place: Place| VmClient::connect_to(dir, &place);
+    let connect = |socket: SocketName| VmClient::connect_to(dir, &socket);
     loop {
         match dir.find(name).and_then(connect) {
-            Err(failure) if failure.kind == Kind::Name && Instant::now() < deadline => {
+            Err(failure) if failure.kind == FailureKind::Name && Instant::now() < deadline => {
                 signals::check()?;
                 std::thread::sleep(FIND_POLL);
             }
@@ -81,18 +81,18 @@ fn find(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
 fn cancelled(name: &str, mut vm: VmClient) -> Failure {
     let text = match vm.cancel(CANCEL_TIMEOUT) {
         Ok(_) => format!("too late to cancel: {name:?} has moved"),
-        Err(failure) if failure.kind == Kind::InDoubt => {
-            return Failure::new(Kind::InDoubt, format!("{failure}: see `vmemd resolve {name}`"));
+        Err(failure) if failure.kind == FailureKind::InDoubt => {
+            return Failure::new(FailureKind::InDoubt, format!("{failure}: see `vmemd resolve {name}`"));
         }
         // It says where the VM is.
-        Err(failure) if failure.kind != Kind::Other => return failure,
+        Err(failure) if failure.kind != FailureKind::Other => return failure,
         // Closing the connection cancels as well, but is not answered.
         Err(failure) => format!("asked to cancel, but {name:?} may still be migrating ({failure})"),
     };
-    Failure::new(Kind::Interrupted, text)
+    Failure::new(FailureKind::Interrupted, text)
 }
 
-/// What a person wants to know afterwards.
+/// The report of a migration for a person.
 fn summary(report: &Value) -> String {
     let number = |field: &str| report[field].as_u64().unwrap_or(0);
     let float = |field: &str| report[field].as_f64().unwrap_or(0.0);

@@ -4,7 +4,7 @@ use serde_json::Value;
 use vmprocess::control::client::{ACTION_TIMEOUT, VmClient};
 use vmprocess::control::protocol::{Force, Request};
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::args::ResolveArgs;
 use super::terminal::{print_json, warn};
@@ -28,7 +28,7 @@ pub(super) fn resolve(dir: &RunDir, args: &ResolveArgs) -> Result<(), Failure> {
     if args.json.json {
         print_json(&facts)?;
     }
-    Err(Failure::new(Kind::InDoubt, doubt(name, &facts)))
+    Err(Failure::new(FailureKind::InDoubt, doubt(name, &facts)))
 }
 
 fn risk(force: Force) -> &'static str {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::check_name;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::medium::need_disk;
 use vmprocess::size::Size;
 
@@ -22,7 +22,7 @@ pub(super) fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSetting
     check_name(&args.name)?;
     let limits = args.limits;
     // Clap has seen to it.
-    let memory = args.memory.ok_or_else(|| Failure::new(Kind::Usage, "--memory is missing"))?;
+    let memory = args.memory.ok_or_else(|| Failure::new(FailureKind::Usage, "--memory is missing"))?;
     let ram = limits.ram.unwrap_or(memory);
     check_sizes(memory, ram)?;
     let store = limits.store.unwrap_or_else(default_store);
@@ -91,7 +91,7 @@ pub(super) fn serve_settings(args: ServeArgs, run_dir: PathBuf) -> Result<ServeS
     let minimum = Size(swapd::Engine::MIN_BUDGET_BYTES);
     if args.ram < minimum {
         return Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             format!("--ram {} is below the minimum of {minimum}", args.ram),
         ));
     }

@@ -8,7 +8,7 @@ use swapd::stats::Percentiles;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::VmStat;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::args::StatArgs;
@@ -44,13 +44,13 @@ fn watch(dir: &RunDir, args: &StatArgs) -> Result<(), Failure> {
                     (vm, before) = (other, None);
                     continue;
                 }
-                Err(failure) if failure.kind == Kind::Name => return Ok(()),
+                Err(failure) if failure.kind == FailureKind::Name => return Ok(()),
                 Err(failure) => return Err(failure),
             },
             Err(failure) => return Err(failure),
         };
         let text = if args.json.json {
-            serde_json::to_string(&stat).map_err(|error| Failure::new(Kind::Other, error.to_string()))? + "\n"
+            serde_json::to_string(&stat).map_err(|error| Failure::other(&error))? + "\n"
         } else {
             let since =
                 before.as_ref().map(|(then, stat)| Since { stat, seconds: (now - *then).as_secs_f64() });
@@ -74,7 +74,7 @@ fn watch(dir: &RunDir, args: &StatArgs) -> Result<(), Failure> {
     }
 }
 
-/// What `stat` was some seconds ago.
+/// The figures of `stat` of some seconds ago.
 struct Since<'a> {
     stat: &'a VmStat,
     seconds: f64,

@@ -1,10 +1,10 @@
-//! What vmemd's programs say: results on stdout, everything else on stderr. A reader that has gone away is no error.
+//! Output of vmemd's programs: results on stdout, everything else on stderr. A reader that has gone away is no error.
 
 use std::io::Write;
 
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::Failure;
 
 /// Prints to stdout.
 pub fn print(text: &str) {
@@ -16,8 +16,7 @@ pub fn print(text: &str) {
 /// # Errors
 /// If it cannot be written as JSON.
 pub fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    let text =
-        serde_json::to_string_pretty(value).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::other(&error))?;
     print(&text);
     Ok(())
 }

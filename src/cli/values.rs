@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use crate::qemu::budget::check_ram;
@@ -35,11 +35,11 @@ pub fn default_store() -> PathBuf {
 /// What can be said about sizes without looking at the host.
 ///
 /// # Errors
-/// [`Kind::Usage`] if a VM cannot have them.
+/// [`FailureKind::Usage`] if a VM cannot have them.
 pub fn check_sizes(memory: Size, ram: Size) -> Result<(), Failure> {
     if memory.bytes() == 0 || !memory.bytes().is_multiple_of(2 << 20) {
         let text = format!("--memory {memory} is not a multiple of 2M: round it up or down");
-        return Err(Failure::new(Kind::Usage, text));
+        return Err(Failure::new(FailureKind::Usage, text));
     }
     check_ram(memory, ram)
 }

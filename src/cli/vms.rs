@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use vmprocess::control::client::{ACTION_TIMEOUT, STAT_TIMEOUT, VmClient};
 use vmprocess::control::protocol::{Request, State, VmStat};
-use vmprocess::control::rundir::{Place, RunDir};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::control::rundir::{RunDir, SocketName};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::args::{NameArgs, SetArgs};
@@ -40,7 +40,7 @@ struct Facts {
 
 pub(super) fn list(dir: &RunDir, as_json: bool) -> Result<(), Failure> {
     let rows = loop {
-        if let Some(rows) = ask_all(dir, &dir.places()?) {
+        if let Some(rows) = ask_all(dir, &dir.sockets()?) {
             break rows;
         }
     };
@@ -76,21 +76,22 @@ fn rounded(bytes: u64) -> String {
     format!("{:#}", Size(bytes))
 }
 
-/// None: one has ended, or changed its place (a hand-over), between being listed and being asked. The next list tells.
-fn ask_all(dir: &RunDir, places: &[Place]) -> Option<Vec<Row>> {
+/// None: one has ended, or its socket was renamed (a hand-over), between being listed and being asked. The next list
+/// tells.
+fn ask_all(dir: &RunDir, sockets: &[SocketName]) -> Option<Vec<Row>> {
     // All at once: one that does not answer must not hold up the others.
     std::thread::scope(|scope| {
-        let asked: Vec<_> = places.iter().map(|place| scope.spawn(move || ask(dir, place))).collect();
+        let asked: Vec<_> = sockets.iter().map(|socket| scope.spawn(move || ask(dir, socket))).collect();
         asked.into_iter().map(|row| row.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
     })
 }
 
 /// None: it is not there any more.
-fn ask(dir: &RunDir, place: &Place) -> Option<Row> {
-    match VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()) {
+fn ask(dir: &RunDir, socket: &SocketName) -> Option<Row> {
+    match VmClient::connect_to(dir, socket).and_then(|mut vm| vm.stat()) {
         Ok(stat) => Some(row(stat)),
-        Err(failure) if failure.kind == Kind::Name => None,
-        Err(_) => Some(Row { name: place.name().to_owned(), state: "unknown".to_owned(), facts: None }),
+        Err(failure) if failure.kind == FailureKind::Name => None,
+        Err(_) => Some(Row { name: socket.name().to_owned(), state: "unknown".to_owned(), facts: None }),
     }
 }
 
@@ -143,11 +144,13 @@ pub(super) fn resume(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
 
 /// The VM of that name whose hand-over is in doubt: on the target's own host another process may have the name by now.
 pub(super) fn in_doubt(dir: &RunDir, name: &str) -> Result<Option<VmClient>, Failure> {
-    for place in
-        dir.places()?.iter().filter(|place| place.name() == name && matches!(place, Place::Leaving(..)))
+    for socket in dir
+        .sockets()?
+        .iter()
+        .filter(|socket| socket.name() == name && matches!(socket, SocketName::Leaving(..)))
     {
         let asked =
-            VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat().map(|stat| (vm, stat.state)));
+            VmClient::connect_to(dir, socket).and_then(|mut vm| vm.stat().map(|stat| (vm, stat.state)));
         if let Ok((vm, State::InDoubt)) = asked {
             return Ok(Some(vm));
         }
@@ -164,7 +167,7 @@ pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
     if ended["state"] == "moved" {
         let (name, to) = (&args.name, ended["to"].as_str().unwrap_or_default());
         let text = format!("{name:?} was not stopped: it had moved to {to} by then, and runs there");
-        return Err(Failure::new(Kind::Moved, text));
+        return Err(Failure::new(FailureKind::Moved, text));
     }
     say(
         args.json.json,

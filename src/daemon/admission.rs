@@ -7,8 +7,8 @@ use swapd::Engine;
 use tracing::warn;
 use vmprocess::control::client::VmClient;
 use vmprocess::control::protocol::{EngineKind, State, VmStat};
-use vmprocess::control::rundir::{Place, RunDir, check_name, name_taken};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::control::rundir::{RunDir, SocketName, check_name, name_taken};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::granted::{self, Share};
 use vmprocess::host;
 use vmprocess::size::Size;
@@ -32,23 +32,23 @@ impl Refusal {
         Refusal { kind: RefuseKind::NoRoom, text: text.into() }
     }
 
-    pub(super) fn name_taken(place: &Place) -> Refusal {
-        Refusal { kind: RefuseKind::NameTaken, text: name_taken(place).text }
+    pub(super) fn name_taken(socket: &SocketName) -> Refusal {
+        Refusal { kind: RefuseKind::NameTaken, text: name_taken(socket).text }
     }
 }
 
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Refusal {
         let kind = match failure.kind {
-            Kind::Resources => RefuseKind::NoRoom,
-            Kind::Name => RefuseKind::NameTaken,
+            FailureKind::Resources => RefuseKind::NoRoom,
+            FailureKind::Name => RefuseKind::NameTaken,
             _ => RefuseKind::Other,
         };
         Refusal { kind, text: failure.text }
     }
 }
 
-/// What the daemon's living VMs hold and may still take.
+/// RAM and room in the store that the daemon's living VMs hold and may still take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Held {
     pub(super) ram_bytes: u64,
@@ -59,14 +59,14 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Of the VMs that arrived through the daemon of that listen address. One that does not answer has what it was granted all the
-    /// same; of its store it may still fill everything.
+    /// Of the VMs that arrived through the daemon of that listen address. One that does not answer has what it was
+    /// granted all the same; of its store it may still fill everything.
     pub(super) fn ask(dir: &RunDir, daemon: &str) -> Result<Held, Failure> {
-        let places = dir.places()?;
-        let ask = |place| VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat());
+        let sockets = dir.sockets()?;
+        let ask = |socket| VmClient::connect_to(dir, socket).and_then(|mut vm| vm.stat());
         // All at once: one that does not answer must not hold up the others.
         let stats: Vec<VmStat> = std::thread::scope(|scope| {
-            let asked: Vec<_> = places.iter().map(|place| scope.spawn(move || ask(place))).collect();
+            let asked: Vec<_> = sockets.iter().map(|socket| scope.spawn(move || ask(socket))).collect();
             asked.into_iter().filter_map(|asked| asked.join().ok()?.ok()).collect()
         });
         // Only now: whoever had no record when it was asked has one by now, or has ended.
@@ -173,7 +173,7 @@ impl Pool<'_> {
     }
 }
 
-/// What of the hello can be judged without looking around.
+/// Checks the part of a hello that can be judged without looking at the host.
 pub(super) fn check_hello(hello: &SessionHello) -> Result<(), Refusal> {
     check_name(&hello.name)?;
     if hello.memory_bytes == 0 || !hello.memory_bytes.is_multiple_of(MEMORY_STEP) {
@@ -187,25 +187,26 @@ pub(super) fn check_hello(hello: &SessionHello) -> Result<(), Refusal> {
 
 /// Those who hold the name and may go on doing so while the VM arrives: its source on this very host, which gives the
 /// name up at the hand-over, and processes of a VM that has moved already and are ending.
-pub(super) fn tolerated_holders(dir: &RunDir, name: &str) -> Result<Vec<Place>, Refusal> {
-    let places: Vec<Place> = dir.places()?.into_iter().filter(|place| place.name() == name).collect();
-    for place in &places {
-        let state = match VmClient::connect_to(dir, place).and_then(|mut vm| vm.stat()) {
+pub(super) fn tolerated_holders(dir: &RunDir, name: &str) -> Result<Vec<SocketName>, Refusal> {
+    let sockets: Vec<SocketName> =
+        dir.sockets()?.into_iter().filter(|socket| socket.name() == name).collect();
+    for socket in &sockets {
+        let state = match VmClient::connect_to(dir, socket).and_then(|mut vm| vm.stat()) {
             Ok(stat) => stat.state,
             // It ended between the two looks.
-            Err(failure) if matches!(failure.kind, Kind::Name | Kind::Vm) => continue,
-            Err(_) => return Err(Refusal::name_taken(place)),
+            Err(failure) if matches!(failure.kind, FailureKind::Name | FailureKind::Vm) => continue,
+            Err(_) => return Err(Refusal::name_taken(socket)),
         };
-        let tolerated = match place {
-            Place::Here(_) => state == State::Migrating,
-            Place::Leaving(..) => state == State::Moved,
-            Place::Arriving(..) => false,
+        let tolerated = match socket {
+            SocketName::Here(_) => state == State::Migrating,
+            SocketName::Leaving(..) => state == State::Moved,
+            SocketName::Arriving(..) => false,
         };
         if !tolerated {
-            return Err(Refusal::name_taken(place));
+            return Err(Refusal::name_taken(socket));
         }
     }
-    Ok(places)
+    Ok(sockets)
 }
 
 #[cfg(test)]
@@ -279,5 +280,8 @@ mod tests {
         assert!(check_hello(&hello(4097, None)).is_err());
         assert!(check_hello(&SessionHello { name: "../x".to_owned(), ..hello(G, None) }).is_err());
         assert!(check_hello(&hello(G, None)).is_ok());
+        // The wire carries it; no host takes it, and the source is told why.
+        let long = SessionHello { name: "x".repeat(65), ..hello(G, None) };
+        assert!(check_hello(&long).unwrap_err().text.contains("use 1 to 64 letters"));
     }
 }

@@ -9,15 +9,15 @@ use std::process::{Child, Command, Stdio};
 
 use tracing::warn;
 use vmprocess::ArriveSettings;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::Failure;
 use vmprocess::qemu::Role;
 
 use super::groups::{self, Group};
-use super::machine::{Machine, Qemu};
+use super::machine::{MachineChoice, Qemu};
 use crate::qemu::inherit::inherit;
 use crate::qemu::launch::{Launch, launch};
 
-/// What the child gets besides its settings.
+/// The descriptors that the child gets besides its settings.
 #[derive(Debug)]
 pub(super) struct Descriptors<'a> {
     pub(super) control: &'a TcpStream,
@@ -32,7 +32,7 @@ pub(super) struct Descriptors<'a> {
 /// If no process can be started, or its log cannot be opened.
 pub(super) fn start(
     mut settings: ArriveSettings,
-    machine: Machine,
+    machine: MachineChoice,
     descriptors: &Descriptors<'_>,
     log_dir: Option<&Path>,
     group: Option<&Group>,
@@ -42,8 +42,8 @@ pub(super) fn start(
     [settings.control_fd, settings.streams_fd, settings.listener_fd, settings.granted_fd] = fds;
     let log = log_dir.map(|dir| log_path(dir, &settings.hello.name));
     let mut launch = match machine {
-        Machine::Reference => Launch::from(receive(&settings)?),
-        Machine::Qemu(qemu) => {
+        MachineChoice::Reference => Launch::from(receive(&settings)?),
+        MachineChoice::Qemu(qemu) => {
             let Qemu { binary, plan, .. } = *qemu;
             launch(&binary, plan, Role::Arriving(Box::new(settings)))?
         }
@@ -71,8 +71,7 @@ pub(super) fn log_path(dir: &Path, vm: &str) -> PathBuf {
 }
 
 fn receive(settings: &ArriveSettings) -> Result<Command, Failure> {
-    let text =
-        serde_json::to_string(settings).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    let text = serde_json::to_string(settings).map_err(|error| Failure::other(&error))?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("vmemd").arg("receive").arg(text);
     Ok(command)

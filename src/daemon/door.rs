@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use migrate::limits::HELLO_LIMIT;
 use migrate::tls::{Credentials, Secured, Server, ServerName};
 use migrate::{Hello, RefuseKind};
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 
 use super::refusals::Refusals;
 
@@ -122,7 +122,8 @@ impl Lock {
     fn new(dir: PathBuf, peers: &[String]) -> Result<Lock, Failure> {
         let server = Server::new(&Credentials::read(&dir)?)?;
         let name = |name: &String| {
-            let wrong = |_| Failure::new(Kind::Usage, format!("--allow-peer {name:?} is no name of a host"));
+            let wrong =
+                |_| Failure::new(FailureKind::Usage, format!("--allow-peer {name:?} is no name of a host"));
             ServerName::try_from(name.clone()).map_err(wrong)
         };
         Ok(Lock { dir, peers: peers.iter().map(name).collect::<Result<_, _>>()?, server: Mutex::new(server) })

@@ -1,8 +1,9 @@
-//! A control group of its own for each VM that arrives, inside the daemon's: whoever ends the daemon by ending all processes of its
-//! group leaves the VMs alone, and each VM's share of the host shows under its name.
+//! A control group of its own for each VM that arrives, inside the daemon's: whoever ends the daemon by ending all
+//! processes of its group leaves the VMs alone, and each VM's share of the host shows under its name.
 //!
-//! Only where the daemon's group is left to it (systemd's `Delegate=yes`, which systemd notes in an extended attribute of the group's
-//! directory); elsewhere VMs stay in the daemon's group, and only a unit with `KillMode=process` lets them live on.
+//! Only where the daemon's group is left to it (systemd's `Delegate=yes`, which systemd notes in an extended attribute
+//! of the group's directory); elsewhere VMs stay in the daemon's group, and only a unit with `KillMode=process` lets
+//! them live on.
 
 use std::ffi::CStr;
 use std::fs::{self, File};

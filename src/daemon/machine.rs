@@ -12,13 +12,13 @@ use crate::qemu::ask::Really;
 use crate::qemu::cpu::Cpu;
 use crate::qemu::offer::{Accepted, Offer};
 use crate::qemu::resources::ThisHost;
-use crate::qemu::rewrite::Plan;
+use crate::qemu::rewrite::LinePlan;
 use crate::qemu::rules::Rules;
 use crate::qemu::words::one_line;
 
-/// What the VM's process is made of.
+/// The machine that the VM's process is to have.
 #[derive(Debug)]
-pub(super) enum Machine {
+pub(super) enum MachineChoice {
     Reference,
     Qemu(Box<Qemu>),
 }
@@ -26,7 +26,7 @@ pub(super) enum Machine {
 #[derive(Debug)]
 pub(super) struct Qemu {
     pub(super) binary: PathBuf,
-    pub(super) plan: Plan,
+    pub(super) plan: LinePlan,
     /// For the VM's way onward.
     pub(super) offer: String,
 }
@@ -39,8 +39,8 @@ pub(super) fn find(
     hello: &SessionHello,
     rules: Option<&Rules>,
     engine: EngineKind,
-) -> Result<Machine, Refusal> {
-    let Some(text) = &hello.offer else { return Ok(Machine::Reference) };
+) -> Result<MachineChoice, Refusal> {
+    let Some(text) = &hello.offer else { return Ok(MachineChoice::Reference) };
     let Some(rules) = rules else {
         return Err(Refusal::other(
             "it is a QEMU VM, and this daemon takes none, because their command lines can start programs: start it \
@@ -62,7 +62,7 @@ pub(super) fn find(
         return Err(Refusal::other(text));
     }
     let offer = serde_json::to_string(&onward).map_err(|error| Refusal::other(error.to_string()))?;
-    Ok(Machine::Qemu(Box::new(Qemu { binary, plan, offer })))
+    Ok(MachineChoice::Qemu(Box::new(Qemu { binary, plan, offer })))
 }
 
 /// A refusal is shown as one line.
@@ -95,7 +95,7 @@ mod tests {
     #[test]
     fn offers_that_cannot_be_taken_are_refused() {
         let rules = Rules::default();
-        assert!(matches!(find(&hello(None), None, EngineKind::Plain), Ok(Machine::Reference)));
+        assert!(matches!(find(&hello(None), None, EngineKind::Plain), Ok(MachineChoice::Reference)));
         assert!(refused("{}", None, EngineKind::Vmemd).contains("`vmemd serve --qemu-rules FILE`"));
         assert!(refused("{}", Some(&rules), EngineKind::Plain).contains("--engine plain"));
         for rubbish in ["", "rubbish", "{}", "[1]", r#"{"binary":"/bin/sh","args":[],"more":1}"#] {

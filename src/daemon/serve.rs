@@ -13,8 +13,8 @@ use std::time::Duration;
 use migrate::{Hello, RefuseKind, Registry, SessionHello, SessionId, StreamHello};
 use tracing::{debug, info, warn};
 use vmprocess::control::protocol::EngineKind;
-use vmprocess::control::rundir::{Place, RunDir};
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::control::rundir::{RunDir, SocketName};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::granted::{Granted, Share};
 use vmprocess::size::Size;
 use vmprocess::{ArriveSettings, MemorySpec, host, passing, signals};
@@ -23,7 +23,7 @@ use super::admission::{Held, Pool, Refusal, check_hello, tolerated_holders};
 use super::children::{self, Descriptors};
 use super::door::{Door, DoorSettings};
 use super::groups::{Group, Groups};
-use super::machine::{self, Machine};
+use super::machine::{self, MachineChoice};
 use super::watch::{Log, Watch};
 use crate::qemu::rules::Rules;
 
@@ -34,11 +34,11 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// How long a VM that comes again is kept waiting for what is left of its last try.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(3);
 /// How a VM's process ends when the VM has moved on.
-const MOVED: i32 = Kind::Moved.exit_code() as i32;
+const MOVED: i32 = FailureKind::Moved.exit_code() as i32;
 /// Records of hand-overs that were given up longer ago are removed.
 const RECORDS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// What `vmemd serve` shall do.
+/// The settings of `vmemd serve`.
 #[derive(Clone, Debug)]
 pub struct ServeSettings {
     pub run_dir: PathBuf,
@@ -85,7 +85,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     if settings.ram_bytes > total {
         let (asked, total) = (Size(settings.ram_bytes), Size(total));
         return Err(Failure::new(
-            Kind::Resources,
+            FailureKind::Resources,
             format!("--ram {asked:#} is more than this host has ({total:#})"),
         ));
     }
@@ -98,8 +98,7 @@ pub fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let fail = |error| Failure::io("cannot listen", &error);
     listener.set_nonblocking(true).map_err(fail)?;
     let listen = listener.local_addr().map_err(fail)?.to_string();
-    let registry =
-        Registry::new(&dir.sessions_dir()).map_err(|error| Failure::new(Kind::Other, chain(&error)))?;
+    let registry = Registry::new(&dir.sessions_dir()).map_err(|error| Failure::other(&error))?;
     if let Err(error) = registry.prune(RECORDS_KEPT) {
         warn!(error = %chain(&error), "old records of hand-overs stay");
     }
@@ -128,14 +127,18 @@ fn bind(settings: &ServeSettings) -> Result<TcpListener, Failure> {
     let listen = &settings.listen;
     let fail = |error: std::io::Error| {
         let text = format!("cannot listen on {listen}: {error}; choose another --listen ADDRESS:PORT");
-        let kind = if error.kind() == std::io::ErrorKind::InvalidInput { Kind::Usage } else { Kind::Link };
+        let kind = if error.kind() == std::io::ErrorKind::InvalidInput {
+            FailureKind::Usage
+        } else {
+            FailureKind::Link
+        };
         Failure::new(kind, text)
     };
     let addresses: Vec<SocketAddr> = listen.to_socket_addrs().map_err(fail)?.collect();
     let this_host = addresses.iter().all(|address| address.ip().to_canonical().is_loopback());
     if !this_host && settings.door.tls.is_none() && !settings.plain {
         return Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             format!(
                 "--listen {listen} can be reached from other hosts: give --tls DIR (`vmemd pki init` makes one), so that \
                  only hosts of yours come in, or --plain if the network is yours alone"
@@ -252,8 +255,8 @@ impl Daemon {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a VM in. The source hears of a failure before the process that was to take the VM has ended: that must not be in the way
-    /// of the next try.
+    /// Lets a VM in. The source hears of a failure before the process that was to take the VM has ended: that must not
+    /// be in the way of the next try.
     fn admit_again(self: &Arc<Daemon>, stream: &mut TcpStream, hello: &SessionHello) -> Result<(), Refusal> {
         let before = self.sessions_of(&hello.name);
         self.admit(stream, hello).or_else(|refusal| {
@@ -282,13 +285,13 @@ impl Daemon {
         let tolerated = tolerated_holders(&self.dir, &hello.name)?;
         let granted = self.find_room(hello)?;
         let lock = self.dir.lock()?;
-        if let Some(place) =
-            self.dir.holders(&lock, &hello.name)?.iter().find(|place| !tolerated.contains(place))
+        if let Some(socket) =
+            self.dir.holders(&lock, &hello.name)?.iter().find(|socket| !tolerated.contains(socket))
         {
-            return Err(Refusal::name_taken(place));
+            return Err(Refusal::name_taken(socket));
         }
-        let place = Place::arriving(&hello.name, &hello.session.to_string());
-        let (claim, listener) = self.dir.claim(&lock, place)?;
+        let socket = SocketName::arriving(&hello.name, &hello.session.to_string());
+        let (claim, listener) = self.dir.claim(&lock, socket)?;
         drop(lock);
         let record = Granted::new(&self.dir, &hello.session.to_string(), self.share(hello, granted))?;
         let group = self.groups.make(&hello.name, &hello.session.to_string());
@@ -337,7 +340,7 @@ impl Daemon {
         Ok(granted)
     }
 
-    fn arrive_settings(&self, hello: &SessionHello, granted: u64, machine: &Machine) -> ArriveSettings {
+    fn arrive_settings(&self, hello: &SessionHello, granted: u64, machine: &MachineChoice) -> ArriveSettings {
         ArriveSettings {
             run_dir: self.dir.path().to_owned(),
             hello: SessionHello { offer: None, ..hello.clone() },
@@ -354,8 +357,8 @@ impl Daemon {
             },
             daemon: self.listen.clone(),
             offer: match machine {
-                Machine::Reference => None,
-                Machine::Qemu(qemu) => Some(qemu.offer.clone()),
+                MachineChoice::Reference => None,
+                MachineChoice::Qemu(qemu) => Some(qemu.offer.clone()),
             },
             control_fd: -1,
             streams_fd: -1,
@@ -402,7 +405,7 @@ impl Daemon {
             if let Err(error) = daemon.registry.burn(hello.session) {
                 debug!(session = %hello.session, error = %chain(&error), "nothing to burn");
             }
-            let _ = daemon.dir.places();
+            let _ = daemon.dir.sockets();
         });
         if let Err(error) = spawned {
             warn!(%error, "no thread to wait for the VM's process");

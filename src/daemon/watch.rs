@@ -1,5 +1,5 @@
-//! Ends the process of an arriving VM that has not answered within [`UP_LIMIT`], and tells the source why, while that still waits for
-//! an answer. A QEMU may hang before it has a monitor: it opens a FIFO, waits for a disk, is stopped.
+//! Ends the process of an arriving VM that has not answered within [`UP_LIMIT`], and tells the source why, while that
+//! still waits for an answer. A QEMU may hang before it has a monitor: it opens a FIFO, waits for a disk, is stopped.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -10,7 +10,7 @@ use std::process::Child;
 use std::time::Duration;
 
 use migrate::RefuseKind;
-use migrate::limits::{ACCEPT_LIMIT, patience};
+use migrate::limits::{ACCEPT_LIMIT, scaled_for_tests};
 use rustix::process::{Pid, Signal, kill_process_group};
 use vmprocess::last_words::{LOG_BYTES_MAX, last_words};
 
@@ -18,7 +18,7 @@ use vmprocess::last_words::{LOG_BYTES_MAX, last_words};
 const UP_LIMIT: Duration = Duration::from_secs(45);
 const _: () = assert!(UP_LIMIT.as_secs() + 5 < ACCEPT_LIMIT.as_secs(), "the source is to hear of it");
 
-/// What is kept of a VM that is being taken, until its process has said that it is there.
+/// The record of a VM that is being taken, until its process has said that it is there.
 #[derive(Debug)]
 pub(super) struct Watch {
     /// Where the process says so.
@@ -55,9 +55,10 @@ impl Log {
 }
 
 impl Watch {
-    /// Waits until the process is there, or has ended, and ends it if neither comes in time. Returns why, for the daemon's log.
+    /// Waits until the process is there, or has ended, and ends it if neither comes in time. Returns why, for the
+    /// daemon's log.
     pub(super) fn until_up(mut self, child: &mut Child) -> Option<String> {
-        let limit = patience(UP_LIMIT);
+        let limit = scaled_for_tests(UP_LIMIT);
         let waiting = self.streams.set_read_timeout(Some(limit));
         // A word, or the end of the connection with the process's.
         match waiting.and_then(|()| self.streams.read(&mut [0])) {

@@ -1,4 +1,4 @@
-//! What is found out about one requirement.
+//! The finding about one requirement.
 
 use serde::Serialize;
 

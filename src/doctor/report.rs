@@ -1,10 +1,10 @@
-//! What was found, as people and programs read it.
+//! The findings, as people and programs read them.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use serde::Serialize;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::check::Check;
 use super::checks;
@@ -18,7 +18,7 @@ struct Account {
 /// Looks at the host and prints what it found.
 ///
 /// # Errors
-/// [`Kind::Host`] if something that is needed is missing.
+/// [`FailureKind::Host`] if something that is needed is missing.
 pub fn doctor(store: &Path, json: bool) -> Result<(), Failure> {
     let checks = checks::all(store);
     let ok = checks.iter().all(|check| check.found || !check.needed);
@@ -26,13 +26,13 @@ pub fn doctor(store: &Path, json: bool) -> Result<(), Failure> {
         checks.iter().filter(|check| check.needed && !check.found).map(|check| check.name).collect();
     let verdict = match missing.as_slice() {
         [] => Ok(()),
-        names => {
-            Err(Failure::new(Kind::Host, format!("this host lacks what vmemd needs: {}", names.join(", "))))
-        }
+        names => Err(Failure::new(
+            FailureKind::Host,
+            format!("this host lacks what vmemd needs: {}", names.join(", ")),
+        )),
     };
     let text = if json {
-        serde_json::to_string_pretty(&Account { ok, checks })
-            .map_err(|error| Failure::new(Kind::Other, error.to_string()))?
+        serde_json::to_string_pretty(&Account { ok, checks }).map_err(|error| Failure::other(&error))?
     } else {
         table(&checks, std::io::stdout().is_terminal())
     };

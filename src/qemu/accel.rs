@@ -1,5 +1,5 @@
-//! Which accelerator runs a guest. QEMU tries several if it is not told one, and begins with KVM if its own name ends with
-//! `kvm`. Another host must not choose otherwise: a guest's state is its accelerator's.
+//! Which accelerator runs a guest. QEMU tries several if it is not told one, and begins with KVM if its own name ends
+//! with `kvm`. Another host must not choose otherwise: a guest's state is its accelerator's.
 
 use std::path::Path;
 
@@ -15,8 +15,8 @@ pub fn supported(ask: &dyn Ask, binary: &Path) -> Result<Vec<String>, Failure> {
     Ok(said.lines().skip(1).map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect())
 }
 
-/// Writes the accelerator that QEMU takes on this host into the command line, if that leaves a choice; everything else stays
-/// as it is. `kvm` is whether KVM can be used here.
+/// Writes the accelerator that QEMU takes on this host into the command line, if that leaves a choice; everything else
+/// stays as it is. `kvm` is whether KVM can be used here.
 pub fn pin(line: &mut CommandLine, ask: &dyn Ask, binary: &Path, kvm: bool) -> Result<(), Failure> {
     let mut list = line.accelerators()?;
     if list.len() == 1 {

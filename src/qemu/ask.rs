@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// It answers in a fraction of a second. One that does not must not keep the daemon from every other VM.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -32,7 +32,7 @@ impl Ask for Really {
 
 fn ask_within(limit: Duration, binary: &Path, args: &[&str]) -> Result<String, Failure> {
     let shown = format!("{} {}", binary.display(), args.join(" "));
-    let host = |text: String| Failure::new(Kind::Host, text);
+    let host = |text: String| Failure::new(FailureKind::Host, text);
     // The caller's preload is for the VM, not for a question.
     let said = output(limit, Command::new(binary).args(args).env_remove("LD_PRELOAD"))
         .map_err(|error| host(format!("`{shown}` cannot be started: {error}")))?;

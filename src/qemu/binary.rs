@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 /// Program headers looked at; real binaries have about a dozen.
 const MAX_HEADERS: u16 = 256;
@@ -16,11 +16,12 @@ const PT_INTERP: u32 = 3;
 const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 
-/// Finds a binary as a shell does: by `PATH`, unless there is a `/` in its name. Links stay: QEMU goes by the name that it is
-/// started by.
+/// Finds a binary as a shell does: by `PATH`, unless there is a `/` in its name. Links stay: QEMU goes by the name that
+/// it is started by.
 pub fn find(name: &str, path: &std::ffi::OsStr) -> Result<PathBuf, Failure> {
-    let missing =
-        |why: String| Failure::new(Kind::Host, format!("{name}: {why}: install QEMU, or correct the name"));
+    let missing = |why: String| {
+        Failure::new(FailureKind::Host, format!("{name}: {why}: install QEMU, or correct the name"))
+    };
     let resolve = |path: &Path| {
         let there = path.metadata().and_then(|_| std::path::absolute(path));
         there.map_err(|error| missing(error.to_string()))
@@ -36,7 +37,7 @@ pub fn find(name: &str, path: &std::ffi::OsStr) -> Result<PathBuf, Failure> {
 /// Refuses what `LD_PRELOAD` has no effect on.
 pub fn check(path: &Path) -> Result<(), Failure> {
     let shown = path.display();
-    let refuse = |why: &str| Err(Failure::new(Kind::Usage, format!("{shown} {why}")));
+    let refuse = |why: &str| Err(Failure::new(FailureKind::Usage, format!("{shown} {why}")));
     let file = File::open(path).map_err(|error| Failure::io(format_args!("opening {shown}"), &error))?;
     let meta = file.metadata().map_err(|error| Failure::io(format_args!("looking at {shown}"), &error))?;
     if !meta.is_file() || meta.permissions().mode() & 0o111 == 0 {

@@ -1,6 +1,6 @@
 //! Which RAM budget a VM can have.
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 /// Refuses a RAM budget that a VM of that memory cannot have.
@@ -13,5 +13,5 @@ pub fn check_ram(memory: Size, ram: Size) -> Result<(), Failure> {
     } else {
         return Ok(());
     };
-    Err(Failure::new(Kind::Usage, text))
+    Err(Failure::new(FailureKind::Usage, text))
 }

@@ -1,9 +1,10 @@
-//! Whether a guest finds the same processor at the target: with `-cpu host` (or `max`) under KVM it has seen the source's.
+//! Whether a guest finds the same processor at the target: with `-cpu host` (or `max`) under KVM it has seen the
+//! source's.
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::options::CommandLine;
 
@@ -182,7 +183,7 @@ pub(super) fn check_model(help: &str, model: &str) -> Result<(), Failure> {
     }
     let text =
         format!("this QEMU has no processor model {model:?}: see its `-cpu help`, or use a newer QEMU");
-    Err(Failure::new(Kind::Host, text))
+    Err(Failure::new(FailureKind::Host, text))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::options::CommandLine;
 use super::resources::what::What;
 use super::resources::{absolute, list};
-use super::rewrite::{Monitor, Plan, Rewritten, Role, Settings};
+use super::rewrite::{LinePlan, Monitor, Rewritten, Role, Settings};
 
 const QMP: &str = "-chardev socket,id=vmemd-qmp,path=/run/vmemd/vm.qmp,server=on,wait=off -mon chardev=vmemd-qmp,mode=control";
 
@@ -20,7 +20,7 @@ fn parse(line: &str) -> CommandLine {
 }
 
 fn rewrite(line: &str, role: Role) -> Rewritten {
-    let plan = Plan::of(&parse(line)).unwrap();
+    let plan = LinePlan::of(&parse(line)).unwrap();
     let files: Vec<_> =
         (0..plan.backends.len()).map(|n| PathBuf::from(format!("/proc/self/fd/{}", 10 + n))).collect();
     plan.rewrite(&Settings { files: &files, monitor: Monitor::Socket(Path::new("/run/vmemd/vm.qmp")), role })
@@ -115,7 +115,7 @@ fn libvirts() {
         ])
     );
     // What can only be added to libvirt's own line does the same.
-    let plan = Plan::appended(&parse(LIBVIRT)).unwrap();
+    let plan = LinePlan::appended(&parse(LIBVIRT)).unwrap();
     let files = [PathBuf::from("/proc/self/fd/10")];
     let settings = Settings {
         files: &files,
@@ -272,7 +272,7 @@ fn sizes_that_are_no_multiple_of_a_huge_page() {
         ],
         QMP,
     );
-    let plan = Plan::of(&parse(line)).unwrap();
+    let plan = LinePlan::of(&parse(line)).unwrap();
     assert_eq!((plan.memory().bytes(), plan.managed().bytes()), (255 << 20, 256 << 20));
 }
 
@@ -299,7 +299,7 @@ fn json_in_single_quotes() {
     for refused in
         ["-device {'driver':'vfio-pci','host':'1:0.0'}", "-object {'qom-type':'tdx-guest','id':'t'}"]
     {
-        assert!(Plan::of(&parse(&format!("-m 1G {refused}"))).is_err(), "{refused}");
+        assert!(LinePlan::of(&parse(&format!("-m 1G {refused}"))).is_err(), "{refused}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a program that is started gets besides its command line.
+//! The descriptors that a started program inherits.
 
 use std::os::fd::RawFd;
 

@@ -1,7 +1,7 @@
 //! A QEMU with vmemd's engine in it: names for its memory, a monitor for us, the preload and its settings.
 //!
-//! What it needs besides its command line is inherited: a connected socket for its monitor. So nothing is left behind however
-//! it ends.
+//! What it needs besides its command line is inherited: a connected socket for its monitor. So nothing is left behind
+//! however it ends.
 
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -11,12 +11,12 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::qemu::{Backend, LIBRARY, PreloadSettings, QmpAddress, Role, VARIABLE, VERSION, memory_file};
 
 use super::inherit::inherit;
 use super::loaded;
-use super::rewrite::{self, Monitor, Plan, Rewritten, Settings};
+use super::rewrite::{self, LinePlan, Monitor, Rewritten, Settings};
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
 /// Where a distribution's package puts the preload, from the command's directory.
@@ -39,7 +39,7 @@ pub fn library() -> Result<PathBuf, Failure> {
             "{LIBRARY} is neither in {} nor in {INSTALLED} from there: build it with `cargo build --release`, or install it",
             beside.display()
         );
-        Failure::new(Kind::Host, text)
+        Failure::new(FailureKind::Host, text)
     })?;
     can_be_preloaded(&found)?;
     Ok(found)
@@ -54,7 +54,7 @@ fn can_be_preloaded(library: &Path) -> Result<(), Failure> {
         "{LD_PRELOAD} cannot name {}, which has a blank or a colon in its path: install it elsewhere",
         library.display()
     );
-    Err(Failure::new(Kind::Host, text))
+    Err(Failure::new(FailureKind::Host, text))
 }
 
 /// A command that is ready to be started, and what it inherits.
@@ -78,7 +78,7 @@ impl From<Command> for Launch {
 ///
 /// # Errors
 /// If the kernel gives no descriptor, or the preload is missing or does not get into this binary.
-pub fn launch(binary: &Path, plan: Plan, role: Role) -> Result<Launch, Failure> {
+pub fn launch(binary: &Path, plan: LinePlan, role: Role) -> Result<Launch, Failure> {
     let paths = memory_files(&plan);
     let (theirs, ours) = UnixStream::pair().map_err(|error| Failure::io("no socket pair", &error))?;
     let backends = backends(&plan, &paths);
@@ -111,12 +111,12 @@ pub fn program(binary: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// The names by which QEMU asks the preload for the guest's memory.
-pub fn memory_files(plan: &Plan) -> Vec<PathBuf> {
+pub fn memory_files(plan: &LinePlan) -> Vec<PathBuf> {
     (0..plan.backends.len()).map(memory_file).collect()
 }
 
 /// What the preload is to know of the guest's memory.
-pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
+pub fn backends(plan: &LinePlan, files: &[PathBuf]) -> Vec<Backend> {
     let each = plan.backends.iter().zip(files);
     let mapped = |backend: &rewrite::Backend| backend.mapped().expect("checked when it was planned");
     each.map(|(backend, path)| Backend { path: path.clone(), bytes: mapped(backend) }).collect()
@@ -125,7 +125,7 @@ pub fn backends(plan: &Plan, files: &[PathBuf]) -> Vec<Backend> {
 /// What has to be in QEMU's environment. It works: the binary was asked.
 pub fn environment(settings: &PreloadSettings) -> Result<[(&'static str, OsString); 2], Failure> {
     let text = serde_json::to_string(settings).map_err(|error| {
-        Failure::new(Kind::Usage, format!("the preload cannot be told what to do: {error}"))
+        Failure::new(FailureKind::Usage, format!("the preload cannot be told what to do: {error}"))
     })?;
     let mut libraries = library()?.into_os_string();
     if let Some(others) = std::env::var_os(LD_PRELOAD).filter(|others| !others.is_empty()) {
@@ -146,7 +146,7 @@ mod tests {
         can_be_preloaded(Path::new("/opt/vm-emd/lib.so")).unwrap();
         for path in ["/my programs/lib.so", "/a:b/lib.so"] {
             let refused = can_be_preloaded(Path::new(path)).unwrap_err();
-            assert!(refused.kind == Kind::Host && refused.text.contains("elsewhere"), "{refused}");
+            assert!(refused.kind == FailureKind::Host && refused.text.contains("elsewhere"), "{refused}");
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Whether a program really gets the preload: asked of the program itself, before a VM depends on it.
 //!
-//! The loader drops what it cannot load (a damaged file, a file system mounted noexec) with a word on standard error, and goes on
-//! without it; a wrapper may start QEMU with another environment. So the program is started once as `--version`, with
-//! the environment that the VM's QEMU will have, and the preload answers over a pipe when the program begins and when it exits.
+//! The loader drops what it cannot load (a damaged file, a file system mounted noexec) with a word on standard error,
+//! and goes on without it; a wrapper may start QEMU with another environment. So the program is started once as
+//! `--version`, with the environment that the VM's QEMU will have, and the preload answers over a pipe when the program
+//! begins and when it exits.
 
 use std::ffi::OsString;
 use std::io::{PipeReader, Read};
@@ -12,8 +13,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use vmprocess::failure::{Failure, Kind};
-use vmprocess::qemu::{Answer, LIBRARY, QUESTION, VERSION};
+use vmprocess::failure::{Failure, FailureKind};
+use vmprocess::qemu::{LIBRARY, PreloadAnswer, QUESTION, VERSION};
 
 use super::ask;
 use super::inherit::inherit;
@@ -25,7 +26,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// Refuses a binary into which the preload does not get with that environment.
 pub(super) fn check(binary: &Path, environment: &[(&'static str, OsString)]) -> Result<(), Failure> {
-    let host = |text: String| Failure::new(Kind::Host, text);
+    let host = |text: String| Failure::new(FailureKind::Host, text);
     let (reader, writer) =
         std::io::pipe().map_err(|error| Failure::io("no pipe to ask QEMU over", &error))?;
     let mut command = Command::new(binary);
@@ -61,7 +62,7 @@ pub(super) fn check(binary: &Path, environment: &[(&'static str, OsString)]) -> 
     })
 }
 
-fn answers(reader: PipeReader) -> Vec<Answer> {
+fn answers(reader: PipeReader) -> Vec<PreloadAnswer> {
     // A process that a wrapper left behind may hold the pipe open: what there is was written before the program ended.
     let _ = rustix::fs::fcntl_setfl(&reader, rustix::fs::OFlags::NONBLOCK);
     let mut text = Vec::new();
@@ -70,14 +71,14 @@ fn answers(reader: PipeReader) -> Vec<Answer> {
 }
 
 /// `err`: what the program, and the loader in it, printed.
-fn judge(binary: &Path, library: &str, answers: &[Answer], err: &str) -> Result<(), Failure> {
+fn judge(binary: &Path, library: &str, answers: &[PreloadAnswer], err: &str) -> Result<(), Failure> {
     let shown = binary.display();
     let fail = |kind, text: String| Err(Failure::new(kind, text));
     let complaint = err.lines().find(|line| line.contains("ld.so") && line.contains(library));
     let Some(last) = answers.last() else {
         return match complaint {
             Some(line) => fail(
-                Kind::Host,
+                FailureKind::Host,
                 format!(
                     "the loader does not take {library} into {shown}, so QEMU's memory would have no budget: {}: reinstall \
                      it, readable for this user, on a file system that is not mounted noexec",
@@ -85,7 +86,7 @@ fn judge(binary: &Path, library: &str, answers: &[Answer], err: &str) -> Result<
                 ),
             ),
             None => fail(
-                Kind::Host,
+                FailureKind::Host,
                 format!(
                     "{shown} starts without {library}, so QEMU's memory would have no budget: name the QEMU binary \
                      itself, not a wrapper that starts it with another environment"
@@ -98,24 +99,24 @@ fn judge(binary: &Path, library: &str, answers: &[Answer], err: &str) -> Result<
             "{shown} is a wrapper that starts {}: name that, with the arguments that the wrapper adds",
             other.program.display()
         );
-        return fail(Kind::Usage, text);
+        return fail(FailureKind::Usage, text);
     }
     if last.version != VERSION {
         let text = format!(
             "{library} is of vmemd {}, and this is vmemd {VERSION}: install both of one version",
             last.version
         );
-        return fail(Kind::Host, text);
+        return fail(FailureKind::Host, text);
     }
-    if let Some(trouble) = answers.iter().find_map(|answer| answer.trouble.as_ref()) {
-        return fail(Kind::Host, format!("{library} in {shown}: {trouble}"));
+    if let Some(why) = answers.iter().find_map(|answer| answer.settings_error.as_ref()) {
+        return fail(FailureKind::Host, format!("{library} in {shown}: {why}"));
     }
     if !last.exits {
         let text = format!(
             "{shown} becomes another program, without {library} (a wrapper that changes the environment): name the QEMU \
              binary itself"
         );
-        return fail(Kind::Usage, text);
+        return fail(FailureKind::Usage, text);
     }
     Ok(())
 }
@@ -134,11 +135,11 @@ mod tests {
     const QEMU: &str = "/usr/bin/qemu-system-x86_64";
     const OBJECT: &str = "/opt/libvmemd_preload.so";
 
-    fn answer(program: &str, exits: bool) -> Answer {
-        Answer { program: program.into(), version: VERSION.to_owned(), trouble: None, exits }
+    fn answer(program: &str, exits: bool) -> PreloadAnswer {
+        PreloadAnswer { program: program.into(), version: VERSION.to_owned(), settings_error: None, exits }
     }
 
-    fn judged(answers: &[Answer], err: &str) -> Result<(), Failure> {
+    fn judged(answers: &[PreloadAnswer], err: &str) -> Result<(), Failure> {
         judge(Path::new(QEMU), OBJECT, answers, err)
     }
 
@@ -147,19 +148,20 @@ mod tests {
         let whole = [answer(QEMU, false), answer(QEMU, true)];
         assert_eq!(judged(&whole, "qemu: a warning"), Ok(()));
         let other = "/usr/lib/qemu";
-        let old = whole.clone().map(|answer| Answer { version: "0.0.1".to_owned(), ..answer });
-        let garbled = whole.clone().map(|answer| Answer { trouble: Some("no".to_owned()), ..answer });
+        let old = whole.clone().map(|answer| PreloadAnswer { version: "0.0.1".to_owned(), ..answer });
+        let garbled =
+            whole.clone().map(|answer| PreloadAnswer { settings_error: Some("no".to_owned()), ..answer });
         for (answers, kind, says) in [
-            (&[][..], Kind::Host, "starts without /opt/libvmemd_preload.so"),
-            (&whole[..1], Kind::Usage, "becomes another program"),
+            (&[][..], FailureKind::Host, "starts without /opt/libvmemd_preload.so"),
+            (&whole[..1], FailureKind::Usage, "becomes another program"),
             (
                 &[answer(QEMU, false), answer(other, false), answer(other, true)],
-                Kind::Usage,
+                FailureKind::Usage,
                 "starts /usr/lib/qemu",
             ),
-            (&[answer(other, false), answer(other, true)], Kind::Usage, "starts /usr/lib/qemu"),
-            (&old, Kind::Host, "is of vmemd 0.0.1, and this is vmemd"),
-            (&garbled, Kind::Host, "preload.so in /usr/bin/qemu-system-x86_64: no"),
+            (&[answer(other, false), answer(other, true)], FailureKind::Usage, "starts /usr/lib/qemu"),
+            (&old, FailureKind::Host, "is of vmemd 0.0.1, and this is vmemd"),
+            (&garbled, FailureKind::Host, "preload.so in /usr/bin/qemu-system-x86_64: no"),
         ] {
             let failure = judged(answers, "").unwrap_err();
             assert!(failure.kind == kind && failure.text.contains(says), "{says}: {failure}");

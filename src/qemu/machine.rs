@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::ask::Ask;
 use super::options::{CommandLine, Word};
@@ -41,7 +41,7 @@ impl Version {
             let text = format!(
                 "a QEMU says `QEMU emulator version …` to --version, this one said {line:?}: name the QEMU binary itself"
             );
-            Failure::new(Kind::Usage, text)
+            Failure::new(FailureKind::Usage, text)
         })
     }
 
@@ -95,12 +95,12 @@ impl Machines {
     pub fn resolve(&self, name: Option<&str>) -> Result<Pinned, Failure> {
         let Some(name) = name.or(self.default.as_deref()) else {
             let text = "this QEMU has no machine that it takes by itself: say which with -machine";
-            return Err(Failure::new(Kind::Usage, text));
+            return Err(Failure::new(FailureKind::Usage, text));
         };
         let Some((_, alias)) = self.known.iter().find(|(known, _)| known == name) else {
             let text =
                 format!("this QEMU has no machine {name:?}: see its `-machine help`, or use a newer QEMU");
-            return Err(Failure::new(Kind::Host, text));
+            return Err(Failure::new(FailureKind::Host, text));
         };
         let machine = alias.as_deref().unwrap_or(name).to_owned();
         let versioned = machine

@@ -1,4 +1,5 @@
-//! What vmemd knows of QEMU's command lines, without starting anything but `QEMU --version` and its kin.
+//! QEMU's command lines: read, judged, changed and described, without starting anything but `QEMU --version` and its
+//! kin.
 //!
 //! ```text
 //! arguments ─▶ options ─▶ machine (pin) ─▶ refuse ─▶ rewrite ─▶ print | exec
@@ -22,6 +23,7 @@ pub mod options;
 pub mod output;
 pub mod props;
 pub mod refuse;
+mod refused;
 pub mod resources;
 pub mod rewrite;
 pub mod rules;

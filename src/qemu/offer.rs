@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::ask::Ask;
 use super::cpu::{self, Cpu};
@@ -16,11 +16,11 @@ use super::machine::{Machines, Pinned, Version};
 use super::options::CommandLine;
 use super::refuse::unmovable;
 use super::resources::{self, Host};
-use super::rewrite::Plan;
+use super::rewrite::LinePlan;
 use super::rules::Rules;
 use super::{accel, binary};
 
-/// What the source sends: enough to start the same QEMU elsewhere.
+/// The source's description of its QEMU: enough to start the same elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Offer {
@@ -37,11 +37,11 @@ pub struct Offer {
     pub cpu: Option<Cpu>,
 }
 
-/// What the target starts.
+/// The QEMU that the target starts.
 #[derive(Debug)]
 pub struct Accepted {
     pub binary: PathBuf,
-    pub plan: Plan,
+    pub plan: LinePlan,
     /// The same machine in the names of this host, for the VM's way onward.
     pub onward: Offer,
 }
@@ -83,7 +83,7 @@ impl Offer {
     ) -> Result<Accepted, Failure> {
         let mut line = CommandLine::parse(&self.args)?;
         resources::map(&mut line, rules)?;
-        let plan = Plan::of(&line)?;
+        let plan = LinePlan::of(&line)?;
         unmovable(&line)?;
         let mut missing = resources::missing(&line, host)?;
         let found = self.find(rules, path).and_then(|binary| {
@@ -97,7 +97,7 @@ impl Offer {
         if let Some(source) = &self.cpu {
             if !source.is_sane() {
                 return Err(Failure::new(
-                    Kind::Link,
+                    FailureKind::Link,
                     "the source names more processor features than there are",
                 ));
             }
@@ -110,7 +110,8 @@ impl Offer {
         Ok(Accepted { binary, plan, onward })
     }
 
-    /// The QEMU binary of this host: of the same (or the mapped) path, else of the same name; else what that is a link to.
+    /// The QEMU binary of this host: of the same (or the mapped) path, else of the same name; else what that is a link
+    /// to.
     fn find(&self, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
         let found = find(&self.binary, rules, path).or_else(|failure| match &self.real {
             Some(real) => find(real, rules, path).map_err(|_| failure),
@@ -165,7 +166,7 @@ fn find(binary: &str, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
     let name = named.rsplit('/').next().unwrap_or_default();
     let found = if named.starts_with('/') { binary::find(&named, path) } else { binary::find(name, path) };
     let found = found.or_else(|failure| binary::find(name, path).map_err(|_| failure));
-    // What a distribution wraps has a dot before its name: `.qemu-system-x86_64-wrapped`.
+    // A binary that a distribution wraps has a dot before its name: `.qemu-system-x86_64-wrapped`.
     let is_qemu = |name: &str| {
         let name = name.strip_prefix('.').unwrap_or(name);
         name.starts_with("qemu") || name == "kvm"
@@ -179,7 +180,7 @@ fn find(binary: &str, rules: &Rules, path: &OsStr) -> Result<PathBuf, Failure> {
         let text = format!(
             "{named} is not a QEMU by its name (qemu-system-…): it is not started for a VM that arrives"
         );
-        return Err(Failure::new(Kind::Usage, text));
+        return Err(Failure::new(FailureKind::Usage, text));
     }
     found
 }
@@ -196,7 +197,7 @@ fn names(binary: &Path) -> Result<(String, Option<String>), Failure> {
 }
 
 fn utf8(binary: &Path) -> Result<String, Failure> {
-    let text = || Failure::new(Kind::Usage, format!("{} is not UTF-8: rename it", binary.display()));
+    let text = || Failure::new(FailureKind::Usage, format!("{} is not UTF-8: rename it", binary.display()));
     binary.to_str().map(str::to_owned).ok_or_else(text)
 }
 
@@ -300,7 +301,7 @@ mod tests {
         let bin = Bin::new("none");
         let path = bin.0.as_os_str();
         let error = offer.accept(&Rules::default(), &Rich, &Fake("6.0"), path, &cpu("sse")).unwrap_err();
-        assert_eq!(error.kind, Kind::Host);
+        assert_eq!(error.kind, FailureKind::Host);
         for says in [
             "disk /missing/a is missing here",
             "tap interface t is missing here",

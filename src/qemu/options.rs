@@ -6,7 +6,7 @@
 //!
 //! Printing gives the very words that were parsed, but for what was changed in between.
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::props::Props;
 
@@ -210,7 +210,7 @@ impl Word {
     pub fn props(&self) -> Result<Props, Failure> {
         Props::parse(self.value().unwrap_or_default()).map_err(|why| {
             let text = format!("`{}` cannot be read: {why}", self.shown());
-            Failure::new(Kind::Usage, text)
+            Failure::new(FailureKind::Usage, text)
         })
     }
 
@@ -246,13 +246,16 @@ impl CommandLine {
                 "QEMU's command line has {} words and {bytes} bytes: at most {MAX_WORDS} words and {MAX_BYTES} bytes are read",
                 args.len()
             );
-            return Err(Failure::new(Kind::Usage, text));
+            return Err(Failure::new(FailureKind::Usage, text));
         }
         let mut words = Vec::new();
         let mut rest = args.iter().map(AsRef::as_ref).peekable();
         while let Some(arg) = rest.next() {
             if arg.contains('\0') {
-                return Err(Failure::new(Kind::Usage, "QEMU's command line has a word with a zero byte"));
+                return Err(Failure::new(
+                    FailureKind::Usage,
+                    "QEMU's command line has a word with a zero byte",
+                ));
             }
             if !arg.starts_with('-') {
                 words.push(Word { flag: None, value: Some(arg.to_owned()) });
@@ -265,7 +268,7 @@ impl CommandLine {
                 let Some(value) = rest.next() else {
                     let text =
                         format!("`{arg}` is the last word of QEMU's command line: write its value behind it");
-                    return Err(Failure::new(Kind::Usage, text));
+                    return Err(Failure::new(FailureKind::Usage, text));
                 };
                 Some(value)
             } else {
@@ -372,7 +375,7 @@ pub fn text(args: &[std::ffi::OsString]) -> Result<Vec<String>, Failure> {
     let one = |arg: &std::ffi::OsString| {
         arg.clone().into_string().map_err(|arg| {
             let text = format!("{arg:?} of QEMU's command line is not UTF-8: rename the file");
-            Failure::new(Kind::Usage, text)
+            Failure::new(FailureKind::Usage, text)
         })
     };
     args.iter().map(one).collect()

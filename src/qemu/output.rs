@@ -60,7 +60,7 @@ fn in_json(binary: &Path, made: &Rewritten, environment: &[(&str, String)]) -> S
 }
 
 /// What a domain's XML needs: libvirt makes the command line itself, so ours is added behind it. Wants a command line
-/// made by [`Plan::appended`](super::rewrite::Plan::appended).
+/// made by [`LinePlan::appended`](super::rewrite::LinePlan::appended).
 fn libvirt(made: &Rewritten, environment: &[(&str, String)]) -> String {
     let mut text = String::from(
         "<!-- In the domain: <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>, no\n     \
@@ -96,7 +96,7 @@ fn escaped(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::qemu::options::CommandLine;
-    use crate::qemu::rewrite::{Monitor, Plan, Role, Settings};
+    use crate::qemu::rewrite::{LinePlan, Monitor, Role, Settings};
     use proptest::prelude::*;
     use std::path::PathBuf;
     use std::process::Command;
@@ -109,7 +109,7 @@ mod tests {
             monitor: Monitor::Socket(Path::new("/run/vmemd/.monitors/db.qmp")),
             role: Role::Start,
         };
-        Plan::appended(&line).unwrap().rewrite(&settings).unwrap()
+        LinePlan::appended(&line).unwrap().rewrite(&settings).unwrap()
     }
 
     fn printed(format: Format) -> String {

@@ -1,8 +1,8 @@
 //! The value of one option: `type,key=value,flag,…` with commas doubled inside values, or JSON.
 //!
-//! Both are read through dotted paths: `file.filename` is the key of that name, or the member of a member. QEMU's JSON may
-//! have its strings in single quotes. What is not changed is printed as it was; JSON that is changed is printed with its
-//! keys in order.
+//! Both are read through dotted paths: `file.filename` is the key of that name, or the member of a member. QEMU's JSON
+//! may have its strings in single quotes. What is not changed is printed as it was; JSON that is changed is printed
+//! with its keys in order.
 
 use serde_json::Value;
 use vmprocess::size::Size;

@@ -1,16 +1,16 @@
-//! What of a QEMU command line cannot work under vmemd: each with the reason and the remedy.
+//! Finds in a QEMU command line the options that cannot work under vmemd, with reason and remedy, by the tables in
+//! [`refused`](super::refused).
 //!
 //! [`refuse`] is about running at all, [`unmovable`] about moving to another host.
 
 use std::fmt;
+use std::sync::LazyLock;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::options::{CommandLine, Word};
-use super::props::{Props, is_on};
-
-/// What our own additions are called, so that nobody else uses it.
-pub(super) const OURS: &str = "vmemd-";
+use super::props::Props;
+use super::refused::{Row, When, cannot_move, cannot_run};
 
 /// One thing that cannot be, why, and what to do instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,63 +27,8 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Options whose properties are looked at; what others say is text.
-const JUDGED: &[&str] = &[
-    "accel",
-    "blockdev",
-    "chardev",
-    "cpu",
-    "device",
-    "drive",
-    "icount",
-    "machine",
-    "net",
-    "netdev",
-    "nic",
-    "numa",
-    "object",
-    "overcommit",
-    "realtime",
-    "run-with",
-    "tpmdev",
-];
-
-/// Reason and remedy.
-type Verdict = Option<(&'static str, &'static str)>;
-
-const PINS: (&str, &str) = (
-    "it keeps all guest memory pinned for a device, so none could be taken out of RAM",
-    "use an emulated device instead, such as virtio-blk or virtio-net",
-);
-const VHOST_USER: (&str, &str) = (
-    "its back end is another process that maps guest memory, and would not see what was taken out of RAM",
-    "use the device inside QEMU: virtio-net with a tap (vhost=on is fine), virtio-blk with a drive, 9p for files",
-);
-const HOTPLUG: (&str, &str) = (
-    "memory devices are not supported yet",
-    "give all memory with -m; what the guest does not use costs nothing under vmemd",
-);
-const CONFIDENTIAL: (&str, &str) = (
-    "the memory of a confidential guest is encrypted and pinned, so it cannot be stored or moved by the host",
-    "run it without vmemd",
-);
-const XEN: (&str, &str) = ("under Xen guest memory is not QEMU's", "use -accel kvm or -accel tcg");
-const PRIVILEGES: (&str, &str) = (
-    "after it QEMU can no longer reach the store, and remove its control socket",
-    "start vmemd itself as that user (access to /dev/kvm and /dev/userfaultfd is enough), or in a container",
-);
-const OWN_FILE: (&str, &str) = (
-    "guest memory in a file of your own cannot be taken out of RAM by vmemd",
-    "leave it out: vmemd makes the memory backend, from -m or from memory-backend-ram objects",
-);
-const HUGE: (&str, &str) = (
-    "pages of hugetlbfs cannot be taken out of RAM",
-    "leave it out: vmemd uses transparent huge pages where they fit",
-);
-const OURS_ALREADY: (&str, &str) = (
-    "names that begin with `vmemd-` are vmemd's own",
-    "give the command line as it was before vmemd changed it, or choose another id",
-);
+static CANNOT_RUN: LazyLock<Vec<Row>> = LazyLock::new(cannot_run);
+static CANNOT_MOVE: LazyLock<Vec<Row>> = LazyLock::new(cannot_move);
 
 /// All that cannot work, or nothing.
 pub fn refuse(line: &CommandLine) -> Result<(), Failure> {
@@ -92,7 +37,7 @@ pub fn refuse(line: &CommandLine) -> Result<(), Failure> {
 
 /// All that QEMU, or we, cannot move to another host.
 pub fn unmovable(line: &CommandLine) -> Result<(), Failure> {
-    report("this VM cannot be moved", find(line, cannot_move)?)
+    report("this VM cannot be moved", find(line, &CANNOT_MOVE)?)
 }
 
 fn report(head: &str, found: Vec<Refusal>) -> Result<(), Failure> {
@@ -100,245 +45,73 @@ fn report(head: &str, found: Vec<Refusal>) -> Result<(), Failure> {
         return Ok(());
     }
     let lines: Vec<String> = found.iter().map(|refusal| format!("\n  {refusal}")).collect();
-    Err(Failure::new(Kind::Usage, format!("{head}:{}", lines.concat())))
+    Err(Failure::new(FailureKind::Usage, format!("{head}:{}", lines.concat())))
 }
 
 /// Each thing that cannot work, in the command line's order.
 pub fn refusals(line: &CommandLine) -> Result<Vec<Refusal>, Failure> {
-    find(line, cannot_run)
+    find(line, &CANNOT_RUN)
 }
 
-fn find(line: &CommandLine, judge: fn(&str, &Props, &Word) -> Verdict) -> Result<Vec<Refusal>, Failure> {
+fn find(line: &CommandLine, rows: &[Row]) -> Result<Vec<Refusal>, Failure> {
     let mut found = Vec::new();
     for word in line.words() {
-        let name = word.name();
-        let props = if JUDGED.contains(&name) { word.props()? } else { Props::Text(Vec::new()) };
-        if let Some((why, remedy)) = judge(name, &props, word) {
-            found.push(Refusal { what: word.shown(), why, remedy });
+        // Also properties that only the other table looks at: what cannot be read is refused in any case.
+        let props = if reads_props(word.name()) { word.props()? } else { Props::Text(Vec::new()) };
+        let fits = |row: &&Row| row.options.contains(&word.name()) && row.when.fits(word, &props);
+        if let Some(Row { reason, .. }) = rows.iter().find(fits) {
+            found.push(Refusal { what: word.shown(), why: reason.why, remedy: reason.remedy });
         }
     }
     Ok(found)
 }
 
-fn cannot_run(name: &str, props: &Props, word: &Word) -> Verdict {
-    match name {
-        "object" => object(props),
-        "device" => device(props),
-        "netdev" | "nic" | "net" => network(props),
-        "chardev" if ours(props.get("id")) => Some(OURS_ALREADY),
-        "blockdev" | "drive" => storage(props),
-        "hda" | "hdb" | "hdc" | "hdd" | "cdrom" => {
-            word.value().is_some_and(|file| file.starts_with("nvme://")).then_some(PINS)
-        }
-        "machine" => machine(props),
-        "accel" if props.first("accel").as_deref() == Some("xen") => Some(XEN),
-        "xen-attach" | "xen-create" | "xen-domid" | "xen-domid-restrict" => Some(XEN),
-        "numa" if props.first("type").as_deref() == Some("node") && props.get("mem").is_some() => Some((
-            "a node that is a part of one memory is the old way, which newer QEMU no longer takes",
-            "give each node its own: -object memory-backend-ram,id=ID,size=SIZE and -numa node,memdev=ID",
-        )),
-        "mem-path" => {
-            let huge = word.value().is_some_and(|path| path.contains("huge"));
-            Some(if huge { HUGE } else { OWN_FILE })
-        }
-        "overcommit" | "realtime" => locks(name, props),
-        "daemonize" => Some((
-            "a daemon is a copy of the process, and the threads that manage its memory are not copied",
-            "start vmemd in the background: a systemd unit, or `setsid vmemd run …`",
-        )),
-        "chroot" | "runas" => Some(PRIVILEGES),
-        "async-teardown" => Some(teardown()),
-        "run-with" if props.get("chroot").is_some() || props.get("user").is_some() => Some(PRIVILEGES),
-        "run-with" if props.is_on("async-teardown") => Some(teardown()),
-        "incoming" => Some((
-            "vmemd starts QEMU for a VM that arrives by itself",
-            "leave it out, and bring the VM with `vmemd migrate`",
-        )),
-        "readconfig" => Some((
-            "what stands in a file is not seen, and it may name memory or devices that cannot work",
-            "write its contents as options on the command line",
-        )),
-        "preconfig" => Some((
-            "the machine would be configured later, by what vmemd does not see",
-            "write the configuration as options on the command line",
-        )),
-        _ => None,
-    }
+/// Whether a row looks at this option's properties. What other options say is text.
+fn reads_props(name: &str) -> bool {
+    let reads = |row: &Row| row.options.contains(&name) && row.when.reads_props();
+    CANNOT_RUN.iter().chain(&*CANNOT_MOVE).any(reads)
 }
 
-fn ours(id: Option<String>) -> bool {
-    id.is_some_and(|id| id.starts_with(OURS))
-}
+impl When {
+    fn reads_props(&self) -> bool {
+        matches!(self, When::First(..) | When::Driver(_) | When::Props(..))
+    }
 
-fn object(props: &Props) -> Verdict {
-    if ours(props.get("id")) {
-        return Some(OURS_ALREADY);
-    }
-    match props.object()?.as_str() {
-        "memory-backend-memfd" if props.is_on("hugetlb") => Some(HUGE),
-        "memory-backend-file" => {
-            let huge = props.get("mem-path").is_some_and(|path| path.contains("huge"));
-            Some(if huge { HUGE } else { OWN_FILE })
-        }
-        "memory-backend-epc" => Some((
-            "enclave memory (SGX) is encrypted, and only its own driver can take it out of RAM",
-            "run it without vmemd, or without SGX",
-        )),
-        "sev-guest" | "sev-snp-guest" | "tdx-guest" | "s390-pv-guest" | "pef-guest" | "rme-guest" => {
-            Some(CONFIDENTIAL)
-        }
-        "cryptodev-vhost-user" | "x-remote-object" | "x-vfio-user-server" => Some(VHOST_USER),
-        _ => None,
-    }
-}
-
-fn device(props: &Props) -> Verdict {
-    let driver = props.first("driver")?;
-    if driver.starts_with("vfio-") || driver.starts_with("vhost-vdpa") || driver == "pvrdma" {
-        return Some(PINS);
-    }
-    if driver.starts_with("vhost-user-") || driver == "x-pci-proxy-dev" {
-        return Some(VHOST_USER);
-    }
-    if driver.starts_with("virtio-mem")
-        || driver.starts_with("virtio-pmem")
-        || driver.starts_with("cxl-type3")
-    {
-        return Some(HOTPLUG);
-    }
-    if matches!(driver.as_str(), "pc-dimm" | "nvdimm" | "sgx-epc") {
-        return Some(HOTPLUG);
-    }
-    if driver.starts_with("xen-pci") {
-        return Some(XEN);
-    }
-    let gpu = driver.starts_with("virtio-gpu") || driver.starts_with("virtio-vga");
-    if gpu && props.is_on("blob") {
-        return Some((
-            "blob resources pin the guest memory that they share with the host's display",
-            "leave out blob=on",
-        ));
-    }
-    None
-}
-
-fn network(props: &Props) -> Verdict {
-    match props.first("type")?.as_str() {
-        "vhost-user" => Some(VHOST_USER),
-        "vhost-vdpa" => Some(PINS),
-        _ => None,
-    }
-}
-
-/// Drivers at any depth that talk to a device, or another process, with guest memory in their hands.
-fn storage(props: &Props) -> Verdict {
-    let mut verdict = None;
-    props.clone().visit(&mut |path, value| {
-        let leaf = path.rsplit('.').next().unwrap_or(path);
-        // In -blockdev the first word is the driver.
-        if matches!(leaf, "" | "driver" | "format") {
-            match value {
-                "nvme" | "virtio-blk-vfio-pci" | "virtio-blk-vhost-vdpa" => verdict = Some(PINS),
-                "virtio-blk-vhost-user" => verdict = Some(VHOST_USER),
-                _ => {}
+    fn fits(&self, word: &Word, props: &Props) -> bool {
+        match self {
+            When::Given => true,
+            When::First(key, names) => props.first(key).is_some_and(|value| is_one_of(&value, names)),
+            When::Begins(start) => {
+                word.value().is_some_and(|value| value.starts_with(start))
+                    || any_value(props, |_, value| value.starts_with(start))
             }
+            // In -blockdev the first word is the driver.
+            When::Driver(names) => any_value(props, |key, value| {
+                matches!(key, "" | "driver" | "format") && is_one_of(value, names)
+            }),
+            When::Value(fits) => word.value().is_some_and(fits),
+            When::Props(fits, _) => fits(props),
         }
-        if value.starts_with("nvme://") {
-            verdict = Some(PINS);
-        }
+    }
+}
+
+/// Whether a value at any depth is such, by the last word of its path.
+fn any_value(props: &Props, fits: impl Fn(&str, &str) -> bool) -> bool {
+    let mut found = false;
+    props.clone().visit(&mut |path, value| {
+        found |= fits(path.rsplit('.').next().unwrap_or(path), value);
         None
     });
-    verdict
+    found
 }
 
-fn machine(props: &Props) -> Verdict {
-    if props.get("confidential-guest-support").is_some() || props.get("memory-encryption").is_some() {
-        return Some(CONFIDENTIAL);
-    }
-    let xen = |name: String| name.starts_with("xen");
-    if props.first("type").is_some_and(xen)
-        || props.get("accel").is_some_and(|list| list.split(':').any(|accel| accel == "xen"))
-    {
-        return Some(XEN);
-    }
-    if ours(props.get("memory-backend")) {
-        return Some(OURS_ALREADY);
-    }
-    None
-}
-
-fn locks(name: &str, props: &Props) -> Verdict {
-    let value = match name {
-        "overcommit" => props.get("mem-lock"),
-        _ => props.get("mlock"),
-    };
-    let on = value.is_some_and(|value| is_on(&value) || value == "on-fault");
-    on.then_some((
-        "memory that is locked can never be taken out of RAM",
-        "leave it out: vmemd keeps what is in its budget from the host's own swap by itself",
-    ))
-}
-
-fn teardown() -> (&'static str, &'static str) {
-    (
-        "a second process would hold the memory after the first has ended",
-        "leave it out: under vmemd at most the budget is to be freed",
-    )
-}
-
-fn cannot_move(name: &str, props: &Props, word: &Word) -> Verdict {
-    const LOCAL_DISK: (&str, &str) = (
-        "what the guest wrote is in a temporary file of this host",
-        "leave it out, with the disk on storage that both hosts reach",
-    );
-    const FILES: (&str, &str) = (
-        "QEMU cannot move a guest that has a file system of the host mounted",
-        "use a network file system inside the guest",
-    );
-    match name {
-        "snapshot" => Some(LOCAL_DISK),
-        "drive" if props.is_on("snapshot") => Some(LOCAL_DISK),
-        "fsdev" | "virtfs" => Some(FILES),
-        "cpu" => {
-            let fixed = props.get("tsc-freq").or_else(|| props.get("tsc-frequency")).is_some();
-            let asked = props.is_on("invtsc")
-                || word.value().is_some_and(|cpu| cpu.split(',').any(|f| f == "+invtsc"));
-            (asked && !fixed).then_some((
-                "an invariant clock ends with the host that it was counted on",
-                "leave out invtsc, or fix the rate with tsc-frequency=",
-            ))
-        }
-        "icount" if props.get("rr").is_some() => {
-            Some(("recording and replaying follow one process", "leave out rr="))
-        }
-        "tpmdev" if props.first("type").as_deref() == Some("passthrough") => {
-            Some(("a chip of this host stays here", "use an emulated TPM: -tpmdev emulator with swtpm"))
-        }
-        "device" => {
-            let driver = props.first("driver")?;
-            match driver.as_str() {
-                "nvme" => Some(("QEMU cannot save its state", "use virtio-blk or virtio-scsi")),
-                "amd-iommu" => Some(("QEMU cannot save its state", "use intel-iommu or virtio-iommu-pci")),
-                "rocker" | "hv-syndbg" => Some(("QEMU cannot save its state", "leave it out")),
-                "usb-host" | "virtio-input-host-pci" | "virtio-input-host" => {
-                    Some(("a device of this host stays here", "use an emulated one"))
-                }
-                "ivshmem-plain" | "ivshmem-doorbell" if !props.is_on("master") => {
-                    Some(("memory shared with others of this host stays here", "leave it out"))
-                }
-                driver if driver.starts_with("vhost-scsi") && !props.is_on("migratable") => {
-                    Some(("QEMU cannot save its state", "use virtio-scsi"))
-                }
-                driver if driver.ends_with("-gl-pci") || driver.ends_with("-gl") => Some((
-                    "what a graphics card of this host holds cannot be saved",
-                    "use virtio-vga without gl",
-                )),
-                driver if driver.starts_with("virtio-9p") => Some(FILES),
-                _ => None,
-            }
-        }
-        _ => None,
-    }
+/// Names may begin or end with a `*`.
+fn is_one_of(value: &str, names: &[&str]) -> bool {
+    names.iter().any(|name| match (name.strip_prefix('*'), name.strip_suffix('*')) {
+        (Some(end), _) => value.ends_with(end),
+        (None, Some(start)) => value.starts_with(start),
+        (None, None) => value == *name,
+    })
 }
 
 #[cfg(test)]
@@ -483,10 +256,52 @@ mod tests {
     #[test]
     fn every_refusal_is_told_at_once() {
         let error = refuse(&line("-daemonize -append a,chroot,vfio-pci -mem-path /x -runas me")).unwrap_err();
-        assert_eq!(error.kind, Kind::Usage);
+        assert_eq!(error.kind, FailureKind::Usage);
         assert_eq!(error.text.lines().count(), 4, "{error}");
         let error = refuse(&line("-device {x}")).unwrap_err();
         assert!(error.text.starts_with("`-device {x}` cannot be read: it is not JSON"), "{error}");
+    }
+
+    /// Each row's options, and the words by which docs/qemu.md names what is refused of them.
+    fn documented(row: &Row) -> Vec<String> {
+        let said = match &row.when {
+            When::Given => return row.options.iter().map(|option| format!("-{option}")).collect(),
+            When::First(_, names) | When::Driver(names) => *names,
+            When::Begins(start) => &[*start],
+            When::Value(_) => &[],
+            When::Props(_, said) => *said,
+        };
+        said.iter().map(|said| (*said).to_owned()).collect()
+    }
+
+    /// The words in backticks between these two headings of the manual.
+    fn named_between(start: &str, end: &str) -> Vec<&'static str> {
+        let manual = include_str!("../../docs/qemu.md");
+        let (_, rest) = manual.split_once(start).unwrap();
+        let (section, _) = rest.split_once(end).unwrap();
+        let spans = section.split('`').skip(1).step_by(2);
+        spans.flat_map(|span| span.split([' ', ','])).collect()
+    }
+
+    #[test]
+    fn the_manual_names_all_that_is_refused() {
+        for (rows, start, end) in [
+            (&CANNOT_RUN, "\n## What is refused\n", "\n## What does not move\n"),
+            (&CANNOT_MOVE, "\n## What does not move\n", "\n## Moving\n"),
+        ] {
+            let named = named_between(start, end);
+            let missing: Vec<String> =
+                rows.iter().flat_map(documented).filter(|word| !named.contains(&word.as_str())).collect();
+            assert!(missing.is_empty(), "docs/qemu.md, {start:?}, does not name {missing:?}");
+        }
+    }
+
+    #[test]
+    fn whether_a_refused_option_has_a_value_is_known() {
+        for option in CANNOT_RUN.iter().chain(&*CANNOT_MOVE).flat_map(|row| row.options) {
+            let line = CommandLine::parse(&[format!("-{option}"), "x".to_owned()]).unwrap();
+            assert_eq!(line.unknown(), [""; 0], "{option}: add it to ALONE or VALUED");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use swapd::Engine;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::options::{CommandLine, Word, size};
@@ -23,7 +23,7 @@ const OUR_QMP: &str = "vmemd-qmp";
 const ALIGN: u64 = 2 << 20;
 /// QEMU rounds `-m` up to this.
 const MEMORY_STEP: u64 = 8192;
-/// What QEMU gives a machine without `-m`, if its kind is one of these.
+/// The memory that QEMU gives a machine without `-m`, if its kind is one of these.
 const DEFAULT_MEMORY: u64 = 128 << 20;
 const WITH_DEFAULT_MEMORY: &[&str] = &["pc", "q35", "isapc", "microvm"];
 /// What fits into a socket's address with its final zero.
@@ -71,10 +71,10 @@ pub enum Monitor<'a> {
     Descriptor(RawFd),
 }
 
-/// What the caller has made for QEMU.
+/// The files and the monitor that the caller has made for QEMU.
 #[derive(Clone, Debug)]
 pub struct Settings<'a> {
-    /// A file for each of [`Plan::backends`], in that order.
+    /// A file for each of [`LinePlan::backends`], in that order.
     pub files: &'a [PathBuf],
     pub monitor: Monitor<'a>,
     pub role: Role,
@@ -82,7 +82,7 @@ pub struct Settings<'a> {
 
 /// A command line that can work, and the memory that it needs.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct LinePlan {
     line: CommandLine,
     pub backends: Vec<Backend>,
 }
@@ -103,12 +103,12 @@ pub struct Rewritten {
 }
 
 fn usage(text: impl Into<String>) -> Failure {
-    Failure::new(Kind::Usage, text)
+    Failure::new(FailureKind::Usage, text)
 }
 
-impl Plan {
+impl LinePlan {
     /// Refuses what cannot work, and finds the guest's memory.
-    pub fn of(line: &CommandLine) -> Result<Plan, Failure> {
+    pub fn of(line: &CommandLine) -> Result<LinePlan, Failure> {
         refuse(line)?;
         let prealloc = line.has("mem-prealloc");
         let mut backends = named_backends(line, prealloc)?;
@@ -120,13 +120,13 @@ impl Plan {
         }
         managed(&backends)
             .ok_or_else(|| usage("its memory backends are larger together than any address: see size="))?;
-        Ok(Plan { line: line.clone(), backends })
+        Ok(LinePlan { line: line.clone(), backends })
     }
 
-    /// As [`of`](Plan::of), but changes nothing of what is there: for those who can only add arguments at the end.
+    /// As [`of`](LinePlan::of), but changes nothing of what is there: for those who can only add arguments at the end.
     /// QEMU takes the last `-machine memory-backend=`, and leaves an earlier backend unused.
-    pub fn appended(line: &CommandLine) -> Result<Plan, Failure> {
-        let plan = Plan::of(line)?;
+    pub fn appended(line: &CommandLine) -> Result<LinePlan, Failure> {
+        let plan = LinePlan::of(line)?;
         if plan.backends.iter().any(|backend| backend.node.is_some()) {
             return Err(usage(
                 "NUMA nodes with memory of their own cannot be changed by arguments at the end: give the VM one \
@@ -137,10 +137,10 @@ impl Plan {
         let size = plan.backends[0].size;
         let prealloc = plan.backends[0].prealloc;
         let ours = Backend { id: OUR_BACKEND.to_owned(), size, prealloc, node: None, word: None };
-        Ok(Plan { line, backends: vec![ours] })
+        Ok(LinePlan { line, backends: vec![ours] })
     }
 
-    /// What the guest has.
+    /// The guest's memory.
     pub fn memory(&self) -> Size {
         Size(self.backends.iter().map(|backend| backend.size.bytes()).sum())
     }
@@ -155,7 +155,7 @@ impl Plan {
         let monitor = monitor(settings.monitor)?;
         assert_eq!(settings.files.len(), self.backends.len(), "one file for each backend");
         let memory = self.memory();
-        let Plan { mut line, backends } = self;
+        let LinePlan { mut line, backends } = self;
         let mut notes: Vec<String> = line
             .unknown()
             .iter()
@@ -360,7 +360,7 @@ mod tests {
         CommandLine::parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap()
     }
 
-    fn rewritten(plan: Plan, role: Role) -> Rewritten {
+    fn rewritten(plan: LinePlan, role: Role) -> Rewritten {
         let files: Vec<_> =
             (0..plan.backends.len()).map(|n| PathBuf::from(format!("/proc/self/fd/{}", n + 5))).collect();
         plan.rewrite(&Settings { files: &files, monitor: Monitor::Socket(Path::new("/run/vm.qmp")), role })
@@ -368,11 +368,11 @@ mod tests {
     }
 
     fn start(line: &str) -> Rewritten {
-        rewritten(Plan::of(&parse(line)).unwrap(), Role::Start)
+        rewritten(LinePlan::of(&parse(line)).unwrap(), Role::Start)
     }
 
     fn error(line: &str) -> String {
-        Plan::of(&parse(line)).unwrap_err().text
+        LinePlan::of(&parse(line)).unwrap_err().text
     }
 
     const QMP: &str = "-chardev socket,id=vmemd-qmp,path=/run/vm.qmp,server=on,wait=off -mon chardev=vmemd-qmp,mode=control";
@@ -504,26 +504,26 @@ mod tests {
 
     #[test]
     fn a_vm_that_arrives_waits_for_its_state() {
-        let made = rewritten(Plan::of(&parse("-m 1G -loadvm x")).unwrap(), Role::Arrive);
+        let made = rewritten(LinePlan::of(&parse("-m 1G -loadvm x")).unwrap(), Role::Arrive);
         assert!(made.args.join(" ").ends_with("mode=control -incoming defer -S"), "{made:?}");
         assert!(!made.args.contains(&"-loadvm".to_owned()));
         assert_eq!(made.notes.len(), 1);
-        let made = rewritten(Plan::of(&parse("-S -m 1G")).unwrap(), Role::Arrive);
+        let made = rewritten(LinePlan::of(&parse("-S -m 1G")).unwrap(), Role::Arrive);
         assert!(made.args.join(" ").ends_with("mode=control -incoming defer"), "{made:?}");
     }
 
     #[test]
     fn arguments_at_the_end_alone() {
         let line = "-machine pc,memory-backend=pc.ram -object memory-backend-ram,id=pc.ram,size=1G -m 1G";
-        let made = rewritten(Plan::appended(&parse(line)).unwrap(), Role::Start);
+        let made = rewritten(LinePlan::appended(&parse(line)).unwrap(), Role::Start);
         assert_eq!(made.added.join(" "), format!("{OBJECT} -machine memory-backend=vmemd-ram0 {QMP}"));
         let numa = "-m 2M -object memory-backend-ram,id=a,size=2M -numa node,memdev=a";
-        assert!(Plan::appended(&parse(numa)).unwrap_err().text.contains("start it with `vmemd run`"));
+        assert!(LinePlan::appended(&parse(numa)).unwrap_err().text.contains("start it with `vmemd run`"));
     }
 
     #[test]
     fn paths_are_escaped_and_bounded() {
-        let plan = Plan::of(&parse("-m 1G -new x")).unwrap();
+        let plan = LinePlan::of(&parse("-m 1G -new x")).unwrap();
         let files = [PathBuf::from("/a,b")];
         let made = plan
             .clone()
@@ -548,16 +548,16 @@ mod tests {
         fn the_rest_is_kept_in_its_order(rest in proptest::collection::vec("(-S|-usb|-device [a-z]{1,5},a=,,b|-name -x|disk)", 0..8)) {
             let rest: Vec<&str> = rest.iter().flat_map(|part| part.split(' ')).collect();
             let line = [&["-m", "1G"], rest.as_slice()].concat();
-            let made = rewritten(Plan::of(&CommandLine::parse(&line).unwrap()).unwrap(), Role::Start);
+            let made = rewritten(LinePlan::of(&CommandLine::parse(&line).unwrap()).unwrap(), Role::Start);
             prop_assert_eq!(&made.args[..line.len()], &line[..]);
             // What was made is not taken for another VM's command line.
-            let again = Plan::of(&CommandLine::parse(&made.args).unwrap());
+            let again = LinePlan::of(&CommandLine::parse(&made.args).unwrap());
             prop_assert!(again.is_err());
         }
 
         #[test]
         fn no_command_line_is_too_strange(args in proptest::collection::vec("(-m|1G|-object|-numa|-machine|memory-backend-ram,id=a,size=2M|node,memdev=a|.*)", 0..10)) {
-            if let Ok(plan) = CommandLine::parse(&args).and_then(|line| Plan::of(&line)) {
+            if let Ok(plan) = CommandLine::parse(&args).and_then(|line| LinePlan::of(&line)) {
                 rewritten(plan, Role::Arrive);
             }
         }

@@ -15,11 +15,11 @@ use std::path::Path;
 
 use serde::Deserialize;
 use toml::Spanned;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::resources::what::What;
 
-/// What a rule is for.
+/// The names that a rule is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Names {
@@ -64,7 +64,7 @@ impl Rules {
         let bad = |at: usize, why: &str| {
             let before = text.get(..at).unwrap_or(text);
             let line = before.matches('\n').count() + 1;
-            Failure::new(Kind::Usage, format!("{file}:{line}: {why}"))
+            Failure::new(FailureKind::Usage, format!("{file}:{line}: {why}"))
         };
         let document: Document = toml::from_str(text)
             .map_err(|error| bad(error.span().map_or(0, |span| span.start), error.message()))?;
@@ -95,7 +95,8 @@ impl Rules {
         Ok(())
     }
 
-    /// What something is called here, if a rule says so. The longest prefix of whole path components counts.
+    /// The name here of something that another host calls `name`, if a rule says so. Of paths, the longest prefix of
+    /// whole components counts.
     pub fn apply(&self, what: What, name: &str) -> Option<String> {
         let kind = match what {
             What::Tap | What::TapMade => Names::Tap,
@@ -202,7 +203,7 @@ to = "virbr0"
         ] {
             let error = Rules::parse(text, "rules").unwrap_err();
             assert!(error.text.contains(says), "{text}: {error}");
-            assert_eq!(error.kind, Kind::Usage);
+            assert_eq!(error.kind, FailureKind::Usage);
         }
         assert_eq!(Rules::parse("", "rules").unwrap(), Rules::default());
         let error = Rules::read(Path::new("/nowhere/rules.toml")).unwrap_err();

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{RunDir, name_taken};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::host;
 use vmprocess::qemu::{PreloadSettings, QmpAddress, Role, VERSION};
 use vmprocess::size::Size;
@@ -21,7 +21,7 @@ use super::offer::Offer;
 use super::options::{self, CommandLine};
 use super::output::{self, Format};
 use super::refuse::unmovable;
-use super::rewrite::{self, Monitor, Plan, Settings};
+use super::rewrite::{self, LinePlan, Monitor, Settings};
 use super::words::one_line;
 use super::{binary, resources};
 
@@ -29,7 +29,7 @@ use super::{binary, resources};
 const LIBVIRTS: &str = "this VM cannot be moved: libvirt made most of its command line, which vmemd does not know, and another host's \
                         libvirt would know nothing of it; start it with `vmemd run` if it is to move";
 
-/// What the user asks for.
+/// The settings of `vmemd run` and `vmemd qemu-args` with a QEMU.
 #[derive(Clone, Debug)]
 pub struct QemuSettings {
     pub run_dir: PathBuf,
@@ -52,26 +52,28 @@ struct Planned {
     name: String,
     binary: PathBuf,
     line: CommandLine,
-    plan: Plan,
+    plan: LinePlan,
     role: Role,
 }
 
 fn plan(settings: &QemuSettings) -> Result<Planned, Failure> {
-    let (name, args) =
-        settings.words.split_first().ok_or_else(|| Failure::new(Kind::Usage, "no QEMU is named after --"))?;
+    let (name, args) = settings
+        .words
+        .split_first()
+        .ok_or_else(|| Failure::new(FailureKind::Usage, "no QEMU is named after --"))?;
     let name = options::text(std::slice::from_ref(name))?.remove(0);
     let binary = binary::find(&name, &std::env::var_os("PATH").unwrap_or_default())?;
     binary::check(&binary)?;
     let mut line = CommandLine::parse(&options::text(args)?)?;
     let offer = Offer::of(&binary, &mut line, &here()?, &Really, Cpu::of_this_host)?;
-    let plan = Plan::of(&line)?;
+    let plan = LinePlan::of(&line)?;
     // All of it, to the byte: what the engine rounds up takes no RAM.
     let ram = settings.ram.unwrap_or_else(|| plan.memory().max(Size(swapd::Engine::MIN_BUDGET_BYTES)));
     check_ram(plan.memory(), ram)?;
     let memory = plan.managed();
     let disks = resources::disks(&CommandLine::parse(&offer.args)?)?;
     let offer =
-        serde_json::to_string(&offer).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
+        serde_json::to_string(&offer).map_err(|error| Failure::new(FailureKind::Usage, error.to_string()))?;
     let role = Role::New {
         run_dir: settings.run_dir.clone(),
         name: settings.name.clone(),
@@ -108,8 +110,8 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
         swapd::Engine::check_lock(memory.memory_bytes)?;
     }
     // The preload claims the name; but by then QEMU would have to say why it ends.
-    if let Ok(place) = RunDir::open(&settings.run_dir)?.find(&settings.name) {
-        return Err(name_taken(&place));
+    if let Ok(socket) = RunDir::open(&settings.run_dir)?.find(&settings.name) {
+        return Err(name_taken(&socket));
     }
     info!(vm = %settings.name, memory = %Size(memory.memory_bytes), ram = %Size(memory.budget_bytes), qemu = %binary.display(), "starting");
     let mut launch = launch::launch(&binary, plan, role)?;
@@ -119,15 +121,15 @@ pub fn run(settings: &QemuSettings) -> Result<std::convert::Infallible, Failure>
     Err(Failure::io(format!("cannot start {}", binary.display()), &error))
 }
 
-/// What somebody else has to start: arguments and environment, as one text.
+/// The arguments and the environment for somebody else to start QEMU with, as one text.
 ///
 /// # Errors
-/// What cannot work.
+/// If the command line cannot work.
 pub fn arguments(settings: &QemuSettings, format: Format) -> Result<String, Failure> {
     let Planned { binary, mut line, mut role, .. } = plan(settings)?;
     resources::from_anywhere(&mut line, &here()?)?;
     let is_libvirt = format == Format::Libvirt;
-    let plan = if is_libvirt { Plan::appended(&line)? } else { Plan::of(&line)? };
+    let plan = if is_libvirt { LinePlan::appended(&line)? } else { LinePlan::of(&line)? };
     if let Role::New { stays, .. } = &mut role
         && is_libvirt
     {

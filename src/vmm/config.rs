@@ -1,8 +1,8 @@
-//! What a guest is made of.
+//! The configuration of a reference guest.
 
 use crate::vmm::workload::Workload;
 
-/// What a guest is made of.
+/// The configuration of a reference guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MachineConfig {
     /// RAM in bytes, a multiple of 2 MiB.

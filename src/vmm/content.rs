@@ -1,4 +1,4 @@
-//! What a page of the guest must contain: a function of its page number and its generation.
+//! The content that a page of the guest must have: a function of its page number and its generation.
 //!
 //! Word i of page p in generation g is `base(p, g) + i * STEP`, modulo 2^64. `base` is a bijection on p + g * 2^32
 //! (the finaliser of SplitMix64, Steele, Lea and Flood 2014), so no two pages and no two generations agree in a

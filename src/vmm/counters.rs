@@ -1,4 +1,4 @@
-//! What the guest has reported, readable while it runs.
+//! The guest's own counters, readable while it runs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -1,4 +1,4 @@
-//! What can go wrong with the reference guest, in words that say what to do about it.
+//! Errors of the reference guest, in words that say what to do about them.
 
 use vmprocess::size::Size;
 

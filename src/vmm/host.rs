@@ -1,4 +1,4 @@
-//! What the reference guest takes from KVM: the device, a VM with its memory slots, vCPUs.
+//! The parts of KVM that the reference guest uses: the device, a VM with its memory slots, vCPUs.
 
 use kvm_bindings::{CpuId, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -65,8 +65,8 @@ impl Host {
                 memory_size: bytes,
                 userspace_addr: base as u64 + start,
             };
-            // SAFETY: who makes a Machine promises that memory_bytes from the base stay mapped while it exists; the
-            // slots lie within and do not overlap.
+            // SAFETY: who makes a ReferenceMachine promises that memory_bytes from the base stay mapped while it
+            // exists; the slots lie within and do not overlap.
             unsafe { self.vm.set_user_memory_region(region) }.map_err(kvm("map the guest's memory"))?;
         }
         (0..config.vcpus).map(|index| self.vcpu(index)).collect()

@@ -39,7 +39,7 @@ pub enum RunState {
 
 /// A reference guest. Dropping it ends its threads; its memory stays with its owner.
 #[derive(Debug)]
-pub struct Machine {
+pub struct ReferenceMachine {
     config: MachineConfig,
     layout: Layout,
     vcpus: Vec<LockedVcpu>,
@@ -50,12 +50,12 @@ pub struct Machine {
     _vm: VmFd,
 }
 
-impl Machine {
+impl ReferenceMachine {
     /// Sets up the guest program in memory, with vCPUs ready and not running.
     ///
     /// `memory_base` must be page-aligned and stay mapped, readable and writable, for `config.memory_bytes` while the
     /// machine exists; the memory must be zero. Access to it may block.
-    pub fn new(config: MachineConfig, memory_base: *mut u8) -> Result<Machine, VmmError> {
+    pub fn new(config: MachineConfig, memory_base: *mut u8) -> Result<ReferenceMachine, VmmError> {
         let layout = Layout::new(config.memory_bytes)?;
         let host = Host::open(&config)?;
         layout.split(&config)?;
@@ -66,27 +66,31 @@ impl Machine {
             registers::set_initial(vcpu, index)?;
         }
         let counters = Counters::new(config.vcpus, writes(&config));
-        Machine::assemble(config, layout, &memory, host.vm, vcpus, counters)
+        ReferenceMachine::assemble(config, layout, &memory, host.vm, vcpus, counters)
     }
 
-    /// Takes over a guest that [`save`](Machine::save) has left, paused. Its memory must hold what it held then (or
-    /// provide it when touched; nothing is touched here), and `memory_base` is as for [`new`](Machine::new), with
-    /// the size that [`saved_config`](crate::vmm::saved_config) tells.
-    pub fn restore(state: &[u8], memory_base: *mut u8) -> Result<Machine, VmmError> {
-        Machine::from_state(MachineState::decode(state)?, memory_base)
+    /// Takes over a guest that [`save`](ReferenceMachine::save) has left, paused. Its memory must hold what it held
+    /// then (or provide it when touched; nothing is touched here), and `memory_base` is as for
+    /// [`new`](ReferenceMachine::new), with the size that [`saved_config`](crate::vmm::saved_config) tells.
+    pub fn restore(state: &[u8], memory_base: *mut u8) -> Result<ReferenceMachine, VmmError> {
+        ReferenceMachine::from_state(MachineState::decode(state)?, memory_base)
     }
 
     /// Does the same if the memory, of that many bytes, has the guest's size, and refuses otherwise.
-    pub fn restore_sized(state: &[u8], memory_base: *mut u8, memory_bytes: u64) -> Result<Machine, VmmError> {
+    pub fn restore_sized(
+        state: &[u8],
+        memory_base: *mut u8,
+        memory_bytes: u64,
+    ) -> Result<ReferenceMachine, VmmError> {
         let state = MachineState::decode(state)?;
         let (saved, given) = (Size(state.config.memory_bytes), Size(memory_bytes));
         if saved != given {
             return Err(VmmError::MemorySize { saved, given });
         }
-        Machine::from_state(state, memory_base)
+        ReferenceMachine::from_state(state, memory_base)
     }
 
-    fn from_state(state: MachineState, memory_base: *mut u8) -> Result<Machine, VmmError> {
+    fn from_state(state: MachineState, memory_base: *mut u8) -> Result<ReferenceMachine, VmmError> {
         let config = state.config;
         let layout = Layout::new(config.memory_bytes)?;
         layout.split(&config)?;
@@ -97,7 +101,7 @@ impl Machine {
             saved.give(vcpu)?;
         }
         let counters = Counters::from_saved(config.vcpus, writes(&config), &state.counters);
-        Machine::assemble(config, layout, &memory, host.vm, vcpus, counters)
+        ReferenceMachine::assemble(config, layout, &memory, host.vm, vcpus, counters)
     }
 
     fn assemble(
@@ -107,7 +111,7 @@ impl Machine {
         vm: VmFd,
         vcpus: Vec<kvm_ioctls::VcpuFd>,
         counters: Counters,
-    ) -> Result<Machine, VmmError> {
+    ) -> Result<ReferenceMachine, VmmError> {
         kick::install()?;
         let gate = Arc::new(Gate::new());
         let pace = Pace::new(config.workload.rate);
@@ -123,7 +127,7 @@ impl Machine {
             // The threads that did start end by themselves.
             let _ = shared.gate.set_goal(Goal::Ended);
         })?;
-        Ok(Machine { config, layout, vcpus, threads, throttle, shared, _vm: vm })
+        Ok(ReferenceMachine { config, layout, vcpus, threads, throttle, shared, _vm: vm })
     }
 
     /// Lets the vCPUs run for the first time.
@@ -198,7 +202,7 @@ fn writes(config: &MachineConfig) -> bool {
     config.workload.pattern != Pattern::Read
 }
 
-impl Drop for Machine {
+impl Drop for ReferenceMachine {
     fn drop(&mut self) {
         self.throttle.end();
         // Ending is never refused.

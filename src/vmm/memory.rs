@@ -12,8 +12,8 @@ pub(super) struct GuestMemory {
     bytes: u64,
 }
 
-// SAFETY: the pointer is only ever used for raw copies with checked bounds; who makes a Machine promises that the
-// range stays mapped while the Machine lives, whatever thread it lives on.
+// SAFETY: the pointer is only ever used for raw copies with checked bounds; who makes a ReferenceMachine promises that
+// the range stays mapped while the ReferenceMachine lives, whatever thread it lives on.
 unsafe impl Send for GuestMemory {}
 
 impl GuestMemory {
@@ -29,8 +29,8 @@ impl GuestMemory {
     pub(super) fn write(&self, offset: u64, data: &[u8]) {
         let end = offset.checked_add(data.len() as u64).expect("offset in guest memory overflows");
         assert!(end <= self.bytes, "write of {offset:#x}..{end:#x} ends beyond guest memory");
-        // SAFETY: the range lies within guest memory (asserted), which is mapped and writable for the Machine's
-        // life; no reference to it exists, and the guest does not run while its image is written.
+        // SAFETY: the range lies within guest memory (asserted), which is mapped and writable for the
+        // ReferenceMachine's life; no reference to it exists, and the guest does not run while its image is written.
         unsafe { ptr::copy_nonoverlapping(data.as_ptr(), self.base.add(offset as usize), data.len()) };
     }
 

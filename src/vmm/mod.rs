@@ -33,7 +33,7 @@ pub use counters::GuestCounters;
 pub use error::VmmError;
 pub use layout::overhead_bytes;
 pub use limits::{MEMORY_MAX, MEMORY_MIN, MEMORY_STEP, VCPUS_MAX};
-pub use machine::{Machine, RunState};
+pub use machine::{ReferenceMachine, RunState};
 pub use state::saved_config;
 pub use throttle::THROTTLE_MAX;
 pub use workload::{FillScope, Pattern, THETA_DEFAULT, THETA_MAX, Workload, WorkloadError};

@@ -12,7 +12,7 @@ use crate::vmm::kick;
 use crate::vmm::pace::Pace;
 use crate::vmm::program::{PORT_FILLED, PORT_IDLE, PORT_MISMATCH, PORT_PROGRESS, PORT_ROUND};
 
-/// What all vCPU threads of a machine share with its owner.
+/// The data that all vCPU threads of a machine share with its owner.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) gate: Arc<Gate>,

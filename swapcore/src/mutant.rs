@@ -45,8 +45,14 @@ mod planted {
         TakesSilenceForBroken,
         /// Nobody asks a store for another page when one cannot be read.
         NeverProbes,
+        /// Nothing is written for a probe where the page that cannot be read is the only one.
+        NeverSows,
         /// Nobody is told that a store does not answer.
         WaitsInSilence,
+        /// Nobody is told that a store does not end a drop that writes wait for.
+        ForgetsSilentDrops,
+        /// A store counts as answering as soon as the page that it does not give has no frame to be read into.
+        EndsSilenceForWantOfFrames,
         /// Nobody is told that a store answers again.
         ForgetsReachable,
         /// What is on its way to a tier that refuses or does not end its writes counts as frames to come, and more is

@@ -232,7 +232,7 @@ impl Replay {
                     self.flights.push_back(Flight { due: self.now + self.pace.io, io, read: Some(run) });
                 }
                 Action::Drop { io, .. } => {
-                    self.core.handle(Event::DropDone { io, result: DropResult::Done });
+                    self.core.handle(Event::DropDone { io, result: DropResult::Done, took_us: 0 });
                 }
                 Action::Write { io, run, .. } => {
                     self.pages_written += u64::from(run.len);

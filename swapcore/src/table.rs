@@ -131,6 +131,8 @@ impl Flag {
 struct Block {
     /// Resident pages in the block.
     resident: u16,
+    /// Pages of the block of which the store has content.
+    stored: u16,
     /// [`HUGE`] and [`FRESH`].
     marks: u8,
     /// See [`PageTable::home`].
@@ -144,7 +146,7 @@ const HUGE: u8 = 1 << 0;
 /// See [`PageTable::is_fresh`].
 const FRESH: u8 = 1 << 1;
 
-const _: () = assert!(size_of::<Block>() == 8, "as `docs/engine.md` says");
+const _: () = assert!(size_of::<Block>() == 12, "as `docs/engine.md` says");
 
 impl Block {
     fn mark(&mut self, mark: u8, on: bool) {
@@ -161,6 +163,8 @@ pub struct PageTable {
     blocks: Vec<Block>,
     /// Resident pages of each region.
     regions: Vec<u32>,
+    /// Pages of each region of which the store has content.
+    stored: Vec<u32>,
     /// See [`PageTable::with_short_blocks`].
     short: Vec<Run>,
     epoch: u32,
@@ -191,6 +195,7 @@ impl PageTable {
             entries: vec![0; pages as usize],
             blocks: vec![Block::default(); blocks],
             regions: vec![0; blocks.div_ceil(REGION_BLOCKS)],
+            stored: vec![0; blocks.div_ceil(REGION_BLOCKS)],
             short: Vec::new(),
             epoch: 0,
             counts,
@@ -285,6 +290,13 @@ impl PageTable {
         if flag == Flag::Pinned {
             self.pinned = self.pinned + u64::from(on) - u64::from(self.has(page, flag));
         }
+        if flag == Flag::Stored {
+            let had = self.has(page, flag);
+            let block = &mut self.blocks[page.block()];
+            block.stored = block.stored + u16::from(on) - u16::from(had);
+            let region = &mut self.stored[page.block() / REGION_BLOCKS];
+            *region = *region + u32::from(on) - u32::from(had);
+        }
         let entry = &mut self.entries[page.index()];
         *entry = if on { *entry | flag.bit() } else { *entry & !flag.bit() };
     }
@@ -363,9 +375,26 @@ impl PageTable {
         (self.regions[region] == 0).then(|| (region + 1) * REGION_BLOCKS)
     }
 
+    /// The blocks of which the store has a page, from one on and round to it again. Regions without one are passed by one look.
+    pub fn stored_blocks(&self, from: usize) -> impl Iterator<Item = usize> {
+        let (regions, first) = (self.stored.len(), from / REGION_BLOCKS);
+        let part = move |nth: usize| {
+            let region = (first + nth) % regions;
+            let all = region * REGION_BLOCKS..self.blocks.len().min((region + 1) * REGION_BLOCKS);
+            match nth {
+                _ if self.stored[region] == 0 => 0..0,
+                0 => from..all.end,
+                _ if nth == regions => all.start..from,
+                _ => all,
+            }
+        };
+        (0..=regions).flat_map(part).filter(|block| self.blocks[*block].stored > 0)
+    }
+
     /// Bytes that the table takes when every page has been touched.
     pub fn bytes(&self) -> usize {
-        size_of_val(&self.entries[..]) + size_of_val(&self.blocks[..]) + size_of_val(&self.regions[..])
+        let regions = size_of_val(&self.regions[..]) + size_of_val(&self.stored[..]);
+        size_of_val(&self.entries[..]) + size_of_val(&self.blocks[..]) + regions
     }
 
     /// The longest run of pages in `state` around `page` within `bounds`.

@@ -1,10 +1,13 @@
-//! Encryption of the store: AES-256 in XTS mode (IEEE 1619, NIST SP 800-38E). A page is a data unit; its number is the tweak.
+//! Encryption of the store: AES-256 in XTS mode (IEEE 1619, NIST SP 800-38E). A page is a data unit; its number is
+//! the tweak.
 //!
-//! The mode is here, over the blocks of a library, since a page at a time keeps the processor's AES units full: the library with the mode
-//! works on one block after the other, which takes several times as long. The tests hold both against each other.
+//! The mode is implemented here, on the AES blocks of a library, because a whole page at a time keeps the processor's
+//! AES units busy. The library that has the mode works on one block after the other, which takes several times as
+//! long. The tests compare the two.
 //!
-//! The key is made at the start, is known to this process alone, and goes with it; so does all that the store holds. What XTS does not
-//! tell (that content is not what was written, or is older) the checksums do, which are in memory and of the plain content.
+//! The key is made when the engine starts, is known to this process alone, and is gone when the process ends, as is
+//! the content of the store. XTS does not detect content that was changed or replaced by an older version. The
+//! checksums do: they are of the plain content, and in memory.
 
 use std::io;
 
@@ -25,7 +28,7 @@ struct Keys {
 }
 
 /// A key that nobody else has.
-pub(crate) struct Cipher(Box<Keys>);
+pub struct Cipher(Box<Keys>);
 
 impl std::fmt::Debug for Cipher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -38,7 +41,7 @@ impl Cipher {
     ///
     /// # Errors
     /// If the kernel gives no random bytes, or does not lock memory.
-    pub(crate) fn random(lock: bool) -> io::Result<Cipher> {
+    pub fn random(lock: bool) -> io::Result<Cipher> {
         let mut keys = [[0; KEY_BYTES]; 2];
         keys.iter_mut().try_for_each(|key| fill_random(key))?;
         let cipher = Cipher::of(&keys);
@@ -58,13 +61,19 @@ impl Cipher {
         Cipher(Box::new(Keys { content, tweak }))
     }
 
+    /// Encrypts pages where they are.
+    ///
     /// # Panics
-    /// If the bytes are not those of the run's pages, as for [`Cipher::decrypt`].
-    pub(crate) fn encrypt(&self, run: Run, bytes: &mut [u8]) {
+    /// If the bytes are not as many as the run's pages have.
+    pub fn encrypt(&self, run: Run, bytes: &mut [u8]) {
         self.each_page(run, bytes, |blocks| self.0.content.encrypt_blocks(blocks));
     }
 
-    pub(crate) fn decrypt(&self, run: Run, bytes: &mut [u8]) {
+    /// Undoes [`Cipher::encrypt`], of the same pages.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn decrypt(&self, run: Run, bytes: &mut [u8]) {
         self.each_page(run, bytes, |blocks| self.0.content.decrypt_blocks(blocks));
     }
 
@@ -79,7 +88,8 @@ impl Cipher {
         }
     }
 
-    /// What each block of a page is combined with before and behind the cipher: the encrypted tweak, times x for each block.
+    /// The values with which the blocks of a page are combined before and after the cipher: the encrypted tweak,
+    /// multiplied by x for each further block.
     fn masks(&self, page: PageNo) -> [u128; BLOCKS] {
         let mut tweak = Block::from(u128::from(page.0).to_le_bytes());
         self.0.tweak.encrypt_block(&mut tweak);
@@ -110,7 +120,8 @@ mod tests {
     use super::*;
     use swapcore::units::PageNo;
 
-    /// IEEE 1619-2018, annex B, vector 10: AES-256, data unit ff, the bytes 0 to 255 twice. A data unit of ours is longer and begins the same.
+    /// IEEE 1619-2018, annex B, vector 10: AES-256, data unit ff, the bytes 0 to 255 twice. A data unit of ours is
+    /// longer and begins the same.
     #[test]
     fn the_standard_s_vector() {
         let hex = |text: &str| -> Vec<u8> {

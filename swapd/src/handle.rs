@@ -1,7 +1,8 @@
-//! What other threads may ask of a VM's engine: one command queue into its loop, one answer a command.
+//! The requests that other threads may make of a VM's engine: one command queue into its loop, one answer to each
+//! command.
 //!
-//! Every call here sends a request and waits for its answer. Calls that end in `_async` return the
-//! answer as a future; the others block the calling thread and must not be used on an async runtime, nor in a notice (on the
+//! Every call here sends a request and waits for its answer. Calls that end in `_async` return the answer as a
+//! future; the others block the calling thread and must not be used on an async runtime, nor in a notice (on the
 //! engine's own thread), nor by a thread that holds a lock which somebody may hold while touching guest memory.
 
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use swapcore::error::CommandError;
 use swapcore::stats::Stats;
 use swapcore::units::{PageNo, Run, SlotRun};
 
-/// Cheap to clone; safe to use from any thread.
+/// A way to ask an engine, from any thread. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct EngineHandle {
     pub(crate) mailbox: Arc<Mailbox>,
@@ -63,13 +64,13 @@ fn stats(response: Response) -> Stats {
 }
 
 /// The answer to a command that has been sent.
-pub type Answer<T> = oneshot::Receiver<Result<T, CommandError>>;
+pub type PendingAnswer<T> = oneshot::Receiver<Result<T, CommandError>>;
 
 /// Waits for an answer on an async runtime.
 ///
 /// # Errors
 /// The engine's refusal, or [`CommandError::Gone`] if it ended.
-pub async fn answered<T>(answer: Answer<T>) -> Result<T, CommandError> {
+pub async fn answered<T>(answer: PendingAnswer<T>) -> Result<T, CommandError> {
     answer.await.unwrap_or(Err(CommandError::Gone))
 }
 
@@ -78,7 +79,7 @@ impl EngineHandle {
         &self,
         request: Request,
         pick: impl FnOnce(Response) -> T + Send + 'static,
-    ) -> Answer<T> {
+    ) -> PendingAnswer<T> {
         let (sender, answer) = oneshot::channel();
         let reply =
             Box::new(move |response: Result<Response, CommandError>| sender.send(response.map(pick)).is_ok());
@@ -95,7 +96,8 @@ impl EngineHandle {
         self.memory.guest_len() as u64
     }
 
-    /// Address of guest page `page`. Only pages held and in [`Place::Memory`](swapcore::api::Place::Memory) may be read through it.
+    /// Address of guest page `page`. Only pages held and in [`Place::Memory`](swapcore::api::Place::Memory) may be
+    /// read through it.
     ///
     /// # Panics
     /// If the page is not within the VM's memory, or in a region that is not attached: such a page is never in memory.
@@ -109,7 +111,7 @@ impl EngineHandle {
         self.memory.slot(slots.start) as *mut u8
     }
 
-    /// What is in the store, for who holds pages there.
+    /// A reader of stored pages, for a caller that holds them.
     pub fn stored_reader(&self) -> StoredReader {
         StoredReader { store: self.store.clone(), cipher: self.cipher.clone() }
     }
@@ -122,40 +124,41 @@ impl EngineHandle {
         self.call(Request::Stats, stats)
     }
 
-    /// Changes the RAM budget. Answers when no more frames than that are held.
+    /// Changes the RAM budget. Answers when no more frames are held than the new budget allows.
     pub fn set_budget(&self, bytes: u64) -> Result<(), CommandError> {
         self.call(Request::SetBudget(bytes), done)
     }
 
-    /// Memory that the guest gave back: reads as zeros from now on; frames return to the host. Waits for no I/O. When it has
-    /// answered nothing is left for `madvise` to do.
+    /// Discards pages that the guest gave back: they read as zeros from now on, and their frames return to the host.
+    /// Waits for no I/O. After the answer there is nothing left for `madvise` to do.
     pub fn discard(&self, run: Run) -> Result<(), CommandError> {
         self.call(Request::Discard(run), done)
     }
 
-    /// Pages out what is resident in the run, and answers when it is stored.
+    /// Pages out the resident pages of the run, and answers when they are stored.
     pub fn evict(&self, run: Run) -> Result<(), CommandError> {
         self.call(Request::Evict(run), done)
     }
 
-    /// Begins to record faults, or goes on with that, and answers with the next ones of those recorded; or ends it. There is one
-    /// recording at a time: who shares an engine agrees on who records.
+    /// With `on`, begins to record faults or goes on with it, and answers with the next faults that were recorded;
+    /// without, ends the recording. There is one recording at a time: threads that share an engine must agree on
+    /// which of them records.
     pub fn record_faults(&self, on: bool) -> Result<FaultsSeen, CommandError> {
         self.call(Request::RecordFaults(on), faults)
     }
 
     // ── memory that its owner maps ────────────────────────────────────────────────────────
 
-    /// Hands over a region of external memory, which its owner has just mapped at `base`. From the answer on it serves the VM; what
-    /// was in it is dropped, and forked children do not get it.
+    /// Hands over a region of external memory, which its owner has just mapped at `base`. From the answer on it
+    /// serves the VM; what was in it is dropped, and forked children do not get it.
     ///
     /// # Errors
-    /// It is attached already, `base` is no page's address, overlaps memory in use or is not all mapped, or the host refuses. Then
-    /// the memory still is the owner's.
+    /// It is attached already, `base` is no page's address, overlaps memory in use or is not all mapped, or the host
+    /// refuses. Then the memory still is the owner's.
     ///
     /// # Safety
-    /// All of the region's length from `base` on must be private, anonymous, readable and writable memory, to which there is no
-    /// Rust reference: its content comes and goes. It stays mapped like that until the engine has ended.
+    /// All of the region's length from `base` on must be private, anonymous, readable and writable memory, to which
+    /// there is no Rust reference: its content comes and goes. It stays mapped like that until the engine has ended.
     pub unsafe fn attach(&self, region: usize, base: *mut u8) -> Result<(), StartError> {
         let (reply, answer) = oneshot::channel();
         self.mailbox.send(Command::Attach { region, base: base as usize, reply });
@@ -183,91 +186,92 @@ impl EngineHandle {
         self.subscribe_dirty_async().blocking_recv().unwrap_or(Err(CommandError::Gone))
     }
 
-    /// The same, not waited for.
-    pub fn subscribe_dirty_async(&self) -> Answer<DirtySubscription> {
+    /// [`EngineHandle::subscribe_dirty`], not waited for.
+    pub fn subscribe_dirty_async(&self) -> PendingAnswer<DirtySubscription> {
         let handle = self.clone();
         self.ask(Request::SubscribeDirty, |response| DirtySubscription { handle, id: subscribed(response) })
     }
 
-    /// Without prefetch only what is touched comes in: for measurements of what a guest touches.
-    pub fn set_prefetch_async(&self, on: bool) -> Answer<()> {
+    /// Switches prefetch on or off. Without it only touched pages come in: for measurements of what a guest touches.
+    pub fn set_prefetch_async(&self, on: bool) -> PendingAnswer<()> {
         self.ask(Request::Prefetch(on), done)
     }
 
-    /// Keeps the run's pages where they are (against page-out; the guest's own page-ins go on) until
-    /// `release`, and says where they are. Nothing is paged in for it. One holder a page at a time.
-    pub fn hold_async(&self, run: Run) -> Answer<Vec<Piece>> {
+    /// Holds the run's pages until they are released: none of them is paged out, while the guest's own page-ins go
+    /// on. Answers with the place of each. Nothing is paged in for this. A page can be held once at a time.
+    pub fn hold_async(&self, run: Run) -> PendingAnswer<Vec<Piece>> {
         self.ask(Request::Hold(run), pieces)
     }
 
-    /// Lets the run's pages leave the guest again. What `hold` said of them does not hold from then on.
-    pub fn release_async(&self, run: Run) -> Answer<()> {
+    /// Ends the hold on the run's pages: they may leave the guest again, and the places that `hold` told are out of
+    /// date.
+    pub fn release_async(&self, run: Run) -> PendingAnswer<()> {
         self.ask(Request::Release(run), done)
     }
 
     /// Checksums of pages in [`Place::Stored`](swapcore::api::Place::Stored) (valid while they are held).
-    pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
+    pub fn sums_async(&self, run: Run) -> PendingAnswer<Vec<u64>> {
         self.ask(Request::Sums(run), sums)
     }
 
-    /// Copies of those of the pages that are in a frame outside the guest at this moment, whether they are held or not. Their writes
-    /// to the store are not waited for.
-    pub fn staged_async(&self, pages: Vec<PageNo>) -> Answer<Copies> {
+    /// Copies of those of the pages that are in a frame of staging at this moment, held or not. Writes of them that
+    /// are under way are not waited for.
+    pub fn staged_async(&self, pages: Vec<PageNo>) -> PendingAnswer<Copies> {
         self.ask(Request::Staged(pages), copies)
     }
 
-    /// One byte a page: 0 is cold or unknown.
-    pub fn heat_async(&self) -> Answer<Vec<u8>> {
+    /// The heat of all pages, one byte each: 0 is cold or unknown.
+    pub fn heat_async(&self) -> PendingAnswer<Vec<u8>> {
         self.ask(Request::Heat, heat)
     }
 
     // ── the target's side of a migration ──────────────────────────────────────────────────
 
     /// Enters the receiving state with the source's heat, one byte a page. The guest must not run.
-    pub fn start_receiving_async(&self, heat: Vec<u8>) -> Answer<()> {
+    pub fn start_receiving_async(&self, heat: Vec<u8>) -> PendingAnswer<()> {
         self.ask(Request::StartReceiving(heat), done)
     }
 
-    /// Newer heat from the source, for the pages still to come.
-    pub fn update_heat_async(&self, heat: Vec<u8>) -> Answer<()> {
+    /// Replaces the heat by newer heat from the source; it counts for pages that are still to come.
+    pub fn update_heat_async(&self, heat: Vec<u8>) -> PendingAnswer<()> {
         self.ask(Request::UpdateHeat(heat), done)
     }
 
     /// Up to `count` contiguous frames to receive into; answers when at least one is free.
-    pub fn grant_frames_async(&self, count: u32) -> Answer<SlotRun> {
+    pub fn grant_frames_async(&self, count: u32) -> PendingAnswer<SlotRun> {
         self.ask(Request::GrantFrames(count), frames)
     }
 
     /// Gives back granted frames that were not received into. A frame that neither returns nor arrives is lost to
     /// the VM until its engine ends.
-    pub fn return_frames_async(&self, slots: SlotRun) -> Answer<()> {
+    pub fn return_frames_async(&self, slots: SlotRun) -> PendingAnswer<()> {
         self.ask(Request::ReturnFrames(slots), done)
     }
 
-    /// Places received pages, each in RAM or in the store, replacing what was there. Answers at once;
-    /// `settle_receiving` waits for the writes.
-    pub fn arrive_async(&self, arrival: Arrival) -> Answer<()> {
+    /// Receives pages with content: each is placed in RAM or in the store, and replaces the former content. Answers
+    /// at once; `settle_receiving` waits for the writes.
+    pub fn arrive_async(&self, arrival: Arrival) -> PendingAnswer<()> {
         self.ask(Request::Arrive(arrival), done)
     }
 
-    /// Pages that arrive as zeros: they take no frame, and replace what was there.
-    pub fn arrive_zero_async(&self, run: Run) -> Answer<()> {
+    /// Receives pages that are all zeros: they take no frame, and replace the former content.
+    pub fn arrive_zero_async(&self, run: Run) -> PendingAnswer<()> {
         self.ask(Request::ArriveZero(run), done)
     }
 
-    /// Pages that are lost at the source: a touch of them is a memory error here as well.
-    pub fn arrive_poisoned_async(&self, run: Run) -> Answer<()> {
+    /// Receives pages that are lost at the source: a touch of them is a memory error here as well.
+    pub fn arrive_poisoned_async(&self, run: Run) -> PendingAnswer<()> {
         self.ask(Request::ArrivePoisoned(run), done)
     }
 
     /// Answers when every page that has arrived is where it belongs: waits for the store.
-    pub fn settle_receiving_async(&self) -> Answer<()> {
+    pub fn settle_receiving_async(&self) -> PendingAnswer<()> {
         self.ask(Request::SettleReceiving, done)
     }
 
-    /// Ends the receiving: the VM may run. Answers at once, and the last pages go to the store while it runs. Every granted frame must
-    /// have come back.
-    pub fn finish_receiving_async(&self) -> Answer<Placed> {
+    /// Ends the receiving: the VM may run. Answers at once, and the last pages go to the store while it runs. Every
+    /// granted frame must have come back.
+    pub fn finish_receiving_async(&self) -> PendingAnswer<Placed> {
         self.ask(Request::FinishReceiving, placed)
     }
 
@@ -277,12 +281,12 @@ impl EngineHandle {
     }
 
     /// [`EngineHandle::resident_map`], not waited for.
-    pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
+    pub fn resident_map_async(&self) -> PendingAnswer<Vec<Run>> {
         self.ask(Request::ResidentMap, runs)
     }
 
     /// The pages that are in the store, or on their way there, in ascending runs.
-    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
+    pub fn stored_map_async(&self) -> PendingAnswer<Vec<Run>> {
         self.ask(Request::StoredMap, runs)
     }
 
@@ -311,7 +315,8 @@ impl EngineHandle {
     }
 }
 
-/// Tells which pages the guest writes, as long as it lives. Others may have one of their own: nobody takes anything from the others.
+/// A subscription to the pages that the guest writes, until it is dropped. Each subscription collects for itself: no
+/// other one misses a page because of it.
 #[derive(Debug)]
 pub struct DirtySubscription {
     handle: EngineHandle,
@@ -324,14 +329,14 @@ impl DirtySubscription {
     ///
     /// # Errors
     /// [`CommandError::Gone`] if the engine has ended.
-    pub fn collect_async(&self) -> Answer<DirtyPages> {
+    pub fn collect_async(&self) -> PendingAnswer<DirtyPages> {
         self.handle.ask(Request::CollectDirty(self.id), dirty)
     }
 
-    /// The same, all of them in ascending runs; waits for the answer.
+    /// [`DirtySubscription::collect_async`], waited for, as ascending runs.
     ///
     /// # Errors
-    /// As above.
+    /// [`CommandError::Gone`] if the engine has ended.
     pub fn collect(&self) -> Result<Vec<Run>, CommandError> {
         self.handle.call(Request::CollectDirty(self.id), dirty).map(DirtyPages::into_runs)
     }

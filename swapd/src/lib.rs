@@ -1,4 +1,5 @@
-//! vmemd's swap engine: one VM's private virtual memory. What it decides is in `swapcore`; here is what it does that with.
+//! vmemd's swap engine, which gives one VM a private virtual memory. Its decisions are made in `swapcore`; this crate
+//! carries them out with userfaultfd, io_uring and memory mappings.
 
 #![deny(missing_docs)]
 
@@ -13,11 +14,12 @@ mod handle;
 mod notice;
 mod reader;
 
+pub use cipher::Cipher;
 pub use driver::engine::{Engine, EngineConfig, StoreConfig};
 pub use driver::locking::lock_limit;
 pub use driver::memory::huge_page_mode;
 pub use error::StartError;
-pub use handle::{Answer, DirtySubscription, EngineHandle, answered};
+pub use handle::{DirtySubscription, EngineHandle, PendingAnswer, answered};
 pub use notice::Notice;
 pub use reader::{CloneError, Cloned, StoredReader, verify};
 pub use swapcore::api::{

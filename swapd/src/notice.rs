@@ -1,31 +1,31 @@
-//! What the engine says unasked.
+//! Notices: messages that the engine sends to its owner without being asked.
 
 use swapcore::units::PageNo;
 
-/// What the engine tells its owner unasked. Called on the engine's thread: must not block.
+/// A message to the engine's owner. The callback that receives it runs on the engine's thread, and must not block.
 #[derive(Clone, Debug)]
 pub enum Notice {
-    /// A write failed. Nothing is lost: what could not be written stays in RAM, and is tried again now and then.
+    /// A write to the store failed. Nothing is lost: the pages stay in RAM, and are written again later.
     StoreFailed(String),
-    /// All of that is written.
+    /// All pages whose write had failed are written: the store works again.
     StoreRecovered,
-    /// The VM needs a frame, and there will be none as long as the store fails: pause it, and say why. Few frames are kept
-    /// for what a vCPU touches until it can be stopped.
+    /// The VM needs a frame, and there will be none as long as the store fails: pause it, and say why. Few frames are
+    /// kept for what a vCPU touches until it can be stopped.
     Starved(String),
-    /// There are frames again.
+    /// There are frames again, after [`Notice::Starved`]: the VM may go on.
     Relieved,
-    /// The VM waits for the store, which has given nothing for some seconds: pause it, and say why. Nothing is lost; the store is asked
-    /// again and again.
+    /// The VM waits for the store, which has given nothing for some seconds: pause it, and say why. Nothing is lost;
+    /// the store is asked again and again.
     Unreachable(String),
     /// The store answers again: all who waited have been served, or are about to be.
     Reachable,
-    /// The VM needs a frame, and has waited for some time: all that could leave is held where it is. It goes on when that is let
-    /// go of, or with a larger budget.
+    /// The VM needs a frame, and has waited for some time: all that could leave is held where it is. It goes on when
+    /// that is let go of, or with a larger budget.
     Short {
         /// How much of RAM could not leave because something holds its frames.
         pinned_bytes: u64,
     },
-    /// There are frames again.
+    /// There are frames again, after [`Notice::Short`].
     Enough,
     /// The guest sees a memory error when it touches this page.
     Poisoned(PageNo),

@@ -1,11 +1,14 @@
-//! Stored pages for somebody other than the engine: a migration, a checkpoint. Nothing comes into RAM for it.
+//! Reading stored pages on behalf of a migration or a checkpoint. The pages stay where they are: none comes into the
+//! guest's RAM for it.
 //!
-//! Where a stored page lies is its tier's knowledge, and how it looks there the engine's; both are behind [`StoredReader`]. The I/O may be
-//! the caller's own: [`StoredReader::file`] and [`StoredReader::place_of`] say what to read on the caller's ring, and
-//! [`StoredReader::open`] makes of what was read the pages that the guest wrote, or says that it is something else.
+//! The tier knows where a stored page lies, and the engine knows how it is stored (encrypted or not);
+//! [`StoredReader`] hides both. A caller may do the I/O itself: [`StoredReader::file`] and [`StoredReader::place_of`]
+//! say what to read on the caller's ring, and [`StoredReader::open`] turns the bytes that were read into the pages
+//! that the guest wrote, or says that they are something else.
 //!
-//! What is read must be *held* ([`EngineHandle::hold_async`](crate::EngineHandle::hold_async)) from before its checksums are asked for until
-//! it has been read: a page that is not held may be written anew meanwhile, or its place dropped.
+//! A page must be *held* ([`EngineHandle::hold_async`](crate::EngineHandle::hold_async)) from before its checksum is
+//! asked for until it has been read. A page that is not held may be written anew meanwhile, or its place in the store
+//! dropped: the bytes would then not fit the checksum.
 
 use std::fs::File;
 use std::io;
@@ -21,26 +24,26 @@ use swapcore::units::{PAGE_SIZE, PageNo, Run, TierId};
 use crate::cipher::Cipher;
 use crate::driver::store::Store;
 
-/// Bytes copied at a time where nothing better can be done.
+/// Bytes copied at a time, where neither blocks can be shared nor the kernel copies.
 const COPY_BYTES: usize = 1 << 20;
 
-/// Reads what a VM's tiers have. Cheap to clone; lives as long as anybody wants, also beyond its engine.
+/// Reads pages from a VM's tiers. Cheap to clone; may outlive its engine.
 #[derive(Clone, Debug)]
 pub struct StoredReader {
     pub(crate) store: Arc<Store>,
     pub(crate) cipher: Option<Arc<Cipher>>,
 }
 
-/// How pages got into a file, in pages.
+/// How pages got into a file: how many in each way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Cloned {
     /// Both files have the same blocks, until one of them changes: nothing was copied.
     pub shared: u64,
-    /// The file has blocks of its own for these.
+    /// The pages were copied: the file has blocks of its own for them.
     pub copied: u64,
 }
 
-/// Why pages are not in a file.
+/// The reason why pages could not be put into a file.
 #[derive(Debug, thiserror::Error)]
 pub enum CloneError {
     /// The store is encrypted: a copy of what it has would be of no use.
@@ -81,7 +84,8 @@ impl StoredReader {
         &self.store
     }
 
-    /// Makes of what was read from the run's places the content of its pages, in place: decrypted, and compared with their checksums.
+    /// Turns bytes that were read from the run's places into the content of its pages, in place: decrypts them, and
+    /// compares them with their checksums.
     ///
     /// # Errors
     /// [`IoErrorKind::Mismatch`]: one of the pages is not what was written. The bytes are decrypted all the same.
@@ -109,8 +113,9 @@ impl StoredReader {
         self.open(tier, run, sums, bytes)
     }
 
-    /// Puts the runs' pages, all of them stored in this tier, into a file, page *n* at offset *n* x 4096: by sharing blocks where both are on
-    /// one file system that can, else by a copy. The pages are not looked at: their checksums go along.
+    /// Puts the runs' pages, all of them stored in this tier, into a file, page *n* at offset *n* x 4096: by sharing
+    /// blocks where both are on one file system that can, else by a copy. The pages are not looked at: their
+    /// checksums go along.
     ///
     /// # Errors
     /// The store is encrypted, or the kernel refuses. A part may have been done.
@@ -150,7 +155,7 @@ pub fn verify(tier: TierId, run: Run, sums: &[u64], bytes: &[u8]) -> Result<(), 
     }
 }
 
-/// The best first. What one file system refuses once it refuses always.
+/// The ways to put pages into a file, the best first. A way that a file system has refused once is not tried again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Way {
     Share,
@@ -166,7 +171,7 @@ struct Cloner<'a> {
 }
 
 impl Cloner<'_> {
-    /// Says how it was done.
+    /// Puts the run's pages into the file by the best way that is left, and says by which.
     fn clone(&mut self, at: u64, to: u64, len: usize) -> io::Result<Way> {
         loop {
             let (result, next) = match self.way {
@@ -189,7 +194,8 @@ impl Cloner<'_> {
             src_length: len as u64,
             dest_offset: to,
         };
-        // SAFETY: the kernel reads one struct, which outlives the call; both descriptors are open as long as the files are borrowed.
+        // SAFETY: the kernel reads one struct, which outlives the call; both descriptors are open as long as the
+        // files are borrowed.
         match unsafe { libc::ioctl(self.to.as_raw_fd(), libc::FICLONERANGE as libc::Ioctl, &raw const range) }
         {
             0 => Ok(()),
@@ -232,7 +238,7 @@ impl Cloner<'_> {
     }
 }
 
-/// Not this way, and never; another may do.
+/// Whether this error means that this way never works here, so that the next one is to be tried.
 fn is_refused(error: &io::Error) -> bool {
     let refusals = [libc::EOPNOTSUPP, libc::EXDEV, libc::EINVAL, libc::ENOTTY, libc::ENOSYS, libc::EBADF];
     error.raw_os_error().is_some_and(|errno| refusals.contains(&errno))

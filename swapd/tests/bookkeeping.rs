@@ -1,5 +1,5 @@
-//! What the engine takes beside the VM's frames: at most 0.35 % of the VM's memory. The only test of its process, whose memory
-//! it measures.
+//! The engine's memory beside the VM's frames is at most 0.35 % of the VM's memory. This is the only test of its
+//! process, because it measures the memory of the whole process.
 
 #[macro_use]
 extern crate testkit;

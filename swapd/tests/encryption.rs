@@ -1,4 +1,4 @@
-//! An encrypted store on a real disk: what is in it, and what comes back.
+//! An encrypted store on a real disk: its bytes are not the pages', and the pages come back.
 
 #[macro_use]
 extern crate testkit;

@@ -133,7 +133,8 @@ fn the_budget_changes_under_load_both_ways() {
     assert!(matches!(error, CommandError::BudgetTooLarge { .. }), "{error}");
 }
 
-/// Calls `work` while the host compacts its memory all the time: pages of the VM are on their way elsewhere now and then.
+/// Calls `work` while the host compacts its memory all the time: pages of the VM are on their way elsewhere now and
+/// then.
 fn while_the_host_compacts(work: impl FnOnce() + Send) {
     let compact = || std::fs::write("/proc/sys/vm/compact_memory", "1");
     if let Err(error) = compact() {

@@ -1,5 +1,5 @@
-//! A store that fails while the VM runs, on the real kernel: its file system fills up, or its device does not give back what it was
-//! given.
+//! A store that fails while the VM runs, on the real kernel: its file system fills up, or its device does not give
+//! back what it was given.
 
 #[macro_use]
 extern crate testkit;
@@ -89,8 +89,8 @@ fn bad_sectors_lose_their_pages_alone() {
     assert!(vm.stats().lost.is_empty());
 }
 
-/// A processor that cannot be stopped in the middle of an access gets the frames that it needs to come to its end, from a reserve within
-/// the budget.
+/// A processor that cannot be stopped in the middle of an access gets the frames that it needs to come to its end,
+/// from a reserve within the budget.
 #[test]
 fn a_reserve_is_let_go_of_when_nothing_can_be_written() {
     let directory = testkit::directory_in(store_directory(), "reserve");

@@ -1,5 +1,5 @@
-//! Requests that look at all of memory let faults through: how long faults wait while each of them runs over and over, in a VM of
-//! 256 GiB of which little is touched.
+//! Requests that look at all of memory let faults through. Measured is how long faults wait while one such request
+//! after the other is made, in a VM of 256 GiB of which little is touched.
 
 #[macro_use]
 extern crate testkit;
@@ -30,14 +30,17 @@ const FILLED: u64 = 64 << 20;
 const FILL_STEP: usize = 16;
 /// What a request may add to the longest wait but one in a thousand.
 const ADDED_MAX: Duration = Duration::from_millis(2);
+/// In one of so many windows: a request that keeps faults waiting does so in each, a disk that stalls for a moment in
+/// one.
+const WINDOWS: u32 = 3;
 
 /// What is touched before: 4 GiB if the environment has `VMEMD_LONG`.
 fn touched() -> u64 {
     if std::env::var_os("VMEMD_LONG").is_some() { 4 * GIB } else { 2 * GIB }
 }
 
-/// How long a thread has waited for a core: on a machine with two, a third busy one waits a slice of the scheduler now and then, which
-/// is not what is measured here.
+/// How long a thread has waited for a core: on a machine with two, a third busy one waits a slice of the scheduler
+/// now and then, which is not what is measured here.
 struct Waits(File);
 
 impl Waits {
@@ -65,7 +68,8 @@ impl Waits {
     }
 }
 
-/// Touches pages at random until told to stop. Returns how long each fault took, without waits for a core, in ascending order.
+/// Touches pages at random until told to stop. Returns how long each fault took, without waits for a core, in
+/// ascending order.
 fn fault(vm: &Vm, stop: &AtomicBool) -> Vec<Duration> {
     let this = std::fs::read_link("/proc/thread-self").expect("proc is there");
     let this = Waits::of(&this.file_name().expect("a number").to_string_lossy());
@@ -154,10 +158,14 @@ fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
     let without = faults_during(&vm, "nothing", |_| std::thread::sleep(Duration::from_millis(10)));
     let mut slow = Vec::new();
     let mut measure = |what: &str, request: &dyn Fn(&EngineHandle)| {
-        let late = faults_during(&vm, what, request);
-        if late > without + ADDED_MAX {
-            slow.push(format!("{what}: {late:?}"));
+        let mut least = Duration::MAX;
+        for _ in 0..WINDOWS {
+            least = least.min(faults_during(&vm, what, request));
+            if least <= without + ADDED_MAX {
+                return;
+            }
         }
+        slow.push(format!("{what}: {least:?}"));
     };
     measure("heat", &|handle| {
         handle.heat_async().blocking_recv().expect("the engine lives").expect("heat is always known");

@@ -1,4 +1,5 @@
-//! Frames that something holds where they are: buffers registered with io_uring, and pages that the host would merge (KSM).
+//! Frames that cannot move because something holds them: buffers registered with io_uring, and pages that the host
+//! would merge (KSM).
 
 #[macro_use]
 extern crate testkit;
@@ -9,11 +10,12 @@ mod common;
 
 use std::fs;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::{Vm, config, started, store_directory};
 use io_uring::IoUring;
 use swapd::{CommandError, Engine, Notice, PAGE_SIZE, PageNo, Run};
+use testkit::wait::DEADLINE;
 use testkit::{Reason, skip, wait_for};
 
 const MIB: u64 = 1 << 20;
@@ -28,8 +30,8 @@ fn start(memory: u64, budget: u64) -> (Vm, Receiver<Notice>) {
     (Vm::of(started(Engine::start(config(memory, budget, store_directory(), false), notify))), told)
 }
 
-/// Registers the first bytes of the VM's memory as buffers of a ring: they stay where they are for as long as it lives. Ends the
-/// test where this user may not.
+/// Registers the first bytes of the VM's memory as buffers of a ring: they stay where they are for as long as it
+/// lives. Ends the test where this user may not.
 fn pin(vm: &Vm, bytes: u64) -> IoUring {
     let ring = IoUring::new(2).expect("a ring, as the engine has one");
     let at = vm.addresses().start as *mut libc::c_void;
@@ -80,7 +82,7 @@ fn a_budget_below_what_is_pinned_is_answered_with_figures_and_starving_is_told()
     let asked = Instant::now();
     let error = handle.set_budget(16 * MIB).unwrap_err();
     let CommandError::StillAbove { budget, held, pinned } = error else { panic!("{error}") };
-    assert!(asked.elapsed() < Duration::from_secs(30), "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < DEADLINE, "{:?}", asked.elapsed());
     assert_eq!(budget, 16 * MIB);
     assert!((24 * MIB..25 * MIB).contains(&held), "all but what is pinned has left: {held}");
     assert!(pinned > 0 && pinned <= held, "{pinned} of {held}");
@@ -90,7 +92,7 @@ fn a_budget_below_what_is_pinned_is_answered_with_figures_and_starving_is_told()
     std::thread::scope(|scope| {
         // A page that is not in RAM, and none can leave for it.
         let waiter = scope.spawn(|| assert!(vm.is_right(PageNo(vm.pages() - 1), 1)));
-        let notice = told.recv_timeout(Duration::from_secs(30)).expect("it is told");
+        let notice = told.recv_timeout(DEADLINE).expect("it is told");
         assert!(matches!(notice, Notice::Short { pinned_bytes } if pinned_bytes > 8 * MIB), "{notice:?}");
         assert!(!waiter.is_finished());
         let starved = vm.stats().starved_ms;
@@ -100,7 +102,7 @@ fn a_budget_below_what_is_pinned_is_answered_with_figures_and_starving_is_told()
         drop(ring);
         waiter.join().expect("it goes on");
     });
-    assert!(matches!(told.recv_timeout(Duration::from_secs(30)), Ok(Notice::Enough)));
+    assert!(matches!(told.recv_timeout(DEADLINE), Ok(Notice::Enough)));
     // What was asked for still holds.
     wait_for("the budget is kept", || (vm.stats().frames_bytes <= 16 * MIB).then_some(()));
     assert_eq!(vm.stats().starved_ms, 0);
@@ -117,7 +119,7 @@ fn more_ram_is_given_to_a_vm_that_starves() {
     handle.set_budget(16 * MIB).unwrap_err();
     std::thread::scope(|scope| {
         let waiter = scope.spawn(|| assert!(vm.is_right(PageNo(vm.pages() - 1), 1)));
-        told.recv_timeout(Duration::from_secs(30)).expect("it is told");
+        told.recv_timeout(DEADLINE).expect("it is told");
         handle.set_budget(40 * MIB).expect("more is always possible");
         waiter.join().expect("it goes on");
     });

@@ -22,8 +22,8 @@ const WORDS: usize = PAGE_SIZE / 8;
 
 /// An engine, and the owner of its memory.
 ///
-/// In the address space the regions follow upon each other in another order than their pages, at addresses that are multiples of
-/// 4 KiB alone: who runs over a border comes to a wrong page, or to a guard page.
+/// In the address space the regions follow upon each other in another order than their pages, at addresses that are
+/// multiples of 4 KiB alone: who runs over a border comes to a wrong page, or to a guard page.
 struct Owner {
     /// Ends before its memory goes: fields are dropped in this order.
     engine: Engine,

@@ -1,5 +1,6 @@
-//! A store that falls silent, or fails at everything, and comes back, on the real kernel and under a VM that reads and writes: no page is
-//! lost, none is wrong, and the VM goes on. `VMEMD_LONG=1` has it be away for a minute as well.
+//! A store that falls silent, or fails at everything, and comes back, on the real kernel and under a VM that reads
+//! and writes: no page is lost, none is wrong, and the VM goes on. `VMEMD_LONG=1` has it be away for a minute as
+//! well.
 
 #[macro_use]
 extern crate testkit;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use common::{Vm, store_directory};
 use slow_disk::SlowDisk;
-use swapd::{Engine, Notice, PageNo};
+use swapd::{Engine, Notice, PageNo, Run};
 use testkit::{OrSkip, Reason, until};
 
 const MIB: u64 = 1 << 20;
@@ -63,8 +64,8 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// One thread reads and verifies the first half of memory, another rewrites the second, round after round, while `meanwhile` runs; then
-/// each goes on for a while, and all of memory is looked at.
+/// One thread reads and verifies the first half of memory, another rewrites the second, round after round, while
+/// `meanwhile` runs; then each goes on for a while, and all of memory is looked at.
 fn busy(vm: &Vm, meanwhile: impl FnOnce()) {
     vm.write_all(1);
     let half = vm.pages() / 2;
@@ -164,4 +165,43 @@ fn a_store_that_fails_at_everything_and_comes_back_loses_nothing() {
     }
     assert!(!notices.try_iter().any(|notice| matches!(notice, Notice::Poisoned(_))));
     assert!(vm.stats().store.read_errors > 0);
+}
+
+/// A device that keeps a discard to itself: whoever waits for a frame behind it is told of, as with a read or a write
+/// that does not end.
+#[test]
+fn a_store_that_ends_no_discard_and_does_after_all_loses_nothing() {
+    let directory = testkit::directory_in(store_directory(), "discards");
+    let disk = SlowDisk::bare(directory.path(), MEMORY).or_skip(Reason::Loop);
+    let (vm, notices) = start(&disk);
+    let given_back = Run::new(PageNo(vm.pages() / 2), (vm.pages() / 2) as u32);
+    vm.write_all(1);
+    vm.handle().evict(Run::new(PageNo(0), vm.pages() as u32)).unwrap();
+    for seconds in longer(&[2, 12]) {
+        let _back = Back(&disk);
+        let before = vm.stats().store.used_bytes;
+        disk.keep_discards();
+        vm.handle().discard(given_back).unwrap();
+        until("a drop is under way", || vm.stats().store.used_bytes < before);
+        let began = Instant::now();
+        std::thread::scope(|scope| {
+            // What has been given back is used again: more than there are frames.
+            let writes = scope.spawn(|| given_back.pages().for_each(|page| vm.write(page, 2)));
+            if seconds > TOLD_S {
+                hear(&notices, |notice| matches!(notice, Notice::Unreachable(_)));
+                assert!(vm.stats().store.silent_ms >= 5000);
+                assert!(vm.stats().store.oldest_ms >= 5000);
+                assert!(!writes.is_finished());
+            }
+            std::thread::sleep(Duration::from_secs(seconds).saturating_sub(began.elapsed()));
+            disk.come_back();
+            if seconds > TOLD_S {
+                hear(&notices, |notice| matches!(notice, Notice::Reachable));
+            }
+        });
+        assert!(given_back.pages().all(|page| vm.is_right(page, 2)));
+        assert!((0..vm.pages() / 2).map(PageNo).all(|page| vm.is_right(page, 1)));
+        vm.handle().evict(given_back).unwrap();
+    }
+    assert!(!notices.try_iter().any(|notice| matches!(notice, Notice::Poisoned(_))));
 }

@@ -1,5 +1,5 @@
-//! Space comes back: what the guest gives back leaves holes in the store's file, or is discarded on its device, and a full store gives up
-//! the copies of pages that are in RAM.
+//! Space comes back: what the guest gives back leaves holes in the store's file, or is discarded on its device, and a
+//! full store gives up the copies of pages that are in RAM.
 
 #[macro_use]
 extern crate testkit;
@@ -11,7 +11,8 @@ mod common;
 #[allow(dead_code, reason = "each test file uses a part")]
 mod disk;
 
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use swapd::{Engine, Notice, PageNo, Run};
 use testkit::{OrSkip, Reason, TempDir, wait_for};
 
 const MIB: u64 = 1 << 20;
-/// What is given back must have left the store by then.
+/// What is given back must have left the store by then, beside what the disk itself takes for it.
 const SOON: Duration = Duration::from_secs(5);
 
 /// What is given back: with `VMEMD_LONG` as much as a balloon may.
@@ -56,7 +57,25 @@ fn until_gone(before: u64, bytes: u64, mut taken: impl FnMut() -> u64) -> Durati
     began.elapsed()
 }
 
-/// Everything is written and paged out; a part in the middle is given back, its space is free within seconds, and nothing else is harmed.
+/// How long the disk of the stores takes by itself to take as much back from a file.
+fn until_punched(bytes: u64) -> Duration {
+    let file = testkit::directory_in(store_directory(), "punched");
+    let file = std::fs::File::create(file.path().join("file")).expect("a file");
+    let piece = vec![0x5A; MIB as usize];
+    (0..bytes / MIB).for_each(|nth| file.write_all_at(&piece, nth * MIB).expect("room for it"));
+    file.sync_all().expect("a file");
+    let began = Instant::now();
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    for nth in 0..bytes / MIB {
+        // SAFETY: no memory arguments; the file is open.
+        let punched = unsafe { libc::fallocate(file.as_raw_fd(), mode, (nth * MIB) as i64, MIB as i64) };
+        assert_eq!(punched, 0, "{}", std::io::Error::last_os_error());
+    }
+    began.elapsed()
+}
+
+/// Everything is written and paged out; a part in the middle is given back, its space is free within seconds, and
+/// nothing else is harmed.
 fn gives_back(vm: &Vm, gone: Run, taken: impl Fn() -> u64) {
     let all = Run::new(PageNo(0), vm.pages() as u32);
     let handle = vm.handle();
@@ -69,7 +88,10 @@ fn gives_back(vm: &Vm, gone: Run, taken: impl Fn() -> u64) {
     // The file system may keep a block at each end.
     let took = until_gone(before, gone.bytes() as u64 - MIB, &taken);
     println!("{} MiB were free after {took:?}", gone.bytes() as u64 / MIB);
-    assert!(took <= SOON, "{took:?}");
+    if took > SOON {
+        let disk = until_punched(gone.bytes() as u64);
+        assert!(took <= SOON + 2 * disk, "{took:?}; by itself, the disk takes {disk:?}");
+    }
     wait_for("it is on record", || {
         (vm.stats().store.used_bytes == (all.len - gone.len) as u64 * 4096).then_some(())
     });
@@ -134,12 +156,37 @@ fn a_store_as_large_as_what_is_outside_of_ram_is_enough() {
     wait_for("the store works", || vm.stats().store.failed.is_none().then_some(()));
 }
 
-/// How long faults wait while space is given back beside them. Prints; the figures are those of `docs/performance.md`.
+/// Rounds of what is measured, without holes and beside them. The best of each count, for others use this machine too.
+const ROUNDS: u64 = 3;
+/// What is given back while the VM reads all the time has left the store by then, 1 GiB as well.
+const SOON_BESIDE: Duration = Duration::from_secs(3);
+/// How long faults wait beside that: of 100, all but one at most so many times as long as before;
+const P99_TIMES: f64 = 2.0;
+/// and of 1000, all but one at most so much longer: they may have met a drop.
+const P999_MORE: Duration = Duration::from_millis(8);
+
+/// How long touches took, in ascending order.
+struct Waits(Vec<Duration>);
+
+impl Waits {
+    fn at(&self, share: f64) -> Duration {
+        self.0[(self.0.len() as f64 * share) as usize]
+    }
+
+    fn tell(&self, what: &str) {
+        let [p50, p90, p99, p999] = [0.5, 0.9, 0.99, 0.999].map(|share| self.at(share).as_micros());
+        let (n, max) = (self.0.len(), self.0[self.0.len() - 1].as_micros());
+        println!("{what}: {n} touches, p50 {p50} p90 {p90} p99 {p99} p99.9 {p999} max {max} us");
+    }
+}
+
+/// Space comes back soon although the VM reads all the time, and its faults hardly notice. The figures are those of
+/// `docs/engine.md`.
 #[test]
 fn faults_go_on_beside_holes() {
     let directory = place("beside");
     let gone = given_back();
-    let vm = start(gone + 256 * MIB, 64 * MIB, directory.path(), quiet);
+    let vm = start(ROUNDS * gone + 256 * MIB, 64 * MIB, directory.path(), quiet);
     let all = Run::new(PageNo(0), vm.pages() as u32);
     let handle = vm.handle();
     vm.write_all(1);
@@ -161,27 +208,35 @@ fn faults_go_on_beside_holes() {
             }
         }
         waits.sort_unstable();
-        waits
+        Waits(waits)
     };
-    let tell = |what: &str, waits: &[Duration]| {
-        let at = |share: f64| waits[(waits.len() as f64 * share) as usize].as_micros();
-        let (n, max) = (waits.len(), waits.last().unwrap().as_micros());
-        println!(
-            "{what}: {n} touches, p50 {} p90 {} p99 {} p99.9 {} max {max} us",
-            at(0.5),
-            at(0.9),
-            at(0.99),
-            at(0.999)
-        );
-    };
-    let until = Instant::now() + Duration::from_secs(3);
-    tell("before", &touch(&mut || Instant::now() < until));
-    let before = used();
-    handle.discard(Run::new(PageNo(0), (gone / 4096) as u32)).unwrap();
-    let began = Instant::now();
-    tell("beside holes", &touch(&mut || before.saturating_sub(used()) < gone));
-    println!("{} MiB in {:?}", gone / MIB, began.elapsed());
-    let until = Instant::now() + Duration::from_secs(3);
-    tell("after", &touch(&mut || Instant::now() < until));
+    let [mut without, mut with] = [[Duration::MAX; 2]; 2];
+    let mut soonest = Duration::MAX;
+    let better =
+        |best: [Duration; 2], waits: &Waits| [best[0].min(waits.at(0.99)), best[1].min(waits.at(0.999))];
+    for round in 0..ROUNDS {
+        let until = Instant::now() + Duration::from_secs(2);
+        let before = touch(&mut || Instant::now() < until);
+        before.tell("before");
+        let (stored, pages) = (used(), (gone / 4096) as u32);
+        handle.discard(all.part(round as u32 * pages, pages)).unwrap();
+        let began = Instant::now();
+        let beside = touch(&mut || stored.saturating_sub(used()) < gone);
+        let took = began.elapsed();
+        beside.tell("beside holes");
+        println!("{} MiB in {took:?}", gone / MIB);
+        (without, with) = (better(without, &before), better(with, &beside));
+        soonest = soonest.min(took);
+    }
+    let (times, more) =
+        (with[0].as_secs_f64() / without[0].as_secs_f64(), with[1].saturating_sub(without[1]));
+    println!(
+        "best of {ROUNDS}: p99 {with:?} instead of {without:?}, {times:.2} times, p99.9 {more:?} more, in {soonest:?}"
+    );
+    assert!(
+        times <= P99_TIMES && more <= P999_MORE,
+        "faults wait for holes: {times:.2} times, {more:?} more"
+    );
+    assert!(soonest <= SOON_BESIDE, "{soonest:?}");
     assert!(touched.pages().all(|page| vm.is_right(page, 1)));
 }

@@ -1,4 +1,4 @@
-//! Stored pages for somebody other than the engine: read where they are, checked, and cloned into a file.
+//! Stored pages on behalf of a migration or a checkpoint: read where they are, checked, and cloned into a file.
 
 #[macro_use]
 extern crate testkit;

@@ -1,4 +1,5 @@
-//! A test harness that tells tests which could not run here from those that passed: `cargo test`'s own has no way to.
+//! A test harness that tells tests which could not run on this host from those that passed, which `cargo test`'s own
+//! cannot.
 //!
 //! ```text
 //! #[test] fn a() ─▶ inventory ─▶ main ─▶ libtest-mimic: arguments, threads, the list of what became of each
@@ -9,16 +10,17 @@
 //!                                            ▼
 //!                         0 passed · 77 skipped, the reason in the last line · else failed
 //! ```
-//! Each test has a process of its own, because nobody but `cargo test`'s harness can catch what a thread prints. With `--nocapture` all
-//! run in one, as there. What a file of tests needs: `harness = false` in its Cargo.toml, and
+//! Each test runs in a process of its own: only `cargo test`'s harness can catch what a thread prints, and this one
+//! catches what a process prints. With `--nocapture` all tests run in one process, as with `cargo test`'s. A file of
+//! tests needs `harness = false` in its Cargo.toml, and begins with
 //! ```text
 //! #[macro_use]
 //! extern crate testkit;
 //!
 //! testkit::main!();
 //! ```
-//! The first lines make `#[test]` that of this crate, in all modules: the language's own takes the function away where there is no
-//! harness of `cargo test`'s, and nobody would miss it.
+//! The first two lines make `#[test]` this crate's attribute in all modules. The language's own removes a test where
+//! `cargo test`'s harness is switched off, and nobody would notice that it does not run.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -34,7 +36,7 @@ use crate::skip::{self, Skipped};
 pub struct Test {
     pub module: &'static str,
     pub name: &'static str,
-    /// It runs only if asked for, and why.
+    /// The reason why the test runs only if it is asked for (`#[ignore]`); none if it always runs.
     pub ignored: Option<&'static str>,
     pub run: fn(),
 }
@@ -45,14 +47,14 @@ inventory::collect!(Test);
 const RUN_ONE: &str = "--run-one";
 /// Its exit code, if the test was skipped.
 const SKIPPED: u8 = 77;
-/// Begins the last line of its output then.
+/// The last line of its output begins with this, if the test was skipped.
 const SKIPPED_LINE: &str = "\u{1}skipped ";
 
 /// The program's `main`. Once in each file of tests, or in a library's `lib.rs` under `cfg(test)`.
 #[macro_export]
 macro_rules! main {
     () => {
-        /// The harness.
+        /// Runs this program's tests.
         fn main() -> ::std::process::ExitCode {
             $crate::harness::main()
         }
@@ -65,15 +67,15 @@ macro_rules! main {
     };
 }
 
-/// What became of a test.
-enum Outcome {
+/// How a test ended.
+enum TestOutcome {
     Passed,
     Skipped(Skipped),
     Failed(String),
 }
 
 impl Test {
-    /// As `cargo test`'s harness would call it: with the modules below the crate's root.
+    /// The test's name with its modules below the crate's root, as `cargo test`'s harness would print it.
     fn path(&self) -> String {
         match self.module.split_once("::") {
             Some((_, module)) => format!("{module}::{}", self.name),
@@ -81,41 +83,43 @@ impl Test {
         }
     }
 
-    fn run_here(&self) -> Outcome {
+    fn run_here(&self) -> TestOutcome {
         match catch_unwind(AssertUnwindSafe(self.run)) {
-            Ok(()) => Outcome::Passed,
+            Ok(()) => TestOutcome::Passed,
             Err(payload) => match payload.downcast::<Skipped>() {
-                Ok(skipped) => Outcome::Skipped(*skipped),
+                Ok(skipped) => TestOutcome::Skipped(*skipped),
                 // The panic hook has printed what it was.
-                Err(_) => Outcome::Failed(String::new()),
+                Err(_) => TestOutcome::Failed(String::new()),
             },
         }
     }
 
-    /// In a process of its own.
-    fn run_apart(&self) -> Outcome {
+    /// Runs the test in a process of its own, which is this program with [`RUN_ONE`].
+    fn run_apart(&self) -> TestOutcome {
         let ran = tempfile::tempfile().and_then(|output| {
             let status = self.process(&output)?.status()?;
             Ok((status, output))
         });
         let (status, mut output) = match ran {
             Ok(ran) => ran,
-            Err(error) => return Outcome::Failed(format!("cannot run it in a process of its own: {error}")),
+            Err(error) => {
+                return TestOutcome::Failed(format!("cannot run it in a process of its own: {error}"));
+            }
         };
         let mut said = Vec::new();
         if let Err(error) = output.rewind().and_then(|()| output.read_to_end(&mut said)) {
-            return Outcome::Failed(format!("cannot read its output: {error}"));
+            return TestOutcome::Failed(format!("cannot read its output: {error}"));
         }
         let said = String::from_utf8_lossy(&said).into_owned();
         match status.code() {
-            Some(0) => Outcome::Passed,
+            Some(0) => TestOutcome::Passed,
             Some(code) if code == i32::from(SKIPPED) => match Skipped::read(&said) {
-                Some(skipped) => Outcome::Skipped(skipped),
-                None => Outcome::Failed(format!("it ended with {code}\n{said}")),
+                Some(skipped) => TestOutcome::Skipped(skipped),
+                None => TestOutcome::Failed(format!("it ended with {code}\n{said}")),
             },
-            // As after a panic, which has been told.
-            Some(101) => Outcome::Failed(said),
-            _ => Outcome::Failed(format!("{said}\nits process ended: {status}")),
+            // The exit code after a panic; its message is in the output.
+            Some(101) => TestOutcome::Failed(said),
+            _ => TestOutcome::Failed(format!("{said}\nits process ended: {status}")),
         }
     }
 
@@ -128,7 +132,7 @@ impl Test {
 }
 
 impl Skipped {
-    /// As the last line of a process's output.
+    /// The last line of a process's output that says so.
     fn line(&self) -> String {
         format!("{SKIPPED_LINE}{}: {}", self.reason, self.why.trim().replace('\n', "; "))
     }
@@ -140,16 +144,16 @@ impl Skipped {
     }
 }
 
-impl Outcome {
+impl TestOutcome {
     fn told(self) -> Result<Completion, Failed> {
         match self {
-            Outcome::Passed => Ok(Completion::Completed),
-            Outcome::Skipped(skipped) if skip::must_run().contains(&skipped.reason) => {
+            TestOutcome::Passed => Ok(Completion::Completed),
+            TestOutcome::Skipped(skipped) if skip::must_run().contains(&skipped.reason) => {
                 Err(skip::forbidden(&skipped).into())
             }
-            Outcome::Skipped(skipped) => Ok(Completion::ignored_with(skipped)),
-            Outcome::Failed(said) if said.is_empty() => Err(Failed::without_message()),
-            Outcome::Failed(said) => Err(said.into()),
+            TestOutcome::Skipped(skipped) => Ok(Completion::ignored_with(skipped)),
+            TestOutcome::Failed(said) if said.is_empty() => Err(Failed::without_message()),
+            TestOutcome::Failed(said) => Err(said.into()),
         }
     }
 }
@@ -180,16 +184,16 @@ pub fn main() -> ExitCode {
     libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit_code()
 }
 
-/// The whole of a process of one test.
+/// All that a process does which was started for one test.
 fn run_one(test: &'static Test) -> ExitCode {
-    // Whoever ends the harness ends its tests.
+    // A test must not outlive the harness: it ends when the harness is killed.
     // SAFETY: no memory arguments.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) };
     let thread = std::thread::Builder::new().name(test.path()).spawn(|| test.run_here());
     match thread.expect("a thread").join().expect("it catches all panics") {
-        Outcome::Passed => ExitCode::SUCCESS,
-        Outcome::Failed(_) => ExitCode::from(101),
-        Outcome::Skipped(skipped) => {
+        TestOutcome::Passed => ExitCode::SUCCESS,
+        TestOutcome::Failed(_) => ExitCode::from(101),
+        TestOutcome::Skipped(skipped) => {
             eprintln!("{}", skipped.line());
             ExitCode::from(SKIPPED)
         }

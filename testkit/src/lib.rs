@@ -1,10 +1,11 @@
 //! What the tests of all crates have in common. For `[dev-dependencies]` alone.
 //!
-//! - [`harness`]: `cargo test`'s own, but for tests that cannot run here: they are counted as ignored, with the reason.
-//! - [`mod@skip`]: how a test says so.
-//! - [`wait`]: for what gives no sign when it happens.
-//! - [`place`]: directories that go with the test.
-//! - [`random`], [`pages`]: what is written and checked.
+//! - [`harness`]: like `cargo test`'s own, but a test that cannot run on this host counts as ignored, with the
+//!   reason.
+//! - [`mod@skip`]: how a test says that it cannot run.
+//! - [`wait`]: waiting for events that give no sign.
+//! - [`place`]: directories that are removed when the test ends.
+//! - [`random`], [`pages`]: random numbers, and the content of pages.
 
 pub mod harness;
 pub mod pages;

@@ -1,4 +1,4 @@
-//! What tests write to pages, and find again.
+//! The content that tests write to pages and compare.
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;

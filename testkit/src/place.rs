@@ -6,7 +6,7 @@ use std::path::Path;
 
 pub use tempfile::TempDir;
 
-/// A directory wherever the system keeps passing files; that may be in RAM, where files have no O_DIRECT.
+/// A new directory among the system's temporary files. These may be in RAM, where files have no O_DIRECT.
 ///
 /// # Panics
 /// If it cannot be made.
@@ -14,7 +14,8 @@ pub fn directory(name: &str) -> TempDir {
     directory_in(std::env::temp_dir(), name)
 }
 
-/// The same in another directory: `env!("CARGO_TARGET_TMPDIR")` is on a disk. Its path is short enough for sockets below it.
+/// A new directory in `parent`; `env!("CARGO_TARGET_TMPDIR")` is one on a disk. Its name is short, because the path
+/// of a Unix socket in it may have 107 bytes.
 ///
 /// # Panics
 /// If it cannot be made.
@@ -24,7 +25,8 @@ pub fn directory_in(parent: impl AsRef<Path>, name: &str) -> TempDir {
     made.unwrap_or_else(|error| panic!("no directory for a test in {}: {error}", parent.display()))
 }
 
-/// The file that this process has open in the directory, once more, for direct I/O: a store has no name.
+/// Opens the file that this process has open in the directory once more, for direct I/O. A store has no name by which
+/// it could be opened.
 ///
 /// # Panics
 /// If there is none.

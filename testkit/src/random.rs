@@ -1,6 +1,6 @@
 //! Numbers that a seed determines: a failing run's seed repeats it.
 
-/// SplitMix64. A seed means the same for ever.
+/// SplitMix64. A seed gives the same numbers in every version, so that a seed in an old report still repeats its run.
 #[derive(Clone, Debug)]
 pub struct Random(pub u64);
 

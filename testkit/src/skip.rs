@@ -1,6 +1,7 @@
-//! A test that cannot run here says so, and is not taken for one that passed.
+//! How a test says that it cannot run on this host, so that it is not taken for one that passed.
 //!
-//! `VMEMD_TESTS_MUST_RUN=kvm,uffd` names what a host has for certain: to lack it is a failure there.
+//! `VMEMD_TESTS_MUST_RUN=kvm,uffd` names what this host has for certain. A test that is skipped because it lacks one
+//! of these has failed.
 
 use std::fmt::{self, Display};
 
@@ -16,10 +17,10 @@ macro_rules! reasons {
         }
 
         impl Reason {
-            /// All of them.
+            /// All reasons.
             pub const ALL: &[Reason] = &[$(Reason::$name),*];
 
-            /// As it is written in the variable and told.
+            /// The reason's name in the variable and in messages.
             pub fn word(self) -> &'static str {
                 match self {
                     $(Reason::$name => $word,)*
@@ -55,7 +56,7 @@ reasons! {
     Tools = "tools",
     /// Another user's access to what the test has made.
     Users = "users",
-    /// Takes long, and was not asked for.
+    /// The test takes long, and was not asked for.
     Long = "long",
     /// A host that is too slow for a measurement to say anything.
     Slow = "slow",
@@ -67,7 +68,7 @@ impl Display for Reason {
     }
 }
 
-/// What a test that is skipped unwinds with.
+/// The payload with which a skipped test unwinds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Skipped {
     pub reason: Reason,
@@ -80,20 +81,20 @@ impl Display for Skipped {
     }
 }
 
-/// Ends the test here: it cannot run on this host. On the thread of the test itself.
+/// Ends the test, because it cannot run on this host. To be called on the test's own thread.
 ///
 /// # Panics
 /// Always. Under `cargo test`'s own harness the test has failed then: it cannot count what was skipped.
 pub fn skip(reason: Reason, why: impl Display) -> ! {
     let skipped = Skipped { reason, why: why.to_string() };
     eprintln!("skipped: {skipped}");
-    // Past the panic hook: nothing is wrong with the test.
+    // Without the panic hook, which would print a message: nothing is wrong with the test.
     std::panic::resume_unwind(Box::new(skipped))
 }
 
-/// What a test needs, and cannot be had everywhere.
+/// For a result that is an error on a host which lacks something.
 pub trait OrSkip<T> {
-    /// It, or the end of the test ([`skip`]).
+    /// The value; an error ends the test as [`skip`] does.
     fn or_skip(self, reason: Reason) -> T;
 }
 
@@ -103,7 +104,7 @@ impl<T, E: Display> OrSkip<T> for Result<T, E> {
     }
 }
 
-/// Goes on without a part of the test.
+/// Notes that the test goes on without a part of itself.
 ///
 /// # Panics
 /// If that may not be skipped here ([`MUST_RUN`]).
@@ -113,15 +114,15 @@ pub fn skip_part(reason: Reason, why: impl Display) {
     assert!(!must_run().contains(&reason), "{}", forbidden(&skipped));
 }
 
-/// Why a test that was skipped has failed.
+/// The message of a test that has failed because it was skipped.
 pub(crate) fn forbidden(skipped: &Skipped) -> String {
     format!("not to be skipped here ({MUST_RUN}): {skipped}")
 }
 
-/// For which reasons nothing may be skipped here.
+/// The reasons for which nothing may be skipped on this host.
 ///
 /// # Panics
-/// If the variable has another word: a misspelt one would be no check.
+/// If the variable has a word that is no reason: a misspelt one would check nothing.
 pub fn must_run() -> Vec<Reason> {
     parse(&std::env::var(MUST_RUN).unwrap_or_default()).unwrap_or_else(|error| panic!("{MUST_RUN}: {error}"))
 }

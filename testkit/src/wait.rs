@@ -1,18 +1,18 @@
-//! Waiting for what gives no sign when it happens: other processes' files, sockets and counters are looked at again and again.
+//! Waiting for events that give no sign: other processes' files, sockets and counters are looked at every 10 ms.
 
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
-/// How long anything that a test waits for may take on a slow, busy machine.
+/// Longest time that a test waits for anything: long enough for a slow and busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(10);
-/// The first looks follow each other at once: most of what is waited for is a matter of microseconds.
+/// For this long looks follow each other without a pause: most events come within microseconds.
 const AT_ONCE: Duration = Duration::from_millis(1);
 
 /// Waits until `look` gives something.
 ///
 /// # Panics
-/// If it takes longer than `limit`; with what was waited for, which may tell what was seen last.
+/// If it takes longer than `limit`. The message has `what`, which may name what was seen last.
 pub fn wait_until<T, W: Display>(
     limit: Duration,
     what: impl Fn() -> W,
@@ -33,7 +33,7 @@ pub fn wait_until<T, W: Display>(
     }
 }
 
-/// The same, no longer than [`DEADLINE`].
+/// Waits until `look` gives something, no longer than [`DEADLINE`].
 ///
 /// # Panics
 /// If it takes longer.
@@ -41,7 +41,7 @@ pub fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
     wait_until(DEADLINE, || what, look)
 }
 
-/// Waits until something holds.
+/// Waits until `holds` is true.
 ///
 /// # Panics
 /// If it takes longer than [`DEADLINE`].

@@ -1,4 +1,5 @@
-//! Tests of every kind, for `harness.rs` to run and to look at. By themselves they pass, or say what they would have been.
+//! Tests that pass, are skipped, or fail: `harness.rs` runs this program and checks what it prints. Run by itself, a
+//! test that would fail passes.
 
 #[macro_use]
 extern crate testkit;

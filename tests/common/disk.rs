@@ -1,4 +1,5 @@
-//! Disks of a test that fail in earnest: loop devices, bare or with a file system, over a sparse file that can be cut short.
+//! Disks of a test that fail in earnest: loop devices, bare or with a file system, over a sparse file that can be cut
+//! short.
 //!
 //! ```text
 //!   store ─▶ ext4, or the bare device ─▶ loop device ─▶ image, a sparse file
@@ -36,7 +37,7 @@ impl Disk {
         Ok(Disk { image, device: device.into(), mount: None, room: 0 })
     }
 
-    /// With a file system on it, mounted, without a journal: what fails is what is asked of it.
+    /// A device with ext4 on it, mounted. It has no journal, whose own writes would fail as well.
     ///
     /// # Errors
     /// As [`Disk::bare`].
@@ -93,7 +94,7 @@ impl Disk {
         self.fill(bytes);
     }
 
-    /// The same, whatever is there already.
+    /// Fills the file system with ballast until so many bytes are free, whatever is there already.
     pub(crate) fn fill(&self, bytes: u64) {
         let length = self.free_bytes().saturating_sub(bytes).to_string();
         run("fallocate", &["-l", &length, text(&self.ballast())]).expect("the ballast fits");
@@ -114,18 +115,19 @@ impl Disk {
         fs::remove_file(self.ballast()).expect("there is ballast");
     }
 
-    /// From there on the device has no data any more: reads are errors. (Writes bring it back, as a disk's spare sectors do.)
+    /// The device loses its data from there on: reads of it fail. (A write brings a block back, as a disk's spare
+    /// sectors do.)
     pub(crate) fn lose_behind(&self, bytes: u64) {
         self.resize_image(bytes);
     }
 
-    /// The device ends there: whatever is done behind it is an error. What was there is lost.
+    /// The device ends there: reads and writes beyond that fail, and the data there is lost.
     pub(crate) fn cut(&self, bytes: u64) {
         self.resize_image(bytes);
         run("losetup", &["--set-capacity", text(&self.device)]).expect("a smaller device");
     }
 
-    /// The device is as long as that again.
+    /// The device has that length again.
     pub(crate) fn mend(&self, bytes: u64) {
         self.cut(bytes);
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What is limited.
+/// A limit of a group.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Limit<'a> {
     /// Bytes of memory, with the page cache that the processes fill.
@@ -65,7 +65,7 @@ impl Group {
         self.0.display()
     }
 
-    /// How often an allocation met the limit of its memory.
+    /// The number of times that an allocation met the limit of its memory.
     pub(crate) fn pressure(&self) -> u64 {
         let read = |file: &str| fs::read_to_string(self.0.join(file)).unwrap_or_default();
         let one = read("memory.failcnt").trim().parse().unwrap_or(0);

@@ -17,10 +17,11 @@ pub(crate) use testkit::wait::DEADLINE;
 pub(crate) use testkit::wait_for;
 use testkit::{Reason, skip, wait_until};
 
-/// A VM that takes its name back is under none for a moment: it is gone when so many looks found nothing.
+/// A VM counts as gone when so many looks have found nothing: one that takes its name back has none for a moment.
 pub(crate) const LOOKS_IN_VAIN: u32 = 20;
 
-/// Waits until a log has these words, and returns all of it. Whoever writes it does so a moment before or after what it tells of.
+/// Waits until a log has these words, and returns all of it. A process writes its log a moment before or after the
+/// event that it tells of.
 pub(crate) fn wait_said(words: &str, log: impl Fn() -> String) -> String {
     let last = RefCell::new(String::new());
     let what = || format!("{words:?} in {:?}", last.borrow());
@@ -30,7 +31,8 @@ pub(crate) fn wait_said(words: &str, log: impl Fn() -> String) -> String {
     })
 }
 
-/// The command. The tests of other crates find it beside what they are built into, if it has been built.
+/// The path of `vmemd`. Tests of other crates find it beside the directory into which they are built, if it has been
+/// built.
 pub(crate) fn vmemd() -> PathBuf {
     if let Some(path) = option_env!("CARGO_BIN_EXE_vmemd") {
         return path.into();
@@ -71,7 +73,8 @@ pub(crate) fn signal(pid: u32, signal: i32) {
     unsafe { libc::kill(pid as i32, signal) };
 }
 
-/// By SIGSTOP, and sees every thread stand still: those that run go on until they see the signal.
+/// Stops a process (SIGSTOP), and waits until every thread of it stands still: a thread that runs goes on until it
+/// sees the signal.
 pub(crate) fn freeze(pid: u32) {
     signal(pid, libc::SIGSTOP);
     wait_for("a stopped process to stand still", || {
@@ -83,13 +86,14 @@ pub(crate) fn freeze(pid: u32) {
     });
 }
 
-/// By SIGKILL, and sees it die.
+/// Kills a process, and waits until its last thread has ended.
 pub(crate) fn kill(pid: u32) {
     signal(pid, libc::SIGKILL);
     wait_for("a killed process to die", || (!lives(pid)).then_some(()));
 }
 
-/// Whether any thread of it runs: until the last has ended, the process has its files, and with them its locks.
+/// Whether any thread of the process lives: until the last has ended, the process has its files, and with them its
+/// locks.
 pub(crate) fn lives(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // A zombie whose parent has not looked yet does not live. The first thread is one before the others have ended.
@@ -97,7 +101,7 @@ pub(crate) fn lives(pid: u32) -> bool {
     !zombie || fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
 }
 
-/// What a finished command said.
+/// The exit code and the output of a command that has ended.
 #[derive(Debug)]
 pub(crate) struct Said {
     pub(crate) code: i32,
@@ -132,16 +136,16 @@ impl Said {
 pub(crate) struct Host {
     pub(crate) root: PathBuf,
     children: Vec<u32>,
-    /// What starts its processes, and becomes them, under the same pid.
+    /// Words of a command that starts the host's processes and becomes them, under the same pid.
     starter: Vec<String>,
     /// The `vmemd` that is installed on it.
     program: PathBuf,
-    /// Its processes wait for each other this many times less long.
+    /// The divisor of its processes' limits on waiting for each other (`VMEMD_TEST_HASTE`).
     pub(crate) haste: u32,
 }
 
 impl Host {
-    /// With a network of its own, which somebody else has made.
+    /// A host in a network namespace that has been made before.
     pub(crate) fn within(name: &str, namespace: &str) -> Host {
         Host::new(name).started_by(["ip", "netns", "exec", namespace])
     }
@@ -308,7 +312,7 @@ impl Host {
         self.assert_clean_but(&[]);
     }
 
-    /// The same, but for these processes.
+    /// As [`Host::assert_clean`], but these processes may live.
     pub(crate) fn assert_clean_but(&self, stay: &[u32]) {
         wait_for("sockets to be gone", || self.sockets().is_empty().then_some(()));
         wait_for("processes to be gone", || {

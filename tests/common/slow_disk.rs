@@ -1,10 +1,10 @@
-//! A disk of a test whose flushes take their time, that falls silent, or that fails at everything for a while: a loop device over the
-//! one file of a FUSE file system that this process serves.
+//! A disk of a test whose flushes take their time, that falls silent, or that fails at everything for a while: a loop
+//! device over the one file of a FUSE file system that this process serves.
 //!
 //! ```text
 //!   ext4, with a journal, or nothing ─▶ loop device ─▶ disk.img on FUSE ─▶ this process ─▶ a sparse file
 //!                                                                 ├─ a flush waits, if anything was written since the last
-//!                                                                 └─ reads and writes wait, or fail, while it is told to
+//!                                                                 └─ reads, writes and discards wait, or fail, while it is told to
 //! ```
 //! Only as much of the protocol (`linux/fuse.h`) is spoken as a loop device needs of one file of a fixed length.
 
@@ -29,7 +29,7 @@ const ROOT: u64 = 1;
 const IMAGE: u64 = 2;
 const NAME: &str = "disk.img";
 
-/// What the disk does, told while it is in use.
+/// The behaviour of the disk, which is changed while it is in use.
 #[derive(Debug, Default)]
 struct Manners {
     flush_delay_ms: AtomicU64,
@@ -39,13 +39,15 @@ struct Manners {
     back: Condvar,
 }
 
-/// What becomes of reads and writes.
+/// How reads, writes and discards end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Away {
     #[default]
     Here,
     Silent,
-    /// They fail, as this errno.
+    /// Discards alone wait.
+    KeepsDiscards,
+    /// They fail with this errno.
     Failing(i32),
 }
 
@@ -59,9 +61,10 @@ impl Manners {
     ///
     /// # Errors
     /// The errno that it fails with.
-    fn be_here(&self) -> Result<(), i32> {
+    fn be_here(&self, discards: bool) -> Result<(), i32> {
         let away = self.away.lock().expect("no server panics");
-        let away = self.back.wait_while(away, |away| *away == Away::Silent).expect("no server panics");
+        let waits = |away: &mut Away| *away == Away::Silent || (*away == Away::KeepsDiscards && discards);
+        let away = self.back.wait_while(away, waits).expect("no server panics");
         match *away {
             Away::Failing(errno) => Err(errno),
             _ => Ok(()),
@@ -136,17 +139,22 @@ impl SlowDisk {
         &self.device
     }
 
-    /// From now on nothing that is asked of it ends, until it [is back](SlowDisk::come_back).
+    /// From now on no read or write ends, until the disk [is back](SlowDisk::come_back).
     pub(crate) fn fall_silent(&self) {
         self.manners.become_away(Away::Silent);
     }
 
-    /// From now on everything that is asked of it fails, until it [is back](SlowDisk::come_back).
+    /// From now on no discard ends, until the disk [is back](SlowDisk::come_back).
+    pub(crate) fn keep_discards(&self) {
+        self.manners.become_away(Away::KeepsDiscards);
+    }
+
+    /// From now on every read and write fails, until the disk [is back](SlowDisk::come_back).
     pub(crate) fn fail(&self, errno: i32) {
         self.manners.become_away(Away::Failing(errno));
     }
 
-    /// What waits ends, and all is as it was.
+    /// Reads and writes that wait are done, and the disk works as before.
     pub(crate) fn come_back(&self) {
         self.manners.become_away(Away::Here);
     }
@@ -232,7 +240,7 @@ impl Body {
 }
 
 impl Served {
-    /// Until it is unmounted.
+    /// Serves requests until the file system is unmounted.
     fn serve(&self) {
         let mut request = vec![0; WRITE_MAX + (1 << 16)];
         loop {
@@ -262,7 +270,7 @@ impl Served {
         }
     }
 
-    /// None: the kernel waits for no answer.
+    /// The answer to a request. None: the kernel does not wait for one.
     fn answer(&self, opcode: u32, node: u64, body: &[u8]) -> Option<Result<Body, i32>> {
         const LOOKUP: u32 = 1;
         const FORGET: u32 = 2;
@@ -278,6 +286,7 @@ impl Served {
         const INIT: u32 = 26;
         const INTERRUPT: u32 = 36;
         const BATCH_FORGET: u32 = 42;
+        const FALLOCATE: u32 = 43;
         const YEAR_S: u64 = 31_536_000;
         Some(match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => return None,
@@ -301,7 +310,9 @@ impl Served {
                 const DIRECT_IO: u32 = 1;
                 Ok(Body::default().u64s(&[0]).u32s(&[DIRECT_IO, 0]))
             }
-            READ | WRITE if let Err(errno) = self.manners.be_here() => Err(errno),
+            READ | WRITE | FALLOCATE if let Err(errno) = self.manners.be_here(opcode == FALLOCATE) => {
+                Err(errno)
+            }
             READ => {
                 let mut content = vec![0; u32_at(body, 16) as usize];
                 let read = self.backing.read_at(&mut content, u64_at(body, 8)).map_err(|_| libc::EIO);
@@ -315,6 +326,15 @@ impl Served {
                 self.manners.written.store(true, Ordering::SeqCst);
                 let written = self.backing.write_all_at(&body[40..40 + length as usize], u64_at(body, 8));
                 written.map(|()| Body::default().u32s(&[length, 0])).map_err(|_| libc::EIO)
+            }
+            FALLOCATE => {
+                let (at, length, mode) = (u64_at(body, 8), u64_at(body, 16), u32_at(body, 24));
+                // SAFETY: four numbers.
+                let done = unsafe {
+                    libc::fallocate(self.backing.as_raw_fd(), mode as i32, at as i64, length as i64)
+                };
+                let errno = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+                if done == 0 { Ok(Body::default()) } else { Err(errno()) }
             }
             FSYNC => {
                 if self.manners.written.swap(false, Ordering::SeqCst) {

@@ -3,10 +3,12 @@
 use std::io;
 use std::mem::MaybeUninit;
 
-/// How a traced thread's stop at a system call is told from others: what `PTRACE_O_TRACESYSGOOD` asks for.
+/// The signal of a traced thread's stop at a system call, with the bit by which `PTRACE_O_TRACESYSGOOD` tells it from
+/// other stops.
 const AT_A_CALL: i32 = libc::SIGTRAP | 0x80;
 
-/// Calls `seen` with the number and the arguments of each system call that the thread makes from now on, until that says no.
+/// Calls `seen` with the number and the arguments of each system call that the thread makes from now on, until `seen`
+/// returns false.
 pub(crate) fn system_calls(thread: u32, mut seen: impl FnMut(i64, [u64; 6]) -> bool) {
     let thread = thread as i32;
     let options = libc::PTRACE_O_TRACESYSGOOD as usize;
@@ -27,8 +29,8 @@ pub(crate) fn system_calls(thread: u32, mut seen: impl FnMut(i64, [u64; 6]) -> b
     }
 }
 
-/// A thread that is traced, until this is dropped, also when `seen` panics: a process of which a thread is still traced never ends for whoever
-/// waits for it.
+/// A thread that is traced, until this is dropped, also when `seen` panics: a process of which a thread is still
+/// traced never ends for whoever waits for it.
 struct LetGo(i32);
 
 impl Drop for LetGo {
@@ -38,7 +40,7 @@ impl Drop for LetGo {
     }
 }
 
-/// Waits until it stops, and says at what signal.
+/// Waits until the thread stops, and returns the signal at which it stops.
 fn stopped(thread: i32) -> i32 {
     let mut status = 0;
     // SAFETY: a status to write to, which outlives the call.

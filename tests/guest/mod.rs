@@ -1,4 +1,4 @@
-//! A reference guest on plain memory, and what tests do with it.
+//! A reference guest on plain memory, with the operations that tests need.
 
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use memmap2::{MmapMut, MmapOptions};
 use testkit::{Reason, skip};
 use vmemd::vmm::{
-    GuestCounters, Machine, MachineConfig, PAGE_BYTES, PAGE_WORDS, RunState, VmmError, page_content,
+    GuestCounters, MachineConfig, PAGE_BYTES, PAGE_WORDS, ReferenceMachine, RunState, VmmError, page_content,
 };
 use vmprocess::size::Size;
 
@@ -20,7 +20,7 @@ const POLL: Duration = Duration::from_millis(1);
 
 /// A machine and its memory. Fields drop in order: the machine first.
 pub(crate) struct Guest {
-    pub(crate) machine: Machine,
+    pub(crate) machine: ReferenceMachine,
     pub(crate) memory: MmapMut,
 }
 
@@ -42,9 +42,9 @@ impl Guest {
         Guest::on(memory(config.memory_bytes), config)
     }
 
-    /// The same on memory that the caller has made.
+    /// A guest on memory that the caller has made.
     pub(crate) fn on(mut memory: MmapMut, config: MachineConfig) -> Guest {
-        match Machine::new(config, memory.as_mut_ptr()) {
+        match ReferenceMachine::new(config, memory.as_mut_ptr()) {
             Ok(machine) => Guest { machine, memory },
             Err(error @ (VmmError::NoKvm | VmmError::NoPermission)) => skip(Reason::Kvm, error),
             Err(error) => panic!("{error}"),
@@ -84,7 +84,8 @@ impl Guest {
     /// A guest on memory that the caller has prepared.
     pub(crate) fn restored(state: &[u8], memory: MmapMut) -> Guest {
         let mut memory = memory;
-        let machine = Machine::restore_sized(state, memory.as_mut_ptr(), memory.len() as u64).unwrap();
+        let machine =
+            ReferenceMachine::restore_sized(state, memory.as_mut_ptr(), memory.len() as u64).unwrap();
         Guest { machine, memory }
     }
 

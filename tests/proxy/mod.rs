@@ -1,19 +1,24 @@
-//! A cable between a VM's process and the daemon that it moves to, which knows the wire's messages and strikes at a chosen one.
+//! A cable between a VM's process and the daemon that it moves to, which knows the wire's messages and strikes at a
+//! chosen one.
 //!
 //! ```text
 //!   source ══▶ Proxy ══▶ target's daemon, target's process        each connection: two threads, one a direction
 //!                │ every message, whole: at the one that the plan names, the strike, and nothing passes meanwhile
 //!                └──▶ cut this one · cut all · silence · kill somebody
 //! ```
-//! A message that has come to the proxy has been sent for certain, and has not been heard: that is the boundary at which it strikes. A
-//! cut loses the message; after a kill it is delivered, as by a network that had it already.
+//! A message that the proxy has received was sent for certain, and was not heard by its addressee: the proxy strikes
+//! between these two. A cut loses the message. After a kill the message is delivered, as by a network that had it
+//! already.
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use testkit::wait::DEADLINE;
 
 /// What a message is, as far as its first bytes tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,18 +107,18 @@ fn read_message(from: &mut TcpStream) -> Option<(Word, Vec<u8>)> {
     Some((word, bytes))
 }
 
-/// Where it strikes.
+/// The message at which the proxy strikes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum At {
-    /// The so-manieth message of all, from 1. Signs of life do not count.
+    /// The message of that number among all, from 1. Signs of life do not count.
     Message(usize),
-    /// The so-manieth of its kind, from 1.
+    /// The message of that number among those of its kind, from 1.
     Word(Word, usize),
-    /// Within the message that has the so-manieth byte of all: what is before it has gone through.
+    /// The message that has the byte of that number among all. The bytes before it get through.
     Byte(u64),
 }
 
-/// What it does to the connections then. What it does to processes is the test's.
+/// The harm that the proxy does to connections when it strikes. Harm to processes is done by the test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Strike {
     CutThis,
@@ -124,7 +129,7 @@ pub(crate) enum Strike {
     Kill,
 }
 
-/// What a test has happen to a migration.
+/// A fault of a migration, as tests choose them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     CutThis,
@@ -139,7 +144,7 @@ pub(crate) const FAULTS: [Fault; 6] =
     [Fault::CutThis, Fault::CutAll, Fault::Silence, Fault::KillSource, Fault::KillTarget, Fault::KillDaemon];
 
 impl Fault {
-    /// What of it is the proxy's.
+    /// The proxy's part in the fault.
     pub(crate) fn strike(self) -> Strike {
         match self {
             Fault::CutThis => Strike::CutThis,
@@ -150,7 +155,7 @@ impl Fault {
     }
 }
 
-/// What passes after the strike.
+/// Whether new connections pass after the strike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum After {
     /// New connections pass.
@@ -175,10 +180,10 @@ struct State {
     bytes: u64,
     /// Every message that came here, in order.
     heard: Vec<Word>,
-    /// Those that got through.
+    /// Every message that got through.
     delivered: Vec<Word>,
     struck: Option<Word>,
-    /// How many had got through by then.
+    /// The number of messages that had got through when it struck.
     delivered_before: usize,
     closed: bool,
     sockets: Vec<TcpStream>,
@@ -189,7 +194,7 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    /// Connections of before the strike are dumb.
+    /// Connections from before the strike carry nothing any more.
     silent: AtomicBool,
 }
 
@@ -199,7 +204,7 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
-    /// On a port of its own, as the daemon at `target`.
+    /// Listens on a port of its own, and connects each source to the daemon at `target`.
     pub(crate) fn start(target: &str) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
@@ -240,7 +245,7 @@ impl Proxy {
         self.shared.lock().delivered.contains(&word)
     }
 
-    /// The same, by the time at which it struck.
+    /// Whether a message of that kind had got through when the proxy struck.
     pub(crate) fn delivered_before(&self, word: Word) -> bool {
         let state = self.shared.lock();
         state.delivered[..state.delivered_before].contains(&word)
@@ -251,7 +256,7 @@ impl Proxy {
         self.shared.lock().closed = false;
     }
 
-    /// The daemon listens there from now on.
+    /// New connections go to the daemon at `target` from now on.
     pub(crate) fn redirect(&self, target: &str) {
         self.shared.lock().target = target.to_owned();
     }
@@ -261,6 +266,49 @@ impl Proxy {
         let state = self.shared.lock();
         let waited = self.shared.changed.wait_timeout_while(state, patience, |state| state.struck.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.struck.is_some()
+    }
+}
+
+/// A cable that lets some bytes through and then holds everything up, until it is told to go on.
+pub(crate) struct HeldUp {
+    proxy: Proxy,
+    held: Receiver<()>,
+    go_on: Mutex<Option<Sender<()>>>,
+}
+
+/// A cable to the daemon at `target` that holds everything up after so many bytes.
+pub(crate) fn hold_up(target: &str, after_bytes: u64) -> HeldUp {
+    let proxy = Proxy::start(target);
+    let (holds, held) = channel();
+    let (go_on, gone_on) = channel::<()>();
+    let then = Box::new(move || {
+        let _ = holds.send(());
+        // The other end is dropped, and says nothing.
+        let _ = gone_on.recv();
+    });
+    proxy.plan(Plan { at: At::Byte(after_bytes), strike: Strike::Kill, after: After::Open, then });
+    HeldUp { proxy, held, go_on: Mutex::new(Some(go_on)) }
+}
+
+impl HeldUp {
+    pub(crate) fn address(&self) -> &str {
+        &self.proxy.address
+    }
+
+    pub(crate) fn wait_until_held(&self) {
+        self.held.recv_timeout(DEADLINE).expect("so much is sent");
+    }
+
+    /// From now on everything gets through.
+    pub(crate) fn go_on(&self) {
+        self.go_on.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+impl Drop for HeldUp {
+    fn drop(&mut self) {
+        // What holds it up has the proxy's lock, for which the proxy's end waits.
+        self.go_on();
     }
 }
 
@@ -306,7 +354,7 @@ impl Shared {
         }
     }
 
-    /// One direction of one connection. `newborn`: made after the strike.
+    /// Carries one direction of one connection. `newborn`: the connection was made after the strike.
     fn carry(&self, mut from: TcpStream, mut to: TcpStream, newborn: bool) {
         while let Some((word, bytes)) = read_message(&mut from) {
             if !newborn && self.silent.load(Ordering::SeqCst) {

@@ -1,6 +1,8 @@
-//! A serial console on a Unix socket: bytes are kept by connection, lines are made of them all.
+//! A serial console on a Unix socket. Bytes are kept for each connection; the lines are those of all connections, one
+//! after the other.
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
@@ -55,6 +57,13 @@ impl Console {
         lines(&self.shared.connections.lock().expect("a lock"))
     }
 
+    /// Every whole line, once all that QEMU has printed so far has been read; none before that. Of a QEMU that stands
+    /// still these are all its lines.
+    pub(crate) fn all_lines(&self) -> Option<Vec<String>> {
+        let connections = self.shared.connections.lock().expect("a lock");
+        connections.iter().all(|connection| unread(&connection.stream) == 0).then(|| lines(&connections))
+    }
+
     /// How many QEMUs have connected so far.
     pub(crate) fn connections(&self) -> usize {
         self.shared.connections.lock().expect("a lock").len()
@@ -95,13 +104,34 @@ impl Drop for Console {
 impl Shared {
     fn read(&self, number: usize, mut stream: UnixStream) {
         let mut buffer = [0; 4096];
-        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        loop {
+            wait_readable(&stream);
+            // Read under the lock: what has left the socket is among the lines for whoever has the lock next.
             let mut connections = self.connections.lock().expect("a lock");
+            let Ok(count @ 1..) = stream.read(&mut buffer) else {
+                connections[number].ended = true;
+                return;
+            };
             connections[number].printed.extend_from_slice(&buffer[..count]);
             self.heard.notify_all();
         }
-        self.connections.lock().expect("a lock")[number].ended = true;
     }
+}
+
+/// Waits until a read of the stream would not wait.
+fn wait_readable(stream: &UnixStream) {
+    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd, as the count says, which outlives the call.
+    while unsafe { libc::poll(&raw mut poll, 1, -1) } < 0 {}
+}
+
+/// Bytes that have come and have not been read.
+fn unread(stream: &UnixStream) -> i32 {
+    let mut bytes = 0;
+    // SAFETY: the request writes one int, which outlives the call.
+    let asked = unsafe { libc::ioctl(stream.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    assert_eq!(asked, 0, "{}", std::io::Error::last_os_error());
+    bytes
 }
 
 /// Only one of the VMs runs at any moment, each after the one before it: their bytes follow one another.

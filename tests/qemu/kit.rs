@@ -1,11 +1,11 @@
-//! What `scripts/setup --qemu` made, and QEMU's arguments to run it.
+//! The kernel, initramfs and checker that `scripts/setup --qemu` has made, and QEMU's arguments to run them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use testkit::{Reason, skip};
 
-/// What `scripts/setup --qemu` made in the target directory, if it did.
+/// The directory in which `scripts/setup --qemu` has made them; none if it has not been run.
 fn directory() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the target directory").join("qemu")
 }
@@ -27,12 +27,13 @@ pub(crate) fn on_host(arguments: &[&str]) -> String {
 #[derive(Debug, Clone)]
 pub(crate) struct Qemu {
     pub(crate) binary: PathBuf,
-    /// As it says itself: `7.2.22`.
+    /// The version as QEMU says it: `7.2.22`.
     pub(crate) version: String,
 }
 
 impl Qemu {
-    /// The installed one, and the newest of Debian's packages if it was fetched. Ends the test if guests cannot run here.
+    /// The installed one, and the newest of Debian's packages if it was fetched. Ends the test if guests cannot run
+    /// here.
     pub(crate) fn versions() -> Vec<Qemu> {
         let kit = directory();
         let made = ["vmlinuz", "initramfs.gz", "checker"].iter().all(|file| kit.join(file).exists());

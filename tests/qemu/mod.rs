@@ -1,11 +1,11 @@
-//! Real guests of a test: QEMU processes that do not outlive it, and what they say on their console.
+//! Real guests of a test: QEMU processes that do not outlive it, and the lines of their console.
 //!
 //! ```text
 //! Command (any prefix + QEMU and its arguments) ─▶ Guest::start ─▶ adds the console ─▶ spawns
 //! QEMU ── Unix socket ──▶ Console, one thread a connection ─▶ lines() · wait_line(...)
 //! ```
-//! The console listens and QEMU connects, so that a QEMU that takes the VM over (a migration's target, started from the same
-//! arguments) comes to the same console. What VMs print is read in the order of their connections.
+//! The console listens and QEMU connects, so that a QEMU that takes the VM over (a migration's target, started from
+//! the same arguments) comes to the same console. What VMs print is read in the order of their connections.
 #![allow(dead_code, unused_imports, reason = "each test file uses a part")]
 
 mod console;

@@ -12,7 +12,7 @@ use crate::common::wait_for;
 pub(crate) struct Monitor(pub(crate) BufReader<UnixStream>);
 
 impl Monitor {
-    /// Once QEMU has made it.
+    /// Connects to the monitor, once QEMU has made it.
     pub(crate) fn connect(path: &Path) -> Monitor {
         let stream = wait_for("QEMU's monitor", || UnixStream::connect(path).ok());
         stream.set_read_timeout(Some(BOOT)).expect("a socket");
@@ -21,7 +21,7 @@ impl Monitor {
         monitor
     }
 
-    /// In one piece: QEMU may end before the end of a line that it has understood.
+    /// Sends a line in one piece: QEMU may end before the end of a line that it has understood.
     pub(crate) fn says(&mut self, command: &str, arguments: Value) {
         let request = json!({ "execute": command, "arguments": arguments });
         self.0.get_mut().write_all(format!("{request}\n").as_bytes()).expect("QEMU's monitor");
@@ -44,13 +44,13 @@ impl Monitor {
         }
     }
 
-    /// What the monitor for people says.
+    /// The answer of the monitor for people (HMP) to a line.
     pub(crate) fn human(&mut self, line: &str) -> String {
         let said = self.ask("human-monitor-command", json!({ "command-line": line }));
         said.as_str().expect("words").trim().to_owned()
     }
 
-    /// Waits until QEMU says this. Not an answer.
+    /// Waits until QEMU sends this event.
     pub(crate) fn hears(&mut self, event: &str) {
         while self.line()["event"] != event {}
     }

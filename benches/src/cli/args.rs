@@ -40,10 +40,12 @@ The swap target needs root: it makes a memory cgroup and a swap file, and remove
     #[command(after_help = "Example:
   vmemd bench replay --synthetic zipf:0.99 --memory 4G --ram 2G --policy vmemd,s3-fifo,optimum")]
     Replay(ReplayArgs),
-    /// Run jobs of fio-style files on several engines in turns, and compare: vmemd, kernel swap, the raw device, plain memory
+    /// Run jobs of fio-style files on several engines in turns, and compare: vmemd, kernel swap, the raw device,
+    /// plain memory
     #[command(after_help = "Example:
   vmemd bench run benches/jobs/randrw8.fio --engine vmemd,swap,raw --repeat 5
-The keys of job files are in docs/jobs.md. swap needs root: it makes a memory cgroup and a swap file, and removes them.")]
+The keys of job files are in docs/jobs.md.
+swap needs root: it makes a memory cgroup and a swap file, and removes them.")]
     Run(RunJobsArgs),
     /// Judge results of `bench run`, and make a report of them: one HTML file with plots
     #[command(after_help = "Example:

@@ -3,7 +3,7 @@
 use clap::Parser;
 use vmemd::cli::terminal::{self, print_json};
 use vmemd::cli::values::{self, check_sizes, default_store};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::args::{Cli, Command, MigrateArgs};
 use super::traces;
@@ -44,7 +44,10 @@ fn migrate_settings(args: MigrateArgs) -> Result<Settings, Failure> {
 
 fn worker(request: &str) -> Result<(), Failure> {
     let request = serde_json::from_str(request).map_err(|error| {
-        Failure::new(Kind::Usage, format!("`vmemd bench worker` is started by `vmemd bench run`: {error}"))
+        Failure::new(
+            FailureKind::Usage,
+            format!("`vmemd bench worker` is started by `vmemd bench run`: {error}"),
+        )
     })?;
     print_json(&worker::main(&request)?)
 }

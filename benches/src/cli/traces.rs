@@ -11,7 +11,7 @@ use vmemd::cli::terminal::{print, print_json, warn};
 use vmemd::cli::values::{JsonArg, check_sizes};
 use vmprocess::control::client::VmClient;
 use vmprocess::control::rundir::RunDir;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::host;
 use vmprocess::size::Size;
 
@@ -26,7 +26,8 @@ pub(super) struct ReplayArgs {
     /// A trace file of `vmemd bench record`
     #[arg(conflicts_with_all = ["memory", "touches", "threads", "reads"])]
     trace: Option<PathBuf>,
-    /// Instead of a trace: random, zipf[:THETA], seq, loop[:TIMES-THE-RAM] or stride:PAGES, after every page was written once
+    /// Instead of a trace: random, zipf[:THETA], seq, loop[:TIMES-THE-RAM] or stride:PAGES, after every page was
+    /// written once
     #[arg(long, value_name = "WHAT")]
     synthetic: Option<Synthetic>,
     /// Memory of the VM [default: 4G]
@@ -72,7 +73,8 @@ pub(super) struct RecordArgs {
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
     /// How long a VM is recorded
-    #[arg(long, value_name = "N", default_value_t = 10, conflicts_with = "jobs", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "N", default_value_t = 10, conflicts_with = "jobs")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// How many touches of a job file, after a tenth as many that do not count; as in 500K or 20M
     #[arg(long, value_name = "N", default_value = "20M", conflicts_with = "vm", value_parser = parse_count)]
@@ -105,7 +107,7 @@ fn touches(args: &ReplayArgs) -> Result<(String, Touches, Size), Failure> {
         touches.pages = touches.pages.next_multiple_of(u64::from(swapd::BLOCK_PAGES));
         let recorded = Some(Size(header.ram_pages * page_bytes)).filter(|ram| ram.bytes() > 0);
         let ram = args.ram.or(recorded).ok_or_else(|| {
-            Failure::new(Kind::Usage, "the trace does not say how much RAM there was: give --ram")
+            Failure::new(FailureKind::Usage, "the trace does not say how much RAM there was: give --ram")
         })?;
         return Ok((path.display().to_string(), touches, ram));
     };

@@ -1,13 +1,14 @@
 //! Trace files. `docs/traces.md` describes every byte.
 //!
-//! Written under another name and renamed when complete, so that a file of the right name is a whole one. Read in pieces: a file that
-//! is not what it says costs no memory, and nothing of it is used before its checksum is known to be right.
+//! A trace is written under another name and renamed when it is complete, so that a file of the right name is a whole
+//! one. It is read in pieces: a file whose header lies about its length costs no memory. Nothing of it is used before
+//! its checksum is known to be right.
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -15,7 +16,7 @@ use super::limits::{PAGES_MAX, TOUCHES_MAX};
 
 const MAGIC: [u8; 8] = *b"VMEMDTRC";
 const VERSION: u32 = 1;
-/// All of the header but the checksum behind it.
+/// Bytes of the header before its checksum.
 const SUMMED_BYTES: usize = 64;
 const HEADER_BYTES: usize = SUMMED_BYTES + 8;
 /// Longest varint: 64 bits in groups of seven.
@@ -23,26 +24,26 @@ const VARINT_MAX: u64 = 10;
 const ENTRY_BYTES_MAX: u64 = 2 * VARINT_MAX;
 const CHUNK: usize = 64 << 10;
 
-/// What a trace tells of.
+/// The events that a trace has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TraceKind {
     Touches,
-    /// Only what a VM's engine saw, each with its time.
+    /// Faults, as a VM's engine saw them, each with its time.
     Faults,
 }
 
-/// What is known of a trace beside its entries.
+/// The facts about a trace beside its entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) kind: TraceKind,
-    /// Of the VM's memory.
+    /// Pages of the VM's memory.
     pub(crate) pages: u64,
-    /// Of the VM's RAM budget when it was recorded; 0: unknown.
+    /// Pages of the VM's RAM budget when the trace was recorded; 0: unknown.
     pub(crate) ram_pages: u64,
     pub(crate) entries: u64,
-    /// The first ones, which a replay plays but does not count.
+    /// How many entries at the start a replay plays and does not count.
     pub(crate) uncounted: u64,
-    /// Faults that there was no room for.
+    /// Faults that are missing, because they came faster than they could be written down.
     pub(crate) dropped: u64,
 }
 
@@ -75,7 +76,7 @@ impl What {
 pub(crate) struct Entry {
     pub(crate) page: u32,
     pub(crate) what: What,
-    /// Since the start of the recording; 0 in a trace of touches.
+    /// Microseconds since the start of the recording; 0 in a trace of touches.
     pub(crate) at_us: u64,
 }
 
@@ -117,7 +118,7 @@ impl Header {
         bytes
     }
 
-    /// With the body's length, which fits what the file has.
+    /// The header's facts, and the length of the body, which has been compared with the file's.
     fn from_bytes(bytes: &[u8; SUMMED_BYTES], file_bytes: u64) -> Result<(Header, u64), TraceError> {
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
         let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
@@ -158,7 +159,7 @@ impl Header {
     }
 }
 
-/// The page and time that the next entry is told relative to.
+/// Page and time of the entry before: the next one is written as the difference to it.
 #[derive(Clone, Copy, Default)]
 struct Last {
     page: u32,
@@ -175,7 +176,7 @@ fn put_varint(into: &mut Vec<u8>, mut value: u64) {
 
 fn encode(into: &mut Vec<u8>, kind: TraceKind, last: &mut Last, entry: Entry) {
     let step = i64::from(entry.page) - i64::from(last.page);
-    // Zigzag: small steps down are small numbers as well.
+    // Zigzag coding: a small step down becomes a small number as well.
     let zigzag = (step << 1 ^ step >> 63) as u64;
     put_varint(into, zigzag << 3 | entry.what as u64);
     if kind == TraceKind::Faults {
@@ -184,7 +185,7 @@ fn encode(into: &mut Vec<u8>, kind: TraceKind, last: &mut Last, entry: Entry) {
     *last = Last { page: entry.page, at_us: entry.at_us.max(last.at_us) };
 }
 
-/// A trace being written.
+/// A trace that is being written.
 pub(crate) struct TraceWriter {
     file: BufWriter<File>,
     path: PathBuf,
@@ -206,11 +207,14 @@ impl TraceWriter {
         name.push(".partial");
         let partial = path.with_file_name(name);
         if path.is_dir() {
-            return Err(Failure::new(Kind::Usage, format!("{} is a directory: name a file", path.display())));
+            return Err(Failure::new(
+                FailureKind::Usage,
+                format!("{} is a directory: name a file", path.display()),
+            ));
         }
         let mut file = File::create(&partial)
             .map_err(|error| Failure::io(format!("cannot make the trace {}", partial.display()), &error))?;
-        // In the header's place until everything is known.
+        // Zeros keep the header's place until its fields are known.
         file.write_all(&[0; HEADER_BYTES]).map_err(|error| cannot_write(&partial, &error))?;
         Ok(TraceWriter {
             file: BufWriter::with_capacity(CHUNK, file),
@@ -234,7 +238,10 @@ impl TraceWriter {
     /// If the disk is full, or the trace.
     pub(crate) fn push(&mut self, entry: Entry) -> Result<(), Failure> {
         if self.entries == TOUCHES_MAX {
-            return Err(Failure::new(Kind::Resources, format!("a trace has at most {TOUCHES_MAX} entries")));
+            return Err(Failure::new(
+                FailureKind::Resources,
+                format!("a trace has at most {TOUCHES_MAX} entries"),
+            ));
         }
         encode(&mut self.buffer, self.kind, &mut self.last, entry);
         self.entries += 1;
@@ -299,7 +306,7 @@ pub(crate) fn read(path: &Path, each: impl FnMut(Entry)) -> Result<Header, Failu
         decode(file, facts.len(), each)
     };
     open().map_err(|error| {
-        Failure::new(Kind::Usage, format!("cannot read the trace {}: {error}", path.display()))
+        Failure::new(FailureKind::Usage, format!("cannot read the trace {}: {error}", path.display()))
     })
 }
 

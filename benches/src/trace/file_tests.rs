@@ -79,7 +79,9 @@ proptest! {
 
     /// Rubbish behind a good header, with a good checksum: an error or entries within the memory, never a panic.
     #[test]
-    fn rubbish_is_survived(body in prop::collection::vec(any::<u8>(), 0..200), count in 0u64..200, faults in any::<bool>()) {
+    fn rubbish_is_survived(
+        body in prop::collection::vec(any::<u8>(), 0..200), count in 0u64..200, faults in any::<bool>(),
+    ) {
         let kind = if faults { TraceKind::Faults } else { TraceKind::Touches };
         let claims = Header { entries: count, ..header(kind) };
         let mut bytes = claims.to_bytes(body.len() as u64).to_vec();

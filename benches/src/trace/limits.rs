@@ -1,8 +1,8 @@
-//! How much a list of touches, and so a trace, can have.
+//! Most touches and pages of a list of touches, and so of a trace.
 
 use crate::optimum::WRITE;
 
-/// Most touches of one list: 1 GiB of them.
+/// Most touches of one list: they take 1 GiB.
 pub(crate) const TOUCHES_MAX: u64 = 1 << 28;
 /// Page numbers have 31 bits: 8 TiB.
 pub(crate) const PAGES_MAX: u64 = 1 << 31;

@@ -1,4 +1,5 @@
-//! Which pages are touched in which order, apart from any machine: recorded, or made from jobs, and replayed on policies.
+//! Which pages are touched in which order, apart from any machine: recorded, or made from jobs, and replayed on
+//! policies.
 //!
 //! ```text
 //!  job file ─┐                    ┌─▶ trace file ─▶ Touches

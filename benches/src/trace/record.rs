@@ -5,7 +5,7 @@ use std::path::Path;
 use swapd::FaultKind;
 use swapd::units::pages_in;
 use vmprocess::control::client::VmClient;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 
 use super::file::{Entry, Header, TraceKind, TraceWriter, What};
@@ -13,11 +13,11 @@ use super::limits::PAGES_MAX;
 use super::touches::Touches;
 use crate::jobfile;
 
-/// What was recorded.
+/// Facts about a finished recording.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub(crate) struct Recorded {
     pub(crate) entries: u64,
-    /// Faults that came faster than they could be told.
+    /// Faults that came faster than they could be sent, and are missing in the trace.
     pub(crate) dropped: u64,
     pub(crate) file_bytes: u64,
 }
@@ -48,7 +48,7 @@ pub(crate) fn of_vm(
     let memory = vm.stat()?.memory;
     let (pages, ram_pages) = (pages_in(memory.memory_bytes), pages_in(memory.ram_budget_bytes));
     if pages > PAGES_MAX {
-        return Err(Failure::new(Kind::Usage, "a memory of more than 8T cannot be traced"));
+        return Err(Failure::new(FailureKind::Usage, "a memory of more than 8T cannot be traced"));
     }
     let mut writer = TraceWriter::create(trace, TraceKind::Faults)?;
     let mut dropped = 0;
@@ -61,7 +61,10 @@ pub(crate) fn of_vm(
                 FaultKind::Store => What::StoreFault,
             };
             if fault.page.0 >= pages {
-                return Err(Failure::new(Kind::Vm, format!("the VM reports a fault on {}", fault.page)));
+                return Err(Failure::new(
+                    FailureKind::Vm,
+                    format!("the VM reports a fault on {}", fault.page),
+                ));
             }
             writer.push(Entry { page: fault.page.0 as u32, what, at_us: fault.at_us })?;
         }

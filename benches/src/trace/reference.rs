@@ -1,26 +1,28 @@
-//! Policies from the literature, as plain as they come: what the engine's own is compared with.
+//! Policies from the literature in their plainest form, with which the engine's own is compared.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-/// What became of a touch.
+/// How a policy answered a touch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Outcome {
+pub(super) enum TouchOutcome {
     Hit,
-    /// The page got a frame; this one lost it, if there was no free one.
+    /// The page was not resident and got a frame. The page named here lost its frame for that; none if a frame was
+    /// free.
     Miss(Option<u32>),
 }
 
 /// A choice of victims, for a number of frames given at the start.
 pub(super) trait Policy {
-    fn touch(&mut self, page: u32) -> Outcome;
+    fn touch(&mut self, page: u32) -> TouchOutcome;
 }
 
 const NONE: u32 = u32::MAX;
 
-/// The least recently used page goes.
+/// LRU: the victim is the page that was not used for the longest time.
 pub(super) struct Lru {
-    /// Neighbours in a ring of the resident pages; the last element is the ring's head. `NONE`: not resident.
+    /// The neighbours of each page in a ring of the resident pages; the last element is the ring's head. `NONE`: the
+    /// page is not resident.
     newer: Vec<u32>,
     older: Vec<u32>,
     free: usize,
@@ -54,24 +56,24 @@ impl Lru {
 }
 
 impl Policy for Lru {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         let outcome = if self.newer[page as usize] != NONE {
             self.unlink(page);
-            Outcome::Hit
+            TouchOutcome::Hit
         } else if self.free > 0 {
             self.free -= 1;
-            Outcome::Miss(None)
+            TouchOutcome::Miss(None)
         } else {
             let oldest = self.newer[self.head() as usize];
             self.unlink(oldest);
-            Outcome::Miss(Some(oldest))
+            TouchOutcome::Miss(Some(oldest))
         };
         self.link_newest(page);
         outcome
     }
 }
 
-/// The page that came first goes.
+/// FIFO: the victim is the page that came in first.
 pub(super) struct Fifo {
     queue: VecDeque<u32>,
     resident: Vec<bool>,
@@ -85,9 +87,9 @@ impl Fifo {
 }
 
 impl Policy for Fifo {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         if self.resident[page as usize] {
-            return Outcome::Hit;
+            return TouchOutcome::Hit;
         }
         let victim = if self.queue.len() == self.frames { self.queue.pop_front() } else { None };
         if let Some(victim) = victim {
@@ -95,11 +97,11 @@ impl Policy for Fifo {
         }
         self.resident[page as usize] = true;
         self.queue.push_back(page);
-        Outcome::Miss(victim)
+        TouchOutcome::Miss(victim)
     }
 }
 
-/// First in, first out, with a second chance for what was used since the hand came by (Corbató 1968).
+/// CLOCK (Corbató 1968): FIFO, but a page that was used since the hand last came by is passed over once.
 pub(super) struct Clock {
     ring: Vec<u32>,
     hand: usize,
@@ -115,15 +117,15 @@ impl Clock {
 }
 
 impl Policy for Clock {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         if self.resident[page as usize] {
             self.used[page as usize] = true;
-            return Outcome::Hit;
+            return TouchOutcome::Hit;
         }
         self.resident[page as usize] = true;
         if self.ring.len() < self.frames {
             self.ring.push(page);
-            return Outcome::Miss(None);
+            return TouchOutcome::Miss(None);
         }
         while std::mem::take(&mut self.used[self.ring[self.hand] as usize]) {
             self.hand = (self.hand + 1) % self.frames;
@@ -131,14 +133,14 @@ impl Policy for Clock {
         let victim = std::mem::replace(&mut self.ring[self.hand], page);
         self.hand = (self.hand + 1) % self.frames;
         self.resident[victim as usize] = false;
-        Outcome::Miss(Some(victim))
+        TouchOutcome::Miss(Some(victim))
     }
 }
 
-/// The page that was touched least often goes, counted from the start, whether it was resident or not: as good as can be without
-/// knowing the future where what is hot stays hot.
+/// LFU: the victim is the page with the fewest touches since the start, those included that found it not resident.
+/// Where hot pages stay hot, no policy does better without knowing the future.
 pub(super) struct Lfu {
-    /// Resident pages by their counts, some of which are out of date: too low.
+    /// Resident pages by their counts. A count may be out of date, and is too low then.
     order: BinaryHeap<Reverse<(u32, u32)>>,
     resident: Vec<bool>,
     counts: Vec<u32>,
@@ -164,10 +166,10 @@ impl Lfu {
 }
 
 impl Policy for Lfu {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         self.counts[page as usize] += 1;
         if self.resident[page as usize] {
-            return Outcome::Hit;
+            return TouchOutcome::Hit;
         }
         let victim = (self.order.len() == self.frames).then(|| self.evict());
         if let Some(victim) = victim {
@@ -175,16 +177,17 @@ impl Policy for Lfu {
         }
         self.resident[page as usize] = true;
         self.order.push(Reverse((self.counts[page as usize], page)));
-        Outcome::Miss(victim)
+        TouchOutcome::Miss(victim)
     }
 }
 
-/// A small queue on probation, a main one, and a memory of what left the small one (Yang et al., SOSP 2023).
+/// S3-FIFO (Yang et al., SOSP 2023): a small queue on probation, a main queue, and ghosts, which are the pages that
+/// left the small queue lately.
 pub(super) struct S3Fifo {
     small: VecDeque<u32>,
     main: VecDeque<u32>,
     resident: Vec<bool>,
-    /// Uses since it came, at most three.
+    /// Uses of each page since it came in, at most three.
     uses: Vec<u8>,
     /// Number of the departure from the small queue to the ghosts; 0: never. The last so many departed are ghosts.
     departed: Vec<u32>,
@@ -239,11 +242,11 @@ impl S3Fifo {
 }
 
 impl Policy for S3Fifo {
-    fn touch(&mut self, page: u32) -> Outcome {
+    fn touch(&mut self, page: u32) -> TouchOutcome {
         if self.resident[page as usize] {
             let uses = &mut self.uses[page as usize];
             *uses = (*uses + 1).min(Self::USES_MAX);
-            return Outcome::Hit;
+            return TouchOutcome::Hit;
         }
         let was_ghost = self.is_ghost(page);
         let victim = (self.small.len() + self.main.len() == self.frames).then(|| self.evict());
@@ -258,7 +261,7 @@ impl Policy for S3Fifo {
         } else {
             self.small.push_back(page)
         }
-        Outcome::Miss(victim)
+        TouchOutcome::Miss(victim)
     }
 }
 
@@ -282,11 +285,12 @@ mod tests {
     }
 
     fn misses(policy: &mut dyn Policy, touches: &[u32]) -> usize {
-        touches.iter().filter(|page| policy.touch(**page) != Outcome::Hit).count()
+        touches.iter().filter(|page| policy.touch(**page) != TouchOutcome::Hit).count()
     }
 
     proptest! {
-        /// Hits are of resident pages, victims were resident, frames are kept to, and nobody is better than the optimum.
+        /// Hits are of resident pages, victims were resident, frames are kept to, and nobody is better than the
+        /// optimum.
         #[test]
         fn every_policy_keeps_to_the_rules(
             touches in prop::collection::vec(0u32..PAGES as u32, 1..600), frames in 1usize..PAGES
@@ -298,8 +302,8 @@ mod tests {
                 let (mut resident, mut missed) = (BTreeSet::new(), 0);
                 for page in &touches {
                     match policy.touch(*page) {
-                        Outcome::Hit => prop_assert!(resident.contains(page), "{name}: {page} was not there"),
-                        Outcome::Miss(victim) => {
+                        TouchOutcome::Hit => prop_assert!(resident.contains(page), "{name}: {page} was not there"),
+                        TouchOutcome::Miss(victim) => {
                             missed += 1;
                             if let Some(victim) = victim {
                                 prop_assert!(resident.remove(&victim), "{name}: {victim} was not there");
@@ -321,7 +325,7 @@ mod tests {
             for (at, page) in touches.iter().enumerate() {
                 let since: BTreeSet<_> = touches[..at].iter().rev().take_while(|other| *other != page).collect();
                 let hit = touches[..at].contains(page) && since.len() < frames;
-                prop_assert_eq!(lru.touch(*page) == Outcome::Hit, hit);
+                prop_assert_eq!(lru.touch(*page) == TouchOutcome::Hit, hit);
             }
         }
     }

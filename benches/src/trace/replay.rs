@@ -5,11 +5,11 @@ use swapd::PageNo;
 use swapd::core::{BUDGET_MIN, CoreConfig, WalkStep, staging_blocks, staging_slots};
 use swapd::replay::{Counts, Pace, Replay};
 
-use super::reference::{Clock, Fifo, Lfu, Lru, Outcome, S3Fifo};
+use super::reference::{Clock, Fifo, Lfu, Lru, S3Fifo, TouchOutcome};
 use super::touches::Touches;
 use crate::optimum::{WRITE, optimum};
 
-/// Who decides which pages are in RAM.
+/// The policy that decides which pages are in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Policy {
@@ -29,15 +29,15 @@ pub(crate) enum Policy {
     Optimum,
 }
 
-/// What a policy made of the touches that count. All but the policies of the literature's `hit_rate` in pages or events.
+/// How a policy did on the touches that count. All figures are numbers of pages or events, but for `hit_rate`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Row {
     policy: Policy,
     touches: u64,
-    /// Pages read a touch, taken from one: prefetch in vain counts against it.
+    /// One less the pages read a touch, so that prefetch in vain counts against a policy.
     hit_rate: f64,
     pages_read: u64,
-    /// Of these, the ones that nobody waited for yet.
+    /// Pages of `pages_read` that were read ahead of need.
     pages_prefetched: u64,
     pages_written: u64,
     /// Touches that had to wait for the device.
@@ -60,14 +60,14 @@ impl Row {
         }
     }
 
-    /// Of a policy without prefetch.
+    /// The figures of a policy without prefetch.
     fn by_demand(policy: Policy, touches: u64, read: u64, written: u64) -> Row {
         let counts = Counts { touches, faults_store: read, read_demand: read, written, ..Counts::default() };
         Row::of(policy, &counts)
     }
 }
 
-/// What replays need at most, beside the list itself.
+/// Bytes that replays need at most, beside the list itself.
 pub(crate) fn needs_bytes(touches: &Touches) -> u64 {
     /// The optimum keeps the time of the next use, and a bit.
     const PER_TOUCH: u64 = 5;
@@ -128,7 +128,7 @@ fn by_demand(touches: &Touches, policy: Policy, mut choice: impl super::referenc
     for (page, write, counts) in touches.all() {
         let counted = u64::from(counts);
         touched += counted;
-        if let Outcome::Miss(victim) = choice.touch(page) {
+        if let TouchOutcome::Miss(victim) = choice.touch(page) {
             read += counted * u64::from(has_content[page as usize]);
             let lost = victim.is_some_and(|victim| std::mem::take(&mut dirty[victim as usize]));
             written += counted * u64::from(lost);

@@ -1,21 +1,21 @@
-//! Touches by one word: `zipf:0.99`, `loop:1.1`, `stride:17`.
+//! Lists of touches made from one word: `zipf:0.99`, `loop:1.1`, `stride:17`.
 
 use std::fmt;
 use std::str::FromStr;
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::touches::Touches;
 use crate::job::{Access, Job, Length, Order};
 
-/// What to touch.
+/// The pattern of the touches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Synthetic {
     Random,
     Zipf(f64),
     Seq,
-    /// Round and round through so many times the RAM.
+    /// Round and round through memory of so many times the RAM budget.
     Loop(f64),
     Stride(u32),
 }
@@ -56,7 +56,7 @@ impl fmt::Display for Synthetic {
     }
 }
 
-/// How many touches by whom.
+/// The number of touches, and of threads that make them in turns.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SyntheticSettings {
     pub(crate) what: Synthetic,
@@ -83,7 +83,7 @@ impl SyntheticSettings {
         if working_set_bytes > self.memory.bytes() {
             let needed = Size(working_set_bytes.next_multiple_of(2 << 20));
             let text = format!("{} with --ram {} needs --memory {needed} or more", self.what, self.ram);
-            return Err(Failure::new(Kind::Usage, text));
+            return Err(Failure::new(FailureKind::Usage, text));
         }
         let job = Job {
             name: self.what.to_string(),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use swapd::{PageNo, Run};
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::file::{self, Entry, Header, TraceKind, TraceWriter, What};
 use super::limits::{PAGES_MAX, TOUCHES_MAX};
@@ -14,16 +14,16 @@ use crate::pattern::Pattern;
 /// Touches of one VM's memory, each a page number with [`WRITE`] set or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Touches {
-    /// Of the VM.
+    /// Pages of the VM's memory.
     pub(crate) pages: u64,
     pub(crate) list: Vec<u32>,
-    /// The touches before this one are played, but not counted.
+    /// Index of the first touch that counts. Those before it are played as well.
     pub(crate) count_from: usize,
 }
 
 impl Touches {
-    /// What the jobs of one VM touch, if all their threads are equally fast: each page of jobs with a prefill once, and then
-    /// `count` touches after a ramp of a tenth as many.
+    /// What the jobs of one VM touch, if all their threads are equally fast: each page of jobs with a prefill once,
+    /// and then `count` touches after a ramp of a tenth as many.
     ///
     /// # Errors
     /// If these are more than a list can have.
@@ -31,7 +31,7 @@ impl Touches {
         let page_bytes = swapd::PAGE_SIZE as u64;
         let pages = memory_bytes / page_bytes;
         if pages > PAGES_MAX {
-            return Err(Failure::new(Kind::Usage, "a memory of more than 8T cannot be traced"));
+            return Err(Failure::new(FailureKind::Usage, "a memory of more than 8T cannot be traced"));
         }
         let prefilled =
             jobs.iter().filter(|job| job.prefill).map(|job| job.size_bytes / page_bytes).sum::<u64>();
@@ -40,7 +40,7 @@ impl Touches {
             let text = format!(
                 "{total} touches, with those before the ones that count: at most {TOUCHES_MAX} are possible"
             );
-            return Err(Failure::new(Kind::Usage, text));
+            return Err(Failure::new(FailureKind::Usage, text));
         }
         let (mut list, mut patterns, mut start) = (Vec::with_capacity(total as usize), Vec::new(), 0);
         for job in jobs {
@@ -59,8 +59,8 @@ impl Touches {
         Ok(Touches { pages, list, count_from: (total - count) as usize })
     }
 
-    /// A trace file's, with its header. Of a trace of faults each fault is a touch that writes, and the pages that were there
-    /// before the recording are touched first.
+    /// The touches of a trace file, and its header. In a trace of faults each fault is a touch that writes; the pages
+    /// that had content before the recording are touched first.
     ///
     /// # Errors
     /// If the file is no trace.
@@ -84,7 +84,7 @@ impl Touches {
         Ok((header, Touches { pages: header.pages, list, count_from }))
     }
 
-    /// Writes them as a trace file; returns its size.
+    /// Writes the touches as a trace file, and returns its size.
     ///
     /// # Errors
     /// If there cannot be such a file, or the disk is full.
@@ -104,13 +104,13 @@ impl Touches {
         })
     }
 
-    /// Page, whether it is written, and whether the touch counts.
+    /// Each touch: its page, whether it writes, and whether it counts.
     pub(crate) fn all(&self) -> impl Iterator<Item = (u32, bool, bool)> {
         let list = self.list.iter().enumerate();
         list.map(|(at, touch)| (touch & !WRITE, touch & WRITE != 0, at >= self.count_from))
     }
 
-    /// How many touches at the start, of those that do not count, fill memory: each writes another page.
+    /// Number of touches at the start that fill memory: they do not count, and each writes another page.
     pub(crate) fn filling(&self) -> usize {
         let mut filled = PageSet::default();
         let mut fills = |touch: &u32| {

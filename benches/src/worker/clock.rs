@@ -23,7 +23,7 @@ impl Clock {
         Clock { ns_per_tick: ((ns << SHIFT) / ticks) as u64 }
     }
 
-    /// Now. What was loaded before has arrived.
+    /// The counter's value now, read after all loads before it have completed.
     pub(super) fn ticks() -> u64 {
         // SAFETY: both instructions are in every x86-64 CPU, and have no memory operands.
         unsafe {

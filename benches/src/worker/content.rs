@@ -1,8 +1,8 @@
-//! What the pages of a job contain, so that a page with the wrong content is noticed when it is touched.
+//! The content of a job's pages, by which a page with the wrong content is noticed when it is touched.
 //!
-//! Word 0 of a page is its stamp, a function of the page's number and the job's seed, from its first write on. All other words
-//! are the job's to write: a write touch puts a number into its line. Only raw volatile accesses: the pages come and go, and
-//! threads touch the same ones at the same time.
+//! From a page's first write on, its word 0 is its stamp: a function of the page's number and the job's seed. All
+//! other words are for the job: a touch that writes puts a number into its line. Accesses are raw and volatile,
+//! because pages come and go and several threads touch the same page at the same time.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,7 +36,7 @@ impl Base {
 pub(super) struct Content {
     seed: u64,
     area: Run,
-    /// A bit a page that has its stamp, where not all pages were filled.
+    /// One bit a page, set when the page has its stamp; only where pages are not filled at the start.
     stamped: Option<Arc<[AtomicU64]>>,
 }
 
@@ -53,7 +53,7 @@ impl Content {
     }
 
     fn stamp(&self, page: u64) -> u64 {
-        // Zero is what an unwritten page has.
+        // Never zero, which is what a page has that was not written yet.
         mixed(page ^ self.seed) | 1
     }
 
@@ -78,7 +78,8 @@ impl Content {
             let mut words = [0; WORDS];
             words.fill_with(|| random.next());
             words[0] = self.stamp(page.0);
-            // SAFETY: the area is mapped as `Base` promises, nobody else touches it while it is filled, and `words` is a page.
+            // SAFETY: the area is mapped as `Base` promises, nobody else touches it while it is filled, and `words`
+            // is a page.
             unsafe { std::ptr::copy_nonoverlapping(words.as_ptr(), base.word(page.0, 0), WORDS) };
             self.set_stamped(page.0);
         }
@@ -92,8 +93,8 @@ impl Content {
         let stamp = base.word(page, 0);
         let expected = self.stamp(page);
         let known = self.is_stamped(page);
-        // SAFETY: the page lies in the job's area, which is mapped as `Base` promises; lines end within their page. The write comes
-        // first, so that the page's fault is a write's.
+        // SAFETY: the page lies in the job's area, which is mapped as `Base` promises; lines end within their page.
+        // The write comes first, so that the page's fault is a write's.
         let found = unsafe {
             match write {
                 true => word.write_volatile(number),

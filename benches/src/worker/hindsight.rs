@@ -1,26 +1,27 @@
-//! The touches of a run once more, in the order in which they came, and what the optimum would have made of them.
+//! After a run: its touches again, in the order in which they came, and the hit rate that Belady's optimum would have
+//! had on them.
 //!
-//! Patterns are functions of their seeds, so threads note only how far they had come at each mark. Between two marks of
-//! a thread its touches are taken as evenly spread.
+//! A pattern is a function of its seed, so threads need not write touches down. Each notes once a millisecond how
+//! many it has made (a *mark*); its touches between two marks are taken as evenly spread over that time.
 
 use swapd::{Run, units::pages_in};
 
-use super::touch::{Mark, Record};
+use super::touch::{Mark, TouchRecord};
 use crate::job::{Job, Scenario};
 use crate::optimum::{WRITE, optimum};
 use crate::pattern::{Pattern, Touch};
 
-/// Longer runs are not looked at again: the optimum takes 10 bytes and 0.1 µs a touch.
+/// Most touches for which the optimum is computed: each takes 10 bytes and 0.1 µs.
 const TOUCHES_MAX: u64 = 40_000_000;
 
 /// The optimum's hit rate in the measured phase. None if there were no touches, or too many of them.
-pub(super) fn hit_rate(scenario: &Scenario, areas: &[Run], records: &[Vec<Record>]) -> Option<f64> {
+pub(super) fn hit_rate(scenario: &Scenario, areas: &[Run], records: &[Vec<TouchRecord>]) -> Option<f64> {
     let mut streams: Vec<Stream<'_>> = Vec::new();
     for ((job, area), records) in scenario.jobs.iter().zip(areas).zip(records) {
         let stream = |(thread, record)| Stream::new(Pattern::new(job, *area, thread), record);
         streams.extend((0..).zip(records).map(stream));
     }
-    let all = records.iter().flatten().map(Record::measured);
+    let all = records.iter().flatten().map(TouchRecord::measured);
     let (before, total) = all.fold((0, 0), |sum, (start, end)| (sum.0 + start.touches, sum.1 + end.touches));
     if !(1..=TOUCHES_MAX).contains(&total) || areas.iter().any(|area| area.end().0 >= u64::from(WRITE)) {
         return None;
@@ -31,22 +32,23 @@ pub(super) fn hit_rate(scenario: &Scenario, areas: &[Run], records: &[Vec<Record
     (done.touched > 0).then(|| 1.0 - done.misses as f64 / done.touched as f64)
 }
 
-/// The pages that were filled, in that order.
+/// The pages that were filled before the run, in the order in which they were filled.
 pub(super) fn warm(jobs: &[Job], areas: &[Run]) -> Vec<u32> {
     let filled = jobs.iter().zip(areas).filter(|(job, _)| job.prefill);
     filled.flat_map(|(_, area)| area.pages()).map(|page| page.0 as u32).collect()
 }
 
-/// As [`optimum`] takes it.
+/// A touch in the form that [`optimum`] takes.
 pub(super) fn coded(touch: Touch) -> u32 {
     touch.page as u32 | if touch.write { WRITE } else { 0 }
 }
 
-/// What a thread has touched, with times.
+/// The touches of one thread, each with its time.
 struct Stream<'a> {
     pattern: Pattern,
     marks: std::slice::Windows<'a, Mark>,
-    /// Of the marks around the next touch: the time and number of touches of the first, and the differences.
+    /// The marks before and after the next touch: time and number of touches of the first, and what the second has
+    /// more.
     from: Mark,
     ticks: u64,
     touches: u64,
@@ -55,7 +57,7 @@ struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    fn new(pattern: Pattern, record: &'a Record) -> Stream<'a> {
+    fn new(pattern: Pattern, record: &'a TouchRecord) -> Stream<'a> {
         let mut stream = Stream {
             pattern,
             marks: record.marks.windows(2),
@@ -106,10 +108,10 @@ mod tests {
     use crate::sample::Times;
     use swapd::PageNo;
 
-    fn record(marks: &[(u64, u64)]) -> Record {
+    fn record(marks: &[(u64, u64)]) -> TouchRecord {
         let mark =
             |(ticks, touches): &(u64, u64)| Mark { ticks: *ticks, touches: *touches, operations: *touches };
-        Record {
+        TouchRecord {
             reads: Times::default(),
             writes: Times::default(),
             misses: Times::default(),

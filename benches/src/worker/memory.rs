@@ -1,11 +1,11 @@
-//! The memory under test, of three kinds, and what the device did for it.
+//! The memory under test, of one of three kinds, and the pages that the device has read and written for it.
 
 use std::path::Path;
 
 use migrate::PlainMemory;
 use swapd::{Engine, EngineConfig, Notice, StartError, StoreConfig};
 use vmemd::cli::terminal::warn;
-use vmprocess::failure::{Failure, Kind, chain};
+use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::host;
 
 use super::content::Base;
@@ -13,21 +13,21 @@ use crate::job::{BenchEngine, WorkerRequest};
 use crate::reserve::HOST_RESERVE_BYTES;
 use crate::vmstat::Swapped;
 
-/// Unmapped when dropped: nothing may touch it any more then.
+/// The memory that a run touches. It is unmapped when dropped; nothing may touch it from then on.
 #[derive(Debug)]
-pub(super) enum Memory {
+pub(super) enum TestedMemory {
     Engine(Engine),
-    /// With the kernel's swap behind it.
+    /// Plain memory with the kernel's swap behind it.
     Swapped(PlainMemory),
     Plain(PlainMemory),
 }
 
-/// Counts of what the device did, since some time before.
+/// Pages that the device has read and written since some time before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct DeviceCounts {
     pub(super) pages_read: u64,
     pub(super) pages_written: u64,
-    /// Faults that the engine saw waiting for the store.
+    /// Faults that waited for the store, by the engine's count.
     pub(super) store_faults: Option<u64>,
 }
 
@@ -41,39 +41,39 @@ impl DeviceCounts {
     }
 }
 
-impl Memory {
-    pub(super) fn start(request: &WorkerRequest) -> Result<Memory, Failure> {
+impl TestedMemory {
+    pub(super) fn start(request: &WorkerRequest) -> Result<TestedMemory, Failure> {
         let bytes = request.scenario.memory_bytes();
         let ram = request.scenario.ram_bytes.min(bytes);
         let plain = || {
             PlainMemory::new(bytes).map_err(|error| {
-                Failure::new(Kind::Resources, format!("no address space for {bytes} bytes: {error}"))
+                Failure::new(FailureKind::Resources, format!("no address space for {bytes} bytes: {error}"))
             })
         };
         match request.engine {
             BenchEngine::Vmemd => {
                 host::need_free_ram(ram, "this job")?;
-                start_engine(bytes, ram, &request.dir, request.scenario.encrypt).map(Memory::Engine)
+                start_engine(bytes, ram, &request.dir, request.scenario.encrypt).map(TestedMemory::Engine)
             }
-            BenchEngine::Swap => plain().map(Memory::Swapped),
+            BenchEngine::Swap => plain().map(TestedMemory::Swapped),
             BenchEngine::Mem => {
                 host::need_free_ram(bytes + HOST_RESERVE_BYTES, "this job on plain memory")?;
-                plain().map(Memory::Plain)
+                plain().map(TestedMemory::Plain)
             }
-            BenchEngine::Raw => Err(Failure::new(Kind::Usage, "the raw engine has no memory")),
+            BenchEngine::Raw => Err(Failure::new(FailureKind::Usage, "the raw engine has no memory")),
         }
     }
 
     pub(super) fn base(&self) -> Base {
         match self {
-            Memory::Engine(engine) => Base(engine.memory_base()),
-            Memory::Swapped(memory) | Memory::Plain(memory) => Base(memory.base()),
+            TestedMemory::Engine(engine) => Base(engine.memory_base()),
+            TestedMemory::Swapped(memory) | TestedMemory::Plain(memory) => Base(memory.base()),
         }
     }
 
     pub(super) fn counts(&self) -> Result<DeviceCounts, Failure> {
         match self {
-            Memory::Engine(engine) => {
+            TestedMemory::Engine(engine) => {
                 let stats = engine.handle().stats()?;
                 Ok(DeviceCounts {
                     pages_read: stats.store.pages_read,
@@ -81,11 +81,11 @@ impl Memory {
                     store_faults: Some(stats.faults.store),
                 })
             }
-            Memory::Swapped(_) => {
+            TestedMemory::Swapped(_) => {
                 let Swapped { ins, outs } = Swapped::now();
                 Ok(DeviceCounts { pages_read: ins, pages_written: outs, store_faults: None })
             }
-            Memory::Plain(_) => Ok(DeviceCounts::default()),
+            TestedMemory::Plain(_) => Ok(DeviceCounts::default()),
         }
     }
 }
@@ -109,12 +109,13 @@ fn start_engine(bytes: u64, ram: u64, store: &Path, encrypt: bool) -> Result<Eng
     }
 }
 
-/// Threads that touch memory would wait for ever, or be killed by a signal: better say why, and end.
+/// Ends this process with the reason when the engine cannot serve its memory any more: threads that touch it would
+/// wait for ever, or be killed by a signal.
 fn end_on_failure(notice: Notice) {
     let failure = match notice {
-        Notice::StoreFailed(reason) => Failure::new(Kind::Resources, reason),
+        Notice::StoreFailed(reason) => Failure::new(FailureKind::Resources, reason),
         Notice::Poisoned(page) => {
-            Failure::new(Kind::Vm, format!("{page} is lost: the store gave wrong content"))
+            Failure::new(FailureKind::Vm, format!("{page} is lost: the store gave wrong content"))
         }
         Notice::StoreRecovered
         | Notice::Starved(_)

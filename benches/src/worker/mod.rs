@@ -3,7 +3,8 @@
 //! ```text
 //!   books ─▶ memory ─▶ prefill ─▶ ramp ─▶ │ measured │ ─▶ sample ─▶ optimum
 //! ```
-//! Books come before the memory under test, which may be all that is left of a cgroup's. All threads go from phase to phase together.
+//! All that the run needs for itself (its *books*) is allocated before the memory under test, because that may take
+//! all of a cgroup's memory. All threads enter each phase together.
 
 mod areas;
 mod clock;

@@ -1,4 +1,4 @@
-//! A run from its books to its sample: the phases through which all threads go together.
+//! A run from its first allocation to its sample: the phases that all threads enter together.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,26 +6,26 @@ use std::time::{Duration, Instant};
 
 use swapd::{PAGE_SIZE, Run};
 use vmemd::cli::terminal::warn;
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 
 use super::areas::areas;
 use super::clock::Clock;
 use super::content::{Base, Content};
-use super::memory::{DeviceCounts, Memory};
-use super::touch::{MissRule, Record, Toucher};
+use super::memory::{DeviceCounts, TestedMemory};
+use super::touch::{MissRule, TouchRecord, Toucher};
 use super::{hindsight, raw, usage};
 use crate::job::{BenchEngine, Job, Scenario, WorkerRequest};
 use crate::pattern::Pattern;
 use crate::sample::{JobSample, SERIES_MS, Sample, Side, Times};
 
-/// Enough for a loop of touches; a cgroup's memory is dear.
+/// Bytes of a thread's stack. It only touches pages in a loop, and a larger stack would take of the cgroup's memory.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Pages have numbers of 31 bits here.
+/// Most pages of all areas together: page numbers have 31 bits here.
 const MEMORY_MAX: u64 = 8 << 40;
 
-/// Measures.
+/// Runs the jobs of the request, and measures.
 ///
 /// # Errors
 /// If the host lacks something, the sizes do not fit, or the engine fails.
@@ -39,9 +39,9 @@ pub(crate) fn main(request: &WorkerRequest) -> Result<Sample, Failure> {
     }
 }
 
-/// The parent has read a job file; who types a request by hand may get it wrong.
+/// Refuses a request that makes no sense. `vmemd bench run` makes none, but one that was typed by hand may be wrong.
 fn check(scenario: &Scenario) -> Result<(), Failure> {
-    let usage = |text: String| Err(Failure::new(Kind::Usage, text));
+    let usage = |text: String| Err(Failure::new(FailureKind::Usage, text));
     if scenario.jobs.is_empty() {
         return usage("there are no jobs".to_owned());
     }
@@ -79,14 +79,14 @@ impl<'a> Team<'a> {
     }
 }
 
-/// What is counted outside the threads, at the ends of the measured phase.
+/// Counters of the process and the engine, read at the beginning and at the end of the measured phase.
 struct Moment {
     cpu_ns: u64,
     device: DeviceCounts,
 }
 
 impl Moment {
-    fn now(memory: &Memory) -> Result<Moment, Failure> {
+    fn now(memory: &TestedMemory) -> Result<Moment, Failure> {
         Ok(Moment { device: memory.counts()?, cpu_ns: usage::process_cpu_ns() })
     }
 }
@@ -100,24 +100,24 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
         scenario.jobs.iter().zip(&areas).map(|(job, area)| Team::new(clock, job, *area, rule)).collect();
     usage::lock_what_is_mapped();
     let started = Instant::now();
-    let memory = Memory::start(request)?;
+    let memory = TestedMemory::start(request)?;
     let start_ns = started.elapsed().as_nanos() as u64;
     let base = memory.base();
     for team in teams.iter().filter(|team| team.job.prefill) {
         team.content.fill(base);
     }
     let (before, after) = run_phases(&mut teams, base, &memory)?;
-    // Nobody touches it any more, and what comes now may need its room.
+    // The threads have ended. The memory is freed now, because the optimum below may need its room.
     drop(memory);
     let device = after.device.since(before.device);
-    let records: Vec<Vec<Record>> = teams
+    let records: Vec<Vec<TouchRecord>> = teams
         .into_iter()
         .map(|team| team.touchers.into_iter().map(|toucher| toucher.record).collect())
         .collect();
-    // A swap engine's cgroup has no room for it.
+    // A swap engine's cgroup has no room for the optimum.
     let wanted = request.optimum && request.engine == BenchEngine::Vmemd;
     let optimum_hit_rate = wanted.then(|| hindsight::hit_rate(scenario, &areas, &records)).flatten();
-    let job_sample = |(job, records): (&Job, &Vec<Record>)| job_sample(clock, job, records);
+    let job_sample = |(job, records): (&Job, &Vec<TouchRecord>)| job_sample(clock, job, records);
     Ok(Sample {
         engine: request.engine,
         jobs: scenario.jobs.iter().zip(&records).map(job_sample).collect(),
@@ -130,8 +130,12 @@ fn touch(request: &WorkerRequest) -> Result<Sample, Failure> {
     })
 }
 
-/// Ramp and measured phase. Returns what was counted before and after the latter.
-fn run_phases(teams: &mut [Team<'_>], base: Base, memory: &Memory) -> Result<(Moment, Moment), Failure> {
+/// Runs the ramp and the measured phase. Returns the counters from before and after the measured phase.
+fn run_phases(
+    teams: &mut [Team<'_>],
+    base: Base,
+    memory: &TestedMemory,
+) -> Result<(Moment, Moment), Failure> {
     let ramp = Duration::from_millis(teams.iter().map(|team| team.job.ramp_ms).max().unwrap_or(0));
     let threads: usize = teams.iter().map(|team| team.touchers.len()).sum();
     let gate = Barrier::new(threads + 1);
@@ -149,9 +153,10 @@ fn run_phases(teams: &mut [Team<'_>], base: Base, memory: &Memory) -> Result<(Mo
             };
             let spawned = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
             if let Err(error) = spawned {
-                // Those that are there wait for one that will not come.
+                // The other threads wait at the barrier for one that could not be started: only the end of the
+                // process ends that.
                 warn(&format!("cannot start {threads} threads: {error}"));
-                std::process::exit(i32::from(Kind::Resources.exit_code()));
+                std::process::exit(i32::from(FailureKind::Resources.exit_code()));
             }
         }
         gate.wait();
@@ -164,12 +169,12 @@ fn run_phases(teams: &mut [Team<'_>], base: Base, memory: &Memory) -> Result<(Mo
     })
 }
 
-fn job_sample(clock: Clock, job: &Job, records: &[Record]) -> JobSample {
-    let side = |of: fn(&Record) -> &Times| {
+fn job_sample(clock: Clock, job: &Job, records: &[TouchRecord]) -> JobSample {
+    let side = |of: fn(&TouchRecord) -> &Times| {
         let times_ns = sum(records.iter().map(of));
         Side { operations: times_ns.0.len(), bytes: times_ns.0.len() * job.block_bytes, times_ns }
     };
-    let ends: Vec<_> = records.iter().map(Record::measured).collect();
+    let ends: Vec<_> = records.iter().map(TouchRecord::measured).collect();
     let start = ends.iter().map(|(start, _)| start.ticks).min().unwrap_or(0);
     let end = ends.iter().map(|(_, end)| end.ticks).max().unwrap_or(start);
     let runtime_ns = clock.ns(end - start);

@@ -1,7 +1,7 @@
-//! A thread that touches, and what it notes.
+//! A thread that touches memory, and what it records.
 //!
-//! Nothing is allocated between touches but marks beyond a minute's. A touch's time is from just before its first access to just
-//! after its last; an operation's from its first touch to its last.
+//! Between touches a thread allocates nothing, but for marks after the first minute. The time of a touch is from just
+//! before its first access to just after its last one; the time of an operation is from its first touch to its last.
 
 use std::time::Duration;
 
@@ -12,22 +12,23 @@ use crate::job::{BenchEngine, Job, Length};
 use crate::pattern::Pattern;
 use crate::sample::Times;
 
-/// Only touches that took longer are looked at for whether they were misses: looking costs a system call.
+/// Only touches that took longer than this may count as misses: to find out costs a system call.
 const SLOW_NS: u64 = 5_000;
-/// A fault that the engine served without the device takes less. The kernel counts faults that a userfaultfd serves as minor.
+/// A touch of the engine's memory counts as a miss if its fault took this long: without the device a fault takes
+/// less. The kernel's counts do not help, because it counts each fault that a userfaultfd serves as a minor one.
 const MISS_FLOOR_NS: u64 = 25_000;
-/// How far apart a thread notes how far it has come.
+/// Time between two marks.
 const MARK_NS: u64 = 1_000_000;
 const MARKS_MAX: u64 = 60_000;
 const MARKS_OF_LOOPS: u64 = 10_000;
 
-/// Which slow touches have waited for the device.
+/// The rule by which a slow touch counts as a miss, that is as one that waited for the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MissRule {
     Never,
-    /// Those with a fault of the kind that waits for the device.
+    /// It had a major fault.
     MajorFault,
-    /// Those with any fault that took at least [`MISS_FLOOR_NS`].
+    /// It had a fault of any kind, and took at least [`MISS_FLOOR_NS`].
     LongFault,
 }
 
@@ -41,7 +42,7 @@ impl MissRule {
     }
 }
 
-/// How far a thread had come at a time, since it began to touch.
+/// A mark: how many touches a thread had made by a certain time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mark {
     pub(super) ticks: u64,
@@ -49,20 +50,20 @@ pub(super) struct Mark {
     pub(super) operations: u64,
 }
 
-/// What one thread has measured.
+/// The measurements of one thread.
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct TouchRecord {
     pub(super) reads: Times,
     pub(super) writes: Times,
     pub(super) misses: Times,
-    /// Of all phases.
+    /// Marks of all phases.
     pub(super) verify_errors: u64,
     pub(super) marks: Vec<Mark>,
     /// Index of the mark with which the measured phase began.
     pub(super) measured_from: usize,
 }
 
-impl Record {
+impl TouchRecord {
     /// Where the measured phase began and ended.
     pub(super) fn measured(&self) -> (Mark, Mark) {
         let end = self.marks.last().copied().unwrap_or_default();
@@ -88,7 +89,7 @@ pub(super) struct Toucher {
     faults: Faults,
     at: Mark,
     next_mark: u64,
-    pub(super) record: Record,
+    pub(super) record: TouchRecord,
 }
 
 impl Toucher {
@@ -104,9 +105,9 @@ impl Toucher {
             Length::Loops(_) => MARKS_OF_LOOPS,
         };
         let mut marks = vec![Mark::default(); (measured_ms + job.ramp_ms).min(MARKS_MAX) as usize + 16];
-        // Their memory stays, and is in RAM now.
+        // The vectors keep this memory, and it is in RAM from now on.
         marks.clear();
-        let record = Record {
+        let record = TouchRecord {
             reads: Times::default(),
             writes: Times::default(),
             misses: Times::default(),

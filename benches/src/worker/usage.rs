@@ -1,10 +1,10 @@
-//! What the kernel has counted for this thread and this process.
+//! Faults of this thread and processor time of this process, by the kernel's counts.
 
 /// Page faults of this thread.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Faults {
     pub(super) minor: u64,
-    /// Of these the kernel has waited for the device.
+    /// Faults for which the kernel has waited for the device.
     pub(super) major: u64,
 }
 
@@ -28,8 +28,9 @@ fn usage(of: libc::c_int) -> libc::rusage {
     found
 }
 
-/// Keeps what this process has mapped by now in RAM, as far as it is used: in a memory cgroup that swaps, a page of our own
-/// books must not be what a touch waits for. What is mapped later is not locked. A host that does not allow it measures as well.
+/// Locks the pages that this process has used by now, so that they stay in RAM: in a memory cgroup that swaps, a
+/// touch could otherwise wait for a page of this program's own. Mappings that are made later are not locked. A host
+/// that does not allow it measures without.
 pub(super) fn lock_what_is_mapped() {
     // From linux/mman.h; libc has it for few targets.
     const MCL_ONFAULT: libc::c_int = 4;

@@ -1,4 +1,4 @@
-//! What the command line says, and how a mode says that it could not do its work.
+//! The command line, and the error of a mode that could not do its work.
 
 pub(crate) const USAGE: &str = "\
 usage: checker memory SIZE ROUNDS|SECONDSs [sequential|random]
@@ -7,7 +7,7 @@ usage: checker memory SIZE ROUNDS|SECONDSs [sequential|random]
        checker beat                        checker echo PORT
        checker bench SECONDS [SIZE]";
 
-/// Why a mode could not do its work.
+/// The reason why a mode could not do its work.
 pub(crate) type Failure = Box<dyn std::error::Error>;
 
 pub(crate) fn number<T: std::str::FromStr>(text: &str) -> Result<T, Failure> {

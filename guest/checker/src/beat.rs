@@ -32,7 +32,7 @@ pub(crate) fn echo(port: u16) -> Result<Mismatched, Failure> {
 
 fn serve(mut stream: TcpStream) {
     let mut buffer = [0; 4096];
-    // Whether it arrives is for the other end to see.
+    // An error is not reported here: the other end notices that bytes are missing.
     let _ = stream.set_nodelay(true);
     while let Ok(count @ 1..) = stream.read(&mut buffer) {
         if stream.write_all(&buffer[..count]).is_err() {

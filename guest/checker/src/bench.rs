@@ -1,4 +1,5 @@
-//! A fixed job of computing and of touching memory, none of it waiting for anything: what a guest's processor gets done.
+//! A fixed job that computes and touches memory and waits for nothing. Its score is the work that a guest's processor
+//! gets done.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -6,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::arguments::Failure;
 use crate::content::{self, PAGE};
 use crate::differences::Mismatched;
-use crate::pages::Memory;
+use crate::pages::PageBuffer;
 
 /// Memory of the job, unless said otherwise.
 pub(crate) const SIZE: usize = 64 << 20;
@@ -21,8 +22,8 @@ pub(crate) fn run(time: Duration, size: usize) -> Result<Mismatched, Failure> {
     if pages < PAGES {
         return Err(format!("{size} bytes are too few for a benchmark").into());
     }
-    let mut memory = Memory::new(pages * PAGE);
-    // All of it is resident before the clock starts.
+    let mut memory = PageBuffer::new(pages * PAGE);
+    // All of the memory is resident before the clock starts.
     memory.as_mut_slice().chunks_exact_mut(PAGE).for_each(|bytes| content::fill(bytes, 0, 0));
     let started = Instant::now();
     let (mut units, mut place, mut wrong) = (0, 0, 0);

@@ -1,8 +1,8 @@
-//! What every page of checked data holds: a function of where it is, so that nothing else can be taken for it.
+//! The content of every page of checked data: a function of its place, so that no other page can be taken for it.
 //!
-//! Word *i* (64 bits, little-endian) of page *p* in series *s* is `base(s, p) + i * STEP`, modulo 2^64. All words of a page
-//! follow from its number: a page that is lost, stale, another's, torn or shifted by a byte differs. The series is the
-//! round of a memory check, or one of the names below.
+//! Word *i* (64 bits, little-endian) of page *p* in series *s* is `base(s, p) + i * STEP`, modulo 2^64. All words of
+//! a page follow from its number: a page that is lost, stale, another's, torn or shifted by a byte differs. The
+//! series is the round of a memory check, or one of the names below.
 
 /// Bytes of a page.
 pub(crate) const PAGE: usize = 4096;
@@ -28,7 +28,7 @@ pub(crate) fn mix(word: u64) -> u64 {
     word ^ (word >> 31)
 }
 
-/// Writes what a page holds.
+/// Writes a page's content into `bytes`.
 pub(crate) fn fill(bytes: &mut [u8], series: u64, page: u64) {
     let mut word = base(series, page);
     for bytes in bytes.chunks_exact_mut(WORD) {
@@ -48,7 +48,8 @@ pub(crate) fn is_right(bytes: &[u8], series: u64, page: u64) -> bool {
     difference == 0
 }
 
-/// What is wrong with a page, for people: where it begins to differ, what is there, and whose content that would be.
+/// Describes a wrong page for people: where it begins to differ, what is there, and which page's content that would
+/// be.
 pub(crate) fn difference(bytes: &[u8], series: u64, page: u64) -> String {
     let first = base(series, page);
     let expected = |word: usize| first.wrapping_add(STEP.wrapping_mul(word as u64));

@@ -1,4 +1,5 @@
-//! A disk whose content is a function of the offset: the host writes the image, the guest reads and verifies it past its page cache.
+//! A disk whose content is a function of the offset: the host writes the image, the guest reads and verifies it past
+//! its page cache.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -8,11 +9,12 @@ use std::time::Instant;
 use crate::arguments::Failure;
 use crate::content::{self, DISK, PAGE};
 use crate::differences::{Differences, Mismatched};
-use crate::pages::Memory;
+use crate::pages::PageBuffer;
 
 /// Bytes of one read.
 const PIECE: usize = 16 << 20;
-/// Buffers that are read into in turn. A buffer's pages lie untouched for the time of the reads between, and may be evicted.
+/// Buffers that are read into in turn. A buffer's pages lie untouched for the time of the reads between, and may be
+/// evicted.
 const BUFFERS: usize = 4;
 /// Pieces between two lines.
 const SAY_EVERY: u64 = 5;
@@ -25,17 +27,18 @@ pub(crate) fn check(device: &str, count: u64) -> Result<Mismatched, Failure> {
         .open(device)
         .map_err(|error| format!("{device}: {error}"))?;
     let pieces = disk.seek(SeekFrom::End(0))? / PIECE as u64;
-    // Else a buffer's old content would be the right one, and a read that writes nothing would pass.
+    // A buffer whose old content is the right one would let a read pass that writes nothing.
     if pieces < 2 {
         return Err(format!("{device} has less than {} bytes: make the image larger", 2 * PIECE).into());
     }
-    let mut buffers: Vec<(Memory, Option<u64>)> = (0..BUFFERS).map(|_| (Memory::new(PIECE), None)).collect();
+    let mut buffers: Vec<(PageBuffer, Option<u64>)> =
+        (0..BUFFERS).map(|_| (PageBuffer::new(PIECE), None)).collect();
     let mut differences = Differences::none("disk");
     let started = Instant::now();
     for read in 0..count {
         let piece = read % pieces;
         let turn = read as usize % BUFFERS;
-        // Never into a buffer that holds this very piece.
+        // Never into a buffer that has this very piece.
         let at = (turn..turn + BUFFERS).find(|&at| buffers[at % BUFFERS].1 != Some(piece));
         let (buffer, holds) = &mut buffers[at.expect("the last read was of another piece") % BUFFERS];
         disk.read_exact_at(buffer.as_mut_slice(), piece * PIECE as u64)

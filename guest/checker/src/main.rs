@@ -1,7 +1,8 @@
-//! What test guests run, and its counterparts on the host: writes, reads and verifies data that is known beforehand.
+//! The checker, which runs in test guests and, for the other end of disks and streams, on the host. It writes, reads
+//! and verifies data that is known beforehand.
 //!
-//! Every mode prints lines `checker MODE [EVENT] key=value ...`, each with one write, and exits with 1 if anything differed,
-//! with 2 if it could not do its work.
+//! Every mode prints lines `checker MODE [EVENT] key=value ...`, each with one write, and exits with 1 if anything
+//! differed, with 2 if it could not do its work.
 
 mod arguments;
 mod beat;
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::from(1),
         Err(failure) => {
-            // On the console too, where the lines are looked for.
+            // To standard output, which is the console: tests look for lines there.
             println!("checker {} failed: {failure}", arguments.first().unwrap_or(&""));
             ExitCode::from(2)
         }

@@ -1,4 +1,4 @@
-//! Memory: every page is written, and in each round verified and written anew.
+//! The mode `memory`: every page is written, and in each round verified and written anew.
 
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::arguments::{self, Failure};
 use crate::content::{self, PAGE};
 use crate::differences::{Differences, Mismatched};
-use crate::pages::Memory;
+use crate::pages::PageBuffer;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Order {
@@ -27,7 +27,7 @@ impl FromStr for Order {
     }
 }
 
-/// When the last round has been.
+/// The end of the rounds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Until {
     Rounds(u64),
@@ -47,7 +47,7 @@ impl FromStr for Until {
 }
 
 pub(crate) fn check(size: usize, until: Until, order: Order) -> Result<Mismatched, Failure> {
-    let mut memory = Memory::new(size / PAGE * PAGE);
+    let mut memory = PageBuffer::new(size / PAGE * PAGE);
     let pages = size / PAGE;
     let started = Instant::now();
     for (page, bytes) in memory.as_mut_slice().chunks_exact_mut(PAGE).enumerate() {
@@ -84,7 +84,8 @@ pub(crate) fn check(size: usize, until: Until, order: Order) -> Result<Mismatche
 
 /// The page at place `index` of a round's random order: a bijection on `0..pages`.
 ///
-/// Each step below is a bijection on the next power of two; what falls outside of `pages` goes through again, until inside.
+/// Each step below is a bijection on the next power of two; what falls outside of `pages` goes through again, until
+/// inside.
 fn scatter(index: usize, pages: usize, round: u64) -> usize {
     let bits = usize::BITS - (pages - 1).leading_zeros();
     let mask = (1 << bits) - 1;

@@ -1,4 +1,5 @@
-//! A TCP stream whose content is a function of the offset: the host sends, the guest verifies and answers what it found.
+//! A TCP stream whose content is a function of the offset: the host sends, the guest verifies and answers what it
+//! found.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -9,14 +10,15 @@ use std::time::Instant;
 use crate::arguments::Failure;
 use crate::content::{self, PAGE, STREAM};
 use crate::differences::{Differences, Mismatched};
-use crate::pages::Memory;
+use crate::pages::PageBuffer;
 
-/// What is sent and received at once.
+/// Bytes that are sent and received at once.
 const PIECE: usize = 1 << 20;
 /// Bytes between two lines of the receiver.
 const SAY_EVERY: u64 = 64 << 20;
 
-/// What the receiver answers at the end of the stream: bytes and mismatched pages, 64 bits each, little-endian.
+/// Bytes of the receiver's answer at the end of the stream: received bytes and mismatched pages, 64 bits each,
+/// little-endian.
 const ANSWER: usize = 16;
 
 /// Receives one stream.
@@ -24,7 +26,7 @@ pub(crate) fn receive(port: u16) -> Result<Mismatched, Failure> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
     println!("checker stream listening port={port}");
     let (mut sender, _) = listener.accept()?;
-    let mut buffer = Memory::new(PIECE);
+    let mut buffer = PageBuffer::new(PIECE);
     let mut differences = Differences::none("stream");
     let (mut pages, mut received, mut said) = (0, 0, 0);
     let started = Instant::now();
@@ -71,7 +73,7 @@ fn fill_from(sender: &mut TcpStream, buffer: &mut [u8]) -> Result<usize, Failure
     Ok(filled)
 }
 
-/// Whether whoever started this has closed its standard input.
+/// Whether standard input has been closed, by which a test ends the sender.
 pub(crate) fn until_input_ends() -> impl Fn() -> bool {
     let ended = Arc::new(AtomicBool::new(false));
     let seen = ended.clone();

@@ -78,7 +78,8 @@ impl ControlLink {
         round_trip(&self.ender)
     }
 
-    /// The peer's next message, other than signs of life. Waits for ever if the link is broken: the session has failed then.
+    /// The peer's next message, other than signs of life. If the link is broken this waits for ever, and the session
+    /// has failed: whoever waits must look at that, too.
     pub(crate) async fn next(&mut self) -> Control {
         match self.inbox.recv().await {
             Some(message) => message,
@@ -88,7 +89,7 @@ impl ControlLink {
 
     /// Says a last word, and ends the connection. If the link broke, the peer's last word is waited for.
     pub(crate) async fn close(mut self, session_state: &SessionState, last_word: Option<String>) {
-        if session_state.is_link_trouble() {
+        if session_state.is_link_error() {
             let _ = timeout(FAREWELL_LIMIT, &mut self.reader).await;
         }
         if let Some(text) = last_word {
@@ -121,7 +122,7 @@ async fn read(
                     return;
                 }
             }
-            Err(trouble) => return session_state.fail(trouble),
+            Err(error) => return session_state.fail(error),
         }
     }
 }
@@ -165,7 +166,7 @@ async fn write(
         }
         session_state.sent_unheard(length);
         if let Some(done) = done {
-            // Whoever waited may have lost patience.
+            // Whoever waited may have given up.
             let _ = done.send(());
         }
     }

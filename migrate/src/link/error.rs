@@ -1,6 +1,7 @@
 //! Why a session ends before its time, on either side.
 
 use std::io;
+use std::path::{Path, PathBuf};
 
 use swapd::CommandError;
 
@@ -19,6 +20,11 @@ pub(crate) enum SessionError {
     Cancelled,
     Engine(CommandError),
     Memory(io::Error),
+    /// The VM's state could not be kept until it can be loaded.
+    Spool {
+        directory: PathBuf,
+        source: io::Error,
+    },
     /// This side cannot do what was asked of it.
     Unable(String),
 }
@@ -37,8 +43,14 @@ impl SessionError {
             SessionError::Cancelled => "cancelled".to_string(),
             SessionError::Engine(error) => error.to_string(),
             SessionError::Memory(error) => format!("memory failed: {error}"),
+            SessionError::Spool { directory, source } => format!("{}: {source}", no_spool(directory)),
         }
     }
+}
+
+/// What is said of a state that could not be kept there.
+pub(crate) fn no_spool(directory: &Path) -> String {
+    format!("the state of the VM's devices cannot be kept in {} until it is loaded", directory.display())
 }
 
 impl From<WireError> for SessionError {

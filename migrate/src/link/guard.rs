@@ -10,7 +10,7 @@ use super::control::Outbox;
 use super::error::SessionError;
 use super::state::SessionState;
 use crate::cancel::{CancelFlag, is_cancelled};
-use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT, patience};
+use crate::limits::{ALIVE_EVERY, CANCEL_POLL, SILENCE_LIMIT, scaled_for_tests};
 use crate::outside::{Instant, planted, sleep};
 use crate::wait::Wait;
 use crate::wire::control::Control;
@@ -37,7 +37,7 @@ impl<'a> Guard<'a> {
         limit: Duration,
         work: impl Future<Output = T>,
     ) -> Result<T, SessionError> {
-        self.wait_at_most(during, patience(limit), work).await
+        self.wait_at_most(during, scaled_for_tests(limit), work).await
     }
 
     /// Waits for what the other side is to do.
@@ -74,7 +74,7 @@ impl<'a> Guard<'a> {
     /// To be called at least every [`CANCEL_POLL`]: says why the session must end, or says that it lives.
     pub(crate) fn check(&self, during: &'static str) -> Result<(), SessionError> {
         if self.session_state.has_failed() {
-            // Only a placeholder: `SessionState` has the trouble itself, and the peer's reason may still arrive.
+            // Only a placeholder: the session's state has the error itself, and the peer's reason may still arrive.
             return Err(SessionError::Link { during, source: io::ErrorKind::ConnectionAborted.into() });
         }
         if is_cancelled(self.cancel) {
@@ -83,10 +83,10 @@ impl<'a> Guard<'a> {
         let (beats, at) = self.heard.get();
         if beats != self.session_state.beats() {
             self.heard.set((self.session_state.beats(), Instant::now()));
-        } else if at.elapsed() > patience(SILENCE_LIMIT) && !planted!(WaitsForever) {
+        } else if at.elapsed() > scaled_for_tests(SILENCE_LIMIT) && !planted!(WaitsForever) {
             return Err(SessionError::Link { during, source: io::ErrorKind::TimedOut.into() });
         }
-        if self.said.get().elapsed() > patience(ALIVE_EVERY) {
+        if self.said.get().elapsed() > scaled_for_tests(ALIVE_EVERY) {
             self.said.set(Instant::now());
             self.outbox.try_send(Control::Alive);
         }
@@ -95,12 +95,12 @@ impl<'a> Guard<'a> {
 
     /// Nothing was heard for so long that a sign of life is overdue.
     pub(crate) fn is_silent(&self) -> bool {
-        self.heard.get().1.elapsed() > patience(ALIVE_EVERY) + patience(ALIVE_EVERY) / 2
+        self.heard.get().1.elapsed() > scaled_for_tests(ALIVE_EVERY) + scaled_for_tests(ALIVE_EVERY) / 2
     }
 
     /// The session ends of this, unless it has failed already.
-    pub(crate) fn failed(&self, trouble: SessionError) {
-        self.session_state.fail(trouble);
+    pub(crate) fn failed(&self, error: SessionError) {
+        self.session_state.fail(error);
     }
 
     /// The session was left alone for a while (the thread did something else): silence is counted from now.

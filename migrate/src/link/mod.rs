@@ -1,4 +1,4 @@
-//! What both sides' sessions stand on: connections on tokio-uring, and one place where their troubles meet.
+//! What both sides' sessions stand on: connections on tokio-uring, and one place where their errors meet.
 //!
 //! No read or write is ever dropped while the kernel works on it: a session that ends shuts its sockets down, which
 //! completes whatever is in flight, and then waits for its tasks.
@@ -6,7 +6,6 @@
 pub(crate) mod control;
 pub(crate) mod error;
 pub(crate) mod guard;
-pub(crate) mod region;
 pub(crate) mod state;
 
 use std::io;

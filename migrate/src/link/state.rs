@@ -1,4 +1,4 @@
-//! What all tasks of a session share: the first trouble, and the signs of life.
+//! What all tasks of a session share: the first error, and the signs of life.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -10,7 +10,7 @@ use super::error::SessionError;
 /// Lives on one thread.
 #[derive(Debug, Default)]
 pub(crate) struct SessionState {
-    trouble: RefCell<Option<SessionError>>,
+    error: RefCell<Option<SessionError>>,
     failed: Cell<bool>,
     wake: Notify,
     beats: Cell<u64>,
@@ -19,13 +19,13 @@ pub(crate) struct SessionState {
 }
 
 impl SessionState {
-    /// The first trouble counts, but the peer's own reason explains a link that broke.
-    pub(crate) fn fail(&self, trouble: SessionError) {
-        let mut first = self.trouble.borrow_mut();
+    /// The first error counts, but the peer's own reason explains a link that broke.
+    pub(crate) fn fail(&self, error: SessionError) {
+        let mut first = self.error.borrow_mut();
         let explains =
-            matches!((&*first, &trouble), (Some(SessionError::Link { .. }), SessionError::GaveUp(_)));
+            matches!((&*first, &error), (Some(SessionError::Link { .. }), SessionError::GaveUp(_)));
         if !self.failed.get() || explains {
-            *first = Some(trouble);
+            *first = Some(error);
         }
         self.failed.set(true);
         self.wake.notify_waiters();
@@ -36,16 +36,16 @@ impl SessionState {
     }
 
     pub(crate) fn take_error(&self) -> Option<SessionError> {
-        self.trouble.borrow_mut().take()
+        self.error.borrow_mut().take()
     }
 
-    /// What the peer is told about the trouble.
+    /// What the peer is told about the error.
     pub(crate) fn farewell(&self) -> Option<String> {
-        self.trouble.borrow().as_ref().map(SessionError::farewell)
+        self.error.borrow().as_ref().map(SessionError::farewell)
     }
 
-    pub(crate) fn is_link_trouble(&self) -> bool {
-        matches!(&*self.trouble.borrow(), Some(SessionError::Link { .. }))
+    pub(crate) fn is_link_error(&self) -> bool {
+        matches!(&*self.error.borrow(), Some(SessionError::Link { .. }))
     }
 
     /// Waits for `work`; None if the session fails first. What is there already counts, even so.

@@ -41,7 +41,7 @@ pub(crate) enum Bug {
     /// A round begins while devices still write, without a trace, to pages that it sends.
     SkipsTheDrains,
     /// A page that is written while it waits to be sent is not sent in the next round.
-    ForgetsWrittenPages,
+    ForgetsDirtyPages,
     /// What was read from the store is not looked at.
     TrustsTheStore,
     /// Pages that the store does not give in time are lost, though it gives no others either.
@@ -52,10 +52,18 @@ pub(crate) enum Bug {
     KeepsPagesHeld,
     /// A peer that says nothing is waited for.
     WaitsForever,
+    /// A part of the state that the disk did not take counts as kept.
+    BelievesAFullSpool,
+    /// What of the state does not stay in memory is lost.
+    LosesWhatIsSpooled,
+    /// What comes back from the disk counts as the state that was kept there.
+    TrustsTheSpool,
+    /// The state's parts on the disk are read before those in memory.
+    ReadsTheSpoolFirst,
 }
 
 impl Bug {
-    pub(crate) const ALL: [Bug; 24] = [
+    pub(crate) const ALL: [Bug; 28] = [
         Bug::StartsBeforeTheRecord,
         Bug::LeavesRecordsUnflushed,
         Bug::IgnoresAFailedRecord,
@@ -74,12 +82,16 @@ impl Bug {
         Bug::EndsRoundsEarly,
         Bug::SkipsTheLastScan,
         Bug::SkipsTheDrains,
-        Bug::ForgetsWrittenPages,
+        Bug::ForgetsDirtyPages,
         Bug::TrustsTheStore,
         Bug::TakesSilenceForBroken,
         Bug::TrustsTheWire,
         Bug::KeepsPagesHeld,
         Bug::WaitsForever,
+        Bug::BelievesAFullSpool,
+        Bug::LosesWhatIsSpooled,
+        Bug::TrustsTheSpool,
+        Bug::ReadsTheSpoolFirst,
     ];
 }
 

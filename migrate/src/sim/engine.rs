@@ -1,5 +1,6 @@
-//! A simulated engine, as its handle promises it to be and no better: answers take their time, pages that are not held wander between
-//! memory and the store, a scan may name pages that did not change, the store cannot read some pages, and has spoilt others.
+//! A simulated engine, as its handle promises it to be and no better: answers take their time, pages that are not held
+//! wander between memory and the store, a scan may name pages that did not change, the store cannot read some pages,
+//! and has spoilt others.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -10,14 +11,14 @@ use std::time::Duration;
 use swapd::digest::page_sum;
 use swapd::units::{bytes_of, runs_of};
 use swapd::{
-    Answer, Arrival, CommandError, Copies, DirtyPages, IoError, IoErrorKind, PAGE_SIZE, PageNo, Piece, Place,
-    Placed, Run, Slot, SlotRun, TierId, answered,
+    Arrival, CommandError, Copies, DirtyPages, IoError, IoErrorKind, PAGE_SIZE, PageNo, PendingAnswer, Piece,
+    Place, Placed, Run, Slot, SlotRun, TierId, answered,
 };
 use tokio::sync::oneshot;
 
 use super::runtime::sleep;
 use super::world::world;
-use crate::link::region::{Pages, Region};
+use crate::region::{Pages, Region};
 
 const NO_SPACE: IoError = IoError { tier: TierId::STORE, write: true, kind: IoErrorKind::Full };
 const COMMAND: Duration = Duration::from_micros(400);
@@ -318,7 +319,7 @@ impl EngineHandle {
     fn ask<T: 'static>(
         &self,
         work: impl FnOnce(&mut State) -> Result<T, CommandError> + 'static,
-    ) -> Answer<T> {
+    ) -> PendingAnswer<T> {
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| {
             let failed = state.failed;
@@ -328,13 +329,13 @@ impl EngineHandle {
     }
 
     /// What an engine that has failed does all the same.
-    fn ask_always<T: 'static>(&self, work: impl FnOnce(&mut State) -> T + 'static) -> Answer<T> {
+    fn ask_always<T: 'static>(&self, work: impl FnOnce(&mut State) -> T + 'static) -> PendingAnswer<T> {
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| drop(reply.send(Ok(work(state))))));
         answer
     }
 
-    fn call<T>(&self, answer: Answer<T>) -> Result<T, CommandError> {
+    fn call<T>(&self, answer: PendingAnswer<T>) -> Result<T, CommandError> {
         // A process that dies does not wait.
         if std::thread::panicking() { Err(CommandError::Gone) } else { world().block(answered(answer)) }
     }
@@ -367,7 +368,7 @@ impl EngineHandle {
         self.call(self.subscribe_dirty_async())
     }
 
-    pub fn subscribe_dirty_async(&self) -> Answer<DirtySubscription> {
+    pub fn subscribe_dirty_async(&self) -> PendingAnswer<DirtySubscription> {
         let handle = self.clone();
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| {
@@ -383,7 +384,7 @@ impl EngineHandle {
         answer
     }
 
-    pub fn set_prefetch_async(&self, _: bool) -> Answer<()> {
+    pub fn set_prefetch_async(&self, _: bool) -> PendingAnswer<()> {
         self.ask(|_| Ok(()))
     }
 
@@ -391,22 +392,22 @@ impl EngineHandle {
         self.call(self.resident_map_async())
     }
 
-    pub fn resident_map_async(&self) -> Answer<Vec<Run>> {
+    pub fn resident_map_async(&self) -> PendingAnswer<Vec<Run>> {
         self.map_of(Place::Memory)
     }
 
-    pub fn stored_map_async(&self) -> Answer<Vec<Run>> {
+    pub fn stored_map_async(&self) -> PendingAnswer<Vec<Run>> {
         self.map_of(Place::Stored)
     }
 
-    fn map_of(&self, place: Place) -> Answer<Vec<Run>> {
+    fn map_of(&self, place: Place) -> PendingAnswer<Vec<Run>> {
         self.ask(move |state| {
             let there = (0..state.pages).map(PageNo).filter(|page| state.place[page.index()] == place);
             Ok(runs_of(there, u32::MAX).collect())
         })
     }
 
-    pub fn hold_async(&self, run: Run) -> Answer<Vec<Piece>> {
+    pub fn hold_async(&self, run: Run) -> PendingAnswer<Vec<Piece>> {
         self.ask(move |state| {
             let mut pieces: Vec<Piece> = Vec::new();
             for page in run.pages() {
@@ -421,11 +422,11 @@ impl EngineHandle {
         })
     }
 
-    pub fn release_async(&self, run: Run) -> Answer<()> {
+    pub fn release_async(&self, run: Run) -> PendingAnswer<()> {
         self.ask_always(move |state| run.pages().for_each(|page| state.held[page.index()] = false))
     }
 
-    pub fn sums_async(&self, run: Run) -> Answer<Vec<u64>> {
+    pub fn sums_async(&self, run: Run) -> PendingAnswer<Vec<u64>> {
         self.ask(move |state| {
             let sum = |page| {
                 state.store.get(&page).map_or(0, |generation| page_sum(page, &content(page, *generation)))
@@ -434,7 +435,7 @@ impl EngineHandle {
         })
     }
 
-    pub fn staged_async(&self, pages: Vec<PageNo>) -> Answer<Copies> {
+    pub fn staged_async(&self, pages: Vec<PageNo>) -> PendingAnswer<Copies> {
         self.ask(move |state| {
             let mut copies = Copies::default();
             for page in pages {
@@ -447,11 +448,11 @@ impl EngineHandle {
         })
     }
 
-    pub fn heat_async(&self) -> Answer<Vec<u8>> {
+    pub fn heat_async(&self) -> PendingAnswer<Vec<u8>> {
         self.ask(|state| Ok((0..state.pages).map(|_| world().random.next() as u8).collect()))
     }
 
-    pub fn start_receiving_async(&self, heat: Vec<u8>) -> Answer<()> {
+    pub fn start_receiving_async(&self, heat: Vec<u8>) -> PendingAnswer<()> {
         self.ask(move |state| {
             assert_eq!(heat.len() as u64, state.pages);
             assert!(!std::mem::replace(&mut state.receiving, true), "received into twice");
@@ -459,24 +460,24 @@ impl EngineHandle {
         })
     }
 
-    pub fn update_heat_async(&self, heat: Vec<u8>) -> Answer<()> {
+    pub fn update_heat_async(&self, heat: Vec<u8>) -> PendingAnswer<()> {
         self.ask(move |state| {
             assert_eq!(heat.len() as u64, state.pages);
             state.need_receiving()
         })
     }
 
-    pub fn grant_frames_async(&self, count: u32) -> Answer<SlotRun> {
+    pub fn grant_frames_async(&self, count: u32) -> PendingAnswer<SlotRun> {
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| state.grants.push_back((count.max(1), reply))));
         answer
     }
 
-    pub fn return_frames_async(&self, slots: SlotRun) -> Answer<()> {
+    pub fn return_frames_async(&self, slots: SlotRun) -> PendingAnswer<()> {
         self.ask_always(move |state| state.give_slots(slots))
     }
 
-    pub fn arrive_async(&self, arrival: Arrival) -> Answer<()> {
+    pub fn arrive_async(&self, arrival: Arrival) -> PendingAnswer<()> {
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| {
             let failed = state.failed || !state.receiving;
@@ -495,15 +496,15 @@ impl EngineHandle {
         answer
     }
 
-    pub fn arrive_zero_async(&self, run: Run) -> Answer<()> {
+    pub fn arrive_zero_async(&self, run: Run) -> PendingAnswer<()> {
         self.arrive_as(run, Place::Zero)
     }
 
-    pub fn arrive_poisoned_async(&self, run: Run) -> Answer<()> {
+    pub fn arrive_poisoned_async(&self, run: Run) -> PendingAnswer<()> {
         self.arrive_as(run, Place::Poisoned)
     }
 
-    fn arrive_as(&self, run: Run, place: Place) -> Answer<()> {
+    fn arrive_as(&self, run: Run, place: Place) -> PendingAnswer<()> {
         self.ask(move |state| {
             state.need_receiving()?;
             state.place[run.indices()].fill(place);
@@ -511,11 +512,11 @@ impl EngineHandle {
         })
     }
 
-    pub fn settle_receiving_async(&self) -> Answer<()> {
+    pub fn settle_receiving_async(&self) -> PendingAnswer<()> {
         self.ask(|state| state.need_receiving())
     }
 
-    pub fn finish_receiving_async(&self) -> Answer<Placed> {
+    pub fn finish_receiving_async(&self) -> PendingAnswer<Placed> {
         self.ask(|state| {
             state.need_receiving()?;
             assert_eq!(state.granted.len(), 0, "the receiving is finished with frames on their way");
@@ -602,7 +603,7 @@ pub struct DirtySubscription {
 
 impl DirtySubscription {
     /// One page in three has left the guest's memory since it was written.
-    pub fn collect_async(&self) -> Answer<DirtyPages> {
+    pub fn collect_async(&self) -> PendingAnswer<DirtyPages> {
         let id = self.id;
         self.handle.ask(move |state| {
             let own = state.dirty.iter_mut().find(|(other, _)| *other == id);

@@ -1,6 +1,6 @@
-//! The simulated file systems of the target's host: what was written is lost in a crash unless it was flushed (or the kernel happened
-//! to write it back); writes and flushes fail; every step takes time, so that the process may die between any two. What is in memory
-//! is lost in any crash, and may be swept away before; it does not fail.
+//! The simulated file systems of the target's host: what was written is lost in a crash unless it was flushed (or the
+//! kernel happened to write it back); writes and flushes fail; every step takes time, so that the process may die
+//! between any two. What is in memory is lost in any crash, and may be swept away before; it does not fail.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -19,6 +19,10 @@ const STEP: Duration = Duration::from_millis(2);
 /// The same for what is in memory.
 const MEMORY_STEP: Duration = Duration::from_micros(20);
 const MEMORY: &str = "/memory";
+const ROTTEN: &str = "rotten";
+/// Takes so many bytes.
+const SMALL: &str = "small";
+const SMALL_BYTES: u64 = 1 << 20;
 
 struct Inode {
     content: Vec<u8>,
@@ -35,6 +39,9 @@ struct Disk {
     failing: Option<(u32, u32)>,
     crashes: u32,
     swept: bool,
+    /// Files without a name so far; and none of them keeps its content wrongly.
+    unnamed: u32,
+    sound: bool,
 }
 
 thread_local!(static DISK: RefCell<Disk> = RefCell::default());
@@ -53,7 +60,7 @@ pub(crate) fn fail(skip: u32, count: u32) {
 }
 
 pub(crate) fn heal() {
-    with(|disk| disk.failing = None);
+    with(|disk| (disk.failing, disk.sound) = (None, true));
 }
 
 /// The host has lost its power.
@@ -142,6 +149,16 @@ pub fn vouch_for(_: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// For a VM's state. Some keep it wrongly, or have little room.
+pub fn unnamed_file(directory: &Path) -> io::Result<File> {
+    let (number, sound) = with(|disk| {
+        disk.unnamed += 1;
+        (disk.unnamed, disk.sound)
+    });
+    let kind = if sound { "sound" } else { world().random.pick(&["sound", "sound", "sound", ROTTEN, SMALL]) };
+    File::create_new(&directory.join(format!("{kind}-{number}")))
+}
+
 pub fn remove_file(path: &Path) -> io::Result<()> {
     step(path);
     with(|disk| disk.files.remove(path)).map(drop).ok_or_else(|| ErrorKind::NotFound.into())
@@ -208,6 +225,11 @@ impl File {
         }
         File::make(path)?;
         Ok(File { path: path.to_path_buf(), locked: false.into() })
+    }
+
+    /// Of a file without a name, of that kind.
+    fn is(&self, kind: &str) -> bool {
+        self.path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(kind))
     }
 
     /// Of a directory: to flush its entries.
@@ -284,19 +306,28 @@ impl File {
 
 impl FileExt for File {
     fn read_exact_at(&self, into: &mut [u8], from: u64) -> io::Result<()> {
-        let content = content(&self.path).ok_or(ErrorKind::NotFound)?;
-        let bytes = content.get(from as usize..from as usize + into.len()).ok_or(ErrorKind::UnexpectedEof)?;
-        into.copy_from_slice(bytes);
-        Ok(())
+        with(|disk| {
+            let file = disk.files.get(&self.path).ok_or(ErrorKind::NotFound)?;
+            let bytes = file.content.get(from as usize..from as usize + into.len());
+            into.copy_from_slice(bytes.ok_or(ErrorKind::UnexpectedEof)?);
+            Ok(())
+        })
     }
 
     fn write_all_at(&self, bytes: &[u8], to: u64) -> io::Result<()> {
         changing(&self.path)?;
+        if self.is(SMALL) && to + bytes.len() as u64 > SMALL_BYTES {
+            world().note(|| "the disk is full".to_string());
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
         with(|disk| {
             if let Some(file) = disk.files.get_mut(&self.path) {
                 let end = to as usize + bytes.len();
                 file.content.resize(end.max(file.content.len()), 0);
                 file.content[to as usize..end].copy_from_slice(bytes);
+                if self.is(ROTTEN) {
+                    file.content[to as usize] ^= 1;
+                }
             }
         });
         Ok(())

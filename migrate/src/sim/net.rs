@@ -1,6 +1,7 @@
-//! The simulated network: connections between two hosts, each direction a pipe of bounded size in which bytes keep their order and
-//! take their time. Connections overtake each other. Links fall silent and heal, connections break at any byte, come twice, and
-//! bytes are spoilt. A process that dies leaves its connections to the kernel, which closes them; a host that crashes says nothing.
+//! The simulated network: connections between two hosts, each direction a pipe of bounded size in which bytes keep
+//! their order and take their time. Connections overtake each other. Links fall silent and heal, connections break at
+//! any byte, come twice, and bytes are spoilt. A process that dies leaves its connections to the kernel, which closes
+//! them; a host that crashes says nothing.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};

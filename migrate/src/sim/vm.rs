@@ -1,7 +1,9 @@
-//! The VM: a guest that writes at the source, what each side's process does with it, and who watches that it runs at one place only.
+//! The VM: a guest that writes at the source, what each side's process does with it, and who watches that it runs at
+//! one place only.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -267,7 +269,7 @@ impl Vm {
         if self.failing.get() == Some(chore) {
             self.failing.set(None);
             world().note(|| format!("{chore:?} fails"));
-            return Err(VmError(format!("no {chore:?} today")));
+            return Err(VmError::Machine(format!("no {chore:?} today")));
         }
         Ok(())
     }
@@ -308,13 +310,31 @@ impl SourceVm for Leaving {
         Ok(())
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        self.0.fails(Chore::Save)?;
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError> {
         let random = &world().random;
         // More than a queue of messages and a connection hold, now and then.
         let bytes = if random.one_in(8) { 4_500_000 + random.below(500_000) } else { random.below(3000) };
-        *self.0.state.borrow_mut() = vec![random.next() as u8; bytes as usize];
-        Ok(self.0.state.borrow().clone())
+        let start = random.next();
+        // No part of it is like another.
+        let words =
+            (0..bytes.div_ceil(8)).map(|word| start.wrapping_add(word).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut state: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        state.truncate(bytes as usize);
+        *self.0.state.borrow_mut() = state;
+        // It takes its time, and may fail half-way.
+        let state = self.0.state.borrow();
+        let (before, behind) = state.split_at(state.len() / 2);
+        for (part, chore) in [(before, true), (behind, false)] {
+            for piece in part.chunks(1 + random.below(1 << 20) as usize) {
+                pause(world().delay(VM_STEP));
+                let written = to.write_all(piece);
+                written.map_err(|source| VmError::Io { doing: "writing its state", source })?;
+            }
+            if chore {
+                self.0.fails(Chore::Save)?;
+            }
+        }
+        Ok(())
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -339,10 +359,24 @@ pub(crate) struct Coming {
 }
 
 impl TargetVm for Coming {
-    fn load(&mut self, state: &[u8]) -> Result<(), VmError> {
+    fn load(&mut self, state: &mut dyn Read) -> Result<(), VmError> {
         self.vm.fails(Chore::Load)?;
-        assert!(state == *self.vm.state.borrow(), "the state is not what was saved");
-        Ok(())
+        let (mut at, mut bytes) = (0, vec![0; 100_000]);
+        loop {
+            pause(world().delay(VM_STEP / 10));
+            let read = state.read(&mut bytes);
+            let count = read.map_err(|source| VmError::Io { doing: "reading its state", source })?;
+            let saved = self.vm.state.borrow();
+            let rest = saved.get(at..).unwrap_or_default();
+            assert!(
+                if count == 0 { rest.is_empty() } else { rest.starts_with(&bytes[..count]) },
+                "the state is not what was saved"
+            );
+            if count == 0 {
+                return Ok(());
+            }
+            at += count;
+        }
     }
 
     fn start(&mut self, paused: bool) -> Result<(), VmError> {

@@ -1,8 +1,9 @@
-//! One simulated world: a clock, processes with threads in them, and what happens when. All of it on one thread of the test, so the same
-//! seed gives the same run.
+//! One simulated world: a clock, processes with threads in them, and what happens when. All of it on one thread of the
+//! test, so the same seed gives the same run.
 //!
-//! A simulated thread is a coroutine. It runs until it waits for something; then the next one that can go on is drawn by lot. When
-//! none can, the clock jumps to the next event. A process that is killed has its threads unwound from where they wait.
+//! A simulated thread is a coroutine. It runs until it waits for something; then the next one that can go on is drawn
+//! by lot. When none can, the clock jumps to the next event. A process that is killed has its threads unwound from
+//! where they wait.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};

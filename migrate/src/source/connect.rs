@@ -8,15 +8,15 @@ use super::error::SendError;
 use super::options::SourceOptions;
 use crate::cancel::{CancelFlag, is_cancelled};
 use crate::hello::{OpeningError, read_opening, write_opening};
-use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, patience};
+use crate::limits::{ACCEPT_LIMIT, CANCEL_POLL, CONNECT_LIMIT, scaled_for_tests};
 use crate::outside::{Instant, StdStream, on_own_thread};
 use crate::resolve::{self, ReachError};
 use crate::session::SessionId;
 use crate::versions::highest_common;
 use crate::wait::Wait;
 use crate::wire::opening::{
-    Answer, Hello, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, Preamble, RefuseKind, SessionHello, StreamHello,
-    is_name,
+    Answer, Hello, MAX_MEMORY_BYTES, MAX_OFFER, MAX_STREAMS, NAME_MAX, Preamble, RefuseKind, SessionHello,
+    StreamHello, is_name,
 };
 use crate::wire::{VERSIONS, WireError, none_in_common};
 
@@ -26,6 +26,8 @@ pub(crate) struct Connected {
     pub(crate) session: SessionId,
     /// RAM that the VM gets there.
     pub(crate) ram_bytes: u64,
+    /// What is spoken.
+    pub(crate) version: u16,
     pub(crate) control: StdStream,
     pub(crate) streams: Vec<StdStream>,
 }
@@ -34,7 +36,7 @@ fn check(options: &SourceOptions, memory_bytes: u64) -> Result<(), SendError> {
     let wrong = |text: String| Err(SendError::Options(text));
     if !is_name(&options.name) {
         return wrong(format!(
-            "{:?} is no name of a VM: letters, digits, and ._- behind the first",
+            "{:?} is no name of a VM: 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not a dot first",
             options.name
         ));
     }
@@ -66,7 +68,7 @@ pub(crate) fn connect(
     let link = |during| move |source| SendError::Link { during, source };
     let session = SessionId::random().map_err(link("choosing a session"))?;
     waits(Wait::Connect);
-    let mut control = reach(options, patience(CONNECT_LIMIT), cancel)?;
+    let mut control = reach(options, scaled_for_tests(CONNECT_LIMIT), cancel)?;
     let hello = Hello::Session(SessionHello {
         versions: VERSIONS,
         session,
@@ -79,21 +81,21 @@ pub(crate) fn connect(
     });
     write_opening(&mut control, &hello.encode()).map_err(link("offering the VM"))?;
     waits(Wait::Accept);
-    let ram_bytes = accepted(&mut control, cancel)?;
+    let (ram_bytes, version) = accepted(&mut control, cancel)?;
     waits(Wait::Connect);
     let mut streams = Vec::new();
     for index in 0..options.streams {
-        let mut stream = reach(options, patience(CONNECT_LIMIT), cancel)?;
+        let mut stream = reach(options, scaled_for_tests(CONNECT_LIMIT), cancel)?;
         let hello = Hello::Stream(StreamHello { session, index });
         write_opening(&mut stream, &hello.encode()).map_err(link("opening the streams"))?;
         streams.push(stream);
     }
-    Ok(Connected { session, ram_bytes, control, streams })
+    Ok(Connected { session, ram_bytes, version, control, streams })
 }
 
-/// Waits for the target's answer: the RAM that the VM gets.
-fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendError> {
-    let opened = read_opening(control, patience(ACCEPT_LIMIT), || is_cancelled(cancel));
+/// Waits for the target's answer: the RAM that the VM gets, and the version that is spoken.
+fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<(u64, u16), SendError> {
+    let opened = read_opening(control, scaled_for_tests(ACCEPT_LIMIT), || is_cancelled(cancel));
     let answer = opened.and_then(|(preamble, body)| {
         let theirs = Preamble::open(&preamble).map_err(OpeningError::Wire)?.versions().clone();
         Ok((Answer::decode(&preamble, &body).map_err(OpeningError::Wire)?, theirs))
@@ -102,10 +104,11 @@ fn accepted(control: &mut StdStream, cancel: &CancelFlag) -> Result<u64, SendErr
     match answer {
         Ok((Answer::Accepted { ram_bytes, version }, _)) => {
             tracing::debug!(version, "the target takes the VM");
-            Ok(ram_bytes)
+            Ok((ram_bytes, version))
         }
         Ok((Answer::Refused { kind, text }, theirs)) => Err(match kind {
-            // Every refusal carries its sender's versions. A target of one exact version does not name ours in its text.
+            // Every refusal carries its sender's versions. A target of one exact version does not name ours in its
+            // text.
             RefuseKind::Version if highest_common(&VERSIONS, &theirs).is_none() => other_version(theirs),
             RefuseKind::Version => SendError::Version(text),
             RefuseKind::NameTaken => SendError::NameTaken(text),

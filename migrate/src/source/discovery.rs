@@ -1,25 +1,28 @@
 //! How long to watch what the VM writes before it moves on: values in, decisions out.
 //!
-//! The target places pages by heat, and a source knows heat by 2 MiB blocks at first. If the blocks that are warm fit into the VM's RAM at the
-//! target, nothing more need be known. If they do not, only some of their pages are in use, and the scans for written pages
-//! find out which: as long as they find new ones, the guest has not been once around what it uses.
+//! The target places pages by heat, and at first a source knows heat only by 2 MiB blocks. If the warm blocks fit into
+//! the RAM that the VM gets at the target, nothing more need be known. If they do not, only some of their pages are in
+//! use, and the scans for dirty pages find out which. As long as the scans find new pages, the guest has not been once
+//! around all that it uses; a target that knew no more would keep the wrong pages in RAM.
 //!
-//! How long a guest takes for that is known to nobody, so *lately* is a share of the time since tracking began: a guest that goes around in
-//! half a second is watched for less than one, one that takes 15 s for 20.
+//! Nobody knows how long a guest takes for one time around. Therefore *lately* is a share of the time since tracking
+//! began: a guest that goes around in half a second is watched for less than one second, a guest that takes 15 s for
+//! 20.
 
 use std::time::Duration;
 
-use super::order::hot_room;
+use super::hot_room::hot_room;
 
 /// The last one of so many parts of the time since tracking began is lately.
 const LATELY_PARTS: u32 = 4;
 /// The guest has been everywhere if lately one page in so many of those that are known was found, or fewer.
 const KNOWN_PER_NEW: u64 = 50;
-/// What is found does not matter if one page in so many of the target's RAM would be found in all the time there is, or fewer: no VM is quite idle.
+/// No VM is quite idle. What the scans find does not matter if in all the time there is they would find no more than
+/// one page in so many of the target's RAM.
 const ROOM_PER_NEW: u64 = 50;
 
-/// Nothing is scattered if of the blocks that have written pages so large a share is known to be written, or more: then what fits 3/4 of the target's RAM
-/// takes blocks that fit the room for hot pages.
+/// If so large a share of the pages in dirty blocks is known to be dirty, or more, the guest's pages do not lie
+/// scattered: then the blocks of a working set that fits 3/4 of the target's RAM also fit its room for hot pages.
 const DENSE_SHARE: f64 = 7.0 / 8.0;
 
 /// What is known of the VM and of the target, in pages.
@@ -31,9 +34,9 @@ pub(crate) struct Stakes {
     pub(crate) room: u64,
     /// Pages that are not cold, by all that is known.
     pub(crate) warm: u64,
-    /// Pages of the blocks of which some are known to be written.
+    /// Pages of the blocks in which any page is known to be dirty.
     pub(crate) around: u64,
-    /// How long may be watched altogether.
+    /// How long the VM may be watched altogether.
     pub(crate) most: Duration,
 }
 
@@ -57,7 +60,7 @@ impl Discovery {
         self.scans.last().map_or(0, |(_, known)| *known)
     }
 
-    /// Pages found since then, or since the scan before, and when that was.
+    /// Pages found since `then`, or since the last scan before it; and the time from which they count.
     fn found_since(&self, then: Duration) -> (u64, Duration) {
         let before = self.scans.partition_point(|(at, _)| *at <= then);
         let (at, known) = before.checked_sub(1).map_or_else(Default::default, |scan| self.scans[scan]);

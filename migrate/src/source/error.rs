@@ -90,14 +90,15 @@ impl SendError {
 }
 
 impl From<SessionError> for SendError {
-    fn from(trouble: SessionError) -> SendError {
-        match trouble {
+    fn from(error: SessionError) -> SendError {
+        match error {
             SessionError::Link { during, source } => SendError::Link { during, source },
             SessionError::Peer(text) => SendError::Peer(text),
             SessionError::GaveUp(text) => SendError::GaveUp(text),
             SessionError::Cancelled => SendError::Cancelled,
             SessionError::Engine(error) => SendError::Engine(error),
             SessionError::Memory(source) => SendError::Link { during: "opening the store", source },
+            SessionError::Spool { .. } => unreachable!("only a target keeps a state"),
             SessionError::Unable(text) => SendError::Options(text),
         }
     }

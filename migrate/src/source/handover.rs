@@ -1,7 +1,7 @@
 //! The hand-over at the source: stop, send the rest, and let go, in two phases.
 //!
 //! ```text
-//!   name given up ──▶ paused ──▶ prepared there ──▶ commit sent ──▶ running there
+//!   name given up ──▶ stopped ──▶ prepared there ──▶ commit sent ──▶ running there
 //!        ▲             │               │                │
 //!        └── resumed ──┴───────────────┘                ▼ link lost
 //!        └──────────── not there, burned ◀──────── in doubt: asked ───▶ running there
@@ -14,25 +14,56 @@ use std::time::Duration;
 
 use swapd::Placed;
 
+use super::copying::Converged;
+use super::downtime::{missed, stood_too_long};
 use super::error::SendError;
-use super::moving::{Failed, Moving, said};
-use super::pace::Standing;
+use super::rounds::Rounds;
+use super::session::{Failed, Session};
+use super::state_sink::{self, Unsent};
+use super::steps::{Step, TargetTimes, milliseconds};
 use crate::cancel::is_cancelled;
 use crate::limits::{
-    CANCEL_POLL, PLACEMENT_LIMIT, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT, patience,
+    CANCEL_POLL, PLACEMENT_LIMIT, RESOLVE_EVERY, RESOLVE_LIMIT, RUNNING_LIMIT, SILENCE_LIMIT,
+    scaled_for_tests,
 };
 use crate::link::error::SessionError;
 use crate::outside::{Instant, pause, planted, timeout, timeout_at};
-use crate::progress::Phase;
 use crate::registry::Outcome;
-use crate::report::{DowntimeParts, Placement, Report};
+use crate::report::{Placement, Report};
 use crate::resolve::resolve;
 use crate::vm::VmError;
 use crate::wait::Wait;
-use crate::wire::control::{Control, MAX_STATE_BYTES, state_parts};
+use crate::wire::control::Control;
+
+/// The VM stands still here, and can be resumed at any time.
+pub(super) struct Stopped<'a> {
+    converged: Converged<'a>,
+    /// When it was asked to stop.
+    at: Instant,
+    target: TargetTimes,
+}
+
+/// The VM stands still here, and is complete at the target, which may not start it yet.
+pub(super) struct Prepared<'a> {
+    stopped: Stopped<'a>,
+    placed: Placed,
+}
+
+/// The commit was sent, and nothing was heard of it: the VM may run at the target.
+struct InDoubt<'a> {
+    stopped: Stopped<'a>,
+}
+
+/// The VM runs at the target.
+pub(super) struct Committed<'a> {
+    stopped: Stopped<'a>,
+    /// What the target has told; nothing if its host was asked later.
+    placed: Option<Placed>,
+    downtime: Duration,
+}
 
 /// What became of a commit.
-enum Committed {
+enum CommitOutcome {
     Running {
         downtime: Duration,
     },
@@ -41,206 +72,268 @@ enum Committed {
     Unknown,
 }
 
-pub(super) fn run(moving: &mut Moving<'_, '_>, standing: &Standing) -> Result<Report, Failed> {
-    let stopped_at = Instant::now();
-    let paused = moving.vm.pause();
-    // Not before: it would write at full speed once more.
-    moving.set_throttle(0);
-    let mut parts = DowntimeParts { stop_ms: milliseconds(stopped_at.elapsed()), ..DowntimeParts::default() };
-    if let Err(error) = paused {
-        // It may have been paused half-way.
-        return Err(resume(moving, said(moving, error)));
-    }
-    let prepared = in_time(moving, stopped_at).and_then(|()| prepare(moving, stopped_at, &mut parts));
-    let placed = prepared.map_err(|failed| resume(moving, failed))?;
-    // The last moment at which it is certain that the VM runs nowhere else.
-    let here = moving.rounds.guard.check("handing over");
-    let certain = moving.checked(here).and_then(|()| in_time(moving, stopped_at));
-    certain.map_err(|failed| resume(moving, failed))?;
-    moving.vm.may_start_there();
-    match commit(moving, stopped_at, &mut parts) {
-        Committed::Running { downtime } => {
-            let placement = placement(moving);
-            let report = report(moving, Some(placed), downtime);
-            let missed = missed(moving, standing, downtime, &parts);
-            Ok(Report { placement, downtime_parts: Some(parts), downtime_missed: missed, ..report })
-        }
-        Committed::NotStarted(text) => Err(take_back(moving, SessionError::GaveUp(text))),
-        Committed::Unknown if planted!(ResumesAfterTheCommit) => {
-            Err(take_back(moving, SessionError::Cancelled))
-        }
-        Committed::Unknown => match ask(moving) {
-            Some(Outcome::RunningThere) => {
-                let downtime = stopped_at.elapsed();
-                let missed = (downtime > moving.options.downtime_target)
-                    .then(|| "the link broke during the hand-over".to_string());
-                Ok(Report { downtime_missed: missed, ..report(moving, None, downtime) })
-            }
-            Some(Outcome::NotThere) => {
-                let source = std::io::ErrorKind::ConnectionAborted.into();
-                Err(take_back(moving, SessionError::Link { during: "handing over", source }))
-            }
-            None => Err(Failed::Said(SendError::InDoubt {
-                session: moving.session,
-                to: moving.options.to.clone(),
-            })),
-        },
-    }
-}
-
-/// Whether the VM may stand still for longer. Before the commit it need not.
-fn in_time(moving: &Moving<'_, '_>, stopped_at: Instant) -> Result<(), Failed> {
-    match moving.options.max_downtime {
-        Some(max) if stopped_at.elapsed() > max => Err(stood_too_long(moving, max)),
-        _ => Ok(()),
-    }
-}
-
-fn stood_too_long(moving: &Moving<'_, '_>, max: Duration) -> Failed {
-    let max_ms = max.as_millis();
-    let text =
-        format!("it has stood still for the {max_ms} ms that --max-downtime allows, and is not there yet");
-    refrain(moving, text)
-}
-
-/// The VM is not stopped: it would stand still for too long.
-pub(super) fn too_long(moving: &Moving<'_, '_>, standing: &Standing) -> Failed {
-    let max_ms = moving.options.max_downtime.unwrap_or_default().as_millis();
-    let expected_ms = standing.expected().as_millis();
-    let text = format!(
-        "it would stand still for about {expected_ms} ms, where --max-downtime allows {max_ms} ms: {}",
-        did_not_fit(moving, standing)
-    );
-    refrain(moving, text)
-}
-
-fn refrain(moving: &Moving<'_, '_>, text: String) -> Failed {
-    moving.rounds.guard.failed(SessionError::Unable(text.clone()));
-    Failed::Said(SendError::Downtime(text))
-}
-
-/// How things stood when no further round was allowed.
-fn did_not_fit(moving: &Moving<'_, '_>, standing: &Standing) -> String {
-    let megabytes = |pages: f64| pages * swapd::PAGE_SIZE as f64 / 1e6;
-    let held_back = match (moving.options.max_throttle, standing.throttle) {
-        (0, _) => " (--no-throttle)".to_string(),
-        (_, 0) => String::new(),
-        (_, percent) => format!(" held back by {percent} %"),
-    };
-    format!(
-        "after {} rounds (--max-rounds) {:.1} MB were left to send; the guest writes {:.1} MB/s{held_back}, the link carries {:.1} MB/s",
-        standing.rounds,
-        megabytes(standing.left_pages as f64),
-        megabytes(standing.written_per_s),
-        megabytes(standing.sent_per_s),
-    )
-}
-
-/// Why the downtime was more than it should be, if it was.
-fn missed(
-    moving: &Moving<'_, '_>,
-    standing: &Standing,
-    downtime: Duration,
-    parts: &DowntimeParts,
-) -> Option<String> {
-    let target = moving.options.downtime_target;
-    if downtime <= target {
-        return None;
-    }
-    let expected = standing.expected();
-    if standing.rounds >= moving.options.max_rounds && expected > target {
-        return Some(did_not_fit(moving, standing));
-    }
-    let (part, took) = parts.named().into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("there are parts");
-    Some(format!("{} ms were expected; the longest part was {part}, {took:.1} ms", expected.as_millis()))
-}
-
-/// From a paused VM to one that is complete at the target.
-fn prepare(
-    moving: &mut Moving<'_, '_>,
-    stopped_at: Instant,
-    parts: &mut DowntimeParts,
-) -> Result<Placed, Failed> {
-    let began = Instant::now();
-    let state = moving.vm.save().map_err(|error| said(moving, error))?;
-    // It may be more than was expected.
-    if let Some(error) = too_large(state.len() as u64) {
-        return Err(said(moving, error));
-    }
-    parts.state_ms = milliseconds(began.elapsed());
-    in_time(moving, stopped_at)?;
-    let rounds = &mut moving.rounds;
-    let work = async {
-        let began = Instant::now();
-        for part in state_parts(&state) {
-            let sent = rounds.control.outbox().send(part);
-            rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, sent).await?;
-        }
-        rounds.last().await?;
-        parts.pages_ms = milliseconds(began.elapsed());
-        let began = Instant::now();
-        // Behind a large state the queue may be full, and the link silent.
-        let word = rounds.control.outbox().send(Control::Final(rounds.ship.totals()));
-        rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
-        match rounds.hear(Wait::Prepared).await? {
-            Control::Prepared { placed, took } => {
-                let [place, load] = took.map(Duration::from);
-                (parts.place_ms, parts.load_ms) = (milliseconds(place), milliseconds(load));
-                parts.link_ms = milliseconds(began.elapsed().saturating_sub(place + load));
-                Ok(placed)
-            }
-            other => Err(SessionError::Peer(format!("{other:?} instead of a word that it is prepared"))),
-        }
-    };
-    let max = moving.options.max_downtime;
-    let prepared = moving.runtime.block_on(async {
-        match max {
-            Some(max) => timeout_at(stopped_at + max, work).await.ok(),
-            None => Some(work.await),
-        }
-    });
-    match prepared {
-        Some(prepared) => moving.checked(prepared),
-        None => Err(stood_too_long(moving, max.unwrap_or_default())),
-    }
-}
-
-/// After this, the VM may run there.
-fn commit(moving: &mut Moving<'_, '_>, stopped_at: Instant, parts: &mut DowntimeParts) -> Committed {
-    moving.rounds.enter(Phase::HandOver);
-    let paused = moving.vm.stood_still();
-    let (runtime, rounds) = (moving.runtime, &mut moving.rounds);
-    rounds.waits(Some(Wait::Running));
-    let began = Instant::now();
-    let limit = began + patience(RUNNING_LIMIT);
-    runtime.block_on(async {
-        // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
-        let session_state = rounds.guard.session_state.clone();
-        let outbox = rounds.control.outbox().clone();
-        let word = session_state.unless_failed(async {
-            outbox.send(Control::Commit { paused }).await;
-            rounds.control.next().await
+impl<'a> Converged<'a> {
+    /// Stops the VM: the downtime begins.
+    ///
+    /// # Errors
+    /// The VM stays here as it was, and runs.
+    pub(super) fn stop(self) -> Result<Stopped<'a>, SendError> {
+        let mut converged = self;
+        let at = Instant::now();
+        let paused = converged.copying.session.step(Step::Stop, |session| {
+            let paused = session.vm.pause();
+            paused.map_err(|error| session.vm_failed(error))
         });
-        match timeout_at(limit, word).await {
-            Ok(Some(Control::Running { took })) => {
-                let [record, start] = took.map(Duration::from);
-                (parts.record_ms, parts.start_ms) = (milliseconds(record), milliseconds(start));
-                parts.link_ms += milliseconds(began.elapsed().saturating_sub(record + start));
-                Committed::Running { downtime: stopped_at.elapsed() }
-            }
-            Ok(Some(Control::NotStarted(text))) => Committed::NotStarted(text),
-            _ => Committed::Unknown,
+        // Not before the VM stands still: it would write at full speed once more.
+        converged.copying.set_throttle(0);
+        let stopped = Stopped { converged, at, target: TargetTimes::default() };
+        match paused {
+            Ok(()) => Ok(stopped),
+            // A VM that could not be paused may have been paused half-way.
+            Err(failed) => Err(stopped.resume(failed)),
         }
-    })
+    }
+}
+
+impl<'a> Stopped<'a> {
+    /// The VM does not leave after all, and runs on.
+    fn resume(self, failed: Failed) -> SendError {
+        let Converged { copying, .. } = self.converged;
+        let failed = match copying.session.vm.resume() {
+            Ok(()) => failed,
+            // What keeps such a machine from moving keeps it from going on: it sleeps, or has failed.
+            Err(error) if matches!(failed, Failed::Said(SendError::Vm(VmError::CannotMove(_)))) => {
+                tracing::info!(%error, "it stands still as it did before");
+                failed
+            }
+            Err(error) => copying.session.vm_failed(VmError::NotResumed(Box::new(error))),
+        };
+        copying.stay(failed)
+    }
+
+    /// From a VM that stands still to one that is complete at the target.
+    ///
+    /// # Errors
+    /// The VM stays here as it was, and runs.
+    pub(super) fn prepare(mut self) -> Result<Prepared<'a>, SendError> {
+        match self.send_the_rest() {
+            Ok(placed) => Ok(Prepared { stopped: self, placed }),
+            Err(failed) => Err(self.resume(failed)),
+        }
+    }
+
+    fn send_the_rest(&mut self) -> Result<Placed, Failed> {
+        self.in_time()?;
+        let at = self.at;
+        self.session_mut().step(Step::SaveState, |session| {
+            state_sink::save(session, at).map_err(|unsent| match unsent {
+                Unsent::Vm(error) => session.vm_failed(error),
+                Unsent::Session(error) => {
+                    session.rounds.guard.failed(error);
+                    Failed::Session
+                }
+                Unsent::TooLong => stood_too_long(session, session.options.max_downtime.unwrap_or_default()),
+            })
+        })?;
+        self.in_time()?;
+        self.before_deadline(Step::LastPages, async |rounds| rounds.last().await)?;
+        let (placed, took) = self.before_deadline(Step::Prepare, async |rounds| {
+            // Behind a large state the queue may be full, and the link silent.
+            let word = rounds.control.outbox().send(Control::Final(rounds.sent.totals()));
+            rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
+            match rounds.receive_word(Wait::Prepared).await? {
+                Control::Prepared { placed, took } => Ok((placed, took)),
+                other => Err(SessionError::Peer(format!("{other:?} instead of a word that it is prepared"))),
+            }
+        })?;
+        [self.target.place, self.target.load] = took.map(Duration::from);
+        Ok(placed)
+    }
+
+    /// A step that ends when the VM has stood still for as long as it may.
+    fn before_deadline<T>(
+        &mut self,
+        step: Step,
+        work: impl AsyncFnOnce(&mut Rounds<'a>) -> Result<T, SessionError>,
+    ) -> Result<T, Failed> {
+        let (at, max) = (self.at, self.session().options.max_downtime);
+        self.session_mut().step(step, |session| {
+            let work = work(&mut session.rounds);
+            let done = session.runtime.block_on(async {
+                match max {
+                    Some(max) => timeout_at(at + max, work).await.map_err(|_| max),
+                    None => Ok(work.await),
+                }
+            });
+            match done {
+                Ok(result) => session.checked(result),
+                Err(max) => Err(stood_too_long(session, max)),
+            }
+        })
+    }
+
+    /// Whether the VM may stand still for longer. Before the commit it need not.
+    fn in_time(&self) -> Result<(), Failed> {
+        match self.session().options.max_downtime {
+            Some(max) if self.at.elapsed() > max => Err(stood_too_long(self.session(), max)),
+            _ => Ok(()),
+        }
+    }
+
+    fn session(&self) -> &Session<'a> {
+        &self.converged.copying.session
+    }
+
+    fn session_mut(&mut self) -> &mut Session<'a> {
+        &mut self.converged.copying.session
+    }
+}
+
+impl<'a> Prepared<'a> {
+    /// Hands the VM over. From here on it may run there, until the target's word says otherwise.
+    ///
+    /// # Errors
+    /// The VM stays here as it was, and runs. Only in doubt it stays paused.
+    pub(super) fn commit(self) -> Result<Committed<'a>, SendError> {
+        let Prepared { mut stopped, placed } = self;
+        // The last moment at which it is certain that the VM runs nowhere else.
+        let here = stopped.session().rounds.guard.check("handing over");
+        if let Err(failed) = stopped.session().checked(here).and_then(|()| stopped.in_time()) {
+            return Err(stopped.resume(failed));
+        }
+        stopped.session_mut().vm.may_start_there();
+        match stopped.send_commit() {
+            CommitOutcome::Running { downtime } => Ok(Committed { stopped, placed: Some(placed), downtime }),
+            // Said as it is: the session's `SessionState` knows only that the link broke.
+            CommitOutcome::NotStarted(text) => Err(stopped.resume(said(SessionError::GaveUp(text)))),
+            CommitOutcome::Unknown if planted!(ResumesAfterTheCommit) => {
+                Err(stopped.resume(said(SessionError::Cancelled)))
+            }
+            CommitOutcome::Unknown => InDoubt { stopped }.resolve(),
+        }
+    }
+}
+
+impl<'a> Stopped<'a> {
+    fn send_commit(&mut self) -> CommitOutcome {
+        let (at, mut told) = (self.at, TargetTimes::default());
+        let outcome = self.session_mut().step(Step::Commit, |session| {
+            let paused = session.vm.stood_still();
+            let rounds = &mut session.rounds;
+            rounds.waits(Some(Wait::Running));
+            let limit = Instant::now() + scaled_for_tests(RUNNING_LIMIT);
+            Ok(session.runtime.block_on(async {
+                // A cancel comes too late, and a broken link shows in the time limit or in the session's failure.
+                let session_state = rounds.guard.session_state.clone();
+                let outbox = rounds.control.outbox().clone();
+                let word = session_state.unless_failed(async {
+                    outbox.send(Control::Commit { paused }).await;
+                    rounds.control.next().await
+                });
+                match timeout_at(limit, word).await {
+                    Ok(Some(Control::Running { took })) => {
+                        [told.record, told.start] = took.map(Duration::from);
+                        CommitOutcome::Running { downtime: at.elapsed() }
+                    }
+                    Ok(Some(Control::NotStarted(text))) => CommitOutcome::NotStarted(text),
+                    _ => CommitOutcome::Unknown,
+                }
+            }))
+        });
+        self.target = TargetTimes { record: told.record, start: told.start, ..self.target };
+        outcome.unwrap_or(CommitOutcome::Unknown)
+    }
+}
+
+impl<'a> InDoubt<'a> {
+    /// Asks the target's host what became of the session, which makes the answer final.
+    ///
+    /// # Errors
+    /// It is not there, so the VM runs on here; or nobody knows, so it stays paused.
+    fn resolve(self) -> Result<Committed<'a>, SendError> {
+        let InDoubt { mut stopped } = self;
+        let outcome = stopped.session_mut().step(Step::Resolve, |session| Ok(ask(session)));
+        match outcome {
+            Ok(Some(Outcome::RunningThere)) => {
+                let downtime = stopped.at.elapsed();
+                Ok(Committed { stopped, placed: None, downtime })
+            }
+            Ok(Some(Outcome::NotThere)) => {
+                let source = std::io::ErrorKind::ConnectionAborted.into();
+                Err(stopped.resume(said(SessionError::Link { during: "handing over", source })))
+            }
+            // Neither resumed nor named: it may run there.
+            Ok(None) | Err(_) => {
+                let session = stopped.converged.copying.session;
+                let error = SendError::InDoubt { session: session.id, to: session.options.to.clone() };
+                Err(session.fail(Failed::Said(error)))
+            }
+        }
+    }
+}
+
+impl Committed<'_> {
+    /// Ends the session, and says how the migration was.
+    pub(super) fn finish(mut self) -> Report {
+        let placement = self.placement();
+        let Committed { stopped, placed, downtime } = self;
+        let Stopped { converged: Converged { copying, standing }, target, .. } = stopped;
+        let (session, counts) = (copying.session, placed.unwrap_or_default());
+        let parts = placed.map(|_| session.times.downtime_parts(&target));
+        let report = Report {
+            name: session.options.name.clone(),
+            session: session.id,
+            bytes_total: session.rounds.memory_bytes(),
+            bytes_sent: session.rounds.guard.session_state.bytes_sent(),
+            rounds: session.rounds.round as u32,
+            duration_ms: milliseconds(session.started.elapsed()),
+            downtime_ms: milliseconds(downtime),
+            downtime_target_ms: milliseconds(session.options.downtime_target),
+            downtime_parts: parts,
+            downtime_missed: missed(&session, &standing, downtime, parts.as_ref()),
+            pages_ram: counts.pages_ram,
+            pages_store: counts.pages_store,
+            pages_zero: counts.pages_zero,
+            pages_lost: session.rounds.sent.totals().poisoned,
+            pageins_during: counts.pageins,
+            pageouts_during: counts.pageouts,
+            throttle_max_percent: copying.throttle_max,
+            resolved_later: placed.is_none(),
+            placement,
+        };
+        session.end();
+        report
+    }
+
+    /// Waits for the target's check of the placement. The VM runs there already, so a check that fails is no failure of
+    /// the migration.
+    fn placement(&mut self) -> Option<Placement> {
+        if self.placed.is_none() || !self.stopped.session().options.check_placement {
+            return None;
+        }
+        let looked = self.stopped.session_mut().step(Step::CheckPlacement, |session| {
+            let rounds = &mut session.rounds;
+            rounds.waits(Some(Wait::Placement));
+            Ok(session.runtime.block_on(async {
+                let session_state = rounds.guard.session_state.clone();
+                let word = session_state.unless_failed(rounds.control.next());
+                match timeout(PLACEMENT_LIMIT, word).await {
+                    Ok(Some(Control::Placement(placement))) => Some(placement),
+                    _ => None,
+                }
+            }))
+        });
+        looked.unwrap_or_default()
+    }
 }
 
 /// Asks the target's daemon until it answers, for a bounded time. A cancel ends only the asking.
-fn ask(moving: &mut Moving<'_, '_>) -> Option<Outcome> {
-    moving.rounds.waits(Some(Wait::Resolve));
-    let deadline = Instant::now() + patience(RESOLVE_LIMIT);
-    let enough = || Instant::now() >= deadline || is_cancelled(moving.rounds.guard.cancel);
+fn ask(session: &mut Session<'_>) -> Option<Outcome> {
+    session.rounds.waits(Some(Wait::Resolve));
+    let deadline = Instant::now() + scaled_for_tests(RESOLVE_LIMIT);
+    let enough = || Instant::now() >= deadline || is_cancelled(session.rounds.guard.cancel);
     loop {
-        match resolve(&moving.options.to, &moving.options.security, moving.session) {
+        match resolve(&session.options.to, &session.options.security, session.id) {
             Ok(outcome) => return Some(outcome),
             Err(error) => tracing::debug!(%error, "the outcome is not known yet"),
         }
@@ -254,71 +347,6 @@ fn ask(moving: &mut Moving<'_, '_>) -> Option<Outcome> {
     }
 }
 
-/// The VM runs there; how much of what it touches is in RAM is a bonus.
-fn placement(moving: &mut Moving<'_, '_>) -> Option<Placement> {
-    if !moving.options.check_placement {
-        return None;
-    }
-    let rounds = &mut moving.rounds;
-    rounds.enter(Phase::Checking);
-    rounds.waits(Some(Wait::Placement));
-    moving.runtime.block_on(async {
-        let session_state = rounds.guard.session_state.clone();
-        let word = session_state.unless_failed(rounds.control.next());
-        match timeout(PLACEMENT_LIMIT, word).await {
-            Ok(Some(Control::Placement(placement))) => Some(placement),
-            _ => None,
-        }
-    })
-}
-
-/// The VM did not leave after all.
-fn take_back(moving: &mut Moving<'_, '_>, trouble: SessionError) -> Failed {
-    // Said as it is: the session's `SessionState` knows only that the link broke.
-    resume(moving, Failed::Said(trouble.into()))
-}
-
-fn resume(moving: &mut Moving<'_, '_>, failed: Failed) -> Failed {
-    match moving.vm.resume() {
-        Ok(()) => failed,
-        Err(error) => said(moving, VmError(format!("it could not be resumed: {error}"))),
-    }
-}
-
-/// Why a state of so many bytes cannot move.
-pub(super) fn too_large(state_bytes: u64) -> Option<VmError> {
-    (state_bytes > MAX_STATE_BYTES as u64).then(|| {
-        VmError(format!(
-            "its vCPUs and devices have {state_bytes} bytes of state, and at most {MAX_STATE_BYTES} can move"
-        ))
-    })
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
-}
-
-fn report(moving: &Moving<'_, '_>, placed: Option<Placed>, downtime: Duration) -> Report {
-    let counts = placed.unwrap_or_default();
-    Report {
-        name: moving.options.name.clone(),
-        session: moving.session,
-        bytes_total: moving.rounds.ship.handle.memory_bytes(),
-        bytes_sent: moving.rounds.guard.session_state.bytes_sent(),
-        rounds: moving.rounds.round as u32,
-        duration_ms: milliseconds(moving.started.elapsed()),
-        downtime_ms: milliseconds(downtime),
-        downtime_target_ms: milliseconds(moving.options.downtime_target),
-        downtime_parts: None,
-        downtime_missed: None,
-        pages_ram: counts.pages_ram,
-        pages_store: counts.pages_store,
-        pages_zero: counts.pages_zero,
-        pages_lost: moving.rounds.ship.totals().poisoned,
-        pageins_during: counts.pageins,
-        pageouts_during: counts.pageouts,
-        throttle_max_percent: moving.throttle_max,
-        resolved_later: placed.is_none(),
-        placement: None,
-    }
+fn said(error: SessionError) -> Failed {
+    Failed::Said(error.into())
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::tls::Security;
 
-/// Where a VM is to move, and how. What is outside its limits ends the move before it begins
+/// Where a VM is to move, and how. An option outside its limits ends the move before it begins
 /// ([`SendError::Options`](crate::SendError::Options)).
 #[derive(Clone, Debug)]
 pub struct SourceOptions {

@@ -1,4 +1,4 @@
-//! Sends a data stream's parcels, one after the other.
+//! Sends what a data stream is given, one after the other.
 
 use std::io;
 use std::rc::Rc;
@@ -7,43 +7,44 @@ use swapd::Run;
 use tokio::sync::mpsc;
 use tokio_uring::buf::BoundedBuf;
 
-use super::send_state::{Outgoing, SendState};
+use super::record;
+use super::streams::{Outgoing, SendState};
 use crate::link::error::SessionError;
 use crate::outside::TcpStream;
 use crate::wire::control::{round_end, sealed};
 use crate::wire::extents;
 use crate::wire::record::{Header, Kind, MAX_RECORD_RUNS, Sequence};
 
-/// Runs until nobody has parcels any more, or the link breaks.
+/// Runs until nobody can give it anything any more, or the link breaks.
 pub(crate) async fn run(
-    ship: Rc<SendState>,
+    state: Rc<SendState>,
     stream: usize,
     socket: TcpStream,
     mut sequence: Sequence,
-    mut parcels: mpsc::Receiver<Outgoing>,
+    mut outgoing: mpsc::Receiver<Outgoing>,
 ) {
-    let lane = &ship.lanes[stream];
-    while let Some(parcel) = parcels.recv().await {
-        let result = match parcel {
-            Outgoing::Pages(mut record) => {
-                let region = record.seal(&mut sequence);
-                let result = write(&socket, region, &ship).await;
-                lane.count(Kind::Pages, u64::from(record.pages()));
-                lane.give_back(record);
+    let stream = &state.streams[stream];
+    while let Some(next) = outgoing.recv().await {
+        let result = match next {
+            Outgoing::Pages(mut buffer) => {
+                let region = record::seal(&mut buffer, &mut sequence);
+                let result = write(&socket, region, &state).await;
+                stream.count(Kind::Pages, u64::from(buffer.pages()));
+                stream.give_back(buffer);
                 result
             }
             Outgoing::Bare(kind, runs) => {
                 let pages: u32 = runs.iter().map(|run| run.len).sum();
-                let result = write(&socket, bare(kind, &runs, &mut sequence), &ship).await;
-                lane.count(kind, u64::from(pages));
+                let result = write(&socket, bare(kind, &runs, &mut sequence), &state).await;
+                stream.count(kind, u64::from(pages));
                 result
             }
             Outgoing::RoundEnd { round, last } => {
-                write(&socket, round_end(round, lane.totals.get(), last, &mut sequence), &ship).await
+                write(&socket, round_end(round, stream.totals.get(), last, &mut sequence), &state).await
             }
         };
         if let Err(source) = result {
-            return ship.session_state.fail(SessionError::Link { during: "sending pages", source });
+            return state.session_state.fail(SessionError::Link { during: "sending pages", source });
         }
     }
 }
@@ -57,9 +58,9 @@ fn bare(kind: Kind, runs: &[Run], sequence: &mut Sequence) -> Vec<u8> {
     sealed(&header, &meta, sequence)
 }
 
-async fn write(socket: &TcpStream, bytes: impl BoundedBuf, ship: &SendState) -> io::Result<()> {
+async fn write(socket: &TcpStream, bytes: impl BoundedBuf, state: &SendState) -> io::Result<()> {
     let length = bytes.bytes_init();
     let (result, _) = socket.write_all(bytes).await;
-    ship.session_state.sent(length);
+    state.session_state.sent(length);
     result
 }

@@ -1,6 +1,7 @@
-//! What whoever receives a VM hands in: connections, memory, and who is told.
+//! What the process that receives a VM hands in: connections, memory, and whom to report to.
 
 use super::plain::PlainMemory;
+use super::spool::StateSpool;
 use crate::cancel::CancelFlag;
 use crate::outside::{EngineHandle, StdStream};
 use crate::progress::Progress;
@@ -34,8 +35,11 @@ pub struct TargetLink<'a> {
     pub hello: SessionHello,
     /// What the source is told that the VM has got here.
     pub granted_ram_bytes: u64,
-    /// Waits, bounded in time, for the session's next data stream. Called `hello.streams` times, after the source was told to go on.
+    /// Waits, for a bounded time, for the session's next data stream. Called `hello.streams` times, once the source has
+    /// been told to go on.
     pub streams: &'a mut dyn FnMut() -> std::io::Result<DataStream>,
+    /// Where the state of its vCPUs and devices waits until all of its memory is here.
+    pub spool: StateSpool,
     /// Where it is decided, and recorded, which side runs the VM.
     pub registry: &'a Registry,
     /// Called on the thread of [`crate::receive`], several times a second while pages arrive.

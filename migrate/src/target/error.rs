@@ -1,8 +1,10 @@
 //! Why a VM does not arrive.
 
+use std::path::PathBuf;
+
 use swapd::CommandError;
 
-use crate::link::error::SessionError;
+use crate::link::error::{SessionError, no_spool};
 use crate::registry::RegistryError;
 use crate::versions::NoneInCommon;
 use crate::vm::VmError;
@@ -33,6 +35,14 @@ pub enum ReceiveError {
     /// This side cannot receive such a VM, or lacks something for it. The text says what.
     #[error("{0}")]
     Setup(String),
+    /// The state of its vCPUs and devices could not be kept until its memory was complete: a full disk, mostly.
+    #[error("{}", no_spool(.directory))]
+    Spool {
+        /// Where it was to be kept.
+        directory: PathBuf,
+        /// The operating system's error.
+        source: std::io::Error,
+    },
     /// The VM did not take its state, or did not start.
     #[error("the VM failed")]
     Vm(#[from] VmError),
@@ -53,14 +63,15 @@ impl ReceiveError {
 }
 
 impl From<SessionError> for ReceiveError {
-    fn from(trouble: SessionError) -> ReceiveError {
-        match trouble {
+    fn from(error: SessionError) -> ReceiveError {
+        match error {
             SessionError::Link { during, source } => ReceiveError::Link { during, source },
             SessionError::Peer(text) => ReceiveError::Peer(text),
             SessionError::GaveUp(text) => ReceiveError::GaveUp(text),
             SessionError::Cancelled => ReceiveError::Cancelled,
             SessionError::Engine(error) => ReceiveError::Engine(error),
             SessionError::Memory(error) => ReceiveError::Setup(format!("the VM's memory failed: {error}")),
+            SessionError::Spool { directory, source } => ReceiveError::Spool { directory, source },
             SessionError::Unable(text) => ReceiveError::Setup(text),
         }
     }

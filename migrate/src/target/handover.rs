@@ -14,7 +14,7 @@ use super::accepted::{TargetLink, TargetMemory};
 use super::error::ReceiveError;
 use super::placement::Check;
 use super::session::{Failed, Session};
-use crate::limits::{RESOLVE_EVERY, RESOLVE_LIMIT, patience};
+use crate::limits::{RESOLVE_EVERY, RESOLVE_LIMIT, scaled_for_tests};
 use crate::link::error::SessionError;
 use crate::outside::{Instant, on_own_thread, pause, planted};
 use crate::progress::{Phase, Progress};
@@ -53,7 +53,7 @@ pub(super) fn run(
     let (control, guard) = (&mut session.control, &session.guard);
     (link.progress)(Progress::waiting(Phase::HandOver, link.hello.memory_bytes, Wait::Commit));
     let word = session.runtime.block_on(guard.wait_for(Wait::Commit, control.next()));
-    let word = word.map_err(|trouble| fail(session, trouble))?;
+    let word = word.map_err(|error| fail(session, error))?;
     let Control::Commit { paused } = word else {
         return Err(fail(
             session,
@@ -89,7 +89,8 @@ pub(super) fn run(
         keep(link, committed.started());
     }
     let mut received = Received::new(link.hello.name.clone(), link.hello.session, placed);
-    // Behind the start, because the first scan takes its time; what is touched before it is touched again or not counted.
+    // Behind the start, because the first scan takes its time. A page that is touched before it is touched again, or
+    // not counted.
     let check = check.map(Check::started);
     vm.settle();
     if let Some(check) = check {
@@ -105,14 +106,19 @@ pub(super) fn run(
     Ok(received)
 }
 
-/// Has it known after a crash of this host, too, that the VM runs here: on a thread of its own, for as long as the disk needs.
+/// Flushes the record that the VM runs here, so that it outlasts a crash of this host: on a thread of its own, for as
+/// long as the disk needs.
 fn keep(link: &TargetLink<'_>, kept: Kept) {
     let session = link.hello.session;
     let flush = move || {
         let mut told = false;
         while let Err(error) = kept.flush() {
             if !std::mem::replace(&mut told, true) {
-                tracing::error!(%error, %session, "that the VM runs here may be forgotten if this host goes down; it is tried again");
+                tracing::error!(
+                    %error,
+                    %session,
+                    "that the VM runs here may be forgotten if this host goes down; it is tried again"
+                );
             }
             if planted!(FlushesOnce) {
                 return;
@@ -128,8 +134,8 @@ fn keep(link: &TargetLink<'_>, kept: Kept) {
     }
 }
 
-fn fail(session: &Session<'_>, trouble: SessionError) -> Failed {
-    session.guard.failed(trouble);
+fn fail(session: &Session<'_>, error: SessionError) -> Failed {
+    session.guard.failed(error);
     Failed::SessionError
 }
 
@@ -150,7 +156,7 @@ pub(super) fn give_up(link: &TargetLink<'_>) {
 
 /// A disk that fails is tried again for as long as a source asks.
 fn persist(link: &TargetLink<'_>, mut error: RegistryError, record: impl Fn() -> Result<(), RegistryError>) {
-    let deadline = Instant::now() + patience(RESOLVE_LIMIT);
+    let deadline = Instant::now() + scaled_for_tests(RESOLVE_LIMIT);
     loop {
         tracing::error!(%error, session = %link.hello.session, "that a VM does not start here could not be recorded");
         if !matches!(error, RegistryError::Io { .. } | RegistryError::Busy(_)) || Instant::now() >= deadline {

@@ -13,50 +13,54 @@ use crate::wire::control::{Totals, read_totals};
 use crate::wire::extents::Bounds;
 use crate::wire::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_DATA_META, Sequence};
 
-/// A stream has come to the end of a round.
+/// A data stream has come to the end of a round.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RoundEnd {
     pub(crate) round: u64,
-    /// What the stream has brought since its start.
+    /// Pages that have come on it since its start.
     pub(crate) totals: Totals,
     pub(crate) last: bool,
 }
 
-/// What a stream needs to know of its session.
+/// What a data stream's intake needs besides the stream: what may come on it, and who hears of the end of a round.
 #[derive(Clone, Debug)]
-pub(crate) struct Lane {
+pub(crate) struct Intake {
     pub(crate) bounds: Bounds,
     pub(crate) sequence: Sequence,
     pub(crate) ends: mpsc::Sender<RoundEnd>,
 }
 
 /// Runs until the stream's last round has ended, or the session fails.
-pub(crate) async fn run(inlet: StreamInput, mut lane: Lane, mut sink: Sink) {
-    let result = receive(&inlet, &mut lane, &mut sink).await;
+pub(crate) async fn run(input: StreamInput, mut intake: Intake, mut sink: Sink) {
+    let result = receive(&input, &mut intake, &mut sink).await;
     if planted!(EndsRoundsEarly)
         && let Ok(last) = result
     {
-        let _ = lane.ends.send(last).await;
+        let _ = intake.ends.send(last).await;
         yield_to_ring().await;
     }
     let closed = sink.rest().await;
     match result.and_then(|last| closed.map(|()| last)) {
         // Said only now, when every frame is back.
         Ok(last) => {
-            let _ = lane.ends.send(last).await;
+            let _ = intake.ends.send(last).await;
         }
-        Err(trouble) => inlet.session_state.fail(trouble),
+        Err(error) => input.session_state.fail(error),
     }
 }
 
-async fn receive(inlet: &StreamInput, lane: &mut Lane, sink: &mut Sink) -> Result<RoundEnd, SessionError> {
+async fn receive(
+    input: &StreamInput,
+    intake: &mut Intake,
+    sink: &mut Sink,
+) -> Result<RoundEnd, SessionError> {
     let mut head = Vec::with_capacity(HEADER_BYTES + MAX_DATA_META);
     let mut runs: Vec<Run> = Vec::new();
     let mut totals = Totals::default();
     let mut round = 0;
     loop {
         head.clear();
-        let (header, filled) = match read_head(inlet, lane, head).await {
+        let (header, filled) = match read_head(input, intake, head).await {
             Err(_) if planted!(BelievesLostStreams) => {
                 return Ok(RoundEnd { round: round + 1, totals, last: true });
             }
@@ -68,18 +72,18 @@ async fn receive(inlet: &StreamInput, lane: &mut Lane, sink: &mut Sink) -> Resul
         match header.kind {
             Kind::Pages => {
                 let (runs_bytes, sums) = meta.split_at(header.number as usize * size_of::<u64>());
-                lane.bounds.decode(runs_bytes, header.pages, &mut runs)?;
-                sink.pages(inlet, Batch { runs: &runs, sums: sums.as_chunks().0 }).await?;
+                intake.bounds.decode(runs_bytes, header.pages, &mut runs)?;
+                sink.pages(input, Batch { runs: &runs, sums: sums.as_chunks().0 }).await?;
                 totals.pages += pages;
             }
             Kind::Zeros => {
-                lane.bounds.decode(meta, header.pages, &mut runs)?;
-                sink.zeros(inlet, &runs).await?;
+                intake.bounds.decode(meta, header.pages, &mut runs)?;
+                sink.zeros(input, &runs).await?;
                 totals.zeros += pages;
             }
             Kind::Poisoned => {
-                lane.bounds.decode(meta, header.pages, &mut runs)?;
-                sink.poisoned(inlet, &runs).await?;
+                intake.bounds.decode(meta, header.pages, &mut runs)?;
+                sink.poisoned(input, &runs).await?;
                 totals.poisoned += pages;
             }
             Kind::RoundEnd => {
@@ -94,7 +98,7 @@ async fn receive(inlet: &StreamInput, lane: &mut Lane, sink: &mut Sink) -> Resul
                 }
                 sink.rest().await?;
                 // Nobody listens any more if the session has failed.
-                let _ = lane.ends.send(end).await;
+                let _ = intake.ends.send(end).await;
             }
             kind => return Err(SessionError::Peer(format!("a {kind:?} record on a data stream"))),
         }
@@ -103,12 +107,12 @@ async fn receive(inlet: &StreamInput, lane: &mut Lane, sink: &mut Sink) -> Resul
 
 /// Reads a header and its metadata, checked.
 async fn read_head(
-    inlet: &StreamInput,
-    lane: &mut Lane,
+    input: &StreamInput,
+    intake: &mut Intake,
     head: Vec<u8>,
 ) -> Result<(Header, Vec<u8>), SessionError> {
     let link = SessionError::link("waiting for pages");
-    let (result, mut head) = read_exact(&inlet.socket, head, 0, HEADER_BYTES, &inlet.session_state).await;
+    let (result, mut head) = read_exact(&input.socket, head, 0, HEADER_BYTES, &input.session_state).await;
     result.map_err(&link)?;
     let bytes: [u8; HEADER_BYTES] = *head.first_chunk().expect("just read");
     let header = Header::open(&bytes)?;
@@ -117,10 +121,10 @@ async fn read_head(
     }
     let end = HEADER_BYTES + header.meta_bytes as usize;
     if end > HEADER_BYTES {
-        let (result, filled) = read_exact(&inlet.socket, head, HEADER_BYTES, end, &inlet.session_state).await;
+        let (result, filled) = read_exact(&input.socket, head, HEADER_BYTES, end, &input.session_state).await;
         result.map_err(&link)?;
         head = filled;
     }
-    Header::verify(&bytes, &head[HEADER_BYTES..], &mut lane.sequence)?;
+    Header::verify(&bytes, &head[HEADER_BYTES..], &mut intake.sequence)?;
     Ok((header, head))
 }

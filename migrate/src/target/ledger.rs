@@ -50,7 +50,7 @@ impl Ledger {
     }
 
     /// Whether this is all, by what the source says that it sent and by what arrived on all streams.
-    pub(crate) fn settle(&self, theirs: Totals, ours: Totals) -> Result<(), SessionError> {
+    pub(crate) fn check_complete(&self, theirs: Totals, ours: Totals) -> Result<(), SessionError> {
         if planted!(BelievesLostStreams) {
             return Ok(());
         }
@@ -92,10 +92,10 @@ mod tests {
         let mut ledger = Ledger::new(512);
         let totals = Totals { pages: 512, ..Totals::default() };
         ledger.arrived(Run::new(PageNo(0), 511));
-        assert!(ledger.settle(totals, totals).is_err());
+        assert!(ledger.check_complete(totals, totals).is_err());
         ledger.arrived_zero(Run::one(PageNo(511)));
-        assert!(ledger.settle(totals, Totals::default()).is_err());
-        assert!(ledger.settle(totals, totals).is_ok());
+        assert!(ledger.check_complete(totals, Totals::default()).is_err());
+        assert!(ledger.check_complete(totals, totals).is_ok());
         assert_eq!(ledger.placed_plain().pages_zero, 1);
     }
 }

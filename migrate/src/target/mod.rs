@@ -1,37 +1,41 @@
 //! The target's session.
 
 mod accepted;
-mod arrival;
 pub(crate) mod error;
 mod handover;
 mod intake;
 mod ledger;
 mod placement;
 mod plain;
+mod receiving;
 mod session;
 mod sink;
+mod spool;
 
 pub use accepted::{DataStream, TargetLink, TargetMemory};
 pub use error::ReceiveError;
 pub use plain::PlainMemory;
+pub use spool::StateSpool;
 
 use std::rc::Rc;
 
-use arrival::Arrival;
 use handover::Prepared;
+use receiving::Receiving;
 use session::{Failed, Session};
+use spool::Spool;
 
 use crate::hello::{refuse, write_opening};
+use crate::limits::CANCEL_POLL;
 use crate::link::control::ControlLink;
 use crate::link::error::SessionError;
 use crate::link::guard::Guard;
 use crate::link::state::SessionState;
-use crate::outside::{Instant, runtime};
+use crate::outside::{Instant, runtime, yield_to_ring};
 use crate::registry::Begun;
 use crate::report::Received;
 use crate::vm::TargetVm;
 use crate::wire::opening::{Answer, MAX_STREAMS, RefuseKind, SessionHello};
-use crate::wire::record::Lane as WireLane;
+use crate::wire::record::Lane;
 use crate::wire::{VERSIONS, none_in_common};
 
 /// Receives a VM and runs it. Blocks; returns when it runs (and the placement has been checked, if asked).
@@ -106,7 +110,7 @@ fn accepted(
     let runtime = runtime().map_err(|error| ReceiveError::Setup(no_ring(&error)))?;
     let control = link.control.try_clone().map_err(broken)?;
     let session_state = Rc::new(SessionState::default());
-    let lanes = [WireLane::ToTarget, WireLane::ToSource];
+    let lanes = [Lane::ToTarget, Lane::ToSource];
     let control = runtime
         .block_on(async { ControlLink::start(control, link.hello.session, lanes, &session_state) })
         .map_err(broken)?;
@@ -164,20 +168,42 @@ impl Session<'_> {
         streams: Vec<DataStream>,
         begun: Begun,
     ) -> Result<Received, Failed> {
-        let mut arrival = Arrival::new(&link.hello, memory, streams);
+        let mut receiving = Receiving::new(&link.hello, memory, streams, link.spool.clone());
         let (control, guard) = (&mut self.control, &self.guard);
         let arrived = self.runtime.block_on(async {
-            let arrived = arrival.run(control, guard, link.progress).await;
-            let arrived = arrived.map_err(|trouble| {
-                guard.failed(trouble);
+            let arrived = receiving.run(control, guard, link.progress).await;
+            let arrived = arrived.map_err(|error| {
+                guard.failed(error);
                 Failed::SessionError
             });
-            arrival.close().await;
+            receiving.close().await;
             arrived
         })?;
         let began = Instant::now();
-        vm.load(&arrived.state).map_err(|error| Failed::Said(error.into()))?;
+        self.load(vm, arrived.state)?;
         let took = [arrived.took, began.elapsed()].map(Into::into);
         handover::run(self, link, memory, vm, Prepared { placed: arrived.placed, took, begun })
+    }
+
+    /// Has the VM take its state. The session lives on meanwhile, and may end.
+    fn load(&self, vm: &mut dyn TargetVm, state: Spool) -> Result<(), Failed> {
+        let mut last = Instant::now();
+        let mut lives = || {
+            if last.elapsed() < CANCEL_POLL {
+                return Ok(());
+            }
+            last = Instant::now();
+            self.runtime.block_on(async {
+                yield_to_ring().await;
+                self.guard.check("loading the VM's state")
+            })
+        };
+        let mut reader = state.read(&mut lives);
+        let loaded = vm.load(&mut reader);
+        if let Some(trouble) = reader.into_trouble() {
+            self.guard.failed(trouble);
+            return Err(Failed::SessionError);
+        }
+        loaded.map_err(|error| Failed::Said(error.into()))
     }
 }

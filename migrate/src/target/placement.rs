@@ -1,10 +1,11 @@
-//! How well the pages were placed, if the source wants to know: what the VM touches in its first seconds here, and how much of
-//! that was in RAM when it started.
+//! How well the pages were placed, if the source asks for that: which pages the VM touches in its first second here,
+//! and how many of them were in RAM when it started.
 //!
-//! The VM stands still between the end of the receiving and its start, so nothing that the check needs is waited for then: it is asked
-//! for, and the answers are looked at when the VM runs. Pages that move while the engine still looks are counted as they were found.
+//! The VM stands still between the end of the receiving and its start, so the check waits for nothing in that time: it
+//! only asks, and looks at the answers when the VM runs. Pages that move while the engine still looks are counted as
+//! found.
 
-use swapd::{Answer, CommandError, Run, answered};
+use swapd::{CommandError, PendingAnswer, Run, answered};
 
 use crate::bitmap::Bitmap;
 use crate::limits::PLACEMENT_WINDOW;
@@ -16,13 +17,13 @@ use crate::report::Placement;
 pub(super) struct Check<'a> {
     handle: &'a EngineHandle,
     /// The pages in RAM and those in the store, until they are looked at.
-    maps: Option<[Answer<Vec<Run>>; 2]>,
-    /// From the start of the VM on: when it was, and what is told of its writes.
-    started: Option<(Instant, Answer<DirtySubscription>)>,
+    maps: Option<[PendingAnswer<Vec<Run>>; 2]>,
+    /// Once the VM has been started: when that was, and the subscription to its writes.
+    started: Option<(Instant, PendingAnswer<DirtySubscription>)>,
 }
 
 impl<'a> Check<'a> {
-    /// Asks what is where. From here on only what is touched comes in.
+    /// Asks where all pages are. Prefetching ends, so that from here on only pages that are touched come in.
     pub(super) fn begin(handle: &'a EngineHandle) -> Self {
         drop(handle.set_prefetch_async(false));
         let maps = Some([handle.resident_map_async(), handle.stored_map_async()]);
@@ -64,8 +65,9 @@ struct Before {
     stored: Vec<Run>,
 }
 
-/// `changed`: pages that were written, or came to the guest's memory, or left it. Those that left and did not come back have made room for
-/// others: nobody has touched them. Those that were neither in RAM nor in the store are new to the guest: nobody had to place them.
+/// Counts the pages that were touched. `changed` are pages that were written, or came into the guest, or left it. Two
+/// kinds of them do not count: pages that left and did not come back have made room for others and were not touched;
+/// pages that were neither in RAM nor in the store are new to the guest, so nobody had to place them.
 fn count(pages: u64, before: &Before, changed: &[Run], resident: &[Run]) -> Placement {
     let set = |runs: &[Run]| {
         let mut set = Bitmap::new(pages);

@@ -5,15 +5,15 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use swapd::digest::page_sum;
-use swapd::{Answer, Arrival, PAGE_SIZE, Run, SlotRun, answered};
+use swapd::{Arrival, PAGE_SIZE, PendingAnswer, Run, SlotRun, answered};
 use tokio_uring::buf::BoundedBuf;
 
 use super::ledger::Ledger;
 use super::plain::PlainMemory;
 use crate::link::error::SessionError;
-use crate::link::region::{Pages, Region};
 use crate::link::state::SessionState;
 use crate::outside::{EngineHandle, TcpStream, planted};
+use crate::region::{Pages, Region};
 use crate::wire::record::MAX_RECORD_PAGES;
 
 /// Frames that a stream asks for at once.
@@ -43,25 +43,25 @@ pub(crate) enum Sink {
 }
 
 impl Sink {
-    pub(crate) async fn pages(&mut self, inlet: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
+    pub(crate) async fn pages(&mut self, input: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
         match self {
-            Sink::Engine(sink) => sink.pages(inlet, batch).await,
-            Sink::Plain(sink) => sink.pages(inlet, batch).await,
+            Sink::Engine(sink) => sink.pages(input, batch).await,
+            Sink::Plain(sink) => sink.pages(input, batch).await,
         }
     }
 
-    pub(crate) async fn zeros(&mut self, inlet: &StreamInput, runs: &[Run]) -> Result<(), SessionError> {
+    pub(crate) async fn zeros(&mut self, input: &StreamInput, runs: &[Run]) -> Result<(), SessionError> {
         for run in runs {
             match self {
                 Sink::Engine(sink) => sink.sent(sink.handle.arrive_zero_async(*run)).await?,
-                Sink::Plain(sink) => sink.zero(&inlet.ledger.borrow(), *run)?,
+                Sink::Plain(sink) => sink.zero(&input.ledger.borrow(), *run)?,
             }
-            inlet.ledger.borrow_mut().arrived_zero(*run);
+            input.ledger.borrow_mut().arrived_zero(*run);
         }
         Ok(())
     }
 
-    pub(crate) async fn poisoned(&mut self, inlet: &StreamInput, runs: &[Run]) -> Result<(), SessionError> {
+    pub(crate) async fn poisoned(&mut self, input: &StreamInput, runs: &[Run]) -> Result<(), SessionError> {
         for run in runs {
             match self {
                 Sink::Engine(sink) => sink.sent(sink.handle.arrive_poisoned_async(*run)).await?,
@@ -70,13 +70,14 @@ impl Sink {
                     return Err(SessionError::Unable(text.to_string()));
                 }
             }
-            inlet.ledger.borrow_mut().arrived(*run);
+            input.ledger.borrow_mut().arrived(*run);
         }
         Ok(())
     }
 
-    /// End of a round on this stream. Frames that were granted and not used go back now: another stream may need them to finish the same
-    /// round, and this stream gets no more pages until every stream has finished it. To keep them would be a deadlock.
+    /// End of a round on this data stream. Frames that were granted and not used go back now: another stream may need
+    /// them to finish the same round, and this stream gets no more pages until every stream has finished it. To keep
+    /// them would be a deadlock.
     pub(crate) async fn rest(&mut self) -> Result<(), SessionError> {
         match self {
             Sink::Engine(sink) => sink.rest().await,
@@ -90,8 +91,8 @@ pub(crate) struct EngineSink {
     /// Granted and not used yet.
     spare: Option<SlotRun>,
     /// Asked for ahead of need.
-    coming: Option<Answer<SlotRun>>,
-    arrivals: VecDeque<Answer<()>>,
+    coming: Option<PendingAnswer<SlotRun>>,
+    arrivals: VecDeque<PendingAnswer<()>>,
 }
 
 impl EngineSink {
@@ -99,23 +100,24 @@ impl EngineSink {
         EngineSink { handle, spare: None, coming: None, arrivals: VecDeque::with_capacity(MAX_OPEN_ARRIVALS) }
     }
 
-    async fn pages(&mut self, inlet: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
+    async fn pages(&mut self, input: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
         let total = batch.sums.len();
         let mut done = 0;
         let mut runs = batch.runs.iter().copied().collect::<VecDeque<Run>>();
         while done < total {
-            let slots = self.grant(inlet, (total - done) as u32).await?;
+            let slots = self.grant(input, (total - done) as u32).await?;
             let sums = &batch.sums[done..done + slots.len as usize];
             let part = take_runs(&mut runs, slots.len);
             let frames = self.handle.slot_address(slots);
             // SAFETY: granted frames are ours until they arrive or go back, which happens below, behind the read; the
-            // handle keeps the engine's staging area mapped as far as its owner lets it (it stops the engine only after us).
+            // handle keeps the engine's staging area mapped as far as its owner lets it (it stops the engine only after
+            // us).
             let region = unsafe { Region::new(frames, slots.bytes(), self.handle.clone()) };
-            if let Err(trouble) = receive_checked(inlet, region, &part, sums).await {
+            if let Err(error) = receive_checked(input, region, &part, sums).await {
                 self.give_back(slots).await;
-                return Err(trouble);
+                return Err(error);
             }
-            self.arrive(inlet, &part, slots, sums).await?;
+            self.arrive(input, &part, slots, sums).await?;
             done += slots.len as usize;
         }
         Ok(())
@@ -123,7 +125,7 @@ impl EngineSink {
 
     async fn arrive(
         &mut self,
-        inlet: &StreamInput,
+        input: &StreamInput,
         runs: &[Run],
         slots: SlotRun,
         sums: &[[u8; 8]],
@@ -132,7 +134,7 @@ impl EngineSink {
         for run in runs {
             let mut rest = *run;
             while rest.len > 0 {
-                let stretch = inlet.ledger.borrow().stretch(rest);
+                let stretch = input.ledger.borrow().stretch(rest);
                 let len = stretch.run.len;
                 let arrival = Arrival {
                     run: stretch.run,
@@ -147,21 +149,21 @@ impl EngineSink {
                 rest = rest.part(len, rest.len - len);
                 at += len;
             }
-            inlet.ledger.borrow_mut().arrived(*run);
+            input.ledger.borrow_mut().arrived(*run);
         }
         Ok(())
     }
 
     /// Keeps an answer until it is certainly there, so that its error is not lost.
-    async fn sent(&mut self, answer: Answer<()>) -> Result<(), SessionError> {
+    async fn sent(&mut self, answer: PendingAnswer<()>) -> Result<(), SessionError> {
         if self.arrivals.len() == MAX_OPEN_ARRIVALS {
-            self.settle(MAX_OPEN_ARRIVALS / 2).await?;
+            self.await_arrivals(MAX_OPEN_ARRIVALS / 2).await?;
         }
         self.arrivals.push_back(answer);
         Ok(())
     }
 
-    async fn settle(&mut self, leave: usize) -> Result<(), SessionError> {
+    async fn await_arrivals(&mut self, leave: usize) -> Result<(), SessionError> {
         while self.arrivals.len() > leave
             && let Some(answer) = self.arrivals.pop_front()
         {
@@ -171,7 +173,7 @@ impl EngineSink {
     }
 
     /// Up to `want` granted frames. More are asked for ahead, so that a stream seldom waits.
-    async fn grant(&mut self, inlet: &StreamInput, want: u32) -> Result<SlotRun, SessionError> {
+    async fn grant(&mut self, input: &StreamInput, want: u32) -> Result<SlotRun, SessionError> {
         let granted = match self.spare.take() {
             Some(slots) => slots,
             None => {
@@ -180,7 +182,7 @@ impl EngineSink {
                     None => self.handle.grant_frames_async(GRANT_SLOTS),
                 };
                 // If the session fails meanwhile, the engine takes back what nobody waits for any more.
-                let granted = inlet.session_state.unless_failed(answered(coming)).await;
+                let granted = input.session_state.unless_failed(answered(coming)).await;
                 let granted = granted.ok_or_else(|| SessionError::Link {
                     during: DURING,
                     source: std::io::ErrorKind::ConnectionAborted.into(),
@@ -211,7 +213,7 @@ impl EngineSink {
         if let Some(slots) = self.spare.take() {
             self.give_back(slots).await;
         }
-        self.settle(0).await
+        self.await_arrivals(0).await
     }
 }
 
@@ -226,29 +228,30 @@ impl PlainSink {
         PlainSink { memory, bounce: Pages::new(MAX_RECORD_PAGES as usize * PAGE_SIZE) }
     }
 
-    async fn pages(&mut self, inlet: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
+    async fn pages(&mut self, input: &StreamInput, batch: Batch<'_>) -> Result<(), SessionError> {
         if let [run] = batch.runs {
             let start = self.memory.page_address(run.start);
-            // SAFETY: within the mapping (`page_address` checks its start, the decoder its end), which the clone keeps; nobody
-            // uses the memory of a VM that does not run yet, and streams own disjoint blocks.
+            // SAFETY: within the mapping (`page_address` checks its start, the decoder its end), which the clone keeps;
+            // nobody uses the memory of a VM that does not run yet, and streams own disjoint blocks.
             let region = unsafe { Region::new(start, run.bytes(), self.memory.clone()) };
-            receive_checked(inlet, region, batch.runs, batch.sums).await?;
+            receive_checked(input, region, batch.runs, batch.sums).await?;
         } else {
             let bytes = batch.sums.len() * PAGE_SIZE;
             // SAFETY: this stream's own buffer, and the region is gone before the copying below.
             let region = unsafe { self.bounce.region(0, bytes) };
-            let region = receive_checked(inlet, region, batch.runs, batch.sums).await?;
+            let region = receive_checked(input, region, batch.runs, batch.sums).await?;
             let mut rest = region.bytes();
             for run in batch.runs {
                 let (bytes, behind) = rest.split_at(run.bytes());
-                // SAFETY: as above for the destination; the source is as long as the run, and they are different allocations.
+                // SAFETY: as above for the destination; the source is as long as the run, and they are different
+                // allocations.
                 unsafe {
                     self.memory.page_address(run.start).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
                 }
                 rest = behind;
             }
         }
-        batch.runs.iter().for_each(|run| inlet.ledger.borrow_mut().arrived(*run));
+        batch.runs.iter().for_each(|run| input.ledger.borrow_mut().arrived(*run));
         Ok(())
     }
 
@@ -283,7 +286,7 @@ fn take_runs(runs: &mut VecDeque<Run>, pages: u32) -> Vec<Run> {
 
 /// Fills the region from the socket, and checks each page as soon as it is there, while it is in the cache.
 async fn receive_checked<K: Unpin + 'static>(
-    inlet: &StreamInput,
+    input: &StreamInput,
     mut region: Region<K>,
     runs: &[Run],
     sums: &[[u8; 8]],
@@ -291,7 +294,7 @@ async fn receive_checked<K: Unpin + 'static>(
     let mut numbers = runs.iter().flat_map(|run| run.pages());
     let (mut filled, mut checked) = (0, 0);
     while checked < sums.len() {
-        let (result, slice) = inlet.socket.read(region.slice(filled..)).await;
+        let (result, slice) = input.socket.read(region.slice(filled..)).await;
         region = slice.into_inner();
         match result {
             Ok(0) => {
@@ -301,7 +304,7 @@ async fn receive_checked<K: Unpin + 'static>(
                 });
             }
             Ok(count) => {
-                inlet.session_state.received(count);
+                input.session_state.received(count);
                 filled += count;
             }
             Err(source) => return Err(SessionError::Link { during: DURING, source }),

@@ -1,7 +1,7 @@
 //! The handshake on a fresh connection, by blocking calls of bounded time.
 //!
-//! In TLS 1.3 a client is done before the server has looked at its certificate. So the server's first byte, [`WELCOME`], says
-//! that the client is let in: it hears of a refusal here, and not somewhere in its session.
+//! In TLS 1.3 a client is done before the server has looked at its certificate. So the server's first byte,
+//! [`WELCOME`], says that the client is let in: it hears of a refusal here, and not somewhere in its session.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;

@@ -4,8 +4,9 @@
 //! [`CHUNK`] a direction waits here, besides what the kernel's sockets hold: whoever writes is held up when the peer
 //! does not take it.
 //!
-//! There is no clean end: a session that has all that it wants does not look whether its connection ends, and to one that
-//! waits for more, an end is a broken link. So an attacker who cuts a connection short, or changes a byte, can only break it.
+//! There is no clean end: a session that has all that it wants does not look whether its connection ends, and to one
+//! that waits for more, an end is a broken link. So an attacker who cuts a connection short, or changes a byte, can
+//! only break it.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -24,8 +25,8 @@ use crate::limits::LINGER_LIMIT;
 /// Read at a time.
 const CHUNK: usize = 256 << 10;
 
-/// Starts the thread, which lives until either end is closed. What it returns is a socket of another family than its type says,
-/// and takes everything that a connection does but options of TCP: those are set on the connection itself.
+/// Starts the thread, which lives until either end is closed. What it returns is a socket of another family than its
+/// type says, and takes everything that a connection does but options of TCP: those are set on the connection itself.
 pub(super) fn start(tls: Connection, tcp: TcpStream) -> io::Result<TcpStream> {
     let (near, ours) = UnixStream::pair()?;
     let tunnel = Tunnel::new(tls, tcp, ours)?;

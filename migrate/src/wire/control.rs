@@ -8,12 +8,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::heat::{self, Part};
 use super::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_CONTROL_META, MAX_TEXT, Sequence};
-use super::{WireError, at_most};
+use super::{STATE_WITHOUT_LIMIT, WireError, at_most};
 use crate::report::Placement;
 
-/// Most bytes of vCPU and device state, which is mostly the memory of displays. The target holds it until its machine has taken it.
-pub const MAX_STATE_BYTES: usize = 1 << 30;
-/// Most bytes of it in one record.
+/// Most bytes of vCPU and device state in one record. All of it together has no limit: see [`state_limit`].
 pub const MAX_STATE_PART: usize = MAX_CONTROL_META;
 
 /// What went over one data stream, or all of them, since the start.
@@ -150,14 +148,10 @@ pub fn short_text(text: &str) -> &str {
     &text[..end.unwrap_or(0)]
 }
 
-/// A VM's state in parts.
-pub fn state_parts(state: &[u8]) -> impl Iterator<Item = Control> + '_ {
-    let count = state.len().div_ceil(MAX_STATE_PART).max(1);
-    (0..count).map(move |part| {
-        let at = part * MAX_STATE_PART;
-        let bytes = state[at..state.len().min(at + MAX_STATE_PART)].to_vec();
-        Control::State { at: at as u64, bytes, last: part + 1 == count }
-    })
+/// Most bytes of state that a target takes with which this version is spoken: None if it takes any number.
+#[must_use]
+pub const fn state_limit(version: u16) -> Option<u64> {
+    if version < STATE_WITHOUT_LIMIT { Some(64 << 20) } else { None }
 }
 
 impl Control {
@@ -205,8 +199,6 @@ impl Control {
         match header.kind {
             Kind::Heat => heat::decode(header, body).map(Control::Heat),
             Kind::State => {
-                let end = header.number.saturating_add(body.len() as u64);
-                at_most("bytes of VM state", end, MAX_STATE_BYTES as u64)?;
                 Ok(Control::State { at: header.number, bytes: body.to_vec(), last: header.has(FLAG_LAST) })
             }
             Kind::Final => read_totals(body).map(Control::Final),
@@ -317,9 +309,8 @@ mod tests {
     }
 
     #[test]
-    fn a_state_comes_in_parts() {
-        let parts: Vec<_> = state_parts(&vec![1; MAX_STATE_PART + 5]).collect();
-        assert!(matches!(&parts[1], Control::State { bytes, last: true, .. } if bytes.len() == 5));
-        assert!(matches!(&state_parts(&[]).next(), Some(Control::State { last: true, .. })));
+    fn only_the_first_version_has_a_limit_of_state() {
+        let limits = crate::wire::VERSIONS.map(state_limit).collect::<Vec<_>>();
+        assert_eq!(limits, [Some(64 << 20), None]);
     }
 }

@@ -40,8 +40,8 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Decodes a record's runs into `runs`, which is emptied first. They must be `pages` pages together. Any order will do:
-    /// a page that comes twice is replaced.
+    /// Decodes a record's runs into `runs`, which is emptied first. They must be `pages` pages together. Any order will
+    /// do: a page that comes twice is replaced.
     pub fn decode(&self, bytes: &[u8], pages: u32, runs: &mut Vec<Run>) -> Result<(), WireError> {
         runs.clear();
         let mut total = 0_u64;

@@ -11,9 +11,11 @@ pub mod record;
 
 use crate::versions::{Named, NoneInCommon, Side, Versions};
 
-/// The versions of everything in this module that this vmemd speaks. Two sides take the highest that both know; a peer that knows none
-/// of them is refused. `docs/wire.md` says when to raise which end.
-pub const VERSIONS: Versions = 2..=2;
+/// The versions of everything in this module that this vmemd speaks. Two sides take the highest that both know; a peer
+/// that knows none of them is refused. `docs/wire.md` says when to raise which end.
+pub const VERSIONS: Versions = 2..=3;
+/// From this version on, a target takes a state of any size: [`control::state_limit`].
+pub(crate) const STATE_WITHOUT_LIMIT: u16 = 3;
 
 // An opening has one byte for the distance between the ends.
 const _: () = assert!(*VERSIONS.start() <= *VERSIONS.end());

@@ -1,7 +1,8 @@
 //! The opening of a connection: what it is for, and the answer.
 //!
-//! The preamble keeps its layout in every version, and so does a refusal, so that versions that do not understand each other can at
-//! least say so. A question for an outcome and its answer keep theirs too: a doubt can be settled whatever was updated meanwhile.
+//! The preamble keeps its layout in every version, and so does a refusal, so that versions that do not understand each
+//! other can at least say so. A question for an outcome and its answer keep theirs too: a doubt can be settled whatever
+//! was updated meanwhile.
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
@@ -25,8 +26,13 @@ pub const MAX_BODY: usize = MAX_TEXT + 64;
 pub const MAX_OFFER: usize = 64 << 10;
 /// Most bytes behind the preamble of a session.
 pub const MAX_SESSION_BODY: usize = size_of::<RawSession>() + MAX_NAME + MAX_OFFER + SUM_BYTES;
-/// Most bytes of a VM's name.
+/// Most bytes of a VM's name that the format carries. No VM has a name of more than [`NAME_MAX`].
 pub const MAX_NAME: usize = 255;
+/// Most bytes of a VM's name: that of its control socket has to fit a socket's address.
+pub const NAME_MAX: usize = 64;
+/// What the file name of a VM's control socket has behind the VM's name while the VM is on its way.
+pub const NAME_ROLES: [&str; 2] = [".arriving-", ".leaving-"];
+const _: () = assert!(NAME_MAX <= MAX_NAME);
 /// Most data streams of a session.
 pub const MAX_STREAMS: u32 = 16;
 /// Most bytes of a VM's memory: 8 TiB.
@@ -110,7 +116,8 @@ pub struct SessionHello {
     pub streams: u32,
     /// The source wants to hear how much of what the VM touches in its first second was in RAM.
     pub check_placement: bool,
-    /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's state.
+    /// What the target needs to make the VM's machine, in the words of whoever runs it; None: it comes in the VM's
+    /// state.
     pub offer: Option<String>,
 }
 
@@ -180,8 +187,8 @@ pub struct Preamble {
 }
 
 impl Preamble {
-    /// Checks a connection's first bytes. The versions come before all that depends on them. What is the same in every version is
-    /// understood from any.
+    /// Checks a connection's first bytes. The versions come before all that depends on them. What is the same in every
+    /// version is understood from any.
     pub fn open(bytes: &[u8; PREAMBLE_BYTES]) -> Result<Preamble, WireError> {
         let raw: RawPreamble = zerocopy::transmute!(*bytes);
         if raw.magic != OPENING_MAGIC {
@@ -224,7 +231,8 @@ pub fn sealed(kind: u8, body: &[u8]) -> Vec<u8> {
     sealed_as(&VERSIONS, kind, body)
 }
 
-/// As [`sealed`], of a side that knows other versions. Of a range that is wider than an opening can say, the lowest 256.
+/// As [`sealed`], of a side that knows other versions. Of a range that is wider than an opening can say, the lowest
+/// 256.
 pub fn sealed_as(versions: &Versions, kind: u8, body: &[u8]) -> Vec<u8> {
     let more_versions = versions.end().saturating_sub(*versions.start()).min(u8::MAX.into()) as u8;
     let preamble = RawPreamble {
@@ -279,8 +287,8 @@ impl Hello {
         }
     }
 
-    /// Reads an opening: its preamble, and the [`body_bytes`](Preamble::body_bytes) behind it. The checksum is looked at
-    /// before anything in the body is believed.
+    /// Reads an opening: its preamble, and the [`body_bytes`](Preamble::body_bytes) behind it. The checksum is looked
+    /// at before anything in the body is believed.
     pub fn decode(preamble: &[u8; PREAMBLE_BYTES], body: &[u8]) -> Result<Hello, WireError> {
         let Preamble { kind, versions, .. } = Preamble::open(preamble)?;
         let body = checked(preamble, body)?;
@@ -328,18 +336,24 @@ fn decode_session(versions: Versions, body: &[u8]) -> Result<SessionHello, WireE
     })
 }
 
-/// A name becomes part of a path at the target: letters, digits, and `.`, `_`, `-` behind the first.
+/// Whether a VM may have this name: the rule of every host, for the name is part of a path there. 1 to [`NAME_MAX`] ASCII letters,
+/// digits, `.`, `_` and `-`; not a dot first, and none of the [`NAME_ROLES`] in it.
+///
+/// A source asks before it connects, and a target before it makes anything of that name. An opening with a name that is longer, or has
+/// such a word in it, is read all the same, so that the refusal can say what is wrong.
 pub fn is_name(name: &str) -> bool {
-    let mut chars = name.chars();
-    name.len() <= MAX_NAME
-        && chars.next().is_some_and(|c| c.is_ascii_alphanumeric())
-        && chars.all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+    name.len() <= NAME_MAX && is_of_name_letters(name) && !NAME_ROLES.iter().any(|role| name.contains(role))
+}
+
+fn is_of_name_letters(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    !name.is_empty() && !name.starts_with('.') && name.chars().all(allowed)
 }
 
 fn checked_name(name: &[u8]) -> Result<String, WireError> {
     at_most("bytes of a name", name.len() as u64, MAX_NAME as u64)?;
     let name = str::from_utf8(name).map_err(|_| WireError::NotText)?;
-    match is_name(name) {
+    match is_of_name_letters(name) {
         true => Ok(name.to_string()),
         false => Err(WireError::BadValue {
             what: "a VM's name, of letters, digits and ._-,",
@@ -427,9 +441,31 @@ mod tests {
     #[test]
     fn names_that_are_no_file_names_are_refused() {
         for name in ["", "../x", "a/b", ".hidden", "a\nb", "ä", &"x".repeat(256)] {
+            assert!(!is_name(name), "{name:?}");
             let bytes = Hello::Session(session(name)).encode();
             let (preamble, body) = split(&bytes);
             assert!(Hello::decode(preamble, body).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn every_name_that_a_host_takes_is_read_and_longer_ones_too_so_that_they_can_be_refused() {
+        for (name, taken) in [
+            ("a", true),
+            ("web-1", true),
+            ("A.b_c", true),
+            ("_a", true),
+            ("-a", true),
+            (&"x".repeat(NAME_MAX), true),
+            (&"x".repeat(NAME_MAX + 1), false),
+            (&"x".repeat(MAX_NAME), false),
+            ("a.leaving-1", false),
+            ("a.arriving-1", false),
+        ] {
+            assert_eq!(is_name(name), taken, "{name:?}");
+            let bytes = Hello::Session(session(name)).encode();
+            let (preamble, body) = split(&bytes);
+            assert_eq!(Hello::decode(preamble, body), Ok(Hello::Session(session(name))), "{name:?}");
         }
     }
 
@@ -476,7 +512,7 @@ mod tests {
     fn another_version_is_told_from_rubbish() {
         let mut bytes = Hello::Session(session("web")).encode();
         bytes[8] = 99;
-        assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::Version(99..=99)));
+        assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::Version(99..=100)));
         bytes[0] = b'V';
         assert_eq!(Preamble::open(split(&bytes).0), Err(WireError::NotOurs));
     }

@@ -128,7 +128,8 @@ pub struct Header {
     pub flags: u8,
     /// Pages that the record is about.
     pub pages: u32,
-    /// Runs of a record with pages, the round of a `RoundEnd` or `RoundDone`, the first page of `Heat`, the first byte of `State`.
+    /// Runs of a record with pages, the round of a `RoundEnd` or `RoundDone`, the first page of `Heat`, the first byte
+    /// of `State`.
     pub number: u64,
     /// Bytes between the header and the content of the pages; covered by the header's checksum.
     pub meta_bytes: u32,
@@ -202,7 +203,8 @@ impl Header {
         zerocopy::transmute!(raw)
     }
 
-    /// Checks everything that can be checked before the metadata is there, so that nothing is allocated or read in vain.
+    /// Checks everything that can be checked before the metadata is there, so that nothing is allocated or read in
+    /// vain.
     pub fn open(bytes: &[u8; HEADER_BYTES]) -> Result<Header, WireError> {
         let raw: RawHeader = zerocopy::transmute!(*bytes);
         if raw.magic.get() != RECORD_MAGIC {

@@ -1,5 +1,6 @@
 //! A "VM" for the source: a thread that writes to an engine's memory.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -120,7 +121,7 @@ impl SourceVm for Writer {
         while !state.1 {
             state = self.switch.changed.wait(state).unwrap();
         }
-        if self.fail_pause { Err(VmError("stuck".to_string())) } else { Ok(()) }
+        if self.fail_pause { Err(VmError::Machine("stuck".to_string())) } else { Ok(()) }
     }
 
     fn stood_still(&self) -> bool {
@@ -133,8 +134,8 @@ impl SourceVm for Writer {
         Ok(())
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, VmError> {
-        Ok(vec![42; 300_000])
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError> {
+        to.write_all(&[42; 300_000]).map_err(|source| VmError::Io { doing: "its state", source })
     }
 
     fn throttle(&mut self, percent: u8) {

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use migrate::Hello;
 use vmprocess::control::protocol::EngineKind;
-use vmprocess::control::rundir::Place;
+use vmprocess::control::rundir::SocketName;
 use vmprocess::granted::{Granted, Share};
 use vmprocess::qemu::Role;
 use vmprocess::{ArriveSettings, passing};
@@ -36,8 +36,8 @@ impl Target {
         };
         let dir = site.run_dir();
         let lock = dir.lock().unwrap();
-        let place = Place::arriving(&hello.name, &hello.session.to_string());
-        let (claim, socket) = dir.claim(&lock, place).unwrap();
+        let socket_name = SocketName::arriving(&hello.name, &hello.session.to_string());
+        let (claim, socket) = dir.claim(&lock, socket_name).unwrap();
         drop(lock);
         let share = Share {
             name: hello.name.clone(),

@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use super::lines::{LineError, Lines};
 use super::protocol::{MigrationStat, Reply, Request, VmStat};
-use super::rundir::{Place, RunDir};
+use super::rundir::{RunDir, SocketName};
 use super::versions::{Offer, UNSAID, VERSIONS, none_in_common};
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// How long a VM's process may take to say what it knows.
 pub const STAT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,7 +26,8 @@ pub struct VmClient {
     lines: Lines,
     /// The versions that this side knows.
     versions: Versions,
-    /// The version that the VM's process has chosen; None until it has said so, and of one that does not know of versions.
+    /// The version that the VM's process has chosen; None until it has said so, and of one that does not know of
+    /// versions.
     version: Option<u16>,
 }
 
@@ -38,13 +39,14 @@ impl VmClient {
     /// Connects to the VM of that name.
     ///
     /// # Errors
-    /// [`Kind::Name`] if there is none.
+    /// [`FailureKind::Name`] if there is none.
     pub fn connect(dir: &RunDir, name: &str) -> Result<VmClient, Failure> {
         loop {
-            let place = dir.find(name)?;
-            match VmClient::connect_to(dir, &place) {
-                // It lived when it was found: it has changed its place since (a hand-over), or ended. The next look tells.
-                Err(failure) if failure.kind == Kind::Name => {}
+            let socket = dir.find(name)?;
+            match VmClient::connect_to(dir, &socket) {
+                // It lived when it was found: its socket has another name since (a hand-over), or it ended. The next
+                // look tells.
+                Err(failure) if failure.kind == FailureKind::Name => {}
                 connected => return connected,
             }
         }
@@ -54,22 +56,22 @@ impl VmClient {
     ///
     /// # Errors
     /// If the process ended meanwhile, or this user may not talk to it.
-    pub fn connect_to(dir: &RunDir, place: &Place) -> Result<VmClient, Failure> {
-        let stream = dir.connect(place).map_err(|error| match error.kind() {
+    pub fn connect_to(dir: &RunDir, socket: &SocketName) -> Result<VmClient, Failure> {
+        let stream = dir.connect(socket).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
-                Failure::new(Kind::Name, format!("the VM {:?} has just ended or moved", place.name()))
+                Failure::new(FailureKind::Name, format!("the VM {:?} has just ended or moved", socket.name()))
             }
             std::io::ErrorKind::WouldBlock => Failure::new(
-                Kind::Other,
-                format!("the VM {:?} does not answer: its process stands still", place.name()),
+                FailureKind::Other,
+                format!("the VM {:?} does not answer: its process stands still", socket.name()),
             ),
             std::io::ErrorKind::PermissionDenied => Failure::new(
-                Kind::Host,
-                format!("no permission to talk to the VM {:?}: use the account that runs it", place.name()),
+                FailureKind::Host,
+                format!("no permission to talk to the VM {:?}: use the account that runs it", socket.name()),
             ),
-            _ => Failure::io(format!("cannot talk to the VM {:?}", place.name()), &error),
+            _ => Failure::io(format!("cannot talk to the VM {:?}", socket.name()), &error),
         })?;
-        Ok(VmClient::over(place.name(), stream))
+        Ok(VmClient::over(socket.name(), stream))
     }
 
     /// Asks for the VM's facts.
@@ -79,7 +81,7 @@ impl VmClient {
     pub fn stat(&mut self) -> Result<VmStat, Failure> {
         let value = self.ask(&Request::Stat, STAT_TIMEOUT)?;
         serde_json::from_value(value).map_err(|error| {
-            Failure::new(Kind::Other, format!("the VM {:?} runs another vmemd: {error}", self.name))
+            Failure::new(FailureKind::Other, format!("the VM {:?} runs another vmemd: {error}", self.name))
         })
     }
 
@@ -103,8 +105,8 @@ impl VmClient {
         }
     }
 
-    /// A process that knows of one version only does what it is asked without a look at ours. If it would misunderstand us, it is asked
-    /// for its facts alone, which harms nothing.
+    /// A process that knows of one version only does what it is asked without a look at ours. If it would misunderstand
+    /// us, it is asked for its facts alone, which harms nothing.
     fn make_sure(&mut self) -> Result<(), Failure> {
         if self.versions.contains(&UNSAID) || self.version.is_some() {
             return Ok(());
@@ -134,7 +136,7 @@ impl VmClient {
     /// Asks for something long. `progress` is called on the way; a signal ends the waiting.
     ///
     /// # Errors
-    /// The VM's refusal, no answer, or [`Kind::Interrupted`].
+    /// The VM's refusal, no answer, or [`FailureKind::Interrupted`].
     pub fn ask_long(
         &mut self,
         request: &Request,
@@ -176,7 +178,7 @@ impl VmClient {
     /// Has every fault told for so long; `each` gets them. A signal ends the waiting.
     ///
     /// # Errors
-    /// The VM's refusal, no answer, [`Kind::Interrupted`], or an error of `each`.
+    /// The VM's refusal, no answer, [`FailureKind::Interrupted`], or an error of `each`.
     pub fn record_faults(
         &mut self,
         seconds: u64,
@@ -199,12 +201,12 @@ impl VmClient {
     /// Has the VM end, and waits until it is known what became of it; null if it has failed, or had ended by then.
     ///
     /// # Errors
-    /// The VM's refusal, or no answer. [`Kind::InDoubt`] if its process ended without a word while it was moving, by what `before` says:
-    /// what was heard of it last (null if nothing was).
+    /// The VM's refusal, or no answer. [`FailureKind::InDoubt`] if its process ended without a word while it was
+    /// moving, by what `before` says: what was heard of it last (null if nothing was).
     pub fn stop(&mut self, before: &Value, timeout: Duration) -> Result<Value, Failure> {
         self.make_sure()?;
         match self.reply(&Request::Stop, timeout) {
-            Ok(Err(failure)) if failure.kind == Kind::Vm => Ok(Value::Null),
+            Ok(Err(failure)) if failure.kind == FailureKind::Vm => Ok(Value::Null),
             Ok(answer) => answer,
             Err(LineError::Closed) => self.ended_unheard(before),
             Err(error) => Err(self.lost(&error)),
@@ -222,19 +224,19 @@ impl VmClient {
             "the process of the VM {name:?} ended while it was moving, before it could say what became of it (it was killed, or \
              crashed: see its log): the VM runs at {to} or nowhere; see `vmemd list` there before you start it again"
         );
-        Err(Failure::new(Kind::InDoubt, text))
+        Err(Failure::new(FailureKind::InDoubt, text))
     }
 
     /// Waits until the VM's process has ended. A signal ends the waiting.
     ///
     /// # Errors
-    /// If it still lives after `timeout`, or [`Kind::Interrupted`].
+    /// If it still lives after `timeout`, or [`FailureKind::Interrupted`].
     pub fn wait_for_end(&mut self, timeout: Duration) -> Result<(), Failure> {
         self.lines.wait(timeout);
         crate::signals::check()?;
         match self.lines.read::<Reply>(timeout) {
             Err(LineError::Timeout(after)) => Err(Failure::new(
-                Kind::Vm,
+                FailureKind::Vm,
                 format!("the VM {:?} has not ended after {} s", self.name, after.as_secs()),
             )),
             _ => Ok(()),
@@ -257,16 +259,16 @@ impl VmClient {
                  left to move, and {to} gives up what it has got"
             )
         };
-        Failure::new(Kind::Vm, text)
+        Failure::new(FailureKind::Vm, text)
     }
 
     fn lost(&self, error: &LineError) -> Failure {
         match error {
             LineError::Closed => Failure::new(
-                Kind::Vm,
+                FailureKind::Vm,
                 format!("the process of the VM {:?} ended before it answered", self.name),
             ),
-            error => Failure::new(Kind::Other, format!("the VM {:?}: {error}", self.name)),
+            error => Failure::new(FailureKind::Other, format!("the VM {:?}: {error}", self.name)),
         }
     }
 }
@@ -340,7 +342,7 @@ mod tests {
         assert_eq!(paused(2..=3, &new), (ok, vec![stat.clone(), pause]));
         let (answer, asked) = paused(2..=3, &[facts, done.clone()]);
         let failure = answer.unwrap_err();
-        assert_eq!((failure.kind, asked), (Kind::Link, vec![stat]));
+        assert_eq!((failure.kind, asked), (FailureKind::Link, vec![stat]));
         let text = "the command speaks versions 2 to 3 of the control protocol, the VM's process version 1: use the vmemd with \
                     which the VM was started";
         assert_eq!(failure.text, text);
@@ -351,7 +353,7 @@ mod tests {
         let done = json!({ "ok": { "state": "paused" } });
         for version in [json!(0), json!(4), json!(65536), json!([1]), json!(null)] {
             let (answer, _) = paused(1..=3, &[json!({ "version": version }), done.clone()]);
-            assert_eq!(answer.unwrap_err().kind, Kind::Other, "{version}");
+            assert_eq!(answer.unwrap_err().kind, FailureKind::Other, "{version}");
         }
     }
 
@@ -365,14 +367,14 @@ mod tests {
         for (before, answer, expected) in [
             (&running, None, Ok(Value::Null)),
             (&Value::Null, None, Ok(Value::Null)),
-            (&moving, None, Err((Kind::InDoubt, "runs at b:7 or nowhere"))),
-            (&in_doubt, None, Err((Kind::InDoubt, "runs at the target"))),
+            (&moving, None, Err((FailureKind::InDoubt, "runs at b:7 or nowhere"))),
+            (&in_doubt, None, Err((FailureKind::InDoubt, "runs at the target"))),
             (&running, Some(done.clone()), Ok(done["ok"].clone())),
             (&moving, Some(done.clone()), Ok(done["ok"].clone())),
             (&Value::Null, Some(done.clone()), Ok(done["ok"].clone())),
-            (&running, Some(failed(Kind::Vm)), Ok(Value::Null)),
-            (&moving, Some(failed(Kind::InDoubt)), Err((Kind::InDoubt, "why"))),
-            (&running, Some(failed(Kind::Other)), Err((Kind::Other, "why"))),
+            (&running, Some(failed(FailureKind::Vm)), Ok(Value::Null)),
+            (&moving, Some(failed(FailureKind::InDoubt)), Err((FailureKind::InDoubt, "why"))),
+            (&running, Some(failed(FailureKind::Other)), Err((FailureKind::Other, "why"))),
         ] {
             match (stopped(before, answer.as_ref()), expected) {
                 (Ok(value), Ok(expected)) => assert_eq!(value, expected, "{before}: {answer:?}"),

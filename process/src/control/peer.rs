@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use tracing::warn;
 
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// Users whose refusal is remembered, so that it is logged once.
 const USERS_MAX: usize = 64;
@@ -35,12 +35,12 @@ impl Peers {
             warn!(uid = peer.uid, pid = peer.pid, "refused: another user's process; told once");
         }
         let text = format!("this VM belongs to user {own}: user {} may not control it", peer.uid);
-        Err(Failure::new(Kind::Host, text))
+        Err(Failure::new(FailureKind::Host, text))
     }
 }
 
-/// As they were when it connected. Not by rustix, whose process numbers cannot be 0: the kernel gives that one for a process of
-/// another PID namespace, such as one outside of this process's container.
+/// As they were when it connected. Not by rustix, whose process numbers cannot be 0: the kernel gives that one for a
+/// process of another PID namespace, such as one outside of this process's container.
 fn credentials(stream: &UnixStream) -> io::Result<libc::ucred> {
     let mut found = libc::ucred { pid: 0, uid: libc::uid_t::MAX, gid: libc::gid_t::MAX };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
@@ -81,7 +81,7 @@ mod tests {
         let stranger = pair(65534);
         for _ in 0..2 {
             let failure = peers.check(&stranger.0).unwrap_err();
-            assert_eq!(failure.kind, Kind::Host);
+            assert_eq!(failure.kind, FailureKind::Host);
             assert!(failure.text.contains("user 65534 may not"), "{failure}");
         }
         assert_eq!(peers.refused, [65534]);

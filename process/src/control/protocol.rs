@@ -1,4 +1,4 @@
-//! What is said over a VM's control socket: one JSON value a line. `docs/control.md` describes every field.
+//! The messages of a VM's control socket: one JSON value a line. `docs/control.md` describes every field.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::lines::LINE_MAX;
 use crate::failure::Failure;
 
-/// What a client asks, tagged by `op`. [`versions`](super::versions) adds the versions of which it is.
+/// A client's request, tagged by `op`. [`versions`](super::versions) adds the versions of the protocol that it fits.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
@@ -112,7 +112,7 @@ impl Trust {
     }
 }
 
-/// What the VM's process answers. `Progress` and `Faults` may come any number of times before `Ok` or `Error`.
+/// A message of the VM's process. `Progress` and `Faults` may come any number of times before `Ok` or `Error`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
@@ -264,7 +264,7 @@ pub struct MigrationStat {
     pub elapsed_ms: u64,
 }
 
-/// What a VM's hand-over waits for.
+/// A wait within a VM's hand-over.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitStat {
     /// In words, to stand behind "waiting for".

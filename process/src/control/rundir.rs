@@ -3,12 +3,12 @@
 //! A name is held by a socket that somebody listens on; there is no other record of it. The file's name tells the role:
 //! ```text
 //!   run ─────────▶ NAME.sock ──give_up_name──▶ NAME.leaving-ID.sock ──▶ gone
-//!   serve ──▶ NAME.arriving-ID.sock ──settle──▶ NAME.sock
+//!   serve ──▶ NAME.arriving-ID.sock ──take_name──▶ NAME.sock
 //! ```
-//! Renaming may wait for a disk, so neither is done while the VM stands still: the one comes before, the other behind the start.
-//! Every change is made under one flock, so that source and target may share a directory. A socket that refuses
-//! connections belongs to a dead process and is removed. Sockets are addressed through `/proc/self/fd`, which keeps long
-//! directory names within the 107 bytes of a socket address.
+//! Renaming may wait for a disk, so neither is done while the VM stands still: the one comes before, the other behind
+//! the start. Every change is made under one flock, so that source and target may share a directory. A socket that
+//! refuses connections belongs to a dead process and is removed. Sockets are addressed through `/proc/self/fd`, which
+//! keeps long directory names within the 107 bytes of a socket address.
 
 use std::fs::File;
 use std::io;
@@ -18,44 +18,40 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use migrate::wire::opening::{NAME_MAX, NAME_ROLES, is_name};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::geteuid;
 
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
-/// Longest name of a VM.
-pub const NAME_MAX: usize = 64;
 /// Hexadecimal digits of a session id in a socket's file name: room for them in a socket address is short.
 const ID_DIGITS: usize = 8;
 const LOCK_FILE: &str = ".lock";
 const ADDRESS_MAX: usize = 107;
 const _: () = assert!(
-    "/proc/self/fd/1234567/".len() + NAME_MAX + ".arriving-".len() + ID_DIGITS + ".sock".len()
+    "/proc/self/fd/1234567/".len() + NAME_MAX + NAME_ROLES[0].len() + ID_DIGITS + ".sock".len()
         <= ADDRESS_MAX + 2
 );
 
-/// Checks a VM's name: it becomes a file name.
+/// Checks a VM's name: it becomes a file name. The rule is the one of all hosts, [`is_name`].
 ///
 /// # Errors
-/// [`Kind::Usage`] with the rule.
+/// [`FailureKind::Usage`] with the rule.
 pub fn check_name(name: &str) -> Result<(), Failure> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let role = [".arriving-", ".leaving-"].iter().any(|role| name.contains(role));
-    if name.is_empty() || name.len() > NAME_MAX || name.starts_with('.') || !name.chars().all(allowed) || role
-    {
-        return Err(Failure::new(
-            Kind::Usage,
-            format!(
-                "{name:?} is not a name for a VM: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not beginning with a dot"
-            ),
-        ));
+    if is_name(name) {
+        return Ok(());
     }
-    Ok(())
+    let text = format!(
+        "{name:?} is not a name for a VM: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', not beginning with a dot, \
+         and without {:?} or {:?}",
+        NAME_ROLES[0], NAME_ROLES[1]
+    );
+    Err(Failure::new(FailureKind::Usage, text))
 }
 
-/// One VM's socket in the run directory.
+/// The file name of one VM's socket in the run directory, which says where the VM is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
+pub enum SocketName {
     /// `NAME.sock`: the VM has its name, and nobody else may take it.
     Here(String),
     /// `NAME.leaving-ID.sock`: the VM has given up its name for the session whose id begins so.
@@ -64,47 +60,47 @@ pub enum Place {
     Arriving(String, String),
 }
 
-impl Place {
-    /// The place of a VM that leaves, by the whole id of its session.
-    pub fn leaving(name: &str, session: &str) -> Place {
-        Place::Leaving(name.to_owned(), short(session))
+impl SocketName {
+    /// The socket's name of a VM that leaves, by the whole id of its session.
+    pub fn leaving(name: &str, session: &str) -> SocketName {
+        SocketName::Leaving(name.to_owned(), short(session))
     }
 
-    /// The place of a VM that arrives, by the whole id of its session.
-    pub fn arriving(name: &str, session: &str) -> Place {
-        Place::Arriving(name.to_owned(), short(session))
+    /// The socket's name of a VM that arrives, by the whole id of its session.
+    pub fn arriving(name: &str, session: &str) -> SocketName {
+        SocketName::Arriving(name.to_owned(), short(session))
     }
 
     /// The VM's name, whether or not this socket holds it.
     pub fn name(&self) -> &str {
         match self {
-            Place::Here(name) | Place::Leaving(name, _) | Place::Arriving(name, _) => name,
+            SocketName::Here(name) | SocketName::Leaving(name, _) | SocketName::Arriving(name, _) => name,
         }
     }
 
     fn file_name(&self) -> String {
         match self {
-            Place::Here(name) => format!("{name}.sock"),
-            Place::Leaving(name, id) => format!("{name}.leaving-{id}.sock"),
-            Place::Arriving(name, id) => format!("{name}.arriving-{id}.sock"),
+            SocketName::Here(name) => format!("{name}.sock"),
+            SocketName::Leaving(name, id) => format!("{name}.leaving-{id}.sock"),
+            SocketName::Arriving(name, id) => format!("{name}.arriving-{id}.sock"),
         }
     }
 
-    fn parse(file_name: &str) -> Option<Place> {
+    fn parse(file_name: &str) -> Option<SocketName> {
         let stem = file_name.strip_suffix(".sock")?;
-        let place = if let Some((name, id)) = stem.rsplit_once(".leaving-") {
-            Place::leaving(name, id)
+        let socket = if let Some((name, id)) = stem.rsplit_once(".leaving-") {
+            SocketName::leaving(name, id)
         } else if let Some((name, id)) = stem.rsplit_once(".arriving-") {
-            Place::arriving(name, id)
+            SocketName::arriving(name, id)
         } else {
-            Place::Here(stem.to_owned())
+            SocketName::Here(stem.to_owned())
         };
-        check_name(place.name()).is_ok().then_some(place)
+        check_name(socket.name()).is_ok().then_some(socket)
     }
 }
 
-/// Why a user cannot rely on a directory that has these owners (of its name, and its own) and this mode. Root may look after the
-/// VMs of others.
+/// Why a user cannot rely on a directory that has these owners (of its name, and its own) and this mode. Root may look
+/// after the VMs of others.
 fn untrusted(own: u32, owners: [u32; 2], mode: u32) -> Option<String> {
     if let Some(other) = owners.iter().find(|owner| own != 0 && **owner != own && **owner != 0) {
         return Some(format!("belongs to another user ({other})"));
@@ -163,7 +159,7 @@ impl RunDir {
         let own = geteuid().as_raw();
         if let Some(why) = untrusted(own, [name.uid(), found.uid()], found.mode()) {
             return Err(Failure::new(
-                Kind::Host,
+                FailureKind::Host,
                 format!(
                     "the run directory {} {why}: whoever controls it controls the VMs; choose another with --run-dir",
                     path.display()
@@ -232,56 +228,56 @@ impl RunDir {
         Ok(Lock { _file: file })
     }
 
-    fn address(&self, place: &Place) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}/{}", self.dir.as_raw_fd(), place.file_name()))
+    fn address(&self, socket: &SocketName) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{}", self.dir.as_raw_fd(), socket.file_name()))
     }
 
     /// Connects to a VM's process.
     ///
     /// # Errors
     /// The kernel's: `NotFound` and `ConnectionRefused` mean that there is no such VM.
-    pub fn connect(&self, place: &Place) -> io::Result<UnixStream> {
-        connect_at_once(&self.address(place))
+    pub fn connect(&self, socket: &SocketName) -> io::Result<UnixStream> {
+        connect_at_once(&self.address(socket))
     }
 
     /// Every VM of this directory that lives, in order of name. Removes sockets of dead ones.
     ///
     /// # Errors
     /// If the directory cannot be read.
-    pub fn places(&self) -> Result<Vec<Place>, Failure> {
+    pub fn sockets(&self) -> Result<Vec<SocketName>, Failure> {
         let _lock = self.lock()?;
         self.living(|_| true)
     }
 
-    /// The places that hold `name`. The caller has the lock.
+    /// The sockets of the VMs of that name. The caller has the lock.
     ///
     /// # Errors
     /// If the directory cannot be read.
-    pub fn holders(&self, _lock: &Lock, name: &str) -> Result<Vec<Place>, Failure> {
-        self.living(|place| place.name() == name)
+    pub fn holders(&self, _lock: &Lock, name: &str) -> Result<Vec<SocketName>, Failure> {
+        self.living(|socket| socket.name() == name)
     }
 
-    fn living(&self, wanted: impl Fn(&Place) -> bool) -> Result<Vec<Place>, Failure> {
+    fn living(&self, wanted: impl Fn(&SocketName) -> bool) -> Result<Vec<SocketName>, Failure> {
         let fail =
             |error| Failure::io(format!("cannot read the run directory {}", self.path.display()), &error);
-        let mut places = Vec::new();
+        let mut sockets = Vec::new();
         for entry in std::fs::read_dir(&self.path).map_err(fail)? {
             let file_name = entry.map_err(fail)?.file_name();
-            let Some(place) = file_name.to_str().and_then(Place::parse) else { continue };
-            if wanted(&place) && self.lives(&place) {
-                places.push(place);
+            let Some(socket) = file_name.to_str().and_then(SocketName::parse) else { continue };
+            if wanted(&socket) && self.lives(&socket) {
+                sockets.push(socket);
             }
         }
-        places.sort();
-        Ok(places)
+        sockets.sort();
+        Ok(sockets)
     }
 
     /// Whether somebody listens; removes the socket if nobody does. Under the lock.
-    fn lives(&self, place: &Place) -> bool {
-        match self.connect(place) {
+    fn lives(&self, socket: &SocketName) -> bool {
+        match self.connect(socket) {
             Ok(_) => true,
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                let _ = std::fs::remove_file(self.address(place));
+                let _ = std::fs::remove_file(self.address(socket));
                 false
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -290,65 +286,68 @@ impl RunDir {
         }
     }
 
-    /// Takes a place and listens there. The caller has the lock and has checked the name's holders.
+    /// Makes a socket and listens there. The caller has the lock and has checked the name's holders.
     ///
     /// # Errors
     /// If the socket cannot be made.
-    pub fn claim(&self, _lock: &Lock, place: Place) -> Result<(Claim, UnixListener), Failure> {
-        let address = self.address(&place);
-        let _ = self.lives(&place);
+    pub fn claim(&self, _lock: &Lock, socket: SocketName) -> Result<(Claim, UnixListener), Failure> {
+        let address = self.address(&socket);
+        let _ = self.lives(&socket);
         let fail = |error| {
             Failure::io(
-                format!("cannot make the socket {}", self.path.join(place.file_name()).display()),
+                format!("cannot make the socket {}", self.path.join(socket.file_name()).display()),
                 &error,
             )
         };
         let listener = UnixListener::bind(&address).map_err(fail)?;
-        let claim = Claim { dir: self.clone(), place: place.clone(), ours: true };
+        let claim = Claim { dir: self.clone(), socket: socket.clone(), ours: true };
         std::fs::set_permissions(&address, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
         Ok((claim, listener))
     }
 
-    /// Takes over a place that another process has claimed and whose listener it has passed to this one.
-    pub fn adopt(&self, place: Place, listener: OwnedFd) -> (Claim, UnixListener) {
-        (Claim { dir: self.clone(), place, ours: true }, UnixListener::from(listener))
+    /// Takes over a socket that another process has claimed and whose listener it has passed to this one.
+    pub fn adopt(&self, socket: SocketName, listener: OwnedFd) -> (Claim, UnixListener) {
+        (Claim { dir: self.clone(), socket, ours: true }, UnixListener::from(listener))
     }
 
     /// Claims the name for a VM that is to run here.
     ///
     /// # Errors
-    /// [`Kind::Name`] if a living VM has it.
+    /// [`FailureKind::Name`] if a living VM has it.
     pub fn claim_name(&self, name: &str) -> Result<(Claim, UnixListener), Failure> {
         check_name(name)?;
         let lock = self.lock()?;
-        if let Some(place) = self.holders(&lock, name)?.first() {
-            return Err(name_taken(place));
+        if let Some(socket) = self.holders(&lock, name)?.first() {
+            return Err(name_taken(socket));
         }
-        self.claim(&lock, Place::Here(name.to_owned()))
+        self.claim(&lock, SocketName::Here(name.to_owned()))
     }
 
-    /// The place at which to reach the VM of that name: where it runs, else where it is leaving or arriving.
+    /// The socket at which to reach the VM of that name: where it runs, else where it is leaving or arriving.
     ///
     /// # Errors
-    /// [`Kind::Name`] if there is none, with the names that there are.
-    pub fn find(&self, name: &str) -> Result<Place, Failure> {
+    /// [`FailureKind::Name`] if there is none, with the names that there are.
+    pub fn find(&self, name: &str) -> Result<SocketName, Failure> {
         check_name(name)?;
-        let places = self.places()?;
-        if let Some(place) = places.iter().find(|place| place.name() == name) {
-            return Ok(place.clone());
+        let sockets = self.sockets()?;
+        if let Some(socket) = sockets.iter().find(|socket| socket.name() == name) {
+            return Ok(socket.clone());
         }
-        let mut names: Vec<&str> = places.iter().map(Place::name).collect();
+        let mut names: Vec<&str> = sockets.iter().map(SocketName::name).collect();
         names.dedup();
         let known = match names.as_slice() {
             [] => "no VM runs here".to_owned(),
             names => format!("there are: {}", names.join(", ")),
         };
-        Err(Failure::new(Kind::Name, format!("no VM named {name:?} in {} ({known})", self.path.display())))
+        Err(Failure::new(
+            FailureKind::Name,
+            format!("no VM named {name:?} in {} ({known})", self.path.display()),
+        ))
     }
 }
 
-/// Fails with `WouldBlock` if the listener's queue is full. A process that stands still leaves in it whoever has looked whether it
-/// lives, and one look too many would wait for ever (with the directory's lock, which all others wait for).
+/// Fails with `WouldBlock` if the listener's queue is full. A process that stands still leaves in it whoever has looked
+/// whether it lives, and one look too many would wait for ever (with the directory's lock, which all others wait for).
 fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     if path.as_os_str().len() > ADDRESS_MAX {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -372,15 +371,15 @@ fn flock(file: &File) -> io::Result<()> {
 }
 
 /// The refusal of a name that is held.
-pub fn name_taken(place: &Place) -> Failure {
-    let how = match place {
-        Place::Here(_) => "a VM of that name runs on this host",
-        Place::Leaving(..) => "a VM of that name is leaving this host",
-        Place::Arriving(..) => "a VM of that name is arriving at this host",
+pub fn name_taken(socket: &SocketName) -> Failure {
+    let how = match socket {
+        SocketName::Here(_) => "a VM of that name runs on this host",
+        SocketName::Leaving(..) => "a VM of that name is leaving this host",
+        SocketName::Arriving(..) => "a VM of that name is arriving at this host",
     };
     Failure::new(
-        Kind::Name,
-        format!("the name {:?} is taken: {how}; choose another, or stop it first", place.name()),
+        FailureKind::Name,
+        format!("the name {:?} is taken: {how}; choose another, or stop it first", socket.name()),
     )
 }
 
@@ -388,7 +387,7 @@ pub fn name_taken(place: &Place) -> Failure {
 #[derive(Debug)]
 pub struct Claim {
     dir: RunDir,
-    place: Place,
+    socket: SocketName,
     /// Whether to remove the file at the end.
     ours: bool,
 }
@@ -398,9 +397,9 @@ impl Claim {
         &self.dir
     }
 
-    /// Where the socket is now.
-    pub fn place(&self) -> &Place {
-        &self.place
+    /// The socket's name now.
+    pub fn socket(&self) -> &SocketName {
+        &self.socket
     }
 
     /// Gives the name up, keeping the socket reachable.
@@ -409,23 +408,23 @@ impl Claim {
     /// If the file cannot be renamed.
     pub fn leave(&mut self, session: &str) -> Result<(), Failure> {
         let lock = self.dir.lock()?;
-        self.rename(&lock, Place::leaving(self.place.name(), session))
+        self.rename(&lock, SocketName::leaving(self.socket.name(), session))
     }
 
-    /// Whether the name can be taken. Waits for no disk, and nobody but another VM of that name that is on its way itself can take it
-    /// before [`settle`](Self::settle).
+    /// Whether the name can be taken. Waits for no disk, and nobody but another VM of that name that is on its way
+    /// itself can take it before [`take_name`](Self::take_name).
     ///
     /// # Errors
-    /// [`Kind::Name`] if another VM has it now.
+    /// [`FailureKind::Name`] if another VM has it now.
     pub fn is_free(&mut self) -> Result<(), Failure> {
-        let here = Place::Here(self.place.name().to_owned());
+        let here = SocketName::Here(self.socket.name().to_owned());
         match self.dir.connect(&here) {
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
             {
                 Ok(())
             }
-            _ if self.place == here => Ok(()),
+            _ if self.socket == here => Ok(()),
             _ => Err(name_taken(&here)),
         }
     }
@@ -433,11 +432,11 @@ impl Claim {
     /// Takes the name, for the first time or back.
     ///
     /// # Errors
-    /// [`Kind::Name`] if another VM has it now.
-    pub fn settle(&mut self) -> Result<(), Failure> {
+    /// [`FailureKind::Name`] if another VM has it now.
+    pub fn take_name(&mut self) -> Result<(), Failure> {
         let lock = self.dir.lock()?;
-        let here = Place::Here(self.place.name().to_owned());
-        if self.place == here {
+        let here = SocketName::Here(self.socket.name().to_owned());
+        if self.socket == here {
             return Ok(());
         }
         if self.dir.lives(&here) {
@@ -446,10 +445,10 @@ impl Claim {
         self.rename(&lock, here)
     }
 
-    fn rename(&mut self, _lock: &Lock, to: Place) -> Result<(), Failure> {
-        std::fs::rename(self.dir.address(&self.place), self.dir.address(&to))
+    fn rename(&mut self, _lock: &Lock, to: SocketName) -> Result<(), Failure> {
+        std::fs::rename(self.dir.address(&self.socket), self.dir.address(&to))
             .map_err(|error| Failure::io(format!("cannot rename the socket of {:?}", to.name()), &error))?;
-        self.place = to;
+        self.socket = to;
         Ok(())
     }
 
@@ -462,7 +461,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if self.ours {
-            let _ = std::fs::remove_file(self.dir.address(&self.place));
+            let _ = std::fs::remove_file(self.dir.address(&self.socket));
         }
     }
 }

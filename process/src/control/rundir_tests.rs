@@ -41,7 +41,7 @@ fn names_that_are_no_file_names_are_refused() {
         "a\n",
         "a.leaving-1",
     ] {
-        assert_eq!(check_name(name).unwrap_err().kind, Kind::Usage, "{name}");
+        assert_eq!(check_name(name).unwrap_err().kind, FailureKind::Usage, "{name}");
     }
     for name in ["a", "web-1", "A.b_c", &"x".repeat(64)] {
         check_name(name).unwrap();
@@ -52,7 +52,7 @@ fn names_that_are_no_file_names_are_refused() {
 fn a_name_is_held_while_its_process_listens() {
     let temp = Temp::new("held");
     let (claim, listener) = temp.0.claim_name("web").unwrap();
-    assert_eq!(temp.0.claim_name("web").unwrap_err().kind, Kind::Name);
+    assert_eq!(temp.0.claim_name("web").unwrap_err().kind, FailureKind::Name);
     // A process that dies leaves the file, and nobody listens.
     drop(listener);
     let (again, _listener) = temp.0.claim_name("web").unwrap();
@@ -67,15 +67,15 @@ fn a_hand_over_within_one_directory() {
     let session = "0123456789abcdef";
     let (mut source, _source_listener) = temp.0.claim_name("web").unwrap();
     let lock = temp.0.lock().unwrap();
-    let (mut target, _target_listener) = temp.0.claim(&lock, Place::arriving("web", session)).unwrap();
+    let (mut target, _target_listener) = temp.0.claim(&lock, SocketName::arriving("web", session)).unwrap();
     drop(lock);
-    assert_eq!(temp.0.places().unwrap().len(), 2);
-    assert_eq!(temp.0.find("web").unwrap(), Place::Here("web".to_owned()));
-    assert_eq!(target.settle().unwrap_err().kind, Kind::Name);
+    assert_eq!(temp.0.sockets().unwrap().len(), 2);
+    assert_eq!(temp.0.find("web").unwrap(), SocketName::Here("web".to_owned()));
+    assert_eq!(target.take_name().unwrap_err().kind, FailureKind::Name);
     source.leave(session).unwrap();
-    target.settle().unwrap();
+    target.take_name().unwrap();
     assert_eq!(temp.files(), ["web.leaving-01234567.sock", "web.sock"]);
-    assert_eq!(source.settle().unwrap_err().kind, Kind::Name);
+    assert_eq!(source.take_name().unwrap_err().kind, FailureKind::Name);
     drop(source);
     assert_eq!(temp.files(), ["web.sock"]);
 }
@@ -91,7 +91,7 @@ fn a_vm_that_changes_its_place_is_reached() {
             let mut moves = 0;
             while !over.load(Ordering::Relaxed) {
                 claim.leave("0123456789abcdef").unwrap();
-                claim.settle().unwrap();
+                claim.take_name().unwrap();
                 moves += 1;
             }
             moves
@@ -101,7 +101,7 @@ fn a_vm_that_changes_its_place_is_reached() {
         assert!(mover.join().unwrap() > 0);
         assert!(connected);
     });
-    temp.0.connect(claim.place()).unwrap().write_all(b"x").unwrap();
+    temp.0.connect(claim.socket()).unwrap().write_all(b"x").unwrap();
     acceptor.join().unwrap();
 }
 
@@ -117,7 +117,7 @@ fn stale_sockets_vanish_from_the_list() {
     claim.hand_over();
     drop(listener);
     let (_claim, _listener) = temp.0.claim_name("live").unwrap();
-    assert_eq!(temp.0.places().unwrap(), [Place::Here("live".to_owned())]);
+    assert_eq!(temp.0.sockets().unwrap(), [SocketName::Here("live".to_owned())]);
     assert_eq!(temp.files(), ["live.sock"]);
     let text = temp.0.find("dead").unwrap_err().text;
     assert!(text.contains("live"), "{text}");
@@ -139,7 +139,7 @@ fn a_directory_of_somebody_else_is_not_used() {
     let temp = Temp::new("widened");
     std::fs::set_permissions(temp.0.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
     let failure = RunDir::open(temp.0.path()).unwrap_err();
-    assert!(failure.kind == Kind::Host && failure.text.contains("--run-dir"), "{failure}");
+    assert!(failure.kind == FailureKind::Host && failure.text.contains("--run-dir"), "{failure}");
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn sockets_and_their_directory_are_their_users_alone() {
     let (claim, _listener) = temp.0.claim_name("web").unwrap();
     let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
     assert_eq!(mode(temp.0.path()), 0o700);
-    assert_eq!(mode(&temp.0.path().join(claim.place().file_name())), 0o600);
+    assert_eq!(mode(&temp.0.path().join(claim.socket().file_name())), 0o600);
 }
 
 #[test]
@@ -156,5 +156,5 @@ fn a_long_directory_and_a_long_name_fit_a_socket_address() {
     let temp = Temp::new(&"long".repeat(40));
     let (mut claim, _listener) = temp.0.claim_name(&"n".repeat(NAME_MAX)).unwrap();
     claim.leave("0123456789").unwrap();
-    temp.0.connect(claim.place()).unwrap();
+    temp.0.connect(claim.socket()).unwrap();
 }

@@ -13,7 +13,7 @@ use super::lines::{LineError, Lines};
 use super::peer::Peers;
 use super::protocol::{MigrationStat, Reply, Request};
 use super::versions::{Asked, VERSIONS, no_request};
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// Connections served at once; more are told to come back.
 pub const CONNECTIONS_MAX: usize = 64;
@@ -24,7 +24,7 @@ pub(super) const PEEKED: usize = 64;
 /// Pause after an accept that failed for want of descriptors or memory.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// What answers the requests.
+/// The side that carries requests out.
 pub trait Service: Send + Sync + 'static {
     /// Does what is asked, on the connection's own thread, and gives the value of the answer.
     ///
@@ -56,7 +56,8 @@ impl Client<'_> {
         self.lines.write(&Reply::Faults(seen))
     }
 
-    /// Whether the client says that it wants no more of what is under way. Anything else that it says waits for its turn.
+    /// Whether the client says that it wants no more of what is under way. Anything else that it says waits for its
+    /// turn.
     pub fn cancels(&mut self) -> bool {
         let mut said = [0; PEEKED];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -104,7 +105,7 @@ impl Server {
     }
 
     /// Waits until every request has its answer, at most `timeout`.
-    pub fn drain(&self, timeout: Duration) {
+    pub fn wait_answered(&self, timeout: Duration) {
         let (load, changed) = &*self.load;
         let guard = load.lock().expect("the load's lock is never poisoned");
         let _ = changed.wait_timeout_while(guard, timeout, |load| load.unanswered > 0);
@@ -138,7 +139,7 @@ impl Server {
             });
             if full {
                 let text = format!("{CONNECTIONS_MAX} connections are open already: try again later");
-                refuse(stream, Failure::new(Kind::Other, text));
+                refuse(stream, Failure::new(FailureKind::Other, text));
                 continue;
             }
             let (server, service) = (self.clone(), service.clone());
@@ -179,8 +180,8 @@ impl Server {
     }
 }
 
-/// The version goes ahead of the answer, which may be long in coming. A client that has gone by then is no reason not to serve it: that
-/// is up to each request.
+/// The version goes ahead of the answer, which may be long in coming. A client that has gone by then is no reason not
+/// to serve it: that is up to each request.
 fn answer(
     lines: &mut Lines,
     request: Request,
@@ -211,7 +212,7 @@ mod tests {
             assert!(!client.gone());
             match request {
                 Request::Stat => Ok("stat".into()),
-                _ => Err(Failure::new(Kind::Name, "no")),
+                _ => Err(Failure::new(FailureKind::Name, "no")),
             }
         }
     }
@@ -231,7 +232,10 @@ mod tests {
         lines.write(&Request::Stat).unwrap();
         assert_eq!(lines.read::<Reply>(IDLE_TIMEOUT).unwrap(), Reply::Ok("stat".into()));
         lines.write(&Request::Pause).unwrap();
-        assert_eq!(lines.read::<Reply>(IDLE_TIMEOUT).unwrap(), Reply::Error(Failure::new(Kind::Name, "no")));
+        assert_eq!(
+            lines.read::<Reply>(IDLE_TIMEOUT).unwrap(),
+            Reply::Error(Failure::new(FailureKind::Name, "no"))
+        );
     }
 
     #[test]
@@ -242,7 +246,7 @@ mod tests {
         stream.write_all(b"{\"op\":\"explode\"}\n").unwrap();
         let mut lines = Lines::new(stream);
         let Reply::Error(failure) = lines.read::<Reply>(IDLE_TIMEOUT).unwrap() else { panic!("an error") };
-        assert_eq!(failure.kind, Kind::Usage);
+        assert_eq!(failure.kind, FailureKind::Usage);
         assert!(matches!(lines.read::<Reply>(IDLE_TIMEOUT), Err(LineError::Closed)));
     }
 
@@ -253,7 +257,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         stream.write_all(format!("{line}\n{{\"op\":\"pause\"}}\n").as_bytes()).unwrap();
         let mut lines = Lines::new(stream);
-        let paused = Reply::Error(Failure::new(Kind::Name, "no"));
+        let paused = Reply::Error(Failure::new(FailureKind::Name, "no"));
         let mut replies = Vec::new();
         loop {
             match lines.read::<Reply>(IDLE_TIMEOUT) {
@@ -281,11 +285,11 @@ mod tests {
     #[test]
     fn other_versions_get_an_error_and_the_door() {
         for (versions, kind, says) in [
-            ("[2,9]", Kind::Link, "version 1: use the vmemd with which the VM was started"),
-            ("[0,0]", Kind::Link, "use a newer vmemd"),
-            ("[9,2]", Kind::Usage, "versions 9 to 2 are none"),
-            ("[1]", Kind::Usage, "versions"),
-            ("true", Kind::Usage, "versions"),
+            ("[2,9]", FailureKind::Link, "version 1: use the vmemd with which the VM was started"),
+            ("[0,0]", FailureKind::Link, "use a newer vmemd"),
+            ("[9,2]", FailureKind::Usage, "versions 9 to 2 are none"),
+            ("[1]", FailureKind::Usage, "versions"),
+            ("true", FailureKind::Usage, "versions"),
         ] {
             let (replies, open) = answers(&format!(r#"{{"op":"stat","versions":{versions}}}"#));
             let [Reply::Error(failure)] = replies.as_slice() else { panic!("{versions}: {replies:?}") };

@@ -1,19 +1,20 @@
 //! Which version of the control protocol a client and a VM's process speak: the highest that both know.
 //!
-//! A client writes its range into each of its requests, where a process that knows of one version does not look. A process writes the
-//! version that it has chosen in a line before its answer, to a client that has written a range. Who writes neither speaks version 1.
-//! So a choice costs no exchange of its own, and a request is good for whoever reads it.
+//! A client writes its range into each of its requests, where a process that knows of one version does not look. A
+//! process writes the version that it has chosen in a line before its answer, to a client that has written a range. Who
+//! writes neither speaks version 1. So a choice costs no exchange of its own, and a request is good for whoever reads
+//! it.
 
 use migrate::versions::{NoneInCommon, Side, Versions, highest_common};
 use serde::Serialize;
 use serde_json::Value;
 
 use super::protocol::Request;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, FailureKind};
 
 /// The versions of the control protocol that this vmemd speaks. `docs/control.md` says when to raise which end.
 pub const VERSIONS: Versions = 1..=1;
-/// What a side speaks that says nothing of versions.
+/// The version that a side speaks which says nothing of versions.
 pub const UNSAID: u16 = 1;
 
 const _: () = assert!(*VERSIONS.start() <= *VERSIONS.end());
@@ -45,7 +46,7 @@ impl Asked {
     /// The versions are looked at first: a request of another version need not be one that we know.
     ///
     /// # Errors
-    /// [`Kind::Link`] if there is no version in common, [`Kind::Usage`] if it is no request.
+    /// [`FailureKind::Link`] if there is no version in common, [`FailureKind::Usage`] if it is no request.
     pub fn new(line: Value, ours: &Versions) -> Result<Asked, Failure> {
         let versions = line.get("versions").map(Asked::versions).transpose()?;
         let theirs = versions.clone().unwrap_or(UNSAID..=UNSAID);
@@ -65,12 +66,12 @@ impl Asked {
     }
 }
 
-/// What a client hears that has said something else.
+/// The answer to a client whose line is no request.
 pub(super) fn no_request(why: &dyn std::fmt::Display) -> Failure {
-    Failure::new(Kind::Usage, format!("this is no request: {why}; docs/control.md describes them"))
+    Failure::new(FailureKind::Usage, format!("this is no request: {why}; docs/control.md describes them"))
 }
 
-/// What is told on both sides if they cannot speak to each other.
+/// The failure on both sides if they have no version in common.
 pub(super) fn none_in_common(client: Versions, process: Versions) -> Failure {
     let client = Side { name: "command", versions: client, remedy: "use a newer vmemd" };
     let process = Side {
@@ -79,7 +80,7 @@ pub(super) fn none_in_common(client: Versions, process: Versions) -> Failure {
         remedy: "use the vmemd with which the VM was started",
     };
     let none = NoneInCommon { protocol: "control protocol", sides: [client, process] };
-    Failure::new(Kind::Link, none.to_string())
+    Failure::new(FailureKind::Link, none.to_string())
 }
 
 #[cfg(test)]
@@ -146,8 +147,8 @@ mod tests {
                 Some(version) => {
                     assert_eq!(read, Ok(Asked { request: Request::Stat, version: Some(version) }))
                 }
-                None if a > b => assert_eq!(read.unwrap_err().kind, Kind::Usage),
-                None => assert_eq!(read.unwrap_err().kind, Kind::Link),
+                None if a > b => assert_eq!(read.unwrap_err().kind, FailureKind::Usage),
+                None => assert_eq!(read.unwrap_err().kind, FailureKind::Link),
             }
         }
     }
@@ -166,7 +167,7 @@ mod tests {
             ),
         ] {
             let read = Asked::new(json!({ "op": "of another version", "versions": theirs }), &VERSIONS);
-            assert_eq!(read, Err(Failure::new(Kind::Link, text)));
+            assert_eq!(read, Err(Failure::new(FailureKind::Link, text)));
         }
         // A client from before ranges, some day.
         let read = Asked::new(json!({ "op": "stat" }), &(2..=3));
@@ -190,10 +191,10 @@ mod tests {
             json!([65535, 0]),
         ] {
             let read = Asked::new(json!({ "op": "stop", "versions": versions }), &VERSIONS);
-            assert_eq!(read.unwrap_err().kind, Kind::Usage, "{versions}");
+            assert_eq!(read.unwrap_err().kind, FailureKind::Usage, "{versions}");
         }
         for line in [json!(null), json!([]), json!("stat"), json!({}), json!({ "versions": [1, 1] })] {
-            assert_eq!(Asked::new(line.clone(), &VERSIONS).unwrap_err().kind, Kind::Usage, "{line}");
+            assert_eq!(Asked::new(line.clone(), &VERSIONS).unwrap_err().kind, FailureKind::Usage, "{line}");
         }
     }
 }

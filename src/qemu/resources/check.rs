@@ -4,14 +4,15 @@ use std::ffi::CString;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 
 use super::descriptors;
 use super::walk::{Resource, SOCKET_PATH_MAX, fits_a_socket, list};
 use super::what::What;
+use crate::program;
 use crate::qemu::options::CommandLine;
 
-/// What can be seen of a host; [`ThisHost`] looks at the real one.
+/// A host, as far as it can be seen; [`ThisHost`] looks at the real one.
 pub trait Host: std::fmt::Debug {
     fn is_directory(&self, path: &Path) -> bool;
     /// It is there, whatever it is.
@@ -39,8 +40,7 @@ impl Host for ThisHost {
     }
 
     fn is_program(&self, path: &Path) -> bool {
-        use std::os::unix::fs::PermissionsExt;
-        path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+        program::is_program(path)
     }
 
     fn has_interface(&self, name: &str) -> bool {
@@ -76,7 +76,7 @@ pub(in crate::qemu) fn report(missing: &[String]) -> Result<(), Failure> {
     }
     let lines: String = missing.iter().map(|line| format!("\n  {line}")).collect();
     let text = format!("this host cannot take the VM:{lines}");
-    Err(Failure::new(Kind::Host, text))
+    Err(Failure::new(FailureKind::Host, text))
 }
 
 fn lacks(resource: &Resource, host: &dyn Host) -> Option<String> {
@@ -212,7 +212,7 @@ mod tests {
                     -serial file:/logs/s -chardev socket,id=c,path=/run/c,server=on -accel kvm -L /l \
                     -netdev tap,id=m,ifname=t1,script=/up,downscript=no";
         let error = check(&line(text), &Fake::default()).unwrap_err();
-        assert_eq!(error.kind, Kind::Host);
+        assert_eq!(error.kind, FailureKind::Host);
         for says in [
             "`-kernel /k`: file /k is missing here: make it, or map its name by a rule",
             "disk /d is missing here",

@@ -1,5 +1,5 @@
-//! Paths that are a process's own: `/dev/fd/10`, `/proc/self/fd/10`, and links to these. They look like names, but another
-//! process that opens one gets something else of its own, on another host above all.
+//! Paths that are a process's own: `/dev/fd/10`, `/proc/self/fd/10`, and links to these. They look like names, but
+//! another process that opens one gets something else of its own, on another host above all.
 
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
@@ -9,7 +9,7 @@ use super::what::What;
 /// As the kernel has it.
 const LINKS_MAX: u32 = 40;
 
-/// What a path stands for if, by its words alone, it is a process's own.
+/// The meaning of a path that, by its words alone, is a process's own.
 pub(super) fn named(path: &str) -> Option<What> {
     let parts = parts(path)?;
     let parts: Vec<&str> = parts.iter().map(String::as_str).collect();

@@ -1,4 +1,5 @@
-//! What of a QEMU command line lives outside of it: files, sockets, network interfaces, descriptors.
+//! The things that a QEMU command line names and that are outside of it: files, sockets, network interfaces,
+//! descriptors.
 //!
 //! One walk (`visit`) finds them all, so what is listed, made absolute and mapped for another host is the same.
 

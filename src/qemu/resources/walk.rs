@@ -35,8 +35,8 @@ pub(in crate::qemu) fn disks(line: &CommandLine) -> Result<Vec<PathBuf>, Failure
     Ok(list.map(|found| PathBuf::from(found.name)).filter(|path| path.is_absolute()).collect())
 }
 
-/// Rewrites relative paths for a process that runs in another directory, on another host. A link to a descriptor of QEMU's
-/// becomes that descriptor: of the link nobody else could tell.
+/// Rewrites relative paths for a process that runs in another directory, on another host. A link to a descriptor of
+/// QEMU's becomes that descriptor: of the link nobody else could tell.
 pub fn absolute(line: &mut CommandLine, directory: &Path) -> Result<(), Failure> {
     rename(line, &mut |what, name| {
         let path = directory.join(name);
@@ -45,8 +45,8 @@ pub fn absolute(line: &mut CommandLine, directory: &Path) -> Result<(), Failure>
     })
 }
 
-/// The same for a process that another starts on this host, from whatever directory: a socket's path stays as it is where
-/// it would get too long.
+/// The same for a process that another starts on this host, from whatever directory: a socket's path stays as it is
+/// where it would get too long.
 pub fn from_anywhere(line: &mut CommandLine, directory: &Path) -> Result<(), Failure> {
     rename(line, &mut |what, name| {
         absolute_name(what, name, directory).filter(|path| !what.is_socket() || fits_a_socket(path))

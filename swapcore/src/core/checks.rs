@@ -47,6 +47,16 @@ impl Core {
         self.waiters.wait_for(page)
     }
 
+    /// Whether a vCPU waits for the page, and it could not be read so far.
+    pub fn is_unread(&self, page: PageNo) -> bool {
+        self.bad_reads.contains_key(&page) && self.is_waited_for(page)
+    }
+
+    /// Whether somebody waits for a frame.
+    pub fn waits_for_frame(&self) -> bool {
+        self.waiters.any_deferred()
+    }
+
     /// Pages that vCPUs wait for.
     pub fn faults_waiting(&self) -> usize {
         self.waiters.pages().len()

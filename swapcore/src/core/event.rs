@@ -70,6 +70,8 @@ pub enum Event<'a> {
         io: IoId,
         /// What became of it.
         result: DropResult,
+        /// Microseconds that it took: the tier may have kept reads waiting for as long.
+        took_us: u64,
     },
     /// Answer to [`Action::CopyIn`]: not, if the host has no frame for it.
     CopiedIn {
@@ -317,7 +319,7 @@ pub enum Action {
         io: IoId,
         /// The tier whose places they are.
         tier: TierId,
-        /// The pages whose places are dropped.
+        /// The pages whose places are dropped: of several blocks, it may be.
         run: Run,
     },
     /// Give the guest's frames in `run` back to the host.

@@ -150,6 +150,7 @@ impl Core {
     /// Reads some page of the tier into a frame that is nobody's, to see whether it gives anything.
     fn probe(&mut self, tier: TierId, slot: Slot, left: u32) {
         let found = if left > 0 { self.find_probe(tier) } else { None };
+        self.tiers.get_mut(tier).wants_sown |= found.is_none() && left == PROBES_MAX;
         let Some(page) = found.filter(|_| !mutant!(NeverProbes)) else {
             return self.frames.free_orphan(slot);
         };

@@ -270,7 +270,7 @@ impl Core {
             Event::Tick { ticks } => self.on_tick(ticks),
             Event::ReadDone { io, result } => self.read_done(io, result),
             Event::WriteDone { io, result } => self.write_done(io, result),
-            Event::DropDone { io, result } => self.drop_done(io, result),
+            Event::DropDone { io, result, took_us } => self.drop_done(io, result, took_us),
             Event::MovedIn { run, slots, moved } => self.moved_in(run, slots, moved),
             Event::CopiedIn { page, slot, copied } => self.copied_in(page, slot, copied),
             Event::MovedOut { run, slots, pages } => self.moved_out(run, slots, pages),
@@ -331,7 +331,7 @@ impl Core {
         self.collapse();
         self.sample();
         self.write_all_behind();
-        self.tick_space();
+        self.tick_space(ticks);
     }
 
     fn request(&mut self, ticket: Ticket, request: Request) {

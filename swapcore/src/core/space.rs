@@ -18,9 +18,9 @@
 use super::Core;
 use super::event::{Action, DropResult, IoId};
 use super::state::ios::Purpose;
-use super::state::space::{BUSY_DROPS, LOOK_PAGES};
+use super::state::space::LOOK_PAGES;
 use crate::table::{Flag, PageState};
-use crate::units::{BLOCK_PAGES, PageNo, Run, TierId};
+use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, TierId};
 
 /// Ticks from the first page of a batch to its drop: what a guest gives back it often takes again at once.
 const COLLECT_TICKS: u64 = 5;
@@ -48,8 +48,12 @@ impl Core {
     }
 
     /// Drops what has been collected for some time, or is enough.
-    pub(super) fn tick_space(&mut self) {
-        (self.space.busy_drops, self.space.look_pages) = (BUSY_DROPS, LOOK_PAGES);
+    pub(super) fn tick_space(&mut self, ticks: u64) {
+        let space = &mut self.space;
+        space.look_pages = LOOK_PAGES;
+        space.pace.tick(ticks);
+        let before = std::mem::replace(&mut space.read_at_tick, self.counts.pages_read);
+        space.reads_go_on = self.counts.pages_read != before;
         self.give_up_copies();
         let old = self.tick >= self.space.since + COLLECT_TICKS;
         self.space.draining |= old || self.space.blocks.len() >= BATCH_BLOCKS;
@@ -62,14 +66,18 @@ impl Core {
             && self.space.under_way.len() < self.tiers.count()
             && self.tick >= self.space.retry_tick
         {
-            // Whoever waits for a page comes first, unless there always is somebody.
-            if self.ios.reads() > 0 {
-                let Some(left) = self.space.busy_drops.checked_sub(1) else { return };
-                self.space.busy_drops = left;
+            // Whoever waits for a page comes first, and has most of the time, if there always is somebody.
+            let somebody_reads = self.space.reads_go_on || self.ios.reads() > 0;
+            if somebody_reads && !self.space.pace.may_disturb() {
+                return;
             }
             let Some(run) = self.next_dead() else { return };
             run.pages().for_each(|page| self.space.set_taken(page, false));
-            // A block has one home.
+            for block in blocks_of(run) {
+                if !self.space.has_taken(block) {
+                    self.space.blocks.remove(&block);
+                }
+            }
             let tier = self.tier_of(run.start);
             let io = self.ios.start_drop(tier, run);
             self.space.under_way.push((io, tier, run));
@@ -77,7 +85,7 @@ impl Core {
         }
     }
 
-    /// The next run to drop, within one block. Blocks that need no more looks leave the batch on the way.
+    /// The next run to drop, all of it at one tier. Blocks that need no more looks leave the batch on the way.
     fn next_dead(&mut self) -> Option<Run> {
         loop {
             let hand = self.space.hand;
@@ -92,11 +100,8 @@ impl Core {
             let all = self.table.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES)));
             let from = hand.max(all.start);
             self.space.look_pages = self.space.look_pages.checked_sub((all.end().0 - from.0) as u32)?;
-            let may_drop = |page: &PageNo| self.may_drop(*page);
-            let start = (from.0..all.end().0).map(PageNo).find(may_drop);
-            if let Some(start) = start {
-                let len = (start.0..all.end().0).map(PageNo).take_while(may_drop).count() as u32;
-                let run = Run::new(start, len);
+            if let Some(run) = self.dead_in(Run::new(from, (all.end().0 - from.0) as u32)) {
+                let run = self.dead_behind(run);
                 self.space.hand = run.end();
                 return Some(run);
             }
@@ -108,9 +113,40 @@ impl Core {
         }
     }
 
-    /// Nobody needs what is in the page's place, nor the place at this moment.
-    fn may_drop(&self, page: PageNo) -> bool {
-        self.is_dead(page) && !self.is_place_in_use(page)
+    /// The first run to drop in a part of one block.
+    fn dead_in(&self, part: Run) -> Option<Run> {
+        if self.space.is_busy(self.tier_of(part.start)) {
+            return None;
+        }
+        let reads = self.ios.reads_any(part);
+        // Nobody needs what is in the page's place, nor the place at this moment.
+        let may_drop = |page: &PageNo| {
+            self.is_dead(*page) && !self.is_kept(*page) && !(reads && self.ios.is_read(*page))
+        };
+        let start = part.pages().find(may_drop)?;
+        let rest = Run::new(start, (part.end().0 - start.0) as u32);
+        Some(rest.part(0, rest.pages().take_while(may_drop).count() as u32))
+    }
+
+    /// The run, with what is to be dropped next to its end in the blocks behind it, as long as one drop may be. A file system makes one
+    /// long hole as quickly as a few short ones.
+    fn dead_behind(&mut self, mut run: Run) -> Run {
+        while run.len < self.space.pace.longest() {
+            let next = run.end();
+            let here = next.0 < self.table.pages()
+                && next.0.is_multiple_of(u64::from(BLOCK_PAGES))
+                && self.space.blocks.contains(&next.block())
+                && self.tier_of(next) == self.tier_of(run.start);
+            if !here {
+                return run;
+            }
+            let all = self.table.block_of(next);
+            let Some(left) = self.space.look_pages.checked_sub(all.len) else { return run };
+            let Some(more) = self.dead_in(all).filter(|more| more.start == next) else { return run };
+            self.space.look_pages = left;
+            run.len += more.len;
+        }
+        run
     }
 
     /// A page that is leaving has its next content written there: nothing is gained by a drop before.
@@ -122,15 +158,21 @@ impl Core {
 
     /// The device works there, or a migration may be reading: it was told that the page is in the store, and holds it.
     fn is_place_in_use(&self, page: PageNo) -> bool {
-        self.space.is_busy(self.tier_of(page))
-            || (self.table.has(page, Flag::Writing) && !mutant!(DropsUnderWrite))
-            || (self.table.has(page, Flag::Held) && !mutant!(DropsHeldPlaces))
-            || self.ios.is_read(page)
+        self.space.is_busy(self.tier_of(page)) || self.is_kept(page) || self.ios.is_read(page)
     }
 
-    pub(super) fn drop_done(&mut self, io: IoId, result: DropResult) {
+    fn is_kept(&self, page: PageNo) -> bool {
+        (self.table.has(page, Flag::Writing) && !mutant!(DropsUnderWrite))
+            || (self.table.has(page, Flag::Held) && !mutant!(DropsHeldPlaces))
+    }
+
+    pub(super) fn drop_done(&mut self, io: IoId, result: DropResult, took_us: u64) {
         let (tier, run) = self.ios.end_drop(io);
         self.space.under_way.retain(|(other, ..)| *other != io);
+        self.space.pace.dropped(run.len, took_us);
+        if result != DropResult::Failed {
+            self.tiers.wrote(tier);
+        }
         match result {
             DropResult::Done => self.space.freed = true,
             DropResult::Failed | DropResult::Unsupported => {
@@ -140,7 +182,7 @@ impl Core {
         match result {
             DropResult::Done => {}
             DropResult::Failed => {
-                self.space.blocks.insert(run.start.block());
+                self.space.blocks.extend(blocks_of(run));
                 self.space.retry_tick = self.tick + RETRY_TICKS;
             }
             DropResult::Unsupported => {
@@ -240,6 +282,14 @@ impl Core {
         self.tiers.is_full(tier)
     }
 
+    /// Somebody's page cannot be written before a drop has ended: it has met that one, or there is no room in the tier but what is dropped.
+    pub(super) fn waits_for_drop(&self, tier: TierId) -> bool {
+        let behind = |(page, _): &(PageNo, Slot)| self.tier_of(*page) == tier;
+        self.space.is_busy(tier)
+            && (self.tiers.is_full(tier) || self.space.waiting.iter().any(behind))
+            && !mutant!(ForgetsSilentDrops)
+    }
+
     // ── for the drivers' checks ──────────────────────────────────────────────────────────
 
     /// Whether the page's place in the store is on record as taken.
@@ -251,4 +301,9 @@ impl Core {
     pub fn has_dead_places(&self) -> bool {
         !self.space.blocks.is_empty() || self.space.is_anything_dropping()
     }
+}
+
+/// The blocks that have a part of the run.
+fn blocks_of(run: Run) -> impl Iterator<Item = usize> {
+    run.start.block()..=PageNo(run.end().0 - 1).block()
 }

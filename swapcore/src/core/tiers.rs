@@ -14,8 +14,9 @@ use super::Core;
 use super::event::Action;
 use super::state::tiers::{BadReads, Tier, Verdict};
 use crate::error::{IoError, IoErrorKind};
+use crate::policy::clock::may_leave;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, TierId};
+use crate::units::{BLOCK_PAGES, PageNo, TierId, runs_of};
 
 /// A page that cannot be read is lost when so many readings of it have failed that each count ([`BadReads`]),
 pub(super) const BROKEN_TRIES: u32 = 4;
@@ -28,8 +29,8 @@ const REREAD_TICKS: [u64; 4] = [0, 1, 10, 20];
 const SILENT_TICKS: u64 = 50;
 /// Probes for one reading that failed, at most: where half of a device is broken, the next one may be of the other half.
 pub(super) const PROBES_MAX: u32 = 8;
-/// Pages that are looked at for one that a probe can read.
-const PROBE_SEARCH_MAX: u64 = 4096;
+/// Pages of RAM that are written for probes to come, where the tier has no other page.
+const SOWN_PAGES: usize = 8;
 /// From one probe to the next, in 1/2^64 of memory: the golden ratio, so that they come by everywhere.
 const PROBE_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 
@@ -92,15 +93,54 @@ impl Core {
         // What it gave last, once; then somewhere else, for that one may fail by now.
         let last = self.tiers.get_mut(tier).gave_last.take();
         self.tiers.probe_hand = self.tiers.probe_hand.wrapping_add(PROBE_STRIDE);
-        let start = ((u128::from(self.tiers.probe_hand) * u128::from(pages)) >> 64) as u64;
+        let start = PageNo(((u128::from(self.tiers.probe_hand) * u128::from(pages)) >> 64) as u64);
         let there = |page: &PageNo| {
             self.table.has(*page, Flag::Stored)
                 && !self.table.has(*page, Flag::Writing)
                 && self.tier_of(*page) == tier
                 && !self.bad_reads.contains_key(page)
         };
+        // Regions and blocks without a stored page take one look each, so one is found soon if there is any.
+        let in_block = |block: usize| {
+            let all = self.table.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES)));
+            let from = start.0 as u32 % BLOCK_PAGES;
+            (0..all.len).map(|nth| all.start.plus((from + nth) % all.len)).find(there)
+        };
+        let blocks = || self.table.stored_blocks(start.block());
         last.filter(&there)
-            .or_else(|| (0..PROBE_SEARCH_MAX.min(pages)).map(|nth| PageNo((start + nth) % pages)).find(there))
+            .or_else(|| blocks().filter(|block| self.table.home(*block) == tier).find_map(in_block))
+    }
+
+    /// The tier has no page for a probe. So that it has one when the bad page is read again, some pages of RAM are written to it, as if
+    /// they left: else nobody could ever tell the only stored page from a tier that is away.
+    fn sow(&mut self, tier: TierId) {
+        let open = self.tiers.is_open(tier) && self.receiving.is_none();
+        if !std::mem::take(&mut self.tiers.get_mut(tier).wants_sown) || !open || mutant!(NeverSows) {
+            return;
+        }
+        let blocks = self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize;
+        let first = ((u128::from(self.tiers.probe_hand) * blocks as u128) >> 64) as usize;
+        let mut block = first;
+        let mut passed = 0;
+        while passed < blocks {
+            if let Some(next) = self.table.skip_empty_region(block) {
+                let next = next.min(blocks);
+                (passed, block) = (passed + next - block, next % blocks);
+                continue;
+            }
+            if self.table.home(block) == tier && self.table.resident_in_block(block) > 0 {
+                let all = self.table.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES)));
+                let ready: Vec<_> =
+                    all.pages().filter(|page| may_leave(&self.table, *page)).take(SOWN_PAGES).collect();
+                if !ready.is_empty() {
+                    for run in runs_of(ready, SOWN_PAGES as u32) {
+                        self.start_out(run, PageState::Leaving);
+                    }
+                    return;
+                }
+            }
+            (passed, block) = (passed + 1, (block + 1) % blocks);
+        }
     }
 
     /// Somebody has long waited for a page that the tier does not give though it gives others, with errors that say nothing of the page's
@@ -150,17 +190,22 @@ impl Core {
     /// Looks which tiers give nothing while somebody waits for it.
     pub(super) fn tick_tiers(&mut self, ticks: u64) {
         for tier in self.tiers.ids() {
+            self.sow(tier);
             let reader = self.waits_for_read(tier);
-            let writing = self.ios.writes_to(tier) > 0;
+            // It has given nothing, and is not asked for lack of a frame: that is neither more silence nor an end of it.
+            let asks_later = !reader && self.waits_to_read_again(tier);
+            let writing = self.ios.writes_to(tier) > 0 || self.waits_for_drop(tier);
             let writer = writing && self.waiters.any_deferred();
-            let withholds = reader && self.withholds(tier);
+            let withholds = (reader || asks_later) && self.withholds(tier);
             let Tier { good, writes, silence, .. } = self.tiers.get_mut(tier);
             let heard = (silence.good != *good, silence.writes != *writes);
             (silence.good, silence.writes) = (*good, *writes);
-            silence.unread = match (reader && !heard.0, withholds) {
-                (true, _) => silence.unread + ticks,
-                (false, true) => silence.unread.max(SILENT_TICKS),
-                (false, false) => 0,
+            silence.unread = match heard.0 {
+                false if reader => silence.unread + ticks,
+                false if asks_later && silence.told => silence.unread.max(silence.unwritten),
+                false if asks_later => silence.unread,
+                _ if withholds => silence.unread.max(SILENT_TICKS),
+                _ => 0,
             };
             silence.unwritten = if writer && !heard.1 { silence.unwritten + ticks } else { 0 };
             silence.stalled = if writing && !heard.1 { silence.stalled + ticks } else { 0 };
@@ -175,6 +220,12 @@ impl Core {
                 _ => {}
             }
         }
+    }
+
+    /// Somebody waits for a page that the tier has not given, and that has no frame to be read into once more.
+    fn waits_to_read_again(&self, tier: TierId) -> bool {
+        let waits = |page: &PageNo| self.tier_of(*page) == tier && self.waiters.wait_for(*page);
+        self.bad_reads.keys().any(waits) && !mutant!(EndsSilenceForWantOfFrames)
     }
 
     /// Somebody waits for a page that is being read from the tier, or is to be read again.
@@ -197,7 +248,7 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::{CoreConfig, Event, IoId, PageOut, Request, Ticket, WalkStep};
+    use crate::core::{CoreConfig, DropResult, Event, IoId, PageOut, Request, Ticket, WalkStep};
     use crate::errno;
     use crate::stats::TierState;
     use crate::units::Run;
@@ -405,5 +456,168 @@ mod tests {
         assert!(!todo.iter().any(|action| matches!(action, Action::TierUnreachable(_))), "{todo:?}");
         todo.extend(hand(&mut core, Event::Tick { ticks: SILENT_TICKS }));
         assert!(todo.iter().any(|action| matches!(action, Action::TierUnreachable(_))), "{todo:?}");
+    }
+
+    /// The store has two pages, far from each other and at an end of a large memory: the one is found for a probe of the other.
+    #[test]
+    fn one_page_of_gibibytes_is_found_for_a_probe() {
+        const PAGES: u64 = 1 << 19;
+        let config = CoreConfig {
+            pages: PAGES,
+            budget_frames: 4096,
+            budget_min: 48,
+            slots: 2048,
+            blocks: 0,
+            sampling: false,
+            walk: WalkStep::default(),
+        };
+        let mut core = Core::new(config);
+        let [bad, good] = [PageNo(5), PageNo(PAGES - 3)];
+        [bad, good].iter().for_each(|page| store(&mut core, *page));
+        for _ in 0..100 {
+            core.tiers.probe_hand = core.tiers.probe_hand.wrapping_add(PROBE_STRIDE / 3);
+            core.bad_reads.clear();
+            assert!([Some(bad), Some(good)].contains(&core.find_probe(TierId::STORE)));
+        }
+        core.tiers.get_mut(TierId::STORE).gave_last = None;
+        let told = wait(&mut core, bad, BROKEN_TICKS + 20, |page| page != bad);
+        assert_eq!(core.table.state(bad), PageState::Poisoned, "{told:?}");
+        assert_eq!(core.table.state(good), PageState::Stored);
+    }
+
+    /// As [`wait`], where writes end as they should.
+    fn wait_and_write(core: &mut Core, page: PageNo, ticks: u64, gives: impl Fn(PageNo) -> bool) {
+        let mut todo = hand(core, Event::Fault(page));
+        for _ in 0..=ticks {
+            while !todo.is_empty() {
+                for action in std::mem::take(&mut todo) {
+                    match action {
+                        Action::Read { io, tier, run, .. } => {
+                            let sums: Vec<_> = run.pages().map(|page| page.0).collect();
+                            let failed = Err(IoError { tier, write: false, kind: BROKEN });
+                            let result = if run.pages().all(&gives) { Ok(&sums[..]) } else { failed };
+                            todo.extend(hand(core, Event::ReadDone { io, result }));
+                        }
+                        Action::Write { io, .. } => {
+                            todo.extend(hand(core, Event::WriteDone { io, result: Ok(()) }));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            todo = hand(core, Event::Tick { ticks: 1 });
+        }
+    }
+
+    #[test]
+    fn the_only_stored_page_is_lost_if_the_tier_gives_what_is_written_to_it_for_that() {
+        let mut core = core();
+        let bad = PageNo(3);
+        store(&mut core, bad);
+        // Of the same tier, and in RAM alone.
+        hand(&mut core, Event::Fault(PageNo(200)));
+        wait_and_write(&mut core, bad, BROKEN_TICKS - 1, |page| page != bad);
+        assert_eq!(core.table.state(bad), PageState::Stored);
+        wait_and_write(&mut core, bad, 20, |page| page != bad);
+        assert_eq!(core.table.state(bad), PageState::Poisoned);
+        assert_eq!(core.table.count(PageState::Poisoned), 1);
+    }
+
+    #[test]
+    fn the_only_stored_page_stays_if_the_tier_gives_nothing_at_all() {
+        let mut core = core();
+        store(&mut core, PageNo(3));
+        hand(&mut core, Event::Fault(PageNo(200)));
+        wait_and_write(&mut core, PageNo(3), 3000, |_| false);
+        assert_eq!(
+            (core.table.state(PageNo(3)), core.table.count(PageState::Poisoned)),
+            (PageState::Stored, 0)
+        );
+        assert_eq!(core.tier_state(TierId(0)), TierState::Unreachable);
+    }
+
+    /// All frames are taken while the page that the tier does not give waits to be read once more.
+    #[test]
+    fn want_of_a_frame_is_no_answer_of_the_tier() {
+        let mut core = core();
+        store(&mut core, PageNo(3));
+        let told = wait(&mut core, PageNo(3), SILENT_TICKS + 20, |_| false);
+        assert!(told.iter().any(|action| matches!(action, Action::TierUnreachable(_))), "{told:?}");
+        core.waiters.defer(PageNo(3));
+        core.tick_tiers(1);
+        assert_eq!(core.tier_state(TierId(0)), TierState::Unreachable, "it has given nothing");
+        assert!(core.tiers.silent_ticks(TierId(0)) >= SILENT_TICKS);
+    }
+
+    /// A full VM that uses memory again which it has just given back, while the drop of its places does not end.
+    #[test]
+    fn a_drop_that_does_not_end_is_the_tiers_silence() {
+        let config = CoreConfig {
+            pages: 512,
+            budget_frames: 64,
+            budget_min: 48,
+            slots: 128,
+            blocks: 0,
+            sampling: false,
+            walk: WalkStep::default(),
+        };
+        let mut core = Core::new(config);
+        let run = Run::new(PageNo(0), 192);
+        for page in run.pages() {
+            let mut todo = match core.table.state(page) {
+                PageState::Untouched => hand(&mut core, Event::Fault(page)),
+                _ => Vec::new(),
+            };
+            let request = Request::Evict(Run::one(page));
+            todo.extend(hand(&mut core, Event::Request { ticket: Ticket(1), request }));
+            for _ in 0..20 {
+                for action in std::mem::take(&mut todo) {
+                    if let Action::Write { io, .. } = action {
+                        todo.extend(hand(&mut core, Event::WriteDone { io, result: Ok(()) }));
+                    }
+                }
+                todo.extend(hand(&mut core, Event::Tick { ticks: 1 }));
+            }
+            assert_eq!(core.table.state(page), PageState::Stored, "{page}");
+        }
+        hand(&mut core, Event::Request { ticket: Ticket(2), request: Request::Discard(run) });
+        let mut dropping = None;
+        for _ in 0..20 {
+            for action in hand(&mut core, Event::Tick { ticks: 1 }) {
+                if let Action::Drop { io, run, .. } = action {
+                    dropping = Some((io, run));
+                }
+            }
+        }
+        assert_eq!(dropping.expect("its places are dropped").1, run);
+        let mut todo: Vec<_> = run.pages().flat_map(|page| hand(&mut core, Event::Fault(page))).collect();
+        for _ in 0..SILENT_TICKS - 1 {
+            todo.extend(hand(&mut core, Event::Tick { ticks: 1 }));
+        }
+        assert!(core.waits_for_frame() && reads(&todo).is_empty());
+        let unreachable = |action: &Action| matches!(action, Action::TierUnreachable(error) if error.write);
+        let writes = |action: &Action| matches!(action, Action::Write { .. });
+        assert!(!todo.iter().any(|action| writes(action) || unreachable(action)), "{todo:?}");
+        todo.extend(hand(&mut core, Event::Tick { ticks: 5 }));
+        assert!(todo.iter().any(unreachable), "{todo:?}");
+        let (io, _) = dropping.expect("just found");
+        let took_us = 5_500_000;
+        let mut todo = hand(&mut core, Event::DropDone { io, result: DropResult::Done, took_us });
+        assert!(todo.iter().any(writes), "what has met the drop is written behind it: {todo:?}");
+        let mut reachable = false;
+        for _ in 0..40 {
+            while !todo.is_empty() {
+                for action in std::mem::take(&mut todo) {
+                    reachable |= matches!(action, Action::TierReachable(_));
+                    if let Action::Write { io, .. } = action {
+                        todo.extend(hand(&mut core, Event::WriteDone { io, result: Ok(()) }));
+                    }
+                }
+            }
+            todo = hand(&mut core, Event::Tick { ticks: 1 });
+        }
+        assert!(
+            reachable && core.faults_waiting() == 0 && core.tier_state(TierId::STORE) == TierState::Working
+        );
     }
 }

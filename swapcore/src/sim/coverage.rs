@@ -114,6 +114,8 @@ named! {
         Silence,
         /// A tier fails at everything for a while.
         Outage,
+        /// A tier ends no drop for a while.
+        HungDrop,
     }
 }
 
@@ -169,6 +171,7 @@ pub const OUTCOMES: &[(Fault, &[Outcome])] = {
         (Fault::BadRegion, &[KeptInRam, Rescued, GivenBack, Resumed]),
         (Fault::DiskFull, &[KeptInRam, Rescued, GivenBack, Resumed]),
         (Fault::Silence, &[Served]),
+        (Fault::HungDrop, &[Served]),
         (Fault::Outage, &[ReadAgain, ReadLater, GivenUp, NotWanted, KeptInRam, Rescued, GivenBack, Resumed]),
         (Fault::ShortTransfer, &[WentOn]),
         (Fault::TryAgain, &[WentOn]),
@@ -357,7 +360,7 @@ const REACHED: &[(PageState, PageState, &[Cause])] = {
         (Untouched, Arriving, &[Cause::Fault, Balance, MakeReady, Fill, Arrive]),
         (Untouched, Leaving, &[Arrive]),
         (Untouched, Poisoned, &[ArrivePoisoned]),
-        (Resident, Leaving, &[Balance, MakeReady]),
+        (Resident, Leaving, &[Tick, Balance, MakeReady]),
         (Resident, Sampled, &[Tick]),
         (Resident, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
         (Leaving, Arriving, &[Cause::Fault, WriteDone, WriteFailed]),

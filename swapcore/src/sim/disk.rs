@@ -28,8 +28,8 @@ pub(super) struct Flight {
     due: u64,
     spiked: bool,
     drop: bool,
-    /// It waited while its tier was silent.
-    silenced: bool,
+    /// It waited while its tier was silent, or ended no drops.
+    silenced: Option<Fault>,
 }
 
 /// A whole tier is away, and what it has stays as it is.
@@ -39,6 +39,8 @@ pub(super) enum Trouble {
     Silence,
     /// Everything fails, as this errno.
     Outage(i32),
+    /// No drop ends. All else does.
+    Drops,
 }
 
 /// What a tier that is away may say.
@@ -82,6 +84,8 @@ pub(super) struct Disk {
     pub(super) failure: Option<Fault>,
     /// Of each tier, and until when.
     pub(super) trouble: [Option<(Trouble, u64)>; super::TIERS],
+    /// Whether the tier has done anything since it was last said not to answer.
+    pub(super) answered: [bool; super::TIERS],
 }
 
 impl Disk {
@@ -97,7 +101,14 @@ impl Disk {
             keeps_all,
             failure: None,
             trouble: [None; super::TIERS],
+            answered: [false; super::TIERS],
         }
+    }
+}
+
+impl Disk {
+    pub(super) fn is_dropping(&self) -> bool {
+        self.flights.iter().any(|flight| flight.drop)
     }
 }
 
@@ -121,7 +132,7 @@ impl Sim {
         }
         let transfer = Transfer { write, offset: run.start.offset(), address: 0, len: run.bytes(), done: 0 };
         let (due, spiked) = self.delay();
-        let silenced = false;
+        let silenced = None;
         self.disk.flights.push(Flight { io, tier, run, slots, transfer, due, spiked, drop, silenced });
     }
 
@@ -158,15 +169,20 @@ impl Sim {
         for trouble in &mut self.disk.trouble {
             trouble.take_if(|(_, until)| *until <= self.trace.now);
         }
-        let silent = |tier: TierId| matches!(self.disk.trouble[tier.index()], Some((Trouble::Silence, _)));
+        let silent = |flight: &Flight| match self.disk.trouble[flight.tier.index()] {
+            Some((Trouble::Silence, _)) => true,
+            Some((Trouble::Drops, _)) => flight.drop,
+            _ => false,
+        };
         let due = |nth: &usize| {
             let flight = &self.disk.flights[*nth];
-            flight.due <= self.trace.now && !silent(flight.tier)
+            flight.due <= self.trace.now && !silent(flight)
         };
         let Some(nth) = (first..count).chain(0..first).find(due) else { return };
         let mut flight = self.disk.flights.swap_remove(nth);
-        if std::mem::take(&mut flight.silenced) {
-            self.coverage.outcome(Fault::Silence, Outcome::Served);
+        self.oracle.hungry_ticks = 0;
+        if let Some(fault) = flight.silenced.take() {
+            self.coverage.outcome(fault, Outcome::Served);
         }
         let outage = match self.disk.trouble[flight.tier.index()] {
             Some((Trouble::Outage(errno), _)) => Some(errno),
@@ -196,6 +212,7 @@ impl Sim {
             self.coverage.outcome(Fault::LatencySpike, Outcome::Served);
         }
         let (tier, write) = (flight.tier, flight.is_write());
+        self.disk.answered[tier.index()] |= result.is_ok();
         let result = result.map_err(|error| IoError { tier, write, kind: IoErrorKind::of(&error) });
         if flight.is_write() { self.written(&flight, result) } else { self.was_read(&flight, result) }
     }
@@ -447,8 +464,10 @@ impl Sim {
             self.coverage.injected(Fault::DropError);
             self.coverage.outcome(Fault::DropError, Outcome::WentOn);
         }
+        self.disk.answered[flight.tier.index()] |= result != DropResult::Failed;
         self.trace.add(if result == DropResult::Done { "dropped" } else { "not dropped" }, run, None, None);
-        self.event(Event::DropDone { io, result });
+        let took_us = self.random.below(9000);
+        self.event(Event::DropDone { io, result, took_us });
     }
 
     // ── a tier that is away ──────────────────────────────────────────────────────────────
@@ -457,8 +476,9 @@ impl Sim {
     pub(super) fn begin_trouble(&mut self) {
         let tier = TierId(self.random.below(u64::from(self.tiers)) as u8);
         let until = self.trace.now + 20 + self.random.below(600);
-        let trouble = match self.random.below(3) {
+        let trouble = match self.random.below(4) {
             0 => Trouble::Silence,
+            1 => Trouble::Drops,
             _ => Trouble::Outage(AWAY[self.random.below(AWAY.len() as u64) as usize]),
         };
         self.set_trouble(tier, trouble, until);
@@ -466,16 +486,30 @@ impl Sim {
 
     pub(super) fn set_trouble(&mut self, tier: TierId, trouble: Trouble, until: u64) {
         self.disk.trouble[tier.index()] = Some((trouble, until));
-        let silent = trouble == Trouble::Silence;
-        self.coverage.injected(if silent { Fault::Silence } else { Fault::Outage });
-        self.trace
-            .note(if silent { "a tier is silent" } else { "a tier fails at everything" }, u64::from(tier.0));
-        let of_tier = self.disk.flights.iter_mut().filter(|flight| flight.tier == tier);
-        of_tier.for_each(|flight| flight.silenced |= silent);
+        let (fault, what) = match trouble {
+            Trouble::Silence => (Fault::Silence, "a tier is silent"),
+            Trouble::Outage(_) => (Fault::Outage, "a tier fails at everything"),
+            Trouble::Drops => (Fault::HungDrop, "a tier ends no drops"),
+        };
+        self.coverage.injected(fault);
+        self.trace.note(what, u64::from(tier.0));
+        let hangs = |flight: &&mut Flight| match trouble {
+            Trouble::Silence => flight.tier == tier,
+            Trouble::Drops => flight.tier == tier && flight.drop,
+            Trouble::Outage(_) => false,
+        };
+        self.disk.flights.iter_mut().filter(hangs).for_each(|flight| flight.silenced = Some(fault));
     }
 
-    /// Who waits for a tier that is silent is told of in time.
+    /// Who waits for a tier that is silent is told of in time, and so is who waits for a frame while nothing at all ends.
     pub(super) fn check_silence(&mut self, ticks: u64) {
+        let oracle = &mut self.oracle;
+        oracle.hungry_ticks = if self.core.waits_for_frame() { oracle.hungry_ticks + ticks } else { 0 };
+        let told = oracle.starved || oracle.short || oracle.silent.iter().any(|(_, told)| *told);
+        assert!(
+            oracle.hungry_ticks < SILENCE_TOLD_TICKS || told,
+            "somebody waits for a frame, nothing ends, and nobody has been told"
+        );
         for tier in (0..self.tiers).map(TierId) {
             let silent = matches!(self.disk.trouble[tier.index()], Some((Trouble::Silence, _)));
             let waited_for = |flight: &Flight| {
@@ -498,10 +532,14 @@ impl Sim {
     pub(super) fn is_hopeless(&self, page: PageNo) -> bool {
         let table = self.core.table();
         let good = |other: &PageNo| {
-            *other != page
-                && table.home(other.block()) == table.home(page.block())
-                && table.has(*other, Flag::Stored)
-                && self.disk.damage[other.index()].is_none()
+            let stored = table.has(*other, Flag::Stored) && self.disk.damage[other.index()].is_none();
+            // It is written for that, unless it is zeros, or may not leave.
+            use PageState::{Arriving, Leaving, Resident, Sampled};
+            let in_ram = matches!(table.state(*other), Resident | Leaving | Sampled | Arriving)
+                && !table.has(*other, Flag::Held)
+                && !table.has(*other, Flag::Pinned)
+                && self.oracle.truth[other.index()] != Some(0);
+            *other != page && table.home(other.block()) == table.home(page.block()) && (stored || in_ram)
         };
         self.disk.damage[page.index()].is_some() && !self.memory.iter().any(good)
     }

@@ -256,9 +256,11 @@ impl Sim {
                 self.trace.note("a tier does not answer", u64::from(error.tier.0));
                 let told = &mut self.oracle.silent[error.tier.index()].1;
                 assert!(!std::mem::replace(told, true), "told twice");
+                self.disk.answered[error.tier.index()] = false;
                 self.guest.paused |= self.random.one_in(2);
             }
             Action::TierReachable(tier) => {
+                self.check_answers(tier);
                 self.trace.note("a tier answers", u64::from(tier.0));
                 assert!(std::mem::take(&mut self.oracle.silent[tier.index()].1), "it was not away");
                 self.guest.paused &= self.oracle.starved || self.oracle.silent.iter().any(|(_, told)| *told);

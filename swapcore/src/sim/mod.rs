@@ -17,6 +17,7 @@ mod oracle;
 mod random;
 mod receive;
 mod trace;
+mod trouble;
 
 pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
 
@@ -241,6 +242,7 @@ impl Sim {
         if self.tiers > 1 {
             self.lose_a_tier();
         }
+        self.make_trouble();
         self.read_everything();
         for page in (0..self.pages).map(PageNo) {
             self.forget_damage(page, Outcome::NeverNeeded);
@@ -335,6 +337,11 @@ impl Sim {
 
     /// A vCPU writes to the page. False if there is no frame for it, and that has been told.
     fn serve(&mut self, page: PageNo) -> bool {
+        self.serve_unless(page, |_| false)
+    }
+
+    /// The same, or until `ends` says so.
+    fn serve_unless(&mut self, page: PageNo, ends: impl Fn(&Sim) -> bool) -> bool {
         let access = Access::Write(self.guest.new_value());
         for _ in 0..SERVE_MAX {
             if self.guest.awake[0] && self.access(0, page, access) {
@@ -349,7 +356,7 @@ impl Sim {
                 self.give_up_hopeless();
             }
             self.check();
-            if self.oracle.starved {
+            if self.oracle.starved || ends(self) {
                 return false;
             }
         }

@@ -43,6 +43,8 @@ pub(super) struct Oracle {
     /// For how many ticks somebody has waited for each tier, which has been silent all the time; and whether the core
     /// has said that it is, and not that this is over.
     pub(super) silent: [(u64, bool); super::TIERS],
+    /// For how many ticks somebody has waited for a frame while no operation of any tier has ended.
+    pub(super) hungry_ticks: u64,
     /// The core has said that all frames are held and the guest waits for one, and not that this is over.
     pub(super) short: bool,
     /// Frames taken at the last check.
@@ -63,6 +65,7 @@ impl Oracle {
             discards: Vec::new(),
             starved: false,
             silent: [(0, false); super::TIERS],
+            hungry_ticks: 0,
             short: false,
             taken: 0,
         }

@@ -1,4 +1,4 @@
-//! A VM's engine as its process sees it: start, handle, stop.
+//! A VM's engine as its process sees it: its settings, its start, its handle, its stop.
 
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
@@ -19,15 +19,15 @@ use crate::notice::Notice;
 use swapcore::core::{BUDGET_MIN, Core, CoreConfig, WalkStep, staging_blocks, staging_slots};
 use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
 
-/// Where a VM's store is.
+/// Where a VM's store is, and what it is to be like.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
     /// A directory (the store is a nameless sparse file in it) or a block device.
     pub path: PathBuf,
-    /// Start even if the file system has less room than the VM could need. A store that fills up is latched as one whose
-    /// write failed: see [`Notice::StoreFailed`].
+    /// Start even if the file system has less room than the VM could need. A store that fills up is latched as one
+    /// whose write failed: see [`Notice::StoreFailed`].
     pub overcommit: bool,
-    /// Encrypt it, with a key that only this engine knows.
+    /// Encrypt the store, with a key that only this engine knows.
     pub encrypt: bool,
 }
 
@@ -89,9 +89,10 @@ impl Engine {
         Self::start_with(config, memory.map_err(StartError::Memory)?, staging, notify)
     }
 
-    /// The same for memory that somebody else maps, in regions of so many bytes: each whole pages, and together the VM's memory when
-    /// each has been rounded up to 2 MiB ([`Engine::rounded`]), by pages that nobody ever touches. Page numbers run on over them. Each
-    /// region serves the VM once it is attached ([`EngineHandle::attach`]); until then its pages are untouched.
+    /// The same for memory that somebody else maps, in regions of so many bytes: each whole pages, and together the
+    /// VM's memory when each has been rounded up to 2 MiB ([`Engine::rounded`]), by pages that nobody ever touches.
+    /// Page numbers run on over them. Each region serves the VM once it is attached ([`EngineHandle::attach`]); until
+    /// then its pages are untouched.
     ///
     /// # Errors
     /// As [`Engine::start`].
@@ -173,6 +174,7 @@ impl Engine {
                 faulted: Vec::new(),
                 read_error_told: None,
                 discarder,
+                drops: Vec::new(),
                 drop_error_told: None,
                 prealloc: config.prealloc,
             };
@@ -225,7 +227,8 @@ impl Drop for Engine {
     }
 }
 
-/// A VM whose engine is gone would hang for ever at its next fault, and nobody could tell why.
+/// Ends the process when the engine's thread panics: the VM would hang for ever at its next fault, and nobody could
+/// tell why.
 struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
@@ -242,14 +245,15 @@ impl Drop for AbortOnPanic {
 fn new_cipher(lock: bool) -> Result<Cipher, StartError> {
     Cipher::random(lock).map_err(|error| {
         StartError::Host(format!(
-            "cannot make a key for the store, or keep it out of the host's swap: {error}; see `ulimit -l`, or give up locking with \
-             --no-lock"
+            "cannot make a key for the store, or keep it out of the host's swap: {error}; see `ulimit -l`, or give \
+             up locking with --no-lock"
         ))
     })
 }
 
-/// Staging as it is mapped and as the core has it on record. Determined once: where few blocks will do is asked of the host, which may
-/// say something else the next time, and a slot beyond the mapping would be somebody else's memory.
+/// The layout of staging, for the mapping and for the core alike. It is determined once: how many blocks of slots
+/// there are depends on a limit of this host, which may have changed at a second look, and a slot beyond the mapping
+/// would be somebody else's memory.
 #[derive(Clone, Copy)]
 struct StagingSize {
     slots: u32,
@@ -271,7 +275,8 @@ fn locked_bytes(memory_bytes: u64, few: bool) -> u64 {
     memory_bytes + Memory::staging_bytes(StagingSize::of(memory_bytes, few).all_slots()) as u64
 }
 
-/// Whether the address space of all blocks for samples is more than this user may lock: the kernel counts it like frames.
+/// Whether this user may not lock the address space of all blocks for samples: the kernel counts locked address
+/// space, whether it has frames or not.
 fn few_blocks(config: &EngineConfig) -> bool {
     let limit = locking::lock_limit();
     config.lock && limit.is_some_and(|limit| limit < locked_bytes(config.memory_bytes, false))
@@ -293,15 +298,16 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
     }
     if budget_bytes > memory_bytes.max(minimum) {
         return Err(StartError::Budget(format!(
-            "a RAM budget of {budget_bytes} bytes is above the VM's memory of {memory_bytes}; lower one or raise the other"
+            "a RAM budget of {budget_bytes} bytes is above the VM's memory of {memory_bytes}; lower one or \
+             raise the other"
         )));
     }
     if let Some(available) = host_available_bytes()
         && budget_bytes > available
     {
         return Err(StartError::Budget(format!(
-            "a RAM budget of {budget_bytes} bytes is more than the {available} bytes that this host has available; lower the \
-             budget or free some memory"
+            "a RAM budget of {budget_bytes} bytes is more than the {available} bytes that this host has available; \
+             lower the budget or free some memory"
         )));
     }
     if config.lock { Engine::check_lock(memory_bytes) } else { Ok(()) }
@@ -324,7 +330,7 @@ fn check_regions(config: &EngineConfig, regions: &[u64]) -> Result<(), StartErro
     Ok(())
 }
 
-/// What the host could give without swapping.
+/// Bytes of RAM that the host could give without swapping.
 fn host_available_bytes() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

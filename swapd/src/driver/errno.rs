@@ -1,4 +1,5 @@
-//! The core's numbers of errors are those of this kernel: what an errno means is decided there ([`IoErrorKind::of`]).
+//! Checks that the core's numbers of errors are this kernel's. The core decides what each means
+//! ([`IoErrorKind::of`]), and has no libc to take the numbers from.
 
 use swapcore::errno;
 

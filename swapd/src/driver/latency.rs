@@ -1,4 +1,4 @@
-//! How long faults take, from their receipt to the wake-up of who waited.
+//! Latencies of faults, from the engine's receipt of a fault to the wake-up of the thread that waited.
 
 use std::time::Instant;
 
@@ -22,7 +22,7 @@ pub(super) struct LatencyBook {
 
 impl LatencyBook {
     pub(super) fn new() -> Self {
-        // Two significant digits: 1 % is less than the noise, and the tables stay small.
+        // Two significant digits: an error of 1 % is less than the noise, and the tables stay small.
         let histogram = || Histogram::new_with_bounds(100, LONGEST_NS, 2).expect("constant bounds are valid");
         LatencyBook { since: PageMap::default(), zero: histogram(), rescue: histogram(), store: histogram() }
     }

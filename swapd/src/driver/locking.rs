@@ -13,7 +13,7 @@ pub fn lock_limit() -> Option<u64> {
     getrlimit(Resource::Memlock).maximum.filter(|_| !is_exempt())
 }
 
-/// Sees to it that so many bytes may be locked, as far as that takes no privilege.
+/// Raises the limit of locked memory to so many bytes, as far as that takes no privilege.
 pub(super) fn allow(bytes: u64) -> Result<(), String> {
     let Rlimit { current, maximum } = getrlimit(Resource::Memlock);
     if current.is_none_or(|current| current >= bytes) || is_exempt() {
@@ -21,17 +21,17 @@ pub(super) fn allow(bytes: u64) -> Result<(), String> {
     }
     if let Some(maximum) = maximum.filter(|maximum| *maximum < bytes) {
         return Err(format!(
-            "the VM's memory cannot be locked against the host's swap: that takes {bytes} bytes, and this user may lock \
-             {maximum} (`ulimit -l`, in KiB); raise the limit (memlock in /etc/security/limits.conf, systemd's \
+            "the VM's memory cannot be locked against the host's swap: that takes {bytes} bytes, and this user may \
+             lock {maximum} (`ulimit -l`, in KiB); raise the limit (memlock in /etc/security/limits.conf, systemd's \
              LimitMEMLOCK=infinity), or do without by --no-lock"
         ));
     }
-    // If it fails, so does what it is for, which says so.
+    // A failure is not reported here: the locking itself fails then, and says what to do.
     let _ = setrlimit(Resource::Memlock, Rlimit { current: maximum, maximum });
     Ok(())
 }
 
-/// Locks what is or will be mapped there.
+/// Locks a range of addresses: the frames that it has, and those that come to it later.
 pub(super) fn lock_on_fault(base: usize, len: usize) -> Result<(), String> {
     // SAFETY: locking changes nothing of the content of what is mapped there.
     let result = unsafe { libc::mlock2(base as *const libc::c_void, len, libc::MLOCK_ONFAULT) };
@@ -40,12 +40,12 @@ pub(super) fn lock_on_fault(base: usize, len: usize) -> Result<(), String> {
     }
     let error = io::Error::last_os_error();
     Err(format!(
-        "cannot lock {len} bytes of the VM's memory against the host's swap ({error}); raise the limit (`ulimit -l`, systemd's \
-         LimitMEMLOCK=infinity), or do without by --no-lock"
+        "cannot lock {len} bytes of the VM's memory against the host's swap ({error}); raise the limit (`ulimit -l`, \
+         systemd's LimitMEMLOCK=infinity), or do without by --no-lock"
     ))
 }
 
-/// Whether the limit is not for this process.
+/// Whether this process may lock memory beyond the limit (CAP_IPC_LOCK).
 fn is_exempt() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));

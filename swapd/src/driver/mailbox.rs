@@ -13,12 +13,12 @@ use tokio::sync::oneshot;
 
 use crate::error::StartError;
 
-/// What is to be done, with the way back for its answer.
+/// A command to the engine's loop, with the way back for its answer.
 pub(crate) enum Command {
     /// A request to the core.
     Ask {
         request: Request,
-        /// False if nobody waits for the answer any more.
+        /// Hands the answer over. False if nobody waits for it any more.
         reply: Box<dyn FnOnce(Result<Response, CommandError>) -> bool + Send>,
     },
     Attach {
@@ -43,7 +43,8 @@ struct Queue {
     closed: bool,
 }
 
-/// Many senders, one receiver. A closed mailbox drops what is sent: the sender's answer is then gone.
+/// A queue with many senders and one receiver. A closed mailbox drops commands, and the sender of one is told that
+/// the engine has gone.
 pub(crate) struct Mailbox {
     queue: Mutex<Queue>,
     wake: OwnedFd,
@@ -85,13 +86,13 @@ impl Mailbox {
     }
 
     fn ring_bell(&self) {
-        // A full counter has woken the loop already.
+        // A write fails only if the counter is full: then the loop has been woken already.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
     /// Takes all commands; true if the mailbox is closed.
     pub(super) fn take(&self, into: &mut Vec<Command>) -> bool {
-        // An empty counter says EAGAIN, which is fine.
+        // An empty counter says EAGAIN: nothing was sent since the last look.
         let _ = rustix::io::read(&self.wake, &mut [0; size_of::<u64>()]);
         let mut queue = self.lock();
         into.extend(queue.commands.drain(..));

@@ -1,11 +1,13 @@
-//! The mappings of a VM: guest memory (the engine's own, or regions that its owner maps) and staging. All anonymous, locked alike.
+//! The mappings of a VM: guest memory (the engine's own, or regions that its owner maps) and staging. All anonymous,
+//! locked alike.
 //!
 //! ```text
 //! staging:  slots for single frames │ blocks of slots for huge pages │ the bay
 //! ```
-//! Only the bay, a 2 MiB block that is empty between two uses, may get a huge page by being touched. While the budget covers all memory,
-//! guest memory is advised to have huge pages too (`MADV_HUGEPAGE`): not so that a fault takes one, which userfaultfd forbids, but so that
-//! the kernel makes no page table for single frames where a vCPU faults. Where there is one, no huge page can be moved to.
+//! Only the bay, a 2 MiB block that is empty between two uses, may get a huge page by being touched. While the budget
+//! covers all memory, guest memory is advised to have huge pages too (`MADV_HUGEPAGE`): not so that a fault takes
+//! one, which userfaultfd forbids, but so that the kernel makes no page table for single frames where a vCPU faults.
+//! Where there is one, no huge page can be moved to.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,15 +20,16 @@ use super::uffd::Faults;
 use crate::error::StartError;
 use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun};
 
-/// A huge page.
+/// Bytes of a huge page.
 const BLOCK: usize = BLOCK_PAGES as usize * PAGE_SIZE;
-/// Guest memory of the engine's own and staging start on such a boundary, so that their 2 MiB blocks are the page tables' own.
+/// Guest memory of the engine's own and staging start on such a boundary, so that their 2 MiB blocks are the page
+/// tables' own.
 const ALIGN: usize = BLOCK;
 
-/// Reserved address space; frames come to it by faults and moves alone.
+/// Address space that is reserved; it gets frames by faults and moves alone.
 #[derive(Debug)]
 struct Area {
-    // Held for its Drop; all access is by address.
+    // Kept for its Drop. All access is by address.
     _map: MmapMut,
     base: usize,
     len: usize,
@@ -40,11 +43,11 @@ impl Area {
     }
 }
 
-/// Straight to the kernel: a process whose guest memory is its own may intercept `madvise` to hear what the guest gives back, and
-/// the engine's own calls are no news to it.
+/// Straight to the kernel: a process whose guest memory is its own may intercept `madvise` to hear what the guest
+/// gives back, and the engine's own calls are no news to it.
 fn advise(at: usize, len: usize, advice: libc::c_int) -> io::Result<()> {
-    // SAFETY: the callers pass parts of mappings that the engine has for itself, and advice that keeps them mapped. No Rust
-    // reference to their content exists.
+    // SAFETY: the callers pass parts of mappings that the engine has for itself, and advice that keeps them mapped.
+    // No Rust reference to their content exists.
     match unsafe { libc::syscall(libc::SYS_madvise, at, len, advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -59,7 +62,8 @@ pub(crate) struct Memory {
     own: Option<Area>,
     staging: Area,
     lock: bool,
-    /// Its administrator wants huge pages where they are asked for: `MADV_COLLAPSE` does not look.
+    /// The host's administrator allows huge pages. It has to be looked at here, because `MADV_COLLAPSE` ignores that
+    /// setting.
     collapses: bool,
     /// Whether guest memory may have huge pages.
     huge: AtomicBool,
@@ -90,7 +94,7 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Of staging with so many slots.
+    /// Bytes of address space of staging with so many slots.
     pub(super) fn staging_bytes(slots: u32) -> usize {
         slots as usize * PAGE_SIZE + BLOCK
     }
@@ -104,9 +108,11 @@ impl Memory {
     pub(super) fn map_in(&self, faults: &Faults, region: usize, base: usize) -> Result<(), StartError> {
         let len = self.regions.len_of(region).unwrap_or(0);
         faults.register_guest(base as *mut u8, len).map_err(StartError::Host)?;
-        // What it has of frames is not in the books. Registered first, so that no new ones come.
+        // Frames that the region has by now are not counted, and are given back. It is registered before that, so
+        // that no new ones come.
         let emptied = drop_frames(base, len).map_err(|error| {
-            format!("{len} bytes at {base:#x} cannot be guest memory ({error}); map all of them first, private and anonymous")
+            format!("{len} bytes at {base:#x} cannot be guest memory ({error}); map all of them first, private and \
+                 anonymous")
         });
         if let Err(reason) = emptied.and_then(|()| prepare(base, len, self.lock, self.huge_advice())) {
             faults.unregister(base as *mut u8, len);
@@ -128,8 +134,8 @@ impl Memory {
         }
     }
 
-    /// Has the host put huge pages in the place of single frames, as far as it has some. The guest may touch them meanwhile, and
-    /// waits for as long as one is copied; the engine may move them.
+    /// Has the host put huge pages in the place of single frames, as far as it has some. The guest may touch them
+    /// meanwhile, and waits for as long as one is copied; the engine may move them.
     pub(super) fn collapse(&self, at: usize, len: usize) {
         const MADV_COLLAPSE: libc::c_int = 25;
         if self.collapses {
@@ -176,17 +182,17 @@ impl Memory {
         Ok(())
     }
 
-    /// With the pages that fill blocks up.
+    /// Bytes of guest memory with the pages that fill up its last blocks.
     pub(crate) fn guest_len(&self) -> usize {
         self.regions.bytes()
     }
 
-    /// Without them.
+    /// Pages of guest memory, without those that fill up blocks.
     pub(super) fn mapped_pages(&self) -> u64 {
         self.pages().map(|run| u64::from(run.len)).sum()
     }
 
-    /// Of blocks that are not full, the pages that are memory.
+    /// The pages of each block that is only partly memory.
     pub(super) fn short_blocks(&self) -> Vec<Run> {
         self.regions.short_blocks()
     }
@@ -219,7 +225,8 @@ impl Memory {
         self.first_part(Run::one(page)).1
     }
 
-    /// The run, cut at the borders of regions, each part with its address, without those of regions that are not mapped.
+    /// The run, cut at the borders of regions, each part with its address, without those of regions that are not
+    /// mapped.
     pub(super) fn mapped_parts(&self, run: Run) -> impl Iterator<Item = (Run, usize)> {
         self.regions.mapped_parts(run)
     }
@@ -256,7 +263,7 @@ impl Memory {
         unsafe { std::slice::from_raw_parts(self.slot(slots.start) as *const u8, slots.bytes()) }
     }
 
-    /// The same, to be changed.
+    /// The content of staging slots, to be changed.
     ///
     /// # Safety
     /// As for [`Memory::slot_bytes`], and nobody may read them either.
@@ -267,7 +274,8 @@ impl Memory {
     }
 
     pub(super) fn copy_slot(&self, from: Slot, to: Slot) {
-        // SAFETY: two different slots of the staging mapping; the device may read `from` at the same time, which is no write.
+        // SAFETY: two different slots of the staging mapping; the device may read `from` at the same time, which is
+        // no write.
         unsafe {
             std::ptr::copy_nonoverlapping(self.slot(from) as *const u8, self.slot(to) as *mut u8, PAGE_SIZE);
         }
@@ -295,7 +303,7 @@ impl Memory {
     }
 }
 
-/// Locked memory is not given up by MADV_DONTNEED, but by its variant of Linux 5.18.
+/// Gives frames back to the host. MADV_DONTNEED refuses locked memory; MADV_DONTNEED_LOCKED (Linux 5.18) does not.
 fn drop_frames(at: usize, len: usize) -> io::Result<()> {
     const MADV_DONTNEED_LOCKED: libc::c_int = 24;
     advise(at, len, MADV_DONTNEED_LOCKED)
@@ -317,7 +325,8 @@ fn prepare(base: usize, len: usize, lock: bool, huge: libc::c_int) -> Result<(),
     if lock { lock_on_fault(base, len) } else { Ok(()) }
 }
 
-/// What this host's administrator has set for transparent huge pages (`always`, `madvise`, `never`); none if its kernel has none.
+/// What this host's administrator has set for transparent huge pages (`always`, `madvise`, `never`); none if its
+/// kernel has none.
 pub fn huge_page_mode() -> Option<String> {
     let modes = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
     Some(modes.split_once('[')?.1.split_once(']')?.0.to_owned())

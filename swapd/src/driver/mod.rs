@@ -70,6 +70,8 @@ struct Driver {
     read_error_told: Option<Instant>,
     /// If the store is a block device.
     discarder: Option<Discarder>,
+    /// Drops under way, and since when.
+    drops: Vec<(IoId, Instant)>,
     /// When a drop that failed was last logged.
     drop_error_told: Option<Instant>,
     /// Take frames for memory when it is mapped.
@@ -197,6 +199,8 @@ impl Driver {
     }
 
     fn dropped(&mut self, io: IoId, result: std::io::Result<()>) {
+        let nth = self.drops.iter().position(|(drop, _)| *drop == io).expect("a drop ends once");
+        let took_us = self.drops.swap_remove(nth).1.elapsed().as_micros() as u64;
         let result = match result {
             Ok(()) => DropResult::Done,
             Err(error) if discard::is_unsupported(&error) => {
@@ -211,7 +215,7 @@ impl Driver {
                 DropResult::Failed
             }
         };
-        self.event(Event::DropDone { io, result });
+        self.event(Event::DropDone { io, result, took_us });
     }
 
     fn command(&mut self, command: Command) {
@@ -249,7 +253,8 @@ impl Driver {
         if let Ok(Response::Stats(stats)) = &mut answer {
             stats.latency_us = self.latencies.figures();
             stats.bookkeeping_bytes += ring::BYTES;
-            stats.store.oldest_ms = self.ring.oldest().as_millis() as u64;
+            let drops = self.drops.iter().map(|(_, started)| started.elapsed());
+            stats.store.oldest_ms = drops.fold(self.ring.oldest(), Duration::max).as_millis() as u64;
         }
         let granted = match &answer {
             Ok(Response::Frames(slots)) => Some(*slots),
@@ -290,6 +295,7 @@ impl Driver {
             }
             Action::Drop { io, tier, run } => {
                 assert_eq!(tier, TierId::STORE, "the only one there is");
+                self.drops.push((io, Instant::now()));
                 match &mut self.discarder {
                     Some(discarder) => discarder.start(io, run),
                     None => self.ring.start_hole(io, run),

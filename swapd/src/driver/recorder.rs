@@ -1,7 +1,7 @@
-//! Which faults were served when, for whoever asked to be told.
+//! A recording of faults: which was served when, for a client that has asked for it.
 //!
-//! Off, it costs a look at one `Option` a fault. On, it takes no memory on the way of a fault either: there is room for so many
-//! faults between two askings, and those for which there is none are counted.
+//! Switched off, it costs one look at an `Option` a fault. Switched on, it allocates nothing on the way of a fault
+//! either: it has room for a fixed number of faults between two requests, and counts those for which there is none.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -37,8 +37,8 @@ impl Recorder {
         recording.seen.push_back(SeenFault { at_us, page, kind });
     }
 
-    /// The next faults that were seen since recording began. With `on`, it begins or goes on; without, it ends, and what was seen
-    /// and not asked for is forgotten.
+    /// The next faults that were seen since recording began. With `on`, it begins or goes on; without, it ends, and
+    /// what was seen and not asked for is forgotten.
     pub(super) fn record(&mut self, on: bool) -> FaultsSeen {
         let begin =
             || Recording { since: Instant::now(), seen: VecDeque::with_capacity(SEEN_MAX), dropped: 0 };

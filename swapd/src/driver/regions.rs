@@ -1,14 +1,15 @@
 //! Where guest memory is mapped: page numbers run on over a few regions, each of them one piece of the address space.
 //!
-//! A region that nobody has mapped yet has no address. To the core its pages are untouched. Each begins at a multiple of 2 MiB of
-//! pages, so that no block of them is in two: those between the end of one region and the next are nobody's.
-//! `mapped_parts` is the only way from a run to addresses, so that no kernel call is given a range that crosses a border.
+//! A region that its owner has not mapped yet has no address, and its pages are untouched to the core. Each region
+//! begins at a page number that is a multiple of a block (2 MiB), so that no block is in two regions; the page
+//! numbers between the end of one region and the next belong to no memory. `mapped_parts` is the only way from a run
+//! to addresses, so that no kernel call gets a range that crosses a border.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, pages_in};
 
-/// Pages in a run of those that stand for a whole region: 4 TiB.
+/// Most pages of one run, where a region is told as runs: 4 TiB.
 const RUN_MAX: u32 = 1 << 30;
 
 /// Regions in the order of their pages.
@@ -19,7 +20,8 @@ pub(super) struct Regions(Box<[Region]>);
 struct Region {
     first: PageNo,
     pages: u64,
-    /// 0: not mapped. Changed by the engine's thread alone (before it runs: by who starts it), read by any.
+    /// Address of the region; 0: not mapped. Only the engine's thread changes it (and before that runs, the thread
+    /// that starts it); any thread reads it.
     base: AtomicUsize,
 }
 
@@ -44,7 +46,7 @@ impl Region {
         PageNo(self.first.0 + self.pages.next_multiple_of(u64::from(BLOCK_PAGES)))
     }
 
-    /// Its pages from the `from`th to before the `to`th.
+    /// The region's pages from the `from`th to before the `to`th.
     fn runs(&self, from: u64, to: u64) -> impl Iterator<Item = Run> + use<> {
         let first = self.first.0;
         (from..to)
@@ -54,7 +56,7 @@ impl Region {
 }
 
 impl Regions {
-    /// None of them is mapped yet.
+    /// Regions of such sizes, none of which is mapped yet.
     pub(super) fn new(sizes: &[u64]) -> Self {
         let mut next = PageNo(0);
         let regions = sizes.iter().map(|bytes| {
@@ -80,12 +82,12 @@ impl Regions {
         self.0.iter().flat_map(|region| region.runs(0, region.pages))
     }
 
-    /// Of all pages, those that are nobody's too.
+    /// Bytes up to the end of the last region's last block, with the page numbers that belong to no memory.
     pub(super) fn bytes(&self) -> usize {
         self.0.last().map_or(0, |region| region.next().offset() as usize)
     }
 
-    /// Of blocks that are not full, the pages that are in a region.
+    /// The pages of each block that is only partly in a region.
     pub(super) fn short_blocks(&self) -> Vec<Run> {
         let block = u64::from(BLOCK_PAGES);
         let short = |region: &Region| {
@@ -108,7 +110,8 @@ impl Regions {
         self.0[region].base.store(base, Ordering::Release);
     }
 
-    /// The run, cut at the borders of regions, each part with its address, without those of regions that are not mapped.
+    /// The run, cut at the borders of regions, each part with its address, without those of regions that are not
+    /// mapped.
     pub(super) fn mapped_parts(&self, run: Run) -> impl Iterator<Item = (Run, usize)> {
         self.0.iter().filter_map(move |region| {
             let part = common(run, region)?;
@@ -167,7 +170,7 @@ mod tests {
         regions
     }
 
-    /// What `mapped_parts` says, page by page, without it.
+    /// The answer of `mapped_parts`, found page by page in another way.
     fn address(page: PageNo) -> Option<usize> {
         let region = [0, 1024, 1536].iter().rposition(|first| page.0 >= *first).unwrap();
         Some(BASES[region]? + (page.0 as usize - [0, 1024, 1536][region]) * PAGE_SIZE)

@@ -1,4 +1,5 @@
-//! Writes of an encrypted store: what goes to the device is a copy, for pages in staging are still rescued from there.
+//! Writes of an encrypted store. A page is encrypted into a copy, which goes to the device: the page in staging must
+//! stay readable, because a fault may rescue it from there meanwhile.
 
 use std::sync::Arc;
 
@@ -10,7 +11,8 @@ use swapcore::units::{PAGE_SIZE, Run};
 
 pub(super) struct Sealer {
     cipher: Arc<Cipher>,
-    /// Copies are used again, the last first: only as many are ever touched as were needed at once.
+    /// Free copies. The one that came back last is used first, so that only as many are ever touched as were needed
+    /// at the same time.
     spare: Vec<MmapMut>,
 }
 
@@ -22,7 +24,7 @@ impl Sealer {
     /// The run's encrypted content, at the beginning of a copy that goes to [`Sealer::written`].
     pub(super) fn seal(&mut self, run: Run, bytes: &[u8]) -> MmapMut {
         let mut copy = self.spare.pop().unwrap_or_else(|| {
-            // Without address space for a copy nothing can leave memory any more.
+            // Without address space for a copy no page can leave memory any more.
             MmapMut::map_anon(IO_PAGES_MAX as usize * PAGE_SIZE).expect("address space for a write")
         });
         let sealed = &mut copy[..bytes.len()];

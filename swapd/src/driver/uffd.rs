@@ -86,7 +86,7 @@ const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
-/// Also of a page that the host is putting elsewhere at this moment.
+/// Set for a page that is swapped out, and for one that the host is putting elsewhere at this moment (compaction).
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_HUGE: u64 = 1 << 6;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
@@ -147,7 +147,7 @@ impl Faults {
         self.register(base, len, RegisterMode::WRITE_PROTECT)
     }
 
-    /// Who waits there is woken, and finds plain memory.
+    /// Ends the serving of a range. Threads that wait there are woken, and find plain memory.
     pub(super) fn unregister(&self, base: *mut u8, len: usize) {
         // The only error is a range that has been unmapped, and then nothing is left to unregister.
         let _ = self.uffd.unregister(base.cast(), len);
@@ -162,8 +162,9 @@ impl Faults {
 
     /// Moves pages between two registered ranges of this process, and wakes who waits at the destination.
     ///
-    /// Linux 6.18 forgets moves: at a page that the host is putting elsewhere (compaction) it waits, moves it and others behind it, still
-    /// holds the error that made it wait, begins again at the same page, and ends with "exists". It has counted and woken none of them.
+    /// Linux 6.18 forgets moves: at a page that the host is putting elsewhere (compaction) it waits, moves it and
+    /// others behind it, still holds the error that made it wait, begins again at the same page, and ends with
+    /// "exists". It has counted and woken none of them.
     ///
     /// # Panics
     /// If the kernel says that source or destination are not as the page table has them: going on could lose data.
@@ -195,13 +196,13 @@ impl Faults {
         })
     }
 
-    /// How many bytes of the source, from its start on, are at the destination instead.
+    /// Bytes of the source, from its start on, that have been moved to the destination.
     fn moved_already(&self, to: usize, from: usize, len: usize) -> usize {
         let (Ok(there), Ok(here)) = (self.mapped(to, len), self.mapped(from, len)) else { return 0 };
         there.iter().zip(here).take_while(|(there, here)| **there && !*here).count() * PAGE_SIZE
     }
 
-    /// Which pages have an entry in the page tables.
+    /// One flag a page: whether it has an entry in the page tables.
     fn mapped(&self, at: usize, len: usize) -> io::Result<Vec<bool>> {
         const PRESENT_OR_ON_ITS_WAY: u64 = 3 << 62;
         let mut entries = vec![[0; 8]; len / PAGE_SIZE];
@@ -210,7 +211,8 @@ impl Faults {
         Ok(entries.into_iter().map(mapped).collect())
     }
 
-    /// Copies a page to a new frame where there is none, and wakes who waits there. False, if the host has no frame to give now.
+    /// Copies a page to a new frame where there is none, and wakes who waits there. False, if the host has no frame
+    /// to give now.
     ///
     /// # Panics
     /// As [`Faults::move_pages`].
@@ -234,7 +236,7 @@ impl Faults {
 
     /// Writes to these pages, which are in the guest, are not noted until they are scanned again.
     pub(super) fn end_tracking(&self, at: usize, len: usize) {
-        // If it fails, they are noted.
+        // After a failure the pages stay protected and their writes are noted, which does no harm.
         let _ = self.uffd.remove_write_protection(at as *mut _, len, false);
     }
 
@@ -263,7 +265,7 @@ impl Faults {
         let result = unsafe { libc::ioctl(self.fd(), UFFDIO_POISON, &mut arg) };
         match (result, last_errno()) {
             (0, _) => Ok(()),
-            // It is poisoned already; who waits must be woken all the same.
+            // The page is poisoned already; threads that wait for it must be woken all the same.
             (_, libc::EEXIST) => {
                 self.wake(at, len);
                 Ok(())
@@ -323,7 +325,8 @@ impl Faults {
                 return_mask: PAGE_IS_WRITTEN,
                 ..PmScanArg::default()
             };
-            // SAFETY: `vec` points to `vec_len` regions that live as long as the call; the kernel writes no more than these.
+            // SAFETY: `vec` points to `vec_len` regions that live as long as the call; the kernel writes no more than
+            // these.
             let count = unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
             if count < 0 {
                 match last_errno() {
@@ -361,8 +364,8 @@ fn explain(error: &userfaultfd::Error) -> String {
              sysctl vm.unprivileged_userfaultfd=1"
         ),
         userfaultfd::Error::SystemError(errno) if *errno as i32 == libc::EINVAL => format!(
-            "this kernel's userfaultfd cannot move pages ({text}); vmemd needs Linux 6.8 or newer (Ubuntu 24.04, Debian 13 \
-             or 12 with the backports kernel, Fedora 40, RHEL 10)"
+            "this kernel's userfaultfd cannot move pages ({text}); vmemd needs Linux 6.8 or newer (Ubuntu 24.04, \
+             Debian 13 or 12 with the backports kernel, Fedora 40, RHEL 10)"
         ),
         userfaultfd::Error::SystemError(errno) if *errno as i32 == libc::ENOSYS => {
             format!("this kernel has no userfaultfd ({text}); it needs CONFIG_USERFAULTFD")
@@ -375,7 +378,8 @@ fn explain(error: &userfaultfd::Error) -> String {
 mod tests {
     use super::*;
 
-    /// Two mappings of so many pages, of which the second has frames. Ends the test if this host has no userfaultfd for us.
+    /// Two mappings of so many pages, of which the second has frames. Ends the test if this host has no userfaultfd
+    /// for us.
     fn hole_and_frames(pages: usize) -> (Faults, [memmap2::MmapMut; 2]) {
         let faults = Faults::open().unwrap_or_else(|why| testkit::skip(testkit::Reason::Uffd, why));
         let [mut hole, mut frames] = [(); 2].map(|()| memmap2::MmapMut::map_anon(pages * PAGE_SIZE).unwrap());
@@ -385,7 +389,7 @@ mod tests {
         (faults, [hole, frames])
     }
 
-    /// As Linux 6.18 does when it forgets what it has moved.
+    /// A move as Linux 6.18 does it when it forgets what it has moved.
     fn move_and_say_nothing(faults: &Faults, to: usize, from: usize, len: usize) {
         const UFFDIO_MOVE_MODE_DONTWAKE: u64 = 1;
         let mode = UFFDIO_MOVE_MODE_DONTWAKE;

@@ -42,7 +42,8 @@ pub fn test(_arguments: TokenStream, item: TokenStream) -> TokenStream {
     function
 }
 
-/// Of `ignore = "why"` the literal, of `ignore` an empty one; of another attribute nothing.
+/// The reason in an `ignore` attribute: the literal of `ignore = "why"`, an empty one of `ignore`. None of another
+/// attribute.
 fn reason_to_ignore(attribute: &TokenStream) -> Option<String> {
     let mut tokens = attribute.clone().into_iter();
     let is_ignore = matches!(tokens.next()?, TokenTree::Ident(word) if word.to_string() == "ignore");

@@ -1,23 +1,24 @@
-//! Writes wait for each other: the device likes them many at a time, in the order of their places, and then none, because a read
-//! that meets writes takes longer however few they are. The engine under test writes in the same way.
+//! Writes are collected and started as a burst, in the order of their places in the file; between bursts the device
+//! has none. A read that meets writes takes longer however few they are, so writes one by one would slow down all
+//! reads. The engine under test writes in the same way.
 
 use swapd::{PageNo, Run};
 
 use super::plan::JOINED_PAGES;
 
-/// Pages that make a burst.
+/// A burst is started when so many pages wait to be written.
 const BURST_PAGES: u32 = 512;
-/// Pages that wait at most, while the burst before them is written.
+/// Most pages that wait while the burst before them is written. Beyond that, threads wait as well.
 const WAITING_PAGES: u32 = 2 * BURST_PAGES;
 
 const _: () = assert!(WAITING_PAGES > BURST_PAGES, "what waits must become a burst");
 
-/// A write that a lane has asked for.
+/// A write that a thread has asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Write {
-    pub(super) lane: usize,
+    pub(super) thread: usize,
     pub(super) run: Run,
-    /// Touches of its lane that are done with it.
+    /// Touches of its thread that are done when this write is.
     pub(super) touches: u64,
 }
 
@@ -25,12 +26,12 @@ pub(super) struct Write {
 pub(super) struct WriteBehind {
     waiting: Vec<Write>,
     waiting_pages: u32,
-    /// What is left to start of the burst, the next one last.
+    /// Writes of the burst that are still to be started, the next one last.
     burst: Vec<Write>,
 }
 
 impl WriteBehind {
-    /// Whether lanes must wait before they write more.
+    /// Whether threads must wait before they write more.
     pub(super) fn is_full(&self) -> bool {
         self.waiting_pages >= WAITING_PAGES
     }
@@ -40,7 +41,7 @@ impl WriteBehind {
         self.waiting_pages += write.run.len;
     }
 
-    /// The next write to start. Those that make no burst yet stay, unless all of them are wanted.
+    /// The next write to start. Writes that do not make a burst yet stay, unless `all`.
     pub(super) fn next(&mut self, all: bool) -> Option<Write> {
         if self.burst.is_empty() && (all || self.waiting_pages >= BURST_PAGES) {
             self.begin();
@@ -65,10 +66,12 @@ impl WriteBehind {
 }
 
 impl Write {
-    /// Whether one write can do for this one and the one behind it.
+    /// Whether this write and the one behind it can be one write.
     fn takes(&self, behind: &Write) -> bool {
         let next: PageNo = self.run.end();
-        self.lane == behind.lane && next == behind.run.start && self.run.len + behind.run.len <= JOINED_PAGES
+        self.thread == behind.thread
+            && next == behind.run.start
+            && self.run.len + behind.run.len <= JOINED_PAGES
     }
 }
 
@@ -76,8 +79,8 @@ impl Write {
 mod tests {
     use super::*;
 
-    fn write(lane: usize, start: u64, len: u32) -> Write {
-        Write { lane, run: Run::new(PageNo(start), len), touches: start }
+    fn write(thread: usize, start: u64, len: u32) -> Write {
+        Write { thread, run: Run::new(PageNo(start), len), touches: start }
     }
 
     #[test]
@@ -99,11 +102,11 @@ mod tests {
     #[test]
     fn neighbours_of_one_lane_are_one_write() {
         let mut behind = WriteBehind::default();
-        for (lane, start, len) in [(0, 12, 2), (0, 10, 2), (1, 14, 1), (0, 20, JOINED_PAGES), (0, 19, 1)] {
-            behind.add(write(lane, start, len));
+        for (thread, start, len) in [(0, 12, 2), (0, 10, 2), (1, 14, 1), (0, 20, JOINED_PAGES), (0, 19, 1)] {
+            behind.add(write(thread, start, len));
         }
         let burst: Vec<_> = std::iter::from_fn(|| behind.next(true)).collect();
-        // One lane's progress is none of another's, and a write has its limit.
+        // One thread's progress is none of another's, and a write has its limit.
         let joined = Write { touches: 12, ..write(0, 10, 4) };
         assert_eq!(burst, [joined, write(1, 14, 1), write(0, 19, 1), write(0, 20, JOINED_PAGES)]);
     }

@@ -1,4 +1,5 @@
-//! A file on the disk under test, laid out as a store is, and a ring that reads and writes it past the host's page cache.
+//! A file on the disk under test, laid out as a store is, and a ring that reads and writes it past the host's page
+//! cache.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -19,7 +20,7 @@ const FILL_BYTES: u64 = 1 << 20;
 const BUFFER_BYTES: usize = (JOINED_PAGES as usize) << swapd::PAGE_SHIFT;
 const FILE: Fixed = Fixed(0);
 
-/// Makes a file without a name, full of what no compression makes smaller.
+/// Makes a file without a name, and fills it with content that no compression makes smaller.
 pub(super) fn make(dir: &Path, bytes: u64) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -41,13 +42,13 @@ pub(super) fn make(dir: &Path, bytes: u64) -> io::Result<File> {
     Ok(file)
 }
 
-/// What is done on a slot of the ring.
+/// One read or write under way, in a slot of the ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Transfer {
-    pub(super) lane: usize,
+    pub(super) thread: usize,
     pub(super) run: Run,
     pub(super) write: bool,
-    /// Passed through: touches of the lane that are done with it.
+    /// Touches of its thread that are done when the transfer is. The device hands the number back unchanged.
     pub(super) touches: u64,
     pub(super) began: u64,
 }
@@ -55,7 +56,7 @@ pub(super) struct Transfer {
 /// A fixed number of transfers at a time. Each read has a buffer of its own; all writes take the same bytes.
 pub(super) struct Device {
     ring: IoUring,
-    /// Never read or written but by the device; unmapped after the ring is gone.
+    /// The buffers. Only the device reads and writes them; they are unmapped after the ring is gone.
     buffers: MmapMut,
     transfers: Vec<Option<Transfer>>,
     vacant: Vec<usize>,
@@ -91,13 +92,13 @@ impl Device {
         self.transfers.len() - self.vacant.len() - self.vacant_for_writes.len()
     }
 
-    /// Begins a transfer; submitted with the next wait.
+    /// Queues a transfer, which is submitted by the next [`Device::wait`].
     ///
     /// # Panics
     /// If all slots are in use.
     pub(super) fn start(&mut self, transfer: Transfer) {
         let vacant = if transfer.write { &mut self.vacant_for_writes } else { &mut self.vacant };
-        let slot = vacant.pop().expect("as many slots as lanes and writers need");
+        let slot = vacant.pop().expect("as many slots as threads and writers need");
         // SAFETY: within the mapping: a read's own part of it, or the part behind those, which all writes share.
         let at = unsafe { self.buffers.as_mut_ptr().add(slot.min(self.reads) * BUFFER_BYTES) };
         let (len, offset) = (transfer.run.bytes() as u32, transfer.run.start.offset());
@@ -106,13 +107,14 @@ impl Device {
             false => opcode::Read::new(FILE, at, len).offset(offset).build(),
         };
         self.transfers[slot] = Some(transfer);
-        // SAFETY: nobody else changes the buffer until the transfer has completed, and the device is not dropped before. The ring has
-        // room for all slots.
+        // SAFETY: nobody else changes the buffer until the transfer has completed, and the device is not dropped
+        // before. The ring has room for all slots.
         unsafe { self.ring.submission().push(&entry.user_data(slot as u64)) }
             .expect("the ring has an entry for every slot");
     }
 
-    /// Submits, waits for at least one completion or until `patience` is over, and hands over what is done.
+    /// Submits what is queued, waits for at least one completion or until `patience` is over, and calls `done` for
+    /// each transfer that has ended.
     pub(super) fn wait(&mut self, patience: Duration, mut done: impl FnMut(Transfer)) -> io::Result<()> {
         let timeout = Timespec::new().sec(patience.as_secs()).nsec(patience.subsec_nanos());
         let args = SubmitArgs::new().timespec(&timeout);
@@ -145,7 +147,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // A buffer must not be unmapped under the device.
+        // A buffer must not be unmapped while the device uses it: what is under way is waited for.
         while self.in_flight() > 0 && self.wait(Duration::from_secs(1), |_| {}).is_ok() {}
     }
 }

@@ -1,8 +1,9 @@
-//! The engine `raw`: the least device traffic that the jobs need, as fast as the device does it, with no memory behind it.
+//! The engine `raw`: the least device traffic that the jobs need, as fast as the device does it, with no memory
+//! behind it.
 //!
-//! Nobody can beat it, and nobody reaches it: it knows the future, and nothing is touched.
-//! A sample of it counts as touches those that the traffic done stands for, by each lane's furthest completed operation, and as times
-//! those of the device's reads and writes.
+//! No engine can be faster, and none reaches it: it knows the future, and touches no memory. In its sample, the
+//! touches are those that the completed traffic stands for: of each thread, up to its furthest completed operation.
+//! The times are those of the device's reads and writes.
 
 mod burst;
 mod device;

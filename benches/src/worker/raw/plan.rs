@@ -1,8 +1,11 @@
-//! The least traffic that jobs need: the optimum's reads and writes, cut into lanes of operations.
+//! The least device traffic that jobs need: the reads and writes of Belady's optimum, as a list of operations for
+//! each thread of each job.
 //!
-//! A lane is one thread of a job. Lanes take turns, an operation each, for as long as the job is (passes), or for
-//! [`TOUCHES`] in all (a time: the lane then begins again). What a timed job's warm-up needs is not part of it, and touches behind its
-//! last one keep the optimum from knowing of an end.
+//! A planned thread is one thread of a job. Planned threads take turns, one operation each. A job of so many passes
+//! is planned whole. Of a job that runs for a time, [`TOUCHES`] touches are planned for all threads together, and a
+//! thread that comes to the end of its list begins again. The optimum is computed over more touches than are planned:
+//! those before them are the job's warm-up, and those after them keep the optimum from evicting everything because it
+//! sees the end.
 
 use swapd::{Run, units::pages_in};
 
@@ -11,19 +14,20 @@ use crate::optimum::{Traffic, optimum};
 use crate::pattern::Pattern;
 use crate::worker::hindsight::{coded, warm};
 
-/// Touches that stand for a timed run, of all lanes together.
+/// Touches that stand for a timed run, of all threads together.
 const TOUCHES: u64 = 4 << 20;
-/// Before and behind them, in passes: until the optimum's residents depend neither on what was filled last nor on the end. What it
-/// keeps is what comes again within as many touches as have a RAM's worth of different pages: several passes, if they are random.
+/// Passes over the working set that the optimum sees before and after the planned touches. With fewer, the pages that
+/// it has in RAM would depend on what was filled last, or on where the touches end. It keeps pages that come again
+/// within as many touches as name a RAM's worth of different pages; with random touches those are several passes.
 const AROUND_SEQUENTIAL: u64 = 1;
 const AROUND_RANDOM: u64 = 4;
 const TOUCHES_AROUND: u64 = 4 * TOUCHES;
-/// Of a run by passes: beyond that it would take minutes to plan.
+/// Most touches of a job of so many passes: more would take minutes to plan.
 const TOUCHES_MAX: u64 = 64 << 20;
 /// Pages in one read or write at most: 256 KiB.
 pub(super) const JOINED_PAGES: u32 = 64;
-/// Reads that a predictable job has under way at most, all its lanes together. More of them only stand in each other's way: with 16,
-/// sequential rewriting is a tenth slower.
+/// Most reads that a sequential job has under way, all its threads together. More of them slow each other down: with
+/// 16, sequential rewriting is a tenth slower.
 const READS_AHEAD: u32 = 4;
 
 /// One read or write of the device.
@@ -31,12 +35,13 @@ const READS_AHEAD: u32 = 4;
 pub(super) struct Operation {
     pub(super) run: Run,
     pub(super) write: bool,
-    /// Touches of its lane that are done with it.
+    /// Touches of its thread that are done when this operation is.
     pub(super) touches: u64,
 }
 
+/// What one thread of a job asks of the device.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct PlannedThread {
     /// Index of the job.
     pub(super) job: usize,
     pub(super) operations: Vec<Operation>,
@@ -44,11 +49,11 @@ pub(super) struct Lane {
     pub(super) touches: u64,
     /// Reads under way at a time.
     pub(super) depth: u32,
-    /// Begins again at its end, until time is over.
+    /// After its last operation it begins with the first again, until the job's time is over.
     pub(super) cycles: bool,
 }
 
-impl Lane {
+impl PlannedThread {
     /// Pages read, or written.
     fn pages(&self, write: bool) -> u64 {
         let of = self.operations.iter().filter(|operation| operation.write == write);
@@ -56,28 +61,29 @@ impl Lane {
     }
 }
 
+/// What all jobs ask of the device.
 #[derive(Debug)]
-pub(super) struct Plan {
-    pub(super) lanes: Vec<Lane>,
-    /// The optimum's, of the touches that count.
+pub(super) struct DevicePlan {
+    pub(super) threads: Vec<PlannedThread>,
+    /// The optimum's hit rate over the planned touches; none if there are none.
     pub(super) hit_rate: Option<f64>,
 }
 
-/// A lane while its touches are made.
+/// A planned thread before the optimum has been computed: its pattern, and how many operations of it the optimum sees.
 struct Draft {
     pattern: Pattern,
-    /// Operations before those that count, of those, and behind them.
+    /// Operations before the planned ones, the planned ones, and those after them.
     warm: u64,
     counted: u64,
     behind: u64,
 }
 
 impl Draft {
-    fn new(job: &Job, area: Run, thread: u32, lanes: u64) -> Draft {
+    fn new(job: &Job, area: Run, thread: u32, thread_count: u64) -> Draft {
         let pattern = Pattern::new(job, area, thread);
         let pass = pattern.pass_operations();
         let unit = (job.block_bytes / 4096).max(1);
-        let share = |touches: u64| (touches / lanes / unit).max(1);
+        let share = |touches: u64| (touches / thread_count / unit).max(1);
         let passes = if job.order == Order::Sequential { AROUND_SEQUENTIAL } else { AROUND_RANDOM };
         let around = (passes * pass).min(share(TOUCHES_AROUND));
         let (warm, counted, behind) = match job.length {
@@ -92,15 +98,15 @@ impl Draft {
     }
 }
 
-/// None if the jobs have too many touches to plan.
-pub(super) fn plan(scenario: &Scenario, areas: &[Run]) -> Option<Plan> {
-    let lanes: u64 = scenario.jobs.iter().map(|job| u64::from(job.threads)).sum();
+/// The device traffic of these jobs, each in its area. None if they have more than [`TOUCHES_MAX`] touches.
+pub(super) fn plan(scenario: &Scenario, areas: &[Run]) -> Option<DevicePlan> {
+    let thread_count: u64 = scenario.jobs.iter().map(|job| u64::from(job.threads)).sum();
     let mut drafts = Vec::new();
-    let mut plans = Vec::new();
+    let mut threads = Vec::new();
     for (index, (job, area)) in scenario.jobs.iter().zip(areas).enumerate() {
         for thread in 0..job.threads {
-            drafts.push(Draft::new(job, *area, thread, lanes));
-            plans.push(Lane {
+            drafts.push(Draft::new(job, *area, thread, thread_count));
+            threads.push(PlannedThread {
                 job: index,
                 operations: Vec::new(),
                 touches: 0,
@@ -118,50 +124,53 @@ pub(super) fn plan(scenario: &Scenario, areas: &[Run]) -> Option<Plan> {
     }
     let (touches, origins) = merged(&mut drafts);
     let mut builders: Vec<Builder> =
-        plans.iter().map(|lane| Builder::new(&scenario.jobs[lane.job])).collect();
+        threads.iter().map(|thread| Builder::new(&scenario.jobs[thread.job])).collect();
     let mut seen = 0;
-    // How far every lane has come; what is told comes in the order of the touches.
+    // Gives each thread the touches up to this transfer, and the transfer to the thread whose touch caused it. The
+    // optimum reports transfers in the order of the touches.
     let mut tell = |traffic: Option<Traffic>| {
         let until = traffic.map_or(origins.len(), |traffic| traffic.at + 1);
         for origin in &origins[seen..until] {
-            builders[origin.lane as usize].touches += u64::from(origin.counts);
+            builders[origin.thread as usize].touches += u64::from(origin.counts);
         }
         seen = until;
         if let Some(Traffic { at, page, write }) = traffic
             && origins[at].counts
         {
-            builders[origins[at].lane as usize].add(page, write);
+            builders[origins[at].thread as usize].add(page, write);
         }
     };
     let frames = pages_in(scenario.ram_bytes) as usize;
     optimum(&touches, &warm(&scenario.jobs, areas), frames, 0, |traffic| tell(Some(traffic)));
     tell(None);
-    for (lane, builder) in plans.iter_mut().zip(builders) {
-        lane.touches = builder.touches;
-        lane.operations = builder.finished();
+    for (thread, builder) in threads.iter_mut().zip(builders) {
+        thread.touches = builder.touches;
+        thread.operations = builder.finished();
     }
-    let touches: u64 = plans.iter().map(|lane| lane.touches).sum();
-    let misses: u64 = plans.iter().map(|lane| lane.pages(false)).sum();
+    let touches: u64 = threads.iter().map(|thread| thread.touches).sum();
+    let misses: u64 = threads.iter().map(|thread| thread.pages(false)).sum();
     let hit_rate = (touches > 0).then(|| 1.0 - misses as f64 / touches as f64);
-    Some(Plan { lanes: plans, hit_rate })
+    Some(DevicePlan { threads, hit_rate })
 }
 
-/// Whose touch it is.
+/// Where one of the merged touches comes from.
 struct Origin {
-    lane: u16,
+    thread: u16,
+    /// It is one of the planned touches, and neither before nor after them.
     counts: bool,
 }
 
+/// The touches of all threads, one operation of each thread in turn, and where each comes from.
 fn merged(drafts: &mut [Draft]) -> (Vec<u32>, Vec<Origin>) {
     let (mut touches, mut origins) = (Vec::new(), Vec::new());
     let rounds = drafts.iter().map(Draft::operations).max().unwrap_or(0);
     for round in 0..rounds {
-        for (lane, draft) in (0..).zip(drafts.iter_mut()).filter(|(_, draft)| round < draft.operations()) {
+        for (thread, draft) in (0..).zip(drafts.iter_mut()).filter(|(_, draft)| round < draft.operations()) {
             let counts = (draft.warm..draft.warm + draft.counted).contains(&round);
             loop {
                 let touch = draft.pattern.next_touch();
                 touches.push(coded(touch));
-                origins.push(Origin { lane, counts });
+                origins.push(Origin { thread, counts });
                 if touch.ends {
                     break;
                 }
@@ -171,7 +180,8 @@ fn merged(drafts: &mut [Draft]) -> (Vec<u32>, Vec<Origin>) {
     (touches, origins)
 }
 
-/// Joins traffic of neighbouring pages: writes always, reads where they can be known ahead.
+/// A planned thread's operations in the making. Transfers of neighbouring pages are joined into one operation: writes
+/// always, reads only of sequential jobs, because nobody could know the next page of a random one ahead.
 struct Builder {
     read_pages: u32,
     touches: u64,
@@ -195,7 +205,7 @@ impl Builder {
                 operation.run.len += 1;
             }
             _ => {
-                // Which touches it stands for is told at the end.
+                // `spread` fills in the touches.
                 let new = Operation { run: Run::one(page), write, touches: 0 };
                 self.done.extend(open.replace(new));
             }
@@ -210,8 +220,9 @@ impl Builder {
     }
 }
 
-/// Touches stand evenly behind the traffic. The optimum of a loop misses half a round and hits the other half: a run that ends within
-/// a round would otherwise count what it happened to meet.
+/// Gives each operation its share of all touches, by its pages. The optimum of a loop misses in one half of a round
+/// and hits in the other, so a run that ends in the middle of a round would otherwise count misses alone, or hits
+/// alone.
 fn spread(operations: &mut [Operation], touches: u64) {
     let all: u64 = operations.iter().map(|operation| u64::from(operation.run.len)).sum();
     let mut pages = 0;
@@ -254,38 +265,38 @@ mod tests {
         }
     }
 
-    fn planned(scenario: &Scenario) -> Plan {
+    fn planned(scenario: &Scenario) -> DevicePlan {
         plan(scenario, &[Run::new(PageNo(0), 1024)]).unwrap()
     }
 
     #[test]
     fn a_loop_reads_what_does_not_fit_in_long_runs() {
         let plan = planned(&scenario(Order::Sequential, 1, Access::Read, Length::Loops(8)));
-        let lane = &plan.lanes[0];
-        assert_eq!((lane.touches, lane.depth, lane.cycles), (8 * 1024, READS_AHEAD, false));
+        let thread = &plan.threads[0];
+        assert_eq!((thread.touches, thread.depth, thread.cycles), (8 * 1024, READS_AHEAD, false));
         // The first pass finds half of it; every frame but one is kept for the next.
-        let read = lane.pages(false);
+        let read = thread.pages(false);
         assert!((8 * 512 - 64..8 * 513 + 64).contains(&read), "{read}");
-        let reads = lane.operations.iter().filter(|operation| !operation.write).count() as u64;
+        let reads = thread.operations.iter().filter(|operation| !operation.write).count() as u64;
         assert!(reads < read / 16, "{reads} reads of {read} pages");
         // Wherever it is stopped, it has done as large a part of the touches as of the traffic.
-        let first = &lane.operations[0];
-        let part = u64::from(first.run.len) * lane.touches / (read + lane.pages(true));
+        let first = &thread.operations[0];
+        let part = u64::from(first.run.len) * thread.touches / (read + thread.pages(true));
         assert_eq!(first.touches, part);
-        assert!(lane.operations.is_sorted_by_key(|operation| operation.touches));
-        assert_eq!(lane.operations.last().map(|operation| operation.touches), Some(lane.touches));
+        assert!(thread.operations.is_sorted_by_key(|operation| operation.touches));
+        assert_eq!(thread.operations.last().map(|operation| operation.touches), Some(thread.touches));
     }
 
     #[test]
     fn random_reads_are_single_pages_a_lane_at_a_time() {
         let plan = planned(&scenario(Order::Uniform, 4, Access::Write, Length::Loops(16)));
-        assert_eq!(plan.lanes.len(), 4);
-        for lane in &plan.lanes {
-            assert_eq!((lane.touches, lane.depth), (4 * 1024, 1));
-            assert!(lane.operations.iter().all(|operation| operation.write || operation.run.len == 1));
-            assert!(lane.operations.iter().any(|operation| operation.write));
+        assert_eq!(plan.threads.len(), 4);
+        for thread in &plan.threads {
+            assert_eq!((thread.touches, thread.depth), (4 * 1024, 1));
+            assert!(thread.operations.iter().all(|operation| operation.write || operation.run.len == 1));
+            assert!(thread.operations.iter().any(|operation| operation.write));
         }
-        let read: u64 = plan.lanes.iter().map(|lane| lane.pages(false)).sum();
+        let read: u64 = plan.threads.iter().map(|thread| thread.pages(false)).sum();
         let hit_rate = 1.0 - read as f64 / (16.0 * 1024.0);
         assert!((plan.hit_rate.unwrap() - hit_rate).abs() < 1e-9 && hit_rate > 0.6, "{hit_rate}");
     }
@@ -293,11 +304,11 @@ mod tests {
     #[test]
     fn timed_jobs_are_planned_without_their_warm_up() {
         let plan = planned(&scenario(Order::Sequential, 2, Access::Write, Length::Millis(1)));
-        for lane in &plan.lanes {
-            assert_eq!((lane.touches, lane.cycles, lane.depth), (TOUCHES / 2, true, READS_AHEAD / 2));
-            let (read, written) = (lane.pages(false), lane.pages(true));
-            assert!(read.abs_diff(lane.touches / 2) < lane.touches / 100, "{read}");
-            assert!(read.abs_diff(written) <= lane.touches / 100, "{read} {written}");
+        for thread in &plan.threads {
+            assert_eq!((thread.touches, thread.cycles, thread.depth), (TOUCHES / 2, true, READS_AHEAD / 2));
+            let (read, written) = (thread.pages(false), thread.pages(true));
+            assert!(read.abs_diff(thread.touches / 2) < thread.touches / 100, "{read}");
+            assert!(read.abs_diff(written) <= thread.touches / 100, "{read} {written}");
         }
     }
 }

@@ -1,42 +1,43 @@
-//! A run of the raw device: lanes with reads under way, writes behind them, and what they come to.
+//! A run of the raw device: each planned thread has reads under way, writes wait behind them, and each job's times
+//! and touches are added up. One thread of this process does it all.
 
 use std::time::{Duration, Instant};
 
-use vmprocess::failure::{Failure, Kind};
+use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::host;
 
 use super::burst::{Write, WriteBehind};
 use super::device::{self, Device, Transfer};
-use super::plan::{self, Lane, Operation, Plan};
+use super::plan::{self, DevicePlan, Operation, PlannedThread};
 use crate::job::{Access, BenchEngine, Job, Length, Scenario, WorkerRequest};
 use crate::sample::{JobSample, SERIES_MS, Sample, Side, Times};
 use crate::worker::areas::areas;
 use crate::worker::clock::Clock;
 use crate::worker::usage;
 
-/// Writes under way at most.
+/// Most writes under way.
 const WRITES: usize = 128;
-/// How long a completion may take: longer than any disk.
+/// Longest time without any completion; then the run fails. No disk takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(in crate::worker) fn run(request: &WorkerRequest) -> Result<Sample, Failure> {
     let scenario = &request.scenario;
     let Some(plan) = plan::plan(scenario, &areas(scenario)) else {
         return Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             "too many touches to find their least traffic: choose fewer loops",
         ));
     };
-    if plan.lanes.iter().all(|lane| lane.operations.is_empty()) {
+    if plan.threads.iter().all(|thread| thread.operations.is_empty()) {
         return Err(Failure::new(
-            Kind::Usage,
+            FailureKind::Usage,
             "these jobs need no device: all that they touch fits into their RAM",
         ));
     }
     host::need_free_disk(&request.dir, scenario.memory_bytes(), 0)?;
     let fail = |error| Failure::io(format!("the raw file in {}", request.dir.display()), &error);
     let file = device::make(&request.dir, scenario.memory_bytes()).map_err(fail)?;
-    let reads = plan.lanes.iter().map(|lane| lane.depth as usize).sum();
+    let reads = plan.threads.iter().map(|thread| thread.depth as usize).sum();
     let device = Device::new(file, reads, WRITES).map_err(fail)?;
     let cpu_ns = usage::process_cpu_ns();
     let mut run = RawRun::new(scenario, device, &plan);
@@ -45,13 +46,13 @@ pub(in crate::worker) fn run(request: &WorkerRequest) -> Result<Sample, Failure>
     Ok(run.sample(&plan, cpu_ns))
 }
 
-/// Where a lane is.
+/// How far one thread of a job has come.
 struct Progress<'a> {
-    lane: &'a Lane,
+    planned: &'a PlannedThread,
     next: usize,
-    /// Touches of the rounds before this one.
+    /// Touches of the times that the thread has gone through its list before.
     before: u64,
-    /// When to stop.
+    /// The time at which the job ends, in ticks.
     deadline: u64,
     reads_under_way: u32,
     touches: u64,
@@ -60,21 +61,21 @@ struct Progress<'a> {
 
 impl Progress<'_> {
     fn operation(&self) -> Option<Operation> {
-        (!self.over).then(|| self.lane.operations.get(self.next).copied()).flatten()
+        (!self.over).then(|| self.planned.operations.get(self.next).copied()).flatten()
     }
 
     fn advance(&mut self) {
         self.next += 1;
-        if self.next < self.lane.operations.len() {
+        if self.next < self.planned.operations.len() {
             return;
         }
         self.next = 0;
-        self.before += self.lane.touches;
-        self.over = !self.lane.cycles;
+        self.before += self.planned.touches;
+        self.over = !self.planned.cycles;
     }
 }
 
-/// What a job has come to.
+/// The times and touches of one job so far.
 struct Tally {
     reads: Times,
     writes: Times,
@@ -88,7 +89,7 @@ struct RawRun<'a> {
     clock: Clock,
     device: Device,
     start: u64,
-    lanes: Vec<Progress<'a>>,
+    threads: Vec<Progress<'a>>,
     behind: WriteBehind,
     writes_under_way: usize,
     tallies: Vec<Tally>,
@@ -97,20 +98,20 @@ struct RawRun<'a> {
 }
 
 impl<'a> RawRun<'a> {
-    fn new(scenario: &'a Scenario, device: Device, plan: &'a Plan) -> RawRun<'a> {
+    fn new(scenario: &'a Scenario, device: Device, plan: &'a DevicePlan) -> RawRun<'a> {
         let clock = Clock::calibrated();
         let start = Clock::ticks();
-        let progress = |lane: &'a Lane| Progress {
-            lane,
+        let progress = |planned: &'a PlannedThread| Progress {
+            planned,
             next: 0,
             before: 0,
-            deadline: match scenario.jobs[lane.job].length {
+            deadline: match scenario.jobs[planned.job].length {
                 Length::Millis(ms) => start + clock.ticks_of(ms * 1_000_000),
                 Length::Loops(_) => u64::MAX,
             },
             reads_under_way: 0,
             touches: 0,
-            over: lane.operations.is_empty(),
+            over: planned.operations.is_empty(),
         };
         let tally = |_| Tally {
             reads: Times::default(),
@@ -124,7 +125,7 @@ impl<'a> RawRun<'a> {
             clock,
             device,
             start,
-            lanes: plan.lanes.iter().map(progress).collect(),
+            threads: plan.threads.iter().map(progress).collect(),
             behind: WriteBehind::default(),
             writes_under_way: 0,
             tallies: scenario.jobs.iter().map(tally).collect(),
@@ -137,11 +138,11 @@ impl<'a> RawRun<'a> {
         let mut done = Vec::new();
         loop {
             let now = Clock::ticks();
-            for lane in 0..self.lanes.len() {
-                self.issue(lane, now);
+            for thread in 0..self.threads.len() {
+                self.issue(thread, now);
             }
             self.issue_writes(now, false);
-            // What waits at the end makes no burst.
+            // At the end the writes that wait make no burst, and are started all the same.
             if self.device.in_flight() == 0 {
                 self.issue_writes(now, true);
             }
@@ -160,49 +161,49 @@ impl<'a> RawRun<'a> {
         }
     }
 
-    /// Starts what the lane may have under way.
+    /// Starts operations of the thread until it may have no more under way.
     fn issue(&mut self, index: usize, now: u64) {
-        let lane = &mut self.lanes[index];
-        lane.over |= now >= lane.deadline;
-        while let Some(operation) = lane.operation() {
-            let touches = lane.before + operation.touches;
+        let thread = &mut self.threads[index];
+        thread.over |= now >= thread.deadline;
+        while let Some(operation) = thread.operation() {
+            let touches = thread.before + operation.touches;
             if operation.write {
                 if self.behind.is_full() {
                     return;
                 }
-                self.behind.add(Write { lane: index, run: operation.run, touches });
+                self.behind.add(Write { thread: index, run: operation.run, touches });
             } else {
-                if lane.reads_under_way >= lane.lane.depth {
+                if thread.reads_under_way >= thread.planned.depth {
                     return;
                 }
-                lane.reads_under_way += 1;
+                thread.reads_under_way += 1;
                 let run = operation.run;
-                self.device.start(Transfer { lane: index, run, write: false, touches, began: now });
+                self.device.start(Transfer { thread: index, run, write: false, touches, began: now });
             }
-            lane.advance();
+            thread.advance();
         }
     }
 
     fn issue_writes(&mut self, now: u64, all: bool) {
         while self.writes_under_way < WRITES {
-            let Some(Write { lane, run, touches }) = self.behind.next(all) else { return };
+            let Some(Write { thread, run, touches }) = self.behind.next(all) else { return };
             self.writes_under_way += 1;
-            self.device.start(Transfer { lane, run, write: true, touches, began: now });
+            self.device.start(Transfer { thread, run, write: true, touches, began: now });
         }
     }
 
     fn completed(&mut self, transfer: Transfer, now: u64) {
-        let lane = &mut self.lanes[transfer.lane];
-        let tally = &mut self.tallies[lane.lane.job];
+        let thread = &mut self.threads[transfer.thread];
+        let tally = &mut self.tallies[thread.planned.job];
         let ns = self.clock.ns(now - transfer.began);
         if transfer.write {
             self.writes_under_way -= 1;
         } else {
-            lane.reads_under_way -= 1;
+            thread.reads_under_way -= 1;
         }
-        // What was under way when time was over does not count.
-        if now > lane.deadline {
-            tally.end = tally.end.max(lane.deadline);
+        // A transfer that ends after the job's time does not count.
+        if now > thread.deadline {
+            tally.end = tally.end.max(thread.deadline);
             return;
         }
         if transfer.write {
@@ -212,10 +213,11 @@ impl<'a> RawRun<'a> {
             self.pages_read += u64::from(transfer.run.len);
             tally.reads.0.saturating_record(ns);
         }
-        // A lane that has come to its end has nothing more to wait for.
-        let reached = if lane.over && !lane.lane.cycles { lane.lane.touches } else { transfer.touches };
-        let more = reached.saturating_sub(lane.touches);
-        lane.touches += more;
+        // A thread at the end of its list has made all its touches, those after its last transfer included.
+        let reached =
+            if thread.over && !thread.planned.cycles { thread.planned.touches } else { transfer.touches };
+        let more = reached.saturating_sub(thread.touches);
+        thread.touches += more;
         tally.touches += more;
         tally.end = now;
         let element = (self.clock.ns(now - self.start) / (SERIES_MS * 1_000_000)) as usize;
@@ -225,7 +227,7 @@ impl<'a> RawRun<'a> {
         tally.series[element] += more;
     }
 
-    fn sample(self, plan: &Plan, cpu_ns: u64) -> Sample {
+    fn sample(self, plan: &DevicePlan, cpu_ns: u64) -> Sample {
         let jobs = self.jobs.iter().zip(self.tallies);
         let jobs = jobs.map(|(job, tally)| job_sample(self.clock.ns(tally.end - self.start), job, tally));
         Sample {

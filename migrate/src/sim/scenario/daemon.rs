@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::{SESSION_MAX, Story, TARGET};
 use crate::cancel::CancelFlag;
 use crate::hello::{read_hello, refuse};
+use crate::limits::STREAM_TIMEOUT;
 use crate::resolve::answer_resolve;
 use crate::session::SessionId;
 use crate::sim::coverage;
@@ -19,11 +20,8 @@ use crate::sim::net::{self, StdStream};
 use crate::sim::runtime::timeout;
 use crate::sim::vm::{Coming, is_committed};
 use crate::sim::world::{ProcessId, world};
-use crate::target::{DataStream, PlainMemory, TargetLink, TargetMemory, receive};
+use crate::target::{DataStream, PlainMemory, StateSpool, TargetLink, TargetMemory, receive};
 use crate::wire::opening::{Hello, RefuseKind, SessionHello};
-
-/// As the VM's process has it.
-const STREAM_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A receiving process.
 pub(super) struct Receiver {
@@ -129,11 +127,18 @@ impl Story {
     ) {
         let (began, session, me) = (world().now(), hello.session, world().me());
         let mut streams = || next_stream(streams);
+        let spool = StateSpool {
+            directory: "/store".into(),
+            memory_bytes: [0, 1 << 20, 64 << 20][usize::from(session.0[0]) % 3],
+            encrypt: false,
+            lock: false,
+        };
         let link = TargetLink {
             control,
             granted_ram_bytes: hello.memory_bytes,
             hello,
             streams: &mut streams,
+            spool,
             registry: &self.registry,
             progress: &|_| {},
             cancel,

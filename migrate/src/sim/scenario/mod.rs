@@ -1,5 +1,5 @@
-//! One seed's story: a VM that is to move from one host to another, up to three times, with a daemon at the other host as `vmemd serve`
-//! is one, and faults on the way. The last attempt has none.
+//! One seed's story: a VM that is to move from one host to another, up to three times, with a daemon at the other host
+//! as `vmemd serve` is one, and faults on the way. The last attempt has none.
 
 mod daemon;
 mod plan;

@@ -48,7 +48,8 @@ pub(super) fn draw(target: Option<(Step, Class)>) -> Vec<Planned> {
         });
     }
     if random.one_in(8) {
-        // The VM runs there, its record cannot be flushed, and then its process dies: the source asks before and behind that.
+        // The VM runs there, its record cannot be flushed, and then its process dies: the source asks before and behind
+        // that.
         let disk = Fault::Disk { skip: random.below(2) as u32, count: 2 + random.below(12) as u32 };
         for fault in [disk, Fault::Cut { all: true }] {
             plan.push(Planned { step: Step::Recorded, later: Later::Now, fault });

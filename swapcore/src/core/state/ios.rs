@@ -131,9 +131,16 @@ impl Ios {
 
     /// Whether a read of the page is under way.
     pub(crate) fn is_read(&self, page: PageNo) -> bool {
-        let of_page =
-            |io: &Io| matches!(io.kind, IoKind::Read { .. } | IoKind::Probe { .. }) && io.run.contains(page);
-        self.reads > 0 && self.entries.iter().flatten().any(of_page)
+        self.reads_any(Run::one(page))
+    }
+
+    /// Whether a read of one of the run's pages is under way.
+    pub(crate) fn reads_any(&self, run: Run) -> bool {
+        let of_run = |io: &Io| {
+            let meets = io.run.start < run.end() && run.start < io.run.end();
+            matches!(io.kind, IoKind::Read { .. } | IoKind::Probe { .. }) && meets
+        };
+        self.reads > 0 && self.entries.iter().flatten().any(of_run)
     }
 
     pub(crate) fn end(&mut self, id: IoId) -> Io {

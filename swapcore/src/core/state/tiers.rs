@@ -35,10 +35,11 @@ pub(crate) enum Verdict {
 
 #[derive(Debug, Default)]
 pub(crate) struct Silence {
-    /// Pages that it had given, and writes that had ended, at the last tick.
+    /// Pages that it had given, and writes and drops that had ended, at the last tick.
     pub(crate) good: u64,
     pub(crate) writes: u64,
-    /// Ticks for which it has given none while somebody waited for one, and ended no write while somebody waited for a frame.
+    /// Ticks for which it has given none while somebody waited for one, and ended no write and no drop while somebody waited for a
+    /// frame.
     pub(crate) unread: u64,
     pub(crate) unwritten: u64,
     /// Ticks for which it has ended none of its writes.
@@ -57,7 +58,10 @@ pub(crate) struct Tier {
     pub(crate) good: u64,
     /// One of the last of these, for the next probe.
     pub(crate) gave_last: Option<PageNo>,
+    /// Writes and drops that it has done.
     pub(crate) writes: u64,
+    /// There was no page of it for a probe.
+    pub(crate) wants_sown: bool,
     pub(crate) silence: Silence,
 }
 

@@ -1,23 +1,25 @@
-//! What a VM's process needs of the machine that it runs.
+//! The machine of a VM, as the VM's process drives it: a trait, with one implementation for QEMU and one for the
+//! reference guest.
 
 use std::fmt;
+use std::io::{Read, Write};
 
 use crate::control::protocol::{GuestStat, State};
 use crate::failure::Failure;
 
 /// A VM's processors and devices, as its process drives them. Only one of these calls is under way at a time.
-pub trait Guest: Send + fmt::Debug {
-    /// Whether a target could make the same machine, as it is now. Asked before a byte moves, while the guest runs; what changes
-    /// after that, [`save`](Self::save) finds.
+pub trait Machine: Send + fmt::Debug {
+    /// Whether a target could make the same machine, as it is now. Asked before a byte moves, while the guest runs;
+    /// what changes after that, [`save`](Self::save) finds.
     ///
     /// # Errors
-    /// Why it cannot move ([`Kind::CannotMove`](crate::failure::Kind::CannotMove)).
+    /// Why it cannot move ([`FailureKind::CannotMove`](crate::failure::FailureKind::CannotMove)).
     fn may_move(&mut self) -> Result<(), Failure> {
         Ok(())
     }
 
-    /// Returns when every write to guest memory has ended that devices had under way when this was called, such as a disk's read
-    /// past the page cache. The guest runs on. Bounded in time.
+    /// Returns when every write to guest memory has ended that devices had under way when this was called, such as a
+    /// disk's read past the page cache. The guest runs on. Bounded in time.
     ///
     /// # Errors
     /// If they do not end in time.
@@ -30,7 +32,8 @@ pub trait Guest: Send + fmt::Debug {
     /// If a vCPU does not stop in time, or the guest has failed.
     fn pause(&mut self) -> Result<(), Failure>;
 
-    /// Whether its vCPUs are let into the guest. Not if it was paused, be it by other means than [`pause`](Self::pause).
+    /// Whether its vCPUs are let into the guest. Not if it was paused, be it by other means than
+    /// [`pause`](Self::pause).
     ///
     /// # Errors
     /// If the guest has failed.
@@ -39,15 +42,17 @@ pub trait Guest: Send + fmt::Debug {
     /// Lets the vCPUs go on, or run for the first time after [`Newcomer::load`].
     ///
     /// # Errors
-    /// If the guest has failed. No vCPU has entered it then, except with [`Kind::InDoubt`](crate::failure::Kind::InDoubt):
-    /// it was told to go on and has not said that it does, so it may do so at any time.
+    /// If the guest has failed. No vCPU has entered it then, except with
+    /// [`FailureKind::InDoubt`](crate::failure::FailureKind::InDoubt): it was told to go on and has not said that it
+    /// does, so it may do so at any time.
     fn resume(&mut self) -> Result<(), Failure>;
 
-    /// Everything of the paused guest that is not in its memory. It can be resumed afterwards all the same.
+    /// Writes everything of the paused guest that is not in its memory, as it is made: it goes over the network
+    /// meanwhile. It can be resumed afterwards all the same.
     ///
     /// # Errors
-    /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move).
-    fn save(&mut self) -> Result<Vec<u8>, Failure>;
+    /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move); or if a write fails.
+    fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure>;
 
     /// About how many bytes [`save`](Self::save) will give, as far as that is known while the guest runs.
     fn state_bytes(&mut self) -> Option<u64> {
@@ -57,11 +62,11 @@ pub trait Guest: Send + fmt::Debug {
     /// Keeps the vCPUs out of the guest for that share of the time, 0 to 99 percent.
     fn throttle(&mut self, percent: u8);
 
-    /// What it is and how it does. Must not wait for anything: `stat` is answered from it.
+    /// The guest as `stat` shows it. Must not wait for anything: otherwise `stat` would.
     fn view(&self) -> GuestView;
 
-    /// What it does by its own account, if it gives one: then that counts, for others than its process may stop it and let it go on.
-    /// As of the last call of [`runs`](Self::runs) at least. Must not wait for anything.
+    /// What it does by its own account, if it gives one: then that counts, for others than its process may stop it and
+    /// let it go on. As of the last call of [`runs`](Self::runs) at least. Must not wait for anything.
     fn run_state(&self) -> Option<RunState> {
         None
     }
@@ -94,7 +99,7 @@ pub struct GuestView {
     pub failed: Option<String>,
 }
 
-/// What a machine does.
+/// Whether a machine runs, and why not, by its own account.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunState {
     /// In its own word.
@@ -107,10 +112,10 @@ pub struct RunState {
 
 /// A VM's machine at the target, before its state has come. It knows its memory, which fills meanwhile.
 pub trait Newcomer: Send {
-    /// Takes the state of [`Guest::save`]. Memory has its final content, or provides it when touched. No vCPU may run
-    /// before [`Guest::resume`].
+    /// Takes the state of [`Machine::save`], to its end. Memory has its final content, or provides it when touched. No
+    /// vCPU may run before [`Machine::resume`].
     ///
     /// # Errors
-    /// If the state is not for this machine. The guest then stays at the source.
-    fn load(self: Box<Self>, state: &[u8]) -> Result<Box<dyn Guest>, Failure>;
+    /// If the state is not for this machine, or cannot be read. The guest then stays at the source.
+    fn load(self: Box<Self>, state: &mut dyn Read) -> Result<Box<dyn Machine>, Failure>;
 }

@@ -1,26 +1,30 @@
-//! Which pages are to be sent, now or in the next round, and what was sent of each.
+//! Which pages are to be read, in this round or the next, and what the sink was given of each.
 //!
 //! ```text
-//!   todo ── taken ──▶ sent ── written ──▶ next ── a round begins ──▶ todo
-//!     └───────── written, or moving just now ──────▲
+//!   todo ── taken ──▶ sent ── found dirty ──▶ next ── a round begins ──▶ todo
+//!     └───────── found dirty, or moving just now ──────▲
 //! ```
-//! A page leaves `todo` *before* it is copied: if it is written while or after that, a later scan reports it. The exception are devices: I/O
-//! writes through its own mapping and ignores write protection, so a page that is pinned for I/O may be reported, be protected again, and
-//! only then get its data, without another report. Therefore a reported page is sent in the next round at the earliest, and between
-//! rounds [`SourceVm::drain`](crate::SourceVm::drain) waits for all I/O that was under way.
+//! A page leaves `todo` *before* it is copied: if it is written during the copy or after it, a later scan reports it.
+//! Devices are the exception. Their I/O writes through a mapping of its own and ignores write protection. So a page
+//! that is pinned for I/O may be reported, be protected again, and only then get its data, without another report.
+//! Therefore a reported page is read in the next round at the earliest, and between two rounds
+//! [`SourceVm::drain`](crate::SourceVm::drain) waits for all I/O that was under way. A copy that was made between
+//! report and data would be wrong for ever.
 
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
+use super::order::raise_for_scans;
 use crate::bitmap::Bitmap;
 use crate::outside::planted;
 
 #[derive(Debug)]
-pub(crate) struct Tracker {
+pub(super) struct Tracker {
     pages: u64,
-    pub(crate) todo: Bitmap,
-    pub(crate) next: Bitmap,
+    pub(super) todo: Bitmap,
+    pub(super) next: Bitmap,
     sent: Bitmap,
-    /// Sent before any scan saw it written: the target took it for what it was by the heat map, and has it in the store if that was cold.
+    /// Sent before any scan saw it written. The target has placed such a page by the heat that was known then: it may
+    /// be in the store there, though the guest uses it.
     sent_unseen: Bitmap,
     /// Last sent as zeros.
     zero: Bitmap,
@@ -29,12 +33,12 @@ pub(crate) struct Tracker {
     /// How many scans saw a page written.
     scans: Vec<u8>,
     /// Blocks in which a scan saw a page written.
-    blocks_written: Bitmap,
+    dirty_blocks: Bitmap,
 }
 
 impl Tracker {
     /// Everything is to be sent.
-    pub(crate) fn new(pages: u64) -> Tracker {
+    pub(super) fn new(pages: u64) -> Tracker {
         let mut todo = Bitmap::new(pages);
         todo.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("checked when the target was asked")));
         Tracker {
@@ -46,35 +50,37 @@ impl Tracker {
             zero: Bitmap::new(pages),
             sums: vec![0; pages as usize],
             scans: vec![0; pages as usize],
-            blocks_written: Bitmap::new(pages.div_ceil(u64::from(BLOCK_PAGES))),
+            dirty_blocks: Bitmap::new(pages.div_ceil(u64::from(BLOCK_PAGES))),
         }
     }
 
     /// Pages of the blocks in which a scan saw a page written.
-    pub(crate) fn pages_around_written(&self) -> u64 {
-        self.blocks_written.count() * u64::from(BLOCK_PAGES)
+    pub(super) fn pages_around_dirty(&self) -> u64 {
+        self.dirty_blocks.count() * u64::from(BLOCK_PAGES)
     }
 
-    pub(crate) fn blocks(&self) -> u32 {
+    pub(super) fn blocks(&self) -> u32 {
         (self.pages / u64::from(BLOCK_PAGES)) as u32
     }
 
     /// What was to come next is to be sent now.
-    pub(crate) fn begin_round(&mut self) {
+    pub(super) fn begin_round(&mut self) {
         assert_eq!(self.todo.count(), 0, "a round begins before the last has ended");
         std::mem::swap(&mut self.todo, &mut self.next);
     }
 
-    /// These pages left the guest's memory, and may have been written before. That they left says nothing of how they are used.
-    pub(crate) fn left(&mut self, run: Run) {
-        if !planted!(ForgetsWrittenPages) || self.todo.count_run(run) == 0 {
+    /// These pages have left the guest, and may have been written before: they are dirty. That they left was the
+    /// engine's choice, so they are not counted as in use.
+    pub(super) fn left(&mut self, run: Run) {
+        if !planted!(ForgetsDirtyPages) || self.todo.count_run(run) == 0 {
             self.next.set_run(run);
         }
         self.todo.clear_run(run);
     }
 
-    /// A scan found these pages written: they need no sending now, because they would need it again. Returns how many were never found before.
-    pub(crate) fn written(&mut self, run: Run) -> u64 {
+    /// A scan found these pages dirty. They leave this round's list, because they will have to be read again anyway.
+    /// Returns how many of them no scan had found before.
+    pub(super) fn found_dirty(&mut self, run: Run) -> u64 {
         self.left(run);
         let mut new = 0;
         for scans in &mut self.scans[run.indices()] {
@@ -82,13 +88,13 @@ impl Tracker {
             *scans = scans.saturating_add(1);
         }
         for block in run.start.block()..=run.start.plus(run.len - 1).block() {
-            self.blocks_written.set(PageNo(block as u64));
+            self.dirty_blocks.set(PageNo(block as u64));
         }
         new
     }
 
     /// From the first to the last page of a block that is to be sent now.
-    pub(crate) fn cover(&self, block: u32) -> Option<Run> {
+    pub(super) fn cover(&self, block: u32) -> Option<Run> {
         let run = Run::new(PageNo(u64::from(block) * u64::from(BLOCK_PAGES)), BLOCK_PAGES);
         let first = self.todo.first_in(run)?;
         let last = self.todo.pages_in(run).last()?;
@@ -96,29 +102,30 @@ impl Tracker {
     }
 
     /// The first page of the run that is to be sent now.
-    pub(crate) fn first_in(&self, run: Run) -> Option<PageNo> {
+    pub(super) fn first_in(&self, run: Run) -> Option<PageNo> {
         self.todo.first_in(run)
     }
 
     /// All of them.
-    pub(crate) fn pages_in(&self, run: Run) -> impl Iterator<Item = PageNo> {
+    pub(super) fn pages_in(&self, run: Run) -> impl Iterator<Item = PageNo> {
         self.todo.pages_in(run)
     }
 
     /// The page is taken, to be copied now.
-    pub(crate) fn take(&mut self, page: PageNo) {
+    pub(super) fn take(&mut self, page: PageNo) {
         self.todo.clear(page);
     }
 
     /// The page cannot be sent just now.
-    pub(crate) fn defer(&mut self, page: PageNo) {
+    pub(super) fn defer(&mut self, page: PageNo) {
         self.todo.clear(page);
         self.next.set(page);
     }
 
-    /// Whether content with this checksum is news; if so, it counts as sent. What a scan has seen written since it was sent is news even if
-    /// it was the sooner of the two, and nothing has changed: the target places it anew, by what is known now.
-    pub(crate) fn differs_from_sent(&mut self, page: PageNo, sum: u64) -> bool {
+    /// Whether content with this checksum is to be sent, because it differs from what was sent last. If so, it counts
+    /// as sent. A page that was sent before any scan saw it written is sent again after the first that did, even
+    /// unchanged: the target learns that the page is in use, and places it anew.
+    pub(super) fn differs_from_sent(&mut self, page: PageNo, sum: u64) -> bool {
         let was_zero = self.zero.clear(page);
         let is_seen = self.scans[page.index()] > 0;
         let found = is_seen && self.sent_unseen.clear(page);
@@ -130,28 +137,28 @@ impl Tracker {
         news
     }
 
-    /// Whether the page's being zero is news; if so, it counts as sent.
-    pub(crate) fn differs_from_sent_zero(&mut self, page: PageNo) -> bool {
+    /// Whether it is to be sent that the page reads as zeros. If so, it counts as sent.
+    pub(super) fn differs_from_sent_zero(&mut self, page: PageNo) -> bool {
         let first = self.sent.set(page);
         self.zero.set(page) || first
     }
 
-    /// The page was not sent after all, though it was taken to be.
-    pub(crate) fn unsent(&mut self, page: PageNo) {
+    /// The page counts as never sent: its content is lost, so whatever comes after is to be sent.
+    pub(super) fn unsent(&mut self, page: PageNo) {
         self.sent.clear(page);
     }
 
     /// The untouched pages of a run, which are sent before all others.
-    pub(crate) fn sent_untouched(&mut self, run: Run) {
+    pub(super) fn sent_untouched(&mut self, run: Run) {
         self.todo.clear_run(run);
         self.sent.set_run(run);
         self.zero.set_run(run);
     }
 
-    /// The engine's heat, corrected by what the scans saw.
-    pub(crate) fn heat(&self, base: &[u8]) -> Vec<u8> {
+    /// The engine's heat, corrected by what the scans have seen.
+    pub(super) fn heat(&self, base: &[u8]) -> Vec<u8> {
         let known = base.iter().zip(&self.scans);
-        known.map(|(heat, scans)| super::order::raise_for_writes(*heat, *scans)).collect()
+        known.map(|(heat, scans)| raise_for_scans(*heat, *scans)).collect()
     }
 }
 
@@ -162,8 +169,8 @@ mod tests {
     #[test]
     fn a_written_page_waits_for_the_next_round() {
         let mut tracker = Tracker::new(1024);
-        assert_eq!(tracker.written(Run::new(PageNo(0), 510)), 510);
-        assert_eq!(tracker.pages_around_written(), 512);
+        assert_eq!(tracker.found_dirty(Run::new(PageNo(0), 510)), 510);
+        assert_eq!(tracker.pages_around_dirty(), 512);
         assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
         tracker.take(PageNo(511));
         assert_eq!(tracker.cover(0), Some(Run::one(PageNo(510))));
@@ -176,11 +183,8 @@ mod tests {
     fn what_the_source_pages_out_is_sent_again_and_not_taken_for_what_is_in_use() {
         let mut tracker = Tracker::new(1024);
         tracker.left(Run::new(PageNo(512), 4));
-        assert_eq!(
-            (tracker.next.count(), tracker.todo.count(), tracker.pages_around_written()),
-            (4, 1020, 0)
-        );
-        assert_eq!(tracker.written(Run::new(PageNo(514), 1)), 1, "never seen before");
+        assert_eq!((tracker.next.count(), tracker.todo.count(), tracker.pages_around_dirty()), (4, 1020, 0));
+        assert_eq!(tracker.found_dirty(Run::new(PageNo(514), 1)), 1, "never seen before");
         let heat = tracker.heat(&[1; 1024]);
         assert_eq!((heat[512], heat[513]), (1, 1));
         assert!(heat[514] > 1);
@@ -197,7 +201,7 @@ mod tests {
         assert!(tracker.differs_from_sent(page, 6));
         tracker.unsent(page);
         assert!(tracker.differs_from_sent(page, 6));
-        tracker.written(Run::one(page));
+        tracker.found_dirty(Run::one(page));
         assert!(tracker.differs_from_sent(page, 6), "the target does not know yet that it is in use");
         assert!(!tracker.differs_from_sent(page, 6));
         tracker.sent_untouched(Run::one(PageNo(8)));

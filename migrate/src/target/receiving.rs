@@ -1,4 +1,4 @@
-//! The receiving itself: which message may come when, and what is complete.
+//! The receiving itself: which message may come when, and when the VM is complete.
 //!
 //! ```text
 //!   heat ──▶ streams run ──(heat again)──▶ every stream's last round ended + state + final ──▶ complete
@@ -12,9 +12,10 @@ use swapd::{Placed, answered};
 use tokio::sync::mpsc;
 
 use super::accepted::{DataStream, TargetMemory};
-use super::intake::{self, Lane, RoundEnd};
+use super::intake::{self, Intake, RoundEnd};
 use super::ledger::Ledger;
 use super::sink::{EngineSink, PlainSink, Sink, StreamInput};
+use super::spool::{Spool, StateSpool};
 use crate::limits::{CANCEL_POLL, PREPARE_LIMIT, SILENCE_LIMIT};
 use crate::link::control::ControlLink;
 use crate::link::error::SessionError;
@@ -27,19 +28,19 @@ use crate::wire::control::{Control, Totals};
 use crate::wire::extents::Bounds;
 use crate::wire::heat::{Assembly, Part};
 use crate::wire::opening::{MAX_STREAMS, SessionHello};
-use crate::wire::record::{Lane as WireLane, Sequence};
+use crate::wire::record::{Lane, Sequence};
 
 /// A VM that is all here and does not run.
 #[derive(Debug)]
 pub(crate) struct Arrived {
-    pub(crate) state: Vec<u8>,
+    pub(crate) state: Spool,
     pub(crate) placed: Placed,
     /// For the last pages to come to their places.
     pub(crate) took: Duration,
 }
 
 /// A session's receiving half. [`close`](Self::close) it, whatever happens.
-pub(crate) struct Arrival<'a> {
+pub(crate) struct Receiving<'a> {
     hello: &'a SessionHello,
     memory: &'a TargetMemory,
     pages: u64,
@@ -56,20 +57,21 @@ pub(crate) struct Arrival<'a> {
     streams_done: u32,
     totals: Totals,
     heat: Assembly,
-    state: Vec<u8>,
+    state: Option<Spool>,
     state_complete: bool,
     claimed: Option<Totals>,
 }
 
-impl<'a> Arrival<'a> {
+impl<'a> Receiving<'a> {
     pub(crate) fn new(
         hello: &'a SessionHello,
         memory: &'a TargetMemory,
         streams: Vec<DataStream>,
-    ) -> Arrival<'a> {
+        spool: StateSpool,
+    ) -> Receiving<'a> {
         let pages = swapd::units::pages_in(hello.memory_bytes);
         let (ends_in, ends) = mpsc::channel(MAX_STREAMS as usize);
-        Arrival {
+        Receiving {
             hello,
             memory,
             pages,
@@ -84,7 +86,7 @@ impl<'a> Arrival<'a> {
             streams_done: 0,
             totals: Totals::default(),
             heat: Assembly::new(pages),
-            state: Vec::new(),
+            state: Some(Spool::new(spool)),
             state_complete: false,
             claimed: None,
         }
@@ -109,7 +111,7 @@ impl<'a> Arrival<'a> {
             }
         }
         let claimed = self.claimed.unwrap_or_default();
-        self.ledger.borrow().settle(claimed, self.totals)?;
+        self.ledger.borrow().check_complete(claimed, self.totals)?;
         let began = Instant::now();
         let placed = match self.memory {
             TargetMemory::Engine(handle) => {
@@ -118,7 +120,8 @@ impl<'a> Arrival<'a> {
             }
             TargetMemory::Plain(_) => self.ledger.borrow().placed_plain(),
         };
-        Ok(Arrived { state: std::mem::take(&mut self.state), placed, took: began.elapsed() })
+        let state = self.state.take().expect("it arrives once");
+        Ok(Arrived { state, placed, took: began.elapsed() })
     }
 
     fn is_complete(&self) -> bool {
@@ -134,13 +137,14 @@ impl<'a> Arrival<'a> {
         match message {
             Control::Heat(part) if !self.state_complete => self.heat_part(part, control, guard).await,
             Control::State { at, bytes, last } if !self.state_complete && self.has_started() => {
-                if at != self.state.len() as u64 {
+                let state = self.state.as_mut().expect("it is still coming");
+                if at != state.bytes() {
                     return Err(SessionError::Peer(format!(
                         "VM state from byte {at} after byte {}",
-                        self.state.len()
+                        state.bytes()
                     )));
                 }
-                self.state.extend_from_slice(&bytes);
+                state.push(&bytes)?;
                 self.state_complete = last;
                 Ok(())
             }
@@ -180,20 +184,20 @@ impl<'a> Arrival<'a> {
         for stream in std::mem::take(&mut self.waiting) {
             let (socket, ender) = split(stream.socket).map_err(SessionError::link("starting its streams"))?;
             self.enders.push(ender);
-            let inlet = StreamInput {
+            let input = StreamInput {
                 socket,
                 session_state: guard.session_state.clone(),
                 ledger: self.ledger.clone(),
             };
             let bounds =
                 Bounds { memory_pages: self.pages, stream: stream.index, streams: self.hello.streams };
-            let sequence = Sequence::new(self.hello.session, WireLane::Stream(stream.index));
-            let lane = Lane { bounds, sequence, ends: self.ends_in.clone() };
+            let sequence = Sequence::new(self.hello.session, Lane::Stream(stream.index));
+            let intake = Intake { bounds, sequence, ends: self.ends_in.clone() };
             let sink = match self.memory {
                 TargetMemory::Engine(handle) => Sink::Engine(EngineSink::new(handle.clone())),
                 TargetMemory::Plain(memory) => Sink::Plain(PlainSink::new(memory.clone())),
             };
-            self.tasks.push(spawn(intake::run(inlet, lane, sink)));
+            self.tasks.push(spawn(intake::run(input, intake, sink)));
         }
         Ok(())
     }
@@ -217,7 +221,8 @@ impl<'a> Arrival<'a> {
         if self.streams_ahead == self.hello.streams {
             self.streams_ahead = 0;
             self.rounds_done += 1;
-            // The next round may be the last, in which no page is to wait for a frame whose content is still being written.
+            // The next round may be the last. In it no page shall wait for a frame whose content is still being
+            // written.
             if let TargetMemory::Engine(handle) = self.memory
                 && !ended.last
             {

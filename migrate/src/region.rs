@@ -17,8 +17,8 @@ pub(crate) struct Region<K> {
 
 impl<K> Region<K> {
     /// # Safety
-    /// `len` initialised bytes from `at` must stay mapped while `keep` lives, and until the region is dropped nobody else
-    /// may use them.
+    /// `len` initialised bytes from `at` must stay mapped while `keep` lives, and until the region is dropped nobody
+    /// else may use them.
     pub(crate) unsafe fn new(at: *mut u8, len: usize, keep: K) -> Region<K> {
         let at = NonNull::new(at).expect("a region at address 0");
         Region { at, len, _keep: keep }
@@ -91,7 +91,8 @@ impl Pages {
     /// Nobody may use these bytes until the region is dropped.
     pub(crate) unsafe fn region(self: &Rc<Self>, from: usize, to: usize) -> Region<Rc<Pages>> {
         assert!(from <= to && to <= self.len(), "{from}..{to} of a buffer of {}", self.len());
-        // SAFETY: within the allocation, which lives as long as the Rc; zeroed from the start; the rest is the caller's promise.
+        // SAFETY: within the allocation, which lives as long as the Rc; zeroed from the start; the rest is the caller's
+        // promise.
         unsafe { Region::new(self.base().add(from), to - from, self.clone()) }
     }
 }

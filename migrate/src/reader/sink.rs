@@ -1,0 +1,48 @@
+//! What the reader needs of whoever takes the pages.
+
+use std::future::Future;
+
+use swapd::Run;
+
+use super::buffer::PageBuffer;
+
+/// Most runs in one [`Found::Zeros`] or [`Found::Lost`].
+pub const MAX_RUNS: u32 = 512;
+
+/// Pages that the reader has found. Each run lies within one 2 MiB block.
+#[derive(Debug)]
+pub enum Found {
+    /// Pages with content.
+    Pages(PageBuffer),
+    /// Pages that read as zeros.
+    Zeros(Vec<Run>),
+    /// Pages whose content is lost: a touch of them is a memory error.
+    Lost(Vec<Run>),
+}
+
+/// The sink takes nothing any more. Why is the sink's own business: its owner knows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Closed;
+
+/// Where the pages go.
+///
+/// Blocks are spread over *queues*. All that is found of a block goes through one queue, in the order in which it was
+/// found. So a sink that keeps each queue in order keeps the versions of each page in order: an old one never follows a
+/// newer one.
+pub trait Sink: 'static {
+    /// How many queues there are, at least 1. It never changes.
+    fn queues(&self) -> u32;
+
+    /// The queue of a block, less than [`queues`](Self::queues). It never changes.
+    fn queue_of(&self, block: u32) -> u32;
+
+    /// An empty buffer to read into, once there is one: this is what bounds the memory that a reader needs. None: the
+    /// sink takes nothing any more.
+    fn buffer(&self, queue: u32) -> impl Future<Output = Option<PageBuffer>>;
+
+    /// A buffer comes back empty, because nothing was found for it.
+    fn unused(&self, queue: u32, buffer: PageBuffer);
+
+    /// Takes what was found. Waits for as long as the sink has no room for it.
+    fn take(&self, queue: u32, found: Found) -> impl Future<Output = Result<(), Closed>>;
+}

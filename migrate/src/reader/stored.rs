@@ -1,0 +1,161 @@
+//! Reads pages that are in the store alone, beside the engine: no page comes into the guest for it.
+//!
+//! A page that cannot be read is read again for a while, as the engine does, because the device may have had a hiccup.
+//! It is given up as lost only on evidence: [`BROKEN_TRIES`] readings of it have failed, and before each of them the
+//! store has given another page. A store that gives nothing at all says nothing about the page; if that lasts for
+//! [`STORE_LIMIT`], the reading ends, and no page is taken for lost.
+
+use std::cell::Cell;
+
+use swapd::{CommandError, IoError, IoErrorKind, PageNo, Run, TierId, answered};
+
+use super::buffer::PageBuffer;
+use super::error::ReadError;
+use crate::limits::{BROKEN_TRIES, REREAD_EVERY, REREAD_WAITS, STORE_LIMIT, scaled_for_tests};
+use crate::outside::{EngineHandle, Instant, StoredReader, planted, sleep};
+
+/// Pages that are asked for to see whether the store gives any.
+const PROBES: usize = 16;
+
+/// Access to stored pages, for one session.
+pub(super) struct StoredPages {
+    handle: EngineHandle,
+    reader: StoredReader,
+    /// How many more waits there may be for a store that does not give a page.
+    rereads_left: Cell<u32>,
+    /// The page that the store gave last.
+    last_given: Cell<Option<PageNo>>,
+}
+
+/// Held pages of a tier, with their checksums.
+pub(super) struct Stored {
+    tier: TierId,
+    run: Run,
+    sums: Vec<u64>,
+}
+
+impl Stored {
+    pub(super) fn sums_of(&self, part: Run) -> &[u64] {
+        let from = (part.start.0 - self.run.start.0) as usize;
+        &self.sums[from..from + part.len as usize]
+    }
+}
+
+impl StoredPages {
+    pub(super) fn of(handle: &EngineHandle) -> Result<StoredPages, ReadError> {
+        Ok(StoredPages {
+            handle: handle.clone(),
+            reader: StoredReader::of(handle).map_err(ReadError::Store)?,
+            rereads_left: REREAD_WAITS.into(),
+            last_given: None.into(),
+        })
+    }
+
+    /// Asks for the checksums of pages, which must be held.
+    pub(super) async fn look_up(&self, tier: TierId, run: Run) -> Result<Stored, ReadError> {
+        let sums = answered(self.handle.sums_async(run)).await?;
+        Ok(Stored { tier, run, sums })
+    }
+
+    /// So much has been read again that nobody waits for a bad page any more: much of the store is broken.
+    pub(super) fn is_worn_out(&self) -> bool {
+        self.rereads_left.get() == 0
+    }
+
+    /// Reads pages into the buffer, behind its last.
+    ///
+    /// # Errors
+    /// They are not there, or not all of them as they were written. Nothing was added.
+    pub(super) async fn read(&self, run: Run, stored: &Stored, into: &mut PageBuffer) -> Result<(), IoError> {
+        let sums = stored.sums_of(run);
+        let (result, _region) = self.reader.read(stored.tier, run, sums, into.tail(run.len)).await;
+        if let Err(error) = result {
+            let mismatch = error.kind == IoErrorKind::Mismatch;
+            if !mismatch && !self.is_worn_out() {
+                tracing::warn!(?run, "{error}");
+            }
+            if !(mismatch && planted!(TrustsTheStore)) {
+                return Err(error);
+            }
+        }
+        run.pages().zip(sums).for_each(|(page, sum)| into.keep(page, *sum));
+        self.last_given.set(Some(run.start));
+        Ok(())
+    }
+
+    /// Reads a page that was bad, again and again for a while. False: it is lost.
+    ///
+    /// # Errors
+    /// The store gives nothing.
+    pub(super) async fn read_again(
+        &self,
+        page: PageNo,
+        stored: &Stored,
+        into: &mut PageBuffer,
+    ) -> Result<bool, ReadError> {
+        let deadline = Instant::now() + scaled_for_tests(STORE_LIMIT);
+        let (mut counted, mut fair) = (0, false);
+        loop {
+            let Err(error) = self.read(Run::one(page), stored, into).await else { return Ok(true) };
+            let of_medium = matches!(error.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
+            counted += u32::from(of_medium && fair);
+            if counted == BROKEN_TRIES {
+                return Ok(false);
+            }
+            fair = self.gives_another(page, into).await? || planted!(TakesSilenceForBroken);
+            if !(fair && of_medium) && Instant::now() >= deadline {
+                return Err(CommandError::Store(error).into());
+            }
+            match self.rereads_left.get() {
+                // Where much is broken, pages are given up without waiting, but not on less evidence.
+                0 if fair && of_medium => {}
+                0 => sleep(REREAD_EVERY).await,
+                left => {
+                    self.rereads_left.set(left - 1);
+                    sleep(REREAD_EVERY).await;
+                }
+            }
+        }
+    }
+
+    /// Whether the store gives any page but this one, as it was written. None of those asked for is held, so a page
+    /// that is just being changed does not count.
+    async fn gives_another(&self, page: PageNo, scratch: &mut PageBuffer) -> Result<bool, ReadError> {
+        if let Some(last) = self.last_given.get()
+            && last != page
+            && self.gives(last, scratch).await?
+        {
+            return Ok(true);
+        }
+        // To know what is stored takes a look at all of memory.
+        let stored = answered(self.handle.stored_map_async()).await?;
+        let count: u64 = stored.iter().map(|run| u64::from(run.len)).sum();
+        for part in 0..PROBES as u64 {
+            if let Some(other) = nth_page(&stored, part * count / PROBES as u64)
+                && other != page
+                && self.gives(other, scratch).await?
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    async fn gives(&self, page: PageNo, scratch: &mut PageBuffer) -> Result<bool, ReadError> {
+        let sums = answered(self.handle.sums_async(Run::one(page))).await?;
+        let given = self.reader.probe(TierId::STORE, page, sums[0], scratch.tail(1)).await.is_ok();
+        if given {
+            self.last_given.set(Some(page));
+        }
+        Ok(given)
+    }
+}
+
+fn nth_page(runs: &[Run], nth: u64) -> Option<PageNo> {
+    let mut before = 0;
+    runs.iter().find_map(|run| {
+        let at = nth - before;
+        before += u64::from(run.len);
+        (at < u64::from(run.len)).then(|| run.start.plus(at as u32))
+    })
+}
