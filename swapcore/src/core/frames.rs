@@ -126,10 +126,10 @@ impl Core {
 
     /// Of a discard: what of the run is dropped in one go.
     pub fn discard_part(&self, run: Run) -> Run {
-        let WalkStep { table, present, blocks } = self.config.walk;
         // Dearer than a look: the host takes the frames back one by one.
-        let most = WalkStep { table, present: present.div_ceil(4), blocks };
-        let part = kernel_part(&self.table, run.start, most).len.min(table.div_ceil(4) as u32);
+        let most = self.config.walk;
+        let most = WalkStep { present: most.present.div_ceil(4), ..most };
+        let part = kernel_part(&self.table, run.start, most).len.min(most.table.div_ceil(4) as u32);
         run.part(0, part.min(run.len))
     }
 

@@ -20,8 +20,6 @@ const BURST_POLITE_MAX: u32 = 64;
 const OUT_RUNS_MAX: usize = 8;
 /// Runs moved out by request are cut to this length.
 const EVICT_RUN_MAX: u32 = super::IO_PAGES_MAX;
-/// Samples put back in a step: each may be a huge page, 10 us.
-const SAMPLES_STEP: usize = 32;
 
 const _: () = assert!(BURST_MAX * 4 <= LEAVING_MAX, "a burst must not be waited for by the next page-out");
 const _: () = assert!(BATCH_MAX * 4 <= LEAVING_MAX, "several batches fit under way at once");
@@ -369,7 +367,7 @@ impl Core {
     /// The next ones of all that go back: the rest waits for the next step, for there may be thousands. False, if no
     /// more are out.
     pub(super) fn put_samples_back(&mut self) -> bool {
-        for _ in 0..SAMPLES_STEP {
+        for _ in 0..self.config.walk.samples {
             let Some(run) = self.sampler.overdue(self.tick, 0, true) else {
                 self.sampler.ended();
                 self.tell_huge_pages();

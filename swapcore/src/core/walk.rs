@@ -105,7 +105,8 @@ impl Core {
 
     /// What the next step drops of memory that the guest has given back: for the drivers' checks.
     pub fn next_discard(&self) -> Option<(Ticket, Run)> {
-        let walk = self.walks.first().filter(|walk| matches!(walk.task, Task::Discard))?;
+        let first = self.walks.first().filter(|_| !self.sampler.is_ending());
+        let walk = first.filter(|walk| matches!(walk.task, Task::Discard))?;
         let rest = Run::new(walk.next, (walk.end.0 - walk.next.0) as u32);
         Some((walk.ticket, self.discard_part(rest))).filter(|(_, part)| part.len > 0)
     }

@@ -40,7 +40,7 @@ const BLOCKS: u32 = 2;
 /// Of some VMs: every other block is at home at the second one.
 const TIERS: usize = 2;
 /// So that a walk takes several.
-const WALK: WalkStep = WalkStep { table: 100, present: 1, blocks: 1 };
+const WALK: WalkStep = WalkStep { table: 100, present: 1, blocks: 1, samples: 2 };
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
 /// Steps within which a page of a tier that works is served: such that one of which the medium is broken is given up.

@@ -16,12 +16,14 @@ pub struct WalkStep {
     pub present: u32,
     /// Blocks at which the kernel looks: where pages have left, it has a page table to look through all the same.
     pub blocks: usize,
+    /// Samples that go back: each may be a huge page, 10 us.
+    pub samples: usize,
 }
 
 /// 0.1 ms for the table; 64 MiB or, where nothing is present, 2 GiB for the kernel, 0.5 to 1.1 ms.
 impl Default for WalkStep {
     fn default() -> Self {
-        WalkStep { table: 1 << 16, present: 1 << 14, blocks: 1 << 10 }
+        WalkStep { table: 1 << 16, present: 1 << 14, blocks: 1 << 10, samples: 32 }
     }
 }
 
