@@ -11,6 +11,7 @@ mod common;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::{Vm, config, started, store_directory};
@@ -25,7 +26,7 @@ const IN_RAM: (u64, u64) = (7, 8);
 const FAULT_MIN: Duration = Duration::from_micros(15);
 /// For each kind of request.
 const WINDOW: Duration = Duration::from_secs(2);
-/// What is touched anew before each discard; where frames are scarce, a touch brings so many pages at a time.
+/// What is touched anew before each discard or eviction; where frames are scarce, a touch brings so many pages at a time.
 const FILLED: u64 = 64 << 20;
 const FILL_STEP: usize = 16;
 /// What a request may add to the longest wait but one in a thousand.
@@ -33,6 +34,12 @@ const ADDED_MAX: Duration = Duration::from_millis(2);
 /// In one of so many windows: a request that keeps faults waiting does so in each, a disk that stalls for a moment in
 /// one.
 const WINDOWS: u32 = 3;
+
+/// One measurement at a time: another VM's engine would take processor time, and be taken for this one's.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// What is touched before: 4 GiB if the environment has `VMEMD_LONG`.
 fn touched() -> u64 {
@@ -116,6 +123,7 @@ fn faults_during(vm: &Vm, what: &str, request: impl Fn(&EngineHandle)) -> Durati
 /// No faults come while a VM arrives: how long other requests wait while heat maps are taken over.
 #[test]
 fn a_heat_map_that_is_taken_over_keeps_no_other_request_waiting() {
+    let _alone = alone();
     let mut config = config(MEMORY, GIB, store_directory(), false);
     config.store.overcommit = true;
     let vm = Vm::of(started(Engine::start(config, Box::new(|notice| println!("notice: {notice:?}")))));
@@ -150,6 +158,7 @@ fn a_heat_map_that_is_taken_over_keeps_no_other_request_waiting() {
 
 #[test]
 fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
+    let _alone = alone();
     let mut config = config(MEMORY, touched() / IN_RAM.1 * IN_RAM.0, store_directory(), false);
     config.store.overcommit = true;
     config.sampling = false;
@@ -190,6 +199,10 @@ fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
     measure("discards of what is in RAM", &|handle| {
         filled.pages().step_by(FILL_STEP).for_each(|page| vm.touch(page));
         handle.discard(untouched).expect("it is the guest's to give back");
+    });
+    measure("evictions of what is in RAM", &|handle| {
+        filled.pages().step_by(FILL_STEP).for_each(|page| vm.touch(page));
+        handle.evict(untouched).expect("nothing holds it");
     });
     assert!(slow.is_empty(), "without any, {without:?}; {}", slow.join("; "));
 }
