@@ -29,6 +29,8 @@ mod state;
 mod tests;
 mod tiers;
 mod walk;
+#[cfg(test)]
+mod walk_tests;
 
 use std::collections::{BTreeSet, VecDeque};
 
