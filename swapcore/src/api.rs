@@ -53,8 +53,8 @@ pub struct SubscriberId(pub u32);
 pub struct DirtyPages {
     /// Somebody used them, as their page-table entries say. In ascending runs.
     pub seen: Vec<Run>,
-    /// They left the guest's memory, and what was written to them before that was not seen: the engine's choice, which says nothing of
-    /// whether they are in use. In ascending runs.
+    /// They left the guest's memory, and what was written to them before that was not seen: the engine's choice, which
+    /// says nothing of whether they are in use. In ascending runs.
     pub left: Vec<Run>,
 }
 

@@ -1,4 +1,5 @@
-//! Linux's numbers of the errors that a store and a move meet. The core knows no libc; who links both asserts that they agree.
+//! Linux's numbers of the errors that a store and a move meet. The core knows no libc; who links both asserts that they
+//! agree.
 
 /// A signal came first.
 pub const EINTR: i32 = 4;

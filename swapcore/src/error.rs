@@ -5,8 +5,8 @@ use std::io;
 use crate::errno;
 use crate::units::{PageNo, TierId};
 
-/// What kind of failure an operation on a tier met. Decided once, where the errno is seen ([`IoErrorKind::of`], and the table in
-/// `docs/reliability.md`); everything behind that goes by the kind.
+/// What kind of failure an operation on a tier met. Decided once, where the errno is seen ([`IoErrorKind::of`], and the
+/// table in `docs/reliability.md`); everything behind that goes by the kind.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum IoErrorKind {
     /// No room. What is stored can still be read.
@@ -33,14 +33,15 @@ pub struct IoError {
 }
 
 impl IoErrorKind {
-    /// Only a broken medium counts against a page, and what is not known for certain to be something else counts as that: the core
-    /// asks more than once, and others too, before it gives a page up.
+    /// Only a broken medium counts against a page, and what is not known for certain to be something else counts as
+    /// that: the core asks more than once, and others too, before it gives a page up.
     pub fn of(error: &io::Error) -> IoErrorKind {
         // A device that ends too early has none.
         let errno = error.raw_os_error().unwrap_or(errno::EIO);
         match errno {
             errno::ENOSPC | errno::EDQUOT => IoErrorKind::Full,
-            // From the block layer: a lost path, a time-out, a device that is off or away, one that another host has reserved.
+            // From the block layer: a lost path, a time-out, a device that is off or away, one that another host has
+            // reserved.
             errno::ENOLINK
             | errno::ETIMEDOUT
             | errno::ETIME
@@ -63,7 +64,8 @@ impl IoErrorKind {
             | errno::ENETRESET
             | errno::ENONET
             | errno::ESTALE => IoErrorKind::Unreachable,
-            // The host is short of something. (A transfer that met EINTR or EAGAIN is submitted anew, and does not come here.)
+            // The host is short of something. (A transfer that met EINTR or EAGAIN is submitted anew, and does not come
+            // here.)
             errno::EINTR | errno::EAGAIN | errno::EBUSY | errno::ENOMEM | errno::ENFILE | errno::ENOBUFS => {
                 IoErrorKind::Passing(errno)
             }

@@ -1,7 +1,8 @@
-//! The engine without hands: one VM's page table, policies and core. Events go in, actions come out; there is no I/O, no clock and no
-//! lock, so that the crate that has them (`swapd`) and the simulation run the same code.
+//! The engine without hands: one VM's page table, policies and core. Events go in, actions come out; there is no I/O,
+//! no clock and no lock, so that the crate that has them (`swapd`) and the simulation run the same code.
 //!
-//! Each file depends only on those before it: `units`, `table` and `staging`, `policy`, `api`, `core`, `replay` and `sim`.
+//! Each file depends only on those before it: `units`, `table` and `staging`, `policy`, `api`, `core`, `replay` and
+//! `sim`.
 
 #![deny(missing_docs)]
 

@@ -1,4 +1,5 @@
-//! A move that the kernel does in parts, and what its errors mean. Without hands, so that the simulation runs the same code.
+//! A move that the kernel does in parts, and what its errors mean. Without hands, so that the simulation runs the same
+//! code.
 
 use crate::errno;
 
@@ -27,8 +28,8 @@ pub struct Refused {
     pub errno: i32,
 }
 
-/// Moves `len` bytes by as many calls of `attempt` as it takes. It is told how many bytes are moved, and says how many more
-/// are now, with the errno that ended it.
+/// Moves `len` bytes by as many calls of `attempt` as it takes. It is told how many bytes are moved, and says how many
+/// more are now, with the errno that ended it.
 pub fn carry(
     len: usize,
     patience: u32,

@@ -1,7 +1,7 @@
 //! Deliberate bugs, for the test that the simulation finds each of them (`docs/simulation.md`).
 //!
-//! `mutant!(Name)` is an expression at the place of the bug: true while that one is planted in this thread. Without the feature
-//! `mutants` it is `false`, and nothing else of this file exists.
+//! `mutant!(Name)` is an expression at the place of the bug: true while that one is planted in this thread. Without the
+//! feature `mutants` it is `false`, and nothing else of this file exists.
 
 #[cfg(feature = "mutants")]
 mod planted {
@@ -55,7 +55,8 @@ mod planted {
         EndsSilenceForWantOfFrames,
         /// Nobody is told that a store answers again.
         ForgetsReachable,
-        /// What is on its way to a tier that refuses or does not end its writes counts as frames to come, and more is sent there.
+        /// What is on its way to a tier that refuses or does not end its writes counts as frames to come, and more is
+        /// sent there.
         CountsOnStalledTier,
         /// A store that works again gets only what leaves from now on.
         ForgetsUnwrittenOnRetry,
@@ -104,6 +105,10 @@ mod planted {
         ForgetsWakeOnDiscard,
         /// A frame given back with its page still counts.
         MiscountsDiscards,
+        /// A discard in steps is answered after its first step.
+        AnswersDiscardEarly,
+        /// What somebody waits for is left out of a discard.
+        DiscardLeavesWhatIsAwaited,
         /// A page given back keeps its bit that the store has it.
         DiscardKeepsStoredBit,
         // ── waiting ──

@@ -1,7 +1,7 @@
 //! The real core on a list of touches: what the policies make of it, without a guest, memory or a disk.
 //!
-//! Time is counted in touches: a hit takes one, and who misses waits for as many as a read takes. So the same touches give
-//! the same result everywhere, at millions of touches a second. Content is a version number a page: what the core
+//! Time is counted in touches: a hit takes one, and who misses waits for as many as a read takes. So the same touches
+//! give the same result everywhere, at millions of touches a second. Content is a version number a page: what the core
 //! is told about a page that leaves is the truth about whether it changed. Correctness is the simulation's business
 //! (`sim/`): nothing fails here, and nothing but waiting for ever is checked.
 
@@ -318,8 +318,8 @@ mod tests {
         replay.counts().since(&before)
     }
 
-    /// A working set that fits takes the place of pages that nobody touches any more: after memory has been filled, and after the guest
-    /// was all over it, when what had left did not pay.
+    /// A working set that fits takes the place of pages that nobody touches any more: after memory has been filled, and
+    /// after the guest was all over it, when what had left did not pay.
     #[test]
     fn a_working_set_that_changes_is_soon_in_ram() {
         let (pages, frames) = (1 << 15, 3 << 13);

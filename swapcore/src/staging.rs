@@ -11,9 +11,10 @@
 //!                     └──────────────▶ Bound(page) or Granted ────────┘
 //! ```
 //! Slots are handed out in contiguous runs, so that a batch moves by one ioctl and is written by one
-//! operation. Behind the other slots there are whole blocks of them for huge pages, apart: the host has page tables of its own for
-//! single frames, and a huge page that comes to where there is one falls to pieces. Each has its own place among them, and is known there
-//! as a whole until a part of it goes another way. Standby slots form a list in the order in which they became standby.
+//! operation. Behind the other slots there are whole blocks of them for huge pages, apart: the host has page tables of
+//! its own for single frames, and a huge page that comes to where there is one falls to pieces. Each has its own place
+//! among them, and is known there as a whole until a part of it goes another way. Standby slots form a list in the
+//! order in which they became standby.
 
 use crate::units::{BLOCK_PAGES, PageNo, Slot, SlotRun};
 
@@ -260,6 +261,18 @@ impl Staging {
             }
             _ => Packed(self.used[slot.index()]).used(),
         }
+    }
+
+    /// The slots that are bound one by one, with their pages, in ascending order. Blocks without any are passed over:
+    /// there may be 2048.
+    pub fn bound_one_by_one(&self) -> impl Iterator<Item = (PageNo, Slot)> {
+        let has_any = |place: &usize| self.lent[*place] == 0 && self.blocks[*place] < BLOCK_PAGES;
+        let blocks = (0..self.blocks.len()).filter(has_any).map(|place| self.slots_at(place));
+        let runs = std::iter::once(SlotRun::new(Slot(0), self.slots())).chain(blocks);
+        runs.flat_map(|run| run.slots()).filter_map(|slot| match Packed(self.used[slot.index()]).used() {
+            Use::Bound(page) => Some((page, slot)),
+            _ => None,
+        })
     }
 
     /// Up to `want` contiguous free frames. The caller binds or grants them.

@@ -9,7 +9,8 @@ pub struct Stats {
     pub memory_bytes: u64,
     /// The RAM budget: how much of the memory may have frames.
     pub ram_budget_bytes: u64,
-    /// Frames held now, in the guest and in staging, x page size. Never above the budget, except right after it was lowered.
+    /// Frames held now, in the guest and in staging, x page size. Never above the budget, except right after it was
+    /// lowered.
     pub frames_bytes: u64,
     /// Pages with a frame in guest memory or within reach of a rescue.
     pub resident_bytes: u64,
@@ -28,8 +29,8 @@ pub struct Stats {
     /// Which these are: the first [`LOST_RUNS_MAX`] runs.
     #[serde(default)]
     pub lost: Vec<LostRun>,
-    /// What the engine itself takes beside the frames, once all memory has been touched: page table, checksums, staging books,
-    /// the ring. Of a 1 GiB VM 0.30 to 0.33 %, of a large one 0.25 %; see `docs/engine.md`.
+    /// What the engine itself takes beside the frames, once all memory has been touched: page table, checksums, staging
+    /// books, the ring. Of a 1 GiB VM 0.30 to 0.33 %, of a large one 0.25 %; see `docs/engine.md`.
     #[serde(default)]
     pub bookkeeping_bytes: u64,
     /// Faults, by how they were served.
@@ -115,7 +116,8 @@ pub struct StoreCounts {
     pub write_errors: u64,
     /// Pages that were read and are not what was written. A page that is read once more may count once more.
     pub checksum_mismatches: u64,
-    /// Space taken in the store: by pages that are there, by copies of pages in RAM, and by what has not been given back yet.
+    /// Space taken in the store: by pages that are there, by copies of pages in RAM, and by what has not been given
+    /// back yet.
     #[serde(default)]
     pub used_bytes: u64,
     /// The store is latched: nothing is written until it is retried. Holds the reason.

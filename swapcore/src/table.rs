@@ -11,8 +11,8 @@
 //!  bits 8-15  heat, as of the epoch of its 2 MiB block
 //! ```
 //! Invariant: a page's state changes only in [`PageTable::set`], which panics on an illegal transition.
-//! Pages of a block are summarised (resident count, heat epoch), and blocks of a region (1 GiB), so that sweeps skip what is
-//! empty and decay costs nothing where nothing happens.
+//! Pages of a block are summarised (resident count, heat epoch), and blocks of a region (1 GiB), so that sweeps skip
+//! what is empty and decay costs nothing where nothing happens.
 
 use crate::units::{BLOCK_PAGES, PageNo, Run, TIERS_MAX, TierId};
 
@@ -212,8 +212,9 @@ impl PageTable {
         self.entries.len() as u64
     }
 
-    /// The same where only these first pages of some blocks, in ascending order, are memory. The others of such a block are nobody's:
-    /// they fill it up, so that the next piece of memory begins with a block of its own, and stay untouched.
+    /// The same where only these first pages of some blocks, in ascending order, are memory. The others of such a block
+    /// are nobody's: they fill it up, so that the next piece of memory begins with a block of its own, and stay
+    /// untouched.
     #[must_use]
     pub fn with_short_blocks(mut self, short: Vec<Run>) -> Self {
         for run in &short {
@@ -448,7 +449,8 @@ impl PageTable {
         self.hot_in_store += u64::from(self.is_hot_in_store(page));
     }
 
-    /// From now on, until it is told None, the table counts the pages of so much heat that are in the store or on their way there.
+    /// From now on, until it is told None, the table counts the pages of so much heat that are in the store or on their
+    /// way there.
     pub fn count_hot_from(&mut self, heat: Option<u8>) {
         self.hot_from = heat;
         self.hot_in_store = self.find_hot_in_store();

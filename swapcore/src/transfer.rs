@@ -1,5 +1,5 @@
-//! A read or write of the store under way, and what a completion means for it. Without hands, so that the simulation runs
-//! the same code.
+//! A read or write of the store under way, and what a completion means for it. Without hands, so that the simulation
+//! runs the same code.
 
 use std::io;
 

@@ -158,6 +158,17 @@ impl Run {
         self.start.index()..self.end().index()
     }
 
+    /// Its parts that lie in one block of 2 MiB each, in ascending order.
+    pub fn blocks(self) -> impl Iterator<Item = Run> {
+        let mut rest = self;
+        std::iter::from_fn(move || {
+            let room = BLOCK_PAGES - (rest.start.0 % u64::from(BLOCK_PAGES)) as u32;
+            let part = rest.part(0, rest.len.min(room));
+            rest = rest.part(part.len, rest.len - part.len);
+            (part.len > 0).then_some(part)
+        })
+    }
+
     /// `len` pages of the run from its `skip`th.
     #[must_use]
     pub fn part(self, skip: u32, len: u32) -> Run {

@@ -1,5 +1,5 @@
-//! Many seeds of the simulation (`docs/simulation.md`). `VMEMD_SIM_SEEDS` sets how many, and `VMEMD_SIM_FIRST` which
-//! is the first; `VMEMD_SIM_SEED` replays one, and `VMEMD_SIM_MUTANT` plants a bug in it.
+//! Many seeds of the simulation (`docs/simulation.md`). `VMEMD_SIM_SEEDS` sets how many, and `VMEMD_SIM_FIRST` which is
+//! the first; `VMEMD_SIM_SEED` replays one, and `VMEMD_SIM_MUTANT` plants a bug in it.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};

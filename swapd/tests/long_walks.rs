@@ -11,10 +11,11 @@ mod common;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::{Vm, config, started, store_directory};
-use swapd::{Engine, EngineHandle, PAGE_SIZE, PageNo};
+use swapd::{Engine, EngineHandle, PAGE_SIZE, PageNo, Run};
 use testkit::Random;
 
 const GIB: u64 = 1 << 30;
@@ -25,11 +26,20 @@ const IN_RAM: (u64, u64) = (7, 8);
 const FAULT_MIN: Duration = Duration::from_micros(15);
 /// For each kind of request.
 const WINDOW: Duration = Duration::from_secs(2);
+/// What is touched anew before each discard or eviction; where frames are scarce, a touch brings so many pages at a time.
+const FILLED: u64 = 64 << 20;
+const FILL_STEP: usize = 16;
 /// What a request may add to the longest wait but one in a thousand.
 const ADDED_MAX: Duration = Duration::from_millis(2);
 /// In one of so many windows: a request that keeps faults waiting does so in each, a disk that stalls for a moment in
 /// one.
 const WINDOWS: u32 = 3;
+
+/// One measurement at a time: another VM's engine would take processor time, and be taken for this one's.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// What is touched before: 4 GiB if the environment has `VMEMD_LONG`.
 fn touched() -> u64 {
@@ -110,8 +120,50 @@ fn faults_during(vm: &Vm, what: &str, request: impl Fn(&EngineHandle)) -> Durati
     late
 }
 
+/// No faults come while a VM arrives: how long other requests wait while heat maps are taken over.
+#[test]
+fn a_heat_map_that_is_taken_over_keeps_no_other_request_waiting() {
+    let _alone = alone();
+    let mut config = config(MEMORY, GIB, store_directory(), false);
+    config.store.overcommit = true;
+    let vm = Vm::of(started(Engine::start(config, Box::new(|notice| println!("notice: {notice:?}")))));
+    let heat = || vec![1; (MEMORY / PAGE_SIZE as u64) as usize];
+    let receive = vm.handle().start_receiving_async(heat());
+    receive.blocking_recv().expect("the engine lives").expect("it is empty");
+    let this = std::fs::read_link("/proc/thread-self").expect("proc is there");
+    let this = Waits::of(&this.file_name().expect("a number").to_string_lossy());
+    let engine = Waits::of_engine();
+    let waited = || this.so_far() + engine.so_far();
+    let waits = |heat: Option<Vec<u8>>| {
+        let mut told = heat.map(|heat| vm.handle().update_heat_async(heat));
+        let (mut took, since) = (Vec::new(), Instant::now());
+        loop {
+            let ended = told.as_mut().map_or(since.elapsed() > WINDOW / 4, |told| told.try_recv().is_ok());
+            if ended {
+                break;
+            }
+            let (before, asked) = (waited(), Instant::now());
+            vm.stats();
+            took.push(asked.elapsed().saturating_sub(waited() - before));
+        }
+        took.sort_unstable();
+        println!(
+            "{} requests, p99 {:?}, longest {:?}",
+            took.len(),
+            took[took.len() * 99 / 100],
+            took[took.len() - 1]
+        );
+        took[took.len() * 99 / 100]
+    };
+    let without = waits(None);
+    let windows = (0..WINDOWS).map(|_| waits(Some(heat())));
+    let late = windows.min().expect("there are some");
+    assert!(late <= without + ADDED_MAX, "{late:?} while heat is taken over, {without:?} otherwise");
+}
+
 #[test]
 fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
+    let _alone = alone();
     let mut config = config(MEMORY, touched() / IN_RAM.1 * IN_RAM.0, store_directory(), false);
     config.store.overcommit = true;
     config.sampling = false;
@@ -141,5 +193,21 @@ fn what_looks_at_all_of_memory_keeps_no_fault_waiting() {
     });
     let dirty = vm.handle().subscribe_dirty().expect("tracking begins");
     measure("dirty pages", &|_| drop(dirty.collect().expect("writes are tracked")));
+    drop(dirty);
+    // Of what nobody touches: else faults would wait for their pages, and not for the walk.
+    let beyond = |from: u64| Run::new(PageNo(from), (MEMORY / PAGE_SIZE as u64 - from) as u32);
+    let untouched = beyond(touched() / PAGE_SIZE as u64);
+    measure("evictions", &|handle| handle.evict(untouched).expect("there is nothing to do"));
+    measure("discards", &|handle| handle.discard(untouched).expect("there is nothing to do"));
+    // With frames behind it that the host takes back.
+    let filled = Run::new(untouched.start, (FILLED / PAGE_SIZE as u64) as u32);
+    measure("discards of what is in RAM", &|handle| {
+        filled.pages().step_by(FILL_STEP).for_each(|page| vm.touch(page));
+        handle.discard(untouched).expect("it is the guest's to give back");
+    });
+    measure("evictions of what is in RAM", &|handle| {
+        filled.pages().step_by(FILL_STEP).for_each(|page| vm.touch(page));
+        handle.evict(untouched).expect("nothing holds it");
+    });
     assert!(slow.is_empty(), "without any, {without:?}; {}", slow.join("; "));
 }

@@ -44,8 +44,8 @@ pub enum PageOut {
 pub enum Event<'a> {
     /// A vCPU, or the kernel for it, waits for the page.
     Fault(PageNo),
-    /// So many times [`TICK_MS`] have passed since the last tick: one while there is something to do, none behind a long
-    /// [sleep](super::Core::slept).
+    /// So many times [`TICK_MS`] have passed since the last tick: one while there is something to do, none behind a
+    /// long [sleep](super::Core::slept).
     Tick {
         /// How many: more than one after an idle time.
         ticks: u64,
@@ -256,18 +256,20 @@ pub enum Action {
         /// Whether the slots are empty, so that frames have to come from the host.
         fresh: bool,
     },
-    /// Zeros for a whole block, from the host straight to the guest, in one huge page if it has one. Answered by `Filled`.
+    /// Zeros for a whole block, from the host straight to the guest, in one huge page if it has one. Answered by
+    /// `Filled`.
     FillBlock {
         /// One whole block, of which the guest has no page.
         run: Run,
     },
-    /// Whole blocks in single frames, all in the guest: have the host put huge pages in the place of these. Answered by `Collapsed`.
+    /// Whole blocks in single frames, all in the guest: have the host put huge pages in the place of these. Answered by
+    /// `Collapsed`.
     Collapse {
         /// Blocks next to each other, from the start of the first to the end of the last.
         run: Run,
     },
-    /// Part of a huge page is given back next, this page with it: have the host take it to pieces, so that what is given
-    /// back is free at once.
+    /// Part of a huge page is given back next, this page with it: have the host take it to pieces, so that what is
+    /// given back is free at once.
     Split {
         /// A page of the block.
         page: PageNo,
@@ -310,8 +312,8 @@ pub enum Action {
         /// The frames with their content, in the same order.
         slots: SlotRun,
     },
-    /// The content of these places in the store is needed no more: free them. No write of these pages is issued before this has ended.
-    /// Answered by `DropDone`, at any later time.
+    /// The content of these places in the store is needed no more: free them. No write of these pages is issued before
+    /// this has ended. Answered by `DropDone`, at any later time.
     Drop {
         /// The operation, to be named at its end.
         io: IoId,
@@ -322,7 +324,8 @@ pub enum Action {
     },
     /// Give the guest's frames in `run` back to the host.
     DropGuest {
-        /// Pages with an entry in the guest's page tables. They read as zeros from then on, or as what is moved in next.
+        /// Pages with an entry in the guest's page tables. They read as zeros from then on, or as what is moved in
+        /// next.
         run: Run,
     },
     /// Give the frames in `slots` back to the host.
@@ -376,7 +379,8 @@ pub enum Action {
     TierUnreachable(IoError),
     /// It gives pages again, or nobody waits for it any more.
     TierReachable(TierId),
-    /// A fault has waited for a frame for a while, and there is none to be had: all that could leave is held where it is.
+    /// A fault has waited for a frame for a while, and there is none to be had: all that could leave is held where it
+    /// is.
     Short {
         /// Pages of which a move out of the guest was refused, because something holds their frames.
         pinned: u64,

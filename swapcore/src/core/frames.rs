@@ -3,6 +3,8 @@
 use super::Core;
 use super::event::{Action, Response, Ticket};
 use super::state::frames::Taken;
+use super::state::walks::{Task, WalkStep};
+use super::walk::kernel_part;
 use crate::error::CommandError;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, bytes_of, pages_in};
@@ -16,7 +18,8 @@ impl Core {
         self.frames.take(1)
     }
 
-    /// The device reads the page's frame. (A version that arrived anew waits in another one until the older is written.)
+    /// The device reads the page's frame. (A version that arrived anew waits in another one until the older is
+    /// written.)
     pub(super) fn is_being_written(&self, page: PageNo) -> bool {
         self.table.has(page, Flag::Writing)
             && (self.ios.work_with(self.frames.slot(page)) || mutant!(LeaksReplacedVersions))
@@ -74,9 +77,8 @@ impl Core {
         let covered = self.frames.cover_memory();
         self.frames.set_budget(frames);
         if self.frames.cover_memory() != covered {
-            // While huge pages still find the way back to where they were.
+            self.collapse.flip(!covered);
             self.end_sampling();
-            self.actions.push_back(Action::HugePages(!covered));
             self.begin_collapse(false);
         }
         self.shrinking.wait(ticket, self.frames.taken(), self.tick);
@@ -122,9 +124,41 @@ impl Core {
 
     // ── memory that the guest gave back ──────────────────────────────────────────────────
 
-    pub(super) fn discard(&mut self, run: Run) -> Response {
+    /// Of a discard: what of the run is dropped in one go.
+    pub fn discard_part(&self, run: Run) -> Run {
+        // Dearer than a look: the host takes the frames back one by one.
+        let most = self.config.walk;
+        let most = WalkStep { present: most.present.div_ceil(4), ..most };
+        let part = kernel_part(&self.table, run.start, most).len.min(most.table.div_ceil(4) as u32);
+        run.part(0, part.min(run.len))
+    }
+
+    /// At once what can be dropped in one go; the rest in steps.
+    pub(super) fn discard_on_request(
+        &mut self,
+        ticket: Ticket,
+        run: Run,
+    ) -> Option<Result<Response, CommandError>> {
+        if let Err(error) = self.checked(run) {
+            return Some(Err(error));
+        }
+        let part = self.discard_part(run);
+        self.discard(part);
+        if part.len < run.len {
+            self.walks.begin_next(ticket, Task::Discard, part.end(), run.end());
+            if !mutant!(AnswersDiscardEarly) {
+                return None;
+            }
+        }
+        Some(Ok(Response::Done))
+    }
+
+    pub(super) fn discard(&mut self, run: Run) {
         let mut dropped: Option<Run> = None;
         for page in run.pages() {
+            if mutant!(DiscardLeavesWhatIsAwaited) && self.waiters.wait_for(page) {
+                continue;
+            }
             if !mutant!(DiscardUnseenByTracking) {
                 self.dirty.left(page);
             }
@@ -145,7 +179,6 @@ impl Core {
             }
         }
         self.drop_guest(dropped);
-        Response::Done
     }
 
     fn drop_guest(&mut self, run: Option<Run>) {

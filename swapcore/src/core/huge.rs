@@ -1,6 +1,6 @@
-//! Huge pages for memory that has come in single frames: that of a VM which has arrived, or whose budget was smaller. In one go over
-//! all of it once none of it need ever leave, and in another when more has come. Memory that is touched for the first time then
-//! has them from the start.
+//! Huge pages for memory that has come in single frames: that of a VM which has arrived, or whose budget was smaller.
+//! In one go over all of it once none of it need ever leave, and in another when more has come. Memory that is touched
+//! for the first time then has them from the start.
 
 use super::Core;
 use super::event::Action;
@@ -22,7 +22,8 @@ impl Core {
 
     /// The next blocks that are next to each other.
     pub(super) fn collapse(&mut self) {
-        if !self.could_collapse() || self.collapse.is_under_way() {
+        // A block of which a sample is out would be passed over.
+        if !self.could_collapse() || self.collapse.is_under_way() || self.sampler.is_ending() {
             return;
         }
         let read = self.counts.pages_read;
@@ -32,6 +33,14 @@ impl Core {
             self.collapse.begin_another(self.tick, read);
         } else if let Some(run) = self.collapse.next_blocks(&self.table) {
             self.actions.push_back(Action::Collapse { run });
+        }
+    }
+
+    /// The host is told whether memory may have huge pages once every sample is back: huge ones find the way back to
+    /// where they were only while it may.
+    pub(super) fn tell_huge_pages(&mut self) {
+        if !self.sampler.is_ending() {
+            self.actions.extend(self.collapse.take_flip().map(Action::HugePages));
         }
     }
 

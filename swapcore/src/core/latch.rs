@@ -17,9 +17,8 @@ use super::state::ios::Purpose;
 use super::state::latch::Latch;
 use super::state::tiers::Tier;
 use crate::error::{CommandError, IoError, IoErrorKind};
-use crate::staging::Use;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Slot, TierId};
+use crate::units::{PageNo, TierId};
 
 /// Frames of the reserve that are let go of at each tick at which somebody waits for one.
 const DRIP_FRAMES: u64 = 4;
@@ -101,12 +100,10 @@ impl Core {
         // They are among those found below.
         let table = &self.table;
         self.ios.unwritten().retain(|(page, _)| table.home(page.block()) != tier);
-        let unwritten: Vec<_> = (0..self.frames.staging().all_slots())
-            .map(Slot)
-            .filter_map(|slot| match self.frames.staging().used(slot) {
-                Use::Bound(page) => Some((page, slot)),
-                _ => None,
-            })
+        let unwritten: Vec<_> = self
+            .frames
+            .staging()
+            .bound_one_by_one()
             .filter(|(page, _)| {
                 self.table.state(*page) == PageState::Leaving
                     && !self.table.has(*page, Flag::Writing)

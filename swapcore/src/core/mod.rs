@@ -1,9 +1,10 @@
 //! The engine's core: events in, actions out. No I/O, no clock, no lock; the same events give the same actions.
 //!
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
-//! `tiers` (which of them answer), `latch` (one that takes no writes), `space` (room that comes back there), `pins` (pages that something
-//! holds), `frames` (where frames come from), `source` and `receive` (the two ends of a migration), `walk` (requests that look at all of
-//! memory), `huge` (huge pages put together). Each is an `impl Core`. What a concern keeps between events is a type of its own in `state`, which knows nothing of the core.
+//! `tiers` (which of them answer), `latch` (one that takes no writes), `space` (room that comes back there), `pins`
+//! (pages that something holds), `frames` (where frames come from), `source` and `receive` (the two ends of a
+//! migration), `walk` (requests that look at all of memory), `huge` (huge pages put together). Each is an `impl Core`.
+//! What a concern keeps between events is a type of its own in `state`, which knows nothing of the core.
 //!
 //! Invariants, checked by the simulation after every step:
 //! - frames in the guest + frames in staging = `taken`, and `taken` ≤ budget unless the budget was just lowered;
@@ -28,6 +29,8 @@ mod state;
 mod tests;
 mod tiers;
 mod walk;
+#[cfg(test)]
+mod walk_tests;
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -46,6 +49,7 @@ use crate::stats::TierState;
 use crate::table::{PageState, PageTable};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId};
 use state::dirty::DirtyTracking;
+use state::evictions::Evictions;
 use state::frames::Frames;
 use state::ios::Ios;
 use state::pass::Pass;
@@ -135,8 +139,7 @@ pub struct Core {
     /// Poisoned pages.
     lost: BTreeSet<PageNo>,
     shrinking: Shrinking,
-    /// With the tick at which they asked.
-    evict_waiters: Vec<(Ticket, Run, u64)>,
+    evictions: Evictions,
     tick: u64,
     counts: Counts,
     actions: VecDeque<Action>,
@@ -198,7 +201,7 @@ impl Core {
             bad_reads: PageMap::default(),
             lost: BTreeSet::new(),
             shrinking: Shrinking::default(),
-            evict_waiters: Vec::new(),
+            evictions: Evictions::default(),
             tick: 0,
             counts: Counts::default(),
             actions: VecDeque::with_capacity(256),
@@ -247,7 +250,8 @@ impl Core {
         self.balance(may_evict);
     }
 
-    /// Handles faults that have been read together. Whoever waits for a frame is served once behind all of them, not behind each.
+    /// Handles faults that have been read together. Whoever waits for a frame is served once behind all of them, not
+    /// behind each.
     pub fn handle_faults(&mut self, pages: impl IntoIterator<Item = PageNo>) {
         let mut may_evict = false;
         for page in pages {
@@ -256,10 +260,10 @@ impl Core {
         self.balance(may_evict);
     }
 
-    /// What the event itself brings about. Says whether new victims may be chosen behind it: only after a tick, a finished write, or a
-    /// request. After `MovedOut`, a page that was just refused as pinned would be chosen again at once, for ever. After `MovedIn`, the page
-    /// could leave before the vCPU that waited for it has run. After `Fault`, the next fault of the same batch may be for the very page
-    /// that was chosen.
+    /// What the event itself brings about. Says whether new victims may be chosen behind it: only after a tick, a
+    /// finished write, or a request. After `MovedOut`, a page that was just refused as pinned would be chosen again at
+    /// once, for ever. After `MovedIn`, the page could leave before the vCPU that waited for it has run. After `Fault`,
+    /// the next fault of the same batch may be for the very page that was chosen.
     pub(crate) fn apply(&mut self, event: Event<'_>) -> bool {
         let may_evict = matches!(event, Event::Tick { .. } | Event::WriteDone { .. } | Event::Request { .. })
             || (matches!(event, Event::Fault(_)) && mutant!(EvictsBetweenFaults));
@@ -281,14 +285,15 @@ impl Core {
         may_evict
     }
 
-    /// Ticks until there is something to do, if nothing else happens: an idle VM is to cost nothing. May shrink at any event.
+    /// Ticks until there is something to do, if nothing else happens: an idle VM is to cost nothing. May shrink at any
+    /// event.
     pub fn ticks_to_sleep(&self) -> u64 {
         // What met pinned pages is tried again; samples give way to victims.
         let waits = self.frames.any_refused()
             || self.waiters.any_deferred()
             || !self.bad_reads.is_empty()
             || self.ios.unwritten_count() > 0
-            || !self.evict_waiters.is_empty()
+            || self.evictions.any()
             || self.shrinking.is_awaited()
             || self.space.waits(self.tick)
             || self.room_may_come()
@@ -302,7 +307,8 @@ impl Core {
         }
     }
 
-    /// So many ticks have passed in which nothing happened. To be called before what ends that is handed in; a tick follows behind it.
+    /// So many ticks have passed in which nothing happened. To be called before what ends that is handed in; a tick
+    /// follows behind it.
     pub fn slept(&mut self, ticks: u64) {
         let epoch = self.tick / EPOCH_TICKS;
         self.tick += ticks;
@@ -335,7 +341,7 @@ impl Core {
         let answer = match request {
             Request::Stats => Some(Ok(Response::Stats(Box::new(self.stats())))),
             Request::SetBudget(bytes) => self.set_budget(ticket, bytes),
-            Request::Discard(run) => Some(self.checked(run).map(|()| self.discard(run))),
+            Request::Discard(run) => self.discard_on_request(ticket, run),
             Request::Evict(run) => self.evict_on_request(ticket, run),
             Request::Fill(run) => Some(self.checked_memory(run).map(|()| self.fill_ahead(run))),
             Request::SubscribeDirty => return self.subscribe_dirty(ticket),
@@ -354,8 +360,8 @@ impl Core {
                 return self.map_of(ticket, &[PageState::Leaving, PageState::Standby, PageState::Stored]);
             }
             Request::RetryStore => self.retry_on_request(ticket),
-            Request::StartReceiving(heat) => Some(self.start_receiving(&heat)),
-            Request::UpdateHeat(heat) => Some(self.update_heat(&heat)),
+            Request::StartReceiving(heat) => self.start_receiving(ticket, heat),
+            Request::UpdateHeat(heat) => self.update_heat(ticket, heat),
             Request::GrantFrames(count) => self.grant(ticket, count),
             Request::ReturnFrames(slots) => Some(Ok(self.return_frames(slots))),
             Request::Arrive(arrival) => {
@@ -408,8 +414,9 @@ impl Core {
         }
     }
 
-    /// A page that was read alone. A frame that leaves staging has to be flushed from the TLBs of all processors that run the VM, which
-    /// takes longer than to copy a page. The copy takes one frame more, until that in staging is given back with others.
+    /// A page that was read alone. A frame that leaves staging has to be flushed from the TLBs of all processors that
+    /// run the VM, which takes longer than to copy a page. The copy takes one frame more, until that in staging is
+    /// given back with others.
     pub(super) fn copy_or_move_in(&mut self, page: PageNo, slot: Slot) {
         if self.frames.may_copy() {
             self.actions.push_back(Action::CopyIn { page, slot });

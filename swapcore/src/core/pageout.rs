@@ -1,6 +1,7 @@
 //! Frames ahead of need: victims leave in batches, so that a fault never waits for a write.
 
 use super::event::{Action, Response, Ticket};
+use super::state::evictions::{Eviction, Look};
 use super::state::ios::Purpose;
 use super::{Core, LEAVING_MAX};
 use crate::error::CommandError;
@@ -10,8 +11,8 @@ use crate::policy::watermarks::BATCH_MAX;
 use crate::table::{Flag, PageState};
 use crate::units::{BLOCK_PAGES, PageNo, Run, Slot, runs_of};
 
-/// Pages written in one burst: 2 MiB. A read that meets writes takes twice as long, however few they are; so they come together and
-/// leave the device alone for the rest of the time.
+/// Pages written in one burst: 2 MiB. A read that meets writes takes twice as long, however few they are; so they come
+/// together and leave the device alone for the rest of the time.
 const BURST_MAX: u32 = 512;
 /// The same while streams and lone faults come side by side: then bursts are long, of whole runs.
 const BURST_POLITE_MAX: u32 = 64;
@@ -33,9 +34,12 @@ impl Core {
         if self.frames.over() > 0 || self.shrinking.is_awaited() {
             self.shrink_to_budget();
         }
-        if !self.evict_waiters.is_empty() {
+        if self.evictions.any() {
             self.free_empty_slots();
-            self.answer_evicted(may_evict);
+            if may_evict {
+                self.evictions.wake();
+                self.step_evictions();
+            }
         }
         if self.tiers.latched().is_some() {
             self.tell_failed();
@@ -43,8 +47,8 @@ impl Core {
         }
     }
 
-    /// To be called when all events at hand are handled and their actions done: frames are made ready ahead of need. Nobody waits
-    /// for that, so it comes behind what somebody waits for.
+    /// To be called when all events at hand are handled and their actions done: frames are made ready ahead of need.
+    /// Nobody waits for that, so it comes behind what somebody waits for.
     pub fn make_ready(&mut self) {
         self.pins.look_anew();
         // Before new victims start: what is listed has left for certain, with no move still to be done.
@@ -75,9 +79,9 @@ impl Core {
             .saturating_add(coming);
         let goal = self.frames.marks().goal().saturating_add(over);
         let short = outside + self.frames.marks().batch <= goal && leaving < LEAVING_MAX;
-        // A walk's steps are not to wait for page-out, which a VM that stands still in a migration would pay for, as long as there are
-        // frames for faults.
-        let later = self.is_walking() && available >= self.frames.marks().low / 2 && over == 0;
+        // A walk's steps are not to wait for page-out, which a VM that stands still in a migration would pay for, as
+        // long as there are frames for faults.
+        let later = self.walks.any() && available >= self.frames.marks().low / 2 && over == 0;
         if self.tiers.any_open() && short && !later && self.may_find_victims() {
             self.page_out((goal - outside).min(LEAVING_MAX - leaving));
         }
@@ -110,8 +114,8 @@ impl Core {
         self.scratch.runs = victims;
     }
 
-    /// The next victims: of pages on probation, or where the clock's hand is, which has `passed` so many pages before. False, if there are
-    /// none anywhere; those that were found may all have to stay for now.
+    /// The next victims: of pages on probation, or where the clock's hand is, which has `passed` so many pages before.
+    /// False, if there are none anywhere; those that were found may all have to stay for now.
     fn find_victims(&mut self, room: u64, passed: &mut u64, victims: &mut Vec<Run>) -> bool {
         let budget = self.frames.budget();
         let found = self.probation.step(&self.table, budget, room, victims)
@@ -131,7 +135,7 @@ impl Core {
         let most = if self.prefetcher.shares_device() { BURST_POLITE_MAX } else { BURST_MAX };
         let burst = most.min(self.frames.marks().goal() / 4) as usize;
         let scarce = self.frames.at_hand_or_standby() < u64::from(self.frames.marks().low);
-        let awaited = !self.evict_waiters.is_empty() || self.shrinking.is_awaited();
+        let awaited = self.evictions.any() || self.shrinking.is_awaited();
         // What a VM's frames wait for that arrives: it has no reads that a write could be in the way of.
         let arrives = self.receiving.is_some();
         if self.ios.unwritten_count() > burst || scarce || awaited || arrives {
@@ -144,7 +148,8 @@ impl Core {
             return;
         }
         let mut unwritten = std::mem::take(self.ios.unwritten());
-        // A page that was rescued or given back meanwhile is not to be written, and one that has left twice is in it twice.
+        // A page that was rescued or given back meanwhile is not to be written, and one that has left twice is in it
+        // twice.
         unwritten.retain(|(page, slot)| {
             // What a latched tier gets is found again when that is retried.
             let here = self.table.state(*page) == PageState::Leaving
@@ -215,7 +220,7 @@ impl Core {
 
     /// A tier that has a part of the run takes no writes.
     fn evict_error(&self, run: Run) -> Option<CommandError> {
-        self.store_error().and_then(|_| run.pages().find_map(|page| self.tier_error(page)))
+        self.store_error().and_then(|_| run.blocks().find_map(|part| self.tier_error(part.start)))
     }
 
     // ── by request ───────────────────────────────────────────────────────────────────────
@@ -228,46 +233,77 @@ impl Core {
         if let Err(error) = self.checked(run) {
             return Some(Err(error));
         }
-        self.evict_waiters.push((ticket, run, self.tick));
+        self.evictions.ask(ticket, run, self.tick);
         None
     }
 
-    fn answer_evicted(&mut self, may_evict: bool) {
-        for (ticket, run, since) in std::mem::take(&mut self.evict_waiters) {
-            // Before any of it is tried once more: what has not moved yet would count as gone.
-            let answer = match self.evict_error(run).or_else(|| self.held_too_long(run, since)) {
-                Some(error) => Some(Err(error)),
-                None => self.evict_step(run, may_evict).then_some(Ok(Response::Done)),
-            };
-            match answer {
-                Some(answer) => self.actions.push_back(Action::Answer { ticket, answer }),
-                None => self.evict_waiters.push((ticket, run, since)),
-            }
+    /// Looks at the next part of each run that somebody wants out of RAM. New victims are chosen there, so this is only
+    /// for events behind which that may be: see [`Core::apply`]. All of them, so that each sees what was refused before
+    /// the next tick forgets it.
+    pub(super) fn step_evictions(&mut self) {
+        for _ in 0..self.evictions.due() {
+            self.step_eviction();
         }
     }
 
-    /// Starts what can leave; true when nothing of the run is on its way any more.
-    fn evict_step(&mut self, run: Run, may_evict: bool) -> bool {
-        let ready: Vec<_> = run.pages().filter(|page| may_leave(&self.table, *page)).collect();
-        if !may_evict && !ready.is_empty() {
-            return false;
-        }
-        // Some of it may find no slot at first.
-        let all_started = ready.is_empty() && !run.pages().any(|page| self.table.has(page, Flag::Pinned));
-        for part in runs_of(ready, EVICT_RUN_MAX) {
-            if self.room_to_leave(part.start) == 0 {
-                return false;
+    fn step_eviction(&mut self) {
+        let Some(mut eviction) = self.evictions.take_due() else { return };
+        let part = eviction.part(self.config.walk.table);
+        let answer = match self.evict_error(part) {
+            Some(error) => Err(error),
+            None => match self.evict(&mut eviction, part) {
+                Look::Done => Ok(Response::Done),
+                Look::Held if self.has_waited_long(eviction.since()) => {
+                    match self.resident_in(eviction.run()) {
+                        // What was held has been given back meanwhile.
+                        0 => return self.evictions.put(eviction),
+                        pages => Err(CommandError::Pinned { pages }),
+                    }
+                }
+                Look::Held | Look::Goes => return self.evictions.put(eviction),
+            },
+        };
+        self.actions.push_back(Action::Answer { ticket: eviction.ticket(), answer });
+    }
+
+    /// Starts what can leave of the part, and drops the frames of what has left.
+    fn evict(&mut self, eviction: &mut Eviction, part: Run) -> Look {
+        let mut ready = Vec::new();
+        for page in part.pages() {
+            match self.table.state(page) {
+                PageState::Standby => {
+                    self.leave_standby(page);
+                    self.table.set(page, PageState::Stored);
+                    self.frames.unbind(page);
+                }
+                PageState::Leaving => eviction.leaves(page),
+                PageState::Resident if may_leave(&self.table, page) => ready.push(page),
+                PageState::Resident if self.table.has(page, Flag::Pinned) => eviction.is_pinned(page),
+                _ => {}
             }
-            self.start_out(part, PageState::Leaving);
         }
-        for page in run.pages() {
-            if self.table.state(page) == PageState::Standby {
-                self.leave_standby(page);
-                self.table.set(page, PageState::Stored);
-                self.frames.unbind(page);
+        for run in runs_of(ready, EVICT_RUN_MAX) {
+            let room = !eviction.is_full() && self.room_to_leave(run.start) > 0;
+            let out = if room { self.start_out(run, PageState::Leaving) } else { 0 };
+            if out > 0 {
+                eviction.started(run.part(0, out));
+            }
+            if out < run.len {
+                eviction.stop(run.start.plus(out));
+                break;
             }
         }
-        all_started && run.pages().all(|page| self.table.state(page) != PageState::Leaving)
+        eviction.looked(part.end())
+    }
+
+    fn resident_in(&self, run: Run) -> u64 {
+        let count = |part: Run| match self.table.block_of(part.start) == part {
+            true => u64::from(self.table.resident_in_block(part.start.block())),
+            false => {
+                part.pages().filter(|page| self.table.state(*page) == PageState::Resident).count() as u64
+            }
+        };
+        run.blocks().map(count).sum()
     }
 
     // ── sampling ─────────────────────────────────────────────────────────────────────────
@@ -283,9 +319,11 @@ impl Core {
 
     pub(super) fn sample(&mut self) {
         let scarce = self.sampler.note_victims(self.counts.victims);
-        let idle = self.may_sample() && !scarce;
-        if !idle {
+        if scarce || !self.may_sample() {
             return self.end_sampling();
+        }
+        if self.sampler.is_ending() {
+            return;
         }
         // Most slots are for pages that leave, should that begin.
         let single = self.frames.staging().slots() / 4;
@@ -312,7 +350,8 @@ impl Core {
         self.scratch.runs = samples;
     }
 
-    /// A huge page goes to its place, if that is still empty: one chosen with it may have the same, and it must not go to pieces for that.
+    /// A huge page goes to its place, if that is still empty: one chosen with it may have the same, and it must not go
+    /// to pieces for that.
     fn lend_out(&mut self, run: Run) -> u32 {
         let Some(slots) = self.frames.lend(run.start.block()) else { return 0 };
         run.pages().for_each(|page| self.table.set(page, PageState::Sampled));
@@ -323,13 +362,19 @@ impl Core {
     /// Puts every sample back: memory is scarce, or written pages are being tracked. Not in the same event as
     /// new samples: a move that is not done yet may still find its page pinned.
     pub(super) fn end_sampling(&mut self) {
-        self.put_samples_back(usize::MAX);
+        self.sampler.end();
+        self.put_samples_back();
     }
 
-    /// The same for so many of them. False, if no more are out.
-    pub(super) fn put_samples_back(&mut self, most: usize) -> bool {
-        for _ in 0..most {
-            let Some(run) = self.sampler.overdue(self.tick, 0, true) else { return false };
+    /// The next ones of all that go back: the rest waits for the next step, for there may be thousands. False, if no
+    /// more are out.
+    pub(super) fn put_samples_back(&mut self) -> bool {
+        for _ in 0..self.config.walk.samples {
+            let Some(run) = self.sampler.overdue(self.tick, 0, true) else {
+                self.sampler.ended();
+                self.tell_huge_pages();
+                return false;
+            };
             self.put_sample_back(run);
         }
         true

@@ -1,20 +1,21 @@
-//! Pages that cannot leave because something holds their frames: I/O under way for a moment, registered buffers (io_uring, RDMA) for
-//! as long as they are registered.
+//! Pages that cannot leave because something holds their frames: I/O under way for a moment, registered buffers
+//! (io_uring, RDMA) for as long as they are registered.
 //!
 //! ```text
 //!   victim ──pinned──▶ given up ──a later tick──▶ may be chosen again
 //! ```
-//! Others are chosen in its place at once. How many are tried again in a tick is bounded, so that a VM of which much is pinned for good
-//! does not keep its engine busy with that. If all that could leave is pinned, whoever needs a frame waits: that is told, with
-//! figures, and so is whoever waits for a smaller budget.
+//! Others are chosen in its place at once. How many are tried again in a tick is bounded, so that a VM of which much is
+//! pinned for good does not keep its engine busy with that. If all that could leave is pinned, whoever needs a frame
+//! waits: that is told, with figures, and so is whoever waits for a smaller budget.
 
 use super::Core;
 use super::event::Action;
 use crate::error::CommandError;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, bytes_of};
+use crate::units::{PageNo, bytes_of};
 
-/// Pages that may be chosen again in a tick: all of a budget of 8 GiB within some two minutes, for one percent of the engine's time.
+/// Pages that may be chosen again in a tick: all of a budget of 8 GiB within some two minutes, for one percent of the
+/// engine's time.
 const AGAIN_A_TICK: u32 = 2048;
 /// So many ticks without a frame less, and whoever waits for a smaller budget, or for pages to leave, is told so: 5 s.
 const HELD_TICKS: u64 = 50;
@@ -26,6 +27,7 @@ impl Core {
     pub(super) fn give_up(&mut self, page: PageNo) {
         self.table.put(page, Flag::Pinned, true);
         self.pins.give_up(page, self.tick);
+        self.evictions.refused(page);
     }
 
     /// Whether [`Core::make_ready`] is to be called again though nothing has happened.
@@ -107,11 +109,8 @@ impl Core {
         }
     }
 
-    /// Of a run that somebody wants out of RAM since that tick: what keeps it there, if it has been tried for long enough.
-    pub(super) fn held_too_long(&self, run: Run, since: u64) -> Option<CommandError> {
-        let pinned = run.pages().any(|page| self.table.has(page, Flag::Pinned));
-        let here = run.pages().filter(|page| self.table.state(*page) == PageState::Resident);
-        (pinned && self.tick - since >= self.patience())
-            .then(|| CommandError::Pinned { pages: here.count() as u64 })
+    /// Whoever wants something since that tick, which pinned pages are in the way of, has waited long enough.
+    pub(super) fn has_waited_long(&self, since: u64) -> bool {
+        self.tick - since >= self.patience()
     }
 }

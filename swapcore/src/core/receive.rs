@@ -1,13 +1,14 @@
 //! The target's end of a migration: pages arrive in staging frames and are placed by [`crate::policy::placement`].
 //!
-//! While receiving, no VM runs and nothing is paged: frames are taken and written only for what arrives. What was placed in RAM before it
-//! was known that there is something hotter is placed once more, in the store. It ends when all has arrived, not when all is written: the
-//! VM stands still meanwhile, and what still leaves is in a state that it may well be in. Whoever has time to wait for the writes
-//! [settles](Core::settle_receiving) before.
+//! While receiving, no VM runs and nothing is paged: frames are taken and written only for what arrives. What was
+//! placed in RAM before it was known that there is something hotter is placed once more, in the store. It ends when all
+//! has arrived, not when all is written: the VM stands still meanwhile, and what still leaves is in a state that it may
+//! well be in. Whoever has time to wait for the writes [settles](Core::settle_receiving) before.
 
 use super::event::{Action, Response, Ticket};
 use super::state::cold_hand::ColdHand;
 use super::state::receiving::Receiving;
+use super::state::walks::Task;
 use super::{Core, Counts};
 use crate::api::{Arrival, Placed};
 use crate::error::CommandError;
@@ -24,17 +25,23 @@ const WAY_MIN: u32 = 64;
 const NOT_RECEIVING: CommandError = CommandError::NotNow("the VM is not being received");
 
 impl Core {
-    pub(super) fn start_receiving(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
+    pub(super) fn start_receiving(
+        &mut self,
+        ticket: Ticket,
+        heat: Vec<u8>,
+    ) -> Option<Result<Response, CommandError>> {
         if self.table.count(PageState::Untouched) != self.table.pages() || self.receiving.is_some() {
-            return Err(CommandError::NotNow("only an empty VM can be received into"));
+            return Some(Err(CommandError::NotNow("only an empty VM can be received into")));
         }
-        self.check_heat(heat)?;
+        if let Err(error) = self.check_heat(&heat) {
+            return Some(Err(error));
+        }
         self.table.count_hot_from(Some(HOT));
         let Counts { pages_read, victims, .. } = self.counts;
         self.receiving = Some(Receiving::new(self.table.pages(), pages_read, victims));
         self.frames.set_receiving(true);
-        self.take_heat(heat)?;
-        Ok(Response::Done)
+        self.begin_taking_heat(ticket, heat, true);
+        None
     }
 
     fn check_heat(&self, heat: &[u8]) -> Result<(), CommandError> {
@@ -42,19 +49,32 @@ impl Core {
         fits.then_some(()).ok_or(CommandError::NotNow("the heat map is not of this VM's size"))
     }
 
-    pub(super) fn update_heat(&mut self, heat: &[u8]) -> Result<Response, CommandError> {
-        let found = self.take_heat(heat)?;
-        self.receiving.as_mut().expect("checked by take_heat").found_hot(found);
-        Ok(Response::Done)
+    pub(super) fn update_heat(
+        &mut self,
+        ticket: Ticket,
+        heat: Vec<u8>,
+    ) -> Option<Result<Response, CommandError>> {
+        if let Err(error) = self.check_heat(&heat) {
+            return Some(Err(error));
+        }
+        if self.receiving.is_none() {
+            return Some(Err(NOT_RECEIVING));
+        }
+        self.begin_taking_heat(ticket, heat, false);
+        None
     }
 
-    /// Returns how many pages in the store it made hot.
-    fn take_heat(&mut self, heat: &[u8]) -> Result<u64, CommandError> {
-        self.check_heat(heat)?;
-        let Some(receiving) = &mut self.receiving else { return Err(NOT_RECEIVING) };
-        receiving.cold = ColdHand::new();
+    fn begin_taking_heat(&mut self, ticket: Ticket, heat: Vec<u8>, first: bool) {
+        self.walks.begin(ticket, Task::TakeHeat { heat, found: 0, first }, self.table.pages());
+    }
+
+    /// The heat of the run's pages. Returns how many pages in the store it made hot.
+    pub(super) fn take_heat(&mut self, run: Run, heat: &[u8]) -> u64 {
+        if self.receiving.is_none() {
+            return 0;
+        }
         let mut found = 0;
-        for (page, heat) in (0..).map(PageNo).zip(heat.iter().copied()) {
+        for (page, heat) in run.pages().zip(heat.iter().copied()) {
             let before = self.table.heat(page);
             // Untouched table entries stay untouched in memory as well.
             if heat > 0 || before > 0 {
@@ -63,7 +83,17 @@ impl Core {
             let stored = matches!(self.table.state(page), PageState::Leaving | PageState::Stored);
             found += u64::from(heat >= HOT && stored && before < HOT);
         }
-        Ok(found)
+        found
+    }
+
+    /// A heat map has been taken over: the coldest pages are sought anew, for others may be colder now than those.
+    pub(super) fn heat_taken(&mut self, found: u64, first: bool) -> Result<Response, CommandError> {
+        let Some(receiving) = &mut self.receiving else { return Err(NOT_RECEIVING) };
+        receiving.cold = ColdHand::new();
+        if !first {
+            receiving.found_hot(found);
+        }
+        Ok(Response::Done)
     }
 
     pub(super) fn grant(&mut self, ticket: Ticket, count: u32) -> Option<Result<Response, CommandError>> {

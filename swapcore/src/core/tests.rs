@@ -7,7 +7,7 @@ use crate::units::bytes_of;
 
 const PAGE: PageNo = PageNo(7);
 
-fn core() -> Core {
+pub(super) fn core() -> Core {
     Core::new(CoreConfig {
         pages: 256,
         budget_frames: 64,
@@ -20,13 +20,13 @@ fn core() -> Core {
 }
 
 /// Hands the event in, has all moves succeed, and returns what else is to be done.
-fn actions(core: &mut Core, event: Event<'_>) -> Vec<Action> {
+pub(super) fn actions(core: &mut Core, event: Event<'_>) -> Vec<Action> {
     core.handle(event);
     performed(core)
 }
 
 /// The same for what is to be done already.
-fn performed(core: &mut Core) -> Vec<Action> {
+pub(super) fn performed(core: &mut Core) -> Vec<Action> {
     let mut rest = Vec::new();
     while let Some(action) = core.next_action() {
         match action {
@@ -43,11 +43,17 @@ fn performed(core: &mut Core) -> Vec<Action> {
     rest
 }
 
-fn ask(core: &mut Core, request: Request) -> Vec<Action> {
-    actions(core, Event::Request { ticket: Ticket(1), request })
+/// A heat map is taken over as a whole.
+pub(super) fn ask(core: &mut Core, request: Request) -> Vec<Action> {
+    let heat = matches!(request, Request::StartReceiving(_) | Request::UpdateHeat(_));
+    let mut done = actions(core, Event::Request { ticket: Ticket(1), request });
+    while heat && core.is_walking() {
+        done.extend(actions(core, Event::Step));
+    }
+    done
 }
 
-fn written(core: &mut Core, io: IoId, result: Result<(), IoError>) -> Vec<Action> {
+pub(super) fn written(core: &mut Core, io: IoId, result: Result<(), IoError>) -> Vec<Action> {
     actions(core, Event::WriteDone { io, result })
 }
 
@@ -98,7 +104,7 @@ fn io_of(actions: &[Action]) -> IoId {
     write.unwrap_or_else(|| panic!("no write in {actions:?}"))
 }
 
-fn answers(actions: &[Action]) -> usize {
+pub(super) fn answers(actions: &[Action]) -> usize {
     actions.iter().filter(|action| matches!(action, Action::Answer { .. })).count()
 }
 
@@ -646,54 +652,4 @@ fn a_heat_map_of_another_size_begins_no_receiving() {
         "{refused:?}"
     );
     assert!(core.receiving.is_none(), "it pages as before");
-}
-
-fn heat_map(core: &mut Core) -> Vec<u8> {
-    let mut todo = ask(core, Request::Heat);
-    while core.is_walking() {
-        todo.extend(actions(core, Event::Step));
-    }
-    let answer = todo.into_iter().find_map(|action| match action {
-        Action::Answer { answer: Ok(Response::Heat(heat)), .. } => Some(heat),
-        _ => None,
-    });
-    answer.expect("the heat is told")
-}
-
-#[test]
-fn what_is_in_ram_where_others_had_to_leave_is_a_little_warm() {
-    let mut core = core();
-    let touch = |core: &mut Core, page| {
-        let mut todo = actions(core, Event::Fault(PageNo(page)));
-        while !todo.is_empty() {
-            for action in std::mem::take(&mut todo) {
-                match action {
-                    Action::Write { io, .. } => todo.extend(written(core, io, Ok(()))),
-                    Action::Read { io, run, .. } => {
-                        let result = Ok(&vec![1; run.len as usize][..]);
-                        todo.extend(actions(core, Event::ReadDone { io, result }));
-                    }
-                    _ => {}
-                }
-            }
-            core.make_ready();
-            todo.extend(performed(core));
-        }
-    };
-    assert_eq!(heat_map(&mut core), vec![0; 256], "nobody had to leave");
-    (0..256).for_each(|page| touch(&mut core, page));
-    let table = &core.table;
-    let state = |page: usize| table.state(PageNo(page as u64));
-    let known: Vec<u8> = (0..256).map(|page| table.heat(PageNo(page))).collect();
-    let states: Vec<_> = (0..256).map(state).collect();
-    let has = |state| states.contains(&state);
-    assert!(has(PageState::Stored) && has(PageState::Resident), "{:?}", core.table);
-    for (page, told) in heat_map(&mut core).into_iter().enumerate() {
-        let right = match (known[page], states[page]) {
-            (0, PageState::Resident) => 1,
-            (0, _) => 0,
-            (known, _) => known + 3,
-        };
-        assert_eq!(told, right, "page {page}, {:?}, of which {} is known", states[page], known[page]);
-    }
 }

@@ -21,8 +21,8 @@ pub struct Clock {
 
 impl Clock {
     /// Moves the hand over the next pages, cooling what it passes by, and puts the runs of victims among them into
-    /// `victims`. False after so many sweeps that there can be no further victim; `passed` counts from 0 for each batch.
-    /// The caller takes the victims out of the guest before it asks for more.
+    /// `victims`. False after so many sweeps that there can be no further victim; `passed` counts from 0 for each
+    /// batch. The caller takes the victims out of the guest before it asks for more.
     pub fn step(&mut self, table: &mut PageTable, passed: &mut u64, victims: &mut Vec<Run>) -> bool {
         let pages = table.pages();
         victims.clear();

@@ -1,13 +1,13 @@
 //! Whether what leaves the queue of lone pages comes back soon, and how many of the next ones stay therefore.
 //!
-//! A page that leaves unproven is a *ghost* while a third of the budget's worth of pages leaves after it (ARC, Megiddo and Modha, FAST
-//! 2003; S3-FIFO). One that is missed as a ghost left too early, so more of the next ones stay; one that is not makes fewer stay. Above
-//! three returns in five the share grows, else it shrinks: in random touches of twice the budget one ghost in four comes back, in
-//! a working set that is new and fits nearly all do.
+//! A page that leaves unproven is a *ghost* while a third of the budget's worth of pages leaves after it (ARC, Megiddo
+//! and Modha, FAST 2003; S3-FIFO). One that is missed as a ghost left too early, so more of the next ones stay; one
+//! that is not makes fewer stay. Above three returns in five the share grows, else it shrinks: in random touches of
+//! twice the budget one ghost in four comes back, in a working set that is new and fits nearly all do.
 //!
-//! Of 16 pages one is watched, chosen by a hash (spatial sampling: Waldspurger et al., FAST 2015), by two bytes: in which *epoch* it left,
-//! which is so many pages that have left. The ghosts of an epoch are counted, and whatever is left of the count when the epoch is no
-//! longer watched has not come back.
+//! Of 16 pages one is watched, chosen by a hash (spatial sampling: Waldspurger et al., FAST 2015), by two bytes: in
+//! which *epoch* it left, which is so many pages that have left. The ghosts of an epoch are counted, and whatever is
+//! left of the count when the epoch is no longer watched has not come back.
 
 use crate::units::{PageNo, Run};
 
@@ -50,8 +50,8 @@ pub struct Ghosts {
 }
 
 impl Ghosts {
-    /// For a memory of so many pages. As long as nothing is known, most stays: memory may just have been filled, and the rest of
-    /// it was not asked for since.
+    /// For a memory of so many pages. As long as nothing is known, most stays: memory may just have been filled, and
+    /// the rest of it was not asked for since.
     pub fn new(pages: u64) -> Self {
         Ghosts {
             left_in: vec![0; pages.div_ceil(GROUP) as usize],
@@ -141,7 +141,8 @@ mod tests {
     const BUDGET: u64 = 24_000;
     const PAGES: u64 = 1 << 20;
 
-    /// So many pages leave unproven, one after the other; `returns` of a thousand come back when `later` others have left.
+    /// So many pages leave unproven, one after the other; `returns` of a thousand come back when `later` others have
+    /// left.
     fn play(ghosts: &mut Ghosts, pages: u64, returns: u64, later: u64) {
         for nth in 0..pages {
             ghosts.note_unproven(PageNo(nth));

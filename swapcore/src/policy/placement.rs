@@ -1,9 +1,10 @@
 //! Where a page that arrives in a migration goes: into RAM or into the store.
 //!
-//! RAM is for what is hot. The source sends cold pages first, so at the time of one arrival there may be no room kept for hot ones that
-//! nobody knows yet. When such a page comes (again, or with a newer heat map), it goes into RAM all the same, a little beyond what may be
-//! there, and the coldest pages of RAM give way to it. Of all other pages only what is left when there is room for everything that is still
-//! expected: the pages to come, and the hot ones in the store, for they will be sent again.
+//! RAM is for what is hot. The source sends cold pages first, so at the time of one arrival there may be no room kept
+//! for hot ones that nobody knows yet. When such a page comes (again, or with a newer heat map), it goes into RAM all
+//! the same, a little beyond what may be there, and the coldest pages of RAM give way to it. Of all other pages only
+//! what is left when there is room for everything that is still expected: the pages to come, and the hot ones in the
+//! store, for they will be sent again.
 
 /// Facts at the time of one arrival, in pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,13 +1,14 @@
 //! Sampling: which resident pages are in use, while memory is plentiful and nothing faults by itself.
 //!
 //! Each tick a few short runs are moved to staging. One that the guest touches comes back by a rescue and is hot;
-//! the others are put back when they have been out for long: they are cold. To be out costs nothing, so that what is touched once in
-//! half a minute is seen as well. The cost is one rescue a hot run.
+//! the others are put back when they have been out for long: they are cold. To be out costs nothing, so that what is
+//! touched once in half a minute is seen as well. The cost is one rescue a hot run.
 //!
 //! A sample costs the same whether or not the VM is idle, so the pace follows what is found: a *credit* that each run
 //! taken uses up and each run touched renews. A VM that uses more than 1/64 of what it has is sampled at full pace;
-//! one that uses nothing, the more rarely the longer that lasts, until the first touch of a sample. As many samples are out then as ever:
-//! each of them stays out longer. At full pace more is taken at once as long as it is missed by nobody.
+//! one that uses nothing, the more rarely the longer that lasts, until the first touch of a sample. As many samples are
+//! out then as ever: each of them stays out longer. At full pace more is taken at once as long as it is missed by
+//! nobody.
 //!
 //! A huge page is moved whole, for to take a run out of it would take it to pieces.
 
@@ -28,9 +29,9 @@ const QUIET_TOUCHES: usize = 2;
 pub const SAMPLE_TICKS: u64 = 300;
 /// The same if there is no room for others: a second.
 const SAMPLE_TICKS_MIN: u64 = 10;
-/// Ticks between samples of a VM that seems idle: half of the time that has passed since the last touch, within these bounds. Each time
-/// costs a wake-up of the engine, and moves of eight runs out and of as many back: next to nothing is to be found by them in a VM that has
-/// touched nothing of what is out.
+/// Ticks between samples of a VM that seems idle: half of the time that has passed since the last touch, within these
+/// bounds. Each time costs a wake-up of the engine, and moves of eight runs out and of as many back: next to nothing is
+/// to be found by them in a VM that has touched nothing of what is out.
 const IDLE_MIN: u64 = 16;
 const IDLE_MAX: u64 = 64;
 /// Runs taken at full pace for each that was touched.
@@ -54,6 +55,8 @@ pub struct Sampler {
     quiet_since: u64,
     /// Victims counted up to the last tick: more of them mean that memory is scarce.
     victims_before: u64,
+    /// All that are out go back, some at a time.
+    ending: bool,
 }
 
 impl Default for Sampler {
@@ -68,6 +71,7 @@ impl Default for Sampler {
             now: 0,
             quiet_since: 0,
             victims_before: 0,
+            ending: false,
         }
     }
 }
@@ -116,7 +120,8 @@ impl Sampler {
         }
     }
 
-    /// At a tick: so many pages have been victims by now. Whether any have been since the last tick, for then memory is scarce.
+    /// At a tick: so many pages have been victims by now. Whether any have been since the last tick, for then memory is
+    /// scarce.
     pub fn note_victims(&mut self, victims: u64) -> bool {
         std::mem::replace(&mut self.victims_before, victims) != victims
     }
@@ -124,6 +129,21 @@ impl Sampler {
     /// Whether any samples may be out.
     pub fn is_out(&self) -> bool {
         !self.out.is_empty()
+    }
+
+    /// From now on all go back; none is to be chosen before that has [ended](Sampler::ended).
+    pub fn end(&mut self) {
+        self.ending = self.is_out();
+    }
+
+    /// All are back.
+    pub fn ended(&mut self) {
+        self.ending = false;
+    }
+
+    /// Whether they are on their way back.
+    pub fn is_ending(&self) -> bool {
+        self.ending
     }
 
     /// Whether samples are out that are to come back at the next tick, because memory has become scarce.
@@ -186,7 +206,8 @@ impl Sampler {
         }
     }
 
-    /// The next run that has been out for long enough, or any if `all`. Sooner, if there is no room for more than so many single pages.
+    /// The next run that has been out for long enough, or any if `all`. Sooner, if there is no room for more than so
+    /// many single pages.
     pub fn overdue(&mut self, tick: u64, room: u32, all: bool) -> Option<Run> {
         if all {
             // The VM is at work, or moves.

@@ -11,8 +11,9 @@ pub const STANDBY_SHARE: u32 = 64;
 /// Frames in standby at least, unless that is more than a sixteenth of the budget or a quarter of the slots.
 pub const STANDBY_MIN: u32 = 128;
 
-/// Reserve for a store that has failed, unused otherwise. While the store takes no writes, a few of these frames are let go of a tick, so
-/// that an emulated vCPU (TCG), which can be stopped only behind the access that it is at, gets there.
+/// Reserve for a store that has failed, unused otherwise. While the store takes no writes, a few of these frames are
+/// let go of a tick, so that an emulated vCPU (TCG), which can be stopped only behind the access that it is at, gets
+/// there.
 pub const RESERVE_MAX: u32 = 64;
 /// One frame in this many at most.
 pub const RESERVE_SHARE: u32 = 64;

@@ -17,8 +17,8 @@ macro_rules! named {
 }
 
 named! {
-    /// What the core was told when a page changed its state; `Balance` and `MakeReady` are what it does behind every event, and
-    /// when all events at hand are dealt with.
+    /// What the core was told when a page changed its state; `Balance` and `MakeReady` are what it does behind every
+    /// event, and when all events at hand are dealt with.
     Cause {
         /// A vCPU, or the kernel for it, waits for a page.
         Fault,
@@ -360,27 +360,27 @@ const REACHED: &[(PageState, PageState, &[Cause])] = {
         (Untouched, Arriving, &[Cause::Fault, Balance, MakeReady, Fill, Arrive]),
         (Untouched, Leaving, &[Arrive]),
         (Untouched, Poisoned, &[ArrivePoisoned]),
-        (Resident, Leaving, &[Tick, Balance, MakeReady]),
+        (Resident, Leaving, &[Tick, Balance, MakeReady, Walk]),
         (Resident, Sampled, &[Tick]),
-        (Resident, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
+        (Resident, Untouched, &[Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
         (Leaving, Arriving, &[Cause::Fault, WriteDone, WriteFailed]),
         (Leaving, Resident, &[MovedOut]),
         (Leaving, Standby, &[WriteDone, MovedOut]),
         (Leaving, Stored, &[WriteDone]),
-        (Leaving, Untouched, &[MovedOut, Discard, Arrive, ArriveZero, ArrivePoisoned]),
+        (Leaving, Untouched, &[MovedOut, Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
         (Standby, Arriving, &[Cause::Fault]),
-        (Standby, Stored, &[Cause::Fault, Tick, ReadDone, Balance, MakeReady]),
-        (Standby, Untouched, &[Discard]),
+        (Standby, Stored, &[Cause::Fault, Tick, ReadDone, Balance, MakeReady, Walk]),
+        (Standby, Untouched, &[Discard, Walk]),
         (Stored, Arriving, &[Cause::Fault, Tick, ReadDone, Balance, MakeReady]),
-        (Stored, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
+        (Stored, Untouched, &[Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
         (Arriving, Resident, &[MovedIn, Filled]),
         (Arriving, Standby, &[ReadDone]),
         (Arriving, Stored, &[ReadDone, ReadFailed]),
         (Arriving, Poisoned, &[ReadDone, ReadFailed]),
-        (Arriving, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
+        (Arriving, Untouched, &[Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
         (Sampled, Arriving, &[Cause::Fault, Tick, SetBudget, Walk, Hold]),
         (Sampled, Resident, &[MovedOut]),
-        (Sampled, Untouched, &[Discard]),
-        (Poisoned, Untouched, &[Discard, Arrive, ArriveZero, ArrivePoisoned]),
+        (Sampled, Untouched, &[Discard, Walk]),
+        (Poisoned, Untouched, &[Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
     ]
 };

@@ -1,7 +1,8 @@
-//! The simulated tiers: each falls silent or fails at everything for a while, by itself, and comes back. Else they are as one disk: it delays, reorders, cuts short, fails, tears, loses, misdirects and rots.
+//! The simulated tiers: each falls silent or fails at everything for a while, by itself, and comes back. Else they are
+//! as one disk: it delays, reorders, cuts short, fails, tears, loses, misdirects and rots.
 //!
-//! What the device does to the content of a page without saying so is that page's *damage*, until the page is written anew. The
-//! checks excuse a lost page by its damage, and by nothing else.
+//! What the device does to the content of a page without saying so is that page's *damage*, until the page is written
+//! anew. The checks excuse a lost page by its damage, and by nothing else.
 
 use super::Sim;
 use super::coverage::{Fault, Outcome};

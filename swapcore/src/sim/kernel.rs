@@ -1,4 +1,5 @@
-//! The simulated kernel: frames in the guest and in staging, moves that are refused, faults that come late, twice and in batches.
+//! The simulated kernel: frames in the guest and in staging, moves that are refused, faults that come late, twice and
+//! in batches.
 
 use super::Sim;
 use super::coverage::{Cause, Fault, Outcome};
@@ -32,8 +33,8 @@ pub(super) struct Kernel {
     pub(super) written: Vec<bool>,
     /// Pages that I/O of the guest keeps where they are, and until when.
     pins: Vec<(PageNo, u64)>,
-    /// Ticks that the core has been told of, and at how many of them each page was refused as a victim: none may be tried again
-    /// before the next.
+    /// Ticks that the core has been told of, and at how many of them each page was refused as a victim: none may be
+    /// tried again before the next.
     pub(super) ticks: u64,
     refused: Vec<Option<u64>>,
     /// Faults that nobody has read.

@@ -40,7 +40,7 @@ const BLOCKS: u32 = 2;
 /// Of some VMs: every other block is at home at the second one.
 const TIERS: usize = 2;
 /// So that a walk takes several.
-const WALK: WalkStep = WalkStep { table: 100, present: 1, blocks: 1 };
+const WALK: WalkStep = WalkStep { table: 100, present: 1, blocks: 1, samples: 2 };
 /// Steps in which everything must have come to rest once nothing goes wrong any more.
 const SETTLE_MAX: u32 = 20_000;
 /// Steps within which a page of a tier that works is served: such that one of which the medium is broken is given up.
@@ -52,7 +52,8 @@ const FULL_STEPS: u32 = 600;
 /// Steps without I/O, each of a tick at least, within which whoever waits for a frame in vain is told so.
 const QUIET_STEPS: u32 = 20;
 
-/// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own mixture.
+/// How often things go wrong: once in so many times, 0 for never. Drawn for each seed, so that each has its own
+/// mixture.
 #[derive(Clone, Copy, Debug, Default)]
 struct Odds {
     read_error: u64,
@@ -195,8 +196,8 @@ impl Sim {
         }
     }
 
-    /// One VM in three has regions that are not whole blocks: the last one, and in half of them one more before all others. Drawn apart, so
-    /// that all other seeds are as they would be without.
+    /// One VM in three has regions that are not whole blocks: the last one, and in half of them one more before all
+    /// others. Drawn apart, so that all other seeds are as they would be without.
     fn short_blocks(seed: u64, config: &mut CoreConfig) -> Vec<Run> {
         let random = &mut Random::new(!seed);
         let block = u64::from(BLOCK_PAGES);
@@ -282,6 +283,7 @@ impl Sim {
     /// One step of what looks at all of memory.
     fn walk(&mut self) {
         if self.core.is_walking() {
+            self.step_discard();
             self.event(Event::Step);
         }
     }
@@ -301,7 +303,8 @@ impl Sim {
         self.event(Event::Tick { ticks });
     }
 
-    /// One tier is away for good: every page of the other is served as if nothing were, as long as there are frames that can be had.
+    /// One tier is away for good: every page of the other is served as if nothing were, as long as there are frames
+    /// that can be had.
     fn lose_a_tier(&mut self) {
         let frames = self.pages / 2;
         self.ask(Request::SetBudget(bytes_of(frames)), Asked::Budget);
@@ -439,12 +442,14 @@ impl Sim {
         }
     }
 
-    /// While pages are pinned for good: whoever asked something has an answer, and a guest that waits for a frame in vain is told of.
+    /// While pages are pinned for good: whoever asked something has an answer, and a guest that waits for a frame in
+    /// vain is told of.
     fn settle_pinned(&mut self) {
         if !self.kernel.is_anything_pinned_for_good() {
             return;
         }
-        // A late write may end at the very last of them: from then on it takes the core some ticks to see that nothing leaves.
+        // A late write may end at the very last of them: from then on it takes the core some ticks to see that nothing
+        // leaves.
         let (mut steps, mut quiet) = (0, 0);
         while steps < PINNED_STEPS || (1..QUIET_STEPS).contains(&quiet) {
             self.go_on();

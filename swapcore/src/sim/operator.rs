@@ -15,6 +15,7 @@ const HOLDS_MAX: usize = 3;
 #[derive(Clone, Debug)]
 pub(super) enum Asked {
     Hold(Run),
+    Discard(Run),
     Subscribe(usize),
     Collect(usize),
     Budget,
@@ -78,7 +79,8 @@ impl Sim {
             // It is about to be moved away, and stays: its pages are put together again, as they rarely are otherwise.
             6..9 if self.calm => self.track(),
             6 | 7 => {
-                let run = self.random_run(40);
+                let longest = if self.random.one_in(8) { self.pages } else { 40 };
+                let run = self.random_run(longest);
                 self.trace.add("evict", run, None, None);
                 self.ask(Request::Evict(run), Asked::Other);
             }
@@ -107,7 +109,9 @@ impl Sim {
 
     /// What the guest gives back reads as zeros from now on.
     fn give_back(&mut self) {
-        let mut run = self.random_run(20);
+        // Now and then so much that it takes several steps.
+        let longest = if self.random.one_in(6) { self.pages } else { 20 };
+        let mut run = self.random_run(longest);
         if self.random.one_in(4) {
             run = self.sampled_run(run);
         }
@@ -115,6 +119,17 @@ impl Sim {
     }
 
     pub(super) fn given_back(&mut self, run: Run) {
+        let part = self.core.discard_part(run);
+        self.dropped(part);
+        let asked = if part.len < run.len { Asked::Discard(run) } else { Asked::Other };
+        if part.len < run.len {
+            self.oracle.discards.push((Ticket(self.next_ticket + 1), part.end(), run.end()));
+        }
+        self.ask(Request::Discard(run), asked);
+    }
+
+    /// The core is about to drop what the guest has given back.
+    pub(super) fn dropped(&mut self, run: Run) {
         self.trace.add("given back", run, None, None);
         for page in run.pages() {
             self.oracle.truth[page.index()] = Some(0);
@@ -123,7 +138,15 @@ impl Sim {
             self.abandon(page, Outcome::GivenBack);
             self.oracle.is_given_back(page, damaged);
         }
-        self.ask(Request::Discard(run), Asked::Other);
+    }
+
+    /// The core is about to take the next step of a discard, as it says.
+    pub(super) fn step_discard(&mut self) {
+        let Some((ticket, part)) = self.core.next_discard() else { return };
+        self.dropped(part);
+        let mut discards = self.oracle.discards.iter_mut();
+        let found = discards.find(|(of, next, _)| (*of, *next) == (ticket, part.start));
+        found.unwrap_or_else(|| panic!("{part:?} is dropped, and nobody has given it back")).1 = part.end();
     }
 
     /// Where a sample is out, if one is.
@@ -219,6 +242,12 @@ impl Sim {
                 subscriber.to_tell.fill(false);
             }
             (Asked::Collect(nth), Ok(Response::Dirty(dirty))) => self.collected(nth, &dirty.into_runs()),
+            (Asked::Discard(run), Ok(Response::Done)) => {
+                let done = (ticket, run.end(), run.end());
+                let nth = self.oracle.discards.iter().position(|discard| *discard == done);
+                let nth = nth.unwrap_or_else(|| panic!("{run:?} is said to be dropped before all of it is"));
+                self.oracle.discards.swap_remove(nth);
+            }
             (Asked::Budget, Ok(Response::Done)) => {
                 let (taken, budget) = (self.core.frames_taken(), self.core.budget_frames());
                 assert!(taken <= budget, "{taken} frames when the budget of {budget} is confirmed");

@@ -1,10 +1,11 @@
-//! What must be so after every step, whatever went wrong: the newest content of each page is in exactly one place, the frames are
-//! those on record and within the budget, and what a migration reads is what it was told.
+//! What must be so after every step, whatever went wrong: the newest content of each page is in exactly one place, the
+//! frames are those on record and within the budget, and what a migration reads is what it was told.
 
 use super::Sim;
 use super::coverage::Fault;
 use super::kernel::Entry;
 use crate::api::{Place, SubscriberId};
+use crate::core::Ticket;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot};
 
@@ -35,10 +36,12 @@ pub(super) struct Oracle {
     /// Those who want to know what is written, as a migration does, and another one beside it.
     pub(super) subscribers: [Subscriber; 2],
     pub(super) held: Vec<Held>,
+    /// Discards that are done in steps: how far each is, and where it ends.
+    pub(super) discards: Vec<(Ticket, PageNo, PageNo)>,
     /// The core has said that who waits for a frame gets none, and not that this is over.
     pub(super) starved: bool,
-    /// For how many ticks somebody has waited for each tier, which has been silent all the time; and whether the core has said that it is,
-    /// and not that this is over.
+    /// For how many ticks somebody has waited for each tier, which has been silent all the time; and whether the core
+    /// has said that it is, and not that this is over.
     pub(super) silent: [(u64, bool); super::TIERS],
     /// For how many ticks somebody has waited for a frame while no operation of any tier has ended.
     pub(super) hungry_ticks: u64,
@@ -59,6 +62,7 @@ impl Oracle {
                 to_tell: vec![false; pages],
             }),
             held: Vec::new(),
+            discards: Vec::new(),
             starved: false,
             silent: [(0, false); super::TIERS],
             hungry_ticks: 0,
@@ -107,8 +111,8 @@ macro_rules! ensure {
 }
 
 impl Sim {
-    /// Looks at everything, if anything has happened since it did so last: an access of the guest that finds its page looks at that
-    /// page itself.
+    /// Looks at everything, if anything has happened since it did so last: an access of the guest that finds its page
+    /// looks at that page itself.
     pub(super) fn check(&mut self) {
         if !std::mem::take(&mut self.changed) {
             return;

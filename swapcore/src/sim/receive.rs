@@ -230,6 +230,7 @@ impl Sim {
             self.trace.now += 1;
             self.send_next();
             self.complete_io();
+            self.walk();
             self.tick();
             if self.session.is_none() {
                 return;

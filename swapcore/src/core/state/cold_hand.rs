@@ -1,11 +1,12 @@
-//! The search for the coldest pages in RAM, which give way to hotter ones while a VM arrives: a hand that goes over memory.
+//! The search for the coldest pages in RAM, which give way to hotter ones while a VM arrives: a hand that goes over
+//! memory.
 
 use crate::policy::clock::{VICTIM_RUN_MAX, may_leave};
 use crate::table::PageTable;
 use crate::units::{BLOCK_PAGES, PageNo, Run};
 
-/// How often, for one heat map, the search begins anew because of a page that came and is colder than all others were: each time it looks
-/// at every page in RAM, and where there is no end of such pages they are not what counts.
+/// How often, for one heat map, the search begins anew because of a page that came and is colder than all others were:
+/// each time it looks at every page in RAM, and where there is no end of such pages they are not what counts.
 const RESTARTS_MAX: u32 = 16;
 
 #[derive(Debug)]
@@ -47,7 +48,8 @@ impl ColdHand {
         }
     }
 
-    /// The coldest pages in RAM, some `want` of them, where the hand comes to next. None, if nothing there is colder than the rest.
+    /// The coldest pages in RAM, some `want` of them, where the hand comes to next. None, if nothing there is colder
+    /// than the rest.
     pub(crate) fn find(&mut self, table: &PageTable, want: u32, cold: &mut Vec<Run>) {
         cold.clear();
         let mut found = 0;

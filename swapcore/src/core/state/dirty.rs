@@ -1,8 +1,9 @@
 //! Which pages the guest has written (dirty pages), for everybody who wants to know.
 //!
-//! The kernel forgets what a scan has told: it protects the pages again. So each scan is for all *subscribers*, and what it found, and what
-//! has left the guest since, is kept for each of them until that one collects it. Nobody's collecting, or end, takes anything
-//! from the others; a migration whose writes another's end stopped being tracked would lose the pages written from then on.
+//! The kernel forgets what a scan has told: it protects the pages again. So each scan is for all *subscribers*, and
+//! what it found, and what has left the guest since, is kept for each of them until that one collects it. Nobody's
+//! collecting, or end, takes anything from the others; a migration whose writes another's end stopped being tracked
+//! would lose the pages written from then on.
 
 use crate::api::{DirtyPages, SubscriberId};
 use crate::units::{PageNo, Run, runs_of};
@@ -65,7 +66,8 @@ impl DirtyTracking {
         }
     }
 
-    /// What the subscriber has not been told of the run yet. The run begins and ends at a multiple of 64 pages, or with the memory.
+    /// What the subscriber has not been told of the run yet. The run begins and ends at a multiple of 64 pages, or with
+    /// the memory.
     pub(crate) fn collect(&mut self, id: SubscriberId, run: Run, into: &mut DirtyPages) {
         let Some(nth) = self.subscribers.iter().position(|subscriber| subscriber.id == id) else { return };
         let Subscriber { seen, left, .. } = &mut self.subscribers[nth];

@@ -7,8 +7,8 @@
 //!           release, returned        unbind            ▼ orphan           ▼ take_empty
 //!                                             a device works with it     staging, bound
 //! ```
-//! Invariant: frames in the guest + frames in staging = `taken`. A frame that goes from one to the other, or is recycled, does not
-//! change it; each method that takes a frame from the host or gives one back does, in the same call.
+//! Invariant: frames in the guest + frames in staging = `taken`. A frame that goes from one to the other, or is
+//! recycled, does not change it; each method that takes a frame from the host or gives one back does, in the same call.
 
 use std::hash::BuildHasherDefault;
 
@@ -167,8 +167,8 @@ impl Frames {
         self.taken += if mutant!(MiscountsBlocks) { 1 } else { u64::from(pages) };
     }
 
-    /// Whether a page that was read alone may be copied to a frame of the host's, which is taken; else its own goes. Frames are owed
-    /// for such pages: see [`Frames::repay_copies`].
+    /// Whether a page that was read alone may be copied to a frame of the host's, which is taken; else its own goes.
+    /// Frames are owed for such pages: see [`Frames::repay_copies`].
     pub(crate) fn may_copy(&mut self) -> bool {
         let recycles = !self.cover_memory() && !self.receiving;
         self.copies_owed += u32::from(recycles);
@@ -357,13 +357,15 @@ impl Frames {
         Some(slots)
     }
 
-    /// Free frames take up slots that victims need: how many there are beyond those that are kept ready, once few slots are empty.
+    /// Free frames take up slots that victims need: how many there are beyond those that are kept ready, once few slots
+    /// are empty.
     pub(crate) fn in_the_way(&self) -> u32 {
         let few = self.staging.empty_slots() < self.staging.slots() / 4;
         if few { self.staging.free_frames().saturating_sub(self.marks.high) } else { 0 }
     }
 
-    /// Gives frames back for the copies that have been made, or could not be: so many that lie side by side, for this flushes too.
+    /// Gives frames back for the copies that have been made, or could not be: so many that lie side by side, for this
+    /// flushes too.
     pub(crate) fn repay_copies(&mut self) -> Option<SlotRun> {
         if self.copies_owed < HEADROOM {
             return None;
@@ -396,7 +398,8 @@ impl Frames {
         self.staging.bytes() + buckets * (size_of::<(PageNo, Slot)>() + 1)
     }
 
-    /// Panics if the lists disagree, for so many pages in the guest, as many in staging, and these slots that a device works with.
+    /// Panics if the lists disagree, for so many pages in the guest, as many in staging, and these slots that a device
+    /// works with.
     pub(crate) fn check(&self, resident: u64, outside: u64, devices: impl Iterator<Item = SlotRun>) {
         let held = u64::from(self.staging.held_frames());
         assert_eq!(resident + held, self.taken, "frames in the guest + in staging = frames taken");

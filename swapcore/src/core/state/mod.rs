@@ -2,6 +2,7 @@
 
 pub(crate) mod cold_hand;
 pub(crate) mod dirty;
+pub(crate) mod evictions;
 pub(crate) mod frames;
 pub(crate) mod io_end;
 pub(crate) mod ios;

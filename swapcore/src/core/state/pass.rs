@@ -26,16 +26,30 @@ pub(crate) struct Pass {
     read: u64,
     failed: bool,
     again_left: u32,
+    /// The host is to be told whether memory may have huge pages.
+    to_tell: Option<bool>,
 }
 
 impl Pass {
     /// At that tick, when so many pages have been read from the store.
     pub(crate) fn begin(&mut self, all: bool, tick: u64, read: u64) {
-        let under_way = self.under_way;
-        *self = Pass { next: Some(0), under_way, all, began: tick, read, failed: false, again_left: AGAIN };
+        let (under_way, to_tell) = (self.under_way, self.to_tell);
+        let (next, again_left) = (Some(0), AGAIN);
+        *self = Pass { next, under_way, all, began: tick, read, failed: false, again_left, to_tell };
     }
 
-    /// Also while the host is at the last blocks: at the first that misses a page it leaves those behind it as they are.
+    /// Memory may have huge pages from now on, or may not: what the host was told last is the opposite, or is still to
+    /// be told.
+    pub(crate) fn flip(&mut self, allowed: bool) {
+        self.to_tell = if self.to_tell.is_some() { None } else { Some(allowed) };
+    }
+
+    pub(crate) fn take_flip(&mut self) -> Option<bool> {
+        self.to_tell.take()
+    }
+
+    /// Also while the host is at the last blocks: at the first that misses a page it leaves those behind it as they
+    /// are.
     pub(crate) fn is_on(&self) -> bool {
         self.next.is_some() || (self.under_way > 0 && !mutant!(SamplesWhileCollapsing))
     }

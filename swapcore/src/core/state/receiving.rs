@@ -14,8 +14,9 @@ pub(crate) struct Receiving {
     /// One bit a page: a version of it has come.
     came: Vec<u64>,
     to_come: u64,
-    /// Pages already placed in the store that the source's latest heat map newly calls hot; none before the second map. About as many
-    /// again are expected of the next map, and so much RAM is kept free for them. 0: the source has seen the whole working set.
+    /// Pages already placed in the store that the source's latest heat map newly calls hot; none before the second map.
+    /// About as many again are expected of the next map, and so much RAM is kept free for them. 0: the source has seen
+    /// the whole working set.
     found_hot: Option<u64>,
     pub(crate) cold: ColdHand,
     /// Reads and victims counted before.

@@ -1,4 +1,5 @@
-//! vCPUs that wait for pages. Each waits for a page that comes (it is read, moved or written), or for a frame: then its page is *deferred*.
+//! vCPUs that wait for pages. Each waits for a page that comes (it is read, moved or written), or for a frame: then its
+//! page is *deferred*.
 
 use std::collections::VecDeque;
 
