@@ -110,8 +110,72 @@ impl Core {
     /// Of a run that somebody wants out of RAM since that tick: what keeps it there, if it has been tried for long enough.
     pub(super) fn held_too_long(&self, run: Run, since: u64) -> Option<CommandError> {
         let pinned = run.pages().any(|page| self.table.has(page, Flag::Pinned));
-        let here = run.pages().filter(|page| self.table.state(*page) == PageState::Resident);
+        // Those among them that are being tried at this moment, as victims or as samples: most will turn out to be pinned.
+        use PageState::{Arriving, Leaving, Resident, Sampled, Standby};
+        let in_ram = [Resident, Leaving, Standby, Sampled, Arriving];
+        let here = run.pages().filter(|page| in_ram.contains(&self.table.state(*page)));
         (pinned && self.tick - since >= self.patience())
             .then(|| CommandError::Pinned { pages: here.count() as u64 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::core::{Core, CoreConfig, Event, PageOut, Request, Ticket, WalkStep};
+
+    use super::*;
+
+    /// All moves out meet pinned pages; what else is to be done.
+    fn all_pinned(core: &mut Core, event: Event<'_>) -> Vec<Action> {
+        core.handle(event);
+        let mut rest = Vec::new();
+        while let Some(action) = core.next_action() {
+            match action {
+                Action::MoveOut { run, slots, .. } => {
+                    let pages = vec![PageOut::Pinned; run.len as usize];
+                    core.handle(Event::MovedOut { run, slots, pages: &pages });
+                }
+                Action::MoveIn { run, slots } => core.handle(Event::MovedIn { run, slots, moved: run.len }),
+                other => rest.push(other),
+            }
+        }
+        core.check();
+        rest
+    }
+
+    /// A sample is taken in the event in which the answer is given: its pages are under way, and no less held for it.
+    #[test]
+    fn pages_that_are_tried_as_samples_count_as_held() {
+        for sampled_at in 0..20 {
+            let mut core = Core::new(CoreConfig {
+                pages: 512,
+                budget_frames: 256,
+                budget_min: 48,
+                slots: 512,
+                blocks: 0,
+                sampling: true,
+                walk: WalkStep::default(),
+            });
+            let run = Run::new(PageNo(0), 100);
+            run.pages().for_each(|page| drop(all_pinned(&mut core, Event::Fault(page))));
+            // What has just been touched is left alone once; and samples come at other ticks in each turn.
+            (0..=sampled_at).for_each(|_| drop(all_pinned(&mut core, Event::Tick { ticks: 1 })));
+            let request = Event::Request { ticket: Ticket(1), request: Request::Evict(run) };
+            let mut answer = all_pinned(&mut core, request);
+            for _ in 0..2 * WRITING_TICKS {
+                answer.retain(|action| matches!(action, Action::Answer { .. }));
+                if !answer.is_empty() {
+                    break;
+                }
+                answer = all_pinned(&mut core, Event::Tick { ticks: 1 });
+            }
+            assert!(
+                matches!(
+                    answer[..],
+                    [Action::Answer { answer: Err(CommandError::Pinned { pages: 100 }), .. }]
+                ),
+                "{sampled_at}: {answer:?}"
+            );
+        }
     }
 }
