@@ -389,7 +389,7 @@ mod tests {
     #[test]
     fn a_full_store_is_given_room_whoever_reads() {
         let mut core = core(1 << 16);
-        (0..10).for_each(|_| drop(tick(&mut core, true)));
+        assert!((0..10).any(|_| tick(&mut core, true).is_some()));
         let io = core.space.under_way.first().expect("a drop is under way").0;
         core.handle(Event::DropDone { io, result: DropResult::Done, took_us: 500_000 });
         assert_eq!((dropping(&mut core), tick(&mut core, true)), (None, None), "paid for at first");
