@@ -13,7 +13,7 @@ use migrate::wire::control::{Control, sealed as sealed_record};
 use migrate::wire::extents::{self, Bounds};
 use migrate::wire::heat::Assembly;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble, sealed_as};
-use migrate::wire::record::{HEADER_BYTES, Header, Kind, Lane, Sequence};
+use migrate::wire::record::{HEADER_BYTES, Header, Lane, RecordKind, Sequence};
 use migrate::{Hello, SessionId};
 use swapd::BLOCK_PAGES;
 use vmprocess::control::protocol::{Reply, Request};
@@ -88,10 +88,10 @@ pub fn wire_record(mut data: &[u8]) {
         let wanted = usize::from(u16::from_le_bytes([len, len_high]));
         let (meta, rest) = rest.split_at(wanted.min(rest.len()));
         data = rest;
-        let kind = Kind::ALL[usize::from(kind) % Kind::ALL.len()];
+        let kind = RecordKind::ALL[usize::from(kind) % RecordKind::ALL.len()];
         let pages = u32::from(u16::from_le_bytes([pages, pages_high]));
         let number = u64::from(u16::from_le_bytes([number, number_high]));
-        let payload_bytes = if kind == Kind::Pages { pages << 12 } else { 0 };
+        let payload_bytes = if kind == RecordKind::Pages { pages << 12 } else { 0 };
         let header = Header { kind, flags, pages, number, meta_bytes: meta.len() as u32, payload_bytes };
         let lane = || Sequence::new(SESSION, Lane::ToTarget);
         let bytes = sealed_record(&header, meta, &mut lane());
@@ -99,7 +99,7 @@ pub fn wire_record(mut data: &[u8]) {
         let Ok(header) = Header::open(head) else { continue };
         assert_eq!(Header::verify(head, meta, &mut lane()), Ok(()));
         if kind.is_data() {
-            let count = if kind == Kind::RoundEnd { 0 } else { 8 * header.number as usize };
+            let count = if kind == RecordKind::RoundEnd { 0 } else { 8 * header.number as usize };
             if bounds.decode(&meta[..count.min(meta.len())], header.pages, &mut runs).is_ok() {
                 let encoded: Vec<u8> = runs.iter().flat_map(|run| extents::encode(*run)).collect();
                 assert_eq!(encoded, meta[..encoded.len()]);

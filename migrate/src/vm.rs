@@ -78,10 +78,12 @@ pub trait SourceVm {
     fn ended(&self) -> Option<String> {
         None
     }
-    /// Returns when all that was under way when it was called has ended of what devices write to memory by themselves (disks without a
-    /// page cache in between): the end of such I/O leaves no trace in the page tables. The VM runs on, and new I/O may have begun.
+    /// Returns when the I/O has ended that was under way at the call and of which devices write to memory by
+    /// themselves (disks without a page cache in between): the end of such I/O leaves no trace in the page tables. The
+    /// VM runs on, and new I/O may have begun.
     fn drain(&mut self) -> Result<(), VmError>;
-    /// Returns when no vCPU runs in the guest, no device writes to memory, and none will until [`resume`](Self::resume).
+    /// Returns when no vCPU runs in the guest, no device writes to memory, and none will until
+    /// [`resume`](Self::resume).
     fn pause(&mut self) -> Result<(), VmError>;
     /// Whether it stood still by its user's will before it was paused here: wherever it then is, it stays paused.
     fn stood_still(&self) -> bool;
@@ -97,10 +99,11 @@ pub trait SourceVm {
     fn expected(&mut self) -> Expected {
         Expected::default()
     }
-    /// Frees the VM's name, so that the target may take it (both can be on one host). While the VM runs: it may take its time.
+    /// Frees the VM's name, so that the target may take it (both can be on one host). While the VM runs: it may take
+    /// its time.
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError>;
-    /// The target may start the VM from now on: who does not hear how this ends asks it what became of the session. Part of the downtime:
-    /// must wait for no disk.
+    /// The target may start the VM from now on: whoever does not hear how this ends asks it what became of the
+    /// session. Part of the downtime: must wait for no disk.
     fn may_start_there(&mut self) {}
     /// The hand-over did not happen after all, and the VM goes on already: undo [`give_up_name`](Self::give_up_name).
     fn take_name_back(&mut self);
@@ -111,9 +114,9 @@ pub trait TargetVm {
     /// Takes the state from [`SourceVm::save`], to its end. Memory already has its final content. Must not run the
     /// guest. A read fails when the session has ended, or the state cannot be read back from where it was kept.
     fn load(&mut self, state: &mut dyn Read) -> Result<(), VmError>;
-    /// The hand-over is decided: run, or stay `paused`. If this fails, no vCPU may have entered the guest. Part of the downtime: must wait
-    /// for no disk.
+    /// The hand-over is decided: run, or stay `paused`. If this fails, no vCPU may have entered the guest. Part of the
+    /// downtime: must wait for no disk.
     fn start(&mut self, paused: bool) -> Result<(), VmError>;
     /// It has started, and its source has been told: take the name. This may take its time.
-    fn settle(&mut self) {}
+    fn take_name(&mut self) {}
 }

@@ -8,7 +8,7 @@ use common::Target;
 use migrate::tls::Security;
 use migrate::wire::control::{Control, Totals};
 use migrate::wire::heat::parts;
-use migrate::wire::record::{Header, Kind};
+use migrate::wire::record::{Header, RecordKind};
 use migrate::{Outcome, PlainMemory, TargetMemory};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -127,7 +127,7 @@ impl Teller {
             }
             Step::Poisoned => {
                 let meta = (5_u64 << 12 | 1).to_le_bytes();
-                let header = Header { pages: 1, ..Header::plain(Kind::Poisoned, 1, meta.len()) };
+                let header = Header { pages: 1, ..Header::plain(RecordKind::Poisoned, 1, meta.len()) };
                 source.record(0, &header, &meta, &[]);
                 self.sent[0].poisoned += 1;
             }

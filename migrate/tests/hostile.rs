@@ -12,7 +12,7 @@ use migrate::tls::Security;
 use migrate::wire::control::{Control, Totals, round_end, sealed};
 use migrate::wire::heat::parts;
 use migrate::wire::opening::Answer;
-use migrate::wire::record::{Header, Kind, Lane, Sequence};
+use migrate::wire::record::{Header, Lane, RecordKind, Sequence};
 use migrate::{
     Hello, PlainMemory, ReceiveError, RefuseKind, SessionHello, SessionId, StreamHello, TargetMemory,
 };
@@ -227,7 +227,7 @@ fn a_record_of_another_session_or_place() {
 fn control_and_data_are_not_mixed() {
     assert_refused("record on a data stream", |source| {
         source.heat();
-        source.record(0, &Header::plain(Kind::Commit, 0, 0), &[], &[]);
+        source.record(0, &Header::plain(RecordKind::Commit, 0, 0), &[], &[]);
     });
     assert_refused("record on the control connection", |source| {
         let record = round_end(1, Totals::default(), false, &mut source.to_target);
@@ -240,7 +240,7 @@ fn absurd_lengths_in_a_record() {
     for (at, value) in [(4, 300_u32), (16, u32::MAX), (20, u32::MAX)] {
         let text = refusal(|source| {
             source.heat();
-            let header = Header { pages: 1, payload_bytes: 4096, ..Header::plain(Kind::Pages, 1, 16) };
+            let header = Header { pages: 1, payload_bytes: 4096, ..Header::plain(RecordKind::Pages, 1, 16) };
             let mut bytes = header.seal(&[0; 16], &mut source.streams[0].1);
             bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
             source.streams[0].0.write_all(&bytes).unwrap();
@@ -291,7 +291,7 @@ fn links_that_break() {
     assert_refused("link", |source| {
         source.heat();
         let meta: Vec<u8> = [3 << 12 | 1_u64, 0].into_iter().flat_map(u64::to_le_bytes).collect();
-        let header = Header { pages: 1, payload_bytes: 4096, ..Header::plain(Kind::Pages, 1, 16) };
+        let header = Header { pages: 1, payload_bytes: 4096, ..Header::plain(RecordKind::Pages, 1, 16) };
         let mut bytes = sealed(&header, &meta, &mut source.streams[0].1);
         bytes.extend_from_slice(&[1; 100]);
         source.streams[0].0.write_all(&bytes).unwrap();

@@ -1,5 +1,5 @@
-//! The reader without a network: it writes the memory of a VM that runs to a file, in several rounds, and the file is what
-//! the VM has when it stops.
+//! The reader without a network: it writes the memory of a VM that runs to a file, in several rounds, and the file is
+//! what the VM has when it stops.
 
 #[macro_use]
 extern crate testkit;

@@ -77,6 +77,8 @@ struct Large {
     /// What it says before each round, the last for all that come after; what it then has.
     expected: Vec<u64>,
     state: u64,
+    /// How much of that it could write.
+    saved: u64,
     asked: usize,
     pauses: usize,
     event: Event,
@@ -109,6 +111,7 @@ impl SourceVm for Large {
             let block = content.next(left);
             to.write_all(block).map_err(|source| VmError::Io { doing: "saving its state", source })?;
             left -= block.len() as u64;
+            self.saved = self.state - left;
         }
         Ok(())
     }
@@ -136,6 +139,8 @@ struct Moved {
     /// How often it was asked what it expects, and how often it was stopped.
     asked: usize,
     pauses: usize,
+    /// How much of its state it could write.
+    saved: u64,
     result: Result<Report, SendError>,
     target: Target,
 }
@@ -146,15 +151,28 @@ struct Case<'a> {
     state: u64,
     /// The target keeps its state there, encrypted or not; else where the test's files are.
     spool: Option<&'a Path>,
+    /// Room on that disk that is other VMs'.
+    leave_free: u64,
     encrypt: bool,
     highest: Option<u16>,
     /// When so much of the state is written, the link breaks.
     cut_at: Option<u64>,
+    /// When so much of it is written, the migration is cancelled.
+    cancel_at: Option<u64>,
 }
 
 impl Case<'_> {
     fn of(state: u64) -> Case<'static> {
-        Case { expected: &[0], state, spool: None, encrypt: false, highest: None, cut_at: None }
+        Case {
+            expected: &[0],
+            state,
+            spool: None,
+            leave_free: 0,
+            encrypt: false,
+            highest: None,
+            cut_at: None,
+            cancel_at: None,
+        }
     }
 
     fn moved(&self, change: impl FnOnce(&mut SourceOptions)) -> Moved {
@@ -166,6 +184,7 @@ impl Case<'_> {
         let spool = StateSpool {
             directory: directory.clone(),
             memory_bytes: IN_MEMORY as usize,
+            leave_free_bytes: self.leave_free,
             encrypt: self.encrypt,
             lock: false,
         };
@@ -175,12 +194,18 @@ impl Case<'_> {
         *target.vm.taker.lock().unwrap() = Some(Box::new(move |state| check(bytes, state)));
         let writer = Writer::start(here.memory_base() as usize, 0..100);
         let cut = target.cut();
-        let event: Event = self.cut_at.map(|at| (at, Box::new(cut) as Box<dyn Fn()>));
-        let mut vm =
-            Large { writer, expected: self.expected.to_vec(), state: self.state, asked: 0, pauses: 0, event };
+        let cancel: &'static CancelFlag = Box::leak(Box::new(CancelFlag::new(false)));
+        let cancels = || cancel.store(true, std::sync::atomic::Ordering::Relaxed);
+        let event: Event = match (self.cut_at, self.cancel_at) {
+            (Some(at), _) => Some((at, Box::new(cut))),
+            (None, Some(at)) => Some((at, Box::new(cancels))),
+            (None, None) => None,
+        };
+        let expected = self.expected.to_vec();
+        let mut vm = Large { writer, expected, state: self.state, saved: 0, asked: 0, pauses: 0, event };
         let mut options = options(target.address);
         change(&mut options);
-        let result = send(&here.handle(), &mut vm, &options, &|_| {}, &CancelFlag::new(false));
+        let result = send(&here.handle(), &mut vm, &options, &|_| {}, cancel);
         match &result {
             Ok(_) => compare(&here, memory.base()),
             Err(error) => {
@@ -192,8 +217,8 @@ impl Case<'_> {
         let left = std::fs::read_dir(directory).unwrap().count();
         assert_eq!(left, 0, "files of the state are left behind");
         // The writer ends before the memory to which it writes.
-        let Large { asked, pauses, .. } = vm;
-        Moved { asked, pauses, result, target }
+        let Large { asked, pauses, saved, .. } = vm;
+        Moved { asked, pauses, saved, result, target }
     }
 }
 
@@ -288,11 +313,35 @@ fn a_state_that_takes_longer_than_was_expected_is_given_up_in_time() {
 #[test]
 fn a_link_that_breaks_in_the_middle_of_the_state_leaves_the_vm_here() {
     for cut_at in [1, 10 * MIB, 40 * MIB] {
-        let moved = Case { cut_at: Some(cut_at), ..Case::of(60 * MIB) }.moved(|_| {});
+        let moved = Case { cut_at: Some(cut_at), ..Case::of(2000 * MIB) }.moved(|_| {});
         let error = moved.result.unwrap_err();
         assert!(matches!(error, SendError::Link { .. }), "{error:?}");
         assert!(moved.target.result().is_err());
+        // It stands still for no more of its state than the kernel and the queue took before the break was seen.
+        assert!((cut_at..cut_at + 100 * MIB).contains(&moved.saved), "{} bytes behind {cut_at}", moved.saved);
     }
+}
+
+#[test]
+fn a_cancel_in_the_middle_of_the_state_is_heeded_there() {
+    let moved = Case { cancel_at: Some(10 * MIB), ..Case::of(2000 * MIB) }.moved(|_| {});
+    assert!(matches!(moved.result, Err(SendError::Cancelled)), "{:?}", moved.result);
+    assert!(moved.saved < 12 * MIB, "{} bytes were saved", moved.saved);
+    assert!(moved.target.result().is_err());
+}
+
+#[test]
+fn room_that_other_vms_were_promised_is_not_a_states() {
+    let moved = Case { leave_free: u64::MAX, ..Case::of(IN_MEMORY + 10 * MIB) }.moved(|_| {});
+    let told = moved.target.result().unwrap_err();
+    let ReceiveError::Spool { source, .. } = &told else { panic!("{told:?}") };
+    assert!(
+        source.kind() == io::ErrorKind::StorageFull && source.to_string().contains("were promised"),
+        "{told:?}"
+    );
+    assert_eq!(moved.pauses, 1);
+    // What stays in memory needs no room.
+    Case { leave_free: u64::MAX, ..Case::of(IN_MEMORY) }.moved(|_| {}).result.unwrap();
 }
 
 /// A file system in memory that is small.

@@ -1,9 +1,9 @@
 //! The VM of this QEMU, driven over its QMP monitor.
 //!
 //! The device state travels through a socket pair whose other end QEMU is given, as QEMU makes it and as QEMU takes it.
-//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is also
-//! its user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set as
-//! before.
+//! `x-ignore-shared` keeps guest memory out of it, because QEMU believes it to be a shared file. QEMU's migration is
+//! also its user's: before ours, it is asked whether it is free and whether the machine can move; afterwards it is set
+//! as before.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
@@ -27,7 +27,7 @@ use crate::tuning::{self, Tuning};
 
 /// Limit for a command that QEMU carries out at once, unless a disk or the store keeps it waiting.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
-/// Limit for QEMU to write or take any of its device state, and to settle behind that.
+/// Limit for QEMU to write or take any of its device state, and to end its migration behind that.
 const STATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two looks at how that stands.
 const STATE_POLL: Duration = Duration::from_millis(2);
@@ -263,7 +263,7 @@ impl Qemu {
     }
 
     /// Waits until QEMU's own migration has ended one way or the other.
-    fn settle(&mut self, deadline: Instant) -> Result<(), Failure> {
+    fn wait_for_end(&mut self, deadline: Instant) -> Result<(), Failure> {
         loop {
             let answer = self.ask("query-migrate", Value::Null)?;
             match answer["status"].as_str().unwrap_or_default() {
@@ -291,7 +291,7 @@ impl Qemu {
             }
             return Err(failure(error));
         }
-        let passed = pass_on(channel, to).and_then(|()| self.settle(Instant::now() + STATE_TIMEOUT));
+        let passed = pass_on(channel, to).and_then(|()| self.wait_for_end(Instant::now() + STATE_TIMEOUT));
         passed.inspect_err(|_| self.give_state_up())
     }
 
@@ -307,7 +307,7 @@ impl Qemu {
         self.ask("migrate-incoming", json!({ "uri": format!("fd:{STATE_FD}") }))?;
         // If it does not take all of it, it says why.
         let fed = feed(channel, state);
-        self.settle(Instant::now() + STATE_TIMEOUT)?;
+        self.wait_for_end(Instant::now() + STATE_TIMEOUT)?;
         fed
     }
 
@@ -318,7 +318,7 @@ impl Qemu {
                 return Ok(());
             }
             self.ask("migrate_cancel", Value::Null)?;
-            self.settle(Instant::now() + COMMAND_TIMEOUT)
+            self.wait_for_end(Instant::now() + COMMAND_TIMEOUT)
         });
         if let Err(error) = given_up {
             tracing::info!(%error, "the saving of the device state was given up");

@@ -31,6 +31,9 @@ use crate::process::{Owner, Process};
 use crate::source_vm::vm_error;
 use crate::vm::{Vm, VmEvent, Waiting};
 
+/// A state leaves so much of a disk free at least.
+const LEAST_FREE: u64 = 256 << 20;
+
 /// The settings that the daemon gives the process that it starts, as one JSON argument.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ArriveSettings {
@@ -44,6 +47,8 @@ pub struct ArriveSettings {
     pub memory: MemorySpec,
     /// Listen address of the daemon.
     pub daemon: String,
+    /// Room on the store's disk that this VM and others were promised, and have not taken yet.
+    pub store_promised_bytes: u64,
     /// For the VM's way onward, in the words of this host. The hello's own is left out.
     pub offer: Option<String>,
     /// The source's control connection.
@@ -182,12 +187,13 @@ impl Arrival {
             let (fd, index) = passing::receive_fd(&streams, limit)?;
             Ok(DataStream { index, socket: TcpStream::from(fd) })
         };
+        let spool = spool_of(&settings);
         let link = TargetLink {
             control,
             hello: settings.hello,
             granted_ram_bytes: settings.granted_ram_bytes,
             streams: &mut streams,
-            spool: spool_of(&settings.memory),
+            spool,
             registry: &registry,
             progress: &|progress| vm.waits(progress.waiting),
             cancel: &vm.cancel,
@@ -237,11 +243,18 @@ impl Process {
     }
 }
 
-/// A state that is too large for memory is kept where the VM's pages are kept. Of a store that is a disk without a
-/// file system it is where files are that are large and of no name.
-fn spool_of(memory: &MemorySpec) -> StateSpool {
-    let directory = if memory.store.is_dir() { memory.store.clone() } else { PathBuf::from("/var/tmp") };
-    StateSpool { directory, memory_bytes: STATE_IN_MEMORY, encrypt: memory.store_encrypt, lock: memory.lock }
+/// A state that is too large for memory is kept where the VM's pages are kept. If the store is a block device, it is
+/// kept where files are that are large and have no name, and encrypted: the device may be one that encrypts.
+fn spool_of(settings: &ArriveSettings) -> StateSpool {
+    let memory = &settings.memory;
+    let in_store = memory.store.is_dir();
+    StateSpool {
+        directory: if in_store { memory.store.clone() } else { PathBuf::from("/var/tmp") },
+        memory_bytes: STATE_IN_MEMORY,
+        leave_free_bytes: if in_store { settings.store_promised_bytes.max(LEAST_FREE) } else { LEAST_FREE },
+        encrypt: memory.store_encrypt || !in_store,
+        lock: memory.lock,
+    }
 }
 
 fn tell_refusal(control: &mut TcpStream, failure: &Failure) {
@@ -311,7 +324,7 @@ impl TargetVm for Target<'_> {
         }
     }
 
-    fn settle(&mut self) {
+    fn take_name(&mut self) {
         take_name(self.vm);
     }
 }

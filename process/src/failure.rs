@@ -105,7 +105,8 @@ impl From<swapd::StartError> for Failure {
             swapd::StartError::Host(_) => FailureKind::Host,
             swapd::StartError::Store(_) | swapd::StartError::Memory(_) => FailureKind::Resources,
         };
-        Failure::new(kind, chain(&error))
+        // Its text names the cause.
+        Failure::new(kind, error.to_string())
     }
 }
 
@@ -190,5 +191,31 @@ impl From<migrate::ReceiveError> for Failure {
             _ => FailureKind::Link,
         };
         Failure::new(kind, chain(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use swapd::{BudgetError, HostError, MemoryError, StartError, StoreError};
+
+    use super::*;
+
+    #[test]
+    fn why_an_engine_does_not_start_has_a_kind_and_says_its_cause_once() {
+        let no_path = || ErrorKind::NotFound.into();
+        let cases: [(StartError, FailureKind); 4] = [
+            (BudgetError::NotBlocks { memory_bytes: 1 }.into(), FailureKind::Usage),
+            (HostError::Eventfd { source: no_path() }.into(), FailureKind::Host),
+            (StoreError::Unusable { path: "/srv".into(), source: no_path() }.into(), FailureKind::Resources),
+            (MemoryError::Lock { bytes: 4096, source: no_path() }.into(), FailureKind::Resources),
+        ];
+        for (error, kind) in cases {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            let failure = Failure::from(error);
+            assert_eq!(failure.kind, kind);
+            assert!(cause.is_none_or(|cause| failure.text.matches(&cause).count() == 1), "{failure}");
+        }
     }
 }

@@ -48,7 +48,8 @@ impl<'a> Leaving<'a> {
         }
     }
 
-    /// If a machine that cannot move as it is was not stopped for that reason, then it is told as it would have been before a byte moved.
+    /// Why the machine was not stopped. If the reason is that it cannot move as it is, the source says what it would
+    /// have said before a byte moved.
     fn not_stopped(&self, failure: Failure) -> VmError {
         self.failed(self.vm.unmovable().map_or(failure, cannot_move))
     }

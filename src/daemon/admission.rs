@@ -161,14 +161,15 @@ impl Pool<'_> {
         Ok(wanted)
     }
 
-    /// Checks that what does not fit the grant fits the store.
-    pub(super) fn check_store(&self, hello: &SessionHello, granted: u64) -> Result<(), Refusal> {
+    /// Checks that what does not fit the grant fits the store. Returns how much that is.
+    pub(super) fn check_store(&self, hello: &SessionHello, granted: u64) -> Result<u64, Refusal> {
         match self.engine {
             EngineKind::Vmemd => {
                 let beside = hello.memory_bytes.saturating_sub(granted);
-                Ok(host::need_free_disk(self.store, beside, self.held.store_promised_bytes)?)
+                host::need_free_disk(self.store, beside, self.held.store_promised_bytes)?;
+                Ok(beside)
             }
-            EngineKind::Plain => Ok(()),
+            EngineKind::Plain => Ok(0),
         }
     }
 }
@@ -256,7 +257,7 @@ mod tests {
         // A VM with less memory than the smallest budget has that budget, and nothing for the store.
         let small = hello(2 << 20, Some(Engine::MIN_BUDGET_BYTES));
         assert_eq!(pool(G, 0).grant(&small), Ok(Engine::MIN_BUDGET_BYTES));
-        assert_eq!(pool(G, 0).check_store(&small, Engine::MIN_BUDGET_BYTES), Ok(()));
+        assert_eq!(pool(G, 0).check_store(&small, Engine::MIN_BUDGET_BYTES), Ok(0));
     }
 
     #[test]

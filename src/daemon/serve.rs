@@ -283,7 +283,7 @@ impl Daemon {
         let machine = machine::find(hello, self.settings.qemu_rules.as_ref(), self.settings.engine)?;
         let _one_at_a_time = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         let tolerated = tolerated_holders(&self.dir, &hello.name)?;
-        let granted = self.find_room(hello)?;
+        let (granted, promised) = self.find_room(hello)?;
         let lock = self.dir.lock()?;
         if let Some(socket) =
             self.dir.holders(&lock, &hello.name)?.iter().find(|socket| !tolerated.contains(socket))
@@ -297,7 +297,7 @@ impl Daemon {
         let group = self.groups.make(&hello.name, &hello.session.to_string());
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
-        let settings = self.arrive_settings(hello, granted, &machine);
+        let settings = self.arrive_settings(hello, (granted, promised), &machine);
         let watch = self.watch(stream, &ours, &hello.name)?;
         // Before the child can tell the source to go on.
         self.sessions().insert(hello.session, Receiver { vm: hello.name.clone(), streams: ours });
@@ -327,7 +327,8 @@ impl Daemon {
         Ok(Watch { streams, control, log })
     }
 
-    fn find_room(&self, hello: &SessionHello) -> Result<u64, Refusal> {
+    /// The RAM that the VM gets, and the room on the store's disk that it and the others may then still take.
+    fn find_room(&self, hello: &SessionHello) -> Result<(u64, u64), Refusal> {
         let pool = Pool {
             engine: self.settings.engine,
             ram_bytes: self.settings.ram_bytes,
@@ -336,12 +337,18 @@ impl Daemon {
             host_free_bytes: host::available_ram()?,
         };
         let granted = pool.grant(hello)?;
-        pool.check_store(hello, granted)?;
-        Ok(granted)
+        let beside = pool.check_store(hello, granted)?;
+        Ok((granted, pool.held.store_promised_bytes.saturating_add(beside)))
     }
 
-    fn arrive_settings(&self, hello: &SessionHello, granted: u64, machine: &MachineChoice) -> ArriveSettings {
+    fn arrive_settings(
+        &self,
+        hello: &SessionHello,
+        (granted, store_promised_bytes): (u64, u64),
+        machine: &MachineChoice,
+    ) -> ArriveSettings {
         ArriveSettings {
+            store_promised_bytes,
             run_dir: self.dir.path().to_owned(),
             hello: SessionHello { offer: None, ..hello.clone() },
             granted_ram_bytes: granted,

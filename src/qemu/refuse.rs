@@ -1,5 +1,5 @@
 //! Finds in a QEMU command line the options that cannot work under vmemd, with reason and remedy, by the tables in
-//! [`refused`](super::refused).
+//! `refused.rs`.
 //!
 //! [`refuse`] is about running at all, [`unmovable`] about moving to another host.
 

@@ -13,7 +13,7 @@ use crate::cipher::Cipher;
 use crate::driver::mailbox::{Command, Mailbox};
 use crate::driver::memory::Memory;
 use crate::driver::store::Store;
-use crate::error::StartError;
+use crate::error::{HostError, StartError};
 use crate::reader::StoredReader;
 use swapcore::api::{Arrival, Copies, DirtyPages, FaultsSeen, Piece, Placed, SubscriberId};
 use swapcore::core::{Request, Response};
@@ -162,7 +162,7 @@ impl EngineHandle {
     pub unsafe fn attach(&self, region: usize, base: *mut u8) -> Result<(), StartError> {
         let (reply, answer) = oneshot::channel();
         self.mailbox.send(Command::Attach { region, base: base as usize, reply });
-        answer.blocking_recv().unwrap_or_else(|_| Err(StartError::Host(CommandError::Gone.to_string())))
+        answer.blocking_recv().unwrap_or_else(|_| Err(HostError::Ended(CommandError::Gone).into()))
     }
 
     /// Whether every region is attached, so that the VM may run or be received.

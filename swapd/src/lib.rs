@@ -18,7 +18,7 @@ pub use cipher::Cipher;
 pub use driver::engine::{Engine, EngineConfig, StoreConfig};
 pub use driver::locking::lock_limit;
 pub use driver::memory::huge_page_mode;
-pub use error::StartError;
+pub use error::{BudgetError, HostError, MemoryError, StartError, StoreError};
 pub use handle::{DirtySubscription, EngineHandle, PendingAnswer, answered};
 pub use notice::Notice;
 pub use reader::{CloneError, Cloned, StoredReader, verify};

@@ -10,7 +10,7 @@ mod common;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{Vm, start};
-use swapd::{CommandError, Engine, FaultKind, PAGE_SIZE, PageNo, Place, Run, StartError};
+use swapd::{CommandError, Engine, FaultKind, PAGE_SIZE, PageNo, Place, Run, StartError, StoreError};
 use testkit::{Random, Reason, skip, wait_for};
 
 const MIB: u64 = 1 << 20;
@@ -426,7 +426,8 @@ fn settings_that_cannot_be_are_refused_with_the_remedy() {
     for (error, remedy) in cases {
         assert!(error.to_string().contains(remedy), "{error}");
     }
-    assert!(matches!(refused(1 << 42, 32 * MIB, "/tmp"), StartError::Store(_)), "no room for the rest");
+    let refused = refused(1 << 42, 32 * MIB, "/tmp");
+    assert!(matches!(refused, StartError::Store(StoreError::NoRoom { .. })), "no room for the rest");
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Vm, config, started, store_directory};
-use swapd::{Engine, PAGE_SIZE, PageNo, StartError};
+use swapd::{Engine, PAGE_SIZE, PageNo, StartError, StoreError};
 use testkit::{Random, Reason, skip};
 
 const MIB: u64 = 1 << 20;
@@ -85,7 +85,9 @@ fn a_tebibyte_starts_at_once_and_pages_like_a_gibibyte() {
 #[test]
 fn a_store_with_too_little_room_names_the_option() {
     match Engine::start(config(64 * TIB, BUDGET, store_directory(), false), Box::new(|_| {})) {
-        Err(StartError::Store(text)) => assert!(text.contains("--store-overcommit"), "{text}"),
+        Err(StartError::Store(error @ StoreError::NoRoom { .. })) => {
+            assert!(error.to_string().contains("--store-overcommit"), "{error}");
+        }
         Err(StartError::Host(reason)) => skip(Reason::Uffd, reason),
         other => panic!("{other:?}"),
     }

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!   ext4, with a journal, or nothing ─▶ loop device ─▶ disk.img on FUSE ─▶ this process ─▶ a sparse file
-//!                                                                 ├─ a flush waits, if anything was written since the last
-//!                                                                 └─ reads, writes and discards wait, or fail, while it is told to
+//!        a flush waits, if anything was written since the last ─────────────┤
+//!        reads, writes and discards wait, or fail, while it is told to ─────┘
 //! ```
 //! Only as much of the protocol (`linux/fuse.h`) is spoken as a loop device needs of one file of a fixed length.
 

@@ -4,7 +4,8 @@
 //! ```text
 //!  job file ─┐                    ┌─▶ trace file ─▶ Touches
 //!  synthetic ┼─▶ Touches ─▶ save ─┘                   │
-//!            └───────────────────────────────────────▶ replay: the engine's core, policies of the literature, the optimum
+//!            └───────────────────────────────────────▶ replay: the engine's core,
+//!                                                           policies of the literature, the optimum
 //!  running VM ─▶ faults ─▶ trace file (record)
 //! ```
 

@@ -40,13 +40,14 @@ impl<'a> Guard<'a> {
         self.wait_at_most(during, scaled_for_tests(limit), work).await
     }
 
-    /// Waits for what the other side is to do.
+    /// Waits for what the other side is to do, `more` than the limit of that.
     pub(crate) async fn wait_for<T>(
         &self,
         wait: Wait,
+        more: Duration,
         work: impl Future<Output = T>,
     ) -> Result<T, SessionError> {
-        self.wait_at_most(wait.during(), wait.limit().1, work).await
+        self.wait_at_most(wait.during(), wait.limit().1 + more, work).await
     }
 
     async fn wait_at_most<T>(

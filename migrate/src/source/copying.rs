@@ -89,7 +89,7 @@ impl<'a> Copying<'a> {
         let rounds = &self.session.rounds;
         Standing {
             rounds: rounds.round as u32,
-            left_pages: rounds.left_pages(),
+            remaining_pages: rounds.remaining_pages(),
             sent_per_s: rounds.send_rate.per_s(),
             dirty_per_s: rounds.dirty_per_s(),
             throttle: self.throttle,

@@ -46,7 +46,7 @@ fn did_not_fit(session: &Session<'_>, standing: &Standing) -> String {
         "after {} rounds (--max-rounds) {:.1} MB were left to send; the guest writes {:.1} MB/s{held_back}, \
          the link carries {:.1} MB/s",
         standing.rounds,
-        megabytes(standing.left_pages as f64),
+        megabytes(standing.remaining_pages as f64),
         megabytes(standing.dirty_per_s),
         megabytes(standing.sent_per_s),
     )

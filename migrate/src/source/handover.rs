@@ -17,6 +17,7 @@ use swapd::Placed;
 use super::copying::Converged;
 use super::downtime::{missed, stood_too_long};
 use super::error::SendError;
+use super::pace::longest_load;
 use super::rounds::Rounds;
 use super::session::{Failed, Session};
 use super::state_sink::{self, Unsent};
@@ -40,6 +41,8 @@ pub(super) struct Stopped<'a> {
     converged: Converged<'a>,
     /// When it was asked to stop.
     at: Instant,
+    /// Of the state that was sent.
+    state_bytes: u64,
     target: TargetTimes,
 }
 
@@ -80,17 +83,20 @@ impl<'a> Converged<'a> {
     pub(super) fn stop(self) -> Result<Stopped<'a>, SendError> {
         let mut converged = self;
         let at = Instant::now();
+        let throttle = std::mem::take(&mut converged.copying.throttle);
         let paused = converged.copying.session.step(Step::Stop, |session| {
             let paused = session.vm.pause();
+            // Not before the VM stands still: it would write at full speed once more.
+            if throttle != 0 {
+                session.vm.throttle(0);
+            }
             paused.map_err(|error| session.vm_failed(error))
         });
-        // Not before the VM stands still: it would write at full speed once more.
-        converged.copying.set_throttle(0);
-        let stopped = Stopped { converged, at, target: TargetTimes::default() };
+        let stopped = Stopped { converged, at, state_bytes: 0, target: TargetTimes::default() };
         match paused {
             Ok(()) => Ok(stopped),
             // A VM that could not be paused may have been paused half-way.
-            Err(failed) => Err(stopped.resume(failed)),
+            Err(failed) => Err(stopped.go_on_as_before(failed)),
         }
     }
 }
@@ -101,13 +107,21 @@ impl<'a> Stopped<'a> {
         let Converged { copying, .. } = self.converged;
         let failed = match copying.session.vm.resume() {
             Ok(()) => failed,
-            // What keeps such a machine from moving keeps it from going on: it sleeps, or has failed.
-            Err(error) if matches!(failed, Failed::Said(SendError::Vm(VmError::CannotMove(_)))) => {
-                tracing::info!(%error, "it stands still as it did before");
-                failed
-            }
             Err(error) => copying.session.vm_failed(VmError::NotResumed(Box::new(error))),
         };
+        copying.stay(failed)
+    }
+
+    /// The same for a VM that could not be paused. What keeps a machine from that may keep it from going on, too: it
+    /// sleeps, or has failed. Then it stands still as it did before, and nobody has stopped it.
+    fn go_on_as_before(self, failed: Failed) -> SendError {
+        if !matches!(failed, Failed::Said(SendError::Vm(VmError::CannotMove(_)))) {
+            return self.resume(failed);
+        }
+        let Converged { copying, .. } = self.converged;
+        if let Err(error) = copying.session.vm.resume() {
+            tracing::info!(%error, "it stands still as it did before");
+        }
         copying.stay(failed)
     }
 
@@ -125,7 +139,7 @@ impl<'a> Stopped<'a> {
     fn send_the_rest(&mut self) -> Result<Placed, Failed> {
         self.in_time()?;
         let at = self.at;
-        self.session_mut().step(Step::SaveState, |session| {
+        self.state_bytes = self.session_mut().step(Step::SaveState, |session| {
             state_sink::save(session, at).map_err(|unsent| match unsent {
                 Unsent::Vm(error) => session.vm_failed(error),
                 Unsent::Session(error) => {
@@ -137,11 +151,12 @@ impl<'a> Stopped<'a> {
         })?;
         self.in_time()?;
         self.before_deadline(Step::LastPages, async |rounds| rounds.last().await)?;
+        let loading = longest_load(self.state_bytes);
         let (placed, took) = self.before_deadline(Step::Prepare, async |rounds| {
             // Behind a large state the queue may be full, and the link silent.
             let word = rounds.control.outbox().send(Control::Final(rounds.sent.totals()));
             rounds.guard.wait("sending the VM's state", SILENCE_LIMIT, word).await?;
-            match rounds.receive_word(Wait::Prepared).await? {
+            match rounds.receive_word_later(Wait::Prepared, loading).await? {
                 Control::Prepared { placed, took } => Ok((placed, took)),
                 other => Err(SessionError::Peer(format!("{other:?} instead of a word that it is prepared"))),
             }

@@ -36,7 +36,7 @@ pub(crate) struct Standing {
     /// Rounds done.
     pub(crate) rounds: u32,
     /// Pages to be sent next.
-    pub(crate) left_pages: u64,
+    pub(crate) remaining_pages: u64,
     pub(crate) sent_per_s: f64,
     /// Pages that become dirty a second, under the throttle of now.
     pub(crate) dirty_per_s: f64,
@@ -59,8 +59,14 @@ impl Standing {
 
     /// How long the VM will stand still if it is stopped now.
     pub(crate) fn expected(&self) -> Duration {
-        self.costs() + seconds(self.left_pages as f64 / self.sent_per_s)
+        self.costs() + seconds(self.remaining_pages as f64 / self.sent_per_s)
     }
+}
+
+/// How long a target may take to load a state of so many bytes: ten times what a machine takes, for what was kept on a
+/// slow disk. A target that does not live is found by its silence long before.
+pub(crate) fn longest_load(state_bytes: u64) -> Duration {
+    seconds(state_bytes as f64 / LOADED_BYTES_PER_S * 10.0)
 }
 
 /// A time that a rate says, which may be near zero.
@@ -80,13 +86,13 @@ pub(crate) enum Decision {
 }
 
 pub(crate) fn decide(rules: &Rules, now: &Standing) -> Decision {
-    let left = now.left_pages as f64;
+    let left = now.remaining_pages as f64;
     let target = rules.max_downtime.map_or(rules.downtime_target, |max| max.min(rules.downtime_target));
     let for_pages = target.saturating_sub(now.costs()).mul_f64(PAGES_SHARE).max(target.mul_f64(LEAST_SHARE));
     let fits = now.sent_per_s * for_pages.as_secs_f64();
     let allowed = rules.max_downtime.is_none_or(|max| now.expected() <= max);
     let last = now.rounds >= rules.max_rounds;
-    if allowed && (left <= fits || now.left_pages == 0 || last) {
+    if allowed && (left <= fits || now.remaining_pages == 0 || last) {
         return Decision::Stop;
     }
     if last {
@@ -144,7 +150,7 @@ mod tests {
     };
     const STANDING: Standing = Standing {
         rounds: 2,
-        left_pages: 100_000,
+        remaining_pages: 100_000,
         sent_per_s: 100_000.0,
         dirty_per_s: 0.0,
         throttle: 0,
@@ -155,36 +161,42 @@ mod tests {
 
     #[test]
     fn stops_when_the_rest_fits_what_the_costs_leave() {
-        assert_eq!(decide(&RULES, &Standing { left_pages: 3000, ..STANDING }), Decision::Stop);
-        let dear = Standing { left_pages: 3000, link_cost: Duration::from_millis(3), ..STANDING };
+        assert_eq!(decide(&RULES, &Standing { remaining_pages: 3000, ..STANDING }), Decision::Stop);
+        let dear = Standing { remaining_pages: 3000, link_cost: Duration::from_millis(3), ..STANDING };
         assert_eq!(decide(&RULES, &dear), Decision::Go { throttle: 0 });
         // 4096 bytes a page: 1000 pages of state take 10 ms more to send, and 10.2 ms to load.
-        let with_state = Standing { left_pages: 1484, state_bytes: 1000 << 12, ..STANDING };
+        let with_state = Standing { remaining_pages: 1484, state_bytes: 1000 << 12, ..STANDING };
         assert_eq!(decide(&RULES, &with_state), Decision::Go { throttle: 0 });
-        assert_eq!(decide(&RULES, &Standing { left_pages: 1480, ..with_state }), Decision::Stop);
-        let hopeless = Standing { vm_cost: Duration::from_secs(1), left_pages: 500, ..STANDING };
+        assert_eq!(decide(&RULES, &Standing { remaining_pages: 1480, ..with_state }), Decision::Stop);
+        let hopeless = Standing { vm_cost: Duration::from_secs(1), remaining_pages: 500, ..STANDING };
         assert_eq!(decide(&RULES, &hopeless), Decision::Stop, "waiting makes it no shorter");
-        let more = Standing { left_pages: 3001, ..STANDING };
+        let more = Standing { remaining_pages: 3001, ..STANDING };
         assert_eq!(decide(&RULES, &more), Decision::Go { throttle: 0 });
         assert_eq!(decide(&RULES, &Standing { rounds: 30, ..more }), Decision::Stop);
-        assert_eq!(decide(&RULES, &Standing { left_pages: 0, sent_per_s: 0.0, ..STANDING }), Decision::Stop);
+        assert_eq!(
+            decide(&RULES, &Standing { remaining_pages: 0, sent_per_s: 0.0, ..STANDING }),
+            Decision::Stop
+        );
     }
 
     #[test]
     fn gives_up_rather_than_stop_it_for_longer_than_allowed() {
         let rules = Rules { max_downtime: Some(Duration::from_millis(100)), ..RULES };
         // 10 ms and 90 ms.
-        let longest = Standing { rounds: 30, left_pages: 9000, ..STANDING };
+        let longest = Standing { rounds: 30, remaining_pages: 9000, ..STANDING };
         assert_eq!(decide(&rules, &longest), Decision::Stop);
-        assert_eq!(decide(&rules, &Standing { left_pages: 9001, ..longest }), Decision::GiveUp);
-        assert_eq!(decide(&RULES, &Standing { left_pages: 9001, ..longest }), Decision::Stop);
+        assert_eq!(decide(&rules, &Standing { remaining_pages: 9001, ..longest }), Decision::GiveUp);
+        assert_eq!(decide(&RULES, &Standing { remaining_pages: 9001, ..longest }), Decision::Stop);
         assert_eq!(decide(&rules, &Standing { rounds: 29, ..longest }), Decision::Go { throttle: 0 });
         // A limit below the target is one.
         let strict = Rules { max_downtime: Some(Duration::from_millis(20)), ..RULES };
-        assert_eq!(decide(&strict, &Standing { left_pages: 751, ..STANDING }), Decision::Go { throttle: 0 });
-        assert_eq!(decide(&strict, &Standing { left_pages: 749, ..STANDING }), Decision::Stop);
+        assert_eq!(
+            decide(&strict, &Standing { remaining_pages: 751, ..STANDING }),
+            Decision::Go { throttle: 0 }
+        );
+        assert_eq!(decide(&strict, &Standing { remaining_pages: 749, ..STANDING }), Decision::Stop);
         // Nothing is left, and it is too dear all the same.
-        let dear = Standing { left_pages: 0, vm_cost: Duration::from_millis(200), ..STANDING };
+        let dear = Standing { remaining_pages: 0, vm_cost: Duration::from_millis(200), ..STANDING };
         assert_eq!(decide(&rules, &dear), Decision::Go { throttle: 0 });
         assert_eq!(decide(&rules, &Standing { rounds: 30, ..dear }), Decision::GiveUp);
     }
@@ -233,7 +245,7 @@ mod tests {
             loop {
                 let dirty_per_s = write_per_s * (1.0 - f64::from(throttle) / 100.0);
                 let now =
-                    Standing { rounds, left_pages: left, sent_per_s: send_per_s, dirty_per_s, throttle, state_bytes, ..STANDING };
+                    Standing { rounds, remaining_pages: left, sent_per_s: send_per_s, dirty_per_s, throttle, state_bytes, ..STANDING };
                 match decide(&rules, &now) {
                     Decision::Stop => break,
                     Decision::GiveUp => prop_assert!(false, "nothing forbids it"),

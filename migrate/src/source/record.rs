@@ -12,7 +12,7 @@ use crate::reader::{MAX_RUNS, PageBuffer};
 use crate::region::{Pages, Region};
 use crate::wire::extents;
 use crate::wire::record::{
-    HEADER_BYTES, Header, Kind, MAX_DATA_META, MAX_RECORD_PAGES, MAX_RECORD_RUNS, Sequence,
+    HEADER_BYTES, Header, MAX_DATA_META, MAX_RECORD_PAGES, MAX_RECORD_RUNS, RecordKind, Sequence,
 };
 
 const _: () = assert!(MAX_RUNS <= MAX_RECORD_RUNS);
@@ -26,7 +26,7 @@ pub(crate) fn empty() -> PageBuffer {
 pub(crate) fn seal(buffer: &mut PageBuffer, sequence: &mut Sequence) -> Region<Rc<Pages>> {
     let meta_bytes = 8 * (buffer.runs().len() + buffer.sums().len());
     let header = Header {
-        kind: Kind::Pages,
+        kind: RecordKind::Pages,
         flags: 0,
         pages: buffer.pages(),
         number: buffer.runs().len() as u64,

@@ -209,8 +209,17 @@ impl<'a> Rounds<'a> {
 
     /// The target's next word.
     pub(crate) async fn receive_word(&mut self, wait: Wait) -> Result<Control, SessionError> {
+        self.receive_word_later(wait, Duration::ZERO).await
+    }
+
+    /// The same, with more time than the wait's own limit: for what takes the longer the more there is of it.
+    pub(crate) async fn receive_word_later(
+        &mut self,
+        wait: Wait,
+        more: Duration,
+    ) -> Result<Control, SessionError> {
         self.waits(Some(wait));
-        let said = self.guard.wait_for(wait, self.control.next()).await;
+        let said = self.guard.wait_for(wait, more, self.control.next()).await;
         self.waits(None);
         said
     }
@@ -309,7 +318,7 @@ impl<'a> Rounds<'a> {
         self.reader.scan_took() + self.control.round_trip().unwrap_or_default() * QUESTIONS
     }
 
-    pub(crate) fn left_pages(&self) -> u64 {
+    pub(crate) fn remaining_pages(&self) -> u64 {
         self.reader.pages_for_next()
     }
 

@@ -13,7 +13,7 @@ use crate::link::error::SessionError;
 use crate::outside::TcpStream;
 use crate::wire::control::{round_end, sealed};
 use crate::wire::extents;
-use crate::wire::record::{Header, Kind, MAX_RECORD_RUNS, Sequence};
+use crate::wire::record::{Header, MAX_RECORD_RUNS, RecordKind, Sequence};
 
 /// Runs until nobody can give it anything any more, or the link breaks.
 pub(crate) async fn run(
@@ -29,7 +29,7 @@ pub(crate) async fn run(
             Outgoing::Pages(mut buffer) => {
                 let region = record::seal(&mut buffer, &mut sequence);
                 let result = write(&socket, region, &state).await;
-                stream.count(Kind::Pages, u64::from(buffer.pages()));
+                stream.count(RecordKind::Pages, u64::from(buffer.pages()));
                 stream.give_back(buffer);
                 result
             }
@@ -50,7 +50,7 @@ pub(crate) async fn run(
 }
 
 /// A record of pages without content.
-fn bare(kind: Kind, runs: &[Run], sequence: &mut Sequence) -> Vec<u8> {
+fn bare(kind: RecordKind, runs: &[Run], sequence: &mut Sequence) -> Vec<u8> {
     assert!(runs.len() <= MAX_RECORD_RUNS as usize, "{} runs in one record", runs.len());
     let meta: Vec<u8> = runs.iter().flat_map(|run| extents::encode(*run)).collect();
     let pages = runs.iter().map(|run| run.len).sum();

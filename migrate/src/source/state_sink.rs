@@ -40,8 +40,8 @@ pub(super) struct StateSink<'a> {
     trouble: Option<Unsent>,
 }
 
-/// Has the VM save its state, and sends it. The last of it may be in the queue still.
-pub(super) fn save(session: &mut Session<'_>, stopped_at: Instant) -> Result<(), Unsent> {
+/// Has the VM save its state, and sends it. The last of it may be in the queue still. Returns how many bytes it has.
+pub(super) fn save(session: &mut Session<'_>, stopped_at: Instant) -> Result<u64, Unsent> {
     let Session { runtime, rounds, vm, options, state_most, .. } = session;
     let mut sink = StateSink {
         runtime,
@@ -58,7 +58,7 @@ pub(super) fn save(session: &mut Session<'_>, stopped_at: Instant) -> Result<(),
     match (sink.trouble.take(), saved) {
         (Some(trouble), _) => Err(trouble),
         (None, Err(error)) => Err(Unsent::Vm(error)),
-        (None, Ok(())) => sink.ship(true),
+        (None, Ok(())) => sink.ship(true).map(|()| sink.at),
     }
 }
 
@@ -78,6 +78,8 @@ impl StateSink<'_> {
         }
         // The VM may have taken its time, and nobody has listened meanwhile.
         self.guard.resume();
+        // A link that has broken takes parts at once, and they are nowhere: what ends the session must be looked for.
+        self.guard.check(DURING).map_err(Unsent::Session)?;
         let part = Control::State { at, bytes, last };
         let way = async { if last { self.outbox.send(part).await } else { self.outbox.deliver(part).await } };
         let sent = self.runtime.block_on(async {
@@ -87,7 +89,8 @@ impl StateSink<'_> {
                 None => Some(sent.await),
             }
         });
-        sent.ok_or(Unsent::TooLong)?.map_err(Unsent::Session)
+        sent.ok_or(Unsent::TooLong)?.map_err(Unsent::Session)?;
+        self.guard.check(DURING).map_err(Unsent::Session)
     }
 }
 

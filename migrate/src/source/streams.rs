@@ -19,7 +19,7 @@ use crate::link::state::SessionState;
 use crate::reader::{Closed, FILLERS, Found, PageBuffer, ReadError, Sink};
 use crate::wire::control::Totals;
 use crate::wire::extents::stream_of;
-use crate::wire::record::Kind;
+use crate::wire::record::RecordKind;
 
 /// Records that a stream may have in the making and on their way: 4 MiB.
 pub(crate) const RECORDS_PER_STREAM: usize = 4;
@@ -43,7 +43,7 @@ pub(crate) struct StreamState {
 pub(crate) enum Outgoing {
     Pages(PageBuffer),
     /// Zero or poisoned pages.
-    Bare(Kind, Vec<Run>),
+    Bare(RecordKind, Vec<Run>),
     RoundEnd {
         round: u64,
         last: bool,
@@ -75,11 +75,11 @@ impl StreamState {
         self.freed.notify_one();
     }
 
-    pub(crate) fn count(&self, kind: Kind, pages: u64) {
+    pub(crate) fn count(&self, kind: RecordKind, pages: u64) {
         let mut totals = self.totals.get();
         match kind {
-            Kind::Pages => totals.pages += pages,
-            Kind::Zeros => totals.zeros += pages,
+            RecordKind::Pages => totals.pages += pages,
+            RecordKind::Zeros => totals.zeros += pages,
             _ => totals.poisoned += pages,
         }
         self.totals.set(totals);
@@ -144,8 +144,8 @@ impl Sink for Streams {
     async fn take(&self, queue: u32, found: Found) -> Result<(), Closed> {
         let outgoing = match found {
             Found::Pages(buffer) => Outgoing::Pages(buffer),
-            Found::Zeros(runs) => Outgoing::Bare(Kind::Zeros, runs),
-            Found::Lost(runs) => Outgoing::Bare(Kind::Poisoned, runs),
+            Found::Zeros(runs) => Outgoing::Bare(RecordKind::Zeros, runs),
+            Found::Lost(runs) => Outgoing::Bare(RecordKind::Poisoned, runs),
         };
         self.outs[queue as usize].send(outgoing).await.map_err(|_| Closed)
     }

@@ -8,6 +8,8 @@
 //! ```
 //! Nothing up to *running* waits for a disk: the VM stands still until then.
 
+use std::time::Duration;
+
 use swapd::Placed;
 
 use super::accepted::{TargetLink, TargetMemory};
@@ -49,10 +51,11 @@ pub(super) fn run(
     let outbox = session.control.outbox().clone();
     // Nothing moves now, so this is how it is at the start. The VM stands still: nobody waits for the answers yet.
     let check = check.map(Check::begin);
+    // Noted first: the answer may be here before this thread goes on.
+    (link.progress)(Progress::waiting(Phase::HandOver, link.hello.memory_bytes, Wait::Commit));
     session.runtime.block_on(outbox.deliver(Control::Prepared { placed, took }));
     let (control, guard) = (&mut session.control, &session.guard);
-    (link.progress)(Progress::waiting(Phase::HandOver, link.hello.memory_bytes, Wait::Commit));
-    let word = session.runtime.block_on(guard.wait_for(Wait::Commit, control.next()));
+    let word = session.runtime.block_on(guard.wait_for(Wait::Commit, Duration::ZERO, control.next()));
     let word = word.map_err(|error| fail(session, error))?;
     let Control::Commit { paused } = word else {
         return Err(fail(
@@ -92,7 +95,7 @@ pub(super) fn run(
     // Behind the start, because the first scan takes its time. A page that is touched before it is touched again, or
     // not counted.
     let check = check.map(Check::started);
-    vm.settle();
+    vm.take_name();
     if let Some(check) = check {
         // The VM runs, so nothing here is a failure of the migration.
         match session.runtime.block_on(check.finish()) {

@@ -11,7 +11,7 @@ use crate::link::read_exact;
 use crate::outside::{planted, yield_to_ring};
 use crate::wire::control::{Totals, read_totals};
 use crate::wire::extents::Bounds;
-use crate::wire::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_DATA_META, Sequence};
+use crate::wire::record::{FLAG_LAST, HEADER_BYTES, Header, MAX_DATA_META, RecordKind, Sequence};
 
 /// A data stream has come to the end of a round.
 #[derive(Clone, Copy, Debug)]
@@ -70,23 +70,23 @@ async fn receive(
         let meta = &head[HEADER_BYTES..];
         let pages = u64::from(header.pages);
         match header.kind {
-            Kind::Pages => {
+            RecordKind::Pages => {
                 let (runs_bytes, sums) = meta.split_at(header.number as usize * size_of::<u64>());
                 intake.bounds.decode(runs_bytes, header.pages, &mut runs)?;
                 sink.pages(input, Batch { runs: &runs, sums: sums.as_chunks().0 }).await?;
                 totals.pages += pages;
             }
-            Kind::Zeros => {
+            RecordKind::Zeros => {
                 intake.bounds.decode(meta, header.pages, &mut runs)?;
                 sink.zeros(input, &runs).await?;
                 totals.zeros += pages;
             }
-            Kind::Poisoned => {
+            RecordKind::Poisoned => {
                 intake.bounds.decode(meta, header.pages, &mut runs)?;
                 sink.poisoned(input, &runs).await?;
                 totals.poisoned += pages;
             }
-            Kind::RoundEnd => {
+            RecordKind::RoundEnd => {
                 round += 1;
                 let end = RoundEnd { round, totals, last: header.has(FLAG_LAST) };
                 if header.number != round || read_totals(meta)? != totals {

@@ -59,7 +59,7 @@ pub(crate) struct Receiving<'a> {
     heat: Assembly,
     state: Option<Spool>,
     state_complete: bool,
-    claimed: Option<Totals>,
+    announced: Option<Totals>,
 }
 
 impl<'a> Receiving<'a> {
@@ -88,7 +88,7 @@ impl<'a> Receiving<'a> {
             heat: Assembly::new(pages),
             state: Some(Spool::new(spool)),
             state_complete: false,
-            claimed: None,
+            announced: None,
         }
     }
 
@@ -110,8 +110,8 @@ impl<'a> Receiving<'a> {
                 () = sleep(CANCEL_POLL) => progress(self.progress(guard)),
             }
         }
-        let claimed = self.claimed.unwrap_or_default();
-        self.ledger.borrow().check_complete(claimed, self.totals)?;
+        let announced = self.announced.unwrap_or_default();
+        self.ledger.borrow().check_complete(announced, self.totals)?;
         let began = Instant::now();
         let placed = match self.memory {
             TargetMemory::Engine(handle) => {
@@ -125,7 +125,7 @@ impl<'a> Receiving<'a> {
     }
 
     fn is_complete(&self) -> bool {
-        self.claimed.is_some() && self.state_complete && self.streams_done == self.hello.streams
+        self.announced.is_some() && self.state_complete && self.streams_done == self.hello.streams
     }
 
     async fn message(
@@ -148,8 +148,8 @@ impl<'a> Receiving<'a> {
                 self.state_complete = last;
                 Ok(())
             }
-            Control::Final(totals) if self.state_complete && self.claimed.is_none() => {
-                self.claimed = Some(totals);
+            Control::Final(totals) if self.state_complete && self.announced.is_none() => {
+                self.announced = Some(totals);
                 Ok(())
             }
             message => Err(SessionError::Peer(format!("{} at the wrong time", name(&message)))),

@@ -7,7 +7,7 @@ use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::heat::{self, Part};
-use super::record::{FLAG_LAST, HEADER_BYTES, Header, Kind, MAX_CONTROL_META, MAX_TEXT, Sequence};
+use super::record::{FLAG_LAST, HEADER_BYTES, Header, MAX_CONTROL_META, MAX_TEXT, RecordKind, Sequence};
 use super::{STATE_WITHOUT_LIMIT, WireError, at_most};
 use crate::report::Placement;
 
@@ -125,10 +125,10 @@ fn read_numbers<const N: usize>(body: &[u8]) -> Result<[u64; N], WireError> {
 pub fn round_end(round: u64, totals: Totals, last: bool, sequence: &mut Sequence) -> Vec<u8> {
     let body = numbers([totals.pages, totals.zeros, totals.poisoned]);
     let flags = if last { FLAG_LAST } else { 0 };
-    sealed(&Header::plain(Kind::RoundEnd, round, body.len()).with_flags(flags), &body, sequence)
+    sealed(&Header::plain(RecordKind::RoundEnd, round, body.len()).with_flags(flags), &body, sequence)
 }
 
-/// The totals that a [`Kind::RoundEnd`] or [`Kind::Final`] carries.
+/// The totals that a [`RecordKind::RoundEnd`] or [`RecordKind::Final`] carries.
 pub fn read_totals(body: &[u8]) -> Result<Totals, WireError> {
     let [pages, zeros, poisoned] = read_numbers(body)?;
     Ok(Totals { pages, zeros, poisoned })
@@ -151,7 +151,7 @@ pub fn short_text(text: &str) -> &str {
 /// Most bytes of state that a target takes with which this version is spoken: None if it takes any number.
 #[must_use]
 pub const fn state_limit(version: u16) -> Option<u64> {
-    if version < STATE_WITHOUT_LIMIT { Some(64 << 20) } else { None }
+    if version < STATE_WITHOUT_LIMIT { Some(1 << 30) } else { None }
 }
 
 impl Control {
@@ -165,28 +165,28 @@ impl Control {
             Control::State { at, bytes, last } => {
                 let flags = if *last { FLAG_LAST } else { 0 };
                 return sealed(
-                    &Header::plain(Kind::State, *at, bytes.len()).with_flags(flags),
+                    &Header::plain(RecordKind::State, *at, bytes.len()).with_flags(flags),
                     bytes,
                     sequence,
                 );
             }
             Control::Final(totals) => {
-                (Kind::Final, 0, numbers([totals.pages, totals.zeros, totals.poisoned]))
+                (RecordKind::Final, 0, numbers([totals.pages, totals.zeros, totals.poisoned]))
             }
-            Control::Commit { paused } => (Kind::Commit, u64::from(*paused), Vec::new()),
-            Control::Alive => (Kind::Alive, 0, Vec::new()),
-            Control::Abort(text) => (Kind::Abort, 0, short_text(text).as_bytes().to_vec()),
-            Control::HeatTaken => (Kind::HeatTaken, 0, Vec::new()),
-            Control::RoundDone { round } => (Kind::RoundDone, *round, Vec::new()),
+            Control::Commit { paused } => (RecordKind::Commit, u64::from(*paused), Vec::new()),
+            Control::Alive => (RecordKind::Alive, 0, Vec::new()),
+            Control::Abort(text) => (RecordKind::Abort, 0, short_text(text).as_bytes().to_vec()),
+            Control::HeatTaken => (RecordKind::HeatTaken, 0, Vec::new()),
+            Control::RoundDone { round } => (RecordKind::RoundDone, *round, Vec::new()),
             Control::Prepared { placed, took } => {
                 let Placed { pages_ram, pages_store, pages_zero, pageins, pageouts } = *placed;
                 let placed = numbers([pages_ram, pages_store, pages_zero, pageins, pageouts]);
-                (Kind::Prepared, pack(*took), placed)
+                (RecordKind::Prepared, pack(*took), placed)
             }
-            Control::Running { took } => (Kind::Running, pack(*took), Vec::new()),
-            Control::NotStarted(text) => (Kind::NotStarted, 0, short_text(text).as_bytes().to_vec()),
+            Control::Running { took } => (RecordKind::Running, pack(*took), Vec::new()),
+            Control::NotStarted(text) => (RecordKind::NotStarted, 0, short_text(text).as_bytes().to_vec()),
             Control::Placement(placement) => {
-                (Kind::Placement, 0, numbers([placement.touched_pages, placement.touched_in_ram]))
+                (RecordKind::Placement, 0, numbers([placement.touched_pages, placement.touched_in_ram]))
             }
         };
         sealed(&Header::plain(kind, number, body.len()), &body, sequence)
@@ -197,31 +197,31 @@ impl Control {
         let empty =
             |message| if body.is_empty() { Ok(message) } else { Err(WireError::Lengths("an empty message")) };
         match header.kind {
-            Kind::Heat => heat::decode(header, body).map(Control::Heat),
-            Kind::State => {
+            RecordKind::Heat => heat::decode(header, body).map(Control::Heat),
+            RecordKind::State => {
                 Ok(Control::State { at: header.number, bytes: body.to_vec(), last: header.has(FLAG_LAST) })
             }
-            Kind::Final => read_totals(body).map(Control::Final),
-            Kind::Commit if header.number > 1 => {
+            RecordKind::Final => read_totals(body).map(Control::Final),
+            RecordKind::Commit if header.number > 1 => {
                 Err(WireError::BadValue { what: "a commit", value: header.number })
             }
-            Kind::Commit => empty(Control::Commit { paused: header.number == 1 }),
-            Kind::Alive => empty(Control::Alive),
-            Kind::Abort => text(body).map(Control::Abort),
-            Kind::HeatTaken => empty(Control::HeatTaken),
-            Kind::RoundDone => empty(Control::RoundDone { round: header.number }),
-            Kind::Prepared => {
+            RecordKind::Commit => empty(Control::Commit { paused: header.number == 1 }),
+            RecordKind::Alive => empty(Control::Alive),
+            RecordKind::Abort => text(body).map(Control::Abort),
+            RecordKind::HeatTaken => empty(Control::HeatTaken),
+            RecordKind::RoundDone => empty(Control::RoundDone { round: header.number }),
+            RecordKind::Prepared => {
                 let [pages_ram, pages_store, pages_zero, pageins, pageouts] = read_numbers(body)?;
                 let placed = Placed { pages_ram, pages_store, pages_zero, pageins, pageouts };
                 Ok(Control::Prepared { placed, took: unpack(header.number) })
             }
-            Kind::Running => empty(Control::Running { took: unpack(header.number) }),
-            Kind::NotStarted => text(body).map(Control::NotStarted),
-            Kind::Placement => {
+            RecordKind::Running => empty(Control::Running { took: unpack(header.number) }),
+            RecordKind::NotStarted => text(body).map(Control::NotStarted),
+            RecordKind::Placement => {
                 let [touched_pages, touched_in_ram] = read_numbers(body)?;
                 Ok(Control::Placement(Placement { touched_pages, touched_in_ram }))
             }
-            Kind::Pages | Kind::Zeros | Kind::Poisoned | Kind::RoundEnd => {
+            RecordKind::Pages | RecordKind::Zeros | RecordKind::Poisoned | RecordKind::RoundEnd => {
                 Err(WireError::BadValue { what: "a control message's kind", value: header.kind as u64 })
             }
         }
@@ -287,7 +287,7 @@ mod tests {
             kind in 0_usize..16, number: u64, flags: u8, pages: u32,
             body in prop::collection::vec(any::<u8>(), 0..200),
         ) {
-            let header = Header::plain(Kind::ALL[kind], number, body.len()).with_flags(flags);
+            let header = Header::plain(RecordKind::ALL[kind], number, body.len()).with_flags(flags);
             let _ = Control::decode(&Header { pages, ..header }, &body);
         }
     }
@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_commit_says_one_of_two_things() {
-        let decoded = |number| Control::decode(&Header::plain(Kind::Commit, number, 0), &[]);
+        let decoded = |number| Control::decode(&Header::plain(RecordKind::Commit, number, 0), &[]);
         assert_eq!(decoded(0), Ok(Control::Commit { paused: false }));
         assert_eq!(decoded(1), Ok(Control::Commit { paused: true }));
         assert_eq!(decoded(2), Err(WireError::BadValue { what: "a commit", value: 2 }));
@@ -311,6 +311,6 @@ mod tests {
     #[test]
     fn only_the_first_version_has_a_limit_of_state() {
         let limits = crate::wire::VERSIONS.map(state_limit).collect::<Vec<_>>();
-        assert_eq!(limits, [Some(64 << 20), None]);
+        assert_eq!(limits, [Some(1 << 30), None]);
     }
 }

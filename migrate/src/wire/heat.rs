@@ -2,7 +2,7 @@
 //!
 //! A run is 3 bytes: length (u16, at least 1), heat.
 
-use super::record::{FLAG_LAST, FLAG_RUNS, Header, Kind, MAX_CONTROL_META, MAX_PART_PAGES};
+use super::record::{FLAG_LAST, FLAG_RUNS, Header, MAX_CONTROL_META, MAX_PART_PAGES, RecordKind};
 use super::{WireError, at_most};
 
 const RUN_BYTES: usize = 3;
@@ -43,7 +43,7 @@ pub(super) fn encode(part: &Part) -> (Header, Vec<u8>) {
     let shorter = runs.len() < part.heat.len();
     let body = if shorter { runs } else { part.heat.clone() };
     let flags = if part.last { FLAG_LAST } else { 0 } | if shorter { FLAG_RUNS } else { 0 };
-    let header = Header::plain(Kind::Heat, part.first, body.len()).with_flags(flags);
+    let header = Header::plain(RecordKind::Heat, part.first, body.len()).with_flags(flags);
     (Header { pages: part.heat.len() as u32, ..header }, body)
 }
 
@@ -142,7 +142,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_never_panic(body in prop::collection::vec(any::<u8>(), 0..100), pages: u32, flags: u8) {
-            let header = Header { pages, ..Header::plain(Kind::Heat, 0, body.len()).with_flags(flags) };
+            let header = Header { pages, ..Header::plain(RecordKind::Heat, 0, body.len()).with_flags(flags) };
             if let Ok(part) = decode(&header, &body) {
                 prop_assert_eq!(part.heat.len(), pages as usize);
             }

@@ -336,11 +336,11 @@ fn decode_session(versions: Versions, body: &[u8]) -> Result<SessionHello, WireE
     })
 }
 
-/// Whether a VM may have this name: the rule of every host, for the name is part of a path there. 1 to [`NAME_MAX`] ASCII letters,
-/// digits, `.`, `_` and `-`; not a dot first, and none of the [`NAME_ROLES`] in it.
+/// Whether a VM may have this name: the rule of every host, for the name is part of a path there. 1 to [`NAME_MAX`]
+/// ASCII letters, digits, `.`, `_` and `-`; not a dot first, and none of the [`NAME_ROLES`] in it.
 ///
-/// A source asks before it connects, and a target before it makes anything of that name. An opening with a name that is longer, or has
-/// such a word in it, is read all the same, so that the refusal can say what is wrong.
+/// A source asks before it connects, and a target before it makes anything of that name. An opening with a name that is
+/// longer, or has such a word in it, is read all the same, so that the refusal can say what is wrong.
 pub fn is_name(name: &str) -> bool {
     name.len() <= NAME_MAX && is_of_name_letters(name) && !NAME_ROLES.iter().any(|role| name.contains(role))
 }

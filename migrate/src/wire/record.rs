@@ -30,7 +30,7 @@ const _: () = assert!(MAX_RECORD_RUNS as usize * 8 <= MAX_DATA_META);
 /// What a record is. The numbers are those on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
-pub enum Kind {
+pub enum RecordKind {
     // On data streams.
     /// Pages with content: runs, checksums, and the content behind them.
     Pages = 1,
@@ -69,34 +69,34 @@ pub enum Kind {
     Placement = 53,
 }
 
-impl Kind {
+impl RecordKind {
     /// Every kind, by rising number.
-    pub const ALL: [Kind; 16] = [
-        Kind::Pages,
-        Kind::Zeros,
-        Kind::Poisoned,
-        Kind::RoundEnd,
-        Kind::Heat,
-        Kind::State,
-        Kind::Final,
-        Kind::Commit,
-        Kind::Alive,
-        Kind::Abort,
-        Kind::HeatTaken,
-        Kind::RoundDone,
-        Kind::Prepared,
-        Kind::Running,
-        Kind::NotStarted,
-        Kind::Placement,
+    pub const ALL: [RecordKind; 16] = [
+        RecordKind::Pages,
+        RecordKind::Zeros,
+        RecordKind::Poisoned,
+        RecordKind::RoundEnd,
+        RecordKind::Heat,
+        RecordKind::State,
+        RecordKind::Final,
+        RecordKind::Commit,
+        RecordKind::Alive,
+        RecordKind::Abort,
+        RecordKind::HeatTaken,
+        RecordKind::RoundDone,
+        RecordKind::Prepared,
+        RecordKind::Running,
+        RecordKind::NotStarted,
+        RecordKind::Placement,
     ];
 
-    fn from_wire(kind: u8) -> Result<Kind, WireError> {
-        Kind::ALL.into_iter().find(|known| *known as u8 == kind).ok_or(WireError::UnknownKind(kind))
+    fn from_wire(kind: u8) -> Result<RecordKind, WireError> {
+        RecordKind::ALL.into_iter().find(|known| *known as u8 == kind).ok_or(WireError::UnknownKind(kind))
     }
 
     /// Whether it belongs on a data stream (else on the control connection).
     pub fn is_data(self) -> bool {
-        (self as u8) < Kind::Heat as u8
+        (self as u8) < RecordKind::Heat as u8
     }
 }
 
@@ -123,7 +123,7 @@ struct RawHeader {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
     /// What the record is, and so what the other fields mean.
-    pub kind: Kind,
+    pub kind: RecordKind,
     /// [`FLAG_LAST`], [`FLAG_RUNS`], both or neither.
     pub flags: u8,
     /// Pages that the record is about.
@@ -173,7 +173,7 @@ impl Sequence {
 
 impl Header {
     /// A header without content pages.
-    pub fn plain(kind: Kind, number: u64, meta_bytes: usize) -> Header {
+    pub fn plain(kind: RecordKind, number: u64, meta_bytes: usize) -> Header {
         Header { kind, flags: 0, pages: 0, number, meta_bytes: meta_bytes as u32, payload_bytes: 0 }
     }
 
@@ -211,7 +211,7 @@ impl Header {
             return Err(WireError::NotOurs);
         }
         let header = Header {
-            kind: Kind::from_wire(raw.kind)?,
+            kind: RecordKind::from_wire(raw.kind)?,
             flags: raw.flags,
             pages: raw.pages.get(),
             number: raw.number.get(),
@@ -227,7 +227,7 @@ impl Header {
         let limit = if self.kind.is_data() { MAX_DATA_META } else { MAX_CONTROL_META };
         at_most("metadata", meta, limit as u64)?;
         let payload = match self.kind {
-            Kind::Pages => {
+            RecordKind::Pages => {
                 at_most("pages in a record", pages, u64::from(MAX_RECORD_PAGES))?;
                 at_most("runs in a record", self.number, pages)?;
                 if meta != 8 * (self.number + pages) {
@@ -235,14 +235,14 @@ impl Header {
                 }
                 pages * swapd::PAGE_SIZE as u64
             }
-            Kind::Zeros | Kind::Poisoned => {
+            RecordKind::Zeros | RecordKind::Poisoned => {
                 at_most("runs in a record", self.number, u64::from(MAX_RECORD_RUNS))?;
                 if meta != 8 * self.number {
                     return Err(WireError::Lengths("runs and metadata"));
                 }
                 0
             }
-            Kind::Heat => {
+            RecordKind::Heat => {
                 at_most("pages of heat", pages, MAX_PART_PAGES as u64)?;
                 0
             }
@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn a_record_passes_only_in_its_place() {
         let meta = [5; 24];
-        let header = Header::plain(Kind::Final, 0, meta.len());
+        let header = Header::plain(RecordKind::Final, 0, meta.len());
         let mut sender = sequence();
         let (first, second) = (header.seal(&meta, &mut sender), header.seal(&meta, &mut sender));
         let mut receiver = sequence();
@@ -302,7 +302,7 @@ mod tests {
     fn absurd_lengths_are_refused_from_the_header_alone() {
         let absurd = [
             Header {
-                kind: Kind::Pages,
+                kind: RecordKind::Pages,
                 flags: 0,
                 pages: 257,
                 number: 1,
@@ -310,7 +310,7 @@ mod tests {
                 payload_bytes: 257 << 12,
             },
             Header {
-                kind: Kind::Pages,
+                kind: RecordKind::Pages,
                 flags: 0,
                 pages: 1,
                 number: 1,
@@ -318,25 +318,39 @@ mod tests {
                 payload_bytes: u32::MAX,
             },
             Header {
-                kind: Kind::Pages,
+                kind: RecordKind::Pages,
                 flags: 0,
                 pages: 2,
                 number: 3,
                 meta_bytes: 40,
                 payload_bytes: 2 << 12,
             },
-            Header { kind: Kind::Zeros, flags: 0, pages: 1, number: 513, meta_bytes: 4104, payload_bytes: 0 },
             Header {
-                kind: Kind::State,
+                kind: RecordKind::Zeros,
+                flags: 0,
+                pages: 1,
+                number: 513,
+                meta_bytes: 4104,
+                payload_bytes: 0,
+            },
+            Header {
+                kind: RecordKind::State,
                 flags: 0,
                 pages: 0,
                 number: 0,
                 meta_bytes: u32::MAX,
                 payload_bytes: 0,
             },
-            Header { kind: Kind::Commit, flags: 0, pages: 0, number: 0, meta_bytes: 0, payload_bytes: 4096 },
             Header {
-                kind: Kind::Heat,
+                kind: RecordKind::Commit,
+                flags: 0,
+                pages: 0,
+                number: 0,
+                meta_bytes: 0,
+                payload_bytes: 4096,
+            },
+            Header {
+                kind: RecordKind::Heat,
                 flags: 0,
                 pages: u32::MAX,
                 number: 0,

@@ -11,7 +11,7 @@ use migrate::wire::VERSIONS;
 use migrate::wire::control::{Control, Totals, round_end, sealed};
 use migrate::wire::heat::parts;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble};
-use migrate::wire::record::{HEADER_BYTES, Header, Kind, Lane, Sequence};
+use migrate::wire::record::{HEADER_BYTES, Header, Lane, RecordKind, Sequence};
 use migrate::{Hello, SessionHello, SessionId, StreamHello};
 use swapd::digest::page_sum;
 use swapd::{PAGE_SIZE, PageNo};
@@ -121,7 +121,7 @@ impl Source {
         let header = Header {
             pages: sums.len() as u32,
             payload_bytes: content.len() as u32,
-            ..Header::plain(Kind::Pages, runs.len() as u64, meta.len())
+            ..Header::plain(RecordKind::Pages, runs.len() as u64, meta.len())
         };
         self.record(stream, &header, &meta, content);
     }
@@ -130,7 +130,7 @@ impl Source {
         let meta: Vec<u8> =
             runs.iter().flat_map(|(start, len)| (start << 12 | u64::from(*len)).to_le_bytes()).collect();
         let pages = runs.iter().map(|run| run.1).sum();
-        let header = Header { pages, ..Header::plain(Kind::Zeros, runs.len() as u64, meta.len()) };
+        let header = Header { pages, ..Header::plain(RecordKind::Zeros, runs.len() as u64, meta.len()) };
         self.record(stream, &header, &meta, &[]);
     }
 

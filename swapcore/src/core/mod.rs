@@ -327,6 +327,7 @@ impl Core {
         self.collapse();
         self.sample();
         self.write_all_behind();
+        self.sow_tiers();
         self.tick_space(ticks);
     }
 

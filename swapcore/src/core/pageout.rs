@@ -68,9 +68,11 @@ impl Core {
             self.reclaim_standby(free_wanted);
         }
         let leaving = self.leaving_soon() as u32;
+        // Frames of pages that wait behind a drop come when that ends, and nobody knows when.
+        let coming = leaving.saturating_sub(self.space.waiting.len() as u32);
         let outside = (u32::try_from(self.frames.at_hand()).unwrap_or(u32::MAX))
             .saturating_add(self.frames.staging().standby_count())
-            .saturating_add(leaving);
+            .saturating_add(coming);
         let goal = self.frames.marks().goal().saturating_add(over);
         let short = outside + self.frames.marks().batch <= goal && leaving < LEAVING_MAX;
         // A walk's steps are not to wait for page-out, which a VM that stands still in a migration would pay for, as long as there are

@@ -9,7 +9,7 @@
 //!                               └───────────────────────────────────────── tried again later
 //! ```
 //! Invariant: no write and no wanted read of a page is under way together with a drop of its place. A drop is looked at anew when it is
-//! issued, not when the page joined the batch ([`Core::may_drop`]); a write that meets a drop waits until that has ended
+//! issued, not when the page joined the batch ([`Core::dead_in`]); a write that meets a drop waits until that has ended
 //! ([`Core::write`]). Else the drop could come second, and take the newest content along.
 //!
 //! What is *not* dropped: the old copy of a page that is in the guest. If the page has not changed it leaves again without a write, and if it
@@ -54,6 +54,7 @@ impl Core {
         space.pace.tick(ticks);
         let before = std::mem::replace(&mut space.read_at_tick, self.counts.pages_read);
         space.reads_go_on = self.counts.pages_read != before;
+        self.forget_rescued();
         self.give_up_copies();
         let old = self.tick >= self.space.since + COLLECT_TICKS;
         self.space.draining |= old || self.space.blocks.len() >= BATCH_BLOCKS;
@@ -66,10 +67,11 @@ impl Core {
             && self.space.under_way.len() < self.tiers.count()
             && self.tick >= self.space.retry_tick
         {
-            // Whoever waits for a page comes first, and has most of the time, if there always is somebody. Unless there is no room: then
-            // pages cannot leave, and reads wait for frames, so that the sooner there is room, the sooner they go on.
+            // Whoever waits for a page comes first, and has most of the time, if there always is somebody.
             let somebody_reads = self.space.reads_go_on || self.ios.reads() > 0;
-            if somebody_reads && !self.is_any_full() && !self.space.pace.may_disturb() {
+            // Without room, somebody waits for the drops themselves: pages cannot leave, and reads wait for frames.
+            let wanted = self.is_any_full() || self.waiters.any_deferred();
+            if somebody_reads && !wanted && !self.space.pace.may_disturb() {
                 return;
             }
             let Some(run) = self.next_dead() else { return };
@@ -195,11 +197,19 @@ impl Core {
         self.drop_dead();
         self.write_behind_drops();
         self.tiers.ids().for_each(|tier| self.end_retry(tier));
-        if self.space.under_way.is_empty() && self.is_any_full() && std::mem::take(&mut self.space.freed) {
-            for tier in self.tiers.ids().filter(|tier| self.tiers.is_full(*tier)).collect::<Vec<_>>() {
-                self.retry_tier(tier);
-            }
+        if self.tiers.is_full(tier) && !self.space.is_busy(tier) && std::mem::take(&mut self.space.freed) {
+            self.retry_tier(tier);
         }
+    }
+
+    /// Pages that wait behind a drop and have been rescued since do not wait any more.
+    fn forget_rescued(&mut self) {
+        let waiting = &mut self.space.waiting;
+        waiting.sort_unstable_by_key(|(page, _)| *page);
+        waiting.dedup();
+        waiting.retain(|(page, slot)| {
+            self.table.state(*page) == PageState::Leaving && self.frames.find_slot(*page) == Some(*slot)
+        });
     }
 
     /// Writes what has met a drop that is over. It is a part of a retry, if its tier is being retried.
@@ -238,12 +248,16 @@ impl Core {
         let space = &self.space;
         let drops = space.draining && self.tick >= space.retry_tick;
         let (_, left) = space.sweep;
-        let full = |tier: TierId| space.supported[tier.index()] && self.tiers.is_full(tier);
-        self.tiers.ids().any(full) && (space.is_anything_dropping() || drops || left > 0)
+        let may_come = |tier: TierId| {
+            let full = space.supported[tier.index()] && self.tiers.is_full(tier);
+            full && (space.is_busy(tier) || drops || left > 0)
+        };
+        self.tiers.ids().any(may_come)
     }
 
     fn give_up_copies(&mut self) {
-        if !self.is_any_full() || self.space.is_anything_dropping() {
+        let waits = |tier: TierId| self.tiers.is_full(tier) && !self.space.is_busy(tier);
+        if !self.tiers.ids().any(waits) {
             return;
         }
         let wanted = COPIES_MIN.max(2 * self.table.count(PageState::Leaving));

@@ -111,6 +111,12 @@ impl Core {
             .or_else(|| blocks().filter(|block| self.table.home(*block) == tier).find_map(in_block))
     }
 
+    /// To be called when nothing is listed to be written: a page that starts out now may have been there before, with the
+    /// same slot, and its write would overtake its move.
+    pub(super) fn sow_tiers(&mut self) {
+        self.tiers.ids().for_each(|tier| self.sow(tier));
+    }
+
     /// The tier has no page for a probe. So that it has one when the bad page is read again, some pages of RAM are written to it, as if
     /// they left: else nobody could ever tell the only stored page from a tier that is away.
     fn sow(&mut self, tier: TierId) {
@@ -190,12 +196,11 @@ impl Core {
     /// Looks which tiers give nothing while somebody waits for it.
     pub(super) fn tick_tiers(&mut self, ticks: u64) {
         for tier in self.tiers.ids() {
-            self.sow(tier);
             let reader = self.waits_for_read(tier);
             // It has given nothing, and is not asked for lack of a frame: that is neither more silence nor an end of it.
             let asks_later = !reader && self.waits_to_read_again(tier);
-            let writing = self.ios.writes_to(tier) > 0 || self.waits_for_drop(tier);
-            let writer = writing && self.waiters.any_deferred();
+            let under_way = self.ios.writes_to(tier) > 0;
+            let writer = (under_way || self.waits_for_drop(tier)) && self.waiters.any_deferred();
             let withholds = (reader || asks_later) && self.withholds(tier);
             let Tier { good, writes, silence, .. } = self.tiers.get_mut(tier);
             let heard = (silence.good != *good, silence.writes != *writes);
@@ -208,7 +213,8 @@ impl Core {
                 _ => 0,
             };
             silence.unwritten = if writer && !heard.1 { silence.unwritten + ticks } else { 0 };
-            silence.stalled = if writing && !heard.1 { silence.stalled + ticks } else { 0 };
+            // Behind a drop that does not end wait the pages that have met it, and no others: the tier takes those.
+            silence.stalled = if under_way && !heard.1 { silence.stalled + ticks } else { 0 };
             match silence.unread.max(silence.unwritten) {
                 0 => drop(self.end_silence(tier)),
                 SILENT_TICKS.. if !silence.told && !mutant!(WaitsInSilence) => {
@@ -550,10 +556,10 @@ mod tests {
     }
 
     /// A full VM that uses memory again which it has just given back, while the drop of its places does not end.
-    #[test]
-    fn a_drop_that_does_not_end_is_the_tiers_silence() {
+    /// A VM whose first `run` has been in the store and was given back: its places are being dropped, which does not end.
+    fn hung_drop(pages: u64, run: Run) -> (Core, IoId) {
         let config = CoreConfig {
-            pages: 512,
+            pages,
             budget_frames: 64,
             budget_min: 48,
             slots: 128,
@@ -562,7 +568,6 @@ mod tests {
             walk: WalkStep::default(),
         };
         let mut core = Core::new(config);
-        let run = Run::new(PageNo(0), 192);
         for page in run.pages() {
             let mut todo = match core.table.state(page) {
                 PageState::Untouched => hand(&mut core, Event::Fault(page)),
@@ -589,7 +594,15 @@ mod tests {
                 }
             }
         }
-        assert_eq!(dropping.expect("its places are dropped").1, run);
+        let (io, dropped) = dropping.expect("its places are dropped");
+        assert_eq!(dropped, run);
+        (core, io)
+    }
+
+    #[test]
+    fn a_drop_that_does_not_end_is_the_tiers_silence() {
+        let run = Run::new(PageNo(0), 192);
+        let (mut core, io) = hung_drop(512, run);
         let mut todo: Vec<_> = run.pages().flat_map(|page| hand(&mut core, Event::Fault(page))).collect();
         for _ in 0..SILENT_TICKS - 1 {
             todo.extend(hand(&mut core, Event::Tick { ticks: 1 }));
@@ -600,7 +613,6 @@ mod tests {
         assert!(!todo.iter().any(|action| writes(action) || unreachable(action)), "{todo:?}");
         todo.extend(hand(&mut core, Event::Tick { ticks: 5 }));
         assert!(todo.iter().any(unreachable), "{todo:?}");
-        let (io, _) = dropping.expect("just found");
         let took_us = 5_500_000;
         let mut todo = hand(&mut core, Event::DropDone { io, result: DropResult::Done, took_us });
         assert!(todo.iter().any(writes), "what has met the drop is written behind it: {todo:?}");
@@ -619,5 +631,49 @@ mod tests {
         assert!(
             reachable && core.faults_waiting() == 0 && core.tier_state(TierId::STORE) == TierState::Working
         );
+    }
+
+    #[test]
+    fn behind_a_drop_that_does_not_end_wait_the_pages_that_have_met_it_and_no_others() {
+        let run = Run::new(PageNo(0), 192);
+        let (mut core, _) = hung_drop(1024, run);
+        // One of its pages is in use again, and leaves: it waits.
+        hand(&mut core, Event::Fault(PageNo(7)));
+        hand(&mut core, Event::Request { ticket: Ticket(1), request: Request::Evict(Run::one(PageNo(7))) });
+        for _ in 0..2 * SILENT_TICKS {
+            hand(&mut core, Event::Tick { ticks: 1 });
+        }
+        assert_eq!(core.table.state(PageNo(7)), PageState::Leaving);
+        // The others are more than RAM has room for.
+        for page in Run::new(PageNo(512), 256).pages() {
+            let mut todo = hand(&mut core, Event::Fault(page));
+            for _ in 0..10 {
+                for action in std::mem::take(&mut todo) {
+                    assert!(!matches!(action, Action::TierUnreachable(_)), "{action:?}");
+                    if let Action::Write { io, .. } = action {
+                        todo.extend(hand(&mut core, Event::WriteDone { io, result: Ok(()) }));
+                    }
+                }
+                todo.extend(hand(&mut core, Event::Tick { ticks: 1 }));
+            }
+            assert_eq!(core.faults_waiting(), 0, "{page}");
+        }
+    }
+
+    #[test]
+    fn a_page_that_is_sown_is_not_written_before_it_has_moved() {
+        let mut core = core();
+        let page = PageNo(0);
+        hand(&mut core, Event::Fault(page));
+        hand(&mut core, Event::Request { ticket: Ticket(1), request: Request::Evict(Run::one(page)) });
+        assert_eq!(core.table.state(page), PageState::Leaving);
+        // It is listed to be written, and is wanted again before that.
+        hand(&mut core, Event::Fault(page));
+        assert_eq!(core.table.state(page), PageState::Resident);
+        core.tiers.get_mut(TierId(0)).wants_sown = true;
+        core.handle(Event::Tick { ticks: 1 });
+        let actions: Vec<_> = std::iter::from_fn(|| core.next_action()).collect();
+        assert!(actions.iter().any(|action| matches!(action, Action::MoveOut { .. })), "{actions:?}");
+        assert!(!actions.iter().any(|action| matches!(action, Action::Write { .. })), "{actions:?}");
     }
 }

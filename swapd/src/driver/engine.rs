@@ -13,7 +13,7 @@ use super::sealer::Sealer;
 use super::uffd::Faults;
 use super::{Driver, locking, store};
 use crate::cipher::Cipher;
-use crate::error::StartError;
+use crate::error::{BudgetError, HostError, StartError};
 use crate::handle::EngineHandle;
 use crate::notice::Notice;
 use swapcore::core::{BUDGET_MIN, Core, CoreConfig, WalkStep, staging_blocks, staging_slots};
@@ -75,7 +75,7 @@ impl Engine {
     /// # Errors
     /// It may not, and what to do about it.
     pub fn check_lock(memory_bytes: u64) -> Result<(), StartError> {
-        locking::allow(Self::locked_bytes(memory_bytes)).map_err(StartError::Host)
+        Ok(locking::allow(Self::locked_bytes(memory_bytes))?)
     }
 
     /// Reserves the memory, opens the store and starts the thread.
@@ -86,7 +86,7 @@ impl Engine {
         check(&config)?;
         let staging = StagingSize::of(config.memory_bytes, few_blocks(&config));
         let memory = Memory::reserve(config.memory_bytes, staging.all_slots(), config.lock);
-        Self::start_with(config, memory.map_err(StartError::Memory)?, staging, notify)
+        Self::start_with(config, memory?, staging, notify)
     }
 
     /// The same for memory that somebody else maps, in regions of so many bytes: each whole pages, and together the
@@ -105,7 +105,7 @@ impl Engine {
         check_regions(&config, regions)?;
         let staging = StagingSize::of(config.memory_bytes, few_blocks(&config));
         let memory = Memory::external(regions, staging.all_slots(), config.lock);
-        Self::start_with(config, memory.map_err(StartError::Memory)?, staging, notify)
+        Self::start_with(config, memory?, staging, notify)
     }
 
     fn start_with(
@@ -118,19 +118,17 @@ impl Engine {
         assert_eq!(Memory::staging_bytes(staging.all_slots()), memory.staging_len(), "every slot is mapped");
         memory.allow_huge(pages_in(config.budget_bytes) >= memory.mapped_pages());
         let memory = Arc::new(memory);
-        let faults = Faults::open().map_err(StartError::Host)?;
-        faults
-            .register_staging(memory.staging_base() as *mut u8, memory.staging_len())
-            .map_err(StartError::Host)?;
+        let faults = Faults::open()?;
+        faults.register_staging(memory.staging_base() as *mut u8, memory.staging_len())?;
         if let Some(base) = memory.own_base() {
             memory.map_in(&faults, 0, base)?;
         }
         let outside = config.memory_bytes.saturating_sub(config.budget_bytes);
         let needed = if config.store.overcommit { 0 } else { outside };
         let store = Arc::new(store::open(&config.store.path, config.memory_bytes, needed)?);
-        let mailbox =
-            Arc::new(Mailbox::new().map_err(|error| StartError::Host(format!("eventfd: {error}")))?);
-        let cipher = if config.store.encrypt { Some(Arc::new(new_cipher(config.lock)?)) } else { None };
+        let mailbox = Arc::new(Mailbox::new().map_err(|source| HostError::Eventfd { source })?);
+        let cipher = config.store.encrypt.then(|| Cipher::random(config.lock)).transpose();
+        let cipher = cipher.map_err(|source| HostError::Key { source })?.map(Arc::new);
         let handle = EngineHandle {
             mailbox: mailbox.clone(),
             memory: memory.clone(),
@@ -138,7 +136,7 @@ impl Engine {
             cipher: cipher.clone(),
         };
         let discarder = Discarder::of(&store, &mailbox)
-            .map_err(|error| StartError::Host(format!("cannot start a thread: {error}")))?;
+            .map_err(|source| HostError::Thread { what: "a thread", source })?;
         let core = Core::new(CoreConfig {
             pages,
             budget_frames: pages_in(config.budget_bytes),
@@ -188,11 +186,11 @@ impl Engine {
         let thread = std::thread::Builder::new()
             .name("vmemd-engine".into())
             .spawn(run)
-            .map_err(|error| StartError::Host(format!("cannot start the engine's thread: {error}")))?;
+            .map_err(|source| HostError::Thread { what: "the engine's thread", source })?;
         match start.recv() {
             Ok(Ok(())) => Ok(Engine { handle, memory, thread: Some(thread) }),
-            Ok(Err(error)) => Err(StartError::Host(error)),
-            Err(_) => Err(StartError::Host("the engine's thread ended at its start".into())),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(HostError::ThreadEnded.into()),
         }
     }
 
@@ -242,15 +240,6 @@ impl Drop for AbortOnPanic {
     }
 }
 
-fn new_cipher(lock: bool) -> Result<Cipher, StartError> {
-    Cipher::random(lock).map_err(|error| {
-        StartError::Host(format!(
-            "cannot make a key for the store, or keep it out of the host's swap: {error}; see `ulimit -l`, or give \
-             up locking with --no-lock"
-        ))
-    })
-}
-
 /// The layout of staging, for the mapping and for the core alike. It is determined once: how many blocks of slots
 /// there are depends on a limit of this host, which may have changed at a second look, and a slot beyond the mapping
 /// would be somebody else's memory.
@@ -286,46 +275,32 @@ fn check(config: &EngineConfig) -> Result<(), StartError> {
     let EngineConfig { memory_bytes, budget_bytes, .. } = *config;
     let block = bytes_of(u64::from(BLOCK_PAGES));
     if memory_bytes == 0 || !memory_bytes.is_multiple_of(block) {
-        return Err(StartError::Budget(format!(
-            "a memory of {memory_bytes} bytes is not a multiple of 2 MiB; choose one that is"
-        )));
+        return Err(BudgetError::NotBlocks { memory_bytes }.into());
     }
-    let minimum = Engine::MIN_BUDGET_BYTES;
-    if budget_bytes < minimum {
-        return Err(StartError::Budget(format!(
-            "a RAM budget of {budget_bytes} bytes is below the minimum of {minimum}; give the VM at least 16M"
-        )));
+    let minimum_bytes = Engine::MIN_BUDGET_BYTES;
+    if budget_bytes < minimum_bytes {
+        return Err(BudgetError::TooSmall { budget_bytes, minimum_bytes }.into());
     }
-    if budget_bytes > memory_bytes.max(minimum) {
-        return Err(StartError::Budget(format!(
-            "a RAM budget of {budget_bytes} bytes is above the VM's memory of {memory_bytes}; lower one or \
-             raise the other"
-        )));
+    if budget_bytes > memory_bytes.max(minimum_bytes) {
+        return Err(BudgetError::AboveMemory { budget_bytes, memory_bytes }.into());
     }
-    if let Some(available) = host_available_bytes()
-        && budget_bytes > available
+    if let Some(available_bytes) = host_available_bytes()
+        && budget_bytes > available_bytes
     {
-        return Err(StartError::Budget(format!(
-            "a RAM budget of {budget_bytes} bytes is more than the {available} bytes that this host has available; \
-             lower the budget or free some memory"
-        )));
+        return Err(BudgetError::AboveHost { needed_bytes: budget_bytes, available_bytes }.into());
     }
     if config.lock { Engine::check_lock(memory_bytes) } else { Ok(()) }
 }
 
-fn check_regions(config: &EngineConfig, regions: &[u64]) -> Result<(), StartError> {
-    if let Some(bytes) = regions.iter().find(|bytes| **bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE as u64))
-    {
-        return Err(StartError::Budget(format!(
-            "a memory region of {bytes} bytes is not a multiple of 4 KiB; choose one that is"
-        )));
+fn check_regions(config: &EngineConfig, regions: &[u64]) -> Result<(), BudgetError> {
+    let memory_bytes = config.memory_bytes;
+    let pages = |bytes: u64| bytes != 0 && bytes.is_multiple_of(PAGE_SIZE as u64);
+    if let Some(&region_bytes) = regions.iter().find(|bytes| !pages(**bytes)) {
+        return Err(BudgetError::NotPages { region_bytes });
     }
     let together = regions.iter().try_fold(0u64, |sum, bytes| sum.checked_add(Engine::rounded(*bytes)?));
-    if together != Some(config.memory_bytes) {
-        return Err(StartError::Budget(format!(
-            "memory regions of {regions:?} bytes are not the VM's memory of {} bytes; give each of its regions once",
-            config.memory_bytes
-        )));
+    if together != Some(memory_bytes) {
+        return Err(BudgetError::NotTheMemory { regions: regions.to_vec(), memory_bytes });
     }
     Ok(())
 }

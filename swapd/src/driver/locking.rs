@@ -4,6 +4,7 @@
 
 use std::io;
 
+use crate::error::{HostError, MemoryError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const CAP_IPC_LOCK: u32 = 14;
@@ -14,17 +15,13 @@ pub fn lock_limit() -> Option<u64> {
 }
 
 /// Raises the limit of locked memory to so many bytes, as far as that takes no privilege.
-pub(super) fn allow(bytes: u64) -> Result<(), String> {
+pub(super) fn allow(bytes: u64) -> Result<(), HostError> {
     let Rlimit { current, maximum } = getrlimit(Resource::Memlock);
     if current.is_none_or(|current| current >= bytes) || is_exempt() {
         return Ok(());
     }
-    if let Some(maximum) = maximum.filter(|maximum| *maximum < bytes) {
-        return Err(format!(
-            "the VM's memory cannot be locked against the host's swap: that takes {bytes} bytes, and this user may \
-             lock {maximum} (`ulimit -l`, in KiB); raise the limit (memlock in /etc/security/limits.conf, systemd's \
-             LimitMEMLOCK=infinity), or do without by --no-lock"
-        ));
+    if let Some(available_bytes) = maximum.filter(|maximum| *maximum < bytes) {
+        return Err(HostError::LockLimit { needed_bytes: bytes, available_bytes });
     }
     // A failure is not reported here: the locking itself fails then, and says what to do.
     let _ = setrlimit(Resource::Memlock, Rlimit { current: maximum, maximum });
@@ -32,17 +29,13 @@ pub(super) fn allow(bytes: u64) -> Result<(), String> {
 }
 
 /// Locks a range of addresses: the frames that it has, and those that come to it later.
-pub(super) fn lock_on_fault(base: usize, len: usize) -> Result<(), String> {
+pub(super) fn lock_on_fault(base: usize, bytes: usize) -> Result<(), MemoryError> {
     // SAFETY: locking changes nothing of the content of what is mapped there.
-    let result = unsafe { libc::mlock2(base as *const libc::c_void, len, libc::MLOCK_ONFAULT) };
+    let result = unsafe { libc::mlock2(base as *const libc::c_void, bytes, libc::MLOCK_ONFAULT) };
     if result == 0 {
         return Ok(());
     }
-    let error = io::Error::last_os_error();
-    Err(format!(
-        "cannot lock {len} bytes of the VM's memory against the host's swap ({error}); raise the limit (`ulimit -l`, \
-         systemd's LimitMEMLOCK=infinity), or do without by --no-lock"
-    ))
+    Err(MemoryError::Lock { bytes, source: io::Error::last_os_error() })
 }
 
 /// Whether this process may lock memory beyond the limit (CAP_IPC_LOCK).

@@ -17,7 +17,7 @@ use memmap2::{MmapMut, MmapOptions};
 use super::locking::lock_on_fault;
 use super::regions::Regions;
 use super::uffd::Faults;
-use crate::error::StartError;
+use crate::error::{MemoryError, StartError};
 use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, Run, Slot, SlotRun};
 
 /// Bytes of a huge page.
@@ -71,14 +71,14 @@ pub(crate) struct Memory {
 
 impl Memory {
     /// Guest memory of `bytes`, reserved here but not mapped in yet, and `slots` staging slots; takes no frame.
-    pub(super) fn reserve(bytes: u64, slots: u32, lock: bool) -> Result<Self, String> {
+    pub(super) fn reserve(bytes: u64, slots: u32, lock: bool) -> Result<Self, MemoryError> {
         let mut memory = Self::external(&[bytes], slots, lock)?;
         memory.own = Some(reserve(bytes as usize, "guest memory")?);
         Ok(memory)
     }
 
     /// Guest memory that its owner maps in regions of such sizes.
-    pub(super) fn external(regions: &[u64], slots: u32, lock: bool) -> Result<Self, String> {
+    pub(super) fn external(regions: &[u64], slots: u32, lock: bool) -> Result<Self, MemoryError> {
         let staging = reserve(Self::staging_bytes(slots), "staging")?;
         prepare(staging.base, staging.len, lock, libc::MADV_NOHUGEPAGE)?;
         let memory = Memory {
@@ -107,16 +107,14 @@ impl Memory {
     /// From now on `region` is at `base`, which has passed `check`; it is empty, and its faults come to `faults`.
     pub(super) fn map_in(&self, faults: &Faults, region: usize, base: usize) -> Result<(), StartError> {
         let len = self.regions.len_of(region).unwrap_or(0);
-        faults.register_guest(base as *mut u8, len).map_err(StartError::Host)?;
+        faults.register_guest(base as *mut u8, len)?;
         // Frames that the region has by now are not counted, and are given back. It is registered before that, so
         // that no new ones come.
-        let emptied = drop_frames(base, len).map_err(|error| {
-            format!("{len} bytes at {base:#x} cannot be guest memory ({error}); map all of them first, private and \
-                 anonymous")
-        });
-        if let Err(reason) = emptied.and_then(|()| prepare(base, len, self.lock, self.huge_advice())) {
+        let emptied = drop_frames(base, len);
+        let emptied = emptied.map_err(|source| MemoryError::NotMapped { base, bytes: len, source });
+        if let Err(error) = emptied.and_then(|()| prepare(base, len, self.lock, self.huge_advice())) {
             faults.unregister(base as *mut u8, len);
-            return Err(StartError::Memory(reason));
+            return Err(error.into());
         }
         self.regions.set_base(region, base);
         Ok(())
@@ -163,21 +161,19 @@ impl Memory {
     }
 
     /// Whether the region may be mapped in at `base`, or why not.
-    pub(super) fn check(&self, region: usize, base: usize) -> Result<(), String> {
+    pub(super) fn check(&self, region: usize, base: usize) -> Result<(), MemoryError> {
         let Some(len) = self.regions.len_of(region) else {
-            return Err(format!("the VM's memory has no region {region}"));
+            return Err(MemoryError::NoRegion { region });
         };
-        if let Some(at) = self.regions.base_of(region) {
-            return Err(format!("region {region} is attached already, at {at:#x}"));
+        if let Some(base) = self.regions.base_of(region) {
+            return Err(MemoryError::AttachedAlready { region, base });
         }
         if base == 0 || !base.is_multiple_of(PAGE_SIZE) || base.checked_add(len).is_none() {
-            return Err(format!("region {region} cannot be at {base:#x}: that is no page's address"));
+            return Err(MemoryError::NoPageAddress { region, base });
         }
         let staging = self.staging.base < base + len && base < self.staging.base + self.staging.len;
         if staging || self.regions.overlap(base, len) {
-            return Err(format!(
-                "region {region}, {len} bytes at {base:#x}, overlaps memory that is in use already"
-            ));
+            return Err(MemoryError::Overlaps { region, base, bytes: len });
         }
         Ok(())
     }
@@ -309,14 +305,12 @@ fn drop_frames(at: usize, len: usize) -> io::Result<()> {
     advise(at, len, MADV_DONTNEED_LOCKED)
 }
 
-fn reserve(len: usize, what: &str) -> Result<Area, String> {
-    Area::reserve(len).map_err(|error| {
-        format!("cannot reserve {len} bytes of address space for {what} ({error}); see `ulimit -v`")
-    })
+fn reserve(bytes: usize, what: &'static str) -> Result<Area, MemoryError> {
+    Area::reserve(bytes).map_err(|source| MemoryError::Reserve { what, bytes, source })
 }
 
 /// Makes a mapping fit for frames to come and go by moves.
-fn prepare(base: usize, len: usize, lock: bool, huge: libc::c_int) -> Result<(), String> {
+fn prepare(base: usize, len: usize, lock: bool, huge: libc::c_int) -> Result<(), MemoryError> {
     // A kernel without huge pages has none to switch on or off, one without dumps none to leave out.
     // Nor may the host merge pages (KSM), even if that is on for the whole process: a merged page cannot be moved.
     for advice in [huge, libc::MADV_DONTFORK, libc::MADV_DONTDUMP, libc::MADV_UNMERGEABLE] {

@@ -1,4 +1,5 @@
-//! The real driver: one thread a VM that feeds the core from userfaultfd, io_uring and the mailbox, and does what it says.
+//! The real driver: one thread a VM that feeds the core from userfaultfd, io_uring and the mailbox, and does what it
+//! says.
 //!
 //! ```text
 //!  userfaultfd ─┐                        ┌─▶ MOVE, POISON, PAGEMAP_SCAN
@@ -102,9 +103,10 @@ impl Driver {
                 false => next_tick.saturating_duration_since(Instant::now()),
             };
             self.ring.wait(patience, &mut completions);
-            // The clock is put right before what has come is handled: whoever begins to wait now would else seem to have waited since the
-            // last tick, which is seconds ago in an idle VM, and a store that was asked for nothing would be taken for silent. While
-            // somebody does wait it never sleeps for longer than that many ticks, so no time of a silent store is left out.
+            // The clock is put right before what has come is handled: whoever begins to wait now would else seem to
+            // have waited since the last tick, which is seconds ago in an idle VM, and a store that was asked for
+            // nothing would be taken for silent. While somebody does wait the thread never sleeps for longer than that
+            // many ticks, so no time of a silent store is left out.
             let slept = last_tick.elapsed().as_millis() as u64 / TICK_MS;
             let woken = !completions.is_empty() && slept > IDLE_TICKS;
             if woken {
@@ -345,8 +347,8 @@ impl Driver {
         copies.bytes.reserve_exact(pages.len() * PAGE_SIZE);
         for (page, slot) in pages {
             copies.pages.push(*page);
-            // SAFETY: the core has just said that the page's content is in this slot, where nobody writes to it and only the engine
-            // moves frames.
+            // SAFETY: the core has just said that the page's content is in this slot, where nobody writes to it and
+            // only the engine moves frames.
             copies.bytes.extend_from_slice(unsafe { self.memory.slot_bytes(SlotRun::new(*slot, 1)) });
         }
         self.answer(ticket, Ok(Response::Copies(copies)));
@@ -403,8 +405,8 @@ impl Driver {
         }
     }
 
-    /// The page goes to the bay, and is given back from there. If it is pinned by I/O, its huge page stays whole, and the host has
-    /// what is given back of it when it runs short of memory.
+    /// The page goes to the bay, and is given back from there. If it is pinned by I/O, its huge page stays whole, and
+    /// the host has what is given back of it when it runs short of memory.
     fn split(&self, page: PageNo) {
         if self.faults.move_pages(self.memory.bay(), self.memory.page(page), PAGE_SIZE, HASTY) == Moved::All {
             report(self.memory.empty_bay(), "give a frame back");
@@ -415,8 +417,8 @@ impl Driver {
         // Page-out is work for the time in which the device reads what somebody waits for.
         self.ring.submit_now();
         self.page_outs.clear();
-        // Page tables of a huge page that is tracked for writes are for single frames. Such a page would fall to pieces on its way, and
-        // leave a page table where none must be.
+        // Page tables of a huge page that is tracked for writes are for single frames. Such a page would fall to pieces
+        // on its way, and leave a page table where none must be.
         let falls_apart =
             run.len == BLOCK_PAGES && !self.faults.is_huge(self.memory.page(run.start), run.bytes());
         if falls_apart {
@@ -470,9 +472,10 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes over a region of memory that its owner has mapped. Until then its pages are untouched, and nobody can touch them.
+    /// Takes over a region of memory that its owner has mapped. Until then its pages are untouched, and nobody can
+    /// touch them.
     fn attach(&mut self, region: usize, base: usize) -> Result<(), StartError> {
-        self.memory.check(region, base).map_err(StartError::Memory)?;
+        self.memory.check(region, base)?;
         self.memory.map_in(&self.faults, region, base)?;
         if self.prealloc {
             self.memory.runs_of(region).for_each(|run| self.prealloc(run));

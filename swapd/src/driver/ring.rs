@@ -10,6 +10,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use memmap2::MmapMut;
 
 use super::store::Store;
+use crate::error::HostError;
 use swapcore::core::IoId;
 use swapcore::transfer::Transfer;
 use swapcore::units::{Run, SlotRun};
@@ -73,22 +74,20 @@ impl std::fmt::Debug for Ring {
 
 impl Ring {
     /// A ring that watches both descriptors and does I/O on the store.
-    pub(super) fn new(store: Arc<Store>, faults: RawFd, commands: RawFd) -> Result<Self, String> {
+    pub(super) fn new(store: Arc<Store>, faults: RawFd, commands: RawFd) -> Result<Self, HostError> {
         let ring = IoUring::builder()
             .setup_cqsize(ENTRIES * 2)
             .setup_single_issuer()
             .setup_coop_taskrun()
             .setup_defer_taskrun()
             .build(ENTRIES)
-            .map_err(|error| match error.raw_os_error() {
-                Some(libc::EPERM | libc::ENOSYS) => format!(
-                    "io_uring is switched off on this host ({error}); set the sysctl kernel.io_uring_disabled=0"
-                ),
-                _ => format!("cannot create an io_uring ({error}); vmemd needs Linux 6.8 or newer"),
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EPERM | libc::ENOSYS) => HostError::RingOff { source },
+                _ => HostError::Ring { source },
             })?;
         ring.submitter()
             .register_files(&[store.file().as_raw_fd()])
-            .map_err(|error| format!("cannot register the store with io_uring: {error}"))?;
+            .map_err(|source| HostError::RingStore { source })?;
         let mut ring = Ring { ring, store, faults, commands, operations: Vec::new(), in_flight: 0 };
         ring.watch(faults, DATA_FAULTS);
         ring.watch(commands, DATA_COMMANDS);

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::error::StartError;
+use crate::error::StoreError;
 use swapcore::units::{PAGE_SIZE, PageNo};
 
 /// A VM's store, open for direct I/O.
@@ -26,48 +26,41 @@ impl Store {
 }
 
 /// Opens the store for a VM of `memory_bytes`, of which `outside_bytes` must find room in it.
-pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<Store, StartError> {
-    let shown = path.display();
-    let metadata = std::fs::metadata(path).map_err(|error| {
-        StartError::Store(format!(
-            "cannot use {shown} as store: {error}; create the directory, or name another one"
-        ))
-    })?;
+pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<Store, StoreError> {
+    let metadata =
+        std::fs::metadata(path).map_err(|source| StoreError::Unusable { path: path.to_owned(), source })?;
     let file = if metadata.is_dir() {
         open_in_directory(path, memory_bytes, outside_bytes)?
     } else if metadata.file_type().is_block_device() {
         open_device(path, memory_bytes)?
     } else {
-        return Err(StartError::Store(format!(
-            "{shown} is neither a directory nor a block device; name one as the store"
-        )));
+        return Err(StoreError::NeitherKind { path: path.to_owned() });
     };
     if metadata.blksize() > PAGE_SIZE as u64 * 16 {
         tracing::warn!(
-            "the file system of {shown} works in blocks of {} bytes: expect slow paging",
+            "the file system of {} works in blocks of {} bytes: expect slow paging",
+            path.display(),
             metadata.blksize()
         );
     }
     Ok(Store(file))
 }
 
-fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StartError> {
-    let shown = path.display();
-    let free = free_bytes(path)
-        .map_err(|error| StartError::Store(format!("cannot ask for the free space of {shown}: {error}")))?;
-    if free < outside_bytes {
-        return Err(StartError::Store(format!(
-            "the store {shown} has {free} bytes free, and {outside_bytes} bytes of the VM do not fit into its RAM budget; free some \
-             space, name another store, raise the budget, or start with --store-overcommit if it will not touch all of its memory"
-        )));
+fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StoreError> {
+    let available_bytes =
+        free_bytes(path).map_err(|source| StoreError::FreeSpace { path: path.to_owned(), source })?;
+    if available_bytes < outside_bytes {
+        let path = path.to_owned();
+        return Err(StoreError::NoRoom { path, needed_bytes: outside_bytes, available_bytes });
     }
     let direct = |flags| {
         OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_DIRECT | flags).open(path)
     };
     // A file without a name goes away with the VM's process, however that ends.
-    let file = direct(libc::O_TMPFILE).map_err(|error| explain(path, &error))?;
-    file.set_len(memory_bytes).map_err(|error| {
-        StartError::Store(format!("cannot make a sparse file of {memory_bytes} bytes in {shown}: {error}"))
+    let file = direct(libc::O_TMPFILE).map_err(|error| explain(path, error))?;
+    file.set_len(memory_bytes).map_err(|source| {
+        let path = path.to_owned();
+        StoreError::SparseFile { path, needed_bytes: memory_bytes, source }
     })?;
     Ok(file)
 }
@@ -76,9 +69,8 @@ fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Resu
 const LET_GO_LIMIT: Duration = Duration::from_secs(3);
 const LET_GO_EVERY: Duration = Duration::from_millis(50);
 
-fn open_device(path: &Path, memory_bytes: u64) -> Result<File, StartError> {
+fn open_device(path: &Path, memory_bytes: u64) -> Result<File, StoreError> {
     use std::io::Seek;
-    let shown = path.display();
     // O_EXCL on a block device: not while it is mounted or another VM's store. The kernel closes what an io_uring has of a process some
     // moments after that has ended, so the store of a VM that has just ended is busy for that long.
     let deadline = Instant::now() + LET_GO_LIMIT;
@@ -89,35 +81,27 @@ fn open_device(path: &Path, memory_bytes: u64) -> Result<File, StartError> {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
                 std::thread::sleep(LET_GO_EVERY);
             }
-            opened => break opened.map_err(|error| explain(path, &error))?,
+            opened => break opened.map_err(|error| explain(path, error))?,
         }
     };
-    let size = file.seek(io::SeekFrom::End(0)).map_err(|error| explain(path, &error))?;
-    if size < memory_bytes {
-        return Err(StartError::Store(format!(
-            "the device {shown} has {size} bytes, the VM needs {memory_bytes}; name a larger one"
-        )));
+    let available_bytes = file.seek(io::SeekFrom::End(0)).map_err(|error| explain(path, error))?;
+    if available_bytes < memory_bytes {
+        let path = path.to_owned();
+        return Err(StoreError::SmallDevice { path, needed_bytes: memory_bytes, available_bytes });
     }
     Ok(file)
 }
 
-fn explain(path: &Path, error: &io::Error) -> StartError {
-    let shown = path.display();
-    StartError::Store(match error.raw_os_error() {
-        Some(libc::EINVAL) => format!(
-            "the file system of {shown} cannot do direct I/O (O_DIRECT); name a store on ext4, xfs or btrfs, or a block device"
-        ),
-        Some(libc::EOPNOTSUPP | libc::EISDIR) => format!(
-            "the file system of {shown} has no nameless files (O_TMPFILE); name a store on ext4, xfs or btrfs, or a block device"
-        ),
-        Some(libc::EBUSY) => {
-            format!("{shown} is in use (mounted, or the store of another VM); name a free device")
-        }
-        Some(libc::EACCES | libc::EPERM) => {
-            format!("no permission to write in {shown}; change its owner, or name another store")
-        }
-        _ => format!("cannot open a store in {shown}: {error}"),
-    })
+/// What it means that no store can be opened at the path.
+fn explain(path: &Path, source: io::Error) -> StoreError {
+    let path = path.to_owned();
+    match source.raw_os_error() {
+        Some(libc::EINVAL) => StoreError::NoDirectIo { path, source },
+        Some(libc::EOPNOTSUPP | libc::EISDIR) => StoreError::NoNamelessFiles { path, source },
+        Some(libc::EBUSY) => StoreError::InUse { path, source },
+        Some(libc::EACCES | libc::EPERM) => StoreError::NoPermission { path, source },
+        _ => StoreError::Open { path, source },
+    }
 }
 
 /// Bytes that this user may still write to the file system of `path`.

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 
+use crate::error::HostError;
 use swapcore::moves::{self, Moved, PATIENT, Refused};
 use swapcore::units::PAGE_SIZE;
 use userfaultfd::{Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
@@ -115,16 +116,15 @@ fn last_errno() -> i32 {
 
 impl Faults {
     /// Opens a userfaultfd with all that the engine needs.
-    pub(super) fn open() -> Result<Self, String> {
+    pub(super) fn open() -> Result<Self, HostError> {
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
             .user_mode_only(false)
             .require_features(FeatureFlags::from_bits_retain(FEATURES))
             .create()
-            .map_err(|error| explain(&error))?;
-        let pagemap = File::open("/proc/self/pagemap")
-            .map_err(|error| format!("cannot open /proc/self/pagemap ({error}); is /proc mounted?"))?;
+            .map_err(explain)?;
+        let pagemap = File::open("/proc/self/pagemap").map_err(|source| HostError::Pagemap { source })?;
         Ok(Faults {
             uffd,
             pagemap,
@@ -138,12 +138,12 @@ impl Faults {
     }
 
     /// Guest memory: missing pages are reported, writes can be tracked.
-    pub(super) fn register_guest(&self, base: *mut u8, len: usize) -> Result<(), String> {
+    pub(super) fn register_guest(&self, base: *mut u8, len: usize) -> Result<(), HostError> {
         self.register(base, len, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT)
     }
 
     /// Staging: a legal destination for moves, but a stray touch of it does not wait for anybody.
-    pub(super) fn register_staging(&self, base: *mut u8, len: usize) -> Result<(), String> {
+    pub(super) fn register_staging(&self, base: *mut u8, len: usize) -> Result<(), HostError> {
         self.register(base, len, RegisterMode::WRITE_PROTECT)
     }
 
@@ -153,11 +153,11 @@ impl Faults {
         let _ = self.uffd.unregister(base.cast(), len);
     }
 
-    fn register(&self, base: *mut u8, len: usize, mode: RegisterMode) -> Result<(), String> {
+    fn register(&self, base: *mut u8, len: usize, mode: RegisterMode) -> Result<(), HostError> {
         self.uffd
             .register_with_mode(base.cast(), len, mode)
             .map(|_| ())
-            .map_err(|error| format!("cannot register memory with userfaultfd: {}", chain(&error)))
+            .map_err(|error| HostError::Register { source: Box::new(error) })
     }
 
     /// Moves pages between two registered ranges of this process, and wakes who waits at the destination.
@@ -343,34 +343,20 @@ impl Faults {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
-fn explain(error: &userfaultfd::Error) -> String {
-    let text = chain(error);
-    match error {
-        userfaultfd::Error::OpenDevUserfaultfd(_) => format!(
-            "no permission to use userfaultfd ({text}); give this user access to /dev/userfaultfd, or run as root"
-        ),
-        userfaultfd::Error::SystemError(errno) if *errno as i32 == libc::EPERM => format!(
-            "no permission to use userfaultfd ({text}); run as root, give access to /dev/userfaultfd, or set the \
-             sysctl vm.unprivileged_userfaultfd=1"
-        ),
-        userfaultfd::Error::SystemError(errno) if *errno as i32 == libc::EINVAL => format!(
-            "this kernel's userfaultfd cannot move pages ({text}); vmemd needs Linux 6.8 or newer (Ubuntu 24.04, \
-             Debian 13 or 12 with the backports kernel, Fedora 40, RHEL 10)"
-        ),
-        userfaultfd::Error::SystemError(errno) if *errno as i32 == libc::ENOSYS => {
-            format!("this kernel has no userfaultfd ({text}); it needs CONFIG_USERFAULTFD")
-        }
-        _ => format!("cannot open a userfaultfd: {text}"),
+/// What it means that no userfaultfd can be had.
+fn explain(error: userfaultfd::Error) -> HostError {
+    let errno = match &error {
+        userfaultfd::Error::SystemError(errno) => *errno as i32,
+        _ => 0,
+    };
+    let device = matches!(error, userfaultfd::Error::OpenDevUserfaultfd(_));
+    let source = Box::new(error);
+    match errno {
+        _ if device => HostError::FaultsDevice { source },
+        libc::EPERM => HostError::FaultsPermission { source },
+        libc::EINVAL => HostError::FaultsTooOld { source },
+        libc::ENOSYS => HostError::FaultsMissing { source },
+        _ => HostError::Faults { source },
     }
 }
 

@@ -11,7 +11,7 @@ use crate::sim::faults::{Fault, Later, Planned, Step};
 use crate::sim::fs;
 use crate::sim::net::{self, Countdown, Said};
 use crate::sim::world::{ProcessId, world};
-use crate::wire::record::{FLAG_LAST, Kind};
+use crate::wire::record::{FLAG_LAST, RecordKind};
 
 const REBOOT: Duration = Duration::from_secs(40);
 
@@ -23,21 +23,21 @@ impl Story {
         const ACCEPTED: u8 = 65;
         const RESOLVED: u8 = 67;
         let to_target = said.end.side == 0;
-        let kind = |kind: Kind| said.kind == kind as u8;
+        let kind = |kind: RecordKind| said.kind == kind as u8;
         let step = match said.purpose {
             RESOLVE if said.kind == RESOLVE => Step::Asked,
             RESOLVE if said.kind == RESOLVED => Step::Resolved,
-            STREAM if kind(Kind::RoundEnd) && said.flags & FLAG_LAST != 0 => Step::LastRound,
+            STREAM if kind(RecordKind::RoundEnd) && said.flags & FLAG_LAST != 0 => Step::LastRound,
             SESSION if said.kind == SESSION => Step::Offered,
             SESSION if said.kind == ACCEPTED => Step::Accepted,
-            SESSION if to_target && kind(Kind::Heat) => Step::HeatSent,
-            SESSION if to_target && kind(Kind::State) => Step::StateSent,
-            SESSION if to_target && kind(Kind::Final) => Step::FinalSent,
-            SESSION if to_target && kind(Kind::Commit) => Step::CommitSent,
-            SESSION if kind(Kind::HeatTaken) => Step::FirstRound,
-            SESSION if kind(Kind::RoundDone) => Step::LaterRounds,
-            SESSION if kind(Kind::Prepared) => Step::Prepared,
-            SESSION if kind(Kind::Running) || kind(Kind::NotStarted) => Step::Answered,
+            SESSION if to_target && kind(RecordKind::Heat) => Step::HeatSent,
+            SESSION if to_target && kind(RecordKind::State) => Step::StateSent,
+            SESSION if to_target && kind(RecordKind::Final) => Step::FinalSent,
+            SESSION if to_target && kind(RecordKind::Commit) => Step::CommitSent,
+            SESSION if kind(RecordKind::HeatTaken) => Step::FirstRound,
+            SESSION if kind(RecordKind::RoundDone) => Step::LaterRounds,
+            SESSION if kind(RecordKind::Prepared) => Step::Prepared,
+            SESSION if kind(RecordKind::Running) || kind(RecordKind::NotStarted) => Step::Answered,
             _ => return,
         };
         self.reached(step);
