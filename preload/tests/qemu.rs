@@ -10,6 +10,7 @@ mod machine;
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use machine::{DEADLINE, Kit, MIB, Monitor, Plan, Site, Vm, wait_for};
 use serde_json::json;
@@ -145,6 +146,58 @@ fn what_a_balloon_takes_is_untouched_and_comes_back_whole() {
     });
     vm.types("go");
     ended_well(vm, &site);
+}
+
+/// Of a VM of 768 MiB most is in the store when a balloon takes all but 128 MiB.
+#[test]
+fn what_a_balloon_takes_leaves_the_store() {
+    const SOON: Duration = Duration::from_secs(10);
+    let kit = Kit::find();
+    for qemu in kit.qemus.clone() {
+        let site = Site::new("shrunk");
+        let monitor = site.path("monitor");
+        let plan = Plan {
+            qemu,
+            regions: vec![768 * MIB],
+            budget_bytes: 96 * MIB,
+            ..Plan::new(
+                &kit,
+                "shrunk",
+                "checker memory 500M 1; echo checked; read answer; checker memory 300M 1",
+            )
+        };
+        let arguments = ["-device", "virtio-balloon-pci", "-qmp", &Monitor::argument(&monitor)];
+        let mut vm = Vm::start(&kit, &site, &plan.with(&arguments));
+        vm.says("checked");
+        let before = (site.stored_bytes(&vm), vm.stat().memory.stored_bytes);
+        assert!(before.0 >= 256 * MIB && before.1 >= 256 * MIB, "{before:?}");
+        let mut monitor = Monitor::connect(&monitor);
+        monitor.ask("balloon", json!({ "value": 128 * MIB }));
+        let began = Instant::now();
+        // The guest's work, page by page, under emulation.
+        wait_for("the balloon to be inflated", || {
+            (vm.stat().memory.stored_bytes + 250 * MIB < before.1).then_some(())
+        });
+        let inflated = Instant::now();
+        testkit::wait_until(
+            SOON,
+            || "the store's file to be smaller",
+            || (site.stored_bytes(&vm) + 200 * MIB <= before.0).then_some(()),
+        );
+        let after = site.stored_bytes(&vm);
+        println!(
+            "inflated in {:?}, {} MiB left the store {:?} later",
+            inflated - began,
+            (before.0 - after) / MIB,
+            inflated.elapsed()
+        );
+        monitor.ask("balloon", json!({ "value": 768 * MIB }));
+        wait_for("the balloon to be deflated", || {
+            (monitor.ask("query-balloon", json!({}))["actual"] == 768 * MIB).then_some(())
+        });
+        vm.types("go");
+        ended_well(vm, &site);
+    }
 }
 
 #[test]

@@ -120,6 +120,9 @@ pub struct StoreCounts {
     /// back yet.
     #[serde(default)]
     pub used_bytes: u64,
+    /// How long all holes and discards took together, by which space was given back. Whoever read meanwhile may have waited for one.
+    #[serde(default)]
+    pub drop_us: u64,
     /// The store is latched: nothing is written until it is retried. Holds the reason.
     pub failed: Option<String>,
     /// Age of the oldest operation under way, 0 without one. Seconds of it mean that the device does not answer.

@@ -156,14 +156,20 @@ fn a_store_as_large_as_what_is_outside_of_ram_is_enough() {
     wait_for("the store works", || vm.stats().store.failed.is_none().then_some(()));
 }
 
-/// Rounds of what is measured, without holes and beside them. The best of each count, for others use this machine too.
-const ROUNDS: u64 = 3;
-/// What is given back while the VM reads all the time has left the store by then, 1 GiB as well.
-const SOON_BESIDE: Duration = Duration::from_secs(3);
-/// How long faults wait beside that: of 100, all but one at most so many times as long as before;
-const P99_TIMES: f64 = 2.0;
-/// and of 1000, all but one at most so much longer: they may have met a drop.
-const P999_MORE: Duration = Duration::from_millis(8);
+/// Rounds of what is measured, without holes and beside them. The best of each counts, for others use this machine too.
+const ROUNDS: u64 = 2;
+/// What is given back in each, at least: less is gone within the first ticks, each of which may take its share at once.
+const BESIDE: u64 = 512 * MIB;
+/// What is given back while the VM reads all the time has left the store by then, 1 GiB as well: unless holes take so long by themselves
+/// (a slow disk, a busy machine) that their eighth is longer.
+const SOON_BESIDE: Duration = Duration::from_secs(4);
+/// Of the time from the first hole to the last, the store works on holes for an eighth, in each round: reads wait for it meanwhile. By the
+/// engine's own clock, so that it holds on a busy machine as well. And a part more: what the first tick and the last may
+/// take, and the hole that goes beyond it.
+const HOLES_TIMES: u32 = 8;
+const HOLES_MORE: Duration = Duration::from_millis(2 * 13 + 14);
+/// Of 1000 faults, all but one wait at most so much longer beside holes: they may have met one, and a busy machine.
+const P999_MORE: Duration = Duration::from_millis(6);
 
 /// How long touches took, in ascending order.
 struct Waits(Vec<Duration>);
@@ -185,7 +191,7 @@ impl Waits {
 #[test]
 fn faults_go_on_beside_holes() {
     let directory = place("beside");
-    let gone = given_back();
+    let gone = given_back().max(BESIDE);
     let vm = start(ROUNDS * gone + 256 * MIB, 64 * MIB, directory.path(), quiet);
     let all = Run::new(PageNo(0), vm.pages() as u32);
     let handle = vm.handle();
@@ -210,33 +216,34 @@ fn faults_go_on_beside_holes() {
         waits.sort_unstable();
         Waits(waits)
     };
-    let [mut without, mut with] = [[Duration::MAX; 2]; 2];
-    let mut soonest = Duration::MAX;
-    let better =
-        |best: [Duration; 2], waits: &Waits| [best[0].min(waits.at(0.99)), best[1].min(waits.at(0.999))];
+    let [mut without, mut with, mut soonest] = [Duration::MAX; 3];
+    let on_holes = || Duration::from_micros(vm.stats().store.drop_us);
     for round in 0..ROUNDS {
         let until = Instant::now() + Duration::from_secs(2);
         let before = touch(&mut || Instant::now() < until);
         before.tell("before");
-        let (stored, pages) = (used(), (gone / 4096) as u32);
+        let (stored, pages, spent) = (used(), (gone / 4096) as u32, on_holes());
         handle.discard(all.part(round as u32 * pages, pages)).unwrap();
         let began = Instant::now();
+        // The last look that found none.
+        let mut first = began;
+        touch(&mut || {
+            let look = Instant::now();
+            let none = used() == stored;
+            first = if none { look } else { first };
+            none
+        });
         let beside = touch(&mut || stored.saturating_sub(used()) < gone);
-        let took = began.elapsed();
+        let (took, time, spent) = (began.elapsed(), first.elapsed(), on_holes() - spent);
         beside.tell("beside holes");
-        println!("{} MiB in {took:?}", gone / MIB);
-        (without, with) = (better(without, &before), better(with, &beside));
-        soonest = soonest.min(took);
+        println!("{} MiB in {took:?}: {spent:?} of holes within {time:?}", gone / MIB);
+        assert!(spent <= time / HOLES_TIMES + HOLES_MORE, "holes take {spent:?} of {time:?}");
+        (without, with) = (without.min(before.at(0.999)), with.min(beside.at(0.999)));
+        soonest = soonest.min(took.saturating_sub((spent * HOLES_TIMES).saturating_sub(SOON_BESIDE)));
     }
-    let (times, more) =
-        (with[0].as_secs_f64() / without[0].as_secs_f64(), with[1].saturating_sub(without[1]));
-    println!(
-        "best of {ROUNDS}: p99 {with:?} instead of {without:?}, {times:.2} times, p99.9 {more:?} more, in {soonest:?}"
-    );
-    assert!(
-        times <= P99_TIMES && more <= P999_MORE,
-        "faults wait for holes: {times:.2} times, {more:?} more"
-    );
+    let more = with.saturating_sub(without);
+    println!("best of {ROUNDS}: p99.9 {with:?} instead of {without:?}, in {soonest:?}");
+    assert!(more <= P999_MORE, "faults wait for holes: p99.9 {with:?} instead of {without:?}");
     assert!(soonest <= SOON_BESIDE, "{soonest:?}");
     assert!(touched.pages().all(|page| vm.is_right(page, 1)));
 }

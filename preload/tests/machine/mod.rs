@@ -6,6 +6,7 @@ pub(crate) mod target;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -109,6 +110,16 @@ impl Site {
             prealloc: false,
             lock: false,
         }
+    }
+
+    /// What the file system has given the VM's store, which has no name: by the descriptor that its QEMU has.
+    pub(crate) fn stored_bytes(&self, vm: &Vm) -> u64 {
+        let store = self.path("store").canonicalize().unwrap();
+        let open = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().flatten();
+        let file = open
+            .map(|entry| entry.path())
+            .find(|path| std::fs::read_link(path).is_ok_and(|file| file.starts_with(&store)));
+        std::fs::metadata(file.expect("a store")).unwrap().blocks() * 512
     }
 
     /// What lies in the run directory, among the records of RAM there, and in the store's, but for the lock.

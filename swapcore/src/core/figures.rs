@@ -49,6 +49,7 @@ impl Core {
                 write_errors: counts.write_errors,
                 checksum_mismatches: counts.mismatches,
                 used_bytes: bytes_of(self.space.count()),
+                drop_us: self.space.pace.total_us(),
                 failed: self.tiers.failed().map(|error| error.to_string()),
                 state: self.tiers.state(TierId::STORE),
                 silent_ms: self.tiers.silent_ticks(TierId::STORE) * TICK_MS,

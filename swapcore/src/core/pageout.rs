@@ -257,7 +257,12 @@ impl Core {
                     match self.resident_in(eviction.run()) {
                         // What was held has been given back meanwhile.
                         0 => return self.evictions.put(eviction),
-                        pages => Err(CommandError::Pinned { pages }),
+                        // Those that are tried at this moment, as victims or as samples, are in RAM as well: most of
+                        // them will turn out to be pinned.
+                        pages => {
+                            let pages = pages + self.frames.in_staging(eviction.run());
+                            Err(CommandError::Pinned { pages })
+                        }
                     }
                 }
                 Look::Held | Look::Goes => return self.evictions.put(eviction),

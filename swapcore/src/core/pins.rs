@@ -114,3 +114,69 @@ impl Core {
         self.tick - since >= self.patience()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::core::{Core, CoreConfig, Event, PageOut, Request, Ticket, WalkStep};
+
+    use super::*;
+    use crate::units::Run;
+
+    /// All moves out meet pinned pages; what else is to be done.
+    fn all_pinned(core: &mut Core, event: Event<'_>) -> Vec<Action> {
+        core.handle(event);
+        let mut rest = Vec::new();
+        loop {
+            match core.next_action() {
+                Some(Action::MoveOut { run, slots, .. }) => {
+                    let pages = vec![PageOut::Pinned; run.len as usize];
+                    core.handle(Event::MovedOut { run, slots, pages: &pages });
+                }
+                Some(Action::MoveIn { run, slots }) => {
+                    core.handle(Event::MovedIn { run, slots, moved: run.len });
+                }
+                Some(other) => rest.push(other),
+                None if core.is_walking() => core.handle(Event::Step),
+                None => break,
+            }
+        }
+        core.check();
+        rest
+    }
+
+    /// A sample is taken in the event in which the answer is given: its pages are under way, and no less held for it.
+    #[test]
+    fn pages_that_are_tried_as_samples_count_as_held() {
+        for sampled_at in 0..20 {
+            let mut core = Core::new(CoreConfig {
+                pages: 512,
+                budget_frames: 256,
+                budget_min: 48,
+                slots: 512,
+                blocks: 0,
+                sampling: true,
+                walk: WalkStep::default(),
+            });
+            let run = Run::new(PageNo(0), 100);
+            run.pages().for_each(|page| drop(all_pinned(&mut core, Event::Fault(page))));
+            // What has just been touched is left alone once; and samples come at other ticks in each turn.
+            (0..=sampled_at).for_each(|_| drop(all_pinned(&mut core, Event::Tick { ticks: 1 })));
+            let request = Event::Request { ticket: Ticket(1), request: Request::Evict(run) };
+            let mut answer = all_pinned(&mut core, request);
+            for _ in 0..2 * WRITING_TICKS {
+                answer.retain(|action| matches!(action, Action::Answer { .. }));
+                if !answer.is_empty() {
+                    break;
+                }
+                answer = all_pinned(&mut core, Event::Tick { ticks: 1 });
+            }
+            assert!(
+                matches!(
+                    answer[..],
+                    [Action::Answer { answer: Err(CommandError::Pinned { pages: 100 }), .. }]
+                ),
+                "{sampled_at}: {answer:?}"
+            );
+        }
+    }
+}

@@ -69,7 +69,7 @@ impl Core {
         {
             // Whoever waits for a page comes first, and has most of the time, if there always is somebody.
             let somebody_reads = self.space.reads_go_on || self.ios.reads() > 0;
-            // Without room, somebody waits for the drops themselves.
+            // Without room, somebody waits for the drops themselves: pages cannot leave, and reads wait for frames.
             let wanted = self.is_any_full() || self.waiters.any_deferred();
             if somebody_reads && !wanted && !self.space.pace.may_disturb() {
                 return;
@@ -321,4 +321,94 @@ impl Core {
 /// The blocks that have a part of the run.
 fn blocks_of(run: Run) -> impl Iterator<Item = usize> {
     run.start.block()..=PageNo(run.end().0 - 1).block()
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::core::{Core, CoreConfig, Event, IoError, IoErrorKind, WalkStep};
+
+    use super::*;
+
+    const TICK_US: u64 = 100_000;
+
+    /// A VM that has given all of its memory back: every place in the store can be dropped.
+    fn core(pages: u64) -> Core {
+        let mut core = Core::new(CoreConfig {
+            pages,
+            budget_frames: 64,
+            budget_min: 48,
+            slots: 128,
+            blocks: 0,
+            sampling: false,
+            walk: WalkStep::default(),
+        });
+        for page in (0..pages).map(PageNo) {
+            core.space.set_taken(page, true);
+            core.note_dead(page);
+        }
+        core
+    }
+
+    fn dropping(core: &mut Core) -> Option<IoId> {
+        std::iter::from_fn(|| core.next_action()).find_map(|action| match action {
+            Action::Drop { io, .. } => Some(io),
+            _ => None,
+        })
+    }
+
+    /// A tick, since whose last one something has been read, if somebody reads.
+    fn tick(core: &mut Core, reads: bool) -> Option<IoId> {
+        core.counts.pages_read += u64::from(reads);
+        core.handle(Event::Tick { ticks: 1 });
+        dropping(core)
+    }
+
+    /// Has all of it dropped, each drop in so much time. How long drops took, from the first to the last, and in all.
+    fn drop_all(core: &mut Core, drop_us: u64, reads: bool) -> (u64, u64) {
+        let (mut next_tick, mut under_way, mut first, mut last) = (TICK_US, None, None, 0);
+        while core.has_dead_places() {
+            let (now, started) = match under_way {
+                Some((io, end)) if end <= next_tick => {
+                    last = end;
+                    core.handle(Event::DropDone { io, result: DropResult::Done, took_us: drop_us });
+                    under_way = None;
+                    (end, dropping(core))
+                }
+                _ => {
+                    next_tick += TICK_US;
+                    (next_tick - TICK_US, tick(core, reads))
+                }
+            };
+            if let Some(io) = started {
+                first.get_or_insert(now);
+                under_way = Some((io, now + drop_us));
+            }
+        }
+        assert_eq!(core.space.count(), 0);
+        (core.stats().store.drop_us, last - first.expect("something was dropped"))
+    }
+
+    /// The promise of `docs/engine.md`, whatever a drop costs. What one tick may take comes twice, at the beginning and at the end.
+    #[test]
+    fn drops_take_an_eighth_of_the_time_while_somebody_reads() {
+        for drop_us in [400, 1500, 3000, 10_000, 50_000] {
+            let (spent, time) = drop_all(&mut core(1 << 18), drop_us, true);
+            assert!(spent <= time / 8 + 25_000 + drop_us, "{spent} us of {time} us, by {drop_us} us each");
+            let (alone, soon) = drop_all(&mut core(1 << 18), drop_us, false);
+            assert!(soon <= 2 * alone + 9 * TICK_US, "nobody reads: {soon} us for {alone} us of drops");
+        }
+    }
+
+    /// A read needs a frame, that a page leaves, and that room in the store.
+    #[test]
+    fn a_full_store_is_given_room_whoever_reads() {
+        let mut core = core(1 << 16);
+        assert!((0..10).any(|_| tick(&mut core, true).is_some()));
+        let io = core.space.under_way.first().expect("a drop is under way").0;
+        core.handle(Event::DropDone { io, result: DropResult::Done, took_us: 500_000 });
+        assert_eq!((dropping(&mut core), tick(&mut core, true)), (None, None), "paid for at first");
+        core.latch_store(IoError { tier: TierId::STORE, write: true, kind: IoErrorKind::Full });
+        core.handle(Event::Step);
+        assert!(dropping(&mut core).is_some(), "somebody may be waiting for it");
+    }
 }

@@ -275,6 +275,11 @@ impl Frames {
         self.slots_of.get(&page).copied()
     }
 
+    /// Pages of the run whose frames are in staging, but for huge pages that are there as a whole.
+    pub(crate) fn in_staging(&self, run: Run) -> u64 {
+        self.slots_of.keys().filter(|page| run.contains(**page)).count() as u64
+    }
+
     /// For questions that change nothing.
     pub(crate) fn staging(&self) -> &Staging {
         &self.staging

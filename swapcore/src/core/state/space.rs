@@ -11,7 +11,7 @@ const BUSY_US: u64 = 12_500;
 /// A drop that took for ever is paid for by so many ticks without one, at most.
 const DEBT_TICKS: u64 = 50;
 /// How long one drop is to take, at most: a read may have to wait for the end of it.
-const DROP_US: u64 = 4_000;
+const DROP_US: u64 = 2_000;
 /// Pages in one drop: 2 MiB, and 64 MiB where the tier is quick.
 pub(crate) const DROP_MIN: u32 = BLOCK_PAGES;
 pub(crate) const DROP_MAX: u32 = 32 * BLOCK_PAGES;
@@ -27,11 +27,17 @@ pub(crate) struct Pace {
     longest: u32,
     /// Microseconds of drops that are still to be paid for by time without, while somebody reads.
     owed_us: u64,
+    /// How long all drops took together.
+    total_us: u64,
 }
 
 impl Pace {
     pub(crate) fn new() -> Pace {
-        Pace { longest: DROP_MIN, owed_us: 0 }
+        Pace { longest: DROP_MIN, owed_us: 0, total_us: 0 }
+    }
+
+    pub(crate) fn total_us(&self) -> u64 {
+        self.total_us
     }
 
     pub(crate) fn longest(&self) -> u32 {
@@ -49,6 +55,7 @@ impl Pace {
 
     /// A drop of so many pages has ended.
     pub(crate) fn dropped(&mut self, pages: u32, took_us: u64) {
+        self.total_us = self.total_us.saturating_add(took_us);
         self.owed_us = self.owed_us.saturating_add(took_us).min(DEBT_TICKS * BUSY_US);
         if took_us > DROP_US {
             self.longest = (self.longest / 2).max(DROP_MIN);
@@ -181,7 +188,7 @@ mod tests {
         const GIB: u32 = 1 << 18;
         // What a hole costs ext4: 0.2 ms a MiB.
         let (ticks, longest) = ticks_for(GIB, 100, 0.78);
-        assert!((14..=20).contains(&ticks) && longest >= 8 * BLOCK_PAGES, "{ticks} ticks, {longest} pages");
+        assert!((14..=20).contains(&ticks) && longest >= 4 * BLOCK_PAGES, "{ticks} ticks, {longest} pages");
         // Long ones cost no more than short ones: a few do.
         let (ticks, longest) = ticks_for(GIB, 1000, 0.0);
         assert!(ticks <= 3 && longest == DROP_MAX, "{ticks} ticks, {longest} pages");
