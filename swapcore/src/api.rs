@@ -55,14 +55,14 @@ pub struct DirtyPages {
     pub seen: Vec<Run>,
     /// They left the guest's memory, and what was written to them before that was not seen: the engine's choice, which
     /// says nothing of whether they are in use. In ascending runs.
-    pub left: Vec<Run>,
+    pub departed: Vec<Run>,
 }
 
 impl DirtyPages {
     /// All of them, in ascending runs.
     pub fn into_runs(self) -> Vec<Run> {
         let mut all = self.seen;
-        all.extend(self.left);
+        all.extend(self.departed);
         all.sort_unstable_by_key(|run| run.start);
         all.dedup_by(|next, run| {
             let joins = run.end() == next.start;
@@ -91,7 +91,7 @@ impl Copies {
 
 /// Pages received into frames of the staging area, to be placed by the engine.
 #[derive(Clone, Debug)]
-pub struct Arrival {
+pub struct ArrivedRun {
     /// The pages, in the order of their frames.
     pub run: Run,
     /// Frames granted by `EngineHandle::grant_frames_async`; they go back to the engine with this call.

@@ -94,7 +94,7 @@ const HEAT_SHIFT: u32 = 8;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Flag {
     /// The store has content for the page, and its checksum is on record.
-    Stored,
+    InStore,
     /// A migration reads the page where it is: it must not leave the guest.
     Held,
     /// A write of the page to the store is under way.
@@ -111,7 +111,7 @@ const OF_STATE: u16 = 1 << 6;
 impl Flag {
     const fn bit(self) -> u16 {
         match self {
-            Flag::Stored => 1 << 4,
+            Flag::InStore => 1 << 4,
             Flag::Held => 1 << 5,
             Flag::Prefetched | Flag::Pinned => OF_STATE,
             Flag::Writing => 1 << 7,
@@ -122,7 +122,7 @@ impl Flag {
         match self {
             Flag::Prefetched => state == Standby,
             Flag::Pinned => state == Resident,
-            Flag::Stored | Flag::Held | Flag::Writing => true,
+            Flag::InStore | Flag::Held | Flag::Writing => true,
         }
     }
 }
@@ -290,7 +290,7 @@ impl PageTable {
         if flag == Flag::Pinned {
             self.pinned = self.pinned + u64::from(on) - u64::from(self.has(page, flag));
         }
-        if flag == Flag::Stored {
+        if flag == Flag::InStore {
             let had = self.has(page, flag);
             let block = &mut self.blocks[page.block()];
             block.stored = block.stored + u16::from(on) - u16::from(had);
@@ -360,7 +360,7 @@ impl PageTable {
         let pages = self.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES))).pages();
         let elsewhere = |page: &PageNo| {
             !matches!(self.state(*page), Untouched | Resident)
-                || self.has(*page, Flag::Stored)
+                || self.has(*page, Flag::InStore)
                 || self.has(*page, Flag::Writing)
         };
         if let Some(page) = pages.into_iter().find(elsewhere) {
@@ -531,10 +531,10 @@ mod tests {
     fn what_is_said_of_a_state_ends_with_it_and_is_not_taken_for_what_is_said_of_another() {
         let mut table = PageTable::new(1);
         let page = PageNo(0);
-        table.put(page, Flag::Stored, true);
+        table.put(page, Flag::InStore, true);
         let said = |table: &PageTable| {
             let flags = [Flag::Prefetched, Flag::Pinned].map(|flag| table.has(page, flag));
-            (flags, table.pinned(), table.has(page, Flag::Stored))
+            (flags, table.pinned(), table.has(page, Flag::InStore))
         };
         [Arriving, Standby].into_iter().for_each(|state| table.set(page, state));
         table.put(page, Flag::Prefetched, true);

@@ -15,7 +15,7 @@ use crate::driver::memory::Memory;
 use crate::driver::store::Store;
 use crate::error::{HostError, StartError};
 use crate::reader::StoredReader;
-use swapcore::api::{Arrival, Copies, DirtyPages, FaultsSeen, Piece, Placed, SubscriberId};
+use swapcore::api::{ArrivedRun, Copies, DirtyPages, FaultsSeen, Piece, Placed, SubscriberId};
 use swapcore::core::{Request, Response};
 use swapcore::error::CommandError;
 use swapcore::stats::Stats;
@@ -250,7 +250,7 @@ impl EngineHandle {
 
     /// Receives pages with content: each is placed in RAM or in the store, and replaces the former content. Answers
     /// at once; `settle_receiving` waits for the writes.
-    pub fn arrive_async(&self, arrival: Arrival) -> PendingAnswer<()> {
+    pub fn arrive_async(&self, arrival: ArrivedRun) -> PendingAnswer<()> {
         self.ask(Request::Arrive(arrival), done)
     }
 

@@ -23,7 +23,7 @@ pub use handle::{DirtySubscription, EngineHandle, PendingAnswer, answered};
 pub use notice::Notice;
 pub use reader::{CloneError, Cloned, StoredReader, verify};
 pub use swapcore::api::{
-    Arrival, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault,
+    ArrivedRun, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault,
 };
 pub use swapcore::error::{CommandError, IoError, IoErrorKind};
 pub use swapcore::stats::Stats;

@@ -412,7 +412,7 @@ fn nothing_arrives_where_there_is_no_memory() {
         let page = PageNo(start + u64::from(len) - 1);
         let slots = handle.grant_frames_async(1).blocking_recv().unwrap().unwrap();
         let sums = vec![0; 1];
-        let arrival = swapd::Arrival { run: Run::new(page, 1), slots, sums, again: false };
+        let arrival = swapd::ArrivedRun { run: Run::new(page, 1), slots, sums, again: false };
         let refused = handle.arrive_async(arrival).blocking_recv().unwrap();
         assert!(matches!(refused, Err(CommandError::OutOfRange(at)) if at == page), "{refused:?}");
         handle.return_frames_async(slots).blocking_recv().unwrap().unwrap();

@@ -221,11 +221,11 @@ impl<S: Sink> Reader<S> {
         let began = Instant::now();
         let found = answered(self.dirty.collect_async()).await?;
         let mut tracker = self.shared.tracker.borrow_mut();
-        found.left.iter().for_each(|run| tracker.left(*run));
+        found.departed.iter().for_each(|run| tracker.departed(*run));
         let new = found.seen.iter().map(|run| tracker.found_dirty(*run)).sum();
         drop(tracker);
         self.scan_took = began.elapsed();
-        let pages = found.seen.iter().chain(&found.left).map(|run| u64::from(run.len)).sum();
+        let pages = found.seen.iter().chain(&found.departed).map(|run| u64::from(run.len)).sum();
         self.dirty_rate.scan(pages, self.last_scan.elapsed());
         self.last_scan = Instant::now();
         Ok(Scanned { new })

@@ -71,7 +71,7 @@ impl Tracker {
 
     /// These pages have left the guest, and may have been written before: they are dirty. That they left was the
     /// engine's choice, so they are not counted as in use.
-    pub(super) fn left(&mut self, run: Run) {
+    pub(super) fn departed(&mut self, run: Run) {
         if !planted!(ForgetsDirtyPages) || self.todo.count_run(run) == 0 {
             self.next.set_run(run);
         }
@@ -81,7 +81,7 @@ impl Tracker {
     /// A scan found these pages dirty. They leave this round's list, because they will have to be read again anyway.
     /// Returns how many of them no scan had found before.
     pub(super) fn found_dirty(&mut self, run: Run) -> u64 {
-        self.left(run);
+        self.departed(run);
         let mut new = 0;
         for scans in &mut self.scans[run.indices()] {
             new += u64::from(*scans == 0);
@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn what_the_source_pages_out_is_sent_again_and_not_taken_for_what_is_in_use() {
         let mut tracker = Tracker::new(1024);
-        tracker.left(Run::new(PageNo(512), 4));
+        tracker.departed(Run::new(PageNo(512), 4));
         assert_eq!((tracker.next.count(), tracker.todo.count(), tracker.pages_around_dirty()), (4, 1020, 0));
         assert_eq!(tracker.found_dirty(Run::new(PageNo(514), 1)), 1, "never seen before");
         let heat = tracker.heat(&[1; 1024]);

@@ -11,8 +11,8 @@ use std::time::Duration;
 use swapd::digest::page_sum;
 use swapd::units::{bytes_of, runs_of};
 use swapd::{
-    Arrival, CommandError, Copies, DirtyPages, IoError, IoErrorKind, PAGE_SIZE, PageNo, PendingAnswer, Piece,
-    Place, Placed, Run, Slot, SlotRun, TierId, answered,
+    ArrivedRun, CommandError, Copies, DirtyPages, IoError, IoErrorKind, PAGE_SIZE, PageNo, PendingAnswer,
+    Piece, Place, Placed, Run, Slot, SlotRun, TierId, answered,
 };
 use tokio::sync::oneshot;
 
@@ -477,7 +477,7 @@ impl EngineHandle {
         self.ask_always(move |state| state.give_slots(slots))
     }
 
-    pub fn arrive_async(&self, arrival: Arrival) -> PendingAnswer<()> {
+    pub fn arrive_async(&self, arrival: ArrivedRun) -> PendingAnswer<()> {
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| {
             let failed = state.failed || !state.receiving;
@@ -611,7 +611,7 @@ impl DirtySubscription {
             let (left, seen): (BTreeSet<_>, BTreeSet<_>) =
                 std::mem::take(written).into_iter().partition(|page| page.0.is_multiple_of(3));
             let [seen, left] = [seen, left].map(|pages| runs_of(pages, u32::MAX).collect());
-            Ok(DirtyPages { seen, left })
+            Ok(DirtyPages { seen, departed: left })
         })
     }
 }

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use swapd::digest::page_sum;
-use swapd::{Arrival, PAGE_SIZE, PendingAnswer, Run, SlotRun, answered};
+use swapd::{ArrivedRun, PAGE_SIZE, PendingAnswer, Run, SlotRun, answered};
 use tokio_uring::buf::BoundedBuf;
 
 use super::ledger::Ledger;
@@ -136,7 +136,7 @@ impl EngineSink {
             while rest.len > 0 {
                 let stretch = input.ledger.borrow().stretch(rest);
                 let len = stretch.run.len;
-                let arrival = Arrival {
+                let arrival = ArrivedRun {
                     run: stretch.run,
                     slots: slots.part(at, len),
                     sums: sums[at as usize..][..len as usize]

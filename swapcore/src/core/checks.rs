@@ -29,7 +29,7 @@ impl Core {
 
     /// The checksum of the page's stored content. None if nothing of it is stored.
     pub fn recorded_sum(&self, page: PageNo) -> Option<u64> {
-        self.table.has(page, Flag::Stored).then(|| self.sums[page.index()])
+        self.table.has(page, Flag::InStore).then(|| self.sums[page.index()])
     }
 
     /// Frames taken from the host: those in the guest and those in staging.

@@ -1,6 +1,6 @@
 //! What goes into the core and what comes out of it.
 
-use crate::api::{Arrival, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Placed, SubscriberId};
+use crate::api::{ArrivedRun, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Placed, SubscriberId};
 use crate::error::CommandError;
 use crate::error::IoError;
 use crate::stats::Stats;
@@ -175,7 +175,7 @@ pub enum Request {
     /// Granted frames that are not needed after all.
     ReturnFrames(SlotRun),
     /// Place received pages, each in RAM or in the store.
-    Arrive(Arrival),
+    Arrive(ArrivedRun),
     /// The run arrived, and is all zeros.
     ArriveZero(Run),
     /// The run is lost at the source, so it is poisoned here as well.

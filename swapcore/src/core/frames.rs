@@ -160,7 +160,7 @@ impl Core {
                 continue;
             }
             if !mutant!(DiscardUnseenByTracking) {
-                self.dirty.left(page);
+                self.dirty.departed(page);
             }
             let block = self.table.block_of(page);
             if self.table.is_huge(page.block())
@@ -215,7 +215,7 @@ impl Core {
         }
         self.table.set(page, PageState::Untouched);
         if !mutant!(DiscardKeepsStoredBit) {
-            self.table.put(page, Flag::Stored, false);
+            self.table.put(page, Flag::InStore, false);
         }
         self.note_dead(page);
         if !self.bad_reads.is_empty() {

@@ -137,7 +137,7 @@ impl Core {
             Verdict::Lost => {
                 self.bad_reads.remove(&page);
                 self.table.set(page, PageState::Poisoned);
-                self.table.put(page, Flag::Stored, false);
+                self.table.put(page, Flag::InStore, false);
                 self.frames.unbind(page);
                 self.waiters.end(page);
                 self.lost.insert(page);
@@ -202,7 +202,7 @@ impl Core {
                 slots.len += 1;
             }
             for page in run.pages() {
-                self.table.put(page, Flag::Stored, false);
+                self.table.put(page, Flag::InStore, false);
                 self.table.put(page, Flag::Writing, true);
                 self.space.set_taken(page, true);
             }
@@ -229,14 +229,14 @@ impl Core {
                 waited_for: self.waiters.wait_for(page) && !mutant!(ForgetsWaitersOfWrite),
             };
             if !written.orphan {
-                self.table.put(page, Flag::Stored, written.well);
+                self.table.put(page, Flag::InStore, written.well);
             }
             match write_end(written, purpose) {
                 WriteEnd::WriteNewer if mutant!(ForgetsNewerVersion) => {}
                 WriteEnd::WriteNewer => to_write.push((page, self.frames.slot(page))),
                 WriteEnd::Nothing | WriteEnd::Stays => {}
                 WriteEnd::Elsewhere { has_copy } => {
-                    self.table.put(page, Flag::Stored, has_copy);
+                    self.table.put(page, Flag::InStore, has_copy);
                     self.may_give_way(page);
                 }
                 WriteEnd::Rescue => {

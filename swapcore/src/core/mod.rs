@@ -493,7 +493,7 @@ impl Core {
                 }
                 (_, PageOut::Moved { sum, zero }) => {
                     if !mutant!(LeavesUnseenByTracking) {
-                        self.dirty.left(page);
+                        self.dirty.departed(page);
                     }
                     if self.table.state(page) == PageState::Leaving {
                         // Until the VM has arrived it pages nothing: the page is placed once more.

@@ -186,7 +186,7 @@ impl Core {
         if zero {
             self.counts.dropped += 1;
             self.table.set(page, PageState::Untouched);
-            self.table.put(page, Flag::Stored, false);
+            self.table.put(page, Flag::InStore, false);
             self.note_dead(page);
             self.frames.unbind(page);
         } else if self.receiving.is_none() && self.is_unchanged(page, sum) {
@@ -195,7 +195,7 @@ impl Core {
         } else {
             self.sums[page.index()] = sum;
             // The sum is not that of what the store has, until it is written.
-            self.table.put(page, Flag::Stored, mutant!(KeepsStoredBit));
+            self.table.put(page, Flag::InStore, mutant!(KeepsStoredBit));
             if self.receiving.is_none() || !mutant!(ForgetsWhatGaveWay) {
                 self.ios.add_unwritten(page, slot);
             }
@@ -203,7 +203,7 @@ impl Core {
     }
 
     fn is_unchanged(&self, page: PageNo, sum: u64) -> bool {
-        self.table.has(page, Flag::Stored) && (self.sums[page.index()] == sum || mutant!(DropsChangedPages))
+        self.table.has(page, Flag::InStore) && (self.sums[page.index()] == sum || mutant!(DropsChangedPages))
     }
 
     /// Its tier takes what leaves.

@@ -10,7 +10,7 @@ use super::state::cold_hand::ColdHand;
 use super::state::receiving::Receiving;
 use super::state::walks::Task;
 use super::{Core, Counts};
-use crate::api::{Arrival, Placed};
+use crate::api::{ArrivedRun, Placed};
 use crate::error::CommandError;
 use crate::policy::placement::{Arrivals, HEAT_AGAIN, HOT};
 use crate::table::{Flag, PageState};
@@ -107,7 +107,7 @@ impl Core {
         Response::Done
     }
 
-    pub(super) fn arrive(&mut self, arrival: &Arrival) -> Result<Response, CommandError> {
+    pub(super) fn arrive(&mut self, arrival: &ArrivedRun) -> Result<Response, CommandError> {
         assert_eq!(arrival.run.len, arrival.slots.len, "one frame a page");
         assert_eq!(arrival.run.len as usize, arrival.sums.len(), "one sum a page");
         if let Some(error) = self.store_error() {
@@ -234,7 +234,7 @@ impl Core {
             && let Some(slots) = self.frames.orphan_empty()
         {
             self.table.set(page, PageState::Untouched);
-            self.table.put(page, Flag::Stored, false);
+            self.table.put(page, Flag::InStore, false);
             self.note_dead(page);
             self.actions.push_back(Action::MoveOut { run: Run::one(page), slots, digest: false });
         } else if self.forget(page) {

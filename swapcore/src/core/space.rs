@@ -155,7 +155,7 @@ impl Core {
     /// A page that is leaving has its next content written there: nothing is gained by a drop before.
     fn is_dead(&self, page: PageNo) -> bool {
         let leaves = self.table.state(page) == PageState::Leaving;
-        let newest = self.table.has(page, Flag::Stored) || leaves;
+        let newest = self.table.has(page, Flag::InStore) || leaves;
         self.space.is_taken(page) && (!newest || mutant!(DropsNewContent))
     }
 
@@ -284,7 +284,7 @@ impl Core {
         for page in self.table.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES))).pages() {
             let resident = self.table.state(page) == PageState::Resident;
             if resident && self.space.is_taken(page) && !self.is_place_in_use(page) {
-                self.table.put(page, Flag::Stored, false);
+                self.table.put(page, Flag::InStore, false);
                 self.note_dead(page);
                 found += 1;
             }

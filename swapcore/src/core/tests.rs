@@ -1,7 +1,7 @@
 //! What the simulation has found, each in as few events as show it.
 
 use super::*;
-use crate::api::Arrival;
+use crate::api::ArrivedRun;
 use crate::units::TierId;
 use crate::units::bytes_of;
 
@@ -92,7 +92,7 @@ fn arrive_at(core: &mut Core, page: PageNo, sum: u64, again: bool) -> Vec<Action
     let [Action::Answer { answer: Ok(Response::Frames(slots)), .. }] = granted[..] else {
         panic!("{granted:?} instead of a frame")
     };
-    let arrival = Arrival { run: Run::one(page), slots, sums: vec![sum], again };
+    let arrival = ArrivedRun { run: Run::one(page), slots, sums: vec![sum], again };
     ask(core, Request::Arrive(arrival))
 }
 
@@ -243,7 +243,7 @@ fn an_old_version_that_is_pinned_is_gone_before_the_new_one_comes() {
     let [Action::Answer { answer: Ok(Response::Frames(slots)), .. }] = granted[..] else {
         panic!("{granted:?}")
     };
-    let arrival = Arrival { run: Run::one(PAGE), slots, sums: vec![2], again: true };
+    let arrival = ArrivedRun { run: Run::one(PAGE), slots, sums: vec![2], again: true };
     core.handle(Event::Request { ticket: Ticket(1), request: Request::Arrive(arrival) });
     let Some(Action::MoveOut { run, slots, .. }) = core.next_action() else { panic!("the old one leaves") };
     core.handle(Event::MovedOut { run, slots, pages: &[PageOut::Pinned] });

@@ -95,7 +95,7 @@ impl Core {
         self.tiers.probe_hand = self.tiers.probe_hand.wrapping_add(PROBE_STRIDE);
         let start = PageNo(((u128::from(self.tiers.probe_hand) * u128::from(pages)) >> 64) as u64);
         let there = |page: &PageNo| {
-            self.table.has(*page, Flag::Stored)
+            self.table.has(*page, Flag::InStore)
                 && !self.table.has(*page, Flag::Writing)
                 && self.tier_of(*page) == tier
                 && !self.bad_reads.contains_key(page)

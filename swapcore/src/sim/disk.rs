@@ -532,7 +532,7 @@ impl Sim {
     pub(super) fn is_hopeless(&self, page: PageNo) -> bool {
         let table = self.core.table();
         let good = |other: &PageNo| {
-            let stored = table.has(*other, Flag::Stored) && self.disk.damage[other.index()].is_none();
+            let stored = table.has(*other, Flag::InStore) && self.disk.damage[other.index()].is_none();
             // It is written for that, unless it is zeros, or may not leave.
             use PageState::{Arriving, Leaving, Resident, Sampled};
             let in_ram = matches!(table.state(*other), Resident | Leaving | Sampled | Arriving)

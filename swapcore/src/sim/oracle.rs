@@ -140,7 +140,7 @@ impl Sim {
         ensure!(self, page, memory, "{page} is nobody's, and {state:?}");
         let entry = self.kernel.guest[index];
         let truth = self.oracle.truth[index];
-        let stored = table.has(page, Flag::Stored);
+        let stored = table.has(page, Flag::InStore);
         // Most pages, most of the time.
         match (state, entry) {
             (PageState::Untouched, Entry::Missing) if truth == Some(0) && !stored => return false,

@@ -3,7 +3,7 @@
 use super::Sim;
 use super::coverage::{Fault, Outcome};
 use super::operator::Asked;
-use crate::api::Arrival;
+use crate::api::ArrivedRun;
 use crate::core::{Event, Request, Response, Ticket};
 use crate::error::CommandError;
 use crate::table::PageState;
@@ -165,7 +165,7 @@ impl Sim {
         self.session().to_send -= 1;
         self.trace.add("arrive", run, Some(slots), values.first().copied());
         let asked = Asked::Arrive { run, slots, values };
-        self.ask(Request::Arrive(Arrival { run, slots, sums, again }), asked);
+        self.ask(Request::Arrive(ArrivedRun { run, slots, sums, again }), asked);
     }
 
     pub(super) fn arrived(

@@ -465,7 +465,7 @@ impl Driver {
     /// Finds those of the run's pages that have been written since they were last protected, and protects them again.
     fn scan(&mut self, run: Run, mut found: impl FnMut(Run)) -> std::io::Result<()> {
         for (part, base) in self.memory.mapped_parts(run) {
-            self.faults.scan_written(base, part.bytes(), |at, bytes| {
+            self.faults.scan_dirty(base, part.bytes(), |at, bytes| {
                 found(part.part(pages_in((at - base) as u64) as u32, pages_in(bytes as u64) as u32));
             })?;
         }

@@ -304,7 +304,7 @@ impl Faults {
 
     /// Pages written since they were last protected, as address ranges; protects them again.
     /// Holes are left alone: a move into a protected hole would fail.
-    pub(super) fn scan_written(
+    pub(super) fn scan_dirty(
         &mut self,
         base: usize,
         len: usize,

@@ -15,7 +15,7 @@ type Bits = Vec<u64>;
 struct Subscriber {
     id: SubscriberId,
     seen: Bits,
-    left: Bits,
+    departed: Bits,
 }
 
 #[derive(Debug, Default)]
@@ -39,7 +39,7 @@ impl DirtyTracking {
         let words = pages.div_ceil(64) as usize;
         let id = SubscriberId(self.next);
         self.next += 1;
-        self.subscribers.push(Subscriber { id, seen: vec![0; words], left: vec![0; words] });
+        self.subscribers.push(Subscriber { id, seen: vec![0; words], departed: vec![0; words] });
         id
     }
 
@@ -51,9 +51,9 @@ impl DirtyTracking {
     }
 
     /// The page's frame leaves the guest, and its write protection is lost with it: it may have been written.
-    pub(crate) fn left(&mut self, page: PageNo) {
+    pub(crate) fn departed(&mut self, page: PageNo) {
         for subscriber in &mut self.subscribers {
-            subscriber.left[page.index() / 64] |= 1 << (page.index() % 64);
+            subscriber.departed[page.index() / 64] |= 1 << (page.index() % 64);
         }
     }
 
@@ -70,14 +70,14 @@ impl DirtyTracking {
     /// the memory.
     pub(crate) fn collect(&mut self, id: SubscriberId, run: Run, into: &mut DirtyPages) {
         let Some(nth) = self.subscribers.iter().position(|subscriber| subscriber.id == id) else { return };
-        let Subscriber { seen, left, .. } = &mut self.subscribers[nth];
+        let Subscriber { seen, departed, .. } = &mut self.subscribers[nth];
         let words = run.indices().start / 64..run.indices().end.div_ceil(64);
         // What was seen was written by somebody who uses it, whether it has left since or not.
-        words.clone().for_each(|word| left[word] &= !seen[word]);
+        words.clone().for_each(|word| departed[word] &= !seen[word]);
         take(seen, words.clone(), &mut into.seen);
-        take(left, words.clone(), &mut into.left);
+        take(departed, words.clone(), &mut into.departed);
         if mutant!(ForgetsLeftOfOtherSteps) {
-            left.fill(0);
+            departed.fill(0);
         }
         if mutant!(OneCollectsForAll) {
             self.subscribers.iter_mut().for_each(|subscriber| subscriber.seen[words.clone()].fill(0));
@@ -131,8 +131,8 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Left(page) => {
-                        tracking.left(PageNo(page));
-                        model.iter_mut().for_each(|(_, _, left)| left.extend([page]));
+                        tracking.departed(PageNo(page));
+                        model.iter_mut().for_each(|(_, _, departed)| departed.extend([page]));
                     }
                     Step::Scan(pages) => {
                         let runs: Vec<_> = runs_of(pages.iter().copied().map(PageNo), 64).collect();
@@ -148,8 +148,8 @@ mod tests {
                         let pages = |runs: &[Run]| -> BTreeSet<u64> {
                             runs.iter().flat_map(|run| run.pages()).map(|page| page.0).collect()
                         };
-                        let (seen, left) = (std::mem::take(&mut model[nth].1), std::mem::take(&mut model[nth].2));
-                        prop_assert_eq!(pages(&told.left), left.difference(&seen).copied().collect::<BTreeSet<_>>());
+                        let (seen, departed) = (std::mem::take(&mut model[nth].1), std::mem::take(&mut model[nth].2));
+                        prop_assert_eq!(pages(&told.departed), departed.difference(&seen).copied().collect::<BTreeSet<_>>());
                         prop_assert_eq!(pages(&told.seen), seen);
                     }
                     Step::End(nth) if nth < model.len() => {
