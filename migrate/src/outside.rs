@@ -227,12 +227,6 @@ mod real {
         }
     }
 
-    /// Bytes that can still be written to the file system of a file.
-    pub(crate) fn free_bytes(file: &File) -> io::Result<u64> {
-        let found = rustix::fs::fstatvfs(file)?;
-        Ok(found.f_bavail.saturating_mul(found.f_frsize))
-    }
-
     fn removed_file(directory: &Path) -> io::Result<File> {
         use std::os::unix::fs::OpenOptionsExt;
         let mut random = [0; 8];

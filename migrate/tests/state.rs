@@ -151,8 +151,8 @@ struct Case<'a> {
     state: u64,
     /// The target keeps its state there, encrypted or not; else where the test's files are.
     spool: Option<&'a Path>,
-    /// Room on that disk that is other VMs'.
-    leave_free: u64,
+    /// Room on that disk that is no VM's.
+    room: u64,
     encrypt: bool,
     highest: Option<u16>,
     /// When so much of the state is written, the link breaks.
@@ -167,7 +167,7 @@ impl Case<'_> {
             expected: &[0],
             state,
             spool: None,
-            leave_free: 0,
+            room: u64::MAX,
             encrypt: false,
             highest: None,
             cut_at: None,
@@ -184,7 +184,7 @@ impl Case<'_> {
         let spool = StateSpool {
             directory: directory.clone(),
             memory_bytes: IN_MEMORY as usize,
-            leave_free_bytes: self.leave_free,
+            disk_bytes: self.room,
             encrypt: self.encrypt,
             lock: false,
         };
@@ -332,16 +332,17 @@ fn a_cancel_in_the_middle_of_the_state_is_heeded_there() {
 
 #[test]
 fn room_that_other_vms_were_promised_is_not_a_states() {
-    let moved = Case { leave_free: u64::MAX, ..Case::of(IN_MEMORY + 10 * MIB) }.moved(|_| {});
+    let moved = Case { room: 5 * MIB, ..Case::of(IN_MEMORY + 6 * MIB) }.moved(|_| {});
     let told = moved.target.result().unwrap_err();
     let ReceiveError::Spool { source, .. } = &told else { panic!("{told:?}") };
     assert!(
-        source.kind() == io::ErrorKind::StorageFull && source.to_string().contains("were promised"),
+        source.kind() == io::ErrorKind::StorageFull && source.to_string().contains("was promised"),
         "{told:?}"
     );
     assert_eq!(moved.pauses, 1);
-    // What stays in memory needs no room.
-    Case { leave_free: u64::MAX, ..Case::of(IN_MEMORY) }.moved(|_| {}).result.unwrap();
+    for (room, state) in [(5 * MIB, IN_MEMORY + 5 * MIB), (0, IN_MEMORY)] {
+        Case { room, ..Case::of(state) }.moved(|_| {}).result.unwrap();
+    }
 }
 
 /// A file system in memory that is small.

@@ -23,6 +23,7 @@ use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind, chain};
 use crate::granted::{Granted, Share};
 use crate::hold::{AS_IT_CAME, Resumer, Whereabouts, may_resume};
+use crate::host;
 use crate::life::{self, End, RECEIVER};
 use crate::machine::Newcomer;
 use crate::memory::{Memory, MemorySpec};
@@ -31,8 +32,8 @@ use crate::process::{Owner, Process};
 use crate::source_vm::vm_error;
 use crate::vm::{Vm, VmEvent, Waiting};
 
-/// A state leaves so much of a disk free at least.
-const LEAST_FREE: u64 = 256 << 20;
+/// A state leaves so much of `/var/tmp` free.
+const LEFT_FREE: u64 = 256 << 20;
 
 /// The settings that the daemon gives the process that it starts, as one JSON argument.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,8 +48,8 @@ pub struct ArriveSettings {
     pub memory: MemorySpec,
     /// Listen address of the daemon.
     pub daemon: String,
-    /// Room on the store's disk that this VM and others were promised, and have not taken yet.
-    pub store_promised_bytes: u64,
+    /// Room on the store's disk that neither this VM nor another was promised.
+    pub store_spare_bytes: u64,
     /// For the VM's way onward, in the words of this host. The hello's own is left out.
     pub offer: Option<String>,
     /// The source's control connection.
@@ -248,10 +249,12 @@ impl Process {
 fn spool_of(settings: &ArriveSettings) -> StateSpool {
     let memory = &settings.memory;
     let in_store = memory.store.is_dir();
+    let directory = if in_store { memory.store.clone() } else { PathBuf::from("/var/tmp") };
+    let elsewhere = host::free_disk(&directory).unwrap_or_default().saturating_sub(LEFT_FREE);
     StateSpool {
-        directory: if in_store { memory.store.clone() } else { PathBuf::from("/var/tmp") },
+        directory,
         memory_bytes: STATE_IN_MEMORY,
-        leave_free_bytes: if in_store { settings.store_promised_bytes.max(LEAST_FREE) } else { LEAST_FREE },
+        disk_bytes: if in_store { settings.store_spare_bytes } else { elsewhere },
         encrypt: memory.store_encrypt || !in_store,
         lock: memory.lock,
     }

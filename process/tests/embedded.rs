@@ -291,7 +291,7 @@ fn settings_of(
     let granted_fd = granted.as_fd().try_clone_to_owned().unwrap();
     granted.hand_over(std::process::id());
     ArriveSettings {
-        store_promised_bytes: 0,
+        store_spare_bytes: 1 << 30,
         run_dir: dir.path().to_owned(),
         granted_ram_bytes: BUDGET,
         memory: MemorySpec {

@@ -283,7 +283,7 @@ impl Daemon {
         let machine = machine::find(hello, self.settings.qemu_rules.as_ref(), self.settings.engine)?;
         let _one_at_a_time = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         let tolerated = tolerated_holders(&self.dir, &hello.name)?;
-        let (granted, promised) = self.find_room(hello)?;
+        let (granted, spare) = self.find_room(hello)?;
         let lock = self.dir.lock()?;
         if let Some(socket) =
             self.dir.holders(&lock, &hello.name)?.iter().find(|socket| !tolerated.contains(socket))
@@ -297,7 +297,7 @@ impl Daemon {
         let group = self.groups.make(&hello.name, &hello.session.to_string());
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| Refusal::other(format!("no socket pair: {error}")))?;
-        let settings = self.arrive_settings(hello, (granted, promised), &machine);
+        let settings = self.arrive_settings(hello, (granted, spare), &machine);
         let watch = self.watch(stream, &ours, &hello.name)?;
         // Before the child can tell the source to go on.
         self.sessions().insert(hello.session, Receiver { vm: hello.name.clone(), streams: ours });
@@ -327,7 +327,7 @@ impl Daemon {
         Ok(Watch { streams, control, log })
     }
 
-    /// The RAM that the VM gets, and the room on the store's disk that it and the others may then still take.
+    /// The RAM that the VM gets, and the room on the store's disk that is then promised to nobody.
     fn find_room(&self, hello: &SessionHello) -> Result<(u64, u64), Refusal> {
         let pool = Pool {
             engine: self.settings.engine,
@@ -337,18 +337,18 @@ impl Daemon {
             host_free_bytes: host::available_ram()?,
         };
         let granted = pool.grant(hello)?;
-        let beside = pool.check_store(hello, granted)?;
-        Ok((granted, pool.held.store_promised_bytes.saturating_add(beside)))
+        let promised = pool.held.store_promised_bytes.saturating_add(pool.check_store(hello, granted)?);
+        Ok((granted, host::free_disk(&self.settings.store).unwrap_or_default().saturating_sub(promised)))
     }
 
     fn arrive_settings(
         &self,
         hello: &SessionHello,
-        (granted, store_promised_bytes): (u64, u64),
+        (granted, store_spare_bytes): (u64, u64),
         machine: &MachineChoice,
     ) -> ArriveSettings {
         ArriveSettings {
-            store_promised_bytes,
+            store_spare_bytes,
             run_dir: self.dir.path().to_owned(),
             hello: SessionHello { offer: None, ..hello.clone() },
             granted_ram_bytes: granted,

@@ -159,11 +159,6 @@ pub fn unnamed_file(directory: &Path) -> io::Result<File> {
     File::create_new(&directory.join(format!("{kind}-{number}")))
 }
 
-/// A disk of the simulation has room until it is told to fail.
-pub fn free_bytes(_: &File) -> io::Result<u64> {
-    Ok(u64::MAX)
-}
-
 pub fn remove_file(path: &Path) -> io::Result<()> {
     step(path);
     with(|disk| disk.files.remove(path)).map(drop).ok_or_else(|| ErrorKind::NotFound.into())

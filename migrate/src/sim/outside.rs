@@ -2,8 +2,7 @@
 
 pub(crate) use super::engine::{DirtySubscription, EngineHandle, StoredReader};
 pub(crate) use super::fs::{
-    File, FileExt, OpenOptions, boot_id, free_bytes, in_memory, make_own, remove_file, unnamed_file,
-    vouch_for,
+    File, FileExt, OpenOptions, boot_id, in_memory, make_own, remove_file, unnamed_file, vouch_for,
 };
 pub(crate) use super::net::{StdStream, TcpStream, round_trip, secure};
 pub(crate) use super::runtime::{

@@ -17,15 +17,12 @@ use swapd::{Cipher, PageNo, Run};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::link::error::SessionError;
-use crate::outside::{File, FileExt, free_bytes, planted, unnamed_file};
+use crate::outside::{File, FileExt, planted, unnamed_file};
 use crate::wire::control::MAX_STATE_PART;
 
 /// Of a file's content, what is written, checked and read at once.
 const CHUNK_BYTES: usize = MAX_STATE_PART;
 const CHUNK_PAGES: u64 = (CHUNK_BYTES / swapd::PAGE_SIZE) as u64;
-
-/// After so many chunks it is looked again whether there is room: 4 MiB.
-const LOOK_EVERY: u64 = 16;
 
 const _: () = assert!(CHUNK_BYTES.is_multiple_of(swapd::PAGE_SIZE));
 
@@ -36,9 +33,9 @@ pub struct StateSpool {
     pub directory: PathBuf,
     /// Bytes of state that stay in memory.
     pub memory_bytes: usize,
-    /// Bytes of the disk that a state does not take: they were promised to VMs' stores. Without that, a source could fill
-    /// the disk on which the pages of other VMs are.
-    pub leave_free_bytes: u64,
+    /// Bytes that a state may take on that disk: what of it was promised to no VM's store when this one was let in.
+    /// Without a bound, a source could fill the disk on which the pages of other VMs are.
+    pub disk_bytes: u64,
     /// What is on the disk is encrypted, with a key that this process alone knows.
     pub encrypt: bool,
     /// That key is kept out of the host's swap.
@@ -64,7 +61,7 @@ struct SpoolFile {
     sums: Vec<u64>,
     cipher: Option<Cipher>,
     scratch: Vec<u8>,
-    leave_free_bytes: u64,
+    disk_bytes: u64,
 }
 
 impl Spool {
@@ -129,18 +126,16 @@ impl SpoolFile {
         let key = |error: io::Error| io::Error::new(error.kind(), format!("no memory for its key: {error}"));
         let cipher = if options.encrypt { Some(Cipher::random(options.lock).map_err(key)?) } else { None };
         let file = unnamed_file(&options.directory)?;
-        let leave_free_bytes = options.leave_free_bytes;
-        Ok(SpoolFile { file, sums: Vec::new(), cipher, scratch: Vec::new(), leave_free_bytes })
+        let disk_bytes = options.disk_bytes;
+        Ok(SpoolFile { file, sums: Vec::new(), cipher, scratch: Vec::new(), disk_bytes })
     }
 
     fn append(&mut self, chunk: &[u8]) -> io::Result<()> {
         let number = self.sums.len() as u64;
-        if number.is_multiple_of(LOOK_EVERY)
-            && free_bytes(&self.file)? < self.leave_free_bytes.saturating_add(LOOK_EVERY * CHUNK_BYTES as u64)
-        {
+        if (number + 1) * CHUNK_BYTES as u64 > self.disk_bytes {
             let text = format!(
-                "No space left on device beside the {} bytes that VMs were promised",
-                self.leave_free_bytes
+                "No space left on device: {} bytes are free that no VM was promised",
+                self.disk_bytes
             );
             return Err(io::Error::new(io::ErrorKind::StorageFull, text));
         }

@@ -7,7 +7,7 @@ use super::*;
 use crate::sim::in_a_world;
 
 fn options(memory_bytes: usize) -> StateSpool {
-    StateSpool { directory: "/store".into(), memory_bytes, leave_free_bytes: 0, encrypt: true, lock: false }
+    StateSpool { directory: "/store".into(), memory_bytes, disk_bytes: u64::MAX, encrypt: true, lock: false }
 }
 
 fn whole(spool: Spool) -> Vec<u8> {

@@ -121,7 +121,7 @@ impl Target {
         let (done, result) = channel();
         let spool = setup.spool.clone().unwrap_or_else(|| StateSpool {
             directory: place.path().to_path_buf(),
-            leave_free_bytes: 0,
+            disk_bytes: u64::MAX,
             memory_bytes: migrate::limits::STATE_IN_MEMORY,
             encrypt: false,
             lock: false,

@@ -51,7 +51,7 @@ impl Target {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let streams = hello.streams;
         let settings = ArriveSettings {
-            store_promised_bytes: 0,
+            store_spare_bytes: 1 << 30,
             run_dir: site.path("run"),
             granted_ram_bytes: plan.budget_bytes,
             memory: site.memory(hello.memory_bytes, plan.budget_bytes),

@@ -257,11 +257,12 @@ impl Core {
                     match self.resident_in(eviction.run()) {
                         // What was held has been given back meanwhile.
                         0 => return self.evictions.put(eviction),
-                        // Those that are tried at this moment, as victims or as samples, are in RAM as well: most of
-                        // them will turn out to be pinned.
+                        // Those that are tried as samples at this moment are in RAM as well: most of them will turn
+                        // out to be pinned.
                         pages => {
-                            let pages = pages + self.frames.in_staging(eviction.run());
-                            Err(CommandError::Pinned { pages })
+                            let staged = self.frames.in_staging(eviction.run());
+                            let sampled = staged.filter(|page| self.table.state(*page) == PageState::Sampled);
+                            Err(CommandError::Pinned { pages: pages + sampled.count() as u64 })
                         }
                     }
                 }
@@ -282,7 +283,10 @@ impl Core {
                     self.frames.unbind(page);
                 }
                 PageState::Leaving => eviction.leaves(page),
-                PageState::Resident if may_leave(&self.table, page) => ready.push(page),
+                PageState::Resident if may_leave(&self.table, page) => match eviction.looks_back() {
+                    true => eviction.leaves(page),
+                    false => ready.push(page),
+                },
                 PageState::Resident if self.table.has(page, Flag::Pinned) => eviction.is_pinned(page),
                 _ => {}
             }

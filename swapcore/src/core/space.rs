@@ -54,7 +54,10 @@ impl Core {
         space.pace.tick(ticks);
         let before = std::mem::replace(&mut space.read_at_tick, self.counts.pages_read);
         space.reads_go_on = self.counts.pages_read != before;
-        self.forget_rescued();
+        if !self.space.waiting.is_empty() {
+            self.forget_rescued();
+            self.tiers.ids().for_each(|tier| self.end_retry(tier));
+        }
         self.give_up_copies();
         let old = self.tick >= self.space.since + COLLECT_TICKS;
         self.space.draining |= old || self.space.blocks.len() >= BATCH_BLOCKS;
@@ -70,8 +73,7 @@ impl Core {
             // Whoever waits for a page comes first, and has most of the time, if there always is somebody.
             let somebody_reads = self.space.reads_go_on || self.ios.reads() > 0;
             // Without room, somebody waits for the drops themselves: pages cannot leave, and reads wait for frames.
-            let wanted = self.is_any_full() || self.waiters.any_deferred();
-            if somebody_reads && !wanted && !self.space.pace.may_disturb() {
+            if somebody_reads && !self.is_any_full() && !self.space.pace.may_disturb() {
                 return;
             }
             let Some(run) = self.next_dead() else { return };

@@ -555,7 +555,6 @@ mod tests {
         assert!(core.tiers.silent_ticks(TierId(0)) >= SILENT_TICKS);
     }
 
-    /// A full VM that uses memory again which it has just given back, while the drop of its places does not end.
     /// A VM whose first `run` has been in the store and was given back: its places are being dropped, which does not end.
     fn hung_drop(pages: u64, run: Run) -> (Core, IoId) {
         let config = CoreConfig {
@@ -599,6 +598,7 @@ mod tests {
         (core, io)
     }
 
+    /// A full VM that uses memory again which it has just given back, while the drop of its places does not end.
     #[test]
     fn a_drop_that_does_not_end_is_the_tiers_silence() {
         let run = Run::new(PageNo(0), 192);

@@ -107,7 +107,7 @@ impl Sim {
         self.ask(Request::SetBudget(bytes_of(frames)), Asked::Budget);
     }
 
-    /// What the guest gives back reads as zeros from now on.
+    /// What the guest gives back reads as zeros from the answer on.
     fn give_back(&mut self) {
         // Now and then so much that it takes several steps.
         let longest = if self.random.one_in(6) { self.pages } else { 20 };

@@ -129,7 +129,7 @@ impl Story {
         let mut streams = || next_stream(streams);
         let spool = StateSpool {
             directory: "/store".into(),
-            leave_free_bytes: 0,
+            disk_bytes: u64::MAX,
             memory_bytes: [0, 1 << 20, 64 << 20][usize::from(session.0[0]) % 3],
             encrypt: false,
             lock: false,

@@ -30,6 +30,8 @@ pub(crate) struct Eviction {
     full: bool,
     /// Behind the last page that was ever started.
     furthest: PageNo,
+    /// This pass only looks at what became of those that the last one started.
+    looks_back: bool,
     due: bool,
 }
 
@@ -87,6 +89,10 @@ impl Eviction {
         self.full = true;
     }
 
+    pub(crate) fn looks_back(&self) -> bool {
+        self.looks_back
+    }
+
     pub(crate) fn is_full(&self) -> bool {
         self.full
     }
@@ -99,8 +105,10 @@ impl Eviction {
             return Look::Goes;
         }
         let Some(behind) = self.behind.take() else { return Look::Done };
-        // What has just started has moved by the next look, or was refused.
-        (self.next, self.due) = (behind, self.started && !self.full);
+        // What has just started has moved by the next look, or was refused: that is known until the next tick. The look
+        // starts nothing, or a page could leave before the vCPU that waited for it has run.
+        let looks_back = self.started && !self.full;
+        (self.next, self.due, self.looks_back) = (behind, looks_back, looks_back);
         (self.started, self.full) = (false, false);
         if std::mem::take(&mut self.pinned) { Look::Held } else { Look::Goes }
     }
@@ -121,6 +129,7 @@ impl Evictions {
             started: false,
             full: false,
             furthest: run.start,
+            looks_back: false,
             due: true,
         });
     }
@@ -131,7 +140,7 @@ impl Evictions {
 
     /// Something has happened that may let pages leave.
     pub(crate) fn wake(&mut self) {
-        self.0.iter_mut().for_each(|eviction| eviction.due = true);
+        self.0.iter_mut().for_each(|eviction| (eviction.due, eviction.looks_back) = (true, false));
     }
 
     /// How many there is something to be looked at of.

@@ -276,8 +276,8 @@ impl Frames {
     }
 
     /// Pages of the run whose frames are in staging, but for huge pages that are there as a whole.
-    pub(crate) fn in_staging(&self, run: Run) -> u64 {
-        self.slots_of.keys().filter(|page| run.contains(**page)).count() as u64
+    pub(crate) fn in_staging(&self, run: Run) -> impl Iterator<Item = PageNo> {
+        self.slots_of.keys().copied().filter(move |page| run.contains(*page))
     }
 
     /// For questions that change nothing.
