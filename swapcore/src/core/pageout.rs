@@ -257,12 +257,15 @@ impl Core {
                     match self.resident_in(eviction.run()) {
                         // What was held has been given back meanwhile.
                         0 => return self.evictions.put(eviction),
-                        // Those that are tried as samples at this moment are in RAM as well: most of them will turn
-                        // out to be pinned.
+                        // Those that are tried at this moment, as victims or as samples, or are on their way back from
+                        // that, are in RAM as well: most of them will turn out to be pinned.
                         pages => {
-                            let staged = self.frames.in_staging(eviction.run());
-                            let sampled = staged.filter(|page| self.table.state(*page) == PageState::Sampled);
-                            Err(CommandError::Pinned { pages: pages + sampled.count() as u64 })
+                            let tried = |page: &PageNo| match self.table.state(*page) {
+                                PageState::Leaving => !self.table.has(*page, Flag::Writing),
+                                state => matches!(state, PageState::Sampled | PageState::Arriving),
+                            };
+                            let tried = self.frames.in_staging(eviction.run()).filter(tried).count();
+                            Err(CommandError::Pinned { pages: pages + tried as u64 })
                         }
                     }
                 }
