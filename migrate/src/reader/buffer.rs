@@ -122,9 +122,9 @@ impl PageBuffer {
     /// The last bytes of the head room, right before the pages, to be written to; and the pages' runs and checksums.
     pub(crate) fn head_room(&mut self, bytes: usize) -> (&mut [u8], &[Run], &[u64]) {
         assert!(bytes <= self.head, "{bytes} bytes of head room, of {}", self.head);
+        let from = self.head - bytes;
         // SAFETY: within our memory, borrowed alone, with no operation in flight on it.
-        let room =
-            unsafe { std::slice::from_raw_parts_mut(self.memory.base().add(self.head - bytes), bytes) };
+        let room = unsafe { std::slice::from_raw_parts_mut(self.memory.base().add(from), bytes) };
         (room, &self.runs, &self.sums)
     }
 
