@@ -275,8 +275,9 @@ impl Core {
     }
 
     fn pass(&mut self, taking: &mut Taking, to: PageNo) {
-        taking.passed += to.0 - self.origin.hand.0;
-        self.origin.hand = if to.0 < self.table.pages() { to } else { PageNo(0) };
+        let (to, pages) = (to.0.min(self.table.pages()), self.table.pages());
+        taking.passed += to - self.origin.hand.0;
+        self.origin.hand = if to < pages { PageNo(to) } else { PageNo(0) };
     }
 
     /// The pages of a block from the hand on. False when there is no room for more.
