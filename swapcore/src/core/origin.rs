@@ -26,9 +26,10 @@ use super::state::ios::{Landing, Purpose};
 use super::state::origin::{Fetch, Taking};
 use super::{Action, Core, IO_PAGES_MAX};
 use crate::api::Adopted;
-use crate::error::CommandError;
+use crate::error::{CommandError, IoError, IoErrorKind};
+use crate::stats::TierState;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot, TierId};
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
 
 /// Pages fetched for one request, at most: 2 MiB. A fault that comes meanwhile waits behind their reads.
 const FETCH_MAX: u32 = 512;
@@ -89,9 +90,9 @@ impl Core {
         }
     }
 
-    /// A read has ended; of what it read, this page came right.
-    pub(super) fn read_at_origin(&mut self, io: IoId, tier: TierId, good: Option<PageNo>) {
-        self.origin.ended(io);
+    /// A read has ended; so many pages came right, this one among them.
+    pub(super) fn read_at_origin(&mut self, io: IoId, tier: TierId, given: u64, good: Option<PageNo>) {
+        self.origin.ended(io, given);
         self.origin.wake();
         if let Some(page) = good.filter(|_| tier == TierId::ORIGIN) {
             self.tiers.known_at_origin = Some((page, self.sums[page.index()]));
@@ -143,7 +144,7 @@ impl Core {
             if fetch.next < fetch.end || !fetch.ios.is_empty() {
                 return self.origin.fetches.push_front(fetch);
             }
-            let answer = Ok(Response::Count(fetch.begun));
+            let answer = Ok(Response::Count(fetch.came));
             self.actions.push_back(Action::Answer { ticket: fetch.ticket, answer });
         }
     }
@@ -155,9 +156,11 @@ impl Core {
             let most = u64::from(if self.waiters.any() { IO_PAGES_MAX } else { FETCH_MAX });
             let page = fetch.next;
             let block = self.table.next_origin_block(page.block());
-            let Some(block) = block.filter(|_| fetch.begun < most && self.tiers.latched().is_none()) else {
-                return fetch.stop();
-            };
+            // With a store that takes nothing, frames are for those who wait; and an origin that gives nothing is not
+            // asked for more.
+            let may =
+                self.tiers.latched().is_none() && self.tiers.state(TierId::ORIGIN) == TierState::Working;
+            let Some(block) = block.filter(|_| fetch.begun < most && may) else { return fetch.stop() };
             if block > page.block() {
                 fetch.next = PageNo::first_of(block).min(fetch.end);
                 continue;
@@ -199,6 +202,10 @@ impl Core {
         self.take_more(&mut taking, look, &mut to_write);
         // Back to standby: their frames are there.
         self.write(&to_write, Purpose::PageOut);
+        if self.origin.homeward.is_empty() && !self.origin.looks {
+            // There is no room, and none comes of what is under way: whoever asks may do something else meanwhile.
+            taking.left = 0;
+        }
         let early = mutant!(AnswersTakingEarly);
         if taking.left > 0 || !(self.origin.homeward.is_empty() || early) {
             return self.origin.takings.push_front(taking);
@@ -261,17 +268,12 @@ impl Core {
             let failed = self.tiers.get(home).failed().map(|latch| latch.error);
             if failed.is_some() || !self.tiers.is_open(home) {
                 taking.refused = failed.or(taking.refused);
-                taking.passed_some |= failed.is_none();
                 self.pass(taking, page.next_block());
             } else if !self.take_of_block(taking, part, to_write) {
                 return;
             }
         }
-        match taking.passed_some && taking.left > 0 {
-            // From the next event on, all over again.
-            true => (taking.passed, taking.passed_some) = (0, false),
-            false => taking.left = 0,
-        }
+        taking.left = 0;
     }
 
     fn pass(&mut self, taking: &mut Taking, to: PageNo) {
@@ -346,11 +348,28 @@ impl Core {
 
     /// Frames that no fault will miss before they are back.
     fn spare_frames(&self) -> u32 {
-        if self.waiters.any_deferred() {
+        if self.waiters.any_deferred() || self.tiers.state(TierId::ORIGIN) != TierState::Working {
             return 0;
         }
-        let spare = self.frames.at_hand().saturating_sub(u64::from(self.frames.marks().low));
+        // As prefetch does: half of those that are always kept.
+        let spare = self.frames.at_hand().saturating_sub(u64::from(self.frames.marks().low / 2));
         u32::try_from(spare).unwrap_or(u32::MAX)
+    }
+
+    /// None of a run could be read for that, because of one bad page, it may be: each half is read by itself. Else that
+    /// page would keep all of them at the origin.
+    pub(super) fn read_in_halves(&mut self, run: Run, slots: SlotRun, error: IoError) -> bool {
+        let apart = run.len > 1
+            && matches!(error.kind, IoErrorKind::Broken(_))
+            && self.tiers.state(TierId::ORIGIN) == TierState::Working
+            && !mutant!(LeavesNeighboursOfBadPages);
+        if apart {
+            let half = run.len / 2;
+            for (skip, len) in [(0, half), (half, run.len - half)] {
+                self.start_read(run.part(skip, len), slots.part(skip, len), Landing::Home);
+            }
+        }
+        apart
     }
 
     /// It has been read for that. Says whether it is to be written: not, if its home takes nothing by now.

@@ -13,8 +13,9 @@ pub(crate) struct Fetch {
     /// Where the next look begins, and the last one ends.
     pub(crate) next: PageNo,
     pub(crate) end: PageNo,
-    /// Pages whose reading has begun.
+    /// Pages whose reading has begun, and those of them that have come.
     pub(crate) begun: u64,
+    pub(crate) came: u64,
     /// The reads that are under way.
     pub(crate) ios: Vec<IoId>,
 }
@@ -37,8 +38,6 @@ pub(crate) struct Taking {
     pub(crate) begun: bool,
     /// A tier that pages are to go to takes no writes.
     pub(crate) refused: Option<IoError>,
-    /// Pages were passed for which there will be room later.
-    pub(crate) passed_some: bool,
 }
 
 #[derive(Debug, Default)]
@@ -67,24 +66,22 @@ impl Origin {
 
     pub(crate) fn fetch(&mut self, ticket: Ticket, run: Run) {
         let (next, end) = (run.start, run.end());
-        self.fetches.push_back(Fetch { ticket, next, end, begun: 0, ios: Vec::new() });
+        self.fetches.push_back(Fetch { ticket, next, end, begun: 0, came: 0, ios: Vec::new() });
         self.wake();
     }
 
     pub(crate) fn take_home(&mut self, ticket: Ticket, pages: u32) {
-        self.takings.push_back(Taking {
-            ticket,
-            left: pages,
-            passed: 0,
-            begun: false,
-            refused: None,
-            passed_some: false,
-        });
+        self.takings.push_back(Taking { ticket, left: pages, passed: 0, begun: false, refused: None });
         self.wake();
     }
 
-    /// A read has ended.
-    pub(crate) fn ended(&mut self, io: IoId) {
-        self.fetches.iter_mut().for_each(|fetch| fetch.ios.retain(|other| *other != io));
+    /// A read has ended that has brought so many pages.
+    pub(crate) fn ended(&mut self, io: IoId, pages: u64) {
+        for fetch in &mut self.fetches {
+            if let Some(nth) = fetch.ios.iter().position(|other| *other == io) {
+                fetch.ios.swap_remove(nth);
+                fetch.came += pages;
+            }
+        }
     }
 }
