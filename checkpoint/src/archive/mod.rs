@@ -1,0 +1,1 @@
+//! An archive: a directory with the checkpoints of one VM.
