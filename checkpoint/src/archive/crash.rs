@@ -137,7 +137,7 @@ pub(super) fn after(step: Step<'_>) {
             crash.unflushed.push(Data { file, whole: true, at: 0, len: 0 });
             crash.changes.push(Change::Made(path));
         }
-        Step::Resize(..) => {}
+        Step::Resize => {}
         Step::Write(file, at, len) => {
             // Opened anew: it may be for direct I/O.
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
