@@ -1,0 +1,1 @@
+//! What a VM's process does to begin from a checkpoint.

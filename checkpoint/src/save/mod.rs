@@ -1,0 +1,1 @@
+//! What a VM's process does for a checkpoint of it.
