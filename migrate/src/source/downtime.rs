@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::error::SendError;
-use super::pace::Standing;
+use crate::pace::Standing;
 use super::session::{Failed, Session};
 use crate::link::error::SessionError;
 use crate::report::DowntimeParts;

@@ -17,7 +17,7 @@ use swapd::Placed;
 use super::copying::Converged;
 use super::downtime::{missed, stood_too_long};
 use super::error::SendError;
-use super::pace::longest_load;
+use crate::pace::longest_load;
 use super::rounds::Rounds;
 use super::session::{Failed, Session};
 use super::state_sink::{self, Unsent};

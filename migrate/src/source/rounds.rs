@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use super::connect::Connected;
 use super::discovery::{Discovery, Stakes};
 use super::hot_room;
-use super::pace::SendRate;
+use crate::pace::SendRate;
 use super::sender;
 use super::streams::{RECORDS_PER_STREAM, SendState, Streams};
 use crate::limits::{CANCEL_POLL, HEAT_EVERY, PROGRESS_EVERY, SILENCE_LIMIT};

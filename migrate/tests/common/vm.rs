@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
-use migrate::{SessionId, SourceOptions, SourceVm, VmError};
+use migrate::{LiveVm, SessionId, SourceOptions, SourceVm, VmError};
 use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, Run, StartError, StoreConfig};
 use testkit::{Reason, TempDir, skip, until};
 
@@ -110,7 +110,7 @@ impl Writer {
     }
 }
 
-impl SourceVm for Writer {
+impl LiveVm for Writer {
     fn drain(&mut self) -> Result<(), VmError> {
         Ok(())
     }
@@ -141,7 +141,9 @@ impl SourceVm for Writer {
     fn throttle(&mut self, percent: u8) {
         self.switch.throttle.store(percent, Ordering::SeqCst);
     }
+}
 
+impl SourceVm for Writer {
     fn give_up_name(&mut self, _: SessionId) -> Result<(), VmError> {
         self.named.store(false, Ordering::SeqCst);
         Ok(())
