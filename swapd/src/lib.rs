@@ -21,7 +21,7 @@ pub use driver::memory::huge_page_mode;
 pub use error::{BudgetError, HostError, MemoryError, StartError, StoreError};
 pub use handle::{DirtySubscription, EngineHandle, PendingAnswer, answered};
 pub use notice::Notice;
-pub use reader::{CloneError, Cloned, StoredReader, verify};
+pub use reader::{CloneError, Cloned, StoredReader, share_blocks, verify};
 pub use swapcore::api::{
     ArrivedRun, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault,
 };
