@@ -22,10 +22,10 @@ use std::time::{Duration, Instant};
 
 use checkpoint::format::{MemoryMap, PageKind};
 use checkpoint::save::{Base, Files, Phase, SaveError, SaveOptions, Saved, save};
+use disk::Disk;
 use migrate::{LiveVm, VmError};
 use swapd::digest::page_sum;
 use swapd::{Engine, PAGE_SIZE, PageNo, Run};
-use disk::Disk;
 use testkit::{OrSkip, Reason, TempDir};
 use vm::{MEMORY, PAGES, Writer, engine, engine_with, fill, is_intact};
 
@@ -43,7 +43,11 @@ fn open(path: &Path) -> File {
 
 fn files(directory: &Path) -> Files {
     let at = |name| directory.join(name);
-    Files { image: open(&at("memory.img")), map: File::create(at("map")).unwrap(), state: File::create(at("state")).unwrap() }
+    Files {
+        image: open(&at("memory.img")),
+        map: File::create(at("map")).unwrap(),
+        state: File::create(at("state")).unwrap(),
+    }
 }
 
 /// What a checkpoint is compared with: the VM's memory at the moment at which its state was saved, that is, while it
@@ -51,8 +55,6 @@ fn files(directory: &Path) -> Files {
 struct Witness<'a> {
     vm: Writer,
     engine: &'a Engine,
-    /// The checksums of all pages then, 0 of zeros.
-    sums: Vec<u64>,
     /// Saving the state fails.
     fails: bool,
 }
@@ -60,7 +62,7 @@ struct Witness<'a> {
 impl Witness<'_> {
     fn of(engine: &Engine, pages: std::ops::Range<u64>) -> Witness<'_> {
         let vm = Writer::start(engine.memory_base() as usize, pages);
-        Witness { vm, engine, sums: Vec::new(), fails: false }
+        Witness { vm, engine, fails: false }
     }
 
     fn page(&self, page: u64) -> &[u8] {
@@ -119,7 +121,8 @@ fn saved(
 fn assert_same(witness: &Witness<'_>, directory: &Path, bases: &[&Path]) -> MemoryMap {
     let map = MemoryMap::read_file(&File::open(directory.join("map")).unwrap()).unwrap();
     let images: Vec<_> = [&[directory], bases].concat();
-    let images: Vec<File> = images.iter().map(|directory| File::open(directory.join("memory.img")).unwrap()).collect();
+    let images: Vec<File> =
+        images.iter().map(|directory| File::open(directory.join("memory.img")).unwrap()).collect();
     assert_eq!(images[0].metadata().unwrap().len(), MEMORY);
     let mut bytes = vec![0; PAGE_SIZE];
     for page in 0..PAGES {
@@ -234,7 +237,10 @@ fn a_disk_that_is_full_in_the_middle_leaves_the_vm_as_it_was() {
     fill(&here);
     let mut witness = Witness::of(&here, 100..2000);
     let error = saved(&here, &mut witness, files(Path::new(&small.store())), None).unwrap_err();
-    assert!(matches!(&error, SaveError::Write { what: "image", source } if source.kind() == std::io::ErrorKind::StorageFull), "{error:?}");
+    assert!(
+        matches!(&error, SaveError::Write { what: "image", source } if source.kind() == std::io::ErrorKind::StorageFull),
+        "{error:?}"
+    );
     witness.vm.assert_runs_here();
     drop(witness);
     assert_left_alone(&here);
@@ -245,13 +251,16 @@ fn a_disk_that_is_full_in_the_middle_leaves_the_vm_as_it_was() {
 fn stored_pages_share_their_blocks_where_the_file_system_can() {
     let on = place();
     let disk = Disk::xfs(on.path(), 400 << 20).or_skip(Reason::Loop);
-    let (place, to) = (testkit::directory_in(disk.store(), "store"), testkit::directory_in(disk.store(), "to"));
+    let (place, to) =
+        (testkit::directory_in(disk.store(), "store"), testkit::directory_in(disk.store(), "to"));
     let here = engine(&place, MEMORY / 4);
     fill(&here);
     let mut witness = Witness::of(&here, 100..900);
     let saved = saved(&here, &mut witness, files(to.path()), None).unwrap();
     assert!(saved.pages_shared >= 3000 && saved.pages_copied == 0, "{saved:?}");
-    assert!(saved.bytes_written < saved.pages.here * PAGE_SIZE as u64 / 2, "{saved:?}");
+    // And what was written meanwhile, once more.
+    let written = saved.bytes_written / PAGE_SIZE as u64;
+    assert!(written <= saved.pages.here - saved.pages_shared + 1000, "{saved:?}");
     // The comparison pages in; the next one shares what is stored by then.
     assert_same(&witness, to.path(), &[]);
     // What is written to the store from now on does not change the image.
@@ -322,8 +331,15 @@ fn a_rate_is_kept_to_while_it_runs() {
     let mut witness = Witness::of(&here, 0..10);
     let options = SaveOptions { rate: Some(32 << 20), stop: true, ..SaveOptions::default() };
     let began = Instant::now();
-    let saved =
-        save(&here.handle(), &mut witness, files(to.path()), None, &options, &|_| {}, &AtomicBool::new(false));
+    let saved = save(
+        &here.handle(),
+        &mut witness,
+        files(to.path()),
+        None,
+        &options,
+        &|_| {},
+        &AtomicBool::new(false),
+    );
     let saved = saved.unwrap();
     println!("{saved:?}");
     // 32 MiB, but for what a burst and the buffers under way let through.

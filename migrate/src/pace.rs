@@ -232,7 +232,8 @@ mod tests {
     #[test]
     fn a_limit_that_ends_with_the_stop_does_not_count_behind_it() {
         // 4000 pages take 0.4 s at the limit, and 40 ms without.
-        let limited = Standing { remaining_pages: 4000, sent_per_s: 10_000.0, dirty_per_s: 9_000.0, ..STANDING };
+        let limited =
+            Standing { remaining_pages: 4000, sent_per_s: 10_000.0, dirty_per_s: 9_000.0, ..STANDING };
         assert_eq!(decide(&RULES, &limited), Decision::Go { throttle: 73 });
         assert_eq!(decide(&RULES, &Standing { remaining_pages: 3000, ..limited }), Decision::Stop);
         assert_eq!(limited.expected(), Duration::from_millis(50));

@@ -19,8 +19,8 @@ use common::vm::{MEMORY as ENGINE_MEMORY, Writer, compare, engine, fill, options
 use common::{Setup, Target};
 use migrate::wire::control::{Control, MAX_STATE_PART, state_limit};
 use migrate::{
-    CancelFlag, Expected, LiveVm, PlainMemory, ReceiveError, Report, SendError, SessionId, SourceOptions, SourceVm,
-    StateSpool, TargetMemory, VmError, send,
+    CancelFlag, Expected, LiveVm, PlainMemory, ReceiveError, Report, SendError, SessionId, SourceOptions,
+    SourceVm, StateSpool, TargetMemory, VmError, send,
 };
 use source::{MEMORY, Source};
 use testkit::{Reason, skip};

@@ -50,7 +50,9 @@ impl PageTable {
 
     /// Whether the page need not be written, because the base has this content of it. If so, that is noted.
     pub(super) fn is_in_base(&mut self, page: PageNo, sum: u64) -> bool {
-        let Some(base) = self.base.as_ref().filter(|base| base.map.sum(page) == Some(sum)) else { return false };
+        let Some(base) = self.base.as_ref().filter(|base| base.map.sum(page) == Some(sum)) else {
+            return false;
+        };
         let kind = match base.cloned && base.map.kind(page) == PageKind::Here {
             true if self.image[page.index()] & CHANGED != 0 => return false,
             true => PageKind::Here,
@@ -107,12 +109,10 @@ mod tests {
         // It has become what it was: what the image has of it is in the way.
         assert!(table.is_in_base(PageNo(1), 11));
         let map = table.finish(&[]);
-        assert_eq!([0, 1, 4, 5].map(|page| map.kind(PageNo(page))), [
-            PageKind::Base,
-            PageKind::Base,
-            PageKind::Base,
-            PageKind::Zero
-        ]);
+        assert_eq!(
+            [0, 1, 4, 5].map(|page| map.kind(PageNo(page))),
+            [PageKind::Base, PageKind::Base, PageKind::Base, PageKind::Zero]
+        );
         assert_eq!(table.holes(), [Run::one(PageNo(1))]);
     }
 

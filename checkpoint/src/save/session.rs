@@ -247,7 +247,8 @@ impl<'a> Stopped<'a> {
             (rounds.heat(), rounds.memory_bytes(), rounds.round, rounds.sink.counts());
         let plain = rounds.sink.file();
         let sink = runtime.block_on(rounds.close());
-        let plain = plain.map_err(|source| SaveError::Host { what: "opening the image once more", source })?;
+        let plain =
+            plain.map_err(|source| SaveError::Host { what: "opening the image once more", source })?;
         let finished = sink.pages(|pages| {
             punch(&plain, &pages.holes())?;
             let finished = pages.finish(&heat);

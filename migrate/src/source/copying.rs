@@ -2,11 +2,11 @@
 
 use super::downtime::too_long;
 use super::error::SendError;
-use crate::pace::{Decision, Rules, Standing, decide};
 use super::session::{Failed, Session};
 use super::state_sink::too_much;
 use super::steps::Step;
 use crate::outside::planted;
+use crate::pace::{Decision, Rules, Standing, decide};
 use crate::vm::Expected;
 
 /// The VM runs here, perhaps throttled, and its memory is being copied.
