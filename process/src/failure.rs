@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use checkpoint::archive::ArchiveError;
 use migrate::tls::TlsError;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,8 @@ pub enum FailureKind {
     Moved,
     /// It would have stood still for longer than it may.
     Downtime,
+    /// A checkpoint, or something that it needs, is not what was saved.
+    Damaged,
     /// Ctrl-C or a termination signal.
     Interrupted,
 }
@@ -59,6 +62,7 @@ impl FailureKind {
             FailureKind::CannotMove => 9,
             FailureKind::Moved => 10,
             FailureKind::Downtime => 12,
+            FailureKind::Damaged => 13,
             FailureKind::Interrupted => 130,
         }
     }
@@ -118,6 +122,24 @@ impl From<swapd::CommandError> for Failure {
             E::Store(_) | E::StillAbove { .. } | E::Pinned { .. } => FailureKind::Resources,
             E::NotNow(_) => FailureKind::Name,
             E::Gone => FailureKind::Vm,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<ArchiveError> for Failure {
+    fn from(error: ArchiveError) -> Failure {
+        use ArchiveError as E;
+        let kind = match &error {
+            E::NotEmpty { .. } | E::Name(_) => FailureKind::Usage,
+            E::NoArchive { .. } | E::NoCheckpoint { .. } | E::Empty { .. } => FailureKind::Name,
+            E::Busy { .. } | E::OtherVm { .. } | E::InUse { .. } | E::Removed { .. } => FailureKind::Name,
+            E::IsBase { .. } | E::MayBeBase { .. } | E::TooDeep { .. } => FailureKind::Name,
+            E::Io { source, .. } => FailureKind::of_io(source),
+            E::Cancelled => FailureKind::Interrupted,
+            error if error.is_damage() => FailureKind::Damaged,
+            // A newer format.
+            _ => FailureKind::Other,
         };
         Failure::new(kind, chain(&error))
     }
