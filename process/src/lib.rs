@@ -38,12 +38,14 @@ pub mod size;
 
 mod actions;
 mod arrive;
+mod checkpoint;
 mod doubt;
 mod facts;
 pub mod granted;
 mod hold;
 mod leave;
 mod life;
+mod live_vm;
 mod machine;
 mod memory;
 mod process;
