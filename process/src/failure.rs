@@ -123,6 +123,18 @@ impl From<swapd::CommandError> for Failure {
     }
 }
 
+impl From<checkpoint::restore::OpenError> for Failure {
+    fn from(error: checkpoint::restore::OpenError) -> Failure {
+        use checkpoint::restore::OpenError as E;
+        let kind = match &error {
+            E::Io { source, .. } => FailureKind::of_io(source),
+            E::Removed { .. } => FailureKind::Name,
+            _ => FailureKind::Link,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
 impl From<TlsError> for Failure {
     fn from(error: TlsError) -> Failure {
         let kind = if matches!(error, TlsError::Ours(_)) { FailureKind::Usage } else { FailureKind::Link };

@@ -2,18 +2,19 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use migrate::Wait;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
-use crate::control::protocol::{ArrivalStat, MigrationStat, State, VmStat, WaitStat};
+use crate::control::protocol::{ArrivalStat, MigrationStat, RestoreStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind};
 use crate::granted::Granted;
+use crate::halt::Halt;
 use crate::hold::{BY_ITS_MONITOR, DID_NOT_GO_ON, Hold, Resumer, Want, Whereabouts, may_resume};
 use crate::machine::{GuestView, Machine, RunState};
 use crate::memory::MemoryView;
@@ -45,6 +46,7 @@ pub(crate) struct VmState {
     pub(crate) migration: Option<MigrationStat>,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
+    pub(crate) restore: Option<RestoreStat>,
     pub(crate) claim: Option<Claim>,
     /// It is to end, and who wants that.
     pub(crate) ender: Option<&'static str>,
@@ -89,6 +91,8 @@ pub(crate) struct Vm {
     pub(crate) events: Sender<VmEvent>,
     /// Cancels the migration under way.
     pub(crate) cancel: AtomicBool,
+    /// Ends work beside the VM, which nobody needs once it is to end.
+    pub(crate) halt: Arc<Halt>,
     /// Its faults are being recorded.
     pub(crate) recording: AtomicBool,
     /// One at a time looks at the budget, and changes what is on record of it.
@@ -123,6 +127,7 @@ impl Vm {
             migration: None,
             waiting: None,
             arrival: None,
+            restore: None,
             claim: Some(claim),
             ender: None,
             ended: None,
@@ -134,6 +139,7 @@ impl Vm {
             memory: OnceLock::new(),
             events,
             cancel: AtomicBool::new(false),
+            halt: Arc::default(),
             recording: AtomicBool::new(false),
             budgeting: Mutex::default(),
             resolving: Mutex::default(),
@@ -320,6 +326,7 @@ impl Vm {
                 waiting: vm.waiting.as_ref().map(Waiting::stat),
                 migration: vm.migration.clone(),
                 arrival: vm.arrival.clone(),
+                restore: vm.restore.clone(),
             }
         }))
     }
