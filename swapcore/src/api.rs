@@ -40,7 +40,7 @@ pub struct Piece {
     pub run: Run,
     /// Where all of them are.
     pub place: Place,
-    /// What is stored of these pages is there.
+    /// What is stored of these pages is there; of pages in another place, where it would go.
     pub tier: TierId,
 }
 
@@ -100,6 +100,15 @@ pub struct ArrivedRun {
     pub sums: Vec<u64>,
     /// The page was sent before in this migration: it was written meanwhile, so it is hot.
     pub again: bool,
+}
+
+/// Pages whose content is at the origin.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Adopted {
+    /// The pages. All of them must be untouched.
+    pub run: Run,
+    /// The checksum of each page's content ([`crate::digest`]).
+    pub sums: Vec<u64>,
 }
 
 /// How a finished receiving left the pages.

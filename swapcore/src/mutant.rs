@@ -81,6 +81,25 @@ mod planted {
         KeepsDeadPlaces,
         /// A full store keeps its copies of pages that are in RAM.
         KeepsCopiesInFullStore,
+        // ── the origin ──
+        /// What is stored of a page is read at its home, wherever it is.
+        ReadsOriginAtHome,
+        /// Pages are written where they are read.
+        WritesToOrigin,
+        /// What has changed since it was read at the origin counts as being there still.
+        KeepsOldAtOrigin,
+        /// A page counts as being at home as soon as its write there begins.
+        LeavesOriginTooEarly,
+        /// A page in RAM that was read at the origin counts as being at home.
+        TakesResidentForHome,
+        /// What could not be read at the origin is taken home.
+        TakesHomeUnread,
+        /// Places are dropped where the page is read.
+        DropsAtOrigin,
+        /// A page given back counts as being at the origin still.
+        DiscardKeepsOrigin,
+        /// It is said that pages have been taken home before they are there.
+        AnswersTakingEarly,
         // ── pages under I/O ──
         /// The guest gets a frame that the device still reads from.
         RescuesUnderWrite,

@@ -16,6 +16,10 @@ pub struct Stats {
     pub resident_bytes: u64,
     /// Pages that are in the store alone.
     pub stored_bytes: u64,
+    /// Pages whose stored content is at the origin, whether they are in RAM as well or not. 0 once the VM needs its
+    /// origin no more.
+    #[serde(default)]
+    pub origin_bytes: u64,
     /// Pages that read as zeros, and have neither a frame nor content in the store.
     pub untouched_bytes: u64,
     /// Pages whose content is lost: a touch of them is a memory error.

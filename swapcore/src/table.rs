@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  bits 0-2   state
-//!  bit  3     free
+//!  bit  3     ORIGIN    what is stored of the page is at the origin, and not at the home of its block
 //!  bit  4     STORED    the store has content for the page, with the checksum on record
 //!  bit  5     HELD      a migration reads it: it must not leave the guest
 //!  bit  6     PREFETCHED, of standby pages: brought in unasked, not used so far
@@ -49,23 +49,26 @@ const ALL_STATES: [PageState; STATES] =
 pub const LEGAL: &[(PageState, PageState)] = &[
     (Untouched, Arriving), // first touch, or received for RAM
     (Untouched, Leaving),  // received for the store
-    (Untouched, Poisoned), // received as poisoned
+    (Untouched, Stored),   // adopted: it is at the origin
+    (Untouched, Poisoned), // received or adopted as poisoned
     (Resident, Leaving),   // chosen as victim
     (Resident, Sampled),   // chosen as sample
     (Resident, Untouched), // given back by the guest, or replaced by a newer version
     (Leaving, Arriving),   // touched: rescue
     (Leaving, Resident),   // pinned by I/O: never left
     (Leaving, Standby),    // written, or unchanged since it was
-    (Leaving, Stored),     // written, and its frame needed at once
+    (Leaving, Stored),     // written, and its frame needed at once; or not written, and at the origin still
     (Leaving, Untouched),  // all zeros, given back, or replaced
     (Standby, Arriving),   // touched: rescue
+    (Standby, Leaving),    // at the origin, and taken home
     (Standby, Stored),     // frame taken for another page
     (Standby, Untouched),  // given back, or replaced
     (Stored, Arriving),    // fault or prefetch
     (Stored, Untouched),   // given back, or replaced
     (Arriving, Resident),  // in the guest
+    (Arriving, Leaving),   // read at the origin, and taken home
     (Arriving, Standby),   // prefetched: waits in staging to prove itself
-    (Arriving, Stored),    // prefetch that failed
+    (Arriving, Stored),    // prefetch that failed, or not taken home after all
     (Arriving, Poisoned),  // unreadable
     (Arriving, Untouched), // given back
     (Sampled, Arriving),   // touched, or put back
@@ -95,6 +98,8 @@ const HEAT_SHIFT: u32 = 8;
 pub enum Flag {
     /// The store has content for the page, and its checksum is on record.
     InStore,
+    /// Of pages with [`Flag::InStore`] alone: what is stored of the page is at the origin. Its home has nothing of it.
+    Origin,
     /// A migration reads the page where it is: it must not leave the guest.
     Held,
     /// A write of the page to the store is under way.
@@ -111,6 +116,7 @@ const OF_STATE: u16 = 1 << 6;
 impl Flag {
     const fn bit(self) -> u16 {
         match self {
+            Flag::Origin => 1 << 3,
             Flag::InStore => 1 << 4,
             Flag::Held => 1 << 5,
             Flag::Prefetched | Flag::Pinned => OF_STATE,
@@ -122,7 +128,7 @@ impl Flag {
         match self {
             Flag::Prefetched => state == Standby,
             Flag::Pinned => state == Resident,
-            Flag::InStore | Flag::Held | Flag::Writing => true,
+            Flag::InStore | Flag::Origin | Flag::Held | Flag::Writing => true,
         }
     }
 }
@@ -133,6 +139,8 @@ struct Block {
     resident: u16,
     /// Pages of the block of which the store has content.
     stored: u16,
+    /// Those of them whose content is at the origin.
+    origin: u16,
     /// [`HUGE`] and [`FRESH`].
     marks: u8,
     /// See [`PageTable::home`].
@@ -165,6 +173,9 @@ pub struct PageTable {
     regions: Vec<u32>,
     /// Pages of each region of which the store has content.
     stored: Vec<u32>,
+    /// Those of them whose content is at the origin.
+    origin: Vec<u32>,
+    origin_pages: u64,
     /// See [`PageTable::with_short_blocks`].
     short: Vec<Run>,
     epoch: u32,
@@ -196,6 +207,8 @@ impl PageTable {
             blocks: vec![Block::default(); blocks],
             regions: vec![0; blocks.div_ceil(REGION_BLOCKS)],
             stored: vec![0; blocks.div_ceil(REGION_BLOCKS)],
+            origin: vec![0; blocks.div_ceil(REGION_BLOCKS)],
+            origin_pages: 0,
             short: Vec::new(),
             epoch: 0,
             counts,
@@ -280,7 +293,8 @@ impl PageTable {
     }
 
     /// # Panics
-    /// If the flag is put on a page of a state that cannot have it.
+    /// If the flag is put on a page of a state that cannot have it, or a page that nothing is stored of is said to be at
+    /// the origin.
     pub fn put(&mut self, page: PageNo, flag: Flag, on: bool) {
         let state = self.state(page);
         if !flag.may_be_of(state) {
@@ -296,9 +310,91 @@ impl PageTable {
             block.stored = block.stored + u16::from(on) - u16::from(had);
             let region = &mut self.stored[page.block() / REGION_BLOCKS];
             *region = *region + u32::from(on) - u32::from(had);
+            assert!(
+                on || !self.has(page, Flag::Origin),
+                "nothing is stored of {page}, and it is at the origin"
+            );
+        }
+        if flag == Flag::Origin {
+            assert!(
+                !on || self.has(page, Flag::InStore),
+                "nothing is stored of {page}: not at the origin either"
+            );
+            let had = self.has(page, flag);
+            let block = &mut self.blocks[page.block()];
+            block.origin = block.origin + u16::from(on) - u16::from(had);
+            let region = &mut self.origin[page.block() / REGION_BLOCKS];
+            *region = *region + u32::from(on) - u32::from(had);
+            self.origin_pages = self.origin_pages + u64::from(on) - u64::from(had);
         }
         let entry = &mut self.entries[page.index()];
         *entry = if on { *entry | flag.bit() } else { *entry & !flag.bit() };
+    }
+
+    /// Nothing is stored of the page any more, or nothing that is of use.
+    pub fn unstore(&mut self, page: PageNo) {
+        if self.has(page, Flag::Origin) {
+            self.put(page, Flag::Origin, false);
+        }
+        self.put(page, Flag::InStore, false);
+    }
+
+    /// Whether every page of the run can be [adopted](Self::adopt): it is untouched, and no write of what it was is
+    /// still under way. That would say at its end that the home has the page.
+    pub fn may_adopt(&self, run: Run) -> bool {
+        let entries = &self.entries[run.indices()];
+        entries.iter().all(|entry| entry & (STATE_MASK | Flag::Writing.bit()) == Untouched as u16)
+    }
+
+    /// The pages are stored from now on, at the origin. All at once, for there may be as many as memory has.
+    ///
+    /// # Panics
+    /// If one [may not](Self::may_adopt) be.
+    pub fn adopt(&mut self, run: Run) {
+        assert!(self.may_adopt(run) && self.hot_from.is_none(), "{run:?} cannot be at the origin");
+        const _: () = assert!(IS_LEGAL[Untouched as usize][Stored as usize], "as `adopt` does");
+        for part in run.blocks() {
+            for entry in &mut self.entries[part.indices()] {
+                debug_assert!(*entry & Flag::InStore.bit() == 0, "nothing is stored of what is untouched");
+                *entry |= Stored as u16 | Flag::InStore.bit() | Flag::Origin.bit();
+            }
+            let (block, region) = (part.start.block(), part.start.block() / REGION_BLOCKS);
+            self.blocks[block].stored += part.len as u16;
+            self.blocks[block].origin += part.len as u16;
+            self.stored[region] += part.len;
+            self.origin[region] += part.len;
+        }
+        let pages = u64::from(run.len);
+        self.origin_pages += pages;
+        self.counts[Untouched as usize] -= pages;
+        self.counts[Stored as usize] += pages;
+        self.transitions[Untouched as usize][Stored as usize] += pages;
+    }
+
+    /// Pages whose stored content is at the origin.
+    pub fn origin_pages(&self) -> u64 {
+        self.origin_pages
+    }
+
+    /// Whether something of the block is stored there.
+    pub fn has_stored_at(&self, block: usize, tier: TierId) -> bool {
+        let Block { stored, origin, home, .. } = self.blocks[block];
+        if tier == TierId::ORIGIN { origin > 0 } else { home == tier && stored > origin }
+    }
+
+    /// The first block from this one on of which a page is at the origin. Regions without one are passed by one look.
+    pub fn next_origin_block(&self, from: usize) -> Option<usize> {
+        let mut block = from;
+        while block < self.blocks.len() {
+            if self.origin[block / REGION_BLOCKS] == 0 {
+                block = (block / REGION_BLOCKS + 1) * REGION_BLOCKS;
+            } else if self.blocks[block].origin == 0 {
+                block += 1;
+            } else {
+                return Some(block);
+            }
+        }
+        None
     }
 
     /// Pages in that state.
@@ -349,18 +445,26 @@ impl PageTable {
         self.blocks[block].mark(FRESH, true);
     }
 
-    /// Where new content of the block's pages goes, and where what is stored of them is.
+    /// Where new content of the block's pages goes, and where what is stored of them is, unless that is at the origin.
     pub fn home(&self, block: usize) -> TierId {
         self.blocks[block].home
     }
 
+    /// Where what is stored of the page is, if anything is.
+    pub fn stored_at(&self, page: PageNo) -> TierId {
+        if self.has(page, Flag::Origin) { TierId::ORIGIN } else { self.home(page.block()) }
+    }
+
     /// # Panics
-    /// If something of the block is stored, or on its way: it would be looked for in the wrong place.
+    /// If something of the block is stored there, or on its way: it would be looked for in the wrong place. And if that
+    /// is to be the origin, which takes no content.
     pub fn set_home(&mut self, block: usize, home: TierId) {
+        assert!(home != TierId::ORIGIN, "pages leave the origin and never enter");
         let pages = self.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES))).pages();
         let elsewhere = |page: &PageNo| {
-            !matches!(self.state(*page), Untouched | Resident)
-                || self.has(*page, Flag::InStore)
+            let at_origin = self.has(*page, Flag::Origin);
+            !(matches!(self.state(*page), Untouched | Resident) || (at_origin && self.state(*page) == Stored))
+                || (self.has(*page, Flag::InStore) && !at_origin)
                 || self.has(*page, Flag::Writing)
         };
         if let Some(page) = pages.into_iter().find(elsewhere) {
@@ -393,7 +497,7 @@ impl PageTable {
 
     /// Bytes that the table takes when every page has been touched.
     pub fn bytes(&self) -> usize {
-        let regions = size_of_val(&self.regions[..]) + size_of_val(&self.stored[..]);
+        let regions = 3 * size_of_val(&self.regions[..]);
         size_of_val(&self.entries[..]) + size_of_val(&self.blocks[..]) + regions
     }
 

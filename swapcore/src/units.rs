@@ -20,16 +20,19 @@ pub struct PageNo(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Slot(pub u32);
 
-/// Where pages are when they are not in RAM. Tier 0 is the VM's own store.
+/// Where pages are when they are not in RAM. Tier 0 is the VM's own store, the last one its origin.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct TierId(pub u8);
 
-/// Tiers that a VM can have.
+/// Tiers that a VM can have, the origin among them.
 pub const TIERS_MAX: usize = 8;
 
 impl TierId {
     /// The VM's own store.
     pub const STORE: TierId = TierId(0);
+
+    /// Where a VM's pages were before it ran here: pages leave it and never enter, so it is no block's home.
+    pub const ORIGIN: TierId = TierId(TIERS_MAX as u8 - 1);
 
     /// Index of the tier in a list with one element a tier.
     pub fn index(self) -> usize {
@@ -41,6 +44,7 @@ impl fmt::Display for TierId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             TierId::STORE => write!(f, "the store"),
+            TierId::ORIGIN => write!(f, "the origin"),
             TierId(number) => write!(f, "tier {number}"),
         }
     }
@@ -83,6 +87,11 @@ impl PageNo {
     /// The 2 MiB block that holds the page.
     pub fn block(self) -> usize {
         (self.0 / u64::from(BLOCK_PAGES)) as usize
+    }
+
+    /// First page of this 2 MiB block.
+    pub fn first_of(block: usize) -> Self {
+        PageNo(block as u64 * u64::from(BLOCK_PAGES))
     }
 
     /// First page of the next 2 MiB block, wherever the memory of this one ends.

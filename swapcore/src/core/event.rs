@@ -1,6 +1,8 @@
 //! What goes into the core and what comes out of it.
 
-use crate::api::{ArrivedRun, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Placed, SubscriberId};
+use crate::api::{
+    Adopted, ArrivedRun, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Placed, SubscriberId,
+};
 use crate::error::CommandError;
 use crate::error::IoError;
 use crate::stats::Stats;
@@ -190,6 +192,18 @@ pub enum Request {
     StoredMap,
     /// Write again what tiers refused. Answered when all of it is written, or refused again.
     RetryStore,
+    /// The pages are at the origin from now on. Refused as a whole unless all of them are untouched.
+    Adopt(Adopted),
+    /// The pages are lost at the origin, so they are poisoned here as well. Refused as [`Request::Adopt`] is.
+    AdoptPoisoned(Run),
+    /// Bring pages of the run that are at the origin into the guest ahead of any touch, as long as frames are plentiful.
+    /// Answered with how many that were, when they have come: 0, if there are none, or no frames for them. It brings
+    /// some hundred at a time, so whoever wants all of the run asks again until the answer is 0.
+    FetchOrigin(Run),
+    /// Move what is stored of up to so many pages from the origin to their homes. Answered with how many pages are at
+    /// the origin still, when the writes have ended. A count that has not fallen says that pages cannot be moved at this
+    /// moment (they are in motion, or could not be read): ask again some time later.
+    TakeHome(u32),
     /// Answered by the driver: only it knows the time.
     RecordFaults(bool),
 }
@@ -219,6 +233,8 @@ pub enum Response {
     Frames(SlotRun),
     /// To [`Request::FinishReceiving`].
     Placed(Placed),
+    /// To [`Request::FetchOrigin`] and [`Request::TakeHome`]: so many pages.
+    Count(u64),
     /// To [`Request::RecordFaults`].
     Faults(FaultsSeen),
 }

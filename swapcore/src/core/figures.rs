@@ -19,6 +19,7 @@ impl Core {
             frames_bytes: bytes_of(self.frames.taken()),
             resident_bytes: bytes_of(count(&[Resident, Leaving, Standby, Sampled, Arriving])),
             stored_bytes: bytes_of(count(&[Stored])),
+            origin_bytes: bytes_of(self.table.origin_pages()),
             untouched_bytes: bytes_of(count(&[Untouched])),
             poisoned_pages: count(&[Poisoned]),
             pinned_bytes: bytes_of(self.table.pinned()),

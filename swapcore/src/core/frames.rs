@@ -214,8 +214,9 @@ impl Core {
             PageState::Arriving => self.frames.orphan(page),
         }
         self.table.set(page, PageState::Untouched);
-        if !mutant!(DiscardKeepsStoredBit) {
-            self.table.put(page, Flag::InStore, false);
+        let at_origin = mutant!(DiscardKeepsOrigin) && self.table.has(page, Flag::Origin);
+        if !mutant!(DiscardKeepsStoredBit) && !at_origin {
+            self.table.unstore(page);
         }
         self.note_dead(page);
         if !self.bad_reads.is_empty() {

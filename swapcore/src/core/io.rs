@@ -15,20 +15,20 @@ const _: () = assert!(super::IO_PAGES_MAX <= u64::BITS, "one bit a page");
 
 impl Core {
     /// Reads stored pages into frames just taken.
-    pub(super) fn read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
+    pub(super) fn read(&mut self, run: Run, slots: SlotRun, landing: Landing) -> IoId {
         run.pages().for_each(|page| self.table.set(page, PageState::Arriving));
         self.frames.bind_run(run, slots);
-        if landing != Landing::Staging {
+        if matches!(landing, Landing::Guest { .. }) {
             self.probation.note_back(run, self.frames.budget());
         }
         self.counts.pages_read += u64::from(run.len);
-        self.start_read(run, slots, landing);
+        self.start_read(run, slots, landing)
     }
 
-    /// One operation for each tier that has a part of it.
-    fn start_read(&mut self, run: Run, slots: SlotRun, landing: Landing) {
+    /// One operation for each tier that has a part of it. Returns the last of them.
+    pub(super) fn start_read(&mut self, run: Run, slots: SlotRun, landing: Landing) -> IoId {
         let mut done = 0;
-        while done < run.len {
+        loop {
             let rest = run.part(done, run.len - done);
             let tier = self.tier_of(rest.start);
             let len = rest.pages().take_while(|page| self.tier_of(*page) == tier).count() as u32;
@@ -37,11 +37,19 @@ impl Core {
             let io = self.ios.start(Io { kind, tier, run, slots, outdated: 0 });
             self.actions.push_back(Action::Read { io, tier, run, slots });
             done += len;
+            if done == rest.len {
+                return io;
+            }
         }
     }
 
-    /// Where the page's content is stored, and where a new one goes.
+    /// Where what is stored of the page is, and is read.
     pub(super) fn tier_of(&self, page: PageNo) -> TierId {
+        if mutant!(ReadsOriginAtHome) { self.home_of(page) } else { self.table.stored_at(page) }
+    }
+
+    /// Where new content of the page goes.
+    pub(super) fn home_of(&self, page: PageNo) -> TierId {
         self.table.home(page.block())
     }
 
@@ -61,12 +69,18 @@ impl Core {
         }
         let mut arrived = std::mem::take(&mut self.scratch.pages);
         let mut given = 0;
+        let mut homeward = Vec::new();
+        let mut last_good = None;
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
             let orphan = self.frames.free_if_orphan(slot);
             let content = self.content_read(page, nth, result);
             let end = read_end(orphan, content, self.waiters.wait_for(page), page, landing);
             match end {
                 ReadEnd::Elsewhere => continue,
+                ReadEnd::Bad(_) if landing == Landing::Home && mutant!(TakesHomeUnread) => {
+                    self.table.set(page, PageState::Leaving);
+                    homeward.push((page, slot));
+                }
                 ReadEnd::Bad(kind) => {
                     self.counts.mismatches += u64::from(result.is_ok());
                     self.bad_read(page, slot, kind);
@@ -77,8 +91,13 @@ impl Core {
                     self.enter_standby(page, slot);
                     self.table.put(page, Flag::Prefetched, prefetched);
                 }
+                ReadEnd::GoesHome => {
+                    if self.goes_home(page) {
+                        homeward.push((page, slot));
+                    }
+                }
             }
-            given += 1;
+            (given, last_good) = (given + 1, Some(page));
             if !self.bad_reads.is_empty() {
                 self.bad_reads.remove(&page);
             }
@@ -89,6 +108,10 @@ impl Core {
         }
         arrived.clear();
         self.scratch.pages = arrived;
+        if self.tiers.have_origin() {
+            self.read_at_origin(io, tier, last_good);
+            self.write(&homeward, Purpose::TakenHome);
+        }
         if given > 0 {
             self.tiers.gave(tier, given, run.start);
             self.tier_answers(tier);
@@ -137,7 +160,7 @@ impl Core {
             Verdict::Lost => {
                 self.bad_reads.remove(&page);
                 self.table.set(page, PageState::Poisoned);
-                self.table.put(page, Flag::InStore, false);
+                self.table.unstore(page);
                 self.frames.unbind(page);
                 self.waiters.end(page);
                 self.lost.insert(page);
@@ -160,8 +183,10 @@ impl Core {
     }
 
     fn probed(&mut self, tier: TierId, page: PageNo, slot: Slot, more: u32, result: Result<&[u64], IoError>) {
-        // If it has been written meanwhile, it may be neither the old nor the new content: that says nothing.
-        if result.is_ok_and(|sums| sums[0] == self.sums[page.index()]) {
+        // If it has been written meanwhile, it may be neither the old nor the new content: that says nothing. The origin
+        // has what it had, whatever the page is now.
+        let known = |sum| tier == TierId::ORIGIN && self.tiers.known_at_origin == Some((page, sum));
+        if result.is_ok_and(|sums| sums[0] == self.sums[page.index()] || known(sums[0])) {
             self.frames.free_orphan(slot);
             self.tiers.gave(tier, 1, page);
             self.tier_answers(tier);
@@ -189,7 +214,7 @@ impl Core {
         let mut pages = pages.iter().copied().peekable();
         while let Some((page, slot)) = pages.next() {
             let (mut run, mut slots) = (Run::one(page), SlotRun::new(slot, 1));
-            let tier = self.tier_of(page);
+            let tier = if mutant!(WritesToOrigin) { self.tier_of(page) } else { self.home_of(page) };
             while run.len < super::IO_PAGES_MAX
                 && pages
                     .next_if(|(page, slot)| {
@@ -202,7 +227,11 @@ impl Core {
                 slots.len += 1;
             }
             for page in run.pages() {
-                self.table.put(page, Flag::InStore, false);
+                if mutant!(LeavesOriginTooEarly) {
+                    self.table.put(page, Flag::Origin, false);
+                } else if !self.table.has(page, Flag::Origin) {
+                    self.table.put(page, Flag::InStore, false);
+                }
                 self.table.put(page, Flag::Writing, true);
                 self.space.set_taken(page, true);
             }
@@ -221,7 +250,9 @@ impl Core {
         let mut to_write = Vec::new();
         for (nth, (page, slot)) in run.pages().zip(slots.slots()).enumerate() {
             self.table.put(page, Flag::Writing, false);
+            let at_origin = self.table.has(page, Flag::Origin);
             let written = Written {
+                at_origin,
                 orphan: self.frames.free_if_orphan(slot),
                 state: self.table.state(page),
                 well: result.is_ok(),
@@ -229,14 +260,14 @@ impl Core {
                 waited_for: self.waiters.wait_for(page) && !mutant!(ForgetsWaitersOfWrite),
             };
             if !written.orphan {
-                self.table.put(page, Flag::InStore, written.well);
+                self.note_written(page, written.well);
             }
             match write_end(written, purpose) {
                 WriteEnd::WriteNewer if mutant!(ForgetsNewerVersion) => {}
                 WriteEnd::WriteNewer => to_write.push((page, self.frames.slot(page))),
                 WriteEnd::Nothing | WriteEnd::Stays => {}
                 WriteEnd::Elsewhere { has_copy } => {
-                    self.table.put(page, Flag::InStore, has_copy);
+                    self.note_written(page, has_copy);
                     self.may_give_way(page);
                 }
                 WriteEnd::Rescue => {
@@ -249,7 +280,11 @@ impl Core {
                     self.frames.unbind(page);
                 }
             }
+            if at_origin && !written.well {
+                self.note_dead(page);
+            }
         }
+        self.origin.wake();
         match result {
             Ok(()) => {
                 self.tiers.wrote(tier);

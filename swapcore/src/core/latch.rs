@@ -28,9 +28,9 @@ impl Core {
         self.tiers.failed().map(CommandError::Store)
     }
 
-    /// The same of a page's own tier.
+    /// The same of a page's own home.
     pub(super) fn tier_error(&self, page: PageNo) -> Option<CommandError> {
-        let latch = self.tiers.get(self.tier_of(page)).failed();
+        let latch = self.tiers.get(self.home_of(page)).failed();
         latch.map(|latch| CommandError::Store(latch.error))
     }
 
@@ -107,7 +107,7 @@ impl Core {
             .filter(|(page, _)| {
                 self.table.state(*page) == PageState::Leaving
                     && !self.table.has(*page, Flag::Writing)
-                    && self.tier_of(*page) == tier
+                    && self.home_of(*page) == tier
             })
             .collect();
         let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };

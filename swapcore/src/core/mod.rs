@@ -3,7 +3,8 @@
 //! One file a concern: `fault` (a vCPU waits), `pageout` (frames ahead of need), `io` (the store answers),
 //! `tiers` (which of them answer), `latch` (one that takes no writes), `space` (room that comes back there), `pins`
 //! (pages that something holds), `frames` (where frames come from), `source` and `receive` (the two ends of a
-//! migration), `walk` (requests that look at all of memory), `huge` (huge pages put together). Each is an `impl Core`.
+//! migration), `origin` (pages that are where the VM was before), `walk` (requests that look at all of memory), `huge`
+//! (huge pages put together). Each is an `impl Core`.
 //! What a concern keeps between events is a type of its own in `state`, which knows nothing of the core.
 //!
 //! Invariants, checked by the simulation after every step:
@@ -19,6 +20,9 @@ mod frames;
 mod huge;
 mod io;
 mod latch;
+mod origin;
+#[cfg(test)]
+mod origin_tests;
 mod pageout;
 mod pins;
 mod receive;
@@ -52,6 +56,7 @@ use state::dirty::DirtyTracking;
 use state::evictions::Evictions;
 use state::frames::Frames;
 use state::ios::Ios;
+use state::origin::Origin;
 use state::pass::Pass;
 use state::pins::Pins;
 use state::receiving::Receiving;
@@ -130,6 +135,7 @@ pub struct Core {
     waiters: Waiters,
     dirty: DirtyTracking,
     walks: Walks,
+    origin: Origin,
     receiving: Option<Receiving>,
     tiers: Tiers,
     space: Space,
@@ -194,6 +200,7 @@ impl Core {
             waiters: Waiters::default(),
             dirty: DirtyTracking::default(),
             walks: Walks::default(),
+            origin: Origin::default(),
             receiving: None,
             tiers: Tiers::new(1),
             space: Space::new(config.pages),
@@ -221,16 +228,23 @@ impl Core {
         self
     }
 
-    /// The same with so many tiers: at which of them each block of pages is at home.
+    /// The same with so many tiers beside the origin: at which of them each block of pages is at home.
     #[must_use]
     pub fn with_homes(mut self, tiers: u8, home: impl Fn(usize) -> TierId) -> Self {
-        assert!((1..=TIERS_MAX).contains(&usize::from(tiers)), "{tiers} tiers");
-        self.tiers = Tiers::new(usize::from(tiers));
+        assert!((1..TIERS_MAX).contains(&usize::from(tiers)), "{tiers} tiers");
+        self.tiers.set_count(usize::from(tiers));
         for block in 0..self.table.pages().div_ceil(u64::from(BLOCK_PAGES)) as usize {
             let tier = home(block);
             assert!(tier.0 < tiers, "{tier} is none of {tiers}");
             self.table.set_home(block, tier);
         }
+        self
+    }
+
+    /// The same where pages may be at an origin: [`Request::Adopt`] says which are. Without, none can be.
+    #[must_use]
+    pub fn with_origin(mut self) -> Self {
+        self.tiers.add_origin();
         self
     }
 
@@ -297,6 +311,7 @@ impl Core {
             || self.shrinking.is_awaited()
             || self.space.waits(self.tick)
             || self.room_may_come()
+            || self.origin.is_busy()
             || self.sampler.gives_way(self.counts.victims);
         if waits || self.is_collapsing() {
             1
@@ -335,6 +350,7 @@ impl Core {
         self.write_all_behind();
         self.sow_tiers();
         self.tick_space(ticks);
+        self.origin.wake();
     }
 
     fn request(&mut self, ticket: Ticket, request: Request) {
@@ -373,6 +389,10 @@ impl Core {
             }
             Request::SettleReceiving => self.settle_receiving(ticket),
             Request::FinishReceiving => Some(self.finish_receiving()),
+            Request::Adopt(adopted) => Some(self.adopt(&adopted)),
+            Request::AdoptPoisoned(run) => Some(self.adopt_poisoned(run)),
+            Request::FetchOrigin(run) => self.fetch_origin(ticket, run),
+            Request::TakeHome(pages) => self.take_home(ticket, pages),
             Request::RecordFaults(_) => Some(Err(CommandError::NotNow("there is no clock here"))),
         };
         if let Some(answer) = answer {

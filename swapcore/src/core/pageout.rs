@@ -54,6 +54,7 @@ impl Core {
         // Before new victims start: what is listed has left for certain, with no move still to be done.
         self.write_behind();
         if self.receiving.is_none() {
+            self.step_origin();
             self.make_room();
             self.serve_deferred();
             self.free_empty_slots();
@@ -186,7 +187,7 @@ impl Core {
         if zero {
             self.counts.dropped += 1;
             self.table.set(page, PageState::Untouched);
-            self.table.put(page, Flag::InStore, false);
+            self.table.unstore(page);
             self.note_dead(page);
             self.frames.unbind(page);
         } else if self.receiving.is_none() && self.is_unchanged(page, sum) {
@@ -195,7 +196,11 @@ impl Core {
         } else {
             self.sums[page.index()] = sum;
             // The sum is not that of what the store has, until it is written.
-            self.table.put(page, Flag::InStore, mutant!(KeepsStoredBit));
+            if mutant!(KeepsStoredBit) {
+                self.table.put(page, Flag::InStore, true);
+            } else if !(mutant!(KeepsOldAtOrigin) && self.table.has(page, Flag::Origin)) {
+                self.table.unstore(page);
+            }
             if self.receiving.is_none() || !mutant!(ForgetsWhatGaveWay) {
                 self.ios.add_unwritten(page, slot);
             }
@@ -206,16 +211,16 @@ impl Core {
         self.table.has(page, Flag::InStore) && (self.sums[page.index()] == sum || mutant!(DropsChangedPages))
     }
 
-    /// Its tier takes what leaves.
+    /// Its home takes what leaves.
     fn may_leave_now(&self, run: Run) -> bool {
-        let open = self.tiers.is_open(self.tier_of(run.start)) || mutant!(CountsOnStalledTier);
+        let open = self.tiers.is_open(self.home_of(run.start)) || mutant!(CountsOnStalledTier);
         open && self.room_to_leave(run.start) >= run.len
     }
 
     /// Pages that may start on their way to the tier of this one: what a tier does not take must not fill staging.
-    fn room_to_leave(&self, page: PageNo) -> u32 {
+    pub(super) fn room_to_leave(&self, page: PageNo) -> u32 {
         let most = LEAVING_MAX / self.tiers.count() as u32;
-        most.saturating_sub(self.table.leaving_to(self.tier_of(page)) as u32)
+        most.saturating_sub(self.table.leaving_to(self.home_of(page)) as u32)
     }
 
     /// A tier that has a part of the run takes no writes.

@@ -234,7 +234,7 @@ impl Core {
             && let Some(slots) = self.frames.orphan_empty()
         {
             self.table.set(page, PageState::Untouched);
-            self.table.put(page, Flag::InStore, false);
+            self.table.unstore(page);
             self.note_dead(page);
             self.actions.push_back(Action::MoveOut { run: Run::one(page), slots, digest: false });
         } else if self.forget(page) {

@@ -30,7 +30,7 @@ impl Core {
                 }
             };
             self.table.put(page, Flag::Held, true);
-            let tier = self.tier_of(page);
+            let tier = if place == Place::Stored { self.tier_of(page) } else { self.home_of(page) };
             match pieces.last_mut() {
                 Some(piece) if (piece.place, piece.tier) == (place, tier) => piece.run.len += 1,
                 _ => pieces.push(Piece { run: Run::one(page), place, tier }),

@@ -37,7 +37,7 @@ const COPIES_MIN: u64 = 2048;
 impl Core {
     /// Nobody will read what the store has of the page.
     pub(super) fn note_dead(&mut self, page: PageNo) {
-        let supported = self.space.supported[self.tier_of(page).index()];
+        let supported = self.space.supported[self.home_of(page).index()];
         if !supported || !self.space.is_taken(page) || mutant!(KeepsDeadPlaces) {
             return;
         }
@@ -83,7 +83,7 @@ impl Core {
                     self.space.blocks.remove(&block);
                 }
             }
-            let tier = self.tier_of(run.start);
+            let tier = if mutant!(DropsAtOrigin) { self.tier_of(run.start) } else { self.home_of(run.start) };
             let io = self.ios.start_drop(tier, run);
             self.space.under_way.push((io, tier, run));
             self.actions.push_back(Action::Drop { io, tier, run });
@@ -120,7 +120,7 @@ impl Core {
 
     /// The first run to drop in a part of one block.
     fn dead_in(&self, part: Run) -> Option<Run> {
-        if self.space.is_busy(self.tier_of(part.start)) {
+        if self.space.is_busy(self.home_of(part.start)) {
             return None;
         }
         let reads = self.ios.reads_any(part);
@@ -141,7 +141,7 @@ impl Core {
             let here = next.0 < self.table.pages()
                 && next.0.is_multiple_of(u64::from(BLOCK_PAGES))
                 && self.space.blocks.contains(&next.block())
-                && self.tier_of(next) == self.tier_of(run.start);
+                && self.home_of(next) == self.home_of(run.start);
             if !here {
                 return run;
             }
@@ -154,16 +154,18 @@ impl Core {
         run
     }
 
-    /// A page that is leaving has its next content written there: nothing is gained by a drop before.
+    /// A page that is leaving has its next content written there: nothing is gained by a drop before. What is at the origin
+    /// has nothing at home but what a write that failed has left.
     fn is_dead(&self, page: PageNo) -> bool {
         let leaves = self.table.state(page) == PageState::Leaving;
-        let newest = self.table.has(page, Flag::InStore) || leaves;
+        let at_home = self.table.has(page, Flag::InStore) && !self.table.has(page, Flag::Origin);
+        let newest = at_home || leaves;
         self.space.is_taken(page) && (!newest || mutant!(DropsNewContent))
     }
 
     /// The device works there, or a migration may be reading: it was told that the page is in the store, and holds it.
     fn is_place_in_use(&self, page: PageNo) -> bool {
-        self.space.is_busy(self.tier_of(page)) || self.is_kept(page) || self.ios.is_read(page)
+        self.space.is_busy(self.home_of(page)) || self.is_kept(page) || self.ios.is_read(page)
     }
 
     fn is_kept(&self, page: PageNo) -> bool {
@@ -286,7 +288,10 @@ impl Core {
         for page in self.table.block_of(PageNo(block as u64 * u64::from(BLOCK_PAGES))).pages() {
             let resident = self.table.state(page) == PageState::Resident;
             if resident && self.space.is_taken(page) && !self.is_place_in_use(page) {
-                self.table.put(page, Flag::InStore, false);
+                // What is at the origin takes no room here, and stays.
+                if !self.table.has(page, Flag::Origin) {
+                    self.table.put(page, Flag::InStore, false);
+                }
                 self.note_dead(page);
                 found += 1;
             }
@@ -301,7 +306,7 @@ impl Core {
 
     /// Somebody's page cannot be written before a drop has ended: it has met that one, or there is no room in the tier but what is dropped.
     pub(super) fn waits_for_drop(&self, tier: TierId) -> bool {
-        let behind = |(page, _): &(PageNo, Slot)| self.tier_of(*page) == tier;
+        let behind = |(page, _): &(PageNo, Slot)| self.home_of(*page) == tier;
         self.space.is_busy(tier)
             && (self.tiers.is_full(tier) || self.space.waiting.iter().any(behind))
             && !mutant!(ForgetsSilentDrops)

@@ -29,7 +29,8 @@ const REREAD_TICKS: [u64; 4] = [0, 1, 10, 20];
 const SILENT_TICKS: u64 = 50;
 /// Probes for one reading that failed, at most: where half of a device is broken, the next one may be of the other half.
 pub(super) const PROBES_MAX: u32 = 8;
-/// Pages of RAM that are written for probes to come, where the tier has no other page.
+/// Pages of RAM that are written for probes to come, where the tier has no other page. The origin takes none: there, a
+/// page that it has given before is known for ever.
 const SOWN_PAGES: usize = 8;
 /// From one probe to the next, in 1/2^64 of memory: the golden ratio, so that they come by everywhere.
 const PROBE_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
@@ -37,7 +38,7 @@ const PROBE_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 impl Core {
     /// Of a page that somebody waits for.
     pub(super) fn judge(&mut self, page: PageNo, kind: IoErrorKind) -> Verdict {
-        let tier = self.tiers.get_mut(self.table.home(page.block()));
+        let tier = self.tiers.get_mut(self.tier_of(page));
         tier.silence.kind = Some(kind);
         let tick = self.tick;
         let bad = self.bad_reads.entry(page).or_insert(BadReads {
@@ -107,8 +108,13 @@ impl Core {
             (0..all.len).map(|nth| all.start.plus((from + nth) % all.len)).find(there)
         };
         let blocks = || self.table.stored_blocks(start.block());
+        let known = || {
+            let known = self.tiers.known_at_origin.filter(|_| tier == TierId::ORIGIN).map(|(page, _)| page);
+            known.filter(|page| !self.bad_reads.contains_key(page))
+        };
         last.filter(&there)
-            .or_else(|| blocks().filter(|block| self.table.home(*block) == tier).find_map(in_block))
+            .or_else(|| blocks().filter(|block| self.table.has_stored_at(*block, tier)).find_map(in_block))
+            .or_else(known)
     }
 
     /// To be called when nothing is listed to be written: a page that starts out now may have been there before, with the
@@ -172,7 +178,7 @@ impl Core {
         for (page, bad) in &mut self.bad_reads {
             let no_answer = !matches!(bad.kind, IoErrorKind::Broken(_) | IoErrorKind::Mismatch);
             let hurry = told || (no_answer && bad.failed_tick < tick);
-            if table.home(page.block()) == tier && hurry && bad.again_tick > tick {
+            if table.stored_at(*page) == tier && hurry && bad.again_tick > tick {
                 // Once a tick: should it fail again, it is read again in its own time.
                 (bad.again_tick, any) = (tick, true);
             }
@@ -195,7 +201,7 @@ impl Core {
 
     /// Looks which tiers give nothing while somebody waits for it.
     pub(super) fn tick_tiers(&mut self, ticks: u64) {
-        for tier in self.tiers.ids() {
+        for tier in self.tiers.ids_to_read() {
             let reader = self.waits_for_read(tier);
             // It has given nothing, and is not asked for lack of a frame: that is neither more silence nor an end of it.
             let asks_later = !reader && self.waits_to_read_again(tier);

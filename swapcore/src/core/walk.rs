@@ -48,7 +48,7 @@ pub(super) fn kernel_part(table: &PageTable, from: PageNo, most: WalkStep) -> Ru
 impl Core {
     /// Whether [`Event::Step`](super::Event::Step) is to be handed in.
     pub fn is_walking(&self) -> bool {
-        self.walks.any() || self.evictions.due() > 0 || self.sampler.is_ending()
+        self.walks.any() || self.evictions.due() > 0 || self.sampler.is_ending() || self.origin.looks
     }
 
     pub(super) fn heat_map(&mut self, ticket: Ticket) {

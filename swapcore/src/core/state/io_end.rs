@@ -13,6 +13,7 @@ use crate::units::PageNo;
 /// | its own | failed, or another content | any | any | is bad |
 /// | its own | right | yes | any | goes into the guest |
 /// | its own | right | no | staging | waits in standby, and is to prove itself |
+/// | its own | right | no | home | is to be written there |
 /// | its own | right | no | guest, and it is the marker | waits in standby |
 /// | its own | right | no | guest, and it is not | goes into the guest |
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,6 +22,7 @@ pub(crate) enum ReadEnd {
     Bad(IoErrorKind),
     IntoGuest,
     Standby { prefetched: bool },
+    GoesHome,
 }
 
 /// `content`: that on record, or why there is none or another one.
@@ -36,6 +38,7 @@ pub(crate) fn read_end(
         (false, Err(kind), ..) => ReadEnd::Bad(kind),
         (false, Ok(()), true, _) => ReadEnd::IntoGuest,
         (false, Ok(()), false, Landing::Staging) => ReadEnd::Standby { prefetched: true },
+        (false, Ok(()), false, Landing::Home) => ReadEnd::GoesHome,
         (false, Ok(()), false, Landing::Guest { marker }) if marker == Some(page) => {
             ReadEnd::Standby { prefetched: false }
         }
@@ -52,7 +55,8 @@ pub(crate) fn read_end(
 /// | is nobody's any more | is anywhere else | any | | | has a copy in the store, if that is what the sum on record is of |
 /// | its own | leaves | any | yes | any | goes back into the guest |
 /// | its own | leaves | ended well | no | page-out | is in standby |
-/// | its own | leaves | ended well | no | placement | is in the store alone |
+/// | its own | leaves | ended well | no | placement, taken home | is in the store alone |
+/// | its own | leaves, the origin has it | failed | no | any | is at the origin alone, as before |
 /// | its own | leaves | failed | no | any | stays: its frame has the only newest version |
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum WriteEnd {
@@ -71,20 +75,23 @@ pub(crate) struct Written {
     pub(crate) orphan: bool,
     pub(crate) state: PageState,
     pub(crate) well: bool,
+    /// What is stored of it was at the origin when the write ended.
+    pub(crate) at_origin: bool,
     /// The checksum on record is that of the version written, and not a later one's.
     pub(crate) on_record: bool,
     pub(crate) waited_for: bool,
 }
 
 pub(crate) fn write_end(page: Written, purpose: Purpose) -> WriteEnd {
-    let Written { orphan, state, well, on_record, waited_for } = page;
+    let Written { orphan, state, well, at_origin, on_record, waited_for } = page;
     match (orphan, state, waited_for, well, purpose) {
         (true, PageState::Leaving, ..) => WriteEnd::WriteNewer,
         (true, PageState::Untouched | PageState::Poisoned, ..) => WriteEnd::Nothing,
         (true, ..) => WriteEnd::Elsewhere { has_copy: well && on_record },
         (false, _, true, ..) => WriteEnd::Rescue,
         (false, _, false, true, Purpose::PageOut) => WriteEnd::Standby,
-        (false, _, false, true, Purpose::Placement) => WriteEnd::Stored,
+        (false, _, false, true, Purpose::Placement | Purpose::TakenHome) => WriteEnd::Stored,
+        (false, _, false, false, _) if at_origin => WriteEnd::Stored,
         (false, _, false, false, _) => WriteEnd::Stays,
     }
 }
@@ -113,6 +120,13 @@ mod tests {
                 (false, Ok(()), true, Landing::Staging),
                 ReadEnd::IntoGuest,
             ),
+            ("on its way home", (false, Ok(()), false, Landing::Home), ReadEnd::GoesHome),
+            ("touched on its way home", (false, Ok(()), true, Landing::Home), ReadEnd::IntoGuest),
+            (
+                "on its way home, with another content",
+                (false, Err(BAD), false, Landing::Home),
+                ReadEnd::Bad(BAD),
+            ),
             ("a stream's marker", (false, Ok(()), false, MARKED), ReadEnd::Standby { prefetched: false }),
             ("a marker that is touched meanwhile", (false, Ok(()), true, MARKED), ReadEnd::IntoGuest),
             ("another page of that window", (false, Ok(()), false, GUEST), ReadEnd::IntoGuest),
@@ -124,7 +138,15 @@ mod tests {
 
     #[test]
     fn each_row_of_a_write() {
-        let own = Written { orphan: false, state: Leaving, well: true, on_record: true, waited_for: false };
+        let own = Written {
+            orphan: false,
+            state: Leaving,
+            well: true,
+            at_origin: false,
+            on_record: true,
+            waited_for: false,
+        };
+        let at_origin = Written { at_origin: true, ..own };
         let gone = |state| Written { orphan: true, state, ..own };
         let (copy, none) = (WriteEnd::Elsewhere { has_copy: true }, WriteEnd::Elsewhere { has_copy: false });
         let rows = [
@@ -142,11 +164,15 @@ mod tests {
             ),
             ("a victim", own, WriteEnd::Standby),
             ("a victim, and the write failed", Written { well: false, ..own }, WriteEnd::Stays),
+            ("from standby at the origin to standby at home", at_origin, WriteEnd::Standby),
+            ("the same, and the write failed", Written { well: false, ..at_origin }, WriteEnd::Stored),
         ];
         for (name, page, end) in rows {
             assert_eq!(write_end(page, Purpose::PageOut), end, "{name}");
         }
         assert_eq!(write_end(own, Purpose::Placement), WriteEnd::Stored);
+        assert_eq!(write_end(at_origin, Purpose::TakenHome), WriteEnd::Stored);
+        assert_eq!(write_end(Written { well: false, ..at_origin }, Purpose::TakenHome), WriteEnd::Stored);
         assert_eq!(write_end(Written { well: false, ..own }, Purpose::Placement), WriteEnd::Stays);
         // A page whose frame is an orphan and that has itself left once more is where its state says.
         assert_eq!([Standby, Stored].map(|state| write_end(gone(state), Purpose::PageOut)), [copy, copy]);

@@ -10,6 +10,8 @@ pub(crate) enum Landing {
     Guest { marker: Option<PageNo> },
     /// They wait in staging for a touch.
     Staging,
+    /// They were read at the origin, to be written to their home.
+    Home,
 }
 
 /// Why pages are written.
@@ -18,6 +20,8 @@ pub(crate) enum Purpose {
     PageOut,
     /// Received in a migration and placed in the store.
     Placement,
+    /// Read at the origin and taken home.
+    TakenHome,
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -7,6 +7,7 @@ pub(crate) mod frames;
 pub(crate) mod io_end;
 pub(crate) mod ios;
 pub(crate) mod latch;
+pub(crate) mod origin;
 pub(crate) mod page_map;
 pub(crate) mod pass;
 pub(crate) mod pins;

@@ -73,16 +73,35 @@ impl Tier {
 
 #[derive(Debug)]
 pub(crate) struct Tiers {
+    /// Those that blocks are at home at.
     tiers: Vec<Tier>,
+    origin: Option<Tier>,
+    /// A page that the origin has given, and its checksum: what it has of the page stays as it is for ever.
+    pub(crate) known_at_origin: Option<(PageNo, u64)>,
     /// Where the last probe was.
     pub(crate) probe_hand: u64,
 }
 
 impl Tiers {
     pub(crate) fn new(count: usize) -> Tiers {
-        Tiers { tiers: (0..count).map(|_| Tier::default()).collect(), probe_hand: 0 }
+        let tiers = (0..count).map(|_| Tier::default()).collect();
+        Tiers { tiers, origin: None, known_at_origin: None, probe_hand: 0 }
     }
 
+    /// From now on so many, with nothing known of them; the origin stays.
+    pub(crate) fn set_count(&mut self, count: usize) {
+        self.tiers = (0..count).map(|_| Tier::default()).collect();
+    }
+
+    pub(crate) fn add_origin(&mut self) {
+        self.origin = Some(Tier::default());
+    }
+
+    pub(crate) fn have_origin(&self) -> bool {
+        self.origin.is_some()
+    }
+
+    /// Without the origin, as all that is about writes.
     pub(crate) fn count(&self) -> usize {
         self.tiers.len()
     }
@@ -91,12 +110,23 @@ impl Tiers {
         (0..self.tiers.len()).map(|index| TierId(index as u8))
     }
 
+    /// Those that pages are read from: the origin as well.
+    pub(crate) fn ids_to_read(&self) -> impl Iterator<Item = TierId> + use<> {
+        self.ids().chain(self.have_origin().then_some(TierId::ORIGIN))
+    }
+
     pub(crate) fn get(&self, tier: TierId) -> &Tier {
-        &self.tiers[tier.index()]
+        match tier {
+            TierId::ORIGIN => self.origin.as_ref().expect("there is an origin"),
+            home => &self.tiers[home.index()],
+        }
     }
 
     pub(crate) fn get_mut(&mut self, tier: TierId) -> &mut Tier {
-        &mut self.tiers[tier.index()]
+        match tier {
+            TierId::ORIGIN => self.origin.as_mut().expect("there is an origin"),
+            home => &mut self.tiers[home.index()],
+        }
     }
 
     pub(crate) fn may_write(&self, tier: TierId) -> bool {

@@ -31,6 +31,11 @@ impl Waiters {
         if self.waiting.is_empty() { None } else { self.waiting.remove(&page) }
     }
 
+    /// Whether anybody waits for anything.
+    pub(crate) fn any(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     pub(crate) fn pages(&self) -> impl ExactSizeIterator<Item = PageNo> {
         self.waiting.keys().copied()
     }

@@ -1,0 +1,1 @@
+//! What becomes of pages at the origin, action by action.
