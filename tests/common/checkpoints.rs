@@ -1,0 +1,104 @@
+//! Checkpoints of a reference guest, made by hand: its memory and its state, in the files that `docs/checkpoint-format.md`
+//! describes. For tests of what is made of them.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use checkpoint::format::{
+    CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts, manifest::Sum,
+};
+use memmap2::MmapMut;
+use swapd::digest::page_sum;
+use swapd::{PAGE_SIZE, PageNo, Run};
+use testkit::{OrSkip, Reason, wait_for};
+use vmemd::vmm::{MachineConfig, ReferenceMachine};
+use xxhash_rust::xxh3::xxh3_64;
+
+/// A name as a checkpoint has it by itself.
+pub(crate) const FIRST: &str = "2026-11-29T23-20-00Z";
+
+/// What a checkpoint is of.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    pub(crate) name: &'static str,
+    pub(crate) workload: &'static str,
+    pub(crate) memory_bytes: u64,
+    pub(crate) budget_bytes: u64,
+    /// Rounds that it has done before.
+    pub(crate) rounds: u64,
+    pub(crate) paused: bool,
+}
+
+/// Runs the guest for some rounds, and makes a checkpoint of it in the archive. Returns its directory.
+pub(crate) fn make(archive: &Path, checkpoint: &str, guest: &Guest) -> PathBuf {
+    let mut memory = MmapMut::map_anon(guest.memory_bytes as usize).expect("memory for the guest");
+    let workload = guest.workload.parse().expect("a workload");
+    let config = MachineConfig { memory_bytes: guest.memory_bytes, vcpus: 1, workload };
+    let mut machine = ReferenceMachine::new(config, memory.as_mut_ptr()).or_skip(Reason::Kvm);
+    machine.start().expect("it starts");
+    wait_for("rounds of the guest", || (machine.counters().rounds >= guest.rounds).then_some(()));
+    machine.pause().expect("it pauses");
+    let state = machine.save().expect("it can be saved");
+    drop(machine);
+    write(&archive.join(checkpoint), guest, &memory, &state)
+}
+
+/// Writes the files of a checkpoint, which needs no base.
+pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> PathBuf {
+    fs::create_dir_all(dir).expect("a directory");
+    let image = File::create(dir.join("memory.img")).expect("an image");
+    image.set_len(memory.len() as u64).expect("its length");
+    let mut map = MapBuilder::new((memory.len() / PAGE_SIZE) as u64);
+    for (page, bytes) in (0..).map(PageNo).zip(memory.chunks(PAGE_SIZE)) {
+        if bytes.iter().any(|byte| *byte != 0) {
+            map.set_content(Run::one(page), PageKind::Here, &[page_sum(page, bytes)]);
+            image.write_all_at(bytes, page.offset()).expect("a page");
+        }
+    }
+    let map = map.finish(&[]);
+    let part = |file: &str, bytes: &[u8]| {
+        fs::write(dir.join(file), bytes).expect("a file");
+        Part { file: file.to_owned(), bytes: bytes.len() as u64, xxh3: Sum(xxh3_64(bytes)) }
+    };
+    let manifest = Manifest {
+        id: CheckpointId::random().expect("an id"),
+        made_at_ms: 1_796_000_000_000,
+        made_by: "a test".to_owned(),
+        vm: VmFacts {
+            name: guest.name.to_owned(),
+            memory_bytes: guest.memory_bytes,
+            vcpus: 1,
+            machine: Machine::Reference,
+            offer: None,
+            budget_bytes: guest.budget_bytes,
+            paused: guest.paused,
+        },
+        base: None,
+        pages: map.counts(),
+        parts: Parts { map: part("memory.map", &map.encode()), state: part("state", state) },
+        save: Save::default(),
+    };
+    fs::write(dir.join("manifest"), manifest.encode()).expect("a manifest");
+    dir.to_owned()
+}
+
+/// Has a page that reads as zeros be one that was lost, in a checkpoint that is whole.
+pub(crate) fn lose(dir: &Path, map: &MemoryMap, page: u64) {
+    let mut lost = MapBuilder::new(map.pages());
+    for piece in map.pieces() {
+        match piece.kind.has_content() {
+            true => lost.set_content(piece.run, piece.kind, piece.sums),
+            false => lost.set(piece.run, piece.kind),
+        }
+    }
+    lost.set(Run::one(PageNo(page)), PageKind::Lost);
+    let map = lost.finish(&[]);
+    let bytes = map.encode();
+    fs::write(dir.join("memory.map"), &bytes).expect("a map");
+    let path = dir.join("manifest");
+    let mut manifest = Manifest::decode(&fs::read(&path).expect("a manifest")).expect("a manifest");
+    manifest.pages = map.counts();
+    (manifest.parts.map.bytes, manifest.parts.map.xxh3) = (bytes.len() as u64, Sum(xxh3_64(&bytes)));
+    fs::write(path, manifest.encode()).expect("a manifest");
+}
