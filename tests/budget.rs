@@ -54,6 +54,7 @@ fn ram_stays_within_the_budget_at_every_moment() {
             overcommit: false,
             encrypt: false,
         },
+        origin: None,
         prealloc: false,
         lock: true,
         sampling: true,

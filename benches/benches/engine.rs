@@ -28,6 +28,7 @@ impl Vm {
             memory_bytes: memory,
             budget_bytes: budget,
             store,
+            origin: None,
             prealloc: false,
             lock: true,
             sampling: false,

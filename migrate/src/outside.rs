@@ -45,7 +45,8 @@ mod real {
     pub(crate) use tokio_uring::net::TcpStream;
     pub(crate) use tokio_uring::{Runtime, spawn};
 
-    use swapd::{IoError, IoErrorKind, PageNo, Run, TierId};
+    use swapd::{IoError, IoErrorKind, PAGE_SIZE, PageNo, Run, StoredPart, TierId};
+    use tokio_uring::buf::BoundedBuf;
 
     use crate::region::Region;
     use crate::tls::{Client, TlsError};
@@ -66,14 +67,18 @@ mod real {
     /// Reads stored pages, on the runtime's ring.
     pub(crate) struct StoredReader {
         reader: swapd::StoredReader,
-        store: tokio_uring::fs::File,
+        store: Vec<tokio_uring::fs::File>,
+        origin: Vec<tokio_uring::fs::File>,
     }
 
     impl StoredReader {
         pub(crate) fn of(handle: &EngineHandle) -> io::Result<StoredReader> {
             let reader = handle.stored_reader();
-            let store = tokio_uring::fs::File::from_std(reader.file(TierId::STORE)?);
-            Ok(StoredReader { reader, store })
+            let files = |tier| -> io::Result<Vec<_>> {
+                Ok(reader.files(tier)?.into_iter().map(tokio_uring::fs::File::from_std).collect())
+            };
+            let (store, origin) = (files(TierId::STORE)?, files(TierId::ORIGIN)?);
+            Ok(StoredReader { reader, store, origin })
         }
 
         /// Reads pages of a tier, which must be held. If their checksums do not fit they are in the region all the
@@ -83,18 +88,23 @@ mod real {
             tier: TierId,
             run: Run,
             sums: &[u64],
-            region: Region<K>,
+            mut region: Region<K>,
         ) -> (Result<(), IoError>, Region<K>) {
-            assert_eq!(tier, TierId::STORE, "the only one there is");
-            let at = self.reader.place_of(tier, run.start);
-            let (result, mut region) = self.store.read_exact_at(region, at).await;
-            let failed = |error: io::Error| IoError { tier, write: false, kind: IoErrorKind::of(&error) };
-            let result = result.map_err(failed);
-            (result.and_then(|()| self.reader.open(tier, run, sums, region.bytes_mut())), region)
+            let files = if tier == TierId::STORE { &self.store } else { &self.origin };
+            for StoredPart { run: part, file, at } in self.reader.parts(tier, run) {
+                let from = (part.start.0 - run.start.0) as usize * PAGE_SIZE;
+                let into = region.slice(from..from + part.bytes());
+                let (result, into) = files[file].read_exact_at(into, at).await;
+                region = into.into_inner();
+                if let Err(error) = result {
+                    return (Err(IoError { tier, write: false, kind: IoErrorKind::of(&error) }), region);
+                }
+            }
+            (self.reader.open(tier, run, sums, region.bytes_mut()), region)
         }
 
         /// Reads a page that is not held, to see whether its tier gives it. Its content says nothing: it may be written
-        /// anew meanwhile, or its place dropped.
+        /// anew meanwhile, or its place dropped; or the tier never had it.
         pub(crate) async fn probe<K: Unpin + 'static>(
             &self,
             tier: TierId,
@@ -102,6 +112,9 @@ mod real {
             sum: u64,
             region: Region<K>,
         ) -> Result<(), IoError> {
+            if !self.reader.has_place(tier, page) {
+                return Err(IoError { tier, write: false, kind: IoErrorKind::Mismatch });
+            }
             self.read(tier, Run::one(page), &[sum], region).await.0
         }
     }

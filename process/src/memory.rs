@@ -40,6 +40,7 @@ impl MemorySpec {
                 overcommit: self.store_overcommit,
                 encrypt: self.store_encrypt,
             },
+            origin: None,
             prealloc: self.prealloc,
             lock: self.lock,
             sampling: true,

@@ -169,6 +169,7 @@ fn engine(host: &Host, notify: impl Fn(swapd::Notice) + Send + 'static) -> Engin
         memory_bytes: MEMORY,
         budget_bytes: BUDGET,
         store: StoreConfig { path: host.path(), overcommit: false, encrypt: false },
+        origin: None,
         prealloc: false,
         lock: false,
         sampling: false,

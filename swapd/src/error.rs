@@ -7,6 +7,7 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
+use crate::origin::OriginError;
 use swapcore::error::CommandError;
 
 /// Why an engine could not start. Each text says what to do.
@@ -21,6 +22,9 @@ pub enum StartError {
     /// The store cannot be opened, or has too little room.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The files that pages are to come from do not fit the VM.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
     /// The VM's memory cannot be mapped, or is not what an engine can serve.
     #[error(transparent)]
     Memory(#[from] MemoryError),

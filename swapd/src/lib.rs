@@ -12,6 +12,7 @@ mod driver;
 mod error;
 mod handle;
 mod notice;
+mod origin;
 mod reader;
 
 pub use cipher::Cipher;
@@ -21,9 +22,10 @@ pub use driver::memory::huge_page_mode;
 pub use error::{BudgetError, HostError, MemoryError, StartError, StoreError};
 pub use handle::{DirtySubscription, EngineHandle, PendingAnswer, answered};
 pub use notice::Notice;
-pub use reader::{CloneError, Cloned, StoredReader, verify};
+pub use origin::{LayerOf, Origin, OriginError, OriginLayer};
+pub use reader::{CloneError, Cloned, StoredPart, StoredReader, verify};
 pub use swapcore::api::{
-    ArrivedRun, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault,
+    Adopted, ArrivedRun, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault,
 };
 pub use swapcore::error::{CommandError, IoError, IoErrorKind};
 pub use swapcore::stats::Stats;

@@ -2,7 +2,7 @@
 //! guest's RAM for it.
 //!
 //! The tier knows where a stored page lies, and the engine knows how it is stored (encrypted or not);
-//! [`StoredReader`] hides both. A caller may do the I/O itself: [`StoredReader::file`] and [`StoredReader::place_of`]
+//! [`StoredReader`] hides both. A caller may do the I/O itself: [`StoredReader::files`] and [`StoredReader::parts`]
 //! say what to read on the caller's ring, and [`StoredReader::open`] turns the bytes that were read into the pages
 //! that the guest wrote, or says that they are something else.
 //!
@@ -23,6 +23,7 @@ use swapcore::units::{PAGE_SIZE, PageNo, Run, TierId};
 
 use crate::cipher::Cipher;
 use crate::driver::store::Store;
+use crate::origin::Layers;
 
 /// Bytes copied at a time, where neither blocks can be shared nor the kernel copies.
 const COPY_BYTES: usize = 1 << 20;
@@ -32,6 +33,18 @@ const COPY_BYTES: usize = 1 << 20;
 pub struct StoredReader {
     pub(crate) store: Arc<Store>,
     pub(crate) cipher: Option<Arc<Cipher>>,
+    pub(crate) origin: Option<Arc<Layers>>,
+}
+
+/// Pages of a run that lie one behind the other in one of their tier's files.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StoredPart {
+    /// The pages.
+    pub run: Run,
+    /// Which of the tier's files ([`StoredReader::files`]) has them.
+    pub file: usize,
+    /// Byte offset of the first of the pages in it.
+    pub at: u64,
 }
 
 /// How pages got into a file: how many in each way.
@@ -63,25 +76,54 @@ pub enum CloneError {
 }
 
 impl StoredReader {
-    /// The tier's file, opened with `O_DIRECT`, for operations of the caller's own ring.
+    /// The tier's files, for operations of the caller's own ring, which read into memory that is aligned to pages: they
+    /// are open with `O_DIRECT`, but for those of an origin on a file system that cannot. None if the VM has no such
+    /// tier.
     ///
     /// # Errors
     /// If this process can have no more descriptors.
+    pub fn files(&self, tier: TierId) -> io::Result<Vec<File>> {
+        match (tier, &self.origin) {
+            (TierId::STORE, _) => Ok(vec![self.store.file().try_clone()?]),
+            (TierId::ORIGIN, Some(origin)) => origin.files().iter().map(File::try_clone).collect(),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Where the run's pages lie in the tier's files, in ascending parts.
     ///
     /// # Panics
-    /// If there is no such tier, as with every call here.
-    pub fn file(&self, tier: TierId) -> io::Result<File> {
-        self.tier(tier).file().try_clone()
+    /// If the VM has no such tier, as with every call here but [`StoredReader::files`]; or the tier has no place for one
+    /// of the pages.
+    pub fn parts(&self, tier: TierId, run: Run) -> impl Iterator<Item = StoredPart> {
+        let mut rest = run;
+        std::iter::from_fn(move || {
+            if rest.len == 0 {
+                return None;
+            }
+            let (file, part) = match tier {
+                TierId::STORE => (0, rest),
+                tier => self.origin(tier).first_part(rest),
+            };
+            rest = rest.part(part.len, rest.len - part.len);
+            let at = if tier == TierId::STORE { self.store.place_of(part.start) } else { part.start.offset() };
+            Some(StoredPart { run: part, file, at })
+        })
     }
 
-    /// Byte offset of the page in the tier's file. The pages of a run lie one behind the other.
-    pub fn place_of(&self, tier: TierId, page: PageNo) -> u64 {
-        self.tier(tier).place_of(page)
+    /// Whether the tier can have the page: each page has its place in the store, and in the origin each that one of its
+    /// layers has.
+    pub fn has_place(&self, tier: TierId, page: PageNo) -> bool {
+        tier == TierId::STORE || !self.origin(tier).lacks(Run::one(page))
     }
 
-    fn tier(&self, tier: TierId) -> &Store {
-        assert_eq!(tier, TierId::STORE, "the only one there is");
-        &self.store
+    fn origin(&self, tier: TierId) -> &Layers {
+        let origin = self.origin.as_deref().filter(|_| tier == TierId::ORIGIN);
+        origin.unwrap_or_else(|| panic!("{tier}, which this VM does not have"))
+    }
+
+    fn file(&self, tier: TierId, nth: usize) -> &File {
+        if tier == TierId::STORE { self.store.file() } else { &self.origin(tier).files()[nth] }
     }
 
     /// Turns bytes that were read from the run's places into the content of its pages, in place: decrypts them, and
@@ -93,7 +135,9 @@ impl StoredReader {
     /// # Panics
     /// If there are not as many bytes and sums as the run has pages.
     pub fn open(&self, tier: TierId, run: Run, sums: &[u64], bytes: &mut [u8]) -> Result<(), IoError> {
-        if let Some(cipher) = &self.cipher {
+        if let Some(cipher) = &self.cipher
+            && tier == TierId::STORE
+        {
             cipher.decrypt(run, bytes);
         }
         verify(tier, run, sums, bytes)
@@ -107,9 +151,12 @@ impl StoredReader {
     /// # Panics
     /// As [`StoredReader::open`].
     pub fn read(&self, tier: TierId, run: Run, sums: &[u64], bytes: &mut [u8]) -> Result<(), IoError> {
-        let store = self.tier(tier);
         let failed = |error: io::Error| IoError { tier, write: false, kind: IoErrorKind::of(&error) };
-        store.file().read_exact_at(bytes, store.place_of(run.start)).map_err(failed)?;
+        for part in self.parts(tier, run) {
+            let from = (part.run.start.0 - run.start.0) as usize * PAGE_SIZE;
+            let into = &mut bytes[from..from + part.run.bytes()];
+            self.file(tier, part.file).read_exact_at(into, part.at).map_err(failed)?;
+        }
         self.open(tier, run, sums, bytes)
     }
 
@@ -120,15 +167,24 @@ impl StoredReader {
     /// # Errors
     /// The store is encrypted, or the kernel refuses. A part may have been done.
     pub fn clone_into(&self, tier: TierId, file: &File, runs: &[Run]) -> Result<Cloned, CloneError> {
-        if self.cipher.is_some() {
+        if self.cipher.is_some() && tier == TierId::STORE {
             return Err(CloneError::Encrypted);
         }
-        let store = self.tier(tier);
-        let mut cloner = Cloner { from: store.file(), to: file, way: Way::Share, buffer: None };
+        // A way that one of the tier's files refuses may be open to another.
+        let mut cloners: Vec<Option<Cloner<'_>>> = Vec::new();
         let mut cloned = Cloned::default();
-        for run in runs {
+        for StoredPart { run, file: nth, at } in runs.iter().flat_map(|run| self.parts(tier, *run)) {
+            if cloners.len() <= nth {
+                cloners.resize_with(nth + 1, || None);
+            }
+            let cloner = cloners[nth].get_or_insert_with(|| Cloner {
+                from: self.file(tier, nth),
+                to: file,
+                way: Way::Share,
+                buffer: None,
+            });
             let way = cloner
-                .clone(store.place_of(run.start), run.start.offset(), run.bytes())
+                .clone(at, run.start.offset(), run.bytes())
                 .map_err(|source| CloneError::Io { tier, source })?;
             match way {
                 Way::Share => cloned.shared += u64::from(run.len),

@@ -91,19 +91,20 @@ impl TestedMemory {
 }
 
 fn start_engine(bytes: u64, ram: u64, store: &Path, encrypt: bool) -> Result<Engine, Failure> {
-    let config = EngineConfig {
+    let config = |lock| EngineConfig {
         memory_bytes: bytes,
         budget_bytes: ram,
         // `bench run` has seen to the room for what the jobs touch, which may be little of the memory.
         store: StoreConfig { path: store.to_owned(), overcommit: true, encrypt },
+        origin: None,
         prealloc: false,
-        lock: true,
+        lock,
         sampling: true,
     };
-    match Engine::start(config.clone(), Box::new(end_on_failure)) {
+    match Engine::start(config(true), Box::new(end_on_failure)) {
         Err(StartError::Memory(why)) => {
             warn(&format!("without locked memory: {why}"));
-            Ok(Engine::start(EngineConfig { lock: false, ..config }, Box::new(end_on_failure))?)
+            Ok(Engine::start(config(false), Box::new(end_on_failure))?)
         }
         started => Ok(started?),
     }

@@ -158,7 +158,7 @@ impl<S: Sink> Filler<S> {
         Ok(())
     }
 
-    /// Reads from the store what the sink does not have already.
+    /// Reads from the tier what the sink does not have already.
     async fn take_stored(&mut self, tier: TierId, run: Run) -> Result<(), ReadError> {
         if self.shared.tracker.borrow().first_in(run).is_none() {
             return Ok(());
@@ -177,7 +177,7 @@ impl<S: Sink> Filler<S> {
                         if !shared.stored.is_worn_out() {
                             tracing::warn!(
                                 %page,
-                                "the store does not give back what was written: it moves as a lost page"
+                                "{tier} does not give back what was written: it moves as a lost page"
                             );
                         }
                         self.lose(page);

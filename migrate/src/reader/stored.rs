@@ -1,12 +1,15 @@
-//! Reads pages that are in the store alone, beside the engine: no page comes into the guest for it.
+//! Reads pages that are in a tier alone, the store or the origin, beside the engine: no page comes into the guest for
+//! it.
 //!
 //! A page that cannot be read is read again for a while, as the engine does, because the device may have had a hiccup.
 //! It is given up as lost only on evidence: [`BROKEN_TRIES`] readings of it have failed, and before each of them the
-//! store has given another page. A store that gives nothing at all says nothing about the page; if that lasts for
-//! [`STORE_LIMIT`], the reading ends, and no page is taken for lost.
+//! same tier has given another page. A tier that gives nothing at all says nothing about the page; if that lasts for
+//! [`STORE_LIMIT`], the reading ends, and no page is taken for lost. The origin never changes: a page that it has given
+//! once is fit for evidence for ever, whatever has become of the page in the VM.
 
 use std::cell::Cell;
 
+use swapd::units::TIERS_MAX;
 use swapd::{CommandError, IoError, IoErrorKind, PageNo, Run, TierId, answered};
 
 use super::buffer::PageBuffer;
@@ -14,7 +17,7 @@ use super::error::ReadError;
 use crate::limits::{BROKEN_TRIES, REREAD_EVERY, REREAD_WAITS, STORE_LIMIT, scaled_for_tests};
 use crate::outside::{EngineHandle, Instant, StoredReader, planted, sleep};
 
-/// Pages that are asked for to see whether the store gives any.
+/// Pages that are asked for to see whether a tier gives any.
 const PROBES: usize = 16;
 
 /// Access to stored pages, for one session.
@@ -23,8 +26,8 @@ pub(super) struct StoredPages {
     reader: StoredReader,
     /// How many more waits there may be for a store that does not give a page.
     rereads_left: Cell<u32>,
-    /// The page that the store gave last.
-    last_given: Cell<Option<PageNo>>,
+    /// The page that each tier gave last, with its checksum then.
+    last_given: Cell<[Option<(PageNo, u64)>; TIERS_MAX]>,
 }
 
 /// Held pages of a tier, with their checksums.
@@ -47,7 +50,7 @@ impl StoredPages {
             handle: handle.clone(),
             reader: StoredReader::of(handle).map_err(ReadError::Store)?,
             rereads_left: REREAD_WAITS.into(),
-            last_given: None.into(),
+            last_given: [None; TIERS_MAX].into(),
         })
     }
 
@@ -79,14 +82,14 @@ impl StoredPages {
             }
         }
         run.pages().zip(sums).for_each(|(page, sum)| into.keep(page, *sum));
-        self.last_given.set(Some(run.start));
+        self.has_given(stored.tier, run.start, sums[0]);
         Ok(())
     }
 
     /// Reads a page that was bad, again and again for a while. False: it is lost.
     ///
     /// # Errors
-    /// The store gives nothing.
+    /// The tier gives nothing.
     pub(super) async fn read_again(
         &self,
         page: PageNo,
@@ -102,7 +105,7 @@ impl StoredPages {
             if counted == BROKEN_TRIES {
                 return Ok(false);
             }
-            fair = self.gives_another(page, into).await? || planted!(TakesSilenceForBroken);
+            fair = self.gives_another(page, stored, into).await? || planted!(TakesSilenceForBroken);
             if !(fair && of_medium) && Instant::now() >= deadline {
                 return Err(CommandError::Store(error).into());
             }
@@ -118,14 +121,28 @@ impl StoredPages {
         }
     }
 
-    /// Whether the store gives any page but this one, as it was written. None of those asked for is held, so a page
-    /// that is just being changed does not count.
-    async fn gives_another(&self, page: PageNo, scratch: &mut PageBuffer) -> Result<bool, ReadError> {
-        if let Some(last) = self.last_given.get()
+    /// Whether the page's tier gives any other page, as it was written. What is asked for beyond the pages that are held
+    /// with this one is not held, so a page that is just being changed, or is in another tier, does not count.
+    async fn gives_another(
+        &self,
+        page: PageNo,
+        held: &Stored,
+        scratch: &mut PageBuffer,
+    ) -> Result<bool, ReadError> {
+        let tier = held.tier;
+        if let Some((last, sum)) = self.last_given.get()[tier.index()]
             && last != page
-            && self.gives(last, scratch).await?
         {
-            return Ok(true);
+            let sum = if tier == TierId::ORIGIN { sum } else { self.sum_of(last).await? };
+            if self.gives(tier, last, sum, scratch).await {
+                return Ok(true);
+            }
+        }
+        // At the origin there may be few pages left, of which a look at all that is stored finds none.
+        for other in [held.run.start, held.run.start.plus(held.run.len - 1)] {
+            if other != page && self.gives(tier, other, held.sums_of(Run::one(other))[0], scratch).await {
+                return Ok(true);
+            }
         }
         // To know what is stored takes a look at all of memory.
         let stored = answered(self.handle.stored_map_async()).await?;
@@ -133,7 +150,7 @@ impl StoredPages {
         for part in 0..PROBES as u64 {
             if let Some(other) = nth_page(&stored, part * count / PROBES as u64)
                 && other != page
-                && self.gives(other, scratch).await?
+                && self.gives(tier, other, self.sum_of(other).await?, scratch).await
             {
                 return Ok(true);
             }
@@ -141,13 +158,22 @@ impl StoredPages {
         Ok(false)
     }
 
-    async fn gives(&self, page: PageNo, scratch: &mut PageBuffer) -> Result<bool, ReadError> {
-        let sums = answered(self.handle.sums_async(Run::one(page))).await?;
-        let given = self.reader.probe(TierId::STORE, page, sums[0], scratch.tail(1)).await.is_ok();
+    async fn sum_of(&self, page: PageNo) -> Result<u64, ReadError> {
+        Ok(answered(self.handle.sums_async(Run::one(page))).await?[0])
+    }
+
+    async fn gives(&self, tier: TierId, page: PageNo, sum: u64, scratch: &mut PageBuffer) -> bool {
+        let given = self.reader.probe(tier, page, sum, scratch.tail(1)).await.is_ok();
         if given {
-            self.last_given.set(Some(page));
+            self.has_given(tier, page, sum);
         }
-        Ok(given)
+        given
+    }
+
+    fn has_given(&self, tier: TierId, page: PageNo, sum: u64) {
+        let mut given = self.last_given.get();
+        given[tier.index()] = Some((page, sum));
+        self.last_given.set(given);
     }
 }
 

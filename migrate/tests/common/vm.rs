@@ -23,6 +23,7 @@ pub fn engine_with(place: &TempDir, budget_bytes: u64, encrypt: bool) -> Engine 
         memory_bytes: MEMORY,
         budget_bytes,
         store: StoreConfig { path: place.path().to_path_buf(), overcommit: false, encrypt },
+        origin: None,
         prealloc: false,
         lock: true,
         sampling: false,

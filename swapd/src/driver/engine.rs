@@ -16,6 +16,7 @@ use crate::cipher::Cipher;
 use crate::error::{BudgetError, HostError, StartError};
 use crate::handle::EngineHandle;
 use crate::notice::Notice;
+use crate::origin::{Layers, Origin};
 use swapcore::core::{BUDGET_MIN, Core, CoreConfig, WalkStep, staging_blocks, staging_slots};
 use swapcore::units::{BLOCK_PAGES, PAGE_SIZE, PageNo, bytes_of, pages_in};
 
@@ -32,7 +33,7 @@ pub struct StoreConfig {
 }
 
 /// What an engine is started with. [`StartError`] says which of it does not fit the VM or the host.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct EngineConfig {
     /// The VM's memory; a multiple of 2 MiB.
     pub memory_bytes: u64,
@@ -40,6 +41,8 @@ pub struct EngineConfig {
     pub budget_bytes: u64,
     /// Where pages go that are not in RAM.
     pub store: StoreConfig,
+    /// Where pages come from that are [adopted](EngineHandle::adopt), until they have been written.
+    pub origin: Option<Origin>,
     /// Take all frames at start; of external memory, when it is attached.
     pub prealloc: bool,
     /// Lock frames against the host's own swap.
@@ -126,6 +129,7 @@ impl Engine {
         let outside = config.memory_bytes.saturating_sub(config.budget_bytes);
         let needed = if config.store.overcommit { 0 } else { outside };
         let store = Arc::new(store::open(&config.store.path, config.memory_bytes, needed)?);
+        let origin = config.origin.map(|origin| Layers::check(origin, pages)).transpose()?.map(Arc::new);
         let mailbox = Arc::new(Mailbox::new().map_err(|source| HostError::Eventfd { source })?);
         let cipher = config.store.encrypt.then(|| Cipher::random(config.lock)).transpose();
         let cipher = cipher.map_err(|source| HostError::Key { source })?.map(Arc::new);
@@ -134,6 +138,7 @@ impl Engine {
             memory: memory.clone(),
             store: store.clone(),
             cipher: cipher.clone(),
+            origin: origin.clone(),
         };
         let discarder = Discarder::of(&store, &mailbox)
             .map_err(|source| HostError::Thread { what: "a thread", source })?;
@@ -147,11 +152,12 @@ impl Engine {
             walk: WalkStep::default(),
         })
         .with_short_blocks(memory.short_blocks());
+        let core = if origin.is_some() { core.with_origin() } else { core };
         let (started, start) = mpsc::channel();
         let thread_memory = memory.clone();
         let run = move || {
             // The ring belongs to the thread that makes it.
-            let ring = match Ring::new(store, faults.fd(), mailbox.fd()) {
+            let ring = match Ring::new(store, origin.clone(), faults.fd(), mailbox.fd()) {
                 Ok(ring) => ring,
                 Err(error) => return drop(started.send(Err(error))),
             };
@@ -159,6 +165,7 @@ impl Engine {
                 core,
                 faults,
                 ring,
+                origin,
                 memory: thread_memory,
                 mailbox,
                 sealer: cipher.map(Sealer::new),

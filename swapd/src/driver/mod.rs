@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::StartError;
 use crate::notice::Notice;
+use crate::origin::Layers;
 use discard::Discarder;
 use latency::LatencyBook;
 use mailbox::{Command, Mailbox};
@@ -54,6 +55,7 @@ struct Driver {
     core: Core,
     faults: Faults,
     ring: Ring,
+    origin: Option<Arc<Layers>>,
     memory: Arc<Memory>,
     mailbox: Arc<Mailbox>,
     /// If the store is encrypted.
@@ -166,10 +168,10 @@ impl Driver {
     }
 
     fn io_done(&mut self, io: IoId, operation: Operation, result: std::io::Result<()>) {
-        let Operation { run, slots, sealed, .. } = operation;
+        let Operation { tier, run, slots, sealed, .. } = operation;
         let failed = |error: std::io::Error| {
             let kind = IoErrorKind::of(&error);
-            (IoError { tier: TierId::STORE, write: slots.is_none(), kind }, error)
+            (IoError { tier, write: slots.is_none(), kind }, error)
         };
         let error = result.err().map(failed);
         let Some(slots) = slots else {
@@ -190,7 +192,10 @@ impl Driver {
         sums.clear();
         // SAFETY: the read has completed, the slots are bound to its pages, and only the engine moves frames.
         let bytes = unsafe { self.memory.slot_bytes_mut(slots) };
-        if let Some(sealer) = &self.sealer {
+        // What is at the origin is as the guest wrote it; a layer that is encrypted will be opened with its own key here.
+        if let Some(sealer) = &self.sealer
+            && tier == TierId::STORE
+        {
             sealer.open(run, bytes);
         }
         sums.extend(
@@ -241,6 +246,10 @@ impl Driver {
                 reply(Err(CommandError::NotNow("not all of the VM's memory is mapped yet")));
                 return;
             }
+            Request::Adopt(adopted) if self.origin.as_ref().is_some_and(|origin| origin.lacks(adopted.run)) => {
+                reply(Err(CommandError::NotNow("no layer of the origin has one of these pages")));
+                return;
+            }
             Request::Hold(run) => Some(*run),
             _ => None,
         };
@@ -256,7 +265,7 @@ impl Driver {
             stats.latency_us = self.latencies.figures();
             stats.bookkeeping_bytes += ring::BYTES;
             let drops = self.drops.iter().map(|(_, started)| started.elapsed());
-            stats.store.oldest_ms = drops.fold(self.ring.oldest(), Duration::max).as_millis() as u64;
+            stats.store.oldest_ms = drops.fold(self.ring.oldest(TierId::STORE), Duration::max).as_millis() as u64;
         }
         let granted = match &answer {
             Ok(Response::Frames(slots)) => Some(*slots),
@@ -288,15 +297,14 @@ impl Driver {
             Action::Copy { from, to } => self.memory.copy_slot(from, to),
             Action::CopyOut { ticket, pages } => self.copy_out(ticket, &pages),
             Action::Read { io, tier, run, slots } => {
-                assert_eq!(tier, TierId::STORE, "the only one there is");
-                self.ring.read(io, run, slots, self.memory.slot(slots.start));
+                self.ring.read(io, tier, run, slots, self.memory.slot(slots.start));
             }
             Action::Write { io, tier, run, slots } => {
-                assert_eq!(tier, TierId::STORE, "the only one there is");
+                assert_eq!(tier, TierId::STORE, "the only one that takes pages");
                 self.write(io, run, slots);
             }
             Action::Drop { io, tier, run } => {
-                assert_eq!(tier, TierId::STORE, "the only one there is");
+                assert_eq!(tier, TierId::STORE, "the only one that gives space back");
                 self.drops.push((io, Instant::now()));
                 match &mut self.discarder {
                     Some(discarder) => discarder.start(io, run),

@@ -1,5 +1,6 @@
 //! The VM's one io_uring: it waits for faults, commands and completions at once.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -11,9 +12,10 @@ use memmap2::MmapMut;
 
 use super::store::Store;
 use crate::error::HostError;
-use swapcore::core::IoId;
+use crate::origin::Layers;
+use swapcore::core::{IO_PAGES_MAX, IoId};
 use swapcore::transfer::Transfer;
-use swapcore::units::{Run, SlotRun};
+use swapcore::units::{PAGE_SIZE, Run, SlotRun, TierId};
 
 /// Submission entries; completions have twice as many. More operations than this wait in the kernel's overflow list.
 const ENTRIES: u32 = 512;
@@ -23,8 +25,16 @@ const DATA_FAULTS: u64 = u64::MAX;
 const DATA_COMMANDS: u64 = u64::MAX - 1;
 /// Beside the number of an operation: it is a drop.
 const DATA_DROP: u64 = 1 << 32;
-/// The store's place among the registered files.
+/// Beside the number of a transfer: which part of it.
+const PART_SHIFT: u32 = 40;
+/// The store's place among the registered files. The origin's layers come behind it.
 const STORE: Fixed = Fixed(0);
+/// Threads of the kernel's that may wait for files of this VM at a time. By default it has four a processor: reads of an
+/// origin that answers nothing would take them all, and the store's reads and writes would wait for the origin.
+const WORKERS: u32 = 512;
+
+// No part is taken for one of the watched descriptors.
+const _: () = assert!((IO_PAGES_MAX as u64) < 1 << (u64::BITS - PART_SHIFT - 1));
 
 /// What the ring has to tell.
 #[derive(Debug)]
@@ -43,22 +53,59 @@ pub(super) enum Completion {
     },
 }
 
-/// A read or write of the store that is under way.
+/// A read or write of a tier that is under way.
 #[derive(Debug)]
 pub(super) struct Operation {
+    pub(super) tier: TierId,
     pub(super) run: Run,
     /// Where the pages go that are read; none for a write.
     pub(super) slots: Option<SlotRun>,
     /// What is written, if that is not what is in staging. The device reads it until the operation has completed.
     pub(super) sealed: Option<MmapMut>,
-    transfer: Transfer,
+    first: Part,
+    /// If the run is in more than one file.
+    others: Vec<Part>,
+    /// Parts that have not ended yet.
+    left: u32,
+    /// Of the first part that failed.
+    error: Option<io::Error>,
     started: Instant,
+}
+
+/// The pages of an operation that are next to each other in one file.
+#[derive(Debug)]
+struct Part {
+    file: Fixed,
+    transfer: Transfer,
+}
+
+impl Operation {
+    fn of(tier: TierId, run: Run, (first, others): (Part, Vec<Part>)) -> Operation {
+        let left = 1 + others.len() as u32;
+        Operation {
+            tier,
+            run,
+            slots: None,
+            sealed: None,
+            first,
+            others,
+            left,
+            error: None,
+            started: Instant::now(),
+        }
+    }
+
+    fn part(&mut self, nth: usize) -> &mut Part {
+        if nth == 0 { &mut self.first } else { &mut self.others[nth - 1] }
+    }
 }
 
 pub(super) struct Ring {
     ring: IoUring,
     /// Registered with it.
     store: Arc<Store>,
+    /// As well, if there is one.
+    origin: Option<Arc<Layers>>,
     faults: RawFd,
     commands: RawFd,
     /// By number of the operation. The buffers are staging slots, which outlive the ring, or the operation's own.
@@ -73,8 +120,13 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring that watches both descriptors and does I/O on the store.
-    pub(super) fn new(store: Arc<Store>, faults: RawFd, commands: RawFd) -> Result<Self, HostError> {
+    /// A ring that watches both descriptors and does I/O on the store, and reads from the origin.
+    pub(super) fn new(
+        store: Arc<Store>,
+        origin: Option<Arc<Layers>>,
+        faults: RawFd,
+        commands: RawFd,
+    ) -> Result<Self, HostError> {
         let ring = IoUring::builder()
             .setup_cqsize(ENTRIES * 2)
             .setup_single_issuer()
@@ -85,10 +137,15 @@ impl Ring {
                 Some(libc::EPERM | libc::ENOSYS) => HostError::RingOff { source },
                 _ => HostError::Ring { source },
             })?;
-        ring.submitter()
-            .register_files(&[store.file().as_raw_fd()])
-            .map_err(|source| HostError::RingStore { source })?;
-        let mut ring = Ring { ring, store, faults, commands, operations: Vec::new(), in_flight: 0 };
+        let layers = origin.iter().flat_map(|origin| origin.files());
+        let files: Vec<_> = std::iter::once(store.file()).chain(layers).map(File::as_raw_fd).collect();
+        ring.submitter().register_files(&files).map_err(|source| HostError::RingStore { source })?;
+        if origin.is_some() {
+            ring.submitter()
+                .register_iowq_max_workers(&mut [WORKERS, 0])
+                .map_err(|source| HostError::RingStore { source })?;
+        }
+        let mut ring = Ring { ring, store, origin, faults, commands, operations: Vec::new(), in_flight: 0 };
         ring.watch(faults, DATA_FAULTS);
         ring.watch(commands, DATA_COMMANDS);
         Ok(ring)
@@ -98,9 +155,10 @@ impl Ring {
         self.in_flight
     }
 
-    /// How long the oldest transfer under way has been so.
-    pub(super) fn oldest(&self) -> Duration {
-        let started = self.operations.iter().flatten().map(|operation| operation.started).min();
+    /// How long the tier's oldest transfer under way has been so.
+    pub(super) fn oldest(&self, tier: TierId) -> Duration {
+        let of_tier = self.operations.iter().flatten().filter(|operation| operation.tier == tier);
+        let started = of_tier.map(|operation| operation.started).min();
         started.map_or(Duration::ZERO, |started| started.elapsed())
     }
 
@@ -122,21 +180,37 @@ impl Ring {
         }
     }
 
-    /// Starts to read a run into its slots, the first of which is at `address`.
-    pub(super) fn read(&mut self, io: IoId, run: Run, slots: SlotRun, address: usize) {
-        self.start(io, run, address, Some(slots), None);
+    /// Starts to read a run from a tier into its slots, the first of which is at `address`.
+    pub(super) fn read(&mut self, io: IoId, tier: TierId, run: Run, slots: SlotRun, address: usize) {
+        let parts = match (tier, &self.origin) {
+            (TierId::STORE, _) => (self.part_in_store(run, address, false), Vec::new()),
+            (TierId::ORIGIN, Some(origin)) => parts_in_origin(origin, run, address),
+            (tier, _) => panic!("a read of {tier}, which this VM does not have"),
+        };
+        self.start(io, Operation { slots: Some(slots), ..Operation::of(tier, run, parts) });
     }
 
-    /// Starts to write a run from memory at `address`, which stays as it is until the operation has completed: of staging, or of `sealed`.
+    /// Starts to write a run to the store from memory at `address`, which stays as it is until the operation has
+    /// completed: of staging, or of `sealed`.
     pub(super) fn write(&mut self, io: IoId, run: Run, address: usize, sealed: Option<MmapMut>) {
-        self.start(io, run, address, None, sealed);
+        let parts = (self.part_in_store(run, address, true), Vec::new());
+        self.start(io, Operation { sealed, ..Operation::of(TierId::STORE, run, parts) });
     }
 
-    fn start(&mut self, io: IoId, run: Run, address: usize, slots: Option<SlotRun>, sealed: Option<MmapMut>) {
-        let (write, offset) = (slots.is_none(), self.store.place_of(run.start));
-        let transfer = Transfer { write, offset, address, len: run.bytes(), done: 0 };
+    fn part_in_store(&self, run: Run, address: usize, write: bool) -> Part {
+        let offset = self.store.place_of(run.start);
+        Part { file: STORE, transfer: Transfer { write, offset, address, len: run.bytes(), done: 0 } }
+    }
+
+    fn start(&mut self, io: IoId, operation: Operation) {
+        let index = io.0 as usize;
+        if self.operations.len() <= index {
+            self.operations.resize_with(index + 1, || None);
+        }
+        let parts = operation.left as usize;
+        self.operations[index] = Some(operation);
         self.in_flight += 1;
-        self.submit(io, Operation { run, slots, sealed, transfer, started: Instant::now() });
+        (0..parts).for_each(|part| self.submit(io, part));
     }
 
     /// Makes a hole in the store's file. The kernel does that in a thread of its own, in which it keeps other operations on the file
@@ -149,20 +223,18 @@ impl Ring {
         self.push(&entry.user_data(DATA_DROP | u64::from(io.0)));
     }
 
-    fn submit(&mut self, io: IoId, operation: Operation) {
-        let Transfer { write, offset, address, len, done } = operation.transfer;
+    /// Submits what is left of a part.
+    fn submit(&mut self, io: IoId, nth: usize) {
+        let operation = self.operations[io.0 as usize].as_mut().expect("it is under way");
+        let Part { file, transfer } = operation.part(nth);
+        let Transfer { write, offset, address, len, done } = *transfer;
         let (at, rest, offset) = ((address + done) as *mut u8, (len - done) as u32, offset + done as u64);
         let entry = if write {
-            opcode::Write::new(STORE, at, rest).offset(offset).build()
+            opcode::Write::new(*file, at, rest).offset(offset).build()
         } else {
-            opcode::Read::new(STORE, at, rest).offset(offset).build()
+            opcode::Read::new(*file, at, rest).offset(offset).build()
         };
-        let index = io.0 as usize;
-        if self.operations.len() <= index {
-            self.operations.resize_with(index + 1, || None);
-        }
-        self.operations[index] = Some(operation);
-        self.push(&entry.user_data(u64::from(io.0)));
+        self.push(&entry.user_data((nth as u64) << PART_SHIFT | u64::from(io.0)));
     }
 
     /// Submits what was pushed, without waiting.
@@ -214,14 +286,39 @@ impl Ring {
             };
             return Some(Completion::Dropped { io, result });
         }
-        let mut operation = self.operations[io.0 as usize].take().expect("an operation completes once");
-        let Some(result) = operation.transfer.completed(entry.result()) else {
-            self.submit(io, operation);
+        let nth = (entry.user_data() >> PART_SHIFT) as usize;
+        let place = &mut self.operations[io.0 as usize];
+        let operation = place.as_mut().expect("an operation completes once");
+        let Some(result) = operation.part(nth).transfer.completed(entry.result()) else {
+            self.submit(io, nth);
             return None;
         };
+        operation.left -= 1;
+        if let Err(error) = result {
+            operation.error.get_or_insert(error);
+        }
+        // The frames of all parts are the operation's until the last has ended.
+        let mut operation = place.take_if(|operation| operation.left == 0)?;
         self.in_flight -= 1;
+        let result = operation.error.take().map_or(Ok(()), Err);
         Some(Completion::Io { io, operation, result })
     }
+}
+
+/// The parts of a run, each in one of the origin's layers.
+fn parts_in_origin(origin: &Layers, run: Run, address: usize) -> (Part, Vec<Part>) {
+    let mut rest = run;
+    let mut next = || {
+        (rest.len > 0).then(|| {
+            let (layer, part) = origin.first_part(rest);
+            rest = rest.part(part.len, rest.len - part.len);
+            let address = address + (part.start.0 - run.start.0) as usize * PAGE_SIZE;
+            let transfer =
+                Transfer { write: false, offset: part.start.offset(), address, len: part.bytes(), done: 0 };
+            Part { file: Fixed(STORE.0 + 1 + layer as u32), transfer }
+        })
+    };
+    (next().expect("a read of no pages"), std::iter::from_fn(next).collect())
 }
 
 /// Errors of a submission that the next one may not meet.

@@ -11,6 +11,7 @@ pub fn config(memory_bytes: u64, budget_bytes: u64, store: PathBuf, prealloc: bo
         memory_bytes,
         budget_bytes,
         store: StoreConfig { path: store, overcommit: false, encrypt: false },
+        origin: None,
         prealloc,
         lock: true,
         sampling: true,

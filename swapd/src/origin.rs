@@ -1,0 +1,268 @@
+//! The origin: files from which pages come and to which none goes, a checkpoint's image with those that it is based on.
+//!
+//! Page *n* is the 4096 bytes at offset *n* x 4096 of the *layer* that has it, plain as the guest wrote them. Several
+//! VMs may have the same files for their origin, so nothing here can write: the files must be open for reading alone.
+//! A page is believed only if its checksum is the one that was adopted with it, as with every tier.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, OFlags, StatxFlags};
+use swapcore::units::{PAGE_SIZE, PageNo, Run, pages_in};
+
+/// What a VM's pages are read from until they have a place at their home.
+#[derive(Debug)]
+pub struct Origin {
+    /// At least one, at most [`Origin::LAYERS_MAX`].
+    pub layers: Vec<OriginLayer>,
+    /// Which of them has which page.
+    pub layer_of: LayerOf,
+}
+
+/// One file of an origin, page *n* at offset *n* x 4096.
+#[derive(Debug)]
+pub struct OriginLayer {
+    /// Open for reading alone, with `O_DIRECT` where its file system can: else what is read stays in the page cache as
+    /// well.
+    pub file: File,
+}
+
+/// The layer of each page.
+#[derive(Clone, Debug)]
+pub enum LayerOf {
+    /// All pages are in the first layer.
+    First,
+    /// One number for each page of the VM's memory, in the order of [`Origin::layers`]; [`Origin::NO_LAYER`] for a page
+    /// that none of them has.
+    PerPage(Vec<u8>),
+}
+
+/// Why files cannot be an origin. Layers are numbered from 0.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the texts say what the fields are")]
+pub enum OriginError {
+    /// None, or more than have numbers.
+    #[error("an origin has 1 to {} layers, not {layers}; merge some of the checkpoints", Origin::LAYERS_MAX)]
+    Layers { layers: usize },
+    /// It was made for a VM of another size.
+    #[error("the origin says of {pages} pages where they are, and the VM has {wanted}; give the VM as much memory")]
+    NotTheMemory { pages: u64, wanted: u64 },
+    /// A number that no layer has.
+    #[error("{page} is said to be in layer {layer} of the origin, which has {layers}")]
+    NoSuchLayer { page: PageNo, layer: u8, layers: usize },
+    /// The file cannot even be looked at.
+    #[error("layer {layer} of the origin cannot be used: {source}")]
+    Unusable { layer: usize, source: io::Error },
+    /// A pipe, a directory, or another thing without places.
+    #[error("layer {layer} of the origin is neither a file nor a block device")]
+    NeitherKind { layer: usize },
+    /// Another VM may have the same file.
+    #[error("layer {layer} of the origin is open for writing; open it for reading alone")]
+    Writable { layer: usize },
+    /// Direct I/O there takes larger blocks than pages.
+    #[error(
+        "layer {layer} of the origin can be read directly only in blocks of {block_bytes} bytes; open it without O_DIRECT"
+    )]
+    Blocks { layer: usize, block_bytes: u32 },
+    /// The file ends before the last page that it is said to have.
+    #[error("layer {layer} of the origin ends at {available_bytes} bytes, before {page}, which it should have")]
+    Short { layer: usize, page: PageNo, available_bytes: u64 },
+}
+
+impl Origin {
+    /// As many layers as have numbers.
+    pub const LAYERS_MAX: usize = Self::NO_LAYER as usize;
+    /// In [`LayerOf::PerPage`]: no layer has this page.
+    pub const NO_LAYER: u8 = u8::MAX;
+}
+
+impl OriginLayer {
+    /// Opens a file as a layer: for direct I/O, or where its file system cannot do that, through the page cache.
+    ///
+    /// # Errors
+    /// If it cannot be opened for reading.
+    pub fn open(path: &Path) -> io::Result<OriginLayer> {
+        let direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(path);
+        let file = match direct {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => File::open(path)?,
+            opened => opened?,
+        };
+        Ok(OriginLayer { file })
+    }
+}
+
+/// An origin that has been found fit for its VM.
+#[derive(Debug)]
+pub(crate) struct Layers {
+    files: Vec<File>,
+    layer_of: LayerOf,
+}
+
+impl Layers {
+    /// Takes only as long as a look at one byte a page, whatever the files' size.
+    pub(crate) fn check(origin: Origin, pages: u64) -> Result<Layers, OriginError> {
+        let Origin { layers, layer_of } = origin;
+        if layers.is_empty() || layers.len() > Origin::LAYERS_MAX {
+            return Err(OriginError::Layers { layers: layers.len() });
+        }
+        if let LayerOf::PerPage(numbers) = &layer_of {
+            check_numbers(numbers, layers.len(), pages)?;
+        }
+        for (layer, OriginLayer { file }) in layers.iter().enumerate() {
+            let available_bytes = check_file(layer, file)?;
+            if let Some(page) = last_beyond(&layer_of, layer, pages_in(available_bytes), pages) {
+                return Err(OriginError::Short { layer, page, available_bytes });
+            }
+        }
+        let files = layers.into_iter().map(|layer| layer.file).collect();
+        Ok(Layers { files, layer_of })
+    }
+
+    /// One a layer, in their order.
+    pub(crate) fn files(&self) -> &[File] {
+        &self.files
+    }
+
+    /// Whether no layer has one of the run's pages, all of which are in the VM's memory.
+    pub(crate) fn lacks(&self, run: Run) -> bool {
+        let LayerOf::PerPage(numbers) = &self.layer_of else { return false };
+        numbers.get(run.indices()).is_some_and(|layers| layers.contains(&Origin::NO_LAYER))
+    }
+
+    /// The layer that has the run's first page, and how many of its pages follow it there.
+    ///
+    /// # Panics
+    /// If none has it: such a page cannot be adopted.
+    pub(crate) fn first_part(&self, run: Run) -> (usize, Run) {
+        let LayerOf::PerPage(numbers) = &self.layer_of else { return (0, run) };
+        let numbers = &numbers[run.indices()];
+        let layer = numbers[0];
+        assert_ne!(layer, Origin::NO_LAYER, "{} is at the origin, and none of its layers has it", run.start);
+        let len = numbers.iter().take_while(|number| **number == layer).count();
+        (usize::from(layer), run.part(0, len as u32))
+    }
+}
+
+fn check_numbers(numbers: &[u8], layers: usize, wanted: u64) -> Result<(), OriginError> {
+    let pages = numbers.len() as u64;
+    if pages != wanted {
+        return Err(OriginError::NotTheMemory { pages, wanted });
+    }
+    let is_none = |layer: u8| layer != Origin::NO_LAYER && usize::from(layer) >= layers;
+    // Without a way out in the middle, so that the compiler makes it a few instructions for many pages.
+    let largest = numbers.iter().fold(0, |max, layer| match *layer {
+        Origin::NO_LAYER => max,
+        layer => layer.max(max),
+    });
+    if !is_none(largest) {
+        return Ok(());
+    }
+    let nth = numbers.iter().position(|layer| is_none(*layer)).expect("the largest is one");
+    Err(OriginError::NoSuchLayer { page: PageNo(nth as u64), layer: numbers[nth], layers })
+}
+
+/// Looks at the layer's file, and says how long it is.
+fn check_file(layer: usize, mut file: &File) -> Result<u64, OriginError> {
+    let unusable = |source: io::Error| OriginError::Unusable { layer, source };
+    let kind = file.metadata().map_err(unusable)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(OriginError::NeitherKind { layer });
+    }
+    let flags = rustix::fs::fcntl_getfl(file).map_err(|errno| unusable(errno.into()))?;
+    if flags & OFlags::RWMODE != OFlags::RDONLY {
+        return Err(OriginError::Writable { layer });
+    }
+    if flags.contains(OFlags::DIRECT) {
+        let found = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
+            .map_err(|errno| unusable(errno.into()))?;
+        // A kernel or file system that does not tell says nothing.
+        let told = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::DIOALIGN);
+        let block_bytes = found.stx_dio_offset_align.max(found.stx_dio_mem_align);
+        if told && block_bytes as usize > PAGE_SIZE {
+            return Err(OriginError::Blocks { layer, block_bytes });
+        }
+    }
+    file.seek(SeekFrom::End(0)).map_err(unusable)
+}
+
+/// The last page that the layer is to have and that is behind its first `available` pages.
+fn last_beyond(layer_of: &LayerOf, layer: usize, available: u64, pages: u64) -> Option<PageNo> {
+    if available >= pages {
+        return None;
+    }
+    match layer_of {
+        LayerOf::First => (layer == 0).then(|| PageNo(pages - 1)),
+        LayerOf::PerPage(numbers) => {
+            let behind = &numbers[available as usize..];
+            let nth = behind.iter().rposition(|number| usize::from(*number) == layer)?;
+            Some(PageNo(available + nth as u64))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: u64 = 1024;
+
+    fn layers(directory: &testkit::TempDir, lengths: &[u64]) -> Vec<OriginLayer> {
+        let layer = |(nth, pages): (usize, &u64)| {
+            let path = directory.path().join(format!("layer-{nth}"));
+            File::create(&path).unwrap().set_len(pages * PAGE_SIZE as u64).unwrap();
+            OriginLayer::open(&path).unwrap()
+        };
+        lengths.iter().enumerate().map(layer).collect()
+    }
+
+    fn refused(layers: Vec<OriginLayer>, layer_of: LayerOf) -> OriginError {
+        Layers::check(Origin { layers, layer_of }, PAGES).expect_err("no such origin can be")
+    }
+
+    #[test]
+    fn a_run_is_cut_where_the_layer_changes() {
+        let directory = testkit::directory("origin");
+        let mut numbers = vec![Origin::NO_LAYER; PAGES as usize];
+        numbers[10..20].fill(2);
+        numbers[20..21].fill(0);
+        numbers[21..30].fill(2);
+        // Each file has what it is asked for, and layer 1, which has nothing, is empty.
+        let layers = layers(&directory, &[21, 0, 30]);
+        let origin = Origin { layers, layer_of: LayerOf::PerPage(numbers) };
+        let origin = Layers::check(origin, PAGES).unwrap();
+        let mut rest = Run::new(PageNo(12), 18);
+        let mut parts = Vec::new();
+        while rest.len > 0 {
+            let (layer, part) = origin.first_part(rest);
+            parts.push((layer, part.start.0, part.len));
+            rest = rest.part(part.len, rest.len - part.len);
+        }
+        assert_eq!(parts, [(2, 12, 8), (0, 20, 1), (2, 21, 9)]);
+        assert!(!origin.lacks(Run::new(PageNo(10), 20)));
+        assert!(origin.lacks(Run::new(PageNo(10), 21)));
+    }
+
+    #[test]
+    fn what_cannot_be_an_origin_is_refused_by_name() {
+        let directory = testkit::directory("origin");
+        let file = |lengths: &[u64]| layers(&directory, lengths);
+        let per_page = |layer: u8| LayerOf::PerPage(vec![layer; PAGES as usize]);
+        assert!(matches!(refused(Vec::new(), LayerOf::First), OriginError::Layers { layers: 0 }));
+        let error = refused(file(&[PAGES]), LayerOf::PerPage(vec![0; PAGES as usize - 1]));
+        assert!(matches!(error, OriginError::NotTheMemory { pages: 1023, wanted: PAGES }), "{error}");
+        let error = refused(file(&[PAGES]), per_page(1));
+        assert!(matches!(error, OriginError::NoSuchLayer { page: PageNo(0), layer: 1, layers: 1 }), "{error}");
+        let error = refused(file(&[PAGES - 1]), LayerOf::First);
+        assert!(matches!(error, OriginError::Short { layer: 0, page: PageNo(1023), .. }), "{error}");
+        let error = refused(file(&[PAGES, 5]), per_page(1));
+        assert!(matches!(error, OriginError::Short { layer: 1, page: PageNo(1023), .. }), "{error}");
+        let path = directory.path().join("layer-0");
+        let writable = File::options().read(true).write(true).open(&path).unwrap();
+        let error = refused(vec![OriginLayer { file: writable }], LayerOf::First);
+        assert!(matches!(error, OriginError::Writable { layer: 0 }), "{error}");
+        let error = refused(vec![OriginLayer { file: File::open(directory.path()).unwrap() }], LayerOf::First);
+        assert!(matches!(error, OriginError::NeitherKind { layer: 0 }), "{error}");
+    }
+}
