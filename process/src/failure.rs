@@ -103,6 +103,7 @@ impl From<swapd::StartError> for Failure {
         let kind = match &error {
             swapd::StartError::Budget(_) => FailureKind::Usage,
             swapd::StartError::Host(_) => FailureKind::Host,
+            swapd::StartError::Origin(_) => FailureKind::Link,
             swapd::StartError::Store(_) | swapd::StartError::Memory(_) => FailureKind::Resources,
         };
         // Its text names the cause.

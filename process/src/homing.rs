@@ -236,12 +236,22 @@ impl Homing {
 
     /// Takes a piece home, when so many pages are left at the origin. Returns how many are left then.
     fn take_some_home(&self, before: u64) -> Result<u64, Stopped> {
-        let left = self.answer(self.engine.take_home_async(HOME_PAGES))?;
-        if left > 0 && left >= before {
-            // What is left is in motion, or the store takes nothing.
-            self.vm.halt.pause(LOOK_AGAIN)?;
+        match self.answer(self.engine.take_home_async(HOME_PAGES)) {
+            Ok(left) => {
+                if left > 0 && left >= before {
+                    // What is left is in motion at this moment.
+                    self.vm.halt.pause(LOOK_AGAIN)?;
+                }
+                Ok(left)
+            }
+            Err(Stopped::Engine(CommandError::Store(why))) => {
+                note(&self.vm, RestorePhase::TakingHome, Some(why.to_string()));
+                self.vm.halt.pause(LOOK_AGAIN)?;
+                note(&self.vm, RestorePhase::TakingHome, None);
+                Ok(before)
+            }
+            Err(stopped) => Err(stopped),
         }
-        Ok(left)
     }
 
     /// Waits for as long as others come first, and says in `stat` for whom.

@@ -197,17 +197,16 @@ fn adopt(vm: &Arc<Vm>, engine: &EngineHandle, image: &Image) -> Result<(), Failu
         Ok(answered) => answered.map_err(|error: CommandError| Failure::from(error)),
         Err(Halted) => Err(stopped(vm)),
     };
-    let adopted = image.adoption().map(|adopted| engine.adopt_async(adopted));
-    let lost = image.lost().map(|run| engine.adopt_poisoned_async(run));
-    for answer in adopted.chain(lost) {
+    for adopted in image.adoption() {
         if under_way.len() == ADOPTIONS
             && let Some(oldest) = under_way.pop_front()
         {
             wait(oldest)?;
         }
-        under_way.push_back(answer);
+        under_way.push_back(engine.adopt_async(adopted));
     }
-    under_way.into_iter().try_for_each(wait)
+    under_way.into_iter().try_for_each(wait)?;
+    image.lost().try_for_each(|run| Ok(engine.adopt_poisoned(run)?))
 }
 
 /// Somebody ended the VM before it ran.
