@@ -81,8 +81,7 @@ pub fn restore(
     check_ram(Size(vm.memory_bytes), ram)?;
     vmm::check_kvm()?;
     host::need_free_ram(ram.bytes(), "this VM")?;
-    let files: Vec<_> = chain.iter().map(|entry| (entry.path(), entry.manifest())).collect();
-    let opened = restore::open(&files)?;
+    let opened = restore::open(&chain)?;
     let open_us = settings.began.elapsed().as_micros() as u64;
 
     let dir = RunDir::open(&settings.run_dir)?;

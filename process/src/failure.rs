@@ -124,15 +124,29 @@ impl From<swapd::CommandError> for Failure {
     }
 }
 
-impl From<checkpoint::restore::OpenError> for Failure {
-    fn from(error: checkpoint::restore::OpenError) -> Failure {
-        use checkpoint::restore::OpenError as E;
+impl From<checkpoint::archive::ArchiveError> for Failure {
+    fn from(error: checkpoint::archive::ArchiveError) -> Failure {
+        use checkpoint::archive::ArchiveError as E;
         let kind = match &error {
+            E::NoArchive { .. } | E::NoCheckpoint { .. } | E::Empty { .. } => FailureKind::Name,
+            E::Busy { .. } | E::InUse { .. } | E::Removed { .. } => FailureKind::Name,
+            E::IsBase { .. } | E::MayBeBase { .. } => FailureKind::Name,
+            E::NotEmpty { .. } | E::Name(_) | E::OtherVm { .. } | E::TooDeep { .. } => FailureKind::Usage,
             E::Io { source, .. } => FailureKind::of_io(source),
-            E::Removed { .. } => FailureKind::Name,
+            E::Cancelled => FailureKind::Interrupted,
+            // Damaged, or of another version.
             _ => FailureKind::Link,
         };
         Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<checkpoint::restore::OpenError> for Failure {
+    fn from(error: checkpoint::restore::OpenError) -> Failure {
+        match error {
+            checkpoint::restore::OpenError::Archive(error) => error.into(),
+            error => Failure::new(FailureKind::Link, chain(&error)),
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use checkpoint::archive::Archive;
 use checkpoint::format::{
     CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts, manifest::Sum,
 };
@@ -46,6 +47,7 @@ pub(crate) fn make(archive: &Path, checkpoint: &str, guest: &Guest) -> PathBuf {
 
 /// Writes the files of a checkpoint, which needs no base.
 pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> PathBuf {
+    Archive::create(dir.parent().expect("an archive")).expect("an archive");
     fs::create_dir_all(dir).expect("a directory");
     let image = File::create(dir.join("memory.img")).expect("an image");
     image.set_len(memory.len() as u64).expect("its length");

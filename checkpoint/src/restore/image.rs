@@ -1,7 +1,8 @@
-//! A checkpoint's memory, resolved through its bases: which pages have content, in which layer it is, what is lost.
+//! A checkpoint's memory: which pages have content, in which layer it is, what is lost.
 
-use swapd::{Adopted, LayerOf, Origin, PageNo, Run};
+use swapd::{Adopted, LayerOf, Run};
 
+use crate::archive::Layers;
 use crate::format::{FirstFaults, MapPiece, MemoryMap, PageKind};
 
 /// Pages that are adopted by one request: the engine takes so many without holding up a fault for long.
@@ -14,47 +15,12 @@ pub struct Image {
     first_faults: Vec<Run>,
 }
 
-/// Why maps make no image.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ResolveError {
-    /// A base has another number of pages.
-    #[error("its base has memory of another size")]
-    OtherSize,
-    /// There are more layers than can be numbered.
-    #[error("it is the last of more than {} checkpoints, each the base of the next: merge some", Origin::LAYERS_MAX)]
-    TooDeep,
-    /// A page is in a base that is not there.
-    #[error("{0} is said to be in a base, and there is none")]
-    NoBase(PageNo),
-    /// A page is in a base that does not have it.
-    #[error("{0} is said to be in a base, which does not have it")]
-    NotInBase(PageNo),
-}
-
 impl Image {
-    /// From the maps of a checkpoint and its bases, the newest first; and the layer of each page.
-    ///
-    /// # Errors
-    /// If a page's content is nowhere.
-    ///
-    /// # Panics
-    /// If there is no map at all.
-    pub fn resolve(mut maps: Vec<MemoryMap>) -> Result<(Image, LayerOf), ResolveError> {
-        let map = maps.remove(0);
-        let bases = maps;
-        if bases.iter().any(|base| base.pages() != map.pages()) {
-            return Err(ResolveError::OtherSize);
-        }
-        if bases.len() >= Origin::LAYERS_MAX {
-            return Err(ResolveError::TooDeep);
-        }
-        // Zeroed by the kernel when they are first touched: most of a large memory never is.
-        let mut layers = if bases.is_empty() { Vec::new() } else { vec![0; map.pages() as usize] };
-        for piece in map.pieces().filter(|piece| piece.kind == PageKind::Base) {
-            below(&bases, 1, piece.run, &mut layers)?;
-        }
-        let layers = if layers.is_empty() { LayerOf::First } else { LayerOf::PerPage(layers) };
-        Ok((Image { map, first_faults: Vec::new() }, layers))
+    /// Of a checkpoint whose pages are in these layers; and the layer of each, for the engine.
+    pub fn of(layers: &Layers) -> (Image, LayerOf) {
+        let layer_of =
+            if layers.count() > 1 { LayerOf::PerPage(layers.per_page()) } else { LayerOf::First };
+        (Image { map: layers.map().clone(), first_faults: Vec::new() }, layer_of)
     }
 
     /// With the order in which its pages came in after an earlier restore. One of another memory is as good as none.
@@ -118,21 +84,10 @@ impl Image {
     }
 }
 
-/// Finds the layers of pages that are in a base, from that layer on down.
-fn below(bases: &[MemoryMap], layer: usize, run: Run, layers: &mut [u8]) -> Result<(), ResolveError> {
-    let Some(base) = bases.get(layer - 1) else { return Err(ResolveError::NoBase(run.start)) };
-    base.pieces_in(run).try_for_each(|piece| match piece.kind {
-        PageKind::Here => {
-            layers[piece.run.indices()].fill(layer as u8);
-            Ok(())
-        }
-        PageKind::Base => below(bases, layer + 1, piece.run, layers),
-        PageKind::Zero | PageKind::Lost => Err(ResolveError::NotInBase(piece.run.start)),
-    })
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
+    use swapd::PageNo;
+
     use super::*;
     use crate::format::MapBuilder;
 
@@ -146,7 +101,7 @@ pub(crate) mod tests {
         for run in stored {
             map.set_content(*run, PageKind::Here, &vec![7; run.len as usize]);
         }
-        let image = Image::resolve(vec![map.finish(heat)]).unwrap().0;
+        let image = Image { map: map.finish(heat), first_faults: Vec::new() };
         image.with_first_faults(Some(FirstFaults::new(pages, first_faults).unwrap()))
     }
 
@@ -163,29 +118,9 @@ pub(crate) mod tests {
         map.finish(&[])
     }
 
-    fn layers(maps: &[&str]) -> Result<Vec<u8>, ResolveError> {
-        let pages = maps[0].len();
-        Image::resolve(maps.iter().map(|kinds| map(kinds)).collect()).map(|(_, layers)| match layers {
-            LayerOf::First => vec![0; pages],
-            LayerOf::PerPage(layers) => layers,
-        })
-    }
-
-    #[test]
-    fn every_page_is_where_its_newest_content_is() {
-        assert_eq!(layers(&["h.l."]), Ok(vec![0; 4]));
-        assert_eq!(layers(&["hbb.lb", "h.hhhb".replace('.', "h").as_str(), "hhhhhh"]), Ok(vec![0, 1, 1, 0, 0, 2]));
-        assert_eq!(layers(&["hb"]), Err(ResolveError::NoBase(PageNo(1))));
-        assert_eq!(layers(&["hb", "hb"]), Err(ResolveError::NoBase(PageNo(1))));
-        assert_eq!(layers(&["bb", "h."]), Err(ResolveError::NotInBase(PageNo(1))));
-        assert_eq!(layers(&["bb", "hl"]), Err(ResolveError::NotInBase(PageNo(1))));
-        assert_eq!(layers(&["bb", "hhh"]), Err(ResolveError::OtherSize));
-        assert_eq!(layers(&vec!["b"; 256]), Err(ResolveError::TooDeep));
-    }
-
     #[test]
     fn the_sums_are_those_of_the_newest_map_and_adoptions_are_not_too_long() {
-        let (image, _) = Image::resolve(vec![map("h.bb.l"), map("hhhhhh")]).unwrap();
+        let image = Image { map: map("h.bb.l"), first_faults: Vec::new() };
         let adopted: Vec<(Run, Vec<u64>)> = image.adoption().map(|adopted| (adopted.run, adopted.sums)).collect();
         assert_eq!(adopted, [(run(0, 1), vec![0]), (run(2, 2), vec![102, 103])]);
         assert_eq!(image.lost().collect::<Vec<_>>(), [run(5, 1)]);

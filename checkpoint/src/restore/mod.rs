@@ -14,6 +14,6 @@ mod open;
 mod order;
 
 pub use first_touches::FirstTouches;
-pub use image::{ADOPT_PAGES, Image, ResolveError};
+pub use image::{ADOPT_PAGES, Image};
 pub use open::{Checkpoint, Hold, OpenError, open};
 pub use order::order;
