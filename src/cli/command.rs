@@ -4,19 +4,11 @@ use clap::Parser;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind};
 
-<<<<<<< HEAD
-use super::args::{Cli, Command, PkiCommand};
+use super::args::{CheckpointArgs, Cli, Command, PkiCommand};
 use super::settings::{qemu_settings, restore_settings, run_settings, serve_settings};
 use super::values::{self, default_store};
-use super::{bench, migrate, resolve, stat, terminal, vms};
-use crate::{daemon, doctor, pki, qemu, restore, run};
-=======
-use super::args::{CheckpointArgs, Cli, Command, PkiCommand};
-use super::settings::{qemu_settings, run_settings, serve_settings};
-use super::values::{self, default_store};
 use super::{bench, checkpoints, migrate, resolve, stat, terminal, vms};
-use crate::{daemon, doctor, pki, qemu, run};
->>>>>>> h-format
+use crate::{daemon, doctor, pki, qemu, restore, run};
 
 /// Runs the command and returns the process's exit code.
 pub fn main() -> u8 {
