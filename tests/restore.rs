@@ -227,17 +227,30 @@ fn a_checkpoint_that_is_damaged_or_not_there_is_told_before_anything_runs() {
 }
 
 #[test]
-fn a_page_that_is_damaged_in_the_image_is_lost_alone_and_stat_names_it() {
-    // Nobody touches what is behind the working set.
-    let guest = Guest { workload: "rewrite:working-set=32M,fill=all", ..WEB };
-    let mut saved = Saved::of("restore-damaged-page", &guest);
+fn a_page_that_is_damaged_in_the_image_is_a_memory_error_there_alone_and_stat_names_it() {
+    let mut saved = Saved::of("restore-damaged-page", &WEB);
     let page = 128 * MIB / 4096 - 100;
     flip(&saved.image(), page * 4096 + 5);
-    let vm = saved.restore(&["--ram", "64M"]);
-    saved.host.wait_state("web", "running");
+    let mut vm = saved.restore(&["--ram", "64M"]);
     let stat = saved.host.wait_stat("web", "the lost page", |stat| stat["poisoned_pages"] == 1);
-    assert_eq!(stat["lost"][0]["first"], page, "{stat}");
-    saved.host.wait_stat("web", "the rest", |stat| stat["origin_bytes"] == 0);
+    assert_eq!((&stat["lost"][0]["first"], &stat["lost"][0]["pages"]), (&page.into(), &1.into()), "{stat}");
+    let stat = saved.host.wait_state("web", "failed");
+    assert_eq!(stat["guest"]["mismatched_pages"], 0, "{stat}");
+    assert_eq!(saved.host.vmemd(&["stop", "web"]).code, 0);
+    vm.ends_with(7);
+}
+
+#[test]
+fn a_page_that_is_damaged_and_that_nobody_touches_harms_nobody_and_stat_tells_of_it() {
+    // Nobody touches what is behind the working set.
+    let guest = Guest { workload: "rewrite:working-set=32M,fill=all", ..WEB };
+    let mut saved = Saved::of("restore-damaged-cold-page", &guest);
+    flip(&saved.image(), (128 * MIB / 4096 - 100) * 4096 + 5);
+    let vm = saved.restore(&["--ram", "64M"]);
+    let stat = saved.host.wait_stat("web", "what is left", |stat| {
+        stat["restore"]["waits"].as_str().is_some_and(|why| why.starts_with("1 pages cannot be read"))
+    });
+    assert_eq!((&stat["origin_bytes"], &stat["poisoned_pages"]), (&4096.into(), &0.into()), "{stat}");
     saved.host.wait_rounds("web", 2);
     saved.stop("web", vm);
 }
@@ -255,11 +268,14 @@ fn the_order_of_the_first_faults_is_kept_for_the_next_restore() {
     assert!((16 * MIB / 4096..64 * MIB / 4096).contains(&pages), "{pages} pages");
     saved.stop("web", vm);
     let before = fs::read(&first_faults).expect("it was written");
-    let vm = saved.restore(&["--keep-origin"]);
+    let vm = saved.restore(&["--keep-origin", "--paused"]);
+    // Told to stand still, so that nothing but the order brings pages.
     let stat = saved.host.wait_stat("web", "its working set", |stat| {
-        stat["restore"]["fetched_bytes"].as_u64() >= Some(8 * MIB)
+        stat["restore"]["fetched_bytes"].as_u64() >= Some(16 * MIB)
     });
-    assert_eq!(stat["state"], "running", "{stat}");
+    assert_eq!((&stat["state"], &stat["faults"]["store"]), (&"paused".into(), &0.into()), "{stat}");
+    assert!(stat["resident_bytes"].as_u64() >= Some(16 * MIB), "{stat}");
+    assert_eq!(saved.host.vmemd(&["resume", "web"]).code, 0);
     saved.host.wait_rounds("web", 1);
     saved.stop("web", vm);
     assert_eq!(fs::read(&first_faults).expect("it is there"), before);
