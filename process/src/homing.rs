@@ -212,11 +212,10 @@ impl Homing {
             }
             let Some((part, answer)) = asked.pop_front() else { return Ok(()) };
             let pages = self.answer(answer)?;
-            if pages > 0 {
-                self.note_fetched(pages);
-                if pages < u64::from(part.len) {
-                    asked.push_front((part, self.engine.fetch_origin_async(part)));
-                }
+            self.note_fetched(pages);
+            if pages > 0 && pages < u64::from(part.len) {
+                // While a vCPU waits, the engine brings less than a part at a time.
+                asked.push_front((part, self.engine.fetch_origin_async(part)));
                 continue;
             }
             if let Some(recording) = &mut self.recording {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use checkpoint::archive::Archive;
 use checkpoint::format::{
-    CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts, manifest::Sum,
+    BaseRef, CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts, manifest::Sum,
 };
 use memmap2::MmapMut;
 use swapd::digest::page_sum;
@@ -103,4 +103,39 @@ pub(crate) fn lose(dir: &Path, map: &MemoryMap, page: u64) {
     manifest.pages = map.counts();
     (manifest.parts.map.bytes, manifest.parts.map.xxh3) = (bytes.len() as u64, Sum(xxh3_64(&bytes)));
     fs::write(path, manifest.encode()).expect("a manifest");
+}
+
+/// Makes a checkpoint whose base is another one: every third page is its own, and damaged in the base.
+pub(crate) fn make_on(base: &Path, checkpoint: &str) -> PathBuf {
+    let dir = base.parent().expect("an archive").join(checkpoint);
+    fs::create_dir_all(&dir).expect("a directory");
+    let mut manifest = Manifest::decode(&fs::read(base.join("manifest")).expect("a manifest")).expect("a manifest");
+    let base_map = MemoryMap::decode(&fs::read(base.join("memory.map")).expect("a map")).expect("a map");
+    let below = File::options().read(true).write(true).open(base.join("memory.img")).expect("an image");
+    let image = File::create(dir.join("memory.img")).expect("an image");
+    image.set_len(manifest.vm.memory_bytes).expect("its length");
+    let mut map = MapBuilder::new(base_map.pages());
+    for piece in base_map.pieces().filter(|piece| piece.kind.has_content()) {
+        for (page, sum) in piece.run.pages().zip(piece.sums) {
+            let own = page.0.is_multiple_of(3);
+            map.set_content(Run::one(page), if own { PageKind::Here } else { PageKind::Base }, &[*sum]);
+            if own {
+                let mut bytes = [0; PAGE_SIZE];
+                below.read_exact_at(&mut bytes, page.offset()).expect("a page");
+                image.write_all_at(&bytes, page.offset()).expect("a page");
+                below.write_all_at(&[0xa5; PAGE_SIZE], page.offset()).expect("a page");
+            }
+        }
+    }
+    let map = map.finish(&[]);
+    let bytes = map.encode();
+    fs::write(dir.join("memory.map"), &bytes).expect("a map");
+    fs::copy(base.join("state"), dir.join("state")).expect("a state");
+    let name = base.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+    manifest.base = Some(BaseRef { name, id: manifest.id });
+    manifest.id = CheckpointId::random().expect("an id");
+    (manifest.pages, manifest.made_at_ms) = (map.counts(), manifest.made_at_ms + 1000);
+    (manifest.parts.map.bytes, manifest.parts.map.xxh3) = (bytes.len() as u64, Sum(xxh3_64(&bytes)));
+    fs::write(dir.join("manifest"), manifest.encode()).expect("a manifest");
+    dir
 }
