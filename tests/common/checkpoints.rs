@@ -9,7 +9,7 @@ use checkpoint::archive::Archive;
 use checkpoint::format::{
     BaseRef, CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts, manifest::Sum,
 };
-use memmap2::MmapMut;
+use memmap2::MmapOptions;
 use swapd::digest::page_sum;
 use swapd::{PAGE_SIZE, PageNo, Run};
 use testkit::{OrSkip, Reason, wait_for};
@@ -33,7 +33,9 @@ pub(crate) struct Guest {
 
 /// Runs the guest for some rounds, and makes a checkpoint of it in the archive. Returns its directory.
 pub(crate) fn make(archive: &Path, checkpoint: &str, guest: &Guest) -> PathBuf {
-    let mut memory = MmapMut::map_anon(guest.memory_bytes as usize).expect("memory for the guest");
+    let mut options = MmapOptions::new();
+    let options = options.len(guest.memory_bytes as usize).no_reserve_swap();
+    let mut memory = options.map_anon().expect("memory for the guest");
     let workload = guest.workload.parse().expect("a workload");
     let config = MachineConfig { memory_bytes: guest.memory_bytes, vcpus: 1, workload };
     let mut machine = ReferenceMachine::new(config, memory.as_mut_ptr()).or_skip(Reason::Kvm);
@@ -52,7 +54,8 @@ pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> P
     let image = File::create(dir.join("memory.img")).expect("an image");
     image.set_len(memory.len() as u64).expect("its length");
     let mut map = MapBuilder::new((memory.len() / PAGE_SIZE) as u64);
-    for (page, bytes) in (0..).map(PageNo).zip(memory.chunks(PAGE_SIZE)) {
+    for page in touched(memory) {
+        let bytes = &memory[page.index() * PAGE_SIZE..][..PAGE_SIZE];
         if bytes.iter().any(|byte| *byte != 0) {
             map.set_content(Run::one(page), PageKind::Here, &[page_sum(page, bytes)]);
             image.write_all_at(bytes, page.offset()).expect("a page");
@@ -83,6 +86,18 @@ pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> P
     };
     fs::write(dir.join("manifest"), manifest.encode()).expect("a manifest");
     dir.to_owned()
+}
+
+/// The pages that have memory at all: most of a large guest has none, and reading it would take some.
+fn touched(memory: &[u8]) -> Vec<PageNo> {
+    const ENTRY: usize = 8;
+    let file = File::open("/proc/self/pagemap").expect("proc is mounted");
+    let mut entries = vec![0; memory.len() / PAGE_SIZE * ENTRY];
+    let first = memory.as_ptr() as u64 / PAGE_SIZE as u64;
+    file.read_exact_at(&mut entries, first * ENTRY as u64).expect("an entry a page");
+    // The highest bits: in memory, or swapped.
+    let is_there = |entry: &[u8]| entry[ENTRY - 1] & 0xc0 != 0;
+    (0..).map(PageNo).zip(entries.chunks(ENTRY)).filter(|(_, entry)| is_there(entry)).map(|(page, _)| page).collect()
 }
 
 /// Has a page that reads as zeros be one that was lost, in a checkpoint that is whole.
