@@ -316,8 +316,13 @@ impl Homing {
     }
 
     fn comes_first(&mut self) -> Option<String> {
-        if self.vm.locked(|state| !matches!(state.whereabouts, Whereabouts::Here)) {
+        let (here, saved) =
+            self.vm.locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
+        if !here {
             return Some("the VM is on its way to another host".to_owned());
+        }
+        if saved {
+            return Some("a checkpoint of the VM is being made".to_owned());
         }
         if self.looked_at_host.is_some_and(|then| then.elapsed() < LOOK_AT_HOST) {
             return None;

@@ -380,8 +380,60 @@ pub(super) struct MakeArgs {
     /// Its archive: a directory for the checkpoints of this VM alone; made if missing
     #[arg(long, value_name = "DIR")]
     pub(super) to: PathBuf,
-    #[command(flatten)]
-    pub(super) json: JsonArg,
+    /// The checkpoint whose pages need not be saved again: latest, none, or its name
+    #[arg(long, value_name = "NAME", default_value = "none")]
+    pub(super) base: BaseArg,
+    /// Keep this many checkpoints, and remove older ones when the new one is there
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(super) keep: Option<u32>,
+    /// Stop the VM for the last pages when they can be written in this time
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
+    pub(super) downtime_target: Duration,
+    /// Stop the VM for them after this many rounds, whatever is left
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(super) max_rounds: u32,
+    /// Never slow a guest down that writes faster than can be saved
+    #[arg(long)]
+    pub(super) no_throttle: bool,
+    /// Write at most so much a second while the VM runs
+    #[arg(long, value_name = "SIZE")]
+    pub(super) rate: Option<Size>,
+    /// End the VM when the checkpoint is durable: nothing that it does after the checkpoint is lost
+    #[arg(long)]
+    pub(super) stop: bool,
+    /// Of a QEMU with disks, save memory and state alone
+    #[arg(long)]
+    pub(super) without_disks: bool,
+    /// Of a VM whose store is encrypted, save it unencrypted
+    #[arg(long)]
+    pub(super) plain: bool,
+    // Not a flattened `JsonArg`: clap would no longer see whether any of these is there.
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// With what a checkpoint is compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum BaseArg {
+    /// With nothing: it has all pages itself
+    None,
+    /// With the newest one in the archive, if there is one
+    Latest,
+    /// With that one
+    Name(String),
+}
+
+impl std::str::FromStr for BaseArg {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "none" => BaseArg::None,
+            "latest" => BaseArg::Latest,
+            name => BaseArg::Name(name.to_owned()),
+        })
+    }
 }
 
 /// What is done with an archive alone, without any VM.
@@ -548,6 +600,21 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_checkpoint_is_made_of_a_vm_or_its_archive_is_looked_at() {
+        let parsed = |words: &str| match Cli::try_parse_from(words.split(' ')).unwrap().command {
+            Command::Checkpoint(args) => args,
+            other => panic!("{other:?}"),
+        };
+        let made =
+            parsed("vmemd checkpoint web --to /b --base latest --keep 6 --rate 200M --json").make.unwrap();
+        assert_eq!((made.name.as_str(), made.base, made.keep), ("web", BaseArg::Latest, Some(6)));
+        assert!(made.json && made.rate == Some("200M".parse().unwrap()));
+        assert_eq!(parsed("vmemd checkpoint --to /b -- list").make.unwrap().name, "list");
+        assert!(matches!(parsed("vmemd checkpoint list /b").command, Some(ArchiveCommand::List(_))));
+        assert!(Cli::try_parse_from(["vmemd", "checkpoint", "web"]).is_err());
     }
 
     #[test]

@@ -62,6 +62,10 @@ pub struct VmFacts {
     pub budget_bytes: u64,
     /// Whether it stood still by its user's will, and is to stand still when it is restored.
     pub paused: bool,
+    /// Its disks, whose content is not in the checkpoint, with its user's knowledge: a restored guest's file systems
+    /// agree with its memory only if whoever restores it has put back that of the same moment.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without_disks: Vec<String>,
 }
 
 /// A VM's kind of machine.
