@@ -107,6 +107,7 @@ impl From<swapd::StartError> for Failure {
         let kind = match &error {
             swapd::StartError::Budget(_) => FailureKind::Usage,
             swapd::StartError::Host(_) => FailureKind::Host,
+            swapd::StartError::Origin(_) => FailureKind::Damaged,
             swapd::StartError::Store(_) | swapd::StartError::Memory(_) => FailureKind::Resources,
         };
         // Its text names the cause.
@@ -142,6 +143,15 @@ impl From<ArchiveError> for Failure {
             _ => FailureKind::Other,
         };
         Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<checkpoint::restore::OpenError> for Failure {
+    fn from(error: checkpoint::restore::OpenError) -> Failure {
+        match error {
+            checkpoint::restore::OpenError::Archive(error) => error.into(),
+            error => Failure::new(FailureKind::Damaged, chain(&error)),
+        }
     }
 }
 

@@ -111,7 +111,7 @@ pub(crate) enum Resumer {
     Store,
     /// A migration that has not taken it away. `stopped_it`: the VM was told to stand still for that.
     Source { stopped_it: bool },
-    /// A migration that has brought it.
+    /// A migration that has brought it, or a restore.
     Target,
     /// A checkpoint. `stopped_it`: the VM was told to stand still for that.
     Checkpoint { stopped_it: bool },
@@ -124,7 +124,7 @@ pub(crate) enum Resumer {
 /// | the operator | here | anything |
 /// | its store | here | a stall that is relieved, before which it ran, and nothing else |
 /// | a migration that failed, if that stopped it | migrating, or in doubt until now | nothing else |
-/// | a migration that brought it | here, as of the commit | anything but that it came paused |
+/// | a migration that brought it, or a restore | here, as of the commit | anything but that it came paused |
 /// | a checkpoint, if that stopped it | here | nothing else |
 ///
 /// Nobody else may. A VM that somebody else lets go on would run at two hosts, or against the will of its pauser.

@@ -128,6 +128,7 @@ impl Vm {
             state.ender = Some(by);
             matches!(state.whereabouts, Whereabouts::Migrating)
         });
+        self.halt.end();
         if migrating {
             info!(vm = %self.facts.name, by, "it is to end here: its migration is cancelled, if it is not too late for that");
         }

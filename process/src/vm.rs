@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use migrate::Wait;
@@ -10,11 +10,12 @@ use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
 use crate::checkpoint::{Checkpointing, LastCheckpoint};
-use crate::control::protocol::{ArrivalStat, MigrationStat, State, VmStat, WaitStat};
+use crate::control::protocol::{ArrivalStat, MigrationStat, RestoreStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind};
 use crate::granted::Granted;
+use crate::halt::Halt;
 use crate::hold::{BY_ITS_MONITOR, DID_NOT_GO_ON, Hold, Resumer, Want, Whereabouts, may_resume};
 use crate::machine::{GuestView, Machine, RunState};
 use crate::memory::MemoryView;
@@ -48,6 +49,7 @@ pub(crate) struct VmState {
     pub(crate) last_checkpoint: Option<LastCheckpoint>,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
+    pub(crate) restore: Option<RestoreStat>,
     pub(crate) claim: Option<Claim>,
     /// It is to end, and who wants that.
     pub(crate) ender: Option<&'static str>,
@@ -104,6 +106,8 @@ pub(crate) struct Vm {
     pub(crate) events: Sender<VmEvent>,
     /// Cancels the migration or the checkpoint under way: there is only one of them.
     pub(crate) cancel: AtomicBool,
+    /// Ends work beside the VM, which nobody needs once it is to end.
+    pub(crate) halt: Arc<Halt>,
     /// Its faults are being recorded.
     pub(crate) recording: AtomicBool,
     /// One at a time looks at the budget, and changes what is on record of it.
@@ -140,6 +144,7 @@ impl Vm {
             last_checkpoint: None,
             waiting: None,
             arrival: None,
+            restore: None,
             claim: Some(claim),
             ender: None,
             ended: None,
@@ -151,6 +156,7 @@ impl Vm {
             memory: OnceLock::new(),
             events,
             cancel: AtomicBool::new(false),
+            halt: Arc::default(),
             recording: AtomicBool::new(false),
             budgeting: Mutex::default(),
             resolving: Mutex::default(),
@@ -344,6 +350,7 @@ impl Vm {
                 checkpoint: vm.checkpoint.as_ref().map(|now| now.stat.clone()),
                 last_checkpoint: vm.last_checkpoint.as_ref().map(LastCheckpoint::stat),
                 arrival: vm.arrival.clone(),
+                restore: vm.restore.clone(),
             }
         }))
     }

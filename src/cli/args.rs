@@ -52,6 +52,13 @@ Ctrl-C stops the VM. After it has moved to another host the command ends with 10
     #[command(after_help = "Example:
   vmemd qemu-args --name db --ram 512M --format libvirt -- qemu-system-x86_64 -m 1G")]
     QemuArgs(QemuArgs),
+    /// Run a VM from a checkpoint, at once: its memory comes as it is needed
+    #[command(after_help = "Examples:
+  vmemd restore /backup/web
+  vmemd restore /backup/web 2026-11-29T23-20-00Z --as web2 --ram 1G
+The checkpoint is not changed, and any number of VMs may begin from it. Until a VM has moved all of its memory to its own
+store (`vmemd stat` shows what is still there), the checkpoint cannot be removed. Ctrl-C stops the VM.")]
+    Restore(RestoreArgs),
     /// Let VMs arrive at this host
     #[command(after_help = "Example:
   vmemd serve --listen 127.0.0.1:7070 --ram 1G --store /var/lib/vmemd
@@ -180,10 +187,40 @@ pub(super) struct RunArgs {
     pub(super) qemu: Vec<OsString>,
 }
 
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    /// The directory with the VM's checkpoints
+    pub(super) dir: PathBuf,
+    /// Which of them [default: the latest]
+    pub(super) checkpoint: Option<String>,
+    /// Another name for it: a second life is another VM
+    #[arg(long = "as", value_name = "NAME")]
+    pub(super) name: Option<String>,
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
+    /// It stands still until `vmemd resume`
+    #[arg(long)]
+    pub(super) paused: bool,
+    /// It runs when all of its memory is here: in RAM, or what does not fit there in its store
+    #[arg(long)]
+    pub(super) eager: bool,
+    /// While it runs, move no more than this a second from the checkpoint to its store
+    #[arg(long, value_name = "SIZE", conflicts_with = "keep_origin")]
+    pub(super) rate: Option<Size>,
+    /// Leave in the checkpoint what does not change: it is needed for as long as the VM runs
+    #[arg(long)]
+    pub(super) keep_origin: bool,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+    /// A QEMU and its arguments
+    #[arg(last = true, value_name = "QEMU")]
+    pub(super) qemu: Vec<OsString>,
+}
+
 /// What a VM may use.
 #[derive(Debug, Args)]
 pub(super) struct LimitArgs {
-    /// RAM that it may use [default: all of its memory]
+    /// RAM that it may use [default: all of its memory; of `restore`, what it had]
     #[arg(long, value_name = "SIZE")]
     pub(super) ram: Option<Size>,
     /// Where the pages go that have no RAM: a directory on an SSD, or a block device

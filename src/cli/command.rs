@@ -5,15 +5,15 @@ use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind};
 
 use super::args::{CheckpointArgs, Cli, Command, PkiCommand};
-use super::settings::{qemu_settings, run_settings, serve_settings};
+use super::settings::{qemu_settings, restore_settings, run_settings, serve_settings};
 use super::values::{self, default_store};
 use super::{bench, checkpoint, checkpoints, migrate, resolve, stat, terminal, vms};
-use crate::{daemon, doctor, pki, qemu, run};
+use crate::{daemon, doctor, pki, qemu, restore, run};
 
 /// Runs the command and returns the process's exit code.
 pub fn main() -> u8 {
     let cli = Cli::parse();
-    let long_running = matches!(cli.command, Command::Run(_) | Command::Serve(_) | Command::Receive { .. });
+    let long_running = matches!(cli.command, Command::Run(_) | Command::Restore(_) | Command::Serve(_) | Command::Receive { .. });
     terminal::start_logging(if long_running { "info" } else { "warn" });
     terminal::exit_code(dispatch(cli))
 }
@@ -26,6 +26,15 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
             match qemu::run::run(&qemu_settings(args.name, args.limits, words, run_dir)?)? {}
         }
         Command::Run(args) => run::run(&run_settings(args, run_dir)?),
+        Command::Restore(args) => {
+            let json = args.json.json;
+            restore::restore(&restore_settings(args, run_dir)?, move |started| {
+                // One line: programs wait for it.
+                if let (true, Ok(text)) = (json, serde_json::to_string(started)) {
+                    terminal::print(&text);
+                }
+            })
+        }
         Command::QemuArgs(args) => {
             let settings = qemu_settings(args.name, args.limits, args.qemu, run_dir)?;
             let text = qemu::run::arguments(&settings, args.format.into())?;

@@ -2,20 +2,22 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use vmprocess::MemorySpec;
+use vmprocess::{MemorySpec, RestoreOptions};
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::check_name;
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::medium::need_disk;
 use vmprocess::size::Size;
 
-use super::args::{LimitArgs, RunArgs, ServeArgs};
+use super::args::{LimitArgs, RestoreArgs, RunArgs, ServeArgs};
 use super::values::{check_sizes, default_store};
 use crate::daemon::door::DoorSettings;
 use crate::daemon::serve::ServeSettings;
 use crate::qemu::rules::Rules;
 use crate::qemu::run::QemuSettings;
+use crate::restore::RestoreSettings;
 use crate::run::RunSettings;
 
 pub(super) fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure> {
@@ -71,6 +73,42 @@ pub(super) fn qemu_settings(
         prealloc: limits.prealloc,
         lock: !limits.no_lock,
         words,
+    })
+}
+
+pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<RestoreSettings, Failure> {
+    let began = Instant::now();
+    if !args.qemu.is_empty() {
+        return Err(Failure::new(FailureKind::Usage, "the restore of QEMU VMs is not built yet"));
+    }
+    if let Some(rate) = args.rate.filter(|rate| rate.bytes() == 0) {
+        let text = format!("--rate {rate}: nothing would ever move; give --keep-origin if that is meant");
+        return Err(Failure::new(FailureKind::Usage, text));
+    }
+    if let Some(name) = &args.name {
+        check_name(name)?;
+    }
+    let limits = args.limits;
+    let store = limits.store.unwrap_or_else(default_store);
+    make_store(&store, limits.store_in_ram)?;
+    Ok(RestoreSettings {
+        run_dir,
+        archive: args.dir,
+        checkpoint: args.checkpoint,
+        name: args.name,
+        ram: limits.ram,
+        store,
+        store_overcommit: limits.store_overcommit,
+        store_encrypt: limits.encrypt_store,
+        prealloc: limits.prealloc,
+        lock: !limits.no_lock,
+        options: RestoreOptions {
+            paused: args.paused,
+            eager: args.eager,
+            rate: args.rate.map(Size::bytes),
+            keep_origin: args.keep_origin,
+        },
+        began,
     })
 }
 

@@ -179,6 +179,13 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
         let (elapsed, limit) = (seconds(waiting.elapsed_ms), seconds(waiting.limit_ms));
         row("waiting", &[format!("{elapsed} for {}, at most {limit} ({})", waiting.what, waiting.limit)]);
     }
+    if let Some(restore) = &stat.restore {
+        let there = format!("{} still there", size(memory.origin_bytes));
+        let rate = restore.rate_bytes.map(|rate| format!(" at most {}/s", size(rate))).unwrap_or_default();
+        let waits = restore.waits.as_ref().map(|why| format!(", waits: {why}")).unwrap_or_default();
+        let now = format!("{}{rate}{waits}", restore.phase.words());
+        row("restored", &[format!("from {}", restore.from), there, now]);
+    }
     if let Some(migration) = &stat.migration {
         row(
             "migrating",

@@ -286,6 +286,9 @@ pub struct VmStat {
     pub last_checkpoint: Option<LastCheckpointStat>,
     /// How the memory was received, if it was.
     pub arrival: Option<ArrivalStat>,
+    /// The checkpoint that it began from, if it did, and what is still done for that.
+    #[serde(default)]
+    pub restore: Option<RestoreStat>,
 }
 
 /// What the guest itself reports.
@@ -395,4 +398,48 @@ pub struct ArrivalStat {
     pub pageins_during: u64,
     /// Page-outs of the VM's own paging while it was received.
     pub pageouts_during: u64,
+}
+
+/// A VM that began from a checkpoint. Bytes that are still there are `origin_bytes` of its memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreStat {
+    /// The checkpoint's directory.
+    pub from: String,
+    /// What is done with what is still there.
+    pub phase: RestorePhase,
+    /// Brought into RAM ahead of any touch.
+    pub fetched_bytes: u64,
+    /// Bytes a second that are taken home at most; null: as fast as it goes.
+    pub rate_bytes: Option<u64>,
+    /// Why nothing is brought or taken at this moment.
+    pub waits: Option<String>,
+}
+
+/// What is done with a restored VM's pages that are in the checkpoint still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RestorePhase {
+    /// The VM does not run yet.
+    Loading,
+    /// What it needs first is brought into RAM.
+    Fetching,
+    /// All of it is moved to the VM's own store.
+    TakingHome,
+    /// They stay there for as long as they do not change.
+    Kept,
+    /// Nothing is there any more: the checkpoint may be removed.
+    Done,
+}
+
+impl RestorePhase {
+    /// In words, to stand behind "it is".
+    pub const fn words(self) -> &'static str {
+        match self {
+            RestorePhase::Loading => "being loaded",
+            RestorePhase::Fetching => "fetching",
+            RestorePhase::TakingHome => "taking home",
+            RestorePhase::Kept => "kept there",
+            RestorePhase::Done => "done",
+        }
+    }
 }
