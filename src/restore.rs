@@ -121,7 +121,13 @@ pub fn restore(
         options: settings.options,
         started: Box::new(move |restored| {
             let command_us = began.elapsed().as_micros() as u64;
-            tell(&Started { restored: restored.clone(), pid: std::process::id(), command_us, open_us, engine_us });
+            tell(&Started {
+                restored: restored.clone(),
+                pid: std::process::id(),
+                command_us,
+                open_us,
+                engine_us,
+            });
         }),
     };
     process.restore(memory, restoration).result

@@ -14,6 +14,7 @@ extern crate testkit;
 
 mod backends;
 mod devices;
+mod disks;
 mod farewell;
 mod guest;
 mod images;

@@ -225,7 +225,8 @@ impl Homing {
             let now = self.stats()?.faults.store;
             let waits = faults.replace(now).is_some_and(|before| now > before);
             let paced = self.options.rate.map_or(Duration::ZERO, |rate| pace(HOME_PAGES, rate));
-            let rest = paced.saturating_sub(began.elapsed()).max(if waits { GIVE_WAY } else { Duration::ZERO });
+            let rest =
+                paced.saturating_sub(began.elapsed()).max(if waits { GIVE_WAY } else { Duration::ZERO });
             self.vm.halt.pause(rest)?;
         }
         self.hold.let_go();

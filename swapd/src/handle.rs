@@ -116,11 +116,7 @@ impl EngineHandle {
 
     /// A reader of stored pages, for a caller that holds them.
     pub fn stored_reader(&self) -> StoredReader {
-        StoredReader {
-            store: self.store.clone(),
-            cipher: self.cipher.clone(),
-            origin: self.origin.clone(),
-        }
+        StoredReader { store: self.store.clone(), cipher: self.cipher.clone(), origin: self.origin.clone() }
     }
 
     /// A snapshot of the engine's figures.

@@ -47,7 +47,9 @@ pub enum OriginError {
     #[error("an origin has 1 to {} layers, not {layers}; merge some of the checkpoints", Origin::LAYERS_MAX)]
     Layers { layers: usize },
     /// It was made for a VM of another size.
-    #[error("the origin says of {pages} pages where they are, and the VM has {wanted}; give the VM as much memory")]
+    #[error(
+        "the origin says of {pages} pages where they are, and the VM has {wanted}; give the VM as much memory"
+    )]
     NotTheMemory { pages: u64, wanted: u64 },
     /// A number that no layer has.
     #[error("{page} is said to be in layer {layer} of the origin, which has {layers}")]
@@ -67,7 +69,9 @@ pub enum OriginError {
     )]
     Blocks { layer: usize, block_bytes: u32 },
     /// The file ends before the last page that it is said to have.
-    #[error("layer {layer} of the origin ends at {available_bytes} bytes, before {page}, which it should have")]
+    #[error(
+        "layer {layer} of the origin ends at {available_bytes} bytes, before {page}, which it should have"
+    )]
     Short { layer: usize, page: PageNo, available_bytes: u64 },
 }
 
@@ -253,7 +257,10 @@ mod tests {
         let error = refused(file(&[PAGES]), LayerOf::PerPage(vec![0; PAGES as usize - 1]));
         assert!(matches!(error, OriginError::NotTheMemory { pages: 1023, wanted: PAGES }), "{error}");
         let error = refused(file(&[PAGES]), per_page(1));
-        assert!(matches!(error, OriginError::NoSuchLayer { page: PageNo(0), layer: 1, layers: 1 }), "{error}");
+        assert!(
+            matches!(error, OriginError::NoSuchLayer { page: PageNo(0), layer: 1, layers: 1 }),
+            "{error}"
+        );
         let error = refused(file(&[PAGES - 1]), LayerOf::First);
         assert!(matches!(error, OriginError::Short { layer: 0, page: PageNo(1023), .. }), "{error}");
         let error = refused(file(&[PAGES, 5]), per_page(1));
@@ -262,7 +269,8 @@ mod tests {
         let writable = File::options().read(true).write(true).open(&path).unwrap();
         let error = refused(vec![OriginLayer { file: writable }], LayerOf::First);
         assert!(matches!(error, OriginError::Writable { layer: 0 }), "{error}");
-        let error = refused(vec![OriginLayer { file: File::open(directory.path()).unwrap() }], LayerOf::First);
+        let error =
+            refused(vec![OriginLayer { file: File::open(directory.path()).unwrap() }], LayerOf::First);
         assert!(matches!(error, OriginError::NeitherKind { layer: 0 }), "{error}");
     }
 }

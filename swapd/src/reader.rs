@@ -106,7 +106,8 @@ impl StoredReader {
                 tier => self.origin(tier).first_part(rest),
             };
             rest = rest.part(part.len, rest.len - part.len);
-            let at = if tier == TierId::STORE { self.store.place_of(part.start) } else { part.start.offset() };
+            let at =
+                if tier == TierId::STORE { self.store.place_of(part.start) } else { part.start.offset() };
             Some(StoredPart { run: part, file, at })
         })
     }

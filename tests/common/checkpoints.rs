@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use checkpoint::archive::Archive;
 use checkpoint::format::{
-    CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts, manifest::Sum,
+    CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts,
+    manifest::Sum,
 };
 use memmap2::MmapMut;
 use swapd::digest::page_sum;
@@ -75,6 +76,7 @@ pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> P
             offer: None,
             budget_bytes: guest.budget_bytes,
             paused: guest.paused,
+            disks: Vec::new(),
         },
         base: None,
         pages: map.counts(),

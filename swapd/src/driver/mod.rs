@@ -246,7 +246,9 @@ impl Driver {
                 reply(Err(CommandError::NotNow("not all of the VM's memory is mapped yet")));
                 return;
             }
-            Request::Adopt(adopted) if self.origin.as_ref().is_some_and(|origin| origin.lacks(adopted.run)) => {
+            Request::Adopt(adopted)
+                if self.origin.as_ref().is_some_and(|origin| origin.lacks(adopted.run)) =>
+            {
                 reply(Err(CommandError::NotNow("no layer of the origin has one of these pages")));
                 return;
             }
@@ -265,7 +267,8 @@ impl Driver {
             stats.latency_us = self.latencies.figures();
             stats.bookkeeping_bytes += ring::BYTES;
             let drops = self.drops.iter().map(|(_, started)| started.elapsed());
-            stats.store.oldest_ms = drops.fold(self.ring.oldest(TierId::STORE), Duration::max).as_millis() as u64;
+            stats.store.oldest_ms =
+                drops.fold(self.ring.oldest(TierId::STORE), Duration::max).as_millis() as u64;
         }
         let granted = match &answer {
             Ok(Response::Frames(slots)) => Some(*slots),
