@@ -23,6 +23,7 @@ mod inventory;
 mod life;
 mod ownership;
 mod qmp;
+mod restored;
 mod runstate;
 mod settings;
 mod started;
