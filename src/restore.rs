@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use checkpoint::archive::Archive;
+use checkpoint::archive::{Archive, Entry};
 use checkpoint::format::Machine;
 use checkpoint::restore;
 use serde::Serialize;
@@ -77,7 +77,7 @@ pub fn restore(
     tell: impl FnOnce(&Started) + Send + 'static,
 ) -> Result<(), Failure> {
     let archive = Archive::open(&settings.archive)?;
-    let entry = archive.find(settings.checkpoint.as_deref())?;
+    let entry = find(&archive, settings.checkpoint.as_deref())?;
     let chain = archive.chain(&entry)?;
     let vm = &entry.manifest().vm;
     let name = settings.name.clone().unwrap_or_else(|| vm.name.clone());
@@ -146,6 +146,25 @@ pub fn restore(
         }),
     };
     process.restore(memory, restoration).result
+}
+
+/// The checkpoint of that name, or the latest. If that cannot be read, an older one is not taken in its place without a
+/// word: the VM would have lost what it did since.
+fn find(archive: &Archive, name: Option<&str>) -> Result<Entry, Failure> {
+    if name.is_some() {
+        return Ok(archive.find(name)?);
+    }
+    let listing = archive.list()?;
+    let newest = listing.entries.first().map(Entry::name).unwrap_or_default();
+    // A name is the time of its making.
+    match listing.unreadable.into_iter().max_by(|(one, _), (other, _)| one.cmp(other)) {
+        Some((name, error)) if name.as_str() > newest => {
+            let failure = Failure::from(error);
+            let text = format!("{name}, the latest checkpoint, cannot be read: {failure}; name an older one to restore that");
+            Err(Failure::new(failure.kind, text))
+        }
+        _ => Ok(archive.find(None)?),
+    }
 }
 
 fn name_is_taken(failure: Failure, settings: &RestoreSettings) -> Failure {

@@ -199,14 +199,14 @@ fn a_checkpoint_that_is_damaged_or_not_there_is_told_before_anything_runs() {
     for (file, at) in [("memory.map", 60), ("state", 100), ("manifest", 40)] {
         let path = saved.checkpoint.join(file);
         flip(&path, at);
-        saved.refused(&[]).fails(6, &[file]);
+        saved.refused(&[]).fails(13, &[file]);
         flip(&path, at);
     }
     for file in ["memory.map", "state", "memory.img", "manifest"] {
         let path = saved.checkpoint.join(file);
         let whole = fs::read(&path).expect("a file of the checkpoint");
         fs::write(&path, &whole[..whole.len() / 2]).expect("half of it");
-        saved.refused(&[]).fails(6, &[file]);
+        saved.refused(&[]).fails(13, &[file]);
         fs::remove_file(&path).expect("it is there");
         assert_ne!(saved.refused(&[]).code, 0);
         fs::write(&path, &whole).expect("all of it");
@@ -217,7 +217,7 @@ fn a_checkpoint_that_is_damaged_or_not_there_is_told_before_anything_runs() {
     let (body, _) = whole.trim_end().rsplit_once('\n').expect("a last line");
     let newer = body.replace("\"version\": 1", "\"version\": 99") + "\n";
     fs::write(&path, format!("{newer}xxh3 {:016x}\n", xxh3_64(newer.as_bytes()))).expect("a manifest");
-    saved.refused(&[]).fails(6, &["99"]);
+    saved.refused(&[]).fails(1, &["99"]);
     // Of a VM that is not built yet.
     let mut manifest = Manifest::decode(whole.as_bytes()).expect("a manifest");
     manifest.vm.machine = checkpoint::format::Machine::Qemu;
@@ -283,7 +283,7 @@ fn a_restored_vm_moves_on_while_its_pages_are_in_the_checkpoint() {
 
 #[test]
 fn a_rate_is_kept_and_stat_says_so() {
-    let mut saved = Saved::of("restore-rate", &Guest { workload: "idle:working-set=64M", ..WEB });
+    let mut saved = Saved::of("restore-rate", &Guest { workload: "read:working-set=1M,rate=4M,fill=all", ..WEB });
     let began = Instant::now();
     let vm = saved.restore(&["--rate", "32M"]);
     let stat = saved.host.wait_stat("web", "its rate", |stat| stat["restore"]["phase"] == "taking_home");

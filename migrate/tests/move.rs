@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::Target;
-use common::vm::{MEMORY, PAGES, Writer, compare, engine, engine_with, fill, options, write};
+use common::vm::{MEMORY, PAGES, Writer, compare, engine, engine_with, fill, options, restored, write};
 use migrate::{CancelFlag, PlainMemory, Progress, SendError, SourceOptions, SourceVm, TargetMemory, send};
 use swapd::PAGE_SIZE;
 
@@ -112,6 +112,23 @@ fn a_cancel_leaves_the_vm_where_it_was() {
     let other = Target::start(TargetMemory::Plain(memory.clone()));
     send(&here.handle(), &mut vm, &options(other.address), &|_| {}, &CancelFlag::new(false)).unwrap();
     compare(&here, memory.base());
+}
+
+#[test]
+fn a_restored_vm_moves_while_pages_are_at_its_origin() {
+    let (place, place_there) = (common::place(), common::place());
+    let ((here, _), there) = (restored(&place, true), engine(&place_there, MEMORY / 2));
+    let at_origin = here.handle().stats().unwrap().origin_bytes;
+    assert!(at_origin > MEMORY / 4, "{at_origin} bytes");
+    let mut vm = Writer::start(here.memory_base() as usize, 100..2000);
+    let target = Target::start(TargetMemory::Engine(there.handle()));
+    let report =
+        send(&here.handle(), &mut vm, &options(target.address), &|_| {}, &CancelFlag::new(false)).unwrap();
+    assert_eq!(report.pages_ram + report.pages_store + report.pages_zero, PAGES);
+    target.result().unwrap();
+    compare(&here, there.memory_base());
+    let stats = here.handle().stats().unwrap();
+    assert_eq!((stats.poisoned_pages, stats.store.read_errors, stats.store.checksum_mismatches), (0, 0, 0));
 }
 
 #[test]

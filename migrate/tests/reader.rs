@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use common::vm::{MEMORY, PAGES, Writer, engine, engine_with, fill, is_intact};
+use common::vm::{MEMORY, PAGES, Writer, engine, engine_with, fill, is_intact, restored};
 use migrate::SourceVm;
 use migrate::reader::{Closed, FILLERS, Found, PageBuffer, ReadError, Reader, Sink};
 use swapd::digest::page_sum;
@@ -234,6 +234,31 @@ fn a_page_that_the_store_lost_is_told() {
     // One page in the middle of a stored run, behind the engine's back.
     store.write_all_at(&Page([0xA5; PAGE_SIZE]).0, 3000 << 12).unwrap();
     read_into_file(&here, &place, 2, &[3000]);
+}
+
+/// Two thirds of what it has is at the origin, where the reader leaves it.
+#[test]
+fn a_restored_vm_is_read_from_its_origin_and_its_store() {
+    for encrypt in [false, true] {
+        let place = common::place();
+        let (here, _) = restored(&place, encrypt);
+        let before = here.handle().stats().unwrap();
+        assert!(before.origin_bytes > MEMORY / 4 && before.store.used_bytes > 0, "{before:?}");
+        read_into_file(&here, &place, 3, &[]);
+        let after = here.handle().stats().unwrap();
+        println!("at the origin: {} bytes, then {}", before.origin_bytes, after.origin_bytes);
+    }
+}
+
+#[test]
+fn a_page_that_the_origin_lost_is_told_and_the_rest_is_read() {
+    let place = common::place();
+    let (here, odd) = restored(&place, false);
+    // Of the ten pages there, those with an odd number are in this layer.
+    let file = File::options().write(true).open(odd).unwrap();
+    file.write_all_at(&[0xA5; 100], (3011 << 12) + 8).unwrap();
+    file.sync_all().unwrap();
+    read_into_file(&here, &place, 2, &[3011]);
 }
 
 #[test]

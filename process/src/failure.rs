@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use checkpoint::archive::ArchiveError;
 use migrate::tls::TlsError;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,8 @@ pub enum FailureKind {
     Moved,
     /// It would have stood still for longer than it may.
     Downtime,
+    /// A checkpoint, or something that it needs, is not what was saved.
+    Damaged,
     /// Ctrl-C or a termination signal.
     Interrupted,
 }
@@ -59,6 +62,7 @@ impl FailureKind {
             FailureKind::CannotMove => 9,
             FailureKind::Moved => 10,
             FailureKind::Downtime => 12,
+            FailureKind::Damaged => 13,
             FailureKind::Interrupted => 130,
         }
     }
@@ -103,7 +107,7 @@ impl From<swapd::StartError> for Failure {
         let kind = match &error {
             swapd::StartError::Budget(_) => FailureKind::Usage,
             swapd::StartError::Host(_) => FailureKind::Host,
-            swapd::StartError::Origin(_) => FailureKind::Link,
+            swapd::StartError::Origin(_) => FailureKind::Damaged,
             swapd::StartError::Store(_) | swapd::StartError::Memory(_) => FailureKind::Resources,
         };
         // Its text names the cause.
@@ -124,18 +128,19 @@ impl From<swapd::CommandError> for Failure {
     }
 }
 
-impl From<checkpoint::archive::ArchiveError> for Failure {
-    fn from(error: checkpoint::archive::ArchiveError) -> Failure {
-        use checkpoint::archive::ArchiveError as E;
+impl From<ArchiveError> for Failure {
+    fn from(error: ArchiveError) -> Failure {
+        use ArchiveError as E;
         let kind = match &error {
+            E::NotEmpty { .. } | E::Name(_) => FailureKind::Usage,
             E::NoArchive { .. } | E::NoCheckpoint { .. } | E::Empty { .. } => FailureKind::Name,
-            E::Busy { .. } | E::InUse { .. } | E::Removed { .. } => FailureKind::Name,
-            E::IsBase { .. } | E::MayBeBase { .. } => FailureKind::Name,
-            E::NotEmpty { .. } | E::Name(_) | E::OtherVm { .. } | E::TooDeep { .. } => FailureKind::Usage,
+            E::Busy { .. } | E::OtherVm { .. } | E::InUse { .. } | E::Removed { .. } => FailureKind::Name,
+            E::IsBase { .. } | E::MayBeBase { .. } | E::TooDeep { .. } => FailureKind::Name,
             E::Io { source, .. } => FailureKind::of_io(source),
             E::Cancelled => FailureKind::Interrupted,
-            // Damaged, or of another version.
-            _ => FailureKind::Link,
+            error if error.is_damage() => FailureKind::Damaged,
+            // A newer format.
+            _ => FailureKind::Other,
         };
         Failure::new(kind, chain(&error))
     }
@@ -145,7 +150,7 @@ impl From<checkpoint::restore::OpenError> for Failure {
     fn from(error: checkpoint::restore::OpenError) -> Failure {
         match error {
             checkpoint::restore::OpenError::Archive(error) => error.into(),
-            error => Failure::new(FailureKind::Link, chain(&error)),
+            error => Failure::new(FailureKind::Damaged, chain(&error)),
         }
     }
 }

@@ -36,8 +36,13 @@ const LOOK_AT_HOST: Duration = Duration::from_millis(100);
 const FREE_PART: u64 = 32;
 /// The first faults are those within this time from the first of them.
 const RECORDED: Duration = Duration::from_secs(10);
+/// A guest that touches nothing has no first faults.
+const RECORDED_MAX: Duration = Duration::from_secs(60);
 /// Between two looks at what was recorded: the engine keeps some 60 000 faults in between.
 const RECORD_POLL: Duration = Duration::from_millis(20);
+/// From the first fault until it is looked what came with those that were waited for. Each next look is as late again:
+/// in the beginning, when it matters most, the order is finest.
+const LOOK_AROUND: Duration = Duration::from_millis(50);
 /// The same of a guest that touches nothing, at most: it is looked at half as often each time.
 const RECORD_POLL_MAX: Duration = Duration::from_secs(1);
 
@@ -87,6 +92,8 @@ struct Recording {
     first: Option<Instant>,
     looked: Instant,
     poll: Duration,
+    /// When it is looked what else has come, from the first fault on.
+    look_around: Duration,
 }
 
 /// Shows it in `stat`.
@@ -297,15 +304,28 @@ impl Homing {
         }
         let now = Instant::now();
         let order = FirstTouches::new(&self.image, budget);
-        self.recording = Some(Recording { order, began: now, first: None, looked: now, poll: RECORD_POLL });
+        self.recording = Some(Recording { order, began: now, first: None, looked: now, poll: RECORD_POLL, look_around: LOOK_AROUND });
     }
 
     /// Takes what was recorded meanwhile. Ends the recording when it is time.
     fn look_at_faults(&mut self) -> Result<(), Stopped> {
-        let Some(recording) = &mut self.recording else { return Ok(()) };
-        if recording.looked.elapsed() < recording.poll {
+        let Some(mut recording) = self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
+        else {
             return Ok(());
+        };
+        let looked = self.look(&mut recording);
+        let over = recording.order.is_full()
+            || recording.first.is_some_and(|first| first.elapsed() >= RECORDED)
+            || recording.began.elapsed() >= RECORDED_MAX;
+        self.recording = Some(recording);
+        looked?;
+        if over {
+            self.write_order();
         }
+        Ok(())
+    }
+
+    fn look(&self, recording: &mut Recording) -> Result<(), Stopped> {
         recording.looked = Instant::now();
         let mut saw = false;
         loop {
@@ -320,13 +340,14 @@ impl Homing {
         }
         recording.poll = if saw { RECORD_POLL } else { (recording.poll * 2).min(RECORD_POLL_MAX) };
         if saw {
-            recording.first.get_or_insert_with(Instant::now);
+            recording.first.get_or_insert(recording.looked);
         }
-        let over = recording.first.is_some_and(|first| first.elapsed() >= RECORDED)
-            || recording.began.elapsed() >= RECORDED * 6
-            || recording.order.is_full();
-        if over {
-            self.write_order();
+        // Pages that a prefetch brought along are not waited for, and make no fault.
+        if recording.first.is_some_and(|first| first.elapsed() >= recording.look_around) {
+            recording.look_around *= 2;
+            for run in self.answer(self.engine.resident_map_async())? {
+                recording.order.came(&self.image, run);
+            }
         }
         Ok(())
     }

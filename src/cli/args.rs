@@ -28,7 +28,7 @@ use crate::vmm::Workload;
 #[command(
     after_help = "Exit codes: 2 usage, 3 the host lacks something, 4 no such VM or name taken, 5 no room (RAM, store),
 6 peer or link, 7 the VM failed, 8 hand-over in doubt, 9 the VM cannot move, 10 the VM has moved away, 12 it would have
-stood still for longer than --max-downtime, 130 interrupted, 1 anything else."
+stood still for longer than --max-downtime, 13 a checkpoint is damaged, 130 interrupted, 1 anything else."
 )]
 pub(super) struct Cli {
     /// Directory of the VMs' control sockets [default: $VMEMD_RUN_DIR, /run/vmemd, or $XDG_RUNTIME_DIR/vmemd]
@@ -71,6 +71,13 @@ The daemon may end or be restarted: running VMs go on.")]
   vmemd migrate web --to b.example:7070 --tls /etc/vmemd
 Ctrl-C cancels, and the VM runs on where it was.")]
     Migrate(MigrateArgs),
+    /// Save a running VM into an archive of checkpoints; or list, verify, merge and remove those of an archive
+    #[command(after_help = "Examples:
+  vmemd checkpoint web --to /backup/web --keep 6
+  vmemd checkpoint list /backup/web
+The VM runs on meanwhile, and stands still for the last pages alone. Ctrl-C cancels: the VM runs on, and nothing is left in the
+archive. A VM that is named like one of the commands below is saved by `vmemd checkpoint --to DIR -- NAME`.")]
+    Checkpoint(CheckpointArgs),
     /// Make certificates by which hosts know each other
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -375,6 +382,82 @@ pub(super) struct MigrateArgs {
     pub(super) check_placement: bool,
     #[command(flatten)]
     pub(super) json: JsonArg,
+}
+
+/// Either of the two: what is to be saved, or what is to be done with an archive.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(super) struct CheckpointArgs {
+    #[command(flatten)]
+    pub(super) make: Option<MakeArgs>,
+    #[command(subcommand)]
+    pub(super) command: Option<ArchiveCommand>,
+}
+
+/// A checkpoint that is to be made.
+#[derive(Debug, Args)]
+pub(super) struct MakeArgs {
+    /// The VM
+    pub(super) name: String,
+    /// Its archive: a directory for the checkpoints of this VM alone; made if missing
+    #[arg(long, value_name = "DIR")]
+    pub(super) to: PathBuf,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+/// What is done with an archive alone, without any VM.
+#[derive(Debug, Subcommand)]
+pub(super) enum ArchiveCommand {
+    /// List the checkpoints of an archive, the newest first
+    #[command(after_help = "Example:\n  vmemd checkpoint list /backup/web")]
+    List(ArchiveArgs),
+    /// Show what a checkpoint is, and of what
+    #[command(after_help = "Example:\n  vmemd checkpoint show /backup/web 2026-11-29T23-20-00Z")]
+    Show(NamedArgs),
+    /// Read everything that a checkpoint needs, or that an archive has, and compare it with its checksums
+    #[command(after_help = "Examples:
+  vmemd checkpoint verify /backup/web
+  vmemd checkpoint verify /backup/web 2026-11-29T23-20-00Z
+Exit code 13: something is not what was saved. The pages are named.")]
+    Verify(NamedArgs),
+    /// Give a checkpoint the pages of its bases, so that it needs them no longer
+    #[command(after_help = "Example:
+  vmemd checkpoint merge /backup/web 2026-11-29T23-20-00Z
+The bases stay; they can be removed afterwards, if nothing else needs them. VMs that were restored from either run on.")]
+    Merge(OneArgs),
+    /// Remove a checkpoint that no other one and no restored VM needs
+    #[command(after_help = "Example:\n  vmemd checkpoint remove /backup/web 2026-11-29T23-20-00Z")]
+    Remove(OneArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ArchiveArgs {
+    /// The archive
+    #[arg(value_name = "DIR")]
+    pub(super) archive: PathBuf,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+/// An archive, and maybe one of its checkpoints.
+#[derive(Debug, Args)]
+pub(super) struct NamedArgs {
+    #[command(flatten)]
+    pub(super) archive: ArchiveArgs,
+    /// The checkpoint [default: the latest; of verify, all]
+    #[arg(value_name = "NAME")]
+    pub(super) checkpoint: Option<String>,
+}
+
+/// An archive, and one of its checkpoints.
+#[derive(Debug, Args)]
+pub(super) struct OneArgs {
+    #[command(flatten)]
+    pub(super) archive: ArchiveArgs,
+    /// The checkpoint
+    #[arg(value_name = "NAME")]
+    pub(super) checkpoint: String,
 }
 
 /// How to be sure of a target.

@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod checkpoints;
 mod command;
 mod migrate;
 mod resolve;

@@ -305,15 +305,15 @@ impl PageTable {
             self.pinned = self.pinned + u64::from(on) - u64::from(self.has(page, flag));
         }
         if flag == Flag::InStore {
+            assert!(
+                on || !self.has(page, Flag::Origin),
+                "nothing is stored of {page}, and it is at the origin"
+            );
             let had = self.has(page, flag);
             let block = &mut self.blocks[page.block()];
             block.stored = block.stored + u16::from(on) - u16::from(had);
             let region = &mut self.stored[page.block() / REGION_BLOCKS];
             *region = *region + u32::from(on) - u32::from(had);
-            assert!(
-                on || !self.has(page, Flag::Origin),
-                "nothing is stored of {page}, and it is at the origin"
-            );
         }
         if flag == Flag::Origin {
             assert!(
@@ -653,6 +653,42 @@ mod tests {
         assert_eq!(said(&table), ([false, false], 0, true));
         let wrong = std::panic::AssertUnwindSafe(|| table.put(page, Flag::Pinned, true));
         assert!(std::panic::catch_unwind(wrong).is_err(), "what has left is not pinned");
+    }
+
+    #[test]
+    fn adopted_pages_are_counted_as_if_they_had_come_one_by_one() {
+        let pages = 3 << 18;
+        let run = Run::new(PageNo((1 << 18) - 700), 1500);
+        let mut table = PageTable::new(pages);
+        table.put(run.start, Flag::Held, true);
+        assert_eq!(table.next_origin_block(0), None);
+        table.adopt(run);
+        let (first, last) = (run.start.block(), PageNo(run.end().0 - 1).block());
+        let found = [0, first + 1, last + 1].map(|from| table.next_origin_block(from));
+        assert_eq!(found, [Some(first), Some(first + 1), None]);
+        assert_eq!(
+            (table.count(Stored), table.origin_pages(), table.count(Untouched)),
+            (1500, 1500, pages - 1500)
+        );
+        assert_eq!(table.transitions()[Untouched as usize][Stored as usize], 1500);
+        assert!(table.has(run.start, Flag::Held) && !table.may_adopt(Run::one(run.start)));
+        assert_eq!(table.stored_at(run.start), TierId::ORIGIN);
+        assert!(table.has_stored_at(last, TierId::ORIGIN) && !table.has_stored_at(last, TierId::STORE));
+        // Nothing of the block is at its home.
+        table.set_home(last, TierId(1));
+        let at_origin = std::panic::AssertUnwindSafe(|| table.put(run.start, Flag::InStore, false));
+        assert!(std::panic::catch_unwind(at_origin).is_err(), "it is at the origin still");
+        for page in run.pages() {
+            table.unstore(page);
+            table.set(page, Untouched);
+        }
+        assert_eq!(
+            (table.origin_pages(), table.next_origin_block(0), table.count(Untouched)),
+            (0, None, pages)
+        );
+        assert_eq!(table.stored_blocks(0).next(), None);
+        let nothing = std::panic::AssertUnwindSafe(|| table.put(run.start, Flag::Origin, true));
+        assert!(std::panic::catch_unwind(nothing).is_err(), "nothing is stored of it");
     }
 
     #[test]

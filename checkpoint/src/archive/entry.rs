@@ -76,6 +76,18 @@ impl Entry {
         &self.path
     }
 
+    /// Bytes that its image takes on the disk. Where files share blocks, each of them counts.
+    ///
+    /// # Errors
+    /// If the file system does not say.
+    pub fn disk_bytes(&self) -> Result<u64, ArchiveError> {
+        let found = rustix::fs::statat(&self.dir, IMAGE, rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
+        let found =
+            found.map_err(|error| ArchiveError::io("look at", self.path.join(IMAGE), error.into()))?;
+        // The unit of `stat`, whatever the file system's own is.
+        Ok(found.st_blocks as u64 * 512)
+    }
+
     pub(super) fn dir(&self) -> &File {
         &self.dir
     }

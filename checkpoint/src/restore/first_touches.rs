@@ -1,8 +1,8 @@
 //! The order in which a restored VM's pages come in, as the next restore of the same checkpoint is to bring them.
 //!
-//! A fault stands for the neighbours that a read brings along, and so for its 64 KiB of the image: which of them the
-//! guest goes on to touch is not seen, for they are there by then. Pages that were brought ahead of any touch are in
-//! the order at that place, too: nobody saw whether the guest touched them.
+//! A fault stands for its 64 KiB of the image: a read brings its neighbours along, and which of them the guest goes on
+//! to touch is not seen, for they are there by then. Other pages that came without being waited for, because a prefetch
+//! or a fetch brought them ahead of any touch, are in the order behind the faults that were seen until then.
 
 use swapd::{PageNo, Run};
 

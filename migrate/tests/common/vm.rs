@@ -1,12 +1,19 @@
 //! A "VM" for the source: a thread that writes to an engine's memory.
 
+use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
 use migrate::{SessionId, SourceOptions, SourceVm, VmError};
-use swapd::{Engine, EngineConfig, PAGE_SIZE, PageNo, Run, StartError, StoreConfig};
+use swapd::digest::page_sum;
+use swapd::{
+    Adopted, Engine, EngineConfig, LayerOf, Origin, OriginLayer, PAGE_SIZE, PageNo, Run, StartError,
+    StoreConfig,
+};
 use testkit::{Reason, TempDir, skip, until};
 
 pub const MEMORY: u64 = 64 << 20;
@@ -19,11 +26,15 @@ pub fn engine(place: &TempDir, budget_bytes: u64) -> Engine {
 
 /// The same, perhaps with an encrypted store.
 pub fn engine_with(place: &TempDir, budget_bytes: u64, encrypt: bool) -> Engine {
+    start(place, budget_bytes, encrypt, None)
+}
+
+fn start(place: &TempDir, budget_bytes: u64, encrypt: bool, origin: Option<Origin>) -> Engine {
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes,
         store: StoreConfig { path: place.path().to_path_buf(), overcommit: false, encrypt },
-        origin: None,
+        origin,
         prealloc: false,
         lock: true,
         sampling: false,
@@ -34,9 +45,44 @@ pub fn engine_with(place: &TempDir, budget_bytes: u64, encrypt: bool) -> Engine 
     }
 }
 
+/// A VM that [`fill`] has filled, restored from an image in two layers: a part of its pages has been written anew since,
+/// and is in RAM or in the store; the rest is at the origin still. The second layer's path is that of the pages whose
+/// number is odd.
+pub fn restored(place: &TempDir, encrypt: bool) -> (Engine, PathBuf) {
+    let paths = ["even", "odd"].map(|name| place.path().join(name));
+    let files = paths.each_ref().map(|path| {
+        let file = File::create(path).unwrap();
+        file.set_len(MEMORY).unwrap();
+        file
+    });
+    let mut sums = Vec::new();
+    for page in 0..PAGES / 2 {
+        let mut words = [0; PAGE_SIZE / 8];
+        (words[0], words[1], words[511]) = (mix(page, 0), 0, !mix(page, 0));
+        let bytes: Vec<u8> = words.iter().flat_map(|word: &u64| word.to_le_bytes()).collect();
+        sums.push(page_sum(PageNo(page), &bytes));
+        files[page as usize % 2].write_all_at(&bytes, page * PAGE_SIZE as u64).unwrap();
+    }
+    files.iter().for_each(|file| file.sync_all().unwrap());
+    let layers = paths.iter().map(|path| OriginLayer::open(path).unwrap()).collect();
+    let layer_of = LayerOf::PerPage((0..PAGES).map(|page| (page % 2) as u8).collect());
+    let engine = start(place, MEMORY / 2, encrypt, Some(Origin { layers, layer_of }));
+    let handle = engine.handle();
+    handle.adopt(Adopted { run: Run::new(PageNo(0), (PAGES / 2) as u32), sums }).unwrap();
+    let base = engine.memory_base() as usize;
+    // Rows of ten pages, in some of which a run that is stored changes from one tier to the other.
+    (0..PAGES / 2).filter(|page| page / 10 % 3 == 0).for_each(|page| write(base, page, 3));
+    handle.evict(Run::new(PageNo(1000), 5000)).unwrap();
+    (engine, paths[1].clone())
+}
+
+fn mix(page: u64, generation: u64) -> u64 {
+    (page << 24 | generation).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+}
+
 /// The words of a page: a function of page and generation in the first and last, and the generation.
 pub fn write(base: usize, page: u64, generation: u64) {
-    let mix = (page << 24 | generation).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mix = mix(page, generation);
     for (word, value) in [(0, mix), (1, generation), (511, !mix)] {
         // SAFETY: within the engine's memory, which outlives the writer; volatile because others read it meanwhile.
         unsafe { ((base + page as usize * PAGE_SIZE) as *mut u64).add(word).write_volatile(value) };
@@ -47,7 +93,7 @@ pub fn is_intact(base: usize, page: u64) -> bool {
     // SAFETY: as above.
     let word = |at| unsafe { ((base + page as usize * PAGE_SIZE) as *const u64).add(at).read_volatile() };
     let generation: u64 = word(1);
-    let mix = (page << 24 | generation).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mix = mix(page, generation);
     let zero = [0, 1, 511].iter().all(|at| word(*at) == 0_u64);
     zero || (word(0), word(511)) == (mix, !mix)
 }

@@ -32,12 +32,13 @@ impl Core {
             let rest = run.part(done, run.len - done);
             let tier = self.tier_of(rest.start);
             let len = rest.pages().take_while(|page| self.tier_of(*page) == tier).count() as u32;
+            let last = len == rest.len;
             let (run, slots) = (rest.part(0, len), slots.part(done, len));
             let kind = IoKind::Read { landing };
             let io = self.ios.start(Io { kind, tier, run, slots, outdated: 0 });
             self.actions.push_back(Action::Read { io, tier, run, slots });
             done += len;
-            if done == rest.len {
+            if last {
                 return io;
             }
         }

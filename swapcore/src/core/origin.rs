@@ -27,6 +27,7 @@ use super::state::origin::{Fetch, Taking};
 use super::{Action, Core, IO_PAGES_MAX};
 use crate::api::Adopted;
 use crate::error::CommandError;
+use crate::stats::TierState;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, TierId};
 
@@ -155,9 +156,11 @@ impl Core {
             let most = u64::from(if self.waiters.any() { IO_PAGES_MAX } else { FETCH_MAX });
             let page = fetch.next;
             let block = self.table.next_origin_block(page.block());
-            let Some(block) = block.filter(|_| fetch.begun < most && self.tiers.latched().is_none()) else {
-                return fetch.stop();
-            };
+            // With a store that takes nothing, frames are for those who wait; and an origin that gives nothing is not
+            // asked for more.
+            let may =
+                self.tiers.latched().is_none() && self.tiers.state(TierId::ORIGIN) == TierState::Working;
+            let Some(block) = block.filter(|_| fetch.begun < most && may) else { return fetch.stop() };
             if block > page.block() {
                 fetch.next = PageNo::first_of(block).min(fetch.end);
                 continue;
@@ -199,6 +202,10 @@ impl Core {
         self.take_more(&mut taking, look, &mut to_write);
         // Back to standby: their frames are there.
         self.write(&to_write, Purpose::PageOut);
+        if self.origin.homeward.is_empty() && !self.origin.looks {
+            // There is no room, and none comes of what is under way: whoever asks may do something else meanwhile.
+            taking.left = 0;
+        }
         let early = mutant!(AnswersTakingEarly);
         if taking.left > 0 || !(self.origin.homeward.is_empty() || early) {
             return self.origin.takings.push_front(taking);
@@ -261,22 +268,18 @@ impl Core {
             let failed = self.tiers.get(home).failed().map(|latch| latch.error);
             if failed.is_some() || !self.tiers.is_open(home) {
                 taking.refused = failed.or(taking.refused);
-                taking.passed_some |= failed.is_none();
                 self.pass(taking, page.next_block());
             } else if !self.take_of_block(taking, part, to_write) {
                 return;
             }
         }
-        match taking.passed_some && taking.left > 0 {
-            // From the next event on, all over again.
-            true => (taking.passed, taking.passed_some) = (0, false),
-            false => taking.left = 0,
-        }
+        taking.left = 0;
     }
 
     fn pass(&mut self, taking: &mut Taking, to: PageNo) {
-        taking.passed += to.0 - self.origin.hand.0;
-        self.origin.hand = if to.0 < self.table.pages() { to } else { PageNo(0) };
+        let (to, pages) = (to.0.min(self.table.pages()), self.table.pages());
+        taking.passed += to - self.origin.hand.0;
+        self.origin.hand = if to < pages { PageNo(to) } else { PageNo(0) };
     }
 
     /// The pages of a block from the hand on. False when there is no room for more.
@@ -345,7 +348,7 @@ impl Core {
 
     /// Frames that no fault will miss before they are back.
     fn spare_frames(&self) -> u32 {
-        if self.waiters.any_deferred() {
+        if self.waiters.any_deferred() || self.tiers.state(TierId::ORIGIN) != TierState::Working {
             return 0;
         }
         let spare = self.frames.at_hand().saturating_sub(u64::from(self.frames.marks().low));

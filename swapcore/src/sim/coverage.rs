@@ -58,6 +58,10 @@ named! {
         ArriveZero,
         /// Pages of an arriving VM are lost.
         ArrivePoisoned,
+        /// Pages are said to be at the origin.
+        Adopt,
+        /// Pages are lost there.
+        AdoptPoisoned,
         /// All else: no page may change its state by it.
         Other,
     }
@@ -346,6 +350,8 @@ impl Cause {
                 Request::Arrive(_) => Cause::Arrive,
                 Request::ArriveZero(_) => Cause::ArriveZero,
                 Request::ArrivePoisoned(_) => Cause::ArrivePoisoned,
+                Request::Adopt(_) => Cause::Adopt,
+                Request::AdoptPoisoned(_) => Cause::AdoptPoisoned,
                 _ => Cause::Other,
             },
         }
@@ -359,21 +365,24 @@ const REACHED: &[(PageState, PageState, &[Cause])] = {
     &[
         (Untouched, Arriving, &[Cause::Fault, Balance, MakeReady, Fill, Arrive]),
         (Untouched, Leaving, &[Arrive]),
-        (Untouched, Poisoned, &[ArrivePoisoned]),
+        (Untouched, Stored, &[Adopt]),
+        (Untouched, Poisoned, &[ArrivePoisoned, AdoptPoisoned]),
         (Resident, Leaving, &[Tick, Balance, MakeReady, Walk]),
         (Resident, Sampled, &[Tick]),
         (Resident, Untouched, &[Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
         (Leaving, Arriving, &[Cause::Fault, WriteDone, WriteFailed]),
         (Leaving, Resident, &[MovedOut]),
         (Leaving, Standby, &[WriteDone, MovedOut]),
-        (Leaving, Stored, &[WriteDone]),
+        (Leaving, Stored, &[WriteDone, WriteFailed, MakeReady]),
         (Leaving, Untouched, &[MovedOut, Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
         (Standby, Arriving, &[Cause::Fault]),
+        (Standby, Leaving, &[MakeReady]),
         (Standby, Stored, &[Cause::Fault, Tick, ReadDone, Balance, MakeReady, Walk]),
         (Standby, Untouched, &[Discard, Walk]),
         (Stored, Arriving, &[Cause::Fault, Tick, ReadDone, Balance, MakeReady]),
         (Stored, Untouched, &[Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
         (Arriving, Resident, &[MovedIn, Filled]),
+        (Arriving, Leaving, &[ReadDone]),
         (Arriving, Standby, &[ReadDone]),
         (Arriving, Stored, &[ReadDone, ReadFailed]),
         (Arriving, Poisoned, &[ReadDone, ReadFailed]),

@@ -10,7 +10,7 @@ use crate::core::{DropResult, Event, IoError, IoErrorKind, IoId};
 use crate::errno;
 use crate::table::{Flag, PageState};
 use crate::transfer::Transfer;
-use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun, TierId};
+use crate::units::{PAGE_SIZE, PageNo, Run, Slot, SlotRun, TIERS_MAX, TierId};
 
 /// Somebody has waited for a silent tier for so many ticks: that has been told.
 const SILENCE_TOLD_TICKS: u64 = 120;
@@ -66,10 +66,12 @@ impl Flight {
     }
 }
 
+/// The *places* of the homes come first, one a page; behind them are those of the origin.
 #[derive(Debug)]
 pub(super) struct Disk {
+    pages: usize,
     pub(super) content: Vec<u64>,
-    /// What was done to the page's content, if it is not what the device was given, or cannot be read.
+    /// What was done to the place's content, if it is not what the device was given, or cannot be read.
     pub(super) damage: Vec<Option<Fault>>,
     failed_reads: Vec<u8>,
     pub(super) allocated: Vec<bool>,
@@ -83,30 +85,37 @@ pub(super) struct Disk {
     /// Why the last write failed.
     pub(super) failure: Option<Fault>,
     /// Of each tier, and until when.
-    pub(super) trouble: [Option<(Trouble, u64)>; super::TIERS],
+    pub(super) trouble: [Option<(Trouble, u64)>; TIERS_MAX],
     /// Whether the tier has done anything since it was last said not to answer.
-    pub(super) answered: [bool; super::TIERS],
+    pub(super) answered: [bool; TIERS_MAX],
+    /// The tier of which a read has ended last.
+    pub(super) read_last: TierId,
 }
 
 impl Disk {
     pub(super) fn new(pages: usize, room: u64, keeps_all: bool) -> Self {
         Disk {
-            content: vec![0xDEAD; pages],
-            damage: vec![None; pages],
-            failed_reads: vec![0; pages],
+            pages,
+            content: vec![0xDEAD; 2 * pages],
+            damage: vec![None; 2 * pages],
+            failed_reads: vec![0; 2 * pages],
             allocated: vec![false; pages],
             room,
             bad_writes: None,
             flights: Vec::new(),
             keeps_all,
             failure: None,
-            trouble: [None; super::TIERS],
-            answered: [false; super::TIERS],
+            trouble: [None; TIERS_MAX],
+            answered: [false; TIERS_MAX],
+            read_last: TierId::STORE,
         }
     }
-}
 
-impl Disk {
+    /// Where the tier has the page.
+    pub(super) fn place(&self, tier: TierId, page: PageNo) -> usize {
+        if tier == TierId::ORIGIN { self.pages + page.index() } else { page.index() }
+    }
+
     pub(super) fn is_dropping(&self) -> bool {
         self.flights.iter().any(|flight| flight.drop)
     }
@@ -122,11 +131,17 @@ impl Sim {
     }
 
     fn start_flight(&mut self, io: IoId, tier: TierId, write: bool, drop: bool, run: Run, slots: SlotRun) {
-        for page in run.pages() {
-            assert_eq!(self.core.table().home(page.block()), tier, "{page} is at home elsewhere");
+        assert!(!write || tier != TierId::ORIGIN, "the origin is written, or dropped from: {run:?}");
+        for (nth, page) in (0..).zip(run.pages()) {
+            let home = self.core.table().home(page.block());
+            assert!(tier == TierId::ORIGIN || home == tier, "{page} is at home elsewhere");
+            let wanted = !drop && self.core.slot_of(page) == Some(slots.start.plus(nth));
+            let stored_at = self.core.table().stored_at(page);
+            assert!(write || !wanted || stored_at == tier, "{page} is stored elsewhere");
         }
-        let clash =
-            self.disk.flights.iter().find(|flight| run.pages().any(|page| self.clashes(flight, page, write)));
+        let same = |flight: &&Flight| (flight.tier == TierId::ORIGIN) == (tier == TierId::ORIGIN);
+        let mut flights = self.disk.flights.iter().filter(same);
+        let clash = flights.find(|flight| run.pages().any(|page| self.clashes(flight, page, write)));
         if let Some(clash) = clash {
             panic!("two operations on the same page at once: {run:?} (write: {write}) and {clash:?}");
         }
@@ -225,42 +240,45 @@ impl Sim {
         if self.random.one_in(self.odds.again) {
             return -errno::EAGAIN;
         }
-        let bad = |page: &PageNo| self.disk.damage[page.index()] == Some(Fault::BadSector);
+        // Of the origin, the same pages some way behind.
+        let behind = self.disk.place(flight.tier, PageNo(0));
+        let place = |page: PageNo| behind + page.index();
+        let bad = |page: &PageNo| self.disk.damage[place(*page)] == Some(Fault::BadSector);
         let mut count = run.len;
         if let Some(nth) = run.pages().position(|page| bad(&page)) {
             // Some devices say how far they came.
             if nth == 0 || self.random.one_in(2) {
                 // Also those that came: to the core, none has.
-                flight.run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
+                flight.run.pages().for_each(|page| self.disk.failed_reads[place(page)] += 1);
                 return -errno::EIO;
             }
             count = nth as u32;
         }
-        let passes = |page: PageNo| self.disk.failed_reads[page.index()] < PASSING_ERRORS;
+        let passes = |page: PageNo| self.disk.failed_reads[place(page)] < PASSING_ERRORS;
         if self.random.one_in(self.odds.read_error) && flight.run.pages().all(passes) {
             self.coverage.injected(Fault::ReadError);
-            flight.run.pages().for_each(|page| self.disk.failed_reads[page.index()] += 1);
+            flight.run.pages().for_each(|page| self.disk.failed_reads[place(page)] += 1);
             return -errno::EIO;
         }
         count = self.cut_short(count);
         for (page, slot) in run.pages().zip(slots.slots()).take(count as usize) {
-            self.kernel.staging[slot.index()] = Some(self.disk.content[page.index()]);
+            self.kernel.staging[slot.index()] = Some(self.disk.content[place(page)]);
         }
         let victim = run.start.plus(self.random.below(u64::from(count)) as u32);
-        if self.random.one_in(self.odds.misread) && self.disk.failed_reads[victim.index()] < PASSING_ERRORS {
+        if self.random.one_in(self.odds.misread) && self.disk.failed_reads[place(victim)] < PASSING_ERRORS {
             let slot = slots.start.plus((victim.0 - run.start.0) as u32);
-            self.misread(victim, slot);
+            self.misread(victim, place(victim), slot);
         }
         (count as usize * PAGE_SIZE) as i32
     }
 
     /// The page next door, or a bit that flipped on the way.
-    fn misread(&mut self, page: PageNo, slot: Slot) {
-        let right = self.disk.content[page.index()];
-        let neighbour = self.disk.content[(page.index() + 1) % self.disk.content.len()];
+    fn misread(&mut self, page: PageNo, place: usize, slot: Slot) {
+        let right = self.disk.content[place];
+        let neighbour = self.disk.content[(place + 1) % self.disk.content.len()];
         let wrong = if neighbour != right { neighbour } else { right ^ 1 };
         self.kernel.staging[slot.index()] = Some(wrong);
-        self.disk.failed_reads[page.index()] += 1;
+        self.disk.failed_reads[place] += 1;
         self.coverage.injected(Fault::Misread);
         self.trace.page("the device misreads", page, Some(wrong));
     }
@@ -274,9 +292,10 @@ impl Sim {
         for (page, slot) in flight.run.pages().zip(flight.slots.slots()) {
             let value = self.kernel.staging[slot.index()].expect("a read takes frames");
             sums.push(super::sum_of(page, value));
-            let right = self.disk.damage[page.index()].is_none() && value == self.disk.content[page.index()];
+            let place = self.disk.place(flight.tier, page);
+            let right = self.disk.damage[place].is_none() && value == self.disk.content[place];
             if result.is_ok() && right {
-                self.disk.failed_reads[page.index()] = 0;
+                self.disk.failed_reads[place] = 0;
             } else {
                 let away = matches!(self.disk.trouble[flight.tier.index()], Some((Trouble::Outage(_), _)));
                 let passing = match result {
@@ -285,10 +304,11 @@ impl Sim {
                     Ok(()) => Fault::Misread,
                 };
                 let mine = self.core.slot_of(page) == Some(slot);
-                let damage = self.disk.damage[page.index()].filter(|_| mine && !away);
+                let damage = self.disk.damage[place].filter(|_| mine && !away);
                 bad.push((page, mine, damage.unwrap_or(passing)));
             }
         }
+        self.disk.read_last = flight.tier;
         self.event(Event::ReadDone { io: flight.io, result: result.map(|()| &sums[..]) });
         for (page, mine, fault) in bad {
             let outcome = match self.core.table().state(page) {
@@ -301,7 +321,8 @@ impl Sim {
             };
             self.coverage.outcome(fault, outcome);
             if matches!(outcome, Outcome::GivenUp | Outcome::NotWanted) {
-                self.disk.failed_reads[page.index()] = 0;
+                let place = self.disk.place(flight.tier, page);
+                self.disk.failed_reads[place] = 0;
             }
         }
     }
@@ -391,7 +412,7 @@ impl Sim {
 
     fn put(&mut self, page: PageNo, value: u64, damage: Option<Fault>) {
         self.changed = true;
-        self.forget_damage(page, Outcome::WrittenAnew);
+        self.forget_damage(page.index(), Outcome::WrittenAnew);
         self.disk.content[page.index()] = value;
         self.disk.damage[page.index()] = damage;
         self.trace.page("on the disk", page, Some(value));
@@ -401,19 +422,22 @@ impl Sim {
         }
     }
 
-    /// The damaged content is not the page's any more.
-    pub(super) fn forget_damage(&mut self, page: PageNo, outcome: Outcome) {
-        if let Some(fault) = self.disk.damage[page.index()].take() {
+    /// The damaged content is nobody's any more.
+    pub(super) fn forget_damage(&mut self, place: usize, outcome: Outcome) {
+        if let Some(fault) = self.disk.damage[place].take() {
             self.coverage.outcome(fault, outcome);
         }
     }
 
     /// Nobody wants the stored content any more: unless it is a part of a write that goes on.
     pub(super) fn abandon(&mut self, page: PageNo, outcome: Outcome) {
-        self.disk.failed_reads[page.index()] = 0;
+        for tier in [TierId::STORE, TierId::ORIGIN] {
+            let place = self.disk.place(tier, page);
+            self.disk.failed_reads[place] = 0;
+        }
         let in_flight = |flight: &Flight| flight.is_write() && flight.run.contains(page);
         if !self.disk.flights.iter().any(in_flight) {
-            self.forget_damage(page, outcome);
+            self.forget_damage(page.index(), outcome);
         }
     }
 
@@ -451,7 +475,7 @@ impl Sim {
         for page in run.part(0, count).pages() {
             let index = page.index();
             let garbage = super::mixed(self.disk.content[index], self.random.next());
-            self.forget_damage(page, Outcome::GivenBack);
+            self.forget_damage(index, Outcome::GivenBack);
             self.put(page, garbage, None);
             self.disk.room += u64::from(std::mem::take(&mut self.disk.allocated[index]));
         }
@@ -474,7 +498,9 @@ impl Sim {
 
     /// One of the tiers falls silent, or fails at everything, for a while.
     pub(super) fn begin_trouble(&mut self) {
-        let tier = TierId(self.random.below(u64::from(self.tiers)) as u8);
+        let at_origin = self.has_origin && self.random.one_in(2);
+        let home = TierId(self.random.below(u64::from(self.tiers)) as u8);
+        let tier = if at_origin { TierId::ORIGIN } else { home };
         let until = self.trace.now + 20 + self.random.below(600);
         let trouble = match self.random.below(4) {
             0 => Trouble::Silence,
@@ -510,7 +536,7 @@ impl Sim {
             oracle.hungry_ticks < SILENCE_TOLD_TICKS || told,
             "somebody waits for a frame, nothing ends, and nobody has been told"
         );
-        for tier in (0..self.tiers).map(TierId) {
+        for tier in self.all_tiers() {
             let silent = matches!(self.disk.trouble[tier.index()], Some((Trouble::Silence, _)));
             let waited_for = |flight: &Flight| {
                 let mut pages = flight.run.pages().zip(flight.slots.slots());
@@ -532,7 +558,11 @@ impl Sim {
     pub(super) fn is_hopeless(&self, page: PageNo) -> bool {
         let table = self.core.table();
         let good = |other: &PageNo| {
-            let stored = table.has(*other, Flag::InStore) && self.disk.damage[other.index()].is_none();
+            let undamaged = self.disk.damage[self.stored_place(*other)].is_none();
+            let stored = table.has(*other, Flag::InStore) && undamaged;
+            if table.stored_at(page) == TierId::ORIGIN || table.stored_at(*other) == TierId::ORIGIN {
+                return *other != page && stored && table.stored_at(*other) == table.stored_at(page);
+            }
             // It is written for that, unless it is zeros, or may not leave.
             use PageState::{Arriving, Leaving, Resident, Sampled};
             let in_ram = matches!(table.state(*other), Resident | Leaving | Sampled | Arriving)
@@ -541,7 +571,7 @@ impl Sim {
                 && self.oracle.truth[other.index()] != Some(0);
             *other != page && table.home(other.block()) == table.home(page.block()) && (stored || in_ram)
         };
-        self.disk.damage[page.index()].is_some() && !self.memory.iter().any(good)
+        self.disk.damage[self.stored_place(page)].is_some() && !self.memory.iter().any(good)
     }
 
     // ── at rest ──────────────────────────────────────────────────────────────────────────
@@ -555,8 +585,9 @@ impl Sim {
             (false, false) => return,
         };
         let page = PageNo(self.random.below(self.pages));
-        let index = page.index();
-        if !self.disk.allocated[index] || self.disk.damage[index].is_some() {
+        let index = self.stored_place(page);
+        let is_there = index >= self.disk.pages || self.disk.allocated[index];
+        if !is_there || self.disk.damage[index].is_some() {
             return;
         }
         self.changed = true;

@@ -74,7 +74,7 @@ impl Sim {
         let value = match access {
             Access::Read => return true,
             Access::Write(value) => value,
-            Access::WriteAsStored => self.disk.content[index],
+            Access::WriteAsStored => self.disk.content[self.stored_place(page)],
         };
         self.kernel.guest[index] = Entry::Frame(value);
         self.kernel.written[index] = true;

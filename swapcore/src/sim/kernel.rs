@@ -454,12 +454,13 @@ impl Sim {
     fn lost(&mut self, page: PageNo) {
         self.trace.page("lost", page, None);
         assert_eq!(self.core.table().state(page), PageState::Poisoned, "{page} is said to be lost");
-        let Some(fault) = self.disk.damage[page.index()] else {
+        let place = self.disk.place(self.disk.read_last, page);
+        let Some(fault) = self.disk.damage[place] else {
             self.trace.suspect.set(Some(page));
             panic!("{page} is given up though the disk has it");
         };
         self.coverage.outcome(fault, Outcome::Poisoned);
-        self.disk.damage[page.index()] = None;
+        self.disk.damage[place] = None;
         self.oracle.truth[page.index()] = None;
         self.oracle.is_not_as_held(page);
     }

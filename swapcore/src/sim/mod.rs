@@ -14,6 +14,7 @@ mod guest;
 mod kernel;
 mod operator;
 mod oracle;
+mod origin;
 mod random;
 mod receive;
 mod trace;
@@ -24,7 +25,7 @@ pub use coverage::{Cause, Coverage, Depth, Fault, OUTCOMES, Outcome};
 use crate::core::{Core, CoreConfig, Event, Request, Ticket, WalkStep};
 use crate::errno;
 use crate::table::PageState;
-use crate::units::{BLOCK_PAGES, PageNo, Run, TierId, bytes_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, TIERS_MAX, TierId, bytes_of};
 use disk::{Disk, Trouble};
 use guest::{Access, Guest};
 use kernel::{Entry, Kernel};
@@ -127,6 +128,8 @@ pub struct Sim {
     /// With those that fill up blocks that are not whole: they are nobody's.
     pages: u64,
     tiers: u8,
+    /// Some of its pages may be at an origin.
+    has_origin: bool,
     /// All pages that are memory, in ascending order.
     memory: Vec<PageNo>,
     kernel: Kernel,
@@ -155,6 +158,7 @@ impl Sim {
         // Drawn apart as well.
         let apart = &mut Random::new(seed.rotate_left(32));
         let tiers = if apart.one_in(4) { TIERS as u8 } else { 1 };
+        let has_origin = Random::new(seed.rotate_left(8)).one_in(2);
         let pages = if tiers > 1 { pages.max(600 + apart.below(600)) } else { pages };
         let most = if random.one_in(8) { pages } else { pages / 3 };
         // Huge pages stay whole as long as nobody interferes.
@@ -171,6 +175,7 @@ impl Sim {
         let short = Self::short_blocks(seed, &mut config);
         let home = |block: usize| TierId(block as u8 % tiers);
         let core = Core::new(config).with_short_blocks(short).with_homes(tiers, home);
+        let core = if has_origin { core.with_origin() } else { core };
         let (pages, count) = (config.pages, config.pages as usize);
         let is_memory = |page: &PageNo| core.table().first_of_nobody(Run::one(*page)).is_none();
         let memory = (0..pages).map(PageNo).filter(is_memory).collect();
@@ -180,6 +185,7 @@ impl Sim {
             calm,
             core,
             tiers,
+            has_origin,
             pages,
             memory,
             kernel: Kernel::new(count, slots as usize + (BLOCKS * BLOCK_PAGES) as usize),
@@ -224,6 +230,8 @@ impl Sim {
     pub fn run(&mut self, steps: u32) -> Coverage {
         if self.random.one_in(4) {
             self.start_receiving();
+        } else if self.has_origin {
+            self.begin_at_origin();
         }
         for _ in 0..steps {
             self.trace.now += 1;
@@ -242,10 +250,15 @@ impl Sim {
         if self.tiers > 1 {
             self.lose_a_tier();
         }
+        if self.has_origin {
+            self.end_at_origin();
+        }
         self.make_trouble();
         self.read_everything();
         for page in (0..self.pages).map(PageNo) {
-            self.forget_damage(page, Outcome::NeverNeeded);
+            for tier in [TierId::STORE, TierId::ORIGIN] {
+                self.forget_damage(self.disk.place(tier, page), Outcome::NeverNeeded);
+            }
         }
         std::mem::take(&mut self.coverage)
     }
@@ -368,7 +381,7 @@ impl Sim {
     fn settle(&mut self) {
         self.odds = Odds::default();
         self.disk.bad_writes = None;
-        self.disk.trouble = [None; TIERS];
+        self.disk.trouble = [None; TIERS_MAX];
         self.guest.paused = false;
         self.settle_full();
         self.disk.room = u64::from(u32::MAX);
@@ -418,6 +431,11 @@ impl Sim {
         if self.is_any_full() {
             self.check_copies();
         }
+    }
+
+    /// Those that pages are read from.
+    fn all_tiers(&self) -> impl Iterator<Item = TierId> + use<> {
+        (0..self.tiers).map(TierId).chain(self.has_origin.then_some(TierId::ORIGIN))
     }
 
     fn is_any_full(&self) -> bool {

@@ -30,6 +30,10 @@ pub(super) enum Asked {
     },
     Settle,
     Finish,
+    /// Whether it can be.
+    Adopt(bool),
+    Fetch,
+    TakeHome,
     Other,
 }
 
@@ -70,6 +74,9 @@ impl Sim {
     }
 
     pub(super) fn operate(&mut self) {
+        if self.has_origin && self.random.one_in(3) {
+            return self.operate_origin();
+        }
         match self.random.below(12) {
             0 => self.change_budget(),
             1 | 2 => self.give_back(),
@@ -134,7 +141,7 @@ impl Sim {
         for page in run.pages() {
             self.oracle.truth[page.index()] = Some(0);
             self.oracle.written(page);
-            let damaged = self.disk.damage[page.index()].is_some();
+            let damaged = self.disk.damage[self.stored_place(page)].is_some();
             self.abandon(page, Outcome::GivenBack);
             self.oracle.is_given_back(page, damaged);
         }
@@ -228,11 +235,14 @@ impl Sim {
         let nth = self.asked.iter().position(|(asked, _)| *asked == ticket);
         let Some(nth) = nth else { panic!("{ticket:?} is answered twice: {answer:?}") };
         let (_, asked) = self.asked.swap_remove(nth);
-        match (asked, answer) {
+        match (asked.clone(), answer) {
             (Asked::Hold(run), Ok(Response::Pieces(pieces))) => {
-                let told = pieces.iter().flat_map(|piece| piece.run.pages().map(|page| (page, piece.place)));
-                let pages =
-                    told.map(|(page, place)| Some((place, self.oracle.truth[page.index()]))).collect();
+                let told = pieces
+                    .iter()
+                    .flat_map(|piece| piece.run.pages().map(|page| (page, piece.place, piece.tier)));
+                let pages = told
+                    .map(|(page, place, tier)| Some((place, tier, self.oracle.truth[page.index()])))
+                    .collect();
                 self.oracle.held.push(Held { run, pages });
             }
             (Asked::Subscribe(nth), Ok(Response::Subscribed(id))) => {
@@ -268,6 +278,9 @@ impl Sim {
             (Asked::Arrive { run, slots, values }, answer) => self.arrived(run, slots, &values, answer),
             (Asked::Settle, answer) => self.settled(&answer),
             (Asked::Finish, answer) => self.finished(answer),
+            (Asked::Adopt(_) | Asked::Fetch | Asked::TakeHome, answer) => {
+                self.answered_of_origin(&asked, answer)
+            }
             (Asked::Frames { .. }, Err(CommandError::Store(_))) => self.not_granted(),
             (Asked::Other, Err(CommandError::Store(_) | CommandError::NotNow(_))) | (Asked::Other, Ok(_)) => {
             }

@@ -7,14 +7,14 @@ use super::kernel::Entry;
 use crate::api::{Place, SubscriberId};
 use crate::core::Ticket;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot};
+use crate::units::{PageNo, Run, Slot, TIERS_MAX, TierId};
 
 /// A run that a migration reads.
 #[derive(Debug)]
 pub(super) struct Held {
     pub(super) run: Run,
     /// Where each page was said to be, and what it contained. None: it has been given back or lost since.
-    pub(super) pages: Vec<Option<(Place, Option<u64>)>>,
+    pub(super) pages: Vec<Option<(Place, TierId, Option<u64>)>>,
 }
 
 /// Somebody who wants to know which pages the guest writes.
@@ -42,7 +42,7 @@ pub(super) struct Oracle {
     pub(super) starved: bool,
     /// For how many ticks somebody has waited for each tier, which has been silent all the time; and whether the core
     /// has said that it is, and not that this is over.
-    pub(super) silent: [(u64, bool); super::TIERS],
+    pub(super) silent: [(u64, bool); TIERS_MAX],
     /// For how many ticks somebody has waited for a frame while no operation of any tier has ended.
     pub(super) hungry_ticks: u64,
     /// The core has said that all frames are held and the guest waits for one, and not that this is over.
@@ -64,7 +64,7 @@ impl Oracle {
             held: Vec::new(),
             discards: Vec::new(),
             starved: false,
-            silent: [(0, false); super::TIERS],
+            silent: [(0, false); TIERS_MAX],
             hungry_ticks: 0,
             short: false,
             taken: 0,
@@ -75,7 +75,7 @@ impl Oracle {
     pub(super) fn is_given_back(&mut self, page: PageNo, damaged: bool) {
         for held in self.held.iter_mut().filter(|held| held.run.contains(page)) {
             let told = &mut held.pages[(page.0 - held.run.start.0) as usize];
-            *told = told.filter(|(place, _)| *place == Place::Stored && !damaged);
+            *told = told.filter(|(place, ..)| *place == Place::Stored && !damaged);
         }
     }
 
@@ -141,6 +141,13 @@ impl Sim {
         let entry = self.kernel.guest[index];
         let truth = self.oracle.truth[index];
         let stored = table.has(page, Flag::InStore);
+        let empty = matches!(state, PageState::Untouched | PageState::Poisoned);
+        ensure!(
+            self,
+            page,
+            !(empty && table.has(page, Flag::Origin)),
+            "{page} is {state:?}, and said to be at the origin"
+        );
         // Most pages, most of the time.
         match (state, entry) {
             (PageState::Untouched, Entry::Missing) if truth == Some(0) && !stored => return false,
@@ -183,7 +190,7 @@ impl Sim {
         );
         if stored {
             // Whatever the page is now: the store has what the checksum on record is of.
-            let sum = super::sum_of(page, self.disk.content[index]);
+            let sum = super::sum_of(page, self.disk.content[self.stored_place(page)]);
             let good = self.core.recorded_sum(page) == Some(sum) || self.is_excused(page);
             ensure!(
                 self,
@@ -230,13 +237,18 @@ impl Sim {
 
     /// What a read of the store ends with: its content, or the knowledge that it is lost. The checksum tells.
     fn stored(&self, page: PageNo, truth: Option<u64>) -> Option<u64> {
-        let content = Some(self.disk.content[page.index()]);
+        let content = Some(self.disk.content[self.stored_place(page)]);
         let excused = content != truth && self.is_excused(page);
         if excused { truth } else { content }
     }
 
+    /// Where what is stored of the page has to be.
+    pub(super) fn stored_place(&self, page: PageNo) -> usize {
+        self.disk.place(self.core.table().stored_at(page), page)
+    }
+
     fn is_excused(&self, page: PageNo) -> bool {
-        self.disk.damage[page.index()].is_some_and(|fault| fault != Fault::BadSector)
+        self.disk.damage[self.stored_place(page)].is_some_and(|fault| fault != Fault::BadSector)
     }
 
     /// Held pages stay where the migration was told that they are.
@@ -244,13 +256,14 @@ impl Sim {
         for (page, told) in held.run.pages().zip(&held.pages) {
             let index = page.index();
             match told {
-                Some((Place::Memory, _)) => {
+                Some((Place::Memory, ..)) => {
                     let here = matches!(self.kernel.guest[index], Entry::Frame(_));
                     ensure!(self, page, here, "{page} left the guest while it was held");
                 }
-                Some((Place::Stored, content)) => {
+                Some((Place::Stored, tier, content)) => {
+                    let place = self.disk.place(*tier, page);
                     let same =
-                        Some(self.disk.content[index]) == *content || self.disk.damage[index].is_some();
+                        Some(self.disk.content[place]) == *content || self.disk.damage[place].is_some();
                     ensure!(
                         self,
                         page,
@@ -258,7 +271,7 @@ impl Sim {
                         "{page} is not in the store as it was when it was held, {content:x?}"
                     );
                 }
-                Some((Place::Zero, content)) => {
+                Some((Place::Zero, _, content)) => {
                     ensure!(
                         self,
                         page,
@@ -266,10 +279,10 @@ impl Sim {
                         "{page} was said to be zero, and was {content:x?}"
                     );
                 }
-                Some((Place::Poisoned, content)) => {
+                Some((Place::Poisoned, _, content)) => {
                     ensure!(self, page, content.is_none(), "{page} was said to be lost, and is not");
                 }
-                Some((Place::Staged | Place::Moving, _)) | None => {}
+                Some((Place::Staged | Place::Moving, ..)) | None => {}
             }
         }
     }

@@ -88,8 +88,7 @@ impl Sim {
 
     /// A tier has said that it answers again. Then it has done something, or nobody waits any more for what it did not give.
     pub(super) fn check_answers(&self, tier: TierId) {
-        let waits =
-            |page: &PageNo| self.core.table().home(page.block()) == tier && self.core.is_unread(*page);
+        let waits = |page: &PageNo| self.core.table().stored_at(*page) == tier && self.core.is_unread(*page);
         let waited_for = self.guest.vcpus.iter().flatten().map(|(page, _)| *page).find(waits);
         if let Some(page) = waited_for.filter(|_| !self.disk.answered[tier.index()]) {
             self.trace.suspect.set(Some(page));

@@ -325,3 +325,7 @@ fn parts_in_origin(origin: &Layers, run: Run, address: usize) -> (Part, Vec<Part
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
 }
+
+#[cfg(test)]
+#[path = "ring_tests.rs"]
+mod tests;

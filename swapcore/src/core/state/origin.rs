@@ -37,8 +37,6 @@ pub(crate) struct Taking {
     pub(crate) begun: bool,
     /// A tier that pages are to go to takes no writes.
     pub(crate) refused: Option<IoError>,
-    /// Pages were passed for which there will be room later.
-    pub(crate) passed_some: bool,
 }
 
 #[derive(Debug, Default)]
@@ -72,14 +70,7 @@ impl Origin {
     }
 
     pub(crate) fn take_home(&mut self, ticket: Ticket, pages: u32) {
-        self.takings.push_back(Taking {
-            ticket,
-            left: pages,
-            passed: 0,
-            begun: false,
-            refused: None,
-            passed_some: false,
-        });
+        self.takings.push_back(Taking { ticket, left: pages, passed: 0, begun: false, refused: None });
         self.wake();
     }
 
