@@ -110,7 +110,7 @@ fn text(value: &Value) -> &str {
 fn with_snapshots(chosen: &[Chosen]) -> impl Iterator<Item = (&str, &str)> {
     chosen.iter().filter_map(|chosen| match &chosen.disk.version {
         DiskVersion::Snapshot(name) => Some((chosen.device.as_str(), name.as_str())),
-        DiskVersion::InState | DiskVersion::LeftOut => None,
+        DiskVersion::InState => None,
     })
 }
 

@@ -364,6 +364,12 @@ impl Machine for Qemu {
         self.check_move().map(drop)
     }
 
+    fn written_disks(&mut self) -> Result<Vec<String>, Failure> {
+        let told = answers(&mut self.qmp, &[("query-block", Value::Null)])?.remove(0);
+        devices::written_disks(&told)
+            .ok_or_else(|| Failure::new(FailureKind::Vm, "QEMU does not say which disks it has"))
+    }
+
     fn state_bytes(&mut self) -> Option<u64> {
         let question = ("human-monitor-command", json!({ "command-line": "info ramblock" }));
         let told = answers(&mut self.qmp, &[question]).ok()?.remove(0);

@@ -211,6 +211,22 @@ impl From<migrate::SendError> for Failure {
     }
 }
 
+impl From<checkpoint::save::SaveError> for Failure {
+    fn from(error: checkpoint::save::SaveError) -> Failure {
+        use checkpoint::save::SaveError as E;
+        let kind = match &error {
+            E::Options(_) => FailureKind::Usage,
+            E::Cancelled => FailureKind::Interrupted,
+            E::Write { source, .. } => FailureKind::of_io(source),
+            E::StoodTooLong(_) => FailureKind::Downtime,
+            E::Vm(error) => kind_of(error),
+            E::Engine(_) | E::Restless => FailureKind::Vm,
+            E::Host { .. } => FailureKind::Host,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
 impl From<migrate::ReceiveError> for Failure {
     fn from(error: migrate::ReceiveError) -> Failure {
         use migrate::ReceiveError as E;

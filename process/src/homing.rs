@@ -304,12 +304,20 @@ impl Homing {
         }
         let now = Instant::now();
         let order = FirstTouches::new(&self.image, budget);
-        self.recording = Some(Recording { order, began: now, first: None, looked: now, poll: RECORD_POLL, look_around: LOOK_AROUND });
+        self.recording = Some(Recording {
+            order,
+            began: now,
+            first: None,
+            looked: now,
+            poll: RECORD_POLL,
+            look_around: LOOK_AROUND,
+        });
     }
 
     /// Takes what was recorded meanwhile. Ends the recording when it is time.
     fn look_at_faults(&mut self) -> Result<(), Stopped> {
-        let Some(mut recording) = self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
+        let Some(mut recording) =
+            self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
         else {
             return Ok(());
         };

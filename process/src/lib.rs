@@ -38,6 +38,7 @@ pub mod size;
 
 mod actions;
 mod arrive;
+mod checkpoint;
 mod doubt;
 mod facts;
 pub mod granted;
@@ -46,6 +47,7 @@ mod hold;
 mod homing;
 mod leave;
 mod life;
+mod live_vm;
 mod machine;
 mod memory;
 mod process;

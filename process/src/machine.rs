@@ -83,6 +83,14 @@ pub trait Machine: Send + fmt::Debug {
     /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move); or if a write fails.
     fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure>;
 
+    /// Its disks that the guest can write to, in words for a user: for a checkpoint that has nothing of what is on them.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    fn written_disks(&mut self) -> Result<Vec<String>, Failure> {
+        Ok(Vec::new())
+    }
+
     /// About how many bytes [`save`](Self::save) will give, as far as that is known while the guest runs.
     fn state_bytes(&mut self) -> Option<u64> {
         None

@@ -9,6 +9,7 @@ use migrate::Wait;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
+use crate::checkpoint::{Checkpointing, LastCheckpoint};
 use crate::control::protocol::{ArrivalStat, MigrationStat, RestoreStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::facts::Facts;
@@ -44,6 +45,8 @@ pub(crate) struct VmState {
     /// Why it stands still, if it does.
     pub(crate) hold: Hold,
     pub(crate) migration: Option<MigrationStat>,
+    pub(crate) checkpoint: Option<Checkpointing>,
+    pub(crate) last_checkpoint: Option<LastCheckpoint>,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
     pub(crate) restore: Option<RestoreStat>,
@@ -55,6 +58,18 @@ pub(crate) struct VmState {
     /// Channels of those who have asked it to stop and wait to hear how it ended; and the answer, once there is one.
     pub(crate) stoppers: Vec<Sender<Told>>,
     pub(crate) end: Option<Told>,
+}
+
+impl VmState {
+    /// A checkpoint is at work on it.
+    pub(crate) fn is_being_saved(&self) -> bool {
+        self.checkpoint.as_ref().is_some_and(|now| !now.saved)
+    }
+
+    /// It has been told to stand still for a checkpoint, and goes on behind it.
+    fn stands_for_checkpoint(&self) -> bool {
+        self.checkpoint.as_ref().is_some_and(|now| now.stopped)
+    }
 }
 
 /// The answer to those who stop a VM.
@@ -89,7 +104,7 @@ pub(crate) struct Vm {
     pub(crate) facts: Facts,
     pub(crate) memory: OnceLock<MemoryView>,
     pub(crate) events: Sender<VmEvent>,
-    /// Cancels the migration under way.
+    /// Cancels the migration or the checkpoint under way: there is only one of them.
     pub(crate) cancel: AtomicBool,
     /// Ends work beside the VM, which nobody needs once it is to end.
     pub(crate) halt: Arc<Halt>,
@@ -125,6 +140,8 @@ impl Vm {
             whereabouts,
             hold: Hold::Free,
             migration: None,
+            checkpoint: None,
+            last_checkpoint: None,
             waiting: None,
             arrival: None,
             restore: None,
@@ -215,6 +232,11 @@ impl Vm {
                 format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name),
             )),
         }
+    }
+
+    /// The machine, for as long as the caller keeps it: nobody else stops it meanwhile, nor lets it go on.
+    pub(crate) fn keep_machine(&self) -> MutexGuard<'_, Option<Box<dyn Machine>>> {
+        lock(&self.machine)
     }
 
     pub(crate) fn memory(&self) -> Result<&MemoryView, Failure> {
@@ -325,6 +347,8 @@ impl Vm {
                 guest: seen.guest,
                 waiting: vm.waiting.as_ref().map(Waiting::stat),
                 migration: vm.migration.clone(),
+                checkpoint: vm.checkpoint.as_ref().map(|now| now.stat.clone()),
+                last_checkpoint: vm.last_checkpoint.as_ref().map(LastCheckpoint::stat),
                 arrival: vm.arrival.clone(),
                 restore: vm.restore.clone(),
             }
@@ -367,15 +391,16 @@ impl Vm {
     fn stall(&self, want: Want, reason: String) {
         let name = &self.facts.name;
         // Before it is paused: who finds it so is to know why.
-        let migrating = self.locked(|state| {
+        let taken = self.locked(|state| {
             let begins = state.hold.stall(want, reason);
-            begins.then_some(matches!(state.whereabouts, Whereabouts::Migrating))
+            let taken = matches!(state.whereabouts, Whereabouts::Migrating) || state.stands_for_checkpoint();
+            begins.then_some(taken)
         });
         // It is paused already.
-        let Some(migrating) = migrating else { return };
+        let Some(taken) = taken else { return };
         let paused = self.machine(|machine| {
-            // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
-            if !migrating && machine.runs().is_ok_and(|runs| !runs) {
+            // Its user may have paused it by other means, such as a monitor. (A migration or a checkpoint resumes what it has paused.)
+            if !taken && machine.runs().is_ok_and(|runs| !runs) {
                 self.locked(|state| state.hold.stood_before());
                 return Ok(());
             }

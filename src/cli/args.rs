@@ -402,8 +402,58 @@ pub(super) struct MakeArgs {
     /// Its archive: a directory for the checkpoints of this VM alone; made if missing
     #[arg(long, value_name = "DIR")]
     pub(super) to: PathBuf,
+    /// The checkpoint whose pages need not be saved again: latest, none, or its name
+    #[arg(long, value_name = "NAME", default_value = "none")]
+    pub(super) base: BaseArg,
+    /// Keep this many checkpoints, and remove older ones when the new one is there
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(super) keep: Option<u32>,
+    /// Stop the VM for the last pages when they can be written in this time
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
+    pub(super) downtime_target: Duration,
+    /// Stop the VM for them after this many rounds, whatever is left
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(super) max_rounds: u32,
+    /// Never slow a guest down that writes faster than can be saved
+    #[arg(long)]
+    pub(super) no_throttle: bool,
+    /// Write at most so much a second while the VM runs
+    #[arg(long, value_name = "SIZE")]
+    pub(super) rate: Option<Size>,
+    /// End the VM when the checkpoint is durable: nothing that it does after the checkpoint is lost
+    #[arg(long)]
+    pub(super) stop: bool,
+    /// Of a QEMU with disks, save memory and state alone
+    #[arg(long)]
+    pub(super) without_disks: bool,
+    /// Of a VM whose store is encrypted, save it unencrypted
+    #[arg(long)]
+    pub(super) plain: bool,
     #[command(flatten)]
     pub(super) json: JsonArg,
+}
+
+/// With what a checkpoint is compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum BaseArg {
+    /// With nothing: it has all pages itself
+    None,
+    /// With the newest one in the archive, if there is one
+    Latest,
+    /// With that one
+    Name(String),
+}
+
+impl std::str::FromStr for BaseArg {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "none" => BaseArg::None,
+            "latest" => BaseArg::Latest,
+            name => BaseArg::Name(name.to_owned()),
+        })
+    }
 }
 
 /// What is done with an archive alone, without any VM.

@@ -7,7 +7,7 @@ use vmprocess::failure::{Failure, FailureKind};
 use super::args::{CheckpointArgs, Cli, Command, PkiCommand};
 use super::settings::{qemu_settings, restore_settings, run_settings, serve_settings};
 use super::values::{self, default_store};
-use super::{bench, checkpoints, migrate, resolve, stat, terminal, vms};
+use super::{bench, checkpoint, checkpoints, migrate, resolve, stat, terminal, vms};
 use crate::{daemon, doctor, pki, qemu, restore, run};
 
 /// Runs the command and returns the process's exit code.
@@ -56,15 +56,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         }
         Command::Migrate(args) => migrate::migrate(&RunDir::open(&run_dir)?, args),
         Command::Checkpoint(CheckpointArgs { command: Some(command), .. }) => checkpoints::run(command),
-        Command::Checkpoint(CheckpointArgs { make: Some(args), .. }) => Err(Failure::new(
-            FailureKind::Usage,
-            format!(
-                "saving {:?} into {} is not built in yet (JSON: {})",
-                args.name,
-                args.to.display(),
-                args.json.json
-            ),
-        )),
+        Command::Checkpoint(CheckpointArgs { make: Some(args), .. }) => {
+            checkpoint::checkpoint(&RunDir::open(&run_dir)?, &args)
+        }
         Command::Checkpoint(CheckpointArgs { make: None, command: None }) => {
             Err(Failure::new(FailureKind::Usage, "name a VM, or say what is to be done with an archive"))
         }

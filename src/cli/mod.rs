@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod checkpoint;
 mod checkpoints;
 mod command;
 mod migrate;

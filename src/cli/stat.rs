@@ -196,6 +196,18 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
             ],
         );
     }
+    if let Some(saving) = &stat.checkpoint {
+        row(
+            "checkpoint",
+            &[
+                format!("{} of {}", size(saving.bytes_done), size(saving.bytes_total)),
+                format!("{}/s, round {}", size(saving.bytes_per_second), saving.round),
+            ],
+        );
+    }
+    if let Some(last) = &stat.last_checkpoint {
+        row("last saved", &[last.name.clone(), format!("{} s ago", last.age_ms / 1000), size(last.bytes)]);
+    }
     text
 }
 

@@ -53,17 +53,21 @@ impl Work {
 /// # Errors
 /// If the user has not said what is needed, or it cannot be had.
 pub(super) fn plan(
-    disks: &[Disk],
+    (disks, left_out): (&[Disk], &[String]),
     wanted: &DisksWanted,
     name: &str,
     named: &[PathBuf],
 ) -> Result<Vec<Work>, Failure> {
     let usage = |text: String| Err(Failure::new(FailureKind::Usage, text));
-    let all =
-        || disks.iter().map(|disk| format!("{} ({})", disk.name, disk.file)).collect::<Vec<_>>().join(", ");
+    let all = || {
+        let disks = disks.iter().map(|disk| format!("{}: {}", disk.name, disk.file));
+        disks.chain(left_out.iter().cloned()).collect::<Vec<_>>().join(", ")
+    };
     match wanted {
         DisksWanted::AsTheyAre => return Ok(Vec::new()),
-        DisksWanted::Unsaid if disks.iter().all(|disk| disk.version == DiskVersion::InState) => {
+        DisksWanted::Unsaid
+            if left_out.is_empty() && disks.iter().all(|disk| disk.version == DiskVersion::InState) =>
+        {
             return Ok(Vec::new());
         }
         DisksWanted::Unsaid => {
@@ -76,11 +80,6 @@ pub(super) fn plan(
         }
         DisksWanted::Copies(_) | DisksWanted::Back => {}
     }
-    let left_out: Vec<&str> = disks
-        .iter()
-        .filter(|disk| disk.version == DiskVersion::LeftOut)
-        .map(|disk| disk.name.as_str())
-        .collect();
     if !left_out.is_empty() {
         return usage(format!(
             "the checkpoint was made without disks: nobody has {} as it was then. --disks-as-they-are takes what is there, though its \
@@ -186,11 +185,11 @@ mod tests {
         let snapshot = || DiskVersion::Snapshot("s".to_owned());
         let disks = [disk("d0", "/d0", snapshot()), disk("pflash0", "/vars", DiskVersion::InState)];
         let named = [PathBuf::from("/d0"), "/vars".into(), "/iso".into()];
-        let plan = |disks: &[Disk], wanted: DisksWanted| plan(disks, &wanted, "web", &named);
+        let plan = |disks: &[Disk], wanted: DisksWanted| plan((disks, &[]), &wanted, "web", &named);
         let refused = |disks: &[Disk], wanted| plan(disks, wanted).unwrap_err().text;
 
         let text = refused(&disks, DisksWanted::Unsaid);
-        assert!(text.contains("d0 (/d0)") && text.contains("--disk-copies DIR"), "{text}");
+        assert!(text.contains("d0: /d0") && text.contains("--disk-copies DIR"), "{text}");
         assert_eq!(plan(&disks[1..], DisksWanted::Unsaid), Ok(Vec::new()));
         assert_eq!(plan(&disks, DisksWanted::AsTheyAre), Ok(Vec::new()));
         let back = Work::Back { file: "/d0".to_owned(), snapshot: "s".to_owned() };
@@ -202,9 +201,10 @@ mod tests {
         ];
         assert_eq!(plan(&disks, DisksWanted::Copies("/nowhere".into())), Ok(copies.to_vec()));
 
-        let left = [disk("d0", "/d0", DiskVersion::LeftOut)];
-        assert!(refused(&left, DisksWanted::Back).contains("made without disks: nobody has d0"));
-        assert!(refused(&left, DisksWanted::Unsaid).contains("d0 (/d0)"));
+        let left = ["d0: /d0".to_owned()];
+        let refused_left = |wanted| super::plan((&[], &left), &wanted, "web", &named).unwrap_err().text;
+        assert!(refused_left(DisksWanted::Back).contains("made without disks: nobody has d0"));
+        assert!(refused_left(DisksWanted::Unsaid).contains("d0: /d0"));
         let gone = [disk("d1", "/d1", snapshot())];
         assert!(
             refused(&gone, DisksWanted::Back).contains("disk d1 was in /d1, which the command line does not")

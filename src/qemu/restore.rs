@@ -71,7 +71,8 @@ pub fn restore(
         twice::check(&line, &vm.name)?;
     }
     let disks = here(vm, &settings.rules);
-    let work = disk_versions::plan(&disks, &settings.disks, name, &resources::disks(&line)?)?;
+    let work =
+        disk_versions::plan((&disks, &vm.without_disks), &settings.disks, name, &resources::disks(&line)?)?;
 
     disk_versions::make(&work, &binary, &path)?;
     let moved: Vec<(String, String)> = work.iter().filter_map(Work::renamed).collect();

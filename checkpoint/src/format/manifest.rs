@@ -65,6 +65,10 @@ pub struct VmFacts {
     /// The disks that it can write to. None of a machine whose state is all that it has.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// Its disks, whose content is not in the checkpoint, with its user's knowledge: a restored guest's file systems
+    /// agree with its memory only if whoever restores it has put back that of the same moment.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without_disks: Vec<String>,
 }
 
 /// A disk of a VM that the VM can write to.
@@ -89,8 +93,6 @@ pub enum DiskVersion {
     Snapshot(String),
     /// In the state of vCPUs and devices, which writes it into whatever file the disk is given: firmware's flash.
     InState,
-    /// Nowhere: the checkpoint was made without disks, at its user's will.
-    LeftOut,
 }
 
 /// A VM's kind of machine.
