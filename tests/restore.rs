@@ -299,7 +299,8 @@ fn a_restored_vm_moves_on_while_its_pages_are_in_the_checkpoint() {
 
 #[test]
 fn a_rate_is_kept_and_stat_says_so() {
-    let mut saved = Saved::of("restore-rate", &Guest { workload: "read:working-set=1M,rate=4M,fill=all", ..WEB });
+    let mut saved =
+        Saved::of("restore-rate", &Guest { workload: "read:working-set=1M,rate=4M,fill=all", ..WEB });
     let began = Instant::now();
     let vm = saved.restore(&["--rate", "32M"]);
     let stat = saved.host.wait_stat("web", "its rate", |stat| stat["restore"]["phase"] == "taking_home");

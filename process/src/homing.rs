@@ -261,7 +261,8 @@ impl Homing {
             let now = self.stats()?.faults.store;
             let waits = faults.replace(now).is_some_and(|before| now > before);
             let paced = self.options.rate.map_or(Duration::ZERO, |rate| pace(HOME_PAGES, rate));
-            let rest = paced.saturating_sub(began.elapsed()).max(if waits { GIVE_WAY } else { Duration::ZERO });
+            let rest =
+                paced.saturating_sub(began.elapsed()).max(if waits { GIVE_WAY } else { Duration::ZERO });
             self.vm.halt.pause(rest)?;
         }
         self.hold.let_go();
@@ -348,12 +349,20 @@ impl Homing {
         }
         let now = Instant::now();
         let order = FirstTouches::new(&self.image, budget);
-        self.recording = Some(Recording { order, began: now, first: None, looked: now, poll: RECORD_POLL, look_around: LOOK_AROUND });
+        self.recording = Some(Recording {
+            order,
+            began: now,
+            first: None,
+            looked: now,
+            poll: RECORD_POLL,
+            look_around: LOOK_AROUND,
+        });
     }
 
     /// Takes what was recorded meanwhile. Ends the recording when it is time.
     fn look_at_faults(&mut self) -> Result<(), Stopped> {
-        let Some(mut recording) = self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
+        let Some(mut recording) =
+            self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
         else {
             return Ok(());
         };

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use checkpoint::restore::{Hold, Image};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use swapd::{CommandError, EngineHandle, PendingAnswer};
 use tracing::{error, info, warn};
 
@@ -34,7 +34,7 @@ use crate::vm::{Vm, VmEvent};
 const ADOPTIONS: usize = 16;
 
 /// How a VM is to begin from a checkpoint.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct RestoreOptions {
     /// It is to stand still, whatever it did when it was saved.
     pub paused: bool,
@@ -142,7 +142,11 @@ fn start(vm: &Arc<Vm>, restoration: Restoration) -> Result<JoinHandle<()>, Failu
             CAUGHT.set(true);
             if catch_unwind(AssertUnwindSafe(|| homing.run())).is_err() {
                 error!(vm = %vm.facts.name, "its pages stay in the checkpoint: see the panic above");
-                homing::note(&vm, RestorePhase::Kept, Some("a bug in vmemd ended the taking home: see its log".to_owned()));
+                homing::note(
+                    &vm,
+                    RestorePhase::Kept,
+                    Some("a bug in vmemd ended the taking home: see its log".to_owned()),
+                );
             }
         })
         .map_err(|error| Failure::io("cannot start the restoring thread", &error))
