@@ -11,5 +11,9 @@
 
 pub mod archive;
 pub mod format;
+mod outside;
 pub mod restore;
 pub mod save;
+#[cfg(test)]
+#[allow(unreachable_pub, missing_debug_implementations, reason = "has the shape of what it stands for")]
+mod sim;

@@ -17,14 +17,14 @@ use super::steps::Step;
 
 /// What a crash leaves.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Killed,
     /// So many of a thousand changes of directories that were not flushed have lasted.
     NoPower(u64),
 }
 
 #[derive(Debug)]
-pub(super) struct Crash {
+pub(crate) struct Crash {
     kind: Kind,
     /// Steps until it happens.
     left: u64,
@@ -60,21 +60,21 @@ thread_local! {
     static CURRENT: RefCell<Option<Arc<Mutex<Crash>>>> = const { RefCell::new(None) };
 }
 
-pub(super) fn current() -> Option<Arc<Mutex<Crash>>> {
+pub(crate) fn current() -> Option<Arc<Mutex<Crash>>> {
     CURRENT.with_borrow(Clone::clone)
 }
 
 /// This thread works for the one whose crash it is.
-pub(super) fn join(crash: Option<Arc<Mutex<Crash>>>) {
+pub(crate) fn join(crash: Option<Arc<Mutex<Crash>>>) {
     CURRENT.set(crash);
 }
 
-pub(super) fn is_simulated() -> bool {
+pub(crate) fn is_simulated() -> bool {
     current().is_some()
 }
 
 /// Runs the operation with a crash before that step. Says whether it came to it.
-pub(super) fn at<T>(place: &Path, step: u64, kind: Kind, operation: impl FnOnce() -> T) -> (T, bool) {
+pub(crate) fn at<T>(place: &Path, step: u64, kind: Kind, operation: impl FnOnce() -> T) -> (T, bool) {
     let limbo = testkit::directory_in(place, "limbo");
     let crash = Crash {
         kind,
@@ -97,7 +97,7 @@ fn crashed() -> io::Error {
     io::Error::other("the test has crashed here")
 }
 
-pub(super) fn before(step: Step<'_>) -> io::Result<()> {
+pub(crate) fn before(step: Step<'_>) -> io::Result<()> {
     let Some(crash) = current() else { return Ok(()) };
     let mut crash = crash.lock().unwrap();
     if crash.happened {
@@ -122,7 +122,7 @@ pub(super) fn before(step: Step<'_>) -> io::Result<()> {
     Ok(())
 }
 
-pub(super) fn after(step: Step<'_>) {
+pub(crate) fn after(step: Step<'_>) {
     let Some(crash) = current() else { return };
     let mut crash = crash.lock().unwrap();
     if crash.happened {

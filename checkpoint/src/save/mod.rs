@@ -27,7 +27,8 @@ pub use options::{Base, Files, SaveOptions};
 pub use report::{PauseParts, Phase, Progress, Saved};
 
 use migrate::{CancelFlag, LiveVm};
-use swapd::EngineHandle;
+
+use crate::outside::EngineHandle;
 
 /// Writes a checkpoint of a VM into `files`. Blocks; `progress` is called on this thread, several times a second.
 ///

@@ -1,6 +1,8 @@
 //! A limit on the bytes that are written a second: values in, decisions out.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::outside::Instant;
 
 /// So much may be written at once behind a rest: a buffer must not wait for the one before it to the microsecond.
 const BURST: Duration = Duration::from_millis(50);

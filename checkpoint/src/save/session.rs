@@ -3,17 +3,13 @@
 //! The stages are types that consume themselves, so that only the right order of calls compiles. One that fails hands
 //! back the error, and the VM goes on as before.
 
-use std::fs::File;
 use std::io::BufWriter;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use migrate::pace::{Decision, Rules, Standing, decide};
 use migrate::{CancelFlag, Expected, LiveVm};
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
+use swapd::Run;
 use swapd::units::pages_in;
-use swapd::{EngineHandle, Run};
-use tokio_uring::Runtime;
 
 use super::error::SaveError;
 use super::image::ImageSink;
@@ -22,6 +18,7 @@ use super::pages::PageTable;
 use super::report::{PauseParts, Phase, Progress, Saved};
 use super::rounds::Rounds;
 use super::state;
+use crate::outside::{self, EngineHandle, File, Instant, Runtime, planted};
 
 /// A VM is not kept standing still for longer: a disk that does not answer must not take it along.
 const PAUSE_LIMIT: Duration = Duration::from_secs(60);
@@ -76,11 +73,11 @@ impl<'a> Session<'a> {
                 .set_len(handle.memory_bytes())
                 .map_err(|source| SaveError::Write { what: "image", source })?;
         }
-        let runtime = Runtime::new(&tokio_uring::builder()).map_err(host("no io_uring is to be had"))?;
+        let runtime = outside::runtime().map_err(host("no io_uring is to be had"))?;
         let dirty = handle.subscribe_dirty()?;
         let rounds = runtime.block_on(async {
             let table = PageTable::new(pages, base);
-            let sink = ImageSink::new(image, handle.stored_reader(), table, options.rate);
+            let sink = ImageSink::new(image, outside::stored_reader(handle), table, options.rate);
             let sink = sink.map_err(host("the image cannot be opened once more"))?;
             Rounds::start(handle, dirty, sink, options.rate.is_some(), (progress, cancel))
         })?;
@@ -125,7 +122,9 @@ impl<'a> Session<'a> {
             let Decision::Go { throttle } = decision else { return Ok(()) };
             self.set_throttle(throttle);
             self.expected = self.vm.expected();
-            self.vm.drain()?;
+            if !planted!(SkipsTheDrains) {
+                self.vm.drain()?;
+            }
             self.on_rounds(async |rounds| rounds.again(throttle).await)?;
         }
     }
@@ -163,8 +162,15 @@ impl<'a> Session<'a> {
 
     /// The VM runs on, and nothing is left of the session.
     fn fail(mut self, error: SaveError) -> SaveError {
-        self.set_throttle(0);
-        drop(self.runtime.block_on(self.rounds.close()));
+        if !planted!(StaysThrottled) {
+            self.set_throttle(0);
+        }
+        let close = self.rounds.close();
+        if planted!(KeepsTracking) {
+            std::mem::forget(close);
+        } else {
+            drop(self.runtime.block_on(close));
+        }
         error
     }
 
@@ -191,7 +197,8 @@ impl<'a> Stopped<'a> {
     /// The VM goes on as before, and nothing is left of the session.
     fn fail(self, error: SaveError) -> SaveError {
         // Before what is under way is waited for: a disk that does not answer must not take it along.
-        let error = match self.session.vm.resume() {
+        let resumed = if planted!(StaysPaused) { Ok(()) } else { self.session.vm.resume() };
+        let error = match resumed {
             Ok(()) => error,
             Err(not_resumed) => {
                 tracing::warn!(%error, "the checkpoint failed");
@@ -222,6 +229,9 @@ impl<'a> Stopped<'a> {
         let began = Instant::now();
         session.on_rounds(async |rounds| rounds.last_scan().await)?;
         self.parts.scan_ms = milliseconds(began);
+        if planted!(ResumesBeforeTheLastPages) {
+            session.vm.resume()?;
+        }
         let began = Instant::now();
         session.on_rounds(async |rounds| rounds.last().await)?;
         self.parts.pages_ms = milliseconds(began);
@@ -232,7 +242,9 @@ impl<'a> Stopped<'a> {
         self.state_bytes = state::save(session.vm, &session.state, guard.cancel, until)?;
         self.parts.state_ms = milliseconds(began);
         let began = Instant::now();
-        session.on_rounds(async |rounds| rounds.settle().await)?;
+        if !planted!(ResumesBeforeTheDisk) {
+            session.on_rounds(async |rounds| rounds.settle().await)?;
+        }
         self.parts.disk_ms = milliseconds(began);
         Ok(())
     }
@@ -250,10 +262,15 @@ impl<'a> Stopped<'a> {
         let plain =
             plain.map_err(|source| SaveError::Host { what: "opening the image once more", source })?;
         let finished = sink.pages(|pages| {
-            punch(&plain, &pages.holes())?;
+            if !planted!(LeavesOldContent) {
+                punch(&plain, &pages.holes())?;
+            }
             let finished = pages.finish(&heat);
             let mut to = BufWriter::with_capacity(1 << 20, &map);
-            finished.write(&mut to).map_err(|source| SaveError::Write { what: "map", source })?;
+            let written = finished.write(&mut to);
+            if !planted!(BelievesTheMap) {
+                written.map_err(|source| SaveError::Write { what: "map", source })?;
+            }
             Ok::<_, SaveError>(finished)
         });
         let finished = match finished {
@@ -288,12 +305,11 @@ impl<'a> Stopped<'a> {
 /// Makes holes of pages that the image has and the checkpoint has not.
 fn punch(image: &File, holes: &[Run]) -> Result<(), SaveError> {
     for run in holes {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(image, flags, run.start.offset(), run.bytes() as u64) {
+        match outside::punch_hole(image, run.start.offset(), run.bytes() as u64) {
             Ok(()) => {}
             // It takes room, and nobody looks at it.
-            Err(Errno::OPNOTSUPP) => return Ok(()),
-            Err(error) => return Err(SaveError::Write { what: "image", source: error.into() }),
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(()),
+            Err(source) => return Err(SaveError::Write { what: "image", source }),
         }
     }
     Ok(())

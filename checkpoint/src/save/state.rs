@@ -1,13 +1,13 @@
 //! The file into which a VM writes its state while it stands still.
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use migrate::{CancelFlag, LiveVm};
 
 use super::error::SaveError;
+use crate::outside::{File, Instant, planted};
 
 /// So much of a state is held before it is written: machines write a few bytes at a time.
 const PART_BYTES: usize = 1 << 20;
@@ -45,12 +45,15 @@ impl StateFile<'_> {
         if self.cancel.load(Ordering::Relaxed) {
             return Err(SaveError::Cancelled);
         }
-        if Instant::now() >= self.until.0 {
+        if Instant::now() >= self.until.0 && !planted!(WaitsForever) {
             return Err(SaveError::StoodTooLong(self.until.1));
         }
         self.bytes += self.part.len() as u64;
         let written = self.file.write_all(&self.part);
         self.part.clear();
+        if planted!(BelievesTheState) {
+            return Ok(());
+        }
         written.map_err(|source| SaveError::Write { what: "state", source })
     }
 }

@@ -137,7 +137,7 @@ impl Guest {
         }
     }
 
-    fn wander(&self) {
+    pub fn wander(&self) {
         let page = self.any_page();
         let generation = self.truth.borrow()[page.index()];
         self.engine.wander(page, generation);
