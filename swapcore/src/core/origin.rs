@@ -29,7 +29,7 @@ use crate::api::Adopted;
 use crate::error::{CommandError, IoError, IoErrorKind};
 use crate::stats::TierState;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot, SlotRun, TierId};
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId, runs_of};
 
 /// Pages fetched for one request, at most: 2 MiB. A fault that comes meanwhile waits behind their reads.
 const FETCH_MAX: u32 = 512;
@@ -364,9 +364,12 @@ impl Core {
             && self.tiers.state(TierId::ORIGIN) == TierState::Working
             && !mutant!(LeavesNeighboursOfBadPages);
         if apart {
-            let half = run.len / 2;
-            for (skip, len) in [(0, half), (half, run.len - half)] {
-                self.start_read(run.part(skip, len), slots.part(skip, len), Landing::Home);
+            let first = slots.start;
+            let slot = |page: PageNo| first.plus((page.0 - run.start.0) as u32);
+            // Not those that have been given back meanwhile.
+            let mine: Vec<_> = run.pages().filter(|page| !self.frames.free_if_orphan(slot(*page))).collect();
+            for part in runs_of(mine, run.len.div_ceil(2)) {
+                self.start_read(part, SlotRun::new(slot(part.start), part.len), Landing::Home);
             }
         }
         apart
