@@ -13,6 +13,7 @@ pub mod pki;
 pub mod program;
 pub mod qemu;
 mod reference;
+pub mod restore;
 pub mod run;
 mod sandbox;
 pub mod vmm;

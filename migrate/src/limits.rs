@@ -1,5 +1,5 @@
 //! Every time limit of this crate, and whatever else bounds a session and is not part of the wire format. A number that
-//! only one policy goes by stands beside that policy: `source/pace.rs`, `source/discovery.rs`, `reader/order.rs`.
+//! only one policy goes by stands beside that policy: `pace.rs`, `source/discovery.rs`, `reader/order.rs`.
 
 use std::time::Duration;
 

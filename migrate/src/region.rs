@@ -9,10 +9,10 @@ use tokio_uring::buf::{IoBuf, IoBufMut};
 
 /// Some bytes that stay where they are for as long as `keep` lives. The operation owns it until it completes.
 #[derive(Debug)]
-pub(crate) struct Region<K> {
+pub struct Region<K> {
     at: NonNull<u8>,
     len: usize,
-    _keep: K,
+    keep: K,
 }
 
 impl<K> Region<K> {
@@ -21,11 +21,16 @@ impl<K> Region<K> {
     /// else may use them.
     pub(crate) unsafe fn new(at: *mut u8, len: usize, keep: K) -> Region<K> {
         let at = NonNull::new(at).expect("a region at address 0");
-        Region { at, len, _keep: keep }
+        Region { at, len, keep }
+    }
+
+    /// What has kept the bytes where they are, when the operation has ended.
+    pub fn into_keep(self) -> K {
+        self.keep
     }
 
     /// The bytes. Nobody else uses them, and with the region in hand no operation is in flight on them.
-    pub(crate) fn bytes(&self) -> &[u8] {
+    pub fn bytes(&self) -> &[u8] {
         // SAFETY: initialised and ours alone by the contract of `new`.
         unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.len) }
     }

@@ -71,10 +71,11 @@ impl Default for Expected {
     }
 }
 
-/// The VM at the source. Called on the thread that called [`crate::send`], never from inside its async runtime,
-/// so an implementation may block (shortly: while the VM is paused, all of it counts as downtime).
-pub trait SourceVm {
-    /// Why there is no VM any more that could move, if it ended meanwhile. The target is told.
+/// A VM that runs while its memory is read: for a migration, or into the image of a checkpoint. Called on the thread
+/// that reads, never from inside its async runtime, so an implementation may block (shortly: while the VM is paused,
+/// all of it counts as downtime).
+pub trait LiveVm {
+    /// Why there is no VM any more, if it ended meanwhile. The target of a migration is told.
     fn ended(&self) -> Option<String> {
         None
     }
@@ -89,9 +90,9 @@ pub trait SourceVm {
     fn stood_still(&self) -> bool;
     /// Undoes [`pause`](Self::pause): it runs again, unless it [stood still](Self::stood_still) before.
     fn resume(&mut self) -> Result<(), VmError>;
-    /// Writes the state of vCPUs and devices, while paused. What is written goes over the wire while the rest is
-    /// still being made: a write waits when the link carries less, and fails when the session has ended. Whoever gets
-    /// such an error gives up at once.
+    /// Writes the state of vCPUs and devices, while paused. What is written goes over the wire, or into a file, while
+    /// the rest is still being made: a write waits when the link carries less, and fails when the session has ended.
+    /// Whoever gets such an error gives up at once.
     fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError>;
     /// Keeps the vCPUs out of the guest for this share of time (0: not at all).
     fn throttle(&mut self, percent: u8);
@@ -99,6 +100,10 @@ pub trait SourceVm {
     fn expected(&mut self) -> Expected {
         Expected::default()
     }
+}
+
+/// The VM at the source of a migration, on the thread that called [`crate::send`].
+pub trait SourceVm: LiveVm {
     /// Frees the VM's name, so that the target may take it (both can be on one host). While the VM runs: it may take
     /// its time.
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError>;
@@ -111,7 +116,7 @@ pub trait SourceVm {
 
 /// The VM at the target. Called on the thread that called [`crate::receive`], outside of its async runtime.
 pub trait TargetVm {
-    /// Takes the state from [`SourceVm::save`], to its end. Memory already has its final content. Must not run the
+    /// Takes the state from [`LiveVm::save`], to its end. Memory already has its final content. Must not run the
     /// guest. A read fails when the session has ended, or the state cannot be read back from where it was kept.
     fn load(&mut self, state: &mut dyn Read) -> Result<(), VmError>;
     /// The hand-over is decided: run, or stay `paused`. If this fails, no vCPU may have entered the guest. Part of the

@@ -15,7 +15,7 @@ use std::time::Duration;
 use common::Target;
 use common::vm::{MEMORY, Writer, engine, fill, options};
 use io_uring::{IoUring, opcode, types};
-use migrate::{CancelFlag, SessionId, SourceOptions, SourceVm, TargetMemory, VmError, send};
+use migrate::{CancelFlag, LiveVm, SessionId, SourceOptions, SourceVm, TargetMemory, VmError, send};
 use swapd::PAGE_SIZE;
 
 /// The first page that the device reads into; the next ones follow. The guest itself leaves them alone.
@@ -66,7 +66,7 @@ struct WithDevice {
     device: Device,
 }
 
-impl SourceVm for WithDevice {
+impl LiveVm for WithDevice {
     fn drain(&mut self) -> Result<(), VmError> {
         self.device.end();
         self.device.begin();
@@ -94,7 +94,9 @@ impl SourceVm for WithDevice {
     fn throttle(&mut self, percent: u8) {
         self.writer.throttle(percent);
     }
+}
 
+impl SourceVm for WithDevice {
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
         self.writer.give_up_name(session)
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use common::Target;
 use common::vm::{MEMORY, PAGES, Writer, compare, engine, engine_with, fill, options, restored, write};
-use migrate::{CancelFlag, PlainMemory, Progress, SendError, SourceOptions, SourceVm, TargetMemory, send};
+use migrate::{CancelFlag, LiveVm, PlainMemory, Progress, SendError, SourceOptions, TargetMemory, send};
 use swapd::PAGE_SIZE;
 
 #[test]

@@ -14,7 +14,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use common::vm::{MEMORY, PAGES, Writer, engine, engine_with, fill, is_intact, restored};
-use migrate::SourceVm;
+use migrate::LiveVm;
 use migrate::reader::{Closed, FILLERS, Found, PageBuffer, ReadError, Reader, Sink};
 use swapd::digest::page_sum;
 use swapd::{BLOCK_PAGES, Engine, PAGE_SIZE, PageNo, Run};

@@ -19,8 +19,8 @@ use common::vm::{MEMORY as ENGINE_MEMORY, Writer, compare, engine, fill, options
 use common::{Setup, Target};
 use migrate::wire::control::{Control, MAX_STATE_PART, state_limit};
 use migrate::{
-    CancelFlag, Expected, PlainMemory, ReceiveError, Report, SendError, SessionId, SourceOptions, SourceVm,
-    StateSpool, TargetMemory, VmError, send,
+    CancelFlag, Expected, LiveVm, PlainMemory, ReceiveError, Report, SendError, SessionId, SourceOptions,
+    SourceVm, StateSpool, TargetMemory, VmError, send,
 };
 use source::{MEMORY, Source};
 use testkit::{Reason, skip};
@@ -84,7 +84,7 @@ struct Large {
     event: Event,
 }
 
-impl SourceVm for Large {
+impl LiveVm for Large {
     fn drain(&mut self) -> Result<(), VmError> {
         Ok(())
     }
@@ -125,7 +125,9 @@ impl SourceVm for Large {
     fn throttle(&mut self, percent: u8) {
         self.writer.throttle(percent);
     }
+}
 
+impl SourceVm for Large {
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
         self.writer.give_up_name(session)
     }

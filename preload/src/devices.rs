@@ -8,6 +8,8 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use serde_json::Value;
+
 const PAGE: u64 = 4096;
 /// A page of zeros in QEMU's stream, and what comes with a whole one.
 const ZERO_PAGE_BYTES: u64 = 9;
@@ -55,6 +57,23 @@ pub(crate) fn state_bytes(told: &str, memory: &[String], process: &Path) -> u64 
         full * (PAGE + ZERO_PAGE_BYTES) + (all - full.min(all)) * ZERO_PAGE_BYTES
     };
     REST_BYTES + blocks.iter().zip(known).map(bytes).sum::<u64>()
+}
+
+/// The disks that the guest can write to, from QEMU's `query-block`: each by its name and its file. None: it is no
+/// answer.
+pub(crate) fn written_disks(told: &Value) -> Option<Vec<String>> {
+    let disk = |disk: &Value| {
+        let inserted = disk["inserted"].as_object()?;
+        if inserted.get("ro").and_then(Value::as_bool) == Some(true) {
+            return None;
+        }
+        let named = |value: &Value| value.as_str().filter(|name| !name.is_empty()).map(str::to_owned);
+        let name =
+            named(&disk["device"]).or_else(|| named(&disk["qdev"])).unwrap_or_else(|| "one".to_owned());
+        let file = inserted.get("file").and_then(Value::as_str).unwrap_or_default();
+        Some(if file.is_empty() { name } else { format!("{name}: {file}") })
+    };
+    Some(told.as_array()?.iter().filter_map(disk).collect())
 }
 
 /// Where each block is. A QEMU that does not tell has mapped it as memory of exactly that size.
@@ -113,6 +132,19 @@ fn full_pages(process: &Path, address: u64, pages: u64) -> std::io::Result<u64> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_that_the_guest_can_write_to() {
+        let told = serde_json::json!([
+            { "device": "ide0-hd0", "inserted": { "ro": false, "file": "/srv/a.qcow2" } },
+            { "device": "", "qdev": "/machine/peripheral/vd/virtio-backend", "inserted": { "ro": false, "file": "" } },
+            { "device": "ide1-cd0" },
+            { "device": "ide1-cd1", "inserted": { "ro": true, "file": "/srv/a.iso" } }
+        ]);
+        let disks = written_disks(&told).unwrap();
+        assert_eq!(disks, ["ide0-hd0: /srv/a.qcow2", "/machine/peripheral/vd/virtio-backend"]);
+        assert_eq!(written_disks(&Value::Null), None);
+    }
 
     const OLD: &str = "              Block Name    PSize              Offset               Used              Total\r\n\
         \x20                     ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000\r\n\

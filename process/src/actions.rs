@@ -30,11 +30,17 @@ impl Service for VmService {
             Request::SetRam { ram_bytes } => vm.set_ram(ram_bytes),
             Request::RecordFaults { seconds } => crate::record::record_faults(vm, seconds, client),
             Request::Migrate(request) => crate::leave::migrate(vm, &request, client),
+            Request::Checkpoint(request) => crate::checkpoint::checkpoint(vm, &request, client),
             Request::Stop => vm.stop(),
             // During a migration its own connection hears of it: see `leave`.
             Request::Cancel => Err(Failure::new(
                 FailureKind::Name,
                 format!("no migration of {:?} is under way", vm.facts.name),
+            )),
+            // Only where it is waited for: see `checkpoint`.
+            Request::Checkpointed { .. } => Err(Failure::new(
+                FailureKind::Name,
+                format!("no checkpoint of {:?} waits for that", vm.facts.name),
             )),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use checkpoint::archive::ArchiveError;
 use migrate::tls::TlsError;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,8 @@ pub enum FailureKind {
     Moved,
     /// It would have stood still for longer than it may.
     Downtime,
+    /// A checkpoint, or something that it needs, is not what was saved.
+    Damaged,
     /// Ctrl-C or a termination signal.
     Interrupted,
 }
@@ -59,6 +62,7 @@ impl FailureKind {
             FailureKind::CannotMove => 9,
             FailureKind::Moved => 10,
             FailureKind::Downtime => 12,
+            FailureKind::Damaged => 13,
             FailureKind::Interrupted => 130,
         }
     }
@@ -103,6 +107,7 @@ impl From<swapd::StartError> for Failure {
         let kind = match &error {
             swapd::StartError::Budget(_) => FailureKind::Usage,
             swapd::StartError::Host(_) => FailureKind::Host,
+            swapd::StartError::Origin(_) => FailureKind::Damaged,
             swapd::StartError::Store(_) | swapd::StartError::Memory(_) => FailureKind::Resources,
         };
         // Its text names the cause.
@@ -120,6 +125,33 @@ impl From<swapd::CommandError> for Failure {
             E::Gone => FailureKind::Vm,
         };
         Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<ArchiveError> for Failure {
+    fn from(error: ArchiveError) -> Failure {
+        use ArchiveError as E;
+        let kind = match &error {
+            E::NotEmpty { .. } | E::Name(_) => FailureKind::Usage,
+            E::NoArchive { .. } | E::NoCheckpoint { .. } | E::Empty { .. } => FailureKind::Name,
+            E::Busy { .. } | E::OtherVm { .. } | E::InUse { .. } | E::Removed { .. } => FailureKind::Name,
+            E::IsBase { .. } | E::MayBeBase { .. } | E::TooDeep { .. } => FailureKind::Name,
+            E::Io { source, .. } => FailureKind::of_io(source),
+            E::Cancelled => FailureKind::Interrupted,
+            error if error.is_damage() => FailureKind::Damaged,
+            // A newer format.
+            _ => FailureKind::Other,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<checkpoint::restore::OpenError> for Failure {
+    fn from(error: checkpoint::restore::OpenError) -> Failure {
+        match error {
+            checkpoint::restore::OpenError::Archive(error) => error.into(),
+            error => Failure::new(FailureKind::Damaged, chain(&error)),
+        }
     }
 }
 
@@ -174,6 +206,22 @@ impl From<migrate::SendError> for Failure {
             E::Vm(error) => kind_of(error),
             E::Engine(_) => FailureKind::Vm,
             E::InDoubt { .. } => FailureKind::InDoubt,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+impl From<checkpoint::save::SaveError> for Failure {
+    fn from(error: checkpoint::save::SaveError) -> Failure {
+        use checkpoint::save::SaveError as E;
+        let kind = match &error {
+            E::Options(_) => FailureKind::Usage,
+            E::Cancelled => FailureKind::Interrupted,
+            E::Write { source, .. } => FailureKind::of_io(source),
+            E::StoodTooLong(_) => FailureKind::Downtime,
+            E::Vm(error) => kind_of(error),
+            E::Engine(_) | E::Restless => FailureKind::Vm,
+            E::Host { .. } => FailureKind::Host,
         };
         Failure::new(kind, chain(&error))
     }

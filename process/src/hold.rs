@@ -26,6 +26,8 @@ use migrate::tls::Security;
 pub(crate) const BY_VMEMD: &str = "by `vmemd pause`";
 pub(crate) const BY_ITS_MONITOR: &str = "by a monitor of its QEMU, not by vmemd";
 pub(crate) const AS_IT_CAME: &str = "it was paused when it came";
+pub(crate) const FOR_ITS_CHECKPOINT: &str =
+    "by `vmemd checkpoint --stop`, which stops it when the checkpoint is durable";
 pub(crate) const DID_NOT_GO_ON: &str = "it could not be let go on: see its log";
 
 /// Where the VM is.
@@ -109,8 +111,10 @@ pub(crate) enum Resumer {
     Store,
     /// A migration that has not taken it away. `stopped_it`: the VM was told to stand still for that.
     Source { stopped_it: bool },
-    /// A migration that has brought it.
+    /// A migration that has brought it, or a restore.
     Target,
+    /// A checkpoint. `stopped_it`: the VM was told to stand still for that.
+    Checkpoint { stopped_it: bool },
 }
 
 /// Who may let a VM go on:
@@ -120,7 +124,8 @@ pub(crate) enum Resumer {
 /// | the operator | here | anything |
 /// | its store | here | a stall that is relieved, before which it ran, and nothing else |
 /// | a migration that failed, if that stopped it | migrating, or in doubt until now | nothing else |
-/// | a migration that brought it | here, as of the commit | anything but that it came paused |
+/// | a migration that brought it, or a restore | here, as of the commit | anything but that it came paused |
+/// | a checkpoint, if that stopped it | here | nothing else |
 ///
 /// Nobody else may. A VM that somebody else lets go on would run at two hosts, or against the will of its pauser.
 pub(crate) fn may_resume(who: Resumer, whereabouts: &Whereabouts, hold: &Hold) -> bool {
@@ -133,6 +138,7 @@ pub(crate) fn may_resume(who: Resumer, whereabouts: &Whereabouts, hold: &Hold) -
             stopped_it && leaving && *hold == Hold::Free
         }
         Resumer::Target => here && hold.paused().is_none(),
+        Resumer::Checkpoint { stopped_it } => here && stopped_it && *hold == Hold::Free,
     }
 }
 

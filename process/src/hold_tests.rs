@@ -110,12 +110,13 @@ fn every_event_changes_every_hold_as_the_table_says() {
 #[test]
 fn a_vm_goes_on_only_by_who_may_let_it() {
     const NOT_PAUSED: [&str; 5] = ["--", "-R", "-S", "-r", "-s"];
-    let allowed: [(Resumer, usize, &[&str]); 5] = [
+    let allowed: [(Resumer, usize, &[&str]); 6] = [
         (Resumer::Operator, HERE, &HOLDS),
         (Resumer::Store, HERE, &["-r"]),
         (Resumer::Source { stopped_it: true }, MIGRATING, &["--"]),
         (Resumer::Source { stopped_it: true }, IN_DOUBT, &["--"]),
         (Resumer::Target, HERE, &NOT_PAUSED),
+        (Resumer::Checkpoint { stopped_it: true }, HERE, &["--"]),
     ];
     let all = [
         Resumer::Operator,
@@ -123,6 +124,8 @@ fn a_vm_goes_on_only_by_who_may_let_it() {
         Resumer::Source { stopped_it: true },
         Resumer::Source { stopped_it: false },
         Resumer::Target,
+        Resumer::Checkpoint { stopped_it: true },
+        Resumer::Checkpoint { stopped_it: false },
     ];
     for who in all {
         for (at, whereabouts) in whereabouts().iter().enumerate() {

@@ -137,6 +137,7 @@ fn begin(vm: &Vm, to: &str) -> Result<(), Failure> {
         let why = match &state.whereabouts {
             // Whoever ends it is told that it is stopped, so it must not go anywhere.
             Whereabouts::Here if state.ender.is_some() || state.end.is_some() => "it is ending",
+            Whereabouts::Here if state.checkpoint.is_some() => "a checkpoint of it is being made",
             Whereabouts::Here => {
                 vm.cancel.store(false, Ordering::SeqCst);
                 state.whereabouts = Whereabouts::Migrating;

@@ -1,9 +1,9 @@
 //! The process of one VM, whatever its machine: its control socket, its life, leaving and arriving.
 //!
 //! ```text
-//!   run ──────────────▶ Here ◀──────────── taken back ───────────┐
-//!   receive ▶ Arriving ──┘ │ migrate                              │
-//!                          └──▶ Migrating ──▶ Moved     or    InDoubt
+//!   run ───────────────────────▶ Here ◀────────── taken back ─────────────┐
+//!   receive, restore ▶ Arriving ──┘ │ migrate                              │
+//!                                   └──▶ Migrating ──▶ Moved     or    InDoubt
 //! ```
 //! The VM's processors and devices are a [`Machine`]; one that is still to come, a [`Newcomer`]. The process is either
 //! ours from its first instruction, or another program's in which this crate is a guest itself, such as QEMU: see
@@ -38,25 +38,32 @@ pub mod size;
 
 mod actions;
 mod arrive;
+mod checkpoint;
 mod doubt;
 mod facts;
 pub mod granted;
+mod halt;
 mod hold;
+mod homing;
 mod leave;
 mod life;
+mod live_vm;
 mod machine;
 mod memory;
 mod process;
 mod record;
+mod restore;
 mod source_vm;
 mod vm;
 
 pub use arrive::{Arrival, ArriveSettings};
+pub use ::checkpoint::format::{Disk, DiskVersion};
 pub use facts::Facts;
 pub use life::End;
 pub use machine::{GuestView, Machine, Newcomer, RunState};
 pub use memory::{Memory, MemorySpec};
 pub use process::{NameHold, Owner, Process};
+pub use restore::{Restoration, RestoreOptions, Restored};
 pub use vm::OnEnd;
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use crate::vm::{Told, Vm, VmEvent, VmState};
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// The same while the VM is ending.
 const LOOK_EVERY_ENDING: Duration = Duration::from_millis(100);
-/// How long a migration may take to notice that it is cancelled.
+/// How long a migration or a checkpoint may take to notice that it is cancelled.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than this nobody is at work on what changes of a VM.
 const LOCK_LIMIT: Duration = Duration::from_millis(200);
@@ -102,13 +102,13 @@ pub(crate) fn live(vm: &Vm, events: &Receiver<VmEvent>) -> Ended {
             // The VM itself holds a sender.
             Err(RecvTimeoutError::Disconnected) => unreachable!("the VM holds a sender of its events"),
         }
-        let whereabouts = vm.locked(|state| state.whereabouts.clone());
+        let (whereabouts, saving) = vm.locked(|state| (state.whereabouts.clone(), state.is_being_saved()));
         if let Whereabouts::Moved { to } = whereabouts {
             return Ended::Moved { to };
         }
         if let Some((end, deadline)) = ending.take() {
             vm.cancel.store(true, std::sync::atomic::Ordering::SeqCst);
-            let settled = matches!(whereabouts, Whereabouts::Here | Whereabouts::InDoubt { .. });
+            let settled = !saving && matches!(whereabouts, Whereabouts::Here | Whereabouts::InDoubt { .. });
             if settled || Instant::now() >= deadline {
                 return end;
             }
@@ -128,6 +128,7 @@ impl Vm {
             state.ender = Some(by);
             matches!(state.whereabouts, Whereabouts::Migrating)
         });
+        self.halt.end();
         if migrating {
             info!(vm = %self.facts.name, by, "it is to end here: its migration is cancelled, if it is not too late for that");
         }
@@ -218,7 +219,9 @@ pub(crate) fn finish(
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
     vm.tell_end(&result);
-    if worker_done && still && !vm.locked(|state| matches!(state.whereabouts, Whereabouts::Migrating)) {
+    let busy =
+        |state: &mut VmState| matches!(state.whereabouts, Whereabouts::Migrating) || state.is_being_saved();
+    if worker_done && still && !vm.locked(busy) {
         match vm.quit_machine() {
             Ok(told) => {
                 quit = told;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use migrate::{PlainMemory, TargetMemory};
-use swapd::{Engine, EngineConfig, EngineHandle, Notice, PageNo, Stats, StoreConfig};
+use swapd::{Engine, EngineConfig, EngineHandle, Notice, Origin, PageNo, Stats, StoreConfig};
 
 use crate::control::protocol::EngineKind;
 use crate::failure::{Failure, FailureKind};
@@ -78,6 +78,19 @@ impl Memory {
                 }
             },
         }
+    }
+
+    /// Starts an engine whose pages may be [adopted](EngineHandle::adopt_async) from files.
+    ///
+    /// # Errors
+    /// As [`Memory::start`]; or if the files do not fit the VM.
+    pub fn start_from(
+        spec: &MemorySpec,
+        origin: Origin,
+        notify: impl Fn(Notice) + Send + 'static,
+    ) -> Result<Memory, Failure> {
+        let config = EngineConfig { origin: Some(origin), ..spec.engine_config() };
+        Ok(Memory(Kept::Engine(Engine::start(config, Box::new(notify))?)))
     }
 
     /// The memory of an engine that another has started and keeps: it serves for as long as the process lives, and is

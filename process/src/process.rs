@@ -148,10 +148,13 @@ pub struct NameHold {
 }
 
 impl NameHold {
-    /// The program ends, and the VM with it: whoever moves it is told why, and so is the target. Waits for that, at
+    /// The program ends, and the VM with it: whoever moves or saves it is told why, and so is the target. Waits for that, at
     /// most `limit`.
     pub fn ends(&self, why: impl FnOnce() -> Failure, limit: Duration) {
-        let migrates = || self.vm.locked(|state| matches!(state.whereabouts, Whereabouts::Migrating));
+        let migrates = || {
+            self.vm
+                .locked(|state| matches!(state.whereabouts, Whereabouts::Migrating) || state.is_being_saved())
+        };
         let mut deadline = Instant::now() + limit.min(ANSWER_LIMIT);
         if migrates() {
             deadline = Instant::now() + limit;

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use migrate::{Expected, SendError, SessionId, SourceVm, VmError};
+use migrate::{Expected, LiveVm, SendError, SessionId, SourceVm, VmError};
 use tracing::error;
 
 use crate::failure::{Failure, FailureKind};
@@ -86,7 +86,7 @@ fn cannot_move(why: String) -> Failure {
     Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"))
 }
 
-impl SourceVm for Leaving<'_> {
+impl LiveVm for Leaving<'_> {
     fn ended(&self) -> Option<String> {
         self.vm.ended().map(|ended| format!("{ended} while it was moving"))
     }
@@ -150,7 +150,9 @@ impl SourceVm for Leaving<'_> {
             Ok(())
         });
     }
+}
 
+impl SourceVm for Leaving<'_> {
     fn give_up_name(&mut self, session: SessionId) -> Result<(), VmError> {
         self.unnamed = Some(session);
         self.vm.claim(|claim| claim.leave(&session.to_string())).map_err(vm_error)

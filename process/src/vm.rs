@@ -2,18 +2,20 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use migrate::Wait;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
-use crate::control::protocol::{ArrivalStat, MigrationStat, State, VmStat, WaitStat};
+use crate::checkpoint::{Checkpointing, LastCheckpoint};
+use crate::control::protocol::{ArrivalStat, MigrationStat, RestoreStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::facts::Facts;
 use crate::failure::{Failure, FailureKind};
 use crate::granted::Granted;
+use crate::halt::Halt;
 use crate::hold::{BY_ITS_MONITOR, DID_NOT_GO_ON, Hold, Resumer, Want, Whereabouts, may_resume};
 use crate::machine::{GuestView, Machine, RunState};
 use crate::memory::MemoryView;
@@ -43,8 +45,11 @@ pub(crate) struct VmState {
     /// Why it stands still, if it does.
     pub(crate) hold: Hold,
     pub(crate) migration: Option<MigrationStat>,
+    pub(crate) checkpoint: Option<Checkpointing>,
+    pub(crate) last_checkpoint: Option<LastCheckpoint>,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
+    pub(crate) restore: Option<RestoreStat>,
     pub(crate) claim: Option<Claim>,
     /// It is to end, and who wants that.
     pub(crate) ender: Option<&'static str>,
@@ -53,6 +58,18 @@ pub(crate) struct VmState {
     /// Channels of those who have asked it to stop and wait to hear how it ended; and the answer, once there is one.
     pub(crate) stoppers: Vec<Sender<Told>>,
     pub(crate) end: Option<Told>,
+}
+
+impl VmState {
+    /// A checkpoint is at work on it.
+    pub(crate) fn is_being_saved(&self) -> bool {
+        self.checkpoint.as_ref().is_some_and(|now| !now.saved)
+    }
+
+    /// It has been told to stand still for a checkpoint, and goes on behind it.
+    fn stands_for_checkpoint(&self) -> bool {
+        self.checkpoint.as_ref().is_some_and(|now| now.stopped)
+    }
 }
 
 /// The answer to those who stop a VM.
@@ -87,8 +104,10 @@ pub(crate) struct Vm {
     pub(crate) facts: Facts,
     pub(crate) memory: OnceLock<MemoryView>,
     pub(crate) events: Sender<VmEvent>,
-    /// Cancels the migration under way.
+    /// Cancels the migration or the checkpoint under way: there is only one of them.
     pub(crate) cancel: AtomicBool,
+    /// Ends work beside the VM, which nobody needs once it is to end.
+    pub(crate) halt: Arc<Halt>,
     /// Its faults are being recorded.
     pub(crate) recording: AtomicBool,
     /// One at a time looks at the budget, and changes what is on record of it.
@@ -121,8 +140,11 @@ impl Vm {
             whereabouts,
             hold: Hold::Free,
             migration: None,
+            checkpoint: None,
+            last_checkpoint: None,
             waiting: None,
             arrival: None,
+            restore: None,
             claim: Some(claim),
             ender: None,
             ended: None,
@@ -134,6 +156,7 @@ impl Vm {
             memory: OnceLock::new(),
             events,
             cancel: AtomicBool::new(false),
+            halt: Arc::default(),
             recording: AtomicBool::new(false),
             budgeting: Mutex::default(),
             resolving: Mutex::default(),
@@ -209,6 +232,11 @@ impl Vm {
                 format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name),
             )),
         }
+    }
+
+    /// The machine, for as long as the caller keeps it: nobody else stops it meanwhile, nor lets it go on.
+    pub(crate) fn keep_machine(&self) -> MutexGuard<'_, Option<Box<dyn Machine>>> {
+        lock(&self.machine)
     }
 
     pub(crate) fn memory(&self) -> Result<&MemoryView, Failure> {
@@ -319,7 +347,10 @@ impl Vm {
                 guest: seen.guest,
                 waiting: vm.waiting.as_ref().map(Waiting::stat),
                 migration: vm.migration.clone(),
+                checkpoint: vm.checkpoint.as_ref().map(|now| now.stat.clone()),
+                last_checkpoint: vm.last_checkpoint.as_ref().map(LastCheckpoint::stat),
                 arrival: vm.arrival.clone(),
+                restore: vm.restore.clone(),
             }
         }))
     }
@@ -360,15 +391,16 @@ impl Vm {
     fn stall(&self, want: Want, reason: String) {
         let name = &self.facts.name;
         // Before it is paused: who finds it so is to know why.
-        let migrating = self.locked(|state| {
+        let taken = self.locked(|state| {
             let begins = state.hold.stall(want, reason);
-            begins.then_some(matches!(state.whereabouts, Whereabouts::Migrating))
+            let taken = matches!(state.whereabouts, Whereabouts::Migrating) || state.stands_for_checkpoint();
+            begins.then_some(taken)
         });
         // It is paused already.
-        let Some(migrating) = migrating else { return };
+        let Some(taken) = taken else { return };
         let paused = self.machine(|machine| {
-            // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
-            if !migrating && machine.runs().is_ok_and(|runs| !runs) {
+            // Its user may have paused it by other means, such as a monitor. (A migration or a checkpoint resumes what it has paused.)
+            if !taken && machine.runs().is_ok_and(|runs| !runs) {
                 self.locked(|state| state.hold.stood_before());
                 return Ok(());
             }

@@ -28,7 +28,7 @@ use crate::vmm::Workload;
 #[command(
     after_help = "Exit codes: 2 usage, 3 the host lacks something, 4 no such VM or name taken, 5 no room (RAM, store),
 6 peer or link, 7 the VM failed, 8 hand-over in doubt, 9 the VM cannot move, 10 the VM has moved away, 12 it would have
-stood still for longer than --max-downtime, 130 interrupted, 1 anything else."
+stood still for longer than --max-downtime, 13 a checkpoint is damaged, 130 interrupted, 1 anything else."
 )]
 pub(super) struct Cli {
     /// Directory of the VMs' control sockets [default: $VMEMD_RUN_DIR, /run/vmemd, or $XDG_RUNTIME_DIR/vmemd]
@@ -52,6 +52,13 @@ Ctrl-C stops the VM. After it has moved to another host the command ends with 10
     #[command(after_help = "Example:
   vmemd qemu-args --name db --ram 512M --format libvirt -- qemu-system-x86_64 -m 1G")]
     QemuArgs(QemuArgs),
+    /// Run a VM from a checkpoint, at once: its memory comes as it is needed
+    #[command(after_help = "Examples:
+  vmemd restore /backup/web
+  vmemd restore /backup/web 2026-11-29T23-20-00Z --as web2 --ram 1G
+The checkpoint is not changed, and any number of VMs may begin from it. Until a VM has moved all of its memory to its own
+store (`vmemd stat` shows what is still there), the checkpoint cannot be removed. Ctrl-C stops the VM.")]
+    Restore(RestoreArgs),
     /// Let VMs arrive at this host
     #[command(after_help = "Example:
   vmemd serve --listen 127.0.0.1:7070 --ram 1G --store /var/lib/vmemd
@@ -64,6 +71,13 @@ The daemon may end or be restarted: running VMs go on.")]
   vmemd migrate web --to b.example:7070 --tls /etc/vmemd
 Ctrl-C cancels, and the VM runs on where it was.")]
     Migrate(MigrateArgs),
+    /// Save a running VM into an archive of checkpoints; or list, verify, merge and remove those of an archive
+    #[command(after_help = "Examples:
+  vmemd checkpoint web --to /backup/web --keep 6
+  vmemd checkpoint list /backup/web
+The VM runs on meanwhile, and stands still for the last pages alone. Ctrl-C cancels: the VM runs on, and nothing is left in the
+archive. A VM that is named like one of the commands below is saved by `vmemd checkpoint --to DIR -- NAME`.")]
+    Checkpoint(CheckpointArgs),
     /// Make certificates by which hosts know each other
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -173,10 +187,62 @@ pub(super) struct RunArgs {
     pub(super) qemu: Vec<OsString>,
 }
 
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    /// The directory with the VM's checkpoints
+    pub(super) dir: PathBuf,
+    /// Which of them [default: the latest]
+    pub(super) checkpoint: Option<String>,
+    /// Another name for it: a second life is another VM
+    #[arg(long = "as", value_name = "NAME")]
+    pub(super) name: Option<String>,
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
+    /// It stands still until `vmemd resume`
+    #[arg(long)]
+    pub(super) paused: bool,
+    /// It runs when all of its memory is here: in RAM, or what does not fit there in its store
+    #[arg(long)]
+    pub(super) eager: bool,
+    /// While it runs, move no more than this a second from the checkpoint to its store
+    #[arg(long, value_name = "SIZE", conflicts_with = "keep_origin")]
+    pub(super) rate: Option<Size>,
+    /// Leave in the checkpoint what does not change: it is needed for as long as the VM runs
+    #[arg(long)]
+    pub(super) keep_origin: bool,
+    #[command(flatten)]
+    pub(super) disks: DiskArgs,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+    /// A QEMU and its arguments
+    #[arg(last = true, value_name = "QEMU")]
+    pub(super) qemu: Vec<OsString>,
+}
+
+/// The outside of a QEMU VM that begins from a checkpoint.
+#[derive(Debug, Args)]
+pub(super) struct DiskArgs {
+    /// QEMU: its disks are copies of the VM's as they were at the checkpoint, made in this directory
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["disks_back", "disks_as_they_are"])]
+    pub(super) disk_copies: Option<PathBuf>,
+    /// QEMU: the VM's disks are put back to what they were at the checkpoint; what was written since is lost
+    #[arg(long, conflicts_with = "disks_as_they_are")]
+    pub(super) disks_back: bool,
+    /// QEMU: the VM's disks as they are now, though its memory is of another moment
+    #[arg(long)]
+    pub(super) disks_as_they_are: bool,
+    /// QEMU: it may have the addresses (tap, MAC, vsock) of the VM that it is a copy of, though that runs
+    #[arg(long)]
+    pub(super) same_addresses: bool,
+    /// QEMU: names of this host for what the checkpoint names, as for `vmemd serve`
+    #[arg(long, value_name = "FILE")]
+    pub(super) qemu_rules: Option<PathBuf>,
+}
+
 /// What a VM may use.
 #[derive(Debug, Args)]
 pub(super) struct LimitArgs {
-    /// RAM that it may use [default: all of its memory]
+    /// RAM that it may use [default: all of its memory; of `restore`, what it had]
     #[arg(long, value_name = "SIZE")]
     pub(super) ram: Option<Size>,
     /// Where the pages go that have no RAM: a directory on an SSD, or a block device
@@ -318,6 +384,134 @@ pub(super) struct MigrateArgs {
     pub(super) json: JsonArg,
 }
 
+/// Either of the two: what is to be saved, or what is to be done with an archive.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(super) struct CheckpointArgs {
+    #[command(flatten)]
+    pub(super) make: Option<MakeArgs>,
+    #[command(subcommand)]
+    pub(super) command: Option<ArchiveCommand>,
+}
+
+/// A checkpoint that is to be made.
+#[derive(Debug, Args)]
+pub(super) struct MakeArgs {
+    /// The VM
+    pub(super) name: String,
+    /// Its archive: a directory for the checkpoints of this VM alone; made if missing
+    #[arg(long, value_name = "DIR")]
+    pub(super) to: PathBuf,
+    /// The checkpoint whose pages need not be saved again: latest, none, or its name
+    #[arg(long, value_name = "NAME", default_value = "none")]
+    pub(super) base: BaseArg,
+    /// Keep this many checkpoints, and remove older ones when the new one is there
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(super) keep: Option<u32>,
+    /// Stop the VM for the last pages when they can be written in this time
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
+    pub(super) downtime_target: Duration,
+    /// Stop the VM for them after this many rounds, whatever is left
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(super) max_rounds: u32,
+    /// Never slow a guest down that writes faster than can be saved
+    #[arg(long)]
+    pub(super) no_throttle: bool,
+    /// Write at most so much a second while the VM runs
+    #[arg(long, value_name = "SIZE")]
+    pub(super) rate: Option<Size>,
+    /// End the VM when the checkpoint is durable: nothing that it does after the checkpoint is lost
+    #[arg(long)]
+    pub(super) stop: bool,
+    /// Of a QEMU with disks, save memory and state alone
+    #[arg(long)]
+    pub(super) without_disks: bool,
+    /// Of a VM whose store is encrypted, save it unencrypted
+    #[arg(long)]
+    pub(super) plain: bool,
+    // Not a flattened `JsonArg`: clap would no longer see whether any of these is there.
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// With what a checkpoint is compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum BaseArg {
+    /// With nothing: it has all pages itself
+    None,
+    /// With the newest one in the archive, if there is one
+    Latest,
+    /// With that one
+    Name(String),
+}
+
+impl std::str::FromStr for BaseArg {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "none" => BaseArg::None,
+            "latest" => BaseArg::Latest,
+            name => BaseArg::Name(name.to_owned()),
+        })
+    }
+}
+
+/// What is done with an archive alone, without any VM.
+#[derive(Debug, Subcommand)]
+pub(super) enum ArchiveCommand {
+    /// List the checkpoints of an archive, the newest first
+    #[command(after_help = "Example:\n  vmemd checkpoint list /backup/web")]
+    List(ArchiveArgs),
+    /// Show what a checkpoint is, and of what
+    #[command(after_help = "Example:\n  vmemd checkpoint show /backup/web 2026-11-29T23-20-00Z")]
+    Show(NamedArgs),
+    /// Read everything that a checkpoint needs, or that an archive has, and compare it with its checksums
+    #[command(after_help = "Examples:
+  vmemd checkpoint verify /backup/web
+  vmemd checkpoint verify /backup/web 2026-11-29T23-20-00Z
+Exit code 13: something is not what was saved. The pages are named.")]
+    Verify(NamedArgs),
+    /// Give a checkpoint the pages of its bases, so that it needs them no longer
+    #[command(after_help = "Example:
+  vmemd checkpoint merge /backup/web 2026-11-29T23-20-00Z
+The bases stay; they can be removed afterwards, if nothing else needs them. VMs that were restored from either run on.")]
+    Merge(OneArgs),
+    /// Remove a checkpoint that no other one and no restored VM needs
+    #[command(after_help = "Example:\n  vmemd checkpoint remove /backup/web 2026-11-29T23-20-00Z")]
+    Remove(OneArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ArchiveArgs {
+    /// The archive
+    #[arg(value_name = "DIR")]
+    pub(super) archive: PathBuf,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+/// An archive, and maybe one of its checkpoints.
+#[derive(Debug, Args)]
+pub(super) struct NamedArgs {
+    #[command(flatten)]
+    pub(super) archive: ArchiveArgs,
+    /// The checkpoint [default: the latest; of verify, all]
+    #[arg(value_name = "NAME")]
+    pub(super) checkpoint: Option<String>,
+}
+
+/// An archive, and one of its checkpoints.
+#[derive(Debug, Args)]
+pub(super) struct OneArgs {
+    #[command(flatten)]
+    pub(super) archive: ArchiveArgs,
+    /// The checkpoint
+    #[arg(value_name = "NAME")]
+    pub(super) checkpoint: String,
+}
+
 /// How to be sure of a target.
 #[derive(Debug, Args)]
 pub(super) struct TrustArgs {
@@ -428,6 +622,21 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_checkpoint_is_made_of_a_vm_or_its_archive_is_looked_at() {
+        let parsed = |words: &str| match Cli::try_parse_from(words.split(' ')).unwrap().command {
+            Command::Checkpoint(args) => args,
+            other => panic!("{other:?}"),
+        };
+        let made =
+            parsed("vmemd checkpoint web --to /b --base latest --keep 6 --rate 200M --json").make.unwrap();
+        assert_eq!((made.name.as_str(), made.base, made.keep), ("web", BaseArg::Latest, Some(6)));
+        assert!(made.json && made.rate == Some("200M".parse().unwrap()));
+        assert_eq!(parsed("vmemd checkpoint --to /b -- list").make.unwrap().name, "list");
+        assert!(matches!(parsed("vmemd checkpoint list /b").command, Some(ArchiveCommand::List(_))));
+        assert!(Cli::try_parse_from(["vmemd", "checkpoint", "web"]).is_err());
     }
 
     #[test]

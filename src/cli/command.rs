@@ -4,16 +4,19 @@ use clap::Parser;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind};
 
-use super::args::{Cli, Command, PkiCommand};
-use super::settings::{qemu_settings, run_settings, serve_settings};
+use super::args::{CheckpointArgs, Cli, Command, PkiCommand};
+use super::settings::{qemu_settings, restore_settings, run_settings, serve_settings};
 use super::values::{self, default_store};
-use super::{bench, migrate, resolve, stat, terminal, vms};
-use crate::{daemon, doctor, pki, qemu, run};
+use super::{bench, checkpoint, checkpoints, migrate, resolve, stat, terminal, vms};
+use crate::{daemon, doctor, pki, qemu, restore, run};
 
 /// Runs the command and returns the process's exit code.
 pub fn main() -> u8 {
     let cli = Cli::parse();
-    let long_running = matches!(cli.command, Command::Run(_) | Command::Serve(_) | Command::Receive { .. });
+    let long_running = matches!(
+        cli.command,
+        Command::Run(_) | Command::Restore(_) | Command::Serve(_) | Command::Receive { .. }
+    );
     terminal::start_logging(if long_running { "info" } else { "warn" });
     terminal::exit_code(dispatch(cli))
 }
@@ -26,6 +29,15 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
             match qemu::run::run(&qemu_settings(args.name, args.limits, words, run_dir)?)? {}
         }
         Command::Run(args) => run::run(&run_settings(args, run_dir)?),
+        Command::Restore(args) => {
+            let json = args.json.json;
+            restore::restore(&restore_settings(args, run_dir)?, move |started| {
+                // One line: programs wait for it.
+                if let (true, Ok(text)) = (json, serde_json::to_string(started)) {
+                    terminal::print(&text);
+                }
+            })
+        }
         Command::QemuArgs(args) => {
             let settings = qemu_settings(args.name, args.limits, args.qemu, run_dir)?;
             let text = qemu::run::arguments(&settings, args.format.into())?;
@@ -43,6 +55,13 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
             run::receive(&settings)
         }
         Command::Migrate(args) => migrate::migrate(&RunDir::open(&run_dir)?, args),
+        Command::Checkpoint(CheckpointArgs { command: Some(command), .. }) => checkpoints::run(command),
+        Command::Checkpoint(CheckpointArgs { make: Some(args), .. }) => {
+            checkpoint::checkpoint(&RunDir::open(&run_dir)?, &args)
+        }
+        Command::Checkpoint(CheckpointArgs { make: None, command: None }) => {
+            Err(Failure::new(FailureKind::Usage, "name a VM, or say what is to be done with an archive"))
+        }
         Command::Pki(PkiCommand::Init(args)) => pki::init(&args.into()),
         Command::Pki(PkiCommand::Issue(args)) => pki::issue(&args.into()),
         Command::List(json) => vms::list(&RunDir::open(&run_dir)?, json.json),

@@ -1,9 +1,8 @@
 //! `vmemd migrate`: asks the VM's process to move, and shows how it goes.
 
-use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use migrate::DowntimeParts;
 use serde_json::Value;
 use vmprocess::control::client::VmClient;
@@ -14,7 +13,7 @@ use vmprocess::signals;
 use vmprocess::size::Size;
 
 use super::args::MigrateArgs;
-use super::terminal::{print, print_json};
+use super::terminal::{bar, print, print_json};
 
 /// Highest share of time for which a guest is held back so that the migration ends.
 const THROTTLE_MAX: u8 = 99;
@@ -144,16 +143,7 @@ struct Bar(ProgressBar);
 
 impl Bar {
     fn new(name: &str) -> Bar {
-        if !std::io::stderr().is_terminal() {
-            return Bar(ProgressBar::hidden());
-        }
-        let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr_with_hz(10));
-        let style = ProgressStyle::with_template(
-            "{prefix} {bar:30} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {elapsed}  {msg}",
-        );
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.set_prefix(name.to_owned());
-        Bar(bar)
+        Bar(bar(name))
     }
 
     fn show(&self, progress: &MigrationStat) {

@@ -2,6 +2,8 @@
 
 mod args;
 mod bench;
+mod checkpoint;
+mod checkpoints;
 mod command;
 mod migrate;
 mod resolve;

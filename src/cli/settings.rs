@@ -2,20 +2,23 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use vmprocess::MemorySpec;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::check_name;
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::medium::need_disk;
 use vmprocess::size::Size;
+use vmprocess::{MemorySpec, RestoreOptions};
 
-use super::args::{LimitArgs, RunArgs, ServeArgs};
+use super::args::{LimitArgs, RestoreArgs, RunArgs, ServeArgs};
 use super::values::{check_sizes, default_store};
 use crate::daemon::door::DoorSettings;
 use crate::daemon::serve::ServeSettings;
+use crate::qemu::disk_versions::DisksWanted;
 use crate::qemu::rules::Rules;
 use crate::qemu::run::QemuSettings;
+use crate::restore::RestoreSettings;
 use crate::run::RunSettings;
 
 pub(super) fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure> {
@@ -72,6 +75,53 @@ pub(super) fn qemu_settings(
         lock: !limits.no_lock,
         words,
     })
+}
+
+pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<RestoreSettings, Failure> {
+    let began = Instant::now();
+    if let Some(rate) = args.rate.filter(|rate| rate.bytes() == 0) {
+        let text = format!("--rate {rate}: nothing would ever move; give --keep-origin if that is meant");
+        return Err(Failure::new(FailureKind::Usage, text));
+    }
+    if let Some(name) = &args.name {
+        check_name(name)?;
+    }
+    let limits = args.limits;
+    let store = limits.store.unwrap_or_else(default_store);
+    make_store(&store, limits.store_in_ram)?;
+    Ok(RestoreSettings {
+        run_dir,
+        archive: args.dir,
+        checkpoint: args.checkpoint,
+        name: args.name,
+        ram: limits.ram,
+        store,
+        store_overcommit: limits.store_overcommit,
+        store_encrypt: limits.encrypt_store,
+        prealloc: limits.prealloc,
+        lock: !limits.no_lock,
+        options: RestoreOptions {
+            paused: args.paused,
+            eager: args.eager,
+            rate: args.rate.map(Size::bytes),
+            keep_origin: args.keep_origin,
+        },
+        qemu: args.qemu,
+        rules: args.disks.qemu_rules.as_deref().map(Rules::read).transpose()?.unwrap_or_default(),
+        disks: match args.disks.disk_copies {
+            Some(dir) => DisksWanted::Copies(absolute(&dir)?),
+            None if args.disks.disks_back => DisksWanted::Back,
+            None if args.disks.disks_as_they_are => DisksWanted::AsTheyAre,
+            None => DisksWanted::Unsaid,
+        },
+        same_addresses: args.disks.same_addresses,
+        began,
+    })
+}
+
+/// A directory that is there, by a name that is good from anywhere.
+fn absolute(dir: &Path) -> Result<PathBuf, Failure> {
+    dir.canonicalize().map_err(|error| Failure::io(format_args!("looking at {}", dir.display()), &error))
 }
 
 /// A store directory that is missing is made; a device or file must be there. It is to be on a disk.

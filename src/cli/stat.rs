@@ -179,6 +179,13 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
         let (elapsed, limit) = (seconds(waiting.elapsed_ms), seconds(waiting.limit_ms));
         row("waiting", &[format!("{elapsed} for {}, at most {limit} ({})", waiting.what, waiting.limit)]);
     }
+    if let Some(restore) = &stat.restore {
+        let there = format!("{} still there", size(memory.origin_bytes));
+        let rate = restore.rate_bytes.map(|rate| format!(" at most {}/s", size(rate))).unwrap_or_default();
+        let waits = restore.waits.as_ref().map(|why| format!(", waits: {why}")).unwrap_or_default();
+        let now = format!("{}{rate}{waits}", restore.phase.words());
+        row("restored", &[format!("from {}", restore.from), there, now]);
+    }
     if let Some(migration) = &stat.migration {
         row(
             "migrating",
@@ -188,6 +195,18 @@ fn table(stat: &VmStat, since: Option<Since<'_>>) -> String {
                 format!("{}/s, round {}", size(migration.bytes_per_second), migration.round),
             ],
         );
+    }
+    if let Some(saving) = &stat.checkpoint {
+        row(
+            "checkpoint",
+            &[
+                format!("{} of {}", size(saving.bytes_done), size(saving.bytes_total)),
+                format!("{}/s, round {}", size(saving.bytes_per_second), saving.round),
+            ],
+        );
+    }
+    if let Some(last) = &stat.last_checkpoint {
+        row("last saved", &[last.name.clone(), format!("{} s ago", last.age_ms / 1000), size(last.bytes)]);
     }
     text
 }

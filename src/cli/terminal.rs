@@ -1,7 +1,8 @@
 //! Output of vmemd's programs: results on stdout, everything else on stderr. A reader that has gone away is no error.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 use vmprocess::failure::Failure;
@@ -31,6 +32,20 @@ pub fn warn(text: &str) {
     say(&format!("vmemd: {text}"));
 }
 
+/// A progress bar, on stderr if that is a terminal: what, how much of how much, for how long, and a message.
+pub(super) fn bar(what: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr_with_hz(10));
+    let style = ProgressStyle::with_template(
+        "{prefix} {bar:30} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {elapsed}  {msg}",
+    );
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_prefix(what.to_owned());
+    bar
+}
+
 /// The exit code of a program that ends so; a failure is told on stderr.
 pub fn exit_code(ended: Result<(), Failure>) -> u8 {
     match ended {
@@ -45,7 +60,7 @@ pub fn exit_code(ended: Result<(), Failure>) -> u8 {
 /// To stderr; `VMEMD_LOG` sets what (`debug`, `vmemd::daemon=trace`), instead of this default.
 pub fn start_logging(default: &str) {
     let filter = EnvFilter::try_from_env("VMEMD_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let ansi = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

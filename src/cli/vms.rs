@@ -159,21 +159,27 @@ pub(super) fn in_doubt(dir: &RunDir, name: &str) -> Result<Option<VmClient>, Fai
 }
 
 pub(super) fn stop(dir: &RunDir, args: &NameArgs) -> Result<(), Failure> {
-    // On a connection of its own: an engine that does not answer that is to be stopped all the same.
-    let before = VmClient::connect(dir, &args.name)?.ask(&Request::Stat, STAT_TIMEOUT).unwrap_or_default();
-    let mut vm = VmClient::connect(dir, &args.name)?;
-    let ended = vm.stop(&before, ACTION_TIMEOUT)?;
-    vm.wait_for_end(STOP_TIMEOUT)?;
-    if ended["state"] == "moved" {
-        let (name, to) = (&args.name, ended["to"].as_str().unwrap_or_default());
-        let text = format!("{name:?} was not stopped: it had moved to {to} by then, and runs there");
-        return Err(Failure::new(FailureKind::Moved, text));
-    }
+    end(dir, &args.name)?;
     say(
         args.json.json,
         &json!({ "name": args.name, "state": "stopped" }),
         &format!("{} is stopped", args.name),
     )
+}
+
+/// Ends a VM, and waits until its process has ended.
+pub(super) fn end(dir: &RunDir, name: &str) -> Result<(), Failure> {
+    // On a connection of its own: an engine that does not answer that is to be stopped all the same.
+    let before = VmClient::connect(dir, name)?.ask(&Request::Stat, STAT_TIMEOUT).unwrap_or_default();
+    let mut vm = VmClient::connect(dir, name)?;
+    let ended = vm.stop(&before, ACTION_TIMEOUT)?;
+    vm.wait_for_end(STOP_TIMEOUT)?;
+    if ended["state"] == "moved" {
+        let to = ended["to"].as_str().unwrap_or_default();
+        let text = format!("{name:?} was not stopped: it had moved to {to} by then, and runs there");
+        return Err(Failure::new(FailureKind::Moved, text));
+    }
+    Ok(())
 }
 
 pub(super) fn say(as_json: bool, value: &Value, text: &str) -> Result<(), Failure> {

@@ -23,16 +23,28 @@ pub(super) struct Host {
     cpuid: CpuId,
 }
 
+/// Whether this host can run guests at all.
+///
+/// # Errors
+/// What it lacks.
+pub fn check_kvm() -> Result<(), VmmError> {
+    open_kvm().map(drop)
+}
+
+fn open_kvm() -> Result<Kvm, VmmError> {
+    Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => VmmError::NoKvm,
+        libc::EACCES | libc::EPERM => VmmError::NoPermission,
+        _ => VmmError::Kvm { action: "open /dev/kvm", source: error },
+    })
+}
+
 impl Host {
     pub(super) fn open(config: &MachineConfig) -> Result<Host, VmmError> {
         if !(1..=VCPUS_MAX).contains(&config.vcpus) {
             return Err(VmmError::Vcpus(config.vcpus));
         }
-        let kvm_fd = Kvm::new().map_err(|error| match error.errno() {
-            libc::ENOENT | libc::ENODEV | libc::ENXIO => VmmError::NoKvm,
-            libc::EACCES | libc::EPERM => VmmError::NoPermission,
-            _ => VmmError::Kvm { action: "open /dev/kvm", source: error },
-        })?;
+        let kvm_fd = open_kvm()?;
         let cpuid = registers::cpuid(&kvm_fd)?;
         let bits = registers::physical_bits(&cpuid).min(63);
         if physical(config.memory_bytes - PAGE) >> bits != 0 {

@@ -31,6 +31,7 @@ pub use config::MachineConfig;
 pub use content::{PAGE_BYTES, PAGE_WORDS, page as page_content, word as page_word};
 pub use counters::GuestCounters;
 pub use error::VmmError;
+pub use host::check_kvm;
 pub use layout::overhead_bytes;
 pub use limits::{MEMORY_MAX, MEMORY_MIN, MEMORY_STEP, VCPUS_MAX};
 pub use machine::{ReferenceMachine, RunState};

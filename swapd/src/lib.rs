@@ -23,7 +23,7 @@ pub use error::{BudgetError, HostError, MemoryError, StartError, StoreError};
 pub use handle::{DirtySubscription, EngineHandle, PendingAnswer, answered};
 pub use notice::Notice;
 pub use origin::{LayerOf, Origin, OriginError, OriginLayer};
-pub use reader::{CloneError, Cloned, StoredPart, StoredReader, verify};
+pub use reader::{CloneError, Cloned, StoredPart, StoredReader, share_blocks, verify};
 pub use swapcore::api::{
     Adopted, ArrivedRun, Copies, DirtyPages, FaultKind, FaultsSeen, Piece, Place, Placed, SeenFault,
 };

@@ -245,19 +245,7 @@ impl Cloner<'_> {
     }
 
     fn share(&self, at: u64, to: u64, len: usize) -> io::Result<()> {
-        let range = libc::file_clone_range {
-            src_fd: self.from.as_raw_fd().into(),
-            src_offset: at,
-            src_length: len as u64,
-            dest_offset: to,
-        };
-        // SAFETY: the kernel reads one struct, which outlives the call; both descriptors are open as long as the
-        // files are borrowed.
-        match unsafe { libc::ioctl(self.to.as_raw_fd(), libc::FICLONERANGE as libc::Ioctl, &raw const range) }
-        {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        share(self.from, at, self.to, to, len as u64)
     }
 
     fn copy_in_kernel(&self, at: u64, to: u64, len: usize) -> io::Result<()> {
@@ -292,6 +280,34 @@ impl Cloner<'_> {
             self.to.write_all_at(part, to + done as u64)?;
         }
         Ok(())
+    }
+}
+
+/// Makes `len` bytes of `to`, from `to_at` on, the same blocks as those of `from` from `at` on. False, and nothing is
+/// done, if the two files cannot share blocks: another file system, or one that knows nothing of it.
+///
+/// # Errors
+/// If the kernel refuses for another reason: no room, or a failing disk.
+pub fn share_blocks(from: &File, at: u64, to: &File, to_at: u64, len: u64) -> io::Result<bool> {
+    match share(from, at, to, to_at, len) {
+        Ok(()) => Ok(true),
+        Err(error) if is_refused(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn share(from: &File, at: u64, to: &File, to_at: u64, len: u64) -> io::Result<()> {
+    let range = libc::file_clone_range {
+        src_fd: from.as_raw_fd().into(),
+        src_offset: at,
+        src_length: len,
+        dest_offset: to_at,
+    };
+    // SAFETY: the kernel reads one struct, which outlives the call; both descriptors are open as long as the files
+    // are borrowed.
+    match unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE as libc::Ioctl, &raw const range) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -128,6 +128,20 @@ impl PageBuffer {
         (room, &self.runs, &self.sums)
     }
 
+    /// Some of its pages, for one operation, which has the buffer until it has ended.
+    ///
+    /// # Panics
+    /// If it has not so many.
+    pub fn into_part(self, first: u32, pages: u32) -> Region<PageBuffer> {
+        assert!(first + pages <= self.pages(), "{pages} pages from {first} on, of {}", self.pages());
+        // SAFETY: within our memory, which lives as long as the buffer and stays where it is. Nobody can use it
+        // meanwhile: the region has the buffer.
+        unsafe {
+            let from = self.memory.base().add(self.at(first));
+            Region::new(from, pages as usize * PAGE_SIZE, self)
+        }
+    }
+
     /// The last `head_bytes` of the head room and all pages, for one operation. The caller keeps the buffer as it is
     /// until that has ended.
     pub(crate) fn whole(&mut self, head_bytes: usize) -> Region<Rc<Pages>> {
@@ -161,6 +175,9 @@ mod tests {
         assert_eq!((buffer.pages(), buffer.room()), (3, 1));
         assert_eq!(buffer.runs(), [Run::new(PageNo(5), 2), Run::one(PageNo(9))]);
         assert_eq!(buffer.content()[2 * PAGE_SIZE], 3);
+        let part = buffer.into_part(1, 2);
+        assert_eq!((part.bytes().len(), part.bytes()[0]), (2 * PAGE_SIZE, 2));
+        let mut buffer = part.into_keep();
         buffer.head_room(100).0.fill(7);
         let whole = buffer.whole(100);
         assert_eq!((whole.bytes()[0], whole.bytes()[99], whole.bytes()[100]), (7, 7, 1));

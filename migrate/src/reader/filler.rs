@@ -11,7 +11,7 @@ use super::buffer::{Content, PageBuffer};
 use super::error::ReadError;
 use super::hold::Hold;
 use super::shared::Shared;
-use super::sink::{Closed, Found, MAX_RUNS, Sink};
+use super::sink::{Closed, Found, MAX_RUNS, Sink, StoredRun};
 use super::stored::Stored;
 use super::tracker::Tracker;
 use crate::outside::{planted, yield_to_ring};
@@ -130,7 +130,7 @@ impl<S: Sink> Filler<S> {
                 }
             }
             Content::Sum(sum) => {
-                if tracker.differs_from_sent(page, sum) {
+                if tracker.differs_from_sent(page, sum) && !self.shared.sink.has(page, sum) {
                     self.buffer.keep(page, sum);
                 }
             }
@@ -169,6 +169,11 @@ impl<S: Sink> Filler<S> {
         while self.buffer.room() > 0 {
             let Some(wanted) = self.next_wanted(rest, &stored) else { break };
             rest = Run::new(wanted.end(), (run.end().0 - wanted.end().0) as u32);
+            let straight = StoredRun { tier, run: wanted, sums: stored.sums_of(wanted) };
+            if shared.sink.take_stored(straight).await.map_err(|Closed| ReadError::Closed)? {
+                shared.pages_given.set(shared.pages_given.get() + u64::from(wanted.len));
+                continue;
+            }
             if shared.stored.read(wanted, &stored, &mut self.buffer).await.is_err() {
                 // One page that cannot be read does not spoil its neighbours.
                 for page in wanted.pages() {
@@ -200,7 +205,8 @@ impl<S: Sink> Filler<S> {
             }
             rest = behind(run, page);
             tracker.take(page);
-            if tracker.differs_from_sent(page, stored.sums_of(Run::one(page))[0]) {
+            let sum = stored.sums_of(Run::one(page))[0];
+            if tracker.differs_from_sent(page, sum) && !self.shared.sink.has(page, sum) {
                 match &mut wanted {
                     Some(run) => run.len += 1,
                     None => wanted = Some(Run::one(page)),

@@ -11,7 +11,7 @@
 //!
 //! The owner drives the reader, from one thread with a tokio-uring runtime. It says when a round begins, when to scan,
 //! and when the VM stands still. The rules that keep a page from being missed are in `docs/dirty-pages.md`. The owner's
-//! part of them: whatever devices write must have ended ([`SourceVm::drain`](crate::SourceVm::drain)) between a scan
+//! part of them: whatever devices write must have ended ([`LiveVm::drain`](crate::LiveVm::drain)) between a scan
 //! and the round that follows, and the last scan comes after the VM has been stopped.
 
 mod buffer;
@@ -26,7 +26,8 @@ mod sink;
 mod stored;
 mod tracker;
 
+pub use crate::region::Region;
 pub use buffer::PageBuffer;
 pub use error::ReadError;
 pub use rounds::{FILLERS, Reader, Scanned};
-pub use sink::{Closed, Found, MAX_RUNS, Sink};
+pub use sink::{Closed, Found, MAX_RUNS, Sink, StoredRun};

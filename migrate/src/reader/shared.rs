@@ -27,7 +27,7 @@ impl<S: Sink> Shared<S> {
         let pages = swapd::units::pages_in(handle.memory_bytes());
         Ok(Shared {
             handle: handle.clone(),
-            tracker: Tracker::new(pages).into(),
+            tracker: Tracker::new(pages, sink.places_by_use()).into(),
             stored: StoredPages::of(handle)?,
             pages_given: Cell::default(),
             blocks: (0..sink.queues()).map(|_| RefCell::default()).collect(),

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 
-use swapd::Run;
+use swapd::{PageNo, Run, TierId};
 
 use super::buffer::PageBuffer;
 
@@ -18,6 +18,17 @@ pub enum Found {
     Zeros(Vec<Run>),
     /// Pages whose content is lost: a touch of them is a memory error.
     Lost(Vec<Run>),
+}
+
+/// Pages that are in a tier, held while the sink is asked about them. The run lies within one 2 MiB block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StoredRun<'a> {
+    /// Where they are stored.
+    pub tier: TierId,
+    /// Which pages these are.
+    pub run: Run,
+    /// The checksum of each.
+    pub sums: &'a [u64],
 }
 
 /// The sink takes nothing any more. Why is the sink's own business: its owner knows.
@@ -45,4 +56,25 @@ pub trait Sink: 'static {
 
     /// Takes what was found. Waits for as long as the sink has no room for it.
     fn take(&self, queue: u32, found: Found) -> impl Future<Output = Result<(), Closed>>;
+
+    /// Whether a page that has been given is to be given again, unchanged, when a scan sees it written for the first
+    /// time: for whoever places pages by whether they are in use. It never changes.
+    fn places_by_use(&self) -> bool {
+        true
+    }
+
+    /// Whether the sink has this content of the page from elsewhere, such as an earlier image. If so, the page counts
+    /// as given: it is neither read from the store nor put into a buffer.
+    fn has(&self, page: PageNo, sum: u64) -> bool {
+        let _ = (page, sum);
+        false
+    }
+
+    /// Takes pages straight from the tier in which they are, without a look at their content: such as a file system
+    /// can, which lets two files share blocks. `Ok(false)`: the sink does not, and the pages are read into a buffer.
+    /// They are held until this returns; then they may change.
+    fn take_stored(&self, stored: StoredRun<'_>) -> impl Future<Output = Result<bool, Closed>> {
+        let _ = stored;
+        async { Ok(false) }
+    }
 }

@@ -8,7 +8,7 @@
 //! Devices are the exception. Their I/O writes through a mapping of its own and ignores write protection. So a page
 //! that is pinned for I/O may be reported, be protected again, and only then get its data, without another report.
 //! Therefore a reported page is read in the next round at the earliest, and between two rounds
-//! [`SourceVm::drain`](crate::SourceVm::drain) waits for all I/O that was under way. A copy that was made between
+//! [`LiveVm::drain`](crate::LiveVm::drain) waits for all I/O that was under way. A copy that was made between
 //! report and data would be wrong for ever.
 
 use swapd::{BLOCK_PAGES, PageNo, Run};
@@ -20,6 +20,8 @@ use crate::outside::planted;
 #[derive(Debug)]
 pub(super) struct Tracker {
     pages: u64,
+    /// The sink places pages by whether they are in use.
+    places_by_use: bool,
     pub(super) todo: Bitmap,
     pub(super) next: Bitmap,
     sent: Bitmap,
@@ -38,11 +40,12 @@ pub(super) struct Tracker {
 
 impl Tracker {
     /// Everything is to be sent.
-    pub(super) fn new(pages: u64) -> Tracker {
+    pub(super) fn new(pages: u64, places_by_use: bool) -> Tracker {
         let mut todo = Bitmap::new(pages);
         todo.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("checked when the target was asked")));
         Tracker {
             pages,
+            places_by_use,
             todo,
             next: Bitmap::new(pages),
             sent: Bitmap::new(pages),
@@ -123,12 +126,12 @@ impl Tracker {
     }
 
     /// Whether content with this checksum is to be sent, because it differs from what was sent last. If so, it counts
-    /// as sent. A page that was sent before any scan saw it written is sent again after the first that did, even
-    /// unchanged: the target learns that the page is in use, and places it anew.
+    /// as sent. Where pages are placed by use, a page that was sent before any scan saw it written is sent again after
+    /// the first that did, even unchanged: the target learns that the page is in use, and places it anew.
     pub(super) fn differs_from_sent(&mut self, page: PageNo, sum: u64) -> bool {
         let was_zero = self.zero.clear(page);
         let is_seen = self.scans[page.index()] > 0;
-        let found = is_seen && self.sent_unseen.clear(page);
+        let found = is_seen && self.sent_unseen.clear(page) && self.places_by_use;
         let news = self.sent.set(page) || was_zero || found || self.sums[page.index()] != sum;
         if !is_seen {
             self.sent_unseen.set(page);
@@ -168,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_written_page_waits_for_the_next_round() {
-        let mut tracker = Tracker::new(1024);
+        let mut tracker = Tracker::new(1024, true);
         assert_eq!(tracker.found_dirty(Run::new(PageNo(0), 510)), 510);
         assert_eq!(tracker.pages_around_dirty(), 512);
         assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
@@ -181,7 +184,7 @@ mod tests {
 
     #[test]
     fn what_the_source_pages_out_is_sent_again_and_not_taken_for_what_is_in_use() {
-        let mut tracker = Tracker::new(1024);
+        let mut tracker = Tracker::new(1024, true);
         tracker.departed(Run::new(PageNo(512), 4));
         assert_eq!((tracker.next.count(), tracker.todo.count(), tracker.pages_around_dirty()), (4, 1020, 0));
         assert_eq!(tracker.found_dirty(Run::new(PageNo(514), 1)), 1, "never seen before");
@@ -192,7 +195,7 @@ mod tests {
 
     #[test]
     fn only_news_is_sent() {
-        let (mut tracker, page) = (Tracker::new(512), PageNo(7));
+        let (mut tracker, page) = (Tracker::new(512, true), PageNo(7));
         assert!(tracker.differs_from_sent(page, 5));
         assert!(!tracker.differs_from_sent(page, 5));
         assert!(tracker.differs_from_sent_zero(page));
@@ -204,6 +207,12 @@ mod tests {
         tracker.found_dirty(Run::one(page));
         assert!(tracker.differs_from_sent(page, 6), "the target does not know yet that it is in use");
         assert!(!tracker.differs_from_sent(page, 6));
+        // A file knows nothing of use.
+        let mut file = Tracker::new(512, false);
+        assert!(file.differs_from_sent(page, 5));
+        file.found_dirty(Run::one(page));
+        assert!(!file.differs_from_sent(page, 5));
+        assert!(file.differs_from_sent(page, 6));
         tracker.sent_untouched(Run::one(PageNo(8)));
         assert!(!tracker.differs_from_sent_zero(PageNo(8)));
         assert!(tracker.differs_from_sent(PageNo(8), 0));

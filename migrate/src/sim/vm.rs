@@ -16,7 +16,7 @@ use super::runtime::pause;
 use super::world::{ProcessId, world};
 use crate::session::SessionId;
 use crate::target::{PlainMemory, TargetMemory};
-use crate::vm::{SourceVm, TargetVm, VmError};
+use crate::vm::{LiveVm, SourceVm, TargetVm, VmError};
 
 pub(crate) const SESSIONS: &str = "/sessions";
 /// Pages that the guest writes to, of all.
@@ -285,7 +285,7 @@ fn look_at(memory: &PlainMemory, page: PageNo) -> [u8; PAGE_SIZE] {
 /// As the source's process sees it.
 pub(crate) struct Leaving(pub(crate) Rc<Vm>);
 
-impl SourceVm for Leaving {
+impl LiveVm for Leaving {
     fn drain(&mut self) -> Result<(), VmError> {
         let begun = self.0.pinned.borrow().clone();
         self.0.fails(Chore::Drain)?;
@@ -340,7 +340,9 @@ impl SourceVm for Leaving {
     fn throttle(&mut self, percent: u8) {
         self.0.throttle.set(percent);
     }
+}
 
+impl SourceVm for Leaving {
     fn give_up_name(&mut self, _: SessionId) -> Result<(), VmError> {
         self.0.named.set(false);
         self.0.fails(Chore::GiveUpName)

@@ -2,11 +2,11 @@
 
 use super::downtime::too_long;
 use super::error::SendError;
-use super::pace::{Decision, Rules, Standing, decide};
 use super::session::{Failed, Session};
 use super::state_sink::too_much;
 use super::steps::Step;
 use crate::outside::planted;
+use crate::pace::{Decision, Rules, Standing, decide};
 use crate::vm::Expected;
 
 /// The VM runs here, perhaps throttled, and its memory is being copied.
@@ -91,6 +91,7 @@ impl<'a> Copying<'a> {
             rounds: rounds.round as u32,
             remaining_pages: rounds.remaining_pages(),
             sent_per_s: rounds.send_rate.per_s(),
+            stopped_per_s: rounds.send_rate.per_s(),
             dirty_per_s: rounds.dirty_per_s(),
             throttle: self.throttle,
             vm_cost: self.expected.time,

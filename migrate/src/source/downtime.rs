@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use super::error::SendError;
-use super::pace::Standing;
 use super::session::{Failed, Session};
 use crate::link::error::SessionError;
+use crate::pace::Standing;
 use crate::report::DowntimeParts;
 
 /// Why the VM is resumed: it has stood still for too long.

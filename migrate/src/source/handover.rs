@@ -17,7 +17,6 @@ use swapd::Placed;
 use super::copying::Converged;
 use super::downtime::{missed, stood_too_long};
 use super::error::SendError;
-use super::pace::longest_load;
 use super::rounds::Rounds;
 use super::session::{Failed, Session};
 use super::state_sink::{self, Unsent};
@@ -29,6 +28,7 @@ use crate::limits::{
 };
 use crate::link::error::SessionError;
 use crate::outside::{Instant, pause, planted, timeout, timeout_at};
+use crate::pace::longest_load;
 use crate::registry::Outcome;
 use crate::report::{Placement, Report};
 use crate::resolve::resolve;

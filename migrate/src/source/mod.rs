@@ -8,7 +8,6 @@ mod error;
 mod handover;
 mod hot_room;
 mod options;
-mod pace;
 mod record;
 mod rounds;
 mod sender;

@@ -9,7 +9,6 @@ use tokio::sync::mpsc;
 use super::connect::Connected;
 use super::discovery::{Discovery, Stakes};
 use super::hot_room;
-use super::pace::SendRate;
 use super::sender;
 use super::streams::{RECORDS_PER_STREAM, SendState, Streams};
 use crate::limits::{CANCEL_POLL, HEAT_EVERY, PROGRESS_EVERY, SILENCE_LIMIT};
@@ -21,6 +20,7 @@ use crate::link::{end, split};
 use crate::outside::{
     DirtySubscription, EngineHandle, Instant, JoinHandle, StdStream, planted, sleep, spawn,
 };
+use crate::pace::SendRate;
 use crate::progress::{Phase, Progress};
 use crate::reader::Reader;
 use crate::wait::Wait;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
-use migrate::{SessionId, SourceOptions, SourceVm, VmError};
+use migrate::{LiveVm, SessionId, SourceOptions, SourceVm, VmError};
 use swapd::digest::page_sum;
 use swapd::{
     Adopted, Engine, EngineConfig, LayerOf, Origin, OriginLayer, PAGE_SIZE, PageNo, Run, StartError,
@@ -157,7 +157,7 @@ impl Writer {
     }
 }
 
-impl SourceVm for Writer {
+impl LiveVm for Writer {
     fn drain(&mut self) -> Result<(), VmError> {
         Ok(())
     }
@@ -188,7 +188,9 @@ impl SourceVm for Writer {
     fn throttle(&mut self, percent: u8) {
         self.switch.throttle.store(percent, Ordering::SeqCst);
     }
+}
 
+impl SourceVm for Writer {
     fn give_up_name(&mut self, _: SessionId) -> Result<(), VmError> {
         self.named.store(false, Ordering::SeqCst);
         Ok(())

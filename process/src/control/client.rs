@@ -1,5 +1,6 @@
 //! Asks a VM's process something over its control socket.
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -7,10 +8,11 @@ use migrate::versions::Versions;
 use serde_json::Value;
 
 use super::lines::{LineError, Lines};
-use super::protocol::{MigrationStat, Reply, Request, VmStat};
+use super::protocol::{CheckpointRequest, CheckpointStat, MigrationStat, Reply, Request, VmStat};
 use super::rundir::{RunDir, SocketName};
 use super::versions::{Offer, UNSAID, VERSIONS, none_in_common};
 use crate::failure::{Failure, FailureKind};
+use crate::passing::send_fd;
 
 /// How long a VM's process may take to say what it knows.
 pub const STAT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -98,9 +100,9 @@ impl VmClient {
         self.say(request)?;
         loop {
             match self.hear(timeout)? {
-                Reply::Version(_) | Reply::Progress(_) | Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(Ok(value)),
                 Reply::Error(failure) => return Ok(Err(failure)),
+                _ => {}
             }
         }
     }
@@ -151,14 +153,14 @@ impl VmClient {
             let reply = self.hear(PROGRESS_TIMEOUT);
             match reply.map_err(|error| self.lost_moving(&error, last.as_ref()))? {
                 Reply::Progress(state) => progress(last.insert(state).clone()),
-                Reply::Version(_) | Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(value),
                 Reply::Error(failure) => return Err(failure),
+                _ => {}
             }
         }
     }
 
-    /// Cancels the migration that this connection has asked for, and says what became of it.
+    /// Cancels the migration or the checkpoint that this connection has asked for, and says what became of it.
     ///
     /// # Errors
     /// The VM's, if it has not moved: it says where it is. None of it within `timeout`.
@@ -168,11 +170,58 @@ impl VmClient {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.hear(left).map_err(|error| self.lost(&error))? {
-                Reply::Version(_) | Reply::Progress(_) | Reply::Faults(_) => {}
                 Reply::Ok(value) => return Ok(value),
                 Reply::Error(failure) => return Err(failure),
+                _ => {}
             }
         }
+    }
+
+    /// Has the VM saved into files that are open here, in the order of [`CheckpointRequest`]. Returns the report when
+    /// they are written; the VM's process then waits for [`checkpointed`](Self::checkpointed). A signal ends the
+    /// waiting, and does not cancel.
+    ///
+    /// # Errors
+    /// The VM's refusal, no answer, or [`FailureKind::Interrupted`].
+    pub fn checkpoint(
+        &mut self,
+        request: &CheckpointRequest,
+        files: &[&File],
+        progress: &mut dyn FnMut(CheckpointStat),
+    ) -> Result<Value, Failure> {
+        self.make_sure()?;
+        self.say(&Request::Checkpoint(request.clone())).map_err(|error| self.lost(&error))?;
+        loop {
+            self.lines.wait(PROGRESS_TIMEOUT);
+            crate::signals::check()?;
+            match self.hear(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
+                Reply::Files(count) => self.pass(files, count)?,
+                Reply::Saving(stat) => progress(stat),
+                Reply::Saved(report) => return Ok(report),
+                Reply::Error(failure) => return Err(failure),
+                _ => {}
+            }
+        }
+    }
+
+    fn pass(&self, files: &[&File], count: u32) -> Result<(), Failure> {
+        if count as usize != files.len() {
+            let text = format!("the VM {:?} wants {count} files of {}", self.name, files.len());
+            return Err(Failure::new(FailureKind::Other, text));
+        }
+        for (number, file) in files.iter().enumerate() {
+            send_fd(self.lines.stream(), file, number as u32)
+                .map_err(|error| Failure::io(format!("cannot talk to the VM {:?}", self.name), &error))?;
+        }
+        Ok(())
+    }
+
+    /// Tells the VM's process that what it has saved is a checkpoint of this name now.
+    ///
+    /// # Errors
+    /// If it does not answer: the VM may have ended meanwhile.
+    pub fn checkpointed(&mut self, name: &str, bytes: u64) -> Result<Value, Failure> {
+        self.ask(&Request::Checkpointed { name: name.to_owned(), bytes }, ACTION_TIMEOUT)
     }
 
     /// Has every fault told for so long; `each` gets them. A signal ends the waiting.
@@ -190,10 +239,10 @@ impl VmClient {
             self.lines.wait(PROGRESS_TIMEOUT);
             crate::signals::check()?;
             match self.hear(PROGRESS_TIMEOUT).map_err(|error| self.lost(&error))? {
-                Reply::Version(_) | Reply::Progress(_) => {}
                 Reply::Faults(seen) => each(seen)?,
                 Reply::Ok(_) => return Ok(()),
                 Reply::Error(failure) => return Err(failure),
+                _ => {}
             }
         }
     }

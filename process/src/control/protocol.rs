@@ -35,6 +35,16 @@ pub enum Request {
     },
     /// Move the VM to another host. Answered when it runs there (or stays paused).
     Migrate(MigrateRequest),
+    /// Save the VM into files, which the client passes when it is told to ([`Reply::Files`]). Told when the VM goes on
+    /// ([`Reply::Saved`]), and answered when the client has said what became of the files.
+    Checkpoint(CheckpointRequest),
+    /// The files of a checkpoint, on its own connection, are durable and have a name.
+    Checkpointed {
+        /// Of the checkpoint.
+        name: String,
+        /// What it takes on its disk.
+        bytes: u64,
+    },
     /// Tell every fault for so long.
     RecordFaults {
         /// How long, 1 to 86400.
@@ -79,6 +89,49 @@ pub struct MigrateRequest {
     pub trust: Trust,
 }
 
+/// How a VM shall be saved. The files are passed in this order: image, map, state, and the base's map if there is one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointRequest {
+    /// The VM is stopped when it is expected to stand still for no longer than this.
+    pub downtime_target_ms: u64,
+    /// After so many rounds it is stopped even if that misses the target.
+    pub max_rounds: u32,
+    /// Highest share of time, in percent, for which the guest may be held back; 0: never.
+    pub max_throttle: u8,
+    /// Bytes a second that may be written while it runs; as many as can be without it.
+    #[serde(default)]
+    pub rate: Option<u64>,
+    /// The earlier checkpoint with which it is compared.
+    #[serde(default)]
+    pub base: Option<CheckpointBase>,
+    /// It stays paused when it has been saved: it is to be stopped when the files are durable.
+    #[serde(default)]
+    pub stop: bool,
+    /// Of a VM with disks, save memory and state alone.
+    #[serde(default)]
+    pub without_disks: bool,
+    /// Of a VM whose store is encrypted, save it unencrypted.
+    #[serde(default)]
+    pub plain: bool,
+}
+
+impl CheckpointRequest {
+    /// How many files are passed.
+    pub fn files(&self) -> u32 {
+        if self.base.is_some() { 4 } else { 3 }
+    }
+}
+
+/// Where the pages of a base are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckpointBase {
+    /// In its own image.
+    Apart,
+    /// In the new image as well, which began as a clone of it.
+    Cloned,
+}
+
 /// How to be sure of a target. Without either: only if it is on this very host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Trust {
@@ -120,6 +173,13 @@ pub enum Reply {
     Version(u16),
     /// How far the migration is.
     Progress(MigrationStat),
+    /// The client is to pass so many files now, each with its number ([`passing`](crate::passing)).
+    Files(u32),
+    /// How far the checkpoint is.
+    Saving(CheckpointStat),
+    /// The files are written, and the VM goes on, or stays paused: [`Saved`](checkpoint::save::Saved), and the VM's
+    /// facts. The client makes the files durable, and says so.
+    Saved(serde_json::Value),
     /// Part of a recording.
     Faults(swapd::FaultsSeen),
     /// Done. What the value holds depends on the request.
@@ -218,8 +278,17 @@ pub struct VmStat {
     pub waiting: Option<WaitStat>,
     /// The migration under way.
     pub migration: Option<MigrationStat>,
+    /// The checkpoint under way.
+    #[serde(default)]
+    pub checkpoint: Option<CheckpointStat>,
+    /// The last one that became durable, since this process began.
+    #[serde(default)]
+    pub last_checkpoint: Option<LastCheckpointStat>,
     /// How the memory was received, if it was.
     pub arrival: Option<ArrivalStat>,
+    /// The checkpoint that it began from, if it did, and what is still done for that.
+    #[serde(default)]
+    pub restore: Option<RestoreStat>,
 }
 
 /// What the guest itself reports.
@@ -264,6 +333,40 @@ pub struct MigrationStat {
     pub elapsed_ms: u64,
 }
 
+/// A checkpoint under way.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointStat {
+    /// What it is doing.
+    pub phase: checkpoint::save::Phase,
+    /// From 1; 0 before the first.
+    pub round: u32,
+    /// Into the image, since the start.
+    pub bytes_written: u64,
+    /// Bytes of guest memory dealt with.
+    pub bytes_done: u64,
+    /// What this round has still to look at.
+    pub bytes_left: u64,
+    /// The VM's memory.
+    pub bytes_total: u64,
+    /// How fast memory is dealt with now.
+    pub bytes_per_second: u64,
+    /// Share of the time for which the guest is held back now, 0 to 99 percent.
+    pub throttle_percent: u8,
+    /// Since it began.
+    pub elapsed_ms: u64,
+}
+
+/// A checkpoint that was made of the VM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LastCheckpointStat {
+    /// Its name in its archive.
+    pub name: String,
+    /// Since the VM stood still for it.
+    pub age_ms: u64,
+    /// What it took on its disk when it was made.
+    pub bytes: u64,
+}
+
 /// A wait within a VM's hand-over.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitStat {
@@ -295,4 +398,48 @@ pub struct ArrivalStat {
     pub pageins_during: u64,
     /// Page-outs of the VM's own paging while it was received.
     pub pageouts_during: u64,
+}
+
+/// A VM that began from a checkpoint. Bytes that are still there are `origin_bytes` of its memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreStat {
+    /// The checkpoint's directory.
+    pub from: String,
+    /// What is done with what is still there.
+    pub phase: RestorePhase,
+    /// Brought into RAM ahead of any touch.
+    pub fetched_bytes: u64,
+    /// Bytes a second that are taken home at most; null: as fast as it goes.
+    pub rate_bytes: Option<u64>,
+    /// Why nothing is brought or taken at this moment.
+    pub waits: Option<String>,
+}
+
+/// What is done with a restored VM's pages that are in the checkpoint still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RestorePhase {
+    /// The VM does not run yet.
+    Loading,
+    /// What it needs first is brought into RAM.
+    Fetching,
+    /// All of it is moved to the VM's own store.
+    TakingHome,
+    /// They stay there for as long as they do not change.
+    Kept,
+    /// Nothing is there any more: the checkpoint may be removed.
+    Done,
+}
+
+impl RestorePhase {
+    /// In words, to stand behind "it is".
+    pub const fn words(self) -> &'static str {
+        match self {
+            RestorePhase::Loading => "being loaded",
+            RestorePhase::Fetching => "fetching",
+            RestorePhase::TakingHome => "taking home",
+            RestorePhase::Kept => "kept there",
+            RestorePhase::Done => "done",
+        }
+    }
 }

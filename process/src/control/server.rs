@@ -1,5 +1,6 @@
 //! Serves a VM's control socket: a thread a connection, of which there are only so many.
 
+use std::fs::File;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -9,11 +10,12 @@ use rustix::net::{RecvFlags, recv};
 use serde_json::Value;
 use tracing::{debug, warn};
 
-use super::lines::{LineError, Lines};
+use super::lines::{LINE_TIMEOUT, LineError, Lines};
 use super::peer::Peers;
-use super::protocol::{MigrationStat, Reply, Request};
+use super::protocol::{CheckpointStat, MigrationStat, Reply, Request};
 use super::versions::{Asked, VERSIONS, no_request};
 use crate::failure::{Failure, FailureKind};
+use crate::passing::receive_fd;
 
 /// Connections served at once; more are told to come back.
 pub const CONNECTIONS_MAX: usize = 64;
@@ -46,6 +48,58 @@ impl Client<'_> {
     /// If the client is gone.
     pub fn progress(&mut self, progress: MigrationStat) -> Result<(), LineError> {
         self.lines.write(&Reply::Progress(progress))
+    }
+
+    /// Tells how far the checkpoint is.
+    ///
+    /// # Errors
+    /// If the client is gone.
+    pub fn saving(&mut self, stat: CheckpointStat) -> Result<(), LineError> {
+        self.lines.write(&Reply::Saving(stat))
+    }
+
+    /// Tells that the files of a checkpoint are written.
+    ///
+    /// # Errors
+    /// If the client is gone.
+    pub fn saved(&mut self, report: Value) -> Result<(), LineError> {
+        self.lines.write(&Reply::Saved(report))
+    }
+
+    /// Has the client pass so many files.
+    ///
+    /// # Errors
+    /// If it passes something else, or nothing in time.
+    pub fn files(&mut self, count: u32) -> Result<Vec<File>, Failure> {
+        let failed = |error: &dyn std::error::Error| {
+            Failure::new(FailureKind::Usage, format!("the client does not pass the {count} files: {error}"))
+        };
+        self.lines.write(&Reply::Files(count)).map_err(|error| failed(&error))?;
+        let mut files = Vec::new();
+        for number in 0..count {
+            match receive_fd(self.lines.stream(), LINE_TIMEOUT) {
+                Ok((fd, tag)) if tag == number => files.push(File::from(fd)),
+                Ok((_, tag)) => {
+                    let text = format!("number {tag} instead of {number}");
+                    return Err(failed(&std::io::Error::other(text)));
+                }
+                Err(error) => return Err(failed(&error)),
+            }
+        }
+        Ok(files)
+    }
+
+    /// What the client says next, if it says something in this time.
+    ///
+    /// # Errors
+    /// If it is gone, or says what is no request.
+    pub fn says(&mut self, timeout: Duration) -> Result<Option<Request>, LineError> {
+        let mut polled = [PollFd::new(self.lines.stream(), PollFlags::IN)];
+        let timeout = Timespec::try_from(timeout).expect("a short time");
+        match poll(&mut polled, Some(&timeout)) {
+            Ok(ready) if ready > 0 => self.lines.read::<Request>(LINE_TIMEOUT).map(Some),
+            _ => Ok(None),
+        }
     }
 
     /// Tells part of a recording.

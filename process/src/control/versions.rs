@@ -86,7 +86,7 @@ pub(super) fn none_in_common(client: Versions, process: Versions) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::protocol::{Force, MigrateRequest, Trust};
+    use crate::control::protocol::{CheckpointBase, CheckpointRequest, Force, MigrateRequest, Trust};
     use serde_json::json;
 
     fn requests() -> Vec<Request> {
@@ -101,6 +101,16 @@ mod tests {
             check_placement: true,
             trust: Trust { plain: true, ..Trust::default() },
         };
+        let checkpoint = CheckpointRequest {
+            downtime_target_ms: 50,
+            max_rounds: 30,
+            max_throttle: 99,
+            rate: Some(200 << 20),
+            base: Some(CheckpointBase::Cloned),
+            stop: true,
+            without_disks: false,
+            plain: false,
+        };
         vec![
             Request::Stat,
             Request::Pause,
@@ -110,6 +120,8 @@ mod tests {
             Request::Cancel,
             Request::SetRam { ram_bytes: u64::MAX },
             Request::Migrate(migrate),
+            Request::Checkpoint(checkpoint),
+            Request::Checkpointed { name: "2026-11-29T23-20-00Z".to_owned(), bytes: u64::MAX },
             Request::RecordFaults { seconds: 7 },
         ]
     }

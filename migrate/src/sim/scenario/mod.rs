@@ -274,7 +274,7 @@ impl Story {
                 true
             }
             Outcome::NotThere => {
-                use crate::vm::SourceVm;
+                use crate::vm::{LiveVm, SourceVm};
                 let mut leaving = Leaving(self.vm.clone());
                 leaving.take_name_back();
                 leaving.resume().expect("it can go on");

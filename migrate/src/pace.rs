@@ -1,4 +1,5 @@
-//! When to stop the VM, and how much to slow it down before: values in, decisions out.
+//! When to stop the VM, and how much to slow it down before: values in, decisions out. For a migration, which sends
+//! pages over a link, and for a checkpoint, which writes them to a disk: there, writing is sending.
 //!
 //! A round sends the pages that became dirty during the one before. Rounds get shorter if pages become dirty more
 //! slowly than they are sent. If they do not, the VM is throttled, as in QEMU's auto-converge, but at once to the share
@@ -7,46 +8,53 @@
 use std::time::Duration;
 
 /// The next round shall have at most this share of the pages of this one.
-pub(crate) const WANTED_SHRINK: f64 = 0.25;
+const WANTED_SHRINK: f64 = 0.25;
 /// Of the downtime that the other costs leave, this share is for sending pages. The rest is for rates that are not
 /// quite what they were.
-pub(crate) const PAGES_SHARE: f64 = 0.75;
+const PAGES_SHARE: f64 = 0.75;
 /// This share of the downtime target is for sending pages, whatever the other costs are. With less, no VM that writes
 /// would ever be stopped.
-pub(crate) const LEAST_SHARE: f64 = 0.1;
+const LEAST_SHARE: f64 = 0.1;
 /// How fast a machine takes its state: QEMU took 256 MiB of frame buffer in 0.66 and 0.69 s (on a busy host of 2
 /// cores, 2026-11-29).
 const LOADED_BYTES_PER_S: f64 = 4e8;
 /// A round with fewer pages says little about the rate.
 const MIN_RATE_PAGES: u64 = 256;
 
+/// What may be done to a VM.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Rules {
-    pub(crate) downtime_target: Duration,
+pub struct Rules {
+    /// The VM is stopped when it is expected to stand still for no longer than this.
+    pub downtime_target: Duration,
     /// The VM is not stopped if it is expected to stand still for longer.
-    pub(crate) max_downtime: Option<Duration>,
-    pub(crate) max_rounds: u32,
-    /// 0 to 99.
-    pub(crate) max_throttle: u8,
+    pub max_downtime: Option<Duration>,
+    /// After so many rounds there is no further one.
+    pub max_rounds: u32,
+    /// Percent, 0 to 99; 0: never throttle.
+    pub max_throttle: u8,
 }
 
 /// How things stand when a round has ended.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Standing {
+pub struct Standing {
     /// Rounds done.
-    pub(crate) rounds: u32,
+    pub rounds: u32,
     /// Pages to be sent next.
-    pub(crate) remaining_pages: u64,
-    pub(crate) sent_per_s: f64,
+    pub remaining_pages: u64,
+    /// Pages that are sent a second while the VM runs.
+    pub sent_per_s: f64,
+    /// Pages that are sent a second while it stands still: more, if what is sent while it runs is limited.
+    pub stopped_per_s: f64,
     /// Pages that become dirty a second, under the throttle of now.
-    pub(crate) dirty_per_s: f64,
-    pub(crate) throttle: u8,
+    pub dirty_per_s: f64,
+    /// Percent.
+    pub throttle: u8,
     /// What the downtime consists of besides pages and what the state takes by its size: stopping and starting the VM.
-    pub(crate) vm_cost: Duration,
+    pub vm_cost: Duration,
     /// The VM's state, to be sent before the pages, and loaded behind them.
-    pub(crate) state_bytes: u64,
+    pub state_bytes: u64,
     /// The last scan, and questions and answers on their way.
-    pub(crate) link_cost: Duration,
+    pub link_cost: Duration,
 }
 
 impl Standing {
@@ -54,18 +62,18 @@ impl Standing {
     fn costs(&self) -> Duration {
         let state_pages = self.state_bytes as f64 / swapd::PAGE_SIZE as f64;
         let loading = seconds(self.state_bytes as f64 / LOADED_BYTES_PER_S);
-        self.vm_cost + self.link_cost + loading + seconds(state_pages / self.sent_per_s)
+        self.vm_cost + self.link_cost + loading + seconds(state_pages / self.stopped_per_s)
     }
 
     /// How long the VM will stand still if it is stopped now.
-    pub(crate) fn expected(&self) -> Duration {
-        self.costs() + seconds(self.remaining_pages as f64 / self.sent_per_s)
+    pub fn expected(&self) -> Duration {
+        self.costs() + seconds(self.remaining_pages as f64 / self.stopped_per_s)
     }
 }
 
 /// How long a target may take to load a state of so many bytes: ten times what a machine takes, for what was kept on a
 /// slow disk. A target that does not live is found by its silence long before.
-pub(crate) fn longest_load(state_bytes: u64) -> Duration {
+pub fn longest_load(state_bytes: u64) -> Duration {
     seconds(state_bytes as f64 / LOADED_BYTES_PER_S * 10.0)
 }
 
@@ -75,21 +83,26 @@ fn seconds(seconds: f64) -> Duration {
     Duration::from_secs_f64(if seconds.is_nan() { 0.0 } else { seconds.clamp(0.0, MAX_S) })
 }
 
+/// What to do when a round has ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Decision {
+pub enum Decision {
     /// Pause the VM: what is left fits, or no further round is allowed.
     Stop,
     /// No further round is allowed, and what is left would take longer than it may.
     GiveUp,
     /// Another round, with this throttle.
-    Go { throttle: u8 },
+    Go {
+        /// Percent.
+        throttle: u8,
+    },
 }
 
-pub(crate) fn decide(rules: &Rules, now: &Standing) -> Decision {
+/// Decides what comes after a round.
+pub fn decide(rules: &Rules, now: &Standing) -> Decision {
     let left = now.remaining_pages as f64;
     let target = rules.max_downtime.map_or(rules.downtime_target, |max| max.min(rules.downtime_target));
     let for_pages = target.saturating_sub(now.costs()).mul_f64(PAGES_SHARE).max(target.mul_f64(LEAST_SHARE));
-    let fits = now.sent_per_s * for_pages.as_secs_f64();
+    let fits = now.stopped_per_s * for_pages.as_secs_f64();
     let allowed = rules.max_downtime.is_none_or(|max| now.expected() <= max);
     let last = now.rounds >= rules.max_rounds;
     if allowed && (left <= fits || now.remaining_pages == 0 || last) {
@@ -111,14 +124,15 @@ pub(crate) fn decide(rules: &Rules, now: &Standing) -> Decision {
 
 /// The rate at which pages go out, from the rounds so far.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct SendRate {
+pub struct SendRate {
     per_s: Option<f64>,
     /// The rate is that of a round with enough pages.
     is_known: bool,
 }
 
 impl SendRate {
-    pub(crate) fn round(&mut self, pages: u64, took: Duration) {
+    /// A round has sent so many pages in this time.
+    pub fn round(&mut self, pages: u64, took: Duration) {
         let rate = pages.max(1) as f64 / took.as_secs_f64().max(1e-6);
         let says_much = pages >= MIN_RATE_PAGES;
         if says_much || !self.is_known {
@@ -131,7 +145,7 @@ impl SendRate {
     }
 
     /// Pages a second.
-    pub(crate) fn per_s(&self) -> f64 {
+    pub fn per_s(&self) -> f64 {
         self.per_s.unwrap_or(1.0)
     }
 }
@@ -152,6 +166,7 @@ mod tests {
         rounds: 2,
         remaining_pages: 100_000,
         sent_per_s: 100_000.0,
+        stopped_per_s: 100_000.0,
         dirty_per_s: 0.0,
         throttle: 0,
         vm_cost: Duration::from_millis(8),
@@ -174,7 +189,7 @@ mod tests {
         assert_eq!(decide(&RULES, &more), Decision::Go { throttle: 0 });
         assert_eq!(decide(&RULES, &Standing { rounds: 30, ..more }), Decision::Stop);
         assert_eq!(
-            decide(&RULES, &Standing { remaining_pages: 0, sent_per_s: 0.0, ..STANDING }),
+            decide(&RULES, &Standing { remaining_pages: 0, sent_per_s: 0.0, stopped_per_s: 0.0, ..STANDING }),
             Decision::Stop
         );
     }
@@ -215,6 +230,16 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_ends_with_the_stop_does_not_count_behind_it() {
+        // 4000 pages take 0.4 s at the limit, and 40 ms without.
+        let limited =
+            Standing { remaining_pages: 4000, sent_per_s: 10_000.0, dirty_per_s: 9_000.0, ..STANDING };
+        assert_eq!(decide(&RULES, &limited), Decision::Go { throttle: 73 });
+        assert_eq!(decide(&RULES, &Standing { remaining_pages: 3000, ..limited }), Decision::Stop);
+        assert_eq!(limited.expected(), Duration::from_millis(50));
+    }
+
+    #[test]
     fn slow_writers_are_left_alone() {
         let slow = Standing { dirty_per_s: 25_000.0, ..STANDING };
         assert_eq!(decide(&RULES, &slow), Decision::Go { throttle: 0 });
@@ -245,7 +270,7 @@ mod tests {
             loop {
                 let dirty_per_s = write_per_s * (1.0 - f64::from(throttle) / 100.0);
                 let now =
-                    Standing { rounds, remaining_pages: left, sent_per_s: send_per_s, dirty_per_s, throttle, state_bytes, ..STANDING };
+                    Standing { rounds, remaining_pages: left, sent_per_s: send_per_s, stopped_per_s: send_per_s, dirty_per_s, throttle, state_bytes, ..STANDING };
                 match decide(&rules, &now) {
                     Decision::Stop => break,
                     Decision::GiveUp => prop_assert!(false, "nothing forbids it"),

@@ -1,0 +1,225 @@
+//! A checkpoint that is being made: files in a directory whose name begins with a dot, until all of them are durable.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use swapd::units::pages_in;
+
+use super::chain::{Chain, MAX_CHAIN};
+use super::entry::{Entry, IMAGE, MANIFEST, MAP, STATE, sum_of};
+use super::error::ArchiveError;
+use super::keep::remove_tree;
+use super::{Locked, NEW, names, steps};
+use crate::format::{BaseRef, CheckpointId, FormatError, Manifest, MemoryMap, Part, Parts, Save, VmFacts};
+
+/// What is said of a checkpoint by whoever has made it; the rest of its manifest is found in its files.
+#[derive(Clone, Debug)]
+pub struct Made {
+    /// When the VM stood still for it: milliseconds since 1970, UTC.
+    pub made_at_ms: u64,
+    /// This vmemd, for people.
+    pub made_by: String,
+    /// The VM.
+    pub vm: VmFacts,
+    /// How it was made.
+    pub save: Save,
+}
+
+/// A checkpoint that is being made. Dropped before it is [finished](Pending::finish), nothing is left of it.
+#[derive(Debug)]
+pub struct Pending<'a> {
+    archive: &'a Locked,
+    name: String,
+    dir: File,
+    image: File,
+    map: File,
+    state: File,
+    base: Option<BaseRef>,
+    finished: bool,
+}
+
+impl Locked {
+    /// Begins a checkpoint of this VM. Its image has a hole for each page, and its map and state are empty. `base` is
+    /// the chain of the checkpoint that has those pages which the new one need not have.
+    ///
+    /// # Errors
+    /// If there are checkpoints of another VM, the base is one of another memory or stands on too many others, or the
+    /// files cannot be made.
+    pub fn new_checkpoint(
+        &self,
+        vm: &str,
+        memory_bytes: u64,
+        base: Option<&Chain>,
+    ) -> Result<Pending<'_>, ArchiveError> {
+        self.clean()?;
+        if let Some(other) = self.list()?.entries.iter().find(|entry| entry.manifest().vm.name != vm) {
+            let has = other.manifest().vm.name.clone();
+            return Err(ArchiveError::OtherVm { path: self.path.clone(), has, wanted: vm.to_owned() });
+        }
+        if let Some(base) = base {
+            let (name, count) = (base.top().name().to_owned(), base.entries().len());
+            if count >= MAX_CHAIN {
+                return Err(ArchiveError::TooDeep { name, count, max: MAX_CHAIN - 1 });
+            }
+            if base.top().manifest().vm.memory_bytes != memory_bytes {
+                let why = "the VM had another size then";
+                return Err(ArchiveError::BaseOther {
+                    name: "that is to be made".to_owned(),
+                    base: name,
+                    why,
+                });
+            }
+        }
+        let id = CheckpointId::random().map_err(|error| ArchiveError::io("name", &self.path, error))?;
+        let name = format!("{NEW}{:016x}", id.0 as u64);
+        let path = self.path.join(&name);
+        let make = || {
+            steps::make_dir(&self.dir, &name)?;
+            let dir = steps::open_dir(&self.dir, &name)?;
+            let image = steps::create(&dir, IMAGE, true)?;
+            steps::resize(&image, memory_bytes)?;
+            let map = steps::create(&dir, MAP, false)?;
+            let state = steps::create(&dir, STATE, false)?;
+            Ok((dir, image, map, state))
+        };
+        let base = base.map(Chain::top);
+        let base = base.map(|base| BaseRef { name: base.name().to_owned(), id: base.manifest().id });
+        match make() {
+            Ok((dir, image, map, state)) => {
+                Ok(Pending { archive: self, name, dir, image, map, state, base, finished: false })
+            }
+            Err(error) => {
+                let _ = remove_tree(&self.dir, &name);
+                Err(ArchiveError::io("make", path, error))
+            }
+        }
+    }
+}
+
+impl Pending<'_> {
+    /// The image: page *n* at offset *n* x 4096. Opened for direct I/O if the file system can.
+    pub fn image(&self) -> &File {
+        &self.image
+    }
+
+    /// The file for the map, empty so far.
+    pub fn map(&self) -> &File {
+        &self.map
+    }
+
+    /// The file for the state, empty so far.
+    pub fn state(&self) -> &File {
+        &self.state
+    }
+
+    /// Gives the image all content of the base, without a copy, if the base has all of its pages itself and the file
+    /// system can share blocks; the checkpoint then needs no base. False, with nothing changed, if not.
+    ///
+    /// # Errors
+    /// If the base cannot be read, or sharing fails for another reason.
+    pub fn share_base(&mut self, base: &Chain) -> Result<bool, ArchiveError> {
+        if base.entries().len() > 1 {
+            return Ok(false);
+        }
+        let from = base.top().image(false)?;
+        let len = base.top().manifest().vm.memory_bytes;
+        let shared = steps::share_all(&from, &self.image, len)
+            .map_err(|error| ArchiveError::io("share blocks with", self.path().join(IMAGE), error))?;
+        if shared {
+            self.base = None;
+        }
+        Ok(shared)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.archive.path.join(&self.name)
+    }
+
+    /// Makes it a checkpoint of the archive. The files are flushed first, then the manifest is written and flushed,
+    /// then the directory gets its name.
+    ///
+    /// # Errors
+    /// If something cannot be written, or the map is none of this VM. Nothing is left of it then.
+    pub fn finish(mut self, made: Made) -> Result<Entry, ArchiveError> {
+        let path = self.path();
+        for (file, name) in [(&self.image, IMAGE), (&self.map, MAP), (&self.state, STATE)] {
+            steps::sync(file).map_err(|error| ArchiveError::io("flush", path.join(name), error))?;
+        }
+        let map = self.read_map(&path)?;
+        let wrong = |why| ArchiveError::format(path.join(MAP), FormatError::Value(why));
+        if map.pages() != pages_in(made.vm.memory_bytes) {
+            return Err(wrong("it is of a memory of another size"));
+        }
+        let pages = map.counts();
+        if pages.base == 0 {
+            self.base = None;
+        } else if self.base.is_none() {
+            return Err(wrong("it has pages in a base, and no base"));
+        }
+        let id = CheckpointId::random().map_err(|error| ArchiveError::io("name", &path, error))?;
+        let manifest = Manifest {
+            id,
+            made_at_ms: made.made_at_ms,
+            made_by: made.made_by,
+            vm: made.vm,
+            base: self.base.take(),
+            pages,
+            parts: Parts { map: self.part(MAP)?, state: self.part(STATE)? },
+            save: made.save,
+        };
+        let bytes = manifest.encode();
+        // What no restore would read is not to become a checkpoint.
+        Manifest::decode(&bytes).map_err(|error| ArchiveError::format(path.join(MANIFEST), error))?;
+        let write = || {
+            let file = steps::create(&self.dir, MANIFEST, false)?;
+            steps::write(&file, &bytes, 0)?;
+            steps::sync(&file)?;
+            steps::sync_dir(&self.dir)
+        };
+        write().map_err(|error| ArchiveError::io("write", path.join(MANIFEST), error))?;
+        let name = self.name_it(manifest.made_at_ms)?;
+        self.finished = true;
+        let archive = self.archive;
+        steps::sync_dir(&archive.dir).map_err(|error| ArchiveError::io("flush", &archive.path, error))?;
+        let dir = steps::open_dir(&archive.dir, &name)
+            .map_err(|error| ArchiveError::io("open", archive.path.join(&name), error))?;
+        Ok(Entry::new(name.clone(), manifest, Arc::new(dir), archive.path.join(name)))
+    }
+
+    /// Gives the directory the first name for that time that is free.
+    fn name_it(&self, made_at_ms: u64) -> Result<String, ArchiveError> {
+        let first = names::of_time(made_at_ms);
+        let mut taken = 0;
+        loop {
+            let name = names::numbered(&first, taken);
+            match steps::rename(&self.archive.dir, &self.name, &name) {
+                Ok(()) => return Ok(name),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => taken += 1,
+                Err(error) => return Err(ArchiveError::io("name", self.archive.path.join(name), error)),
+            }
+        }
+    }
+
+    /// As it was written: whoever wrote it may have left the descriptor anywhere in the file.
+    fn read_map(&self, path: &std::path::Path) -> Result<MemoryMap, ArchiveError> {
+        let file = steps::open(&self.dir, MAP, false)
+            .map_err(|error| ArchiveError::io("open", path.join(MAP), error))?;
+        MemoryMap::read_file(&file).map_err(|error| ArchiveError::format(path.join(MAP), error))
+    }
+
+    fn part(&self, name: &str) -> Result<Part, ArchiveError> {
+        let sum = || sum_of(&steps::open(&self.dir, name, false)?);
+        let (bytes, xxh3) = sum().map_err(|error| ArchiveError::io("read", self.path().join(name), error))?;
+        Ok(Part { file: name.to_owned(), bytes, xxh3 })
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if !self.finished {
+            let _ = remove_tree(&self.archive.dir, &self.name);
+        }
+    }
+}

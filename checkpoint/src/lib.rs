@@ -1,0 +1,15 @@
+//! vmemd's checkpoints: a VM's memory and state in files, taken while it runs, and a VM made of them again.
+//!
+//! ```text
+//!   save ──▶ format (image, map, manifest) ──▶ archive: a directory of whole checkpoints ──▶ restore
+//! ```
+//! [`format`] has the files by themselves, [`archive`] the directory in which they are, [`save`] what a VM's process
+//! does for a checkpoint, and [`restore`] what it does to begin from one. `docs/checkpoint-format.md` describes every
+//! byte.
+
+#![deny(missing_docs)]
+
+pub mod archive;
+pub mod format;
+pub mod restore;
+pub mod save;

@@ -1,0 +1,133 @@
+//! A checkpoint's memory: which pages have content, in which layer it is, what is lost.
+
+use swapd::{Adopted, LayerOf, Run};
+
+use crate::archive::Layers;
+use crate::format::{FirstFaults, MapPiece, MemoryMap, PageKind};
+
+/// Pages that are adopted by one request: the engine takes so many without holding up a fault for long.
+pub const ADOPT_PAGES: u32 = 1 << 16;
+
+/// The memory of a checkpoint.
+#[derive(Clone, Debug)]
+pub struct Image {
+    map: MemoryMap,
+    first_faults: Vec<Run>,
+}
+
+impl Image {
+    /// Of a checkpoint whose pages are in these layers; and the layer of each, for the engine.
+    pub fn of(layers: &Layers) -> (Image, LayerOf) {
+        let layer_of = if layers.count() > 1 { LayerOf::PerPage(layers.per_page()) } else { LayerOf::First };
+        (Image { map: layers.map().clone(), first_faults: Vec::new() }, layer_of)
+    }
+
+    /// With the order in which its pages came in after an earlier restore. One of another memory is as good as none.
+    #[must_use]
+    pub fn with_first_faults(self, order: Option<FirstFaults>) -> Image {
+        let order = order.filter(|order| order.pages() == self.map.pages());
+        Image { first_faults: order.map(|order| order.runs().to_vec()).unwrap_or_default(), ..self }
+    }
+
+    /// Pages of the VM.
+    pub fn pages(&self) -> u64 {
+        self.map.pages()
+    }
+
+    /// The order in which pages came in after an earlier restore; empty if that is not known.
+    pub fn first_faults(&self) -> &[Run] {
+        &self.first_faults
+    }
+
+    /// What the engine is to adopt, with the sum of each page's content.
+    pub fn adoption(&self) -> impl Iterator<Item = Adopted> {
+        self.stored().flat_map(|piece| {
+            let starts = (0..piece.run.len).step_by(ADOPT_PAGES as usize);
+            starts.map(move |skip| {
+                let run = piece.run.part(skip, ADOPT_PAGES.min(piece.run.len - skip));
+                let sums = &piece.sums[skip as usize..][..run.len as usize];
+                Adopted { run, sums: sums.to_vec() }
+            })
+        })
+    }
+
+    /// Runs whose content was lost before they were saved, ascending.
+    pub fn lost(&self) -> impl Iterator<Item = Run> {
+        self.map.pieces().filter(|piece| piece.kind == PageKind::Lost).map(|piece| piece.run)
+    }
+
+    /// Pages with content.
+    pub fn stored_pages(&self) -> u64 {
+        let counts = self.map.counts();
+        counts.here + counts.base
+    }
+
+    /// Pages without, because it was lost.
+    pub fn lost_pages(&self) -> u64 {
+        self.map.counts().lost
+    }
+
+    /// Pieces with content, ascending.
+    pub(crate) fn stored(&self) -> impl Iterator<Item = MapPiece<'_>> {
+        self.map.pieces().filter(|piece| piece.kind.has_content())
+    }
+
+    /// The same, as runs.
+    pub fn stored_runs(&self) -> impl Iterator<Item = Run> {
+        self.stored().map(|piece| piece.run)
+    }
+
+    /// The parts of a run of the VM's pages that have content, ascending.
+    pub(crate) fn stored_in(&self, run: Run) -> impl Iterator<Item = Run> {
+        self.map.pieces_in(run).filter(|piece| piece.kind.has_content()).map(|piece| piece.run)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use swapd::PageNo;
+
+    use super::*;
+    use crate::format::MapBuilder;
+
+    pub(crate) fn run(start: u64, len: u32) -> Run {
+        Run::new(PageNo(start), len)
+    }
+
+    /// An image of so many pages, of which these have content.
+    pub(crate) fn image(pages: u64, stored: &[Run], heat: &[u8], first_faults: Vec<Run>) -> Image {
+        let mut map = MapBuilder::new(pages);
+        for run in stored {
+            map.set_content(*run, PageKind::Here, &vec![7; run.len as usize]);
+        }
+        let image = Image { map: map.finish(heat), first_faults: Vec::new() };
+        image.with_first_faults(Some(FirstFaults::new(pages, first_faults).unwrap()))
+    }
+
+    fn map(kinds: &str) -> MemoryMap {
+        let mut map = MapBuilder::new(kinds.len() as u64);
+        for (page, kind) in (0..).map(|page| run(page, 1)).zip(kinds.chars()) {
+            match kind {
+                'h' => map.set_content(page, PageKind::Here, &[page.start.0]),
+                'b' => map.set_content(page, PageKind::Base, &[100 + page.start.0]),
+                'l' => map.set(page, PageKind::Lost),
+                _ => {}
+            }
+        }
+        map.finish(&[])
+    }
+
+    #[test]
+    fn the_sums_are_those_of_the_newest_map_and_adoptions_are_not_too_long() {
+        let image = Image { map: map("h.bb.l"), first_faults: Vec::new() };
+        let adopted: Vec<(Run, Vec<u64>)> =
+            image.adoption().map(|adopted| (adopted.run, adopted.sums)).collect();
+        assert_eq!(adopted, [(run(0, 1), vec![0]), (run(2, 2), vec![102, 103])]);
+        assert_eq!(image.lost().collect::<Vec<_>>(), [run(5, 1)]);
+        assert_eq!((image.stored_pages(), image.lost_pages()), (3, 1));
+
+        let large = self::image(200_000, &[run(1, 150_000)], &[], Vec::new());
+        let adopted: Vec<Run> = large.adoption().map(|adopted| adopted.run).collect();
+        assert_eq!(adopted, [run(1, 65536), run(65537, 65536), run(131_073, 18_928)]);
+    }
+}

@@ -1,0 +1,328 @@
+//! The sink that is an image: buffers of pages are written to where they belong, several at a time.
+//!
+//! A page is given at most once a round, and between two rounds all that is being written is waited for
+//! ([`ImageSink::settle`]). So an old version of a page never comes behind a newer one.
+
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use migrate::reader::{Closed, FILLERS, Found, PageBuffer, Sink, StoredRun};
+use swapd::{BLOCK_PAGES, CloneError, Run, StoredReader};
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use super::error::SaveError;
+use super::pages::PageTable;
+use super::rate::Rate;
+use crate::format::PageKind;
+
+/// Pages of a buffer, which is one write where neighbours are written: 2 MiB.
+const BUFFER_PAGES: u32 = BLOCK_PAGES;
+/// Buffers, and so all the memory that pages take on their way: those that are being filled, and the others on their
+/// way to the disk.
+const BUFFERS: usize = FILLERS + WRITES;
+/// Most writes under way.
+const WRITES: usize = 6;
+
+const _: () = assert!(BUFFERS > FILLERS, "nothing would be filled while something is written");
+
+/// What a sink has done so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Counts {
+    /// Bytes that were written.
+    pub(super) written: u64,
+    /// Pages that the image shares with the store.
+    pub(super) shared: u64,
+    /// Stored pages that were copied past this process.
+    pub(super) copied: u64,
+    /// Pages of which the base has the content.
+    pub(super) same: u64,
+}
+
+/// An image that is being written. Its clones are the same one.
+#[derive(Clone)]
+pub(super) struct ImageSink(Rc<Image>);
+
+struct Image {
+    file: tokio_uring::fs::File,
+    /// The same file, for what the ring does not do.
+    plain: File,
+    stored: StoredReader,
+    /// Stored pages have been taken straight, or nobody knows yet whether they can be.
+    straight: Cell<bool>,
+    pages: RefCell<PageTable>,
+    counts: Cell<Counts>,
+    free: RefCell<Vec<PageBuffer>>,
+    /// Buffers on their way to the disk, since when there is one, and for how long there was one before that.
+    under_way: Cell<u32>,
+    busy_since: Cell<Instant>,
+    busy: Cell<Duration>,
+    rate: RefCell<Rate>,
+    /// A buffer is free, nothing is under way, or nothing more is taken.
+    changed: Notify,
+    failed: RefCell<Option<SaveError>>,
+    closed: Cell<bool>,
+}
+
+impl ImageSink {
+    pub(super) fn new(
+        image: File,
+        stored: StoredReader,
+        pages: PageTable,
+        rate: Option<u64>,
+    ) -> io::Result<ImageSink> {
+        let now = Instant::now();
+        Ok(ImageSink(Rc::new(Image {
+            file: tokio_uring::fs::File::from_std(image.try_clone()?),
+            plain: image,
+            stored,
+            straight: true.into(),
+            pages: pages.into(),
+            counts: Cell::default(),
+            free: (0..BUFFERS).map(|_| PageBuffer::new(0, BUFFER_PAGES)).collect::<Vec<_>>().into(),
+            under_way: 0.into(),
+            busy_since: now.into(),
+            busy: Duration::ZERO.into(),
+            rate: Rate::new(rate, now).into(),
+            changed: Notify::new(),
+            failed: None.into(),
+            closed: false.into(),
+        })))
+    }
+
+    /// Waits until all that was taken is in the file.
+    pub(super) async fn settle(&self) {
+        while self.0.under_way.get() > 0 {
+            self.0.changed.notified().await;
+        }
+    }
+
+    /// Nothing more is taken: whoever waits here is told.
+    pub(super) fn close(&self) {
+        self.0.closed.set(true);
+        self.0.changed.notify_waiters();
+    }
+
+    /// From now on pages are written as fast as they come.
+    pub(super) fn lift_limit(&self) {
+        self.0.rate.borrow_mut().lift();
+        self.0.changed.notify_waiters();
+    }
+
+    /// Why nothing more can be written, if so.
+    pub(super) fn take_error(&self) -> Option<SaveError> {
+        self.0.failed.borrow_mut().take()
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        self.0.counts.get()
+    }
+
+    /// For how long something was being written, since the start.
+    pub(super) fn busy(&self) -> Duration {
+        let now = if self.0.under_way.get() > 0 { self.0.busy_since.get().elapsed() } else { Duration::ZERO };
+        self.0.busy.get() + now
+    }
+
+    /// The file, for what the ring does not do.
+    pub(super) fn file(&self) -> io::Result<File> {
+        self.0.plain.try_clone()
+    }
+
+    pub(super) fn pages<T>(&self, work: impl FnOnce(&PageTable) -> T) -> T {
+        work(&self.0.pages.borrow())
+    }
+}
+
+impl Image {
+    fn count(&self, change: impl FnOnce(&mut Counts)) {
+        let mut counts = self.counts.get();
+        change(&mut counts);
+        self.counts.set(counts);
+    }
+
+    /// The first error is told. Nothing more is taken.
+    fn fail(&self, error: SaveError) {
+        self.failed.borrow_mut().get_or_insert(error);
+        self.closed.set(true);
+        self.changed.notify_waiters();
+    }
+
+    fn begin(self: &Rc<Self>, buffer: PageBuffer) {
+        if self.under_way.get() == 0 {
+            self.busy_since.set(Instant::now());
+        }
+        self.under_way.set(self.under_way.get() + 1);
+        let bytes = buffer.content().len() as u64;
+        self.rate.borrow_mut().writes(bytes, Instant::now());
+        let image = self.clone();
+        tokio_uring::spawn(async move {
+            let buffer = image.write(buffer).await;
+            image.free.borrow_mut().push(buffer);
+            image.count(|counts| counts.written += bytes);
+            image.under_way.set(image.under_way.get() - 1);
+            if image.under_way.get() == 0 {
+                image.busy.set(image.busy.get() + image.busy_since.get().elapsed());
+            }
+            image.changed.notify_waiters();
+        });
+    }
+
+    /// Writes a buffer's pages to their places, and gives it back empty.
+    async fn write(&self, mut buffer: PageBuffer) -> PageBuffer {
+        let mut first = 0;
+        for run in joined(buffer.runs()) {
+            if self.closed.get() {
+                break;
+            }
+            let part = buffer.into_part(first, run.len);
+            let (written, part) = self.file.write_all_at(part, run.start.offset()).await;
+            buffer = part.into_keep();
+            if let Err(source) = written {
+                self.fail(SaveError::Write { what: "image", source });
+            }
+            first += run.len;
+        }
+        buffer.clear();
+        buffer
+    }
+
+    /// The store's blocks become the image's, too, if the file system can.
+    fn share(&self, stored: &StoredRun<'_>) -> Result<bool, SaveError> {
+        let pages = u64::from(stored.run.len);
+        let cloned = match self.stored.clone_into(stored.tier, &self.plain, &[stored.run]) {
+            Ok(cloned) => cloned,
+            Err(CloneError::Io { source, .. }) if is_full(&source) => {
+                return Err(SaveError::Write { what: "image", source });
+            }
+            // As every other page: they are read, and written.
+            Err(_) => {
+                self.straight.set(false);
+                return Ok(false);
+            }
+        };
+        self.count(|counts| {
+            counts.shared += cloned.shared;
+            counts.copied += cloned.copied;
+        });
+        // A copy by the kernel goes through its page cache, and is slower than reading and writing past it.
+        self.straight.set(cloned.shared == pages);
+        self.pages.borrow_mut().writes(stored.run, stored.sums);
+        Ok(true)
+    }
+}
+
+impl Sink for ImageSink {
+    fn queues(&self) -> u32 {
+        1
+    }
+
+    fn queue_of(&self, _: u32) -> u32 {
+        0
+    }
+
+    async fn buffer(&self, _: u32) -> Option<PageBuffer> {
+        let image = &self.0;
+        loop {
+            if image.closed.get() {
+                return None;
+            }
+            let wait = image.rate.borrow().wait(Instant::now());
+            if let Some(wait) = wait {
+                tokio::select! {
+                    () = sleep(wait) => {}
+                    () = image.changed.notified() => {}
+                }
+            } else if let Some(buffer) = image.free.borrow_mut().pop() {
+                return Some(buffer);
+            } else {
+                image.changed.notified().await;
+            }
+        }
+    }
+
+    fn unused(&self, _: u32, buffer: PageBuffer) {
+        self.0.free.borrow_mut().push(buffer);
+        self.0.changed.notify_waiters();
+    }
+
+    async fn take(&self, _: u32, found: Found) -> Result<(), Closed> {
+        let image = &self.0;
+        if image.closed.get() {
+            return Err(Closed);
+        }
+        let mut pages = image.pages.borrow_mut();
+        match found {
+            Found::Pages(buffer) => {
+                let mut sums = buffer.sums();
+                for run in buffer.runs() {
+                    let (these, rest) = sums.split_at(run.len as usize);
+                    pages.writes(*run, these);
+                    sums = rest;
+                }
+                image.begin(buffer);
+            }
+            Found::Zeros(runs) => runs.into_iter().for_each(|run| pages.is_bare(run, PageKind::Zero)),
+            Found::Lost(runs) => runs.into_iter().for_each(|run| pages.is_bare(run, PageKind::Lost)),
+        }
+        Ok(())
+    }
+
+    fn places_by_use(&self) -> bool {
+        false
+    }
+
+    fn has(&self, page: swapd::PageNo, sum: u64) -> bool {
+        let same = self.0.pages.borrow_mut().is_in_base(page, sum);
+        if same {
+            self.0.count(|counts| counts.same += 1);
+        }
+        same
+    }
+
+    async fn take_stored(&self, stored: StoredRun<'_>) -> Result<bool, Closed> {
+        if self.0.closed.get() {
+            return Err(Closed);
+        }
+        if !self.0.straight.get() {
+            return Ok(false);
+        }
+        self.0.share(&stored).map_err(|error| {
+            self.0.fail(error);
+            Closed
+        })
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Runs of one block each, as few as they can be: neighbours are one write.
+fn joined(runs: &[Run]) -> Vec<Run> {
+    let mut joined: Vec<Run> = Vec::with_capacity(runs.len());
+    for run in runs {
+        match joined.last_mut() {
+            Some(last) if last.end() == run.start => last.len += run.len,
+            _ => joined.push(*run),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use swapd::PageNo;
+
+    use super::*;
+
+    #[test]
+    fn neighbours_are_written_together() {
+        let runs = [Run::new(PageNo(500), 12), Run::new(PageNo(512), 5), Run::one(PageNo(600))];
+        assert_eq!(joined(&runs), [Run::new(PageNo(500), 17), Run::one(PageNo(600))]);
+        assert_eq!(joined(&[]), []);
+    }
+}

@@ -1,0 +1,260 @@
+//! The rounds of a checkpoint: drives the reader, waits for the disk at the end of each, and reports progress.
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use migrate::CancelFlag;
+use migrate::limits::{CANCEL_POLL, PROGRESS_EVERY};
+use migrate::pace::SendRate;
+use migrate::reader::{ReadError, Reader};
+use swapd::units::bytes_of;
+use swapd::{DirtySubscription, EngineHandle};
+use tokio::time::sleep;
+
+use super::error::SaveError;
+use super::image::ImageSink;
+use super::report::{Phase, Progress};
+
+/// Whether the session is to go on.
+#[derive(Clone, Copy)]
+pub(super) struct Guard<'a> {
+    pub(super) cancel: &'a CancelFlag,
+    /// When the VM has stood still for as long as it may, and how long that is.
+    pub(super) until: Option<(Instant, Duration)>,
+}
+
+impl Guard<'_> {
+    fn check(&self, sink: &ImageSink) -> Result<(), SaveError> {
+        if let Some(error) = sink.take_error() {
+            return Err(error);
+        }
+        if self.cancel.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(SaveError::Cancelled);
+        }
+        match self.until {
+            Some((until, limit)) if Instant::now() >= until => Err(SaveError::StoodTooLong(limit)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for `work`, which must bear being dropped half-way.
+    async fn wait<T>(&self, sink: &ImageSink, work: impl Future<Output = T>) -> Result<T, SaveError> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut work => return Ok(result),
+                () = sleep(CANCEL_POLL) => {}
+            }
+            self.check(sink)?;
+        }
+    }
+}
+
+/// Everything of a session that is on the runtime. [`close`](Self::close) it, whatever happens.
+pub(super) struct Rounds<'a> {
+    reader: Reader<ImageSink>,
+    pub(super) sink: ImageSink,
+    pub(super) guard: Guard<'a>,
+    /// Rounds done.
+    pub(super) round: u32,
+    send_rate: SendRate,
+    /// As it would be without a limit.
+    free_rate: SendRate,
+    limited: bool,
+    progress: &'a dyn Fn(Progress),
+    phase: Phase,
+    throttle: u8,
+    last_progress: Instant,
+}
+
+impl<'a> Rounds<'a> {
+    /// Must be called on the runtime.
+    pub(super) fn start(
+        handle: &EngineHandle,
+        dirty: DirtySubscription,
+        sink: ImageSink,
+        limited: bool,
+        (progress, cancel): (&'a dyn Fn(Progress), &'a CancelFlag),
+    ) -> Result<Rounds<'a>, SaveError> {
+        Ok(Rounds {
+            reader: Reader::new(handle, dirty, sink.clone())?,
+            sink,
+            guard: Guard { cancel, until: None },
+            round: 0,
+            send_rate: SendRate::default(),
+            free_rate: SendRate::default(),
+            limited,
+            progress,
+            phase: Phase::Copying,
+            throttle: 0,
+            last_progress: Instant::now(),
+        })
+    }
+
+    /// The first round: pages that were never touched, then all others but those that are being written.
+    pub(super) async fn first(&mut self) -> Result<(), SaveError> {
+        let asked = self.guard.wait(&self.sink, self.reader.ask_heat()).await?.map(|_| ());
+        self.read(asked)?;
+        loop {
+            let surveyed = self.guard.wait(&self.sink, self.reader.survey()).await?;
+            if !self.read(surveyed)? {
+                break;
+            }
+        }
+        self.reader.begin_first_round();
+        self.measured().await
+    }
+
+    /// A later round: the pages that scans have found dirty before it.
+    pub(super) async fn again(&mut self, throttle: u8) -> Result<(), SaveError> {
+        if throttle != self.throttle {
+            self.throttle = throttle;
+            self.reader.forget_dirty_rate();
+        }
+        self.reader.begin_round();
+        self.enter(Phase::Converging);
+        self.measured().await
+    }
+
+    /// The last look for written pages, while the VM stands still.
+    pub(super) async fn last_scan(&mut self) -> Result<(), SaveError> {
+        self.sink.lift_limit();
+        self.throttle = 0;
+        self.enter(Phase::Stopped);
+        self.scan().await
+    }
+
+    /// The last round: leaves nothing. What it has found may still be on its way to the disk.
+    pub(super) async fn last(&mut self) -> Result<(), SaveError> {
+        self.reader.begin_last_round();
+        self.finish_round().await?;
+        self.round += 1;
+        Ok(())
+    }
+
+    /// Waits until the disk has all that was found.
+    pub(super) async fn settle(&mut self) -> Result<(), SaveError> {
+        self.guard.wait(&self.sink, self.sink.settle()).await?;
+        self.guard.check(&self.sink)
+    }
+
+    /// A round that is not the last, and how fast it was.
+    async fn measured(&mut self) -> Result<(), SaveError> {
+        let (began, before, busy) = (Instant::now(), self.found(), self.sink.busy());
+        self.finish_round().await?;
+        self.settle().await?;
+        let (found, took) = (self.found() - before, began.elapsed());
+        self.send_rate.round(found, took);
+        let free = if self.limited { self.sink.busy() - busy } else { took };
+        self.free_rate.round(found, free.min(took));
+        self.round += 1;
+        self.scan().await
+    }
+
+    /// Pages with content that needed work, or none because the base has them.
+    fn found(&self) -> u64 {
+        self.reader.pages_given() + self.sink.counts().same
+    }
+
+    /// Reads the round that has begun to its end, and scans meanwhile.
+    async fn finish_round(&mut self) -> Result<(), SaveError> {
+        loop {
+            let stepped = self.step().await?;
+            if !self.read(stepped)? {
+                return Ok(());
+            }
+            if self.phase != Phase::Stopped && self.reader.scan_is_due() {
+                self.scan().await?;
+            }
+            self.report_if_due();
+        }
+    }
+
+    /// Waits until the round has come further, or for a moment.
+    async fn step(&mut self) -> Result<Result<bool, ReadError>, SaveError> {
+        let stepped = tokio::select! {
+            biased;
+            more = self.reader.step() => more,
+            () = sleep(CANCEL_POLL) => Ok(true),
+        };
+        self.guard.check(&self.sink)?;
+        Ok(stepped)
+    }
+
+    async fn scan(&mut self) -> Result<(), SaveError> {
+        let scanned = self.guard.wait(&self.sink, self.reader.scan()).await?;
+        self.read(scanned).map(|_| ())
+    }
+
+    /// Of a sink that takes nothing any more, its own reason is told.
+    fn read<T>(&self, result: Result<T, ReadError>) -> Result<T, SaveError> {
+        result.map_err(|error| self.sink.take_error().unwrap_or_else(|| error.into()))
+    }
+
+    /// Another phase begins: reports it at once.
+    pub(super) fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.report();
+    }
+
+    fn report_if_due(&mut self) {
+        if self.last_progress.elapsed() >= PROGRESS_EVERY {
+            self.report();
+        }
+    }
+
+    fn report(&mut self) {
+        self.last_progress = Instant::now();
+        let total = self.reader.memory_bytes();
+        let open = bytes_of(self.reader.pages_left() + self.reader.pages_for_next());
+        (self.progress)(Progress {
+            phase: self.phase,
+            round: self.round + 1,
+            bytes_total: total,
+            bytes_done: total.saturating_sub(open),
+            bytes_left: bytes_of(self.reader.pages_left()),
+            bytes_written: self.sink.counts().written,
+            throttle_percent: self.throttle,
+        });
+    }
+
+    pub(super) fn remaining_pages(&self) -> u64 {
+        self.reader.pages_for_next()
+    }
+
+    /// Pages that become dirty a second, as far as that is known.
+    pub(super) fn dirty_per_s(&self) -> f64 {
+        self.reader.dirty_per_s().unwrap_or(0.0)
+    }
+
+    pub(super) fn sent_per_s(&self) -> f64 {
+        self.send_rate.per_s()
+    }
+
+    /// The same without a limit.
+    pub(super) fn free_per_s(&self) -> f64 {
+        self.free_rate.per_s()
+    }
+
+    pub(super) fn scan_took(&self) -> Duration {
+        self.reader.scan_took()
+    }
+
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.reader.memory_bytes()
+    }
+
+    /// The heat of each page, by all that is known.
+    pub(super) fn heat(&self) -> Vec<u8> {
+        self.reader.known_heat()
+    }
+
+    /// Ends everything, and waits until nothing is in flight, no page is held and no write is tracked.
+    pub(super) async fn close(self) -> ImageSink {
+        self.sink.close();
+        drop(self.reader.close().await);
+        self.sink.settle().await;
+        self.sink
+    }
+}

@@ -1,0 +1,304 @@
+//! The session: what is asked of the VM and when, and what is undone when something fails.
+//!
+//! The stages are types that consume themselves, so that only the right order of calls compiles. One that fails hands
+//! back the error, and the VM goes on as before.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use migrate::pace::{Decision, Rules, Standing, decide};
+use migrate::{CancelFlag, Expected, LiveVm};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+use swapd::units::pages_in;
+use swapd::{EngineHandle, Run};
+use tokio_uring::Runtime;
+
+use super::error::SaveError;
+use super::image::ImageSink;
+use super::options::{Base, Files, SaveOptions};
+use super::pages::PageTable;
+use super::report::{PauseParts, Phase, Progress, Saved};
+use super::rounds::Rounds;
+use super::state;
+
+/// A VM is not kept standing still for longer: a disk that does not answer must not take it along.
+const PAUSE_LIMIT: Duration = Duration::from_secs(60);
+/// How fast a state is written, to guess how long that takes: a machine makes it, and the page cache takes it.
+const STATE_BYTES_PER_S: f64 = 4e8;
+
+/// The VM runs, perhaps throttled, and its memory is being written.
+pub(super) struct Session<'a> {
+    runtime: Runtime,
+    rounds: Rounds<'a>,
+    vm: &'a mut dyn LiveVm,
+    map: File,
+    state: File,
+    options: &'a SaveOptions,
+    throttle: u8,
+    throttle_max: u8,
+    expected: Expected,
+    started: Instant,
+}
+
+/// The VM stands still.
+struct Stopped<'a> {
+    session: Session<'a>,
+    /// When it was asked to, and when it did.
+    at: Instant,
+    made_at: SystemTime,
+    parts: PauseParts,
+    stood_still: bool,
+    state_bytes: u64,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn start(
+        handle: &EngineHandle,
+        vm: &'a mut dyn LiveVm,
+        Files { image, map, state }: Files,
+        base: Option<Base>,
+        options: &'a SaveOptions,
+        (progress, cancel): (&'a dyn Fn(Progress), &'a CancelFlag),
+    ) -> Result<Session<'a>, SaveError> {
+        let started = Instant::now();
+        let host = |what| move |source| SaveError::Host { what, source };
+        let pages = pages_in(handle.memory_bytes());
+        if let Some(base) = base.as_ref().filter(|base| base.map.pages() != pages) {
+            let text =
+                format!("the base has {} pages, and the VM {pages}: it is of another VM", base.map.pages());
+            return Err(SaveError::Options(text));
+        }
+        let has = image.metadata().map_err(host("looking at the image"))?.len();
+        if has != handle.memory_bytes() {
+            image
+                .set_len(handle.memory_bytes())
+                .map_err(|source| SaveError::Write { what: "image", source })?;
+        }
+        let runtime = Runtime::new(&tokio_uring::builder()).map_err(host("no io_uring is to be had"))?;
+        let dirty = handle.subscribe_dirty()?;
+        let rounds = runtime.block_on(async {
+            let table = PageTable::new(pages, base);
+            let sink = ImageSink::new(image, handle.stored_reader(), table, options.rate);
+            let sink = sink.map_err(host("the image cannot be opened once more"))?;
+            Rounds::start(handle, dirty, sink, options.rate.is_some(), (progress, cancel))
+        })?;
+        Ok(Session {
+            runtime,
+            rounds,
+            vm,
+            map,
+            state,
+            options,
+            throttle: 0,
+            throttle_max: 0,
+            expected: Expected::default(),
+            started,
+        })
+    }
+
+    /// From the first round to the map.
+    pub(super) fn run(mut self) -> Result<Saved, SaveError> {
+        match self.converge() {
+            Ok(()) => self.stop()?.save_the_rest()?.finish(),
+            Err(error) => Err(self.fail(error)),
+        }
+    }
+
+    /// Writes in rounds, until what is left fits the pause.
+    fn converge(&mut self) -> Result<(), SaveError> {
+        let rules = Rules {
+            downtime_target: self.options.downtime_target,
+            max_downtime: None,
+            max_rounds: self.options.max_rounds,
+            max_throttle: self.options.max_throttle,
+        };
+        self.expected = self.vm.expected();
+        // What devices had begun before writes were tracked.
+        self.vm.drain()?;
+        self.on_rounds(async |rounds| rounds.first().await)?;
+        loop {
+            let standing = self.standing();
+            let decision = decide(&rules, &standing);
+            tracing::debug!(?standing, ?decision, "a round has ended");
+            let Decision::Go { throttle } = decision else { return Ok(()) };
+            self.set_throttle(throttle);
+            self.expected = self.vm.expected();
+            self.vm.drain()?;
+            self.on_rounds(async |rounds| rounds.again(throttle).await)?;
+        }
+    }
+
+    fn standing(&self) -> Standing {
+        let Expected { time, state_bytes } = self.expected;
+        Standing {
+            rounds: self.rounds.round,
+            remaining_pages: self.rounds.remaining_pages(),
+            sent_per_s: self.rounds.sent_per_s(),
+            stopped_per_s: self.rounds.free_per_s(),
+            dirty_per_s: self.rounds.dirty_per_s(),
+            throttle: self.throttle,
+            // Nobody loads the state here, and the page cache takes it.
+            vm_cost: time + Duration::from_secs_f64(state_bytes as f64 / STATE_BYTES_PER_S),
+            state_bytes: 0,
+            link_cost: self.rounds.scan_took(),
+        }
+    }
+
+    fn set_throttle(&mut self, percent: u8) {
+        if percent != self.throttle {
+            self.vm.throttle(percent);
+            self.throttle = percent;
+            self.throttle_max = self.throttle_max.max(percent);
+        }
+    }
+
+    fn on_rounds<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut Rounds<'a>) -> Result<T, SaveError>,
+    ) -> Result<T, SaveError> {
+        self.runtime.block_on(work(&mut self.rounds))
+    }
+
+    /// The VM runs on, and nothing is left of the session.
+    fn fail(mut self, error: SaveError) -> SaveError {
+        self.set_throttle(0);
+        drop(self.runtime.block_on(self.rounds.close()));
+        error
+    }
+
+    /// Stops the VM.
+    fn stop(mut self) -> Result<Stopped<'a>, SaveError> {
+        let at = Instant::now();
+        let paused = self.vm.pause();
+        let stop_ms = milliseconds(at);
+        // Not before the VM stands still: it would write at full speed once more.
+        self.set_throttle(0);
+        self.rounds.guard.until = Some((at + PAUSE_LIMIT, PAUSE_LIMIT));
+        let parts = PauseParts { stop_ms, ..PauseParts::default() };
+        let (made_at, stood_still) = (SystemTime::now(), self.vm.stood_still());
+        let stopped = Stopped { session: self, at, made_at, parts, stood_still, state_bytes: 0 };
+        match paused {
+            Ok(()) => Ok(stopped),
+            // A VM that could not be paused may have been paused half-way.
+            Err(error) => Err(stopped.fail(error.into())),
+        }
+    }
+}
+
+impl<'a> Stopped<'a> {
+    /// The VM goes on as before, and nothing is left of the session.
+    fn fail(self, error: SaveError) -> SaveError {
+        // Before what is under way is waited for: a disk that does not answer must not take it along.
+        let error = match self.session.vm.resume() {
+            Ok(()) => error,
+            Err(not_resumed) => {
+                tracing::warn!(%error, "the checkpoint failed");
+                migrate::VmError::NotResumed(Box::new(not_resumed)).into()
+            }
+        };
+        self.session.fail(error)
+    }
+
+    /// Writes the last pages and the state, and lets the VM go on.
+    fn save_the_rest(mut self) -> Result<Stopped<'a>, SaveError> {
+        if let Err(error) = self.write_the_rest() {
+            return Err(self.fail(error));
+        }
+        if !self.session.options.stop {
+            let began = Instant::now();
+            if let Err(error) = self.session.vm.resume() {
+                let error = migrate::VmError::NotResumed(Box::new(error));
+                return Err(self.session.fail(error.into()));
+            }
+            self.parts.resume_ms = milliseconds(began);
+        }
+        Ok(self)
+    }
+
+    fn write_the_rest(&mut self) -> Result<(), SaveError> {
+        let session = &mut self.session;
+        let began = Instant::now();
+        session.on_rounds(async |rounds| rounds.last_scan().await)?;
+        self.parts.scan_ms = milliseconds(began);
+        let began = Instant::now();
+        session.on_rounds(async |rounds| rounds.last().await)?;
+        self.parts.pages_ms = milliseconds(began);
+        // Behind the pages: the disk is at work on them meanwhile.
+        let began = Instant::now();
+        let guard = session.rounds.guard;
+        let until = guard.until.expect("it stands still");
+        self.state_bytes = state::save(session.vm, &session.state, guard.cancel, until)?;
+        self.parts.state_ms = milliseconds(began);
+        let began = Instant::now();
+        session.on_rounds(async |rounds| rounds.settle().await)?;
+        self.parts.disk_ms = milliseconds(began);
+        Ok(())
+    }
+
+    /// Has only what belongs into the image stay there, and writes the map. The VM runs on meanwhile.
+    fn finish(self) -> Result<Saved, SaveError> {
+        let pause_ms = milliseconds(self.at);
+        let Stopped { session, made_at, parts, stood_still, state_bytes, .. } = self;
+        let Session { runtime, mut rounds, vm, map, options, throttle_max, started, .. } = session;
+        rounds.enter(Phase::Finishing);
+        let (heat, memory_bytes, round, counts) =
+            (rounds.heat(), rounds.memory_bytes(), rounds.round, rounds.sink.counts());
+        let plain = rounds.sink.file();
+        let sink = runtime.block_on(rounds.close());
+        let plain =
+            plain.map_err(|source| SaveError::Host { what: "opening the image once more", source })?;
+        let finished = sink.pages(|pages| {
+            punch(&plain, &pages.holes())?;
+            let finished = pages.finish(&heat);
+            let mut to = BufWriter::with_capacity(1 << 20, &map);
+            finished.write(&mut to).map_err(|source| SaveError::Write { what: "map", source })?;
+            Ok::<_, SaveError>(finished)
+        });
+        let finished = match finished {
+            Ok(finished) => finished,
+            Err(error) => {
+                if options.stop {
+                    vm.resume()?;
+                }
+                return Err(error);
+            }
+        };
+        Ok(Saved {
+            made_at_ms: made_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+            pause_ms,
+            pause_parts: parts,
+            downtime_target_ms: options.downtime_target.as_secs_f64() * 1000.0,
+            stood_still,
+            rounds: round,
+            duration_ms: milliseconds(started),
+            bytes_total: memory_bytes,
+            bytes_written: counts.written,
+            pages: finished.counts(),
+            pages_shared: counts.shared,
+            pages_copied: counts.copied,
+            throttle_max_percent: throttle_max,
+            state_bytes,
+            map_bytes: finished.file_bytes(),
+        })
+    }
+}
+
+/// Makes holes of pages that the image has and the checkpoint has not.
+fn punch(image: &File, holes: &[Run]) -> Result<(), SaveError> {
+    for run in holes {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(image, flags, run.start.offset(), run.bytes() as u64) {
+            Ok(()) => {}
+            // It takes room, and nobody looks at it.
+            Err(Errno::OPNOTSUPP) => return Ok(()),
+            Err(error) => return Err(SaveError::Write { what: "image", source: error.into() }),
+        }
+    }
+    Ok(())
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}

@@ -1,0 +1,392 @@
+//! A checkpoint of the VM, on behalf of a client that has the archive: this process must not open files, so it is
+//! passed them.
+//!
+//! ```text
+//!   asked ──▶ files passed ──▶ saving ──▶ saved: the VM goes on ──▶ durable, named: told by the client ──▶ answered
+//!     │             │            │                    │
+//!     └── refused   └── no ──────┴── failed, cancelled┴── cancelled, client gone: goes on as before
+//! ```
+
+use std::cell::Cell;
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use checkpoint::format::{Disk, MemoryMap};
+use checkpoint::save::{Base, Files, Phase, Progress, SaveError, SaveOptions, Saved, save};
+use serde_json::{Value, json};
+use swapd::{CloneError, TierId};
+use tracing::{info, warn};
+
+use crate::control::protocol::{
+    CheckpointBase, CheckpointRequest, CheckpointStat, LastCheckpointStat, Request,
+};
+use crate::control::server::Client;
+use crate::failure::{Failure, FailureKind};
+use crate::hold::{FOR_ITS_CHECKPOINT, Whereabouts};
+use crate::life::CAUGHT;
+use crate::live_vm::Saving;
+use crate::vm::Vm;
+
+/// How often it is looked whether whoever asked is still there.
+const CLIENT_POLL: Duration = Duration::from_millis(100);
+/// Over which time the speed is measured.
+const SPEED_WINDOW: Duration = Duration::from_millis(500);
+
+/// A checkpoint under way.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Checkpointing {
+    pub(crate) stat: CheckpointStat,
+    /// The VM has been told to stand still for it, and goes on behind it.
+    pub(crate) stopped: bool,
+    /// The files are written; the client makes them durable.
+    pub(crate) saved: bool,
+}
+
+/// The last one that became durable.
+#[derive(Clone, Debug)]
+pub(crate) struct LastCheckpoint {
+    name: String,
+    made_at_ms: u64,
+    bytes: u64,
+}
+
+impl LastCheckpoint {
+    pub(crate) fn stat(&self) -> LastCheckpointStat {
+        let now_ms = UNIX_EPOCH.elapsed().unwrap_or_default().as_millis() as u64;
+        LastCheckpointStat {
+            name: self.name.clone(),
+            age_ms: now_ms.saturating_sub(self.made_at_ms),
+            bytes: self.bytes,
+        }
+    }
+}
+
+enum Step {
+    Progress(CheckpointStat),
+    Ended(Result<(Saved, Vec<Disk>), Failure>),
+}
+
+/// The VM is marked as one that is being saved, until this is dropped.
+struct Begun<'a>(&'a Vm);
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        self.0.locked(|state| state.checkpoint = None);
+        self.0.go_on();
+    }
+}
+
+/// Saves the VM into files of the client's. Answers when the client has said what became of them; cancels if the client
+/// goes away.
+pub(crate) fn checkpoint(
+    vm: &Arc<Vm>,
+    request: &CheckpointRequest,
+    client: &mut Client<'_>,
+) -> Result<Value, Failure> {
+    vm.memory()?.engine()?;
+    let begun = begin(vm)?;
+    let disks = may_be_saved(vm, request)?;
+    let mut files = client.files(request.files())?.into_iter();
+    let mut next = || files.next().expect("as many as were asked for");
+    let into = Files { image: regular(next())?, map: regular(next())?, state: regular(next())? };
+    let base = request.base.map(|base| read_base(&next(), base)).transpose()?;
+    may_be_plain(vm, &into.image, request)?;
+    let (saved, taken) = run(vm, request, disks.snapshot, (into, base), client)?;
+    vm.locked(|state| state.checkpoint.iter_mut().for_each(|now| now.saved = true));
+    info!(vm = %vm.facts.name, pause_ms = saved.pause_ms, rounds = saved.rounds, bytes = saved.bytes_written, "saved");
+    let name = durable(vm, &saved, (&taken, disks.left_out), client);
+    if name.is_err() {
+        if request.stop {
+            stays_after_all(vm);
+        }
+        forget(vm, &taken);
+    }
+    drop(begun);
+    name.map(|name| json!({ "name": vm.facts.name, "checkpoint": name }))
+}
+
+/// In one step, so that two requests cannot both.
+fn begin(vm: &Vm) -> Result<Begun<'_>, Failure> {
+    let name = &vm.facts.name;
+    if let Some(reason) = vm.guest_failure() {
+        let text = format!("{name:?} cannot be saved: its guest has failed: {reason}");
+        return Err(Failure::new(FailureKind::CannotMove, text));
+    }
+    vm.locked(|state| {
+        let why = match state.whereabouts.elsewhere(name) {
+            Some(why) => why,
+            None if state.ender.is_some() || state.end.is_some() => "it is ending".to_owned(),
+            None if state.checkpoint.is_some() => {
+                "a checkpoint of it is being made already; cancel that first (Ctrl-C of `vmemd checkpoint`)"
+                    .to_owned()
+            }
+            None => {
+                vm.cancel.store(false, Ordering::SeqCst);
+                state.checkpoint = Some(Checkpointing::default());
+                return Ok(Begun(vm));
+            }
+        };
+        Err(Failure::new(FailureKind::Name, format!("{name:?} cannot be saved: {why}")))
+    })
+}
+
+/// A checkpoint's disks.
+struct Disks {
+    /// The name of the snapshots that they are to have; None: the checkpoint is made without disks.
+    snapshot: Option<String>,
+    /// Those of which it has nothing, with the user's knowledge.
+    left_out: Vec<String>,
+}
+
+/// Refuses what a checkpoint could not have.
+fn may_be_saved(vm: &Vm, request: &CheckpointRequest) -> Result<Disks, Failure> {
+    vm.machine(|machine| {
+        machine.may_move()?;
+        if request.without_disks {
+            return Ok(Disks { snapshot: None, left_out: machine.written_disks()? });
+        }
+        let snapshot = format!("vmemd-{}", UNIX_EPOCH.elapsed().unwrap_or_default().as_millis());
+        machine.disks(&snapshot)?;
+        Ok(Disks { snapshot: Some(snapshot), left_out: Vec::new() })
+    })
+}
+
+/// There is no checkpoint that the disks' versions belong to.
+fn forget(vm: &Vm, disks: &[Disk]) {
+    if disks.is_empty() {
+        return;
+    }
+    if let Err(error) = vm.machine(|machine| machine.forget_disks(disks)) {
+        warn!(vm = %vm.facts.name, %error, "snapshots of a checkpoint that was not made stay in its disks");
+    }
+}
+
+/// What is encrypted at rest is not made readable by the way.
+fn may_be_plain(vm: &Vm, image: &File, request: &CheckpointRequest) -> Result<(), Failure> {
+    let stored = vm.memory()?.engine()?.stored_reader();
+    let encrypted = matches!(stored.clone_into(TierId::STORE, image, &[]), Err(CloneError::Encrypted));
+    if !encrypted || request.plain {
+        return Ok(());
+    }
+    let text = format!(
+        "the store of {:?} is encrypted, and a checkpoint is not yet: give --plain to have its memory written as it is, \
+         to a disk that is encrypted itself",
+        vm.facts.name
+    );
+    Err(Failure::new(FailureKind::Usage, text))
+}
+
+fn regular(file: File) -> Result<File, Failure> {
+    let found =
+        file.metadata().map_err(|error| Failure::io("looking at a file of the checkpoint", &error))?;
+    if found.is_file() {
+        return Ok(file);
+    }
+    Err(Failure::new(FailureKind::Usage, "what the client has passed is no regular file"))
+}
+
+fn read_base(map: &File, base: CheckpointBase) -> Result<Base, Failure> {
+    let map = MemoryMap::read_file(map).map_err(|error| {
+        Failure::new(FailureKind::Usage, format!("the base's map: {}", crate::failure::chain(&error)))
+    })?;
+    Ok(Base { map, cloned: base == CheckpointBase::Cloned })
+}
+
+/// Has the VM saved on a thread of its own, and tells the client how it goes.
+fn run(
+    vm: &Arc<Vm>,
+    request: &CheckpointRequest,
+    snapshot: Option<String>,
+    files: (Files, Option<Base>),
+    client: &mut Client<'_>,
+) -> Result<(Saved, Vec<Disk>), Failure> {
+    let options = SaveOptions {
+        downtime_target: Duration::from_millis(request.downtime_target_ms),
+        max_rounds: request.max_rounds,
+        max_throttle: request.max_throttle,
+        rate: request.rate,
+        stop: request.stop,
+    };
+    let (steps, progress) = channel();
+    let saver = vm.clone();
+    let spawned = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(move || {
+        CAUGHT.set(true);
+        let mut saving = Saving::begin(&saver, snapshot);
+        let saved = catch_unwind(AssertUnwindSafe(|| session(&mut saving, files, &options, &steps)));
+        CAUGHT.set(false);
+        let result = match saved {
+            Ok(Ok(saved)) => {
+                if options.stop {
+                    saving.stays();
+                }
+                Ok((saved, saving.disks()))
+            }
+            Ok(Err(error)) => Err(Failure::from(error)),
+            Err(_) => Err(saving.after_panic()),
+        };
+        let unused = saving.disks();
+        drop(saving);
+        forget(&saver, &unused);
+        let _ = steps.send(Step::Ended(result));
+    });
+    spawned.map_err(|error| Failure::io("cannot start the checkpoint's thread", &error))?;
+    loop {
+        match progress.recv_timeout(CLIENT_POLL) {
+            Ok(Step::Progress(stat)) => {
+                if client.saving(stat).is_err() || client.gone() || client.cancels() {
+                    vm.cancel.store(true, Ordering::SeqCst);
+                }
+            }
+            Ok(Step::Ended(result)) => return result.map_err(|failure| stays(vm, failure)),
+            Err(RecvTimeoutError::Timeout) if client.gone() || client.cancels() => {
+                vm.cancel.store(true, Ordering::SeqCst);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                let text = format!("the checkpoint of {:?} ended without a word: see its log", vm.facts.name);
+                return Err(Failure::new(FailureKind::Vm, text));
+            }
+        }
+    }
+}
+
+fn session(
+    saving: &mut Saving<'_>,
+    (files, base): (Files, Option<Base>),
+    options: &SaveOptions,
+    steps: &Sender<Step>,
+) -> Result<Saved, SaveError> {
+    let vm = saving.vm;
+    let handle = match vm.memory().and_then(|memory| memory.engine()) {
+        Ok(handle) => handle.clone(),
+        Err(failure) => return Err(crate::live_vm::vm_error(failure).into()),
+    };
+    let started = Instant::now();
+    let speed = Speed::new(started);
+    let progress = |progress: Progress| {
+        let stat = CheckpointStat {
+            phase: progress.phase,
+            round: progress.round,
+            bytes_written: progress.bytes_written,
+            bytes_done: progress.bytes_done,
+            bytes_left: progress.bytes_left,
+            bytes_total: progress.bytes_total,
+            bytes_per_second: speed.of(&progress),
+            throttle_percent: progress.throttle_percent,
+            elapsed_ms: started.elapsed().as_millis() as u64,
+        };
+        vm.locked(|state| state.checkpoint.iter_mut().for_each(|now| now.stat = stat.clone()));
+        let _ = steps.send(Step::Progress(stat));
+    };
+    info!(vm = %vm.facts.name, "a checkpoint begins");
+    save(&handle, saving, files, base, options, &progress, &vm.cancel)
+}
+
+/// How fast memory is dealt with, over the last moments: what is left of a round goes down by it.
+struct Speed {
+    /// When it was looked at last, at what that was then, in which round, and how fast it was before that.
+    mark: Cell<(Instant, u64, u32, u64)>,
+}
+
+impl Speed {
+    fn new(started: Instant) -> Speed {
+        Speed { mark: Cell::new((started, 0, 0, 0)) }
+    }
+
+    fn of(&self, progress: &Progress) -> u64 {
+        let (then, left_then, round, before) = self.mark.get();
+        if round != progress.round || progress.phase == Phase::Finishing {
+            self.mark.set((Instant::now(), progress.bytes_left, progress.round, before));
+            return before;
+        }
+        let took = then.elapsed();
+        if took < SPEED_WINDOW {
+            return before;
+        }
+        let now = (left_then.saturating_sub(progress.bytes_left) as f64 / took.as_secs_f64()) as u64;
+        self.mark.set((Instant::now(), progress.bytes_left, round, now));
+        now
+    }
+}
+
+/// Waits until the client has made the files durable. Returns the checkpoint's name.
+fn durable(
+    vm: &Vm,
+    saved: &Saved,
+    disks: (&[Disk], Vec<String>),
+    client: &mut Client<'_>,
+) -> Result<String, Failure> {
+    let gone = || Failure::new(FailureKind::Interrupted, "cancelled before the checkpoint was durable");
+    client.saved(json!({ "saved": saved, "vm": facts(vm, saved, disks)? })).map_err(|_| gone())?;
+    loop {
+        match client.says(CLIENT_POLL) {
+            Ok(None) if client.gone() => return Err(gone()),
+            Ok(None) => {}
+            Ok(Some(Request::Checkpointed { name, bytes })) => {
+                let last = LastCheckpoint { name: name.clone(), made_at_ms: saved.made_at_ms, bytes };
+                vm.locked(|state| state.last_checkpoint = Some(last));
+                return Ok(name);
+            }
+            Ok(Some(_)) | Err(_) => return Err(gone()),
+        }
+    }
+}
+
+/// What a restore must know before it reads the state.
+fn facts(vm: &Vm, saved: &Saved, (disks, left_out): (&[Disk], Vec<String>)) -> Result<Value, Failure> {
+    let stat = vm.stat()?;
+    let facts = &vm.facts;
+    Ok(json!({
+        "name": facts.name,
+        "memory_bytes": facts.memory_bytes,
+        "budget_bytes": stat.memory.ram_budget_bytes,
+        "vcpus": stat.vcpus,
+        "workload": stat.workload,
+        // Only a QEMU says what it does.
+        "machine": if stat.run_state.is_some() { "qemu" } else { "reference" },
+        "offer": facts.offer,
+        "paused": saved.stood_still,
+        "disks": disks,
+        "without_disks": left_out,
+    }))
+}
+
+/// It was to be stopped, and there is no checkpoint: it goes on as before.
+fn stays_after_all(vm: &Vm) {
+    let name = &vm.facts.name;
+    let resumed = vm.machine(|machine| {
+        // Under the machine's lock, as everybody who lets it go on.
+        let ours = vm.locked(|state| {
+            let ours = state.hold.paused() == Some(FOR_ITS_CHECKPOINT)
+                && matches!(state.whereabouts, Whereabouts::Here)
+                && state.ender.is_none();
+            if ours {
+                state.hold.unpause();
+            }
+            ours && !state.hold.is_stalled()
+        });
+        if ours { machine.resume() } else { Ok(()) }
+    });
+    if let Err(error) = resumed {
+        warn!(vm = %name, %error, "it was to go on, and does not: `vmemd resume` it");
+        vm.locked(|state| state.hold.pause_by(crate::hold::DID_NOT_GO_ON));
+    }
+}
+
+/// Says what became of a VM of which there is no checkpoint.
+fn stays(vm: &Vm, failure: Failure) -> Failure {
+    let name = &vm.facts.name;
+    if let Some(ended) = vm.ended() {
+        let text = format!("there is no checkpoint of {name:?}: {ended} while it was being saved");
+        return Failure::new(ended.kind, text);
+    }
+    let text = match vm.locked(|state| state.ender) {
+        Some(by) => format!("{} by {by}: {name:?} ends, and there is no checkpoint of it", failure.text),
+        None => format!("{}; {name:?} {}, and there is no new checkpoint of it", failure.text, vm.stays()),
+    };
+    Failure { text, ..failure }
+}

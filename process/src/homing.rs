@@ -1,0 +1,464 @@
+//! A restored VM's pages on their way from the checkpoint: what it needs first, then all of it, while it runs.
+//!
+//! ```text
+//!   Fetching: into the guest, in the order known or by heat ──▶ TakingHome: to its store, at a rate ──▶ Done: files let go
+//!                                                          └──▶ Kept (--keep-origin)
+//! ```
+//! All of it gives way: to the VM's own faults, to other programs that are short of memory, to a migration of the VM.
+//! Meanwhile the order in which pages come in is recorded for the next restore, if this is the first.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use checkpoint::restore::{FirstTouches, Hold, Image, order};
+use swapd::{CommandError, EngineHandle, FaultKind, PendingAnswer, Run, Stats};
+use tracing::{info, warn};
+
+use crate::control::protocol::{RestorePhase, State};
+use crate::failure::Failure;
+use crate::halt::Halted;
+use crate::hold::Whereabouts;
+use crate::host;
+use crate::restore::{RestoreOptions, stopped};
+use crate::size::Size;
+use crate::vm::Vm;
+
+/// Parts of 2 MiB that the engine is asked to bring ahead of any touch, at a time.
+const FETCHES: usize = 4;
+/// So many such parts are brought from one look at what frames are left to the next.
+const LOOK_AT_FRAMES: u32 = 4;
+/// Pages that are taken home at once: with one such piece under way, a fault never waits for more than that.
+const HOME_PAGES: u32 = 256;
+/// Between two such pieces while the guest waits for pages itself: it has the device for itself for so long.
+const GIVE_WAY: Duration = Duration::from_millis(10);
+/// Until it is looked again whether a VM that migrates, or a host that is short of memory, has room for this.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// So often in a row nothing is taken home until `stat` says that something is wrong with what is left.
+const STUCK: u32 = 6;
+/// Between two attempts from then on.
+const STUCK_AGAIN: Duration = Duration::from_secs(10);
+/// Between two looks at the host's memory.
+const LOOK_AT_HOST: Duration = Duration::from_millis(100);
+/// The host is short of memory if less of it than one part in so many is free.
+const FREE_PART: u64 = 32;
+/// The first faults are those within this time from the first of them.
+const RECORDED: Duration = Duration::from_secs(10);
+/// A guest that touches nothing has no first faults.
+const RECORDED_MAX: Duration = Duration::from_secs(60);
+/// Between two looks at what was recorded: the engine keeps some 60 000 faults in between.
+const RECORD_POLL: Duration = Duration::from_millis(20);
+/// From the first fault until it is looked what came with those that were waited for. Each next look is as late again:
+/// in the beginning, when it matters most, the order is finest.
+const LOOK_AROUND: Duration = Duration::from_millis(50);
+/// The same of a guest that touches nothing, at most: it is looked at half as often each time.
+const RECORD_POLL_MAX: Duration = Duration::from_secs(1);
+
+/// Why work on the origin ended early.
+#[derive(Debug)]
+pub(crate) enum Stopped {
+    /// The VM is to end.
+    Halted,
+    /// The engine does not do it.
+    Engine(CommandError),
+}
+
+impl From<Halted> for Stopped {
+    fn from(_: Halted) -> Stopped {
+        Stopped::Halted
+    }
+}
+
+impl Stopped {
+    pub(crate) fn failure(self, vm: &Vm) -> Failure {
+        match self {
+            Stopped::Halted => stopped(vm),
+            Stopped::Engine(error) => error.into(),
+        }
+    }
+}
+
+/// The work that a restored VM leaves behind it.
+#[derive(Debug)]
+pub(crate) struct Homing {
+    vm: Arc<Vm>,
+    engine: EngineHandle,
+    image: Image,
+    hold: Hold,
+    options: RestoreOptions,
+    recording: Option<Recording>,
+    looked_at_host: Option<Instant>,
+    fetched_pages: u64,
+    /// How often in a row nothing could be taken home.
+    stuck: u32,
+}
+
+/// A recording of the first faults that is under way.
+#[derive(Debug)]
+struct Recording {
+    order: FirstTouches,
+    began: Instant,
+    /// When the first fault was seen.
+    first: Option<Instant>,
+    looked: Instant,
+    poll: Duration,
+    /// When it is looked what else has come, from the first fault on.
+    look_around: Duration,
+}
+
+/// Shows it in `stat`.
+pub(crate) fn note(vm: &Vm, phase: RestorePhase, waits: Option<String>) {
+    vm.locked(|state| {
+        if let Some(stat) = &mut state.restore {
+            (stat.phase, stat.waits) = (phase, waits);
+        }
+    });
+}
+
+impl Homing {
+    pub(crate) fn new(
+        vm: Arc<Vm>,
+        engine: EngineHandle,
+        image: Image,
+        hold: Hold,
+        options: RestoreOptions,
+    ) -> Homing {
+        Homing { vm, engine, image, hold, options, recording: None, looked_at_host: None, fetched_pages: 0, stuck: 0 }
+    }
+
+    /// Brings all of it, before the guest runs: what is known to be needed first, then the rest, into RAM as long as
+    /// there are frames, and to the VM's store what has none.
+    pub(crate) fn bring_all(&mut self) -> Result<(), Stopped> {
+        note(&self.vm, RestorePhase::Fetching, None);
+        let budget = self.budget_pages()?;
+        let everything = order(&self.image, budget).into_iter().chain(self.image.stored_runs());
+        self.fetch_all(everything.collect(), |_| Ok(()))?;
+        let stats = self.stats()?;
+        if stats.stored_bytes > 0 && !self.options.keep_origin {
+            note(&self.vm, RestorePhase::TakingHome, None);
+            let mut left = u64::MAX;
+            // Damaged pages do not keep the VM from running.
+            while left > 0 && self.stuck < STUCK {
+                left = self.take_some_home(left)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// While the VM runs.
+    pub(crate) fn run(mut self) {
+        self.begin_recording();
+        let ended = self.fetch_first().and_then(|()| self.take_home()).and_then(|()| self.end_recording());
+        // Whoever records next is not to find this one under way.
+        self.stop_recording();
+        match ended {
+            Ok(()) => {}
+            Err(Stopped::Halted | Stopped::Engine(CommandError::Gone)) => {}
+            Err(Stopped::Engine(error)) => {
+                warn!(vm = %self.vm.facts.name, %error, "its pages stay in the checkpoint");
+                note(&self.vm, RestorePhase::Kept, Some(error.to_string()));
+            }
+        }
+    }
+
+    fn answer<T>(&self, answer: PendingAnswer<T>) -> Result<T, Stopped> {
+        self.vm.halt.answer(answer)?.map_err(Stopped::Engine)
+    }
+
+    fn stats(&self) -> Result<Stats, Stopped> {
+        // Answered at once, whatever the store does.
+        self.engine.stats().map_err(Stopped::Engine)
+    }
+
+    fn budget_pages(&self) -> Result<u64, Stopped> {
+        let stats = self.stats()?;
+        Ok(stats.ram_budget_bytes >> swapd::PAGE_SHIFT)
+    }
+
+    /// The working set, as far as it is known. Ends when frames are scarce: from then on the guest's own touches
+    /// decide what stays.
+    fn fetch_first(&mut self) -> Result<(), Stopped> {
+        if self.options.eager {
+            return Ok(());
+        }
+        note(&self.vm, RestorePhase::Fetching, None);
+        let runs = order(&self.image, self.budget_pages()?);
+        self.fetch_all(runs, |homing| {
+            homing.give_way(RestorePhase::Fetching)?;
+            homing.look_at_faults()
+        })?;
+        info!(vm = %self.vm.facts.name, fetched = %Size(swapd::units::bytes_of(self.fetched_pages)), "its working set, as far as it is known, is here or on its way");
+        Ok(())
+    }
+
+    /// Brings runs ahead of any touch, in this order. `before` is called before each. Ends early when frames are scarce.
+    fn fetch_all(
+        &mut self,
+        runs: Vec<Run>,
+        mut before: impl FnMut(&mut Homing) -> Result<(), Stopped>,
+    ) -> Result<(), Stopped> {
+        let mut parts = runs.into_iter().flat_map(Run::blocks);
+        // The engine does one at a time, as many pages of it as a fault may stand behind: the next one waits there
+        // already, so that the device is never idle.
+        let mut asked: VecDeque<(Run, PendingAnswer<u64>)> = VecDeque::with_capacity(FETCHES);
+        let mut done = 0;
+        loop {
+            while asked.len() < FETCHES
+                && let Some(part) = parts.next()
+            {
+                before(self)?;
+                asked.push_back((part, self.engine.fetch_origin_async(part)));
+            }
+            let Some((part, answer)) = asked.pop_front() else { return Ok(()) };
+            let pages = self.answer(answer)?;
+            self.note_fetched(pages);
+            if pages > 0 && pages < u64::from(part.len) {
+                // While a vCPU waits, the engine brings less than a part at a time.
+                asked.push_front((part, self.engine.fetch_origin_async(part)));
+                continue;
+            }
+            if let Some(recording) = &mut self.recording {
+                recording.order.came(&self.image, part);
+            }
+            done += 1;
+            if done % LOOK_AT_FRAMES == 0 && self.is_short_of_frames()? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn note_fetched(&mut self, pages: u64) {
+        self.fetched_pages += pages;
+        let fetched_bytes = swapd::units::bytes_of(self.fetched_pages);
+        self.vm.locked(|state| {
+            if let Some(stat) = &mut state.restore {
+                stat.fetched_bytes = fetched_bytes;
+            }
+        });
+    }
+
+    /// Less than a sixteenth of the budget is left: what is brought now would push out what came before.
+    fn is_short_of_frames(&self) -> Result<bool, Stopped> {
+        let stats = self.stats()?;
+        Ok(stats.frames_bytes + stats.ram_budget_bytes / 16 >= stats.ram_budget_bytes)
+    }
+
+    /// Moves what is at the origin to the VM's store, at the rate, until nothing is left there.
+    fn take_home(&mut self) -> Result<(), Stopped> {
+        let name = self.vm.facts.name.clone();
+        if self.options.keep_origin {
+            note(&self.vm, RestorePhase::Kept, None);
+            return Ok(());
+        }
+        note(&self.vm, RestorePhase::TakingHome, None);
+        let (mut left, mut faults) = (u64::MAX, None);
+        while left > 0 {
+            self.give_way(RestorePhase::TakingHome)?;
+            self.look_at_faults()?;
+            let began = Instant::now();
+            left = self.take_some_home(left)?;
+            let now = self.stats()?.faults.store;
+            let waits = faults.replace(now).is_some_and(|before| now > before);
+            let paced = self.options.rate.map_or(Duration::ZERO, |rate| pace(HOME_PAGES, rate));
+            let rest =
+                paced.saturating_sub(began.elapsed()).max(if waits { GIVE_WAY } else { Duration::ZERO });
+            self.vm.halt.pause(rest)?;
+        }
+        self.hold.let_go();
+        note(&self.vm, RestorePhase::Done, None);
+        info!(vm = %name, "all of its memory is its own: the checkpoint is not needed any more");
+        Ok(())
+    }
+
+    /// Takes a piece home, when so many pages are left at the origin. Returns how many are left then.
+    fn take_some_home(&mut self, before: u64) -> Result<u64, Stopped> {
+        match self.answer(self.engine.take_home_async(HOME_PAGES)) {
+            Ok(left) if left == 0 || left < before => {
+                if self.stuck >= STUCK {
+                    note(&self.vm, RestorePhase::TakingHome, None);
+                }
+                self.stuck = 0;
+                Ok(left)
+            }
+            Ok(left) => {
+                // In motion at this moment; or damaged, which is found out when somebody touches them.
+                self.stuck += 1;
+                if self.stuck == STUCK {
+                    let why = format!("{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched");
+                    warn!(vm = %self.vm.facts.name, "{why}");
+                    note(&self.vm, RestorePhase::TakingHome, Some(why));
+                }
+                self.vm.halt.pause(if self.stuck < STUCK { LOOK_AGAIN } else { STUCK_AGAIN })?;
+                Ok(left)
+            }
+            Err(Stopped::Engine(CommandError::Store(why))) => {
+                note(&self.vm, RestorePhase::TakingHome, Some(why.to_string()));
+                self.vm.halt.pause(LOOK_AGAIN)?;
+                note(&self.vm, RestorePhase::TakingHome, None);
+                Ok(before)
+            }
+            Err(stopped) => Err(stopped),
+        }
+    }
+
+    /// Waits for as long as others come first, and says in `stat` for whom.
+    fn give_way(&mut self, phase: RestorePhase) -> Result<(), Stopped> {
+        let mut waited = false;
+        while let Some(why) = self.comes_first() {
+            note(&self.vm, phase, Some(why));
+            waited = true;
+            self.vm.halt.pause(LOOK_AGAIN)?;
+        }
+        if waited {
+            note(&self.vm, phase, None);
+        }
+        Ok(self.vm.halt.check()?)
+    }
+
+    fn comes_first(&mut self) -> Option<String> {
+        let (here, saved) =
+            self.vm.locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
+        if !here {
+            return Some("the VM is on its way to another host".to_owned());
+        }
+        if saved {
+            return Some("a checkpoint of the VM is being made".to_owned());
+        }
+        if self.looked_at_host.is_some_and(|then| then.elapsed() < LOOK_AT_HOST) {
+            return None;
+        }
+        let short = short_of_memory(host::available_ram().ok()?, host::total_ram().ok()?);
+        if !short {
+            self.looked_at_host = Some(Instant::now());
+        }
+        short.then(|| "the host is short of memory".to_owned())
+    }
+
+    // ── the order of the first faults ─────────────────────────────────────────────────────
+
+    /// Of a VM that runs, and whose checkpoint does not have it yet.
+    fn begin_recording(&mut self) {
+        let runs = self.vm.state().0 == State::Running;
+        if !runs || self.options.eager || !self.hold.wants_first_faults() {
+            return;
+        }
+        let Ok(budget) = self.budget_pages() else { return };
+        if self.vm.recording.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let now = Instant::now();
+        let order = FirstTouches::new(&self.image, budget);
+        self.recording = Some(Recording {
+            order,
+            began: now,
+            first: None,
+            looked: now,
+            poll: RECORD_POLL,
+            look_around: LOOK_AROUND,
+        });
+    }
+
+    /// Takes what was recorded meanwhile. Ends the recording when it is time.
+    fn look_at_faults(&mut self) -> Result<(), Stopped> {
+        let Some(mut recording) =
+            self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
+        else {
+            return Ok(());
+        };
+        let looked = self.look(&mut recording);
+        let over = recording.order.is_full()
+            || recording.first.is_some_and(|first| first.elapsed() >= RECORDED)
+            || recording.began.elapsed() >= RECORDED_MAX;
+        self.recording = Some(recording);
+        looked?;
+        if over {
+            self.write_order();
+        }
+        Ok(())
+    }
+
+    fn look(&self, recording: &mut Recording) -> Result<(), Stopped> {
+        recording.looked = Instant::now();
+        let mut saw = false;
+        loop {
+            let seen = self.engine.record_faults(true).map_err(Stopped::Engine)?;
+            for fault in seen.faults.iter().filter(|fault| fault.kind == FaultKind::Store) {
+                saw = true;
+                recording.order.touched(&self.image, fault.page);
+            }
+            if seen.left == 0 {
+                break;
+            }
+        }
+        recording.poll = if saw { RECORD_POLL } else { (recording.poll * 2).min(RECORD_POLL_MAX) };
+        if saw {
+            recording.first.get_or_insert(recording.looked);
+        }
+        // Pages that a prefetch brought along are not waited for, and make no fault.
+        if recording.first.is_some_and(|first| first.elapsed() >= recording.look_around) {
+            recording.look_around *= 2;
+            for run in self.answer(self.engine.resident_map_async())? {
+                recording.order.came(&self.image, run);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the end of a recording when there is nothing else to do.
+    fn end_recording(&mut self) -> Result<(), Stopped> {
+        while let Some(recording) = &self.recording {
+            let poll = recording.poll;
+            self.vm.halt.pause(poll)?;
+            self.look_at_faults()?;
+        }
+        Ok(())
+    }
+
+    fn write_order(&mut self) {
+        self.stop_recording_with(|homing, recording| {
+            let runs = recording.order.runs();
+            if runs.is_empty() {
+                return;
+            }
+            let name = &homing.vm.facts.name;
+            match homing.hold.write_first_faults(homing.image.pages(), runs.to_vec()) {
+                Ok(()) => info!(vm = %name, runs = runs.len(), "the checkpoint knows in which order its pages are needed"),
+                Err(error) => info!(vm = %name, %error, "the order in which pages are needed is not kept"),
+            }
+        });
+    }
+
+    fn stop_recording(&mut self) {
+        self.stop_recording_with(|_, _| {});
+    }
+
+    fn stop_recording_with(&mut self, keep: impl FnOnce(&mut Homing, &Recording)) {
+        let Some(recording) = self.recording.take() else { return };
+        let _ = self.engine.record_faults(false);
+        self.vm.recording.store(false, Ordering::SeqCst);
+        keep(self, &recording);
+    }
+}
+
+/// Whether other programs need memory more urgently than a VM that could run as it is.
+fn short_of_memory(free: u64, total: u64) -> bool {
+    free < total / FREE_PART
+}
+
+/// How long so many pages take at that rate.
+fn pace(pages: u32, rate: u64) -> Duration {
+    Duration::from_secs_f64(swapd::units::bytes_of(u64::from(pages)) as f64 / rate.max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_kept_and_a_host_without_memory_comes_first() {
+        assert_eq!(pace(256, 1 << 20), Duration::from_secs(1));
+        assert!(pace(256, 0) > Duration::from_secs(1000));
+        assert!(short_of_memory(1 << 28, 16 << 30) && !short_of_memory(1 << 30, 16 << 30));
+    }
+}

@@ -1,0 +1,303 @@
+//! `vmemd checkpoint list|show|verify|merge|remove`: what is done with an archive alone, without any VM.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Locked, Progress, Verified};
+use indicatif::ProgressBar;
+use serde::Serialize;
+use serde_json::json;
+use swapd::units::bytes_of;
+use vmprocess::failure::{Failure, FailureKind, chain};
+use vmprocess::signals;
+use vmprocess::size::Size;
+
+use super::args::{ArchiveArgs, ArchiveCommand, NamedArgs, OneArgs};
+use super::terminal::{bar, print, print_json, warn};
+
+/// A line of `list`, and the beginning of `show`.
+#[derive(Serialize)]
+struct Row {
+    name: String,
+    vm: String,
+    made_at_ms: u64,
+    age_seconds: u64,
+    memory_bytes: u64,
+    /// Of pages that are in its own image.
+    image_bytes: u64,
+    /// Of pages that are in a base.
+    base_bytes: u64,
+    disk_bytes: Option<u64>,
+    base: Option<String>,
+}
+
+impl Row {
+    fn of(entry: &Entry) -> Row {
+        let manifest = entry.manifest();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        Row {
+            name: entry.name().to_owned(),
+            vm: manifest.vm.name.clone(),
+            made_at_ms: manifest.made_at_ms,
+            age_seconds: now.saturating_sub(manifest.made_at_ms) / 1000,
+            memory_bytes: manifest.vm.memory_bytes,
+            image_bytes: bytes_of(manifest.pages.here),
+            base_bytes: bytes_of(manifest.pages.base),
+            disk_bytes: entry.disk_bytes().ok(),
+            base: manifest.base.as_ref().map(|base| base.name.clone()),
+        }
+    }
+}
+
+pub(super) fn run(command: ArchiveCommand) -> Result<(), Failure> {
+    match command {
+        ArchiveCommand::List(args) => list(&args),
+        ArchiveCommand::Show(args) => show(&args),
+        ArchiveCommand::Verify(args) => verify(&args),
+        ArchiveCommand::Merge(args) => merge(&args),
+        ArchiveCommand::Remove(args) => remove(&args),
+    }
+}
+
+fn list(args: &ArchiveArgs) -> Result<(), Failure> {
+    let archive = Archive::open(&args.archive)?;
+    let listing = archive.list()?;
+    let rows: Vec<Row> = listing.entries.iter().map(Row::of).collect();
+    if args.json.json {
+        let unreadable: Vec<_> = listing
+            .unreadable
+            .iter()
+            .map(|(name, error)| json!({ "name": name, "error": chain(error) }))
+            .collect();
+        return print_json(
+            &json!({ "archive": archive.path(), "checkpoints": rows, "unreadable": unreadable }),
+        );
+    }
+    for (name, error) in &listing.unreadable {
+        warn(&format!("{name} is not usable: {}", chain(error)));
+    }
+    if rows.is_empty() {
+        print(&format!("there is no checkpoint in {}", archive.path().display()));
+        return Ok(());
+    }
+    print(&format!("{:<24} {:>6} {:>8} {:>8} {:>8}  BASE", "NAME", "AGE", "MEMORY", "SAVED", "DISK"));
+    for row in rows {
+        print(&format!(
+            "{:<24} {:>6} {:>8} {:>8} {:>8}  {}",
+            row.name,
+            age(row.age_seconds),
+            rounded(row.memory_bytes),
+            rounded(row.image_bytes),
+            row.disk_bytes.map_or("?".to_owned(), rounded),
+            row.base.as_deref().unwrap_or("-")
+        ));
+    }
+    Ok(())
+}
+
+fn show(args: &NamedArgs) -> Result<(), Failure> {
+    let archive = Archive::open(&args.archive.archive)?;
+    let entry = archive.find(args.checkpoint.as_deref())?;
+    let (row, manifest) = (Row::of(&entry), entry.manifest());
+    let bases = archive
+        .chain(&entry)
+        .map(|chain| chain.entries()[1..].iter().map(|entry| entry.name().to_owned()).collect::<Vec<_>>());
+    let known_order = entry.first_faults().is_some();
+    if args.archive.json.json {
+        let (bases, wrong) = match &bases {
+            Ok(bases) => (bases.as_slice(), None),
+            Err(error) => (&[][..], Some(chain(error))),
+        };
+        return print_json(&json!({
+            "name": row.name, "age_seconds": row.age_seconds, "disk_bytes": row.disk_bytes, "bases": bases,
+            "unusable": wrong, "first_faults_known": known_order, "manifest": manifest,
+        }));
+    }
+    let pages = manifest.pages;
+    let kind = match manifest.vm.machine {
+        checkpoint::format::Machine::Reference => "the reference guest",
+        checkpoint::format::Machine::Qemu => "QEMU",
+    };
+    let line = |what: &str, text: String| print(&format!("{what:<12} {text}"));
+    line("checkpoint", format!("{} ({} ago), by {}", row.name, age(row.age_seconds), manifest.made_by));
+    line("id", manifest.id.to_string());
+    let paused = if manifest.vm.paused { ", paused by its user" } else { "" };
+    line("VM", format!("{}, {kind}, {} vCPUs{paused}", row.vm, manifest.vm.vcpus));
+    line("memory", format!("{}, in {} of RAM", rounded(row.memory_bytes), rounded(manifest.vm.budget_bytes)));
+    let lost =
+        if pages.lost > 0 { format!(", {} lost", rounded(bytes_of(pages.lost))) } else { String::new() };
+    line(
+        "pages",
+        format!(
+            "{} here, {} in a base, {} zero{lost}",
+            rounded(row.image_bytes),
+            rounded(row.base_bytes),
+            rounded(bytes_of(pages.zero))
+        ),
+    );
+    if !manifest.vm.without_disks.is_empty() {
+        line("without", format!("the content of its disks: {}", manifest.vm.without_disks.join(", ")));
+    }
+    line("state", rounded(manifest.parts.state.bytes));
+    line("on the disk", row.disk_bytes.map_or("?".to_owned(), rounded));
+    let save = manifest.save;
+    line(
+        "took",
+        format!(
+            "{:.1} s in {} rounds, the VM stood still for {:.1} ms",
+            save.total_us as f64 / 1e6,
+            save.rounds,
+            save.pause_us as f64 / 1e3
+        ),
+    );
+    line("order", if known_order { "known from an earlier restore" } else { "not known yet" }.to_owned());
+    match bases {
+        Ok(bases) if bases.is_empty() => line("bases", "none: it stands alone".to_owned()),
+        Ok(bases) => line("bases", bases.join(", ")),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+fn verify(args: &NamedArgs) -> Result<(), Failure> {
+    signals::install()?;
+    let archive = Archive::open(&args.archive.archive)?;
+    let (entries, unreadable) = match &args.checkpoint {
+        Some(name) => (vec![archive.find(Some(name))?], Vec::new()),
+        None => {
+            let listing = archive.list()?;
+            (listing.entries, listing.unreadable)
+        }
+    };
+    if entries.is_empty() && unreadable.is_empty() {
+        return Err(ArchiveError::Empty { path: archive.path().to_owned() }.into());
+    }
+    let work = Work::begin("verify");
+    let verified = archive.verify(&entries, &|progress| work.show(progress));
+    let took = work.end();
+    let Verified { checkpoints, pages, damaged_pages, mut damage } = verified.map_err(stopped)?;
+    damage.extend(unreadable.into_iter().map(|(checkpoint, error)| Damage::File { checkpoint, error }));
+    let texts: Vec<String> = damage.iter().map(told).collect();
+    if args.archive.json.json {
+        let damage = damage.iter().map(|damage| match damage {
+            Damage::Page { checkpoint, page } => json!({ "checkpoint": checkpoint, "page": page.0 }),
+            Damage::File { checkpoint, error } => json!({ "checkpoint": checkpoint, "error": chain(error) }),
+        });
+        print_json(&json!({
+            "checkpoints": checkpoints, "pages": pages, "bytes": bytes_of(pages), "seconds": took,
+            "damaged_pages": damaged_pages, "damage": damage.collect::<Vec<_>>(),
+        }))?;
+    }
+    if texts.is_empty() {
+        if !args.archive.json.json {
+            let what = if checkpoints == 1 { "checkpoint is" } else { "checkpoints are" };
+            print(&format!("{checkpoints} {what} whole: {} read in {took:.1} s", rounded(bytes_of(pages))));
+        }
+        return Ok(());
+    }
+    let more =
+        damaged_pages as usize - damage.iter().filter(|one| matches!(one, Damage::Page { .. })).count();
+    let more = if more > 0 { format!("\n  and {more} pages more") } else { String::new() };
+    Err(Failure::new(FailureKind::Damaged, format!("damaged:\n  {}{more}", texts.join("\n  "))))
+}
+
+fn told(damage: &Damage) -> String {
+    match damage {
+        Damage::Page { checkpoint, page } => format!("{checkpoint}: {page} is not what was saved"),
+        Damage::File { checkpoint, error } => format!("{checkpoint}: {}", chain(error)),
+    }
+}
+
+fn merge(args: &OneArgs) -> Result<(), Failure> {
+    signals::install()?;
+    let archive = locked(args)?;
+    let work = Work::begin("merge");
+    let merged = archive.merge(&args.checkpoint, &|progress| work.show(progress));
+    let took = work.end();
+    let merged = merged.map_err(stopped)?;
+    if args.archive.json.json {
+        return print_json(&json!({
+            "name": args.checkpoint, "shared_bytes": bytes_of(merged.shared), "copied_bytes": bytes_of(merged.copied),
+            "seconds": took,
+        }));
+    }
+    print(&format!(
+        "{} stands alone: {} copied, {} shared, in {took:.1} s",
+        args.checkpoint,
+        rounded(bytes_of(merged.copied)),
+        rounded(bytes_of(merged.shared))
+    ));
+    Ok(())
+}
+
+fn remove(args: &OneArgs) -> Result<(), Failure> {
+    locked(args)?.remove(&args.checkpoint)?;
+    if args.archive.json.json {
+        return print_json(&json!({ "name": args.checkpoint, "removed": true }));
+    }
+    print(&format!("{} is gone", args.checkpoint));
+    Ok(())
+}
+
+fn locked(args: &OneArgs) -> Result<Locked, Failure> {
+    Ok(Archive::open(&args.archive.archive)?.lock()?)
+}
+
+/// Ctrl-C is told as itself.
+fn stopped(error: ArchiveError) -> Failure {
+    match (&error, signals::caught()) {
+        (ArchiveError::Cancelled, Some(signal)) => signals::interrupted(signal),
+        _ => error.into(),
+    }
+}
+
+/// Long work, with its progress bar.
+struct Work {
+    bar: ProgressBar,
+    began: Instant,
+}
+
+impl Work {
+    fn begin(what: &str) -> Work {
+        Work { bar: bar(what), began: Instant::now() }
+    }
+
+    /// Shows how far it is, and says whether to go on.
+    fn show(&self, progress: Progress) -> bool {
+        let Progress { bytes_done, bytes_total } = progress;
+        self.bar.set_length(bytes_total.max(1));
+        self.bar.set_position(bytes_done);
+        let rate = (bytes_done as f64 / self.began.elapsed().as_secs_f64().max(0.001)) as u64;
+        let left = (bytes_total - bytes_done).checked_div(rate).unwrap_or(0);
+        self.bar.set_message(format!("{}/s  {left} s left", rounded(rate)));
+        signals::caught().is_none()
+    }
+
+    /// Seconds that it took.
+    fn end(&self) -> f64 {
+        self.bar.finish_and_clear();
+        self.began.elapsed().as_secs_f64()
+    }
+}
+
+fn rounded(bytes: u64) -> String {
+    format!("{:#}", Size(bytes))
+}
+
+/// A time as one reads it at a glance: its largest unit alone.
+fn age(seconds: u64) -> String {
+    let units = [("d", 86_400), ("h", 3600), ("min", 60)];
+    let found = units.into_iter().find(|(_, unit)| seconds >= 2 * unit);
+    found.map_or(format!("{seconds}s"), |(name, unit)| format!("{}{name}", seconds / unit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_are_short() {
+        for (seconds, text) in [(0, "0s"), (119, "119s"), (120, "2min"), (7200, "2h"), (400_000, "4d")] {
+            assert_eq!(age(seconds), text);
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! `vmemd restore`: a process of our own, with a VM in it that begins from a checkpoint.
+//!
+//! The checkpoint's files are opened, and locked, before the process gives up its rights: nothing else of the archive
+//! can be reached from it afterwards.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use checkpoint::archive::{Archive, Entry};
+use checkpoint::format::Machine;
+use checkpoint::restore;
+use serde::Serialize;
+use vmprocess::control::protocol::EngineKind;
+use vmprocess::control::rundir::{RunDir, check_name};
+use vmprocess::failure::{Failure, FailureKind};
+use vmprocess::size::Size;
+use vmprocess::{Facts, Memory, MemorySpec, Owner, Process, Restoration, RestoreOptions, Restored, host};
+
+use crate::qemu;
+use crate::qemu::budget::check_ram;
+use crate::qemu::disk_versions::DisksWanted;
+use crate::qemu::rules::Rules;
+use crate::reference::ReferenceNewcomer;
+use crate::sandbox;
+use crate::vmm;
+
+/// The settings of `vmemd restore`.
+#[derive(Clone, Debug)]
+pub struct RestoreSettings {
+    pub run_dir: PathBuf,
+    pub archive: PathBuf,
+    /// The latest without it.
+    pub checkpoint: Option<String>,
+    /// As it was called when it was saved without it.
+    pub name: Option<String>,
+    /// What it had when it was saved without it.
+    pub ram: Option<Size>,
+    pub store: PathBuf,
+    pub store_overcommit: bool,
+    pub store_encrypt: bool,
+    pub prealloc: bool,
+    pub lock: bool,
+    pub options: RestoreOptions,
+    /// Of a QEMU VM: a binary and its arguments, in the place of what the checkpoint says.
+    pub qemu: Vec<OsString>,
+    /// Of a QEMU VM: this host's names.
+    pub rules: Rules,
+    /// Of a QEMU VM: which disks it is to have.
+    pub disks: DisksWanted,
+    /// Of a QEMU VM: it may have the addresses of the VM that it is a copy of, though that runs.
+    pub same_addresses: bool,
+    /// When the command was begun.
+    pub began: Instant,
+}
+
+/// How a VM has begun from a checkpoint, and how long the command took for it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Started {
+    #[serde(flatten)]
+    pub restored: Restored,
+    pub pid: u32,
+    /// From the command's start until the VM ran.
+    pub command_us: u64,
+    /// Of these, until the checkpoint was open.
+    pub open_us: u64,
+    /// Until its engine was there.
+    pub engine_us: u64,
+}
+
+/// Runs the VM until it is stopped or has moved away. `tell` is called when it runs, or stands still as it is to.
+///
+/// # Errors
+/// Whatever kept it from starting, or made it end other than by being stopped or moved.
+pub fn restore(
+    settings: &RestoreSettings,
+    tell: impl FnOnce(&Started) + Send + 'static,
+) -> Result<(), Failure> {
+    let archive = Archive::open(&settings.archive)?;
+    let entry = find(&archive, settings.checkpoint.as_deref())?;
+    let chain = archive.chain(&entry)?;
+    let vm = &entry.manifest().vm;
+    let name = settings.name.clone().unwrap_or_else(|| vm.name.clone());
+    check_name(&name)?;
+    if vm.machine == Machine::Qemu {
+        match qemu::restore::restore(settings, &entry, &name) {
+            Ok(never) => match never {},
+            Err(failure) => return Err(name_is_taken(failure, settings)),
+        }
+    }
+    if !settings.qemu.is_empty() {
+        let text = format!("{} is not of a QEMU VM: leave out what is behind --", entry.path().display());
+        return Err(Failure::new(FailureKind::Usage, text));
+    }
+    let ram = settings.ram.unwrap_or(Size(vm.budget_bytes));
+    check_ram(Size(vm.memory_bytes), ram)?;
+    vmm::check_kvm()?;
+    host::need_free_ram(ram.bytes(), "this VM")?;
+    let opened = restore::open(&chain)?;
+    let open_us = settings.began.elapsed().as_micros() as u64;
+
+    let dir = RunDir::open(&settings.run_dir)?;
+    sandbox::enter(&[dir.path(), &settings.store])?;
+    let claimed = dir.claim_name(&name).map_err(|failure| name_is_taken(failure, settings))?;
+    let spec = MemorySpec {
+        engine: EngineKind::Vmemd,
+        memory_bytes: vm.memory_bytes,
+        budget_bytes: ram.bytes(),
+        store: settings.store.clone(),
+        store_overcommit: settings.store_overcommit,
+        store_encrypt: settings.store_encrypt,
+        prealloc: settings.prealloc,
+        lock: settings.lock,
+    };
+    let facts = Facts {
+        name,
+        memory_bytes: spec.memory_bytes,
+        budget_bytes: spec.budget_bytes,
+        engine: spec.engine,
+        daemon: None,
+        // All of it is in the guest's state.
+        offer: None,
+    };
+    let process = Process::begin(facts, claimed, Owner::Ours)?;
+    let memory = Memory::start_from(&spec, opened.origin, process.notices())?;
+    let engine_us = settings.began.elapsed().as_micros() as u64;
+    let newcomer = ReferenceNewcomer { base: memory.base() as usize, memory_bytes: spec.memory_bytes };
+    let began = settings.began;
+    let restoration = Restoration {
+        from: entry.path().display().to_string(),
+        image: opened.image,
+        hold: opened.hold,
+        state: Box::new(opened.state),
+        was_paused: vm.paused,
+        newcomer: Box::new(newcomer),
+        options: settings.options,
+        started: Box::new(move |restored| {
+            let command_us = began.elapsed().as_micros() as u64;
+            tell(&Started {
+                restored: restored.clone(),
+                pid: std::process::id(),
+                command_us,
+                open_us,
+                engine_us,
+            });
+        }),
+    };
+    process.restore(memory, restoration).result
+}
+
+/// The checkpoint of that name, or the latest. If that cannot be read, an older one is not taken in its place without a
+/// word: the VM would have lost what it did since.
+fn find(archive: &Archive, name: Option<&str>) -> Result<Entry, Failure> {
+    if name.is_some() {
+        return Ok(archive.find(name)?);
+    }
+    let listing = archive.list()?;
+    let newest = listing.entries.first().map(Entry::name).unwrap_or_default();
+    // A name is the time of its making.
+    match listing.unreadable.into_iter().max_by(|(one, _), (other, _)| one.cmp(other)) {
+        Some((name, error)) if name.as_str() > newest => {
+            let failure = Failure::from(error);
+            let text = format!(
+                "{name}, the latest checkpoint, cannot be read: {failure}; name an older one to restore that"
+            );
+            Err(Failure::new(failure.kind, text))
+        }
+        _ => Ok(archive.find(None)?),
+    }
+}
+
+fn name_is_taken(failure: Failure, settings: &RestoreSettings) -> Failure {
+    match (failure.kind, &settings.name) {
+        (FailureKind::Name, None) => {
+            let text = format!("{failure}; a second life is another VM: give it another name with --as");
+            Failure::new(failure.kind, text)
+        }
+        _ => failure,
+    }
+}
