@@ -202,7 +202,7 @@ pub enum Request {
     FetchOrigin(Run),
     /// Move what is stored of up to so many pages from the origin to their homes. Answered with how many pages are at
     /// the origin still, when the writes have ended. A count that has not fallen says that pages cannot be moved at this
-    /// moment (they are in motion, or could not be read): ask again some time later.
+    /// moment (they are in motion or held, or could not be read): ask again some time later.
     TakeHome(u32),
     /// Answered by the driver: only it knows the time.
     RecordFaults(bool),
