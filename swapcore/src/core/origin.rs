@@ -104,7 +104,8 @@ impl Core {
 
     // ── steps ────────────────────────────────────────────────────────────────────────────
 
-    /// To be called when no move out of the guest is under way: then what leaves and is at the origin is on its way home.
+    /// To be called when no move out of the guest is under way: then what leaves and is at the origin is on its way
+    /// home.
     pub(super) fn step_origin(&mut self) {
         if !std::mem::take(&mut self.origin.looks) {
             return;
