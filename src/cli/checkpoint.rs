@@ -144,7 +144,7 @@ fn has_room(archive: &Archive, stat: &VmStat, base: Option<&Chain>) -> Result<()
 fn may_share(path: &Path) -> bool {
     const XFS: i64 = 0x5846_5342;
     const BTRFS: i64 = 0x9123_683e;
-    rustix::fs::statfs(path).is_ok_and(|found| [XFS, BTRFS].contains(&(found.f_type as i64)))
+    rustix::fs::statfs(path).is_ok_and(|found| [XFS, BTRFS].contains(&found.f_type))
 }
 
 /// Has the VM saved into the files.
