@@ -113,8 +113,8 @@ fn may_be_saved(vm: &Vm, request: &CheckpointRequest) -> Result<Vec<String>, Fai
     }
     let text = format!(
         "{name:?} has disks ({}), and a checkpoint does not have their content yet: give --without-disks to save its \
-         memory and state alone, and copy the disks of the same moment yourself (`vmemd pause` it before), else its file \
-         systems and its memory will not agree",
+         memory and state alone, and copy the disks of the same moment yourself (`vmemd pause` it before), else its \
+         file systems and its memory will not agree",
         disks.join(", ")
     );
     Err(Failure::new(FailureKind::CannotMove, text))
@@ -128,8 +128,8 @@ fn may_be_plain(vm: &Vm, image: &File, request: &CheckpointRequest) -> Result<()
         return Ok(());
     }
     let text = format!(
-        "the store of {:?} is encrypted, and a checkpoint is not yet: give --plain to have its memory written as it is, \
-         to a disk that is encrypted itself",
+        "the store of {:?} is encrypted, and a checkpoint is not yet: give --plain to have its memory written as it \
+         is, to a disk that is encrypted itself",
         vm.facts.name
     );
     Err(Failure::new(FailureKind::Usage, text))

@@ -261,7 +261,9 @@ impl Done {
         let saved = &self.saved;
         let size = |bytes: u64| format!("{:#}", Size(bytes));
         let mut text = format!(
-            "{name} is saved as {}\n  written    {} of {} memory, in {rounds} rounds\n  took       {:.2} s until it was durable; {name} stood still for {pause_ms:.1} ms\n  pages      {} here, {} in a base, {} zero\n  on disk    {}",
+            "{name} is saved as {}\n  written    {} of {} memory, in {rounds} rounds\n  \
+             took       {:.2} s until it was durable; {name} stood still for {pause_ms:.1} ms\n  \
+             pages      {} here, {} in a base, {} zero\n  on disk    {}",
             self.entry.name(),
             size(saved.bytes_written),
             size(saved.bytes_total),
