@@ -121,7 +121,13 @@ pub fn restore(
         options: settings.options,
         started: Box::new(move |restored| {
             let command_us = began.elapsed().as_micros() as u64;
-            tell(&Started { restored: restored.clone(), pid: std::process::id(), command_us, open_us, engine_us });
+            tell(&Started {
+                restored: restored.clone(),
+                pid: std::process::id(),
+                command_us,
+                open_us,
+                engine_us,
+            });
         }),
     };
     process.restore(memory, restoration).result
@@ -139,7 +145,9 @@ fn find(archive: &Archive, name: Option<&str>) -> Result<Entry, Failure> {
     match listing.unreadable.into_iter().max_by(|(one, _), (other, _)| one.cmp(other)) {
         Some((name, error)) if name.as_str() > newest => {
             let failure = Failure::from(error);
-            let text = format!("{name}, the latest checkpoint, cannot be read: {failure}; name an older one to restore that");
+            let text = format!(
+                "{name}, the latest checkpoint, cannot be read: {failure}; name an older one to restore that"
+            );
             Err(Failure::new(failure.kind, text))
         }
         _ => Ok(archive.find(None)?),

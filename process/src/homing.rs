@@ -124,7 +124,17 @@ impl Homing {
         hold: Hold,
         options: RestoreOptions,
     ) -> Homing {
-        Homing { vm, engine, image, hold, options, recording: None, looked_at_host: None, fetched_pages: 0, stuck: 0 }
+        Homing {
+            vm,
+            engine,
+            image,
+            hold,
+            options,
+            recording: None,
+            looked_at_host: None,
+            fetched_pages: 0,
+            stuck: 0,
+        }
     }
 
     /// Brings all of it, before the guest runs: what is known to be needed first, then the rest, into RAM as long as
@@ -261,7 +271,8 @@ impl Homing {
             let now = self.stats()?.faults.store;
             let waits = faults.replace(now).is_some_and(|before| now > before);
             let paced = self.options.rate.map_or(Duration::ZERO, |rate| pace(HOME_PAGES, rate));
-            let rest = paced.saturating_sub(began.elapsed()).max(if waits { GIVE_WAY } else { Duration::ZERO });
+            let rest =
+                paced.saturating_sub(began.elapsed()).max(if waits { GIVE_WAY } else { Duration::ZERO });
             self.vm.halt.pause(rest)?;
         }
         self.hold.let_go();
@@ -284,7 +295,9 @@ impl Homing {
                 // In motion at this moment; or damaged, which is found out when somebody touches them.
                 self.stuck += 1;
                 if self.stuck == STUCK {
-                    let why = format!("{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched");
+                    let why = format!(
+                        "{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched"
+                    );
                     warn!(vm = %self.vm.facts.name, "{why}");
                     note(&self.vm, RestorePhase::TakingHome, Some(why));
                 }
@@ -316,8 +329,9 @@ impl Homing {
     }
 
     fn comes_first(&mut self) -> Option<String> {
-        let (here, saved) =
-            self.vm.locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
+        let (here, saved) = self
+            .vm
+            .locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
         if !here {
             return Some("the VM is on its way to another host".to_owned());
         }
@@ -348,12 +362,20 @@ impl Homing {
         }
         let now = Instant::now();
         let order = FirstTouches::new(&self.image, budget);
-        self.recording = Some(Recording { order, began: now, first: None, looked: now, poll: RECORD_POLL, look_around: LOOK_AROUND });
+        self.recording = Some(Recording {
+            order,
+            began: now,
+            first: None,
+            looked: now,
+            poll: RECORD_POLL,
+            look_around: LOOK_AROUND,
+        });
     }
 
     /// Takes what was recorded meanwhile. Ends the recording when it is time.
     fn look_at_faults(&mut self) -> Result<(), Stopped> {
-        let Some(mut recording) = self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
+        let Some(mut recording) =
+            self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
         else {
             return Ok(());
         };

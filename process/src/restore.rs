@@ -142,7 +142,11 @@ fn start(vm: &Arc<Vm>, restoration: Restoration) -> Result<JoinHandle<()>, Failu
             CAUGHT.set(true);
             if catch_unwind(AssertUnwindSafe(|| homing.run())).is_err() {
                 error!(vm = %vm.facts.name, "its pages stay in the checkpoint: see the panic above");
-                homing::note(&vm, RestorePhase::Kept, Some("a bug in vmemd ended the taking home: see its log".to_owned()));
+                homing::note(
+                    &vm,
+                    RestorePhase::Kept,
+                    Some("a bug in vmemd ended the taking home: see its log".to_owned()),
+                );
             }
         })
         .map_err(|error| Failure::io("cannot start the restoring thread", &error))

@@ -13,7 +13,10 @@ use crate::{daemon, doctor, pki, qemu, restore, run};
 /// Runs the command and returns the process's exit code.
 pub fn main() -> u8 {
     let cli = Cli::parse();
-    let long_running = matches!(cli.command, Command::Run(_) | Command::Restore(_) | Command::Serve(_) | Command::Receive { .. });
+    let long_running = matches!(
+        cli.command,
+        Command::Run(_) | Command::Restore(_) | Command::Serve(_) | Command::Receive { .. }
+    );
     terminal::start_logging(if long_running { "info" } else { "warn" });
     terminal::exit_code(dispatch(cli))
 }

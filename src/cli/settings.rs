@@ -4,12 +4,12 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use vmprocess::{MemorySpec, RestoreOptions};
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::check_name;
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::medium::need_disk;
 use vmprocess::size::Size;
+use vmprocess::{MemorySpec, RestoreOptions};
 
 use super::args::{LimitArgs, RestoreArgs, RunArgs, ServeArgs};
 use super::values::{check_sizes, default_store};

@@ -18,8 +18,7 @@ pub struct Image {
 impl Image {
     /// Of a checkpoint whose pages are in these layers; and the layer of each, for the engine.
     pub fn of(layers: &Layers) -> (Image, LayerOf) {
-        let layer_of =
-            if layers.count() > 1 { LayerOf::PerPage(layers.per_page()) } else { LayerOf::First };
+        let layer_of = if layers.count() > 1 { LayerOf::PerPage(layers.per_page()) } else { LayerOf::First };
         (Image { map: layers.map().clone(), first_faults: Vec::new() }, layer_of)
     }
 
@@ -121,7 +120,8 @@ pub(crate) mod tests {
     #[test]
     fn the_sums_are_those_of_the_newest_map_and_adoptions_are_not_too_long() {
         let image = Image { map: map("h.bb.l"), first_faults: Vec::new() };
-        let adopted: Vec<(Run, Vec<u64>)> = image.adoption().map(|adopted| (adopted.run, adopted.sums)).collect();
+        let adopted: Vec<(Run, Vec<u64>)> =
+            image.adoption().map(|adopted| (adopted.run, adopted.sums)).collect();
         assert_eq!(adopted, [(run(0, 1), vec![0]), (run(2, 2), vec![102, 103])]);
         assert_eq!(image.lost().collect::<Vec<_>>(), [run(5, 1)]);
         assert_eq!((image.stored_pages(), image.lost_pages()), (3, 1));
