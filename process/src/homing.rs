@@ -90,6 +90,8 @@ pub(crate) struct Homing {
     recording: Option<Recording>,
     looked_at_host: Option<Instant>,
     fetched_pages: u64,
+    /// All that is to come ahead of any touch has come.
+    fetched: bool,
     /// How often in a row nothing could be taken home.
     stuck: u32,
 }
@@ -133,6 +135,7 @@ impl Homing {
             recording: None,
             looked_at_host: None,
             fetched_pages: 0,
+            fetched: false,
             stuck: 0,
         }
     }
@@ -190,6 +193,8 @@ impl Homing {
     /// decide what stays.
     fn fetch_first(&mut self) -> Result<(), Stopped> {
         if self.options.eager {
+            self.fetched = true;
+            self.forget_image();
             return Ok(());
         }
         note(&self.vm, RestorePhase::Fetching, None);
@@ -199,6 +204,8 @@ impl Homing {
             homing.look_at_faults()
         })?;
         info!(vm = %self.vm.facts.name, fetched = %Size(swapd::units::bytes_of(self.fetched_pages)), "its working set, as far as it is known, is here or on its way");
+        self.fetched = true;
+        self.forget_image();
         Ok(())
     }
 
@@ -235,6 +242,13 @@ impl Homing {
             if done % LOOK_AT_FRAMES == 0 && self.is_short_of_frames()? {
                 return Ok(());
             }
+        }
+    }
+
+    /// Gives its map back, 9 bytes for each page with content, if nobody needs it any more.
+    fn forget_image(&mut self) {
+        if self.fetched && self.recording.is_none() {
+            self.image = Image::nothing();
         }
     }
 
@@ -451,6 +465,7 @@ impl Homing {
         let _ = self.engine.record_faults(false);
         self.vm.recording.store(false, Ordering::SeqCst);
         keep(self, &recording);
+        self.forget_image();
     }
 }
 
