@@ -3,6 +3,7 @@
 //! The checkpoint's files are opened, and locked, before the process gives up its rights: nothing else of the archive
 //! can be reached from it afterwards.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -16,7 +17,10 @@ use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
 use vmprocess::{Facts, Memory, MemorySpec, Owner, Process, Restoration, RestoreOptions, Restored, host};
 
+use crate::qemu;
 use crate::qemu::budget::check_ram;
+use crate::qemu::disk_versions::DisksWanted;
+use crate::qemu::rules::Rules;
 use crate::reference::ReferenceNewcomer;
 use crate::sandbox;
 use crate::vmm;
@@ -38,6 +42,14 @@ pub struct RestoreSettings {
     pub prealloc: bool,
     pub lock: bool,
     pub options: RestoreOptions,
+    /// Of a QEMU VM: a binary and its arguments, in the place of what the checkpoint says.
+    pub qemu: Vec<OsString>,
+    /// Of a QEMU VM: this host's names.
+    pub rules: Rules,
+    /// Of a QEMU VM: which disks it is to have.
+    pub disks: DisksWanted,
+    /// Of a QEMU VM: it may have the addresses of the VM that it is a copy of, though that runs.
+    pub same_addresses: bool,
     /// When the command was begun.
     pub began: Instant,
 }
@@ -68,15 +80,18 @@ pub fn restore(
     let entry = find(&archive, settings.checkpoint.as_deref())?;
     let chain = archive.chain(&entry)?;
     let vm = &entry.manifest().vm;
-    if vm.machine == Machine::Qemu {
-        let text = format!(
-            "{} is of a QEMU VM, and the restore of QEMU VMs is not built yet",
-            entry.path().display()
-        );
-        return Err(Failure::new(FailureKind::Usage, text));
-    }
     let name = settings.name.clone().unwrap_or_else(|| vm.name.clone());
     check_name(&name)?;
+    if vm.machine == Machine::Qemu {
+        match qemu::restore::restore(settings, &entry, &name) {
+            Ok(never) => match never {},
+            Err(failure) => return Err(name_is_taken(failure, settings)),
+        }
+    }
+    if !settings.qemu.is_empty() {
+        let text = format!("{} is not of a QEMU VM: leave out what is behind --", entry.path().display());
+        return Err(Failure::new(FailureKind::Usage, text));
+    }
     let ram = settings.ram.unwrap_or(Size(vm.budget_bytes));
     check_ram(Size(vm.memory_bytes), ram)?;
     vmm::check_kvm()?;

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use vmprocess::control::protocol::{GuestStat, State};
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::qemu::Backend;
-use vmprocess::{GuestView, Machine, Newcomer, RunState};
+use vmprocess::{Disk, GuestView, Machine, Newcomer, RunState};
 
 use crate::devices;
 use crate::farewell;
@@ -167,7 +167,17 @@ impl Qemu {
     }
 
     pub(crate) fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
-        self.qmp.ask(command, arguments, COMMAND_TIMEOUT).map_err(failure)
+        self.ask_for(command, arguments, COMMAND_TIMEOUT).map_err(failure)
+    }
+
+    /// The same with a limit of its own.
+    pub(crate) fn ask_for(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
+        self.qmp.ask(command, arguments, limit)
     }
 
     /// The machine's state now.
@@ -354,7 +364,7 @@ impl Machine for Qemu {
         self.check_move().map(drop)
     }
 
-    fn disks(&mut self) -> Result<Vec<String>, Failure> {
+    fn written_disks(&mut self) -> Result<Vec<String>, Failure> {
         let told = answers(&mut self.qmp, &[("query-block", Value::Null)])?.remove(0);
         devices::written_disks(&told)
             .ok_or_else(|| Failure::new(FailureKind::Vm, "QEMU does not say which disks it has"))
@@ -417,6 +427,22 @@ impl Machine for Qemu {
             tracing::info!(%error, "bridges learn where the guest is when it sends next");
         }
         Ok(())
+    }
+
+    fn disks(&mut self, snapshot: &str) -> Result<Vec<Disk>, Failure> {
+        self.disks_for(snapshot)
+    }
+
+    fn snapshot_disks(&mut self, snapshot: &str) -> Result<Vec<Disk>, Failure> {
+        if self.given_away || self.disks_away {
+            let text = "its disks are not its own until it runs: `vmemd resume` it first";
+            return Err(Failure::new(FailureKind::CannotMove, text));
+        }
+        self.take_snapshots(snapshot)
+    }
+
+    fn forget_disks(&mut self, disks: &[Disk]) -> Result<(), Failure> {
+        self.drop_snapshots(disks)
     }
 
     fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
@@ -516,4 +542,4 @@ fn feed(mut channel: UnixStream, state: &mut dyn Read) -> Result<(), Failure> {
 mod move_tests;
 #[cfg(test)]
 #[path = "guest_tests.rs"]
-mod tests;
+pub(crate) mod tests;

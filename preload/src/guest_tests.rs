@@ -11,11 +11,11 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::*;
 
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const MEMORY_BYTES: u64 = 256 << 20;
 
 /// The QEMUs that there are, at least one. Ends the test if there is none.
-pub(super) fn qemus() -> Vec<PathBuf> {
+pub(crate) fn qemus() -> Vec<PathBuf> {
     let newest = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().join("qemu/newest/usr/bin");
     let found = [PathBuf::from("/usr/bin"), newest].map(|dir| dir.join("qemu-system-x86_64"));
     let found: Vec<PathBuf> = found.into_iter().filter(|path| path.exists()).collect();
@@ -25,11 +25,11 @@ pub(super) fn qemus() -> Vec<PathBuf> {
     found
 }
 
-pub(super) fn memory() -> File {
+pub(crate) fn memory() -> File {
     File::from(memfd_create(c"vmemd-test", MemfdFlags::CLOEXEC).unwrap())
 }
 
-pub(super) struct Process(pub(super) Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Process {
     fn end(&mut self) -> ExitStatus {
@@ -52,7 +52,7 @@ impl Drop for Process {
 }
 
 /// A QEMU that runs its firmware, or waits for a state.
-pub(super) fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process) {
+pub(crate) fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qemu, Process) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (memory, theirs_fd) = (memory.as_raw_fd(), theirs.as_raw_fd());
     let path = format!("/proc/self/fd/{memory}");
@@ -77,7 +77,7 @@ pub(super) fn start(program: &PathBuf, memory: &File, arguments: &[&str]) -> (Qe
 }
 
 /// All of its state, as it saves it.
-pub(super) fn saved(machine: &mut dyn Machine) -> Result<Vec<u8>, Failure> {
+pub(crate) fn saved(machine: &mut dyn Machine) -> Result<Vec<u8>, Failure> {
     let mut state = Vec::new();
     machine.save(&mut state).map(|()| state)
 }

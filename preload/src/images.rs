@@ -39,7 +39,7 @@ fn unnamed(disks: &Value, named: &[PathBuf]) -> Option<String> {
 
 /// The file of this host that an image is, by QEMU's name of it; none of what is on the network, or was given as a
 /// descriptor.
-fn file(name: &str) -> Option<PathBuf> {
+pub(crate) fn file(name: &str) -> Option<PathBuf> {
     if let Some(options) = name.strip_prefix("json:") {
         let options: Value = serde_json::from_str(options).ok()?;
         let mut nodes = std::iter::successors(Some(&options), |node| node.get("file"));

@@ -92,10 +92,7 @@ impl Inventory {
     }
 
     fn disk(&mut self, disk: &Value) {
-        let name = [text(&disk["device"]), text(&disk["qdev"])].into_iter().find(|name| !name.is_empty());
-        let Some(name) = name else { return };
-        // As its user calls it, not what is inside of it.
-        let name = name.trim_start_matches("/machine/peripheral/").trim_end_matches("/virtio-backend");
+        let Some(name) = disk_name(disk) else { return };
         let medium = &disk["inserted"];
         if medium.is_null() {
             return self.note(format!("disk {name}"), "empty".to_owned());
@@ -167,6 +164,12 @@ impl Inventory {
             self.note(format!("port {protocol} {from}:{from_port}"), format!("{to}:{to_port}"));
         }
     }
+}
+
+/// A disk's name of those in the answer to `query-block`: as its user calls it, not what is inside of it.
+pub(crate) fn disk_name(disk: &Value) -> Option<&str> {
+    let name = [text(&disk["device"]), text(&disk["qdev"])].into_iter().find(|name| !name.is_empty())?;
+    Some(name.trim_start_matches("/machine/peripheral/").trim_end_matches("/virtio-backend"))
 }
 
 fn items(list: &Value) -> impl Iterator<Item = &Value> {

@@ -14,6 +14,7 @@ extern crate testkit;
 
 mod backends;
 mod devices;
+mod disks;
 mod farewell;
 mod guest;
 mod images;
@@ -22,6 +23,7 @@ mod inventory;
 mod life;
 mod ownership;
 mod qmp;
+mod restored;
 mod runstate;
 mod settings;
 mod started;

@@ -8,13 +8,13 @@ use std::net::Shutdown;
 use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use libc::c_int;
-use swapd::{Engine, EngineHandle};
+use swapd::{Engine, EngineConfig, EngineHandle};
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 use vmprocess::control::protocol::EngineKind;
@@ -28,6 +28,7 @@ use crate::farewell::{self, GOODBYE_LIMIT};
 use crate::guest::{Incoming, Qemu};
 use crate::interpose::{BACKENDS, NOT_MEANT};
 use crate::qmp::{HeardState, Qmp, QmpError, lock};
+use crate::restored::{Opened, Saved};
 use crate::settings::{self, Found};
 use crate::started;
 
@@ -145,32 +146,42 @@ fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
             "plain memory is what QEMU has without vmemd: start it so",
         ));
     }
-    let (process, arrival) = match &settings.role {
-        Role::New { run_dir, name, offer, .. } => {
-            vmprocess::host::need_free_ram(spec.budget_bytes, "this VM")?;
-            let place = RunDir::open(run_dir)?.claim_name(name)?;
-            let facts = Facts {
-                name: name.clone(),
-                memory_bytes: spec.memory_bytes,
-                budget_bytes: spec.budget_bytes,
-                engine: spec.engine,
-                daemon: None,
-                offer: Some(offer.clone()).filter(|offer| !offer.is_empty()),
-            };
-            (Process::begin(facts, place, Owner::Embedder)?, None)
-        }
+    let here = |run_dir: &Path, name: &str, offer: &str| {
+        vmprocess::host::need_free_ram(spec.budget_bytes, "this VM")?;
+        let place = RunDir::open(run_dir)?.claim_name(name)?;
+        let facts = Facts {
+            name: name.to_owned(),
+            memory_bytes: spec.memory_bytes,
+            budget_bytes: spec.budget_bytes,
+            engine: spec.engine,
+            daemon: None,
+            offer: Some(offer.to_owned()).filter(|offer| !offer.is_empty()),
+        };
+        Process::begin(facts, place, Owner::Embedder)
+    };
+    let mut origin = None;
+    let (process, begins) = match &settings.role {
+        Role::New { run_dir, name, offer, .. } => (here(run_dir, name, offer)?, Begins::New),
         Role::Arriving(arrive) => {
             farewell::taken();
             let (process, arrival) = Arrival::begin(arrive, Owner::Embedder)?;
-            (process, Some(arrival))
+            (process, Begins::Arrives(Box::new(arrival)))
+        }
+        Role::Restoring(restore) => {
+            let opened = Opened::open(restore)?;
+            let process = here(&restore.run_dir, &restore.name, &restore.offer)?;
+            let (saved, layers) = opened.split();
+            origin = Some(layers);
+            (process, Begins::Again(Box::new(saved)))
         }
     };
     let regions: Vec<u64> = settings.backends.iter().map(|backend| backend.bytes).collect();
-    let engine = match Engine::start_external(spec.engine_config(), &regions, Box::new(process.notices())) {
+    let config = EngineConfig { origin, ..spec.engine_config() };
+    let engine = match Engine::start_external(config, &regions, Box::new(process.notices())) {
         Ok(engine) => engine,
         Err(error) => {
             let failure = Failure::from(error);
-            if let Some(arrival) = arrival {
+            if let Begins::Arrives(arrival) = begins {
                 arrival.refuse(&failure);
             }
             return Err(failure);
@@ -183,20 +194,35 @@ fn start(settings: &PreloadSettings) -> Result<EngineHandle, Failure> {
     let (settings, memory) = (settings.clone(), handle.clone());
     std::thread::Builder::new()
         .name("vmemd-life".to_owned())
-        .spawn(move || live(&settings, process, arrival, memory))
+        .spawn(move || live(&settings, process, begins, memory))
         .map_err(|error| Failure::io("cannot start the VM's thread", &error))?;
     Ok(handle)
 }
 
+/// Where the VM comes from.
+enum Begins {
+    /// It starts.
+    New,
+    /// Another host.
+    Arrives(Box<Arrival>),
+    /// A checkpoint.
+    Again(Box<Saved>),
+}
+
 /// Serves the VM until it ends, or the process does.
-fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, engine: EngineHandle) {
+fn live(settings: &PreloadSettings, process: Process, begins: Begins, engine: EngineHandle) {
     let name = settings.role.name();
     let memory = Memory::external(engine.clone());
-    let arrives = arrival.is_some();
+    let arrives = matches!(begins, Begins::Arrives(_));
     let meet = || {
         let mut qemu = meet(settings, arrives)?;
-        if let Role::New { stays, disks, .. } = &settings.role {
-            let why = stays.clone().map_or_else(|| qemu.unnamed_disk(disks), |why| Ok(Some(why)))?;
+        let (stays, disks) = match &settings.role {
+            Role::New { stays, disks, .. } => (stays.clone(), Some(disks)),
+            Role::Restoring(restore) => (None, Some(&restore.disks)),
+            Role::Arriving(_) => (None, None),
+        };
+        if let Some(disks) = disks {
+            let why = stays.map_or_else(|| qemu.unnamed_disk(disks), |why| Ok(Some(why)))?;
             qemu = qemu.stays(why);
         }
         Leftovers::knows(&qemu);
@@ -211,10 +237,19 @@ fn live(settings: &PreloadSettings, process: Process, arrival: Option<Arrival>, 
         ))
     };
     process.on_end(tell_end);
-    let end = match arrival {
-        None => process.run(memory, || Ok(Box::new(meet()?) as Box<dyn Machine>)),
-        Some(arrival) => match meet() {
-            Ok(qemu) => process.receive(arrival, memory, Box::new(Incoming(qemu))),
+    let end = match begins {
+        Begins::New => process.run(memory, || Ok(Box::new(meet()?) as Box<dyn Machine>)),
+        Begins::Again(saved) => match meet().and_then(|qemu| saved.into_restoration(&engine, Incoming(qemu)))
+        {
+            Ok(restoration) => process.restore(memory, restoration),
+            Err(failure) => {
+                process.give_up();
+                tell_end(name, &Err(failure.clone()));
+                End { result: Err(failure), quit: false }
+            }
+        },
+        Begins::Arrives(arrival) => match meet() {
+            Ok(qemu) => process.receive(*arrival, memory, Box::new(Incoming(qemu))),
             Err(failure) => {
                 let failure = farewell::reason().map_or(failure, |why| Failure::new(FailureKind::Vm, why));
                 arrival.refuse(&failure);

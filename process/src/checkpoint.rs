@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use checkpoint::format::MemoryMap;
+use checkpoint::format::{Disk, MemoryMap};
 use checkpoint::save::{Base, Files, Phase, Progress, SaveError, SaveOptions, Saved, save};
 use serde_json::{Value, json};
 use swapd::{CloneError, TierId};
@@ -67,7 +67,7 @@ impl LastCheckpoint {
 
 enum Step {
     Progress(CheckpointStat),
-    Ended(Result<Saved, Failure>),
+    Ended(Result<(Saved, Vec<Disk>), Failure>),
 }
 
 /// The VM is marked as one that is being saved, until this is dropped.
@@ -95,12 +95,15 @@ pub(crate) fn checkpoint(
     let into = Files { image: regular(next())?, map: regular(next())?, state: regular(next())? };
     let base = request.base.map(|base| read_base(&next(), base)).transpose()?;
     may_be_plain(vm, &into.image, request)?;
-    let saved = run(vm, request, (into, base), client)?;
+    let (saved, taken) = run(vm, request, disks.snapshot, (into, base), client)?;
     vm.locked(|state| state.checkpoint.iter_mut().for_each(|now| now.saved = true));
     info!(vm = %vm.facts.name, pause_ms = saved.pause_ms, rounds = saved.rounds, bytes = saved.bytes_written, "saved");
-    let name = durable(vm, &saved, disks, client);
-    if request.stop && name.is_err() {
-        stays_after_all(vm);
+    let name = durable(vm, &saved, (&taken, disks.left_out), client);
+    if name.is_err() {
+        if request.stop {
+            stays_after_all(vm);
+        }
+        forget(vm, &taken);
     }
     drop(begun);
     name.map(|name| json!({ "name": vm.facts.name, "checkpoint": name }))
@@ -131,23 +134,35 @@ fn begin(vm: &Vm) -> Result<Begun<'_>, Failure> {
     })
 }
 
-/// Refuses what a checkpoint would not have. Returns the disks of which it has nothing, with the user's knowledge.
-fn may_be_saved(vm: &Vm, request: &CheckpointRequest) -> Result<Vec<String>, Failure> {
-    let name = &vm.facts.name;
-    let disks = vm.machine(|machine| {
+/// A checkpoint's disks.
+struct Disks {
+    /// The name of the snapshots that they are to have; None: the checkpoint is made without disks.
+    snapshot: Option<String>,
+    /// Those of which it has nothing, with the user's knowledge.
+    left_out: Vec<String>,
+}
+
+/// Refuses what a checkpoint could not have.
+fn may_be_saved(vm: &Vm, request: &CheckpointRequest) -> Result<Disks, Failure> {
+    vm.machine(|machine| {
         machine.may_move()?;
-        machine.disks()
-    })?;
-    if disks.is_empty() || request.without_disks {
-        return Ok(disks);
+        if request.without_disks {
+            return Ok(Disks { snapshot: None, left_out: machine.written_disks()? });
+        }
+        let snapshot = format!("vmemd-{}", UNIX_EPOCH.elapsed().unwrap_or_default().as_millis());
+        machine.disks(&snapshot)?;
+        Ok(Disks { snapshot: Some(snapshot), left_out: Vec::new() })
+    })
+}
+
+/// There is no checkpoint that the disks' versions belong to.
+fn forget(vm: &Vm, disks: &[Disk]) {
+    if disks.is_empty() {
+        return;
     }
-    let text = format!(
-        "{name:?} has disks ({}), and a checkpoint does not have their content yet: give --without-disks to save its \
-         memory and state alone, and copy the disks of the same moment yourself (`vmemd pause` it before), else its file \
-         systems and its memory will not agree",
-        disks.join(", ")
-    );
-    Err(Failure::new(FailureKind::CannotMove, text))
+    if let Err(error) = vm.machine(|machine| machine.forget_disks(disks)) {
+        warn!(vm = %vm.facts.name, %error, "snapshots of a checkpoint that was not made stay in its disks");
+    }
 }
 
 /// What is encrypted at rest is not made readable by the way.
@@ -185,9 +200,10 @@ fn read_base(map: &File, base: CheckpointBase) -> Result<Base, Failure> {
 fn run(
     vm: &Arc<Vm>,
     request: &CheckpointRequest,
+    snapshot: Option<String>,
     files: (Files, Option<Base>),
     client: &mut Client<'_>,
-) -> Result<Saved, Failure> {
+) -> Result<(Saved, Vec<Disk>), Failure> {
     let options = SaveOptions {
         downtime_target: Duration::from_millis(request.downtime_target_ms),
         max_rounds: request.max_rounds,
@@ -199,7 +215,7 @@ fn run(
     let saver = vm.clone();
     let spawned = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(move || {
         CAUGHT.set(true);
-        let mut saving = Saving::begin(&saver);
+        let mut saving = Saving::begin(&saver, snapshot);
         let saved = catch_unwind(AssertUnwindSafe(|| session(&mut saving, files, &options, &steps)));
         CAUGHT.set(false);
         let result = match saved {
@@ -207,12 +223,14 @@ fn run(
                 if options.stop {
                     saving.stays();
                 }
-                Ok(saved)
+                Ok((saved, saving.disks()))
             }
             Ok(Err(error)) => Err(Failure::from(error)),
             Err(_) => Err(saving.after_panic()),
         };
+        let unused = saving.disks();
         drop(saving);
+        forget(&saver, &unused);
         let _ = steps.send(Step::Ended(result));
     });
     spawned.map_err(|error| Failure::io("cannot start the checkpoint's thread", &error))?;
@@ -296,7 +314,12 @@ impl Speed {
 }
 
 /// Waits until the client has made the files durable. Returns the checkpoint's name.
-fn durable(vm: &Vm, saved: &Saved, disks: Vec<String>, client: &mut Client<'_>) -> Result<String, Failure> {
+fn durable(
+    vm: &Vm,
+    saved: &Saved,
+    disks: (&[Disk], Vec<String>),
+    client: &mut Client<'_>,
+) -> Result<String, Failure> {
     let gone = || Failure::new(FailureKind::Interrupted, "cancelled before the checkpoint was durable");
     client.saved(json!({ "saved": saved, "vm": facts(vm, saved, disks)? })).map_err(|_| gone())?;
     loop {
@@ -314,7 +337,7 @@ fn durable(vm: &Vm, saved: &Saved, disks: Vec<String>, client: &mut Client<'_>) 
 }
 
 /// What a restore must know before it reads the state.
-fn facts(vm: &Vm, saved: &Saved, disks: Vec<String>) -> Result<Value, Failure> {
+fn facts(vm: &Vm, saved: &Saved, (disks, left_out): (&[Disk], Vec<String>)) -> Result<Value, Failure> {
     let stat = vm.stat()?;
     let facts = &vm.facts;
     Ok(json!({
@@ -327,7 +350,8 @@ fn facts(vm: &Vm, saved: &Saved, disks: Vec<String>) -> Result<Value, Failure> {
         "machine": if stat.run_state.is_some() { "qemu" } else { "reference" },
         "offer": facts.offer,
         "paused": saved.stood_still,
-        "without_disks": disks,
+        "disks": disks,
+        "without_disks": left_out,
     }))
 }
 

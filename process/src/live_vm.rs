@@ -4,6 +4,7 @@ use std::io::Write;
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 
+use checkpoint::format::Disk;
 use migrate::{Expected, LiveVm, VmError};
 
 use crate::failure::{Failure, FailureKind};
@@ -24,11 +25,21 @@ pub(crate) struct Saving<'a> {
     kept: Option<MutexGuard<'a, Option<Box<dyn Machine>>>>,
     /// It was told to stand still for this.
     paused: bool,
+    /// The name of its disks' snapshots, if they are to have some.
+    snapshot: Option<String>,
+    /// The disks that have their version of the pause.
+    disks: Vec<Disk>,
 }
 
 impl<'a> Saving<'a> {
-    pub(crate) fn begin(vm: &'a Vm) -> Saving<'a> {
-        Saving { vm, kept: None, paused: false }
+    /// `snapshot`: each of its disks gets a snapshot of this name in the pause.
+    pub(crate) fn begin(vm: &'a Vm, snapshot: Option<String>) -> Saving<'a> {
+        Saving { vm, kept: None, paused: false, snapshot, disks: Vec::new() }
+    }
+
+    /// The disks that have got their version.
+    pub(crate) fn disks(&mut self) -> Vec<Disk> {
+        std::mem::take(&mut self.disks)
     }
 
     fn machine<T>(
@@ -128,6 +139,11 @@ impl LiveVm for Saving<'_> {
     }
 
     fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError> {
+        // The disks first: a machine that is saved has given them away.
+        if let Some(snapshot) = self.snapshot.take() {
+            let taken = self.machine(|machine| machine.snapshot_disks(&snapshot));
+            self.disks = taken.map_err(|failure| self.failed(failure))?;
+        }
         self.machine(|machine| machine.save(to)).map_err(|failure| self.failed(failure))
     }
 

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::io::{Read, Write};
 
+use checkpoint::format::Disk;
+
 use crate::control::protocol::{GuestStat, State};
 use crate::failure::Failure;
 
@@ -47,6 +49,33 @@ pub trait Machine: Send + fmt::Debug {
     /// does, so it may do so at any time.
     fn resume(&mut self) -> Result<(), Failure>;
 
+    /// The disks that it can write to, and where a checkpoint's version of each would be: a snapshot is to be called
+    /// `snapshot`. Asked before a byte is saved, while the guest runs; changes nothing.
+    ///
+    /// # Errors
+    /// If a disk can have no such version: which, why, and what to do.
+    fn disks(&mut self, _snapshot: &str) -> Result<Vec<Disk>, Failure> {
+        Ok(Vec::new())
+    }
+
+    /// Gives each disk of the paused guest its version of this moment; all of them, or none. Before
+    /// [`save`](Self::save): a machine that was saved has no disks until it goes on. Its time counts in the pause.
+    ///
+    /// # Errors
+    /// As [`disks`](Self::disks); or if a version cannot be made.
+    fn snapshot_disks(&mut self, snapshot: &str) -> Result<Vec<Disk>, Failure> {
+        self.disks(snapshot)
+    }
+
+    /// Removes the versions that [`snapshot_disks`](Self::snapshot_disks) has made: there is no checkpoint after all, or
+    /// no more. Only of a guest that has gone on since.
+    ///
+    /// # Errors
+    /// If one stays, which is told by its name. It takes room in the disk's file, and does no other harm.
+    fn forget_disks(&mut self, _disks: &[Disk]) -> Result<(), Failure> {
+        Ok(())
+    }
+
     /// Writes everything of the paused guest that is not in its memory, as it is made: it goes over the network
     /// meanwhile. It can be resumed afterwards all the same.
     ///
@@ -54,11 +83,11 @@ pub trait Machine: Send + fmt::Debug {
     /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move); or if a write fails.
     fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure>;
 
-    /// Its disks that the guest can write to, in words for a user: a checkpoint has nothing of what is on them.
+    /// Its disks that the guest can write to, in words for a user: for a checkpoint that has nothing of what is on them.
     ///
     /// # Errors
     /// If it cannot be asked.
-    fn disks(&mut self) -> Result<Vec<String>, Failure> {
+    fn written_disks(&mut self) -> Result<Vec<String>, Failure> {
         Ok(Vec::new())
     }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arrive::ArriveSettings;
 use crate::memory::MemorySpec;
+use crate::restore::RestoreOptions;
 
 /// The environment variable that holds the [`PreloadSettings`].
 pub const VARIABLE: &str = "VMEMD_PRELOAD";
@@ -81,6 +82,29 @@ pub enum Role {
     },
     /// QEMU was started with `-incoming defer -S`.
     Arriving(Box<ArriveSettings>),
+    /// The same; the state comes from a checkpoint.
+    Restoring(Box<RestoreSettings>),
+}
+
+/// The checkpoint that a VM begins from, and what the VM is to be.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RestoreSettings {
+    /// The run directory in which the preload claims the name.
+    pub run_dir: PathBuf,
+    /// What the VM is to be called.
+    pub name: String,
+    /// The memory that it is to have.
+    pub memory: MemorySpec,
+    /// For the VM's way onward; opaque here.
+    pub offer: String,
+    /// The files of this host that `offer` has as disks.
+    pub disks: Vec<PathBuf>,
+    /// The directory of checkpoints.
+    pub archive: PathBuf,
+    /// The checkpoint's name there.
+    pub checkpoint: String,
+    /// How it begins.
+    pub options: RestoreOptions,
 }
 
 impl Role {
@@ -89,6 +113,7 @@ impl Role {
         match self {
             Role::New { name, .. } => name,
             Role::Arriving(settings) => &settings.hello.name,
+            Role::Restoring(settings) => &settings.name,
         }
     }
 
@@ -97,6 +122,7 @@ impl Role {
         match self {
             Role::New { memory, .. } => memory,
             Role::Arriving(settings) => &settings.memory,
+            Role::Restoring(settings) => &settings.memory,
         }
     }
 }

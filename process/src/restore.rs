@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use checkpoint::restore::{Hold, Image};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use swapd::{CommandError, EngineHandle, PendingAnswer};
 use tracing::{error, info, warn};
 
@@ -34,7 +34,7 @@ use crate::vm::{Vm, VmEvent};
 const ADOPTIONS: usize = 16;
 
 /// How a VM is to begin from a checkpoint.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct RestoreOptions {
     /// It is to stand still, whatever it did when it was saved.
     pub paused: bool,

@@ -211,10 +211,32 @@ pub(super) struct RestoreArgs {
     #[arg(long)]
     pub(super) keep_origin: bool,
     #[command(flatten)]
+    pub(super) disks: DiskArgs,
+    #[command(flatten)]
     pub(super) json: JsonArg,
     /// A QEMU and its arguments
     #[arg(last = true, value_name = "QEMU")]
     pub(super) qemu: Vec<OsString>,
+}
+
+/// The outside of a QEMU VM that begins from a checkpoint.
+#[derive(Debug, Args)]
+pub(super) struct DiskArgs {
+    /// QEMU: its disks are copies of the VM's as they were at the checkpoint, made in this directory
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["disks_back", "disks_as_they_are"])]
+    pub(super) disk_copies: Option<PathBuf>,
+    /// QEMU: the VM's disks are put back to what they were at the checkpoint; what was written since is lost
+    #[arg(long, conflicts_with = "disks_as_they_are")]
+    pub(super) disks_back: bool,
+    /// QEMU: the VM's disks as they are now, though its memory is of another moment
+    #[arg(long)]
+    pub(super) disks_as_they_are: bool,
+    /// QEMU: it may have the addresses (tap, MAC, vsock) of the VM that it is a copy of, though that runs
+    #[arg(long)]
+    pub(super) same_addresses: bool,
+    /// QEMU: names of this host for what the checkpoint names, as for `vmemd serve`
+    #[arg(long, value_name = "FILE")]
+    pub(super) qemu_rules: Option<PathBuf>,
 }
 
 /// What a VM may use.

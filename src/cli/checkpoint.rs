@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use checkpoint::archive::{Archive, ArchiveError, Chain, Entry, Kept, Locked, MAX_CHAIN, Made, Pending};
-use checkpoint::format::{Machine, Save, VmFacts};
+use checkpoint::format::{Disk, DiskVersion, Machine, Save, VmFacts};
 use checkpoint::save::{PauseParts, Phase, Saved};
 use indicatif::ProgressBar;
 use serde::Deserialize;
@@ -51,6 +51,7 @@ struct Told {
     machine: Machine,
     offer: Option<String>,
     paused: bool,
+    disks: Vec<Disk>,
     without_disks: Vec<String>,
 }
 
@@ -206,6 +207,7 @@ fn finish(
             offer: vm.offer.clone(),
             budget_bytes: vm.budget_bytes,
             paused: vm.paused,
+            disks: vm.disks.clone(),
             without_disks: vm.without_disks.clone(),
         },
         save: Save {
@@ -249,6 +251,7 @@ impl Done {
         value["base"] = json!(self.base);
         value["disk_bytes"] = disk_bytes.into();
         value["total_ms"] = (self.total.as_secs_f64() * 1000.0).into();
+        value["disks"] = json!(self.entry.manifest().vm.disks);
         value["without_disks"] = json!(self.entry.manifest().vm.without_disks);
         if let Some(Kept { merged, removed, in_use }) = &self.kept {
             value["kept"] = json!({ "merged": merged, "removed": removed, "in_use": in_use });
@@ -286,6 +289,11 @@ impl Done {
         }
         if pages.lost > 0 {
             text += &format!("\n  lost       {} pages: the store did not give them back", pages.lost);
+        }
+        for disk in &self.entry.manifest().vm.disks {
+            if let DiskVersion::Snapshot(snapshot) = &disk.version {
+                text += &format!("\n  disk       {}: snapshot {snapshot} in {}", disk.name, disk.file);
+            }
         }
         let disks = &self.entry.manifest().vm.without_disks;
         if !disks.is_empty() {

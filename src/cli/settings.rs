@@ -15,6 +15,7 @@ use super::args::{LimitArgs, RestoreArgs, RunArgs, ServeArgs};
 use super::values::{check_sizes, default_store};
 use crate::daemon::door::DoorSettings;
 use crate::daemon::serve::ServeSettings;
+use crate::qemu::disk_versions::DisksWanted;
 use crate::qemu::rules::Rules;
 use crate::qemu::run::QemuSettings;
 use crate::restore::RestoreSettings;
@@ -78,9 +79,6 @@ pub(super) fn qemu_settings(
 
 pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<RestoreSettings, Failure> {
     let began = Instant::now();
-    if !args.qemu.is_empty() {
-        return Err(Failure::new(FailureKind::Usage, "the restore of QEMU VMs is not built yet"));
-    }
     if let Some(rate) = args.rate.filter(|rate| rate.bytes() == 0) {
         let text = format!("--rate {rate}: nothing would ever move; give --keep-origin if that is meant");
         return Err(Failure::new(FailureKind::Usage, text));
@@ -108,8 +106,22 @@ pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<Re
             rate: args.rate.map(Size::bytes),
             keep_origin: args.keep_origin,
         },
+        qemu: args.qemu,
+        rules: args.disks.qemu_rules.as_deref().map(Rules::read).transpose()?.unwrap_or_default(),
+        disks: match args.disks.disk_copies {
+            Some(dir) => DisksWanted::Copies(absolute(&dir)?),
+            None if args.disks.disks_back => DisksWanted::Back,
+            None if args.disks.disks_as_they_are => DisksWanted::AsTheyAre,
+            None => DisksWanted::Unsaid,
+        },
+        same_addresses: args.disks.same_addresses,
         began,
     })
+}
+
+/// A directory that is there, by a name that is good from anywhere.
+fn absolute(dir: &Path) -> Result<PathBuf, Failure> {
+    dir.canonicalize().map_err(|error| Failure::io(format_args!("looking at {}", dir.display()), &error))
 }
 
 /// A store directory that is missing is made; a device or file must be there. It is to be on a disk.

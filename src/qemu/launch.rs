@@ -87,7 +87,7 @@ pub fn launch(binary: &Path, plan: LinePlan, role: Role) -> Result<Launch, Failu
         monitor: Monitor::Descriptor(theirs.as_raw_fd()),
         role: match &role {
             Role::New { .. } => rewrite::Role::Start,
-            Role::Arriving(_) => rewrite::Role::Arrive,
+            Role::Arriving(_) | Role::Restoring(_) => rewrite::Role::Arrive,
         },
     };
     let Rewritten { args, notes, .. } = plan.rewrite(&settings)?;

@@ -12,6 +12,7 @@ pub mod ask;
 pub mod binary;
 pub mod budget;
 pub mod cpu;
+pub mod disk_versions;
 #[cfg(test)]
 mod golden_tests;
 pub mod inherit;
@@ -25,8 +26,10 @@ pub mod props;
 pub mod refuse;
 mod refused;
 pub mod resources;
+pub mod restore;
 pub mod rewrite;
 pub mod rules;
 pub mod run;
+mod twice;
 pub mod waits;
 pub mod words;

@@ -79,6 +79,7 @@ pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> P
             offer: None,
             budget_bytes: guest.budget_bytes,
             paused: guest.paused,
+            disks: Vec::new(),
             without_disks: Vec::new(),
         },
         base: None,

@@ -62,10 +62,37 @@ pub struct VmFacts {
     pub budget_bytes: u64,
     /// Whether it stood still by its user's will, and is to stand still when it is restored.
     pub paused: bool,
+    /// The disks that it can write to. None of a machine whose state is all that it has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
     /// Its disks, whose content is not in the checkpoint, with its user's knowledge: a restored guest's file systems
     /// agree with its memory only if whoever restores it has put back that of the same moment.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub without_disks: Vec<String>,
+}
+
+/// A disk of a VM that the VM can write to.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Disk {
+    /// As its user calls it.
+    pub name: String,
+    /// The file of the host that it was in: an absolute path.
+    pub file: String,
+    /// The file's format, in QEMU's word: `qcow2`.
+    pub format: String,
+    /// Where the disk's content of the checkpoint's moment is.
+    pub version: DiskVersion,
+}
+
+/// Where a disk's content of a checkpoint's moment is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskVersion {
+    /// In the disk's own file, as an internal snapshot of this name. The file as such is what the VM has made of the disk
+    /// since.
+    Snapshot(String),
+    /// In the state of vCPUs and devices, which writes it into whatever file the disk is given: firmware's flash.
+    InState,
 }
 
 /// A VM's kind of machine.

@@ -11,7 +11,7 @@ pub mod manifest;
 pub mod map;
 
 pub use first_faults::FirstFaults;
-pub use manifest::{BaseRef, CheckpointId, Machine, Manifest, Part, Parts, Save, VmFacts};
+pub use manifest::{BaseRef, CheckpointId, Disk, DiskVersion, Machine, Manifest, Part, Parts, Save, VmFacts};
 pub use map::{MapBuilder, MapPiece, MemoryMap, PageCounts, PageKind};
 
 /// Most pages of a VM: 8 TiB.

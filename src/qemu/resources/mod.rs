@@ -12,4 +12,4 @@ pub mod what;
 pub use check::{Host, ThisHost};
 pub(super) use check::{missing, report};
 pub use walk::{Resource, absolute, from_anywhere, list, map};
-pub(super) use walk::{disks, is_character};
+pub(super) use walk::{disks, is_character, with_other_disks};

@@ -35,6 +35,19 @@ pub(in crate::qemu) fn disks(line: &CommandLine) -> Result<Vec<PathBuf>, Failure
     Ok(list.map(|found| PathBuf::from(found.name)).filter(|path| path.is_absolute()).collect())
 }
 
+/// The line with other files for some of its disks, each by its old and its new name.
+pub(in crate::qemu) fn with_other_disks(
+    line: &CommandLine,
+    names: &[(String, String)],
+) -> Result<CommandLine, Failure> {
+    let mut line = line.clone();
+    visit(&mut line, &mut |what, name, _| {
+        let found = names.iter().find(|(old, _)| what == What::Disk && old == name);
+        found.map(|(_, new)| new.clone())
+    })?;
+    Ok(line)
+}
+
 /// Rewrites relative paths for a process that runs in another directory, on another host. A link to a descriptor of
 /// QEMU's becomes that descriptor: of the link nobody else could tell.
 pub fn absolute(line: &mut CommandLine, directory: &Path) -> Result<(), Failure> {
