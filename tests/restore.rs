@@ -1,4 +1,4 @@
-//! `vmemd restore`: a VM runs at once from a checkpoint, in whatever RAM it is given, and the checkpoint stays as it is.
+//! `vmemd restore`: a VM runs at once from a checkpoint, in whatever RAM it is given, and leaves that as it is.
 
 #[macro_use]
 extern crate testkit;
