@@ -39,6 +39,7 @@ pub mod size;
 mod actions;
 mod arrive;
 mod checkpoint;
+mod checkpointing;
 mod doubt;
 mod facts;
 pub mod granted;
