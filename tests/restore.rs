@@ -430,7 +430,7 @@ fn how_long_it_takes_until_the_first_instruction() {
     const GIB: u64 = 1 << 30;
     let sizes = [
         ("4 GiB, dense", 4 * GIB, "read:working-set=64M,fill=all"),
-        ("64 GiB, sparse", 64 * GIB, "read:working-set=64M"),
+        ("64 GiB, sparse", 64 * GIB, "read:working-set=64M,fill=working-set"),
     ];
     for (what, memory_bytes, workload) in sizes {
         let guest = Guest { workload, memory_bytes, budget_bytes: GIB, ..WEB };
