@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arrive::ArriveSettings;
 use crate::memory::MemorySpec;
-use crate::restore::RestoreOptions;
+use crate::homing::RestoreOptions;
 
 /// The environment variable that holds the [`PreloadSettings`].
 pub const VARIABLE: &str = "VMEMD_PRELOAD";
