@@ -56,8 +56,8 @@ mod restore;
 mod source_vm;
 mod vm;
 
-pub use arrive::{Arrival, ArriveSettings};
 pub use ::checkpoint::format::{Disk, DiskVersion};
+pub use arrive::{Arrival, ArriveSettings};
 pub use facts::Facts;
 pub use life::End;
 pub use machine::{GuestView, Machine, Newcomer, RunState};
