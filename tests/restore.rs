@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use checkpoint::format::{FirstFaults, Manifest, MemoryMap};
-use checkpoints::{FIRST, Guest, make};
+use checkpoints::{FIRST, Guest, make, make_on};
 use common::{Host, Running, Said, kill, needs_vms, wait_said};
 use serde_json::Value;
 use testkit::wait_for;
@@ -227,17 +227,30 @@ fn a_checkpoint_that_is_damaged_or_not_there_is_told_before_anything_runs() {
 }
 
 #[test]
-fn a_page_that_is_damaged_in_the_image_is_lost_alone_and_stat_names_it() {
-    // Nobody touches what is behind the working set.
-    let guest = Guest { workload: "rewrite:working-set=32M,fill=all", ..WEB };
-    let mut saved = Saved::of("restore-damaged-page", &guest);
+fn a_page_that_is_damaged_in_the_image_is_a_memory_error_there_alone_and_stat_names_it() {
+    let mut saved = Saved::of("restore-damaged-page", &WEB);
     let page = 128 * MIB / 4096 - 100;
     flip(&saved.image(), page * 4096 + 5);
-    let vm = saved.restore(&["--ram", "64M"]);
-    saved.host.wait_state("web", "running");
+    let mut vm = saved.restore(&["--ram", "64M"]);
     let stat = saved.host.wait_stat("web", "the lost page", |stat| stat["poisoned_pages"] == 1);
-    assert_eq!(stat["lost"][0]["first"], page, "{stat}");
-    saved.host.wait_stat("web", "the rest", |stat| stat["origin_bytes"] == 0);
+    assert_eq!((&stat["lost"][0]["first"], &stat["lost"][0]["pages"]), (&page.into(), &1.into()), "{stat}");
+    let stat = saved.host.wait_state("web", "failed");
+    assert_eq!(stat["guest"]["mismatched_pages"], 0, "{stat}");
+    assert_eq!(saved.host.vmemd(&["stop", "web"]).code, 0);
+    vm.ends_with(7);
+}
+
+#[test]
+fn a_page_that_is_damaged_and_that_nobody_touches_harms_nobody_and_stat_tells_of_it() {
+    // Nobody touches what is behind the working set.
+    let guest = Guest { workload: "rewrite:working-set=32M,fill=all", ..WEB };
+    let mut saved = Saved::of("restore-damaged-cold-page", &guest);
+    flip(&saved.image(), (128 * MIB / 4096 - 100) * 4096 + 5);
+    let vm = saved.restore(&["--ram", "64M"]);
+    let stat = saved.host.wait_stat("web", "what is left", |stat| {
+        stat["restore"]["waits"].as_str().is_some_and(|why| why.starts_with("1 pages cannot be read"))
+    });
+    assert_eq!((&stat["origin_bytes"], &stat["poisoned_pages"]), (&4096.into(), &0.into()), "{stat}");
     saved.host.wait_rounds("web", 2);
     saved.stop("web", vm);
 }
@@ -255,11 +268,14 @@ fn the_order_of_the_first_faults_is_kept_for_the_next_restore() {
     assert!((16 * MIB / 4096..64 * MIB / 4096).contains(&pages), "{pages} pages");
     saved.stop("web", vm);
     let before = fs::read(&first_faults).expect("it was written");
-    let vm = saved.restore(&["--keep-origin"]);
+    let vm = saved.restore(&["--keep-origin", "--paused"]);
+    // Told to stand still, so that nothing but the order brings pages.
     let stat = saved.host.wait_stat("web", "its working set", |stat| {
-        stat["restore"]["fetched_bytes"].as_u64() >= Some(8 * MIB)
+        stat["restore"]["fetched_bytes"].as_u64() >= Some(16 * MIB)
     });
-    assert_eq!(stat["state"], "running", "{stat}");
+    assert_eq!((&stat["state"], &stat["faults"]["store"]), (&"paused".into(), &0.into()), "{stat}");
+    assert!(stat["resident_bytes"].as_u64() >= Some(16 * MIB), "{stat}");
+    assert_eq!(saved.host.vmemd(&["resume", "web"]).code, 0);
     saved.host.wait_rounds("web", 1);
     saved.stop("web", vm);
     assert_eq!(fs::read(&first_faults).expect("it is there"), before);
@@ -313,4 +329,107 @@ fn lost_pages_stay_lost_and_are_told() {
     wait_said("lost before they were saved", || vm.log());
     saved.host.wait_rounds("web", 1);
     saved.stop("web", vm);
+}
+
+#[test]
+fn a_checkpoint_is_read_with_its_base_and_needs_it() {
+    let mut saved = Saved::of("restore-base", &WEB);
+    make_on(&saved.checkpoint, "2026-11-29T23-20-01Z");
+    // The latest.
+    let vm = saved.restore(&["--ram", "64M"]);
+    saved.host.wait_state("web", "running");
+    saved.host.wait_rounds("web", 2);
+    saved.stop("web", vm);
+    // What is the base's own is damaged by now.
+    fs::rename(&saved.checkpoint, saved.archive.join("elsewhere")).expect("a rename");
+    saved.refused(&[]).fails(13, &[FIRST, "not in the archive"]);
+}
+
+#[test]
+fn a_checkpoint_in_use_is_not_removed_and_one_that_is_needed_no_more_is() {
+    let mut saved = Saved::of("restore-in-use", &WEB);
+    let archive = saved.archive.display().to_string();
+    let vm = saved.restore(&["--ram", "64M", "--keep-origin"]);
+    saved.host.wait_state("web", "running");
+    let remove = ["checkpoint", "remove", &archive, FIRST];
+    saved.host.vmemd(&remove).fails(4, &[FIRST, "in use"]);
+    saved.host.wait_rounds("web", 1);
+    saved.stop("web", vm);
+    let vm = saved.restore(&["--ram", "64M"]);
+    saved.host.wait_stat("web", "its memory", |stat| stat["origin_bytes"] == 0 && stat["restore"]["phase"] == "done");
+    let said = saved.host.vmemd(&remove);
+    assert_eq!(said.code, 0, "{said:?}");
+    saved.host.wait_rounds("web", 2);
+    saved.stop("web", vm);
+}
+
+/// Microseconds, the median first, then all of them.
+fn figures(mut times: Vec<u64>) -> String {
+    times.sort_unstable();
+    format!("{:>8.1} ms ({:?})", times[times.len() / 2] as f64 / 1000.0, times)
+}
+
+#[test]
+#[ignore = "figures, for a machine that does nothing else"]
+fn how_long_it_takes_until_the_first_instruction() {
+    const GIB: u64 = 1 << 30;
+    let sizes = [
+        ("4 GiB, dense", 4 * GIB, "read:working-set=64M,fill=all"),
+        ("64 GiB, sparse", 64 * GIB, "read:working-set=64M"),
+    ];
+    for (what, memory_bytes, workload) in sizes {
+        let guest = Guest { workload, memory_bytes, budget_bytes: GIB, ..WEB };
+        let mut saved = Saved::of("restore-figures", &guest);
+        let parts = ["from outside", "command_us", "open_us", "engine_us", "adopt_us", "load_us"];
+        let mut times: Vec<Vec<u64>> = vec![Vec::new(); parts.len()];
+        for _ in 0..5 {
+            let began = Instant::now();
+            let mut vm = saved.restore(&["--json", "--store-overcommit", "--keep-origin"]);
+            let told: Value = serde_json::from_str(&vm.first_line()).expect("JSON");
+            times[0].push(began.elapsed().as_micros() as u64);
+            for (times, part) in times.iter_mut().zip(parts).skip(1) {
+                times.push(told[part].as_u64().expect("a time"));
+            }
+            saved.stop("web", vm);
+        }
+        println!("{what}");
+        for (part, times) in parts.iter().zip(times) {
+            println!("  {part:<14} {}", figures(times));
+        }
+    }
+}
+
+#[test]
+#[ignore = "figures, for a machine that does nothing else"]
+fn how_long_it_takes_until_the_working_set_has_been_rewritten() {
+    const GIB: u64 = 1 << 30;
+    for workload in ["rewrite:working-set=512M,fill=all", "random:working-set=512M,fill=all"] {
+        let guest = Guest { workload, memory_bytes: 4 * GIB, budget_bytes: 4 * GIB, ..WEB };
+        let mut saved = Saved::of("restore-working-set", &guest);
+        let first_faults = saved.checkpoint.join("first-faults");
+        let mut round = |saved: &mut Saved, more: &[&str]| {
+            let began = Instant::now();
+            let vm = saved.restore(&[&["--store-overcommit", "--keep-origin", "--json"], more].concat());
+            let mut vm = vm;
+            vm.first_line();
+            let before = saved.host.wait_state("web", "running")["guest"]["verified_pages"].clone();
+            let pages = 512 * MIB / 4096;
+            let goal = before.as_u64().expect("a number") + pages;
+            saved.host.wait_stat("web", "a round", |stat| stat["guest"]["verified_pages"].as_u64() >= Some(goal));
+            (began.elapsed().as_micros() as u64, vm)
+        };
+        println!("{workload}");
+        let (first, vm) = round(&mut saved, &[]);
+        wait_for("the order", || FirstFaults::decode(&fs::read(&first_faults).ok()?).ok());
+        saved.stop("web", vm);
+        println!("  the first     {:>8.1} ms", first as f64 / 1000.0);
+        for (what, more) in [("order known", &[][..]), ("eager", &["--eager"][..])] {
+            let times = (0..3).map(|_| {
+                let (time, vm) = round(&mut saved, more);
+                saved.stop("web", vm);
+                time
+            });
+            println!("  {what:<13} {}", figures(times.collect()));
+        }
+    }
 }

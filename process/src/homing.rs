@@ -7,6 +7,7 @@
 //! All of it gives way: to the VM's own faults, to other programs that are short of memory, to a migration of the VM.
 //! Meanwhile the order in which pages come in is recorded for the next restore, if this is the first.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -24,12 +25,20 @@ use crate::restore::{RestoreOptions, stopped};
 use crate::size::Size;
 use crate::vm::Vm;
 
+/// Parts of 2 MiB that the engine is asked to bring ahead of any touch, at a time.
+const FETCHES: usize = 4;
+/// So many such parts are brought from one look at what frames are left to the next.
+const LOOK_AT_FRAMES: u32 = 4;
 /// Pages that are taken home at once: with one such piece under way, a fault never waits for more than that.
 const HOME_PAGES: u32 = 256;
 /// Between two such pieces while the guest waits for pages itself: it has the device for itself for so long.
 const GIVE_WAY: Duration = Duration::from_millis(10);
 /// Until it is looked again whether a VM that migrates, or a host that is short of memory, has room for this.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// So often in a row nothing is taken home until `stat` says that something is wrong with what is left.
+const STUCK: u32 = 6;
+/// Between two attempts from then on.
+const STUCK_AGAIN: Duration = Duration::from_secs(10);
 /// Between two looks at the host's memory.
 const LOOK_AT_HOST: Duration = Duration::from_millis(100);
 /// The host is short of memory if less of it than one part in so many is free.
@@ -81,6 +90,8 @@ pub(crate) struct Homing {
     recording: Option<Recording>,
     looked_at_host: Option<Instant>,
     fetched_pages: u64,
+    /// How often in a row nothing could be taken home.
+    stuck: u32,
 }
 
 /// A recording of the first faults that is under way.
@@ -113,7 +124,7 @@ impl Homing {
         hold: Hold,
         options: RestoreOptions,
     ) -> Homing {
-        Homing { vm, engine, image, hold, options, recording: None, looked_at_host: None, fetched_pages: 0 }
+        Homing { vm, engine, image, hold, options, recording: None, looked_at_host: None, fetched_pages: 0, stuck: 0 }
     }
 
     /// Brings all of it, before the guest runs: what is known to be needed first, then the rest, into RAM as long as
@@ -122,15 +133,13 @@ impl Homing {
         note(&self.vm, RestorePhase::Fetching, None);
         let budget = self.budget_pages()?;
         let everything = order(&self.image, budget).into_iter().chain(self.image.stored_runs());
-        let mut fits = true;
-        for run in everything.collect::<Vec<_>>() {
-            fits = fits && self.fetch(run)?;
-        }
+        self.fetch_all(everything.collect(), |_| Ok(()))?;
         let stats = self.stats()?;
         if stats.stored_bytes > 0 && !self.options.keep_origin {
             note(&self.vm, RestorePhase::TakingHome, None);
             let mut left = u64::MAX;
-            while left > 0 {
+            // Damaged pages do not keep the VM from running.
+            while left > 0 && self.stuck < STUCK {
                 left = self.take_some_home(left)?;
             }
         }
@@ -175,38 +184,58 @@ impl Homing {
         }
         note(&self.vm, RestorePhase::Fetching, None);
         let runs = order(&self.image, self.budget_pages()?);
-        for run in runs {
-            self.give_way(RestorePhase::Fetching)?;
-            self.look_at_faults()?;
-            if !self.fetch(run)? {
-                break;
-            }
-        }
+        self.fetch_all(runs, |homing| {
+            homing.give_way(RestorePhase::Fetching)?;
+            homing.look_at_faults()
+        })?;
         info!(vm = %self.vm.facts.name, fetched = %Size(swapd::units::bytes_of(self.fetched_pages)), "its working set, as far as it is known, is here or on its way");
         Ok(())
     }
 
-    /// Brings a run ahead of any touch. Returns whether there are frames for more.
-    fn fetch(&mut self, run: Run) -> Result<bool, Stopped> {
+    /// Brings runs ahead of any touch, in this order. `before` is called before each. Ends early when frames are scarce.
+    fn fetch_all(
+        &mut self,
+        runs: Vec<Run>,
+        mut before: impl FnMut(&mut Homing) -> Result<(), Stopped>,
+    ) -> Result<(), Stopped> {
+        let mut parts = runs.into_iter().flat_map(Run::blocks);
+        // The engine does one at a time, as many pages of it as a fault may stand behind: the next one waits there
+        // already, so that the device is never idle.
+        let mut asked: VecDeque<(Run, PendingAnswer<u64>)> = VecDeque::with_capacity(FETCHES);
+        let mut done = 0;
         loop {
-            // Some hundred pages at a time, and the answer comes when they are here: so a fault never stands behind more.
-            let pages = self.answer(self.engine.fetch_origin_async(run))?;
-            if pages == 0 {
-                break;
+            while asked.len() < FETCHES
+                && let Some(part) = parts.next()
+            {
+                before(self)?;
+                asked.push_back((part, self.engine.fetch_origin_async(part)));
             }
-            self.fetched_pages += pages;
-            let fetched = self.fetched_pages;
-            self.vm.locked(|state| {
-                if let Some(stat) = &mut state.restore {
-                    stat.fetched_bytes = swapd::units::bytes_of(fetched);
-                }
-            });
-            self.vm.halt.check()?;
+            let Some((part, answer)) = asked.pop_front() else { return Ok(()) };
+            let pages = self.answer(answer)?;
+            self.note_fetched(pages);
+            if pages > 0 && pages < u64::from(part.len) {
+                // While a vCPU waits, the engine brings less than a part at a time.
+                asked.push_front((part, self.engine.fetch_origin_async(part)));
+                continue;
+            }
+            if let Some(recording) = &mut self.recording {
+                recording.order.came(&self.image, part);
+            }
+            done += 1;
+            if done % LOOK_AT_FRAMES == 0 && self.is_short_of_frames()? {
+                return Ok(());
+            }
         }
-        if let Some(recording) = &mut self.recording {
-            recording.order.came(&self.image, run);
-        }
-        Ok(!self.is_short_of_frames()?)
+    }
+
+    fn note_fetched(&mut self, pages: u64) {
+        self.fetched_pages += pages;
+        let fetched_bytes = swapd::units::bytes_of(self.fetched_pages);
+        self.vm.locked(|state| {
+            if let Some(stat) = &mut state.restore {
+                stat.fetched_bytes = fetched_bytes;
+            }
+        });
     }
 
     /// Less than a sixteenth of the budget is left: what is brought now would push out what came before.
@@ -243,13 +272,24 @@ impl Homing {
     }
 
     /// Takes a piece home, when so many pages are left at the origin. Returns how many are left then.
-    fn take_some_home(&self, before: u64) -> Result<u64, Stopped> {
+    fn take_some_home(&mut self, before: u64) -> Result<u64, Stopped> {
         match self.answer(self.engine.take_home_async(HOME_PAGES)) {
-            Ok(left) => {
-                if left > 0 && left >= before {
-                    // What is left is in motion at this moment.
-                    self.vm.halt.pause(LOOK_AGAIN)?;
+            Ok(left) if left == 0 || left < before => {
+                if self.stuck >= STUCK {
+                    note(&self.vm, RestorePhase::TakingHome, None);
                 }
+                self.stuck = 0;
+                Ok(left)
+            }
+            Ok(left) => {
+                // In motion at this moment; or damaged, which is found out when somebody touches them.
+                self.stuck += 1;
+                if self.stuck == STUCK {
+                    let why = format!("{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched");
+                    warn!(vm = %self.vm.facts.name, "{why}");
+                    note(&self.vm, RestorePhase::TakingHome, Some(why));
+                }
+                self.vm.halt.pause(if self.stuck < STUCK { LOOK_AGAIN } else { STUCK_AGAIN })?;
                 Ok(left)
             }
             Err(Stopped::Engine(CommandError::Store(why))) => {
@@ -277,8 +317,13 @@ impl Homing {
     }
 
     fn comes_first(&mut self) -> Option<String> {
-        if self.vm.locked(|state| !matches!(state.whereabouts, Whereabouts::Here)) {
+        let (here, saved) =
+            self.vm.locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
+        if !here {
             return Some("the VM is on its way to another host".to_owned());
+        }
+        if saved {
+            return Some("a checkpoint of the VM is being made".to_owned());
         }
         if self.looked_at_host.is_some_and(|then| then.elapsed() < LOOK_AT_HOST) {
             return None;

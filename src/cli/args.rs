@@ -429,8 +429,10 @@ pub(super) struct MakeArgs {
     /// Of a VM whose store is encrypted, save it unencrypted
     #[arg(long)]
     pub(super) plain: bool,
-    #[command(flatten)]
-    pub(super) json: JsonArg,
+    // Not a flattened `JsonArg`: clap would no longer see whether any of these is there.
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// With what a checkpoint is compared.
@@ -620,6 +622,21 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_checkpoint_is_made_of_a_vm_or_its_archive_is_looked_at() {
+        let parsed = |words: &str| match Cli::try_parse_from(words.split(' ')).unwrap().command {
+            Command::Checkpoint(args) => args,
+            other => panic!("{other:?}"),
+        };
+        let made =
+            parsed("vmemd checkpoint web --to /b --base latest --keep 6 --rate 200M --json").make.unwrap();
+        assert_eq!((made.name.as_str(), made.base, made.keep), ("web", BaseArg::Latest, Some(6)));
+        assert!(made.json && made.rate == Some("200M".parse().unwrap()));
+        assert_eq!(parsed("vmemd checkpoint --to /b -- list").make.unwrap().name, "list");
+        assert!(matches!(parsed("vmemd checkpoint list /b").command, Some(ArchiveCommand::List(_))));
+        assert!(Cli::try_parse_from(["vmemd", "checkpoint", "web"]).is_err());
     }
 
     #[test]

@@ -92,7 +92,7 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
         Err(failure) => (None, Err(failure)),
     };
     let done = Done { entry, base, saved: report.saved, total, kept };
-    if args.json.json {
+    if args.json {
         print_json(&done.json(&args.to, disk_bytes))?;
     } else {
         print(&done.summary(&args.name, disk_bytes));

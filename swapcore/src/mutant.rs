@@ -92,6 +92,8 @@ mod planted {
         LeavesOriginTooEarly,
         /// A page in RAM that was read at the origin counts as being at home.
         TakesResidentForHome,
+        /// Where a page at the origin cannot be read, those beside it are not taken home either.
+        LeavesNeighboursOfBadPages,
         /// What could not be read at the origin is taken home.
         TakesHomeUnread,
         /// Places are dropped where the page is read.

@@ -100,8 +100,18 @@ impl OriginLayer {
 /// An origin that has been found fit for its VM.
 #[derive(Debug)]
 pub(crate) struct Layers {
-    files: Vec<File>,
+    layers: Vec<Layer>,
     layer_of: LayerOf,
+}
+
+/// A layer that has been looked at.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) file: File,
+    /// To begin to read it may take as long as the read itself, whatever io_uring has been told: FUSE waits for its
+    /// server's answer there. Such reads are for threads of the kernel's, or a silent server would have the engine wait
+    /// for it, and all of the VM's other pages with the engine.
+    pub(crate) blocks: bool,
 }
 
 impl Layers {
@@ -114,19 +124,25 @@ impl Layers {
         if let LayerOf::PerPage(numbers) = &layer_of {
             check_numbers(numbers, layers.len(), pages)?;
         }
-        for (layer, OriginLayer { file }) in layers.iter().enumerate() {
-            let available_bytes = check_file(layer, file)?;
+        let mut checked = Vec::with_capacity(layers.len());
+        for (layer, OriginLayer { file }) in layers.into_iter().enumerate() {
+            let available_bytes = check_file(layer, &file)?;
             if let Some(page) = last_beyond(&layer_of, layer, pages_in(available_bytes), pages) {
                 return Err(OriginError::Short { layer, page, available_bytes });
             }
+            let blocks = may_block(&file).map_err(|source| OriginError::Unusable { layer, source })?;
+            checked.push(Layer { file, blocks });
         }
-        let files = layers.into_iter().map(|layer| layer.file).collect();
-        Ok(Layers { files, layer_of })
+        Ok(Layers { layers: checked, layer_of })
+    }
+
+    pub(crate) fn layer(&self, nth: usize) -> &Layer {
+        &self.layers[nth]
     }
 
     /// One a layer, in their order.
-    pub(crate) fn files(&self) -> &[File] {
-        &self.files
+    pub(crate) fn files(&self) -> impl ExactSizeIterator<Item = &File> {
+        self.layers.iter().map(|layer| &layer.file)
     }
 
     /// Whether no layer has one of the run's pages, all of which are in the VM's memory.
@@ -189,6 +205,20 @@ fn check_file(layer: usize, mut file: &File) -> Result<u64, OriginError> {
         }
     }
     file.seek(SeekFrom::End(0)).map_err(unusable)
+}
+
+/// Whether a read of the file may wait where it is begun. Not on a device, nor on the file systems of disks that are
+/// known to give an unfinished read back to io_uring.
+fn may_block(file: &File) -> io::Result<bool> {
+    const QUICK: [libc::__fsword_t; 5] = [
+        libc::EXT4_SUPER_MAGIC,
+        libc::XFS_SUPER_MAGIC,
+        libc::BTRFS_SUPER_MAGIC,
+        libc::F2FS_SUPER_MAGIC,
+        libc::TMPFS_MAGIC,
+    ];
+    let is_device = file.metadata()?.file_type().is_block_device();
+    Ok(!is_device && !QUICK.contains(&rustix::fs::fstatfs(file)?.f_type))
 }
 
 /// The last page that the layer is to have and that is behind its first `available` pages.

@@ -85,7 +85,7 @@ impl StoredReader {
     pub fn files(&self, tier: TierId) -> io::Result<Vec<File>> {
         match (tier, &self.origin) {
             (TierId::STORE, _) => Ok(vec![self.store.file().try_clone()?]),
-            (TierId::ORIGIN, Some(origin)) => origin.files().iter().map(File::try_clone).collect(),
+            (TierId::ORIGIN, Some(origin)) => origin.files().map(File::try_clone).collect(),
             _ => Ok(Vec::new()),
         }
     }
@@ -124,7 +124,7 @@ impl StoredReader {
     }
 
     fn file(&self, tier: TierId, nth: usize) -> &File {
-        if tier == TierId::STORE { self.store.file() } else { &self.origin(tier).files()[nth] }
+        if tier == TierId::STORE { self.store.file() } else { &self.origin(tier).layer(nth).file }
     }
 
     /// Turns bytes that were read from the run's places into the content of its pages, in place: decrypts them, and

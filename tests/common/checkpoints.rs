@@ -10,7 +10,7 @@ use checkpoint::format::{
     CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts,
     manifest::Sum,
 };
-use memmap2::MmapMut;
+use memmap2::MmapOptions;
 use swapd::digest::page_sum;
 use swapd::{PAGE_SIZE, PageNo, Run};
 use testkit::{OrSkip, Reason, wait_for};
@@ -34,7 +34,9 @@ pub(crate) struct Guest {
 
 /// Runs the guest for some rounds, and makes a checkpoint of it in the archive. Returns its directory.
 pub(crate) fn make(archive: &Path, checkpoint: &str, guest: &Guest) -> PathBuf {
-    let mut memory = MmapMut::map_anon(guest.memory_bytes as usize).expect("memory for the guest");
+    let mut options = MmapOptions::new();
+    let options = options.len(guest.memory_bytes as usize).no_reserve_swap();
+    let mut memory = options.map_anon().expect("memory for the guest");
     let workload = guest.workload.parse().expect("a workload");
     let config = MachineConfig { memory_bytes: guest.memory_bytes, vcpus: 1, workload };
     let mut machine = ReferenceMachine::new(config, memory.as_mut_ptr()).or_skip(Reason::Kvm);
@@ -53,7 +55,8 @@ pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> P
     let image = File::create(dir.join("memory.img")).expect("an image");
     image.set_len(memory.len() as u64).expect("its length");
     let mut map = MapBuilder::new((memory.len() / PAGE_SIZE) as u64);
-    for (page, bytes) in (0..).map(PageNo).zip(memory.chunks(PAGE_SIZE)) {
+    for page in touched(memory) {
+        let bytes = &memory[page.index() * PAGE_SIZE..][..PAGE_SIZE];
         if bytes.iter().any(|byte| *byte != 0) {
             map.set_content(Run::one(page), PageKind::Here, &[page_sum(page, bytes)]);
             image.write_all_at(bytes, page.offset()).expect("a page");
@@ -88,6 +91,18 @@ pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> P
     dir.to_owned()
 }
 
+/// The pages that have memory at all: most of a large guest has none, and reading it would take some.
+fn touched(memory: &[u8]) -> Vec<PageNo> {
+    const ENTRY: usize = 8;
+    let file = File::open("/proc/self/pagemap").expect("proc is mounted");
+    let mut entries = vec![0; memory.len() / PAGE_SIZE * ENTRY];
+    let first = memory.as_ptr() as u64 / PAGE_SIZE as u64;
+    file.read_exact_at(&mut entries, first * ENTRY as u64).expect("an entry a page");
+    // The highest bits: in memory, or swapped.
+    let is_there = |entry: &[u8]| entry[ENTRY - 1] & 0xc0 != 0;
+    (0..).map(PageNo).zip(entries.chunks(ENTRY)).filter(|(_, entry)| is_there(entry)).map(|(page, _)| page).collect()
+}
+
 /// Has a page that reads as zeros be one that was lost, in a checkpoint that is whole.
 pub(crate) fn lose(dir: &Path, map: &MemoryMap, page: u64) {
     let mut lost = MapBuilder::new(map.pages());
@@ -106,4 +121,39 @@ pub(crate) fn lose(dir: &Path, map: &MemoryMap, page: u64) {
     manifest.pages = map.counts();
     (manifest.parts.map.bytes, manifest.parts.map.xxh3) = (bytes.len() as u64, Sum(xxh3_64(&bytes)));
     fs::write(path, manifest.encode()).expect("a manifest");
+}
+
+/// Makes a checkpoint whose base is another one: every third page is its own, and damaged in the base.
+pub(crate) fn make_on(base: &Path, checkpoint: &str) -> PathBuf {
+    let dir = base.parent().expect("an archive").join(checkpoint);
+    fs::create_dir_all(&dir).expect("a directory");
+    let mut manifest = Manifest::decode(&fs::read(base.join("manifest")).expect("a manifest")).expect("a manifest");
+    let base_map = MemoryMap::decode(&fs::read(base.join("memory.map")).expect("a map")).expect("a map");
+    let below = File::options().read(true).write(true).open(base.join("memory.img")).expect("an image");
+    let image = File::create(dir.join("memory.img")).expect("an image");
+    image.set_len(manifest.vm.memory_bytes).expect("its length");
+    let mut map = MapBuilder::new(base_map.pages());
+    for piece in base_map.pieces().filter(|piece| piece.kind.has_content()) {
+        for (page, sum) in piece.run.pages().zip(piece.sums) {
+            let own = page.0.is_multiple_of(3);
+            map.set_content(Run::one(page), if own { PageKind::Here } else { PageKind::Base }, &[*sum]);
+            if own {
+                let mut bytes = [0; PAGE_SIZE];
+                below.read_exact_at(&mut bytes, page.offset()).expect("a page");
+                image.write_all_at(&bytes, page.offset()).expect("a page");
+                below.write_all_at(&[0xa5; PAGE_SIZE], page.offset()).expect("a page");
+            }
+        }
+    }
+    let map = map.finish(&[]);
+    let bytes = map.encode();
+    fs::write(dir.join("memory.map"), &bytes).expect("a map");
+    fs::copy(base.join("state"), dir.join("state")).expect("a state");
+    let name = base.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+    manifest.base = Some(BaseRef { name, id: manifest.id });
+    manifest.id = CheckpointId::random().expect("an id");
+    (manifest.pages, manifest.made_at_ms) = (map.counts(), manifest.made_at_ms + 1000);
+    (manifest.parts.map.bytes, manifest.parts.map.xxh3) = (bytes.len() as u64, Sum(xxh3_64(&bytes)));
+    fs::write(dir.join("manifest"), manifest.encode()).expect("a manifest");
+    dir
 }

@@ -8,7 +8,8 @@ use rustix::fs::{FlockOperation, flock};
 use super::chain::MAX_CHAIN;
 use super::entry::{Entry, FIRST_FAULTS, IMAGE, MANIFEST, NEW_SUFFIX};
 use super::error::ArchiveError;
-use super::{Listing, Locked, NEW, OLD, Progress, steps};
+use super::read::Watch;
+use super::{Listing, Locked, NEW, OLD, steps};
 use crate::format::CheckpointId;
 
 /// What became of the checkpoints that were not to be kept.
@@ -102,11 +103,7 @@ impl Locked {
     ///
     /// # Errors
     /// If something cannot be read, merged or removed.
-    pub fn keep(
-        &self,
-        count: usize,
-        progress: &(dyn Fn(Progress) -> bool + Sync),
-    ) -> Result<Kept, ArchiveError> {
+    pub fn keep(&self, count: usize, watch: Watch<'_>) -> Result<Kept, ArchiveError> {
         self.clean()?;
         let listing = self.list()?;
         let (stay, go) = listing.entries.split_at(count.max(1).min(listing.entries.len()));
@@ -121,7 +118,7 @@ impl Locked {
         for entry in stay {
             let base = entry.manifest().base.as_ref();
             if base.is_some_and(|base| go.iter().any(|gone| gone.name() == base.name)) {
-                self.merge(entry.name(), progress)?;
+                self.merge(entry.name(), watch)?;
                 kept.merged.push(entry.name().to_owned());
             }
         }
@@ -162,14 +159,18 @@ fn clean_entry(entry: &Entry) -> Result<(), ArchiveError> {
     Ok(())
 }
 
-/// Removes a directory with its files, of which none is a directory. One that is not there is no error.
+/// Removes a directory with all that is in it. One that is not there is no error.
 pub(super) fn remove_tree(parent: &File, name: &str) -> io::Result<()> {
     let dir = match steps::open_dir(parent, name) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         dir => dir?,
     };
     for file in steps::names(&dir)? {
-        steps::remove_file(&dir, &file)?;
+        match steps::remove_file(&dir, &file) {
+            // Somebody has put a directory there.
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => remove_tree(&dir, &file)?,
+            removed => removed?,
+        }
     }
     steps::remove_dir(parent, name)
 }

@@ -1,13 +1,24 @@
 //! Giving a checkpoint the pages of its bases, so that it needs them no longer.
 //!
-//! TODO
+//! The pages that a checkpoint has in a base are holes in its image, which nobody reads: its map says so. So they are
+//! filled in place, while VMs that were restored from it may go on reading. When the image is durable, a new map goes
+//! beside the old one, and then one rename puts a new manifest, which names the new map and no base, into the place
+//! of the old one. Until that, the checkpoint stands on its bases as before, whatever its holes hold by then.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::chain::{Chain, Layers, Source};
+use super::entry::{Entry, IMAGE, MANIFEST, MAP, NEW_SUFFIX, sum_of};
 use super::error::ArchiveError;
-use super::{Locked, Progress};
+use super::read::{Piece, Watch, read_all};
+use super::{Locked, steps};
+use crate::format::{Manifest, MemoryMap, Part, Parts};
 
 /// What a merge has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Merged {
-    /// Pages that the bases and the checkpoint have as one, in the same blocks.
+    /// Pages that the checkpoint has in the same blocks as its bases.
     pub shared: u64,
     /// Pages that were copied.
     pub copied: u64,
@@ -17,16 +28,107 @@ impl Locked {
     /// Gives a checkpoint the pages of its bases, so that it can stand alone. The bases stay as they are. VMs that were
     /// restored from it are not disturbed: pages that it has already are not touched.
     ///
-    /// `progress` is told how far it is, and says whether to go on.
+    /// `watch` is told how far it is, from any thread, and says whether to go on.
     ///
     /// # Errors
     /// If a base is missing or damaged, or there is no room. The checkpoint is as it was.
-    pub fn merge(
-        &self,
-        name: &str,
-        progress: &(dyn Fn(Progress) -> bool + Sync),
-    ) -> Result<Merged, ArchiveError> {
-        let _ = (name, progress);
-        unimplemented!()
+    pub fn merge(&self, name: &str, watch: Watch<'_>) -> Result<Merged, ArchiveError> {
+        self.clean()?;
+        let entry = self.find(Some(name))?;
+        if entry.manifest().base.is_none() {
+            return Ok(Merged::default());
+        }
+        let chain = self.chain(&entry)?;
+        // So that what is read stays, and what is removed by hand is noticed.
+        let images = chain.images(true)?;
+        let layers = chain.layers()?;
+        let image = steps::open_to_write(entry.dir(), IMAGE, true)
+            .map_err(|error| ArchiveError::io("open", entry.path().join(IMAGE), error))?;
+        let merged = fill(&chain, &layers, &images, &image, watch)?;
+        steps::sync(&image).map_err(|error| ArchiveError::io("flush", entry.path().join(IMAGE), error))?;
+        replace(&entry, &layers.map().standing_alone())?;
+        Ok(merged)
     }
+}
+
+/// Puts the pages that are in bases into the image.
+fn fill(
+    chain: &Chain,
+    layers: &Layers,
+    images: &[File],
+    image: &File,
+    watch: Watch<'_>,
+) -> Result<Merged, ArchiveError> {
+    let mut pieces = Vec::new();
+    for piece in layers.pieces() {
+        if let Source::Layer(layer @ 1..) = piece.source {
+            pieces.extend(Piece { image: layer.into(), run: piece.run, sums: piece.sums }.parts());
+        }
+    }
+    let (shared, copied) = (AtomicU64::new(0), AtomicU64::new(0));
+    let path = chain.top().path().join(IMAGE);
+    read_all(images, &pieces, watch, &|piece, bytes, damaged| {
+        let from = &chain.entries()[piece.image];
+        if let Some(page) = damaged.first() {
+            return Err(ArchiveError::Page { name: from.name().to_owned(), page: *page });
+        }
+        let put = || {
+            let at = piece.run.start.offset();
+            // Blocks of a file that was opened past the page cache can be shared as well.
+            if steps::share(&images[piece.image], image, at, bytes.len() as u64)? {
+                return Ok(&shared);
+            }
+            steps::write(image, bytes, at)?;
+            Ok(&copied)
+        };
+        let count = put().map_err(|error| ArchiveError::io("write", &path, error))?;
+        count.fetch_add(piece.run.len.into(), Ordering::Relaxed);
+        Ok(())
+    })?;
+    Ok(Merged { shared: shared.into_inner(), copied: copied.into_inner() })
+}
+
+/// Gives a checkpoint another map, and no base.
+fn replace(entry: &Entry, map: &MemoryMap) -> Result<(), ArchiveError> {
+    let dir = entry.dir();
+    let io = |what, name: &str| {
+        let path = entry.path().join(name);
+        move |error| ArchiveError::io(what, path, error)
+    };
+    let old = &entry.manifest().parts;
+    let file = next_map(&old.map.file);
+    let part = || {
+        let made = steps::create(dir, &file, false)?;
+        steps::write(&made, &map.encode(), 0)?;
+        steps::sync(&made)?;
+        let (bytes, xxh3) = sum_of(&steps::open(dir, &file, false)?)?;
+        Ok(Part { file: file.clone(), bytes, xxh3 })
+    };
+    let map_part = part().map_err(io("write", &file))?;
+    let manifest = Manifest {
+        base: None,
+        pages: map.counts(),
+        parts: Parts { map: map_part, state: old.state.clone() },
+        ..entry.manifest().clone()
+    };
+    let partial = format!("{MANIFEST}{NEW_SUFFIX}");
+    let write = || {
+        let made = steps::create(dir, &partial, false)?;
+        steps::write(&made, &manifest.encode(), 0)?;
+        steps::sync(&made)?;
+        // The new map's name is durable before the manifest that needs it.
+        steps::sync_dir(dir)?;
+        steps::replace(dir, &partial, MANIFEST)?;
+        // And this before the old map goes, and before anybody may remove the bases.
+        steps::sync_dir(dir)
+    };
+    write().map_err(io("replace", MANIFEST))?;
+    steps::remove_file(dir, &old.map.file).map_err(io("remove", &old.map.file))
+}
+
+/// A name that no map of this checkpoint has: `memory.map`, `memory.map.1`, …
+fn next_map(name: &str) -> String {
+    let number = name.strip_prefix(MAP).and_then(|rest| rest.strip_prefix('.'));
+    let number = number.and_then(|number| number.parse::<u32>().ok()).unwrap_or(0);
+    format!("{MAP}.{}", number.wrapping_add(1))
 }

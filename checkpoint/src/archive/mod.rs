@@ -26,6 +26,7 @@ mod keep;
 mod merge;
 mod names;
 mod pending;
+mod read;
 mod steps;
 mod verify;
 
@@ -35,7 +36,8 @@ pub use error::ArchiveError;
 pub use keep::Kept;
 pub use merge::Merged;
 pub use pending::{Made, Pending};
-pub use verify::{Damage, Progress, Verified};
+pub use read::Progress;
+pub use verify::{Damage, Verified};
 
 use crate::format::manifest::is_name;
 

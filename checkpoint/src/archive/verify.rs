@@ -1,19 +1,18 @@
-//! Reading all of a checkpoint.
-//!
-//! TODO
+//! Reading all that checkpoints need.
+
+use std::sync::Mutex;
+
 use swapd::PageNo;
+use swapd::units::bytes_of;
 
+use super::chain::Source;
 use super::error::ArchiveError;
+use super::read::{Piece, Progress, Watch, read_all};
 use super::{Archive, Entry};
+use crate::format::Manifest;
 
-/// How far something is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes done.
-    pub bytes_done: u64,
-    /// Bytes to do in all.
-    pub bytes_total: u64,
-}
+/// So many damaged pages are named.
+const NAMED_PAGES: usize = 16;
 
 /// Something that is not what was saved.
 #[derive(Debug)]
@@ -37,7 +36,7 @@ pub enum Damage {
 /// What was read.
 #[derive(Debug, Default)]
 pub struct Verified {
-    /// Checkpoints that were looked at, bases among them.
+    /// Checkpoints of which every page was read.
     pub checkpoints: usize,
     /// Pages that were read.
     pub pages: u64,
@@ -48,18 +47,92 @@ pub struct Verified {
 }
 
 impl Archive {
-    /// Reads all that these checkpoints need, each page of an image once, and compares it with its checksum.
+    /// Reads all that these checkpoints need, and compares it with its checksums. What one of them needs of another
+    /// one is read once. While a checkpoint is read, nobody removes it; one that has been removed by then is passed
+    /// over.
     ///
-    /// `progress` is told how far it is, from any thread, and says whether to go on.
+    /// `watch` is told how far it is, from any thread, and says whether to go on.
     ///
     /// # Errors
     /// If something cannot be opened, or it was told to stop. Damage is no error.
-    pub fn verify(
+    pub fn verify(&self, entries: &[Entry], watch: Watch<'_>) -> Result<Verified, ArchiveError> {
+        let is_given = |name: &str| entries.iter().any(|entry| entry.name() == name);
+        let pages_of = |entry: &Entry| {
+            let Manifest { pages, base, .. } = entry.manifest();
+            pages.here + if base.as_ref().is_some_and(|base| is_given(&base.name)) { 0 } else { pages.base }
+        };
+        let bytes_total = bytes_of(entries.iter().map(pages_of).sum());
+        let mut bytes_before = 0;
+        let mut verified = Verified::default();
+        for entry in entries {
+            let watch = |progress: Progress| {
+                watch(Progress { bytes_done: bytes_before + progress.bytes_done, bytes_total })
+            };
+            match self.verify_one(entry, &is_given, &watch, &mut verified) {
+                Ok(()) => {}
+                Err(ArchiveError::Removed { .. }) => {}
+                Err(error) if error.is_damage() || is_missing(&error) => {
+                    match self.find(Some(entry.name())) {
+                        Err(ArchiveError::NoCheckpoint { .. }) => {}
+                        _ => verified.file(entry, error),
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            bytes_before += bytes_of(pages_of(entry));
+        }
+        Ok(verified)
+    }
+
+    fn verify_one(
         &self,
-        entries: &[Entry],
-        progress: &(dyn Fn(Progress) -> bool + Sync),
-    ) -> Result<Verified, ArchiveError> {
-        let _ = (entries, progress);
-        unimplemented!()
+        entry: &Entry,
+        is_given: &dyn Fn(&str) -> bool,
+        watch: Watch<'_>,
+        verified: &mut Verified,
+    ) -> Result<(), ArchiveError> {
+        let chain = self.chain(entry)?;
+        let images = chain.images(true)?;
+        let layers = chain.layers()?;
+        let mut pieces: Vec<Piece<'_>> = Vec::new();
+        for piece in layers.pieces() {
+            if let Source::Layer(layer) = piece.source
+                && (layer == 0 || !is_given(chain.entries()[usize::from(layer)].name()))
+            {
+                pieces.extend(Piece { image: layer.into(), run: piece.run, sums: piece.sums }.parts());
+            }
+        }
+        let found = Mutex::new(Vec::new());
+        read_all(&images, &pieces, watch, &|piece, _, damaged| {
+            let mut found = found.lock().expect("nobody panics with it");
+            found.extend(damaged.iter().map(|page| (piece.image, *page)));
+            Ok(())
+        })?;
+        let mut found = found.into_inner().expect("nobody panics with it");
+        found.sort_unstable();
+        let named = verified.damage.iter().filter(|damage| matches!(damage, Damage::Page { .. })).count();
+        for (layer, page) in found.iter().take(NAMED_PAGES.saturating_sub(named)) {
+            let checkpoint = chain.entries()[*layer].name().to_owned();
+            verified.damage.push(Damage::Page { checkpoint, page: *page });
+        }
+        verified.checkpoints += 1;
+        verified.pages += pieces.iter().map(|piece| u64::from(piece.run.len)).sum::<u64>();
+        verified.damaged_pages += found.len() as u64;
+        // Last: pages that are damaged are to be told as well.
+        entry.state().map(drop)
+    }
+}
+
+impl Verified {
+    fn file(&mut self, entry: &Entry, error: ArchiveError) {
+        self.damage.push(Damage::File { checkpoint: entry.name().to_owned(), error });
+    }
+}
+
+fn is_missing(error: &ArchiveError) -> bool {
+    match error {
+        ArchiveError::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+        ArchiveError::Removed { .. } => true,
+        _ => false,
     }
 }

@@ -154,6 +154,18 @@ impl MemoryMap {
         counts
     }
 
+    /// The map of the same memory with the pages of the base in the same image.
+    #[must_use]
+    pub fn standing_alone(&self) -> MemoryMap {
+        let here = |start: &Start| match start.kind {
+            PageKind::Base => Start { kind: PageKind::Here, ..*start },
+            _ => *start,
+        };
+        let mut starts: Vec<Start> = self.starts.iter().map(here).collect();
+        starts.dedup_by_key(|start| start.kind);
+        MemoryMap { pages: self.pages, starts, sums: self.sums.clone(), heat: self.heat.clone() }
+    }
+
     fn piece_of(&self, page: PageNo) -> usize {
         assert!(page.0 < self.pages, "{page} of {} pages", self.pages);
         self.starts.partition_point(|start| u64::from(start.page) <= page.0) - 1

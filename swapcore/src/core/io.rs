@@ -63,6 +63,11 @@ impl Core {
             IoKind::Probe { more } => return self.probed(tier, run.start, slots.start, more, result),
             IoKind::Write(_) | IoKind::Drop => panic!("{io:?} is not a read"),
         };
+        if let (Landing::Home, Err(error)) = (landing, result)
+            && self.read_in_halves(run, slots, error)
+        {
+            return;
+        }
         if matches!(landing, Landing::Guest { marker: Some(_) })
             && !self.probation.admit(run, self.frames.budget())
         {
@@ -110,7 +115,7 @@ impl Core {
         arrived.clear();
         self.scratch.pages = arrived;
         if self.tiers.have_origin() {
-            self.read_at_origin(io, tier, last_good);
+            self.read_at_origin(io, tier, given, last_good);
             self.write(&homeward, Purpose::TakenHome);
         }
         if given > 0 {

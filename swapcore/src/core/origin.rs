@@ -26,10 +26,10 @@ use super::state::ios::{Landing, Purpose};
 use super::state::origin::{Fetch, Taking};
 use super::{Action, Core, IO_PAGES_MAX};
 use crate::api::Adopted;
-use crate::error::CommandError;
+use crate::error::{CommandError, IoError, IoErrorKind};
 use crate::stats::TierState;
 use crate::table::{Flag, PageState};
-use crate::units::{PageNo, Run, Slot, TierId};
+use crate::units::{PageNo, Run, Slot, SlotRun, TierId, runs_of};
 
 /// Pages fetched for one request, at most: 2 MiB. A fault that comes meanwhile waits behind their reads.
 const FETCH_MAX: u32 = 512;
@@ -90,9 +90,9 @@ impl Core {
         }
     }
 
-    /// A read has ended; of what it read, this page came right.
-    pub(super) fn read_at_origin(&mut self, io: IoId, tier: TierId, good: Option<PageNo>) {
-        self.origin.ended(io);
+    /// A read has ended; so many pages came right, this one among them.
+    pub(super) fn read_at_origin(&mut self, io: IoId, tier: TierId, given: u64, good: Option<PageNo>) {
+        self.origin.ended(io, given);
         self.origin.wake();
         if let Some(page) = good.filter(|_| tier == TierId::ORIGIN) {
             self.tiers.known_at_origin = Some((page, self.sums[page.index()]));
@@ -144,7 +144,7 @@ impl Core {
             if fetch.next < fetch.end || !fetch.ios.is_empty() {
                 return self.origin.fetches.push_front(fetch);
             }
-            let answer = Ok(Response::Count(fetch.begun));
+            let answer = Ok(Response::Count(fetch.came));
             self.actions.push_back(Action::Answer { ticket: fetch.ticket, answer });
         }
     }
@@ -351,8 +351,28 @@ impl Core {
         if self.waiters.any_deferred() || self.tiers.state(TierId::ORIGIN) != TierState::Working {
             return 0;
         }
-        let spare = self.frames.at_hand().saturating_sub(u64::from(self.frames.marks().low));
+        // As prefetch does: half of those that are always kept.
+        let spare = self.frames.at_hand().saturating_sub(u64::from(self.frames.marks().low / 2));
         u32::try_from(spare).unwrap_or(u32::MAX)
+    }
+
+    /// None of a run could be read for that, because of one bad page, it may be: each half is read by itself. Else that
+    /// page would keep all of them at the origin.
+    pub(super) fn read_in_halves(&mut self, run: Run, slots: SlotRun, error: IoError) -> bool {
+        let apart = run.len > 1
+            && matches!(error.kind, IoErrorKind::Broken(_))
+            && self.tiers.state(TierId::ORIGIN) == TierState::Working
+            && !mutant!(LeavesNeighboursOfBadPages);
+        if apart {
+            let first = slots.start;
+            let slot = |page: PageNo| first.plus((page.0 - run.start.0) as u32);
+            // Not those that have been given back meanwhile.
+            let mine: Vec<_> = run.pages().filter(|page| !self.frames.free_if_orphan(slot(*page))).collect();
+            for part in runs_of(mine, run.len.div_ceil(2)) {
+                self.start_read(part, SlotRun::new(slot(part.start), part.len), Landing::Home);
+            }
+        }
+        apart
     }
 
     /// It has been read for that. Says whether it is to be written: not, if its home takes nothing by now.

@@ -142,6 +142,8 @@ named! {
         GivenBack,
         /// Damage that nobody met until the end of the run.
         NeverNeeded,
+        /// The page whose write failed is at the origin still.
+        KeptAtOrigin,
         /// The page whose write failed keeps its frame.
         KeptInRam,
         /// The page whose write failed went back to the guest, which waited for it.
@@ -171,12 +173,15 @@ pub const OUTCOMES: &[(Fault, &[Outcome])] = {
         (Fault::Misdirected, &[ReadAgain, ReadLater, GivenUp, Poisoned, WrittenAnew, GivenBack, NeverNeeded]),
         (Fault::Overwritten, &[ReadAgain, ReadLater, GivenUp, Poisoned, WrittenAnew, GivenBack, NeverNeeded]),
         (Fault::Rot, &[ReadAgain, ReadLater, GivenUp, Poisoned, WrittenAnew, GivenBack, NeverNeeded]),
-        (Fault::WriteError, &[KeptInRam, Rescued, GivenBack, Resumed]),
-        (Fault::BadRegion, &[KeptInRam, Rescued, GivenBack, Resumed]),
-        (Fault::DiskFull, &[KeptInRam, Rescued, GivenBack, Resumed]),
+        (Fault::WriteError, &[KeptAtOrigin, KeptInRam, Rescued, GivenBack, Resumed]),
+        (Fault::BadRegion, &[KeptAtOrigin, KeptInRam, Rescued, GivenBack, Resumed]),
+        (Fault::DiskFull, &[KeptAtOrigin, KeptInRam, Rescued, GivenBack, Resumed]),
         (Fault::Silence, &[Served]),
         (Fault::HungDrop, &[Served]),
-        (Fault::Outage, &[ReadAgain, ReadLater, GivenUp, NotWanted, KeptInRam, Rescued, GivenBack, Resumed]),
+        (
+            Fault::Outage,
+            &[ReadAgain, ReadLater, GivenUp, NotWanted, KeptAtOrigin, KeptInRam, Rescued, GivenBack, Resumed],
+        ),
         (Fault::ShortTransfer, &[WentOn]),
         (Fault::TryAgain, &[WentOn]),
         (Fault::LatencySpike, &[Served]),

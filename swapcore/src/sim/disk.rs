@@ -143,6 +143,7 @@ impl Sim {
         let mut flights = self.disk.flights.iter().filter(same);
         let clash = flights.find(|flight| run.pages().any(|page| self.clashes(flight, page, write)));
         if let Some(clash) = clash {
+            self.trace.suspect.set(run.pages().find(|page| self.clashes(clash, *page, write)));
             panic!("two operations on the same page at once: {run:?} (write: {write}) and {clash:?}");
         }
         let transfer = Transfer { write, offset: run.start.offset(), address: 0, len: run.bytes(), done: 0 };
@@ -454,6 +455,7 @@ impl Sim {
         let Some(fault) = self.disk.failure.filter(|_| failed) else { return };
         for page in flight.run.pages() {
             let outcome = match self.core.table().state(page) {
+                PageState::Stored if self.core.table().has(page, Flag::Origin) => Outcome::KeptAtOrigin,
                 PageState::Leaving => Outcome::KeptInRam,
                 PageState::Arriving | PageState::Resident => Outcome::Rescued,
                 PageState::Untouched => Outcome::GivenBack,

@@ -158,7 +158,7 @@ impl Sim {
         // Drawn apart as well.
         let apart = &mut Random::new(seed.rotate_left(32));
         let tiers = if apart.one_in(4) { TIERS as u8 } else { 1 };
-        let has_origin = Random::new(seed.rotate_left(8)).one_in(2);
+        let has_origin = Random::new(seed.rotate_left(8)).one_in(3);
         let pages = if tiers > 1 { pages.max(600 + apart.below(600)) } else { pages };
         let most = if random.one_in(8) { pages } else { pages / 3 };
         // Huge pages stay whole as long as nobody interferes.

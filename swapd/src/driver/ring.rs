@@ -76,6 +76,8 @@ pub(super) struct Operation {
 #[derive(Debug)]
 struct Part {
     file: Fixed,
+    /// See [`Layer::blocks`](crate::origin::Layer::blocks).
+    blocks: bool,
     transfer: Transfer,
 }
 
@@ -199,7 +201,11 @@ impl Ring {
 
     fn part_in_store(&self, run: Run, address: usize, write: bool) -> Part {
         let offset = self.store.place_of(run.start);
-        Part { file: STORE, transfer: Transfer { write, offset, address, len: run.bytes(), done: 0 } }
+        Part {
+            file: STORE,
+            blocks: false,
+            transfer: Transfer { write, offset, address, len: run.bytes(), done: 0 },
+        }
     }
 
     fn start(&mut self, io: IoId, operation: Operation) {
@@ -226,7 +232,7 @@ impl Ring {
     /// Submits what is left of a part.
     fn submit(&mut self, io: IoId, nth: usize) {
         let operation = self.operations[io.0 as usize].as_mut().expect("it is under way");
-        let Part { file, transfer } = operation.part(nth);
+        let Part { file, blocks, transfer } = operation.part(nth);
         let Transfer { write, offset, address, len, done } = *transfer;
         let (at, rest, offset) = ((address + done) as *mut u8, (len - done) as u32, offset + done as u64);
         let entry = if write {
@@ -234,7 +240,8 @@ impl Ring {
         } else {
             opcode::Read::new(*file, at, rest).offset(offset).build()
         };
-        self.push(&entry.user_data((nth as u64) << PART_SHIFT | u64::from(io.0)));
+        let how = if *blocks { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        self.push(&entry.flags(how).user_data((nth as u64) << PART_SHIFT | u64::from(io.0)));
     }
 
     /// Submits what was pushed, without waiting.
@@ -315,7 +322,8 @@ fn parts_in_origin(origin: &Layers, run: Run, address: usize) -> (Part, Vec<Part
             let address = address + (part.start.0 - run.start.0) as usize * PAGE_SIZE;
             let transfer =
                 Transfer { write: false, offset: part.start.offset(), address, len: part.bytes(), done: 0 };
-            Part { file: Fixed(STORE.0 + 1 + layer as u32), transfer }
+            let file = Fixed(STORE.0 + 1 + layer as u32);
+            Part { file, blocks: origin.layer(layer).blocks, transfer }
         })
     };
     (next().expect("a read of no pages"), std::iter::from_fn(next).collect())

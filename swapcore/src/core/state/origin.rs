@@ -13,8 +13,9 @@ pub(crate) struct Fetch {
     /// Where the next look begins, and the last one ends.
     pub(crate) next: PageNo,
     pub(crate) end: PageNo,
-    /// Pages whose reading has begun.
+    /// Pages whose reading has begun, and those of them that have come.
     pub(crate) begun: u64,
+    pub(crate) came: u64,
     /// The reads that are under way.
     pub(crate) ios: Vec<IoId>,
 }
@@ -65,7 +66,7 @@ impl Origin {
 
     pub(crate) fn fetch(&mut self, ticket: Ticket, run: Run) {
         let (next, end) = (run.start, run.end());
-        self.fetches.push_back(Fetch { ticket, next, end, begun: 0, ios: Vec::new() });
+        self.fetches.push_back(Fetch { ticket, next, end, begun: 0, came: 0, ios: Vec::new() });
         self.wake();
     }
 
@@ -74,8 +75,13 @@ impl Origin {
         self.wake();
     }
 
-    /// A read has ended.
-    pub(crate) fn ended(&mut self, io: IoId) {
-        self.fetches.iter_mut().for_each(|fetch| fetch.ios.retain(|other| *other != io));
+    /// A read has ended that has brought so many pages.
+    pub(crate) fn ended(&mut self, io: IoId, pages: u64) {
+        for fetch in &mut self.fetches {
+            if let Some(nth) = fetch.ios.iter().position(|other| *other == io) {
+                fetch.ios.swap_remove(nth);
+                fetch.came += pages;
+            }
+        }
     }
 }
