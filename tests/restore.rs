@@ -356,7 +356,9 @@ fn a_checkpoint_in_use_is_not_removed_and_one_that_is_needed_no_more_is() {
     saved.host.wait_rounds("web", 1);
     saved.stop("web", vm);
     let vm = saved.restore(&["--ram", "64M"]);
-    saved.host.wait_stat("web", "its memory", |stat| stat["origin_bytes"] == 0 && stat["restore"]["phase"] == "done");
+    saved.host.wait_stat("web", "its memory", |stat| {
+        stat["origin_bytes"] == 0 && stat["restore"]["phase"] == "done"
+    });
     let said = saved.host.vmemd(&remove);
     assert_eq!(said.code, 0, "{said:?}");
     saved.host.wait_rounds("web", 2);
@@ -415,7 +417,9 @@ fn how_long_it_takes_until_the_working_set_has_been_rewritten() {
             let before = saved.host.wait_state("web", "running")["guest"]["verified_pages"].clone();
             let pages = 512 * MIB / 4096;
             let goal = before.as_u64().expect("a number") + pages;
-            saved.host.wait_stat("web", "a round", |stat| stat["guest"]["verified_pages"].as_u64() >= Some(goal));
+            saved
+                .host
+                .wait_stat("web", "a round", |stat| stat["guest"]["verified_pages"].as_u64() >= Some(goal));
             (began.elapsed().as_micros() as u64, vm)
         };
         println!("{workload}");

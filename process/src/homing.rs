@@ -124,7 +124,17 @@ impl Homing {
         hold: Hold,
         options: RestoreOptions,
     ) -> Homing {
-        Homing { vm, engine, image, hold, options, recording: None, looked_at_host: None, fetched_pages: 0, stuck: 0 }
+        Homing {
+            vm,
+            engine,
+            image,
+            hold,
+            options,
+            recording: None,
+            looked_at_host: None,
+            fetched_pages: 0,
+            stuck: 0,
+        }
     }
 
     /// Brings all of it, before the guest runs: what is known to be needed first, then the rest, into RAM as long as
@@ -285,7 +295,9 @@ impl Homing {
                 // In motion at this moment; or damaged, which is found out when somebody touches them.
                 self.stuck += 1;
                 if self.stuck == STUCK {
-                    let why = format!("{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched");
+                    let why = format!(
+                        "{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched"
+                    );
                     warn!(vm = %self.vm.facts.name, "{why}");
                     note(&self.vm, RestorePhase::TakingHome, Some(why));
                 }
@@ -317,8 +329,9 @@ impl Homing {
     }
 
     fn comes_first(&mut self) -> Option<String> {
-        let (here, saved) =
-            self.vm.locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
+        let (here, saved) = self
+            .vm
+            .locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
         if !here {
             return Some("the VM is on its way to another host".to_owned());
         }

@@ -134,6 +134,9 @@ fn show(args: &NamedArgs) -> Result<(), Failure> {
             rounded(bytes_of(pages.zero))
         ),
     );
+    if !manifest.vm.without_disks.is_empty() {
+        line("without", format!("the content of its disks: {}", manifest.vm.without_disks.join(", ")));
+    }
     line("state", rounded(manifest.parts.state.bytes));
     line("on the disk", row.disk_bytes.map_or("?".to_owned(), rounded));
     let save = manifest.save;

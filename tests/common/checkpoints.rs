@@ -100,7 +100,12 @@ fn touched(memory: &[u8]) -> Vec<PageNo> {
     file.read_exact_at(&mut entries, first * ENTRY as u64).expect("an entry a page");
     // The highest bits: in memory, or swapped.
     let is_there = |entry: &[u8]| entry[ENTRY - 1] & 0xc0 != 0;
-    (0..).map(PageNo).zip(entries.chunks(ENTRY)).filter(|(_, entry)| is_there(entry)).map(|(page, _)| page).collect()
+    (0..)
+        .map(PageNo)
+        .zip(entries.chunks(ENTRY))
+        .filter(|(_, entry)| is_there(entry))
+        .map(|(page, _)| page)
+        .collect()
 }
 
 /// Has a page that reads as zeros be one that was lost, in a checkpoint that is whole.
@@ -127,7 +132,8 @@ pub(crate) fn lose(dir: &Path, map: &MemoryMap, page: u64) {
 pub(crate) fn make_on(base: &Path, checkpoint: &str) -> PathBuf {
     let dir = base.parent().expect("an archive").join(checkpoint);
     fs::create_dir_all(&dir).expect("a directory");
-    let mut manifest = Manifest::decode(&fs::read(base.join("manifest")).expect("a manifest")).expect("a manifest");
+    let mut manifest =
+        Manifest::decode(&fs::read(base.join("manifest")).expect("a manifest")).expect("a manifest");
     let base_map = MemoryMap::decode(&fs::read(base.join("memory.map")).expect("a map")).expect("a map");
     let below = File::options().read(true).write(true).open(base.join("memory.img")).expect("an image");
     let image = File::create(dir.join("memory.img")).expect("an image");
