@@ -32,6 +32,12 @@ fn qemu_img(arguments: &[&str]) -> String {
     String::from_utf8_lossy(&ran.stdout).into_owned()
 }
 
+/// A disk's file has no error but clusters that nobody uses: a QEMU that is killed leaves some (qemu-img's exit code 3).
+fn is_whole(disk: &str) {
+    let ran = Command::new("qemu-img").args(["check", "-q", disk]).output().expect("qemu-img runs");
+    assert!(matches!(ran.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&ran.stderr));
+}
+
 /// A VM with a disk that it writes to, on a host with an archive.
 struct Saved {
     host: Host,
@@ -135,7 +141,7 @@ fn a_killed_vm_comes_back_with_the_disk_of_that_moment() {
             running.end();
         }
         assert!(qemu_img(&["snapshot", "-l", &saved.disk]).contains(&snapshot));
-        qemu_img(&["check", "-q", &saved.disk]);
+        is_whole(&saved.disk);
         saved.host.assert_clean();
     }
 }
@@ -165,11 +171,12 @@ fn a_second_life_beside_the_first_has_disks_of_its_own() {
         goes_on(|| saved.guest.lines(), 2);
         let copy = PathBuf::from(&copies).join("db2-data.qcow2").display().to_string();
         assert!(!qemu_img(&["snapshot", "-U", "-l", &copy]).contains("vmemd-"));
-        saved.refused(&["--as", "db3", "--disk-copies", &copies, "--qemu-rules", &rules], 3, &["console"]);
+        let taken = ["--as", "db2", "--disk-copies", &copies, "--qemu-rules", &rules];
+        saved.refused(&taken, 4, &["db2"]);
         saved.stop("db2");
         saved.stop("db");
-        qemu_img(&["check", "-q", &copy]);
-        qemu_img(&["check", "-q", &saved.disk]);
+        is_whole(&copy);
+        is_whole(&saved.disk);
     }
 }
 
