@@ -42,6 +42,8 @@ pub struct RestoreSettings {
     pub prealloc: bool,
     pub lock: bool,
     pub options: RestoreOptions,
+    /// One line of JSON is to say when it runs.
+    pub json: bool,
     /// Of a QEMU VM: a binary and its arguments, in the place of what the checkpoint says.
     pub qemu: Vec<OsString>,
     /// Of a QEMU VM: this host's names.

@@ -53,8 +53,7 @@ impl Saved {
         qemu_img(&["create", "-q", "-f", format, &disk, "64M"]);
         let mut command =
             host.command(&["run", "--name", "db", "--ram", "128M", "--store", &host.store(), "--"]);
-        command.arg(&qemu.binary).args(Machine::new("192M").run(JOBS).args());
-        command.args(["-drive", &format!("file={disk},format={format},if=virtio,id=data")]);
+        command.arg(&qemu.binary).args(line(&disk, format));
         let guest = Guest::start(command);
         guest.wait_for("step n=3", BOOT);
         guest.wait_for("checker memory round=1 ", BOOT);
@@ -86,6 +85,12 @@ impl Saved {
         let said = self.host.vmemd(&["stop", name]);
         assert_eq!(said.code, 0, "{said:?}");
     }
+}
+
+/// QEMU's arguments, without the console.
+fn line(disk: &str, format: &str) -> Vec<String> {
+    let drive = ["-drive".to_owned(), format!("file={disk},format={format},if=virtio,id=data")];
+    Machine::new("192M").run(JOBS).args().into_iter().chain(drive).collect()
 }
 
 /// The numbers that were written, in the order in which they were told.
@@ -202,9 +207,9 @@ fn a_disk_that_keeps_no_version_is_left_out_only_by_its_users_will() {
 }
 
 #[test]
-fn a_command_line_that_makes_another_machine_is_refused() {
+fn a_command_line_is_taken_if_it_makes_the_same_machine() {
     let qemu = qemus().remove(0);
-    let saved = Saved::start("qemu-other", &qemu, "qcow2");
+    let mut saved = Saved::start("qemu-other", &qemu, "qcow2");
     saved.checkpoint();
     kill(saved.guest.pid());
     let binary = qemu.binary.display().to_string();
@@ -219,4 +224,12 @@ fn a_command_line_that_makes_another_machine_is_refused() {
     // The disk is missing: told before anything is loaded, and before it is put back.
     std::fs::rename(&saved.disk, format!("{}.away", saved.disk)).expect("a disk");
     saved.refused(&["--disks-back"], 3, &["disk.qcow2 is missing here"]);
+    std::fs::rename(format!("{}.away", saved.disk), &saved.disk).expect("a disk");
+    saved.refused(&["--disks-back", "--json"], 2, &["vmemd stat --json"]);
+    let line = [other(&[]), line(&saved.disk, "qcow2"), saved.guest.console().args().to_vec()].concat();
+    let mut running = saved.restore(&line.iter().map(String::as_str).collect::<Vec<_>>());
+    saved.host.wait_state("db", "running");
+    goes_on(|| saved.guest.lines(), 3);
+    saved.stop("db");
+    running.end();
 }

@@ -106,6 +106,7 @@ pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<Re
             rate: args.rate.map(Size::bytes),
             keep_origin: args.keep_origin,
         },
+        json: args.json.json,
         qemu: args.qemu,
         rules: args.disks.qemu_rules.as_deref().map(Rules::read).transpose()?.unwrap_or_default(),
         disks: match args.disks.disk_copies {

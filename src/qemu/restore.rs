@@ -42,6 +42,10 @@ pub fn restore(
     name: &str,
 ) -> Result<std::convert::Infallible, Failure> {
     let vm = &entry.manifest().vm;
+    if settings.json {
+        let text = "--json: the process becomes QEMU, which prints its own words only: `vmemd stat --json` tells when the VM runs";
+        return Err(Failure::new(FailureKind::Usage, text));
+    }
     let dir = RunDir::open(&settings.run_dir)?;
     if let Ok(socket) = dir.find(name) {
         return Err(name_taken(&socket));
