@@ -237,10 +237,8 @@ fn a_disk_that_is_full_in_the_middle_leaves_the_vm_as_it_was() {
     fill(&here);
     let mut witness = Witness::of(&here, 100..2000);
     let error = saved(&here, &mut witness, files(Path::new(&small.store())), None).unwrap_err();
-    assert!(
-        matches!(&error, SaveError::Write { what: "image", source } if source.kind() == std::io::ErrorKind::StorageFull),
-        "{error:?}"
-    );
+    let SaveError::Write { what: "image", source } = &error else { panic!("{error:?}") };
+    assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
     witness.vm.assert_runs_here();
     drop(witness);
     assert_left_alone(&here);

@@ -65,7 +65,8 @@ pub enum OriginError {
     Writable { layer: usize },
     /// Direct I/O there takes larger blocks than pages.
     #[error(
-        "layer {layer} of the origin can be read directly only in blocks of {block_bytes} bytes; open it without O_DIRECT"
+        "layer {layer} of the origin can be read directly only in blocks of {block_bytes} bytes; open it without \
+         O_DIRECT"
     )]
     Blocks { layer: usize, block_bytes: u32 },
     /// The file ends before the last page that it is said to have.

@@ -1,5 +1,5 @@
-//! An engine whose pages are at an origin, on the real kernel: each comes when it is touched, goes home only when it has
-//! changed, and the image stays as it was.
+//! An engine whose pages are at an origin, on the real kernel: each comes when it is touched and goes home only when it
+//! has changed, and the image stays as it was.
 
 #[macro_use]
 extern crate testkit;

@@ -1,5 +1,5 @@
-//! Checkpoints of a reference guest, made by hand: its memory and its state, in the files that `docs/checkpoint-format.md`
-//! describes. For tests of what is made of them.
+//! Checkpoints of a reference guest, made by hand: its memory and its state, in the files of
+//! `docs/checkpoint-format.md`. For tests of what is made of them.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use checkpoint::archive::Archive;
 use checkpoint::format::{
-    CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts,
+    BaseRef, CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts,
     manifest::Sum,
 };
 use memmap2::MmapOptions;

@@ -29,8 +29,9 @@ const DATA_DROP: u64 = 1 << 32;
 const PART_SHIFT: u32 = 40;
 /// The store's place among the registered files. The origin's layers come behind it.
 const STORE: Fixed = Fixed(0);
-/// Threads of the kernel's that may wait for files of this VM at a time. By default it has four a processor: reads of an
-/// origin that answers nothing would take them all, and the store's reads and writes would wait for the origin.
+/// Threads of the kernel's that may wait for files of this VM at a time. Who begins a read cannot always be spared the
+/// wait, as where the file system has to read first where the content is. By default such reads have four threads a
+/// processor: those of an origin that does not answer would take all of them, and the store's would wait with them.
 const WORKERS: u32 = 512;
 
 // No part is taken for one of the watched descriptors.
@@ -145,7 +146,7 @@ impl Ring {
         if origin.is_some() {
             ring.submitter()
                 .register_iowq_max_workers(&mut [WORKERS, 0])
-                .map_err(|source| HostError::RingStore { source })?;
+                .map_err(|source| HostError::Ring { source })?;
         }
         let mut ring = Ring { ring, store, origin, faults, commands, operations: Vec::new(), in_flight: 0 };
         ring.watch(faults, DATA_FAULTS);
