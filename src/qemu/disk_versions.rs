@@ -109,9 +109,12 @@ pub(super) fn plan(
 
 /// The name of a disk's copy, which no file has yet.
 fn copy_of(disk: &Disk, name: &str, dir: &Path) -> Result<String, Failure> {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' };
-    let disk_name: String = disk.name.trim_start_matches('/').chars().map(plain).collect();
-    let path = dir.join(format!("{name}-{disk_name}.{}", disk.format));
+    // No name leads out of the directory.
+    let plain = |name: &str| -> String {
+        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        name.trim_start_matches('/').chars().map(|c| if fits(c) { c } else { '-' }).collect()
+    };
+    let path = dir.join(format!("{name}-{}.{}", plain(&disk.name), plain(&disk.format)));
     let Some(text) = path.to_str() else {
         return Err(Failure::new(FailureKind::Usage, format!("{} is not UTF-8: rename it", path.display())));
     };
