@@ -18,7 +18,7 @@ use crate::daemon::serve::ServeSettings;
 use crate::qemu::disk_versions::DisksWanted;
 use crate::qemu::rules::Rules;
 use crate::qemu::run::QemuSettings;
-use crate::restore::RestoreSettings;
+use crate::restore_settings::RestoreSettings;
 use crate::run::RunSettings;
 
 pub(super) fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure> {

@@ -11,7 +11,7 @@ use checkpoint::format::{Disk, DiskVersion};
 use tracing::info;
 use vmprocess::failure::{Failure, FailureKind};
 
-use super::restore::tool;
+use super::binary;
 
 /// Which disks a restored VM is to have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -162,6 +162,16 @@ pub(super) fn make(work: &[Work], binary: &Path, path: &OsStr) -> Result<(), Fai
         }
     }
     Ok(())
+}
+
+/// As `qemu-img` and QEMU are installed together.
+fn tool(name: &str, qemu: &Path, path: &OsStr) -> Result<PathBuf, Failure> {
+    let beside = qemu.parent().map(|dir| dir.join(name)).filter(|tool| crate::program::is_program(tool));
+    beside.map_or_else(|| binary::find(name, path), Ok).map_err(|failure| {
+        let text =
+            format!("{name} is needed for the checkpoint's disks (Debian: qemu-utils): {}", failure.text);
+        Failure::new(FailureKind::Host, text)
+    })
 }
 
 fn run(program: &Path, arguments: &[&str]) -> Result<(), Failure> {

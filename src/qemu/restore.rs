@@ -30,7 +30,7 @@ use super::resources::ThisHost;
 use super::rules::Rules;
 use super::twice;
 use super::{binary, resources};
-use crate::restore::RestoreSettings;
+use crate::restore_settings::RestoreSettings;
 
 /// Becomes the QEMU of a VM that begins from the checkpoint.
 ///
@@ -177,14 +177,4 @@ fn here(vm: &VmFacts, rules: &Rules) -> Vec<checkpoint::format::Disk> {
         }
     }
     disks
-}
-
-/// As `qemu-img` and QEMU are installed together.
-pub(super) fn tool(name: &str, binary: &Path, path: &std::ffi::OsStr) -> Result<PathBuf, Failure> {
-    let beside = binary.parent().map(|dir| dir.join(name)).filter(|tool| crate::program::is_program(tool));
-    beside.map_or_else(|| binary::find(name, path), Ok).map_err(|failure| {
-        let text =
-            format!("{name} is needed for the checkpoint's disks (Debian: qemu-utils): {}", failure.text);
-        Failure::new(FailureKind::Host, text)
-    })
 }
