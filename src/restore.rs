@@ -11,7 +11,7 @@ use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{RunDir, check_name};
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
-use vmprocess::{Facts, Memory, MemorySpec, Owner, Process, Restoration, RestoreOptions, Restored, host};
+use vmprocess::{Facts, Memory, MemorySpec, Owner, Process, Restoration, Restored, host};
 
 use crate::qemu;
 use crate::qemu::budget::check_ram;
