@@ -1,7 +1,7 @@
 //! Checkpoints of QEMU VMs with disks: memory and disks come back as they were at one moment.
 //!
-//! The guest writes a number to its disk, past its page cache, and keeps it in memory; before it writes the next one, it
-//! compares both. So a disk of another moment is seen at its next step.
+//! The guest writes a number to its disk, past its page cache, and keeps it in memory; before it writes the next one,
+//! it compares both. So a disk of another moment is seen at its next step.
 
 #[macro_use]
 extern crate testkit;
@@ -32,7 +32,7 @@ fn qemu_img(arguments: &[&str]) -> String {
     String::from_utf8_lossy(&ran.stdout).into_owned()
 }
 
-/// A disk's file has no error but clusters that nobody uses: a QEMU that is killed leaves some (qemu-img's exit code 3).
+/// A disk's file has no error but clusters that nobody uses: a QEMU that is killed leaves some (exit code 3).
 fn is_whole(disk: &str) {
     let ran = Command::new("qemu-img").args(["check", "-q", disk]).output().expect("qemu-img runs");
     assert!(matches!(ran.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&ran.stderr));
