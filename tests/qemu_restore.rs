@@ -217,17 +217,17 @@ fn a_command_line_is_taken_if_it_makes_the_same_machine() {
         let words = [&["--disks-back", "--", binary.as_str()], line].concat();
         words.into_iter().map(str::to_owned).collect()
     };
-    let line = other(&["-machine", "pc", "-accel", "tcg", "-m", "128M", "-smp", "2"]);
+    let wrong = other(&["-machine", "pc", "-accel", "tcg", "-m", "128M", "-smp", "2"]);
     let words =
         ["-m is 128M, and was 192M", "-smp is 2, and was 1", "the machine is pc-i440fx", "-accel is tcg"];
-    saved.refused(&line.iter().map(String::as_str).collect::<Vec<_>>(), 2, &words);
+    saved.refused(&wrong.iter().map(String::as_str).collect::<Vec<_>>(), 2, &words);
     // The disk is missing: told before anything is loaded, and before it is put back.
     std::fs::rename(&saved.disk, format!("{}.away", saved.disk)).expect("a disk");
     saved.refused(&["--disks-back"], 3, &["disk.qcow2 is missing here"]);
     std::fs::rename(format!("{}.away", saved.disk), &saved.disk).expect("a disk");
     saved.refused(&["--disks-back", "--json"], 2, &["vmemd stat --json"]);
-    let line = [other(&[]), line(&saved.disk, "qcow2"), saved.guest.console().args().to_vec()].concat();
-    let mut running = saved.restore(&line.iter().map(String::as_str).collect::<Vec<_>>());
+    let same = [other(&[]), line(&saved.disk, "qcow2"), saved.guest.console().args().to_vec()].concat();
+    let mut running = saved.restore(&same.iter().map(String::as_str).collect::<Vec<_>>());
     saved.host.wait_state("db", "running");
     goes_on(|| saved.guest.lines(), 3);
     saved.stop("db");

@@ -7,8 +7,6 @@
 //! ```
 //! All of that is told before anything is changed; then disks are made, and this process becomes QEMU.
 
-use std::path::{Path, PathBuf};
-
 use checkpoint::archive::Entry;
 use checkpoint::format::VmFacts;
 use tracing::{info, warn};
