@@ -259,6 +259,7 @@ fn known_options() -> BTreeSet<String> {
     let mut known = options(&help(&[]));
     for command in [
         &["run"][..],
+        &["restore"],
         &["qemu-args"],
         &["serve"],
         &["migrate"],
