@@ -62,7 +62,7 @@ thread_local! {
     static CURRENT: RefCell<Option<Arc<Mutex<Crash>>>> = const { RefCell::new(None) };
 }
 
-pub(crate) fn current() -> Option<Arc<Mutex<Crash>>> {
+pub(super) fn current() -> Option<Arc<Mutex<Crash>>> {
     CURRENT.with_borrow(Clone::clone)
 }
 
@@ -71,7 +71,7 @@ pub(crate) fn join(crash: Option<Arc<Mutex<Crash>>>) {
     CURRENT.set(crash);
 }
 
-pub(crate) fn is_simulated() -> bool {
+pub(super) fn is_simulated() -> bool {
     current().is_some()
 }
 
@@ -99,7 +99,7 @@ fn crashed() -> io::Error {
     io::Error::other("the test has crashed here")
 }
 
-pub(crate) fn before(step: Step<'_>) -> io::Result<()> {
+pub(super) fn before(step: Step<'_>) -> io::Result<()> {
     let Some(crash) = current() else { return Ok(()) };
     let mut crash = crash.lock().unwrap();
     if crash.happened {
@@ -124,7 +124,7 @@ pub(crate) fn before(step: Step<'_>) -> io::Result<()> {
     Ok(())
 }
 
-pub(crate) fn after(step: Step<'_>) {
+pub(super) fn after(step: Step<'_>) {
     let Some(crash) = current() else { return };
     let mut crash = crash.lock().unwrap();
     if crash.happened {

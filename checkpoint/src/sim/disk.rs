@@ -14,8 +14,9 @@ use swapd::PAGE_SIZE;
 
 use super::coverage::{Cause, count};
 
-/// What a part of a write takes, at most.
-const DEVICE: Duration = Duration::from_millis(8);
+/// What a part of a write takes at most, by the disk.
+pub(crate) const SPEEDS: [Duration; 3] =
+    [Duration::from_millis(8), Duration::from_millis(80), Duration::from_millis(500)];
 /// The same for what only the page cache takes.
 const CACHE: Duration = Duration::from_millis(1);
 
@@ -44,6 +45,7 @@ struct Disk {
     /// Writes of images that have begun and not ended.
     under_way: u32,
     makes_holes: bool,
+    step: Duration,
 }
 
 thread_local!(static DISK: RefCell<Disk> = RefCell::default());
@@ -52,8 +54,8 @@ fn with<T>(act: impl FnOnce(&mut Disk) -> T) -> T {
     DISK.with(|disk| act(&mut disk.borrow_mut()))
 }
 
-pub(crate) fn begin(makes_holes: bool) {
-    with(|disk| *disk = Disk { makes_holes, ..Disk::default() });
+pub(crate) fn begin(makes_holes: bool, step: Duration) {
+    with(|disk| *disk = Disk { makes_holes, step, ..Disk::default() });
 }
 
 pub(crate) fn fail(skip: u32, times: u32, error: Error) {
@@ -245,7 +247,8 @@ impl RingFile {
                 count(Cause::DiskHangs);
                 sleep(hang).await;
             }
-            sleep(world().delay(DEVICE)).await;
+            let step = with(|disk| disk.step);
+            sleep(world().delay(step)).await;
             let left = pages.len() - written;
             let some = if world().random.one_in(3) {
                 count(Cause::WriteIsShort);

@@ -12,7 +12,7 @@ use super::coverage::{Cause, count};
 use super::disk::{self, Error};
 
 /// A session without a limit and without trouble takes about so long.
-const SESSION: Duration = Duration::from_secs(3);
+const SESSION: Duration = Duration::from_secs(2);
 /// Longer than a VM is kept standing still for it.
 const HANG_MAX_S: u64 = 100;
 const ENGINE_AWAY: Duration = Duration::from_secs(5);

@@ -78,12 +78,15 @@ fn each_image_is_what_the_guest_had_at_the_pause() {
     }
     let seeds = number("VMEMD_SIM_SEEDS").unwrap_or(SEEDS);
     let mut coverage = Coverage::default();
+    let mut failed = Vec::new();
     for seed in 0..seeds {
         if let Err(error) = quietly(|| run(seed)) {
-            panic!("seed {seed} failed; replay it with VMEMD_SIM_SEED={seed}\n{error}");
+            println!("seed {seed} failed; replay it with VMEMD_SIM_SEED={seed}\n{error}");
+            failed.push(seed);
         }
         coverage.add(coverage::take());
     }
+    assert_eq!(failed, [0; 0], "these seeds have failed");
     println!("{seeds} seeds:");
     coverage.print();
     if seeds >= ENOUGH {
@@ -94,7 +97,8 @@ fn each_image_is_what_the_guest_had_at_the_pause() {
 #[test]
 fn the_same_seed_gives_the_same_run() {
     for seed in 0..TWICE {
-        assert_eq!(run(seed), run(seed), "seed {seed}");
+        let [first, second] = [(); 2].map(|()| quietly(|| run(seed)).expect("it is a good one"));
+        assert_eq!(first, second, "seed {seed}");
     }
 }
 

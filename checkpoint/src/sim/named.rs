@@ -31,7 +31,7 @@ pub(crate) fn check(seed: u64, done: &[Done]) {
     let second = done.iter().position(|done| done.base == Some(first));
     let mut has = Vec::new();
     for nth in [Some(first), second].into_iter().flatten() {
-        let kind = random.pick(&[Kind::Killed, Kind::NoPower(0), Kind::NoPower(500), Kind::NoPower(1000)]);
+        let kind = random.pick(&[Kind::Killed, Kind::NoPower, Kind::Torn(seed)]);
         // The last one may meet with a crash.
         let step = if nth == first && second.is_some() { u64::MAX } else { random.below(STEPS) };
         let (made, crashed) = crash::at(place.path(), step, kind, || make(&path, done, nth));

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use migrate::sim::engine::content;
 use swapd::PageNo;
 use swapd::digest::page_sum;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::coverage::{Cause, count};
 use super::disk::{self, Page};
@@ -86,8 +87,8 @@ pub(crate) fn check(all: &[Done], nth: usize) {
 /// A short account of all files.
 pub(crate) fn digest(all: &[Done]) -> Vec<u64> {
     let files = all.iter().map(|done| {
-        let pages = done.image.pages().into_iter().map(|(page, bytes)| page_sum(PageNo(page), &*bytes));
-        let parts = pages.chain([page_sum(PageNo(0), &done.map_bytes), page_sum(PageNo(1), &done.state)]);
+        let pages = done.image.pages().into_iter().map(|(page, bytes)| page ^ xxh3_64(&*bytes));
+        let parts = pages.chain([xxh3_64(&done.map_bytes), xxh3_64(&done.state)]);
         parts.fold(0, |all: u64, part| all.rotate_left(5) ^ part)
     });
     files.collect()

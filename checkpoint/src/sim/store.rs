@@ -7,7 +7,7 @@ use std::time::Duration;
 use migrate::sim::engine::EngineHandle;
 use migrate::sim::runtime::pause;
 use migrate::sim::world::world;
-use swapd::{CloneError, Cloned, PAGE_SIZE, Run, TierId};
+use swapd::{CloneError, Cloned, Run, TierId};
 
 use super::coverage::{Cause, count};
 use super::disk::{self, File};
@@ -61,15 +61,12 @@ impl StoredReader {
                 count(Cause::CloneFails);
                 return fails(libc::EIO);
             }
-            match (self.0.stored(page), way) {
-                (Some(bytes), _) => file.put(page.0, &bytes),
-                (None, Way::Copies) => {
-                    count(Cause::CloneFails);
-                    return fails(libc::EIO);
-                }
-                // Blocks that cannot be read can be shared.
-                (None, _) => file.put(page.0, &[0xEE; PAGE_SIZE]),
+            let (bytes, can_be_read) = self.0.stored(page);
+            if way == Way::Copies && !can_be_read {
+                count(Cause::CloneFails);
+                return fails(libc::EIO);
             }
+            file.put(page.0, &bytes);
             if way == Way::Copies {
                 count(Cause::PageIsCopied);
                 cloned.copied += 1;

@@ -60,7 +60,7 @@ pub(crate) fn run(seed: u64) -> Result<(Vec<Done>, String), String> {
         let world = world();
         let process = world.process("the VM");
         let pages = 512 * (2 + world.random.below(2));
-        disk::begin(!world.random.one_in(8));
+        disk::begin(!world.random.one_in(8), world.random.pick(&disk::SPEEDS));
         store::set_way(world.random.pick(&WAYS));
         let machine = Machine::new(Guest::new(process, pages));
         world.spawn(process, move || living.live(machine));

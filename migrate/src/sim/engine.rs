@@ -264,19 +264,19 @@ impl EngineHandle {
         self.0.borrow_mut().store_away = reads;
     }
 
-    /// What the store has of the page, for whoever shares its blocks: they are not looked at. None: it does not give
-    /// them. The page must be held.
-    pub fn stored(&self, page: PageNo) -> Option<[u8; PAGE_SIZE]> {
+    /// What the store's blocks have of the page, and whether they can be read just now: whoever shares them does not
+    /// look. The page must be held.
+    pub fn stored(&self, page: PageNo) -> ([u8; PAGE_SIZE], bool) {
         let state = self.0.borrow();
         assert!(state.held[page.index()], "{page} is taken from the store and not held");
         let mut bytes = content(page, state.store.get(&page).copied().unwrap_or_default());
-        match state.bad.get(&page) {
+        let bad = state.bad.get(&page);
+        match bad {
             Some(Bad::Rotten) => bytes[0] ^= 0x10,
-            Some(_) => return None,
-            None if state.store_away > 0 => return None,
-            None => {}
+            Some(Bad::Unreadable) => bytes.fill(0xEE),
+            Some(Bad::Once) | None => {}
         }
-        Some(bytes)
+        (bytes, state.store_away == 0 && matches!(bad, None | Some(Bad::Rotten)))
     }
 
     pub fn is_zero(&self, page: PageNo) -> bool {
