@@ -259,9 +259,9 @@ impl<'a> Stopped<'a> {
             (rounds.heat(), rounds.memory_bytes(), rounds.round, rounds.sink.counts());
         let plain = rounds.sink.file();
         let sink = runtime.block_on(rounds.close());
-        let plain =
-            plain.map_err(|source| SaveError::Host { what: "opening the image once more", source })?;
         let finished = sink.pages(|pages| {
+            let plain =
+                plain.map_err(|source| SaveError::Host { what: "opening the image once more", source })?;
             if !planted!(LeavesOldContent) {
                 punch(&plain, &pages.holes())?;
             }
@@ -276,8 +276,11 @@ impl<'a> Stopped<'a> {
         let finished = match finished {
             Ok(finished) => finished,
             Err(error) => {
-                if options.stop {
-                    vm.resume()?;
+                if options.stop
+                    && let Err(not_resumed) = vm.resume()
+                {
+                    tracing::warn!(%error, "the checkpoint failed");
+                    return Err(migrate::VmError::NotResumed(Box::new(not_resumed)).into());
                 }
                 return Err(error);
             }

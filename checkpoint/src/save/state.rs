@@ -42,7 +42,7 @@ pub(super) fn save(
 
 impl StateFile<'_> {
     fn ship(&mut self) -> Result<(), SaveError> {
-        if self.cancel.load(Ordering::Relaxed) {
+        if self.cancel.load(Ordering::Relaxed) && !planted!(IgnoresCancel) {
             return Err(SaveError::Cancelled);
         }
         if Instant::now() >= self.until.0 && !planted!(WaitsForever) {

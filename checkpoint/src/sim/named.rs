@@ -18,7 +18,7 @@ use crate::archive::{Archive, ArchiveError, Entry, Made, Source};
 use crate::format::{Machine, Save, VmFacts};
 
 /// Some more than an operation has.
-const STEPS: u64 = 16;
+const STEPS: u64 = 40;
 
 /// # Panics
 /// If the archive has a checkpoint that is not whole, or has lost one that it had.
