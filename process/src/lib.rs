@@ -57,8 +57,8 @@ mod restore;
 mod source_vm;
 mod vm;
 
-pub use arrive::{Arrival, ArriveSettings};
 pub use ::checkpoint::format::{Disk, DiskVersion};
+pub use arrive::{Arrival, ArriveSettings};
 pub use facts::Facts;
 pub use homing::RestoreOptions;
 pub use life::End;
