@@ -65,6 +65,7 @@ fn save(path: &Path, second: u64, based: bool, version_of: impl Fn(u64) -> u64) 
         machine: Machine::Reference,
         offer: None,
         budget_bytes: MEMORY,
+        paused: false,
         disks: Vec::new(),
         without_disks: Vec::new(),
     };

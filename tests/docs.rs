@@ -260,6 +260,7 @@ fn known_options() -> BTreeSet<String> {
     for command in [
         &["run"][..],
         &["restore"],
+        &["checkpoint"],
         &["qemu-args"],
         &["serve"],
         &["migrate"],
