@@ -66,6 +66,7 @@ fn save(path: &Path, second: u64, based: bool, version_of: impl Fn(u64) -> u64) 
         offer: None,
         budget_bytes: MEMORY,
         paused: false,
+        disks: Vec::new(),
         without_disks: Vec::new(),
     };
     let made = Made { made_at_ms: second * 1000, made_by: "a test".to_owned(), vm, save: Save::default() };

@@ -260,9 +260,11 @@ fn known_options() -> BTreeSet<String> {
     for command in [
         &["run"][..],
         &["restore"],
+        &["checkpoint"],
         &["qemu-args"],
         &["serve"],
         &["migrate"],
+        &["checkpoint"],
         &["pki", "init"],
         &["pki", "issue"],
         &["list"],

@@ -3,7 +3,7 @@
 //! ```text
 //!   save ──▶ format (image, map, manifest) ──▶ archive: a directory of whole checkpoints ──▶ restore
 //! ```
-//! [`format`] has the files by themselves, [`archive`] the directory in which they are, [`save`] what a VM's process
+//! [`mod@format`] has the files by themselves, [`archive`] the directory in which they are, [`save`] what a VM's process
 //! does for a checkpoint, and [`restore`] what it does to begin from one. `docs/checkpoint-format.md` describes every
 //! byte.
 
