@@ -30,6 +30,7 @@ mod session;
     unreachable_pub,
     missing_debug_implementations,
     missing_docs,
+    clippy::new_without_default,
     reason = "has the shape of what it stands for, and is for tests alone"
 )]
 pub mod sim;

@@ -564,7 +564,6 @@ impl EngineHandle {
 pub struct StoredReader(EngineHandle);
 
 impl StoredReader {
-    #[expect(clippy::unnecessary_wraps, reason = "has the shape of the real one")]
     pub fn of(handle: &EngineHandle) -> io::Result<StoredReader> {
         Ok(StoredReader(handle.clone()))
     }

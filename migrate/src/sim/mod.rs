@@ -18,6 +18,7 @@ pub mod world;
 pub use crate::reader;
 /// The reader in this world: its own files once more, which take what they need of the world from here.
 #[cfg(not(test))]
+#[allow(clippy::duplicate_mod, reason = "the feature must not replace the one in the real world")]
 #[allow(dead_code, reason = "a part of it is for migrations")]
 #[path = "../reader/mod.rs"]
 pub mod reader;
