@@ -123,7 +123,7 @@ impl Story {
         ));
         assert!(took < SESSION_MAX, "a session took {took:?}");
         machine.check_end(result.as_ref().err(), options.stop);
-        count_end(result.as_ref().map_or_else(|error| summary(error), |_| "saved".to_owned()));
+        count_end(result.as_ref().map_or_else(summary, |_| "saved".to_owned()));
         assert_eq!(disk::under_way(), 0, "a session has ended, and its writes have not");
         match result {
             Err(error) => assert!(!last, "not saved, and nothing was wrong: {error:?}"),
