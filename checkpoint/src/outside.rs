@@ -1,7 +1,7 @@
 //! The world outside of a live session: files, time, tasks, the engine, and the reader that is in the same world.
 //!
-//! Everything of [`save`](crate::save) that takes time or can fail is reached through here. Unit tests of this crate put
-//! a simulated world of the same shape in its place (`sim/`), so what they drive is the session as it is; any other
+//! Everything of [`save`](crate::save) that takes time or can fail is reached through here. Unit tests of this crate
+//! put a simulated world of the same shape in its place (`sim/`), so what they drive is the session as it is; any other
 //! build has the real one. There is no way to flush here: what a session writes is made durable by the archive's owner.
 
 #[cfg(test)]
