@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
+use checkpoint::format::{FirstFaults, Manifest, MemoryMap};
 use migrate::versions::Versions;
 use migrate::wire::VERSIONS;
 use migrate::wire::control::{Control, sealed as sealed_record};
@@ -15,9 +16,10 @@ use migrate::wire::heat::Assembly;
 use migrate::wire::opening::{Answer, PREAMBLE_BYTES, Preamble, sealed_as};
 use migrate::wire::record::{HEADER_BYTES, Header, Lane, RecordKind, Sequence};
 use migrate::{Hello, SessionId};
-use swapd::BLOCK_PAGES;
+use swapd::{BLOCK_PAGES, PageNo, Run};
 use vmprocess::control::protocol::{Reply, Request};
 use vmprocess::control::versions::{Asked, VERSIONS as CONTROL_VERSIONS};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::qemu::offer::Offer;
 use crate::qemu::options::CommandLine;
@@ -35,7 +37,7 @@ const SESSION: SessionId = SessionId([7; 16]);
 /// A decoder under test, by its name: that of its corpus and of its file in `fuzz/fuzz_targets`.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 9] = [
     ("wire_opening", wire_opening),
     ("wire_record", wire_record),
     ("machine_state", machine_state),
@@ -43,6 +45,8 @@ pub const TARGETS: [Target; 7] = [
     ("qemu_line", qemu_line),
     ("qemu_offer", qemu_offer),
     ("qemu_rules", qemu_rules),
+    ("checkpoint_map", checkpoint_map),
+    ("checkpoint_manifest", checkpoint_manifest),
 ];
 
 /// The first bytes of a connection: a kind, then the body.
@@ -185,6 +189,39 @@ pub fn qemu_rules(data: &[u8]) {
     if let Ok(rules) = Rules::parse(text, "rules") {
         let _ = rules.path(name);
     }
+}
+
+/// The binary files of a checkpoint, without their checksums.
+pub fn checkpoint_map(data: &[u8]) {
+    let mut bytes = data.to_vec();
+    bytes.extend(xxh3_64(data).to_le_bytes());
+    if let Ok(map) = MemoryMap::decode(&bytes) {
+        assert_eq!(map.encode(), bytes, "a memory has one map");
+        let pages: u64 = map.pieces().map(|piece| u64::from(piece.run.len)).sum();
+        assert_eq!(pages, map.pages());
+        let middle = Run::new(PageNo(map.pages() / 3), (map.pages() / 3) as u32);
+        let pages: u32 = map.pieces_in(middle).map(|piece| piece.run.len).sum();
+        assert_eq!(pages, middle.len);
+        let alone = map.standing_alone();
+        assert_eq!(MemoryMap::decode(&alone.encode()).expect("it is whole"), alone);
+    }
+    if let Ok(order) = FirstFaults::decode(&bytes) {
+        assert_eq!(order.encode(), bytes);
+    }
+    let _ = (MemoryMap::decode(data), FirstFaults::decode(data));
+}
+
+/// A checkpoint's manifest, without its last line.
+pub fn checkpoint_manifest(data: &[u8]) {
+    let mut bytes = data.to_vec();
+    bytes.push(b'\n');
+    let sum = xxh3_64(&bytes);
+    bytes.extend(format!("xxh3 {sum:016x}\n").into_bytes());
+    if let Ok(manifest) = Manifest::decode(&bytes) {
+        let again = Manifest::decode(&manifest.encode());
+        assert_eq!(again.expect("it is whole"), manifest);
+    }
+    let _ = Manifest::decode(data);
 }
 
 #[cfg(test)]

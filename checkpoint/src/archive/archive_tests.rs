@@ -553,8 +553,7 @@ fn crash_everywhere(
     setup: impl Fn(&mut Place),
     operation: impl Fn(&Place) -> Result<(), ArchiveError>,
 ) {
-    let kinds = [0, 300, 700, 1000].map(Kind::NoPower);
-    for kind in std::iter::once(Kind::Killed).chain(kinds) {
+    for kind in [Kind::Killed, Kind::NoPower].into_iter().chain((0..6).map(Kind::Torn)) {
         for step in 0.. {
             assert!(step < 1000, "it does not come to an end");
             let mut place = Place::new();

@@ -1,7 +1,7 @@
 //! Crashes for tests: an operation on an archive ends at its nth step, and what it had not flushed by then may be lost.
 //!
 //! Two kinds. Killed: what was done stays done. Without power: data that was not flushed is rubbish, and of the
-//! changes of directories that were not flushed only the first few have lasted, in the order in which they were made.
+//! changes of directories that were not flushed any may have lasted and any not, whatever their order was.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use testkit::TempDir;
+use testkit::{Random, TempDir};
 
 use super::steps::Step;
 
@@ -19,8 +19,10 @@ use super::steps::Step;
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
     Killed,
-    /// So many of a thousand changes of directories that were not flushed have lasted.
-    NoPower(u64),
+    /// No change of a directory that was not flushed has lasted.
+    NoPower,
+    /// By a seed, some of them have.
+    Torn(u64),
 }
 
 #[derive(Debug)]
@@ -181,7 +183,11 @@ fn path_of(dir: &File) -> PathBuf {
 impl Crash {
     /// What is not durable goes.
     fn lose(&mut self) {
-        let Kind::NoPower(lasting) = self.kind else { return };
+        let mut random = match self.kind {
+            Kind::Killed => return,
+            Kind::NoPower => None,
+            Kind::Torn(seed) => Some(Random(seed)),
+        };
         for Data { file, whole, at, len } in self.unflushed.drain(..) {
             if whole {
                 let len = file.metadata().unwrap().len();
@@ -191,9 +197,23 @@ impl Crash {
                 file.write_all_at(&vec![0xEE; len as usize], at).unwrap();
             }
         }
-        let lasting = self.changes.len() as u64 * lasting / 1000;
-        for change in self.changes.drain(..).skip(lasting as usize).collect::<Vec<_>>().into_iter().rev() {
-            change.undo();
+        // Renames that last: what happened before them happened to other paths.
+        let mut renames: Vec<(PathBuf, PathBuf)> = Vec::new();
+        for change in self.changes.drain(..).rev() {
+            if random.as_mut().is_some_and(|random| random.below(2) == 0) {
+                if let Change::Renamed(from, to) = change {
+                    renames.push((from, to));
+                }
+                continue;
+            }
+            // What it stands on may not have lasted: then there is nothing to undo.
+            let _ = change.undo(&|path| {
+                renames.iter().rev().fold(path, |path, (from, to)| match path.strip_prefix(from) {
+                    Ok(rest) if rest.as_os_str().is_empty() => to.clone(),
+                    Ok(rest) => to.join(rest),
+                    Err(_) => path,
+                })
+            });
         }
     }
 }
@@ -208,19 +228,20 @@ impl Change {
         }
     }
 
-    fn undo(self) {
+    fn undo(self, now: &dyn Fn(PathBuf) -> PathBuf) -> io::Result<()> {
         match self {
-            Change::Made(path) if path.is_dir() => fs::remove_dir_all(path).unwrap(),
-            Change::Made(path) => fs::remove_file(path).unwrap(),
-            Change::Renamed(from, to) => fs::rename(to, from).unwrap(),
-            Change::Replaced(from, to, kept) => {
-                fs::rename(&to, from).unwrap();
-                if kept.exists() {
-                    fs::hard_link(kept, to).unwrap();
-                }
+            Change::Made(path) => {
+                let path = now(path);
+                if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
             }
-            Change::Removed(path, kept) => fs::hard_link(kept, path).unwrap(),
-            Change::RemovedDir(path) => fs::create_dir(path).unwrap(),
+            Change::Renamed(from, to) => fs::rename(now(to), now(from)),
+            Change::Replaced(from, to, kept) => {
+                let to = now(to);
+                fs::rename(&to, now(from))?;
+                if kept.exists() { fs::hard_link(kept, to) } else { Ok(()) }
+            }
+            Change::Removed(path, kept) => fs::hard_link(kept, now(path)),
+            Change::RemovedDir(path) => fs::create_dir(now(path)),
         }
     }
 }
