@@ -2,9 +2,12 @@
 //!
 //! ```text
 //!   save ──▶ format (image, map, manifest) ──▶ archive: a directory of whole checkpoints ──▶ restore
+//!                                                     ▲
+//!                                                     └──▶ stream: one of them, as one stream of bytes
 //! ```
 //! [`format`] has the files by themselves, [`archive`] the directory in which they are, [`save`] what a VM's process
-//! does for a checkpoint, and [`restore`] what it does to begin from one. `docs/checkpoint-format.md` describes every
+//! does for a checkpoint, [`restore`] what it does to begin from one, and [`stream`] is how a checkpoint gets to another
+//! place. `docs/checkpoint-format.md` describes every
 //! byte.
 
 #![deny(missing_docs)]
@@ -13,3 +16,4 @@ pub mod archive;
 pub mod format;
 pub mod restore;
 pub mod save;
+pub mod stream;
