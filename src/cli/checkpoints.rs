@@ -12,6 +12,7 @@ use vmprocess::signals;
 use vmprocess::size::Size;
 
 use super::args::{ArchiveArgs, ArchiveCommand, NamedArgs, OneArgs};
+use super::streams;
 use super::terminal::{bar, print, print_json, warn};
 
 /// A line of `list`, and the beginning of `show`.
@@ -55,6 +56,8 @@ pub(super) fn run(command: ArchiveCommand) -> Result<(), Failure> {
         ArchiveCommand::Verify(args) => verify(&args),
         ArchiveCommand::Merge(args) => merge(&args),
         ArchiveCommand::Remove(args) => remove(&args),
+        ArchiveCommand::Export(args) => streams::export(&args),
+        ArchiveCommand::Import(args) => streams::import(&args),
     }
 }
 
@@ -251,18 +254,18 @@ fn stopped(error: ArchiveError) -> Failure {
 }
 
 /// Long work, with its progress bar.
-struct Work {
+pub(super) struct Work {
     bar: ProgressBar,
     began: Instant,
 }
 
 impl Work {
-    fn begin(what: &str) -> Work {
+    pub(super) fn begin(what: &str) -> Work {
         Work { bar: bar(what), began: Instant::now() }
     }
 
     /// Shows how far it is, and says whether to go on.
-    fn show(&self, progress: Progress) -> bool {
+    pub(super) fn show(&self, progress: Progress) -> bool {
         let Progress { bytes_done, bytes_total } = progress;
         self.bar.set_length(bytes_total.max(1));
         self.bar.set_position(bytes_done);
@@ -273,13 +276,13 @@ impl Work {
     }
 
     /// Seconds that it took.
-    fn end(&self) -> f64 {
+    pub(super) fn end(&self) -> f64 {
         self.bar.finish_and_clear();
         self.began.elapsed().as_secs_f64()
     }
 }
 
-fn rounded(bytes: u64) -> String {
+pub(super) fn rounded(bytes: u64) -> String {
     format!("{:#}", Size(bytes))
 }
 

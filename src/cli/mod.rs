@@ -9,6 +9,7 @@ mod migrate;
 mod resolve;
 mod settings;
 mod stat;
+mod streams;
 pub mod terminal;
 pub mod values;
 mod vms;

@@ -138,6 +138,8 @@ fn made(vm: &str, second: u64) -> Made {
             offer: None,
             budget_bytes: MEMORY,
             paused: false,
+            disks: Vec::new(),
+            without_disks: Vec::new(),
         },
         save: Save::default(),
     }

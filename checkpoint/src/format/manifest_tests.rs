@@ -16,6 +16,8 @@ pub(crate) fn manifest() -> Manifest {
             offer: Some("{\"args\": [\"-m\", \"4M\"]}".to_owned()),
             budget_bytes: 2 << 20,
             paused: false,
+            disks: Vec::new(),
+            without_disks: Vec::new(),
         },
         base: Some(BaseRef { name: "2026-11-29T22-20-00Z".to_owned(), id: CheckpointId(5) }),
         pages: PageCounts { zero: 1000, here: 20, base: 3, lost: 1 },
