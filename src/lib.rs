@@ -16,6 +16,7 @@ pub mod program;
 pub mod qemu;
 mod reference;
 pub mod restore;
+pub mod restore_settings;
 pub mod run;
 mod sandbox;
 pub mod vmm;

@@ -3,10 +3,6 @@
 //! The checkpoint's files are opened, and locked, before the process gives up its rights: nothing else of the archive
 //! can be reached from it afterwards.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
-use std::time::Instant;
-
 use checkpoint::archive::{Archive, Entry};
 use checkpoint::format::Machine;
 use checkpoint::restore;
@@ -15,44 +11,14 @@ use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::{RunDir, check_name};
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
-use vmprocess::{Facts, Memory, MemorySpec, Owner, Process, Restoration, RestoreOptions, Restored, host};
+use vmprocess::{Facts, Memory, MemorySpec, Owner, Process, Restoration, Restored, host};
 
 use crate::qemu;
 use crate::qemu::budget::check_ram;
-use crate::qemu::disk_versions::DisksWanted;
-use crate::qemu::rules::Rules;
 use crate::reference::ReferenceNewcomer;
+use crate::restore_settings::RestoreSettings;
 use crate::sandbox;
 use crate::vmm;
-
-/// The settings of `vmemd restore`.
-#[derive(Clone, Debug)]
-pub struct RestoreSettings {
-    pub run_dir: PathBuf,
-    pub archive: PathBuf,
-    /// The latest without it.
-    pub checkpoint: Option<String>,
-    /// As it was called when it was saved without it.
-    pub name: Option<String>,
-    /// What it had when it was saved without it.
-    pub ram: Option<Size>,
-    pub store: PathBuf,
-    pub store_overcommit: bool,
-    pub store_encrypt: bool,
-    pub prealloc: bool,
-    pub lock: bool,
-    pub options: RestoreOptions,
-    /// Of a QEMU VM: a binary and its arguments, in the place of what the checkpoint says.
-    pub qemu: Vec<OsString>,
-    /// Of a QEMU VM: this host's names.
-    pub rules: Rules,
-    /// Of a QEMU VM: which disks it is to have.
-    pub disks: DisksWanted,
-    /// Of a QEMU VM: it may have the addresses of the VM that it is a copy of, though that runs.
-    pub same_addresses: bool,
-    /// When the command was begun.
-    pub began: Instant,
-}
 
 /// How a VM has begun from a checkpoint, and how long the command took for it.
 #[derive(Clone, Debug, Serialize)]

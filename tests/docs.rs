@@ -259,6 +259,8 @@ fn known_options() -> BTreeSet<String> {
     let mut known = options(&help(&[]));
     for command in [
         &["run"][..],
+        &["restore"],
+        &["checkpoint"],
         &["qemu-args"],
         &["serve"],
         &["migrate"],

@@ -73,7 +73,7 @@ fn a_disk_is_left_out_only_if_that_is_asked_for() {
     let guest = start(&host, &qemu, &["-drive", &drive]);
     guest.wait_for("checker memory round=", BOOT);
     let said = host.vmemd(&["checkpoint", "db", "--to", to]);
-    said.fails(9, &["has disks", "disk.img", "--without-disks"]);
+    said.fails(9, &["the format raw keeps no earlier version", "disk.img", "--without-disks"]);
     let said = host.vmemd(&["checkpoint", "db", "--to", to, "--without-disks"]);
     assert!(said.code == 0 && said.out.contains("disk.img"), "{said:?}");
     checks_on(&guest);

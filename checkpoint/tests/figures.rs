@@ -44,6 +44,7 @@ fn engine(place: &TempDir, budget_bytes: u64) -> Engine {
         memory_bytes: MEMORY,
         budget_bytes,
         store: StoreConfig { path: place.path().to_path_buf(), overcommit: false, encrypt: false },
+        origin: None,
         prealloc: false,
         lock: true,
         sampling: false,

@@ -21,9 +21,8 @@ use serde_json::{Value, json};
 use swapd::{CloneError, TierId};
 use tracing::{info, warn};
 
-use crate::control::protocol::{
-    CheckpointBase, CheckpointRequest, CheckpointStat, LastCheckpointStat, Request,
-};
+use crate::checkpointing::{Checkpointing, LastCheckpoint};
+use crate::control::protocol::{CheckpointBase, CheckpointRequest, CheckpointStat, Request};
 use crate::control::server::Client;
 use crate::failure::{Failure, FailureKind};
 use crate::hold::{FOR_ITS_CHECKPOINT, Whereabouts};
@@ -35,35 +34,6 @@ use crate::vm::Vm;
 const CLIENT_POLL: Duration = Duration::from_millis(100);
 /// Over which time the speed is measured.
 const SPEED_WINDOW: Duration = Duration::from_millis(500);
-
-/// A checkpoint under way.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Checkpointing {
-    pub(crate) stat: CheckpointStat,
-    /// The VM has been told to stand still for it, and goes on behind it.
-    pub(crate) stopped: bool,
-    /// The files are written; the client makes them durable.
-    pub(crate) saved: bool,
-}
-
-/// The last one that became durable.
-#[derive(Clone, Debug)]
-pub(crate) struct LastCheckpoint {
-    name: String,
-    made_at_ms: u64,
-    bytes: u64,
-}
-
-impl LastCheckpoint {
-    pub(crate) fn stat(&self) -> LastCheckpointStat {
-        let now_ms = UNIX_EPOCH.elapsed().unwrap_or_default().as_millis() as u64;
-        LastCheckpointStat {
-            name: self.name.clone(),
-            age_ms: now_ms.saturating_sub(self.made_at_ms),
-            bytes: self.bytes,
-        }
-    }
-}
 
 enum Step {
     Progress(CheckpointStat),
@@ -173,8 +143,8 @@ fn may_be_plain(vm: &Vm, image: &File, request: &CheckpointRequest) -> Result<()
         return Ok(());
     }
     let text = format!(
-        "the store of {:?} is encrypted, and a checkpoint is not yet: give --plain to have its memory written as it is, \
-         to a disk that is encrypted itself",
+        "the store of {:?} is encrypted, and a checkpoint is not yet: give --plain to have its memory written as it \
+         is, to a disk that is encrypted itself",
         vm.facts.name
     );
     Err(Failure::new(FailureKind::Usage, text))
@@ -327,7 +297,7 @@ fn durable(
             Ok(None) if client.gone() => return Err(gone()),
             Ok(None) => {}
             Ok(Some(Request::Checkpointed { name, bytes })) => {
-                let last = LastCheckpoint { name: name.clone(), made_at_ms: saved.made_at_ms, bytes };
+                let last = LastCheckpoint::new(name.clone(), saved.made_at_ms, bytes);
                 vm.locked(|state| state.last_checkpoint = Some(last));
                 return Ok(name);
             }

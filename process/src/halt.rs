@@ -65,7 +65,7 @@ impl Halt {
         }
     }
 
-    /// Waits for an answer of the engine: one that serves the VM's faults first, or waits for a disk, may take its time.
+    /// Waits for an answer of the engine, which serves the VM's faults first, and may wait for a disk.
     pub(crate) fn answer<T>(
         self: &Arc<Halt>,
         mut answer: PendingAnswer<T>,

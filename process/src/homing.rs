@@ -1,8 +1,8 @@
 //! A restored VM's pages on their way from the checkpoint: what it needs first, then all of it, while it runs.
 //!
 //! ```text
-//!   Fetching: into the guest, in the order known or by heat ──▶ TakingHome: to its store, at a rate ──▶ Done: files let go
-//!                                                          └──▶ Kept (--keep-origin)
+//!   Fetching: into RAM, in the order known or by heat ──▶ TakingHome: to its store, at a rate ──▶ Done
+//!                                                    └──▶ Kept (--keep-origin)
 //! ```
 //! All of it gives way: to the VM's own faults, to other programs that are short of memory, to a migration of the VM.
 //! Meanwhile the order in which pages come in is recorded for the next restore, if this is the first.
@@ -13,15 +13,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use checkpoint::restore::{FirstTouches, Hold, Image, order};
+use serde::{Deserialize, Serialize};
 use swapd::{CommandError, EngineHandle, FaultKind, PendingAnswer, Run, Stats};
 use tracing::{info, warn};
 
 use crate::control::protocol::{RestorePhase, State};
-use crate::failure::Failure;
+use crate::failure::{Failure, FailureKind};
 use crate::halt::Halted;
 use crate::hold::Whereabouts;
 use crate::host;
-use crate::restore::{RestoreOptions, stopped};
 use crate::size::Size;
 use crate::vm::Vm;
 
@@ -55,6 +55,19 @@ const LOOK_AROUND: Duration = Duration::from_millis(50);
 /// The same of a guest that touches nothing, at most: it is looked at half as often each time.
 const RECORD_POLL_MAX: Duration = Duration::from_secs(1);
 
+/// How a VM is to begin from a checkpoint.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct RestoreOptions {
+    /// It is to stand still, whatever it did when it was saved.
+    pub paused: bool,
+    /// It runs when all of its memory is here, not at once.
+    pub eager: bool,
+    /// Bytes a second that are taken home at most.
+    pub rate: Option<u64>,
+    /// Pages stay in the checkpoint for as long as they do not change.
+    pub keep_origin: bool,
+}
+
 /// Why work on the origin ended early.
 #[derive(Debug)]
 pub(crate) enum Stopped {
@@ -79,6 +92,11 @@ impl Stopped {
     }
 }
 
+/// Somebody ended the VM before it ran.
+pub(crate) fn stopped(vm: &Vm) -> Failure {
+    Failure::new(FailureKind::Interrupted, format!("{:?} was stopped before it was restored", vm.facts.name))
+}
+
 /// The work that a restored VM leaves behind it.
 #[derive(Debug)]
 pub(crate) struct Homing {
@@ -90,6 +108,8 @@ pub(crate) struct Homing {
     recording: Option<Recording>,
     looked_at_host: Option<Instant>,
     fetched_pages: u64,
+    /// All that is to come ahead of any touch has come.
+    fetched: bool,
     /// How often in a row nothing could be taken home.
     stuck: u32,
 }
@@ -124,7 +144,18 @@ impl Homing {
         hold: Hold,
         options: RestoreOptions,
     ) -> Homing {
-        Homing { vm, engine, image, hold, options, recording: None, looked_at_host: None, fetched_pages: 0, stuck: 0 }
+        Homing {
+            vm,
+            engine,
+            image,
+            hold,
+            options,
+            recording: None,
+            looked_at_host: None,
+            fetched_pages: 0,
+            fetched: false,
+            stuck: 0,
+        }
     }
 
     /// Brings all of it, before the guest runs: what is known to be needed first, then the rest, into RAM as long as
@@ -180,6 +211,8 @@ impl Homing {
     /// decide what stays.
     fn fetch_first(&mut self) -> Result<(), Stopped> {
         if self.options.eager {
+            self.fetched = true;
+            self.forget_image();
             return Ok(());
         }
         note(&self.vm, RestorePhase::Fetching, None);
@@ -189,10 +222,13 @@ impl Homing {
             homing.look_at_faults()
         })?;
         info!(vm = %self.vm.facts.name, fetched = %Size(swapd::units::bytes_of(self.fetched_pages)), "its working set, as far as it is known, is here or on its way");
+        self.fetched = true;
+        self.forget_image();
         Ok(())
     }
 
-    /// Brings runs ahead of any touch, in this order. `before` is called before each. Ends early when frames are scarce.
+    /// Brings runs ahead of any touch, in this order; `before` is called before each. Ends early when frames are
+    /// scarce.
     fn fetch_all(
         &mut self,
         runs: Vec<Run>,
@@ -225,6 +261,13 @@ impl Homing {
             if done % LOOK_AT_FRAMES == 0 && self.is_short_of_frames()? {
                 return Ok(());
             }
+        }
+    }
+
+    /// Gives its map back, 9 bytes for each page with content, if nobody needs it any more.
+    fn forget_image(&mut self) {
+        if self.fetched && self.recording.is_none() {
+            self.image = Image::nothing();
         }
     }
 
@@ -285,7 +328,9 @@ impl Homing {
                 // In motion at this moment; or damaged, which is found out when somebody touches them.
                 self.stuck += 1;
                 if self.stuck == STUCK {
-                    let why = format!("{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched");
+                    let why = format!(
+                        "{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched"
+                    );
                     warn!(vm = %self.vm.facts.name, "{why}");
                     note(&self.vm, RestorePhase::TakingHome, Some(why));
                 }
@@ -317,8 +362,9 @@ impl Homing {
     }
 
     fn comes_first(&mut self) -> Option<String> {
-        let (here, saved) =
-            self.vm.locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
+        let (here, saved) = self
+            .vm
+            .locked(|state| (matches!(state.whereabouts, Whereabouts::Here), state.checkpoint.is_some()));
         if !here {
             return Some("the VM is on its way to another host".to_owned());
         }
@@ -438,6 +484,7 @@ impl Homing {
         let _ = self.engine.record_faults(false);
         self.vm.recording.store(false, Ordering::SeqCst);
         keep(self, &recording);
+        self.forget_image();
     }
 }
 

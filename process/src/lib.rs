@@ -39,6 +39,7 @@ pub mod size;
 mod actions;
 mod arrive;
 mod checkpoint;
+mod checkpointing;
 mod doubt;
 mod facts;
 pub mod granted;
@@ -56,14 +57,15 @@ mod restore;
 mod source_vm;
 mod vm;
 
-pub use arrive::{Arrival, ArriveSettings};
 pub use ::checkpoint::format::{Disk, DiskVersion};
+pub use arrive::{Arrival, ArriveSettings};
 pub use facts::Facts;
+pub use homing::RestoreOptions;
 pub use life::End;
 pub use machine::{GuestView, Machine, Newcomer, RunState};
 pub use memory::{Memory, MemorySpec};
 pub use process::{NameHold, Owner, Process};
-pub use restore::{Restoration, RestoreOptions, Restored};
+pub use restore::{Restoration, Restored};
 pub use vm::OnEnd;
 
 #[cfg(test)]

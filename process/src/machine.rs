@@ -67,8 +67,8 @@ pub trait Machine: Send + fmt::Debug {
         self.disks(snapshot)
     }
 
-    /// Removes the versions that [`snapshot_disks`](Self::snapshot_disks) has made: there is no checkpoint after all, or
-    /// no more. Only of a guest that has gone on since.
+    /// Removes the versions that [`snapshot_disks`](Self::snapshot_disks) has made: there is no checkpoint after all,
+    /// or no more. Only of a guest that has gone on since.
     ///
     /// # Errors
     /// If one stays, which is told by its name. It takes room in the disk's file, and does no other harm.
@@ -83,7 +83,8 @@ pub trait Machine: Send + fmt::Debug {
     /// If it runs, cannot be saved, or has become one that [cannot move](Self::may_move); or if a write fails.
     fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure>;
 
-    /// Its disks that the guest can write to, in words for a user: for a checkpoint that has nothing of what is on them.
+    /// Its disks that the guest can write to, in words for a user: for a checkpoint that has nothing of what
+    /// is on them.
     ///
     /// # Errors
     /// If it cannot be asked.

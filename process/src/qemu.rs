@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::arrive::ArriveSettings;
+use crate::homing::RestoreOptions;
 use crate::memory::MemorySpec;
-use crate::restore::RestoreOptions;
 
 /// The environment variable that holds the [`PreloadSettings`].
 pub const VARIABLE: &str = "VMEMD_PRELOAD";

@@ -3,8 +3,9 @@
 //! ```text
 //!   adopt ──▶ (--eager: bring all) ──▶ load the state ──▶ run ──▶ homing: bring what is hot, then take all home
 //! ```
-//! One thread does all of it, so that the control socket answers meanwhile. Until the VM runs, `stat` calls it arriving,
-//! and an end of it is an end of the thread. From then on the thread is only work beside the VM: [`homing`](crate::homing).
+//! One thread does all of it, so that the control socket answers meanwhile. Until the VM runs, `stat` calls it
+//! arriving, and an end of it is an end of the thread. From then on the thread is only work beside the VM:
+//! [`homing`](crate::homing).
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use checkpoint::restore::{Hold, Image};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use swapd::{CommandError, EngineHandle, PendingAnswer};
 use tracing::{error, info, warn};
 
@@ -23,7 +24,7 @@ use crate::control::protocol::{RestorePhase, RestoreStat, State};
 use crate::failure::{Failure, FailureKind};
 use crate::halt::Halted;
 use crate::hold::{AS_IT_CAME, Resumer, Whereabouts, may_resume};
-use crate::homing::{self, Homing};
+use crate::homing::{self, Homing, RestoreOptions, stopped};
 use crate::life::{self, CAUGHT, End};
 use crate::machine::Newcomer;
 use crate::memory::Memory;
@@ -32,19 +33,6 @@ use crate::vm::{Vm, VmEvent};
 
 /// Adoptions under way: enough that the engine always has the next one, each with half a MiB of sums at most.
 const ADOPTIONS: usize = 16;
-
-/// How a VM is to begin from a checkpoint.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-pub struct RestoreOptions {
-    /// It is to stand still, whatever it did when it was saved.
-    pub paused: bool,
-    /// It runs when all of its memory is here, not at once.
-    pub eager: bool,
-    /// Bytes a second that are taken home at most.
-    pub rate: Option<u64>,
-    /// Pages stay in the checkpoint for as long as they do not change.
-    pub keep_origin: bool,
-}
 
 /// A checkpoint that is open, and what is to be made of it.
 pub struct Restoration {
@@ -211,11 +199,6 @@ fn adopt(vm: &Arc<Vm>, engine: &EngineHandle, image: &Image) -> Result<(), Failu
     }
     under_way.into_iter().try_for_each(wait)?;
     image.lost().try_for_each(|run| Ok(engine.adopt_poisoned(run)?))
-}
-
-/// Somebody ended the VM before it ran.
-pub(crate) fn stopped(vm: &Vm) -> Failure {
-    Failure::new(FailureKind::Interrupted, format!("{:?} was stopped before it was restored", vm.facts.name))
 }
 
 /// Lets it run, unless it is to stand still.

@@ -9,7 +9,7 @@ use migrate::Wait;
 use swapd::{Notice, Stats};
 use tracing::{info, warn};
 
-use crate::checkpoint::{Checkpointing, LastCheckpoint};
+use crate::checkpointing::{Checkpointing, LastCheckpoint};
 use crate::control::protocol::{ArrivalStat, MigrationStat, RestoreStat, State, VmStat, WaitStat};
 use crate::control::rundir::Claim;
 use crate::facts::Facts;

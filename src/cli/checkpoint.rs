@@ -145,7 +145,7 @@ fn has_room(archive: &Archive, stat: &VmStat, base: Option<&Chain>) -> Result<()
 fn may_share(path: &Path) -> bool {
     const XFS: i64 = 0x5846_5342;
     const BTRFS: i64 = 0x9123_683e;
-    rustix::fs::statfs(path).is_ok_and(|found| [XFS, BTRFS].contains(&(found.f_type as i64)))
+    rustix::fs::statfs(path).is_ok_and(|found| [XFS, BTRFS].contains(&found.f_type))
 }
 
 /// Has the VM saved into the files.
@@ -264,7 +264,9 @@ impl Done {
         let saved = &self.saved;
         let size = |bytes: u64| format!("{:#}", Size(bytes));
         let mut text = format!(
-            "{name} is saved as {}\n  written    {} of {} memory, in {rounds} rounds\n  took       {:.2} s until it was durable; {name} stood still for {pause_ms:.1} ms\n  pages      {} here, {} in a base, {} zero\n  on disk    {}",
+            "{name} is saved as {}\n  written    {} of {} memory, in {rounds} rounds\n  \
+             took       {:.2} s until it was durable; {name} stood still for {pause_ms:.1} ms\n  \
+             pages      {} here, {} in a base, {} zero\n  on disk    {}",
             self.entry.name(),
             size(saved.bytes_written),
             size(saved.bytes_total),

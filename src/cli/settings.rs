@@ -18,7 +18,7 @@ use crate::daemon::serve::ServeSettings;
 use crate::qemu::disk_versions::DisksWanted;
 use crate::qemu::rules::Rules;
 use crate::qemu::run::QemuSettings;
-use crate::restore::RestoreSettings;
+use crate::restore_settings::RestoreSettings;
 use crate::run::RunSettings;
 
 pub(super) fn run_settings(args: RunArgs, run_dir: PathBuf) -> Result<RunSettings, Failure> {
@@ -106,6 +106,7 @@ pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<Re
             rate: args.rate.map(Size::bytes),
             keep_origin: args.keep_origin,
         },
+        json: args.json.json,
         qemu: args.qemu,
         rules: args.disks.qemu_rules.as_deref().map(Rules::read).transpose()?.unwrap_or_default(),
         disks: match args.disks.disk_copies {

@@ -11,7 +11,7 @@ use checkpoint::format::{Disk, DiskVersion};
 use tracing::info;
 use vmprocess::failure::{Failure, FailureKind};
 
-use super::restore::tool;
+use super::binary;
 
 /// Which disks a restored VM is to have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,9 +109,12 @@ pub(super) fn plan(
 
 /// The name of a disk's copy, which no file has yet.
 fn copy_of(disk: &Disk, name: &str, dir: &Path) -> Result<String, Failure> {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' };
-    let disk_name: String = disk.name.trim_start_matches('/').chars().map(plain).collect();
-    let path = dir.join(format!("{name}-{disk_name}.{}", disk.format));
+    // No name leads out of the directory.
+    let plain = |name: &str| -> String {
+        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        name.trim_start_matches('/').chars().map(|c| if fits(c) { c } else { '-' }).collect()
+    };
+    let path = dir.join(format!("{name}-{}.{}", plain(&disk.name), plain(&disk.format)));
     let Some(text) = path.to_str() else {
         return Err(Failure::new(FailureKind::Usage, format!("{} is not UTF-8: rename it", path.display())));
     };
@@ -159,6 +162,16 @@ pub(super) fn make(work: &[Work], binary: &Path, path: &OsStr) -> Result<(), Fai
         }
     }
     Ok(())
+}
+
+/// As `qemu-img` and QEMU are installed together.
+fn tool(name: &str, qemu: &Path, path: &OsStr) -> Result<PathBuf, Failure> {
+    let beside = qemu.parent().map(|dir| dir.join(name)).filter(|tool| crate::program::is_program(tool));
+    beside.map_or_else(|| binary::find(name, path), Ok).map_err(|failure| {
+        let text =
+            format!("{name} is needed for the checkpoint's disks (Debian: qemu-utils): {}", failure.text);
+        Failure::new(FailureKind::Host, text)
+    })
 }
 
 fn run(program: &Path, arguments: &[&str]) -> Result<(), Failure> {

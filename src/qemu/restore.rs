@@ -7,8 +7,6 @@
 //! ```
 //! All of that is told before anything is changed; then disks are made, and this process becomes QEMU.
 
-use std::path::{Path, PathBuf};
-
 use checkpoint::archive::Entry;
 use checkpoint::format::VmFacts;
 use tracing::{info, warn};
@@ -30,7 +28,7 @@ use super::resources::ThisHost;
 use super::rules::Rules;
 use super::twice;
 use super::{binary, resources};
-use crate::restore::RestoreSettings;
+use crate::restore_settings::RestoreSettings;
 
 /// Becomes the QEMU of a VM that begins from the checkpoint.
 ///
@@ -42,6 +40,10 @@ pub fn restore(
     name: &str,
 ) -> Result<std::convert::Infallible, Failure> {
     let vm = &entry.manifest().vm;
+    if settings.json {
+        let text = "--json: the process becomes QEMU, which prints its own words only: `vmemd stat --json` tells when the VM runs";
+        return Err(Failure::new(FailureKind::Usage, text));
+    }
     let dir = RunDir::open(&settings.run_dir)?;
     if let Ok(socket) = dir.find(name) {
         return Err(name_taken(&socket));
@@ -173,14 +175,4 @@ fn here(vm: &VmFacts, rules: &Rules) -> Vec<checkpoint::format::Disk> {
         }
     }
     disks
-}
-
-/// As `qemu-img` and QEMU are installed together.
-pub(super) fn tool(name: &str, binary: &Path, path: &std::ffi::OsStr) -> Result<PathBuf, Failure> {
-    let beside = binary.parent().map(|dir| dir.join(name)).filter(|tool| crate::program::is_program(tool));
-    beside.map_or_else(|| binary::find(name, path), Ok).map_err(|failure| {
-        let text =
-            format!("{name} is needed for the checkpoint's disks (Debian: qemu-utils): {}", failure.text);
-        Failure::new(FailureKind::Host, text)
-    })
 }

@@ -94,6 +94,8 @@ mod planted {
         TakesResidentForHome,
         /// Where a page at the origin cannot be read, those beside it are not taken home either.
         LeavesNeighboursOfBadPages,
+        /// Pages that a migration reads are taken home.
+        TakesHeldHome,
         /// What could not be read at the origin is taken home.
         TakesHomeUnread,
         /// Places are dropped where the page is read.

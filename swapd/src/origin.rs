@@ -65,7 +65,8 @@ pub enum OriginError {
     Writable { layer: usize },
     /// Direct I/O there takes larger blocks than pages.
     #[error(
-        "layer {layer} of the origin can be read directly only in blocks of {block_bytes} bytes; open it without O_DIRECT"
+        "layer {layer} of the origin can be read directly only in blocks of {block_bytes} bytes; open it without \
+         O_DIRECT"
     )]
     Blocks { layer: usize, block_bytes: u32 },
     /// The file ends before the last page that it is said to have.
@@ -170,16 +171,14 @@ fn check_numbers(numbers: &[u8], layers: usize, wanted: u64) -> Result<(), Origi
     if pages != wanted {
         return Err(OriginError::NotTheMemory { pages, wanted });
     }
-    let is_none = |layer: u8| layer != Origin::NO_LAYER && usize::from(layer) >= layers;
-    // Without a way out in the middle, so that the compiler makes it a few instructions for many pages.
-    let largest = numbers.iter().fold(0, |max, layer| match *layer {
-        Origin::NO_LAYER => max,
-        layer => layer.max(max),
-    });
-    if !is_none(largest) {
+    // No layer counts as 0, the first as 1. Without a way out in the middle, so that the compiler makes it a few
+    // instructions for many pages.
+    let needed = |layer: &u8| usize::from(layer.wrapping_add(1));
+    let most = numbers.iter().fold(0u8, |most, layer| most.max(layer.wrapping_add(1)));
+    if usize::from(most) <= layers {
         return Ok(());
     }
-    let nth = numbers.iter().position(|layer| is_none(*layer)).expect("the largest is one");
+    let nth = numbers.iter().position(|layer| needed(layer) > layers).expect("there is one");
     Err(OriginError::NoSuchLayer { page: PageNo(nth as u64), layer: numbers[nth], layers })
 }
 

@@ -93,8 +93,8 @@ impl StoredReader {
     /// Where the run's pages lie in the tier's files, in ascending parts.
     ///
     /// # Panics
-    /// If the VM has no such tier, as with every call here but [`StoredReader::files`]; or the tier has no place for one
-    /// of the pages.
+    /// If the VM has no such tier, as with every call here but [`StoredReader::files`]; or if the tier has no place for
+    /// one of the pages.
     pub fn parts(&self, tier: TierId, run: Run) -> impl Iterator<Item = StoredPart> {
         let mut rest = run;
         std::iter::from_fn(move || {

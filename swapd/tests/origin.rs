@@ -1,5 +1,5 @@
-//! An engine whose pages are at an origin, on the real kernel: each comes when it is touched, goes home only when it has
-//! changed, and the image stays as it was.
+//! An engine whose pages are at an origin, on the real kernel: each comes when it is touched and goes home only when it
+//! has changed, and the image stays as it was.
 
 #[macro_use]
 extern crate testkit;
@@ -355,7 +355,7 @@ fn a_first_touch_takes_as_long_as_one_of_a_stored_page() {
     }
     let directory = testkit::directory_in(store_directory(), "latency");
     // Every other 32 KiB.
-    let is_there = |page: PageNo| page.0 / 8 % 2 == 0;
+    let is_there = |page: PageNo| (page.0 / 8).is_multiple_of(2);
     let image = Image::new(directory.path(), 4 * PAGES, 1, is_there);
     let vm = restored(&image, false);
     (0..vm.pages()).map(PageNo).filter(|page| !is_there(*page)).for_each(|page| vm.write(page, ROUND));

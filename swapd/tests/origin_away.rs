@@ -1,5 +1,5 @@
-//! An origin that falls silent, or fails at everything, and comes back: the pages that are at home are served meanwhile,
-//! and none is lost.
+//! An origin that falls silent, or fails at everything, and comes back: the pages that are at home are served
+//! meanwhile, and none is lost.
 
 #[macro_use]
 extern crate testkit;

@@ -1,5 +1,5 @@
-//! Checkpoints of a reference guest, made by hand: its memory and its state, in the files that `docs/checkpoint-format.md`
-//! describes. For tests of what is made of them.
+//! Checkpoints of a reference guest, made by hand: its memory and its state, in the files of
+//! `docs/checkpoint-format.md`. For tests of what is made of them.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use checkpoint::archive::Archive;
 use checkpoint::format::{
-    BaseRef, CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts, manifest::Sum,
+    BaseRef, CheckpointId, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Part, Parts, Save, VmFacts,
+    manifest::Sum,
 };
 use memmap2::MmapOptions;
 use swapd::digest::page_sum;
@@ -99,7 +100,12 @@ fn touched(memory: &[u8]) -> Vec<PageNo> {
     file.read_exact_at(&mut entries, first * ENTRY as u64).expect("an entry a page");
     // The highest bits: in memory, or swapped.
     let is_there = |entry: &[u8]| entry[ENTRY - 1] & 0xc0 != 0;
-    (0..).map(PageNo).zip(entries.chunks(ENTRY)).filter(|(_, entry)| is_there(entry)).map(|(page, _)| page).collect()
+    (0..)
+        .map(PageNo)
+        .zip(entries.chunks(ENTRY))
+        .filter(|(_, entry)| is_there(entry))
+        .map(|(page, _)| page)
+        .collect()
 }
 
 /// Has a page that reads as zeros be one that was lost, in a checkpoint that is whole.
@@ -126,7 +132,8 @@ pub(crate) fn lose(dir: &Path, map: &MemoryMap, page: u64) {
 pub(crate) fn make_on(base: &Path, checkpoint: &str) -> PathBuf {
     let dir = base.parent().expect("an archive").join(checkpoint);
     fs::create_dir_all(&dir).expect("a directory");
-    let mut manifest = Manifest::decode(&fs::read(base.join("manifest")).expect("a manifest")).expect("a manifest");
+    let mut manifest =
+        Manifest::decode(&fs::read(base.join("manifest")).expect("a manifest")).expect("a manifest");
     let base_map = MemoryMap::decode(&fs::read(base.join("memory.map")).expect("a map")).expect("a map");
     let below = File::options().read(true).write(true).open(base.join("memory.img")).expect("an image");
     let image = File::create(dir.join("memory.img")).expect("an image");

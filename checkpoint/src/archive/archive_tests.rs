@@ -495,7 +495,12 @@ fn a_damaged_base_is_not_merged() {
     file.write_all_at(b"else", bytes_of(20)).unwrap();
     let error = place.lock().merge(&names[2], &|_| true).unwrap_err();
     assert!(matches!(&error, ArchiveError::Page { name, page: PageNo(20) } if *name == names[0]), "{error}");
-    assert!(place.archive().find(Some(&names[2])).unwrap().manifest().base.is_some());
+    let entry = place.archive().find(Some(&names[2])).unwrap();
+    assert!(entry.manifest().base.is_some());
+    // Nothing is left of what was put in before.
+    let mut bytes = [1; PAGE_SIZE];
+    entry.image(false).unwrap().read_exact_at(&mut bytes, bytes_of(4)).unwrap();
+    assert_eq!(bytes, [0; PAGE_SIZE]);
 }
 
 #[test]

@@ -44,7 +44,7 @@ impl Locked {
         let layers = chain.layers()?;
         let image = steps::open_to_write(entry.dir(), IMAGE, true)
             .map_err(|error| ArchiveError::io("open", entry.path().join(IMAGE), error))?;
-        let merged = fill(&chain, &layers, &images, &image, watch)?;
+        let merged = fill(&chain, &layers, &images, &image, watch).inspect_err(|_| empty(&layers, &image))?;
         steps::sync(&image).map_err(|error| ArchiveError::io("flush", entry.path().join(IMAGE), error))?;
         replace(&entry, &layers.map().standing_alone())?;
         Ok(merged)
@@ -86,6 +86,13 @@ fn fill(
         Ok(())
     })?;
     Ok(Merged { shared: shared.into_inner(), copied: copied.into_inner() })
+}
+
+/// Gives back the room that a merge took which does not come to its end. What is left of it does no harm.
+fn empty(layers: &Layers, image: &File) {
+    for (run, _) in layers.runs().iter().filter(|(_, layer)| *layer > 0) {
+        let _ = steps::make_hole(image, run.start.offset(), run.bytes() as u64);
+    }
 }
 
 /// Gives a checkpoint another map, and no base.

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 /// A change.
@@ -85,6 +85,12 @@ pub(super) fn resize(file: &File, len: u64) -> io::Result<()> {
 
 pub(super) fn write(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     run(Step::Write(file, at, bytes.len() as u64), || file.write_all_at(bytes, at))
+}
+
+/// Takes the blocks of a part of a file away.
+pub(super) fn make_hole(file: &File, at: u64, len: u64) -> io::Result<()> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    run(Step::Write(file, at, len), || Ok(rustix::fs::fallocate(file, hole, at, len)?))
 }
 
 /// Makes a part of a file the same blocks as of another one; false if they cannot share any.

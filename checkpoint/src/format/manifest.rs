@@ -88,8 +88,8 @@ pub struct Disk {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskVersion {
-    /// In the disk's own file, as an internal snapshot of this name. The file as such is what the VM has made of the disk
-    /// since.
+    /// In the disk's own file, as an internal snapshot of this name. The file as such is what the VM has made of the
+    /// disk since.
     Snapshot(String),
     /// In the state of vCPUs and devices, which writes it into whatever file the disk is given: firmware's flash.
     InState,

@@ -3,7 +3,7 @@
 use swapd::{Adopted, LayerOf, Run};
 
 use crate::archive::Layers;
-use crate::format::{FirstFaults, MapPiece, MemoryMap, PageKind};
+use crate::format::{FirstFaults, MapBuilder, MapPiece, MemoryMap, PageKind};
 
 /// Pages that are adopted by one request: the engine takes so many without holding up a fault for long.
 pub const ADOPT_PAGES: u32 = 1 << 16;
@@ -20,6 +20,11 @@ impl Image {
     pub fn of(layers: &Layers) -> (Image, LayerOf) {
         let layer_of = if layers.count() > 1 { LayerOf::PerPage(layers.per_page()) } else { LayerOf::First };
         (Image { map: layers.map().clone(), first_faults: Vec::new() }, layer_of)
+    }
+
+    /// Of a memory of one page, which reads as zeros.
+    pub fn nothing() -> Image {
+        Image { map: MapBuilder::new(1).finish(&[]), first_faults: Vec::new() }
     }
 
     /// With the order in which its pages came in after an earlier restore. One of another memory is as good as none.
@@ -88,7 +93,6 @@ pub(crate) mod tests {
     use swapd::PageNo;
 
     use super::*;
-    use crate::format::MapBuilder;
 
     pub(crate) fn run(start: u64, len: u32) -> Run {
         Run::new(PageNo(start), len)

@@ -1,4 +1,4 @@
-//! In which order a restored VM's pages come ahead of any touch: as they came in after an earlier restore, then by heat.
+//! The order in which a restored VM's pages come ahead of any touch: that of an earlier restore, then by heat.
 
 use std::cmp::Reverse;
 
@@ -9,8 +9,8 @@ use super::image::Image;
 /// Runs with content, in the order in which they are to come, and of no more pages than the budget has frames.
 ///
 /// The first faults of an earlier restore know best. Behind them, and without them, the hottest come first, a part of a
-/// block of 2 MiB at a time, because the device reads that as fast as a few pages of it. What is cold waits for a touch:
-/// bringing it would fill the budget with what nobody needs.
+/// block of 2 MiB at a time, because the device reads that as fast as a few pages of it. What is cold waits for a
+/// touch: bringing it would fill the budget with what nobody needs.
 pub fn order(image: &Image, budget_pages: u64) -> Vec<Run> {
     let mut parts: Vec<(u8, Run)> = Vec::new();
     for piece in image.stored() {

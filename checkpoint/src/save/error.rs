@@ -25,8 +25,8 @@ pub enum SaveError {
     },
     /// The VM has stood still for as long as it may, and not all of it was written.
     #[error(
-        "the VM has stood still for {} s, and its last pages were not written by then: the destination does not answer, \
-         or is too slow",
+        "the VM has stood still for {} s, and its last pages were not written by then: the destination does not \
+         answer, or is too slow",
         .0.as_secs()
     )]
     StoodTooLong(std::time::Duration),

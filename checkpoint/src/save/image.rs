@@ -23,11 +23,14 @@ use crate::format::PageKind;
 const BUFFER_PAGES: u32 = BLOCK_PAGES;
 /// Buffers, and so all the memory that pages take on their way: those that are being filled, and the others on their
 /// way to the disk.
-const BUFFERS: usize = FILLERS + WRITES;
+const BUFFERS: usize = QUEUES as usize * FILLERS + WRITES;
 /// Most writes under way.
 const WRITES: usize = 6;
+/// Queues, each of which has its fillers: with more of them more is read from the store at a time. That the queues are
+/// in no order among each other is no matter: a page is given once a round.
+const QUEUES: u32 = 4;
 
-const _: () = assert!(BUFFERS > FILLERS, "nothing would be filled while something is written");
+const _: () = assert!(WRITES > 0, "nothing would be filled while something is written");
 
 /// What a sink has done so far.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -217,11 +220,11 @@ impl Image {
 
 impl Sink for ImageSink {
     fn queues(&self) -> u32 {
-        1
+        QUEUES
     }
 
-    fn queue_of(&self, _: u32) -> u32 {
-        0
+    fn queue_of(&self, block: u32) -> u32 {
+        block % QUEUES
     }
 
     async fn buffer(&self, _: u32) -> Option<PageBuffer> {

@@ -121,8 +121,8 @@ impl StoredPages {
         }
     }
 
-    /// Whether the page's tier gives any other page, as it was written. What is asked for beyond the pages that are held
-    /// with this one is not held, so a page that is just being changed, or is in another tier, does not count.
+    /// Whether the page's tier gives any other page, as it was written. Pages beyond those that are held with this one
+    /// are not held when they are asked for: one that is just being changed, or is in another tier, does not count.
     async fn gives_another(
         &self,
         page: PageNo,

@@ -45,9 +45,9 @@ fn start(place: &TempDir, budget_bytes: u64, encrypt: bool, origin: Option<Origi
     }
 }
 
-/// A VM that [`fill`] has filled, restored from an image in two layers: a part of its pages has been written anew since,
-/// and is in RAM or in the store; the rest is at the origin still. The second layer's path is that of the pages whose
-/// number is odd.
+/// A VM with the content that [`fill`] gives, restored from an image in two layers: a part of its pages has been written
+/// anew since, and is in RAM or in the store; the rest is at the origin still. The path is that of the second layer,
+/// which has the pages with an odd number.
 pub fn restored(place: &TempDir, encrypt: bool) -> (Engine, PathBuf) {
     let paths = ["even", "odd"].map(|name| place.path().join(name));
     let files = paths.each_ref().map(|path| {

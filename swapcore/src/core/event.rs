@@ -196,13 +196,13 @@ pub enum Request {
     Adopt(Adopted),
     /// The pages are lost at the origin, so they are poisoned here as well. Refused as [`Request::Adopt`] is.
     AdoptPoisoned(Run),
-    /// Bring pages of the run that are at the origin into the guest ahead of any touch, as long as frames are plentiful.
-    /// Answered with how many have come: 0, if there are none, or no frames for them, or they could not be read. It
+    /// Bring pages of the run that are at the origin into the guest ahead of any touch, as long as frames are
+    /// plentiful. Answered with how many have come: 0, if there are none, or no frames for them, or they could not be read. It
     /// brings some hundred at a time, so whoever wants all of the run asks again until the answer is 0.
     FetchOrigin(Run),
     /// Move what is stored of up to so many pages from the origin to their homes. Answered with how many pages are at
-    /// the origin still, when the writes have ended. A count that has not fallen says that pages cannot be moved at this
-    /// moment (they are in motion, or could not be read): ask again some time later.
+    /// the origin still, when the writes have ended. A count that has not fallen says that pages cannot be moved at
+    /// this moment (they are in motion or held, or could not be read): ask again some time later.
     TakeHome(u32),
     /// Answered by the driver: only it knows the time.
     RecordFaults(bool),

@@ -19,6 +19,9 @@
 //! pages under way, and fewer still while a vCPU waits for a page. A page that is in RAM needs no copy of its own at
 //! home: it is simply not stored any more, and is written if it ever leaves.
 //!
+//! Held pages stay there: a migration reads them at the origin. Or it reads at home what was there before the page was
+//! given back, and a write would change that.
+//!
 //! [fetched]: Core::fetch_origin
 
 use super::event::{IoId, Response, Ticket};
@@ -101,7 +104,8 @@ impl Core {
 
     // ── steps ────────────────────────────────────────────────────────────────────────────
 
-    /// To be called when no move out of the guest is under way: then what leaves and is at the origin is on its way home.
+    /// To be called when no move out of the guest is under way: then what leaves and is at the origin is on its way
+    /// home.
     pub(super) fn step_origin(&mut self) {
         if !std::mem::take(&mut self.origin.looks) {
             return;
@@ -112,9 +116,10 @@ impl Core {
     }
 
     /// The first page of the run that is stored at the origin alone, and those next to it, up to so many.
-    fn find_at_origin(&self, part: Run, most: u32) -> Option<Run> {
+    fn find_at_origin(&self, part: Run, most: u32, may: impl Fn(PageNo) -> bool) -> Option<Run> {
         let there = |page: &PageNo| {
-            self.table.state(*page) == PageState::Stored && self.table.has(*page, Flag::Origin)
+            let alone = self.table.state(*page) == PageState::Stored && self.table.has(*page, Flag::Origin);
+            alone && may(*page)
         };
         let start = part.pages().find(there)?;
         let rest = Run::new(start, ((part.end().0 - start.0) as u32).min(most));
@@ -172,7 +177,8 @@ impl Core {
             let to = page.next_block().min(fetch.end);
             let part = Run::new(page, (to.0 - page.0) as u32);
             *look = look.saturating_sub(part.len);
-            let Some(found) = self.find_at_origin(part, IO_PAGES_MAX.min((most - fetch.begun) as u32)) else {
+            let want = IO_PAGES_MAX.min((most - fetch.begun) as u32);
+            let Some(found) = self.find_at_origin(part, want, |_| true) else {
                 fetch.next = to;
                 continue;
             };
@@ -293,6 +299,8 @@ impl Core {
             }
             match self.table.state(page) {
                 PageState::Resident | PageState::Sampled => self.needs_no_origin(page),
+                // A migration reads it there, or reads at home what was there before.
+                _ if !self.may_go_home(page) => {}
                 PageState::Standby => {
                     if self.room_homeward(taking, page) == 0 {
                         self.pass(taking, page);
@@ -307,7 +315,8 @@ impl Core {
                 PageState::Stored => {
                     let want = self.room_homeward(taking, page).min(self.spare_frames()).min(IO_PAGES_MAX);
                     let rest = Run::new(page, (part.end().0 - page.0) as u32);
-                    let found = self.find_at_origin(rest, want).filter(|_| want > 0);
+                    let found = self.find_at_origin(rest, want, |page| self.may_go_home(page));
+                    let found = found.filter(|_| want > 0);
                     let taken = found.and_then(|found| self.frames.take(found.len));
                     let (Some(found), Some(taken)) = (found, taken) else {
                         self.pass(taking, page);
@@ -327,6 +336,10 @@ impl Core {
         let to = if next < part.end() { next } else { part.start.next_block() };
         self.pass(taking, to);
         true
+    }
+
+    fn may_go_home(&self, page: PageNo) -> bool {
+        !self.table.has(page, Flag::Held) || mutant!(TakesHeldHome)
     }
 
     /// The frame of a page that is in RAM has all that is needed of it.

@@ -1,5 +1,5 @@
-//! The simulated origin: pages that are there at the start, or are said to be later on, and who wants them elsewhere. It
-//! reads as the other tiers do, is damaged as they are, and is never written.
+//! The simulated origin: pages that are there at the start, or are said to be later on, and who wants them elsewhere.
+//! It reads as the other tiers do, is damaged as they are, and is never written.
 
 use super::Sim;
 use super::disk::Trouble;

@@ -192,7 +192,7 @@ impl Driver {
         sums.clear();
         // SAFETY: the read has completed, the slots are bound to its pages, and only the engine moves frames.
         let bytes = unsafe { self.memory.slot_bytes_mut(slots) };
-        // What is at the origin is as the guest wrote it; a layer that is encrypted will be opened with its own key here.
+        // What is at the origin is as the guest wrote it. A layer with a key of its own would be opened with that here.
         if let Some(sealer) = &self.sealer
             && tier == TierId::STORE
         {

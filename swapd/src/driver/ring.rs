@@ -31,7 +31,7 @@ const PART_SHIFT: u32 = 40;
 const STORE: Fixed = Fixed(0);
 /// Threads of the kernel's that may wait for files of this VM at a time. Who begins a read cannot always be spared the
 /// wait, as where the file system has to read first where the content is. By default such reads have four threads a
-/// processor: those of an origin that answers nothing would take all of them, and the store's would wait for the origin.
+/// processor: those of an origin that does not answer would take all of them, and the store's would wait with them.
 const WORKERS: u32 = 512;
 
 // No part is taken for one of the watched descriptors.
