@@ -99,6 +99,11 @@ impl<W: Write> StreamWriter<W> {
         Ok(self.to)
     }
 
+    /// What it was written to, with the stream as it is: for one that is put together from records.
+    pub fn into_inner(self) -> W {
+        self.to
+    }
+
     fn header(&mut self, record: &Record) -> io::Result<u64> {
         let (bytes, sum) = record.encode(self.sum);
         self.put(&bytes)?;
