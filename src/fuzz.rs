@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use checkpoint::format::{FirstFaults, Manifest, MapBuilder, MemoryMap, PageKind};
-use checkpoint::stream::{Record, RecordKind, StreamWriter, inspect};
+use checkpoint::stream::{self, Record, StreamWriter, inspect};
 use migrate::versions::Versions;
 use migrate::wire::VERSIONS;
 use migrate::wire::control::{Control, sealed as sealed_record};
@@ -236,40 +236,46 @@ pub fn checkpoint_stream(data: &[u8]) {
     while let Some(([kind, pages, runs, len], behind)) = rest.split_first_chunk::<4>() {
         let (body, behind) = behind.split_at(usize::from(*len).min(behind.len()));
         rest = behind;
-        let kind = RecordKind::ALL[usize::from(*kind) % RecordKind::ALL.len()];
+        let kind = stream::RecordKind::ALL[usize::from(*kind) % stream::RecordKind::ALL.len()];
         let mut record = Record { kind, pages: 0, count: 0, bytes: 0 };
         let mut body = body.to_vec();
         match kind {
-            RecordKind::Map if map.is_none() => {
+            stream::RecordKind::Map if map.is_none() => {
                 let made = map_of(&body);
                 body = made.encode();
                 map = Some(made);
             }
-            RecordKind::Pages => {
+            stream::RecordKind::Pages => {
                 (record.pages, record.count) = (u32::from(*pages), u64::from(*runs));
                 body = pages_of(&body, record);
             }
-            RecordKind::End => record.count = u64::from(*pages) | u64::from(*runs) << 8,
+            stream::RecordKind::End => record.count = u64::from(*pages) | u64::from(*runs) << 8,
             _ => {}
         }
         record.bytes = body.len() as u64;
         records.push((record, body));
     }
     let Some(map) = map else { return };
-    for (record, body) in records.iter_mut().filter(|(record, body)| record.kind == RecordKind::Manifest && body.is_empty()) {
+    for (record, body) in records
+        .iter_mut()
+        .filter(|(record, body)| record.kind == stream::RecordKind::Manifest && body.is_empty())
+    {
         *body = manifest_of(&map);
         record.bytes = body.len() as u64;
     }
-    let total = 32 + records.iter().map(|(record, _)| checkpoint::stream::record_bytes(record.bytes)).sum::<u64>();
-    let mut stream = StreamWriter::new(Vec::new(), total).expect("memory can be written");
+    let total = 32 + records.iter().map(|(record, _)| stream::record_bytes(record.bytes)).sum::<u64>();
+    let mut writer = StreamWriter::new(Vec::new(), total).expect("memory can be written");
     for (record, body) in &records {
-        stream.record(*record, body.as_slice()).expect("memory can be written");
+        writer.record(*record, body.as_slice()).expect("memory can be written");
     }
-    let bytes = stream.into_inner();
+    let bytes = writer.into_inner();
     let mut here = 0;
     if let Ok(manifest) = inspect(bytes.as_slice(), &mut |pages, _| here += pages.sums.len() as u64) {
         assert_eq!(here, manifest.pages.here);
-        assert!(inspect(&bytes[..bytes.len() - 1], &mut |_, _| {}).is_err(), "a stream that is cut is not whole");
+        assert!(
+            inspect(&bytes[..bytes.len() - 1], &mut |_, _| {}).is_err(),
+            "a stream that is cut is not whole"
+        );
     }
 }
 

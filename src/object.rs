@@ -111,7 +111,15 @@ impl Store {
         let upload = upload.map_err(|error| self.failure(&error))?;
         let part_bytes = total.div_ceil(PARTS_MAX).next_multiple_of(1 << 20).max(PART_BYTES) as usize;
         let part = Vec::with_capacity(part_bytes);
-        Ok(Upload { store: self, upload, part, part_bytes, flying: JoinSet::new(), failed: None, done: false })
+        Ok(Upload {
+            store: self,
+            upload,
+            part,
+            part_bytes,
+            flying: JoinSet::new(),
+            failed: None,
+            done: false,
+        })
     }
 
     /// Begins to read the object.
@@ -151,7 +159,9 @@ impl Store {
     fn failure(&self, error: &Error) -> Failure {
         let text = chain(error);
         let (kind, why) = match error {
-            Error::NotFound { .. } if text.contains("NoSuchBucket") => (FailureKind::Name, "there is no such bucket"),
+            Error::NotFound { .. } if text.contains("NoSuchBucket") => {
+                (FailureKind::Name, "there is no such bucket")
+            }
             Error::NotFound { .. } => (FailureKind::Name, "there is no such object, or no such bucket"),
             Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
                 (FailureKind::Link, "the store refuses these credentials")

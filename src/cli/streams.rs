@@ -174,7 +174,8 @@ pub(super) fn import(args: &ImportArgs) -> Result<(), Failure> {
         }
         StreamPlace::File(path) => {
             let from = File::open(path);
-            let from = from.map_err(|error| Failure::io(format!("cannot open {}", path.display()), &error))?;
+            let from =
+                from.map_err(|error| Failure::io(format!("cannot open {}", path.display()), &error))?;
             from_file(from, &path.display().to_string(), args)
         }
         StreamPlace::Object(url) => from_object(url, args),
@@ -212,10 +213,7 @@ fn take_in(from: impl Read, name: &str, args: &ImportArgs) -> Result<(), Failure
     if args.json.json {
         return print_json(&imported_json(&entry, &args.to, bytes, took));
     }
-    print(&format!(
-        "imported as {}",
-        summary(entry.name(), bytes, entry.manifest().pages.here, took)
-    ));
+    print(&format!("imported as {}", summary(entry.name(), bytes, entry.manifest().pages.here, took)));
     Ok(())
 }
 
@@ -259,7 +257,9 @@ fn failure(name: &str, error: &StreamError) -> Failure {
             format!("no room: it takes up to {:#}, and {:#} are free", Size(*need), Size(*free)),
         ),
         StreamError::There(_) => Failure::new(K::Name, chain(error)),
-        error if error.is_damage() => Failure::new(K::Damaged, format!("cannot use {name}: {}", chain(error))),
+        error if error.is_damage() => {
+            Failure::new(K::Damaged, format!("cannot use {name}: {}", chain(error)))
+        }
         StreamError::Archive(error) => Failure::new(archive_kind(error), chain(error)),
         error => Failure::new(K::Other, format!("cannot use {name}: {}", chain(error))),
     }

@@ -102,7 +102,11 @@ fn each_failure_of_a_store_has_its_words_and_leaves_nothing() {
     is(&server.say(&place, &["import", URL, "--to", &to]), 4, "there is no such object");
     let mut gone = server.vmemd(&place, &["export", &from, URL]);
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    is(&gone.env("AWS_ENDPOINT", format!("http://127.0.0.1:{port}")).output().unwrap(), 6, "cannot be reached");
+    is(
+        &gone.env("AWS_ENDPOINT", format!("http://127.0.0.1:{port}")).output().unwrap(),
+        6,
+        "cannot be reached",
+    );
 
     // A page that turns out damaged when parts are there already.
     make(&place.path("bad"), "web", 3);

@@ -235,12 +235,7 @@ fn standing_alone(manifest: &Manifest, map: &MemoryMap) -> Manifest {
     map.write(&mut sum).expect("a sum takes anything");
     let map_part = Part { file: MAP.to_owned(), bytes: map.file_bytes(), xxh3: Sum(sum.0.digest()) };
     let state = Part { file: STATE.to_owned(), ..manifest.parts.state.clone() };
-    Manifest {
-        base: None,
-        pages: map.counts(),
-        parts: Parts { map: map_part, state },
-        ..manifest.clone()
-    }
+    Manifest { base: None, pages: map.counts(), parts: Parts { map: map_part, state }, ..manifest.clone() }
 }
 
 /// Has the sum of what is written into it.

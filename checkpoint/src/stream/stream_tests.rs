@@ -171,10 +171,13 @@ fn a_checkpoint_is_not_imported_twice_and_an_archive_is_of_one_vm() {
     assert!(matches!(&again, Err(StreamError::There(name)) if name == first.name()), "{again:?}");
 
     let other = archive(&place.dir.path().join("other"));
-    other.new_checkpoint("db", bytes_of(1), None).map(|pending| {
-        MapBuilder::new(1).finish(&[]).write(&mut pending.map()).unwrap();
-        pending.finish(made("db", 1, 0)).unwrap()
-    }).unwrap();
+    other
+        .new_checkpoint("db", bytes_of(1), None)
+        .map(|pending| {
+            MapBuilder::new(1).finish(&[]).write(&mut pending.map()).unwrap();
+            pending.finish(made("db", 1, 0)).unwrap()
+        })
+        .unwrap();
     let refused = import(&other, place.export(&first).as_slice(), &goes_on);
     assert!(matches!(refused, Err(StreamError::Archive(ArchiveError::OtherVm { .. }))), "{refused:?}");
 }
@@ -216,7 +219,8 @@ fn whoever_stops_an_import_or_export_leaves_nothing() {
         assert!(matches!(error, StreamError::Cancelled), "{error:?}");
         assert_eq!(place.names(), Vec::<String>::new());
         let export = Export::open(place.from.chain(&entry).unwrap()).unwrap();
-        let written = export.write(&mut std::io::sink(), &|progress| progress.bytes_done < limit.min(6 << 20));
+        let written =
+            export.write(&mut std::io::sink(), &|progress| progress.bytes_done < limit.min(6 << 20));
         assert!(matches!(written, Err(StreamError::Cancelled)));
     }
     // Nor does a reader of the export that has gone away.
