@@ -11,8 +11,7 @@ use vmprocess::control::protocol::{EngineKind, Force, Trust};
 use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 
-use super::streams::StreamPlace;
-use super::values::{JsonArg, parse_duration};
+use super::values::{JsonArg, StreamPlace, parse_duration};
 use crate::pki::PkiSettings;
 use crate::qemu::output::Format;
 use crate::vmm::Workload;

@@ -13,5 +13,6 @@ mod streams;
 pub mod terminal;
 pub mod values;
 mod vms;
+mod work;
 
 pub use command::main;

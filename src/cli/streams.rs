@@ -1,11 +1,9 @@
 //! `vmemd checkpoint export|import`: a checkpoint as one stream, through a pipe or an object store.
 
-use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use std::path::Path;
 
 use checkpoint::archive::{Archive, Entry};
 use checkpoint::format::{DiskVersion, Manifest};
@@ -18,35 +16,14 @@ use vmprocess::signals;
 use vmprocess::size::Size;
 
 use super::args::{ExportArgs, ImportArgs};
-use super::checkpoints::{Work, rounded};
 use super::terminal::{print, print_json, say, warn};
+use super::values::StreamPlace;
+use super::work::{Work, rounded};
 #[cfg(feature = "object-store")]
 use crate::object::Store;
 
 /// Of a pipe, if the system allows it: fewer and larger reads and writes.
 const PIPE_BYTES: usize = 1 << 20;
-
-/// Where a stream goes, or comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum StreamPlace {
-    /// Standard output or input.
-    Standard,
-    File(PathBuf),
-    /// In an object store.
-    Object(String),
-}
-
-impl FromStr for StreamPlace {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<StreamPlace, Infallible> {
-        Ok(match text {
-            "-" => StreamPlace::Standard,
-            url if url.starts_with("s3://") => StreamPlace::Object(url.to_owned()),
-            path => StreamPlace::File(path.into()),
-        })
-    }
-}
 
 pub(super) fn export(args: &ExportArgs) -> Result<(), Failure> {
     signals::install()?;
