@@ -173,10 +173,12 @@ fn a_pipe_that_stands_still_ends_by_a_signal() {
     let mut import = place.vmemd(&["import", "-", "--to", &place.text("to")]);
     let mut import = import.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let whole = fs::read(place.stream()).unwrap();
-    import.stdin.as_mut().unwrap().write_all(&whole[..20 << 20]).unwrap();
+    // Open all the while: the child's own would be closed by whoever waits for it.
+    let mut pipe = import.stdin.take().unwrap();
+    pipe.write_all(&whole[..20 << 20]).unwrap();
     kill(import.id());
-    // With the pipe open all the while.
     let status = import.wait().unwrap();
+    drop(pipe);
     assert_eq!(status.code(), Some(130));
     is_empty(&place.path("to"));
 }

@@ -96,7 +96,7 @@ fn in_place_beside_appended() {
     }
     let place = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), "log-or-image");
     let rounds = rounds();
-    let mut took = [[[0.0; TIMES]; 2]; 3];
+    let mut took = [[const { Vec::new() }; 2], [const { Vec::new() }; 2], [const { Vec::new() }; 2]];
     for time in 0..TIMES {
         let image = direct(&place.path().join("image"));
         image.set_len(MEMORY).unwrap();
@@ -106,13 +106,13 @@ fn in_place_beside_appended() {
             // Each is first as often as the other.
             for which in [time % 2, 1 - time % 2] {
                 let (file, log) = if which == 0 { (&image, None) } else { (&log, Some(&end)) };
-                took[nth][which][time] = write(file, round, log);
+                took[nth][which].push(write(file, round, log));
             }
         }
     }
     for (nth, round) in rounds.iter().enumerate() {
         let bytes = (round.places.len() * round.piece) as f64 / (1 << 20) as f64;
-        let rate = |times: &mut [f64; TIMES]| {
+        let rate = |times: &mut Vec<f64>| {
             times.sort_by(f64::total_cmp);
             (bytes / times[TIMES / 2], bytes / times[TIMES - 1])
         };

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use checkpoint::archive::{Archive, Entry};
-use checkpoint::format::{DiskVersion, Manifest};
+use checkpoint::format::{DiskVersion, FormatError, Manifest};
 use checkpoint::stream::{self, Export, Exported, Imported, StreamError};
 use rustix::fs::Advice;
 use serde_json::json;
@@ -216,14 +216,14 @@ fn outside(manifest: &Manifest) {
 fn failure(name: &str, error: &StreamError) -> Failure {
     use FailureKind as K;
     let of_io = |doing: String, error: &io::Error| Failure::io(doing, error);
+    // Ctrl-C ends both sides of a pipe, and the other side may be the first.
+    let ends = matches!(error, StreamError::Cancelled | StreamError::Read(_) | StreamError::Write(_))
+        || matches!(error, StreamError::Format(FormatError::CutOff { .. }));
+    if let (true, Some(signal)) = (ends, signals::caught()) {
+        return signals::interrupted(signal);
+    }
     match error {
-        StreamError::Cancelled => match signals::caught() {
-            Some(signal) => signals::interrupted(signal),
-            None => Failure::new(K::Interrupted, "cancelled"),
-        },
-        StreamError::Read(source) if signals::caught().is_some() => {
-            signals::caught().map_or_else(|| of_io(name.to_owned(), source), signals::interrupted)
-        }
+        StreamError::Cancelled => Failure::new(K::Interrupted, "cancelled"),
         StreamError::Read(source) => of_io(format!("cannot read {name}"), source),
         StreamError::Write(source) if source.kind() == io::ErrorKind::BrokenPipe => {
             Failure::new(K::Link, format!("{name}: whoever read the stream has gone away before its end"))

@@ -119,3 +119,38 @@ fn each_failure_of_a_store_has_its_words_and_leaves_nothing() {
     is(&server.say(&place, &["import", "s3://backups/rubbish", "--to", &to]), 13, "is no stream");
     is_empty(&place.path("to"));
 }
+
+#[test]
+fn an_upload_that_is_interrupted_leaves_no_parts() {
+    let server = Server::with_bucket();
+    let place = Place::new();
+    let signal = |pid: u32, signal| {
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    };
+    // An upload may be faster than this test.
+    for nth in 0..5 {
+        let key = format!("web/{nth}");
+        let mut export =
+            server.vmemd(&place, &["export", &place.text("from"), &format!("s3://backups/{key}")]);
+        let mut export = export.stderr(Stdio::piped()).spawn().unwrap();
+        common::wait_for("an upload to be under way", || {
+            let ended = export.try_wait().unwrap().is_some();
+            (ended || server.ask("GET", "/backups?uploads").contains(&key)).then_some(())
+        });
+        signal(server.child.id(), rustix::process::Signal::STOP);
+        if export.try_wait().unwrap().is_none() {
+            signal(export.id(), rustix::process::Signal::INT);
+        }
+        signal(server.child.id(), rustix::process::Signal::CONT);
+        let said = export.wait_with_output().unwrap();
+        assert!(!server.ask("GET", "/backups?uploads").contains("<Key>"), "{said:?}");
+        if said.status.success() {
+            continue;
+        }
+        is(&said, 130, "interrupted");
+        assert!(!server.ask("GET", "/backups").contains(&key));
+        return;
+    }
+    panic!("each upload has ended before it could be interrupted");
+}
