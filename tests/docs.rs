@@ -264,6 +264,7 @@ fn known_options() -> BTreeSet<String> {
         &["qemu-args"],
         &["serve"],
         &["migrate"],
+        &["checkpoint"],
         &["pki", "init"],
         &["pki", "issue"],
         &["list"],

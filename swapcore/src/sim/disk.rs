@@ -138,6 +138,8 @@ impl Sim {
             let wanted = !drop && self.core.slot_of(page) == Some(slots.start.plus(nth));
             let stored_at = self.core.table().stored_at(page);
             assert!(write || !wanted || stored_at == tier, "{page} is stored elsewhere");
+            let held = !drop && write && stored_at == TierId::ORIGIN && self.oracle.is_read_at_origin(page);
+            assert!(!held, "{page} is taken home, and a migration was told that it is at the origin");
         }
         let same = |flight: &&Flight| (flight.tier == TierId::ORIGIN) == (tier == TierId::ORIGIN);
         let mut flights = self.disk.flights.iter().filter(same);

@@ -92,6 +92,13 @@ impl Oracle {
         }
     }
 
+    /// A migration has been told that the page is stored at the origin, and holds it.
+    pub(super) fn is_read_at_origin(&self, page: PageNo) -> bool {
+        let told = self.held.iter().filter(|held| held.run.contains(page));
+        let mut told = told.filter_map(|held| held.pages[(page.0 - held.run.start.0) as usize]);
+        told.any(|(place, tier, _)| place == Place::Stored && tier == TierId::ORIGIN)
+    }
+
     /// Who holds the page will not find it where it was.
     pub(super) fn is_not_as_held(&mut self, page: PageNo) {
         for held in self.held.iter_mut().filter(|held| held.run.contains(page)) {
