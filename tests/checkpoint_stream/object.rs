@@ -140,7 +140,7 @@ fn an_upload_that_is_interrupted_leaves_no_parts() {
         });
         signal(server.child.id(), rustix::process::Signal::STOP);
         if export.try_wait().unwrap().is_none() {
-            signal(export.id(), rustix::process::Signal::INT);
+            signal(export.id(), rustix::process::Signal::TERM);
         }
         signal(server.child.id(), rustix::process::Signal::CONT);
         let said = export.wait_with_output().unwrap();
