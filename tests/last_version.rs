@@ -129,8 +129,9 @@ fn understands(program: &Path, command: &Path) {
     assert!(facts["state"] == "running" && facts["memory_bytes"] == 128 << 20, "{facts}");
     // The same as its own command shows, but for what this version alone knows.
     let own = host.stat("web").expect("it runs");
-    let names =
-        |value: &serde_json::Value| value.as_object().expect("facts").keys().cloned().collect::<BTreeSet<_>>();
+    let names = |value: &serde_json::Value| {
+        value.as_object().expect("facts").keys().cloned().collect::<BTreeSet<_>>()
+    };
     let [last, this] = if command == Path::new(THIS) { [&own, &facts] } else { [&facts, &own] }.map(names);
     let gone: Vec<_> = last.difference(&this).collect();
     assert!(gone.is_empty(), "the last version shows {gone:?}, and this one does not");
