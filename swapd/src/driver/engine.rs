@@ -181,6 +181,7 @@ impl Engine {
                 discarder,
                 drops: Vec::new(),
                 drop_error_told: None,
+                silent: Default::default(),
                 prealloc: config.prealloc,
             };
             if config.prealloc && driver.memory.is_whole() {

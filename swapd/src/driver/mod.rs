@@ -20,6 +20,7 @@ mod recorder;
 mod regions;
 mod ring;
 mod sealer;
+mod silence;
 pub(crate) mod store;
 mod uffd;
 
@@ -37,6 +38,7 @@ use memory::Memory;
 use recorder::Recorder;
 use ring::{Completion, Operation, Ring};
 use sealer::Sealer;
+use silence::Silent;
 use swapcore::api::Copies;
 use swapcore::core::{
     Action, Core, DropResult, Event, IDLE_TICKS, IoError, IoErrorKind, IoId, PageOut, Request, Response,
@@ -77,6 +79,7 @@ struct Driver {
     drops: Vec<(IoId, Instant)>,
     /// When a drop that failed was last logged.
     drop_error_told: Option<Instant>,
+    silent: Silent,
     /// Take frames for memory when it is mapped.
     prealloc: bool,
 }
@@ -337,8 +340,15 @@ impl Driver {
             Action::StoreRecovered(_) => (self.notify)(Notice::StoreRecovered),
             Action::Starved(error) => (self.notify)(Notice::Starved(error.to_string())),
             Action::Relieved => (self.notify)(Notice::Relieved),
-            Action::TierUnreachable(error) => (self.notify)(Notice::Unreachable(error.to_string())),
-            Action::TierReachable(_) => (self.notify)(Notice::Reachable),
+            Action::TierUnreachable(error) => {
+                self.silent.falls(error.tier);
+                (self.notify)(Notice::Unreachable(error.to_string()));
+            }
+            Action::TierReachable(tier) => {
+                if self.silent.answers(tier) {
+                    (self.notify)(Notice::Reachable);
+                }
+            }
             Action::Short { pinned } => (self.notify)(Notice::Short { pinned_bytes: bytes_of(pinned) }),
             Action::Enough => (self.notify)(Notice::Enough),
             Action::PagePoisoned(page) => (self.notify)(Notice::Poisoned(page)),
