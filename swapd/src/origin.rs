@@ -6,8 +6,10 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 use swapcore::units::{PAGE_SIZE, PageNo, Run, pages_in};
@@ -131,6 +133,7 @@ fn end_direct(file: &File) -> io::Result<()> {
 pub(crate) struct Layers {
     layers: Vec<Layer>,
     layer_of: LayerOf,
+    closed: AtomicBool,
 }
 
 /// A layer that has been looked at.
@@ -162,7 +165,7 @@ impl Layers {
             let blocks = may_block(&file).map_err(|source| OriginError::Unusable { layer, source })?;
             checked.push(Layer { file, blocks });
         }
-        Ok(Layers { layers: checked, layer_of })
+        Ok(Layers { layers: checked, layer_of, closed: AtomicBool::new(false) })
     }
 
     pub(crate) fn layer(&self, nth: usize) -> &Layer {
@@ -174,8 +177,26 @@ impl Layers {
         self.layers.iter().map(|layer| &layer.file)
     }
 
+    /// Closes the files, whoever shares this: nobody reads there any more. In their place is the end of a pipe that
+    /// cannot be read, so that a read would be an error, and never another file's content.
+    pub(crate) fn close(&self) -> io::Result<()> {
+        self.closed.store(true, Ordering::SeqCst);
+        let (_, writer) = io::pipe()?;
+        for file in self.files() {
+            // SAFETY: both are descriptors that are open and owned here; the file's number stays its `File`'s own, and
+            // names another open description. Safe code can close a file only by its owner, and there are many.
+            if unsafe { libc::dup3(writer.as_raw_fd(), file.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
     /// Whether no layer has one of the run's pages, all of which are in the VM's memory.
     pub(crate) fn lacks(&self, run: Run) -> bool {
+        if self.closed.load(Ordering::SeqCst) {
+            return true;
+        }
         let LayerOf::PerPage(numbers) = &self.layer_of else { return false };
         numbers.get(run.indices()).is_some_and(|layers| layers.contains(&Origin::NO_LAYER))
     }

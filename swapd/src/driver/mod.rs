@@ -236,6 +236,10 @@ impl Driver {
                 let _ = reply.send(self.attach(region, base));
                 return;
             }
+            Command::CloseOrigin { reply } => {
+                let _ = reply.send(self.close_origin());
+                return;
+            }
             Command::Collapsed { run } => return self.collapsed(run),
             Command::Dropped { io, result } => return self.dropped(io, result),
         };
@@ -262,6 +266,19 @@ impl Driver {
         let ticket = Ticket(self.next_ticket);
         self.replies.insert(ticket, (reply, held));
         self.event(Event::Request { ticket, request });
+    }
+
+    /// Nothing of the VM is there any more, nor will be: no page is ever adopted again. A read of a page that has been given
+    /// back meanwhile may be under way, and comes to its end.
+    fn close_origin(&mut self) -> Result<(), CommandError> {
+        if self.core.table().origin_pages() > 0 {
+            return Err(CommandError::NotNow("pages are at the origin still"));
+        }
+        if let Some(origin) = &self.origin {
+            report(origin.close(), "close the origin's files");
+            report(self.ring.forget_origin(origin.files().len()), "close the origin's files");
+        }
+        Ok(())
     }
 
     fn answer(&mut self, ticket: Ticket, mut answer: Result<Response, CommandError>) {
