@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 
 use checkpoint::format::{FirstFaults, Manifest, MemoryMap};
 use checkpoints::{FIRST, Guest, make, make_on};
+use common::disk::Disk;
 use common::{Host, Running, Said, kill, needs_vms, wait_said};
 use serde_json::Value;
-use testkit::wait_for;
+use testkit::{OrSkip, Reason, wait_for};
 use xxhash_rust::xxh3::xxh3_64;
 
 const MIB: u64 = 1 << 20;
@@ -78,6 +79,11 @@ impl Saved {
         assert_eq!(said.code, 0, "{said:?}");
         running.ends_with(0);
     }
+}
+
+fn open_files(pid: u32) -> Vec<PathBuf> {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).expect("a process");
+    files.filter_map(|file| fs::read_link(file.ok()?.path()).ok()).collect()
 }
 
 fn flip(path: &Path, at: u64) {
@@ -181,6 +187,76 @@ fn an_eager_restore_has_all_of_its_memory_when_it_runs() {
     assert_eq!(told["state"], "running", "{told}");
     let stat = saved.host.wait_state("web", "running");
     assert_eq!(stat["origin_bytes"], 0, "{stat}");
+    saved.host.wait_rounds("web", 2);
+    saved.stop("web", vm);
+}
+
+#[test]
+fn frames_are_taken_at_the_start_if_that_is_asked_for() {
+    let guest = Guest { workload: "rewrite:working-set=16M,fill=working-set", ..WEB };
+    for (more, taken) in [(&["--eager"][..], 120), (&[], 110)] {
+        let mut saved = Saved::of("restore-prealloc", &guest);
+        let vm = saved.restore(&[&["--prealloc", "--paused"], more].concat());
+        let stat = saved.host.wait_state("web", "paused");
+        let frames = stat["frames_bytes"].as_u64().expect("a number");
+        assert!((taken * MIB..=128 * MIB).contains(&frames), "{stat}");
+        assert_eq!(saved.host.vmemd(&["resume", "web"]).code, 0);
+        saved.host.wait_rounds("web", 2);
+        saved.stop("web", vm);
+    }
+}
+
+/// A file system with so much room, for a store.
+fn small_disk(host: &Host, free: u64) -> Disk {
+    let disk = Disk::ext4(&host.root, 256 * MIB).or_skip(Reason::Loop);
+    disk.leave_free(free);
+    disk
+}
+
+fn restored_to<'a>(saved: &'a Saved, store: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let archive = saved.archive.to_str().expect("a path that is text");
+    [&["restore", archive, "--store", store, "--store-overcommit"], more].concat()
+}
+
+#[test]
+fn a_store_without_room_for_all_has_it_for_what_the_vm_changes_and_takes_the_rest_when_there_is_more() {
+    let guest = Guest { workload: "rewrite:working-set=32M,fill=all", ..WEB };
+    let mut saved = Saved::of("restore-no-room", &guest);
+    saved.host.haste = 60;
+    let disk = small_disk(&saved.host, 40 * MIB);
+    let store = disk.store();
+    let args: Vec<String> =
+        restored_to(&saved, &store, &["--ram", "24M"]).into_iter().map(str::to_owned).collect();
+    let vm = saved.host.start(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    saved.host.wait_state("web", "running");
+    let kept = |stat: &Value| stat["restore"]["phase"] == "kept";
+    let stat = saved.host.wait_stat("web", "the end of the taking home", kept);
+    assert!(stat["restore"]["waits"].as_str().is_some_and(|why| why.contains("the store has")), "{stat}");
+    // What it writes does not fit into its RAM.
+    saved.host.wait_rounds("web", 3);
+    let stat = saved.host.stat("web").expect("it runs");
+    assert_eq!((&stat["state"], &stat["store"]["write_errors"]), (&"running".into(), &0.into()), "{stat}");
+    assert!(stat["origin_bytes"].as_u64() >= Some(64 * MIB), "{stat}");
+    disk.drop_ballast();
+    let done = |stat: &Value| stat["restore"]["phase"] == "done";
+    let stat = saved.host.wait_stat("web", "all of it at home", done);
+    assert_eq!((&stat["origin_bytes"], &stat["poisoned_pages"]), (&0.into(), &0.into()), "{stat}");
+    saved.host.wait_rounds("web", 2);
+    saved.stop("web", vm);
+}
+
+#[test]
+fn an_eager_restore_to_a_store_without_room_runs_all_the_same() {
+    let guest = Guest { workload: "rewrite:working-set=32M,fill=all", ..WEB };
+    let mut saved = Saved::of("restore-eager-no-room", &guest);
+    let disk = small_disk(&saved.host, 40 * MIB);
+    let store = disk.store();
+    let args: Vec<String> =
+        restored_to(&saved, &store, &["--ram", "48M", "--eager"]).into_iter().map(str::to_owned).collect();
+    let vm = saved.host.start(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let stat = saved.host.wait_state("web", "running");
+    assert!(stat["origin_bytes"].as_u64() > Some(0), "{stat}");
+    wait_said("in the checkpoint still", || vm.log());
     saved.host.wait_rounds("web", 2);
     saved.stop("web", vm);
 }
@@ -359,6 +435,8 @@ fn a_checkpoint_in_use_is_not_removed_and_one_that_is_needed_no_more_is() {
     saved.host.wait_stat("web", "its memory", |stat| {
         stat["origin_bytes"] == 0 && stat["restore"]["phase"] == "done"
     });
+    let open = open_files(vm.pid());
+    assert!(!open.iter().any(|path| path.ends_with("memory.img")), "{open:?}");
     let said = saved.host.vmemd(&remove);
     assert_eq!(said.code, 0, "{said:?}");
     saved.host.wait_rounds("web", 2);

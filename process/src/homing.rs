@@ -2,8 +2,14 @@
 //!
 //! ```text
 //!   Fetching: into RAM, in the order known or by heat ──▶ TakingHome: to its store, at a rate ──▶ Done
+//!                                                    │     ▲ room │ none left
+//!                                                    │     └──────▼
 //!                                                    └──▶ Kept (--keep-origin)
 //! ```
+//! A page that stays in the checkpoint leaves RAM without a write for as long as it does not change. So the room of the
+//! store is for what the VM changes: pages are taken home only while there is more than the VM itself may have to write.
+//! Else a VM that could run from the checkpoint for ever would be starved by the copy of it.
+//!
 //! All of it gives way: to the VM's own faults, to other programs that are short of memory, to a migration of the VM.
 //! Meanwhile the order in which pages come in is recorded for the next restore, if this is the first.
 
@@ -13,8 +19,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use checkpoint::restore::{FirstTouches, Hold, Image, order};
+use migrate::limits::scaled_for_tests;
 use serde::{Deserialize, Serialize};
-use swapd::{CommandError, EngineHandle, FaultKind, PendingAnswer, Run, Stats};
+use swapd::units::bytes_of;
+use swapd::{CommandError, EngineHandle, FaultKind, IoErrorKind, PendingAnswer, Run, Stats};
 use tracing::{info, warn};
 
 use crate::control::protocol::{RestorePhase, State};
@@ -25,8 +33,9 @@ use crate::host;
 use crate::size::Size;
 use crate::vm::Vm;
 
-/// Parts of 2 MiB that the engine is asked to bring ahead of any touch, at a time.
-const FETCHES: usize = 4;
+/// Parts of up to 2 MiB that the engine is asked to bring ahead of any touch, at a time: as many as keep the device busy
+/// where they are small.
+const FETCHES: usize = 16;
 /// So many such parts are brought from one look at what frames are left to the next.
 const LOOK_AT_FRAMES: u32 = 4;
 /// Pages that are taken home at once: with one such piece under way, a fault never waits for more than that.
@@ -37,8 +46,14 @@ const GIVE_WAY: Duration = Duration::from_millis(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// So often in a row nothing is taken home until `stat` says that something is wrong with what is left.
 const STUCK: u32 = 6;
-/// Between two attempts from then on.
+/// Between two attempts from then on, if what is left is damaged or the store takes nothing.
 const STUCK_AGAIN: Duration = Duration::from_secs(10);
+/// The same, if the VM is only busy.
+const BUSY_AGAIN: Duration = Duration::from_secs(2);
+/// Until a store without room is looked at again. Twice as long each time, if it is full though its file system says
+/// that there is room: others want it as well, or there is a quota.
+const ROOM_AGAIN: Duration = Duration::from_secs(60);
+const ROOM_AGAIN_MAX: Duration = Duration::from_secs(3600);
 /// Between two looks at the host's memory.
 const LOOK_AT_HOST: Duration = Duration::from_millis(100);
 /// The host is short of memory if less of it than one part in so many is free.
@@ -66,6 +81,8 @@ pub struct RestoreOptions {
     pub rate: Option<u64>,
     /// Pages stay in the checkpoint for as long as they do not change.
     pub keep_origin: bool,
+    /// Frames are taken before it runs, for memory that has no content.
+    pub prealloc: bool,
 }
 
 /// Why work on the origin ended early.
@@ -112,6 +129,18 @@ pub(crate) struct Homing {
     fetched: bool,
     /// How often in a row nothing could be taken home.
     stuck: u32,
+    /// Meanwhile, a page could not be read, or was not what had been saved.
+    damaged: bool,
+    room_again: Duration,
+}
+
+/// What came of an attempt to take pages home.
+#[derive(Debug)]
+enum Taken {
+    /// So many pages are in the checkpoint still.
+    Left(u64),
+    /// The store has no room for more than what the VM itself may have to write.
+    NoRoom(String),
 }
 
 /// A recording of the first faults that is under way.
@@ -155,6 +184,8 @@ impl Homing {
             fetched_pages: 0,
             fetched: false,
             stuck: 0,
+            damaged: false,
+            room_again: ROOM_AGAIN,
         }
     }
 
@@ -169,12 +200,58 @@ impl Homing {
         if stats.stored_bytes > 0 && !self.options.keep_origin {
             note(&self.vm, RestorePhase::TakingHome, None);
             let mut left = u64::MAX;
-            // Damaged pages do not keep the VM from running.
+            // Neither damaged pages nor the store's state keep the VM from running.
             while left > 0 && self.stuck < STUCK {
-                left = self.take_some_home(left)?;
+                match self.take_some_home(left)? {
+                    Taken::Left(now) => left = now,
+                    Taken::NoRoom(why) => {
+                        note(&self.vm, RestorePhase::Kept, Some(why));
+                        break;
+                    }
+                }
+            }
+            if left > 0 {
+                let left = Size(self.stats()?.origin_bytes);
+                warn!(vm = %self.vm.facts.name, "it runs though {left:#} of its memory are in the checkpoint still: see `vmemd stat`");
             }
         }
         Ok(())
+    }
+
+    /// Takes frames from the host for memory without content, if that is wanted: as many as will be left when what is in
+    /// the checkpoint has come.
+    pub(crate) fn prealloc(&mut self) -> Result<(), Stopped> {
+        if !self.options.prealloc {
+            return Ok(());
+        }
+        let stats = self.stats()?;
+        let to_come = if self.options.eager { 0 } else { stats.stored_bytes };
+        let free = stats.ram_budget_bytes.saturating_sub(stats.frames_bytes).saturating_sub(to_come);
+        let mut left = free >> swapd::PAGE_SHIFT;
+        let mut asked: VecDeque<PendingAnswer<()>> = VecDeque::with_capacity(FETCHES);
+        let runs: Vec<Run> = self.image.empty_runs().collect();
+        for run in runs.into_iter().flat_map(Run::blocks) {
+            if left == 0 {
+                break;
+            }
+            if asked.len() == FETCHES
+                && let Some(oldest) = asked.pop_front()
+            {
+                self.filled(oldest)?;
+            }
+            let run = run.part(0, u64::from(run.len).min(left) as u32);
+            left -= u64::from(run.len);
+            asked.push_back(self.engine.fill_async(run));
+        }
+        asked.into_iter().try_for_each(|answer| self.filled(answer))
+    }
+
+    fn filled(&self, answer: PendingAnswer<()>) -> Result<(), Stopped> {
+        match self.answer(answer) {
+            // Behind a region of a QEMU whose length is not of whole blocks are pages that nobody has.
+            Ok(()) | Err(Stopped::Engine(CommandError::OutOfRange(_))) => Ok(()),
+            Err(stopped) => Err(stopped),
+        }
     }
 
     /// While the VM runs.
@@ -221,7 +298,7 @@ impl Homing {
             homing.give_way(RestorePhase::Fetching)?;
             homing.look_at_faults()
         })?;
-        info!(vm = %self.vm.facts.name, fetched = %Size(swapd::units::bytes_of(self.fetched_pages)), "its working set, as far as it is known, is here or on its way");
+        info!(vm = %self.vm.facts.name, fetched = %Size(bytes_of(self.fetched_pages)), "its working set, as far as it is known, is here or on its way");
         self.fetched = true;
         self.forget_image();
         Ok(())
@@ -273,7 +350,7 @@ impl Homing {
 
     fn note_fetched(&mut self, pages: u64) {
         self.fetched_pages += pages;
-        let fetched_bytes = swapd::units::bytes_of(self.fetched_pages);
+        let fetched_bytes = bytes_of(self.fetched_pages);
         self.vm.locked(|state| {
             if let Some(stat) = &mut state.restore {
                 stat.fetched_bytes = fetched_bytes;
@@ -300,7 +377,13 @@ impl Homing {
             self.give_way(RestorePhase::TakingHome)?;
             self.look_at_faults()?;
             let began = Instant::now();
-            left = self.take_some_home(left)?;
+            match self.take_some_home(left)? {
+                Taken::Left(now) => left = now,
+                Taken::NoRoom(why) => {
+                    self.wait_for_room(why)?;
+                    continue;
+                }
+            }
             let now = self.stats()?.faults.store;
             let waits = faults.replace(now).is_some_and(|before| now > before);
             let paced = self.options.rate.map_or(Duration::ZERO, |rate| pace(HOME_PAGES, rate));
@@ -309,41 +392,104 @@ impl Homing {
             self.vm.halt.pause(rest)?;
         }
         self.hold.let_go();
+        // Else its disk would have its room back only when the VM ends.
+        if let Err(Stopped::Engine(error)) = self.answer(self.engine.close_origin_async()) {
+            warn!(vm = %name, %error, "the checkpoint's files stay open");
+        }
         note(&self.vm, RestorePhase::Done, None);
         info!(vm = %name, "all of its memory is its own: the checkpoint is not needed any more");
         Ok(())
     }
 
-    /// Takes a piece home, when so many pages are left at the origin. Returns how many are left then.
-    fn take_some_home(&mut self, before: u64) -> Result<u64, Stopped> {
+    /// Takes a piece home, when so many pages are left at the origin.
+    fn take_some_home(&mut self, before: u64) -> Result<Taken, Stopped> {
+        let stats = self.stats()?;
+        if let Some(why) = self.no_room(&stats) {
+            return Ok(Taken::NoRoom(why));
+        }
+        let bad = bad_reads(&stats);
         match self.answer(self.engine.take_home_async(HOME_PAGES)) {
             Ok(left) if left == 0 || left < before => {
-                if self.stuck >= STUCK {
+                if self.stuck > 0 {
                     note(&self.vm, RestorePhase::TakingHome, None);
                 }
-                self.stuck = 0;
-                Ok(left)
+                (self.stuck, self.damaged, self.room_again) = (0, false, ROOM_AGAIN);
+                Ok(Taken::Left(left))
             }
             Ok(left) => {
-                // In motion at this moment; or damaged, which is found out when somebody touches them.
-                self.stuck += 1;
-                if self.stuck == STUCK {
-                    let why = format!(
+                self.damaged |= bad_reads(&self.stats()?) > bad;
+                let silent = self.vm.locked(|state| state.hold.stall_reason());
+                let why = match (self.damaged, silent) {
+                    (true, _) => format!(
                         "{left} pages cannot be read in the checkpoint now: they are read again, and lost if that fails when they are touched"
-                    );
-                    warn!(vm = %self.vm.facts.name, "{why}");
-                    note(&self.vm, RestorePhase::TakingHome, Some(why));
-                }
-                self.vm.halt.pause(if self.stuck < STUCK { LOOK_AGAIN } else { STUCK_AGAIN })?;
-                Ok(left)
+                    ),
+                    (false, Some(why)) => why,
+                    (false, None) => format!(
+                        "{left} pages cannot be moved at this moment: the VM needs all of its RAM, or they are in motion; it is tried again"
+                    ),
+                };
+                self.is_stuck(why, self.damaged)?;
+                Ok(Taken::Left(left))
+            }
+            Err(Stopped::Engine(CommandError::Store(error))) if error.kind == IoErrorKind::Full => {
+                Ok(Taken::NoRoom(error.to_string()))
             }
             Err(Stopped::Engine(CommandError::Store(why))) => {
-                note(&self.vm, RestorePhase::TakingHome, Some(why.to_string()));
-                self.vm.halt.pause(LOOK_AGAIN)?;
-                note(&self.vm, RestorePhase::TakingHome, None);
-                Ok(before)
+                self.is_stuck(why.to_string(), true)?;
+                Ok(Taken::Left(before))
             }
             Err(stopped) => Err(stopped),
+        }
+    }
+
+    /// Nothing could be taken home once more: says so in `stat` if that goes on, and waits. A `defect` is told in the log,
+    /// too.
+    fn is_stuck(&mut self, why: String, defect: bool) -> Result<(), Stopped> {
+        self.stuck = self.stuck.saturating_add(1);
+        if self.stuck == STUCK && defect {
+            warn!(vm = %self.vm.facts.name, "{why}");
+        }
+        if self.stuck >= STUCK {
+            note(&self.vm, RestorePhase::TakingHome, Some(why));
+        }
+        let again = match defect {
+            _ if self.stuck < STUCK => LOOK_AGAIN,
+            true => STUCK_AGAIN,
+            false => BUSY_AGAIN,
+        };
+        Ok(self.vm.halt.pause(again)?)
+    }
+
+    /// Why nothing may be taken home now, if the store has no room for it beside what the VM may have to write.
+    fn no_room(&self, stats: &Stats) -> Option<String> {
+        let free = self.engine.store_free_bytes()?;
+        let needed = room_needed(stats);
+        let (free_size, needed_size) = (Size(free), Size(needed));
+        (free < needed).then(|| {
+            format!(
+                "the store has {free_size:#} left, and {needed_size:#} may be needed for what the VM changes: pages stay in the \
+                 checkpoint until there is more"
+            )
+        })
+    }
+
+    /// The VM can do without: its pages stay where they are until there is room.
+    fn wait_for_room(&mut self, why: String) -> Result<(), Stopped> {
+        warn!(vm = %self.vm.facts.name, "{why}");
+        note(&self.vm, RestorePhase::Kept, Some(why));
+        loop {
+            let again = Instant::now() + scaled_for_tests(self.room_again);
+            while Instant::now() < again {
+                let poll = self.recording.as_ref().map_or(LOOK_AGAIN, |recording| recording.poll);
+                self.vm.halt.pause(poll)?;
+                self.look_at_faults()?;
+            }
+            if self.no_room(&self.stats()?).is_none() {
+                // If it is full all the same.
+                self.room_again = (self.room_again * 2).min(ROOM_AGAIN_MAX);
+                note(&self.vm, RestorePhase::TakingHome, None);
+                return Ok(());
+            }
         }
     }
 
@@ -493,14 +639,37 @@ fn short_of_memory(free: u64, total: u64) -> bool {
     free < total / FREE_PART
 }
 
+/// Reads that have failed, and pages that were not what had been written or saved.
+fn bad_reads(stats: &Stats) -> u64 {
+    stats.store.read_errors + stats.store.checksum_mismatches
+}
+
+/// Bytes that the store's file system must have for a piece to be taken home: what may be outside of RAM and has no
+/// place in the store yet. A piece that is taken home is a part of that.
+fn room_needed(stats: &Stats) -> u64 {
+    let outside = stats.memory_bytes.saturating_sub(stats.ram_budget_bytes);
+    outside.saturating_sub(stats.store.used_bytes).max(bytes_of(u64::from(HOME_PAGES)))
+}
+
 /// How long so many pages take at that rate.
 fn pace(pages: u32, rate: u64) -> Duration {
-    Duration::from_secs_f64(swapd::units::bytes_of(u64::from(pages)) as f64 / rate.max(1) as f64)
+    Duration::from_secs_f64(bytes_of(u64::from(pages)) as f64 / rate.max(1) as f64)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_store_keeps_room_for_what_the_vm_may_write() {
+        let mut stats = Stats { memory_bytes: 64 << 20, ram_budget_bytes: 16 << 20, ..Stats::default() };
+        assert_eq!(room_needed(&stats), 48 << 20);
+        stats.store.used_bytes = 40 << 20;
+        assert_eq!(room_needed(&stats), 8 << 20);
+        // A VM that fits into RAM may fill the store to its end, and no further.
+        stats.store.used_bytes = 60 << 20;
+        assert_eq!(room_needed(&stats), 1 << 20);
+    }
 
     #[test]
     fn a_rate_is_kept_and_a_host_without_memory_comes_first() {

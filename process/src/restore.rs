@@ -151,6 +151,7 @@ fn begin(vm: &Arc<Vm>, engine: &EngineHandle, restoration: Restoration) -> Resul
     if options.eager {
         homing.bring_all().map_err(|stopped| stopped.failure(vm))?;
     }
+    homing.prealloc().map_err(|stopped| stopped.failure(vm))?;
     let machine = newcomer.load(&mut *state).map_err(|failure| not_restored(vm, &from, failure))?;
     vm.set_machine(machine);
     let loaded = Instant::now();

@@ -368,11 +368,11 @@ impl Vm {
                 self.stall(Want::Frames, reason);
             }
             Notice::Unreachable(reason) => {
-                warn!(vm = %name, "{reason}: the VM is paused, for it needs what is there; it goes on by itself when the store answers, and nothing is lost");
+                warn!(vm = %name, "{reason}: the VM is paused, for it needs what is there; it goes on by itself when that answers, and nothing is lost");
                 self.stall(Want::Pages, reason);
             }
             Notice::Reachable => {
-                info!(vm = %name, "the store answers");
+                info!(vm = %name, "what it waited for answers");
                 self.ease(Want::Pages);
             }
             Notice::Relieved => self.ease(Want::Frames),

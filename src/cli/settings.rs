@@ -105,6 +105,7 @@ pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<Re
             eager: args.eager,
             rate: args.rate.map(Size::bytes),
             keep_origin: args.keep_origin,
+            prealloc: limits.prealloc,
         },
         json: args.json.json,
         qemu: args.qemu,

@@ -72,6 +72,9 @@ pub fn restore(
     if vm.name != name && dir.find(&vm.name).is_ok() && !settings.same_addresses {
         twice::check(&line, &vm.name)?;
     }
+    if !settings.same_addresses {
+        twice::check_running(&line, &dir)?;
+    }
     let disks = here(vm, &settings.rules);
     let work =
         disk_versions::plan((&disks, &vm.without_disks), &settings.disks, name, &resources::disks(&line)?)?;

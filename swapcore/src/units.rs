@@ -44,7 +44,7 @@ impl fmt::Display for TierId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             TierId::STORE => write!(f, "the store"),
-            TierId::ORIGIN => write!(f, "the origin"),
+            TierId::ORIGIN => write!(f, "the checkpoint it was restored from"),
             TierId(number) => write!(f, "tier {number}"),
         }
     }

@@ -119,6 +119,12 @@ impl EngineHandle {
         StoredReader { store: self.store.clone(), cipher: self.cipher.clone(), origin: self.origin.clone() }
     }
 
+    /// Bytes that may still be written to the store's file system; none of a device, which has a place for each page, and
+    /// of a file system that does not tell. Waits for nothing but that.
+    pub fn store_free_bytes(&self) -> Option<u64> {
+        self.store.free_bytes()
+    }
+
     /// A snapshot of the engine's figures.
     ///
     /// # Errors
@@ -141,6 +147,12 @@ impl EngineHandle {
     /// Pages out the resident pages of the run, and answers when they are stored.
     pub fn evict(&self, run: Run) -> Result<(), CommandError> {
         self.call(Request::Evict(run), done)
+    }
+
+    /// Takes frames from the host for those of the run's pages that are untouched, as long as there are more than are
+    /// kept ready: their first touch is no fault.
+    pub fn fill_async(&self, run: Run) -> PendingAnswer<()> {
+        self.ask(Request::Fill(run), done)
     }
 
     /// With `on`, begins to record faults or goes on with it, and answers with the next faults that were recorded;
@@ -324,6 +336,17 @@ impl EngineHandle {
         let pages = adopted.run.len as usize;
         assert_eq!(adopted.sums.len(), pages, "one checksum a page");
         self.ask(Request::Adopt(adopted), done)
+    }
+
+    /// Closes the origin's files, for good: what is removed of them gives its room back to the disk. Nothing can be adopted
+    /// afterwards.
+    ///
+    /// # Errors
+    /// [`CommandError::NotNow`], if pages are there still.
+    pub fn close_origin_async(&self) -> PendingAnswer<()> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(Command::CloseOrigin { reply });
+        answer
     }
 
     /// Untouched pages are lost, as they were where the VM comes from: a touch of them is a memory error here as well.

@@ -14,10 +14,10 @@ pub enum Notice {
     Starved(String),
     /// There are frames again, after [`Notice::Starved`]: the VM may go on.
     Relieved,
-    /// The VM waits for the store, which has given nothing for some seconds: pause it, and say why. Nothing is lost;
-    /// the store is asked again and again.
+    /// The VM waits for the store, or for its origin, which has given nothing for some seconds: pause it, and say why.
+    /// Nothing is lost; it is asked again and again. Told of each of the two by itself.
     Unreachable(String),
-    /// The store answers again: all who waited have been served, or are about to be.
+    /// All that did not answer does so again: all who waited have been served, or are about to be.
     Reachable,
     /// The VM needs a frame, and has waited for some time: all that could leave is held where it is. It goes on when
     /// that is let go of, or with a larger budget.

@@ -6,8 +6,10 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 use swapcore::units::{PAGE_SIZE, PageNo, Run, pages_in};
@@ -94,8 +96,36 @@ impl OriginLayer {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => File::open(path)?,
             opened => opened?,
         };
+        OriginLayer::of(file)
+    }
+
+    /// A file that is open already. Where direct I/O takes larger blocks than pages, it is read through the page cache
+    /// from now on.
+    ///
+    /// # Errors
+    /// If it cannot be looked at.
+    pub fn of(file: File) -> io::Result<OriginLayer> {
+        if direct_block_bytes(&file)?.is_some_and(|bytes| bytes as usize > PAGE_SIZE) {
+            end_direct(&file)?;
+        }
         Ok(OriginLayer { file })
     }
+}
+
+/// What direct I/O of the file works in; None if it is not open for that, or nobody tells.
+fn direct_block_bytes(file: &File) -> io::Result<Option<u32>> {
+    if !rustix::fs::fcntl_getfl(file)?.contains(OFlags::DIRECT) {
+        return Ok(None);
+    }
+    let found = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
+    let told = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::DIOALIGN);
+    Ok(told.then(|| found.stx_dio_offset_align.max(found.stx_dio_mem_align)))
+}
+
+/// Its locks stay, and so does all that is a duplicate of it.
+fn end_direct(file: &File) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(rustix::fs::fcntl_setfl(file, flags - OFlags::DIRECT)?)
 }
 
 /// An origin that has been found fit for its VM.
@@ -103,6 +133,7 @@ impl OriginLayer {
 pub(crate) struct Layers {
     layers: Vec<Layer>,
     layer_of: LayerOf,
+    closed: AtomicBool,
 }
 
 /// A layer that has been looked at.
@@ -134,7 +165,7 @@ impl Layers {
             let blocks = may_block(&file).map_err(|source| OriginError::Unusable { layer, source })?;
             checked.push(Layer { file, blocks });
         }
-        Ok(Layers { layers: checked, layer_of })
+        Ok(Layers { layers: checked, layer_of, closed: AtomicBool::new(false) })
     }
 
     pub(crate) fn layer(&self, nth: usize) -> &Layer {
@@ -146,8 +177,26 @@ impl Layers {
         self.layers.iter().map(|layer| &layer.file)
     }
 
+    /// Closes the files, whoever shares this: nobody reads there any more. In their place is the end of a pipe that
+    /// cannot be read, so that a read would be an error, and never another file's content.
+    pub(crate) fn close(&self) -> io::Result<()> {
+        self.closed.store(true, Ordering::SeqCst);
+        let (_, writer) = io::pipe()?;
+        for file in self.files() {
+            // SAFETY: both are descriptors that are open and owned here; the file's number stays its `File`'s own, and
+            // names another open description. Safe code can close a file only by its owner, and there are many.
+            if unsafe { libc::dup3(writer.as_raw_fd(), file.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
     /// Whether no layer has one of the run's pages, all of which are in the VM's memory.
     pub(crate) fn lacks(&self, run: Run) -> bool {
+        if self.closed.load(Ordering::SeqCst) {
+            return true;
+        }
         let LayerOf::PerPage(numbers) = &self.layer_of else { return false };
         numbers.get(run.indices()).is_some_and(|layers| layers.contains(&Origin::NO_LAYER))
     }
@@ -193,15 +242,10 @@ fn check_file(layer: usize, mut file: &File) -> Result<u64, OriginError> {
     if flags & OFlags::RWMODE != OFlags::RDONLY {
         return Err(OriginError::Writable { layer });
     }
-    if flags.contains(OFlags::DIRECT) {
-        let found = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
-            .map_err(|errno| unusable(errno.into()))?;
-        // A kernel or file system that does not tell says nothing.
-        let told = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::DIOALIGN);
-        let block_bytes = found.stx_dio_offset_align.max(found.stx_dio_mem_align);
-        if told && block_bytes as usize > PAGE_SIZE {
-            return Err(OriginError::Blocks { layer, block_bytes });
-        }
+    if let Some(block_bytes) = direct_block_bytes(file).map_err(unusable)?
+        && block_bytes as usize > PAGE_SIZE
+    {
+        return Err(OriginError::Blocks { layer, block_bytes });
     }
     file.seek(SeekFrom::End(0)).map_err(unusable)
 }
@@ -275,6 +319,22 @@ mod tests {
         assert_eq!(parts, [(2, 12, 8), (0, 20, 1), (2, 21, 9)]);
         assert!(!origin.lacks(Run::new(PageNo(10), 20)));
         assert!(origin.lacks(Run::new(PageNo(10), 21)));
+    }
+
+    #[test]
+    fn a_file_goes_on_without_direct_io_and_keeps_its_lock() {
+        let directory = testkit::directory("origin");
+        let path = directory.path().join("layer");
+        std::fs::write(&path, vec![7; PAGE_SIZE]).unwrap();
+        let file = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
+        file.try_lock().unwrap();
+        let other = file.try_clone().unwrap();
+        end_direct(&file).unwrap();
+        assert_eq!(direct_block_bytes(&other).unwrap(), None);
+        let mut bytes = [0; 100];
+        std::os::unix::fs::FileExt::read_exact_at(&other, &mut bytes, 33).unwrap();
+        assert_eq!(bytes, [7; 100]);
+        assert!(File::open(&path).unwrap().try_lock().is_err());
     }
 
     #[test]

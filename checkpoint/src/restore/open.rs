@@ -67,7 +67,7 @@ pub fn open(chain: &Chain) -> Result<Checkpoint, OpenError> {
             return Err(OpenError::CutOff { path, has, should });
         }
         images.push(file.try_clone().map_err(io)?);
-        layers.push(OriginLayer { file });
+        layers.push(OriginLayer::of(file).map_err(io)?);
     }
     let (image, layer_of) = Image::of(&chain.layers()?);
     let state = chain.top().state()?;

@@ -34,8 +34,12 @@ use crate::stats::TierState;
 use crate::table::{Flag, PageState};
 use crate::units::{PageNo, Run, Slot, SlotRun, TierId, runs_of};
 
-/// Pages fetched for one request, at most: 2 MiB. A fault that comes meanwhile waits behind their reads.
+/// Pages fetched for one request, and under way for all of them, at most: 2 MiB. A fault that comes meanwhile waits
+/// behind their reads.
 const FETCH_MAX: u32 = 512;
+/// Under way while a vCPU waits for a page: the device has the next read there already, and a fault never waits for
+/// more than these.
+const FETCH_BESIDE_FAULTS: u32 = 2 * IO_PAGES_MAX;
 /// Pages on their way home at a time, at most: 2 MiB.
 const HOMEWARD_MAX: u32 = 512;
 /// No more than one staging slot in so many for these.
@@ -144,28 +148,41 @@ impl Core {
     }
 
     fn step_fetch(&mut self, look: &mut u32) {
-        while let Some(mut fetch) = self.origin.fetches.pop_front() {
-            self.fetch_more(&mut fetch, look);
-            if fetch.next < fetch.end || !fetch.ios.is_empty() {
-                return self.origin.fetches.push_front(fetch);
+        let mut fetches = std::mem::take(&mut self.origin.fetches);
+        let mut under_way = fetches.iter().map(Fetch::under_way).sum();
+        // Several at a time: small ones would keep the device idle between one and the next.
+        for fetch in &mut fetches {
+            self.fetch_more(fetch, &mut under_way, look);
+            if fetch.next < fetch.end {
+                break;
             }
-            let answer = Ok(Response::Count(fetch.came));
-            self.actions.push_back(Action::Answer { ticket: fetch.ticket, answer });
         }
+        fetches.retain(|fetch| {
+            let ended = fetch.next >= fetch.end && fetch.ios.is_empty();
+            if ended {
+                let answer = Ok(Response::Count(fetch.came));
+                self.actions.push_back(Action::Answer { ticket: fetch.ticket, answer });
+            }
+            !ended
+        });
+        self.origin.fetches = fetches;
     }
 
     /// Begins to read what is at the origin, as far as there are more frames than the engine keeps ready.
-    fn fetch_more(&mut self, fetch: &mut Fetch, look: &mut u32) {
+    fn fetch_more(&mut self, fetch: &mut Fetch, under_way: &mut u32, look: &mut u32) {
         while fetch.next < fetch.end {
-            // Some are brought whoever waits: the rest would never be.
-            let most = u64::from(if self.waiters.any() { IO_PAGES_MAX } else { FETCH_MAX });
             let page = fetch.next;
             let block = self.table.next_origin_block(page.block());
             // With a store that takes nothing, frames are for those who wait; and an origin that gives nothing is not
             // asked for more.
             let may =
                 self.tiers.latched().is_none() && self.tiers.state(TierId::ORIGIN) == TierState::Working;
-            let Some(block) = block.filter(|_| fetch.begun < most && may) else { return fetch.stop() };
+            let Some(block) = block.filter(|_| fetch.begun < FETCH_MAX && may) else { return fetch.stop() };
+            // It goes on when one of these has ended. Some are brought whoever waits: the rest would never be.
+            let most = if self.waiters.any() { FETCH_BESIDE_FAULTS } else { FETCH_MAX };
+            if *under_way + IO_PAGES_MAX > most {
+                return;
+            }
             if block > page.block() {
                 fetch.next = PageNo::first_of(block).min(fetch.end);
                 continue;
@@ -177,7 +194,7 @@ impl Core {
             let to = page.next_block().min(fetch.end);
             let part = Run::new(page, (to.0 - page.0) as u32);
             *look = look.saturating_sub(part.len);
-            let want = IO_PAGES_MAX.min((most - fetch.begun) as u32);
+            let want = IO_PAGES_MAX.min(FETCH_MAX - fetch.begun);
             let Some(found) = self.find_at_origin(part, want, |_| true) else {
                 fetch.next = to;
                 continue;
@@ -186,8 +203,9 @@ impl Core {
             let want = u64::from(found.len).min(spare) as u32;
             let Some(taken) = self.frames.take(want) else { return fetch.stop() };
             let run = found.part(0, taken.slots.len);
-            fetch.ios.push(self.read(run, taken.slots, Landing::Guest { marker: None }));
-            (fetch.begun, fetch.next) = (fetch.begun + u64::from(run.len), run.end());
+            fetch.ios.push((self.read(run, taken.slots, Landing::Guest { marker: None }), run.len));
+            (fetch.begun, fetch.next) = (fetch.begun + run.len, run.end());
+            *under_way += run.len;
         }
     }
 

@@ -377,6 +377,32 @@ fn pages_are_fetched_as_long_as_frames_are_plentiful_and_the_answer_comes_with_t
 }
 
 #[test]
+fn several_fetches_are_under_way_at_once_and_less_of_them_while_somebody_waits() {
+    let mut vm = vm();
+    let config = CoreConfig { pages: 2048, budget_frames: 1024, slots: 2048, ..vm.core.config };
+    vm.core = Core::new(config).with_origin();
+    vm.ask(Request::Prefetch(false));
+    assert_done(vm.ask(adopt(Run::new(PageNo(0), 512))));
+    // Each a run of its own.
+    for start in (0..128).step_by(16) {
+        assert!(vm.ask(Request::FetchOrigin(Run::new(PageNo(start), 8))).is_none());
+    }
+    assert_eq!(vm.todo.len(), 8, "{:?}", vm.todo);
+    vm.end_all();
+    assert_eq!(vm.answers.drain(..).count(), 8);
+    // Somebody waits, and what is asked for then comes all the same: two reads at a time.
+    vm.hand(Event::Fault(PageNo(511)));
+    let mut left = vm.todo.len();
+    assert!(vm.ask(Request::FetchOrigin(Run::new(PageNo(128), 256))).is_none());
+    assert_eq!(vm.todo.len() - left, 2, "{:?}", vm.todo);
+    left = vm.todo.len();
+    // The fault's read came first, and is kept waiting.
+    vm.todo.rotate_left(1);
+    vm.end(None);
+    assert_eq!(vm.todo.len(), left, "the next one has begun: {:?}", vm.todo);
+}
+
+#[test]
 fn empty_memory_is_passed_quickly() {
     let pages = pages_in(64 << 30);
     let mut vm = vm();

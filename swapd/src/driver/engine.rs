@@ -43,7 +43,8 @@ pub struct EngineConfig {
     pub store: StoreConfig,
     /// Where pages come from that are [adopted](EngineHandle::adopt), until they have been written.
     pub origin: Option<Origin>,
-    /// Take all frames at start; of external memory, when it is attached.
+    /// Take all frames at start; of external memory, when it is attached. Not with an origin: pages are to be untouched
+    /// when they are adopted. Behind that, [`EngineHandle::fill_async`] takes them.
     pub prealloc: bool,
     /// Lock frames against the host's own swap.
     pub lock: bool,
@@ -129,6 +130,7 @@ impl Engine {
         let outside = config.memory_bytes.saturating_sub(config.budget_bytes);
         let needed = if config.store.overcommit { 0 } else { outside };
         let store = Arc::new(store::open(&config.store.path, config.memory_bytes, needed)?);
+        let prealloc = config.prealloc && config.origin.is_none();
         let origin = config.origin.map(|origin| Layers::check(origin, pages)).transpose()?.map(Arc::new);
         let mailbox = Arc::new(Mailbox::new().map_err(|source| HostError::Eventfd { source })?);
         let cipher = config.store.encrypt.then(|| Cipher::random(config.lock)).transpose();
@@ -181,9 +183,10 @@ impl Engine {
                 discarder,
                 drops: Vec::new(),
                 drop_error_told: None,
-                prealloc: config.prealloc,
+                silent: Default::default(),
+                prealloc,
             };
-            if config.prealloc && driver.memory.is_whole() {
+            if driver.prealloc && driver.memory.is_whole() {
                 driver.memory.runs_of(0).for_each(|run| driver.prealloc(run));
             }
             let _ = started.send(Ok(()));

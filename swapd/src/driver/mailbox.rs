@@ -26,6 +26,9 @@ pub(crate) enum Command {
         base: usize,
         reply: oneshot::Sender<Result<(), StartError>>,
     },
+    CloseOrigin {
+        reply: oneshot::Sender<Result<(), CommandError>>,
+    },
     /// The host has done what it could to put this in huge pages.
     Collapsed {
         run: Run,

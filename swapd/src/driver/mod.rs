@@ -20,6 +20,7 @@ mod recorder;
 mod regions;
 mod ring;
 mod sealer;
+mod silence;
 pub(crate) mod store;
 mod uffd;
 
@@ -37,6 +38,7 @@ use memory::Memory;
 use recorder::Recorder;
 use ring::{Completion, Operation, Ring};
 use sealer::Sealer;
+use silence::Silent;
 use swapcore::api::Copies;
 use swapcore::core::{
     Action, Core, DropResult, Event, IDLE_TICKS, IoError, IoErrorKind, IoId, PageOut, Request, Response,
@@ -77,6 +79,7 @@ struct Driver {
     drops: Vec<(IoId, Instant)>,
     /// When a drop that failed was last logged.
     drop_error_told: Option<Instant>,
+    silent: Silent,
     /// Take frames for memory when it is mapped.
     prealloc: bool,
 }
@@ -233,6 +236,10 @@ impl Driver {
                 let _ = reply.send(self.attach(region, base));
                 return;
             }
+            Command::CloseOrigin { reply } => {
+                let _ = reply.send(self.close_origin());
+                return;
+            }
             Command::Collapsed { run } => return self.collapsed(run),
             Command::Dropped { io, result } => return self.dropped(io, result),
         };
@@ -259,6 +266,19 @@ impl Driver {
         let ticket = Ticket(self.next_ticket);
         self.replies.insert(ticket, (reply, held));
         self.event(Event::Request { ticket, request });
+    }
+
+    /// Nothing of the VM is there any more, nor will be: no page is ever adopted again. A read of a page that has been given
+    /// back meanwhile may be under way, and comes to its end.
+    fn close_origin(&mut self) -> Result<(), CommandError> {
+        if self.core.table().origin_pages() > 0 {
+            return Err(CommandError::NotNow("pages are at the origin still"));
+        }
+        if let Some(origin) = &self.origin {
+            report(origin.close(), "close the origin's files");
+            report(self.ring.forget_origin(origin.files().len()), "close the origin's files");
+        }
+        Ok(())
     }
 
     fn answer(&mut self, ticket: Ticket, mut answer: Result<Response, CommandError>) {
@@ -337,8 +357,15 @@ impl Driver {
             Action::StoreRecovered(_) => (self.notify)(Notice::StoreRecovered),
             Action::Starved(error) => (self.notify)(Notice::Starved(error.to_string())),
             Action::Relieved => (self.notify)(Notice::Relieved),
-            Action::TierUnreachable(error) => (self.notify)(Notice::Unreachable(error.to_string())),
-            Action::TierReachable(_) => (self.notify)(Notice::Reachable),
+            Action::TierUnreachable(error) => {
+                self.silent.falls(error.tier);
+                (self.notify)(Notice::Unreachable(error.to_string()));
+            }
+            Action::TierReachable(tier) => {
+                if self.silent.answers(tier) {
+                    (self.notify)(Notice::Reachable);
+                }
+            }
             Action::Short { pinned } => (self.notify)(Notice::Short { pinned_bytes: bytes_of(pinned) }),
             Action::Enough => (self.notify)(Notice::Enough),
             Action::PagePoisoned(page) => (self.notify)(Notice::Poisoned(page)),

@@ -154,6 +154,11 @@ impl Ring {
         Ok(ring)
     }
 
+    /// Lets go of the origin's files, so many. A read of one would be an error from now on.
+    pub(super) fn forget_origin(&self, layers: usize) -> io::Result<()> {
+        self.ring.submitter().register_files_update(STORE.0 + 1, &vec![-1; layers]).map(drop)
+    }
+
     pub(super) fn in_flight(&self) -> usize {
         self.in_flight
     }

@@ -23,6 +23,15 @@ impl Store {
     pub(crate) fn place_of(&self, page: PageNo) -> u64 {
         page.offset()
     }
+
+    /// Bytes that this user may still write to its file system; None of a device.
+    pub(crate) fn free_bytes(&self) -> Option<u64> {
+        if !self.0.metadata().ok()?.is_file() {
+            return None;
+        }
+        let stat = rustix::fs::fstatvfs(&self.0).ok()?;
+        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
 }
 
 /// Opens the store for a VM of `memory_bytes`, of which `outside_bytes` must find room in it.

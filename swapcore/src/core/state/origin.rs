@@ -14,13 +14,18 @@ pub(crate) struct Fetch {
     pub(crate) next: PageNo,
     pub(crate) end: PageNo,
     /// Pages whose reading has begun, and those of them that have come.
-    pub(crate) begun: u64,
+    pub(crate) begun: u32,
     pub(crate) came: u64,
-    /// The reads that are under way.
-    pub(crate) ios: Vec<IoId>,
+    /// The reads that are under way, with the pages of each.
+    pub(crate) ios: Vec<(IoId, u32)>,
 }
 
 impl Fetch {
+    /// Pages that are being read for it.
+    pub(crate) fn under_way(&self) -> u32 {
+        self.ios.iter().map(|(_, pages)| pages).sum()
+    }
+
     /// Nothing more is begun.
     pub(crate) fn stop(&mut self) {
         self.next = self.end;
@@ -42,7 +47,7 @@ pub(crate) struct Taking {
 
 #[derive(Debug, Default)]
 pub(crate) struct Origin {
-    /// The first one is under way.
+    /// The first ones are under way.
     pub(crate) fetches: VecDeque<Fetch>,
     /// The first one is under way.
     pub(crate) takings: VecDeque<Taking>,
@@ -78,7 +83,7 @@ impl Origin {
     /// A read has ended that has brought so many pages.
     pub(crate) fn ended(&mut self, io: IoId, pages: u64) {
         for fetch in &mut self.fetches {
-            if let Some(nth) = fetch.ios.iter().position(|other| *other == io) {
+            if let Some(nth) = fetch.ios.iter().position(|(other, _)| *other == io) {
                 fetch.ios.swap_remove(nth);
                 fetch.came += pages;
             }
