@@ -197,7 +197,13 @@ impl Hold {
     /// Returns whether there was nothing to do.
     pub(crate) fn pause(&mut self, stood: bool) -> bool {
         let already = stood && !self.is_stalled();
-        self.pause_by(if already { self.paused().unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
+        let by = match self.paused() {
+            // A checkpoint that fails lets the VM go on, unless it is the user who wants it to stand still.
+            Some(FOR_ITS_CHECKPOINT) => BY_VMEMD,
+            by if already => by.unwrap_or(BY_ITS_MONITOR),
+            _ => BY_VMEMD,
+        };
+        self.pause_by(by);
         already
     }
 
