@@ -196,6 +196,8 @@ impl Image {
     /// The store's blocks become the image's, too, if the file system can.
     fn share(&self, stored: &StoredRun<'_>) -> Result<bool, SaveError> {
         let pages = u64::from(stored.run.len);
+        // Before: if it fails half-way, nobody knows what the image has of them.
+        self.pages.borrow_mut().may_change(stored.run);
         let cloned = match self.stored.clone_into(stored.tier, &self.plain, &[stored.run]) {
             Ok(cloned) => cloned,
             Err(CloneError::Io { source, .. }) if is_full(&source) => {
