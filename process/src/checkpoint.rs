@@ -291,6 +291,10 @@ fn durable(
     client: &mut Client<'_>,
 ) -> Result<String, Failure> {
     let gone = || Failure::new(FailureKind::Interrupted, "cancelled before the checkpoint was durable");
+    // By the client, behind the last look of the session: it waits for an answer, and reads nothing else.
+    if vm.cancel.load(Ordering::SeqCst) {
+        return Err(gone());
+    }
     client.saved(json!({ "saved": saved, "vm": facts(vm, saved, disks)? })).map_err(|_| gone())?;
     loop {
         match client.says(CLIENT_POLL) {
