@@ -9,6 +9,7 @@
 
 use std::cell::Cell;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,8 +18,9 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use checkpoint::format::{Disk, MemoryMap};
 use checkpoint::save::{Base, Files, Phase, Progress, SaveError, SaveOptions, Saved, save};
+use rustix::fs::{OFlags, fcntl_getfl};
 use serde_json::{Value, json};
-use swapd::{CloneError, TierId};
+use swapd::{CloneError, EngineHandle, TierId};
 use tracing::{info, warn};
 
 use crate::checkpointing::{Checkpointing, LastCheckpoint};
@@ -32,6 +34,8 @@ use crate::vm::Vm;
 
 /// How often it is looked whether whoever asked is still there.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
+/// Files that are written: image, map, state.
+const WRITTEN_FILES: usize = 3;
 /// Over which time the speed is measured.
 const SPEED_WINDOW: Duration = Duration::from_millis(500);
 
@@ -60,9 +64,11 @@ pub(crate) fn checkpoint(
     vm.memory()?.engine()?;
     let begun = begin(vm)?;
     let disks = may_be_saved(vm, request)?;
-    let mut files = client.files(request.files())?.into_iter();
+    let files = client.files(request.files())?;
+    may_be_used(&files, vm.memory()?.engine()?)?;
+    let mut files = files.into_iter();
     let mut next = || files.next().expect("as many as were asked for");
-    let into = Files { image: regular(next())?, map: regular(next())?, state: regular(next())? };
+    let into = Files { image: next(), map: next(), state: next() };
     let base = request.base.map(|base| read_base(&next(), base)).transpose()?;
     may_be_plain(vm, &into.image, request)?;
     let (saved, taken) = run(vm, request, disks.snapshot, (into, base), client)?;
@@ -150,13 +156,40 @@ fn may_be_plain(vm: &Vm, image: &File, request: &CheckpointRequest) -> Result<()
     Err(Failure::new(FailureKind::Usage, text))
 }
 
-fn regular(file: File) -> Result<File, Failure> {
-    let found =
-        file.metadata().map_err(|error| Failure::io("looking at a file of the checkpoint", &error))?;
-    if found.is_file() {
-        return Ok(file);
+/// Refuses descriptors that a checkpoint must not be written into, or cannot be: the image, the map and the state, and
+/// the base's map behind these. The client may pass any that it has.
+fn may_be_used(files: &[File], engine: &EngineHandle) -> Result<(), Failure> {
+    let looking = |error: std::io::Error| Failure::io("looking at a file of the checkpoint", &error);
+    let id = |file: &File| file.metadata().map(|found| (found.dev(), found.ino())).map_err(looking);
+    let refused =
+        |why: &str| Err(Failure::new(FailureKind::Usage, format!("what the client has passed {why}")));
+    let stored = engine.stored_reader();
+    let mut taken = Vec::new();
+    for tier in [TierId::STORE, TierId::ORIGIN] {
+        for file in stored.files(tier).map_err(looking)? {
+            taken.push(id(&file)?);
+        }
     }
-    Err(Failure::new(FailureKind::Usage, "what the client has passed is no regular file"))
+    for (nth, file) in files.iter().enumerate() {
+        if !file.metadata().map_err(looking)?.is_file() {
+            return refused("is no regular file");
+        }
+        let flags = fcntl_getfl(file).map_err(|error| looking(error.into()))?;
+        let mode = flags & OFlags::ACCMODE;
+        let wanted = if nth < WRITTEN_FILES { OFlags::WRONLY } else { OFlags::RDONLY };
+        if mode != wanted && mode != OFlags::RDWR {
+            return refused("is not open for what it is for");
+        }
+        if flags.contains(OFlags::APPEND) {
+            return refused("is open to append, where everything has its place");
+        }
+        let id = id(file)?;
+        if taken.contains(&id) {
+            return refused("is one file twice, or the VM's own store");
+        }
+        taken.push(id);
+    }
+    Ok(())
 }
 
 fn read_base(map: &File, base: CheckpointBase) -> Result<Base, Failure> {
