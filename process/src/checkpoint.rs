@@ -17,7 +17,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use checkpoint::format::{Disk, MemoryMap};
-use checkpoint::save::{Base, Files, Phase, Progress, SaveError, SaveOptions, Saved, save};
+use checkpoint::save::{Base, Failed, Files, Phase, Progress, SaveError, SaveOptions, Saved, save_at_once};
 use rustix::fs::{OFlags, fcntl_getfl};
 use serde_json::{Value, json};
 use swapd::{CloneError, EngineHandle, TierId};
@@ -96,6 +96,9 @@ fn begin(vm: &Vm) -> Result<Begun<'_>, Failure> {
         let why = match state.whereabouts.elsewhere(name) {
             Some(why) => why,
             None if state.ender.is_some() || state.end.is_some() => "it is ending".to_owned(),
+            None if state.closing => {
+                "what is left of a former checkpoint waits for its disk, which does not answer".to_owned()
+            }
             None if state.checkpoint.is_some() => {
                 "a checkpoint of it is being made already; cancel that first (Ctrl-C of `vmemd checkpoint`)"
                     .to_owned()
@@ -213,6 +216,7 @@ fn run(
         max_throttle: request.max_throttle,
         rate: request.rate,
         stop: request.stop,
+        ..SaveOptions::default()
     };
     let (steps, progress) = channel();
     let saver = vm.clone();
@@ -228,7 +232,7 @@ fn run(
                 }
                 Ok((saved, saving.disks()))
             }
-            Ok(Err(error)) => Err(Failure::from(error)),
+            Ok(Err(failure)) => Err(failure),
             Err(_) => Err(saving.after_panic()),
         };
         let unused = saving.disks();
@@ -262,11 +266,11 @@ fn session(
     (files, base): (Files, Option<Base>),
     options: &SaveOptions,
     steps: &Sender<Step>,
-) -> Result<Saved, SaveError> {
+) -> Result<Saved, Failure> {
     let vm = saving.vm;
     let handle = match vm.memory().and_then(|memory| memory.engine()) {
         Ok(handle) => handle.clone(),
-        Err(failure) => return Err(crate::live_vm::vm_error(failure).into()),
+        Err(failure) => return Err(SaveError::from(crate::live_vm::vm_error(failure)).into()),
     };
     let started = Instant::now();
     let speed = Speed::new(started);
@@ -286,7 +290,22 @@ fn session(
         let _ = steps.send(Step::Progress(stat));
     };
     info!(vm = %vm.facts.name, "a checkpoint begins");
-    save(&handle, saving, files, base, options, &progress, &vm.cancel)
+    let saved = save_at_once(&handle, saving, files, base, options, &progress, &vm.cancel);
+    let Failed { error, rest } = match saved {
+        Ok(saved) => return Ok(saved),
+        Err(failed) => failed,
+    };
+    let failure = Failure::from(error);
+    if let Some(rest) = rest {
+        // The client hears at once, and the VM may be stopped meanwhile. Only one of these is to be at a time.
+        warn!(vm = %vm.facts.name, %failure, "a disk does not answer: what is left of the checkpoint waits for it");
+        vm.locked(|state| state.closing = true);
+        let _ = steps.send(Step::Ended(Err(failure.clone())));
+        rest.close();
+        vm.locked(|state| state.closing = false);
+        info!(vm = %vm.facts.name, "nothing is left of the checkpoint that failed");
+    }
+    Err(failure)
 }
 
 /// How fast memory is dealt with, over the last moments: what is left of a round goes down by it.

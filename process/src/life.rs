@@ -227,8 +227,9 @@ pub(crate) fn finish(
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
     vm.tell_end(&result);
-    let busy =
-        |state: &mut VmState| matches!(state.whereabouts, Whereabouts::Migrating) || state.is_being_saved();
+    let busy = |state: &mut VmState| {
+        matches!(state.whereabouts, Whereabouts::Migrating) || state.is_being_saved() || state.closing
+    };
     if worker_done && still && !vm.locked(busy) {
         match vm.quit_machine() {
             Ok(told) => {

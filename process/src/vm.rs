@@ -49,6 +49,8 @@ pub(crate) struct VmState {
     pub(crate) migration: Option<MigrationStat>,
     pub(crate) checkpoint: Option<Checkpointing>,
     pub(crate) last_checkpoint: Option<LastCheckpoint>,
+    /// A checkpoint has failed, and its disk still has something of it.
+    pub(crate) closing: bool,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
     pub(crate) restore: Option<RestoreStat>,
@@ -144,6 +146,7 @@ impl Vm {
             migration: None,
             checkpoint: None,
             last_checkpoint: None,
+            closing: false,
             waiting: None,
             arrival: None,
             restore: None,
