@@ -7,7 +7,8 @@
 
 use std::path::{Path, PathBuf};
 
-use checkpoint::format::{FirstFaults, Manifest, MemoryMap};
+use checkpoint::format::{FirstFaults, Manifest, MapBuilder, MemoryMap, PageKind};
+use checkpoint::stream::{self, Record, StreamWriter, inspect};
 use migrate::versions::Versions;
 use migrate::wire::VERSIONS;
 use migrate::wire::control::{Control, sealed as sealed_record};
@@ -37,7 +38,7 @@ const SESSION: SessionId = SessionId([7; 16]);
 /// A decoder under test, by its name: that of its corpus and of its file in `fuzz/fuzz_targets`.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("wire_opening", wire_opening),
     ("wire_record", wire_record),
     ("machine_state", machine_state),
@@ -47,6 +48,7 @@ pub const TARGETS: [Target; 9] = [
     ("qemu_rules", qemu_rules),
     ("checkpoint_map", checkpoint_map),
     ("checkpoint_manifest", checkpoint_manifest),
+    ("checkpoint_stream", checkpoint_stream),
 ];
 
 /// The first bytes of a connection: a kind, then the body.
@@ -222,6 +224,115 @@ pub fn checkpoint_manifest(data: &[u8]) {
         assert_eq!(again.expect("it is whole"), manifest);
     }
     let _ = Manifest::decode(data);
+}
+
+/// A stream of a checkpoint: records of a kind, a number of pages, of runs, and of bytes; then the body. All sums are made
+/// right. A body of a map may be runs instead (a number of pages and a kind each), and an empty body of a manifest is
+/// one of that map.
+pub fn checkpoint_stream(data: &[u8]) {
+    let _ = inspect(data, &mut |_, _| {});
+    let (mut records, mut rest) = (Vec::new(), data);
+    let mut map: Option<MemoryMap> = None;
+    while let Some(([kind, pages, runs, len], behind)) = rest.split_first_chunk::<4>() {
+        let (body, behind) = behind.split_at(usize::from(*len).min(behind.len()));
+        rest = behind;
+        let kind = stream::RecordKind::ALL[usize::from(*kind) % stream::RecordKind::ALL.len()];
+        let mut record = Record { kind, pages: 0, count: 0, bytes: 0 };
+        let mut body = body.to_vec();
+        match kind {
+            stream::RecordKind::Map if map.is_none() => {
+                let made = map_of(&body);
+                body = made.encode();
+                map = Some(made);
+            }
+            stream::RecordKind::Pages => {
+                (record.pages, record.count) = (u32::from(*pages), u64::from(*runs));
+                body = pages_of(&body, record);
+            }
+            stream::RecordKind::End => record.count = u64::from(*pages) | u64::from(*runs) << 8,
+            _ => {}
+        }
+        record.bytes = body.len() as u64;
+        records.push((record, body));
+    }
+    let Some(map) = map else { return };
+    for (record, body) in records
+        .iter_mut()
+        .filter(|(record, body)| record.kind == stream::RecordKind::Manifest && body.is_empty())
+    {
+        *body = manifest_of(&map);
+        record.bytes = body.len() as u64;
+    }
+    let total = 32 + records.iter().map(|(record, _)| stream::record_bytes(record.bytes)).sum::<u64>();
+    let mut writer = StreamWriter::new(Vec::new(), total).expect("memory can be written");
+    for (record, body) in &records {
+        writer.record(*record, body.as_slice()).expect("memory can be written");
+    }
+    let bytes = writer.into_inner();
+    let mut here = 0;
+    if let Ok(manifest) = inspect(bytes.as_slice(), &mut |pages, _| here += pages.sums.len() as u64) {
+        assert_eq!(here, manifest.pages.here);
+        assert!(
+            inspect(&bytes[..bytes.len() - 1], &mut |_, _| {}).is_err(),
+            "a stream that is cut is not whole"
+        );
+    }
+}
+
+/// What each page of a stream has, so that its sum is known.
+fn page_of(page: u64) -> [u8; swapd::PAGE_SIZE] {
+    [page as u8; swapd::PAGE_SIZE]
+}
+
+fn sum_of(page: u64) -> u64 {
+    swapd::digest::page_sum(PageNo(page), &page_of(page))
+}
+
+fn map_of(runs: &[u8]) -> MemoryMap {
+    let pages: u64 = runs.chunks_exact(2).map(|run| u64::from(run[0])).sum();
+    let mut map = MapBuilder::new(pages.max(1));
+    let mut at = 0;
+    for run in runs.chunks_exact(2).filter(|run| run[0] > 0) {
+        let (run, kind) = (Run::new(PageNo(at), run[0].into()), run[1] % 4);
+        at = run.end().0;
+        let sums: Vec<u64> = run.pages().map(|page| sum_of(page.0)).collect();
+        match kind {
+            0 => map.set(run, PageKind::Zero),
+            1 => map.set_content(run, PageKind::Here, &sums),
+            2 => map.set_content(run, PageKind::Base, &sums),
+            _ => map.set(run, PageKind::Lost),
+        }
+    }
+    map.finish(&[])
+}
+
+/// The body of a record of pages: runs of a first page and a length each.
+fn pages_of(runs: &[u8], record: Record) -> Vec<u8> {
+    let words = runs.chunks_exact(2).map(|run| u64::from(run[0]) << 32 | u64::from(run[1]));
+    let mut words: Vec<u64> = words.take(record.count as usize).collect();
+    let pages = words.clone().into_iter().flat_map(|run| (run >> 32)..(run >> 32) + (run & 0xff));
+    let pages: Vec<u64> = pages.take(record.pages as usize).collect();
+    words.extend(pages.iter().map(|page| sum_of(*page)));
+    let list = words.into_iter().flat_map(u64::to_le_bytes);
+    list.chain(pages.iter().flat_map(|page| page_of(*page))).collect()
+}
+
+fn manifest_of(map: &MemoryMap) -> Vec<u8> {
+    let counts = map.counts();
+    let bytes = map.encode();
+    let json = serde_json::json!({
+        "format": "vmemd checkpoint", "version": 1, "id": "0123456789abcdef0011223344556677", "made_at_ms": 1,
+        "made_by": "a fuzzer", "base": null, "pages": counts,
+        "vm": { "name": "web", "memory_bytes": swapd::units::bytes_of(map.pages()), "vcpus": 1, "machine": "reference",
+            "offer": null, "budget_bytes": 4096, "paused": false },
+        "parts": { "map": { "file": "memory.map", "bytes": bytes.len(), "xxh3": format!("{:016x}", xxh3_64(&bytes)) },
+            "state": { "file": "state", "bytes": 2, "xxh3": "0000000000000011" } },
+        "save": { "pause_us": 1, "total_us": 1, "rounds": 1, "bytes_saved": 1 },
+    });
+    let mut text = format!("{json}\n").into_bytes();
+    let sum = xxh3_64(&text);
+    text.extend(format!("xxh3 {sum:016x}\n").into_bytes());
+    text
 }
 
 #[cfg(test)]

@@ -9,6 +9,8 @@ pub mod daemon;
 pub mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+#[cfg(feature = "object-store")]
+mod object;
 pub mod pki;
 pub mod program;
 pub mod qemu;

@@ -25,9 +25,15 @@ mod registry;
 mod report;
 mod resolve;
 mod session;
-#[cfg(test)]
-#[allow(unreachable_pub, missing_debug_implementations, reason = "has the shape of what it stands for")]
-mod sim;
+#[cfg(any(test, feature = "sim"))]
+#[allow(
+    unreachable_pub,
+    missing_debug_implementations,
+    missing_docs,
+    clippy::new_without_default,
+    reason = "has the shape of what it stands for, and is for tests alone"
+)]
+pub mod sim;
 mod source;
 mod target;
 pub mod tls;

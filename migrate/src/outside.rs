@@ -2,7 +2,8 @@
 //!
 //! Everything that takes time or can fail is reached through here. Unit tests of this crate put a simulated world of
 //! the same shape in its place (`sim/`), so what they drive are the sessions as they are; any other build has the real
-//! one.
+//! one. With the feature `sim` a build has the reader twice, with either world: unit tests of other crates drive the
+//! second.
 
 #[cfg(test)]
 pub(crate) use crate::sim::outside::*;
@@ -16,12 +17,7 @@ macro_rules! planted {
         false
     };
 }
-#[cfg(test)]
-macro_rules! planted {
-    ($bug:ident) => {
-        $crate::sim::bugs::is_planted($crate::sim::bugs::Bug::$bug)
-    };
-}
+#[cfg(not(test))]
 pub(crate) use planted;
 
 #[cfg(not(test))]

@@ -11,7 +11,7 @@ use vmprocess::control::protocol::{EngineKind, Force, Trust};
 use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 
-use super::values::{JsonArg, parse_duration};
+use super::values::{JsonArg, StreamPlace, parse_duration};
 use crate::pki::PkiSettings;
 use crate::qemu::output::Format;
 use crate::vmm::Workload;
@@ -481,6 +481,19 @@ The bases stay; they can be removed afterwards, if nothing else needs them. VMs 
     /// Remove a checkpoint that no other one and no restored VM needs
     #[command(after_help = "Example:\n  vmemd checkpoint remove /backup/web 2026-11-29T23-20-00Z")]
     Remove(OneArgs),
+    /// Write a checkpoint as one stream that stands alone: to a pipe, or into an object store
+    #[command(after_help = "Examples:
+  vmemd checkpoint export /backup/web - | ssh b.example vmemd checkpoint import - --to /backup/web
+  vmemd checkpoint export /backup/web 2026-11-29T23-20-00Z s3://backups/web/monday
+Object stores: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT and AWS_ALLOW_HTTP say where and as whom.
+The content of a QEMU's disks is no part of it.")]
+    Export(ExportArgs),
+    /// Make a checkpoint of such a stream, in the archive of the same VM
+    #[command(after_help = "Examples:
+  vmemd checkpoint import - --to /backup/web < web.log
+  vmemd checkpoint import s3://backups/web/monday --to /backup/web
+All of it is compared with its checksums. A stream that is cut or damaged (exit code 13) leaves nothing in the archive.")]
+    Import(ImportArgs),
 }
 
 #[derive(Debug, Args)]
@@ -510,6 +523,36 @@ pub(super) struct OneArgs {
     /// The checkpoint
     #[arg(value_name = "NAME")]
     pub(super) checkpoint: String,
+}
+
+/// A checkpoint that is to leave its archive.
+#[derive(Debug, Args)]
+#[command(allow_missing_positional = true)]
+pub(super) struct ExportArgs {
+    /// The archive
+    #[arg(value_name = "DIR")]
+    pub(super) archive: PathBuf,
+    /// The checkpoint [default: the latest]
+    #[arg(value_name = "NAME")]
+    pub(super) checkpoint: Option<String>,
+    /// `-` for standard output, or s3://BUCKET/KEY
+    #[arg(value_name = "TO")]
+    pub(super) to: StreamPlace,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+/// A checkpoint that is to come into an archive.
+#[derive(Debug, Args)]
+pub(super) struct ImportArgs {
+    /// `-` for standard input, a file, or s3://BUCKET/KEY
+    #[arg(value_name = "FROM")]
+    pub(super) from: StreamPlace,
+    /// The archive: a directory for the checkpoints of this VM alone; made if missing
+    #[arg(long, value_name = "DIR")]
+    pub(super) to: PathBuf,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
 }
 
 /// How to be sure of a target.

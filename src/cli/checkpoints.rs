@@ -1,18 +1,18 @@
 //! `vmemd checkpoint list|show|verify|merge|remove`: what is done with an archive alone, without any VM.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Locked, Progress, Verified};
-use indicatif::ProgressBar;
+use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Locked, Verified};
 use serde::Serialize;
 use serde_json::json;
 use swapd::units::bytes_of;
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::signals;
-use vmprocess::size::Size;
 
 use super::args::{ArchiveArgs, ArchiveCommand, NamedArgs, OneArgs};
-use super::terminal::{bar, print, print_json, warn};
+use super::streams;
+use super::terminal::{print, print_json, warn};
+use super::work::{Work, rounded};
 
 /// A line of `list`, and the beginning of `show`.
 #[derive(Serialize)]
@@ -55,6 +55,8 @@ pub(super) fn run(command: ArchiveCommand) -> Result<(), Failure> {
         ArchiveCommand::Verify(args) => verify(&args),
         ArchiveCommand::Merge(args) => merge(&args),
         ArchiveCommand::Remove(args) => remove(&args),
+        ArchiveCommand::Export(args) => streams::export(&args),
+        ArchiveCommand::Import(args) => streams::import(&args),
     }
 }
 
@@ -248,39 +250,6 @@ fn stopped(error: ArchiveError) -> Failure {
         (ArchiveError::Cancelled, Some(signal)) => signals::interrupted(signal),
         _ => error.into(),
     }
-}
-
-/// Long work, with its progress bar.
-struct Work {
-    bar: ProgressBar,
-    began: Instant,
-}
-
-impl Work {
-    fn begin(what: &str) -> Work {
-        Work { bar: bar(what), began: Instant::now() }
-    }
-
-    /// Shows how far it is, and says whether to go on.
-    fn show(&self, progress: Progress) -> bool {
-        let Progress { bytes_done, bytes_total } = progress;
-        self.bar.set_length(bytes_total.max(1));
-        self.bar.set_position(bytes_done);
-        let rate = (bytes_done as f64 / self.began.elapsed().as_secs_f64().max(0.001)) as u64;
-        let left = (bytes_total - bytes_done).checked_div(rate).unwrap_or(0);
-        self.bar.set_message(format!("{}/s  {left} s left", rounded(rate)));
-        signals::caught().is_none()
-    }
-
-    /// Seconds that it took.
-    fn end(&self) -> f64 {
-        self.bar.finish_and_clear();
-        self.began.elapsed().as_secs_f64()
-    }
-}
-
-fn rounded(bytes: u64) -> String {
-    format!("{:#}", Size(bytes))
 }
 
 /// A time as one reads it at a glance: its largest unit alone.

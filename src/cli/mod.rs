@@ -9,8 +9,10 @@ mod migrate;
 mod resolve;
 mod settings;
 mod stat;
+mod streams;
 pub mod terminal;
 pub mod values;
 mod vms;
+mod work;
 
 pub use command::main;

@@ -1,6 +1,8 @@
 //! Values of a command line that vmemd's programs have in common, and their defaults.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use vmprocess::control::rundir::RunDir;
@@ -14,6 +16,28 @@ pub struct JsonArg {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Where a stream goes, or comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum StreamPlace {
+    /// Standard output or input.
+    Standard,
+    File(PathBuf),
+    /// In an object store.
+    Object(String),
+}
+
+impl FromStr for StreamPlace {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<StreamPlace, Infallible> {
+        Ok(match text {
+            "-" => StreamPlace::Standard,
+            url if url.starts_with("s3://") => StreamPlace::Object(url.to_owned()),
+            path => StreamPlace::File(path.into()),
+        })
+    }
 }
 
 /// The directory of the VMs' control sockets: the one given, else `VMEMD_RUN_DIR`'s, else the usual one.

@@ -17,7 +17,7 @@ use super::steps::Step;
 
 /// What a crash leaves.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Killed,
     /// No change of a directory that was not flushed has lasted.
     NoPower,
@@ -26,7 +26,7 @@ pub(super) enum Kind {
 }
 
 #[derive(Debug)]
-pub(super) struct Crash {
+pub(crate) struct Crash {
     kind: Kind,
     /// Steps until it happens.
     left: u64,
@@ -67,7 +67,7 @@ pub(super) fn current() -> Option<Arc<Mutex<Crash>>> {
 }
 
 /// This thread works for the one whose crash it is.
-pub(super) fn join(crash: Option<Arc<Mutex<Crash>>>) {
+pub(crate) fn join(crash: Option<Arc<Mutex<Crash>>>) {
     CURRENT.set(crash);
 }
 
@@ -76,7 +76,7 @@ pub(super) fn is_simulated() -> bool {
 }
 
 /// Runs the operation with a crash before that step. Says whether it came to it.
-pub(super) fn at<T>(place: &Path, step: u64, kind: Kind, operation: impl FnOnce() -> T) -> (T, bool) {
+pub(crate) fn at<T>(place: &Path, step: u64, kind: Kind, operation: impl FnOnce() -> T) -> (T, bool) {
     let limbo = testkit::directory_in(place, "limbo");
     let crash = Crash {
         kind,

@@ -19,7 +19,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 
 mod chain;
 #[cfg(test)]
-mod crash;
+pub(crate) mod crash;
 mod entry;
 mod error;
 mod keep;

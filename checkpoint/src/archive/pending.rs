@@ -13,6 +13,7 @@ use super::error::ArchiveError;
 use super::keep::remove_tree;
 use super::{Locked, NEW, names, steps};
 use crate::format::{BaseRef, CheckpointId, FormatError, Manifest, MemoryMap, Part, Parts, Save, VmFacts};
+use crate::outside::planted;
 
 /// What is said of a checkpoint by whoever has made it; the rest of its manifest is found in its files.
 #[derive(Clone, Debug)]
@@ -142,9 +143,32 @@ impl Pending<'_> {
     ///
     /// # Errors
     /// If something cannot be written, or the map is none of this VM. Nothing is left of it then.
-    pub fn finish(mut self, made: Made) -> Result<Entry, ArchiveError> {
+    pub fn finish(self, made: Made) -> Result<Entry, ArchiveError> {
+        let id = CheckpointId::random().map_err(|error| ArchiveError::io("name", self.path(), error))?;
+        self.finish_with(made, id, None)
+    }
+
+    /// Makes it a checkpoint of the archive that has this manifest: the same checkpoint as one that was elsewhere.
+    ///
+    /// # Errors
+    /// If something cannot be written, or the files are not those that the manifest names. Nothing is left of it then.
+    pub fn finish_as(self, manifest: Manifest) -> Result<Entry, ArchiveError> {
+        let Manifest { id, made_at_ms, ref made_by, ref vm, save, .. } = manifest;
+        let made = Made { made_at_ms, made_by: made_by.clone(), vm: vm.clone(), save };
+        self.finish_with(made, id, Some(&manifest))
+    }
+
+    fn finish_with(
+        mut self,
+        made: Made,
+        id: CheckpointId,
+        wanted: Option<&Manifest>,
+    ) -> Result<Entry, ArchiveError> {
         let path = self.path();
         for (file, name) in [(&self.image, IMAGE), (&self.map, MAP), (&self.state, STATE)] {
+            if planted!(NamesBeforeTheFlush) {
+                continue;
+            }
             steps::sync(file).map_err(|error| ArchiveError::io("flush", path.join(name), error))?;
         }
         let map = self.read_map(&path)?;
@@ -158,7 +182,6 @@ impl Pending<'_> {
         } else if self.base.is_none() {
             return Err(wrong("it has pages in a base, and no base"));
         }
-        let id = CheckpointId::random().map_err(|error| ArchiveError::io("name", &path, error))?;
         let manifest = Manifest {
             id,
             made_at_ms: made.made_at_ms,
@@ -169,6 +192,10 @@ impl Pending<'_> {
             parts: Parts { map: self.part(MAP)?, state: self.part(STATE)? },
             save: made.save,
         };
+        if wanted.is_some_and(|wanted| *wanted != manifest) {
+            let other = FormatError::Value("its files are not those of its manifest");
+            return Err(ArchiveError::format(path.join(MANIFEST), other));
+        }
         let bytes = manifest.encode();
         // What no restore would read is not to become a checkpoint.
         Manifest::decode(&bytes).map_err(|error| ArchiveError::format(path.join(MANIFEST), error))?;

@@ -3,8 +3,9 @@
 use std::io;
 
 use migrate::VmError;
-use migrate::reader::ReadError;
 use swapd::CommandError;
+
+use crate::outside::reader::ReadError;
 
 /// Why a VM was not saved. It goes on as before.
 #[derive(Debug, thiserror::Error)]

@@ -29,7 +29,8 @@ pub use report::{PauseParts, Phase, Progress, Saved};
 pub use session::{Failed, Rest};
 
 use migrate::{CancelFlag, LiveVm};
-use swapd::EngineHandle;
+
+use crate::outside::EngineHandle;
 
 /// Writes a checkpoint of a VM into `files`. Blocks; `progress` is called on this thread, several times a second.
 ///

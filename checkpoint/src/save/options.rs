@@ -1,9 +1,9 @@
 //! What a checkpoint is written into, against what, and how.
 
-use std::fs::File;
 use std::time::Duration;
 
 use crate::format::MemoryMap;
+use crate::outside::File;
 
 /// Where a checkpoint goes: empty files, but for an image that has the base's content.
 #[derive(Debug)]

@@ -10,6 +10,7 @@ use swapd::{PageNo, Run};
 
 use super::options::Base;
 use crate::format::{MapBuilder, MemoryMap, PageKind};
+use crate::outside::planted;
 
 /// The image has blocks for the page.
 const IN_IMAGE: u8 = 1;
@@ -44,7 +45,9 @@ impl PageTable {
 
     /// The pages are being written into the image.
     pub(super) fn writes(&mut self, run: Run, sums: &[u64]) {
-        self.map.set_content(run, PageKind::Here, sums);
+        if !(planted!(KeepsOldSums) && self.map.kind(run.start) == PageKind::Here) {
+            self.map.set_content(run, PageKind::Here, sums);
+        }
         self.image[run.indices()].fill(IN_IMAGE | CHANGED);
     }
 
@@ -55,11 +58,13 @@ impl PageTable {
 
     /// Whether the page need not be written, because the base has this content of it. If so, that is noted.
     pub(super) fn is_in_base(&mut self, page: PageNo, sum: u64) -> bool {
-        let Some(base) = self.base.as_ref().filter(|base| base.map.sum(page) == Some(sum)) else {
-            return false;
+        let has = |base: &&Base| {
+            let known = base.map.sum(page);
+            known == Some(sum) || (known.is_some() && planted!(BelievesTheBase))
         };
+        let Some(base) = self.base.as_ref().filter(has) else { return false };
         let kind = match base.cloned && base.map.kind(page) == PageKind::Here {
-            true if self.image[page.index()] & CHANGED != 0 => return false,
+            true if self.image[page.index()] & CHANGED != 0 && !planted!(BelievesTheClone) => return false,
             true => PageKind::Here,
             false => PageKind::Base,
         };
@@ -69,7 +74,9 @@ impl PageTable {
 
     /// The pages have no content.
     pub(super) fn is_bare(&mut self, run: Run, kind: PageKind) {
-        self.map.set(run, kind);
+        if !planted!(ForgetsWhatIsBare) {
+            self.map.set(run, kind);
+        }
     }
 
     /// What the image has, and the checkpoint has not: holes are to be there.

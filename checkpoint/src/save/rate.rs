@@ -1,7 +1,9 @@
 //! A limit on the bytes that are written a second, and how fast pages are dealt with without one: values in, decisions
 //! out.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::outside::Instant;
 
 use migrate::pace::SendRate;
 

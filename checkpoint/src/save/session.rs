@@ -4,20 +4,15 @@
 //! back the error, and the VM goes on as before.
 
 use std::fmt;
-use std::fs::File;
 use std::future::Future;
 use std::io::BufWriter;
 use std::pin::Pin;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use migrate::pace::{Decision, Rules, Standing, decide};
 use migrate::{CancelFlag, Expected, LiveVm};
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
+use swapd::Run;
 use swapd::units::pages_in;
-use swapd::{EngineHandle, Run};
-use tokio::time::timeout;
-use tokio_uring::Runtime;
 
 use super::error::SaveError;
 use super::image::ImageSink;
@@ -27,6 +22,7 @@ use super::report::{PauseParts, Phase, Progress, Saved};
 use super::rounds::Rounds;
 use super::state;
 use crate::format::MemoryMap;
+use crate::outside::{self, EngineHandle, File, Instant, Runtime, planted, timeout};
 
 /// So long what was being written is waited for, before a failure is told.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
@@ -119,11 +115,11 @@ impl<'a, 'v> Session<'a, 'v> {
                 .set_len(handle.memory_bytes())
                 .map_err(|source| SaveError::Write { what: "image", source })?;
         }
-        let runtime = Runtime::new(&tokio_uring::builder()).map_err(host("no io_uring is to be had"))?;
+        let runtime = outside::runtime().map_err(host("no io_uring is to be had"))?;
         let dirty = handle.subscribe_dirty()?;
         let rounds = runtime.block_on(async {
             let table = PageTable::new(pages, base);
-            let sink = ImageSink::new(image, handle.stored_reader(), table, options.rate);
+            let sink = ImageSink::new(image, outside::stored_reader(handle), table, options.rate);
             let sink = sink.map_err(host("the image cannot be opened once more"))?;
             Rounds::start(handle, dirty, sink, (progress, cancel))
         })?;
@@ -168,7 +164,9 @@ impl<'a, 'v> Session<'a, 'v> {
             let Decision::Go { throttle } = decision else { return Ok(()) };
             self.set_throttle(throttle);
             self.expected = self.vm.expected();
-            self.vm.drain()?;
+            if !planted!(SkipsTheDrains) {
+                self.vm.drain()?;
+            }
             self.on_rounds(async |rounds| rounds.again(throttle).await)?;
         }
     }
@@ -206,9 +204,15 @@ impl<'a, 'v> Session<'a, 'v> {
 
     /// The VM runs on, and nothing is left of the session, unless a disk does not answer.
     fn fail(mut self, error: SaveError) -> Failed<'a> {
-        self.set_throttle(0);
+        if !planted!(StaysThrottled) {
+            self.set_throttle(0);
+        }
         let Session { runtime, rounds, .. } = self;
         let mut closing: Closing<'a> = Box::pin(rounds.close());
+        if planted!(KeepsTracking) {
+            std::mem::forget(closing);
+            return error.into();
+        }
         let closed = runtime.block_on(async { timeout(CLOSE_LIMIT, &mut closing).await });
         let rest = match closed {
             Ok(_) => None,
@@ -241,7 +245,7 @@ impl<'a, 'v> Stopped<'a, 'v> {
     /// The VM goes on as before, and nothing is left of the session, unless a disk does not answer.
     fn fail(self, error: SaveError) -> Failed<'a> {
         // Before what is under way is waited for: a disk that does not answer must not take it along.
-        let error = goes_on(self.session.vm, error);
+        let error = if planted!(StaysPaused) { error } else { goes_on(self.session.vm, error) };
         self.session.fail(error)
     }
 
@@ -266,6 +270,9 @@ impl<'a, 'v> Stopped<'a, 'v> {
         let began = Instant::now();
         session.on_rounds(async |rounds| rounds.last_scan().await)?;
         self.parts.scan_ms = milliseconds(began);
+        if planted!(ResumesBeforeTheLastPages) {
+            session.vm.resume()?;
+        }
         let began = Instant::now();
         session.on_rounds(async |rounds| rounds.last().await)?;
         self.parts.pages_ms = milliseconds(began);
@@ -274,7 +281,9 @@ impl<'a, 'v> Stopped<'a, 'v> {
         self.state_bytes = state::save(session.vm, &session.state, &session.runtime, &session.rounds)?;
         self.parts.state_ms = milliseconds(began);
         let began = Instant::now();
-        session.on_rounds(async |rounds| rounds.settle().await)?;
+        if !planted!(ResumesBeforeTheDisk) {
+            session.on_rounds(async |rounds| rounds.settle().await)?;
+        }
         self.parts.disk_ms = milliseconds(began);
         Ok(())
     }
@@ -331,22 +340,26 @@ fn goes_on(vm: &mut dyn LiveVm, error: SaveError) -> SaveError {
 
 /// Has only what belongs into the image stay there, and writes the map.
 fn write_map(pages: &PageTable, heat: &[u8], image: &File, map: &File) -> Result<MemoryMap, SaveError> {
-    punch(image, &pages.holes())?;
+    if !planted!(LeavesOldContent) {
+        punch(image, &pages.holes())?;
+    }
     let finished = pages.finish(heat);
     let mut to = BufWriter::with_capacity(1 << 20, map);
-    finished.write(&mut to).map_err(|source| SaveError::Write { what: "map", source })?;
+    let written = finished.write(&mut to);
+    if !planted!(BelievesTheMap) {
+        written.map_err(|source| SaveError::Write { what: "map", source })?;
+    }
     Ok(finished)
 }
 
 /// Makes holes of pages that the image has and the checkpoint has not.
 fn punch(image: &File, holes: &[Run]) -> Result<(), SaveError> {
     for run in holes {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(image, flags, run.start.offset(), run.bytes() as u64) {
+        match outside::punch_hole(image, run.start.offset(), run.bytes() as u64) {
             Ok(()) => {}
             // It takes room, and nobody looks at it.
-            Err(Errno::OPNOTSUPP) => return Ok(()),
-            Err(error) => return Err(SaveError::Write { what: "image", source: error.into() }),
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(()),
+            Err(source) => return Err(SaveError::Write { what: "image", source }),
         }
     }
     Ok(())

@@ -3,15 +3,14 @@
 //! The state is kept in memory, and goes to the disk on the ring, as pages do: the session's thread must never wait for
 //! a disk by itself while the VM stands still, for it could not give that up.
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::rc::Rc;
 
 use migrate::LiveVm;
-use tokio_uring::Runtime;
 
 use super::error::SaveError;
 use super::rounds::Rounds;
+use crate::outside::{File, RingFile, Runtime};
 
 /// So much of a state is held before it is written: most are smaller. The rest waits for the disk.
 const PART_BYTES: usize = 64 << 20;
@@ -19,7 +18,7 @@ const PART_BYTES: usize = 64 << 20;
 struct StateFile<'a, 'r> {
     runtime: &'a Runtime,
     rounds: &'a Rounds<'r>,
-    file: Rc<tokio_uring::fs::File>,
+    file: Rc<RingFile>,
     part: Vec<u8>,
     /// Bytes that are in the file, or on their way there.
     bytes: u64,
@@ -40,7 +39,7 @@ pub(super) fn save(
     let mut to = StateFile {
         runtime,
         rounds,
-        file: Rc::new(tokio_uring::fs::File::from_std(file)),
+        file: Rc::new(RingFile::from_std(file)),
         part: Vec::new(),
         bytes: 0,
         trouble: None,

@@ -1,7 +1,9 @@
 //! For how long at least one of several things was going on.
 
 use std::cell::Cell;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::outside::Instant;
 
 #[derive(Debug)]
 pub(super) struct Stopwatch {
@@ -32,7 +34,7 @@ impl Stopwatch {
     pub(super) fn end(&self) {
         self.under_way.set(self.under_way.get() - 1);
         if self.under_way.get() == 0 {
-            self.before.set(self.before.get() + self.since.get().elapsed());
+            self.before.set(self.before.get() + Instant::now().saturating_duration_since(self.since.get()));
         }
     }
 
@@ -42,7 +44,11 @@ impl Stopwatch {
     }
 
     pub(super) fn total(&self) -> Duration {
-        let now = if self.under_way.get() > 0 { self.since.get().elapsed() } else { Duration::ZERO };
+        let now = if self.under_way.get() > 0 {
+            Instant::now().saturating_duration_since(self.since.get())
+        } else {
+            Duration::ZERO
+        };
         self.before.get() + now
     }
 }

@@ -10,11 +10,11 @@ use swapd::{PageNo, Piece, Place, Run, TierId, answered};
 use super::buffer::{Content, PageBuffer};
 use super::error::ReadError;
 use super::hold::Hold;
+use super::outside::{planted, yield_to_ring};
 use super::shared::Shared;
 use super::sink::{Closed, Found, MAX_RUNS, Sink, StoredRun};
 use super::stored::Stored;
 use super::tracker::Tracker;
-use crate::outside::{planted, yield_to_ring};
 
 /// One buffer that is being filled, and the pages found on the way that have no content.
 struct Filler<S> {

@@ -3,7 +3,7 @@
 use swapd::{Piece, Run, answered};
 
 use super::error::ReadError;
-use crate::outside::EngineHandle;
+use super::outside::EngineHandle;
 
 /// Dropped, it lets go of the pages. So no way out of a reader leaves pages held, which the engine could then never
 /// page out again.

@@ -26,6 +26,8 @@ mod sink;
 mod stored;
 mod tracker;
 
+// The real world, or the simulated one: whichever lies beside this module.
+use super::outside;
 pub use crate::region::Region;
 pub use buffer::PageBuffer;
 pub use error::ReadError;

@@ -10,10 +10,10 @@ use super::error::ReadError;
 use super::filler;
 use super::hold::Hold;
 use super::order::{self, BlockFacts};
+use super::outside::{DirtySubscription, EngineHandle, Instant, JoinSet, sleep};
 use super::shared::{Shared, pages_of};
 use super::sink::{Closed, Found, MAX_RUNS, Sink};
 use crate::limits::{MOVING_RETRIES, MOVING_RETRY, SCAN_EVERY};
-use crate::outside::{DirtySubscription, EngineHandle, Instant, JoinSet, sleep};
 
 /// Fillers a queue. Each has at most one buffer: a sink needs more than so many, or nothing is filled while it works.
 pub const FILLERS: usize = 2;

@@ -6,10 +6,10 @@ use std::collections::VecDeque;
 use swapd::BLOCK_PAGES;
 
 use super::error::ReadError;
+use super::outside::EngineHandle;
 use super::sink::Sink;
 use super::stored::StoredPages;
 use super::tracker::Tracker;
-use crate::outside::EngineHandle;
 
 pub(super) struct Shared<S> {
     pub(super) handle: EngineHandle,

@@ -14,8 +14,8 @@ use swapd::{CommandError, IoError, IoErrorKind, PageNo, Run, TierId, answered};
 
 use super::buffer::PageBuffer;
 use super::error::ReadError;
+use super::outside::{EngineHandle, Instant, StoredReader, planted, sleep};
 use crate::limits::{BROKEN_TRIES, REREAD_EVERY, REREAD_WAITS, STORE_LIMIT, scaled_for_tests};
-use crate::outside::{EngineHandle, Instant, StoredReader, planted, sleep};
 
 /// Pages that are asked for to see whether a tier gives any.
 const PROBES: usize = 16;

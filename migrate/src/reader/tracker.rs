@@ -14,8 +14,8 @@
 use swapd::{BLOCK_PAGES, PageNo, Run};
 
 use super::order::raise_for_scans;
+use super::outside::planted;
 use crate::bitmap::Bitmap;
-use crate::outside::planted;
 
 #[derive(Debug)]
 pub(super) struct Tracker {

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Bug {
+pub enum Bug {
     /// The target lets the VM run, and then records the commit.
     StartsBeforeTheRecord,
     /// Records are written, but not flushed (planted in the file system).
@@ -63,7 +63,7 @@ pub(crate) enum Bug {
 }
 
 impl Bug {
-    pub(crate) const ALL: [Bug; 28] = [
+    pub const ALL: [Bug; 28] = [
         Bug::StartsBeforeTheRecord,
         Bug::LeavesRecordsUnflushed,
         Bug::IgnoresAFailedRecord,
@@ -97,10 +97,18 @@ impl Bug {
 
 thread_local!(static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) });
 
-pub(crate) fn plant(bug: Option<Bug>) {
+pub fn plant(bug: Option<Bug>) {
     PLANTED.set(bug);
 }
 
-pub(crate) fn is_planted(bug: Bug) -> bool {
+pub fn is_planted(bug: Bug) -> bool {
     PLANTED.get() == Some(bug)
 }
+
+/// Whether a deliberate bug is planted.
+macro_rules! planted {
+    ($bug:ident) => {
+        $crate::sim::bugs::is_planted($crate::sim::bugs::Bug::$bug)
+    };
+}
+pub(crate) use planted;

@@ -27,10 +27,19 @@ const SLOTS: u32 = 600;
 /// Commands waiting; a session that has more under way has no bound.
 const QUEUE_MAX: usize = 4096;
 
-/// A page's content, as the guest's `generation`th write leaves it. 0: never written.
-pub(crate) fn content(page: PageNo, generation: u64) -> [u8; PAGE_SIZE] {
+/// So many contents a page can have. One of them is zeros.
+const CONTENTS: u64 = 11;
+
+/// Whether the guest's `generation`th write leaves zeros. 0: never written.
+fn is_bare(generation: u64) -> bool {
+    generation.is_multiple_of(CONTENTS)
+}
+
+/// A page's content, as the guest's `generation`th write leaves it. Now and then it is zeros, or what it was before.
+pub fn content(page: PageNo, generation: u64) -> [u8; PAGE_SIZE] {
     let mut bytes = [0; PAGE_SIZE];
-    if generation > 0 {
+    if !is_bare(generation) {
+        let generation = generation % CONTENTS;
         let mix = (page.0 << 32 ^ generation).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         for (word, value) in [(0, mix), (1, generation), (511, !mix)] {
             bytes[word * 8..word * 8 + 8].copy_from_slice(&value.to_le_bytes());
@@ -142,7 +151,7 @@ impl State {
 }
 
 impl EngineHandle {
-    pub(crate) fn new(pages: u64) -> EngineHandle {
+    pub fn new(pages: u64) -> EngineHandle {
         EngineHandle(Rc::new(RefCell::new(State {
             pages,
             memory: Pages::new(bytes_of(pages) as usize),
@@ -168,17 +177,17 @@ impl EngineHandle {
 
     // ── what the simulation does ────────────────────────────────────────────────────────
 
-    pub(crate) fn on_touch(&self, touch: Rc<dyn Fn(PageNo)>) {
+    pub fn on_touch(&self, touch: Rc<dyn Fn(PageNo)>) {
         self.0.borrow_mut().touch = Some(touch);
     }
 
-    pub(crate) fn fail(&self, failed: bool) {
+    pub fn fail(&self, failed: bool) {
         self.0.borrow_mut().failed = failed;
         self.0.borrow_mut().serve_grants();
     }
 
     /// The guest writes; false if the page cannot be had just now.
-    pub(crate) fn write(&self, page: PageNo, generation: u64) -> bool {
+    pub fn write(&self, page: PageNo, generation: u64) -> bool {
         let mut state = self.0.borrow_mut();
         if matches!(state.place[page.index()], Place::Staged | Place::Moving | Place::Poisoned)
             || state.bad.contains_key(&page)
@@ -192,7 +201,7 @@ impl EngineHandle {
     }
 
     /// A device takes a page for a write of its own: that counts as one, and what it writes later leaves no trace.
-    pub(crate) fn pin(&self, page: PageNo) -> bool {
+    pub fn pin(&self, page: PageNo) -> bool {
         let mut state = self.0.borrow_mut();
         if state.place[page.index()] != Place::Memory {
             return false;
@@ -201,21 +210,26 @@ impl EngineHandle {
         state.pinned.insert(page)
     }
 
-    pub(crate) fn write_by_device(&self, page: PageNo, generation: u64) {
+    pub fn write_by_device(&self, page: PageNo, generation: u64) {
         let mut state = self.0.borrow_mut();
         assert!(state.pinned.remove(&page) && state.place[page.index()] == Place::Memory);
         state.put(page, &content(page, generation));
     }
 
     /// Pages the page out or in, if it is not held.
-    pub(crate) fn wander(&self, page: PageNo, generation: u64) {
+    pub fn wander(&self, page: PageNo, generation: u64) {
         let mut state = self.0.borrow_mut();
         let at = page.index();
         if state.held[at] || state.pinned.contains(&page) || state.bad.contains_key(&page) {
             return;
         }
         match state.place[at] {
-            Place::Memory if generation > 0 => {
+            // No engine stores zeros.
+            Place::Memory if is_bare(generation) => {
+                state.place[at] = Place::Zero;
+                state.mark(page);
+            }
+            Place::Memory => {
                 let at_hand = world().random.one_in(2);
                 state.place[at] = if at_hand { Place::Staged } else { Place::Moving };
                 state.mark(page);
@@ -235,7 +249,7 @@ impl EngineHandle {
     }
 
     /// The store has lost a page that it has. Says whether it is lost for good.
-    pub(crate) fn spoil(&self, page: PageNo) -> bool {
+    pub fn spoil(&self, page: PageNo) -> bool {
         let mut state = self.0.borrow_mut();
         if state.place[page.index()] != Place::Stored {
             return false;
@@ -246,16 +260,31 @@ impl EngineHandle {
     }
 
     /// The store is away for so many reads, and comes back as it was.
-    pub(crate) fn be_away(&self, reads: u64) {
+    pub fn be_away(&self, reads: u64) {
         self.0.borrow_mut().store_away = reads;
     }
 
-    pub(crate) fn is_zero(&self, page: PageNo) -> bool {
+    /// What the store's blocks have of the page, and whether they can be read just now: whoever shares them does not
+    /// look. The page must be held.
+    pub fn stored(&self, page: PageNo) -> ([u8; PAGE_SIZE], bool) {
+        let state = self.0.borrow();
+        assert!(state.held[page.index()], "{page} is taken from the store and not held");
+        let mut bytes = content(page, state.store.get(&page).copied().unwrap_or_default());
+        let bad = state.bad.get(&page);
+        match bad {
+            Some(Bad::Rotten) => bytes[0] ^= 0x10,
+            Some(Bad::Unreadable) => bytes.fill(0xEE),
+            Some(Bad::Once) | None => {}
+        }
+        (bytes, state.store_away == 0 && matches!(bad, None | Some(Bad::Rotten)))
+    }
+
+    pub fn is_zero(&self, page: PageNo) -> bool {
         self.0.borrow().place[page.index()] == Place::Zero
     }
 
     /// What the guest would find in the page; None: poison.
-    pub(crate) fn look(&self, page: PageNo) -> Option<[u8; PAGE_SIZE]> {
+    pub fn look(&self, page: PageNo) -> Option<[u8; PAGE_SIZE]> {
         let state = self.0.borrow();
         match state.place[page.index()] {
             Place::Zero => Some([0; PAGE_SIZE]),
@@ -272,7 +301,7 @@ impl EngineHandle {
     }
 
     /// Nothing of a session is left behind: no page held, no frame granted, no writes tracked.
-    pub(crate) fn assert_at_rest(&self) {
+    pub fn assert_at_rest(&self) {
         let mut state = self.0.borrow_mut();
         // What was asked last, and nobody waits for.
         while let Some(command) = state.queue.pop_front() {
@@ -535,7 +564,6 @@ impl EngineHandle {
 pub struct StoredReader(EngineHandle);
 
 impl StoredReader {
-    #[expect(clippy::unnecessary_wraps, reason = "has the shape of the real one")]
     pub fn of(handle: &EngineHandle) -> io::Result<StoredReader> {
         Ok(StoredReader(handle.clone()))
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::vm::Chore;
+use super::guest::Chore;
 
 /// How far a session has come, by what was said last.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]

@@ -3,14 +3,14 @@
 use std::cell::Cell;
 
 #[derive(Debug)]
-pub(crate) struct Random(Cell<u64>);
+pub struct Random(Cell<u64>);
 
 impl Random {
-    pub(crate) fn new(seed: u64) -> Random {
+    pub fn new(seed: u64) -> Random {
         Random(Cell::new(seed))
     }
 
-    pub(crate) fn next(&self) -> u64 {
+    pub fn next(&self) -> u64 {
         self.0.set(self.0.get().wrapping_add(0x9E37_79B9_7F4A_7C15));
         let mut z = self.0.get();
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -19,15 +19,15 @@ impl Random {
     }
 
     /// Uniform enough in `0..bound`.
-    pub(crate) fn below(&self, bound: u64) -> u64 {
+    pub fn below(&self, bound: u64) -> u64 {
         self.next() % bound
     }
 
-    pub(crate) fn one_in(&self, times: u64) -> bool {
+    pub fn one_in(&self, times: u64) -> bool {
         self.below(times) == 0
     }
 
-    pub(crate) fn pick<T: Copy>(&self, from: &[T]) -> T {
+    pub fn pick<T: Copy>(&self, from: &[T]) -> T {
         from[self.below(from.len() as u64) as usize]
     }
 }

@@ -11,18 +11,23 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use super::world::world;
+use super::world::{self, world};
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Instant(Duration);
 
 impl Instant {
+    /// Beside the simulation, in a unit test that has no world, time stands still.
     pub fn now() -> Instant {
-        Instant(world().now())
+        Instant(world::current().map_or(Duration::ZERO, |world| world.now()))
     }
 
     pub fn elapsed(self) -> Duration {
         world().now() - self.0
+    }
+
+    pub fn saturating_duration_since(self, earlier: Instant) -> Duration {
+        self.0.saturating_sub(earlier.0)
     }
 }
 

@@ -1,17 +1,18 @@
-//! The VM: a guest that writes at the source, what each side's process does with it, and who watches that it runs at
-//! one place only.
+//! The VM: a guest at the source, what each side's process does with it, and who watches that it runs at one place
+//! only.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
 use std::io::{Read, Write};
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
 use swapd::{PAGE_SIZE, PageNo};
 
-use super::engine::{EngineHandle, content};
+use super::engine::content;
 use super::fs;
+use super::guest::{Chore, Guest};
 use super::runtime::pause;
 use super::world::{ProcessId, world};
 use crate::session::SessionId;
@@ -19,47 +20,25 @@ use crate::target::{PlainMemory, TargetMemory};
 use crate::vm::{LiveVm, SourceVm, TargetVm, VmError};
 
 pub(crate) const SESSIONS: &str = "/sessions";
-/// Pages that the guest writes to, of all.
-const HOT_PAGES: u64 = 24;
-const TICK: Duration = Duration::from_millis(120);
-/// No device takes longer to write what it has begun to.
-const DMA_MAX: Duration = Duration::from_secs(2);
-const VM_STEP: Duration = Duration::from_millis(20);
-
-/// What a VM's owner is told to fail at, the next time.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Chore {
-    Drain,
-    Pause,
-    Save,
-    GiveUpName,
-    Load,
-    Start,
-}
+/// Between two reads of the state, at most.
+const LOAD_STEP: Duration = Duration::from_millis(2);
 
 /// The VM, wherever it is.
 pub(crate) struct Vm {
-    pub(crate) process: ProcessId,
-    pub(crate) engine: EngineHandle,
-    pub(crate) pages: u64,
-    /// What the guest, or a device, wrote last.
-    truth: RefCell<Vec<u64>>,
-    /// What the store at the source has lost.
-    lost: RefCell<BTreeSet<PageNo>>,
-    /// Processors may be in the guest at the source.
-    pub(crate) runs: Cell<bool>,
-    pub(crate) stood_still: bool,
+    guest: Rc<Guest>,
     pub(crate) named: Cell<bool>,
-    throttle: Cell<u8>,
-    dma: bool,
-    /// Pages that devices will still write to.
-    pinned: RefCell<Vec<PageNo>>,
-    state: RefCell<Vec<u8>>,
     /// Where it was let run, or taken over to stand still: once, for ever.
     pub(crate) started: Cell<Option<(SessionId, ProcessId)>>,
-    pub(crate) failing: Cell<Option<Chore>>,
     /// The commit is recorded, and the VM starts now.
     pub(crate) on_start: RefCell<Option<Rc<dyn Fn()>>>,
+}
+
+impl Deref for Vm {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        &self.guest
+    }
 }
 
 pub(crate) fn says(record: Option<Vec<u8>>, what: &[u8]) -> bool {
@@ -81,120 +60,12 @@ pub(crate) fn record_of(session: SessionId) -> PathBuf {
 
 impl Vm {
     pub(crate) fn new(process: ProcessId, pages: u64) -> Rc<Vm> {
-        let random = &world().random;
-        let engine = EngineHandle::new(pages);
-        let vm = Rc::new(Vm {
-            process,
-            engine,
-            pages,
-            truth: RefCell::new(vec![0; pages as usize]),
-            lost: RefCell::default(),
-            runs: Cell::new(true),
-            stood_still: random.one_in(8),
+        Rc::new(Vm {
+            guest: Guest::new(process, pages),
             named: Cell::new(true),
-            throttle: Cell::new(0),
-            dma: random.one_in(4),
-            pinned: RefCell::default(),
-            state: RefCell::default(),
             started: Cell::new(None),
-            failing: Cell::new(None),
             on_start: RefCell::new(None),
-        });
-        vm.runs.set(!vm.stood_still);
-        // What was there before: some in memory, some in the store, some of that no longer readable.
-        for _ in 0..20 + random.below(60) {
-            vm.write(vm.any_page());
-        }
-        for _ in 0..random.below(80) {
-            vm.wander();
-        }
-        let touched = Rc::downgrade(&vm);
-        vm.engine.on_touch(Rc::new(move |page| {
-            if let Some(vm) = touched.upgrade()
-                && vm.runs.get()
-                && world().random.one_in(12)
-            {
-                vm.write(page);
-            }
-        }));
-        vm.clone().live();
-        vm
-    }
-
-    pub(crate) fn lose_some(&self) {
-        let random = &world().random;
-        if random.one_in(2) {
-            self.engine.be_away(random.below(200));
-        }
-        for _ in 0..200 {
-            let page = self.any_page();
-            if self.engine.spoil(page) {
-                self.lost.borrow_mut().insert(page);
-            }
-        }
-    }
-
-    pub(crate) fn has_lost(&self) -> bool {
-        !self.lost.borrow().is_empty()
-    }
-
-    fn any_page(&self) -> PageNo {
-        let random = &world().random;
-        // Hot pages lie in each block, so that every stream has some.
-        let hot = random.below(HOT_PAGES) * (self.pages / HOT_PAGES);
-        PageNo(if random.one_in(4) { random.below(self.pages) } else { hot })
-    }
-
-    fn write(&self, page: PageNo) {
-        let generation = self.truth.borrow()[page.index()] + 1;
-        if !self.pinned.borrow().contains(&page) && self.engine.write(page, generation) {
-            self.truth.borrow_mut()[page.index()] = generation;
-        }
-    }
-
-    fn wander(&self) {
-        let page = self.any_page();
-        let generation = self.truth.borrow()[page.index()];
-        self.engine.wander(page, generation);
-    }
-
-    /// A device begins to write to memory; it gets its data later.
-    fn begin_dma(self: &Rc<Self>) {
-        let page = self.any_page();
-        if self.engine.pin(page) {
-            self.pinned.borrow_mut().push(page);
-            let vm = self.clone();
-            world().after(world().delay(DMA_MAX), move || vm.end_dma(page));
-        }
-    }
-
-    fn end_dma(&self, page: PageNo) {
-        let pinned = self.pinned.borrow().contains(&page);
-        if pinned && world().is_alive(self.process) {
-            self.pinned.borrow_mut().retain(|other| *other != page);
-            let generation = self.truth.borrow()[page.index()] + 1;
-            self.engine.write_by_device(page, generation);
-            self.truth.borrow_mut()[page.index()] = generation;
-        }
-    }
-
-    /// The guest goes on for as long as it may.
-    fn live(self: Rc<Self>) {
-        let next = TICK * (1 + u32::from(self.throttle.get()) / 20);
-        world().after(world().delay(next), move || {
-            if !world().is_alive(self.process) || self.started.get().is_some() {
-                return;
-            }
-            let random = &world().random;
-            if self.runs.get() {
-                (0..random.below(4)).for_each(|_| self.write(self.any_page()));
-                if self.dma && random.one_in(3) {
-                    self.begin_dma();
-                }
-            }
-            (0..random.below(4)).for_each(|_| self.wander());
-            self.live();
-        });
+        })
     }
 
     /// It goes on here: never again once it has been let run elsewhere.
@@ -226,11 +97,13 @@ impl Vm {
         assert!(is_committed(session) || fs::was_swept(), "it is started before that is decided");
         self.compare(memory);
         self.started.set(Some((session, world().me())));
+        self.gone.set(true);
     }
 
     fn compare(&self, memory: &TargetMemory) {
+        let (truth, lost) = (self.truth(), self.lost());
         for page in (0..self.pages).map(PageNo) {
-            let generation = self.truth.borrow()[page.index()];
+            let generation = truth[page.index()];
             if generation == 0 && matches!(memory, TargetMemory::Engine(engine) if engine.is_zero(page)) {
                 continue;
             }
@@ -239,10 +112,7 @@ impl Vm {
                 TargetMemory::Plain(memory) => Some(look_at(memory, page)),
             };
             match found {
-                None => assert!(
-                    self.lost.borrow().contains(&page),
-                    "{page} is poisoned at the target, and was not lost"
-                ),
+                None => assert!(lost.contains(&page), "{page} is poisoned at the target, and was not lost"),
                 Some(bytes) => {
                     assert!(
                         bytes == content(page, generation),
@@ -263,16 +133,6 @@ impl Vm {
         assert!(self.named.get(), "it stays without its name");
         assert_eq!(self.throttle.get(), 0, "it stays throttled");
     }
-
-    fn fails(&self, chore: Chore) -> Result<(), VmError> {
-        pause(world().delay(VM_STEP));
-        if self.failing.get() == Some(chore) {
-            self.failing.set(None);
-            world().note(|| format!("{chore:?} fails"));
-            return Err(VmError::Machine(format!("no {chore:?} today")));
-        }
-        Ok(())
-    }
 }
 
 fn look_at(memory: &PlainMemory, page: PageNo) -> [u8; PAGE_SIZE] {
@@ -287,18 +147,11 @@ pub(crate) struct Leaving(pub(crate) Rc<Vm>);
 
 impl LiveVm for Leaving {
     fn drain(&mut self) -> Result<(), VmError> {
-        let begun = self.0.pinned.borrow().clone();
-        self.0.fails(Chore::Drain)?;
-        begun.into_iter().for_each(|page| self.0.end_dma(page));
-        Ok(())
+        self.0.guest.drain()
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        let half_way = self.0.fails(Chore::Pause);
-        let pinned = self.0.pinned.borrow().clone();
-        pinned.into_iter().for_each(|page| self.0.end_dma(page));
-        self.0.runs.set(false);
-        half_way
+        self.0.guest.pause()
     }
 
     fn stood_still(&self) -> bool {
@@ -311,30 +164,7 @@ impl LiveVm for Leaving {
     }
 
     fn save(&mut self, to: &mut dyn Write) -> Result<(), VmError> {
-        let random = &world().random;
-        // More than a queue of messages and a connection hold, now and then.
-        let bytes = if random.one_in(8) { 4_500_000 + random.below(500_000) } else { random.below(3000) };
-        let start = random.next();
-        // No part of it is like another.
-        let words =
-            (0..bytes.div_ceil(8)).map(|word| start.wrapping_add(word).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        let mut state: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
-        state.truncate(bytes as usize);
-        *self.0.state.borrow_mut() = state;
-        // It takes its time, and may fail half-way.
-        let state = self.0.state.borrow();
-        let (before, behind) = state.split_at(state.len() / 2);
-        for (part, chore) in [(before, true), (behind, false)] {
-            for piece in part.chunks(1 + random.below(1 << 20) as usize) {
-                pause(world().delay(VM_STEP));
-                let written = to.write_all(piece);
-                written.map_err(|source| VmError::Io { doing: "writing its state", source })?;
-            }
-            if chore {
-                self.0.fails(Chore::Save)?;
-            }
-        }
-        Ok(())
+        self.0.guest.save(to)
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -365,7 +195,7 @@ impl TargetVm for Coming {
         self.vm.fails(Chore::Load)?;
         let (mut at, mut bytes) = (0, vec![0; 100_000]);
         loop {
-            pause(world().delay(VM_STEP / 10));
+            pause(world().delay(LOAD_STEP));
             let read = state.read(&mut bytes);
             let count = read.map_err(|source| VmError::Io { doing: "reading its state", source })?;
             let saved = self.vm.state.borrow();

@@ -31,7 +31,7 @@ type DeathHook = Box<dyn Fn(ProcessId)>;
 type Thread = Coroutine<(), (), (), DefaultStack>;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
-pub(crate) struct ProcessId(pub(crate) usize);
+pub struct ProcessId(pub usize);
 
 /// What a thread of a killed process is unwound with.
 struct Killed;
@@ -77,8 +77,8 @@ impl Ord for Event {
     }
 }
 
-pub(crate) struct World {
-    pub(crate) random: Random,
+pub struct World {
+    pub random: Random,
     now: Cell<u64>,
     events: RefCell<BinaryHeap<Event>>,
     actors: RefCell<Vec<Actor>>,
@@ -97,8 +97,12 @@ thread_local! {
 }
 
 /// The world that this thread is in.
-pub(crate) fn world() -> Rc<World> {
-    WORLD.with(|world| world.borrow().clone()).expect("a simulation runs on this thread")
+pub fn world() -> Rc<World> {
+    current().expect("a simulation runs on this thread")
+}
+
+pub(super) fn current() -> Option<Rc<World>> {
+    WORLD.with(|world| world.borrow().clone())
 }
 
 /// Wakes a task of an actor's runtime, or (task 0) the actor itself.
@@ -114,7 +118,7 @@ impl Wake for Alarm {
 
     fn wake_by_ref(self: &Arc<Self>) {
         // A world that has ended wakes nobody.
-        if let Some(world) = WORLD.with(|world| world.borrow().clone()) {
+        if let Some(world) = current() {
             world.wake(self.actor, self.task);
         }
     }
@@ -122,7 +126,7 @@ impl Wake for Alarm {
 
 impl World {
     /// Runs `begin` in a fresh world, and then all that it started, until `done`. Panics are the seed's failure.
-    pub(crate) fn run(seed: u64, begin: impl FnOnce(), done: impl Fn() -> bool) -> Result<(), String> {
+    pub fn run(seed: u64, begin: impl FnOnce(), done: impl Fn() -> bool) -> Result<(), String> {
         let world = Rc::new(World {
             random: Random::new(seed),
             now: Cell::new(0),
@@ -185,22 +189,22 @@ impl World {
         }
     }
 
-    pub(crate) fn process(&self, name: impl Into<String>) -> ProcessId {
+    pub fn process(&self, name: impl Into<String>) -> ProcessId {
         let mut processes = self.processes.borrow_mut();
         processes.push(Process { name: name.into(), alive: true });
         ProcessId(processes.len() - 1)
     }
 
-    pub(crate) fn is_alive(&self, process: ProcessId) -> bool {
+    pub fn is_alive(&self, process: ProcessId) -> bool {
         self.processes.borrow()[process.0].alive
     }
 
-    pub(crate) fn on_death(&self, hook: impl Fn(ProcessId) + 'static) {
+    pub fn on_death(&self, hook: impl Fn(ProcessId) + 'static) {
         self.on_death.borrow_mut().push(Box::new(hook));
     }
 
     /// `kill -9`, not from within the process itself.
-    pub(crate) fn kill(&self, process: ProcessId) {
+    pub fn kill(&self, process: ProcessId) {
         if !std::mem::replace(&mut self.processes.borrow_mut()[process.0].alive, false) {
             return;
         }
@@ -217,7 +221,7 @@ impl World {
     }
 
     /// A new thread of a process.
-    pub(crate) fn spawn(&self, process: ProcessId, work: impl FnOnce() + 'static) {
+    pub fn spawn(&self, process: ProcessId, work: impl FnOnce() + 'static) {
         if !self.is_alive(process) {
             return;
         }
@@ -247,12 +251,12 @@ impl World {
     }
 
     /// The process whose thread runs.
-    pub(crate) fn me(&self) -> ProcessId {
+    pub fn me(&self) -> ProcessId {
         self.actors.borrow()[self.current.get().expect("called on a simulated thread")].process
     }
 
     /// Waits until somebody wakes this thread.
-    pub(crate) fn park(&self) {
+    pub fn park(&self) {
         assert!(!std::thread::panicking(), "a thread that unwinds waits for nothing");
         let actor = self.current.get().expect("only a simulated thread waits");
         let (yielder, process) = {
@@ -278,20 +282,20 @@ impl World {
     }
 
     /// Wakes that task of the thread that runs.
-    pub(crate) fn waker(&self, task: usize) -> Waker {
+    pub fn waker(&self, task: usize) -> Waker {
         let actor = self.current.get().expect("only a simulated thread waits");
         Waker::from(Arc::new(Alarm { actor, task }))
     }
 
     /// A task of the running thread's runtime that can go on, by lot.
-    pub(crate) fn next_task(&self) -> Option<usize> {
+    pub fn next_task(&self) -> Option<usize> {
         let actor = self.current.get().expect("a runtime is on a simulated thread");
         let tasks = &mut self.actors.borrow_mut()[actor].tasks;
         (!tasks.is_empty()).then(|| tasks.swap_remove(self.random.below(tasks.len() as u64) as usize))
     }
 
     /// Makes a thread wait for something.
-    pub(crate) fn block<T>(&self, work: impl Future<Output = T>) -> T {
+    pub fn block<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         let waker = self.waker(usize::MAX);
         loop {
@@ -302,27 +306,27 @@ impl World {
         }
     }
 
-    pub(crate) fn now(&self) -> Duration {
+    pub fn now(&self) -> Duration {
         Duration::from_nanos(self.now.get())
     }
 
-    pub(crate) fn at(&self, when: Duration, act: impl FnOnce() + 'static) {
+    pub fn at(&self, when: Duration, act: impl FnOnce() + 'static) {
         // Events of the same moment happen in any order, but for those of one connection, which are apart in time.
         let tie = self.random.next();
         self.events.borrow_mut().push(Event { at: when.as_nanos() as u64, tie, act: Box::new(act) });
     }
 
-    pub(crate) fn after(&self, delay: Duration, act: impl FnOnce() + 'static) {
+    pub fn after(&self, delay: Duration, act: impl FnOnce() + 'static) {
         self.at(self.now() + delay, act);
     }
 
     /// Somewhat less than `most`, mostly much less.
-    pub(crate) fn delay(&self, most: Duration) -> Duration {
+    pub fn delay(&self, most: Duration) -> Duration {
         let share = self.random.below(1 << 16);
         Duration::from_nanos((most.as_nanos() as u64 >> 16) * ((share * share) >> 16))
     }
 
-    pub(crate) fn note(&self, text: impl FnOnce() -> String) {
+    pub fn note(&self, text: impl FnOnce() -> String) {
         let mut trace = self.trace.borrow_mut();
         if trace.len() >= 2 * TRACE_LINES {
             trace.drain(..TRACE_LINES);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::LONG;
 use crate::sim::faults::{Class, Fault, Later, Planned, Step, is_impossible};
-use crate::sim::vm::Chore;
+use crate::sim::guest::Chore;
 use crate::sim::world::world;
 use crate::wire::opening::RefuseKind;
 
