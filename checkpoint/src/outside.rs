@@ -28,7 +28,7 @@ mod real {
 
     pub(crate) use migrate::reader;
     pub(crate) use swapd::{DirtySubscription, EngineHandle, StoredReader};
-    pub(crate) use tokio::time::sleep;
+    pub(crate) use tokio::time::{sleep, timeout};
     pub(crate) use tokio_uring::fs::File as RingFile;
     pub(crate) use tokio_uring::{Runtime, spawn};
 
@@ -40,6 +40,11 @@ mod real {
 
     pub(crate) fn stored_reader(handle: &EngineHandle) -> StoredReader {
         handle.stored_reader()
+    }
+
+    /// Writes bytes on the ring; dropped half-way, they may be written all the same.
+    pub(crate) async fn write_bytes(file: &RingFile, bytes: Vec<u8>, at: u64) -> io::Result<()> {
+        file.write_all_at(bytes, at).await.0
     }
 
     /// Gives the file's blocks back; the file stays as long as it is.

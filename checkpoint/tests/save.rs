@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use checkpoint::format::{MemoryMap, PageKind};
-use checkpoint::save::{Base, Files, Phase, SaveError, SaveOptions, Saved, save};
+use checkpoint::save::{Base, Files, Phase, SaveError, SaveOptions, Saved, save, save_at_once};
 use disk::Disk;
 use migrate::{LiveVm, VmError};
 use swapd::digest::page_sum;
@@ -275,6 +275,42 @@ fn stored_pages_share_their_blocks_where_the_file_system_can() {
         image.read_exact_at(&mut bytes, page.offset()).unwrap();
         assert_eq!(map.sum(page), Some(page_sum(page, &bytes)), "{page}");
     }
+}
+
+/// A pipe that nobody reads is a disk that takes nothing more: the state goes there.
+#[test]
+fn a_disk_that_hangs_in_the_pause_does_not_take_the_vm_along() {
+    let (place, to) = (place(), place());
+    let here = engine(&place, MEMORY / 4);
+    fill(&here);
+    let mut witness = Witness::of(&here, 100..2000);
+    let (disk, state) = std::io::pipe().unwrap();
+    let files = Files { state: File::from(std::os::fd::OwnedFd::from(state)), ..files(to.path()) };
+    let options = SaveOptions { pause_limit: Duration::from_secs(1), ..SaveOptions::default() };
+    let cancel = AtomicBool::new(false);
+    let failed = save_at_once(&here.handle(), &mut witness, files, None, &options, &|_| {}, &cancel);
+    let failed = failed.unwrap_err();
+    assert!(matches!(failed.error, SaveError::StoodTooLong(_)), "{failed:?}");
+    // The disk has not answered yet.
+    witness.vm.assert_runs_here();
+    let rest = failed.rest.expect("a write that the disk still has");
+    drop(disk);
+    rest.close();
+    drop(witness);
+    assert_left_alone(&here);
+}
+
+#[test]
+fn a_map_that_cannot_be_written_lets_a_vm_go_on_that_was_to_be_stopped() {
+    let (place, to) = (place(), place());
+    let here = engine(&place, MEMORY / 4);
+    fill(&here);
+    let mut witness = Witness::of(&here, 100..2000);
+    let files = files(to.path());
+    let files = Files { map: File::open(to.path().join("map")).unwrap(), ..files };
+    let error = saved(&here, &mut witness, files, None).unwrap_err();
+    assert!(matches!(error, SaveError::Write { what: "map", .. }), "{error:?}");
+    witness.vm.assert_runs_here();
 }
 
 #[test]

@@ -10,6 +10,7 @@ use crate::control::protocol::{Request, State};
 use crate::control::server::{Client, Service};
 use crate::failure::{Failure, FailureKind};
 use crate::hold::{Resumer, Whereabouts, may_resume};
+use crate::life::BY_STOP;
 use crate::machine::Machine;
 use crate::size::Size;
 use crate::vm::{PINNED_BY, Vm, VmEvent, VmState, lock};
@@ -128,6 +129,8 @@ impl Vm {
             Some(end) => drop(tell.send(end.clone())),
             None => state.stoppers.push(tell),
         });
+        // Not by the main loop alone, which may be waiting for the machine.
+        self.cancel_to_end(BY_STOP);
         let _ = self.events.send(VmEvent::Stop);
         let ended = |_| Failure::new(FailureKind::Vm, format!("{:?} ended by itself", self.facts.name));
         told.recv().map_err(ended)?

@@ -9,6 +9,7 @@
 
 use std::cell::Cell;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,9 +17,10 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use checkpoint::format::{Disk, MemoryMap};
-use checkpoint::save::{Base, Files, Phase, Progress, SaveError, SaveOptions, Saved, save};
+use checkpoint::save::{Base, Failed, Files, Phase, Progress, SaveError, SaveOptions, Saved, save_at_once};
+use rustix::fs::{OFlags, fcntl_getfl};
 use serde_json::{Value, json};
-use swapd::{CloneError, TierId};
+use swapd::{CloneError, EngineHandle, TierId};
 use tracing::{info, warn};
 
 use crate::checkpointing::{Checkpointing, LastCheckpoint};
@@ -32,6 +34,8 @@ use crate::vm::Vm;
 
 /// How often it is looked whether whoever asked is still there.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
+/// Files that are written: image, map, state.
+const WRITTEN_FILES: usize = 3;
 /// Over which time the speed is measured.
 const SPEED_WINDOW: Duration = Duration::from_millis(500);
 
@@ -60,9 +64,11 @@ pub(crate) fn checkpoint(
     vm.memory()?.engine()?;
     let begun = begin(vm)?;
     let disks = may_be_saved(vm, request)?;
-    let mut files = client.files(request.files())?.into_iter();
+    let files = client.files(request.files())?;
+    may_be_used(&files, vm.memory()?.engine()?)?;
+    let mut files = files.into_iter();
     let mut next = || files.next().expect("as many as were asked for");
-    let into = Files { image: regular(next())?, map: regular(next())?, state: regular(next())? };
+    let into = Files { image: next(), map: next(), state: next() };
     let base = request.base.map(|base| read_base(&next(), base)).transpose()?;
     may_be_plain(vm, &into.image, request)?;
     let (saved, taken) = run(vm, request, disks.snapshot, (into, base), client)?;
@@ -90,6 +96,9 @@ fn begin(vm: &Vm) -> Result<Begun<'_>, Failure> {
         let why = match state.whereabouts.elsewhere(name) {
             Some(why) => why,
             None if state.ender.is_some() || state.end.is_some() => "it is ending".to_owned(),
+            None if state.closing => {
+                "what is left of a former checkpoint waits for its disk, which does not answer".to_owned()
+            }
             None if state.checkpoint.is_some() => {
                 "a checkpoint of it is being made already; cancel that first (Ctrl-C of `vmemd checkpoint`)"
                     .to_owned()
@@ -150,13 +159,40 @@ fn may_be_plain(vm: &Vm, image: &File, request: &CheckpointRequest) -> Result<()
     Err(Failure::new(FailureKind::Usage, text))
 }
 
-fn regular(file: File) -> Result<File, Failure> {
-    let found =
-        file.metadata().map_err(|error| Failure::io("looking at a file of the checkpoint", &error))?;
-    if found.is_file() {
-        return Ok(file);
+/// Refuses descriptors that a checkpoint must not be written into, or cannot be: the image, the map and the state, and
+/// the base's map behind these. The client may pass any that it has.
+fn may_be_used(files: &[File], engine: &EngineHandle) -> Result<(), Failure> {
+    let looking = |error: std::io::Error| Failure::io("looking at a file of the checkpoint", &error);
+    let id = |file: &File| file.metadata().map(|found| (found.dev(), found.ino())).map_err(looking);
+    let refused =
+        |why: &str| Err(Failure::new(FailureKind::Usage, format!("what the client has passed {why}")));
+    let stored = engine.stored_reader();
+    let mut taken = Vec::new();
+    for tier in [TierId::STORE, TierId::ORIGIN] {
+        for file in stored.files(tier).map_err(looking)? {
+            taken.push(id(&file)?);
+        }
     }
-    Err(Failure::new(FailureKind::Usage, "what the client has passed is no regular file"))
+    for (nth, file) in files.iter().enumerate() {
+        if !file.metadata().map_err(looking)?.is_file() {
+            return refused("is no regular file");
+        }
+        let flags = fcntl_getfl(file).map_err(|error| looking(error.into()))?;
+        let mode = flags & OFlags::ACCMODE;
+        let wanted = if nth < WRITTEN_FILES { OFlags::WRONLY } else { OFlags::RDONLY };
+        if mode != wanted && mode != OFlags::RDWR {
+            return refused("is not open for what it is for");
+        }
+        if flags.contains(OFlags::APPEND) {
+            return refused("is open to append, where everything has its place");
+        }
+        let id = id(file)?;
+        if taken.contains(&id) {
+            return refused("is one file twice, or the VM's own store");
+        }
+        taken.push(id);
+    }
+    Ok(())
 }
 
 fn read_base(map: &File, base: CheckpointBase) -> Result<Base, Failure> {
@@ -180,6 +216,7 @@ fn run(
         max_throttle: request.max_throttle,
         rate: request.rate,
         stop: request.stop,
+        ..SaveOptions::default()
     };
     let (steps, progress) = channel();
     let saver = vm.clone();
@@ -195,7 +232,7 @@ fn run(
                 }
                 Ok((saved, saving.disks()))
             }
-            Ok(Err(error)) => Err(Failure::from(error)),
+            Ok(Err(failure)) => Err(failure),
             Err(_) => Err(saving.after_panic()),
         };
         let unused = saving.disks();
@@ -229,11 +266,11 @@ fn session(
     (files, base): (Files, Option<Base>),
     options: &SaveOptions,
     steps: &Sender<Step>,
-) -> Result<Saved, SaveError> {
+) -> Result<Saved, Failure> {
     let vm = saving.vm;
     let handle = match vm.memory().and_then(|memory| memory.engine()) {
         Ok(handle) => handle.clone(),
-        Err(failure) => return Err(crate::live_vm::vm_error(failure).into()),
+        Err(failure) => return Err(SaveError::from(crate::live_vm::vm_error(failure)).into()),
     };
     let started = Instant::now();
     let speed = Speed::new(started);
@@ -253,7 +290,22 @@ fn session(
         let _ = steps.send(Step::Progress(stat));
     };
     info!(vm = %vm.facts.name, "a checkpoint begins");
-    save(&handle, saving, files, base, options, &progress, &vm.cancel)
+    let saved = save_at_once(&handle, saving, files, base, options, &progress, &vm.cancel);
+    let Failed { error, rest } = match saved {
+        Ok(saved) => return Ok(saved),
+        Err(failed) => failed,
+    };
+    let failure = Failure::from(error);
+    if let Some(rest) = rest {
+        // The client hears at once, and the VM may be stopped meanwhile. Only one of these is to be at a time.
+        warn!(vm = %vm.facts.name, %failure, "a disk does not answer: what is left of the checkpoint waits for it");
+        vm.locked(|state| state.closing = true);
+        let _ = steps.send(Step::Ended(Err(failure.clone())));
+        rest.close();
+        vm.locked(|state| state.closing = false);
+        info!(vm = %vm.facts.name, "nothing is left of the checkpoint that failed");
+    }
+    Err(failure)
 }
 
 /// How fast memory is dealt with, over the last moments: what is left of a round goes down by it.
@@ -291,6 +343,10 @@ fn durable(
     client: &mut Client<'_>,
 ) -> Result<String, Failure> {
     let gone = || Failure::new(FailureKind::Interrupted, "cancelled before the checkpoint was durable");
+    // By the client, behind the last look of the session: it waits for an answer, and reads nothing else.
+    if vm.cancel.load(Ordering::SeqCst) {
+        return Err(gone());
+    }
     client.saved(json!({ "saved": saved, "vm": facts(vm, saved, disks)? })).map_err(|_| gone())?;
     loop {
         match client.says(CLIENT_POLL) {

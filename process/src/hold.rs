@@ -12,7 +12,7 @@
 //! | the same, of one that stood still before | | | `StalledAndPaused` | stays |
 //! | [`found_running`](Hold::found_running) | stays | `Free` | stays | `Stalled` |
 //! | [`stall`](Hold::stall) | `Stalled` | `StalledAndPaused` | stays | stays |
-//! | [`stood_before`](Hold::stood_before), [`ease`](Hold::ease) | stays | stays | stays | stays |
+//! | [`stood_before`](Hold::stood_before), [`ran_in_stall`](Hold::ran_in_stall), [`ease`](Hold::ease) | stays | stays | stays | stays |
 //! | [`end_stall`](Hold::end_stall), if it is relieved | stays | stays | `Free` | `Paused` |
 //!
 //! Who may let it go on is [`may_resume`].
@@ -83,6 +83,8 @@ pub(crate) struct Stall {
     reasons: Vec<(Want, String)>,
     /// It ran until then: it goes on by itself.
     ran: bool,
+    /// That is certain: it was seen to run since the stall began, so whatever has paused it since is vmemd's.
+    seen_running: bool,
     /// It has what it needs again, but a migration had the VM then.
     relieved: bool,
 }
@@ -197,7 +199,13 @@ impl Hold {
     /// Returns whether there was nothing to do.
     pub(crate) fn pause(&mut self, stood: bool) -> bool {
         let already = stood && !self.is_stalled();
-        self.pause_by(if already { self.paused().unwrap_or(BY_ITS_MONITOR) } else { BY_VMEMD });
+        let by = match self.paused() {
+            // A checkpoint that fails lets the VM go on, unless it is the user who wants it to stand still.
+            Some(FOR_ITS_CHECKPOINT) => BY_VMEMD,
+            by if already => by.unwrap_or(BY_ITS_MONITOR),
+            _ => BY_VMEMD,
+        };
+        self.pause_by(by);
         already
     }
 
@@ -239,14 +247,24 @@ impl Hold {
                 stall.reasons.push((want, reason));
                 begins = false;
             }
-            _ => *stall = Some(Stall { reasons: vec![(want, reason)], ran: true, relieved: false }),
+            _ => {
+                let reasons = vec![(want, reason)];
+                *stall = Some(Stall { reasons, ran: true, seen_running: false, relieved: false });
+            }
         });
         begins
     }
 
-    /// It stood still already when it was to be paused for the stall, so it does not go on by itself.
+    /// It stood still already when it was to be paused for the stall, so it does not go on by itself; unless it was
+    /// [seen to run](Hold::ran_in_stall) since.
     pub(crate) fn stood_before(&mut self) {
-        self.change(|stall, _| stall.iter_mut().for_each(|stall| stall.ran = false));
+        self.change(|stall, _| stall.iter_mut().for_each(|stall| stall.ran &= stall.seen_running));
+    }
+
+    /// A checkpoint or a migration pauses it, and finds it running in its stall: it came before whoever pauses the VM
+    /// for that. Without this mark, the VM would then be taken for one that its user had paused, and never go on.
+    pub(crate) fn ran_in_stall(&mut self) {
+        self.change(|stall, _| stall.iter_mut().for_each(|stall| stall.seen_running |= stall.ran));
     }
 
     /// The store does that again. A stall for something else goes on.

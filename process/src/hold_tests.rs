@@ -60,7 +60,7 @@ fn the_words_are_of_all_holds() {
 #[test]
 fn every_event_changes_every_hold_as_the_table_says() {
     type Change = fn(&mut Hold);
-    let rows: [(&str, Change, [&str; 10]); 12] = [
+    let rows: [(&str, Change, [&str; 10]); 13] = [
         ("of", |_| {}, HOLDS),
         (
             "pause",
@@ -95,6 +95,7 @@ fn every_event_changes_every_hold_as_the_table_says() {
             ["-R", "pR", "-R", "-S", "-R", "-R", "pR", "pS", "pR", "pR"],
         ),
         ("stood before", Hold::stood_before, ["--", "p-", "-S", "-S", "-s", "-s", "pS", "pS", "ps", "ps"]),
+        ("ran in stall", Hold::ran_in_stall, HOLDS),
         ("ease", |h| h.ease(Want::Frames), ["--", "p-", "-r", "-s", "-r", "-s", "pr", "ps", "pr", "ps"]),
         ("end stall", Hold::end_stall, ["--", "p-", "-R", "-S", "--", "--", "pR", "pS", "p-", "p-"]),
     ];
@@ -166,6 +167,36 @@ fn whoever_paused_it_first_is_named() {
     assert_eq!(came, Hold::Paused(AS_IT_CAME));
     assert!(!came.pause(false));
     assert_eq!(came, Hold::Paused(BY_VMEMD));
+}
+
+/// A checkpoint's pause comes between a stall and the pause for it: the VM is found still, by vmemd's own doing.
+#[test]
+fn a_vm_that_a_checkpoint_stopped_first_goes_on_behind_its_stall() {
+    for begins in ["--", "-s"] {
+        let mut hold = hold(begins);
+        assert!(hold.stall(Want::Frames, "full".to_owned()));
+        hold.ran_in_stall();
+        hold.stood_before();
+        assert_eq!(word(&hold), "-R", "{begins}");
+        hold.ease(Want::Frames);
+        assert!(may_resume(Resumer::Store, &Whereabouts::Here, &hold), "{begins}");
+        // The mark is of one stall.
+        assert!(hold.stall(Want::Frames, "full again".to_owned()));
+        hold.stood_before();
+        assert_eq!(word(&hold), "-S", "{begins}");
+    }
+    // What is known to have stood still before did not run.
+    let mut still = hold("-S");
+    still.ran_in_stall();
+    still.stood_before();
+    assert_eq!(word(&still), "-S");
+}
+
+#[test]
+fn a_user_who_pauses_what_a_checkpoint_is_to_stop_keeps_it_so() {
+    let mut hold = Hold::Paused(FOR_ITS_CHECKPOINT);
+    assert!(hold.pause(true));
+    assert_eq!(hold, Hold::Paused(BY_VMEMD));
 }
 
 #[test]

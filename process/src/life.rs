@@ -13,6 +13,7 @@ use crate::control::rundir::SocketName;
 use crate::control::server::Server;
 use crate::failure::{Failure, FailureKind};
 use crate::hold::Whereabouts;
+use crate::machine::Machine;
 use crate::memory::Memory;
 use crate::signals;
 use crate::vm::{Told, Vm, VmEvent, VmState};
@@ -27,6 +28,11 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 const LOCK_LIMIT: Duration = Duration::from_millis(200);
 /// How long clients may take to fetch their answers.
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a VM that ends waits for whoever keeps its machine: longer than a pause takes that ends at all.
+const MACHINE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Who ends a VM, in words.
+pub(crate) const BY_STOP: &str = "`vmemd stop`";
 
 /// The thread that receives: what it leaves behind when it panics is put in order where it is started.
 pub(crate) const RECEIVER: &str = "receive";
@@ -64,6 +70,8 @@ pub(crate) fn take_process_over(vm: &Arc<Vm>) -> Result<(), Failure> {
                 drop(vm.locked(|state| state.claim.take()));
                 std::process::exit(i32::from(FailureKind::Interrupted.exit_code()));
             }
+            // Not by the main loop alone, which may be waiting for the machine.
+            vm.cancel_to_end(signals::name(signal));
             let _ = vm.events.send(VmEvent::Signal(signal));
         })
         .map(|_| ())
@@ -94,7 +102,7 @@ pub(crate) fn live(vm: &Vm, events: &Receiver<VmEvent>) -> Ended {
             Ok(VmEvent::Notice(notice)) => vm.notice(notice),
             Ok(VmEvent::Arrived(Ok(()))) | Err(RecvTimeoutError::Timeout) => {}
             Ok(VmEvent::Arrived(Err(failure))) => return Ended::NotArrived(failure),
-            Ok(VmEvent::Stop) => ending = Some(vm.is_to_end(Ended::Stopped, "`vmemd stop`")),
+            Ok(VmEvent::Stop) => ending = Some(vm.is_to_end(Ended::Stopped, BY_STOP)),
             Ok(VmEvent::Signal(signal)) => {
                 ending = Some(vm.is_to_end(Ended::Signal(signal), signals::name(signal)))
             }
@@ -219,8 +227,9 @@ pub(crate) fn finish(
     let worker_done = work.is_none_or(|work| joined(work, CANCEL_TIMEOUT));
     let still = !matches!(ended, Ended::Stopped | Ended::Signal(_)) || stand_still(vm);
     vm.tell_end(&result);
-    let busy =
-        |state: &mut VmState| matches!(state.whereabouts, Whereabouts::Migrating) || state.is_being_saved();
+    let busy = |state: &mut VmState| {
+        matches!(state.whereabouts, Whereabouts::Migrating) || state.is_being_saved() || state.closing
+    };
     if worker_done && still && !vm.locked(busy) {
         match vm.quit_machine() {
             Ok(told) => {
@@ -279,9 +288,16 @@ fn outcome(vm: &Vm, ended: &Ended) -> Result<(), Failure> {
 }
 
 fn stand_still(vm: &Vm) -> bool {
-    match vm.machine(|machine| if machine.view().failed.is_some() { Ok(()) } else { machine.pause() }) {
-        Ok(()) => true,
-        Err(error) => {
+    let pause = |machine: &mut dyn Machine| {
+        if machine.view().failed.is_some() { Ok(()) } else { machine.pause() }
+    };
+    match vm.machine_within(MACHINE_TIMEOUT, pause) {
+        Some(Ok(())) => true,
+        None => {
+            warn!(vm = %vm.facts.name, "a checkpoint that has not ended keeps its machine");
+            false
+        }
+        Some(Err(error)) => {
             info!(vm = %vm.facts.name, %error, "while stopping");
             // It is not here, or sleeps.
             error.kind == FailureKind::Name

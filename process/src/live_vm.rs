@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use checkpoint::format::Disk;
 use migrate::{Expected, LiveVm, VmError};
+use tracing::info;
 
 use crate::failure::{Failure, FailureKind};
 use crate::hold::{DID_NOT_GO_ON, FOR_ITS_CHECKPOINT, Resumer, may_resume};
@@ -110,19 +111,28 @@ impl LiveVm for Saving<'_> {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
+        // First: whoever would wait for the machine from now on must know that it is kept.
+        self.note_stopped(true);
         self.kept = Some(self.vm.keep_machine());
         let looked = self.machine(|machine| Ok((machine.runs()?, machine.run_state().is_some())));
         let (runs, tells) = looked.map_err(|failure| self.failed(failure))?;
         self.vm.locked(|state| {
             if !runs {
                 state.hold.found_still();
-            } else if tells {
+                return;
+            }
+            state.hold.ran_in_stall();
+            if tells {
                 state.hold.found_running();
             }
         });
         self.paused = true;
-        self.note_stopped(true);
-        self.machine(|machine| machine.pause()).map_err(|failure| self.failed(failure))
+        let paused = self.machine(|machine| machine.pause());
+        if paused.as_ref().is_err_and(|failure| failure.kind == FailureKind::Name) {
+            // It sleeps, and was not stopped: it wakes up by itself, and must not be told to go on.
+            self.paused = false;
+        }
+        paused.map_err(|failure| self.failed(failure))
     }
 
     fn stood_still(&self) -> bool {
@@ -133,8 +143,17 @@ impl LiveVm for Saving<'_> {
         let who = Resumer::Checkpoint { stopped_it: std::mem::take(&mut self.paused) };
         let may = self.vm.locked(|state| may_resume(who, &state.whereabouts, &state.hold));
         let resumed = if may && self.ended().is_none() { self.try_to_resume() } else { Ok(()) };
-        self.note_stopped(false);
+        // A stall that came meanwhile has left the pausing to this.
+        let stalled = self.vm.locked(|state| {
+            state.checkpoint.iter_mut().for_each(|now| now.stopped = false);
+            state.hold.is_stalled()
+        });
+        if stalled && let Err(error) = self.machine(|machine| machine.pause()) {
+            info!(vm = %self.vm.facts.name, %error, "while pausing the VM");
+        }
         self.kept = None;
+        // What has been relieved meanwhile, too.
+        self.vm.go_on();
         resumed
     }
 
@@ -174,3 +193,7 @@ impl Saving<'_> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "live_vm_tests.rs"]
+mod tests;

@@ -105,12 +105,20 @@ impl LiveVm for Leaving<'_> {
         self.vm.locked(|state| {
             if !runs {
                 state.hold.found_still();
-            } else if tells {
+                return;
+            }
+            state.hold.ran_in_stall();
+            if tells {
                 state.hold.found_running();
             }
         });
         self.paused = true;
-        self.vm.machine(|machine| machine.pause()).map_err(|failure| self.not_stopped(failure))
+        let paused = self.vm.machine(|machine| machine.pause());
+        if paused.as_ref().is_err_and(|failure| failure.kind == FailureKind::Name) {
+            // It sleeps, and was not stopped: it wakes up by itself, and must not be told to go on.
+            self.paused = false;
+        }
+        paused.map_err(|failure| self.not_stopped(failure))
     }
 
     fn stood_still(&self) -> bool {

@@ -1,6 +1,6 @@
 //! A VM as its process sees it: what it is, what state it is in, and what it tells about itself.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -37,6 +37,8 @@ pub(crate) const PINNED_BY: &str =
     "pinned by something: I/O under way, or buffers that are registered with io_uring, VFIO or RDMA";
 /// Without an answer for so long, `stat` says that the store does not give one.
 const STORE_SILENCE_MS: u64 = 5000;
+/// Between two looks at whether the machine is free.
+const MACHINE_POLL: Duration = Duration::from_millis(10);
 
 /// The changing part of a VM, under one lock. Nothing slow is done while the lock is held.
 #[derive(Debug)]
@@ -47,6 +49,8 @@ pub(crate) struct VmState {
     pub(crate) migration: Option<MigrationStat>,
     pub(crate) checkpoint: Option<Checkpointing>,
     pub(crate) last_checkpoint: Option<LastCheckpoint>,
+    /// A checkpoint has failed, and its disk still has something of it.
+    pub(crate) closing: bool,
     pub(crate) waiting: Option<Waiting>,
     pub(crate) arrival: Option<ArrivalStat>,
     pub(crate) restore: Option<RestoreStat>,
@@ -142,6 +146,7 @@ impl Vm {
             migration: None,
             checkpoint: None,
             last_checkpoint: None,
+            closing: false,
             waiting: None,
             arrival: None,
             restore: None,
@@ -227,11 +232,47 @@ impl Vm {
     ) -> Result<T, Failure> {
         match lock(&self.machine).as_mut() {
             Some(machine) => work(&mut **machine),
-            None => Err(Failure::new(
-                FailureKind::Name,
-                format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name),
-            )),
+            None => Err(self.no_machine()),
         }
+    }
+
+    /// Works with the machine, if its turn comes within `limit`. None: somebody keeps it.
+    pub(crate) fn machine_within<T>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(&mut dyn Machine) -> Result<T, Failure>,
+    ) -> Option<Result<T, Failure>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let kept = match self.machine.try_lock() {
+                Ok(kept) => Some(kept),
+                Err(TryLockError::Poisoned(kept)) => Some(kept.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            };
+            match kept {
+                Some(mut kept) => {
+                    return Some(
+                        kept.as_mut().map_or_else(|| Err(self.no_machine()), |kept| work(&mut **kept)),
+                    );
+                }
+                None if Instant::now() >= deadline => return None,
+                // A lock has no wait with a limit.
+                None => std::thread::sleep(MACHINE_POLL),
+            }
+        }
+    }
+
+    fn no_machine(&self) -> Failure {
+        let text = format!("{:?} has not arrived yet: its vCPUs are not here", self.facts.name);
+        Failure::new(FailureKind::Name, text)
+    }
+
+    /// It is to end, by this: a migration or a checkpoint under way ends, and knows why. Does not wait for anything.
+    pub(crate) fn cancel_to_end(&self, by: &'static str) {
+        self.locked(|state| {
+            state.ender.get_or_insert(by);
+        });
+        self.cancel.store(true, Ordering::SeqCst);
     }
 
     /// The machine, for as long as the caller keeps it: nobody else stops it meanwhile, nor lets it go on.
@@ -393,13 +434,15 @@ impl Vm {
         // Before it is paused: who finds it so is to know why.
         let taken = self.locked(|state| {
             let begins = state.hold.stall(want, reason);
-            let taken = matches!(state.whereabouts, Whereabouts::Migrating) || state.stands_for_checkpoint();
-            begins.then_some(taken)
+            // The checkpoint keeps the machine, for as long as its disk takes, and leaves the VM paused. Whoever waited
+            // for it here would keep the main loop from everything else, such as the stop that cancels it.
+            let pauses = begins && !state.stands_for_checkpoint();
+            pauses.then_some(matches!(state.whereabouts, Whereabouts::Migrating))
         });
         // It is paused already.
         let Some(taken) = taken else { return };
         let paused = self.machine(|machine| {
-            // Its user may have paused it by other means, such as a monitor. (A migration or a checkpoint resumes what it has paused.)
+            // Its user may have paused it by other means, such as a monitor. (A migration resumes what it has paused.)
             if !taken && machine.runs().is_ok_and(|runs| !runs) {
                 self.locked(|state| state.hold.stood_before());
                 return Ok(());
@@ -423,7 +466,8 @@ impl Vm {
     pub(crate) fn go_on(&self) {
         let over =
             |state: &mut VmState| state.hold.is_relieved() && matches!(state.whereabouts, Whereabouts::Here);
-        if !self.locked(over) {
+        // A checkpoint for which it stands still comes here itself when it lets go of the machine.
+        if !self.locked(|state| over(state) && !state.stands_for_checkpoint()) {
             return;
         }
         let gone_on = self.machine(|machine| {

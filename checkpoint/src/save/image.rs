@@ -6,17 +6,18 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
-use std::time::Duration;
 
+use swapd::units::pages_in;
 use swapd::{BLOCK_PAGES, CloneError, Run};
 use tokio::sync::Notify;
 
 use super::error::SaveError;
 use super::pages::PageTable;
-use super::rate::Rate;
+use super::rate::{Rate, Work};
+use super::stopwatch::Stopwatch;
 use crate::format::PageKind;
 use crate::outside::reader::{Closed, FILLERS, Found, PageBuffer, Sink, StoredRun};
-use crate::outside::{File, Instant, RingFile, StoredReader, planted, sleep, spawn};
+use crate::outside::{File, Instant, RingFile, StoredReader, planted, sleep, spawn, write_bytes};
 
 /// Pages of a buffer, which is one write where neighbours are written: 2 MiB.
 const BUFFER_PAGES: u32 = BLOCK_PAGES;
@@ -58,11 +59,11 @@ struct Image {
     pages: RefCell<PageTable>,
     counts: Cell<Counts>,
     free: RefCell<Vec<PageBuffer>>,
-    /// Buffers on their way to the disk, since when there is one, and for how long there was one before that.
-    under_way: Cell<u32>,
-    busy_since: Cell<Instant>,
-    busy: Cell<Duration>,
+    /// Buffers on their way to the disk.
+    under_way: Stopwatch,
     rate: RefCell<Rate>,
+    /// Fillers that the limit makes wait.
+    held_back: Stopwatch,
     /// A buffer is free, nothing is under way, or nothing more is taken.
     changed: Notify,
     failed: RefCell<Option<SaveError>>,
@@ -85,10 +86,9 @@ impl ImageSink {
             pages: pages.into(),
             counts: Cell::default(),
             free: (0..BUFFERS).map(|_| PageBuffer::new(0, BUFFER_PAGES)).collect::<Vec<_>>().into(),
-            under_way: 0.into(),
-            busy_since: now.into(),
-            busy: Duration::ZERO.into(),
+            under_way: Stopwatch::new(),
             rate: Rate::new(rate, now).into(),
+            held_back: Stopwatch::new(),
             changed: Notify::new(),
             failed: None.into(),
             closed: false.into(),
@@ -97,9 +97,25 @@ impl ImageSink {
 
     /// Waits until all that was taken is in the file.
     pub(super) async fn settle(&self) {
-        while self.0.under_way.get() > 0 {
+        while self.0.under_way.count() > 0 {
             self.0.changed.notified().await;
         }
+    }
+
+    /// Has bytes of another file written, which [`settle`](Self::settle) waits for, too. Must be called on the runtime.
+    pub(super) fn write_beside(&self, file: Rc<RingFile>, what: &'static str, bytes: Vec<u8>, at: u64) {
+        let image = self.0.clone();
+        image.under_way.begin();
+        spawn(async move {
+            let written = write_bytes(&file, bytes, at).await;
+            if let Err(source) = written
+                && !planted!(BelievesTheState)
+            {
+                image.fail(SaveError::Write { what, source });
+            }
+            image.under_way.end();
+            image.changed.notify_waiters();
+        });
     }
 
     /// Nothing more is taken: whoever waits here is told.
@@ -108,9 +124,11 @@ impl ImageSink {
         self.0.changed.notify_waiters();
     }
 
-    /// From now on pages are written as fast as they come.
-    pub(super) fn lift_limit(&self) {
+    /// From now on pages are written as fast as they come, and only on the ring: what the kernel does for
+    /// [`Image::share`] blocks this thread for as long as the file system likes, and the VM stands still.
+    pub(super) fn vm_stands_still(&self) {
         self.0.rate.borrow_mut().lift();
+        self.0.straight.set(false);
         self.0.changed.notify_waiters();
     }
 
@@ -123,10 +141,14 @@ impl ImageSink {
         self.0.counts.get()
     }
 
-    /// For how long something was being written, since the start.
-    pub(super) fn busy(&self) -> Duration {
-        let now = if self.0.under_way.get() > 0 { self.0.busy_since.get().elapsed() } else { Duration::ZERO };
-        self.0.busy.get() + now
+    /// What it has found to do, how much of that was written, and what that took. Without what its caller knows.
+    pub(super) fn work(&self) -> Work {
+        Work {
+            written: pages_in(self.counts().written),
+            busy: self.0.under_way.total(),
+            held_back: self.0.held_back.total(),
+            ..Work::default()
+        }
     }
 
     /// The file, for what the ring does not do.
@@ -154,10 +176,7 @@ impl Image {
     }
 
     fn begin(self: &Rc<Self>, buffer: PageBuffer) {
-        if self.under_way.get() == 0 {
-            self.busy_since.set(Instant::now());
-        }
-        self.under_way.set(self.under_way.get() + 1);
+        self.under_way.begin();
         let bytes = buffer.content().len() as u64;
         self.rate.borrow_mut().writes(bytes, Instant::now());
         let image = self.clone();
@@ -165,10 +184,7 @@ impl Image {
             let buffer = image.write(buffer).await;
             image.free.borrow_mut().push(buffer);
             image.count(|counts| counts.written += bytes);
-            image.under_way.set(image.under_way.get() - 1);
-            if image.under_way.get() == 0 {
-                image.busy.set(image.busy.get() + image.busy_since.get().elapsed());
-            }
+            image.under_way.end();
             image.changed.notify_waiters();
         });
     }
@@ -197,6 +213,8 @@ impl Image {
     /// The store's blocks become the image's, too, if the file system can.
     fn share(&self, stored: &StoredRun<'_>) -> Result<bool, SaveError> {
         let pages = u64::from(stored.run.len);
+        // Before: if it fails half-way, nobody knows what the image has of them.
+        self.pages.borrow_mut().may_change(stored.run);
         let cloned = match self.stored.clone_into(stored.tier, &self.plain, &[stored.run]) {
             Ok(cloned) => cloned,
             Err(CloneError::Io { source, .. }) if is_full(&source) => {
@@ -237,6 +255,7 @@ impl Sink for ImageSink {
             }
             let wait = image.rate.borrow().wait(Instant::now());
             if let Some(wait) = wait {
+                let _held_back = image.held_back.begins();
                 tokio::select! {
                     () = sleep(wait) => {}
                     () = image.changed.notified() => {}

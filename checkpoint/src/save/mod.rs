@@ -21,10 +21,12 @@ mod report;
 mod rounds;
 mod session;
 mod state;
+mod stopwatch;
 
 pub use error::SaveError;
 pub use options::{Base, Files, SaveOptions};
 pub use report::{PauseParts, Phase, Progress, Saved};
+pub use session::{Failed, Rest};
 
 use migrate::{CancelFlag, LiveVm};
 
@@ -34,7 +36,8 @@ use crate::outside::EngineHandle;
 ///
 /// # Errors
 /// See [`SaveError`]. Whatever it is, the VM goes on as before, no page is held, no writes are tracked for it and the
-/// throttle is undone. What the files have by then is of no use.
+/// throttle is undone. What the files have by then is of no use. All that was being written has ended: of a disk that
+/// does not answer, this waits for that without limit, which [`save_at_once`] does not.
 pub fn save(
     handle: &EngineHandle,
     vm: &mut dyn LiveVm,
@@ -44,5 +47,24 @@ pub fn save(
     progress: &dyn Fn(Progress),
     cancel: &CancelFlag,
 ) -> Result<Saved, SaveError> {
+    save_at_once(handle, vm, files, base, options, progress, cancel).map_err(|failed| {
+        failed.rest.into_iter().for_each(|rest| rest.close());
+        failed.error
+    })
+}
+
+/// The same, but for a failure: it is told at once, and what a disk still has of it is left to the caller.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_at_once<'a>(
+    handle: &EngineHandle,
+    vm: &mut dyn LiveVm,
+    files: Files,
+    base: Option<Base>,
+    options: &SaveOptions,
+    progress: &'a dyn Fn(Progress),
+    cancel: &'a CancelFlag,
+) -> Result<Saved, Failed<'a>> {
     session::Session::start(handle, vm, files, base, options, (progress, cancel))?.run()
 }

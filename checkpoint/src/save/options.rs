@@ -38,6 +38,8 @@ pub struct SaveOptions {
     pub rate: Option<u64>,
     /// It does not go on afterwards.
     pub stop: bool,
+    /// It is not kept standing still for longer: a disk that does not answer must not take it along.
+    pub pause_limit: Duration,
 }
 
 impl Default for SaveOptions {
@@ -49,6 +51,7 @@ impl Default for SaveOptions {
             max_throttle: 99,
             rate: None,
             stop: false,
+            pause_limit: Duration::from_secs(60),
         }
     }
 }

@@ -51,6 +51,11 @@ impl PageTable {
         self.image[run.indices()].fill(IN_IMAGE | CHANGED);
     }
 
+    /// What the image has of the pages is not certain from now on, until they are [written](Self::writes).
+    pub(super) fn may_change(&mut self, run: Run) {
+        self.image[run.indices()].fill(IN_IMAGE | CHANGED);
+    }
+
     /// Whether the page need not be written, because the base has this content of it. If so, that is noted.
     pub(super) fn is_in_base(&mut self, page: PageNo, sum: u64) -> bool {
         let has = |base: &&Base| {
@@ -121,6 +126,17 @@ mod tests {
             [PageKind::Base, PageKind::Base, PageKind::Base, PageKind::Zero]
         );
         assert_eq!(table.holes(), [Run::one(PageNo(1))]);
+    }
+
+    #[test]
+    fn what_may_have_changed_in_a_clone_is_written_again() {
+        let mut table = PageTable::new(512, Some(base(true)));
+        table.may_change(Run::new(PageNo(0), 2));
+        // It became what the base has while it could not be shared: the image may have something else there.
+        assert!(!table.is_in_base(PageNo(0), 10) && table.is_in_base(PageNo(2), 12));
+        table.is_bare(Run::one(PageNo(1)), PageKind::Zero);
+        table.writes(Run::one(PageNo(0)), &[10]);
+        assert_eq!(table.holes(), [Run::one(PageNo(1)), Run::one(PageNo(3))]);
     }
 
     #[test]

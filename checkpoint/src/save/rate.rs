@@ -1,8 +1,11 @@
-//! A limit on the bytes that are written a second: values in, decisions out.
+//! A limit on the bytes that are written a second, and how fast pages are dealt with without one: values in, decisions
+//! out.
 
 use std::time::Duration;
 
 use crate::outside::Instant;
+
+use migrate::pace::SendRate;
 
 /// So much may be written at once behind a rest: a buffer must not wait for the one before it to the microsecond.
 const BURST: Duration = Duration::from_millis(50);
@@ -40,9 +43,79 @@ impl Rate {
     }
 }
 
+/// What was done, up to some moment or in between two.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Work {
+    /// Pages with content that were looked at: written, shared, or the same as in the base.
+    pub(super) found: u64,
+    /// Pages that were written, and for how long any was being written.
+    pub(super) written: u64,
+    pub(super) busy: Duration,
+    /// For how long the limit had something wait.
+    pub(super) held_back: Duration,
+}
+
+impl Work {
+    pub(super) fn since(self, before: Work) -> Work {
+        Work {
+            found: self.found - before.found,
+            written: self.written - before.written,
+            busy: self.busy.saturating_sub(before.busy),
+            held_back: self.held_back.saturating_sub(before.held_back),
+        }
+    }
+}
+
+/// How fast pages are dealt with while the VM stands still: as fast as they are found, and no faster than the disk
+/// takes them. That the base has most of them, or that the store shares them, says nothing of what the guest has
+/// just written, of which the last round consists.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PauseRate {
+    found: SendRate,
+    written: Option<SendRate>,
+}
+
+impl PauseRate {
+    /// A round has done this work in this time.
+    pub(super) fn round(&mut self, work: Work, took: Duration) {
+        self.found.round(work.found, took.saturating_sub(work.held_back));
+        if work.written > 0 {
+            self.written.get_or_insert_default().round(work.written, work.busy);
+        }
+    }
+
+    pub(super) fn per_s(&self) -> f64 {
+        let found = self.found.per_s();
+        self.written.map_or(found, |written| written.per_s().min(found))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pause_is_as_fast_as_the_disk_and_not_as_the_look_at_pages_that_are_the_same() {
+        let mut rate = PauseRate::default();
+        let mut work = Work { found: 100_000, written: 1000, busy: SECOND / 2, held_back: Duration::ZERO };
+        rate.round(work, SECOND);
+        assert!((rate.per_s() - 2000.0).abs() < 1.0, "{}", rate.per_s());
+        // The disk would take more than is found.
+        let mut rate = PauseRate::default();
+        work = Work { found: 1000, written: 1000, busy: SECOND / 100, held_back: Duration::ZERO };
+        rate.round(work, SECOND);
+        assert!((rate.per_s() - 1000.0).abs() < 1.0, "{}", rate.per_s());
+        // Held back for most of the time.
+        let mut rate = PauseRate::default();
+        work = Work { found: 1000, written: 1000, busy: SECOND / 10, held_back: SECOND * 9 / 10 };
+        rate.round(work, SECOND);
+        assert!((rate.per_s() - 10_000.0).abs() < 10.0, "{}", rate.per_s());
+        // Of a disk to which nothing was written, nothing is known.
+        let mut rate = PauseRate::default();
+        work = Work { found: 1000, ..Work::default() };
+        rate.round(work, SECOND);
+        assert!((rate.per_s() - 1000.0).abs() < 1.0, "{}", rate.per_s());
+    }
 
     const SECOND: Duration = Duration::from_secs(1);
 

@@ -10,6 +10,7 @@ use swapd::units::bytes_of;
 
 use super::error::SaveError;
 use super::image::ImageSink;
+use super::rate::{PauseRate, Work};
 use super::report::{Phase, Progress};
 use crate::outside::reader::{ReadError, Reader};
 use crate::outside::{DirtySubscription, EngineHandle, Instant, planted, sleep};
@@ -65,9 +66,8 @@ pub(super) struct Rounds<'a> {
     /// Rounds done.
     pub(super) round: u32,
     send_rate: SendRate,
-    /// As it would be without a limit.
-    free_rate: SendRate,
-    limited: bool,
+    /// As it would be while the VM stands still.
+    pause_rate: PauseRate,
     progress: &'a dyn Fn(Progress),
     phase: Phase,
     throttle: u8,
@@ -81,7 +81,6 @@ impl<'a> Rounds<'a> {
         handle: &EngineHandle,
         dirty: DirtySubscription,
         sink: ImageSink,
-        limited: bool,
         (progress, cancel): (&'a dyn Fn(Progress), &'a CancelFlag),
     ) -> Result<Rounds<'a>, SaveError> {
         Ok(Rounds {
@@ -90,8 +89,7 @@ impl<'a> Rounds<'a> {
             guard: Guard { cancel, until: None },
             round: 0,
             send_rate: SendRate::default(),
-            free_rate: SendRate::default(),
-            limited,
+            pause_rate: PauseRate::default(),
             progress,
             phase: Phase::Copying,
             throttle: 0,
@@ -127,7 +125,7 @@ impl<'a> Rounds<'a> {
 
     /// The last look for written pages, while the VM stands still.
     pub(super) async fn last_scan(&mut self) -> Result<(), SaveError> {
-        self.sink.lift_limit();
+        self.sink.vm_stands_still();
         self.throttle = 0;
         self.enter(Phase::Stopped);
         if planted!(SkipsTheLastScan) {
@@ -145,29 +143,33 @@ impl<'a> Rounds<'a> {
     }
 
     /// Waits until the disk has all that was found.
-    pub(super) async fn settle(&mut self) -> Result<(), SaveError> {
+    pub(super) async fn settle(&self) -> Result<(), SaveError> {
         self.guard.wait(&self.sink, self.sink.settle()).await?;
+        self.check()
+    }
+
+    /// Whether the session is to go on.
+    pub(super) fn check(&self) -> Result<(), SaveError> {
         self.guard.check(&self.sink)
     }
 
     /// A round that is not the last, and how fast it was.
     async fn measured(&mut self) -> Result<(), SaveError> {
-        let (began, before, busy) = (Instant::now(), self.found(), self.sink.busy());
+        let (began, before) = (Instant::now(), self.work());
         self.finish_round().await?;
         if !planted!(LetsRoundsOverlap) {
             self.settle().await?;
         }
-        let (found, took) = (self.found() - before, began.elapsed());
-        self.send_rate.round(found, took);
-        let free = if self.limited { self.sink.busy() - busy } else { took };
-        self.free_rate.round(found, free.min(took));
+        let (work, took) = (self.work().since(before), began.elapsed());
+        self.send_rate.round(work.found, took);
+        self.pause_rate.round(work, took);
         self.round += 1;
         self.scan().await
     }
 
-    /// Pages with content that needed work, or none because the base has them.
-    fn found(&self) -> u64 {
-        self.reader.pages_given() + self.sink.counts().same
+    /// What was done so far. Found are pages with content that needed work, or none because the base has them.
+    fn work(&self) -> Work {
+        Work { found: self.reader.pages_given() + self.sink.counts().same, ..self.sink.work() }
     }
 
     /// Reads the round that has begun to its end, and scans meanwhile.
@@ -246,9 +248,9 @@ impl<'a> Rounds<'a> {
         self.send_rate.per_s()
     }
 
-    /// The same without a limit.
-    pub(super) fn free_per_s(&self) -> f64 {
-        self.free_rate.per_s()
+    /// The same while the VM stands still.
+    pub(super) fn pause_per_s(&self) -> f64 {
+        self.pause_rate.per_s()
     }
 
     pub(super) fn scan_took(&self) -> Duration {

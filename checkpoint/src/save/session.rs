@@ -3,7 +3,10 @@
 //! The stages are types that consume themselves, so that only the right order of calls compiles. One that fails hands
 //! back the error, and the VM goes on as before.
 
+use std::fmt;
+use std::future::Future;
 use std::io::BufWriter;
+use std::pin::Pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use migrate::pace::{Decision, Rules, Standing, decide};
@@ -18,21 +21,60 @@ use super::pages::PageTable;
 use super::report::{PauseParts, Phase, Progress, Saved};
 use super::rounds::Rounds;
 use super::state;
-use crate::outside::{self, EngineHandle, File, Instant, Runtime, planted};
+use crate::format::MemoryMap;
+use crate::outside::{self, EngineHandle, File, Instant, Runtime, planted, timeout};
 
-/// A VM is not kept standing still for longer: a disk that does not answer must not take it along.
-const PAUSE_LIMIT: Duration = Duration::from_secs(60);
+/// So long what was being written is waited for, before a failure is told.
+const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 /// How fast a state is written, to guess how long that takes: a machine makes it, and the page cache takes it.
 const STATE_BYTES_PER_S: f64 = 4e8;
 
+/// A VM was not saved. It goes on as before.
+#[derive(Debug)]
+pub struct Failed<'a> {
+    /// Why.
+    pub error: SaveError,
+    /// What is not over yet, because a disk does not answer. None: nothing is.
+    pub rest: Option<Box<Rest<'a>>>,
+}
+
+/// What a failed session leaves: writes under way, which only their disk can end.
+#[must_use = "close it: dropping it waits, too, and in no order"]
+pub struct Rest<'a> {
+    closing: Closing<'a>,
+    runtime: Runtime,
+}
+
+type Closing<'a> = Pin<Box<dyn Future<Output = ImageSink> + 'a>>;
+
+impl Rest<'_> {
+    /// Waits until nothing is in flight, no page is held and no write is tracked. Nobody knows how long that takes.
+    pub fn close(self) {
+        let Rest { closing, runtime } = self;
+        drop(runtime.block_on(closing));
+    }
+}
+
+impl fmt::Debug for Rest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rest").finish_non_exhaustive()
+    }
+}
+
+impl From<SaveError> for Failed<'_> {
+    fn from(error: SaveError) -> Self {
+        Failed { error, rest: None }
+    }
+}
+
 /// The VM runs, perhaps throttled, and its memory is being written.
-pub(super) struct Session<'a> {
+pub(super) struct Session<'a, 'v> {
     runtime: Runtime,
     rounds: Rounds<'a>,
-    vm: &'a mut dyn LiveVm,
+    vm: &'v mut dyn LiveVm,
     map: File,
     state: File,
-    options: &'a SaveOptions,
+    options: &'v SaveOptions,
     throttle: u8,
     throttle_max: u8,
     expected: Expected,
@@ -40,8 +82,8 @@ pub(super) struct Session<'a> {
 }
 
 /// The VM stands still.
-struct Stopped<'a> {
-    session: Session<'a>,
+struct Stopped<'a, 'v> {
+    session: Session<'a, 'v>,
     /// When it was asked to, and when it did.
     at: Instant,
     made_at: SystemTime,
@@ -50,15 +92,15 @@ struct Stopped<'a> {
     state_bytes: u64,
 }
 
-impl<'a> Session<'a> {
+impl<'a, 'v> Session<'a, 'v> {
     pub(super) fn start(
         handle: &EngineHandle,
-        vm: &'a mut dyn LiveVm,
+        vm: &'v mut dyn LiveVm,
         Files { image, map, state }: Files,
         base: Option<Base>,
-        options: &'a SaveOptions,
+        options: &'v SaveOptions,
         (progress, cancel): (&'a dyn Fn(Progress), &'a CancelFlag),
-    ) -> Result<Session<'a>, SaveError> {
+    ) -> Result<Session<'a, 'v>, SaveError> {
         let started = Instant::now();
         let host = |what| move |source| SaveError::Host { what, source };
         let pages = pages_in(handle.memory_bytes());
@@ -79,7 +121,7 @@ impl<'a> Session<'a> {
             let table = PageTable::new(pages, base);
             let sink = ImageSink::new(image, outside::stored_reader(handle), table, options.rate);
             let sink = sink.map_err(host("the image cannot be opened once more"))?;
-            Rounds::start(handle, dirty, sink, options.rate.is_some(), (progress, cancel))
+            Rounds::start(handle, dirty, sink, (progress, cancel))
         })?;
         Ok(Session {
             runtime,
@@ -96,7 +138,7 @@ impl<'a> Session<'a> {
     }
 
     /// From the first round to the map.
-    pub(super) fn run(mut self) -> Result<Saved, SaveError> {
+    pub(super) fn run(mut self) -> Result<Saved, Failed<'a>> {
         match self.converge() {
             Ok(()) => self.stop()?.save_the_rest()?.finish(),
             Err(error) => Err(self.fail(error)),
@@ -135,7 +177,7 @@ impl<'a> Session<'a> {
             rounds: self.rounds.round,
             remaining_pages: self.rounds.remaining_pages(),
             sent_per_s: self.rounds.sent_per_s(),
-            stopped_per_s: self.rounds.free_per_s(),
+            stopped_per_s: self.rounds.pause_per_s(),
             dirty_per_s: self.rounds.dirty_per_s(),
             throttle: self.throttle,
             // Nobody loads the state here, and the page cache takes it.
@@ -160,28 +202,34 @@ impl<'a> Session<'a> {
         self.runtime.block_on(work(&mut self.rounds))
     }
 
-    /// The VM runs on, and nothing is left of the session.
-    fn fail(mut self, error: SaveError) -> SaveError {
+    /// The VM runs on, and nothing is left of the session, unless a disk does not answer.
+    fn fail(mut self, error: SaveError) -> Failed<'a> {
         if !planted!(StaysThrottled) {
             self.set_throttle(0);
         }
-        let close = self.rounds.close();
+        let Session { runtime, rounds, .. } = self;
+        let mut closing: Closing<'a> = Box::pin(rounds.close());
         if planted!(KeepsTracking) {
-            std::mem::forget(close);
-        } else {
-            drop(self.runtime.block_on(close));
+            std::mem::forget(closing);
+            return error.into();
         }
-        error
+        let closed = runtime.block_on(async { timeout(CLOSE_LIMIT, &mut closing).await });
+        let rest = match closed {
+            Ok(_) => None,
+            Err(_) => Some(Box::new(Rest { closing, runtime })),
+        };
+        Failed { error, rest }
     }
 
     /// Stops the VM.
-    fn stop(mut self) -> Result<Stopped<'a>, SaveError> {
+    fn stop(mut self) -> Result<Stopped<'a, 'v>, Failed<'a>> {
         let at = Instant::now();
         let paused = self.vm.pause();
         let stop_ms = milliseconds(at);
         // Not before the VM stands still: it would write at full speed once more.
         self.set_throttle(0);
-        self.rounds.guard.until = Some((at + PAUSE_LIMIT, PAUSE_LIMIT));
+        let limit = self.options.pause_limit;
+        self.rounds.guard.until = Some((at + limit, limit));
         let parts = PauseParts { stop_ms, ..PauseParts::default() };
         let (made_at, stood_still) = (SystemTime::now(), self.vm.stood_still());
         let stopped = Stopped { session: self, at, made_at, parts, stood_still, state_bytes: 0 };
@@ -193,23 +241,16 @@ impl<'a> Session<'a> {
     }
 }
 
-impl<'a> Stopped<'a> {
-    /// The VM goes on as before, and nothing is left of the session.
-    fn fail(self, error: SaveError) -> SaveError {
+impl<'a, 'v> Stopped<'a, 'v> {
+    /// The VM goes on as before, and nothing is left of the session, unless a disk does not answer.
+    fn fail(self, error: SaveError) -> Failed<'a> {
         // Before what is under way is waited for: a disk that does not answer must not take it along.
-        let resumed = if planted!(StaysPaused) { Ok(()) } else { self.session.vm.resume() };
-        let error = match resumed {
-            Ok(()) => error,
-            Err(not_resumed) => {
-                tracing::warn!(%error, "the checkpoint failed");
-                migrate::VmError::NotResumed(Box::new(not_resumed)).into()
-            }
-        };
+        let error = if planted!(StaysPaused) { error } else { goes_on(self.session.vm, error) };
         self.session.fail(error)
     }
 
     /// Writes the last pages and the state, and lets the VM go on.
-    fn save_the_rest(mut self) -> Result<Stopped<'a>, SaveError> {
+    fn save_the_rest(mut self) -> Result<Stopped<'a, 'v>, Failed<'a>> {
         if let Err(error) = self.write_the_rest() {
             return Err(self.fail(error));
         }
@@ -237,9 +278,7 @@ impl<'a> Stopped<'a> {
         self.parts.pages_ms = milliseconds(began);
         // Behind the pages: the disk is at work on them meanwhile.
         let began = Instant::now();
-        let guard = session.rounds.guard;
-        let until = guard.until.expect("it stands still");
-        self.state_bytes = state::save(session.vm, &session.state, guard.cancel, until)?;
+        self.state_bytes = state::save(session.vm, &session.state, &session.runtime, &session.rounds)?;
         self.parts.state_ms = milliseconds(began);
         let began = Instant::now();
         if !planted!(ResumesBeforeTheDisk) {
@@ -250,7 +289,7 @@ impl<'a> Stopped<'a> {
     }
 
     /// Has only what belongs into the image stay there, and writes the map. The VM runs on meanwhile.
-    fn finish(self) -> Result<Saved, SaveError> {
+    fn finish(self) -> Result<Saved, Failed<'a>> {
         let pause_ms = milliseconds(self.at);
         let Stopped { session, made_at, parts, stood_still, state_bytes, .. } = self;
         let Session { runtime, mut rounds, vm, map, options, throttle_max, started, .. } = session;
@@ -259,31 +298,14 @@ impl<'a> Stopped<'a> {
             (rounds.heat(), rounds.memory_bytes(), rounds.round, rounds.sink.counts());
         let plain = rounds.sink.file();
         let sink = runtime.block_on(rounds.close());
-        let finished = sink.pages(|pages| {
-            let plain =
-                plain.map_err(|source| SaveError::Host { what: "opening the image once more", source })?;
-            if !planted!(LeavesOldContent) {
-                punch(&plain, &pages.holes())?;
-            }
-            let finished = pages.finish(&heat);
-            let mut to = BufWriter::with_capacity(1 << 20, &map);
-            let written = finished.write(&mut to);
-            if !planted!(BelievesTheMap) {
-                written.map_err(|source| SaveError::Write { what: "map", source })?;
-            }
-            Ok::<_, SaveError>(finished)
-        });
+        let finished = plain
+            .map_err(|source| SaveError::Host { what: "opening the image once more", source })
+            .and_then(|plain| sink.pages(|pages| write_map(pages, &heat, &plain, &map)));
         let finished = match finished {
             Ok(finished) => finished,
-            Err(error) => {
-                if options.stop
-                    && let Err(not_resumed) = vm.resume()
-                {
-                    tracing::warn!(%error, "the checkpoint failed");
-                    return Err(migrate::VmError::NotResumed(Box::new(not_resumed)).into());
-                }
-                return Err(error);
-            }
+            // It was to be stopped, and stands still.
+            Err(error) if options.stop => return Err(goes_on(vm, error).into()),
+            Err(error) => return Err(error.into()),
         };
         Ok(Saved {
             made_at_ms: made_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
@@ -303,6 +325,31 @@ impl<'a> Stopped<'a> {
             map_bytes: finished.file_bytes(),
         })
     }
+}
+
+/// The VM stands still, and there is no checkpoint: it goes on as before. Returns what is to be told.
+fn goes_on(vm: &mut dyn LiveVm, error: SaveError) -> SaveError {
+    match vm.resume() {
+        Ok(()) => error,
+        Err(not_resumed) => {
+            tracing::warn!(%error, "the checkpoint failed");
+            migrate::VmError::NotResumed(Box::new(not_resumed)).into()
+        }
+    }
+}
+
+/// Has only what belongs into the image stay there, and writes the map.
+fn write_map(pages: &PageTable, heat: &[u8], image: &File, map: &File) -> Result<MemoryMap, SaveError> {
+    if !planted!(LeavesOldContent) {
+        punch(image, &pages.holes())?;
+    }
+    let finished = pages.finish(heat);
+    let mut to = BufWriter::with_capacity(1 << 20, map);
+    let written = finished.write(&mut to);
+    if !planted!(BelievesTheMap) {
+        written.map_err(|source| SaveError::Write { what: "map", source })?;
+    }
+    Ok(finished)
 }
 
 /// Makes holes of pages that the image has and the checkpoint has not.

@@ -1,36 +1,49 @@
 //! The file into which a VM writes its state while it stands still.
+//!
+//! The state is kept in memory, and goes to the disk on the ring, as pages do: the session's thread must never wait for
+//! a disk by itself while the VM stands still, for it could not give that up.
 
 use std::io::{self, Write};
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::rc::Rc;
 
-use migrate::{CancelFlag, LiveVm};
+use migrate::LiveVm;
 
 use super::error::SaveError;
-use crate::outside::{File, Instant, planted};
+use super::rounds::Rounds;
+use crate::outside::{File, RingFile, Runtime};
 
-/// So much of a state is held before it is written: machines write a few bytes at a time.
-const PART_BYTES: usize = 1 << 20;
+/// So much of a state is held before it is written: most are smaller. The rest waits for the disk.
+const PART_BYTES: usize = 64 << 20;
 
-struct StateFile<'a> {
-    file: &'a File,
+struct StateFile<'a, 'r> {
+    runtime: &'a Runtime,
+    rounds: &'a Rounds<'r>,
+    file: Rc<RingFile>,
     part: Vec<u8>,
+    /// Bytes that are in the file, or on their way there.
     bytes: u64,
-    cancel: &'a CancelFlag,
-    /// When the VM has stood still for as long as it may, and how long that is.
-    until: (Instant, Duration),
     trouble: Option<SaveError>,
 }
 
-/// Has the VM write its state. Returns how many bytes it has.
+/// Has the VM write its state. Returns how many bytes it has. They are on their way to the disk then: see
+/// [`Rounds::settle`].
 pub(super) fn save(
     vm: &mut dyn LiveVm,
     file: &File,
-    cancel: &CancelFlag,
-    until: (Instant, Duration),
+    runtime: &Runtime,
+    rounds: &Rounds<'_>,
 ) -> Result<u64, SaveError> {
-    let mut to =
-        StateFile { file, part: Vec::with_capacity(PART_BYTES), bytes: 0, cancel, until, trouble: None };
+    let file = file.try_clone();
+    let file =
+        file.map_err(|source| SaveError::Host { what: "opening the state's file once more", source })?;
+    let mut to = StateFile {
+        runtime,
+        rounds,
+        file: Rc::new(RingFile::from_std(file)),
+        part: Vec::new(),
+        bytes: 0,
+        trouble: None,
+    };
     let saved = vm.save(&mut to);
     // Of a VM that could not write because of the file, the file's trouble is told.
     match (to.trouble.take(), saved) {
@@ -40,31 +53,30 @@ pub(super) fn save(
     }
 }
 
-impl StateFile<'_> {
+impl StateFile<'_, '_> {
+    /// Has what there is written. Does not wait for that.
     fn ship(&mut self) -> Result<(), SaveError> {
-        if self.cancel.load(Ordering::Relaxed) && !planted!(IgnoresCancel) {
-            return Err(SaveError::Cancelled);
-        }
-        if Instant::now() >= self.until.0 && !planted!(WaitsForever) {
-            return Err(SaveError::StoodTooLong(self.until.1));
-        }
-        self.bytes += self.part.len() as u64;
-        let written = self.file.write_all(&self.part);
-        self.part.clear();
-        if planted!(BelievesTheState) {
-            return Ok(());
-        }
-        written.map_err(|source| SaveError::Write { what: "state", source })
+        self.rounds.check()?;
+        let part = std::mem::take(&mut self.part);
+        let at = self.bytes;
+        self.bytes += part.len() as u64;
+        let file = self.file.clone();
+        self.runtime.block_on(async { self.rounds.sink.write_beside(file, "state", part, at) });
+        Ok(())
+    }
+
+    /// The same, and waits: there is to be one part in memory, not the whole of a large state.
+    fn ship_and_wait(&mut self) -> Result<(), SaveError> {
+        self.ship()?;
+        self.runtime.block_on(self.rounds.settle())
     }
 }
 
-impl Write for StateFile<'_> {
+impl Write for StateFile<'_, '_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.trouble.is_none()
-            && self.part.len() == PART_BYTES
-            && let Err(trouble) = self.ship()
-        {
-            self.trouble = Some(trouble);
+        if self.trouble.is_none() {
+            let full = self.part.len() == PART_BYTES;
+            self.trouble = if full { self.ship_and_wait() } else { self.rounds.check() }.err();
         }
         if self.trouble.is_some() {
             return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the checkpoint has failed"));

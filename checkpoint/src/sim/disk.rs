@@ -204,6 +204,29 @@ pub(crate) fn punch_hole(file: &File, at: u64, len: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Bytes of a file that has no pages, on the ring: they are in the file when this has ended.
+pub(crate) async fn write_bytes(file: &RingFile, bytes: Vec<u8>, at: u64) -> io::Result<()> {
+    let _under_way = UnderWay::begin();
+    let hang = with(|disk| disk.hang.take());
+    if let Some(hang) = hang {
+        world().note(|| format!("the disk hangs for {hang:?}"));
+        count(Cause::DiskHangs);
+        sleep(hang).await;
+    }
+    let step = with(|disk| disk.step);
+    sleep(world().delay(step)).await;
+    let verdict = change();
+    let done = match verdict {
+        Ok(()) => bytes.len(),
+        Err(Error::Torn) => bytes.len() / 2,
+        Err(_) => 0,
+    };
+    let mut row = file.0.0.bytes.borrow_mut();
+    row.truncate(at as usize);
+    row.extend_from_slice(&bytes[..done]);
+    verdict.map_err(Error::error)
+}
+
 /// An image, for operations of a runtime's ring.
 pub struct RingFile(File);
 

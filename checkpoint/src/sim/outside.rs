@@ -2,8 +2,8 @@
 
 pub(crate) use migrate::sim::engine::{DirtySubscription, EngineHandle};
 pub(crate) use migrate::sim::reader;
-pub(crate) use migrate::sim::runtime::{Instant, Runtime, runtime, sleep, spawn};
+pub(crate) use migrate::sim::runtime::{Instant, Runtime, runtime, sleep, spawn, timeout};
 
 pub(crate) use super::bugs::planted;
-pub(crate) use super::disk::{File, RingFile, punch_hole};
+pub(crate) use super::disk::{File, RingFile, punch_hole, write_bytes};
 pub(crate) use super::store::{StoredReader, stored_reader};

@@ -180,6 +180,7 @@ fn options(last: bool) -> SaveOptions {
         max_throttle: random.pick(&[0, 60, 99]),
         rate: random.one_in(3).then(|| 200_000 + random.below(4_000_000)),
         stop: !last && random.one_in(8),
+        ..SaveOptions::default()
     }
 }
 
