@@ -179,7 +179,7 @@ fn from_an_encrypted_store_too() {
     fill(&here);
     let mut witness = Witness::of(&here, 100..2000);
     let saved = saved(&here, &mut witness, files(to.path()), None).unwrap();
-    assert_eq!((saved.pages_shared, saved.pages_copied), (0, 0));
+    assert_eq!(saved.pages_shared, 0);
     assert_same(&witness, to.path(), &[]);
 }
 
@@ -258,7 +258,7 @@ fn stored_pages_share_their_blocks_where_the_file_system_can() {
     fill(&here);
     let mut witness = Witness::of(&here, 100..900);
     let saved = saved(&here, &mut witness, files(to.path()), None).unwrap();
-    assert!(saved.pages_shared >= 3000 && saved.pages_copied == 0, "{saved:?}");
+    assert!(saved.pages_shared >= 3000, "{saved:?}");
     // And what was written meanwhile, once more.
     let written = saved.bytes_written / PAGE_SIZE as u64;
     assert!(written <= saved.pages.here - saved.pages_shared + 1000, "{saved:?}");

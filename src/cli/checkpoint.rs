@@ -65,6 +65,10 @@ struct Done {
 }
 
 pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
+    if let Some(rate) = args.rate.filter(|rate| rate.bytes() == 0) {
+        let text = format!("--rate {rate}: nothing would ever be saved; leave --rate out for no limit");
+        return Err(Failure::new(FailureKind::Usage, text));
+    }
     signals::install()?;
     let began = Instant::now();
     let mut vm = VmClient::connect(dir, &args.name)?;

@@ -94,8 +94,6 @@ pub struct Saved {
     pub pages: PageCounts,
     /// Pages that the image shares with the VM's store.
     pub pages_shared: u64,
-    /// Stored pages that were copied past this process.
-    pub pages_copied: u64,
     /// How much the guest was held back at most, in percent.
     pub throttle_max_percent: u8,
     /// Of the state's file.

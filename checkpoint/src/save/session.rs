@@ -319,7 +319,6 @@ impl<'a, 'v> Stopped<'a, 'v> {
             bytes_written: counts.written,
             pages: finished.counts(),
             pages_shared: counts.shared,
-            pages_copied: counts.copied,
             throttle_max_percent: throttle_max,
             state_bytes,
             map_bytes: finished.file_bytes(),
