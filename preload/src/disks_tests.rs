@@ -111,6 +111,9 @@ fn disks_and_state_are_of_one_moment() {
         eprintln!("two snapshots: {:.1} ms", began.elapsed().as_secs_f64() * 1e3);
         saved(&mut qemu).unwrap();
         assert_eq!(qemu.snapshot_disks("late").unwrap_err().kind, FailureKind::CannotMove);
+        // A QEMU that has given its disks away would end: they stay, and it goes on.
+        let stays = qemu.forget_disks(&told).unwrap_err();
+        assert!(stays.text.contains(&format!("snapshot now stays in {}", files[0])), "{stays}");
         qemu.resume().unwrap();
         fill(&mut qemu, "d0", 6);
         // It is the machine of its command line still, so that it may move, and be saved again.
