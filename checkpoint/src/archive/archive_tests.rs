@@ -517,10 +517,47 @@ fn the_newest_few_are_kept_and_stand_alone() {
     assert_eq!((kept.removed, kept.in_use.len()), (Vec::new(), 2));
     place.check(&[100, 200, 300], &[]);
     drop(used);
-    let kept = archive.keep(1, &|_| true).unwrap();
+    let kept = archive.keep(1, None, &|_| true).unwrap();
     assert_eq!((kept.merged.len(), kept.removed.len(), kept.in_use.len()), (0, 2, 0));
     place.check(&[300], &[]);
-    assert_eq!(archive.keep(0, &|_| true).unwrap(), Kept::default(), "the last one stays");
+    assert_eq!(archive.keep(0, None, &|_| true).unwrap(), Kept::default(), "the last one stays");
+}
+
+#[test]
+fn the_one_that_was_made_just_now_is_the_newest_whatever_the_clock_says() {
+    let mut place = Place::new();
+    let ahead = place.save(&[1; PAGES], None, 9000);
+    let archive = place.lock();
+    let entry = save(&archive, &[2; PAGES], None, 400).unwrap();
+    assert_eq!(entry.manifest().made_at_ms, 9_000_001);
+    assert_eq!(archive.find(None).unwrap().name(), entry.name());
+    // An archive that a vmemd before this one has made.
+    let mut manifest = entry.manifest().clone();
+    manifest.made_at_ms = 400_000;
+    std::fs::write(entry.path().join(MANIFEST), manifest.encode()).unwrap();
+    let kept = archive.keep(1, Some(entry.name()), &|_| true).unwrap();
+    assert_eq!(kept.removed, [ahead.name()]);
+}
+
+#[test]
+fn what_fails_behind_the_rename_is_told_apart() {
+    for step in 0.. {
+        let place = Place::new();
+        let archive = place.lock();
+        let dir = place.dir.path().to_owned();
+        let (made, crashed) =
+            crash::at(&dir, step, Kind::Killed, || save(&archive, &[1; PAGES], None, 400).map(drop));
+        assert!(step < 100, "it does not come to an end");
+        let there = !place.archive().list().unwrap().entries.is_empty();
+        match made {
+            Ok(()) => assert!(there && !crashed),
+            Err(ArchiveError::NotFlushed { .. }) => assert!(there),
+            Err(error) => assert!(!there, "step {step}: {error}"),
+        }
+        if !crashed {
+            break;
+        }
+    }
 }
 
 #[test]

@@ -168,6 +168,18 @@ pub enum ArchiveError {
         /// The operating system's error.
         source: io::Error,
     },
+    /// It has its name, and a power failure may take it.
+    #[error(
+        "the checkpoint {name} is there, but perhaps not durable: cannot flush {path}: a power failure now may take it"
+    )]
+    NotFlushed {
+        /// The checkpoint.
+        name: String,
+        /// The archive.
+        path: PathBuf,
+        /// The operating system's error.
+        source: io::Error,
+    },
     /// It was told to give up. Nothing has been changed for those who use the checkpoints.
     #[error("cancelled")]
     Cancelled,

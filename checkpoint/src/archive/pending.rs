@@ -32,7 +32,7 @@ pub struct Made {
 pub struct Pending<'a> {
     archive: &'a Locked,
     name: String,
-    dir: File,
+    dir: Arc<File>,
     image: File,
     map: File,
     state: File,
@@ -88,6 +88,7 @@ impl Locked {
         let base = base.map(|base| BaseRef { name: base.name().to_owned(), id: base.manifest().id });
         match make() {
             Ok((dir, image, map, state)) => {
+                let dir = Arc::new(dir);
                 Ok(Pending { archive: self, name, dir, image, map, state, base, finished: false })
             }
             Err(error) => {
@@ -142,6 +143,7 @@ impl Pending<'_> {
     ///
     /// # Errors
     /// If something cannot be written, or the map is none of this VM. Nothing is left of it then.
+    /// [`ArchiveError::NotFlushed`]: there is a checkpoint, which is whole, and may be gone after a power failure.
     pub fn finish(mut self, made: Made) -> Result<Entry, ArchiveError> {
         let path = self.path();
         for (file, name) in [(&self.image, IMAGE), (&self.map, MAP), (&self.state, STATE)] {
@@ -182,10 +184,10 @@ impl Pending<'_> {
         let name = self.name_it(manifest.made_at_ms)?;
         self.finished = true;
         let archive = self.archive;
-        steps::sync_dir(&archive.dir).map_err(|error| ArchiveError::io("flush", &archive.path, error))?;
-        let dir = steps::open_dir(&archive.dir, &name)
-            .map_err(|error| ArchiveError::io("open", archive.path.join(&name), error))?;
-        Ok(Entry::new(name.clone(), manifest, Arc::new(dir), archive.path.join(name)))
+        if let Err(source) = steps::sync_dir(&archive.dir) {
+            return Err(ArchiveError::NotFlushed { name, path: archive.path.clone(), source });
+        }
+        Ok(Entry::new(name.clone(), manifest, self.dir.clone(), archive.path.join(name)))
     }
 
     /// Gives the directory the first name for that time that is free.
@@ -197,9 +199,15 @@ impl Pending<'_> {
             match steps::rename(&self.archive.dir, &self.name, &name) {
                 Ok(()) => return Ok(name),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => taken += 1,
+                // A network's file system may say so of a rename that was done.
+                Err(_) if self.is_named(&name) => return Ok(name),
                 Err(error) => return Err(ArchiveError::io("name", self.archive.path.join(name), error)),
             }
         }
+    }
+
+    fn is_named(&self, name: &str) -> bool {
+        steps::open_dir(&self.archive.dir, name).is_ok_and(|dir| is_same(&dir, &self.dir))
     }
 
     /// As it was written: whoever wrote it may have left the descriptor anywhere in the file.
