@@ -114,7 +114,15 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
         warn(&format!("{failure}: the checkpoint {} is whole", entry.name()));
     }
     let stopped = if args.stop { vms::end(dir, &args.name).map(|_| ()) } else { Ok(()) };
-    let kept = args.keep.map(|count| keep(&archive, count)).transpose();
+    let made_at_ms = entry.manifest().made_at_ms;
+    if made_at_ms > report.saved.made_at_ms {
+        warn(&format!(
+            "the clock is behind that of the checkpoint before: {} is named by a time {} s ahead, so that it is the latest",
+            entry.name(),
+            (made_at_ms - report.saved.made_at_ms).div_ceil(1000)
+        ));
+    }
+    let kept = args.keep.map(|count| keep(&archive, count, entry.name())).transpose();
     let base = entry.manifest().base.as_ref().map(|base| base.name.clone());
     let (kept, keep_failed) = match kept {
         Ok(kept) => (kept, Ok(())),
@@ -264,8 +272,8 @@ fn ended(name: &str, vm: &mut VmClient, failure: Failure) -> Failure {
     }
 }
 
-fn keep(archive: &Locked, count: u32) -> Result<Kept, Failure> {
-    let kept = archive.keep(count as usize, &|_| signals::caught().is_none())?;
+fn keep(archive: &Locked, count: u32, made: &str) -> Result<Kept, Failure> {
+    let kept = archive.keep(count as usize, Some(made), &|_| signals::caught().is_none())?;
     for name in &kept.in_use {
         say(&format!("{name} stays: a VM that was restored from it still uses it"));
     }

@@ -103,9 +103,10 @@ impl Locked {
     ///
     /// # Errors
     /// If something cannot be read, merged or removed.
-    pub fn keep(&self, count: usize, watch: Watch<'_>) -> Result<Kept, ArchiveError> {
+    pub fn keep(&self, count: usize, made: Option<&str>, watch: Watch<'_>) -> Result<Kept, ArchiveError> {
         self.clean()?;
-        let listing = self.list()?;
+        let mut listing = self.list()?;
+        listing.entries.sort_by_key(|entry| made != Some(entry.name()));
         let (stay, go) = listing.entries.split_at(count.max(1).min(listing.entries.len()));
         let mut kept = Kept::default();
         if go.is_empty() {

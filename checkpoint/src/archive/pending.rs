@@ -17,7 +17,8 @@ use crate::format::{BaseRef, CheckpointId, FormatError, Manifest, MemoryMap, Par
 /// What is said of a checkpoint by whoever has made it; the rest of its manifest is found in its files.
 #[derive(Clone, Debug)]
 pub struct Made {
-    /// When the VM stood still for it: milliseconds since 1970, UTC.
+    /// When the VM stood still for it: milliseconds since 1970, UTC. If the archive has one that is as new or newer, the
+    /// checkpoint is of a millisecond after that.
     pub made_at_ms: u64,
     /// This vmemd, for people.
     pub made_by: String,
@@ -161,9 +162,14 @@ impl Pending<'_> {
             return Err(wrong("it has pages in a base, and no base"));
         }
         let id = CheckpointId::random().map_err(|error| ArchiveError::io("name", &path, error))?;
+        // The newest of an archive is the one that was made last, also after a clock that was ahead: a latest one that is
+        // older than others would be passed over, and be the first to go.
+        let newest = self.archive.list()?.entries.first().map(|entry| entry.manifest().made_at_ms);
+        let made_at_ms =
+            newest.map_or(made.made_at_ms, |newest| made.made_at_ms.max(newest.saturating_add(1)));
         let manifest = Manifest {
             id,
-            made_at_ms: made.made_at_ms,
+            made_at_ms,
             made_by: made.made_by,
             vm: made.vm,
             base: self.base.take(),
