@@ -44,7 +44,7 @@ impl Opened {
         }
         let was_paused = vm.paused;
         let from = entry.path().display().to_string();
-        let Checkpoint { image, origin, hold, state } = restore::open(&archive.chain(&entry)?)?;
+        let Checkpoint { image, origin, hold, state } = restore::open(&archive, &entry)?;
         let saved = Saved { from, image, hold, state, was_paused, options: settings.options };
         Ok(Opened { saved, origin })
     }

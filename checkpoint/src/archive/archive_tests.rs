@@ -402,6 +402,57 @@ fn damage_is_found_and_named() {
     assert_eq!(verified.damaged_pages, 4, "{verified:?}");
 }
 
+/// Entries that were read before a merge, and are used behind it.
+#[test]
+fn what_is_merged_meanwhile_is_read_anew() {
+    let mut place = Place::new();
+    let names = place.chain();
+    let archive = place.lock();
+    let old = archive.list().unwrap().entries;
+    // Below the newest, and what that stood on is gone.
+    archive.merge(&names[1], &|_| true).unwrap();
+    archive.remove(&names[0]).unwrap();
+    let verified = archive.verify(&old, &|_| true).unwrap();
+    assert!(verified.damage.is_empty() && verified.checkpoints == 2, "{verified:?}");
+    archive.merge(&names[2], &|_| true).unwrap();
+    archive.remove(&names[1]).unwrap();
+    let verified = archive.verify(&old[..1], &|_| true).unwrap();
+    assert!(verified.damage.is_empty() && verified.checkpoints == 1, "{verified:?}");
+    crate::restore::open(&archive, &old[0]).unwrap();
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_damage_of_its_checkpoint_alone() {
+    let mut place = Place::new();
+    let first = place.save(&[1; PAGES], None, 100);
+    place.save(&[2; PAGES], None, 200);
+    std::fs::remove_file(first.path().join(STATE)).unwrap();
+    // The read fails, whoever asks.
+    std::fs::create_dir(first.path().join(STATE)).unwrap();
+    let archive = place.archive();
+    let verified = archive.verify(&archive.list().unwrap().entries, &|_| true).unwrap();
+    assert!(
+        matches!(&verified.damage[..], [Damage::File { checkpoint, .. }] if checkpoint == first.name()),
+        "{verified:?}"
+    );
+    assert_eq!(verified.checkpoints, 2);
+}
+
+#[test]
+fn an_archive_that_others_can_write_to_is_none() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    drop(place.lock());
+    for mode in [0o702, 0o720] {
+        std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+        for refused in [Archive::open(&place.path()), Archive::create(&place.path())] {
+            assert!(matches!(refused, Err(ArchiveError::NotSafe { .. })), "{refused:?}");
+        }
+    }
+    std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    Archive::open(&place.path()).unwrap();
+}
+
 #[test]
 fn a_manifest_that_cannot_be_read_is_told_and_keeps_others_from_being_removed() {
     let mut place = Place::new();
