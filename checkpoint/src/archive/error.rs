@@ -22,6 +22,14 @@ pub enum ArchiveError {
         /// The directory.
         path: PathBuf,
     },
+    /// Others than this user can put things there.
+    #[error("{path} {why}: a VM would begin from what somebody else has put there")]
+    NotSafe {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// No checkpoint can be called so.
     #[error("{0:?} is not a name of a checkpoint: `vmemd checkpoint list` shows them")]
     Name(String),

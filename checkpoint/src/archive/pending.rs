@@ -8,7 +8,7 @@ use std::sync::Arc;
 use swapd::units::pages_in;
 
 use super::chain::{Chain, MAX_CHAIN};
-use super::entry::{Entry, IMAGE, MANIFEST, MAP, STATE, sum_of};
+use super::entry::{Entry, IMAGE, MANIFEST, MAP, STATE, is_same, sum_of};
 use super::error::ArchiveError;
 use super::keep::remove_tree;
 use super::{Locked, NEW, names, steps};
