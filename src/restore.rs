@@ -48,7 +48,7 @@ pub fn restore(
     let name = settings.name.clone().unwrap_or_else(|| vm.name.clone());
     check_name(&name)?;
     if vm.machine == Machine::Qemu {
-        match qemu::restore::restore(settings, &entry, &name) {
+        match qemu::restore::restore(settings, &archive, &entry, &name) {
             Ok(never) => match never {},
             Err(failure) => return Err(name_is_taken(failure, settings)),
         }
