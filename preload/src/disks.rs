@@ -119,20 +119,6 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
-/// The snapshots that stay, and how they are removed, of a QEMU that must not touch its disks now.
-pub(crate) fn left_in(disks: &[Disk]) -> String {
-    let named = disks.iter().filter_map(|disk| match &disk.version {
-        DiskVersion::Snapshot(name) => Some(format!("snapshot {name} stays in {}", disk.file)),
-        DiskVersion::InState => None,
-    });
-    let named: Vec<String> = named.collect();
-    format!(
-        "the disks are not the VM's own until it runs: {}; remove it when the VM runs \
-         (blockdev-snapshot-delete-internal-sync on a monitor) or is off (qemu-img snapshot -d NAME FILE)",
-        named.join(", ")
-    )
-}
-
 /// The names of the disks that have an internal snapshot, for commands; and of the snapshot.
 fn with_snapshots(chosen: &[Chosen]) -> impl Iterator<Item = (&str, &str)> {
     chosen.iter().filter_map(|chosen| match &chosen.disk.version {
@@ -175,6 +161,20 @@ impl Qemu {
             )?;
         }
         Ok(chosen.into_iter().map(|chosen| chosen.disk).collect())
+    }
+
+    /// The snapshots that stay, and how they are removed, of a QEMU that must not touch its disks now.
+    pub(crate) fn left_in(disks: &[Disk]) -> String {
+        let named = disks.iter().filter_map(|disk| match &disk.version {
+            DiskVersion::Snapshot(name) => Some(format!("snapshot {name} stays in {}", disk.file)),
+            DiskVersion::InState => None,
+        });
+        let named: Vec<String> = named.collect();
+        format!(
+            "the disks are not the VM's own until it runs: {}; remove it when the VM runs \
+             (blockdev-snapshot-delete-internal-sync on a monitor) or is off (qemu-img snapshot -d NAME FILE)",
+            named.join(", ")
+        )
     }
 
     /// Removes what [`Qemu::take_snapshots`] has made. A disk that the VM has no more is left as it is.

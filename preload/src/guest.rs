@@ -18,7 +18,6 @@ use vmprocess::qemu::Backend;
 use vmprocess::{Disk, GuestView, Machine, Newcomer, RunState};
 
 use crate::devices;
-use crate::disks::left_in;
 use crate::farewell;
 use crate::inventory::Inventory;
 use crate::qmp::{HeardState, Qmp, QmpError};
@@ -445,7 +444,7 @@ impl Machine for Qemu {
     fn forget_disks(&mut self, disks: &[Disk]) -> Result<(), Failure> {
         // A QEMU whose disks are not its own ends (an assertion) when one of their snapshots is deleted.
         if (self.given_away || self.disks_away) && !self.runs()? {
-            return Err(Failure::new(FailureKind::CannotMove, left_in(disks)));
+            return Err(Failure::new(FailureKind::CannotMove, Qemu::left_in(disks)));
         }
         self.drop_snapshots(disks)
     }
