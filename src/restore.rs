@@ -44,12 +44,11 @@ pub fn restore(
 ) -> Result<(), Failure> {
     let archive = Archive::open(&settings.archive)?;
     let entry = find(&archive, settings.checkpoint.as_deref())?;
-    let chain = archive.chain(&entry)?;
     let vm = &entry.manifest().vm;
     let name = settings.name.clone().unwrap_or_else(|| vm.name.clone());
     check_name(&name)?;
     if vm.machine == Machine::Qemu {
-        match qemu::restore::restore(settings, &entry, &name) {
+        match qemu::restore::restore(settings, &archive, &entry, &name) {
             Ok(never) => match never {},
             Err(failure) => return Err(name_is_taken(failure, settings)),
         }
@@ -62,7 +61,7 @@ pub fn restore(
     check_ram(Size(vm.memory_bytes), ram)?;
     vmm::check_kvm()?;
     host::need_free_ram(ram.bytes(), "this VM")?;
-    let opened = restore::open(&chain)?;
+    let opened = restore::open(&archive, &entry)?;
     let open_us = settings.began.elapsed().as_micros() as u64;
 
     let dir = RunDir::open(&settings.run_dir)?;

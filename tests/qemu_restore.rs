@@ -11,6 +11,7 @@ testkit::main!();
 mod common;
 mod qemu;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -18,6 +19,9 @@ use common::{Host, Running, kill, wait_for};
 use qemu::{BOOT, Console, Guest, Machine, Qemu, field, qemus};
 use serde_json::Value;
 use testkit::{Reason, skip};
+use vmprocess::control::client::VmClient;
+use vmprocess::control::protocol::CheckpointRequest;
+use vmprocess::control::rundir::RunDir;
 
 const JOBS: &str = "n=0; echo 0 > /dev/vda; sync; checker memory 60M 100000 & \
     while true; do echo 3 > /proc/sys/vm/drop_caches; read was < /dev/vda; \
@@ -145,9 +149,116 @@ fn a_killed_vm_comes_back_with_the_disk_of_that_moment() {
             saved.stop("db");
             running.end();
         }
-        assert!(qemu_img(&["snapshot", "-l", &saved.disk]).contains(&snapshot));
+        let snapshots = qemu_img(&["snapshot", "-l", &saved.disk]);
+        assert!(snapshots.contains(&snapshot), "{snapshots}");
+        // What was there before it was put back, each time.
+        assert_eq!(snapshots.matches("vmemd-before-").count(), 2, "{snapshots}");
+        let shown = saved.host.vmemd(&["checkpoint", "show", &saved.archive]);
+        assert!(shown.out.contains(&format!("data: snapshot {snapshot} in {}", saved.disk)), "{shown:?}");
+        let verified = saved.host.vmemd(&["checkpoint", "verify", &saved.archive]);
+        assert!(verified.code == 0 && verified.err.contains("disks were not looked at"), "{verified:?}");
         is_whole(&saved.disk);
         saved.host.assert_clean();
+    }
+}
+
+/// Flips a bit of a file.
+fn damage(file: &Path) {
+    let mut bytes = std::fs::read(file).expect("a file");
+    bytes[7] ^= 4;
+    std::fs::write(file, bytes).expect("a file");
+}
+
+#[test]
+fn a_disk_is_put_back_only_for_a_checkpoint_that_is_whole() {
+    let qemu = qemus().remove(0);
+    let saved = Saved::start("qemu-damaged", &qemu, "qcow2");
+    let report = saved.checkpoint();
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    let (name, snapshot) = (text(&report["checkpoint"]), text(&report["disks"][0]["version"]["snapshot"]));
+    kill(saved.guest.pid());
+    let copies = saved.host.root.join("copies");
+    std::fs::create_dir(&copies).expect("a directory");
+    let copies = copies.display().to_string();
+    let untouched = || {
+        let snapshots = qemu_img(&["snapshot", "-l", &saved.disk]);
+        assert!(!snapshots.contains("vmemd-before-"), "{snapshots}");
+        assert_eq!(std::fs::read_dir(&copies).expect("a directory").count(), 0);
+    };
+    for file in ["state", "memory.map"] {
+        let file = Path::new(&saved.archive).join(&name).join(file);
+        damage(&file);
+        saved.refused(&["--disks-back"], 13, &[]);
+        saved.refused(&["--disk-copies", &copies], 13, &[]);
+        untouched();
+        damage(&file);
+    }
+    qemu_img(&["snapshot", "-d", &snapshot, &saved.disk]);
+    saved.refused(&["--disks-back"], 13, &["has no snapshot", &snapshot]);
+    saved.refused(&["--disk-copies", &copies], 13, &["has no snapshot", &snapshot]);
+    untouched();
+}
+
+/// Has the VM saved into files, up to where it waits to hear what became of them. Returns its snapshots' name, too.
+fn until_saved(host: &Host) -> (VmClient, String) {
+    let dir = RunDir::open(&host.run_dir()).expect("a run directory");
+    let mut client = VmClient::connect(&dir, "db").expect("the VM");
+    let place = host.root.join("files");
+    std::fs::create_dir_all(&place).expect("a directory");
+    let files = ["image", "map", "state"].map(|name| {
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(true).open(place.join(name)).expect("a file")
+    });
+    files[0].set_len(192 << 20).expect("a size");
+    let request = CheckpointRequest {
+        downtime_target_ms: 100,
+        max_rounds: 10,
+        max_throttle: 0,
+        rate: None,
+        base: None,
+        stop: false,
+        without_disks: false,
+        plain: false,
+    };
+    let report = client.checkpoint(&request, &files.each_ref(), &mut |_| {}).expect("it is saved");
+    let snapshot = report["vm"]["disks"][0]["version"]["snapshot"].as_str().expect("a snapshot").to_owned();
+    (client, snapshot)
+}
+
+#[test]
+fn snapshots_go_only_when_there_is_no_checkpoint_and_the_disk_is_the_vms_own() {
+    for qemu in qemus() {
+        eprintln!("QEMU {}", qemu.version);
+        let saved = Saved::start("qemu-forgets", &qemu, "qcow2");
+        let has = |snapshot: &str| qemu_img(&["snapshot", "-U", "-l", &saved.disk]).contains(snapshot);
+        let ended = || {
+            wait_for("the checkpoint to end", || {
+                saved.host.stat("db")?["checkpoint"].is_null().then_some(())
+            });
+        };
+        let patience = std::time::Duration::from_secs(20);
+
+        // There may be a checkpoint of that name.
+        let (client, snapshot) = until_saved(&saved.host);
+        drop(client);
+        ended();
+        assert!(has(&snapshot));
+        goes_on(|| saved.guest.lines(), 2);
+
+        let (mut client, snapshot) = until_saved(&saved.host);
+        client.cancel(patience).expect_err("there is no checkpoint");
+        assert!(!has(&snapshot));
+        goes_on(|| saved.guest.lines(), 2);
+
+        // A QEMU that stands still has given its disks away.
+        assert_eq!(saved.host.vmemd(&["pause", "db"]).code, 0);
+        let (mut client, snapshot) = until_saved(&saved.host);
+        client.cancel(patience).expect_err("there is no checkpoint");
+        saved.host.wait_state("db", "paused");
+        assert!(has(&snapshot));
+        assert_eq!(saved.host.vmemd(&["resume", "db"]).code, 0);
+        goes_on(|| saved.guest.lines(), 2);
+        assert!(saved.guest.log().contains(&format!("snapshot {snapshot} stays")), "{}", saved.guest.log());
     }
 }
 

@@ -4,6 +4,7 @@
 //!   no medium, read-only ──▶ not the VM's to change: no version is needed
 //!   firmware's flash     ──▶ in the device state, which writes it into the file when it is loaded
 //!   qcow2                ──▶ an internal snapshot, all disks' in one transaction: all of them, or none
+//!   encrypted qcow2      ──▶ refused: nobody could read the version without its secret
 //!   anything else        ──▶ refused, with what to do instead
 //! ```
 //! Internal snapshots, because they change nothing for whoever runs the VM: its disk stays in the file that the command
@@ -60,6 +61,14 @@ fn choose(disks: &Value, nodes: &Value, snapshot: &str) -> Result<Vec<Chosen>, V
         };
         let version = match format.as_str() {
             _ if is_flash(disk) => DiskVersion::InState,
+            _ if medium["encrypted"] == true => {
+                refused.push(format!(
+                    "disk {name} is in {}, which is encrypted: no earlier version of it can be read or put back without its \
+                     secret, which no checkpoint has: encrypt what the file lies on instead, {OTHERWISE}",
+                    file.display()
+                ));
+                continue;
+            }
             "qcow2" => DiskVersion::Snapshot(snapshot.to_owned()),
             _ => {
                 let file = file.display();
@@ -80,9 +89,13 @@ fn choose(disks: &Value, nodes: &Value, snapshot: &str) -> Result<Vec<Chosen>, V
     if refused.is_empty() { Ok(chosen) } else { Err(refused) }
 }
 
-/// Firmware's own memory, which is guest memory to QEMU.
+/// Firmware's own memory, which is guest memory to QEMU. A drive that its user has called so and plugged in is none: its
+/// content is not in the state.
 fn is_flash(disk: &Value) -> bool {
-    text(&disk["device"]).starts_with("pflash") || text(&disk["qdev"]).starts_with("/machine/system.flash")
+    let qdev = text(&disk["qdev"]);
+    let plugged_in = qdev.starts_with("/machine/peripheral");
+    qdev.starts_with("/machine/system.flash")
+        || (matches!(text(&disk["device"]), "pflash0" | "pflash1") && !plugged_in)
 }
 
 fn file_of(medium: &Value) -> Option<PathBuf> {
@@ -148,6 +161,20 @@ impl Qemu {
             )?;
         }
         Ok(chosen.into_iter().map(|chosen| chosen.disk).collect())
+    }
+
+    /// The snapshots that stay, and how they are removed, of a QEMU that must not touch its disks now.
+    pub(crate) fn left_in(disks: &[Disk]) -> String {
+        let named = disks.iter().filter_map(|disk| match &disk.version {
+            DiskVersion::Snapshot(name) => Some(format!("snapshot {name} stays in {}", disk.file)),
+            DiskVersion::InState => None,
+        });
+        let named: Vec<String> = named.collect();
+        format!(
+            "the disks are not the VM's own until it runs: {}; remove it when the VM runs \
+             (blockdev-snapshot-delete-internal-sync on a monitor) or is off (qemu-img snapshot -d NAME FILE)",
+            named.join(", ")
+        )
     }
 
     /// Removes what [`Qemu::take_snapshots`] has made. A disk that the VM has no more is left as it is.

@@ -21,6 +21,9 @@ fn what_the_vm_can_write_to_has_a_version() {
         { "device": "floppy", "qdev": "f" },
         disk("pflash0", "/machine/system.flash0", "/vars", "raw", false),
         disk("", "/machine/system.flash1", "/more", "raw", false),
+        // Called like flash by its user.
+        disk("pflash-data", "/machine/peripheral/a/virtio-backend", "/c", "qcow2", false),
+        disk("pflash1", "/machine/peripheral/b/virtio-backend", "/d", "qcow2", false),
     ]);
     let nodes = json!([{ "drv": "qcow2", "file": "/b" }, { "drv": "file", "file": "/b" }]);
     let told: Vec<(String, String, String, DiskVersion)> = choose(&disks, &nodes, "s")
@@ -39,6 +42,8 @@ fn what_the_vm_can_write_to_has_a_version() {
             is("node-of-throttle", "data", "/b", snapshot()),
             is("pflash0", "pflash0", "/vars", DiskVersion::InState),
             is("node-of-raw", "/machine/system.flash1", "/more", DiskVersion::InState),
+            is("pflash-data", "pflash-data", "/c", snapshot()),
+            is("pflash1", "pflash1", "/d", snapshot()),
         ]
     );
     assert_eq!(choose(&Value::Null, &Value::Null, "s"), Ok(Vec::new()));
@@ -52,6 +57,7 @@ fn what_keeps_no_version_is_told_with_what_to_do() {
         disk("d2", "", "nbd://host/x", "qcow2", false),
         // Of what is below the filter nothing is known.
         disk("d3", "", "/t", "throttle", false),
+        { "device": "d4", "inserted": { "file": "/e", "drv": "qcow2", "ro": false, "encrypted": true } },
     ]);
     let refused = choose(&disks, &Value::Null, "s").unwrap_err();
     for (text, says) in refused.iter().zip([
@@ -59,10 +65,11 @@ fn what_keeps_no_version_is_told_with_what_to_do() {
          (qemu-img convert -O qcow2 /r NEW, and the new name in the command line), or make the checkpoint without disks",
         "disk d2 is in \"nbd://host/x\", which is no file of this host",
         "disk d3 is in /t, and the format throttle keeps",
+        "disk d4 is in /e, which is encrypted",
     ]) {
         assert!(text.starts_with(says), "{text}");
     }
-    assert_eq!(refused.len(), 3);
+    assert_eq!(refused.len(), 4);
 }
 
 fn qemu_img(arguments: &[&str]) -> String {
@@ -111,6 +118,9 @@ fn disks_and_state_are_of_one_moment() {
         eprintln!("two snapshots: {:.1} ms", began.elapsed().as_secs_f64() * 1e3);
         saved(&mut qemu).unwrap();
         assert_eq!(qemu.snapshot_disks("late").unwrap_err().kind, FailureKind::CannotMove);
+        // A QEMU that has given its disks away would end: they stay, and it goes on.
+        let stays = qemu.forget_disks(&told).unwrap_err();
+        assert!(stays.text.contains(&format!("snapshot now stays in {}", files[0])), "{stays}");
         qemu.resume().unwrap();
         fill(&mut qemu, "d0", 6);
         // It is the machine of its command line still, so that it may move, and be saved again.

@@ -442,6 +442,10 @@ impl Machine for Qemu {
     }
 
     fn forget_disks(&mut self, disks: &[Disk]) -> Result<(), Failure> {
+        // A QEMU whose disks are not its own ends (an assertion) when one of their snapshots is deleted.
+        if (self.given_away || self.disks_away) && !self.runs()? {
+            return Err(Failure::new(FailureKind::CannotMove, Qemu::left_in(disks)));
+        }
         self.drop_snapshots(disks)
     }
 

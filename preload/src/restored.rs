@@ -44,7 +44,11 @@ impl Opened {
         }
         let was_paused = vm.paused;
         let from = entry.path().display().to_string();
-        let Checkpoint { image, origin, hold, state } = restore::open(&archive.chain(&entry)?)?;
+        let Checkpoint { image, origin, hold, state } = restore::open(&archive, &entry)?;
+        for lock in &settings.locks {
+            // SAFETY: this process was started with that descriptor open, for this only: nothing else here has its number.
+            unsafe { libc::close(*lock) };
+        }
         let saved = Saved { from, image, hold, state, was_paused, options: settings.options };
         Ok(Opened { saved, origin })
     }

@@ -6,6 +6,9 @@
 //!     │             │            │                    │
 //!     └── refused   └── no ──────┴── failed, cancelled┴── cancelled, client gone: goes on as before
 //! ```
+//! From `saved` on the client may have given the checkpoint its name, whatever is heard of it. So only its own word that
+//! there is none (`cancel`) takes the disks' versions away: a connection that is lost leaves them, for the checkpoint
+//! may need them.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -16,7 +19,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use checkpoint::format::{Disk, MemoryMap};
+use checkpoint::format::{Disk, DiskVersion, MemoryMap};
 use checkpoint::save::{Base, Failed, Files, Phase, Progress, SaveError, SaveOptions, Saved, save_at_once};
 use rustix::fs::{OFlags, fcntl_getfl};
 use serde_json::{Value, json};
@@ -74,15 +77,23 @@ pub(crate) fn checkpoint(
     let (saved, taken) = run(vm, request, disks.snapshot, (into, base), client)?;
     vm.locked(|state| state.checkpoint.iter_mut().for_each(|now| now.saved = true));
     info!(vm = %vm.facts.name, pause_ms = saved.pause_ms, rounds = saved.rounds, bytes = saved.bytes_written, "saved");
-    let name = durable(vm, &saved, (&taken, disks.left_out), client);
-    if name.is_err() {
-        if request.stop {
-            stays_after_all(vm);
-        }
-        forget(vm, &taken);
+    let became = durable(vm, &saved, (&taken, disks.left_out), client);
+    if request.stop && !matches!(became, Became::Named(_)) {
+        stays_after_all(vm);
     }
+    let answer = match became {
+        Became::Named(name) => Ok(json!({ "name": vm.facts.name, "checkpoint": name })),
+        Became::Nothing(failure) => {
+            forget(vm, &taken);
+            Err(failure)
+        }
+        Became::Unheard => {
+            keep(vm, &taken);
+            Err(cancelled())
+        }
+    };
     drop(begun);
-    name.map(|name| json!({ "name": vm.facts.name, "checkpoint": name }))
+    answer
 }
 
 /// In one step, so that two requests cannot both.
@@ -141,6 +152,21 @@ fn forget(vm: &Vm, disks: &[Disk]) {
     }
     if let Err(error) = vm.machine(|machine| machine.forget_disks(disks)) {
         warn!(vm = %vm.facts.name, %error, "snapshots of a checkpoint that was not made stay in its disks");
+    }
+}
+
+/// There may be a checkpoint that the disks' versions belong to.
+fn keep(vm: &Vm, disks: &[Disk]) {
+    let snapshots = disks.iter().filter_map(|disk| match &disk.version {
+        DiskVersion::Snapshot(snapshot) => Some(format!("{snapshot} in {}", disk.file)),
+        DiskVersion::InState => None,
+    });
+    let snapshots = snapshots.collect::<Vec<_>>().join(", ");
+    if !snapshots.is_empty() {
+        warn!(
+            vm = %vm.facts.name, %snapshots,
+            "whoever made a checkpoint is gone: these snapshots stay, for it may have got its name; `vmemd checkpoint list` shows that"
+        );
     }
 }
 
@@ -335,29 +361,45 @@ impl Speed {
     }
 }
 
-/// Waits until the client has made the files durable. Returns the checkpoint's name.
-fn durable(
-    vm: &Vm,
-    saved: &Saved,
-    disks: (&[Disk], Vec<String>),
-    client: &mut Client<'_>,
-) -> Result<String, Failure> {
-    let gone = || Failure::new(FailureKind::Interrupted, "cancelled before the checkpoint was durable");
+/// What became of the files that were saved.
+enum Became {
+    /// A checkpoint of that name.
+    Named(String),
+    /// No checkpoint, and never will: the client says so, or was not told of the files.
+    Nothing(Failure),
+    /// A checkpoint or not: the client is gone.
+    Unheard,
+}
+
+fn cancelled() -> Failure {
+    Failure::new(FailureKind::Interrupted, "cancelled before the checkpoint was durable")
+}
+
+/// Waits until the client has made the files durable.
+fn durable(vm: &Vm, saved: &Saved, disks: (&[Disk], Vec<String>), client: &mut Client<'_>) -> Became {
     // By the client, behind the last look of the session: it waits for an answer, and reads nothing else.
     if vm.cancel.load(Ordering::SeqCst) {
-        return Err(gone());
+        return Became::Nothing(cancelled());
     }
-    client.saved(json!({ "saved": saved, "vm": facts(vm, saved, disks)? })).map_err(|_| gone())?;
+    let facts = match facts(vm, saved, disks) {
+        Ok(facts) => facts,
+        Err(failure) => return Became::Nothing(failure),
+    };
+    // A line that did not go out whole is none.
+    if client.saved(json!({ "saved": saved, "vm": facts })).is_err() {
+        return Became::Nothing(cancelled());
+    }
     loop {
         match client.says(CLIENT_POLL) {
-            Ok(None) if client.gone() => return Err(gone()),
+            Ok(None) if client.gone() => return Became::Unheard,
             Ok(None) => {}
             Ok(Some(Request::Checkpointed { name, bytes })) => {
                 let last = LastCheckpoint::new(name.clone(), saved.made_at_ms, bytes);
                 vm.locked(|state| state.last_checkpoint = Some(last));
-                return Ok(name);
+                return Became::Named(name);
             }
-            Ok(Some(_)) | Err(_) => return Err(gone()),
+            Ok(Some(Request::Cancel)) => return Became::Nothing(cancelled()),
+            Ok(Some(_)) | Err(_) => return Became::Unheard,
         }
     }
 }

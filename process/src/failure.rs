@@ -137,6 +137,8 @@ impl From<ArchiveError> for Failure {
             E::Busy { .. } | E::OtherVm { .. } | E::InUse { .. } | E::Removed { .. } => FailureKind::Name,
             E::IsBase { .. } | E::MayBeBase { .. } | E::TooDeep { .. } => FailureKind::Name,
             E::Io { source, .. } => FailureKind::of_io(source),
+            E::NotFlushed { source, .. } => FailureKind::of_io(source),
+            E::NotSafe { .. } => FailureKind::Host,
             E::Cancelled => FailureKind::Interrupted,
             error if error.is_damage() => FailureKind::Damaged,
             // A newer format.

@@ -105,6 +105,8 @@ pub struct RestoreSettings {
     pub checkpoint: String,
     /// How it begins.
     pub options: RestoreOptions,
+    /// Descriptors that this process inherits: locks on the checkpoint, to be closed when it has its own.
+    pub locks: Vec<std::os::fd::RawFd>,
 }
 
 impl Role {

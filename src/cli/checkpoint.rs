@@ -2,7 +2,8 @@
 //! written.
 //!
 //! Nothing has a name before all of it is durable. What this command leaves behind when it is killed is removed by the
-//! next one, and the VM's process sees the connection close, and goes on as before.
+//! next one, and the VM's process sees the connection close, and goes on as before. From the rename on there is a
+//! checkpoint: nothing that fails behind it cancels, for that would take the snapshots of its disks.
 
 use std::fs::File;
 use std::path::Path;
@@ -64,6 +65,29 @@ struct Done {
     kept: Option<Kept>,
 }
 
+/// Why a checkpoint was not made as it should be.
+enum Unmade {
+    /// There is none.
+    No(Failure),
+    /// There is one, which may be gone after a power failure.
+    NotFlushed(Failure),
+}
+
+impl From<ArchiveError> for Unmade {
+    fn from(error: ArchiveError) -> Unmade {
+        match error {
+            ArchiveError::NotFlushed { .. } => Unmade::NotFlushed(error.into()),
+            error => Unmade::No(error.into()),
+        }
+    }
+}
+
+impl From<Failure> for Unmade {
+    fn from(failure: Failure) -> Unmade {
+        Unmade::No(failure)
+    }
+}
+
 pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
     if let Some(rate) = args.rate.filter(|rate| rate.bytes() == 0) {
         let text = format!("--rate {rate}: nothing would ever be saved; leave --rate out for no limit");
@@ -80,8 +104,13 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
     let memory_bytes = stat.memory.memory_bytes;
     let mut pending = archive.new_checkpoint(&args.name, memory_bytes, base.as_ref())?;
     let (entry, report) = make(&mut vm, &mut pending, base.as_ref(), args)
+        .map_err(Unmade::No)
         .and_then(|report| finish(pending, &args.name, report, began))
-        .map_err(|failure| ended(&args.name, &mut vm, failure))?;
+        .map_err(|unmade| match unmade {
+            Unmade::No(failure) => ended(&args.name, &mut vm, failure),
+            // Cancelled, its disks' snapshots would go. The VM's process sees the connection close, and keeps them.
+            Unmade::NotFlushed(failure) => failure,
+        })?;
     let total = began.elapsed();
     let disk_bytes = entry.disk_bytes().unwrap_or_default();
     if let Err(failure) = vm.checkpointed(entry.name(), disk_bytes) {
@@ -89,7 +118,15 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
         warn(&format!("{failure}: the checkpoint {} is whole", entry.name()));
     }
     let stopped = if args.stop { vms::end(dir, &args.name).map(|_| ()) } else { Ok(()) };
-    let kept = args.keep.map(|count| keep(&archive, count)).transpose();
+    let made_at_ms = entry.manifest().made_at_ms;
+    if made_at_ms > report.saved.made_at_ms {
+        warn(&format!(
+            "the clock is behind that of the checkpoint before: {} is named by a time {} s ahead, so that it is the latest",
+            entry.name(),
+            (made_at_ms - report.saved.made_at_ms).div_ceil(1000)
+        ));
+    }
+    let kept = args.keep.map(|count| keep(&archive, count, entry.name())).transpose();
     let base = entry.manifest().base.as_ref().map(|base| base.name.clone());
     let (kept, keep_failed) = match kept {
         Ok(kept) => (kept, Ok(())),
@@ -192,7 +229,7 @@ fn finish(
     name: &str,
     report: Report,
     began: Instant,
-) -> Result<(Entry, Report), Failure> {
+) -> Result<(Entry, Report), Unmade> {
     let bar = bar(name);
     bar.set_message("making it durable");
     for file in [pending.image(), pending.map(), pending.state()] {
@@ -239,8 +276,8 @@ fn ended(name: &str, vm: &mut VmClient, failure: Failure) -> Failure {
     }
 }
 
-fn keep(archive: &Locked, count: u32) -> Result<Kept, Failure> {
-    let kept = archive.keep(count as usize, &|_| signals::caught().is_none())?;
+fn keep(archive: &Locked, count: u32, made: &str) -> Result<Kept, Failure> {
+    let kept = archive.keep(count as usize, Some(made), &|_| signals::caught().is_none())?;
     for name in &kept.in_use {
         say(&format!("{name} stays: a VM that was restored from it still uses it"));
     }

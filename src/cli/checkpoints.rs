@@ -3,6 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Locked, Verified};
+use checkpoint::format::DiskVersion;
 use serde::Serialize;
 use serde_json::json;
 use swapd::units::bytes_of;
@@ -139,6 +140,13 @@ fn show(args: &NamedArgs) -> Result<(), Failure> {
     if !manifest.vm.without_disks.is_empty() {
         line("without", format!("the content of its disks: {}", manifest.vm.without_disks.join(", ")));
     }
+    for disk in &manifest.vm.disks {
+        let text = match &disk.version {
+            DiskVersion::Snapshot(snapshot) => format!("{}: snapshot {snapshot} in {}", disk.name, disk.file),
+            DiskVersion::InState => format!("{}: in the state, for {}", disk.name, disk.file),
+        };
+        line("disk", text);
+    }
     line("state", rounded(manifest.parts.state.bytes));
     line("on the disk", row.disk_bytes.map_or("?".to_owned(), rounded));
     let save = manifest.save;
@@ -173,6 +181,7 @@ fn verify(args: &NamedArgs) -> Result<(), Failure> {
     if entries.is_empty() && unreadable.is_empty() {
         return Err(ArchiveError::Empty { path: archive.path().to_owned() }.into());
     }
+    let disks: Vec<&str> = snapshots(&entries).collect();
     let work = Work::begin("verify");
     let verified = archive.verify(&entries, &|progress| work.show(progress));
     let took = work.end();
@@ -186,8 +195,14 @@ fn verify(args: &NamedArgs) -> Result<(), Failure> {
         });
         print_json(&json!({
             "checkpoints": checkpoints, "pages": pages, "bytes": bytes_of(pages), "seconds": took,
-            "damaged_pages": damaged_pages, "damage": damage.collect::<Vec<_>>(),
+            "damaged_pages": damaged_pages, "damage": damage.collect::<Vec<_>>(), "disks_not_looked_at": disks,
         }))?;
+    }
+    if !disks.is_empty() && !args.archive.json.json {
+        warn(&format!(
+            "the disks were not looked at: the snapshots are in {} (`qemu-img check`, `qemu-img snapshot -l`)",
+            disks.join(", ")
+        ));
     }
     if texts.is_empty() {
         if !args.archive.json.json {
@@ -200,6 +215,13 @@ fn verify(args: &NamedArgs) -> Result<(), Failure> {
         damaged_pages as usize - damage.iter().filter(|one| matches!(one, Damage::Page { .. })).count();
     let more = if more > 0 { format!("\n  and {more} pages more") } else { String::new() };
     Err(Failure::new(FailureKind::Damaged, format!("damaged:\n  {}{more}", texts.join("\n  "))))
+}
+
+/// The files that have snapshots of these checkpoints, each once.
+fn snapshots(entries: &[Entry]) -> impl Iterator<Item = &str> {
+    let disks = entries.iter().flat_map(|entry| &entry.manifest().vm.disks);
+    let with = disks.filter(|disk| matches!(disk.version, DiskVersion::Snapshot(_)));
+    with.map(|disk| disk.file.as_str()).collect::<std::collections::BTreeSet<_>>().into_iter()
 }
 
 fn told(damage: &Damage) -> String {

@@ -4,14 +4,20 @@
 //! is taken by itself: the user says whether each disk is to be copied as it was, or put back as it was.
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::UNIX_EPOCH;
 
 use checkpoint::format::{Disk, DiskVersion};
 use tracing::info;
 use vmprocess::failure::{Failure, FailureKind};
 
 use super::binary;
+
+/// How the name of the snapshot begins that a disk gets before it is put back.
+const BEFORE: &str = "vmemd-before-";
 
 /// Which disks a restored VM is to have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,6 +50,13 @@ impl Work {
         match self {
             Work::Extract { from, to, .. } | Work::Copy { from, to } => Some((from.clone(), to.clone())),
             Work::Back { .. } => None,
+        }
+    }
+
+    fn back(&self) -> Option<(&str, &str)> {
+        match self {
+            Work::Back { file, snapshot } => Some((file, snapshot)),
+            Work::Extract { .. } | Work::Copy { .. } => None,
         }
     }
 }
@@ -95,9 +108,9 @@ pub(super) fn plan(
         }
         work.extend(match (wanted, version) {
             (DisksWanted::Copies(dir), DiskVersion::Snapshot(snapshot)) => {
-                Some(Work::Extract { from, snapshot: snapshot.clone(), to: copy_of(disk, name, dir)? })
+                Some(Work::Extract { from, snapshot: snapshot.clone(), to: copy_of(disk, name, dir, &work)? })
             }
-            (DisksWanted::Copies(dir), _) => Some(Work::Copy { from, to: copy_of(disk, name, dir)? }),
+            (DisksWanted::Copies(dir), _) => Some(Work::Copy { from, to: copy_of(disk, name, dir, &work)? }),
             (_, DiskVersion::Snapshot(snapshot)) => {
                 Some(Work::Back { file: from, snapshot: snapshot.clone() })
             }
@@ -107,61 +120,144 @@ pub(super) fn plan(
     Ok(work)
 }
 
-/// The name of a disk's copy, which no file has yet.
-fn copy_of(disk: &Disk, name: &str, dir: &Path) -> Result<String, Failure> {
+/// The name of a disk's copy, which no file has yet, and none of the other copies.
+fn copy_of(disk: &Disk, name: &str, dir: &Path, others: &[Work]) -> Result<String, Failure> {
     // No name leads out of the directory.
     let plain = |name: &str| -> String {
         let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         name.trim_start_matches('/').chars().map(|c| if fits(c) { c } else { '-' }).collect()
     };
-    let path = dir.join(format!("{name}-{}.{}", plain(&disk.name), plain(&disk.format)));
-    let Some(text) = path.to_str() else {
-        return Err(Failure::new(FailureKind::Usage, format!("{} is not UTF-8: rename it", path.display())));
-    };
-    if path.exists() {
-        let text = format!("disk {}: {text} exists already: remove it, or name another directory", disk.name);
-        return Err(Failure::new(FailureKind::Usage, text));
+    let others: Vec<String> = others.iter().filter_map(Work::renamed).map(|(_, to)| to).collect();
+    for number in 1.. {
+        let number = if number == 1 { String::new() } else { format!("-{number}") };
+        let path = dir.join(format!("{name}-{}{number}.{}", plain(&disk.name), plain(&disk.format)));
+        let Some(text) = path.to_str() else {
+            let text = format!("{} is not UTF-8: rename it", path.display());
+            return Err(Failure::new(FailureKind::Usage, text));
+        };
+        if others.iter().any(|other| other == text) {
+            continue;
+        }
+        // A link that leads nowhere is there, too.
+        if path.symlink_metadata().is_ok() {
+            let text =
+                format!("disk {}: {text} exists already: remove it, or name another directory", disk.name);
+            return Err(Failure::new(FailureKind::Usage, text));
+        }
+        return Ok(text.to_owned());
     }
-    Ok(text.to_owned())
+    unreachable!("some number is free")
 }
 
-/// Makes the disks. Those that were made are removed again if one cannot be; one that was put back stays so.
-///
-/// # Errors
-/// In qemu-img's words.
-pub(super) fn make(work: &[Work], binary: &Path, path: &OsStr) -> Result<(), Failure> {
-    if work.is_empty() {
-        return Ok(());
-    }
-    let qemu_img = tool("qemu-img", binary, path)?;
-    let mut made: Vec<&str> = Vec::new();
-    for one in work {
-        let done = match one {
-            Work::Extract { from, snapshot, to } => {
-                made.push(to);
-                info!(disk = %from, %snapshot, %to, "copying the disk as it was");
-                // -U: another VM may have it open; a snapshot's clusters do not change under it.
-                let snapshot = format!("snapshot.name={snapshot}");
-                run(&qemu_img, &["convert", "-U", "-l", &snapshot, "-O", "qcow2", from, to])
-            }
-            Work::Copy { from, to } => {
-                made.push(to);
-                let copied = std::fs::copy(from, to).map(drop);
-                copied.map_err(|error| Failure::io(format!("copying {from} to {to}"), &error))
-            }
-            Work::Back { file, snapshot } => {
-                info!(disk = %file, %snapshot, "putting the disk back");
-                run(&qemu_img, &["snapshot", "-a", snapshot, file])
-            }
-        };
-        if let Err(failure) = done {
-            for file in made {
-                let _ = std::fs::remove_file(file);
-            }
-            return Err(failure);
+/// The work, which has been found possible. Nothing has been done.
+pub(super) struct Checked<'a> {
+    work: &'a [Work],
+    qemu_img: PathBuf,
+}
+
+/// Copies that were made, and are removed again unless a QEMU is started with them.
+#[derive(Default)]
+pub(super) struct Made(Vec<String>);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for file in &self.0 {
+            let _ = std::fs::remove_file(file);
         }
     }
-    Ok(())
+}
+
+/// Looks whether each disk has its snapshot.
+///
+/// # Errors
+/// If one has it not, or qemu-img is missing or cannot read a disk.
+pub(super) fn check<'a>(work: &'a [Work], binary: &Path, path: &OsStr) -> Result<Checked<'a>, Failure> {
+    if work.is_empty() {
+        return Ok(Checked { work, qemu_img: PathBuf::new() });
+    }
+    let qemu_img = tool("qemu-img", binary, path)?;
+    for one in work {
+        let (Work::Extract { from: file, snapshot, .. } | Work::Back { file, snapshot }) = one else {
+            continue;
+        };
+        // -U: another VM may have it open.
+        let told = run(&qemu_img, &["info", "-U", "--output=json", file])?;
+        let told: serde_json::Value = serde_json::from_str(&told).map_err(|error| Failure::other(&error))?;
+        let mut snapshots = told["snapshots"].as_array().into_iter().flatten();
+        if !snapshots.any(|has| has["name"] == snapshot.as_str()) {
+            let text =
+                format!("{file} has no snapshot {snapshot} any more: nobody has this disk as it was then");
+            return Err(Failure::new(FailureKind::Damaged, text));
+        }
+    }
+    Ok(Checked { work, qemu_img })
+}
+
+impl Checked<'_> {
+    /// Makes the disks. Before any is put back, each that will be gets a snapshot of what it is.
+    ///
+    /// # Errors
+    /// In qemu-img's words. Copies that were made are removed again; of a disk that was put back it is told how to undo
+    /// that.
+    pub(super) fn make(&self) -> Result<Made, Failure> {
+        let mut made = Made::default();
+        for one in self.work {
+            match one {
+                Work::Extract { from, snapshot, to } => {
+                    create(to, &mut made)?;
+                    info!(disk = %from, %snapshot, %to, "copying the disk as it was");
+                    // Onto the file that is there, which is ours. -U: another VM may have the disk open; a snapshot's
+                    // clusters do not change under it.
+                    let snapshot = format!("snapshot.name={snapshot}");
+                    run(&self.qemu_img, &["convert", "-U", "-l", &snapshot, "-O", "qcow2", from, to])?;
+                }
+                Work::Copy { from, to } => {
+                    let mut file = create(to, &mut made)?;
+                    let copied = File::open(from).and_then(|mut from| std::io::copy(&mut from, &mut file));
+                    copied.map_err(|error| Failure::io(format!("copying {from} to {to}"), &error))?;
+                }
+                Work::Back { .. } => {}
+            }
+        }
+        self.put_back().map(|()| made)
+    }
+
+    fn put_back(&self) -> Result<(), Failure> {
+        let back: Vec<(&str, &str)> = self.work.iter().filter_map(Work::back).collect();
+        if back.is_empty() {
+            return Ok(());
+        }
+        let before = format!("{BEFORE}{}", UNIX_EPOCH.elapsed().unwrap_or_default().as_millis());
+        for (at, (file, _)) in back.iter().enumerate() {
+            run(&self.qemu_img, &["snapshot", "-c", &before, file]).inspect_err(|_| {
+                for (file, _) in &back[..at] {
+                    let _ = run(&self.qemu_img, &["snapshot", "-d", &before, file]);
+                }
+            })?;
+        }
+        for (at, (file, snapshot)) in back.iter().enumerate() {
+            info!(disk = %file, %snapshot, %before, "putting the disk back; what it was until now is in the snapshot `before`");
+            run(&self.qemu_img, &["snapshot", "-a", snapshot, file]).map_err(|failure| {
+                let done: Vec<&str> = back[..=at].iter().map(|(file, _)| *file).collect();
+                let text = format!(
+                    "{}; to undo it: qemu-img snapshot -a {before} FILE, of {}",
+                    failure.text,
+                    done.join(", ")
+                );
+                Failure::new(failure.kind, text)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes an empty file that nobody else reads. What is there already is left alone, a link to somewhere else as well.
+fn create(to: &str, made: &mut Made) -> Result<File, Failure> {
+    let mut options = File::options();
+    let options = options.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    let file = options.open(to).map_err(|error| Failure::io(format!("making {to}"), &error))?;
+    made.0.push(to.to_owned());
+    Ok(file)
 }
 
 /// As `qemu-img` and QEMU are installed together.
@@ -174,11 +270,11 @@ fn tool(name: &str, qemu: &Path, path: &OsStr) -> Result<PathBuf, Failure> {
     })
 }
 
-fn run(program: &Path, arguments: &[&str]) -> Result<(), Failure> {
+fn run(program: &Path, arguments: &[&str]) -> Result<String, Failure> {
     let ran = Command::new(program).args(arguments).stdin(Stdio::null()).output();
     let ran = ran.map_err(|error| Failure::io(format!("cannot start {}", program.display()), &error))?;
     if ran.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&ran.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&ran.stderr);
     let text = format!("the disks are not as they were: {}", super::words::one_line(said.trim()));
@@ -222,9 +318,41 @@ mod tests {
         assert!(
             refused(&gone, DisksWanted::Back).contains("disk d1 was in /d1, which the command line does not")
         );
+        // Two disks with one name, once it is a plain one.
+        let twins = [disk("a/b", "/d0", snapshot()), disk("a:b", "/vars", DiskVersion::InState)];
+        let made = plan(&twins, DisksWanted::Copies("/nowhere".into())).unwrap();
+        let names: Vec<String> = made.iter().filter_map(Work::renamed).map(|(_, to)| to).collect();
+        assert_eq!(names, [to("a-b"), to("a-b-2")]);
         // A name that would lead elsewhere does not.
         let strange = [disk("/machine/../x", "/d0", snapshot())];
         let made = plan(&strange, DisksWanted::Copies("/nowhere".into())).unwrap();
         assert_eq!(made[0].renamed(), Some(("/d0".to_owned(), to("machine-..-x"))));
+    }
+
+    #[test]
+    fn only_what_was_made_here_is_removed() {
+        let place = testkit::directory("copies");
+        let file = |name: &str| place.path().join(name).display().to_string();
+        std::fs::write(file("from"), "firmware").unwrap();
+        std::fs::write(file("theirs"), "theirs").unwrap();
+        std::os::unix::fs::symlink(file("theirs"), file("link")).unwrap();
+        for taken in ["theirs", "link"] {
+            let copy = |to: &str| Work::Copy { from: file("from"), to: file(to) };
+            let work = [copy("made"), copy(taken)];
+            let checked = Checked { work: &work, qemu_img: PathBuf::new() };
+            assert!(checked.make().is_err());
+            assert_eq!(std::fs::read_to_string(file("theirs")).unwrap(), "theirs");
+            assert!(!Path::new(&file("made")).exists());
+        }
+        let work = [Work::Copy { from: file("from"), to: file("made") }];
+        let made = Checked { work: &work, qemu_img: PathBuf::new() }.make().unwrap();
+        let mode =
+            std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(file("made")).unwrap().permissions());
+        assert_eq!(
+            (std::fs::read_to_string(file("made")).unwrap().as_str(), mode & 0o777),
+            ("firmware", 0o600)
+        );
+        drop(made);
+        assert!(!Path::new(&file("made")).exists());
     }
 }

@@ -67,6 +67,16 @@ pub struct Launch {
     _inherited: Vec<OwnedFd>,
 }
 
+impl Launch {
+    /// It has these descriptors as well, by the numbers that they have here.
+    pub fn inherits(&mut self, more: Vec<OwnedFd>) {
+        let numbers: Vec<RawFd> = more.iter().map(AsRawFd::as_raw_fd).collect();
+        // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing.
+        unsafe { self.command.pre_exec(move || inherit(&numbers)) };
+        self._inherited.extend(more);
+    }
+}
+
 impl From<Command> for Launch {
     /// A command that inherits nothing of this.
     fn from(command: Command) -> Launch {

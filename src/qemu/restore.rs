@@ -5,9 +5,15 @@
 //!   disks ──▶ as the user said: copies, in place, or left as they are ──▶ names in the command line
 //!   the same addresses as a VM that runs? ──▶ refused by name, unless that is meant
 //! ```
-//! All of that is told before anything is changed; then disks are made, and this process becomes QEMU.
+//! All of that is told before anything is changed, and so is what is wrong with the checkpoint, with a disk's snapshot or
+//! with QEMU itself. Then disks are made, and this process becomes QEMU.
+//!
+//! QEMU's process opens the checkpoint once more, since what was read of it does not live over exec. It inherits the
+//! locks of the first time until it has its own: nobody removes the checkpoint behind the disks that were put back.
 
-use checkpoint::archive::Entry;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use checkpoint::archive::{Archive, Entry};
 use checkpoint::format::VmFacts;
 use tracing::{info, warn};
 use vmprocess::control::protocol::EngineKind;
@@ -21,7 +27,7 @@ use super::ask::Really;
 use super::budget::check_ram;
 use super::cpu::Cpu;
 use super::disk_versions::{self, Work};
-use super::launch;
+use super::launch::{self, Launch};
 use super::offer::{Accepted, Offer};
 use super::options::{self, CommandLine};
 use super::resources::ThisHost;
@@ -36,6 +42,7 @@ use crate::restore_settings::RestoreSettings;
 /// Whatever keeps it from starting. What goes wrong afterwards, QEMU and its log say.
 pub fn restore(
     settings: &RestoreSettings,
+    archive: &Archive,
     entry: &Entry,
     name: &str,
 ) -> Result<std::convert::Infallible, Failure> {
@@ -79,13 +86,15 @@ pub fn restore(
     let work =
         disk_versions::plan((&disks, &vm.without_disks), &settings.disks, name, &resources::disks(&line)?)?;
 
-    disk_versions::make(&work, &binary, &path)?;
-    let moved: Vec<(String, String)> = work.iter().filter_map(Work::renamed).collect();
-    let onward = Offer { args: resources::with_other_disks(&line, &moved)?.print(), ..onward };
-    // In the names of this host by now.
-    let Accepted { binary, plan, onward } = accept(&onward, &Rules::default())?;
-    let disks = resources::disks(&CommandLine::parse(&onward.args)?)?;
-    let offer = serde_json::to_string(&onward).map_err(|error| Failure::other(&error))?;
+    let opened = checkpoint::restore::open(archive, entry)?;
+    let images = opened.hold.images().iter();
+    let locks: Vec<OwnedFd> = images
+        .map(|image| image.try_clone().map(OwnedFd::from))
+        .collect::<Result<_, _>>()
+        .map_err(|error| Failure::io("holding the checkpoint", &error))?;
+    drop(opened);
+    let archive = settings.archive.canonicalize();
+    let archive = archive.map_err(|error| Failure::io("looking at the archive", &error))?;
     let memory = MemorySpec {
         engine: EngineKind::Vmemd,
         memory_bytes: vm.memory_bytes,
@@ -96,20 +105,34 @@ pub fn restore(
         prealloc: settings.prealloc,
         lock: settings.lock,
     };
-    let archive = settings.archive.canonicalize();
-    let role = Role::Restoring(Box::new(qemu::RestoreSettings {
-        run_dir: settings.run_dir.clone(),
-        name: name.to_owned(),
-        memory,
-        offer,
-        disks,
-        archive: archive.map_err(|error| Failure::io("looking at the archive", &error))?,
-        checkpoint: entry.name().to_owned(),
-        options: settings.options,
-    }));
+    // In the names of this host by now.
+    let ready = |offer: &Offer| -> Result<Launch, Failure> {
+        let Accepted { binary, plan, onward } = accept(offer, &Rules::default())?;
+        let role = Role::Restoring(Box::new(qemu::RestoreSettings {
+            run_dir: settings.run_dir.clone(),
+            name: name.to_owned(),
+            memory: memory.clone(),
+            offer: serde_json::to_string(&onward).map_err(|error| Failure::other(&error))?,
+            disks: resources::disks(&CommandLine::parse(&onward.args)?)?,
+            archive: archive.clone(),
+            checkpoint: entry.name().to_owned(),
+            options: settings.options,
+            locks: locks.iter().map(AsRawFd::as_raw_fd).collect(),
+        }));
+        launch::launch(&binary, plan, role)
+    };
+    let moved: Vec<(String, String)> = work.iter().filter_map(Work::renamed).collect();
+    let mut launch = ready(&onward)?;
+    let disks = disk_versions::check(&work, &binary, &path)?;
+    // From here on disks are changed. Copies go again if QEMU does not start.
+    let _made = disks.make()?;
+    if !moved.is_empty() {
+        let args = resources::with_other_disks(&line, &moved)?.print();
+        launch = ready(&Offer { args, ..onward })?;
+    }
     info!(vm = %name, from = %entry.path().display(), qemu = %binary.display(), "starting");
-    let mut launch = launch::launch(&binary, plan, role)?;
     launch.notes.iter().for_each(|note| warn!("{note}"));
+    launch.inherits(locks);
     let error = std::os::unix::process::CommandExt::exec(&mut launch.command);
     Err(Failure::io(format!("cannot start {}", binary.display()), &error))
 }

@@ -11,6 +11,9 @@ use super::crash::{self, Kind};
 use super::*;
 use crate::format::{FirstFaults, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Save, VmFacts};
 
+#[path = "archive_crash_tests.rs"]
+mod crashes;
+
 const PAGES: usize = 48;
 const MEMORY: u64 = (PAGES * PAGE_SIZE) as u64;
 /// Versions of a page that are none.
@@ -89,7 +92,8 @@ impl Place {
         for entry in &entries {
             assert_eq!(
                 restored(&archive, entry),
-                self.saved[&entry.manifest().made_at_ms],
+                // A second one of that second is a millisecond younger.
+                self.saved[&(entry.manifest().made_at_ms / 1000 * 1000)],
                 "{}",
                 entry.name()
             );
@@ -401,6 +405,57 @@ fn damage_is_found_and_named() {
     assert_eq!(verified.damaged_pages, 4, "{verified:?}");
 }
 
+/// Entries that were read before a merge, and are used behind it.
+#[test]
+fn what_is_merged_meanwhile_is_read_anew() {
+    let mut place = Place::new();
+    let names = place.chain();
+    let archive = place.lock();
+    let old = archive.list().unwrap().entries;
+    // Below the newest, and what that stood on is gone.
+    archive.merge(&names[1], &|_| true).unwrap();
+    archive.remove(&names[0]).unwrap();
+    let verified = archive.verify(&old, &|_| true).unwrap();
+    assert!(verified.damage.is_empty() && verified.checkpoints == 2, "{verified:?}");
+    archive.merge(&names[2], &|_| true).unwrap();
+    archive.remove(&names[1]).unwrap();
+    let verified = archive.verify(&old[..1], &|_| true).unwrap();
+    assert!(verified.damage.is_empty() && verified.checkpoints == 1, "{verified:?}");
+    crate::restore::open(&archive, &old[0]).unwrap();
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_damage_of_its_checkpoint_alone() {
+    let mut place = Place::new();
+    let first = place.save(&[1; PAGES], None, 100);
+    place.save(&[2; PAGES], None, 200);
+    std::fs::remove_file(first.path().join(STATE)).unwrap();
+    // The read fails, whoever asks.
+    std::fs::create_dir(first.path().join(STATE)).unwrap();
+    let archive = place.archive();
+    let verified = archive.verify(&archive.list().unwrap().entries, &|_| true).unwrap();
+    assert!(
+        matches!(&verified.damage[..], [Damage::File { checkpoint, .. }] if checkpoint == first.name()),
+        "{verified:?}"
+    );
+    assert_eq!(verified.checkpoints, 2);
+}
+
+#[test]
+fn an_archive_that_others_can_write_to_is_none() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    drop(place.lock());
+    for mode in [0o702, 0o720] {
+        std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+        for refused in [Archive::open(&place.path()), Archive::create(&place.path())] {
+            assert!(matches!(refused, Err(ArchiveError::NotSafe { .. })), "{refused:?}");
+        }
+    }
+    std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    Archive::open(&place.path()).unwrap();
+}
+
 #[test]
 fn a_manifest_that_cannot_be_read_is_told_and_keeps_others_from_being_removed() {
     let mut place = Place::new();
@@ -415,7 +470,7 @@ fn a_manifest_that_cannot_be_read_is_told_and_keeps_others_from_being_removed() 
     let error = place.archive().find(Some(&names[2])).unwrap_err();
     assert!(error.is_damage(), "{error}");
     let archive = place.lock();
-    for result in [archive.remove(&alone), archive.keep(1, &|_| true).map(drop)] {
+    for result in [archive.remove(&alone), archive.keep(1, None, &|_| true).map(drop)] {
         assert!(matches!(&result, Err(ArchiveError::MayBeBase { .. })), "{result:?}");
     }
     archive.remove(&names[2]).unwrap();
@@ -508,19 +563,56 @@ fn the_newest_few_are_kept_and_stand_alone() {
     let mut place = Place::new();
     let names = place.chain();
     let archive = place.lock();
-    assert_eq!(archive.keep(3, &|_| true).unwrap(), Kept::default());
+    assert_eq!(archive.keep(3, None, &|_| true).unwrap(), Kept::default());
     // What is in use stays, and what that stands on.
     let middle = archive.find(Some(&names[1])).unwrap();
     let used = middle.image(true).unwrap();
-    let kept = archive.keep(1, &|_| true).unwrap();
+    let kept = archive.keep(1, None, &|_| true).unwrap();
     assert_eq!(kept.merged, [names[2].clone()]);
     assert_eq!((kept.removed, kept.in_use.len()), (Vec::new(), 2));
     place.check(&[100, 200, 300], &[]);
     drop(used);
-    let kept = archive.keep(1, &|_| true).unwrap();
+    let kept = archive.keep(1, None, &|_| true).unwrap();
     assert_eq!((kept.merged.len(), kept.removed.len(), kept.in_use.len()), (0, 2, 0));
     place.check(&[300], &[]);
-    assert_eq!(archive.keep(0, &|_| true).unwrap(), Kept::default(), "the last one stays");
+    assert_eq!(archive.keep(0, None, &|_| true).unwrap(), Kept::default(), "the last one stays");
+}
+
+#[test]
+fn the_one_that_was_made_just_now_is_the_newest_whatever_the_clock_says() {
+    let mut place = Place::new();
+    let ahead = place.save(&[1; PAGES], None, 9000);
+    let archive = place.lock();
+    let entry = save(&archive, &[2; PAGES], None, 400).unwrap();
+    assert_eq!(entry.manifest().made_at_ms, 9_000_001);
+    assert_eq!(archive.find(None).unwrap().name(), entry.name());
+    // An archive that a vmemd before this one has made.
+    let mut manifest = entry.manifest().clone();
+    manifest.made_at_ms = 400_000;
+    std::fs::write(entry.path().join(MANIFEST), manifest.encode()).unwrap();
+    let kept = archive.keep(1, Some(entry.name()), &|_| true).unwrap();
+    assert_eq!(kept.removed, [ahead.name()]);
+}
+
+#[test]
+fn what_fails_behind_the_rename_is_told_apart() {
+    for step in 0.. {
+        let place = Place::new();
+        let archive = place.lock();
+        let dir = place.dir.path().to_owned();
+        let (made, crashed) =
+            crash::at(&dir, step, Kind::Killed, || save(&archive, &[1; PAGES], None, 400).map(drop));
+        assert!(step < 100, "it does not come to an end");
+        let there = !place.archive().list().unwrap().entries.is_empty();
+        match made {
+            Ok(()) => assert!(there && !crashed),
+            Err(ArchiveError::NotFlushed { .. }) => assert!(there),
+            Err(error) => assert!(!there, "step {step}: {error}"),
+        }
+        if !crashed {
+            break;
+        }
+    }
 }
 
 #[test]
@@ -551,124 +643,6 @@ fn a_chain_has_an_end() {
     assert!(matches!(error, ArchiveError::TooDeep { .. }), "{error}");
     archive.merge(last.as_deref().unwrap(), &|_| true).unwrap();
     save(&archive, &[1; PAGES], last.as_deref(), 1000).unwrap();
-}
-
-/// Ends the operation at each of its steps, in each way, and looks at what is there then; then does it again.
-fn crash_everywhere(
-    may: &[u64],
-    must: &[u64],
-    setup: impl Fn(&mut Place),
-    operation: impl Fn(&Place) -> Result<(), ArchiveError>,
-) {
-    for kind in [Kind::Killed, Kind::NoPower].into_iter().chain((0..6).map(Kind::Torn)) {
-        for step in 0.. {
-            assert!(step < 1000, "it does not come to an end");
-            let mut place = Place::new();
-            let dir = place.dir.path().to_owned();
-            // Without flushing: nothing crashes here.
-            crash::at(&dir, u64::MAX, Kind::Killed, || setup(&mut place));
-            let (result, crashed) = crash::at(&dir, step, kind, || operation(&place));
-            let context = format!("step {step}, {kind:?}, {result:?}");
-            eprintln!("{context}");
-            assert!(crashed || result.is_ok(), "{context}");
-            if place.path().exists() && Archive::open(&place.path()).is_ok() {
-                place.check(must, may);
-            }
-            match crash::at(&dir, u64::MAX, Kind::Killed, || operation(&place)).0 {
-                Ok(()) | Err(ArchiveError::NoCheckpoint { .. }) => {}
-                Err(error) => panic!("{context}: and again: {error}"),
-            }
-            place.check(must, may);
-            crash::at(&dir, u64::MAX, Kind::Killed, || place.lock().clean().unwrap());
-            place.check_tidy();
-            if !crashed {
-                break;
-            }
-        }
-    }
-}
-
-#[test]
-fn a_crash_while_a_checkpoint_is_made_leaves_it_or_none() {
-    let memory = [7; PAGES];
-    crash_everywhere(
-        &[400],
-        &[],
-        |place| {
-            place.saved.insert(400_000, memory);
-        },
-        |place| save(&Archive::create(&place.path())?.lock()?, &memory, None, 400).map(drop),
-    );
-}
-
-#[test]
-fn a_crash_while_a_differential_one_is_made_leaves_its_base() {
-    let mut memory = [1; PAGES];
-    memory[3] = 3;
-    crash_everywhere(
-        &[400],
-        &[100, 200, 300],
-        |place| {
-            place.chain();
-            place.saved.insert(400_000, memory);
-        },
-        |place| {
-            let archive = place.archive().lock()?;
-            let base = archive.list()?.entries.last().map(|entry| entry.name().to_owned());
-            save(&archive, &memory, base.as_deref(), 400).map(drop)
-        },
-    );
-}
-
-#[test]
-fn a_crash_while_one_is_removed_leaves_all_of_it_or_nothing() {
-    crash_everywhere(
-        &[300],
-        &[100, 200],
-        |place| {
-            place.chain();
-        },
-        |place| place.archive().lock()?.remove("1970-01-01T00-05-00Z"),
-    );
-}
-
-#[test]
-fn a_crash_while_one_is_merged_leaves_it_whole() {
-    crash_everywhere(
-        &[],
-        &[100, 200, 300],
-        |place| {
-            place.chain();
-        },
-        |place| place.archive().lock()?.merge("1970-01-01T00-05-00Z", &|_| true).map(drop),
-    );
-}
-
-#[test]
-fn a_crash_while_old_ones_go_leaves_the_newest_whole() {
-    crash_everywhere(
-        &[100, 200],
-        &[300],
-        |place| {
-            place.chain();
-        },
-        |place| place.archive().lock()?.keep(1, &|_| true).map(drop),
-    );
-}
-
-#[test]
-fn a_crash_while_the_order_is_recorded_leaves_the_checkpoint() {
-    crash_everywhere(
-        &[],
-        &[100],
-        |place| {
-            place.save(&[1; PAGES], None, 100);
-        },
-        |place| {
-            let order = FirstFaults::new(PAGES as u64, vec![Run::new(PageNo(4), 3)]).unwrap();
-            place.archive().find(None)?.put_first_faults(&order)
-        },
-    );
 }
 
 /// The map that was saved is the map that is read.

@@ -6,7 +6,7 @@ use swapd::{PageNo, Run};
 
 use super::error::ArchiveError;
 use super::{Archive, Entry};
-use crate::format::{MapPiece, MemoryMap, PageKind};
+use crate::format::{MemoryMap, PageKind};
 
 /// Most checkpoints that one can stand on, itself among them: each is a file that a restored VM has open.
 pub const MAX_CHAIN: usize = 64;
@@ -116,52 +116,68 @@ impl Chain {
     /// # Errors
     /// If a map cannot be read or is damaged, or a page is not where it should be.
     pub fn layers(&self) -> Result<Layers, ArchiveError> {
-        let maps: Vec<MemoryMap> = self.entries.iter().map(Entry::map).collect::<Result<_, _>>()?;
+        let map = self.top().map()?;
         let mut runs = Vec::new();
-        for piece in maps[0].pieces() {
-            self.place(&maps, 0, piece, &mut runs)?;
+        let mut below: Vec<Sought<'_>> = Vec::new();
+        for piece in map.pieces() {
+            match piece.kind {
+                PageKind::Zero | PageKind::Lost => {}
+                PageKind::Here => runs.push((piece.run, 0)),
+                PageKind::Base => below.push(Sought { run: piece.run, sums: piece.sums }),
+            }
         }
-        let count = maps.len();
-        let map = maps.into_iter().next().expect("a chain is never empty");
-        Ok(Layers { map, runs, count })
+        // Down the chain, with one map of it in memory at a time.
+        for (at, base) in (1..).zip(&self.entries[1..]) {
+            let map = base.map()?;
+            below = self.seek(&below, at, &map, &mut runs)?;
+        }
+        if let Some(left) = below.first() {
+            // A manifest is not read if it has such pages and no base.
+            return Err(self.damaged(self.entries.len(), left.run.start, "is not there"));
+        }
+        runs.sort_unstable_by_key(|(run, _)| run.start);
+        Ok(Layers { map, runs, count: self.entries.len() })
     }
 
-    /// Puts the piece, which that checkpoint's map has, where its content is.
-    fn place(
+    /// Looks for pages in that checkpoint. Returns those that it has in its base in turn.
+    fn seek<'a>(
         &self,
-        maps: &[MemoryMap],
+        sought: &[Sought<'a>],
         at: usize,
-        piece: MapPiece<'_>,
+        map: &MemoryMap,
         runs: &mut Vec<(Run, u8)>,
-    ) -> Result<(), ArchiveError> {
-        match piece.kind {
-            PageKind::Zero | PageKind::Lost => {}
-            PageKind::Here => runs.push((piece.run, at as u8)),
-            PageKind::Base => {
-                let damaged = |page, why| {
-                    // A manifest is not read if it has such pages and no base.
-                    let base = self.entries.get(at + 1).map_or("", Entry::name).to_owned();
-                    ArchiveError::BasePage { name: self.entries[at].name().to_owned(), page, base, why }
-                };
-                let below = maps.get(at + 1).ok_or_else(|| damaged(piece.run.start, "is not there"))?;
-                for found in below.pieces_in(piece.run) {
-                    if !found.kind.has_content() {
-                        return Err(damaged(found.run.start, "has no content for it"));
-                    }
-                    let first = (found.run.start.0 - piece.run.start.0) as usize;
-                    let sums = piece.sums[first..].iter().zip(found.sums);
-                    if let Some(differs) = sums.clone().position(|(ours, theirs)| ours != theirs) {
-                        return Err(damaged(
-                            found.run.start.plus(differs as u32),
-                            "has another content for it",
-                        ));
-                    }
-                    self.place(maps, at + 1, found, runs)?;
+    ) -> Result<Vec<Sought<'a>>, ArchiveError> {
+        let mut below = Vec::new();
+        for Sought { run, sums } in sought {
+            for found in map.pieces_in(*run) {
+                if !found.kind.has_content() {
+                    return Err(self.damaged(at, found.run.start, "has no content for it"));
+                }
+                let sums = &sums[indices_within(found.run, run.start)];
+                if let Some(differs) = sums.iter().zip(found.sums).position(|(ours, theirs)| ours != theirs) {
+                    let page = found.run.start.plus(differs as u32);
+                    return Err(self.damaged(at, page, "has another content for it"));
+                }
+                match found.kind {
+                    PageKind::Base => below.push(Sought { run: found.run, sums }),
+                    _ => runs.push((found.run, at as u8)),
                 }
             }
         }
-        Ok(())
+        Ok(below)
     }
+
+    /// A page is not in that checkpoint, though the one above says so.
+    fn damaged(&self, at: usize, page: PageNo, why: &'static str) -> ArchiveError {
+        let base = self.entries.get(at).map_or("", Entry::name).to_owned();
+        ArchiveError::BasePage { name: self.entries[at - 1].name().to_owned(), page, base, why }
+    }
+}
+
+/// Pages that a checkpoint has in its base, and their checksums.
+struct Sought<'a> {
+    run: Run,
+    sums: &'a [u64],
 }
 
 impl Layers {

@@ -22,6 +22,14 @@ pub enum ArchiveError {
         /// The directory.
         path: PathBuf,
     },
+    /// Others than this user can put things there.
+    #[error("{path} {why}: a VM would begin from what somebody else has put there")]
+    NotSafe {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// No checkpoint can be called so.
     #[error("{0:?} is not a name of a checkpoint: `vmemd checkpoint list` shows them")]
     Name(String),
@@ -164,6 +172,18 @@ pub enum ArchiveError {
         /// The step, as a verb.
         what: &'static str,
         /// The file or directory.
+        path: PathBuf,
+        /// The operating system's error.
+        source: io::Error,
+    },
+    /// It has its name, and a power failure may take it.
+    #[error(
+        "the checkpoint {name} is there, but perhaps not durable: cannot flush {path}: a power failure now may take it"
+    )]
+    NotFlushed {
+        /// The checkpoint.
+        name: String,
+        /// The archive.
         path: PathBuf,
         /// The operating system's error.
         source: io::Error,

@@ -72,7 +72,7 @@ impl Locked {
             move |error| ArchiveError::io(what, path, error)
         };
         // Held until the directory has another name: whoever opens the image later sees that it is gone.
-        let _image = match entry {
+        let image = match entry {
             Some(entry) => self.only_user(entry)?,
             None => None,
         };
@@ -81,13 +81,16 @@ impl Locked {
         steps::rename(&self.dir, name, &old).map_err(io("remove"))?;
         // Before its files: else a crash could leave the name with a part of them.
         steps::sync_dir(&self.dir).map_err(io("remove"))?;
+        // NFS gives a file that is open another name instead of removing it, and its directory stays.
+        drop(image);
         remove_tree(&self.dir, &old).map_err(io("remove"))
     }
 
     /// The image, locked against all others; `None` if there is none.
     fn only_user(&self, entry: &Entry) -> Result<Option<File>, ArchiveError> {
         let path = entry.path().join(IMAGE);
-        let image = match steps::open(entry.dir(), IMAGE, false) {
+        // NFS locks a file exclusively only for whoever may write to it.
+        let image = match steps::open_to_write(entry.dir(), IMAGE, false) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(|error| ArchiveError::io("open", &path, error))?,
         };
@@ -99,13 +102,15 @@ impl Locked {
     }
 
     /// Removes all checkpoints but the newest so many (at least one). Those of them that stand on one that goes are
-    /// merged first. What is in use stays, and goes with a later call.
+    /// merged first. What is in use stays, and goes with a later call. `made`, if there is one, was made just now: it is
+    /// the newest, whatever the clock has said.
     ///
     /// # Errors
     /// If something cannot be read, merged or removed.
-    pub fn keep(&self, count: usize, watch: Watch<'_>) -> Result<Kept, ArchiveError> {
+    pub fn keep(&self, count: usize, made: Option<&str>, watch: Watch<'_>) -> Result<Kept, ArchiveError> {
         self.clean()?;
-        let listing = self.list()?;
+        let mut listing = self.list()?;
+        listing.entries.sort_by_key(|entry| made != Some(entry.name()));
         let (stay, go) = listing.entries.split_at(count.max(1).min(listing.entries.len()));
         let mut kept = Kept::default();
         if go.is_empty() {

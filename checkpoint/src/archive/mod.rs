@@ -78,13 +78,14 @@ impl Archive {
     /// An archive that is there.
     ///
     /// # Errors
-    /// If the directory is no archive, or cannot be read.
+    /// If the directory is no archive, cannot be read, or is not this user's alone to write to.
     pub fn open(path: &Path) -> Result<Archive, ArchiveError> {
         let no_archive = || ArchiveError::NoArchive { path: path.to_owned() };
         let archive = Archive::at(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => no_archive(),
             _ => ArchiveError::io("open", path, error),
         })?;
+        archive.is_safe()?;
         match steps::open(&archive.dir, LOCK, false) {
             Ok(_) => Ok(archive),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(no_archive()),
@@ -102,10 +103,10 @@ impl Archive {
             Err(ArchiveError::NoArchive { .. }) => {}
             opened => return opened,
         }
-        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.map_err(|error| ArchiveError::io("make", path, error))?;
+        make_durable(path).map_err(|error| ArchiveError::io("make", path, error))?;
         let io = |error| ArchiveError::io("read", path, error);
         let archive = Archive::at(path).map_err(io)?;
+        archive.is_safe()?;
         if steps::names(&archive.dir).map_err(io)?.iter().any(|name| name != NOT_OURS && name != LOCK) {
             return Err(ArchiveError::NotEmpty { path: path.to_owned() });
         }
@@ -122,6 +123,20 @@ impl Archive {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = File::from(rustix::fs::open(&path, flags, Mode::empty())?);
         Ok(Archive { path, dir: Arc::new(dir) })
+    }
+
+    /// What is in a checkpoint's files becomes a machine's memory and state: nobody else may write them.
+    fn is_safe(&self) -> Result<(), ArchiveError> {
+        let found = rustix::fs::fstat(&self.dir)
+            .map_err(|error| ArchiveError::io("look at", &self.path, error.into()))?;
+        let not_safe = |why| Err(ArchiveError::NotSafe { path: self.path.clone(), why });
+        if found.st_mode & 0o022 != 0 {
+            return not_safe("can be written to by others (chmod go-w)");
+        }
+        if found.st_uid != 0 && found.st_uid != rustix::process::geteuid().as_raw() {
+            return not_safe("belongs to another user, who is not root either (chown)");
+        }
+        Ok(())
     }
 
     /// Its directory.
@@ -201,6 +216,18 @@ impl Archive {
             },
         }
     }
+}
+
+/// Makes a directory, with those that it is in, and flushes each that has got a new one: else a power failure could take
+/// all of it, with checkpoints that are durable in it.
+fn make_durable(path: &Path) -> io::Result<()> {
+    let path = std::path::absolute(path)?;
+    let missing = path.ancestors().take_while(|dir| !dir.exists()).count();
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path)?;
+    for dir in path.ancestors().skip(1).take(missing) {
+        steps::sync_dir(&File::open(dir)?)?;
+    }
+    Ok(())
 }
 
 impl Deref for Locked {

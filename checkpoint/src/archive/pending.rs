@@ -8,7 +8,7 @@ use std::sync::Arc;
 use swapd::units::pages_in;
 
 use super::chain::{Chain, MAX_CHAIN};
-use super::entry::{Entry, IMAGE, MANIFEST, MAP, STATE, sum_of};
+use super::entry::{Entry, IMAGE, MANIFEST, MAP, STATE, is_same, sum_of};
 use super::error::ArchiveError;
 use super::keep::remove_tree;
 use super::{Locked, NEW, names, steps};
@@ -18,7 +18,8 @@ use crate::outside::planted;
 /// What is said of a checkpoint by whoever has made it; the rest of its manifest is found in its files.
 #[derive(Clone, Debug)]
 pub struct Made {
-    /// When the VM stood still for it: milliseconds since 1970, UTC.
+    /// When the VM stood still for it: milliseconds since 1970, UTC. If the archive has one that is as new or newer, the
+    /// checkpoint is of a millisecond after that.
     pub made_at_ms: u64,
     /// This vmemd, for people.
     pub made_by: String,
@@ -33,7 +34,7 @@ pub struct Made {
 pub struct Pending<'a> {
     archive: &'a Locked,
     name: String,
-    dir: File,
+    dir: Arc<File>,
     image: File,
     map: File,
     state: File,
@@ -89,6 +90,7 @@ impl Locked {
         let base = base.map(|base| BaseRef { name: base.name().to_owned(), id: base.manifest().id });
         match make() {
             Ok((dir, image, map, state)) => {
+                let dir = Arc::new(dir);
                 Ok(Pending { archive: self, name, dir, image, map, state, base, finished: false })
             }
             Err(error) => {
@@ -143,6 +145,7 @@ impl Pending<'_> {
     ///
     /// # Errors
     /// If something cannot be written, or the map is none of this VM. Nothing is left of it then.
+    /// [`ArchiveError::NotFlushed`]: there is a checkpoint, which is whole, and may be gone after a power failure.
     pub fn finish(self, made: Made) -> Result<Entry, ArchiveError> {
         let id = CheckpointId::random().map_err(|error| ArchiveError::io("name", self.path(), error))?;
         self.finish_with(made, id, None)
@@ -152,6 +155,7 @@ impl Pending<'_> {
     ///
     /// # Errors
     /// If something cannot be written, or the files are not those that the manifest names. Nothing is left of it then.
+    /// [`ArchiveError::NotFlushed`]: there is a checkpoint, which is whole, and may be gone after a power failure.
     pub fn finish_as(self, manifest: Manifest) -> Result<Entry, ArchiveError> {
         let Manifest { id, made_at_ms, ref made_by, ref vm, save, .. } = manifest;
         let made = Made { made_at_ms, made_by: made_by.clone(), vm: vm.clone(), save };
@@ -182,9 +186,16 @@ impl Pending<'_> {
         } else if self.base.is_none() {
             return Err(wrong("it has pages in a base, and no base"));
         }
+        // The newest of an archive is the one that was made last, also after a clock that was ahead: a latest one that is
+        // older than others would be passed over, and be the first to go. One that comes from elsewhere is as old as it is.
+        let newest = self.archive.list()?.entries.first().map(|entry| entry.manifest().made_at_ms);
+        let made_at_ms = match (wanted, newest) {
+            (None, Some(newest)) => made.made_at_ms.max(newest.saturating_add(1)),
+            _ => made.made_at_ms,
+        };
         let manifest = Manifest {
             id,
-            made_at_ms: made.made_at_ms,
+            made_at_ms,
             made_by: made.made_by,
             vm: made.vm,
             base: self.base.take(),
@@ -209,10 +220,10 @@ impl Pending<'_> {
         let name = self.name_it(manifest.made_at_ms)?;
         self.finished = true;
         let archive = self.archive;
-        steps::sync_dir(&archive.dir).map_err(|error| ArchiveError::io("flush", &archive.path, error))?;
-        let dir = steps::open_dir(&archive.dir, &name)
-            .map_err(|error| ArchiveError::io("open", archive.path.join(&name), error))?;
-        Ok(Entry::new(name.clone(), manifest, Arc::new(dir), archive.path.join(name)))
+        if let Err(source) = steps::sync_dir(&archive.dir) {
+            return Err(ArchiveError::NotFlushed { name, path: archive.path.clone(), source });
+        }
+        Ok(Entry::new(name.clone(), manifest, self.dir.clone(), archive.path.join(name)))
     }
 
     /// Gives the directory the first name for that time that is free.
@@ -224,9 +235,15 @@ impl Pending<'_> {
             match steps::rename(&self.archive.dir, &self.name, &name) {
                 Ok(()) => return Ok(name),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => taken += 1,
+                // A network's file system may say so of a rename that was done.
+                Err(_) if self.is_named(&name) => return Ok(name),
                 Err(error) => return Err(ArchiveError::io("name", self.archive.path.join(name), error)),
             }
         }
+    }
+
+    fn is_named(&self, name: &str) -> bool {
+        steps::open_dir(&self.archive.dir, name).is_ok_and(|dir| is_same(&dir, &self.dir))
     }
 
     /// As it was written: whoever wrote it may have left the descriptor anywhere in the file.

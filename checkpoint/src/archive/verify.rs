@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use swapd::PageNo;
 use swapd::units::bytes_of;
 
-use super::chain::Source;
+use super::chain::{MAX_CHAIN, Source};
 use super::error::ArchiveError;
 use super::read::{Piece, Progress, Watch, read_all};
 use super::{Archive, Entry};
@@ -68,16 +68,30 @@ impl Archive {
             let watch = |progress: Progress| {
                 watch(Progress { bytes_done: bytes_before + progress.bytes_done, bytes_total })
             };
-            match self.verify_one(entry, &is_given, &watch, &mut verified) {
-                Ok(()) => {}
-                Err(ArchiveError::Removed { .. }) => {}
-                Err(error) if error.is_damage() || is_missing(&error) => {
-                    match self.find(Some(entry.name())) {
-                        Err(ArchiveError::NoCheckpoint { .. }) => {}
-                        _ => verified.file(entry, error),
-                    }
+            let mut now = entry.clone();
+            loop {
+                let before = self.manifests(&now);
+                let mut one = Verified::default();
+                let result = self.verify_one(&now, &is_given, &watch, &mut one);
+                if let Err(error) = &result
+                    && let Some(merged) = self.changed(&before, now.name(), error)
+                {
+                    now = merged;
+                    continue;
                 }
-                Err(error) => return Err(error),
+                verified.add(one);
+                match result {
+                    Ok(()) => {}
+                    Err(ArchiveError::Removed { .. }) => {}
+                    Err(error) if error.is_damage() || is_missing(&error) || is_unreadable(&error) => {
+                        match self.find(Some(entry.name())) {
+                            Err(ArchiveError::NoCheckpoint { .. }) => {}
+                            _ => verified.file(entry, error),
+                        }
+                    }
+                    Err(error) => return Err(error),
+                }
+                break;
             }
             bytes_before += bytes_of(pages_of(entry));
         }
@@ -110,8 +124,7 @@ impl Archive {
         })?;
         let mut found = found.into_inner().expect("nobody panics with it");
         found.sort_unstable();
-        let named = verified.damage.iter().filter(|damage| matches!(damage, Damage::Page { .. })).count();
-        for (layer, page) in found.iter().take(NAMED_PAGES.saturating_sub(named)) {
+        for (layer, page) in found.iter().take(NAMED_PAGES) {
             let checkpoint = chain.entries()[*layer].name().to_owned();
             verified.damage.push(Damage::Page { checkpoint, page: *page });
         }
@@ -124,9 +137,55 @@ impl Archive {
 }
 
 impl Verified {
+    fn add(&mut self, one: Verified) {
+        let is_page = |damage: &Damage| matches!(damage, Damage::Page { .. });
+        let named = self.damage.iter().filter(|damage| is_page(damage)).count();
+        // These are all pages.
+        self.damage.extend(one.damage.into_iter().take(NAMED_PAGES.saturating_sub(named)));
+        self.checkpoints += one.checkpoints;
+        self.pages += one.pages;
+        self.damaged_pages += one.damaged_pages;
+    }
+
     fn file(&mut self, entry: &Entry, error: ArchiveError) {
         self.damage.push(Damage::File { checkpoint: entry.name().to_owned(), error });
     }
+}
+
+impl Archive {
+    /// The manifest of the entry, and those of what it stands on as they are now.
+    pub(crate) fn manifests(&self, entry: &Entry) -> Vec<Manifest> {
+        let mut all = vec![entry.manifest().clone()];
+        while all.len() <= MAX_CHAIN
+            && let Some(base) = all.last().and_then(|last| last.base.as_ref())
+            && let Ok(base) = self.find(Some(&base.name))
+        {
+            all.push(base.manifest().clone());
+        }
+        all
+    }
+
+    /// The checkpoint's entry anew, if a merge has changed the checkpoint, or one below it, since [`manifests`] were read,
+    /// and `error` may come of that: a map has another name then, and bases may be gone. It is the same checkpoint, with
+    /// the same content.
+    ///
+    /// [`manifests`]: Archive::manifests
+    pub(crate) fn changed(&self, before: &[Manifest], name: &str, error: &ArchiveError) -> Option<Entry> {
+        if !error.is_damage() && !is_missing(error) {
+            return None;
+        }
+        let now = self.find(Some(name)).ok()?;
+        let is_other = now.manifest().id != before[0].id;
+        (!is_other && self.manifests(&now) != before).then_some(now)
+    }
+}
+
+/// Whether a disk, or its file system, does not give a file back: that checkpoint is damaged, and others may be whole.
+fn is_unreadable(error: &ArchiveError) -> bool {
+    const DAMAGE: [i32; 6] =
+        [libc::EIO, libc::EUCLEAN, libc::EBADMSG, libc::ENODATA, libc::EILSEQ, libc::EISDIR];
+    let ArchiveError::Io { source, .. } = error else { return false };
+    source.raw_os_error().is_some_and(|number| DAMAGE.contains(&number))
 }
 
 fn is_missing(error: &ArchiveError) -> bool {

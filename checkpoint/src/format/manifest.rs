@@ -171,6 +171,9 @@ impl CheckpointId {
     }
 }
 
+/// Files of a checkpoint that are none of its parts: whoever changes a part would write over them.
+const NOT_PARTS: [&str; 3] = ["memory.img", "manifest", "first-faults"];
+
 /// The parts of a manifest that every version has.
 #[derive(Deserialize)]
 struct Head {
@@ -238,6 +241,9 @@ impl Manifest {
             return Err(FormatError::Value("it has pages in a base, and no base"));
         }
         let parts = [&self.parts.map.file, &self.parts.state.file];
+        if parts.iter().any(|name| NOT_PARTS.contains(&name.as_str())) {
+            return Err(FormatError::Value("a part in the place of another file of the checkpoint"));
+        }
         let base = self.base.iter().map(|base| &base.name);
         if !parts.into_iter().chain(base).all(|name| is_name(name)) {
             return Err(FormatError::Value("a file's name that is none of a checkpoint's"));

@@ -88,6 +88,10 @@ fn what_contradicts_itself_is_refused_though_its_checksum_is_right() {
     assert!(text(&|it| it.pages.here += 1).contains("pages of all kinds"));
     assert!(text(&|it| it.pages.lost = u64::MAX).contains("pages of all kinds"));
     assert!(text(&|it| it.base = None).contains("no base"));
+    for name in ["memory.img", "manifest", "first-faults"] {
+        assert!(text(&|it| it.parts.map.file = name.to_owned()).contains("another file"), "{name}");
+        assert!(text(&|it| it.parts.state.file = name.to_owned()).contains("another file"), "{name}");
+    }
     for name in ["", "..", ".new-1", "a/b", "/etc/passwd", &"x".repeat(65)] {
         assert!(text(&|it| it.parts.state.file = name.to_owned()).contains("name"), "{name}");
         assert!(text(&|it| it.base.as_mut().unwrap().name = name.to_owned()).contains("name"), "{name}");

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use swapd::{Origin, OriginLayer, Run};
 
 use super::image::Image;
-use crate::archive::{ArchiveError, Chain, Entry, FIRST_FAULTS, IMAGE};
+use crate::archive::{Archive, ArchiveError, Chain, Entry, FIRST_FAULTS, IMAGE};
 use crate::format::FirstFaults;
 
 /// Why a VM cannot begin from a checkpoint.
@@ -50,11 +50,26 @@ pub struct Hold {
     first_faults: Option<File>,
 }
 
-/// Opens a checkpoint with all that it stands on.
+/// Opens a checkpoint with all that it stands on. One that a merge changes meanwhile is opened as it is then.
 ///
 /// # Errors
 /// If anything of it is not whole, but for the pages themselves: these are looked at when they are needed.
-pub fn open(chain: &Chain) -> Result<Checkpoint, OpenError> {
+pub fn open(archive: &Archive, entry: &Entry) -> Result<Checkpoint, OpenError> {
+    let mut now = entry.clone();
+    loop {
+        let before = archive.manifests(&now);
+        let opened = archive.chain(&now).map_err(OpenError::from).and_then(|chain| open_chain(&chain));
+        match opened {
+            Err(OpenError::Archive(error)) => match archive.changed(&before, now.name(), &error) {
+                Some(merged) => now = merged,
+                None => return Err(error.into()),
+            },
+            opened => return opened,
+        }
+    }
+}
+
+fn open_chain(chain: &Chain) -> Result<Checkpoint, OpenError> {
     // The locks first: what is locked stays.
     let mut images = Vec::with_capacity(chain.entries().len());
     let mut layers = Vec::with_capacity(chain.entries().len());
@@ -93,6 +108,11 @@ fn first_faults_to_write(entry: &Entry) -> Option<File> {
 }
 
 impl Hold {
+    /// The files whose locks keep the checkpoint: for a process that is to have them as well.
+    pub fn images(&self) -> &[File] {
+        &self.images
+    }
+
     /// Whether the order of first faults is not known yet, and this VM may write it.
     pub fn wants_first_faults(&self) -> bool {
         self.first_faults.is_some()
