@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::chain::MAX_CHAIN;
 use super::entry::{Entry, FIRST_FAULTS, IMAGE, MANIFEST, NEW_SUFFIX};
@@ -11,6 +13,10 @@ use super::error::ArchiveError;
 use super::read::Watch;
 use super::{Listing, Locked, NEW, OLD, steps};
 use crate::format::CheckpointId;
+
+/// How long an image that is in use is waited for, and how often it is tried.
+const LET_GO_LIMIT: Duration = Duration::from_secs(3);
+const LET_GO_EVERY: Duration = Duration::from_millis(50);
 
 /// What became of the checkpoints that were not to be kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -94,10 +100,15 @@ impl Locked {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(|error| ArchiveError::io("open", &path, error))?,
         };
-        match flock(&image, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(image)),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(ArchiveError::InUse { name: entry.name().to_owned() }),
-            Err(error) => Err(ArchiveError::io("lock", path, error.into())),
+        // The kernel closes what an io_uring has of a process some moments after that has ended, and its locks with it.
+        let deadline = Instant::now() + LET_GO_LIMIT;
+        loop {
+            match flock(&image, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Some(image)),
+                Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LET_GO_EVERY),
+                Err(Errno::WOULDBLOCK) => return Err(ArchiveError::InUse { name: entry.name().to_owned() }),
+                Err(error) => return Err(ArchiveError::io("lock", path, error.into())),
+            }
         }
     }
 
