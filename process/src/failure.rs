@@ -148,15 +148,6 @@ impl From<ArchiveError> for Failure {
     }
 }
 
-impl From<checkpoint::restore::OpenError> for Failure {
-    fn from(error: checkpoint::restore::OpenError) -> Failure {
-        match error {
-            checkpoint::restore::OpenError::Archive(error) => error.into(),
-            error => Failure::new(FailureKind::Damaged, chain(&error)),
-        }
-    }
-}
-
 impl From<TlsError> for Failure {
     fn from(error: TlsError) -> Failure {
         let kind = if matches!(error, TlsError::Ours(_)) { FailureKind::Usage } else { FailureKind::Link };

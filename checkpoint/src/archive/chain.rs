@@ -4,9 +4,10 @@ use std::fs::File;
 
 use swapd::{PageNo, Run};
 
+use super::entry::IMAGE;
 use super::error::ArchiveError;
 use super::{Archive, Entry};
-use crate::format::{MemoryMap, PageKind};
+use crate::format::{FormatError, MemoryMap, PageKind};
 
 /// Most checkpoints that one can stand on, itself among them: each is a file that a restored VM has open.
 pub const MAX_CHAIN: usize = 64;
@@ -106,9 +107,19 @@ impl Chain {
     /// while its file is open.
     ///
     /// # Errors
-    /// If one cannot be opened, or is being removed.
+    /// If one cannot be opened, is being removed, or ends before the memory does.
     pub fn images(&self, direct: bool) -> Result<Vec<File>, ArchiveError> {
-        self.entries.iter().map(|entry| entry.image(direct)).collect()
+        let open = |entry: &Entry| {
+            let image = entry.image(direct)?;
+            let path = entry.path().join(IMAGE);
+            let has = image.metadata().map_err(|error| ArchiveError::io("look at", &path, error))?.len();
+            let should = entry.manifest().vm.memory_bytes;
+            match has < should {
+                true => Err(ArchiveError::format(path, FormatError::CutOff { has, should })),
+                false => Ok(image),
+            }
+        };
+        self.entries.iter().map(open).collect()
     }
 
     /// Reads the maps, and finds out which checkpoint has which page.

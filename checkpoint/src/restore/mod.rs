@@ -15,5 +15,5 @@ mod order;
 
 pub use first_touches::FirstTouches;
 pub use image::{ADOPT_PAGES, Image};
-pub use open::{Checkpoint, Hold, OpenError, open};
+pub use open::{Checkpoint, Hold, open};
 pub use order::order;

@@ -3,31 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
 
 use swapd::{Origin, OriginLayer, Run};
 
 use super::image::Image;
 use crate::archive::{Archive, ArchiveError, Chain, Entry, FIRST_FAULTS, IMAGE};
 use crate::format::FirstFaults;
-
-/// Why a VM cannot begin from a checkpoint.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Something is not there, or not whole.
-    #[error(transparent)]
-    Archive(#[from] ArchiveError),
-    /// An image ends before the memory does.
-    #[error("{} is cut off: {has} of {should} bytes are there", path.display())]
-    CutOff {
-        /// Which.
-        path: PathBuf,
-        /// Its bytes.
-        has: u64,
-        /// The bytes of the VM's memory.
-        should: u64,
-    },
-}
 
 /// A checkpoint that is open.
 #[derive(Debug)]
@@ -54,33 +35,28 @@ pub struct Hold {
 ///
 /// # Errors
 /// If anything of it is not whole, but for the pages themselves: these are looked at when they are needed.
-pub fn open(archive: &Archive, entry: &Entry) -> Result<Checkpoint, OpenError> {
+pub fn open(archive: &Archive, entry: &Entry) -> Result<Checkpoint, ArchiveError> {
     let mut now = entry.clone();
     loop {
         let before = archive.manifests(&now);
-        let opened = archive.chain(&now).map_err(OpenError::from).and_then(|chain| open_chain(&chain));
+        let opened = archive.chain(&now).and_then(|chain| open_chain(&chain));
         match opened {
-            Err(OpenError::Archive(error)) => match archive.changed(&before, now.name(), &error) {
+            Err(error) => match archive.changed(&before, now.name(), &error) {
                 Some(merged) => now = merged,
-                None => return Err(error.into()),
+                None => return Err(error),
             },
             opened => return opened,
         }
     }
 }
 
-fn open_chain(chain: &Chain) -> Result<Checkpoint, OpenError> {
+fn open_chain(chain: &Chain) -> Result<Checkpoint, ArchiveError> {
     // The locks first: what is locked stays.
     let mut images = Vec::with_capacity(chain.entries().len());
     let mut layers = Vec::with_capacity(chain.entries().len());
     for (file, entry) in chain.images(true)?.into_iter().zip(chain.entries()) {
         let path = entry.path().join(IMAGE);
         let io = |source| ArchiveError::Io { what: "look at", path: path.clone(), source };
-        let has = file.metadata().map_err(io)?.len();
-        let should = entry.manifest().vm.memory_bytes;
-        if has < should {
-            return Err(OpenError::CutOff { path, has, should });
-        }
         images.push(file.try_clone().map_err(io)?);
         layers.push(OriginLayer::of(file).map_err(io)?);
     }
