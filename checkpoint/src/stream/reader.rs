@@ -18,7 +18,7 @@ use crate::format::{FirstFaults, FormatError, Manifest, MemoryMap, PageKind};
 const CHUNK: usize = 256 << 10;
 
 /// Reads a stream. What it has comes in this order: [manifest](StreamReader::manifest), [map](StreamReader::map),
-/// [state](StreamReader::state), [order of first faults](StreamReader::first_faults), then [pages](StreamReader::pages)
+/// [state](StreamReader::state), [order of first faults](StreamReader::first_faults), then pages
 /// until there are no more.
 #[derive(Debug)]
 pub struct StreamReader<R> {
