@@ -3,7 +3,7 @@
 //!
 //! A round sends the pages that became dirty during the one before. Rounds get shorter if pages become dirty more
 //! slowly than they are sent. If they do not, the VM is throttled, as in QEMU's auto-converge, but at once to the share
-//! at which the next round shrinks to [`WANTED_SHRINK`], not step by step.
+//! at which the next round shrinks to `WANTED_SHRINK`, not step by step.
 
 use std::time::Duration;
 
