@@ -9,7 +9,9 @@ use testkit::TempDir;
 
 use super::crash::{self, Kind};
 use super::*;
-use crate::format::{FirstFaults, FormatError, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Save, VmFacts};
+use crate::format::{
+    FirstFaults, FormatError, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Save, VmFacts,
+};
 
 #[path = "archive_crash_tests.rs"]
 mod crashes;
