@@ -25,11 +25,11 @@ use crate::granted::{Granted, Share};
 use crate::hold::{AS_IT_CAME, Resumer, Whereabouts, may_resume};
 use crate::host;
 use crate::life::{self, End, RECEIVER};
+use crate::live_vm::vm_error;
 use crate::machine::Newcomer;
 use crate::memory::{Memory, MemorySpec};
 use crate::passing;
 use crate::process::{Owner, Process};
-use crate::source_vm::vm_error;
 use crate::vm::{Vm, VmEvent, Waiting};
 
 /// A state leaves so much of `/var/tmp` free.

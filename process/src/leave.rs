@@ -18,8 +18,9 @@ use crate::doubt;
 use crate::failure::{Failure, FailureKind};
 use crate::hold::Whereabouts;
 use crate::life::CAUGHT;
+use crate::live_vm::vm_error;
 use crate::size::Size;
-use crate::source_vm::{Leaving, vm_error};
+use crate::source_vm::Leaving;
 use crate::vm::{Vm, VmEvent};
 
 /// How often it is looked whether whoever asked is still there.

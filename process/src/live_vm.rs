@@ -13,9 +13,10 @@ use crate::hold::{DID_NOT_GO_ON, FOR_ITS_CHECKPOINT, Resumer, may_resume};
 use crate::machine::Machine;
 use crate::vm::Vm;
 
-/// How long it is tried again to let a VM go on: a QEMU that has given its disks away takes them back.
-const RESUME_LIMIT: Duration = Duration::from_secs(5);
-const RESUME_RETRY: Duration = Duration::from_millis(100);
+/// How long it is tried again to let a VM go on: a QEMU that has given its disks away takes them back, and a target that
+/// ends may hold their locks still.
+pub(crate) const RESUME_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const RESUME_RETRY: Duration = Duration::from_millis(100);
 
 /// The VM as a checkpoint sees it.
 ///
@@ -97,6 +98,29 @@ pub(crate) fn vm_error(Failure { kind, text }: Failure) -> VmError {
     }
 }
 
+/// Stops a VM for a session that lets it go on afterwards, and notes what it was found doing. `paused`: it was told to
+/// stand still, so the session must let it go on even if this fails.
+pub(crate) fn stop(vm: &Vm, machine: &mut dyn Machine, paused: &mut bool) -> Result<(), Failure> {
+    let (runs, tells) = (machine.runs()?, machine.run_state().is_some());
+    vm.locked(|state| {
+        if !runs {
+            state.hold.found_still();
+            return;
+        }
+        state.hold.ran_in_stall();
+        if tells {
+            state.hold.found_running();
+        }
+    });
+    *paused = true;
+    let stopped = machine.pause();
+    if stopped.as_ref().is_err_and(|failure| failure.kind == FailureKind::Name) {
+        // It sleeps, and was not stopped: it wakes up by itself, and must not be told to go on.
+        *paused = false;
+    }
+    stopped
+}
+
 impl LiveVm for Saving<'_> {
     fn ended(&self) -> Option<String> {
         let ended = match self.kept.as_deref() {
@@ -114,25 +138,10 @@ impl LiveVm for Saving<'_> {
         // First: whoever would wait for the machine from now on must know that it is kept.
         self.note_stopped(true);
         self.kept = Some(self.vm.keep_machine());
-        let looked = self.machine(|machine| Ok((machine.runs()?, machine.run_state().is_some())));
-        let (runs, tells) = looked.map_err(|failure| self.failed(failure))?;
-        self.vm.locked(|state| {
-            if !runs {
-                state.hold.found_still();
-                return;
-            }
-            state.hold.ran_in_stall();
-            if tells {
-                state.hold.found_running();
-            }
-        });
-        self.paused = true;
-        let paused = self.machine(|machine| machine.pause());
-        if paused.as_ref().is_err_and(|failure| failure.kind == FailureKind::Name) {
-            // It sleeps, and was not stopped: it wakes up by itself, and must not be told to go on.
-            self.paused = false;
-        }
-        paused.map_err(|failure| self.failed(failure))
+        let (vm, mut paused) = (self.vm, false);
+        let stopped = self.machine(|machine| stop(vm, machine, &mut paused));
+        self.paused = paused;
+        stopped.map_err(|failure| self.failed(failure))
     }
 
     fn stood_still(&self) -> bool {

@@ -1,18 +1,15 @@
 //! The VM as a migration's source stops it, saves it and lets it go on.
 
 use std::io::Write;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use migrate::{Expected, LiveVm, SendError, SessionId, SourceVm, VmError};
 use tracing::error;
 
 use crate::failure::{Failure, FailureKind};
 use crate::hold::{DID_NOT_GO_ON, Resumer, may_resume};
+use crate::live_vm::{RESUME_LIMIT, RESUME_RETRY, stop, vm_error};
 use crate::vm::{Vm, VmState};
-
-/// How long it is tried again to let a VM go on that has not left: a target that ends may hold its disks' locks still.
-const RESUME_LIMIT: Duration = Duration::from_secs(5);
-const RESUME_RETRY: Duration = Duration::from_millis(100);
 
 /// The VM as a migration's source sees it.
 pub(crate) struct Leaving<'a> {
@@ -73,15 +70,6 @@ impl<'a> Leaving<'a> {
     }
 }
 
-/// A failure of the VM's own process, as a migration knows it.
-pub(crate) fn vm_error(Failure { kind, text }: Failure) -> VmError {
-    match kind {
-        FailureKind::CannotMove => VmError::CannotMove(text),
-        FailureKind::Resources => VmError::Resources(text),
-        _ => VmError::Machine(text),
-    }
-}
-
 fn cannot_move(why: String) -> Failure {
     Failure::new(FailureKind::CannotMove, format!("cannot move: {why}"))
 }
@@ -100,25 +88,9 @@ impl LiveVm for Leaving<'_> {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        let looked = self.vm.machine(|machine| Ok((machine.runs()?, machine.run_state().is_some())));
-        let (runs, tells) = looked.map_err(|failure| self.not_stopped(failure))?;
-        self.vm.locked(|state| {
-            if !runs {
-                state.hold.found_still();
-                return;
-            }
-            state.hold.ran_in_stall();
-            if tells {
-                state.hold.found_running();
-            }
-        });
-        self.paused = true;
-        let paused = self.vm.machine(|machine| machine.pause());
-        if paused.as_ref().is_err_and(|failure| failure.kind == FailureKind::Name) {
-            // It sleeps, and was not stopped: it wakes up by itself, and must not be told to go on.
-            self.paused = false;
-        }
-        paused.map_err(|failure| self.not_stopped(failure))
+        let (vm, paused) = (self.vm, &mut self.paused);
+        let stopped = vm.machine(|machine| stop(vm, machine, paused));
+        stopped.map_err(|failure| self.not_stopped(failure))
     }
 
     fn stood_still(&self) -> bool {
