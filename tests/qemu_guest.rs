@@ -57,6 +57,7 @@ fn a_console_goes_on_from_one_qemu_to_the_next() {
     first.write_all(b"beat 1\r\nbea").expect("the console");
     console.find(|line| line == "beat 2", JOB).expect("a line of both");
     assert_eq!(console.lines(), ["beat 1", "beat 2", "beat 3"]);
+    assert_eq!(console.lines_of_each(), ["beat 1", "t 2", "beat 3"]);
     assert!(!console.is_over());
     std::fs::remove_dir_all(&directory).expect("the test's directory");
 }

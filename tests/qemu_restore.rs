@@ -85,6 +85,11 @@ impl Saved {
         self.host.vmemd(&args).fails(code, words);
     }
 
+    /// Every whole line of each life so far.
+    fn lines(&self) -> Vec<String> {
+        self.guest.console().lines_of_each()
+    }
+
     fn stop(&self, name: &str) {
         let said = self.host.vmemd(&["stop", name]);
         assert_eq!(said.code, 0, "{said:?}");
@@ -130,17 +135,18 @@ fn a_killed_vm_comes_back_with_the_disk_of_that_moment() {
         let snapshot = report["disks"][0]["version"]["snapshot"].as_str().expect("a snapshot").to_owned();
         assert_eq!(report["disks"][0]["file"], Value::from(saved.disk.clone()));
         // The VM goes on with its disk, in the file that its command line names.
-        goes_on(|| saved.guest.lines(), 3);
+        goes_on(|| saved.lines(), 3);
         kill(saved.guest.pid());
-        let before = steps(&saved.guest.lines());
+        wait_for("the last of the console", || saved.guest.console().is_over().then_some(()));
+        let before = steps(&saved.lines());
 
         saved.refused(&[], 2, &["data: ", "--disk-copies DIR", "--disks-back", "--disks-as-they-are"]);
         for _ in 0..2 {
             // From the same checkpoint as often as is wanted.
             let mut running = saved.restore(&["--disks-back"]);
             saved.host.wait_state("db", "running");
-            goes_on(|| saved.guest.lines(), 3);
-            let after = steps(&saved.guest.lines());
+            goes_on(|| saved.lines(), 3);
+            let after = steps(&saved.lines());
             let first = after[before.len()];
             assert!(
                 first < *before.last().expect("steps"),
@@ -243,12 +249,12 @@ fn snapshots_go_only_when_there_is_no_checkpoint_and_the_disk_is_the_vms_own() {
         drop(client);
         ended();
         assert!(has(&snapshot));
-        goes_on(|| saved.guest.lines(), 2);
+        goes_on(|| saved.lines(), 2);
 
         let (mut client, snapshot) = until_saved(&saved.host);
         client.cancel(patience).expect_err("there is no checkpoint");
         assert!(!has(&snapshot));
-        goes_on(|| saved.guest.lines(), 2);
+        goes_on(|| saved.lines(), 2);
 
         // A QEMU that stands still has given its disks away.
         assert_eq!(saved.host.vmemd(&["pause", "db"]).code, 0);
@@ -257,7 +263,7 @@ fn snapshots_go_only_when_there_is_no_checkpoint_and_the_disk_is_the_vms_own() {
         saved.host.wait_state("db", "paused");
         assert!(has(&snapshot));
         assert_eq!(saved.host.vmemd(&["resume", "db"]).code, 0);
-        goes_on(|| saved.guest.lines(), 2);
+        goes_on(|| saved.lines(), 2);
         assert!(saved.guest.log().contains(&format!("snapshot {snapshot} stays")), "{}", saved.guest.log());
     }
 }
@@ -268,7 +274,7 @@ fn a_second_life_beside_the_first_has_disks_of_its_own() {
         eprintln!("QEMU {}", qemu.version);
         let mut saved = Saved::start("qemu-second", &qemu, "qcow2");
         saved.checkpoint();
-        goes_on(|| saved.guest.lines(), 2);
+        goes_on(|| saved.lines(), 2);
         // The first one has its disk: nothing of it is put back under its hands.
         saved.refused(&["--disks-back"], 4, &["--as"]);
         saved.refused(&["--as", "db2", "--disks-back"], 3, &["the disks are not as they were", "lock"]);
@@ -284,7 +290,7 @@ fn a_second_life_beside_the_first_has_disks_of_its_own() {
         let _second_vm = saved.restore(&more);
         saved.host.wait_state("db2", "running");
         goes_on(|| second.lines(), 3);
-        goes_on(|| saved.guest.lines(), 2);
+        goes_on(|| saved.lines(), 2);
         let copy = PathBuf::from(&copies).join("db2-data.qcow2").display().to_string();
         assert!(!qemu_img(&["snapshot", "-U", "-l", &copy]).contains("vmemd-"));
         let taken = ["--as", "db2", "--disk-copies", &copies, "--qemu-rules", &rules];
@@ -303,10 +309,10 @@ fn a_disk_that_keeps_no_version_is_left_out_only_by_its_users_will() {
     let args = ["checkpoint", "db", "--to", &saved.archive];
     let words = ["disk data is in ", "the format raw keeps no earlier version", "--without-disks"];
     saved.host.vmemd(&args).fails(9, &words);
-    goes_on(|| saved.guest.lines(), 1);
+    goes_on(|| saved.lines(), 1);
     let said = saved.host.vmemd(&[&args[..], &["--without-disks"]].concat());
     assert_eq!(said.code, 0, "{said:?}");
-    goes_on(|| saved.guest.lines(), 1);
+    goes_on(|| saved.lines(), 1);
     kill(saved.guest.pid());
     saved.refused(&["--disks-back"], 2, &["made without disks: nobody has data"]);
     saved.refused(&[], 2, &["data: "]);
@@ -340,7 +346,7 @@ fn a_command_line_is_taken_if_it_makes_the_same_machine() {
     let same = [other(&[]), line(&saved.disk, "qcow2"), saved.guest.console().args().to_vec()].concat();
     let mut running = saved.restore(&same.iter().map(String::as_str).collect::<Vec<_>>());
     saved.host.wait_state("db", "running");
-    goes_on(|| saved.guest.lines(), 3);
+    goes_on(|| saved.lines(), 3);
     saved.stop("db");
     running.end();
 }

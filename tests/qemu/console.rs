@@ -1,5 +1,5 @@
 //! A serial console on a Unix socket. Bytes are kept for each connection; the lines are those of all connections, one
-//! after the other.
+//! after the other: of one VM that moves, or of several lives of one that is restored.
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
@@ -55,6 +55,13 @@ impl Console {
     /// Every whole line so far, without its end. A line that one QEMU began and the next ended is one line.
     pub(crate) fn lines(&self) -> Vec<String> {
         lines(&self.shared.connections.lock().expect("a lock"))
+    }
+
+    /// Every whole line of each connection. A VM that is restored does not go on where the one before it was killed:
+    /// the line which that one began has no end.
+    pub(crate) fn lines_of_each(&self) -> Vec<String> {
+        let connections = self.shared.connections.lock().expect("a lock");
+        connections.iter().flat_map(|connection| lines(std::slice::from_ref(connection))).collect()
     }
 
     /// Every whole line, once all that QEMU has printed so far has been read; none before that. Of a QEMU that stands
