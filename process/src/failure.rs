@@ -3,6 +3,7 @@
 use std::fmt;
 
 use checkpoint::archive::ArchiveError;
+use checkpoint::key::KeyFileError;
 use migrate::tls::TlsError;
 use serde::{Deserialize, Serialize};
 
@@ -133,6 +134,9 @@ impl From<ArchiveError> for Failure {
         use ArchiveError as E;
         let kind = match &error {
             E::NotEmpty { .. } | E::Name(_) => FailureKind::Usage,
+            E::KeyNeeded { .. } | E::WrongKey { .. } | E::NotEncrypted { .. } => FailureKind::Usage,
+            E::KeyFile(KeyFileError::Io { source, .. }) => FailureKind::of_io(source),
+            E::KeyFile(_) | E::BaseKey { .. } => FailureKind::Usage,
             E::NoArchive { .. } | E::NoCheckpoint { .. } | E::Empty { .. } => FailureKind::Name,
             E::Busy { .. } | E::OtherVm { .. } | E::InUse { .. } | E::Removed { .. } => FailureKind::Name,
             E::IsBase { .. } | E::MayBeBase { .. } | E::TooDeep { .. } => FailureKind::Name,

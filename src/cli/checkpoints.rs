@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Locked, Verified};
+use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Verified};
 use checkpoint::format::DiskVersion;
 use serde::Serialize;
 use serde_json::json;
@@ -10,7 +10,7 @@ use swapd::units::bytes_of;
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::signals;
 
-use super::args::{ArchiveArgs, ArchiveCommand, NamedArgs, OneArgs};
+use super::args::{ArchiveArgs, ArchiveCommand, MergeArgs, NamedArgs, OneArgs, VerifyArgs};
 use super::streams;
 use super::terminal::{print, print_json, warn};
 use super::work::{Work, rounded};
@@ -29,6 +29,7 @@ struct Row {
     base_bytes: u64,
     disk_bytes: Option<u64>,
     base: Option<String>,
+    encrypted: bool,
 }
 
 impl Row {
@@ -45,6 +46,7 @@ impl Row {
             base_bytes: bytes_of(manifest.pages.base),
             disk_bytes: entry.disk_bytes().ok(),
             base: manifest.base.as_ref().map(|base| base.name.clone()),
+            encrypted: entry.is_encrypted(),
         }
     }
 }
@@ -85,13 +87,14 @@ fn list(args: &ArchiveArgs) -> Result<(), Failure> {
     print(&format!("{:<24} {:>6} {:>8} {:>8} {:>8}  BASE", "NAME", "AGE", "MEMORY", "SAVED", "DISK"));
     for row in rows {
         print(&format!(
-            "{:<24} {:>6} {:>8} {:>8} {:>8}  {}",
+            "{:<24} {:>6} {:>8} {:>8} {:>8}  {}{}",
             row.name,
             age(row.age_seconds),
             rounded(row.memory_bytes),
             rounded(row.image_bytes),
             row.disk_bytes.map_or("?".to_owned(), rounded),
-            row.base.as_deref().unwrap_or("-")
+            row.base.as_deref().unwrap_or("-"),
+            if row.encrypted { "  encrypted" } else { "" }
         ));
     }
     Ok(())
@@ -147,6 +150,9 @@ fn show(args: &NamedArgs) -> Result<(), Failure> {
         };
         line("disk", text);
     }
+    if row.encrypted {
+        line("encrypted", "memory, map and state; what is shown here is not".to_owned());
+    }
     line("state", rounded(manifest.parts.state.bytes));
     line("on the disk", row.disk_bytes.map_or("?".to_owned(), rounded));
     let save = manifest.save;
@@ -168,9 +174,10 @@ fn show(args: &NamedArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn verify(args: &NamedArgs) -> Result<(), Failure> {
+fn verify(args: &VerifyArgs) -> Result<(), Failure> {
+    let (args, key) = (&args.named, args.key.read()?);
     signals::install()?;
-    let archive = Archive::open(&args.archive.archive)?;
+    let archive = Archive::open(&args.archive.archive)?.with_key(key);
     let (entries, unreadable) = match &args.checkpoint {
         Some(name) => (vec![archive.find(Some(name))?], Vec::new()),
         None => {
@@ -185,7 +192,7 @@ fn verify(args: &NamedArgs) -> Result<(), Failure> {
     let work = Work::begin("verify");
     let verified = archive.verify(&entries, &|progress| work.show(progress));
     let took = work.end();
-    let Verified { checkpoints, pages, damaged_pages, mut damage } = verified.map_err(stopped)?;
+    let Verified { checkpoints, pages, damaged_pages, mut damage, unread } = verified.map_err(stopped)?;
     damage.extend(unreadable.into_iter().map(|(checkpoint, error)| Damage::File { checkpoint, error }));
     let texts: Vec<String> = damage.iter().map(told).collect();
     if args.archive.json.json {
@@ -195,7 +202,8 @@ fn verify(args: &NamedArgs) -> Result<(), Failure> {
         });
         print_json(&json!({
             "checkpoints": checkpoints, "pages": pages, "bytes": bytes_of(pages), "seconds": took,
-            "damaged_pages": damaged_pages, "damage": damage.collect::<Vec<_>>(), "disks_not_looked_at": disks,
+            "damaged_pages": damaged_pages, "damage": damage.collect::<Vec<_>>(),
+            "unread": unread.iter().map(ToString::to_string).collect::<Vec<_>>(), "disks_not_looked_at": disks,
         }))?;
     }
     if !disks.is_empty() && !args.archive.json.json {
@@ -205,16 +213,30 @@ fn verify(args: &NamedArgs) -> Result<(), Failure> {
         ));
     }
     if texts.is_empty() {
-        if !args.archive.json.json {
+        if !args.archive.json.json && (checkpoints > 0 || unread.is_empty()) {
             let what = if checkpoints == 1 { "checkpoint is" } else { "checkpoints are" };
             print(&format!("{checkpoints} {what} whole: {} read in {took:.1} s", rounded(bytes_of(pages))));
         }
-        return Ok(());
+        return only_looked_at(&unread);
     }
     let more =
         damaged_pages as usize - damage.iter().filter(|one| matches!(one, Damage::Page { .. })).count();
     let more = if more > 0 { format!("\n  and {more} pages more") } else { String::new() };
     Err(Failure::new(FailureKind::Damaged, format!("damaged:\n  {}{more}", texts.join("\n  "))))
+}
+
+/// Fails if checkpoints were not read for want of their key: nobody knows whether their pages are whole.
+fn only_looked_at(unread: &[ArchiveError]) -> Result<(), Failure> {
+    if unread.is_empty() {
+        return Ok(());
+    }
+    let each: Vec<String> = unread.iter().map(ToString::to_string).collect();
+    let text = format!(
+        "not all was read: of these only the lengths, and the checksums of map and state as they are encrypted, were \
+         compared:\n  {}",
+        each.join("\n  ")
+    );
+    Err(Failure::new(FailureKind::Usage, text))
 }
 
 /// The files that have snapshots of these checkpoints, each once.
@@ -231,9 +253,10 @@ fn told(damage: &Damage) -> String {
     }
 }
 
-fn merge(args: &OneArgs) -> Result<(), Failure> {
+fn merge(args: &MergeArgs) -> Result<(), Failure> {
+    let (args, key) = (&args.one, args.key.read()?);
     signals::install()?;
-    let archive = locked(args)?;
+    let archive = Archive::open(&args.archive.archive)?.with_key(key).lock()?;
     let work = Work::begin("merge");
     let merged = archive.merge(&args.checkpoint, &|progress| work.show(progress));
     let took = work.end();
@@ -254,16 +277,12 @@ fn merge(args: &OneArgs) -> Result<(), Failure> {
 }
 
 fn remove(args: &OneArgs) -> Result<(), Failure> {
-    locked(args)?.remove(&args.checkpoint)?;
+    Archive::open(&args.archive.archive)?.lock()?.remove(&args.checkpoint)?;
     if args.archive.json.json {
         return print_json(&json!({ "name": args.checkpoint, "removed": true }));
     }
     print(&format!("{} is gone", args.checkpoint));
     Ok(())
-}
-
-fn locked(args: &OneArgs) -> Result<Locked, Failure> {
-    Ok(Archive::open(&args.archive.archive)?.lock()?)
 }
 
 /// Ctrl-C is told as itself.

@@ -66,7 +66,7 @@ struct Opened {
 }
 
 fn open(args: &ExportArgs) -> Result<Opened, Failure> {
-    let archive = Archive::open(&args.archive)?;
+    let archive = Archive::open(&args.archive)?.with_key(args.key.read()?);
     let entry = archive.find(args.checkpoint.as_deref())?;
     let export = Export::open(archive.chain(&entry)?).map_err(|error| failure(entry.name(), &error))?;
     outside(export.manifest());
@@ -247,7 +247,7 @@ fn archive_kind(error: &checkpoint::archive::ArchiveError) -> FailureKind {
     use checkpoint::archive::ArchiveError as E;
     match error {
         E::Io { source, .. } => Failure::io("", source).kind,
-        E::NotEmpty { .. } => FailureKind::Usage,
+        E::NotEmpty { .. } | E::KeyNeeded { .. } | E::WrongKey { .. } => FailureKind::Usage,
         E::Cancelled => FailureKind::Interrupted,
         E::Format { .. } => FailureKind::Other,
         _ => FailureKind::Name,

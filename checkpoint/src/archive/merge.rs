@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::chain::{Chain, Layers, Source};
 use super::entry::{Entry, IMAGE, MANIFEST, MAP, NEW_SUFFIX, sum_of};
 use super::error::ArchiveError;
-use super::read::{Piece, Watch, read_all};
+use super::read::{Images, Piece, Watch, read_all};
 use super::{Locked, steps};
+use crate::format::sealed::encode_map;
 use crate::format::{Manifest, MemoryMap, Part, Parts};
 
 /// What a merge has done.
@@ -40,7 +41,8 @@ impl Locked {
         }
         let chain = self.chain(&entry)?;
         // So that what is read stays, and what is removed by hand is noticed.
-        let images = chain.images(true)?;
+        let files = chain.images(true)?;
+        let images = Images { files: &files, cipher: chain.cipher()? };
         let layers = chain.layers()?;
         let image = steps::open_to_write(entry.dir(), IMAGE, true)
             .map_err(|error| ArchiveError::io("open", entry.path().join(IMAGE), error))?;
@@ -55,7 +57,7 @@ impl Locked {
 fn fill(
     chain: &Chain,
     layers: &Layers,
-    images: &[File],
+    images: &Images<'_>,
     image: &File,
     watch: Watch<'_>,
 ) -> Result<Merged, ArchiveError> {
@@ -75,7 +77,7 @@ fn fill(
         let put = || {
             let at = piece.run.start.offset();
             // Blocks of a file that was opened past the page cache can be shared as well.
-            if steps::share(&images[piece.image], image, at, bytes.len() as u64)? {
+            if steps::share(&images.files[piece.image], image, at, bytes.len() as u64)? {
                 return Ok(&shared);
             }
             steps::write(image, bytes, at)?;
@@ -104,9 +106,10 @@ fn replace(entry: &Entry, map: &MemoryMap) -> Result<(), ArchiveError> {
     };
     let old = &entry.manifest().parts;
     let file = next_map(&old.map.file);
+    let key = entry.chain_key()?;
     let part = || {
         let made = steps::create(dir, &file, false)?;
-        steps::write(&made, &map.encode(), 0)?;
+        steps::write(&made, &encode_map(map, key.as_ref())?, 0)?;
         steps::sync(&made)?;
         let (bytes, xxh3) = sum_of(&steps::open(dir, &file, false)?)?;
         Ok(Part { file: file.clone(), bytes, xxh3 })

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::io::BufWriter;
+use std::io::{self, BufWriter, Write};
 use std::pin::Pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,6 +22,8 @@ use super::report::{PauseParts, Phase, Progress, Saved};
 use super::rounds::Rounds;
 use super::state;
 use crate::format::MemoryMap;
+use crate::format::sealed::{SealedAs, SealedWriter, sealed_bytes};
+use crate::key::ChainKey;
 use crate::outside::{self, EngineHandle, File, Instant, Runtime, planted, timeout};
 
 /// So long what was being written is waited for, before a failure is told.
@@ -119,7 +121,8 @@ impl<'a, 'v> Session<'a, 'v> {
         let dirty = handle.subscribe_dirty()?;
         let rounds = runtime.block_on(async {
             let table = PageTable::new(pages, base);
-            let sink = ImageSink::new(image, outside::stored_reader(handle), table, options.rate);
+            let cipher = options.key.as_ref().map(ChainKey::pages);
+            let sink = ImageSink::new(image, outside::stored_reader(handle), table, options.rate, cipher);
             let sink = sink.map_err(host("the image cannot be opened once more"))?;
             Rounds::start(handle, dirty, sink, (progress, cancel))
         })?;
@@ -278,7 +281,8 @@ impl<'a, 'v> Stopped<'a, 'v> {
         self.parts.pages_ms = milliseconds(began);
         // Behind the pages: the disk is at work on them meanwhile.
         let began = Instant::now();
-        self.state_bytes = state::save(session.vm, &session.state, &session.runtime, &session.rounds)?;
+        let key = session.options.key.as_ref();
+        self.state_bytes = state::save(session.vm, &session.state, key, &session.runtime, &session.rounds)?;
         self.parts.state_ms = milliseconds(began);
         let began = Instant::now();
         if !planted!(ResumesBeforeTheDisk) {
@@ -298,9 +302,10 @@ impl<'a, 'v> Stopped<'a, 'v> {
             (rounds.heat(), rounds.memory_bytes(), rounds.round, rounds.sink.counts());
         let plain = rounds.sink.file();
         let sink = runtime.block_on(rounds.close());
-        let finished = plain
-            .map_err(|source| SaveError::Host { what: "opening the image once more", source })
-            .and_then(|plain| sink.pages(|pages| write_map(pages, &heat, &plain, &map)));
+        let finished =
+            plain.map_err(|source| SaveError::Host { what: "opening the image once more", source }).and_then(
+                |plain| sink.pages(|pages| write_map(pages, &heat, (&plain, &map), options.key.as_ref())),
+            );
         let finished = match finished {
             Ok(finished) => finished,
             // It was to be stopped, and stands still.
@@ -321,7 +326,10 @@ impl<'a, 'v> Stopped<'a, 'v> {
             pages_shared: counts.shared,
             throttle_max_percent: throttle_max,
             state_bytes,
-            map_bytes: finished.file_bytes(),
+            map_bytes: match options.key {
+                Some(_) => sealed_bytes(finished.file_bytes()),
+                None => finished.file_bytes(),
+            },
         })
     }
 }
@@ -338,17 +346,31 @@ fn goes_on(vm: &mut dyn LiveVm, error: SaveError) -> SaveError {
 }
 
 /// Has only what belongs into the image stay there, and writes the map.
-fn write_map(pages: &PageTable, heat: &[u8], image: &File, map: &File) -> Result<MemoryMap, SaveError> {
+fn write_map(
+    pages: &PageTable,
+    heat: &[u8],
+    (image, map): (&File, &File),
+    key: Option<&ChainKey>,
+) -> Result<MemoryMap, SaveError> {
     if !planted!(LeavesOldContent) {
         punch(image, &pages.holes())?;
     }
     let finished = pages.finish(heat);
     let mut to = BufWriter::with_capacity(1 << 20, map);
-    let written = finished.write(&mut to);
+    let written = match key {
+        None => finished.write(&mut to),
+        Some(key) => seal_map(&finished, to, key),
+    };
     if !planted!(BelievesTheMap) {
         written.map_err(|source| SaveError::Write { what: "map", source })?;
     }
     Ok(finished)
+}
+
+fn seal_map(map: &MemoryMap, to: impl Write, key: &ChainKey) -> io::Result<()> {
+    let mut sealed = SealedWriter::new(to, key, SealedAs::Map, outside::random()?)?;
+    map.write(&mut sealed)?;
+    sealed.finish().map(drop)
 }
 
 /// Makes holes of pages that the image has and the checkpoint has not.

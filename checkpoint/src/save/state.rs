@@ -6,11 +6,13 @@
 use std::io::{self, Write};
 use std::rc::Rc;
 
-use migrate::LiveVm;
+use migrate::{LiveVm, VmError};
 
 use super::error::SaveError;
 use super::rounds::Rounds;
-use crate::outside::{File, RingFile, Runtime};
+use crate::format::sealed::{SealedAs, SealedWriter};
+use crate::key::ChainKey;
+use crate::outside::{self, File, RingFile, Runtime};
 
 /// So much of a state is held before it is written: most are smaller. The rest waits for the disk.
 const PART_BYTES: usize = 64 << 20;
@@ -30,6 +32,7 @@ struct StateFile<'a, 'r> {
 pub(super) fn save(
     vm: &mut dyn LiveVm,
     file: &File,
+    key: Option<&ChainKey>,
     runtime: &Runtime,
     rounds: &Rounds<'_>,
 ) -> Result<u64, SaveError> {
@@ -44,13 +47,25 @@ pub(super) fn save(
         bytes: 0,
         trouble: None,
     };
-    let saved = vm.save(&mut to);
+    let saved = match key {
+        None => vm.save(&mut to),
+        Some(key) => sealed(vm, &mut to, key),
+    };
     // Of a VM that could not write because of the file, the file's trouble is told.
     match (to.trouble.take(), saved) {
         (Some(trouble), _) => Err(trouble),
         (None, Err(error)) => Err(error.into()),
         (None, Ok(())) => to.ship().map(|()| to.bytes),
     }
+}
+
+/// The same, sealed on its way into the file.
+fn sealed(vm: &mut dyn LiveVm, to: &mut StateFile<'_, '_>, key: &ChainKey) -> Result<(), VmError> {
+    let failed = |source| VmError::Io { doing: "sealing its state", source };
+    let salt = outside::random().map_err(failed)?;
+    let mut sealed = SealedWriter::new(to, key, SealedAs::State, salt).map_err(failed)?;
+    vm.save(&mut sealed)?;
+    sealed.finish().map(drop).map_err(failed)
 }
 
 impl StateFile<'_, '_> {

@@ -24,6 +24,10 @@ pub(crate) enum Bug {
     BelievesTheMap,
     /// Stored pages count as shared with the store though it could not be done.
     BelievesFailedClones,
+    /// The store's blocks are shared with an image that is to be encrypted.
+    SharesPlainBlocks,
+    /// Pages are written plain into an image that is to be encrypted.
+    WritesPlainPages,
     /// A page counts as the base's whatever it has become.
     BelievesTheBase,
     /// A page that was written over the base's clone still counts as the clone's.
@@ -55,7 +59,7 @@ pub(crate) enum Any {
     Reader(readers::Bug),
 }
 
-pub(crate) const ALL: [Any; 23] = [
+pub(crate) const ALL: [Any; 25] = [
     Any::Session(Bug::SkipsTheLastScan),
     Any::Session(Bug::SkipsTheDrains),
     Any::Session(Bug::ResumesBeforeTheLastPages),
@@ -65,6 +69,8 @@ pub(crate) const ALL: [Any; 23] = [
     Any::Session(Bug::BelievesTheState),
     Any::Session(Bug::BelievesTheMap),
     Any::Session(Bug::BelievesFailedClones),
+    Any::Session(Bug::SharesPlainBlocks),
+    Any::Session(Bug::WritesPlainPages),
     Any::Session(Bug::BelievesTheBase),
     Any::Session(Bug::BelievesTheClone),
     Any::Session(Bug::LeavesOldContent),
