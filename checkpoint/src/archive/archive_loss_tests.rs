@@ -166,3 +166,39 @@ fn a_merge_that_was_killed_leaves_no_room_taken_behind_the_next_command() {
     }
     assert!(taken > 0 && ended, "{taken} kills left something");
 }
+
+/// Whoever verifies, lists or opens beside merges and removals sees no damage: there is none.
+#[test]
+fn beside_merges_and_removals_nothing_seems_damaged() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    for _ in 0..12 {
+        let mut place = Place::new();
+        let names = place.chain();
+        let (archive, done) = (place.archive(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let looked = || {
+                    let listing = archive.list().unwrap();
+                    assert!(listing.unreadable.is_empty(), "{listing:?}");
+                    let verified = archive.verify(&listing.entries, &|_| true).unwrap();
+                    assert!(verified.damage.is_empty(), "{verified:?}");
+                    let latest = archive.find(None).unwrap();
+                    assert_eq!(latest.name(), names[2]);
+                    crate::restore::open(&archive, &latest).map(drop).unwrap();
+                };
+                while !done.load(Ordering::SeqCst) {
+                    looked();
+                }
+            });
+            let locked = place.lock();
+            let merge = |name: &str| locked.merge(name, &|_| true).unwrap();
+            let remove = |name: &str| while locked.remove(name).is_err() {};
+            merge(&names[1]);
+            remove(&names[0]);
+            merge(&names[2]);
+            remove(&names[1]);
+            done.store(true, Ordering::SeqCst);
+        });
+        place.check(&[300], &[]);
+    }
+}
