@@ -15,6 +15,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use checkpoint::restore::{Hold, Image, order};
@@ -24,7 +25,7 @@ use swapd::units::bytes_of;
 use swapd::{CommandError, EngineHandle, IoErrorKind, PendingAnswer, Run, Stats};
 use tracing::{info, warn};
 
-use crate::control::protocol::RestorePhase;
+use crate::control::protocol::{RestorePhase, State};
 use crate::failure::{Failure, FailureKind};
 use crate::halt::Halted;
 use crate::hold::Whereabouts;
@@ -503,6 +504,76 @@ impl Homing {
             self.looked_at_host = Some(Instant::now());
         }
         short.then(|| "the host is short of memory".to_owned())
+    }
+
+    // ── the order of the first faults ─────────────────────────────────────────────────────
+
+    /// Of a VM that runs, and whose checkpoint does not have it yet.
+    fn begin_recording(&mut self) {
+        let runs = self.vm.state().0 == State::Running;
+        if !runs || self.options.eager || !self.hold.wants_first_faults() {
+            return;
+        }
+        let Ok(budget) = self.budget_pages() else { return };
+        if self.vm.recording.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        self.recording = Some(Recording::begin(&self.image, budget));
+    }
+
+    /// Takes what was recorded meanwhile. Ends the recording when it is time.
+    fn look_at_faults(&mut self) -> Result<(), Stopped> {
+        let Some(mut recording) = self.recording.take_if(|recording| recording.is_due()) else {
+            return Ok(());
+        };
+        let looked = recording.look(
+            &self.image,
+            || self.engine.record_faults(true).map_err(Stopped::Engine),
+            || self.answer(self.engine.resident_map_async()),
+        );
+        let over = recording.is_over();
+        self.recording = Some(recording);
+        looked?;
+        if over {
+            self.write_order();
+        }
+        Ok(())
+    }
+
+    /// Waits for the end of a recording when there is nothing else to do.
+    fn end_recording(&mut self) -> Result<(), Stopped> {
+        while let Some(recording) = &self.recording {
+            let poll = recording.poll();
+            self.vm.halt.pause(poll)?;
+            self.look_at_faults()?;
+        }
+        Ok(())
+    }
+
+    fn write_order(&mut self) {
+        self.stop_recording_with(|homing, recording| {
+            let runs = recording.runs();
+            if runs.is_empty() {
+                return;
+            }
+            let name = &homing.vm.facts.name;
+            match homing.hold.write_first_faults(homing.image.pages(), runs.to_vec()) {
+                Ok(()) => info!(vm = %name, runs = runs.len(), "the checkpoint knows in which order its pages are needed"),
+                Err(error) => info!(vm = %name, %error, "the order in which pages are needed is not kept"),
+            }
+        });
+    }
+
+    fn stop_recording(&mut self) {
+        self.stop_recording_with(|_, _| {});
+    }
+
+    fn stop_recording_with(&mut self, keep: impl FnOnce(&mut Homing, &Recording)) {
+        let Some(recording) = self.recording.take() else { return };
+        let _ = self.engine.record_faults(false);
+        self.vm.recording.store(false, Ordering::SeqCst);
+        keep(self, &recording);
+        self.forget_image();
     }
 }
 

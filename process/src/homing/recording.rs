@@ -1,15 +1,10 @@
 //! The order in which a restored VM first needs its pages, for the next restore: recorded by the first VM that runs
 //! from a checkpoint which does not know it yet.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use checkpoint::restore::FirstTouches;
-use swapd::FaultKind;
-use tracing::info;
-
-use super::{Homing, Stopped};
-use crate::control::protocol::State;
+use checkpoint::restore::{FirstTouches, Image};
+use swapd::{FaultKind, FaultsSeen, Run};
 
 /// The first faults are those within this time from the first of them.
 const RECORDED: Duration = Duration::from_secs(10);
@@ -36,108 +31,70 @@ pub(super) struct Recording {
     look_around: Duration,
 }
 
-impl Homing {
-    /// Of a VM that runs, and whose checkpoint does not have it yet.
-    pub(super) fn begin_recording(&mut self) {
-        let runs = self.vm.state().0 == State::Running;
-        if !runs || self.options.eager || !self.hold.wants_first_faults() {
-            return;
-        }
-        let Ok(budget) = self.budget_pages() else { return };
-        if self.vm.recording.swap(true, Ordering::SeqCst) {
-            return;
-        }
+impl Recording {
+    /// Of a VM whose budget has so many pages: more than these make no order.
+    pub(super) fn begin(image: &Image, budget: u64) -> Recording {
         let now = Instant::now();
-        let order = FirstTouches::new(&self.image, budget);
-        self.recording = Some(Recording {
-            order,
+        Recording {
+            order: FirstTouches::new(image, budget),
             began: now,
             first: None,
             looked: now,
             poll: RECORD_POLL,
             look_around: LOOK_AROUND,
-        });
-    }
-
-    /// Takes what was recorded meanwhile. Ends the recording when it is time.
-    pub(super) fn look_at_faults(&mut self) -> Result<(), Stopped> {
-        let Some(mut recording) =
-            self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
-        else {
-            return Ok(());
-        };
-        let looked = self.look(&mut recording);
-        let over = recording.order.is_full()
-            || recording.first.is_some_and(|first| first.elapsed() >= RECORDED)
-            || recording.began.elapsed() >= RECORDED_MAX;
-        self.recording = Some(recording);
-        looked?;
-        if over {
-            self.write_order();
         }
-        Ok(())
     }
 
-    fn look(&self, recording: &mut Recording) -> Result<(), Stopped> {
-        recording.looked = Instant::now();
+    /// Until it is to be looked at again.
+    pub(super) fn poll(&self) -> Duration {
+        self.poll
+    }
+
+    pub(super) fn is_due(&self) -> bool {
+        self.looked.elapsed() >= self.poll
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.order.is_full()
+            || self.first.is_some_and(|first| first.elapsed() >= RECORDED)
+            || self.began.elapsed() >= RECORDED_MAX
+    }
+
+    /// The order as far as it is known.
+    pub(super) fn runs(&self) -> &[Run] {
+        self.order.runs()
+    }
+
+    /// Takes the faults that were recorded meanwhile, and looks now and then at what else is in RAM.
+    pub(super) fn look<E>(
+        &mut self,
+        image: &Image,
+        mut faults: impl FnMut() -> Result<FaultsSeen, E>,
+        resident: impl FnOnce() -> Result<Vec<Run>, E>,
+    ) -> Result<(), E> {
+        self.looked = Instant::now();
         let mut saw = false;
         loop {
-            let seen = self.engine.record_faults(true).map_err(Stopped::Engine)?;
+            let seen = faults()?;
             for fault in seen.faults.iter().filter(|fault| fault.kind == FaultKind::Store) {
                 saw = true;
-                recording.order.touched(&self.image, fault.page);
+                self.order.touched(image, fault.page);
             }
             if seen.left == 0 {
                 break;
             }
         }
-        recording.poll = if saw { RECORD_POLL } else { (recording.poll * 2).min(RECORD_POLL_MAX) };
+        self.poll = if saw { RECORD_POLL } else { (self.poll * 2).min(RECORD_POLL_MAX) };
         if saw {
-            recording.first.get_or_insert(recording.looked);
+            self.first.get_or_insert(self.looked);
         }
         // Pages that a prefetch brought along are not waited for, and make no fault.
-        if recording.first.is_some_and(|first| first.elapsed() >= recording.look_around) {
-            recording.look_around *= 2;
-            for run in self.answer(self.engine.resident_map_async())? {
-                recording.order.came(&self.image, run);
+        if self.first.is_some_and(|first| first.elapsed() >= self.look_around) {
+            self.look_around *= 2;
+            for run in resident()? {
+                self.order.came(image, run);
             }
         }
         Ok(())
-    }
-
-    /// Waits for the end of a recording when there is nothing else to do.
-    pub(super) fn end_recording(&mut self) -> Result<(), Stopped> {
-        while let Some(recording) = &self.recording {
-            let poll = recording.poll;
-            self.vm.halt.pause(poll)?;
-            self.look_at_faults()?;
-        }
-        Ok(())
-    }
-
-    fn write_order(&mut self) {
-        self.stop_recording_with(|homing, recording| {
-            let runs = recording.order.runs();
-            if runs.is_empty() {
-                return;
-            }
-            let name = &homing.vm.facts.name;
-            match homing.hold.write_first_faults(homing.image.pages(), runs.to_vec()) {
-                Ok(()) => info!(vm = %name, runs = runs.len(), "the checkpoint knows in which order its pages are needed"),
-                Err(error) => info!(vm = %name, %error, "the order in which pages are needed is not kept"),
-            }
-        });
-    }
-
-    pub(super) fn stop_recording(&mut self) {
-        self.stop_recording_with(|_, _| {});
-    }
-
-    fn stop_recording_with(&mut self, keep: impl FnOnce(&mut Homing, &Recording)) {
-        let Some(recording) = self.recording.take() else { return };
-        let _ = self.engine.record_faults(false);
-        self.vm.recording.store(false, Ordering::SeqCst);
-        keep(self, &recording);
-        self.forget_image();
     }
 }
