@@ -248,3 +248,59 @@ fn a_merge_without_room_changes_nothing_that_is_seen() {
     assert_eq!(json(&["merge", archive, NAMES[1]]).1, Some(0));
     assert_eq!(json(&["verify", archive]).1, Some(0));
 }
+
+#[test]
+fn what_is_missing_is_damage_and_names_the_way_on() {
+    for file in ["manifest", "memory.img", "memory.map", "state"] {
+        let (_dir, path) = place();
+        two(&path);
+        let archive = path.to_str().unwrap();
+        std::fs::remove_file(path.join(NAMES[1]).join(file)).unwrap();
+        let restored =
+            Command::new(vmemd()).args(["restore", archive, "--run-dir"]).arg(&path).output().unwrap();
+        for (command, output) in [
+            ("verify", checkpoint(&["verify", archive])),
+            ("one", checkpoint(&["verify", archive, NAMES[1]])),
+            ("restore", restored),
+        ] {
+            assert_eq!(output.status.code(), Some(13), "{command} without {file}: {}", said(&output));
+            assert!(said(&output).contains(NAMES[1]), "{command} without {file}: {}", said(&output));
+        }
+        let exported = checkpoint(&["export", archive, "-"]);
+        assert_eq!(exported.status.code(), Some(13), "{file}: {}", said(&exported));
+        if file == "manifest" {
+            let shown = checkpoint(&["show", archive]);
+            assert_eq!(shown.status.code(), Some(13), "{}", said(&shown));
+            assert!(said(&shown).contains("name an older one"), "{}", said(&shown));
+            let (list, code) = json(&["list", archive]);
+            assert_eq!((list["unreadable"][0]["name"].as_str(), code), (Some(NAMES[1]), Some(0)));
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_in_the_place_of_an_archive_is_told() {
+    let (_dir, path) = place();
+    two(&path);
+    let inner = path.join(NAMES[1]);
+    for command in ["list", "show", "verify"] {
+        let output = checkpoint(&[command, inner.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(2), "{command}: {}", said(&output));
+        let both = format!("{} {}", path.canonicalize().unwrap().display(), NAMES[1]);
+        assert!(said(&output).contains(&both), "{command}: {}", said(&output));
+    }
+}
+
+#[test]
+fn a_merge_that_has_no_room_does_not_begin() {
+    let dir = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), "archive");
+    let disk = Disk::ext4(dir.path(), 64 * MIB).or_skip(Reason::Loop);
+    let path = PathBuf::from(disk.store()).join("web");
+    two(&path);
+    let archive = path.to_str().unwrap();
+    disk.fill(6 * MIB);
+    let full = checkpoint(&["merge", archive, NAMES[1]]);
+    assert_eq!(full.status.code(), Some(5), "{}", said(&full));
+    assert!(said(&full).contains("no room") && said(&full).contains("free"), "{}", said(&full));
+    assert!(!path.join(NAMES[1]).join("merge.new").exists());
+}

@@ -6,9 +6,9 @@
 //!     │             │            │                    │
 //!     └── refused   └── no ──────┴── failed, cancelled┴── cancelled, client gone: goes on as before
 //! ```
-//! From `saved` on the client may have given the checkpoint its name, whatever is heard of it. So only its own word that
-//! there is none (`cancel`) takes the disks' versions away: a connection that is lost leaves them, for the checkpoint
-//! may need them.
+//! From `saved` on the client may have given the checkpoint its name, whatever is heard of it. So only its own word
+//! that there is none (`cancel`) takes the disks' versions away: a connection that is lost leaves them, for the
+//! checkpoint may need them.
 
 use std::cell::Cell;
 use std::fs::File;

@@ -208,7 +208,7 @@ pub(super) struct RestoreArgs {
     #[arg(long, value_name = "SIZE", conflicts_with = "keep_origin")]
     pub(super) rate: Option<Size>,
     /// Leave in the checkpoint what does not change: it is needed for as long as the VM runs
-    #[arg(long)]
+    #[arg(long, conflicts_with = "eager")]
     pub(super) keep_origin: bool,
     #[command(flatten)]
     pub(super) disks: DiskArgs,

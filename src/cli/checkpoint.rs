@@ -117,7 +117,10 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
         // There is a checkpoint all the same.
         warn(&format!("{failure}: the checkpoint {} is whole", entry.name()));
     }
+    let behind = |what: &str, failure: Failure| behind(entry.name(), what, failure);
     let stopped = if args.stop { vms::end(dir, &args.name).map(|_| ()) } else { Ok(()) };
+    let stopped =
+        stopped.map_err(|failure| behind(&format!("{:?} could not be stopped", args.name), failure));
     let made_at_ms = entry.manifest().made_at_ms;
     if made_at_ms > report.saved.made_at_ms {
         warn(&format!(
@@ -127,6 +130,7 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
         ));
     }
     let kept = args.keep.map(|count| keep(&archive, count, entry.name())).transpose();
+    let kept = kept.map_err(|failure| behind("the older ones could not all be removed", failure));
     let base = entry.manifest().base.as_ref().map(|base| base.name.clone());
     let (kept, keep_failed) = match kept {
         Ok(kept) => (kept, Ok(())),
@@ -164,7 +168,7 @@ fn has_room(archive: &Archive, stat: &VmStat, base: Option<&Chain>) -> Result<()
     if base.is_some() {
         return Ok(());
     }
-    let stored = if may_share(archive.path()) { 0 } else { stat.memory.stored_bytes };
+    let stored = if archive.shares_blocks() { 0 } else { stat.memory.stored_bytes };
     let pages = stat.memory.resident_bytes + stored;
     let need = pages + pages_in(pages) * MAP_BYTES_A_PAGE + REST_BYTES;
     let free = archive.free_bytes()?;
@@ -182,13 +186,6 @@ fn has_room(archive: &Archive, stat: &VmStat, base: Option<&Chain>) -> Result<()
     Err(Failure::new(FailureKind::Resources, text))
 }
 
-/// Whether files on that file system can share blocks with those of a store on it.
-fn may_share(path: &Path) -> bool {
-    const XFS: i64 = 0x5846_5342;
-    const BTRFS: i64 = 0x9123_683e;
-    rustix::fs::statfs(path).is_ok_and(|found| [XFS, BTRFS].contains(&found.f_type))
-}
-
 /// Has the VM saved into the files.
 fn make(
     vm: &mut VmClient,
@@ -197,7 +194,7 @@ fn make(
     args: &MakeArgs,
 ) -> Result<Report, Failure> {
     let cloned = base.map(|base| pending.share_base(base)).transpose()?;
-    let base_map = base.map(open_map).transpose()?;
+    let base_map = base.map(|base| base.top().map_file()).transpose()?;
     let request = CheckpointRequest {
         downtime_target_ms: (args.downtime_target.as_millis() as u64).max(1),
         max_rounds: args.max_rounds,
@@ -215,12 +212,6 @@ fn make(
     serde_json::from_value(report).map_err(|error| {
         Failure::new(FailureKind::Other, format!("the VM {:?} runs another vmemd: {error}", args.name))
     })
-}
-
-fn open_map(base: &Chain) -> Result<File, Failure> {
-    let top = base.top();
-    let path = top.path().join(&top.manifest().parts.map.file);
-    File::open(&path).map_err(|error| Failure::io(format!("open {}", path.display()), &error))
 }
 
 /// Makes a checkpoint of the files. From the rename on there is one, whatever comes.
@@ -274,6 +265,16 @@ fn ended(name: &str, vm: &mut VmClient, failure: Failure) -> Failure {
         ),
         _ => failure,
     }
+}
+
+/// What the new checkpoint was to be followed by has failed. Whoever only looks at the exit code is not to take it for
+/// a checkpoint that was not made.
+fn behind(name: &str, what: &str, failure: Failure) -> Failure {
+    let kind = match failure.kind {
+        FailureKind::Interrupted => FailureKind::Interrupted,
+        _ => FailureKind::Behind,
+    };
+    Failure::new(kind, format!("the new checkpoint {name} is whole and durable, but {what}: {failure}"))
 }
 
 fn keep(archive: &Locked, count: u32, made: &str) -> Result<Kept, Failure> {

@@ -5,8 +5,8 @@
 //!   disks ──▶ as the user said: copies, in place, or left as they are ──▶ names in the command line
 //!   the same addresses as a VM that runs? ──▶ refused by name, unless that is meant
 //! ```
-//! All of that is told before anything is changed, and so is what is wrong with the checkpoint, with a disk's snapshot or
-//! with QEMU itself. Then disks are made, and this process becomes QEMU.
+//! All of that is told before anything is changed, and so is what is wrong with the checkpoint, with a disk's snapshot
+//! or with QEMU itself. Then disks are made, and this process becomes QEMU.
 //!
 //! QEMU's process opens the checkpoint once more, since what was read of it does not live over exec. It inherits the
 //! locks of the first time until it has its own: nobody removes the checkpoint behind the disks that were put back.
@@ -62,8 +62,9 @@ pub fn restore(
     };
     let path = std::env::var_os("PATH").unwrap_or_default();
     let cpu = Cpu::of_this_host()?;
+    let rules = settings.rules.clone().unwrap_or_default();
     let accept = |offer: &Offer, rules: &Rules| offer.accept(rules, &ThisHost, &Really, &path, &cpu);
-    let Accepted { binary, plan, onward } = accept(&wanted, &settings.rules)?;
+    let Accepted { binary, plan, onward } = accept(&wanted, &rules)?;
     if plan.managed().bytes() != vm.memory_bytes {
         let text = format!(
             "its command line has {:#} of memory, the checkpoint {:#}",
@@ -82,7 +83,7 @@ pub fn restore(
     if !settings.same_addresses {
         twice::check_running(&line, &dir)?;
     }
-    let disks = here(vm, &settings.rules);
+    let disks = here(vm, &rules);
     let work =
         disk_versions::plan((&disks, &vm.without_disks), &settings.disks, name, &resources::disks(&line)?)?;
 

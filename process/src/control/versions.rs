@@ -66,9 +66,17 @@ impl Asked {
     }
 }
 
+/// How every vmemd begins its answer to a line that is no request to it.
+const NO_REQUEST: &str = "this is no request: ";
+
 /// The answer to a client whose line is no request.
 pub(super) fn no_request(why: &dyn std::fmt::Display) -> Failure {
-    Failure::new(FailureKind::Usage, format!("this is no request: {why}; docs/control.md describes them"))
+    Failure::new(FailureKind::Usage, format!("{NO_REQUEST}{why}; docs/control.md describes them"))
+}
+
+/// Whether it is such an answer: of requests that we make, the process knows fewer than we.
+pub(super) fn is_no_request(failure: &Failure) -> bool {
+    failure.kind == FailureKind::Usage && failure.text.starts_with(NO_REQUEST)
 }
 
 /// The failure on both sides if they have no version in common.
