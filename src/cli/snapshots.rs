@@ -71,7 +71,8 @@ pub(super) fn delete_gone(archive: &Archive, before: &Listing, run_dir: &Path) -
     for (name, _) in &before.unreadable {
         if !now.unreadable.iter().any(|(other, _)| other == name) {
             warn(&format!(
-                "{name} could not be read: if it had snapshots in disks, they stay (`qemu-img snapshot -l FILE`: vmemd- and a time)"
+                "{name} could not be read: if it had snapshots in disks, they stay (`qemu-img snapshot -l FILE`: vmemd- \
+                 and a time)"
             ));
         }
     }
@@ -132,8 +133,8 @@ impl Deleted {
     fn tell(&self) {
         for Left { snapshot: Snapshot { file, snapshot }, why } in &self.left {
             warn(&format!(
-                "the snapshot {snapshot} stays in {file}: {why}. It takes room there; when no VM has the file open: qemu-img snapshot -d \
-                 {snapshot} {file} (while one has: blockdev-snapshot-delete-internal-sync on its monitor)"
+                "the snapshot {snapshot} stays in {file}: {why}. It takes room there; when no VM has the file open: \
+                 qemu-img snapshot -d {snapshot} {file} (while one has: blockdev-snapshot-delete-internal-sync on its monitor)"
             ));
         }
     }

@@ -56,8 +56,8 @@ pub(super) fn check(
         return Ok(None);
     };
     let text = format!(
-        "the command line after -- has the VM generation id that the VM had when it was saved (guid={id}): its guest cannot see that time \
-         has gone back, and uses keys and random numbers twice"
+        "the command line after -- has the VM generation id that the VM had when it was saved (guid={id}): its guest \
+         cannot see that time has gone back, and uses keys and random numbers twice"
     );
     if second {
         let text = format!("{text}; give another one, or guid={AUTO}");
