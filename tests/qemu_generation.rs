@@ -48,15 +48,15 @@ fn an_id_moves_with_its_vm_and_is_new_in_each_life() {
         assert_eq!(id(&monitors[1]), first);
 
         let archive = there.root.join("archive").display().to_string();
-        let save = || {
+        let save = |there: &Host| {
             let said = there.vmemd(&["checkpoint", "db", "--to", &archive]);
             assert_eq!(said.code, 0, "{said:?}");
             let shown = there.vmemd(&["checkpoint", "show", &archive, "--json"]).json();
             let offer = shown["manifest"]["vm"]["offer"].as_str().expect("an offer").to_owned();
-            kill(pid(&there));
+            kill(pid(there));
             offer
         };
-        let offer = save();
+        let offer = save(&there);
         assert!(offer.contains(&first), "{offer}");
         let store = there.store();
         let restore = ["restore", archive.as_str(), "--store", &store];
@@ -64,7 +64,7 @@ fn an_id_moves_with_its_vm_and_is_new_in_each_life() {
         there.wait_state("db", "running");
         let second = id(&monitors[1]);
         assert_ne!(second, first);
-        assert!(save().contains(&second));
+        assert!(save(&there).contains(&second));
         drop(life);
 
         // A command line of the user's own, which says that no time has gone by.

@@ -109,15 +109,17 @@ fn running(run_dir: &Path) -> Vec<VmClient> {
 }
 
 /// Deletes it, or says why it stays.
-fn delete(vms: &mut [VmClient], one: &Snapshot) -> Result<(), String> {
+fn delete(vms: &mut Vec<VmClient>, one: &Snapshot) -> Result<(), String> {
     let Snapshot { file, snapshot } = one;
     let request = Request::RemoveSnapshot { file: file.clone(), snapshot: snapshot.clone() };
-    for vm in vms {
+    let mut at = 0;
+    while let Some(vm) = vms.get_mut(at) {
         match vm.ask(&request, ACTION_TIMEOUT) {
             Ok(answer) if answer["removed"] == true => return Ok(()),
-            Ok(_) => {}
-            // Of an older vmemd, that does not know the word: if it has the file open, qemu-img does not get it.
-            Err(failure) if failure.kind == FailureKind::Usage => {}
+            Ok(_) => at += 1,
+            // Of an older vmemd, that does not know the word, and closes the connection: if it has the file open, qemu-img
+            // does not get it.
+            Err(failure) if failure.kind == FailureKind::Usage => drop(vms.remove(at)),
             // It has given its disks away, and takes them back when it goes on: nobody may have them open just then.
             Err(failure) => return Err(failure.text),
         }
