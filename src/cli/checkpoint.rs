@@ -24,6 +24,7 @@ use vmprocess::signals;
 use vmprocess::size::Size;
 
 use super::args::{BaseArg, MakeArgs};
+use super::snapshots::{self, Deleted};
 use super::terminal::{bar, print, print_json, say, warn};
 use super::vms;
 
@@ -62,7 +63,7 @@ struct Done {
     base: Option<String>,
     saved: Saved,
     total: Duration,
-    kept: Option<Kept>,
+    kept: Option<(Kept, Option<Deleted>)>,
 }
 
 /// Why a checkpoint was not made as it should be.
@@ -129,7 +130,7 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
             (made_at_ms - report.saved.made_at_ms).div_ceil(1000)
         ));
     }
-    let kept = args.keep.map(|count| keep(&archive, count, entry.name())).transpose();
+    let kept = args.keep.map(|count| keep(&archive, count, (entry.name(), args, dir))).transpose();
     let kept = kept.map_err(|failure| behind("the older ones could not all be removed", failure));
     let base = entry.manifest().base.as_ref().map(|base| base.name.clone());
     let (kept, keep_failed) = match kept {
@@ -277,12 +278,23 @@ fn behind(name: &str, what: &str, failure: Failure) -> Failure {
     Failure::new(kind, format!("the new checkpoint {name} is whole and durable, but {what}: {failure}"))
 }
 
-fn keep(archive: &Locked, count: u32, made: &str) -> Result<Kept, Failure> {
-    let kept = archive.keep(count as usize, Some(made), &|_| signals::caught().is_none())?;
+/// Removes older checkpoints, and their disks' snapshots: also of those that were removed before something failed.
+fn keep(
+    archive: &Locked,
+    count: u32,
+    (made, args, dir): (&str, &MakeArgs, &RunDir),
+) -> Result<(Kept, Option<Deleted>), Failure> {
+    let before = archive.list()?;
+    let kept = archive.keep(count as usize, Some(made), &|_| signals::caught().is_none());
+    let deleted = match args.leave_snapshots {
+        true => None,
+        false => Some(snapshots::delete_gone(archive, &before, dir.path())?),
+    };
+    let kept = kept?;
     for name in &kept.in_use {
         say(&format!("{name} stays: a VM that was restored from it still uses it"));
     }
-    Ok(kept)
+    Ok((kept, deleted))
 }
 
 impl Done {
@@ -295,8 +307,9 @@ impl Done {
         value["total_ms"] = (self.total.as_secs_f64() * 1000.0).into();
         value["disks"] = json!(self.entry.manifest().vm.disks);
         value["without_disks"] = json!(self.entry.manifest().vm.without_disks);
-        if let Some(Kept { merged, removed, in_use }) = &self.kept {
-            value["kept"] = json!({ "merged": merged, "removed": removed, "in_use": in_use });
+        if let Some((Kept { merged, removed, in_use }, snapshots)) = &self.kept {
+            value["kept"] =
+                json!({ "merged": merged, "removed": removed, "in_use": in_use, "snapshots": snapshots });
         }
         value
     }
@@ -343,8 +356,12 @@ impl Done {
         if !disks.is_empty() {
             text += &format!("\n  no disks   the content of these is not in it: {}", disks.join(", "));
         }
-        if let Some(kept) = self.kept.as_ref().filter(|kept| !kept.removed.is_empty()) {
+        if let Some(kept) = self.kept.as_ref().filter(|(kept, _)| !kept.removed.is_empty()) {
+            let (kept, snapshots) = kept;
             text += &format!("\n  removed    {}", kept.removed.join(", "));
+            if let Some(gone) = snapshots.as_ref().and_then(Deleted::summary) {
+                text += &format!("\n             with the snapshots {gone}");
+            }
         }
         text
     }

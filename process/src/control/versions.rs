@@ -130,6 +130,7 @@ mod tests {
             Request::Migrate(migrate),
             Request::Checkpoint(checkpoint),
             Request::Checkpointed { name: "2026-11-29T23-20-00Z".to_owned(), bytes: u64::MAX },
+            Request::RemoveSnapshot { file: "/d".to_owned(), snapshot: "vmemd-1".to_owned() },
             Request::RecordFaults { seconds: 7 },
         ]
     }
