@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use checkpoint::archive::ArchiveError;
 use checkpoint::key::ArchiveKey;
+use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
@@ -60,6 +61,24 @@ impl FromStr for BaseArg {
 /// A key file that the user has named.
 pub(super) fn read_key(path: &Path) -> Result<ArchiveKey, Failure> {
     Ok(ArchiveKey::read(path).map_err(ArchiveError::from)?)
+}
+
+/// [`EngineKind`] as it is typed.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum EngineArg {
+    /// The swap engine: a RAM budget, and a store behind it
+    Vmemd,
+    /// Ordinary memory with the host's own paging, for comparisons
+    Plain,
+}
+
+impl From<EngineArg> for EngineKind {
+    fn from(engine: EngineArg) -> EngineKind {
+        match engine {
+            EngineArg::Vmemd => EngineKind::Vmemd,
+            EngineArg::Plain => EngineKind::Plain,
+        }
+    }
 }
 
 /// Where a stream goes, or comes from.

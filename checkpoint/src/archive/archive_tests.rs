@@ -19,6 +19,8 @@ use crate::key::{ArchiveKey, ChainKey, SALT_BYTES};
 mod crashes;
 #[path = "encrypted_tests.rs"]
 mod encrypted;
+#[path = "archive_loss_tests.rs"]
+mod losses;
 
 const PAGES: usize = 48;
 const MEMORY: u64 = (PAGES * PAGE_SIZE) as u64;
