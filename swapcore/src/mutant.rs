@@ -51,8 +51,6 @@ mod planted {
         WaitsInSilence,
         /// Nobody is told that a store does not end a drop that writes wait for.
         ForgetsSilentDrops,
-        /// Nobody is told that a store does not end the write of a page that somebody waits for.
-        ForgetsWhoWaitsForWrite,
         /// A store counts as answering as soon as the page that it does not give has no frame to be read into.
         EndsSilenceForWantOfFrames,
         /// Nobody is told that a store answers again.

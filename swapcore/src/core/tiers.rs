@@ -244,8 +244,7 @@ impl Core {
     /// Somebody waits for a page that is being written to the tier: there was no frame for a copy of it.
     fn waits_for_write(&self, tier: TierId) -> bool {
         let waits = |page: PageNo| self.home_of(page) == tier && self.is_awaited_under_write(page);
-        let writes = self.ios.writes_to(tier) > 0;
-        writes && self.waiters.pages().any(waits) && !mutant!(ForgetsWhoWaitsForWrite)
+        self.ios.writes_to(tier) > 0 && self.waiters.pages().any(waits)
     }
 
     /// Somebody waits for a page that is being read from the tier, or is to be read again.
