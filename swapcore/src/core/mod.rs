@@ -32,6 +32,8 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod tiers;
+#[cfg(test)]
+mod tiers_tests;
 mod walk;
 #[cfg(test)]
 mod walk_tests;
@@ -342,6 +344,7 @@ impl Core {
         if !self.bad_reads.is_empty() {
             self.reread();
         }
+        self.copy_what_is_awaited();
         self.tick_latch();
         self.tick_tiers(ticks);
         self.tick_pins(ticks);

@@ -628,6 +628,18 @@ fn what_was_pinned_when_the_hand_passed_gives_way_later() {
 }
 
 #[test]
+fn what_was_held_when_the_hand_passed_gives_way_once_it_is_released() {
+    let mut core = full_of_warm_pages();
+    let held = Run::new(PageNo(2300), 10);
+    ask(&mut core, Request::Hold(held));
+    (0..900).for_each(|page| place(&mut core, page, true));
+    assert_eq!((resident(&core, 2300..2310), resident(&core, 2048..4096)), (10, 10), "all others have left");
+    ask(&mut core, Request::Release(held));
+    (900..1000).for_each(|page| place(&mut core, page, true));
+    assert_eq!(resident(&core, 2048..4096), 0, "colder than what came");
+}
+
+#[test]
 fn hot_pages_in_the_store_that_become_zeros_do_not_keep_room() {
     let mut core = arriving(4096, vec![], vec![0; 4096]);
     (0..600).for_each(|page| place(&mut core, page, false));

@@ -8,6 +8,7 @@
 //! ```
 //! The same seed gives the same run. `oracle` says what must hold after every step, whatever went wrong.
 
+mod closed;
 mod coverage;
 mod disk;
 mod guest;
@@ -313,6 +314,7 @@ impl Sim {
         let ticks = 1 + self.random.below(20);
         self.kernel.ticks += ticks;
         self.check_silence(ticks);
+        self.tick_closed(ticks);
         self.event(Event::Tick { ticks });
     }
 
@@ -326,8 +328,8 @@ impl Sim {
         let home = |sim: &Sim, page: PageNo| sim.core.table().home(page.block());
         let (lost, good): (Vec<_>, Vec<_>) = self.memory.iter().partition(|page| home(self, **page) == away);
         self.guest.vcpus = [None; guest::VCPUS];
-        // Some are changed, and cannot leave; then one is waited for.
-        for page in lost.iter().take(8) {
+        // Some are changed, and cannot leave: more than the core aims to have ready. Then one is waited for.
+        for page in lost.iter().take(frames as usize / 4) {
             self.serve(*page);
         }
         self.set_trouble(away, trouble, u64::MAX);
@@ -336,10 +338,15 @@ impl Sim {
             self.access(1, page, Access::Read);
         }
         let mut served = 0;
-        for page in good {
-            if !self.serve(page) {
-                // All frames are of the other's pages.
-                break;
+        let good_tier = good.first().map(|page| home(self, *page));
+        'pages: for page in good {
+            while !self.serve(page) {
+                // If that does not pass, all frames are of the other's pages.
+                (0..QUIET_STEPS).for_each(|_| self.go_on());
+                if self.oracle.starved {
+                    good_tier.into_iter().for_each(|tier| self.check_starved(tier));
+                    break 'pages;
+                }
             }
             served += 1;
         }

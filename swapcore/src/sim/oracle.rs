@@ -2,6 +2,7 @@
 //! frames are those on record and within the budget, and what a migration reads is what it was told.
 
 use super::Sim;
+use super::closed::Closed;
 use super::coverage::Fault;
 use super::kernel::Entry;
 use crate::api::{Place, SubscriberId};
@@ -45,6 +46,8 @@ pub(super) struct Oracle {
     pub(super) silent: [(u64, bool); TIERS_MAX],
     /// For how many ticks somebody has waited for a frame while no operation of any tier has ended.
     pub(super) hungry_ticks: u64,
+    /// Which tiers take no writes, and what is on its way there.
+    pub(super) closed: Closed,
     /// The core has said that all frames are held and the guest waits for one, and not that this is over.
     pub(super) short: bool,
     /// Frames taken at the last check.
@@ -66,6 +69,7 @@ impl Oracle {
             starved: false,
             silent: [(0, false); TIERS_MAX],
             hungry_ticks: 0,
+            closed: Closed::default(),
             short: false,
             taken: 0,
         }
@@ -135,6 +139,7 @@ impl Sim {
         assert!(taken <= budget.max(self.oracle.taken), "{taken} frames with a budget of {budget}");
         self.oracle.taken = taken;
         self.oracle.held.iter().for_each(|held| self.check_held(held));
+        self.check_closed();
         self.coverage.checks += 1;
     }
 
