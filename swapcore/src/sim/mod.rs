@@ -121,6 +121,8 @@ fn mixed(old: u64, new: u64) -> u64 {
 pub struct Sim {
     seed: u64,
     random: Random,
+    /// For what is tracked.
+    tracking: Random,
     odds: Odds,
     /// Hardly anybody but the guest wants anything.
     calm: bool,
@@ -199,6 +201,7 @@ impl Sim {
             trace: Trace::default(),
             coverage: Coverage::default(),
             random,
+            tracking: Random::new(seed.rotate_left(32)),
         }
     }
 

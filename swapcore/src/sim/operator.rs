@@ -3,6 +3,7 @@
 use super::Sim;
 use super::coverage::Outcome;
 use super::oracle::Held;
+use super::random::Random;
 use crate::core::{Event, Request, Response, Ticket};
 use crate::error::CommandError;
 use crate::table::PageState;
@@ -188,11 +189,17 @@ impl Sim {
         self.ask(Request::Staged(run.pages().collect()), Asked::Other);
     }
 
-    /// All of memory, or parts of it, or none.
+    /// All of memory, or parts of it, or none. With chances of its own: the story is the same, whatever is tracked.
     fn runs_to_track(&mut self) -> Vec<Run> {
-        match self.random.below(3) {
-            0 => vec![Run::new(PageNo(0), self.pages as u32)],
-            _ => (0..self.random.below(3)).map(|_| self.random_run(self.pages)).collect(),
+        let (pages, random) = (self.pages, &mut self.tracking);
+        let run = |random: &mut Random| {
+            let start = random.below(pages);
+            Run::new(PageNo(start), 1 + random.below(pages - start) as u32)
+        };
+        match random.below(3) {
+            _ if self.calm => vec![Run::new(PageNo(0), pages as u32)],
+            0 => vec![Run::new(PageNo(0), pages as u32)],
+            _ => (0..random.below(3)).map(|_| run(random)).collect(),
         }
     }
 
@@ -210,7 +217,7 @@ impl Sim {
                 self.trace.note("subscribes to dirty pages", nth as u64);
                 self.ask(Request::SubscribeDirty(runs.clone()), Asked::Subscribe(nth, runs));
             }
-            Some(id) if self.random.one_in(4) => {
+            Some(id) if !self.calm && self.tracking.one_in(4) => {
                 let runs = self.runs_to_track();
                 self.trace.note("has more tracked", nth as u64);
                 self.ask(Request::TrackDirty(id, runs.clone()), Asked::Track(nth, runs));
