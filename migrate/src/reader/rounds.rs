@@ -412,7 +412,7 @@ fn part_at(from: u64, end: u64) -> Run {
 }
 
 /// Cuts a run at the borders of 2 MiB blocks.
-pub(super) fn by_blocks(run: Run) -> impl Iterator<Item = Run> {
+fn by_blocks(run: Run) -> impl Iterator<Item = Run> {
     let mut rest = run;
     std::iter::from_fn(move || {
         (rest.len > 0).then(|| {

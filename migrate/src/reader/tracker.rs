@@ -18,7 +18,6 @@ use swapd::{BLOCK_PAGES, PageNo, Run};
 
 use super::order::raise_for_scans;
 use super::outside::planted;
-use super::rounds::by_blocks;
 use crate::bitmap::Bitmap;
 
 #[derive(Debug)]
@@ -99,7 +98,7 @@ impl Tracker {
     /// These pages have left the guest, and may have been written before: they are dirty. That they left was the
     /// engine's choice, so they are not counted as in use.
     pub(super) fn departed(&mut self, run: Run) {
-        for part in by_blocks(run) {
+        for part in run.blocks() {
             if !self.unread.get(part.start) {
                 self.comes_next(part);
             }

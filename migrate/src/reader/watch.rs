@@ -10,7 +10,6 @@ use swapd::digest::page_sum;
 use swapd::{BLOCK_PAGES, PAGE_SIZE, PageNo, Piece, Place, Run};
 
 use super::outside::EngineHandle;
-use super::rounds::by_blocks;
 
 /// Pages looked at, of all of a VM: 4 KiB in about 1 us each.
 const SAMPLES: usize = 1 << 14;
@@ -68,12 +67,12 @@ impl Watch {
 
     /// Looks at a run of whole blocks, whose pages are held and are where the pieces say.
     pub(super) fn look(&mut self, run: Run, pieces: &[Piece], handle: &EngineHandle) {
-        for block in by_blocks(run).map(|part| part.start.block()) {
+        for block in run.blocks().map(|part| part.start.block()) {
             (self.touched[block], self.stored[block]) = (0, false);
         }
         let mut changed = None;
         for piece in pieces {
-            for part in by_blocks(piece.run).filter(|_| piece.place != Place::Zero) {
+            for part in piece.run.blocks().filter(|_| piece.place != Place::Zero) {
                 let block = part.start.block();
                 self.touched[block] += part.len as u16;
                 self.stored[block] |= matches!(piece.place, Place::Stored | Place::Staged);
