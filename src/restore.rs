@@ -3,7 +3,7 @@
 //! The checkpoint's files are opened, and locked, before the process gives up its rights: nothing else of the archive
 //! can be reached from it afterwards.
 
-use checkpoint::archive::{Archive, Entry};
+use checkpoint::archive::Archive;
 use checkpoint::format::Machine;
 use checkpoint::restore;
 use serde::Serialize;
@@ -43,7 +43,7 @@ pub fn restore(
     tell: impl FnOnce(&Started) + Send + 'static,
 ) -> Result<(), Failure> {
     let archive = Archive::open(&settings.archive)?;
-    let entry = find(&archive, settings.checkpoint.as_deref())?;
+    let entry = archive.find(settings.checkpoint.as_deref())?;
     let vm = &entry.manifest().vm;
     let name = settings.name.clone().unwrap_or_else(|| vm.name.clone());
     check_name(&name)?;
@@ -53,8 +53,10 @@ pub fn restore(
             Err(failure) => return Err(name_is_taken(failure, settings)),
         }
     }
-    if !settings.qemu.is_empty() {
-        let text = format!("{} is not of a QEMU VM: leave out what is behind --", entry.path().display());
+    let only_for_qemu = settings.only_for_qemu();
+    if !only_for_qemu.is_empty() {
+        let text =
+            format!("{} is not of a QEMU VM: leave out {}", entry.path().display(), only_for_qemu.join(", "));
         return Err(Failure::new(FailureKind::Usage, text));
     }
     let ram = settings.ram.unwrap_or(Size(vm.budget_bytes));
@@ -111,27 +113,6 @@ pub fn restore(
         }),
     };
     process.restore(memory, restoration).result
-}
-
-/// The checkpoint of that name, or the latest. If that cannot be read, an older one is not taken in its place without a
-/// word: the VM would have lost what it did since.
-fn find(archive: &Archive, name: Option<&str>) -> Result<Entry, Failure> {
-    if name.is_some() {
-        return Ok(archive.find(name)?);
-    }
-    let listing = archive.list()?;
-    let newest = listing.entries.first().map(Entry::name).unwrap_or_default();
-    // A name is the time of its making.
-    match listing.unreadable.into_iter().max_by(|(one, _), (other, _)| one.cmp(other)) {
-        Some((name, error)) if name.as_str() > newest => {
-            let failure = Failure::from(error);
-            let text = format!(
-                "{name}, the latest checkpoint, cannot be read: {failure}; name an older one to restore that"
-            );
-            Err(Failure::new(failure.kind, text))
-        }
-        _ => Ok(archive.find(None)?),
-    }
 }
 
 fn name_is_taken(failure: Failure, settings: &RestoreSettings) -> Failure {

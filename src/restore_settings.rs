@@ -31,12 +31,30 @@ pub struct RestoreSettings {
     pub json: bool,
     /// Of a QEMU VM: a binary and its arguments, in the place of what the checkpoint says.
     pub qemu: Vec<OsString>,
-    /// Of a QEMU VM: this host's names.
-    pub rules: Rules,
+    /// Of a QEMU VM: this host's names, if a file of them was given.
+    pub rules: Option<Rules>,
     /// Of a QEMU VM: which disks it is to have.
     pub disks: DisksWanted,
     /// Of a QEMU VM: it may have the addresses of the VM that it is a copy of, though that runs.
     pub same_addresses: bool,
     /// When the command was begun.
     pub began: Instant,
+}
+
+impl RestoreSettings {
+    /// What was said that only a QEMU VM heeds, as it was typed.
+    pub fn only_for_qemu(&self) -> Vec<&'static str> {
+        let disks = match self.disks {
+            DisksWanted::Unsaid => None,
+            DisksWanted::Copies(_) => Some("--disk-copies"),
+            DisksWanted::Back => Some("--disks-back"),
+            DisksWanted::AsTheyAre => Some("--disks-as-they-are"),
+        };
+        let others = [
+            (self.same_addresses, "--same-addresses"),
+            (self.rules.is_some(), "--qemu-rules"),
+            (!self.qemu.is_empty(), "what is behind --"),
+        ];
+        disks.into_iter().chain(others.into_iter().filter_map(|(said, what)| said.then_some(what))).collect()
+    }
 }

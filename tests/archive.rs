@@ -13,8 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use checkpoint::archive::{Archive, Entry, IMAGE, Made};
-use checkpoint::format::{Machine, MapBuilder, PageKind, Save, VmFacts};
-use common::disk::Disk;
+use checkpoint::format::{Disk, DiskVersion, Machine, MapBuilder, PageKind, Save, VmFacts};
 use common::vmemd;
 use serde_json::Value;
 use swapd::digest::page_sum;
@@ -33,6 +32,16 @@ fn content(page: u64, version: u64) -> Vec<u8> {
 
 /// Makes a checkpoint of a VM whose page *n* has the version that `version_of` says (0: zeros), as its process does.
 fn save(path: &Path, second: u64, based: bool, version_of: impl Fn(u64) -> u64) -> Entry {
+    save_with(path, second, (based, Vec::new()), version_of)
+}
+
+/// The same of a VM with disks.
+fn save_with(
+    path: &Path,
+    second: u64,
+    (based, disks): (bool, Vec<Disk>),
+    version_of: impl Fn(u64) -> u64,
+) -> Entry {
     let archive = Archive::create(path).unwrap().lock().unwrap();
     let base = based.then(|| archive.chain(&archive.find(None).unwrap()).unwrap());
     let mut pending = archive.new_checkpoint("web", MEMORY, base.as_ref()).unwrap();
@@ -66,7 +75,7 @@ fn save(path: &Path, second: u64, based: bool, version_of: impl Fn(u64) -> u64) 
         offer: None,
         budget_bytes: MEMORY,
         paused: false,
-        disks: Vec::new(),
+        disks,
         without_disks: Vec::new(),
     };
     let made = Made { made_at_ms: second * 1000, made_by: "a test".to_owned(), vm, save: Save::default() };
@@ -97,6 +106,36 @@ fn place() -> (testkit::TempDir, PathBuf) {
     let dir = testkit::directory("archive");
     let path = dir.path().join("web");
     (dir, path)
+}
+
+#[test]
+fn only_snapshots_that_no_checkpoint_has_any_more_are_to_go() {
+    let (_dir, path) = place();
+    let archive = path.to_str().unwrap();
+    let disk = |snapshot: &str| Disk {
+        name: snapshot.to_owned(),
+        file: "/nowhere/disk.qcow2".to_owned(),
+        format: "qcow2".to_owned(),
+        version: DiskVersion::Snapshot(snapshot.to_owned()),
+    };
+    let one = |page: u64| u64::from(page == 0);
+    // One that the next checkpoint has as well, one of its own, and one that vmemd has not made.
+    save_with(&path, 100, (false, ["vmemd-1", "vmemd-2", "mine"].map(disk).to_vec()), one);
+    save_with(&path, 200, (false, vec![disk("vmemd-1")]), one);
+    if Command::new("qemu-img").arg("--version").output().is_ok() {
+        let (verified, code) = json(&["verify", archive]);
+        assert_eq!((verified["damage"].as_array().unwrap().len(), code), (3, Some(13)), "{verified}");
+    }
+    let (verified, code) = json(&["verify", archive, "--without-disks"]);
+    assert_eq!((&verified["disks_not_looked_at"][0]["file"], code), (&"/nowhere/disk.qcow2".into(), Some(0)));
+    let (removed, code) = json(&["remove", archive, NAMES[0]]);
+    assert_eq!((&removed["snapshots"]["deleted"], code), (&serde_json::json!([]), Some(0)));
+    let left = removed["snapshots"]["left"].as_array().unwrap();
+    let named: Vec<&str> = left.iter().map(|left| left["snapshot"].as_str().unwrap()).collect();
+    assert_eq!(named, ["vmemd-2"]);
+    assert_eq!(left[0]["why"], "the file is not on this host");
+    let (removed, _) = json(&["remove", archive, NAMES[1], "--leave-snapshots"]);
+    assert_eq!(removed["snapshots"], Value::Null);
 }
 
 #[test]
@@ -215,7 +254,7 @@ fn what_is_no_archive_or_no_checkpoint_is_said() {
 #[test]
 fn where_files_share_blocks_nothing_is_copied() {
     let dir = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), "archive");
-    let disk = Disk::xfs(dir.path(), 512 * MIB).or_skip(Reason::Loop);
+    let disk = common::disk::Disk::xfs(dir.path(), 512 * MIB).or_skip(Reason::Loop);
     let path = PathBuf::from(disk.store()).join("web");
     two(&path);
     let archive = Archive::open(&path).unwrap();
@@ -233,7 +272,7 @@ fn where_files_share_blocks_nothing_is_copied() {
 #[test]
 fn a_merge_without_room_changes_nothing_that_is_seen() {
     let dir = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), "archive");
-    let disk = Disk::ext4(dir.path(), 64 * MIB).or_skip(Reason::Loop);
+    let disk = common::disk::Disk::ext4(dir.path(), 64 * MIB).or_skip(Reason::Loop);
     let path = PathBuf::from(disk.store()).join("web");
     two(&path);
     disk.fill(2 * MIB);
@@ -247,4 +286,60 @@ fn a_merge_without_room_changes_nothing_that_is_seen() {
     disk.drop_ballast();
     assert_eq!(json(&["merge", archive, NAMES[1]]).1, Some(0));
     assert_eq!(json(&["verify", archive]).1, Some(0));
+}
+
+#[test]
+fn what_is_missing_is_damage_and_names_the_way_on() {
+    for file in ["manifest", "memory.img", "memory.map", "state"] {
+        let (_dir, path) = place();
+        two(&path);
+        let archive = path.to_str().unwrap();
+        std::fs::remove_file(path.join(NAMES[1]).join(file)).unwrap();
+        let restored =
+            Command::new(vmemd()).args(["restore", archive, "--run-dir"]).arg(&path).output().unwrap();
+        for (command, output) in [
+            ("verify", checkpoint(&["verify", archive])),
+            ("one", checkpoint(&["verify", archive, NAMES[1]])),
+            ("restore", restored),
+        ] {
+            assert_eq!(output.status.code(), Some(13), "{command} without {file}: {}", said(&output));
+            assert!(said(&output).contains(NAMES[1]), "{command} without {file}: {}", said(&output));
+        }
+        let exported = checkpoint(&["export", archive, "-"]);
+        assert_eq!(exported.status.code(), Some(13), "{file}: {}", said(&exported));
+        if file == "manifest" {
+            let shown = checkpoint(&["show", archive]);
+            assert_eq!(shown.status.code(), Some(13), "{}", said(&shown));
+            assert!(said(&shown).contains("name an older one"), "{}", said(&shown));
+            let (list, code) = json(&["list", archive]);
+            assert_eq!((list["unreadable"][0]["name"].as_str(), code), (Some(NAMES[1]), Some(0)));
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_in_the_place_of_an_archive_is_told() {
+    let (_dir, path) = place();
+    two(&path);
+    let inner = path.join(NAMES[1]);
+    for command in ["list", "show", "verify"] {
+        let output = checkpoint(&[command, inner.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(2), "{command}: {}", said(&output));
+        let both = format!("{} {}", path.canonicalize().unwrap().display(), NAMES[1]);
+        assert!(said(&output).contains(&both), "{command}: {}", said(&output));
+    }
+}
+
+#[test]
+fn a_merge_that_has_no_room_does_not_begin() {
+    let dir = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), "archive");
+    let disk = Disk::ext4(dir.path(), 64 * MIB).or_skip(Reason::Loop);
+    let path = PathBuf::from(disk.store()).join("web");
+    two(&path);
+    let archive = path.to_str().unwrap();
+    disk.fill(6 * MIB);
+    let full = checkpoint(&["merge", archive, NAMES[1]]);
+    assert_eq!(full.status.code(), Some(5), "{}", said(&full));
+    assert!(said(&full).contains("no room") && said(&full).contains("free"), "{}", said(&full));
+    assert!(!path.join(NAMES[1]).join("merge.new").exists());
 }

@@ -85,8 +85,10 @@ fn a_store_that_is_too_small_or_none() {
     let args = ["run", "--name", "x", "--memory", "64M", "--ram", "16M", "--guest", "idle", "--store"];
     let with = |store: &str| host.vmemd(&[&args[..], &[store]].concat());
     let no_store = with(&file.display().to_string());
-    assert_eq!(no_store.code, 5, "{no_store:?}");
+    assert_eq!(no_store.code, 2, "{no_store:?}");
     assert!(no_store.err.contains("file"), "{no_store:?}");
+    // No file can be made there, and no room either.
+    with("/proc").fails(3, &["/proc"]);
     let no_dir = with("/proc/nowhere");
     assert_ne!(no_dir.code, 0, "{no_dir:?}");
     assert!(no_dir.err.contains("--store"), "{no_dir:?}");

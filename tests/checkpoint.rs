@@ -194,6 +194,28 @@ fn with_stop_the_vm_ends_when_it_is_saved() {
     place.verify();
 }
 
+/// What fails behind a checkpoint that is whole has a code of its own, and the checkpoint is named.
+#[test]
+fn older_ones_that_cannot_be_removed_do_not_make_the_new_one_a_failure() {
+    let mut place = Place::new("save-keep");
+    let _vm = place.host.start_vm("web", GUEST);
+    place.host.wait_rounds("web", 1);
+    let first = place.save("web", &[]).json()["checkpoint"].as_str().unwrap().to_owned();
+    std::fs::remove_file(place.archive.join(&first).join("manifest")).unwrap();
+    let said = place.save("web", &["--keep", "1"]);
+    // The one whose base is not known goes with nobody's word; the new one has nothing beside it that could go.
+    assert_eq!(said.code, 0, "{said:?}");
+    let said = place.save("web", &["--keep", "1"]);
+    let made = said.json()["checkpoint"].as_str().unwrap().to_owned();
+    said.fails(14, &["the new checkpoint", &made, "is whole", &first]);
+    let verified = place.host.vmemd(&["checkpoint", "verify", place.to(), &made]);
+    assert_eq!(verified.code, 0, "{verified:?}");
+    // In the place of the latest, nothing older is taken for a base.
+    std::fs::remove_file(place.archive.join(&made).join("manifest")).unwrap();
+    place.save("web", &["--base", "latest"]).fails(13, &[&made, "name an older one"]);
+    place.runs_on("web");
+}
+
 #[test]
 fn what_cannot_be_is_refused_before_it_begins() {
     let mut place = Place::new("save-bad");
@@ -203,7 +225,7 @@ fn what_cannot_be_is_refused_before_it_begins() {
     std::fs::write(place.host.root.join("file"), "").unwrap();
     let not = place.host.root.join("file");
     let said = place.host.vmemd(&["checkpoint", "web", "--to", not.to_str().unwrap()]);
-    assert_ne!(said.code, 0);
+    said.fails(2, &["not a directory"]);
     assert_eq!(place.names(), [] as [&str; 0]);
     place.runs_on("web");
 }

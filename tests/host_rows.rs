@@ -11,7 +11,7 @@ mod proxy;
 mod qemu;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -30,22 +30,27 @@ const MOVED: i32 = 10;
 
 // ── memory merging ──────────────────────────────────────────────────────────────────────────
 
-/// The host's KSM, on for as long as this lives.
-struct Ksm(Vec<(&'static str, String)>);
+/// The host's KSM, on for as long as this lives. Another test that switches it waits until then.
+struct Ksm {
+    before: Vec<(&'static str, String)>,
+    _alone: File,
+}
 
 impl Ksm {
     fn on() -> Option<Ksm> {
-        let path = |name: &str| format!("/sys/kernel/mm/ksm/{name}");
+        const KSM: &str = "/sys/kernel/mm/ksm";
+        let path = |name: &str| format!("{KSM}/{name}");
+        let alone = Path::new(KSM).exists().then(|| testkit::alone(KSM))?;
         let settings = [("pages_to_scan", "20000"), ("sleep_millisecs", "5"), ("run", "1")];
         let before = settings.map(|(name, _)| Some((name, fs::read_to_string(path(name)).ok()?)));
-        let ksm = Ksm(before.into_iter().collect::<Option<_>>()?);
+        let ksm = Ksm { before: before.into_iter().collect::<Option<_>>()?, _alone: alone };
         settings.iter().all(|(name, value)| fs::write(path(name), value).is_ok()).then_some(ksm)
     }
 }
 
 impl Drop for Ksm {
     fn drop(&mut self) {
-        for (name, value) in self.0.iter().rev() {
+        for (name, value) in self.before.iter().rev() {
             let _ = fs::write(format!("/sys/kernel/mm/ksm/{name}"), value.trim());
         }
     }

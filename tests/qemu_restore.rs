@@ -162,7 +162,7 @@ fn a_killed_vm_comes_back_with_the_disk_of_that_moment() {
         let shown = saved.host.vmemd(&["checkpoint", "show", &saved.archive]);
         assert!(shown.out.contains(&format!("data: snapshot {snapshot} in {}", saved.disk)), "{shown:?}");
         let verified = saved.host.vmemd(&["checkpoint", "verify", &saved.archive]);
-        assert!(verified.code == 0 && verified.err.contains("disks were not looked at"), "{verified:?}");
+        assert!(verified.code == 0 && verified.err.contains("of the disks' content nothing"), "{verified:?}");
         is_whole(&saved.disk);
         saved.host.assert_clean();
     }
@@ -266,6 +266,98 @@ fn snapshots_go_only_when_there_is_no_checkpoint_and_the_disk_is_the_vms_own() {
         goes_on(|| saved.lines(), 2);
         assert!(saved.guest.log().contains(&format!("snapshot {snapshot} stays")), "{}", saved.guest.log());
     }
+}
+
+#[test]
+fn snapshots_go_with_their_checkpoint_and_are_looked_at_with_it() {
+    for qemu in qemus() {
+        eprintln!("QEMU {}", qemu.version);
+        let saved = Saved::start("qemu-remove", &qemu, "qcow2");
+        let archive = saved.archive.as_str();
+        let has = |snapshot: &str| qemu_img(&["snapshot", "-U", "-l", &saved.disk]).contains(snapshot);
+        let of = |report: &Value| {
+            let name = report["checkpoint"].as_str().expect("a name").to_owned();
+            (name, report["disks"][0]["version"]["snapshot"].as_str().expect("a snapshot").to_owned())
+        };
+        let verify = |more: &[&str]| saved.host.vmemd(&[&["checkpoint", "verify", archive], more].concat());
+        let [first, second, third] = [(); 3].map(|()| of(&saved.checkpoint()));
+        goes_on(|| saved.lines(), 2);
+
+        // A QEMU has the file open: it is asked. What others need stays.
+        let said = saved.host.vmemd(&["checkpoint", "remove", archive, &first.0, "--json"]);
+        assert_eq!(said.code, 0, "{said:?}");
+        assert_eq!(said.json()["snapshots"]["deleted"][0]["snapshot"], Value::from(first.1.clone()));
+        assert!(!has(&first.1) && has(&second.1) && has(&third.1));
+        goes_on(|| saved.lines(), 2);
+        let verified = verify(&[]);
+        assert!(
+            verified.code == 0 && verified.err.contains("whether it is whole was not looked at"),
+            "{verified:?}"
+        );
+
+        // A QEMU that was saved while it stands still has given its disks away: they cannot be changed.
+        assert_eq!(saved.host.vmemd(&["pause", "db"]).code, 0);
+        let said = saved.host.vmemd(&["checkpoint", "db", "--to", archive, "--keep", "2", "--json"]);
+        assert_eq!(said.code, 0, "{said:?}");
+        let fourth = of(&said.json());
+        let left = said.json()["kept"]["snapshots"]["left"][0].clone();
+        assert_eq!(left["snapshot"], Value::from(second.1.clone()), "{said:?}");
+        let command = format!("qemu-img snapshot -d {} {}", second.1, saved.disk);
+        assert!(said.err.contains(&command) && has(&second.1), "{said:?}");
+        assert_eq!(saved.host.vmemd(&["resume", "db"]).code, 0);
+        goes_on(|| saved.lines(), 2);
+
+        // What is merged into the newest goes, and the newest keeps its own.
+        let args = ["checkpoint", "db", "--to", archive, "--base", "latest", "--keep", "1", "--json"];
+        let said = saved.host.vmemd(&args);
+        assert_eq!(said.code, 0, "{said:?}");
+        let (report, fifth) = (said.json(), of(&said.json()));
+        assert_eq!(report["kept"]["merged"][0], Value::from(fifth.0.clone()), "{report}");
+        assert_eq!(report["kept"]["snapshots"]["deleted"].as_array().map(Vec::len), Some(2), "{report}");
+        assert!(!has(&third.1) && !has(&fourth.1) && has(&fifth.1));
+        goes_on(|| saved.lines(), 2);
+        let args = ["checkpoint", "db", "--to", archive, "--keep", "1", "--leave-snapshots", "--json"];
+        let said = saved.host.vmemd(&args);
+        assert!(said.code == 0 && has(&fifth.1), "{said:?}");
+        let sixth = of(&said.json());
+        let seventh = of(&saved.checkpoint());
+        kill(saved.guest.pid());
+
+        // Nobody has it open.
+        qemu_img(&["snapshot", "-c", "vmemd-mine", &saved.disk]);
+        let verified = verify(&[]);
+        assert!(verified.code == 0 && !verified.err.contains("was not looked at"), "{verified:?}");
+        let said = saved.host.vmemd(&["checkpoint", "remove", archive, &sixth.0]);
+        assert!(said.code == 0 && said.out.contains(&sixth.1), "{said:?}");
+        assert!(!has(&sixth.1) && has(&seventh.1) && has(&fifth.1) && has("vmemd-mine"));
+        qemu_img(&["snapshot", "-d", &seventh.1, &saved.disk]);
+        let gone = format!("{}: its disk {} has no snapshot {}", seventh.0, saved.disk, seventh.1);
+        verify(&[]).fails(13, &[&gone]);
+        assert_eq!(verify(&["--without-disks"]).code, 0);
+        std::fs::rename(&saved.disk, format!("{}.away", saved.disk)).expect("a disk");
+        verify(&[]).fails(13, &["disk.qcow2 is not there"]);
+        let said = saved.host.vmemd(&["checkpoint", "remove", archive, &seventh.0]);
+        assert!(said.code == 0 && said.err.contains("is not on this host"), "{said:?}");
+        std::fs::rename(format!("{}.away", saved.disk), &saved.disk).expect("a disk");
+        assert!(has(&fifth.1) && has("vmemd-mine"));
+        is_whole(&saved.disk);
+    }
+}
+
+#[test]
+fn a_disk_whose_tables_do_not_fit_is_told() {
+    let qemu = qemus().remove(0);
+    let saved = Saved::start("qemu-tables", &qemu, "qcow2");
+    saved.checkpoint();
+    kill(saved.guest.pid());
+    let verify = || saved.host.vmemd(&["checkpoint", "verify", &saved.archive]);
+    assert_eq!(verify().code, 0);
+    // The first entry of the table of reference counts, whose place the header says: every cluster of it has none.
+    let mut bytes = std::fs::read(&saved.disk).expect("a disk");
+    let table = u64::from_be_bytes(bytes[48..56].try_into().expect("eight bytes")) as usize;
+    bytes[table..table + 8].fill(0);
+    std::fs::write(&saved.disk, bytes).expect("a disk");
+    verify().fails(13, &["its disk", "disk.qcow2 is damaged: "]);
 }
 
 #[test]

@@ -5,9 +5,9 @@
 //!                                                     ▲
 //!                                                     └──▶ stream: one of them, as one stream of bytes
 //! ```
-//! [`mod@format`] has the files by themselves, [`archive`] the directory in which they are, [`save`] what a VM's process
-//! does for a checkpoint, [`restore`] what it does to begin from one, and [`stream`] is how a checkpoint gets to another
-//! place. `docs/checkpoint-format.md` describes every byte.
+//! [`mod@format`] has the files by themselves, [`archive`] the directory in which they are, [`save`] what a VM's
+//! process does for a checkpoint, [`restore`] what it does to begin from one, and [`stream`] is how a checkpoint gets
+//! to another place. `docs/checkpoint-format.md` describes every byte.
 
 #![deny(missing_docs)]
 

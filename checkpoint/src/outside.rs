@@ -32,8 +32,6 @@ mod real {
     pub(crate) use tokio_uring::fs::File as RingFile;
     pub(crate) use tokio_uring::{Runtime, spawn};
 
-    use rustix::fs::{FallocateFlags, fallocate};
-
     pub(crate) fn runtime() -> io::Result<Runtime> {
         Runtime::new(&tokio_uring::builder())
     }
@@ -48,7 +46,7 @@ mod real {
     }
 
     /// Gives the file's blocks back; the file stays as long as it is.
-    pub(crate) fn punch_hole(file: &File, at: u64, len: u64) -> io::Result<()> {
-        Ok(fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len)?)
+    pub(crate) async fn punch_hole(file: &RingFile, at: u64, len: u64) -> io::Result<()> {
+        file.fallocate(at, len, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE).await
     }
 }

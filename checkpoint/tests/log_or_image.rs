@@ -1,5 +1,5 @@
-//! Writing a checkpoint's pages in place, into a sparse image, beside appending them to a log: the same bytes, as a live
-//! checkpoint writes them (buffers of 2 MiB, six at once, past the page cache). Prints figures, and asserts none.
+//! Writing a checkpoint's pages in place, into a sparse image, beside appending them to a log: the same bytes, as a
+//! live checkpoint writes them (buffers of 2 MiB, six at once, past the page cache). Prints figures, and asserts none.
 //! `VMEMD_LONG=1`, built with `--release`.
 
 #[macro_use]
@@ -55,7 +55,8 @@ fn direct(path: &Path) -> File {
     options.open(path).unwrap()
 }
 
-/// Seconds until the round is durable. In place, each piece goes where it belongs; in a log, a buffer of them at the end.
+/// Seconds until the round is durable. In place, each piece goes where it belongs; in a log, a buffer of them at the
+/// end.
 fn write(file: &File, round: &Round, log: Option<&AtomicU64>) -> f64 {
     let a_buffer = BUFFER / round.piece;
     let next = AtomicU64::new(0);

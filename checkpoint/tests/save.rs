@@ -12,6 +12,11 @@ mod vm;
 #[path = "../../tests/common/disk.rs"]
 #[allow(dead_code, reason = "stores fail in more ways")]
 mod disk;
+#[path = "../../swapd/tests/common/image.rs"]
+mod image;
+#[path = "../../tests/common/slow_disk.rs"]
+#[allow(dead_code, reason = "disks are slow in more ways")]
+mod slow_disk;
 
 use std::cell::Cell;
 use std::fs::{File, OpenOptions};
@@ -382,4 +387,42 @@ fn a_rate_is_kept_to_while_it_runs() {
     // 32 MiB, but for what a burst and the buffers under way let through.
     assert!(began.elapsed() > Duration::from_millis(700), "{:?}", began.elapsed());
     assert_same(&witness, to.path(), &[]);
+}
+
+/// As over a network: to begin a read there takes until the server answers. The session's own thread must not wait for
+/// it, or nobody could cancel.
+#[test]
+fn a_vm_whose_origin_is_silent_can_be_cancelled() {
+    let place = place();
+    let disk = slow_disk::SlowDisk::bare(place.path(), MEMORY).or_skip(Reason::Loop);
+    let image = image::Image::in_file(&place.path().join("fuse/disk.img"), PAGES, |page| page.0 < PAGES / 2);
+    for origin in [image.origin(), image.buffered_origin()] {
+        disk.come_back();
+        let engine = vm::start(&place, 16 << 20, false, Some(origin));
+        image.adopt_into(&engine.handle());
+        let directory = self::place();
+        let cancel = AtomicBool::new(false);
+        let options = SaveOptions { stop: false, ..SaveOptions::default() };
+        disk.fall_silent();
+        let (handle, files) = (engine.handle(), files(directory.path()));
+        std::thread::scope(|scope| {
+            let mut witness = Witness::of(&engine, PAGES / 2..PAGES);
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_secs(2));
+                cancel.store(true, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_secs(6));
+                disk.come_back();
+            });
+            let began = Instant::now();
+            let failed =
+                save_at_once(&handle, &mut witness, files, None, &options, &|_| {}, &cancel).unwrap_err();
+            let took = began.elapsed();
+            println!("cancelled {took:?} after it began: {failed:?}");
+            assert!(matches!(failed.error, SaveError::Cancelled), "{failed:?}");
+            assert!(took < Duration::from_secs(6), "{took:?}");
+            if let Some(rest) = failed.rest {
+                rest.close();
+            }
+        });
+    }
 }

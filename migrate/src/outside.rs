@@ -27,6 +27,7 @@ mod real {
     use std::io;
     use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
     use std::path::{Path, PathBuf};
+    use std::sync::Arc;
     use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
     use std::time::Duration;
 
@@ -62,11 +63,41 @@ mod real {
         client.secure(stream, to, limit)
     }
 
-    /// Reads stored pages, on the runtime's ring.
+    /// Reads stored pages, on the runtime's ring; on threads what would keep the ring's own thread waiting.
     pub(crate) struct StoredReader {
         reader: swapd::StoredReader,
         store: Vec<tokio_uring::fs::File>,
         origin: Vec<tokio_uring::fs::File>,
+        /// The origin's files once more, where reads may block.
+        blocking: Vec<Option<Arc<File>>>,
+    }
+
+    /// Bytes that begin at a multiple of a page: direct I/O wants them so.
+    struct Aligned {
+        bytes: Vec<u8>,
+        from: usize,
+        len: usize,
+    }
+
+    impl Aligned {
+        fn new(len: usize) -> Aligned {
+            let bytes = vec![0; len + PAGE_SIZE];
+            let from = bytes.as_ptr().align_offset(PAGE_SIZE);
+            Aligned { bytes, from, len }
+        }
+
+        fn bytes(&mut self) -> &mut [u8] {
+            &mut self.bytes[self.from..][..self.len]
+        }
+    }
+
+    /// Reads on a thread, of which the runtime has some hundreds at most: callers have fewer reads under way.
+    async fn read_on_thread(file: Arc<File>, at: u64, len: usize) -> io::Result<Aligned> {
+        let read = tokio::task::spawn_blocking(move || {
+            let mut into = Aligned::new(len);
+            file.read_exact_at(into.bytes(), at).map(|()| into)
+        });
+        read.await.unwrap_or_else(|failed| Err(io::Error::other(failed)))
     }
 
     impl StoredReader {
@@ -76,7 +107,11 @@ mod real {
                 Ok(reader.files(tier)?.into_iter().map(tokio_uring::fs::File::from_std).collect())
             };
             let (store, origin) = (files(TierId::STORE)?, files(TierId::ORIGIN)?);
-            Ok(StoredReader { reader, store, origin })
+            let blocking = reader.files(TierId::ORIGIN)?.into_iter().enumerate();
+            let blocking = blocking
+                .map(|(nth, file)| reader.may_block(TierId::ORIGIN, nth).then(|| Arc::new(file)))
+                .collect();
+            Ok(StoredReader { reader, store, origin, blocking })
         }
 
         /// Reads pages of a tier, which must be held. If their checksums do not fit they are in the region all the
@@ -91,9 +126,18 @@ mod real {
             let files = if tier == TierId::STORE { &self.store } else { &self.origin };
             for StoredPart { run: part, file, at } in self.reader.parts(tier, run) {
                 let from = (part.start.0 - run.start.0) as usize * PAGE_SIZE;
-                let into = region.slice(from..from + part.bytes());
-                let (result, into) = files[file].read_exact_at(into, at).await;
-                region = into.into_inner();
+                let blocking = self.blocking.get(file).cloned().flatten().filter(|_| tier == TierId::ORIGIN);
+                let result = if let Some(file) = blocking {
+                    let read = read_on_thread(file, at, part.bytes()).await;
+                    read.map(|mut read| {
+                        region.bytes_mut()[from..][..part.bytes()].copy_from_slice(read.bytes())
+                    })
+                } else {
+                    let into = region.slice(from..from + part.bytes());
+                    let (result, into) = files[file].read_exact_at(into, at).await;
+                    region = into.into_inner();
+                    result
+                };
                 if let Err(error) = result {
                     return (Err(IoError { tier, write: false, kind: IoErrorKind::of(&error) }), region);
                 }

@@ -180,17 +180,23 @@ impl Qemu {
     /// Removes what [`Qemu::take_snapshots`] has made. A disk that the VM has no more is left as it is.
     pub(crate) fn drop_snapshots(&mut self, disks: &[Disk]) -> Result<(), Failure> {
         let now = self.ask("query-block", Value::Null)?;
-        let device_of = |disk: &Disk| {
-            let mut all = now.as_array().into_iter().flatten();
-            let found =
-                all.find(|now| file_of(&now["inserted"]).as_deref() == Some(Path::new(&disk.file)))?;
-            let names = [text(&found["device"]), text(&found["inserted"]["node-name"])];
-            names.into_iter().find(|name| !name.is_empty()).map(str::to_owned)
-        };
-        let chosen =
-            disks.iter().filter_map(|disk| Some(Chosen { device: device_of(disk)?, disk: disk.clone() }));
-        let chosen: Vec<Chosen> = chosen.collect();
+        let of = |disk: &Disk| Some(Chosen { device: device_in(&now, &disk.file)?, disk: disk.clone() });
+        let chosen: Vec<Chosen> = disks.iter().filter_map(of).collect();
         self.delete_snapshots(&chosen)
+    }
+
+    /// QEMU's name for the disk that is in that file now.
+    pub(crate) fn device_of(&mut self, file: &str) -> Result<Option<String>, Failure> {
+        Ok(device_in(&self.ask("query-block", Value::Null)?, file))
+    }
+
+    /// Deletes a snapshot that may have gone already.
+    pub(crate) fn delete_snapshot(&mut self, device: &str, name: &str) -> Result<(), Failure> {
+        let which = json!({ "device": device, "name": name });
+        match self.ask_for("blockdev-snapshot-delete-internal-sync", which, SNAPSHOT_TIMEOUT) {
+            Err(QmpError::Refused { text, .. }) if text.contains("does not exist on device") => Ok(()),
+            deleted => deleted.map(drop).map_err(|error| Failure::new(FailureKind::Vm, chain(&error))),
+        }
     }
 
     fn delete_snapshots(&mut self, chosen: &[Chosen]) -> Result<(), Failure> {
@@ -204,6 +210,14 @@ impl Qemu {
         }
         if stay.is_empty() { Ok(()) } else { Err(Failure::new(FailureKind::Vm, stay.join("; "))) }
     }
+}
+
+/// From QEMU's answer to `query-block`: its name for the disk that is in that file.
+fn device_in(disks: &Value, file: &str) -> Option<String> {
+    let mut all = disks.as_array().into_iter().flatten();
+    let found = all.find(|disk| file_of(&disk["inserted"]).as_deref() == Some(Path::new(file)))?;
+    let names = [text(&found["device"]), text(&found["inserted"]["node-name"])];
+    names.into_iter().find(|name| !name.is_empty()).map(str::to_owned)
 }
 
 fn chain(error: &QmpError) -> String {

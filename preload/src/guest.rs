@@ -449,6 +449,20 @@ impl Machine for Qemu {
         self.drop_snapshots(disks)
     }
 
+    fn remove_snapshot(&mut self, file: &str, snapshot: &str) -> Result<bool, Failure> {
+        let Some(device) = self.device_of(file)? else { return Ok(false) };
+        // As above.
+        if (self.given_away || self.disks_away) && !self.runs()? {
+            let text = "the disks are not the VM's own until it runs";
+            return Err(Failure::new(FailureKind::CannotMove, text));
+        }
+        self.delete_snapshot(&device, snapshot).map(|()| true)
+    }
+
+    fn offer(&mut self, offer: &str) -> Result<String, Failure> {
+        self.with_generation(offer)
+    }
+
     fn save(&mut self, to: &mut dyn Write) -> Result<(), Failure> {
         // Once more: a monitor may have changed it while its memory went.
         let on = self.check_move()?;

@@ -16,6 +16,7 @@ mod backends;
 mod devices;
 mod disks;
 mod farewell;
+mod generation;
 mod guest;
 mod images;
 mod interpose;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
+use checkpoint::format::DiskVersion;
 use serde_json::{Value, json};
 use tracing::info;
 
@@ -32,6 +33,7 @@ impl Service for VmService {
             Request::RecordFaults { seconds } => crate::record::record_faults(vm, seconds, client),
             Request::Migrate(request) => crate::leave::migrate(vm, &request, client),
             Request::Checkpoint(request) => crate::checkpoint::checkpoint(vm, &request, client),
+            Request::RemoveSnapshot { file, snapshot } => vm.remove_snapshot(&file, &snapshot),
             Request::Stop => vm.stop(),
             // During a migration its own connection hears of it: see `leave`.
             Request::Cancel => Err(Failure::new(
@@ -108,6 +110,25 @@ impl Vm {
         self.locked(|state| state.hold.free());
         info!(vm = %self.facts.name, already, "resumed");
         self.told(already)
+    }
+
+    /// Deletes the snapshot of a checkpoint that is gone, if it has a disk in that file.
+    fn remove_snapshot(&self, file: &str, snapshot: &str) -> Result<Value, Failure> {
+        if !DiskVersion::is_snapshot(snapshot) {
+            let text = format!("{snapshot:?} is no snapshot of a checkpoint: it is not vmemd's to delete");
+            return Err(Failure::new(FailureKind::Usage, text));
+        }
+        let removed = self.machine(|machine| machine.remove_snapshot(file, snapshot))?;
+        if removed {
+            info!(vm = %self.facts.name, %file, %snapshot, "deleted the snapshot of a checkpoint that is gone");
+        }
+        Ok(json!({ "name": self.facts.name, "removed": removed }))
+    }
+
+    /// What another host has to be told to make its machine, as it is now.
+    pub(crate) fn offer(&self) -> Result<Option<String>, Failure> {
+        let offer = self.facts.offer.as_deref();
+        offer.map(|offer| self.machine(|machine| machine.offer(offer))).transpose()
     }
 
     fn operator_may_resume(&self) -> Result<(), Failure> {

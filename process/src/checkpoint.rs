@@ -6,9 +6,9 @@
 //!     │             │            │                    │
 //!     └── refused   └── no ──────┴── failed, cancelled┴── cancelled, client gone: goes on as before
 //! ```
-//! From `saved` on the client may have given the checkpoint its name, whatever is heard of it. So only its own word that
-//! there is none (`cancel`) takes the disks' versions away: a connection that is lost leaves them, for the checkpoint
-//! may need them.
+//! From `saved` on the client may have given the checkpoint its name, whatever is heard of it. So only its own word
+//! that there is none (`cancel`) takes the disks' versions away: a connection that is lost leaves them, for the
+//! checkpoint may need them.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -139,7 +139,7 @@ fn may_be_saved(vm: &Vm, request: &CheckpointRequest) -> Result<Disks, Failure> 
         if request.without_disks {
             return Ok(Disks { snapshot: None, left_out: machine.written_disks()? });
         }
-        let snapshot = format!("vmemd-{}", UNIX_EPOCH.elapsed().unwrap_or_default().as_millis());
+        let snapshot = DiskVersion::snapshot_at(UNIX_EPOCH.elapsed().unwrap_or_default().as_millis());
         machine.disks(&snapshot)?;
         Ok(Disks { snapshot: Some(snapshot), left_out: Vec::new() })
     })
@@ -416,7 +416,7 @@ fn facts(vm: &Vm, saved: &Saved, (disks, left_out): (&[Disk], Vec<String>)) -> R
         "workload": stat.workload,
         // Only a QEMU says what it does.
         "machine": if stat.run_state.is_some() { "qemu" } else { "reference" },
-        "offer": facts.offer,
+        "offer": vm.offer()?,
         "paused": saved.stood_still,
         "disks": disks,
         "without_disks": left_out,

@@ -6,6 +6,8 @@ use checkpoint::archive::ArchiveError;
 use migrate::tls::TlsError;
 use serde::{Deserialize, Serialize};
 
+use crate::size::Size;
+
 /// The kinds of failure. Each has one exit code, documented in `docs/operating.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -34,6 +36,8 @@ pub enum FailureKind {
     Downtime,
     /// A checkpoint, or something that it needs, is not what was saved.
     Damaged,
+    /// A checkpoint was made, and is whole; what was to be done behind it was not.
+    Behind,
     /// Ctrl-C or a termination signal.
     Interrupted,
 }
@@ -43,7 +47,9 @@ impl FailureKind {
     fn of_io(error: &std::io::Error) -> FailureKind {
         match error.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => FailureKind::Resources,
-            std::io::ErrorKind::PermissionDenied => FailureKind::Host,
+            std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
+                FailureKind::Host
+            }
             _ => FailureKind::Other,
         }
     }
@@ -63,6 +69,7 @@ impl FailureKind {
             FailureKind::Moved => 10,
             FailureKind::Downtime => 12,
             FailureKind::Damaged => 13,
+            FailureKind::Behind => 14,
             FailureKind::Interrupted => 130,
         }
     }
@@ -108,7 +115,8 @@ impl From<swapd::StartError> for Failure {
             swapd::StartError::Budget(_) => FailureKind::Usage,
             swapd::StartError::Host(_) => FailureKind::Host,
             swapd::StartError::Origin(_) => FailureKind::Damaged,
-            swapd::StartError::Store(_) | swapd::StartError::Memory(_) => FailureKind::Resources,
+            swapd::StartError::Store(error) => kind_of_store(error),
+            swapd::StartError::Memory(_) => FailureKind::Resources,
         };
         // Its text names the cause.
         Failure::new(kind, error.to_string())
@@ -130,9 +138,26 @@ impl From<swapd::CommandError> for Failure {
 
 impl From<ArchiveError> for Failure {
     fn from(error: ArchiveError) -> Failure {
+        Failure::from(&error)
+    }
+}
+
+impl From<&ArchiveError> for Failure {
+    fn from(error: &ArchiveError) -> Failure {
         use ArchiveError as E;
-        let kind = match &error {
-            E::NotEmpty { .. } | E::Name(_) => FailureKind::Usage,
+        let kind = match error {
+            E::NotEmpty { .. } | E::NotDirectory { .. } | E::IsCheckpoint { .. } | E::Name(_) => {
+                FailureKind::Usage
+            }
+            E::NoRoom { path, need_bytes, free_bytes } => {
+                let text = format!(
+                    "no room in {}: it takes {:#}, and {:#} are free",
+                    path.display(),
+                    Size(*need_bytes),
+                    Size(*free_bytes)
+                );
+                return Failure::new(FailureKind::Resources, text);
+            }
             E::NoArchive { .. } | E::NoCheckpoint { .. } | E::Empty { .. } => FailureKind::Name,
             E::Busy { .. } | E::OtherVm { .. } | E::InUse { .. } | E::Removed { .. } => FailureKind::Name,
             E::IsBase { .. } | E::MayBeBase { .. } | E::TooDeep { .. } => FailureKind::Name,
@@ -140,11 +165,12 @@ impl From<ArchiveError> for Failure {
             E::NotFlushed { source, .. } => FailureKind::of_io(source),
             E::NotSafe { .. } => FailureKind::Host,
             E::Cancelled => FailureKind::Interrupted,
+            E::Latest { source, .. } => Failure::from(&**source).kind,
             error if error.is_damage() => FailureKind::Damaged,
             // A newer format.
             _ => FailureKind::Other,
         };
-        Failure::new(kind, chain(&error))
+        Failure::new(kind, chain(error))
     }
 }
 
@@ -167,6 +193,23 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+fn kind_of_store(error: &swapd::StoreError) -> FailureKind {
+    use swapd::StoreError as E;
+    match error {
+        E::NeitherKind { .. } => FailureKind::Usage,
+        E::NoDirectIo { .. } | E::NoNamelessFiles { .. } | E::NoPermission { .. } => FailureKind::Host,
+        E::Unusable { source, .. } | E::FreeSpace { source, .. } | E::Open { source, .. } => {
+            match FailureKind::of_io(source) {
+                FailureKind::Host => FailureKind::Host,
+                _ => FailureKind::Resources,
+            }
+        }
+        E::NoRoom { .. } | E::SparseFile { .. } | E::SmallDevice { .. } | E::InUse { .. } => {
+            FailureKind::Resources
+        }
+    }
 }
 
 fn kind_of(error: &migrate::VmError) -> FailureKind {

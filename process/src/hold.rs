@@ -26,6 +26,8 @@ use migrate::tls::Security;
 pub(crate) const BY_VMEMD: &str = "by `vmemd pause`";
 pub(crate) const BY_ITS_MONITOR: &str = "by a monitor of its QEMU, not by vmemd";
 pub(crate) const AS_IT_CAME: &str = "it was paused when it came";
+pub(crate) const AS_SAVED: &str = "it was paused when it was saved";
+pub(crate) const BY_RESTORE: &str = "by `vmemd restore --paused`";
 pub(crate) const FOR_ITS_CHECKPOINT: &str =
     "by `vmemd checkpoint --stop`, which stops it when the checkpoint is durable";
 pub(crate) const DID_NOT_GO_ON: &str = "it could not be let go on: see its log";
@@ -67,16 +69,16 @@ impl Whereabouts {
     }
 }
 
-/// What a VM that is paused needs of its store.
+/// What a VM that is paused needs of a tier: its store, or the checkpoint that it was restored from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Want {
     /// Frames: the store takes no writes.
     Frames,
-    /// Pages: the store gives none.
+    /// Pages: the store, or the checkpoint, gives none.
     Pages,
 }
 
-/// A VM that is paused because it needs something that its store does not do.
+/// A VM that is paused because it needs something that a tier does not do.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Stall {
     /// One at least; the last one stays until the VM goes on.
@@ -98,7 +100,7 @@ pub(crate) enum Hold {
     Free,
     /// Somebody wants it so: who, or what for.
     Paused(&'static str),
-    /// For what its store does not do. It goes on by itself.
+    /// For what a tier does not do. It goes on by itself.
     Stalled(Stall),
     /// For both. When the stall has ended, it is paused.
     StalledAndPaused(Stall, &'static str),
@@ -109,7 +111,7 @@ pub(crate) enum Hold {
 pub(crate) enum Resumer {
     /// `vmemd resume`. In doubt, that asks the target first: see `doubt`.
     Operator,
-    /// Its store, which does again what the VM stood still for.
+    /// The tier, which does again what the VM stood still for.
     Store,
     /// A migration that has not taken it away. `stopped_it`: the VM was told to stand still for that.
     Source { stopped_it: bool },
@@ -124,9 +126,9 @@ pub(crate) enum Resumer {
 /// | who | where the VM has to be | what it may stand still for |
 /// |---|---|---|
 /// | the operator | here | anything |
-/// | its store | here | a stall that is relieved, before which it ran, and nothing else |
+/// | a tier | here | a stall that is relieved, before which it ran, and nothing else |
 /// | a migration that failed, if that stopped it | migrating, or in doubt until now | nothing else |
-/// | a migration that brought it, or a restore | here, as of the commit | anything but that it came paused |
+/// | a migration that brought it, or a restore | here, as of the commit | anything but that it came paused, or was saved so |
 /// | a checkpoint, if that stopped it | here | nothing else |
 ///
 /// Nobody else may. A VM that somebody else lets go on would run at two hosts, or against the will of its pauser.
@@ -175,7 +177,7 @@ impl Hold {
             Want::Frames => format!(
                 "{reason}; it goes on by itself when the store takes writes; it may also get more RAM, or migrate"
             ),
-            Want::Pages => format!("{reason}; it goes on by itself when the store answers; nothing is lost"),
+            Want::Pages => format!("{reason}; it goes on by itself when that answers; nothing is lost"),
         });
         Some(told.collect::<Vec<_>>().join("; "))
     }
@@ -238,7 +240,7 @@ impl Hold {
         self.unpause();
     }
 
-    /// It needs something that its store does not do. Returns whether it has to be paused for that: it was not stalled
+    /// It needs something that a tier does not do. Returns whether it has to be paused for that: it was not stalled
     /// before.
     pub(crate) fn stall(&mut self, want: Want, reason: String) -> bool {
         let mut begins = true;
@@ -267,7 +269,7 @@ impl Hold {
         self.change(|stall, _| stall.iter_mut().for_each(|stall| stall.seen_running |= stall.ran));
     }
 
-    /// The store does that again. A stall for something else goes on.
+    /// The tier does that again. A stall for something else goes on.
     pub(crate) fn ease(&mut self, want: Want) {
         self.change(|stall, _| {
             let Some(stall) = stall else { return };

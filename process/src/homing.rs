@@ -7,8 +7,8 @@
 //!                                                    └──▶ Kept (--keep-origin)
 //! ```
 //! A page that stays in the checkpoint leaves RAM without a write for as long as it does not change. So the room of the
-//! store is for what the VM changes: pages are taken home only while there is more than the VM itself may have to write.
-//! Else a VM that could run from the checkpoint for ever would be starved by the copy of it.
+//! store is for what the VM changes: pages are taken home only while there is more than the VM itself may have to
+//! write. Else a VM that could run from the checkpoint for ever would be starved by the copy of it.
 //!
 //! All of it gives way: to the VM's own faults, to other programs that are short of memory, to a migration of the VM.
 //! Meanwhile the order in which pages come in is recorded for the next restore, if this is the first.
@@ -18,11 +18,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use checkpoint::restore::{FirstTouches, Hold, Image, order};
+use checkpoint::restore::{Hold, Image, order};
 use migrate::limits::scaled_for_tests;
 use serde::{Deserialize, Serialize};
 use swapd::units::bytes_of;
-use swapd::{CommandError, EngineHandle, FaultKind, IoErrorKind, PendingAnswer, Run, Stats};
+use swapd::{CommandError, EngineHandle, IoErrorKind, PendingAnswer, Run, Stats};
 use tracing::{info, warn};
 
 use crate::control::protocol::{RestorePhase, State};
@@ -33,8 +33,12 @@ use crate::host;
 use crate::size::Size;
 use crate::vm::Vm;
 
-/// Parts of up to 2 MiB that the engine is asked to bring ahead of any touch, at a time: as many as keep the device busy
-/// where they are small.
+mod recording;
+
+use recording::Recording;
+
+/// Parts of up to 2 MiB that the engine is asked to bring ahead of any touch, at a time: as many as keep the device
+/// busy where they are small.
 const FETCHES: usize = 16;
 /// So many such parts are brought from one look at what frames are left to the next.
 const LOOK_AT_FRAMES: u32 = 4;
@@ -58,18 +62,6 @@ const ROOM_AGAIN_MAX: Duration = Duration::from_secs(3600);
 const LOOK_AT_HOST: Duration = Duration::from_millis(100);
 /// The host is short of memory if less of it than one part in so many is free.
 const FREE_PART: u64 = 32;
-/// The first faults are those within this time from the first of them.
-const RECORDED: Duration = Duration::from_secs(10);
-/// A guest that touches nothing has no first faults.
-const RECORDED_MAX: Duration = Duration::from_secs(60);
-/// Between two looks at what was recorded: the engine keeps some 60 000 faults in between.
-const RECORD_POLL: Duration = Duration::from_millis(20);
-/// From the first fault until it is looked what came with those that were waited for. Each next look is as late again:
-/// in the beginning, when it matters most, the order is finest.
-const LOOK_AROUND: Duration = Duration::from_millis(50);
-/// The same of a guest that touches nothing, at most: it is looked at half as often each time.
-const RECORD_POLL_MAX: Duration = Duration::from_secs(1);
-
 /// How a VM is to begin from a checkpoint.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct RestoreOptions {
@@ -143,19 +135,6 @@ enum Taken {
     NoRoom(String),
 }
 
-/// A recording of the first faults that is under way.
-#[derive(Debug)]
-struct Recording {
-    order: FirstTouches,
-    began: Instant,
-    /// When the first fault was seen.
-    first: Option<Instant>,
-    looked: Instant,
-    poll: Duration,
-    /// When it is looked what else has come, from the first fault on.
-    look_around: Duration,
-}
-
 /// Shows it in `stat`.
 pub(crate) fn note(vm: &Vm, phase: RestorePhase, waits: Option<String>) {
     vm.locked(|state| {
@@ -218,8 +197,8 @@ impl Homing {
         Ok(())
     }
 
-    /// Takes frames from the host for memory without content, if that is wanted: as many as will be left when what is in
-    /// the checkpoint has come.
+    /// Takes frames from the host for memory without content, if that is wanted: as many as will be left when what is
+    /// in the checkpoint has come.
     pub(crate) fn prealloc(&mut self) -> Result<(), Stopped> {
         if !self.options.prealloc {
             return Ok(());
@@ -442,8 +421,8 @@ impl Homing {
         }
     }
 
-    /// Nothing could be taken home once more: says so in `stat` if that goes on, and waits. A `defect` is told in the log,
-    /// too.
+    /// Nothing could be taken home once more: says so in `stat` if that goes on, and waits. A `defect` is told in the
+    /// log, too.
     fn is_stuck(&mut self, why: String, defect: bool) -> Result<(), Stopped> {
         self.stuck = self.stuck.saturating_add(1);
         if self.stuck == STUCK && defect {
@@ -539,29 +518,20 @@ impl Homing {
         if self.vm.recording.swap(true, Ordering::SeqCst) {
             return;
         }
-        let now = Instant::now();
-        let order = FirstTouches::new(&self.image, budget);
-        self.recording = Some(Recording {
-            order,
-            began: now,
-            first: None,
-            looked: now,
-            poll: RECORD_POLL,
-            look_around: LOOK_AROUND,
-        });
+        self.recording = Some(Recording::begin(&self.image, budget));
     }
 
     /// Takes what was recorded meanwhile. Ends the recording when it is time.
     fn look_at_faults(&mut self) -> Result<(), Stopped> {
-        let Some(mut recording) =
-            self.recording.take_if(|recording| recording.looked.elapsed() >= recording.poll)
-        else {
+        let Some(mut recording) = self.recording.take_if(|recording| recording.is_due()) else {
             return Ok(());
         };
-        let looked = self.look(&mut recording);
-        let over = recording.order.is_full()
-            || recording.first.is_some_and(|first| first.elapsed() >= RECORDED)
-            || recording.began.elapsed() >= RECORDED_MAX;
+        let looked = recording.look(
+            &self.image,
+            || self.engine.record_faults(true).map_err(Stopped::Engine),
+            || self.answer(self.engine.resident_map_async()),
+        );
+        let over = recording.is_over();
         self.recording = Some(recording);
         looked?;
         if over {
@@ -570,37 +540,10 @@ impl Homing {
         Ok(())
     }
 
-    fn look(&self, recording: &mut Recording) -> Result<(), Stopped> {
-        recording.looked = Instant::now();
-        let mut saw = false;
-        loop {
-            let seen = self.engine.record_faults(true).map_err(Stopped::Engine)?;
-            for fault in seen.faults.iter().filter(|fault| fault.kind == FaultKind::Store) {
-                saw = true;
-                recording.order.touched(&self.image, fault.page);
-            }
-            if seen.left == 0 {
-                break;
-            }
-        }
-        recording.poll = if saw { RECORD_POLL } else { (recording.poll * 2).min(RECORD_POLL_MAX) };
-        if saw {
-            recording.first.get_or_insert(recording.looked);
-        }
-        // Pages that a prefetch brought along are not waited for, and make no fault.
-        if recording.first.is_some_and(|first| first.elapsed() >= recording.look_around) {
-            recording.look_around *= 2;
-            for run in self.answer(self.engine.resident_map_async())? {
-                recording.order.came(&self.image, run);
-            }
-        }
-        Ok(())
-    }
-
     /// Waits for the end of a recording when there is nothing else to do.
     fn end_recording(&mut self) -> Result<(), Stopped> {
         while let Some(recording) = &self.recording {
-            let poll = recording.poll;
+            let poll = recording.poll();
             self.vm.halt.pause(poll)?;
             self.look_at_faults()?;
         }
@@ -609,7 +552,7 @@ impl Homing {
 
     fn write_order(&mut self) {
         self.stop_recording_with(|homing, recording| {
-            let runs = recording.order.runs();
+            let runs = recording.runs();
             if runs.is_empty() {
                 return;
             }

@@ -43,11 +43,12 @@ pub(crate) fn migrate(
     request: &MigrateRequest,
     client: &mut Client<'_>,
 ) -> Result<Value, Failure> {
-    let options = options(vm, request)?;
+    let mut options = options(vm, request)?;
     wait_until_set_up(vm, client);
     vm.memory()?.engine()?;
     begin(vm, &request.to)?;
-    if let Err(failure) = vm.machine(|machine| machine.may_move()) {
+    let may_move = vm.machine(|machine| machine.may_move()).and_then(|()| vm.offer());
+    if let Err(failure) = may_move.map(|offer| options.offer = offer) {
         vm.locked(|state| (state.whereabouts, state.migration) = (Whereabouts::Here, None));
         vm.go_on();
         return Err(stays(vm, failure));
@@ -120,7 +121,6 @@ fn options(vm: &Vm, request: &MigrateRequest) -> Result<SourceOptions, Failure> 
     options.max_rounds = request.max_rounds;
     options.max_throttle = request.max_throttle;
     options.check_placement = request.check_placement;
-    options.offer.clone_from(&vm.facts.offer);
     Ok(options)
 }
 

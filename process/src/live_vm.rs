@@ -13,8 +13,8 @@ use crate::hold::{DID_NOT_GO_ON, FOR_ITS_CHECKPOINT, Resumer, may_resume};
 use crate::machine::Machine;
 use crate::vm::Vm;
 
-/// How long it is tried again to let a VM go on: a QEMU that has given its disks away takes them back, and a target that
-/// ends may hold their locks still.
+/// How long it is tried again to let a VM go on: a QEMU that has given its disks away takes them back, and a target
+/// that ends may hold their locks still.
 pub(crate) const RESUME_LIMIT: Duration = Duration::from_secs(5);
 pub(crate) const RESUME_RETRY: Duration = Duration::from_millis(100);
 

@@ -76,6 +76,24 @@ pub trait Machine: Send + fmt::Debug {
         Ok(())
     }
 
+    /// Deletes the snapshot of a checkpoint that is gone, if one of its disks is in that file; tells whether one is. A
+    /// snapshot that is not there is no error.
+    ///
+    /// # Errors
+    /// If the snapshot stays.
+    fn remove_snapshot(&mut self, _file: &str, _snapshot: &str) -> Result<bool, Failure> {
+        Ok(false)
+    }
+
+    /// What another one has to be told to become this machine, as it is now: that of its start, with what has been
+    /// chosen since.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    fn offer(&mut self, offer: &str) -> Result<String, Failure> {
+        Ok(offer.to_owned())
+    }
+
     /// Writes everything of the paused guest that is not in its memory, as it is made: it goes over the network
     /// meanwhile. It can be resumed afterwards all the same.
     ///

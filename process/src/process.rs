@@ -148,8 +148,8 @@ pub struct NameHold {
 }
 
 impl NameHold {
-    /// The program ends, and the VM with it: whoever moves or saves it is told why, and so is the target. Waits for that, at
-    /// most `limit`.
+    /// The program ends, and the VM with it: whoever moves or saves it is told why, and so is the target. Waits for
+    /// that, at most `limit`.
     pub fn ends(&self, why: impl FnOnce() -> Failure, limit: Duration) {
         let migrates = || {
             self.vm

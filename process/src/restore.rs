@@ -23,7 +23,7 @@ use tracing::{error, info, warn};
 use crate::control::protocol::{RestorePhase, RestoreStat, State};
 use crate::failure::{Failure, FailureKind};
 use crate::halt::Halted;
-use crate::hold::{AS_IT_CAME, Resumer, Whereabouts, may_resume};
+use crate::hold::{AS_SAVED, BY_RESTORE, Resumer, Whereabouts, may_resume};
 use crate::homing::{self, Homing, RestoreOptions, stopped};
 use crate::life::{self, CAUGHT, End};
 use crate::machine::Newcomer;
@@ -155,7 +155,12 @@ fn begin(vm: &Arc<Vm>, engine: &EngineHandle, restoration: Restoration) -> Resul
     let machine = newcomer.load(&mut *state).map_err(|failure| not_restored(vm, &from, failure))?;
     vm.set_machine(machine);
     let loaded = Instant::now();
-    run(vm, options.paused || was_paused).map_err(|failure| not_restored(vm, &from, failure))?;
+    let paused = match (options.paused, was_paused) {
+        (true, _) => Some(BY_RESTORE),
+        (false, true) => Some(AS_SAVED),
+        (false, false) => None,
+    };
+    run(vm, paused).map_err(|failure| not_restored(vm, &from, failure))?;
     let (state, reason) = vm.state();
     let restored = Restored {
         name: vm.facts.name.clone(),
@@ -202,15 +207,15 @@ fn adopt(vm: &Arc<Vm>, engine: &EngineHandle, image: &Image) -> Result<(), Failu
     image.lost().try_for_each(|run| Ok(engine.adopt_poisoned(run)?))
 }
 
-/// Lets it run, unless it is to stand still.
-fn run(vm: &Vm, paused: bool) -> Result<(), Failure> {
+/// Lets it run, unless it is to stand still for this.
+fn run(vm: &Vm, paused: Option<&'static str>) -> Result<(), Failure> {
     let go = vm.locked(|state| {
         if state.ender.is_some() {
             return Err(());
         }
         (state.whereabouts, state.waiting) = (Whereabouts::Here, None);
-        if paused {
-            state.hold.pause_by(AS_IT_CAME);
+        if let Some(paused) = paused {
+            state.hold.pause_by(paused);
         }
         Ok(may_resume(Resumer::Target, &state.whereabouts, &state.hold))
     });

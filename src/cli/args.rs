@@ -7,11 +7,12 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use migrate::tls::Credentials;
 use migrate::wire::opening::MAX_STREAMS;
-use vmprocess::control::protocol::{EngineKind, Force, Trust};
+use vmprocess::control::protocol::{Force, Trust};
 use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 
-use super::values::{JsonArg, StreamPlace, parse_duration};
+use super::archive_args::{RemoveArgs, VerifyArgs};
+use super::values::{EngineArg, JsonArg, StreamPlace, parse_duration};
 use crate::pki::PkiSettings;
 use crate::qemu::output::Format;
 use crate::vmm::Workload;
@@ -208,7 +209,7 @@ pub(super) struct RestoreArgs {
     #[arg(long, value_name = "SIZE", conflicts_with = "keep_origin")]
     pub(super) rate: Option<Size>,
     /// Leave in the checkpoint what does not change: it is needed for as long as the VM runs
-    #[arg(long)]
+    #[arg(long, conflicts_with = "eager")]
     pub(super) keep_origin: bool,
     #[command(flatten)]
     pub(super) disks: DiskArgs,
@@ -408,6 +409,9 @@ pub(super) struct MakeArgs {
     /// Keep this many checkpoints, and remove older ones when the new one is there
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(super) keep: Option<u32>,
+    /// With --keep: leave the snapshots of checkpoints that go in the disks' files
+    #[arg(long, requires = "keep")]
+    pub(super) leave_snapshots: bool,
     /// Stop the VM for the last pages when they can be written in this time
     #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
     pub(super) downtime_target: Duration,
@@ -472,15 +476,16 @@ pub(super) enum ArchiveCommand {
   vmemd checkpoint verify /backup/web
   vmemd checkpoint verify /backup/web 2026-11-29T23-20-00Z
 Exit code 13: something is not what was saved. The pages are named.")]
-    Verify(NamedArgs),
+    Verify(VerifyArgs),
     /// Give a checkpoint the pages of its bases, so that it needs them no longer
     #[command(after_help = "Example:
   vmemd checkpoint merge /backup/web 2026-11-29T23-20-00Z
 The bases stay; they can be removed afterwards, if nothing else needs them. VMs that were restored from either run on.")]
     Merge(OneArgs),
     /// Remove a checkpoint that no other one and no restored VM needs
-    #[command(after_help = "Example:\n  vmemd checkpoint remove /backup/web 2026-11-29T23-20-00Z")]
-    Remove(OneArgs),
+    #[command(after_help = "Example:\n  vmemd checkpoint remove /backup/web 2026-11-29T23-20-00Z
+The snapshots of its disks go as well, through the QEMU that has them open or by qemu-img; one that cannot go is named.")]
+    Remove(RemoveArgs),
     /// Write a checkpoint as one stream that stands alone: to a pipe, or into an object store
     #[command(after_help = "Examples:
   vmemd checkpoint export /backup/web - | ssh b.example vmemd checkpoint import - --to /backup/web
@@ -510,7 +515,7 @@ pub(super) struct ArchiveArgs {
 pub(super) struct NamedArgs {
     #[command(flatten)]
     pub(super) archive: ArchiveArgs,
-    /// The checkpoint [default: the latest; of verify, all]
+    /// The checkpoint [default: the latest]
     #[arg(value_name = "NAME")]
     pub(super) checkpoint: Option<String>,
 }
@@ -637,24 +642,6 @@ pub(super) struct DoctorArgs {
     pub(super) store: Option<PathBuf>,
     #[command(flatten)]
     pub(super) json: JsonArg,
-}
-
-/// [`EngineKind`] as it is typed.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-pub(super) enum EngineArg {
-    /// The swap engine: a RAM budget, and a store behind it
-    Vmemd,
-    /// Ordinary memory with the host's own paging, for comparisons
-    Plain,
-}
-
-impl From<EngineArg> for EngineKind {
-    fn from(engine: EngineArg) -> EngineKind {
-        match engine {
-            EngineArg::Vmemd => EngineKind::Vmemd,
-            EngineArg::Plain => EngineKind::Plain,
-        }
-    }
 }
 
 #[cfg(test)]

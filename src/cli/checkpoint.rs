@@ -24,6 +24,7 @@ use vmprocess::signals;
 use vmprocess::size::Size;
 
 use super::args::{BaseArg, MakeArgs};
+use super::snapshots::{self, Deleted};
 use super::terminal::{bar, print, print_json, say, warn};
 use super::vms;
 
@@ -62,7 +63,7 @@ struct Done {
     base: Option<String>,
     saved: Saved,
     total: Duration,
-    kept: Option<Kept>,
+    kept: Option<(Kept, Option<Deleted>)>,
 }
 
 /// Why a checkpoint was not made as it should be.
@@ -117,7 +118,10 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
         // There is a checkpoint all the same.
         warn(&format!("{failure}: the checkpoint {} is whole", entry.name()));
     }
+    let behind = |what: &str, failure: Failure| behind(entry.name(), what, failure);
     let stopped = if args.stop { vms::end(dir, &args.name).map(|_| ()) } else { Ok(()) };
+    let stopped =
+        stopped.map_err(|failure| behind(&format!("{:?} could not be stopped", args.name), failure));
     let made_at_ms = entry.manifest().made_at_ms;
     if made_at_ms > report.saved.made_at_ms {
         warn(&format!(
@@ -126,7 +130,8 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
             (made_at_ms - report.saved.made_at_ms).div_ceil(1000)
         ));
     }
-    let kept = args.keep.map(|count| keep(&archive, count, entry.name())).transpose();
+    let kept = args.keep.map(|count| keep(&archive, count, (entry.name(), args, dir))).transpose();
+    let kept = kept.map_err(|failure| behind("the older ones could not all be removed", failure));
     let base = entry.manifest().base.as_ref().map(|base| base.name.clone());
     let (kept, keep_failed) = match kept {
         Ok(kept) => (kept, Ok(())),
@@ -164,7 +169,7 @@ fn has_room(archive: &Archive, stat: &VmStat, base: Option<&Chain>) -> Result<()
     if base.is_some() {
         return Ok(());
     }
-    let stored = if may_share(archive.path()) { 0 } else { stat.memory.stored_bytes };
+    let stored = if archive.shares_blocks() { 0 } else { stat.memory.stored_bytes };
     let pages = stat.memory.resident_bytes + stored;
     let need = pages + pages_in(pages) * MAP_BYTES_A_PAGE + REST_BYTES;
     let free = archive.free_bytes()?;
@@ -182,13 +187,6 @@ fn has_room(archive: &Archive, stat: &VmStat, base: Option<&Chain>) -> Result<()
     Err(Failure::new(FailureKind::Resources, text))
 }
 
-/// Whether files on that file system can share blocks with those of a store on it.
-fn may_share(path: &Path) -> bool {
-    const XFS: i64 = 0x5846_5342;
-    const BTRFS: i64 = 0x9123_683e;
-    rustix::fs::statfs(path).is_ok_and(|found| [XFS, BTRFS].contains(&found.f_type))
-}
-
 /// Has the VM saved into the files.
 fn make(
     vm: &mut VmClient,
@@ -197,7 +195,7 @@ fn make(
     args: &MakeArgs,
 ) -> Result<Report, Failure> {
     let cloned = base.map(|base| pending.share_base(base)).transpose()?;
-    let base_map = base.map(open_map).transpose()?;
+    let base_map = base.map(|base| base.top().map_file()).transpose()?;
     let request = CheckpointRequest {
         downtime_target_ms: (args.downtime_target.as_millis() as u64).max(1),
         max_rounds: args.max_rounds,
@@ -215,12 +213,6 @@ fn make(
     serde_json::from_value(report).map_err(|error| {
         Failure::new(FailureKind::Other, format!("the VM {:?} runs another vmemd: {error}", args.name))
     })
-}
-
-fn open_map(base: &Chain) -> Result<File, Failure> {
-    let top = base.top();
-    let path = top.path().join(&top.manifest().parts.map.file);
-    File::open(&path).map_err(|error| Failure::io(format!("open {}", path.display()), &error))
 }
 
 /// Makes a checkpoint of the files. From the rename on there is one, whatever comes.
@@ -276,12 +268,33 @@ fn ended(name: &str, vm: &mut VmClient, failure: Failure) -> Failure {
     }
 }
 
-fn keep(archive: &Locked, count: u32, made: &str) -> Result<Kept, Failure> {
-    let kept = archive.keep(count as usize, Some(made), &|_| signals::caught().is_none())?;
+/// What the new checkpoint was to be followed by has failed. Whoever only looks at the exit code is not to take it for
+/// a checkpoint that was not made.
+fn behind(name: &str, what: &str, failure: Failure) -> Failure {
+    let kind = match failure.kind {
+        FailureKind::Interrupted => FailureKind::Interrupted,
+        _ => FailureKind::Behind,
+    };
+    Failure::new(kind, format!("the new checkpoint {name} is whole and durable, but {what}: {failure}"))
+}
+
+/// Removes older checkpoints, and their disks' snapshots: also of those that were removed before something failed.
+fn keep(
+    archive: &Locked,
+    count: u32,
+    (made, args, dir): (&str, &MakeArgs, &RunDir),
+) -> Result<(Kept, Option<Deleted>), Failure> {
+    let before = archive.list()?;
+    let kept = archive.keep(count as usize, Some(made), &|_| signals::caught().is_none());
+    let deleted = match args.leave_snapshots {
+        true => None,
+        false => Some(snapshots::delete_gone(archive, &before, dir.path())?),
+    };
+    let kept = kept?;
     for name in &kept.in_use {
         say(&format!("{name} stays: a VM that was restored from it still uses it"));
     }
-    Ok(kept)
+    Ok((kept, deleted))
 }
 
 impl Done {
@@ -294,8 +307,9 @@ impl Done {
         value["total_ms"] = (self.total.as_secs_f64() * 1000.0).into();
         value["disks"] = json!(self.entry.manifest().vm.disks);
         value["without_disks"] = json!(self.entry.manifest().vm.without_disks);
-        if let Some(Kept { merged, removed, in_use }) = &self.kept {
-            value["kept"] = json!({ "merged": merged, "removed": removed, "in_use": in_use });
+        if let Some((Kept { merged, removed, in_use }, snapshots)) = &self.kept {
+            value["kept"] =
+                json!({ "merged": merged, "removed": removed, "in_use": in_use, "snapshots": snapshots });
         }
         value
     }
@@ -342,8 +356,12 @@ impl Done {
         if !disks.is_empty() {
             text += &format!("\n  no disks   the content of these is not in it: {}", disks.join(", "));
         }
-        if let Some(kept) = self.kept.as_ref().filter(|kept| !kept.removed.is_empty()) {
+        if let Some(kept) = self.kept.as_ref().filter(|(kept, _)| !kept.removed.is_empty()) {
+            let (kept, snapshots) = kept;
             text += &format!("\n  removed    {}", kept.removed.join(", "));
+            if let Some(gone) = snapshots.as_ref().and_then(Deleted::summary) {
+                text += &format!("\n             with the snapshots {gone}");
+            }
         }
         text
     }

@@ -1,5 +1,6 @@
 //! `vmemd checkpoint list|show|verify|merge|remove`: what is done with an archive alone, without any VM.
 
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Locked, Verified};
@@ -10,7 +11,9 @@ use swapd::units::bytes_of;
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::signals;
 
+use super::archive_args::{RemoveArgs, VerifyArgs};
 use super::args::{ArchiveArgs, ArchiveCommand, NamedArgs, OneArgs};
+use super::snapshots::{self, Looked};
 use super::streams;
 use super::terminal::{print, print_json, warn};
 use super::work::{Work, rounded};
@@ -49,13 +52,13 @@ impl Row {
     }
 }
 
-pub(super) fn run(command: ArchiveCommand) -> Result<(), Failure> {
+pub(super) fn run(command: ArchiveCommand, run_dir: &Path) -> Result<(), Failure> {
     match command {
         ArchiveCommand::List(args) => list(&args),
         ArchiveCommand::Show(args) => show(&args),
         ArchiveCommand::Verify(args) => verify(&args),
         ArchiveCommand::Merge(args) => merge(&args),
-        ArchiveCommand::Remove(args) => remove(&args),
+        ArchiveCommand::Remove(args) => remove(&args, run_dir),
         ArchiveCommand::Export(args) => streams::export(&args),
         ArchiveCommand::Import(args) => streams::import(&args),
     }
@@ -168,9 +171,9 @@ fn show(args: &NamedArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn verify(args: &NamedArgs) -> Result<(), Failure> {
+fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     signals::install()?;
-    let archive = Archive::open(&args.archive.archive)?;
+    let archive = Archive::open(&args.archive)?;
     let (entries, unreadable) = match &args.checkpoint {
         Some(name) => (vec![archive.find(Some(name))?], Vec::new()),
         None => {
@@ -181,31 +184,33 @@ fn verify(args: &NamedArgs) -> Result<(), Failure> {
     if entries.is_empty() && unreadable.is_empty() {
         return Err(ArchiveError::Empty { path: archive.path().to_owned() }.into());
     }
-    let disks: Vec<&str> = snapshots(&entries).collect();
     let work = Work::begin("verify");
     let verified = archive.verify(&entries, &|progress| work.show(progress));
     let took = work.end();
-    let Verified { checkpoints, pages, damaged_pages, mut damage } = verified.map_err(stopped)?;
+    let verified = verified.map_err(stopped)?;
+    let disks = snapshots::look(&entries, args.without_disks);
+    signals::check()?;
+    let Verified { checkpoints, pages, damaged_pages, mut damage } = verified;
     damage.extend(unreadable.into_iter().map(|(checkpoint, error)| Damage::File { checkpoint, error }));
-    let texts: Vec<String> = damage.iter().map(told).collect();
-    if args.archive.json.json {
+    let of_disks = disks.damage.iter().map(|(checkpoint, why)| format!("{checkpoint}: {why}"));
+    let texts: Vec<String> = damage.iter().map(told).chain(of_disks).collect();
+    if args.json.json {
+        let of_disks =
+            disks.damage.iter().map(|(checkpoint, why)| json!({ "checkpoint": checkpoint, "error": why }));
         let damage = damage.iter().map(|damage| match damage {
             Damage::Page { checkpoint, page } => json!({ "checkpoint": checkpoint, "page": page.0 }),
             Damage::File { checkpoint, error } => json!({ "checkpoint": checkpoint, "error": chain(error) }),
         });
         print_json(&json!({
             "checkpoints": checkpoints, "pages": pages, "bytes": bytes_of(pages), "seconds": took,
-            "damaged_pages": damaged_pages, "damage": damage.collect::<Vec<_>>(), "disks_not_looked_at": disks,
+            "damaged_pages": damaged_pages, "damage": damage.chain(of_disks).collect::<Vec<_>>(), "disks_whole": disks.whole,
+            "disks_not_looked_at": Looked::json(&disks.not_looked_at), "disks_not_checked": Looked::json(&disks.not_checked),
         }))?;
-    }
-    if !disks.is_empty() && !args.archive.json.json {
-        warn(&format!(
-            "the disks were not looked at: the snapshots are in {} (`qemu-img check`, `qemu-img snapshot -l`)",
-            disks.join(", ")
-        ));
+    } else {
+        disks.tell();
     }
     if texts.is_empty() {
-        if !args.archive.json.json {
+        if !args.json.json {
             let what = if checkpoints == 1 { "checkpoint is" } else { "checkpoints are" };
             print(&format!("{checkpoints} {what} whole: {} read in {took:.1} s", rounded(bytes_of(pages))));
         }
@@ -215,13 +220,6 @@ fn verify(args: &NamedArgs) -> Result<(), Failure> {
         damaged_pages as usize - damage.iter().filter(|one| matches!(one, Damage::Page { .. })).count();
     let more = if more > 0 { format!("\n  and {more} pages more") } else { String::new() };
     Err(Failure::new(FailureKind::Damaged, format!("damaged:\n  {}{more}", texts.join("\n  "))))
-}
-
-/// The files that have snapshots of these checkpoints, each once.
-fn snapshots(entries: &[Entry]) -> impl Iterator<Item = &str> {
-    let disks = entries.iter().flat_map(|entry| &entry.manifest().vm.disks);
-    let with = disks.filter(|disk| matches!(disk.version, DiskVersion::Snapshot(_)));
-    with.map(|disk| disk.file.as_str()).collect::<std::collections::BTreeSet<_>>().into_iter()
 }
 
 fn told(damage: &Damage) -> String {
@@ -253,12 +251,21 @@ fn merge(args: &OneArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn remove(args: &OneArgs) -> Result<(), Failure> {
-    locked(args)?.remove(&args.checkpoint)?;
-    if args.archive.json.json {
-        return print_json(&json!({ "name": args.checkpoint, "removed": true }));
+fn remove(args: &RemoveArgs, run_dir: &Path) -> Result<(), Failure> {
+    let archive = Archive::open(&args.archive)?.lock()?;
+    let before = archive.list()?;
+    archive.remove(&args.checkpoint)?;
+    let deleted = match args.leave_snapshots {
+        true => None,
+        false => Some(snapshots::delete_gone(&archive, &before, run_dir)?),
+    };
+    if args.json.json {
+        return print_json(&json!({ "name": args.checkpoint, "removed": true, "snapshots": deleted }));
     }
     print(&format!("{} is gone", args.checkpoint));
+    if let Some(gone) = deleted.and_then(|deleted| deleted.summary()) {
+        print(&format!("with the snapshots {gone}"));
+    }
     Ok(())
 }
 

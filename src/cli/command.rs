@@ -55,7 +55,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
             run::receive(&settings)
         }
         Command::Migrate(args) => migrate::migrate(&RunDir::open(&run_dir)?, args),
-        Command::Checkpoint(CheckpointArgs { command: Some(command), .. }) => checkpoints::run(command),
+        Command::Checkpoint(CheckpointArgs { command: Some(command), .. }) => {
+            checkpoints::run(command, &run_dir)
+        }
         Command::Checkpoint(CheckpointArgs { make: Some(args), .. }) => {
             checkpoint::checkpoint(&RunDir::open(&run_dir)?, &args)
         }

@@ -1,5 +1,6 @@
 //! The `vmemd` command: raw arguments, resolved settings, the right mechanism, output, exit code.
 
+mod archive_args;
 mod args;
 mod bench;
 mod checkpoint;
@@ -8,6 +9,7 @@ mod command;
 mod migrate;
 mod resolve;
 mod settings;
+mod snapshots;
 mod stat;
 mod streams;
 pub mod terminal;

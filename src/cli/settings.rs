@@ -109,7 +109,7 @@ pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<Re
         },
         json: args.json.json,
         qemu: args.qemu,
-        rules: args.disks.qemu_rules.as_deref().map(Rules::read).transpose()?.unwrap_or_default(),
+        rules: args.disks.qemu_rules.as_deref().map(Rules::read).transpose()?,
         disks: match args.disks.disk_copies {
             Some(dir) => DisksWanted::Copies(absolute(&dir)?),
             None if args.disks.disks_back => DisksWanted::Back,

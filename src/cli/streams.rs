@@ -237,20 +237,8 @@ fn failure(name: &str, error: &StreamError) -> Failure {
         error if error.is_damage() => {
             Failure::new(K::Damaged, format!("cannot use {name}: {}", chain(error)))
         }
-        StreamError::Archive(error) => Failure::new(archive_kind(error), chain(error)),
+        StreamError::Archive(error) => Failure::from(error),
         error => Failure::new(K::Other, format!("cannot use {name}: {}", chain(error))),
-    }
-}
-
-/// The kind that the same error has when another command meets it.
-fn archive_kind(error: &checkpoint::archive::ArchiveError) -> FailureKind {
-    use checkpoint::archive::ArchiveError as E;
-    match error {
-        E::Io { source, .. } => Failure::io("", source).kind,
-        E::NotEmpty { .. } => FailureKind::Usage,
-        E::Cancelled => FailureKind::Interrupted,
-        E::Format { .. } => FailureKind::Other,
-        _ => FailureKind::Name,
     }
 }
 

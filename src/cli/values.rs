@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::size::Size;
@@ -16,6 +17,24 @@ pub struct JsonArg {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// [`EngineKind`] as it is typed.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum EngineArg {
+    /// The swap engine: a RAM budget, and a store behind it
+    Vmemd,
+    /// Ordinary memory with the host's own paging, for comparisons
+    Plain,
+}
+
+impl From<EngineArg> for EngineKind {
+    fn from(engine: EngineArg) -> EngineKind {
+        match engine {
+            EngineArg::Vmemd => EngineKind::Vmemd,
+            EngineArg::Plain => EngineKind::Plain,
+        }
+    }
 }
 
 /// Where a stream goes, or comes from.

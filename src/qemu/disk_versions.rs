@@ -7,14 +7,13 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::UNIX_EPOCH;
 
 use checkpoint::format::{Disk, DiskVersion};
 use tracing::info;
 use vmprocess::failure::{Failure, FailureKind};
 
-use super::binary;
+use super::img::Img;
 
 /// How the name of the snapshot begins that a disk gets before it is put back.
 const BEFORE: &str = "vmemd-before-";
@@ -152,7 +151,7 @@ fn copy_of(disk: &Disk, name: &str, dir: &Path, others: &[Work]) -> Result<Strin
 /// The work, which has been found possible. Nothing has been done.
 pub(super) struct Checked<'a> {
     work: &'a [Work],
-    qemu_img: PathBuf,
+    qemu_img: Img,
 }
 
 /// Copies that were made, and are removed again unless a QEMU is started with them.
@@ -173,18 +172,14 @@ impl Drop for Made {
 /// If one has it not, or qemu-img is missing or cannot read a disk.
 pub(super) fn check<'a>(work: &'a [Work], binary: &Path, path: &OsStr) -> Result<Checked<'a>, Failure> {
     if work.is_empty() {
-        return Ok(Checked { work, qemu_img: PathBuf::new() });
+        return Ok(Checked { work, qemu_img: Img::none() });
     }
-    let qemu_img = tool("qemu-img", binary, path)?;
+    let qemu_img = Img::beside(binary, path)?;
     for one in work {
         let (Work::Extract { from: file, snapshot, .. } | Work::Back { file, snapshot }) = one else {
             continue;
         };
-        // -U: another VM may have it open.
-        let told = run(&qemu_img, &["info", "-U", "--output=json", file])?;
-        let told: serde_json::Value = serde_json::from_str(&told).map_err(|error| Failure::other(&error))?;
-        let mut snapshots = told["snapshots"].as_array().into_iter().flatten();
-        if !snapshots.any(|has| has["name"] == snapshot.as_str()) {
+        if !qemu_img.snapshots(file).map_err(not_as_they_were)?.contains(snapshot) {
             let text =
                 format!("{file} has no snapshot {snapshot} any more: nobody has this disk as it was then");
             return Err(Failure::new(FailureKind::Damaged, text));
@@ -260,25 +255,12 @@ fn create(to: &str, made: &mut Made) -> Result<File, Failure> {
     Ok(file)
 }
 
-/// As `qemu-img` and QEMU are installed together.
-fn tool(name: &str, qemu: &Path, path: &OsStr) -> Result<PathBuf, Failure> {
-    let beside = qemu.parent().map(|dir| dir.join(name)).filter(|tool| crate::program::is_program(tool));
-    beside.map_or_else(|| binary::find(name, path), Ok).map_err(|failure| {
-        let text =
-            format!("{name} is needed for the checkpoint's disks (Debian: qemu-utils): {}", failure.text);
-        Failure::new(FailureKind::Host, text)
-    })
+fn run(qemu_img: &Img, arguments: &[&str]) -> Result<(), Failure> {
+    qemu_img.run(arguments).map(drop).map_err(not_as_they_were)
 }
 
-fn run(program: &Path, arguments: &[&str]) -> Result<String, Failure> {
-    let ran = Command::new(program).args(arguments).stdin(Stdio::null()).output();
-    let ran = ran.map_err(|error| Failure::io(format!("cannot start {}", program.display()), &error))?;
-    if ran.status.success() {
-        return Ok(String::from_utf8_lossy(&ran.stdout).into_owned());
-    }
-    let said = String::from_utf8_lossy(&ran.stderr);
-    let text = format!("the disks are not as they were: {}", super::words::one_line(said.trim()));
-    Err(Failure::new(FailureKind::Host, text))
+fn not_as_they_were(failure: Failure) -> Failure {
+    Failure { text: format!("the disks are not as they were: {}", failure.text), ..failure }
 }
 
 #[cfg(test)]

@@ -13,8 +13,10 @@ pub mod binary;
 pub mod budget;
 pub mod cpu;
 pub mod disk_versions;
+mod generation;
 #[cfg(test)]
 mod golden_tests;
+pub(crate) mod img;
 pub mod inherit;
 pub mod launch;
 mod loaded;

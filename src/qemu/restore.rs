@@ -5,8 +5,8 @@
 //!   disks ──▶ as the user said: copies, in place, or left as they are ──▶ names in the command line
 //!   the same addresses as a VM that runs? ──▶ refused by name, unless that is meant
 //! ```
-//! All of that is told before anything is changed, and so is what is wrong with the checkpoint, with a disk's snapshot or
-//! with QEMU itself. Then disks are made, and this process becomes QEMU.
+//! All of that is told before anything is changed, and so is what is wrong with the checkpoint, with a disk's snapshot
+//! or with QEMU itself. Then disks are made, and this process becomes QEMU.
 //!
 //! QEMU's process opens the checkpoint once more, since what was read of it does not live over exec. It inherits the
 //! locks of the first time until it has its own: nobody removes the checkpoint behind the disks that were put back.
@@ -33,7 +33,7 @@ use super::options::{self, CommandLine};
 use super::resources::ThisHost;
 use super::rules::Rules;
 use super::twice;
-use super::{binary, resources};
+use super::{binary, generation, resources};
 use crate::restore_settings::RestoreSettings;
 
 /// Becomes the QEMU of a VM that begins from the checkpoint.
@@ -57,13 +57,14 @@ pub fn restore(
     }
     let saved = offer_of(vm)?;
     let wanted = match settings.qemu.is_empty() {
-        true => saved.clone(),
-        false => given(settings, &saved)?,
+        true => anew(saved)?,
+        false => given(settings, &saved, name != vm.name)?,
     };
     let path = std::env::var_os("PATH").unwrap_or_default();
     let cpu = Cpu::of_this_host()?;
+    let rules = settings.rules.clone().unwrap_or_default();
     let accept = |offer: &Offer, rules: &Rules| offer.accept(rules, &ThisHost, &Really, &path, &cpu);
-    let Accepted { binary, plan, onward } = accept(&wanted, &settings.rules)?;
+    let Accepted { binary, plan, onward } = accept(&wanted, &rules)?;
     if plan.managed().bytes() != vm.memory_bytes {
         let text = format!(
             "its command line has {:#} of memory, the checkpoint {:#}",
@@ -82,7 +83,7 @@ pub fn restore(
     if !settings.same_addresses {
         twice::check_running(&line, &dir)?;
     }
-    let disks = here(vm, &settings.rules);
+    let disks = here(vm, &rules);
     let work =
         disk_versions::plan((&disks, &vm.without_disks), &settings.disks, name, &resources::disks(&line)?)?;
 
@@ -146,9 +147,16 @@ fn offer_of(vm: &VmFacts) -> Result<Offer, Failure> {
     serde_json::from_str(text).map_err(|error| unreadable(error.to_string()))
 }
 
+/// The same for another life: what must not be twice is made anew.
+fn anew(saved: Offer) -> Result<Offer, Failure> {
+    let mut line = CommandLine::parse(&saved.args)?;
+    generation::anew(&mut line)?;
+    Ok(Offer { args: line.print(), ..saved })
+}
+
 /// The QEMU that the user names, if it makes the machine of the checkpoint. What is not seen here (another device, in
 /// another place) QEMU says when it loads the state.
-fn given(settings: &RestoreSettings, saved: &Offer) -> Result<Offer, Failure> {
+fn given(settings: &RestoreSettings, saved: &Offer, second: bool) -> Result<Offer, Failure> {
     let (name, args) = settings.qemu.split_first().expect("there are words");
     let name = options::text(std::slice::from_ref(name))?.remove(0);
     let binary = binary::find(&name, &std::env::var_os("PATH").unwrap_or_default())?;
@@ -158,6 +166,10 @@ fn given(settings: &RestoreSettings, saved: &Offer) -> Result<Offer, Failure> {
     let given = Offer::of(&binary, &mut line, &here, &Really, Cpu::of_this_host)?;
     let unlike = unlike(saved, &given)?;
     if unlike.is_empty() {
+        let (then, now) = (CommandLine::parse(&saved.args)?, CommandLine::parse(&given.args)?);
+        if let Some(note) = generation::check(&then, &now, second)? {
+            warn!("{note}");
+        }
         return Ok(given);
     }
     let lines: String = unlike.iter().map(|line| format!("\n  {line}")).collect();

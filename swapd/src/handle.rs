@@ -122,8 +122,8 @@ impl EngineHandle {
         StoredReader { store: self.store.clone(), cipher: self.cipher.clone(), origin: self.origin.clone() }
     }
 
-    /// Bytes that may still be written to the store's file system; none of a device, which has a place for each page, and
-    /// of a file system that does not tell. Waits for nothing but that.
+    /// Bytes that may still be written to the store's file system; none of a device, which has a place for each page,
+    /// and of a file system that does not tell. Waits for nothing but that.
     pub fn store_free_bytes(&self) -> Option<u64> {
         self.store.free_bytes()
     }
@@ -363,8 +363,8 @@ impl EngineHandle {
         self.ask(Request::Adopt(adopted), done)
     }
 
-    /// Closes the origin's files, for good: what is removed of them gives its room back to the disk. Nothing can be adopted
-    /// afterwards.
+    /// Closes the origin's files, for good: what is removed of them gives its room back to the disk. Nothing can be
+    /// adopted afterwards.
     ///
     /// # Errors
     /// [`CommandError::NotNow`], if pages are there still.

@@ -172,6 +172,11 @@ impl Layers {
         &self.layers[nth]
     }
 
+    /// Whether a read of any of them may wait where it is begun.
+    pub(crate) fn any_blocks(&self) -> bool {
+        self.layers.iter().any(|layer| layer.blocks)
+    }
+
     /// One a layer, in their order.
     pub(crate) fn files(&self) -> impl ExactSizeIterator<Item = &File> {
         self.layers.iter().map(|layer| &layer.file)

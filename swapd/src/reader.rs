@@ -90,6 +90,17 @@ impl StoredReader {
         }
     }
 
+    /// Whether to begin a read of that file of the tier's may take as long as the read itself, on a caller's ring as
+    /// well: such reads are for threads.
+    pub fn may_block(&self, tier: TierId, file: usize) -> bool {
+        tier != TierId::STORE && self.origin(tier).layer(file).blocks
+    }
+
+    /// Whether that is so of any of the tier's files.
+    pub fn any_may_block(&self, tier: TierId) -> bool {
+        tier != TierId::STORE && self.origin(tier).any_blocks()
+    }
+
     /// Where the run's pages lie in the tier's files, in ascending parts.
     ///
     /// # Panics

@@ -11,7 +11,6 @@ mod common;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::{Vm, config, started, store_directory};
@@ -36,9 +35,8 @@ const ADDED_MAX: Duration = Duration::from_millis(2);
 const WINDOWS: u32 = 3;
 
 /// One measurement at a time: another VM's engine would take processor time, and be taken for this one's.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+fn alone() -> File {
+    testkit::alone(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/long_walks.rs"))
 }
 
 /// What is touched before: 4 GiB if the environment has `VMEMD_LONG`.

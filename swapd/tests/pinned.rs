@@ -8,7 +8,7 @@ testkit::main!();
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
@@ -127,8 +127,11 @@ fn more_ram_is_given_to_a_vm_that_starves() {
     drop(ring);
 }
 
-/// The host's KSM as this test needs it, put back at the end.
-struct Ksm(Vec<(&'static str, String)>);
+/// The host's KSM as this test needs it, put back at the end. Another test that switches it waits until then.
+struct Ksm {
+    before: Vec<(&'static str, String)>,
+    _alone: File,
+}
 
 impl Ksm {
     const SETTINGS: [(&str, &str); 3] = [("pages_to_scan", "20000"), ("sleep_millisecs", "5"), ("run", "1")];
@@ -138,9 +141,11 @@ impl Ksm {
     }
 
     fn on() -> Option<Ksm> {
+        Self::read("run")?;
+        let alone = testkit::alone("/sys/kernel/mm/ksm");
         let before: Option<Vec<_>> =
             Self::SETTINGS.iter().map(|(name, _)| Some((*name, Self::read(name)?))).collect();
-        let ksm = Ksm(before?);
+        let ksm = Ksm { before: before?, _alone: alone };
         for (name, value) in Self::SETTINGS {
             fs::write(format!("/sys/kernel/mm/ksm/{name}"), value).ok()?;
         }
@@ -154,7 +159,7 @@ impl Ksm {
 
 impl Drop for Ksm {
     fn drop(&mut self) {
-        for (name, value) in self.0.iter().rev() {
+        for (name, value) in self.before.iter().rev() {
             let _ = fs::write(format!("/sys/kernel/mm/ksm/{name}"), value);
         }
     }

@@ -42,6 +42,18 @@ pub fn open_file_in(directory: impl AsRef<Path>) -> File {
     options.open(file).expect("what is open can be opened again")
 }
 
+/// Has the file or directory to itself until the result is dropped, among all that ask for it by this function: waits
+/// for the others. For tests that would disturb each other. These run in processes of their own, so a mutex of one
+/// would keep no other away.
+///
+/// # Panics
+/// If there is no such file.
+pub fn alone(path: impl AsRef<Path>) -> File {
+    let path = path.as_ref();
+    let locked = File::open(path).and_then(|file| file.lock().map(|()| file));
+    locked.unwrap_or_else(|error| panic!("no lock on {}: {error}", path.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,5 +66,22 @@ mod tests {
         let path = one.path().to_owned();
         drop(one);
         assert!(!path.exists() && other.path().exists());
+    }
+
+    #[test]
+    fn one_at_a_time_has_a_directory_to_itself() {
+        let (place, other) = (directory("alone"), directory("other"));
+        let mine = alone(place.path());
+        let _other = alone(other.path());
+        let (sender, told) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _turn = alone(place.path());
+                sender.send("a turn").unwrap();
+            });
+            assert!(told.try_recv().is_err());
+            drop(mine);
+            assert_eq!(told.recv(), Ok("a turn"));
+        });
     }
 }

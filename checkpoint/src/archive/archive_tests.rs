@@ -15,6 +15,8 @@ use crate::format::{
 
 #[path = "archive_crash_tests.rs"]
 mod crashes;
+#[path = "archive_loss_tests.rs"]
+mod losses;
 
 const PAGES: usize = 48;
 const MEMORY: u64 = (PAGES * PAGE_SIZE) as u64;

@@ -37,12 +37,18 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// Reads the manifest in a directory; `None` if the directory has none.
+    /// Reads the manifest in a directory; `None` if the directory is none of a checkpoint.
     pub(super) fn read(archive: &Path, dir: File, name: &str) -> Result<Option<Entry>, ArchiveError> {
         let path = archive.join(name);
         let file = match steps::open(&dir, MANIFEST, false) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return if is_of_checkpoint(&dir, name)? {
+                    Err(ArchiveError::NoManifest { name: name.to_owned() })
+                } else {
+                    Ok(None)
+                };
+            }
             Err(error) => return Err(ArchiveError::io("open", path.join(MANIFEST), error)),
         };
         let mut bytes = Vec::new();
@@ -125,8 +131,7 @@ impl Entry {
     /// # Errors
     /// If it cannot be opened, or is being removed.
     pub fn image(&self, direct: bool) -> Result<File, ArchiveError> {
-        let io = |error| ArchiveError::io("open", self.path.join(IMAGE), error);
-        let file = steps::open(&self.dir, IMAGE, direct).map_err(io)?;
+        let file = steps::open(&self.dir, IMAGE, direct).map_err(|error| self.not_opened(IMAGE, error))?;
         let removed = || ArchiveError::Removed { name: self.name.clone() };
         match flock(&file, FlockOperation::NonBlockingLockShared) {
             Ok(()) => {}
@@ -134,9 +139,24 @@ impl Entry {
             Err(error) => return Err(ArchiveError::io("lock", self.path.join(IMAGE), error.into())),
         }
         // Whoever removes a checkpoint has this lock before its name goes: with the lock in hand, the name tells.
+        if self.has_its_name() { Ok(file) } else { Err(removed()) }
+    }
+
+    fn has_its_name(&self) -> bool {
         let archive = self.path.parent().unwrap_or(Path::new("."));
         let named = File::open(archive).and_then(|archive| steps::open_dir(&archive, &self.name));
-        if named.is_ok_and(|named| is_same(&named, &self.dir)) { Ok(file) } else { Err(removed()) }
+        named.is_ok_and(|named| is_same(&named, &self.dir))
+    }
+
+    /// A file that is missing is damage, unless all of the checkpoint is being removed.
+    fn not_opened(&self, file: &str, error: io::Error) -> ArchiveError {
+        match error.kind() {
+            io::ErrorKind::NotFound if self.has_its_name() => {
+                ArchiveError::NoFile { name: self.name.clone(), file: file.to_owned() }
+            }
+            io::ErrorKind::NotFound => ArchiveError::Removed { name: self.name.clone() },
+            _ => ArchiveError::io("open", self.path.join(file), error),
+        }
     }
 
     /// The order in which a restored VM has first touched its pages, if one is there. One that is damaged is passed
@@ -168,9 +188,16 @@ impl Entry {
         })
     }
 
+    /// Opens the map, to be passed on: whoever reads it finds out whether it is whole.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn map_file(&self) -> Result<File, ArchiveError> {
+        self.open_part(&self.manifest.parts.map)
+    }
+
     pub(super) fn open_part(&self, part: &Part) -> Result<File, ArchiveError> {
-        steps::open(&self.dir, &part.file, false)
-            .map_err(|error| ArchiveError::io("open", self.path.join(&part.file), error))
+        steps::open(&self.dir, &part.file, false).map_err(|error| self.not_opened(&part.file, error))
     }
 
     /// Whether the file is the one that the manifest names, by its length and its checksum.
@@ -188,6 +215,13 @@ impl Entry {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether a directory without a manifest is what is left of a checkpoint, and not somebody's own directory.
+fn is_of_checkpoint(dir: &File, name: &str) -> Result<bool, ArchiveError> {
+    let names = steps::names(dir).map_err(|error| ArchiveError::io("read", name, error))?;
+    let is_ours = |file: &String| [IMAGE, STATE].contains(&file.as_str()) || file.starts_with(MAP);
+    Ok(super::names::parse(name).is_some() || names.iter().any(is_ours))
 }
 
 /// Whether two descriptors are of one file or directory.

@@ -16,6 +16,22 @@ pub enum ArchiveError {
         /// The directory.
         path: PathBuf,
     },
+    /// It is a checkpoint in an archive.
+    #[error("{path} is a checkpoint, not an archive: say {archive} {name}", archive = archive.display())]
+    IsCheckpoint {
+        /// What was named.
+        path: PathBuf,
+        /// The archive that it is in.
+        archive: PathBuf,
+        /// Its name there.
+        name: String,
+    },
+    /// It is a file.
+    #[error("{path} is not a directory, and an archive is one: name a directory that is empty or missing")]
+    NotDirectory {
+        /// The path.
+        path: PathBuf,
+    },
     /// It is a directory for something else.
     #[error("{path} has other things in it and is no archive: name a directory that is empty or missing")]
     NotEmpty {
@@ -41,11 +57,44 @@ pub enum ArchiveError {
         /// The name.
         name: String,
     },
+    /// A directory that has a checkpoint's name, or files of one, and no manifest.
+    #[error("checkpoint {name} is damaged: it has no manifest")]
+    NoManifest {
+        /// Its name.
+        name: String,
+    },
+    /// A checkpoint lacks a file that its manifest names.
+    #[error("checkpoint {name} is damaged: its file {file} is missing")]
+    NoFile {
+        /// The checkpoint.
+        name: String,
+        /// The file.
+        file: String,
+    },
+    /// The latest one is wanted, and cannot be read. An older one in its place would be a VM that has lost what it did
+    /// since.
+    #[error("{name}, the latest checkpoint, cannot be read (name an older one, or remove it)")]
+    Latest {
+        /// The latest.
+        name: String,
+        /// What is wrong with it.
+        source: Box<ArchiveError>,
+    },
     /// There is no checkpoint at all.
     #[error("there is no checkpoint in {path}")]
     Empty {
         /// The archive.
         path: PathBuf,
+    },
+    /// Too little room for what is to be written, or too much for what would be left.
+    #[error("no room in {path}: it takes {need_bytes} bytes, and {free_bytes} are free")]
+    NoRoom {
+        /// The archive.
+        path: PathBuf,
+        /// What it takes.
+        need_bytes: u64,
+        /// What its file system has for this user.
+        free_bytes: u64,
     },
     /// Somebody else has the archive's lock.
     #[error(
@@ -211,6 +260,8 @@ impl ArchiveError {
         match self {
             E::BaseMissing { .. } | E::BaseOther { .. } | E::Circle { .. } => true,
             E::BasePage { .. } | E::Page { .. } => true,
+            E::NoManifest { .. } | E::NoFile { .. } => true,
+            E::Latest { source, .. } => source.is_damage(),
             E::Format { source, .. } => !matches!(source, FormatError::Newer { .. }),
             _ => false,
         }

@@ -30,7 +30,8 @@ pub struct Kept {
 }
 
 impl Locked {
-    /// Removes what crashes have left: checkpoints that were being made or removed, and files that no manifest names.
+    /// Removes what crashes have left: checkpoints that were being made or removed, files that no manifest names, and
+    /// pages that a merge had put into an image.
     /// Needed by nobody else: such leftovers are overlooked.
     ///
     /// # Errors
@@ -41,7 +42,10 @@ impl Locked {
             remove_tree(&self.dir, name)
                 .map_err(|error| ArchiveError::io("remove", self.path.join(name), error))?;
         }
-        self.list()?.entries.iter().try_for_each(clean_entry)
+        self.list()?.entries.iter().try_for_each(|entry| {
+            self.clean_merge(entry);
+            clean_entry(entry)
+        })
     }
 
     /// Removes a checkpoint.
@@ -51,20 +55,14 @@ impl Locked {
     pub fn remove(&self, name: &str) -> Result<(), ArchiveError> {
         self.clean()?;
         let listing = self.list()?;
-        if listing.unreadable.iter().any(|(unreadable, _)| unreadable == name) {
-            // Nothing can be restored from it, so no VM uses it; but what is in its image may be a base's.
-            return self.remove_unused(&listing, name, None);
+        if !listing.unreadable.iter().any(|(unreadable, _)| unreadable == name) {
+            self.find(Some(name))?;
         }
-        let entry = self.find(Some(name))?;
-        self.remove_unused(&listing, name, Some(&entry))
+        self.remove_unused(&listing, name)
     }
 
-    fn remove_unused(
-        &self,
-        listing: &Listing,
-        name: &str,
-        entry: Option<&Entry>,
-    ) -> Result<(), ArchiveError> {
+    /// Also one that cannot be read, and that a VM may have been restored from when it could.
+    fn remove_unused(&self, listing: &Listing, name: &str) -> Result<(), ArchiveError> {
         let named = |base: &Entry| base.manifest().base.as_ref().is_some_and(|base| base.name == name);
         if let Some(of) = listing.entries.iter().find(|other| named(other)) {
             return Err(ArchiveError::IsBase { name: name.to_owned(), of: of.name().to_owned() });
@@ -78,10 +76,7 @@ impl Locked {
             move |error| ArchiveError::io(what, path, error)
         };
         // Held until the directory has another name: whoever opens the image later sees that it is gone.
-        let image = match entry {
-            Some(entry) => self.only_user(entry)?,
-            None => None,
-        };
+        let image = self.only_user(name)?;
         let id = CheckpointId::random().map_err(io("name"))?;
         let old = format!("{OLD}{:016x}", id.0 as u64);
         steps::rename(&self.dir, name, &old).map_err(io("remove"))?;
@@ -93,10 +88,12 @@ impl Locked {
     }
 
     /// The image, locked against all others; `None` if there is none.
-    fn only_user(&self, entry: &Entry) -> Result<Option<File>, ArchiveError> {
-        let path = entry.path().join(IMAGE);
+    fn only_user(&self, name: &str) -> Result<Option<File>, ArchiveError> {
+        let path = self.path.join(name).join(IMAGE);
         // NFS locks a file exclusively only for whoever may write to it.
-        let image = match steps::open_to_write(entry.dir(), IMAGE, false) {
+        let opened =
+            steps::open_dir(&self.dir, name).and_then(|dir| steps::open_to_write(&dir, IMAGE, false));
+        let image = match opened {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(|error| ArchiveError::io("open", &path, error))?,
         };
@@ -106,15 +103,15 @@ impl Locked {
             match flock(&image, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(Some(image)),
                 Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LET_GO_EVERY),
-                Err(Errno::WOULDBLOCK) => return Err(ArchiveError::InUse { name: entry.name().to_owned() }),
+                Err(Errno::WOULDBLOCK) => return Err(ArchiveError::InUse { name: name.to_owned() }),
                 Err(error) => return Err(ArchiveError::io("lock", path, error.into())),
             }
         }
     }
 
     /// Removes all checkpoints but the newest so many (at least one). Those of them that stand on one that goes are
-    /// merged first. What is in use stays, and goes with a later call. `made`, if there is one, was made just now: it is
-    /// the newest, whatever the clock has said.
+    /// merged first. What is in use stays, and goes with a later call. `made`, if there is one, was made just now: it
+    /// is the newest, whatever the clock has said.
     ///
     /// # Errors
     /// If something cannot be read, merged or removed.
@@ -161,7 +158,7 @@ impl Locked {
 }
 
 /// Removes the files in a checkpoint's directory that are none of its own.
-fn clean_entry(entry: &Entry) -> Result<(), ArchiveError> {
+pub(super) fn clean_entry(entry: &Entry) -> Result<(), ArchiveError> {
     let io = |error| ArchiveError::io("clean", entry.path(), error);
     let parts = &entry.manifest().parts;
     let own = [MANIFEST, IMAGE, FIRST_FAULTS, &parts.map.file, &parts.state.file];

@@ -3,17 +3,29 @@
 //! The pages that a checkpoint has in a base are holes in its image, which nobody reads: its map says so. So they are
 //! filled in place, while VMs that were restored from it may go on reading. When the image is durable, a new map goes
 //! beside the old one, and then one rename puts a new manifest, which names the new map and no base, into the place
-//! of the old one. Until that, the checkpoint stands on its bases as before, whatever its holes hold by then.
+//! of the old one. Until that, the checkpoint stands on its bases as before, whatever its holes hold by then: a merge
+//! that ends before that empties them again. A file beside the image ([`MARK`]) says that they may not be empty, so
+//! that after a kill the next command does it.
 
 use std::fs::File;
+use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use swapd::units::bytes_of;
 
 use super::chain::{Chain, Layers, Source};
 use super::entry::{Entry, IMAGE, MANIFEST, MAP, NEW_SUFFIX, sum_of};
 use super::error::ArchiveError;
+use super::keep::clean_entry;
 use super::read::{Piece, Watch, read_all};
 use super::{Locked, steps};
 use crate::format::{Manifest, MemoryMap, Part, Parts};
+
+/// Whether the checkpoint's holes may have something in them. It has a name that is cleaned by every vmemd.
+const MARK: &str = "merge.new";
+/// Room for what is not pages, beside the new map.
+const REST_BYTES: u64 = 1 << 20;
 
 /// What a merge has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,7 +43,7 @@ impl Locked {
     /// `watch` is told how far it is, from any thread, and says whether to go on.
     ///
     /// # Errors
-    /// If a base is missing or damaged, or there is no room. The checkpoint is as it was.
+    /// If a base is missing or damaged, or there is no room. The checkpoint is as it was, and takes no more room.
     pub fn merge(&self, name: &str, watch: Watch<'_>) -> Result<Merged, ArchiveError> {
         self.clean()?;
         let entry = self.find(Some(name))?;
@@ -42,12 +54,51 @@ impl Locked {
         // So that what is read stays, and what is removed by hand is noticed.
         let images = chain.images(true)?;
         let layers = chain.layers()?;
+        self.has_room(&layers)?;
         let image = steps::open_to_write(entry.dir(), IMAGE, true)
             .map_err(|error| ArchiveError::io("open", entry.path().join(IMAGE), error))?;
-        let merged = fill(&chain, &layers, &images, &image, watch).inspect_err(|_| empty(&layers, &image))?;
-        steps::sync(&image).map_err(|error| ArchiveError::io("flush", entry.path().join(IMAGE), error))?;
-        replace(&entry, &layers.map().standing_alone())?;
+        let marked = steps::create(entry.dir(), MARK, false).and_then(|_| steps::sync_dir(entry.dir()));
+        marked.map_err(|error| ArchiveError::io("make", entry.path().join(MARK), error))?;
+        let merged = fill(&chain, &layers, &images, &image, watch).and_then(|merged| {
+            steps::sync(&image)
+                .map_err(|error| ArchiveError::io("flush", entry.path().join(IMAGE), error))?;
+            let manifest = prepare(&entry, &layers.map().standing_alone())?;
+            Ok((merged, manifest))
+        });
+        let (merged, manifest) = merged.inspect_err(|_| {
+            if empty(&layers, &image).is_ok() {
+                let _ = clean_entry(&entry);
+            }
+        })?;
+        // From here on nobody knows which of the manifests lasts: the pages stay.
+        replace(&entry, &manifest)?;
         Ok(merged)
+    }
+
+    /// Refuses what cannot fit. Where files can share blocks, a merge takes none.
+    fn has_room(&self, layers: &Layers) -> Result<(), ArchiveError> {
+        if self.shares_blocks() {
+            return Ok(());
+        }
+        let pages: u64 =
+            layers.runs().iter().filter(|(_, layer)| *layer > 0).map(|(run, _)| u64::from(run.len)).sum();
+        let need_bytes = bytes_of(pages) + layers.map().file_bytes() + REST_BYTES;
+        let free_bytes = self.free_bytes()?;
+        match need_bytes > free_bytes {
+            true => Err(ArchiveError::NoRoom { path: self.path().to_owned(), need_bytes, free_bytes }),
+            false => Ok(()),
+        }
+    }
+
+    /// Gives back the room of a merge that did not come to its end. One that did has left its mark only.
+    pub(super) fn clean_merge(&self, entry: &Entry) {
+        if entry.manifest().base.is_none() || steps::open(entry.dir(), MARK, false).is_err() {
+            return;
+        }
+        // Of a checkpoint that is damaged, nothing is known but that; so nothing is changed in it.
+        let Ok(layers) = self.chain(entry).and_then(|chain| chain.layers()) else { return };
+        // A file system that makes no holes keeps the room until the merge is done again, and that is all.
+        let _ = steps::open_to_write(entry.dir(), IMAGE, true).and_then(|image| empty(&layers, &image));
     }
 }
 
@@ -89,14 +140,19 @@ fn fill(
 }
 
 /// Gives back the room that a merge took which does not come to its end. What is left of it does no harm.
-fn empty(layers: &Layers, image: &File) {
-    for (run, _) in layers.runs().iter().filter(|(_, layer)| *layer > 0) {
-        let _ = steps::make_hole(image, run.start.offset(), run.bytes() as u64);
-    }
+fn empty(layers: &Layers, image: &File) -> io::Result<()> {
+    let below = layers.runs().iter().filter(|(_, layer)| *layer > 0);
+    below.map(|(run, _)| steps::make_hole(image, run.start.offset(), run.bytes() as u64)).collect()
 }
 
-/// Gives a checkpoint another map, and no base.
-fn replace(entry: &Entry, map: &MemoryMap) -> Result<(), ArchiveError> {
+/// Where a manifest is written that is to take the place of another one.
+fn partial_manifest() -> String {
+    format!("{MANIFEST}{NEW_SUFFIX}")
+}
+
+/// Writes another map for a checkpoint, and a manifest that names this and no base. Both are durable then, and neither
+/// counts.
+fn prepare(entry: &Entry, map: &MemoryMap) -> Result<Manifest, ArchiveError> {
     let dir = entry.dir();
     let io = |what, name: &str| {
         let path = entry.path().join(name);
@@ -118,19 +174,35 @@ fn replace(entry: &Entry, map: &MemoryMap) -> Result<(), ArchiveError> {
         parts: Parts { map: map_part, state: old.state.clone() },
         ..entry.manifest().clone()
     };
-    let partial = format!("{MANIFEST}{NEW_SUFFIX}");
     let write = || {
-        let made = steps::create(dir, &partial, false)?;
+        let made = steps::create(dir, &partial_manifest(), false)?;
         steps::write(&made, &manifest.encode(), 0)?;
         steps::sync(&made)?;
         // The new map's name is durable before the manifest that needs it.
-        steps::sync_dir(dir)?;
-        steps::replace(dir, &partial, MANIFEST)?;
-        // And this before the old map goes, and before anybody may remove the bases.
         steps::sync_dir(dir)
     };
-    write().map_err(io("replace", MANIFEST))?;
-    steps::remove_file(dir, &old.map.file).map_err(io("remove", &old.map.file))
+    write().map_err(io("write", &partial_manifest()))?;
+    Ok(manifest)
+}
+
+/// Puts the manifest that was prepared into the place of the old one.
+fn replace(entry: &Entry, manifest: &Manifest) -> Result<(), ArchiveError> {
+    let dir = entry.dir();
+    let replaced = steps::replace(dir, &partial_manifest(), MANIFEST)
+        // Before the old map goes, and before anybody may remove the bases.
+        .and_then(|()| steps::sync_dir(dir));
+    replaced.map_err(|error| ArchiveError::io("replace", entry.path().join(MANIFEST), error))?;
+    let now = Entry::new(
+        entry.name().to_owned(),
+        manifest.clone(),
+        entry
+            .dir()
+            .try_clone()
+            .map(Arc::new)
+            .map_err(|error| ArchiveError::io("use", entry.path(), error))?,
+        entry.path().to_owned(),
+    );
+    clean_entry(&now)
 }
 
 /// A name that no map of this checkpoint has: `memory.map`, `memory.map.1`, …

@@ -70,7 +70,7 @@ pub struct Locked {
 pub struct Listing {
     /// Its checkpoints, the newest first.
     pub entries: Vec<Entry>,
-    /// Names of those whose manifest cannot be read, each with the reason.
+    /// Names of those whose manifest cannot be read or is missing, each with the reason.
     pub unreadable: Vec<(String, ArchiveError)>,
 }
 
@@ -80,7 +80,8 @@ impl Archive {
     /// # Errors
     /// If the directory is no archive, cannot be read, or is not this user's alone to write to.
     pub fn open(path: &Path) -> Result<Archive, ArchiveError> {
-        let no_archive = || ArchiveError::NoArchive { path: path.to_owned() };
+        let no_archive =
+            || is_checkpoint(path).unwrap_or_else(|| ArchiveError::NoArchive { path: path.to_owned() });
         let archive = Archive::at(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => no_archive(),
             _ => ArchiveError::io("open", path, error),
@@ -103,7 +104,13 @@ impl Archive {
             Err(ArchiveError::NoArchive { .. }) => {}
             opened => return opened,
         }
-        make_durable(path).map_err(|error| ArchiveError::io("make", path, error))?;
+        make_durable(path).map_err(|error| match error.kind() {
+            // A file, or something below one.
+            io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+                ArchiveError::NotDirectory { path: path.to_owned() }
+            }
+            _ => ArchiveError::io("make", path, error),
+        })?;
         let io = |error| ArchiveError::io("read", path, error);
         let archive = Archive::at(path).map_err(io)?;
         archive.is_safe()?;
@@ -154,6 +161,13 @@ impl Archive {
         Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 
+    /// Whether files on its file system may share blocks, with one another and with those of a store there.
+    pub fn shares_blocks(&self) -> bool {
+        const XFS: i64 = 0x5846_5342;
+        const BTRFS: i64 = 0x9123_683e;
+        rustix::fs::fstatfs(&self.dir).is_ok_and(|found| [XFS, BTRFS].contains(&found.f_type))
+    }
+
     /// Keeps others from changing it, for as long as the result is there. Does not wait.
     ///
     /// # Errors
@@ -188,15 +202,13 @@ impl Archive {
         Ok(listing)
     }
 
-    /// The checkpoint of that name, or the latest one.
+    /// The checkpoint of that name, or the latest one. If the latest cannot be read, an older one is not taken in its
+    /// place.
     ///
     /// # Errors
-    /// If there is none, or its manifest is damaged.
+    /// If there is none, or its manifest is damaged or missing.
     pub fn find(&self, name: Option<&str>) -> Result<Entry, ArchiveError> {
-        let Some(name) = name else {
-            let newest = self.list()?.entries.into_iter().next();
-            return newest.ok_or_else(|| ArchiveError::Empty { path: self.path.clone() });
-        };
+        let Some(name) = name else { return self.latest() };
         if !is_name(name) {
             return Err(ArchiveError::Name(name.to_owned()));
         }
@@ -204,10 +216,34 @@ impl Archive {
         self.entry(name)?.ok_or_else(missing)
     }
 
+    fn latest(&self) -> Result<Entry, ArchiveError> {
+        let Listing { entries, unreadable } = self.list()?;
+        // The time of the newest one by its manifest: it may have got another name since.
+        let newest = entries.first().map(|entry| {
+            let made = names::of_time(entry.manifest().made_at_ms);
+            let number =
+                names::parse(entry.name()).filter(|(time, _)| *time == made).map_or(1, |(_, number)| number);
+            (made, number)
+        });
+        // A name is the time of the checkpoint's making. Nobody knows how old one with a name of its user's is.
+        let may_be_newer = |name: &str| match (names::parse(name), &newest) {
+            (Some(name), Some((time, number))) => name > (time.as_str(), *number),
+            _ => true,
+        };
+        match unreadable.into_iter().rfind(|(name, _)| may_be_newer(name)) {
+            Some((name, error)) => Err(ArchiveError::Latest { name, source: Box::new(error) }),
+            None => entries.into_iter().next().ok_or_else(|| ArchiveError::Empty { path: self.path.clone() }),
+        }
+    }
+
     /// What has this name, if it is a checkpoint.
     fn entry(&self, name: &str) -> Result<Option<Entry>, ArchiveError> {
         match steps::open_dir(&self.dir, name) {
-            Ok(dir) => Entry::read(&self.path, dir, name),
+            Ok(dir) => match Entry::read(&self.path, dir, name) {
+                // Whoever removes a checkpoint gives its directory another name first.
+                Err(ArchiveError::NoManifest { .. }) if !self.is_there(name) => Ok(None),
+                read => read,
+            },
             Err(error) => match error.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok(None),
                 // A symbolic link: no checkpoint is one.
@@ -216,10 +252,29 @@ impl Archive {
             },
         }
     }
+
+    /// Whether a directory has this name now.
+    fn is_there(&self, name: &str) -> bool {
+        steps::open_dir(&self.dir, name).is_ok()
+    }
 }
 
-/// Makes a directory, with those that it is in, and flushes each that has got a new one: else a power failure could take
-/// all of it, with checkpoints that are durable in it.
+/// Why a path is no archive, if it is a checkpoint in one.
+fn is_checkpoint(path: &Path) -> Option<ArchiveError> {
+    let path = path.canonicalize().ok()?;
+    let (archive, name) = (path.parent()?, path.file_name()?.to_str()?);
+    if !is_name(name) || !archive.join(LOCK).is_file() || !path.join(MANIFEST).is_file() {
+        return None;
+    }
+    Some(ArchiveError::IsCheckpoint {
+        archive: archive.to_owned(),
+        name: name.to_owned(),
+        path: path.clone(),
+    })
+}
+
+/// Makes a directory, with those that it is in, and flushes each that has got a new one: else a power failure could
+/// take all of it, with checkpoints that are durable in it.
 fn make_durable(path: &Path) -> io::Result<()> {
     let path = std::path::absolute(path)?;
     let missing = path.ancestors().take_while(|dir| !dir.exists()).count();

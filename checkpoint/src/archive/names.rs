@@ -15,6 +15,21 @@ pub(super) fn numbered(name: &str, taken: u32) -> String {
     if taken == 0 { name.to_owned() } else { format!("{name}-{}", taken + 1) }
 }
 
+/// The time and the number of a name that was given here: names go by them as their checkpoints do by age.
+pub(super) fn parse(name: &str) -> Option<(&str, u32)> {
+    const FORM: &[u8] = b"0000-00-00T00-00-00Z";
+    let (time, number) = name.split_at_checked(FORM.len())?;
+    let fits = |(has, form): (u8, &u8)| if *form == b'0' { has.is_ascii_digit() } else { has == *form };
+    if !time.bytes().zip(FORM).all(fits) {
+        return None;
+    }
+    match number.strip_prefix('-') {
+        Some(number) => Some((time, number.parse().ok()?)),
+        None if number.is_empty() => Some((time, 1)),
+        None => None,
+    }
+}
+
 /// Year, month and day of a day since 1970 (H. Hinnant, "chrono-compatible low-level date algorithms"). Years begin in
 /// March there, so that a leap day is the last of its year.
 fn civil(days: u64) -> (u64, u64, u64) {
@@ -46,5 +61,18 @@ mod tests {
         }
         assert_eq!(numbered("a", 0), "a");
         assert_eq!(numbered("a", 1), "a-2");
+    }
+
+    #[test]
+    fn names_say_their_age() {
+        let time = "2026-11-29T23-20-00Z";
+        assert_eq!(parse(&of_time(1_795_994_400_000)), Some((time, 1)));
+        assert_eq!(parse("2026-11-29T23-20-00Z-12"), Some((time, 12)));
+        assert!(parse("2026-11-29T23-20-00Z-12") > parse("2026-11-29T23-20-00Z-2"));
+        for other in
+            ["before-upgrade", "2026-11-29", "2026-11-29T23-20-00Z-", "2026-11-29T23-20-00Zx", "\u{e9}\u{e9}"]
+        {
+            assert_eq!(parse(other), None, "{other}");
+        }
     }
 }

@@ -18,8 +18,8 @@ use crate::outside::planted;
 /// What is said of a checkpoint by whoever has made it; the rest of its manifest is found in its files.
 #[derive(Clone, Debug)]
 pub struct Made {
-    /// When the VM stood still for it: milliseconds since 1970, UTC. If the archive has one that is as new or newer, the
-    /// checkpoint is of a millisecond after that.
+    /// When the VM stood still for it: milliseconds since 1970, UTC. If the archive has one that is as new or newer,
+    /// the checkpoint is of a millisecond after that.
     pub made_at_ms: u64,
     /// This vmemd, for people.
     pub made_by: String,
@@ -186,8 +186,9 @@ impl Pending<'_> {
         } else if self.base.is_none() {
             return Err(wrong("it has pages in a base, and no base"));
         }
-        // The newest of an archive is the one that was made last, also after a clock that was ahead: a latest one that is
-        // older than others would be passed over, and be the first to go. One that comes from elsewhere is as old as it is.
+        // The newest of an archive is the one that was made last, also after a clock that was ahead: a latest one that
+        // is older than others would be passed over, and be the first to go. One that comes from elsewhere is as old as
+        // it is.
         let newest = self.archive.list()?.entries.first().map(|entry| entry.manifest().made_at_ms);
         let made_at_ms = match (wanted, newest) {
             (None, Some(newest)) => made.made_at_ms.max(newest.saturating_add(1)),

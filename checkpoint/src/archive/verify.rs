@@ -165,9 +165,9 @@ impl Archive {
         all
     }
 
-    /// The checkpoint's entry anew, if a merge has changed the checkpoint, or one below it, since [`manifests`] were read,
-    /// and `error` may come of that: a map has another name then, and bases may be gone. It is the same checkpoint, with
-    /// the same content.
+    /// The checkpoint's entry anew, if a merge has changed the checkpoint, or one below it, since [`manifests`] were
+    /// read, and `error` may come of that: a map has another name then, and bases may be gone. It is the same
+    /// checkpoint, with the same content.
     ///
     /// [`manifests`]: Archive::manifests
     pub(crate) fn changed(&self, before: &[Manifest], name: &str, error: &ArchiveError) -> Option<Entry> {
@@ -191,7 +191,7 @@ fn is_unreadable(error: &ArchiveError) -> bool {
 fn is_missing(error: &ArchiveError) -> bool {
     match error {
         ArchiveError::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
-        ArchiveError::Removed { .. } => true,
+        ArchiveError::Removed { .. } | ArchiveError::NoFile { .. } => true,
         _ => false,
     }
 }

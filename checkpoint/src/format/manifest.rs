@@ -95,6 +95,22 @@ pub enum DiskVersion {
     InState,
 }
 
+/// How the name of a checkpoint's snapshot begins.
+const SNAPSHOT: &str = "vmemd-";
+
+impl DiskVersion {
+    /// The name of the snapshots that are made at a time.
+    pub fn snapshot_at(time_ms: u128) -> String {
+        format!("{SNAPSHOT}{time_ms}")
+    }
+
+    /// Whether a snapshot has a name that is given to those of checkpoints.
+    pub fn is_snapshot(name: &str) -> bool {
+        name.strip_prefix(SNAPSHOT)
+            .is_some_and(|time| time.parse::<u64>().is_ok_and(|ms| ms.to_string() == time))
+    }
+}
+
 /// A VM's kind of machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -2,6 +2,16 @@ use proptest::prelude::*;
 
 use super::*;
 
+#[test]
+fn a_checkpoints_snapshots_are_told_from_others() {
+    assert!(DiskVersion::is_snapshot(&DiskVersion::snapshot_at(1_796_000_000_123)));
+    for other in
+        ["", "vmemd-", "vmemd-before-1796000000123", "vmemd-1x", "vmemd-+1", "vmemd-01", "mine", "xvmemd-1"]
+    {
+        assert!(!DiskVersion::is_snapshot(other), "{other}");
+    }
+}
+
 pub(crate) fn manifest() -> Manifest {
     let part = |file: &str, bytes| Part { file: file.to_owned(), bytes, xxh3: Sum(bytes * 77) };
     Manifest {

@@ -17,7 +17,7 @@ use super::rate::{Rate, Work};
 use super::stopwatch::Stopwatch;
 use crate::format::PageKind;
 use crate::outside::reader::{Closed, FILLERS, Found, PageBuffer, Sink, StoredRun};
-use crate::outside::{File, Instant, RingFile, StoredReader, planted, sleep, spawn, write_bytes};
+use crate::outside::{File, Instant, RingFile, StoredReader, planted, punch_hole, sleep, spawn, write_bytes};
 
 /// Pages of a buffer, which is one write where neighbours are written: 2 MiB.
 const BUFFER_PAGES: u32 = BLOCK_PAGES;
@@ -106,10 +106,34 @@ impl ImageSink {
         image.under_way.begin();
         spawn(async move {
             let written = write_bytes(&file, bytes, at).await;
+            let believed = (what == "state" && planted!(BelievesTheState))
+                || (what == "map" && planted!(BelievesTheMap));
             if let Err(source) = written
-                && !planted!(BelievesTheState)
+                && !believed
             {
                 image.fail(SaveError::Write { what, source });
+            }
+            image.under_way.end();
+            image.changed.notify_waiters();
+        });
+    }
+
+    /// Makes holes of pages that the image has and the checkpoint has not, which [`settle`](Self::settle) waits for,
+    /// too. Must be called on the runtime.
+    pub(super) fn punch(&self, holes: Vec<Run>) {
+        let image = self.0.clone();
+        image.under_way.begin();
+        spawn(async move {
+            for run in holes {
+                match punch_hole(&image.file, run.start.offset(), run.bytes() as u64).await {
+                    Ok(()) => {}
+                    // They take room, and nobody looks at them.
+                    Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => break,
+                    Err(source) => {
+                        image.fail(SaveError::Write { what: "image", source });
+                        break;
+                    }
+                }
             }
             image.under_way.end();
             image.changed.notify_waiters();
@@ -147,11 +171,6 @@ impl ImageSink {
             held_back: self.0.held_back.total(),
             ..Work::default()
         }
-    }
-
-    /// The file, for what the ring does not do.
-    pub(super) fn file(&self) -> io::Result<File> {
-        self.0.plain.try_clone()
     }
 
     pub(super) fn pages<T>(&self, work: impl FnOnce(&PageTable) -> T) -> T {
@@ -310,7 +329,8 @@ impl Sink for ImageSink {
         if self.0.closed.get() {
             return Err(Closed);
         }
-        if !self.0.straight.get() {
+        // The kernel's copy has nobody else to wait for a file server than this thread.
+        if !self.0.straight.get() || self.0.stored.any_may_block(stored.tier) {
             return Ok(false);
         }
         self.0.share(&stored).map_err(|error| {

@@ -16,9 +16,9 @@ use super::report::{Phase, Progress};
 use crate::outside::reader::{ReadError, Reader};
 use crate::outside::{DirtySubscription, EngineHandle, Instant, planted, sleep};
 
-/// Between two scans for written pages in the middle of a round that is not the first. A scan costs the guest a fault (about 2 µs) at the next
-/// write to each page that it has found, and saves writing pages that would be written again. A disk takes less harm
-/// from those than a link, so scans are rarer than a migration's.
+/// Between two scans for written pages in the middle of a round that is not the first. A scan costs the guest a fault
+/// (about 2 µs) at the next write to each page that it has found, and saves writing pages that would be written again. A
+/// disk takes less harm from those than a link, so scans are rarer than a migration's.
 const SCAN_EVERY: Duration = Duration::from_secs(1);
 /// Between two looks at what the guest writes, before anything is protected.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -37,7 +37,7 @@ pub(super) struct Guard<'a> {
 }
 
 impl Guard<'_> {
-    fn check(&self, sink: &ImageSink) -> Result<(), SaveError> {
+    pub(super) fn check(&self, sink: &ImageSink) -> Result<(), SaveError> {
         if let Some(error) = sink.take_error() {
             return Err(error);
         }
@@ -50,6 +50,12 @@ impl Guard<'_> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Waits until the disk has all that the sink has taken.
+    pub(super) async fn settle(&self, sink: &ImageSink) -> Result<(), SaveError> {
+        self.wait(sink, sink.settle()).await?;
+        self.check(sink)
     }
 
     /// Waits for `work`, which must bear being dropped half-way.
@@ -209,13 +215,7 @@ impl<'a> Rounds<'a> {
 
     /// Waits until the disk has all that was found.
     pub(super) async fn settle(&self) -> Result<(), SaveError> {
-        self.guard.wait(&self.sink, self.sink.settle()).await?;
-        self.check()
-    }
-
-    /// Whether the session is to go on.
-    pub(super) fn check(&self) -> Result<(), SaveError> {
-        self.guard.check(&self.sink)
+        self.guard.settle(&self.sink).await
     }
 
     /// A round that is not the last, and how fast it was.

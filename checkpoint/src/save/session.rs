@@ -5,13 +5,12 @@
 
 use std::fmt;
 use std::future::Future;
-use std::io::BufWriter;
+use std::io::{BufWriter, Write};
 use std::pin::Pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use migrate::pace::{Decision, Rules, Standing, decide};
 use migrate::{CancelFlag, Expected, LiveVm};
-use swapd::Run;
 use swapd::units::pages_in;
 
 use super::error::SaveError;
@@ -19,8 +18,8 @@ use super::image::ImageSink;
 use super::options::{Base, Files, SaveOptions};
 use super::pages::PageTable;
 use super::report::{PauseParts, Phase, Progress, Saved};
-use super::rounds::Rounds;
-use super::state;
+use super::rounds::{Guard, Rounds};
+use super::state::{self, PartFile};
 use crate::format::MemoryMap;
 use crate::outside::{self, EngineHandle, File, Instant, Runtime, planted, timeout};
 
@@ -226,17 +225,12 @@ impl<'a, 'v> Session<'a, 'v> {
             self.set_throttle(0);
         }
         let Session { runtime, rounds, .. } = self;
-        let mut closing: Closing<'a> = Box::pin(rounds.close());
+        let closing: Closing<'a> = Box::pin(rounds.close());
         if planted!(KeepsTracking) {
             std::mem::forget(closing);
             return error.into();
         }
-        let closed = runtime.block_on(async { timeout(CLOSE_LIMIT, &mut closing).await });
-        let rest = match closed {
-            Ok(_) => None,
-            Err(_) => Some(Box::new(Rest { closing, runtime })),
-        };
-        Failed { error, rest }
+        Failed { error, rest: close(runtime, closing) }
     }
 
     /// Stops the VM.
@@ -306,7 +300,8 @@ impl<'a, 'v> Stopped<'a, 'v> {
         Ok(())
     }
 
-    /// Has only what belongs into the image stay there, and writes the map. The VM runs on meanwhile.
+    /// Has only what belongs into the image stay there, and writes the map. The VM runs on meanwhile, or stands still
+    /// for no longer than it may.
     fn finish(self) -> Result<Saved, Failed<'a>> {
         let pause_ms = milliseconds(self.at);
         let Stopped { session, made_at, parts, stood_still, state_bytes, .. } = self;
@@ -314,16 +309,20 @@ impl<'a, 'v> Stopped<'a, 'v> {
         rounds.enter(Phase::Finishing);
         let (heat, memory_bytes, round, counts) =
             (rounds.heat(), rounds.memory_bytes(), rounds.round, rounds.sink.counts());
-        let plain = rounds.sink.file();
+        let limit = options.pause_limit;
+        let guard = Guard { until: options.stop.then(|| (Instant::now() + limit, limit)), ..rounds.guard };
         let sink = runtime.block_on(rounds.close());
-        let finished = plain
-            .map_err(|source| SaveError::Host { what: "opening the image once more", source })
-            .and_then(|plain| sink.pages(|pages| write_map(pages, &heat, &plain, &map)));
-        let finished = match finished {
+        let finished = match write_map(&runtime, &sink, guard, &heat, &map) {
             Ok(finished) => finished,
-            // It was to be stopped, and stands still.
-            Err(error) if options.stop => return Err(goes_on(vm, error).into()),
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                // It was to be stopped, and stands still.
+                let error = if options.stop { goes_on(vm, error) } else { error };
+                let closing: Closing<'a> = Box::pin(async move {
+                    sink.settle().await;
+                    sink
+                });
+                return Err(Failed { error, rest: close(runtime, closing) });
+            }
         };
         Ok(Saved {
             made_at_ms: made_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
@@ -355,31 +354,35 @@ fn goes_on(vm: &mut dyn LiveVm, error: SaveError) -> SaveError {
     }
 }
 
-/// Has only what belongs into the image stay there, and writes the map.
-fn write_map(pages: &PageTable, heat: &[u8], image: &File, map: &File) -> Result<MemoryMap, SaveError> {
-    if !planted!(LeavesOldContent) {
-        punch(image, &pages.holes())?;
+/// Waits for what is under way, but not for a disk that does not answer: that is what is left.
+fn close(runtime: Runtime, mut closing: Closing<'_>) -> Option<Box<Rest<'_>>> {
+    let closed = runtime.block_on(async { timeout(CLOSE_LIMIT, &mut closing).await });
+    match closed {
+        Ok(_) => None,
+        Err(_) => Some(Box::new(Rest { closing, runtime })),
     }
-    let finished = pages.finish(heat);
-    let mut to = BufWriter::with_capacity(1 << 20, map);
-    let written = finished.write(&mut to);
-    if !planted!(BelievesTheMap) {
-        written.map_err(|source| SaveError::Write { what: "map", source })?;
-    }
-    Ok(finished)
 }
 
-/// Makes holes of pages that the image has and the checkpoint has not.
-fn punch(image: &File, holes: &[Run]) -> Result<(), SaveError> {
-    for run in holes {
-        match outside::punch_hole(image, run.start.offset(), run.bytes() as u64) {
-            Ok(()) => {}
-            // It takes room, and nobody looks at it.
-            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(()),
-            Err(source) => return Err(SaveError::Write { what: "image", source }),
-        }
+/// Has only what belongs into the image stay there, and writes the map.
+fn write_map(
+    runtime: &Runtime,
+    sink: &ImageSink,
+    guard: Guard<'_>,
+    heat: &[u8],
+    map: &File,
+) -> Result<MemoryMap, SaveError> {
+    if !planted!(LeavesOldContent) {
+        let holes = sink.pages(PageTable::holes);
+        runtime.block_on(async { sink.punch(holes) });
     }
-    Ok(())
+    let finished = sink.pages(|pages| pages.finish(heat));
+    let mut to = PartFile::new("map", map, runtime, sink, guard)?;
+    let mut buffered = BufWriter::with_capacity(1 << 20, &mut to);
+    let given = finished.write(&mut buffered).and_then(|()| buffered.flush());
+    drop(buffered);
+    to.end(given.map_err(|source| SaveError::Write { what: "map", source }))?;
+    runtime.block_on(guard.settle(sink))?;
+    Ok(finished)
 }
 
 fn milliseconds(since: Instant) -> f64 {

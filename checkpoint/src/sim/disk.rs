@@ -3,7 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -167,52 +167,34 @@ impl File {
     }
 }
 
-impl Write for &File {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        pause(world().delay(CACHE));
-        let mut row = self.0.bytes.borrow_mut();
-        match change() {
-            Ok(()) => {
-                // Some are short.
-                let some = if world().random.one_in(4) { bytes.len().div_ceil(2) } else { bytes.len() };
-                row.extend_from_slice(&bytes[..some]);
-                Ok(some)
-            }
-            Err(error) => {
-                if error == Error::Torn {
-                    row.extend_from_slice(&bytes[..bytes.len() / 2]);
-                }
-                Err(error.error())
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-pub(crate) fn punch_hole(file: &File, at: u64, len: u64) -> io::Result<()> {
-    pause(world().delay(CACHE));
-    if !makes_holes() {
-        return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-    }
-    change().map_err(Error::error)?;
-    count(Cause::HoleIsMade);
-    let page = PAGE_SIZE as u64;
-    file.0.pages.borrow_mut().retain(|number, _| !(at..at + len).contains(&(number * page)));
-    Ok(())
-}
-
-/// Bytes of a file that has no pages, on the ring: they are in the file when this has ended.
-pub(crate) async fn write_bytes(file: &RingFile, bytes: Vec<u8>, at: u64) -> io::Result<()> {
-    let _under_way = UnderWay::begin();
+async fn may_hang() {
     let hang = with(|disk| disk.hang.take());
     if let Some(hang) = hang {
         world().note(|| format!("the disk hangs for {hang:?}"));
         count(Cause::DiskHangs);
         sleep(hang).await;
     }
+}
+
+/// As a write: the ring makes holes, too, and a disk may hang at them.
+pub(crate) async fn punch_hole(file: &RingFile, at: u64, len: u64) -> io::Result<()> {
+    let _under_way = UnderWay::begin();
+    if !makes_holes() {
+        return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+    }
+    may_hang().await;
+    sleep(world().delay(CACHE)).await;
+    change().map_err(Error::error)?;
+    count(Cause::HoleIsMade);
+    let page = PAGE_SIZE as u64;
+    file.0.0.pages.borrow_mut().retain(|number, _| !(at..at + len).contains(&(number * page)));
+    Ok(())
+}
+
+/// Bytes of a file that has no pages, on the ring: they are in the file when this has ended.
+pub(crate) async fn write_bytes(file: &RingFile, bytes: Vec<u8>, at: u64) -> io::Result<()> {
+    let _under_way = UnderWay::begin();
+    may_hang().await;
     let step = with(|disk| disk.step);
     sleep(world().delay(step)).await;
     let verdict = change();
@@ -264,12 +246,7 @@ impl RingFile {
         let _under_way = UnderWay::begin();
         let mut written = 0;
         while written < pages.len() {
-            let hang = with(|disk| disk.hang.take());
-            if let Some(hang) = hang {
-                world().note(|| format!("the disk hangs for {hang:?}"));
-                count(Cause::DiskHangs);
-                sleep(hang).await;
-            }
+            may_hang().await;
             let step = with(|disk| disk.step);
             sleep(world().delay(step)).await;
             let left = pages.len() - written;

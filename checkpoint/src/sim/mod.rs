@@ -48,24 +48,6 @@ fn run(seed: u64) -> Result<String, String> {
     Ok(told)
 }
 
-/// A seed that fails says so with its trace, and no panic's message before that.
-fn quietly<T>(work: impl FnOnce() -> T) -> T {
-    thread_local!(static QUIET: std::cell::Cell<bool> = const { std::cell::Cell::new(false) });
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let tell = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            if !QUIET.get() {
-                tell(panic);
-            }
-        }));
-    });
-    QUIET.set(true);
-    let result = work();
-    QUIET.set(false);
-    result
-}
-
 #[test]
 fn each_image_is_what_the_guest_had_at_the_pause() {
     coverage::take();
@@ -80,7 +62,7 @@ fn each_image_is_what_the_guest_had_at_the_pause() {
     let mut coverage = Coverage::default();
     let mut failed = Vec::new();
     for seed in 0..seeds {
-        if let Err(error) = quietly(|| run(seed)) {
+        if let Err(error) = testkit::quietly(|| run(seed)) {
             println!("seed {seed} failed; replay it with VMEMD_SIM_SEED={seed}\n{error}");
             failed.push(seed);
         }
@@ -97,14 +79,14 @@ fn each_image_is_what_the_guest_had_at_the_pause() {
 #[test]
 fn the_same_seed_gives_the_same_run() {
     for seed in 0..TWICE {
-        let [first, second] = [(); 2].map(|()| quietly(|| run(seed)).expect("it is a good one"));
+        let [first, second] = [(); 2].map(|()| testkit::quietly(|| run(seed)).expect("it is a good one"));
         assert_eq!(first, second, "seed {seed}");
     }
 }
 
 fn find(bug: Any) -> Option<(u64, String)> {
     bugs::plant(Some(bug));
-    let found = quietly(|| (0..WITHIN).find_map(|seed| run(seed).err().map(|error| (seed, error))));
+    let found = testkit::quietly(|| (0..WITHIN).find_map(|seed| run(seed).err().map(|error| (seed, error))));
     bugs::plant(None);
     found
 }

@@ -41,6 +41,10 @@ pub(crate) fn stored_reader(handle: &EngineHandle) -> StoredReader {
 }
 
 impl StoredReader {
+    pub fn any_may_block(&self, _: TierId) -> bool {
+        false
+    }
+
     pub fn clone_into(&self, tier: TierId, file: &File, runs: &[Run]) -> Result<Cloned, CloneError> {
         let fails = |code| Err(CloneError::Io { tier, source: io::Error::from_raw_os_error(code) });
         let way = WAY.get();

@@ -1,5 +1,5 @@
-//! Reading a stream: nothing of it is believed before its sum has been found right, and no more memory is taken than for
-//! bytes that are there.
+//! Reading a stream: nothing of it is believed before its sum has been found right, and no more memory is taken than
+//! for bytes that are there.
 
 use std::io::{self, Read, Write};
 

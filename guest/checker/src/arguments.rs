@@ -3,6 +3,7 @@
 pub(crate) const USAGE: &str = "\
 usage: checker memory SIZE ROUNDS|SECONDSs [sequential|random]
        checker disk DEVICE PIECES          checker image FILE SIZE
+       checker files DIR                   checker tree DIR STEP STEP
        checker stream PORT                 checker send HOST PORT [SECONDS] (else until its input ends)
        checker beat                        checker echo PORT
        checker bench SECONDS [SIZE]";

@@ -10,6 +10,8 @@ pub(crate) const PAGE: usize = 4096;
 pub(crate) const DISK: u64 = 1 << 32;
 /// The series of a stream's content; a page is 4 KiB of the stream.
 pub(crate) const STREAM: u64 = 2 << 32;
+/// Files' content: the step that wrote a page is added to it.
+pub(crate) const FILES: u64 = 3 << 32;
 
 const WORD: usize = size_of::<u64>();
 /// Odd, so that all words of a page differ.

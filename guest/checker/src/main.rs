@@ -10,6 +10,7 @@ mod bench;
 mod content;
 mod differences;
 mod disk;
+mod files;
 mod memory;
 mod pages;
 mod stream;
@@ -40,6 +41,8 @@ fn run(arguments: &[&str]) -> Result<Mismatched, Failure> {
         ["memory", size, until, order] => memory::check(bytes(size)?, until.parse()?, order.parse()?),
         ["disk", device, pieces] => disk::check(device, number(pieces)?),
         ["image", file, size] => disk::write_image(file, bytes(size)?),
+        ["files", dir] => files::check(dir),
+        ["tree", dir, first, last] => files::tree(dir, number(first)?, number(last)?),
         ["stream", port] => stream::receive(number(port)?),
         ["send", host, port] => stream::send(host, number(port)?, stream::until_input_ends()),
         ["send", host, port, seconds] => {

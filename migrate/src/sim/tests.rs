@@ -71,24 +71,6 @@ fn run(seed: u64, coverage: &mut Coverage) -> Result<(), String> {
     scenario::run(seed, target, coverage)
 }
 
-/// A seed that fails says so with its trace, and no panic's message before that.
-fn quietly<T>(work: impl FnOnce() -> T) -> T {
-    thread_local!(static QUIET: std::cell::Cell<bool> = const { std::cell::Cell::new(false) });
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let tell = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            if !QUIET.get() {
-                tell(panic);
-            }
-        }));
-    });
-    QUIET.set(true);
-    let result = work();
-    QUIET.set(false);
-    result
-}
-
 #[test]
 fn exactly_one_side_runs_the_vm_and_nothing_is_lost() {
     let mut coverage = Coverage::default();
@@ -100,7 +82,7 @@ fn exactly_one_side_runs_the_vm_and_nothing_is_lost() {
     }
     let seeds = number("VMEMD_SIM_SEEDS").unwrap_or(SEEDS);
     for seed in 0..seeds {
-        if let Err(error) = quietly(|| run(seed, &mut coverage)) {
+        if let Err(error) = testkit::quietly(|| run(seed, &mut coverage)) {
             panic!("seed {seed} failed; replay it with VMEMD_SIM_SEED={seed}\n{error}");
         }
     }
@@ -114,7 +96,7 @@ fn exactly_one_side_runs_the_vm_and_nothing_is_lost() {
 
 fn find(bug: Bug) -> Option<(u64, String)> {
     bugs::plant(Some(bug));
-    let found = quietly(|| {
+    let found = testkit::quietly(|| {
         (0..WITHIN).find_map(|seed| run(seed, &mut Coverage::default()).err().map(|error| (seed, error)))
     });
     bugs::plant(None);

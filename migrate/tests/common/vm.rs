@@ -29,7 +29,8 @@ pub fn engine_with(place: &TempDir, budget_bytes: u64, encrypt: bool) -> Engine 
     start(place, budget_bytes, encrypt, None)
 }
 
-fn start(place: &TempDir, budget_bytes: u64, encrypt: bool, origin: Option<Origin>) -> Engine {
+/// The same, perhaps with pages at an origin.
+pub fn start(place: &TempDir, budget_bytes: u64, encrypt: bool, origin: Option<Origin>) -> Engine {
     let config = EngineConfig {
         memory_bytes: MEMORY,
         budget_bytes,
@@ -45,9 +46,9 @@ fn start(place: &TempDir, budget_bytes: u64, encrypt: bool, origin: Option<Origi
     }
 }
 
-/// A VM with the content that [`fill`] gives, restored from an image in two layers: a part of its pages has been written
-/// anew since, and is in RAM or in the store; the rest is at the origin still. The path is that of the second layer,
-/// which has the pages with an odd number.
+/// A VM with the content that [`fill`] gives, restored from an image in two layers: a part of its pages has been
+/// written anew since, and is in RAM or in the store; the rest is at the origin still. The path is that of the second
+/// layer, which has the pages with an odd number.
 pub fn restored(place: &TempDir, encrypt: bool) -> (Engine, PathBuf) {
     let paths = ["even", "odd"].map(|name| place.path().join(name));
     let files = paths.each_ref().map(|path| {

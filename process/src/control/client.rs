@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::lines::{LineError, Lines};
 use super::protocol::{CheckpointRequest, CheckpointStat, MigrationStat, Reply, Request, VmStat};
 use super::rundir::{RunDir, SocketName};
-use super::versions::{Offer, UNSAID, VERSIONS, none_in_common};
+use super::versions::{Offer, UNSAID, VERSIONS, is_no_request, none_in_common};
 use crate::failure::{Failure, FailureKind};
 use crate::passing::send_fd;
 
@@ -198,6 +198,7 @@ impl VmClient {
                 Reply::Files(count) => self.pass(files, count)?,
                 Reply::Saving(stat) => progress(stat),
                 Reply::Saved(report) => return Ok(report),
+                Reply::Error(failure) if is_no_request(&failure) => return Err(self.too_old("checkpoints")),
                 Reply::Error(failure) => return Err(failure),
                 _ => {}
             }
@@ -311,6 +312,16 @@ impl VmClient {
         Failure::new(FailureKind::Vm, text)
     }
 
+    /// The VM's process is of a vmemd that knows nothing of this.
+    fn too_old(&self, what: &str) -> Failure {
+        let text = format!(
+            "the VM {:?} runs in a vmemd from before {what}: it gets a newer one when it is started anew, or moves to a host \
+             that has it (to another daemon of this host will do)",
+            self.name
+        );
+        Failure::new(FailureKind::Link, text)
+    }
+
     fn lost(&self, error: &LineError) -> Failure {
         match error {
             LineError::Closed => Failure::new(
@@ -395,6 +406,42 @@ mod tests {
         let text = "the command speaks versions 2 to 3 of the control protocol, the VM's process version 1: use the vmemd with \
                     which the VM was started";
         assert_eq!(failure.text, text);
+    }
+
+    #[test]
+    fn a_process_from_before_checkpoints_is_said_to_be_too_old() {
+        let request = CheckpointRequest {
+            downtime_target_ms: 50,
+            max_rounds: 30,
+            max_throttle: 99,
+            rate: None,
+            base: None,
+            stop: false,
+            without_disks: false,
+            plain: false,
+        };
+        let said = |failure: Failure| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let mut vm = VmClient::over("db", ours);
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    let mut lines = Lines::new(theirs);
+                    lines.read::<Value>(PATIENCE).unwrap();
+                    lines.write(&json!({ "error": failure })).unwrap();
+                });
+                vm.checkpoint(&request, &[], &mut |_| {}).unwrap_err()
+            })
+        };
+        // Word for word what the vmemd before this one says.
+        let old = "this is no request: unknown variant `checkpoint`, expected one of `stat`, `pause`; docs/control.md describes them";
+        let failure = said(Failure::new(FailureKind::Usage, old));
+        assert_eq!(failure.kind, FailureKind::Link);
+        assert!(
+            failure.text.contains("before checkpoints") && !failure.text.contains("variant"),
+            "{failure}"
+        );
+        let other = Failure::new(FailureKind::Usage, "the base's map: it is cut off");
+        assert_eq!(said(other.clone()), other);
     }
 
     #[test]

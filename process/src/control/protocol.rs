@@ -45,6 +45,13 @@ pub enum Request {
         /// What it takes on its disk.
         bytes: u64,
     },
+    /// Delete the internal snapshot of a checkpoint that is gone, if a disk of the VM's is in that file.
+    RemoveSnapshot {
+        /// An absolute path.
+        file: String,
+        /// One that vmemd has made.
+        snapshot: String,
+    },
     /// Tell every fault for so long.
     RecordFaults {
         /// How long, 1 to 86400.

@@ -66,9 +66,17 @@ impl Asked {
     }
 }
 
+/// How every vmemd begins its answer to a line that is no request to it.
+const NO_REQUEST: &str = "this is no request: ";
+
 /// The answer to a client whose line is no request.
 pub(super) fn no_request(why: &dyn std::fmt::Display) -> Failure {
-    Failure::new(FailureKind::Usage, format!("this is no request: {why}; docs/control.md describes them"))
+    Failure::new(FailureKind::Usage, format!("{NO_REQUEST}{why}; docs/control.md describes them"))
+}
+
+/// Whether it is such an answer: of requests that we make, the process knows fewer than we.
+pub(super) fn is_no_request(failure: &Failure) -> bool {
+    failure.kind == FailureKind::Usage && failure.text.starts_with(NO_REQUEST)
 }
 
 /// The failure on both sides if they have no version in common.
@@ -122,6 +130,7 @@ mod tests {
             Request::Migrate(migrate),
             Request::Checkpoint(checkpoint),
             Request::Checkpointed { name: "2026-11-29T23-20-00Z".to_owned(), bytes: u64::MAX },
+            Request::RemoveSnapshot { file: "/d".to_owned(), snapshot: "vmemd-1".to_owned() },
             Request::RecordFaults { seconds: 7 },
         ]
     }

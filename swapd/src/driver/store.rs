@@ -1,5 +1,5 @@
-//! The store: a nameless sparse file in a directory, or a block device. Page n is at offset n x 4096, which nobody but [`Store::place_of`]
-//! need know.
+//! The store: a nameless sparse file in a directory, or a block device. Page n is at offset n x 4096, which nobody but
+//! [`Store::place_of`] need know.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -56,17 +56,19 @@ pub(super) fn open(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result
 }
 
 fn open_in_directory(path: &Path, memory_bytes: u64, outside_bytes: u64) -> Result<File, StoreError> {
+    let direct = |flags| {
+        OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_DIRECT | flags).open(path)
+    };
+    // A file without a name goes away with the VM's process, however that ends.
+    let file = direct(libc::O_TMPFILE).map_err(|error| explain(path, error))?;
+    // Behind that: a file system that takes no files, such as /proc, has no room either, and making some would not
+    // help.
     let available_bytes =
         free_bytes(path).map_err(|source| StoreError::FreeSpace { path: path.to_owned(), source })?;
     if available_bytes < outside_bytes {
         let path = path.to_owned();
         return Err(StoreError::NoRoom { path, needed_bytes: outside_bytes, available_bytes });
     }
-    let direct = |flags| {
-        OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_DIRECT | flags).open(path)
-    };
-    // A file without a name goes away with the VM's process, however that ends.
-    let file = direct(libc::O_TMPFILE).map_err(|error| explain(path, error))?;
     file.set_len(memory_bytes).map_err(|source| {
         let path = path.to_owned();
         StoreError::SparseFile { path, needed_bytes: memory_bytes, source }
@@ -80,8 +82,8 @@ const LET_GO_EVERY: Duration = Duration::from_millis(50);
 
 fn open_device(path: &Path, memory_bytes: u64) -> Result<File, StoreError> {
     use std::io::Seek;
-    // O_EXCL on a block device: not while it is mounted or another VM's store. The kernel closes what an io_uring has of a process some
-    // moments after that has ended, so the store of a VM that has just ended is busy for that long.
+    // O_EXCL on a block device: not while it is mounted or another VM's store. The kernel closes what an io_uring has
+    // of a process some moments after that has ended, so the store of a VM that has just ended is busy for that long.
     let deadline = Instant::now() + LET_GO_LIMIT;
     let mut file = loop {
         let mut options = OpenOptions::new();
