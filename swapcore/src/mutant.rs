@@ -185,7 +185,7 @@ mod planted {
         OneCollectsForAll,
         /// Whoever ends a subscription to dirty pages ends all of them.
         EndsTrackingForAll,
-        /// A block that another subscriber has had tracked is protected again, and marks that no scan has read are lost.
+        /// A block that another has had tracked is protected again, and marks that no scan has read are lost.
         ProtectsAgain,
         /// Scans look only at the blocks with which tracking began, not at those that came later.
         ScansFirstBlocksOnly,

@@ -437,8 +437,8 @@ pub struct DirtySubscription {
 }
 
 impl DirtySubscription {
-    /// Has writes noted, from the answer on, to each 2 MiB block of which these runs have a page. Blocks that are tracked
-    /// already stay so, and lose no mark.
+    /// Has writes noted, from the answer on, to each 2 MiB block of which these runs have a page. Blocks that are
+    /// tracked already stay so, and lose no mark.
     pub fn track_async(&self, runs: Vec<Run>) -> PendingAnswer<()> {
         self.handle.ask(Request::TrackDirty(self.id, runs), done)
     }

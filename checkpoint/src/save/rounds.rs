@@ -17,8 +17,8 @@ use crate::outside::reader::{ReadError, Reader};
 use crate::outside::{DirtySubscription, EngineHandle, Instant, planted, sleep};
 
 /// Between two scans for written pages in the middle of a round that is not the first. A scan costs the guest a fault
-/// (about 2 µs) at the next write to each page that it has found, and saves writing pages that would be written again. A
-/// disk takes less harm from those than a link, so scans are rarer than a migration's.
+/// (about 2 µs) at the next write to each page that it has found, and saves writing pages that would be written again.
+/// A disk takes less harm from those than a link, so scans are rarer than a migration's.
 const SCAN_EVERY: Duration = Duration::from_secs(1);
 /// Between two looks at what the guest writes, before anything is protected.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -161,8 +161,8 @@ impl<'a> Rounds<'a> {
         self.read(tracked)
     }
 
-    /// Reads a portion: pages that were never touched, then all others. Without a scan: what the guest has written of it
-    /// meanwhile would be protected again, and cost it another fault each.
+    /// Reads a portion: pages that were never touched, then all others. Without a scan: what the guest has written of
+    /// it meanwhile would be protected again, and cost it another fault each.
     pub(super) async fn portion(&mut self, portion: &[Run]) -> Result<(), SaveError> {
         self.reader.open(portion);
         loop {

@@ -168,8 +168,8 @@ impl<'a, 'v> Session<'a, 'v> {
         }
     }
 
-    /// Writes all of memory, in portions. Each is protected right before it is read, and the last ones are those that the
-    /// guest writes most: so it runs at full speed for most of the time.
+    /// Writes all of memory, in portions. Each is protected right before it is read, and the last ones are those that
+    /// the guest writes most: so it runs at full speed for most of the time.
     fn first_round(&mut self) -> Result<(), SaveError> {
         self.on_rounds(async |rounds| rounds.watch().await)?;
         while let Some(portion) = self.on_rounds(async |rounds| rounds.next_portion().await)? {

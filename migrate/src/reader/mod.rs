@@ -9,8 +9,8 @@
 //! So the reader must know nothing of where pages go: a `use` of a connection, of the wire or of a session from here
 //! makes `scripts/circles` fail.
 //!
-//! A reader may have memory tracked *in portions*: each is a few blocks, which are tracked, and read right after that. So
-//! what the guest writes most, and what comes last, is protected for as short a time as can be.
+//! A reader may have memory tracked *in portions*: each is a few blocks, which are tracked, and read right after that.
+//! So what the guest writes most, and what comes last, is protected for as short a time as can be.
 //!
 //! The owner drives the reader, from one thread with a tokio-uring runtime. It says when a round begins, when to scan,
 //! and when the VM stands still. The rules that keep a page from being missed are in `docs/dirty-pages.md`. The owner's

@@ -148,8 +148,8 @@ impl<S: Sink> Reader<S> {
         heat
     }
 
-    /// Looks at the next 256 MiB of what is not tracked yet: where its pages are, and whether a few of them have changed
-    /// since the last look. True: this look has not ended. It costs the guest nothing.
+    /// Looks at the next 256 MiB of what is not tracked yet: where its pages are, and whether a few of them have
+    /// changed since the last look. True: this look has not ended. It costs the guest nothing.
     ///
     /// # Errors
     /// See [`ReadError`].
