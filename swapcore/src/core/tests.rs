@@ -431,7 +431,7 @@ fn sampled(core: &mut Core, leaves: bool) -> Vec<Run> {
 
 /// Everything comes back, each page once.
 fn end_samples(core: &mut Core) -> u64 {
-    core.handle(Event::Request { ticket: Ticket(1), request: Request::SubscribeDirty });
+    core.handle(Event::Request { ticket: Ticket(1), request: Request::SubscribeDirty(Vec::new()) });
     let mut back = 0;
     while core.is_walking() {
         core.handle(Event::Step);

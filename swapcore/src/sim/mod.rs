@@ -122,6 +122,8 @@ fn mixed(old: u64, new: u64) -> u64 {
 pub struct Sim {
     seed: u64,
     random: Random,
+    /// For what is tracked.
+    tracking: Random,
     odds: Odds,
     /// Hardly anybody but the guest wants anything.
     calm: bool,
@@ -200,6 +202,7 @@ impl Sim {
             trace: Trace::default(),
             coverage: Coverage::default(),
             random,
+            tracking: Random::new(seed.rotate_left(32)),
         }
     }
 

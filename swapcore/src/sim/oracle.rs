@@ -24,6 +24,8 @@ pub(super) struct Subscriber {
     pub(super) id: Option<SubscriberId>,
     /// A subscription, or what it has to tell, is asked for.
     pub(super) asked: bool,
+    /// It has been told that writes to the page are noted for it.
+    pub(super) tracked: Vec<bool>,
     /// Written since the page was last scanned.
     pub(super) written: Vec<bool>,
     /// Written before the page was scanned: the next answer has to name it.
@@ -61,6 +63,7 @@ impl Oracle {
             subscribers: [(); 2].map(|()| Subscriber {
                 id: None,
                 asked: false,
+                tracked: vec![false; pages],
                 written: vec![false; pages],
                 to_tell: vec![false; pages],
             }),
@@ -84,7 +87,9 @@ impl Oracle {
     }
 
     pub(super) fn written(&mut self, page: PageNo) {
-        self.subscribers.iter_mut().for_each(|subscriber| subscriber.written[page.index()] = true);
+        for Subscriber { tracked, written, .. } in &mut self.subscribers {
+            written[page.index()] |= tracked[page.index()];
+        }
     }
 
     /// The kernel says which pages of the run have been written.
