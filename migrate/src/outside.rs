@@ -48,6 +48,8 @@ mod real {
     use crate::region::Region;
     use crate::tls::{Client, TlsError};
 
+    /// Fewest pages of a portion: 64 MiB, so that reading it takes longer than having it tracked and devices drained.
+    pub(crate) const PORTION_PAGES: u64 = 16 << 10;
     /// The group's right to write, and everybody's.
     const OTHERS_WRITE: u32 = 0o022;
 

@@ -185,6 +185,10 @@ mod planted {
         OneCollectsForAll,
         /// Whoever ends a subscription to dirty pages ends all of them.
         EndsTrackingForAll,
+        /// A block that another has had tracked is protected again, and marks that no scan has read are lost.
+        ProtectsAgain,
+        /// Scans look only at the blocks with which tracking began, not at those that came later.
+        ScansFirstBlocksOnly,
         /// Pages given back while writes are tracked are not reported.
         DiscardUnseenByTracking,
         /// Two versions of an arriving page are written at once.

@@ -17,7 +17,7 @@ const SEEDS_FOR_TRANSITIONS: u64 = 200;
 /// So many leave no cause of any transition out, and no outcome of any fault.
 const SEEDS_FOR_CAUSES: u64 = 10_000;
 /// Seeds within which every planted bug is found.
-const WITHIN: u64 = 1000;
+const WITHIN: u64 = 2000;
 
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()

@@ -20,7 +20,10 @@ use swapcore::api::{Adopted, ArrivedRun, Copies, DirtyPages, FaultsSeen, Piece, 
 use swapcore::core::{Request, Response};
 use swapcore::error::CommandError;
 use swapcore::stats::Stats;
-use swapcore::units::{PageNo, Run, SlotRun};
+use swapcore::units::{PageNo, Run, SlotRun, pages_in};
+
+/// Pages of one run of a request: a run has no more than 32 bits of them.
+const TRACK_PAGES: u32 = 1 << 30;
 
 /// A way to ask an engine, from any thread. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -193,7 +196,8 @@ impl EngineHandle {
 
     // ── the source's side of a migration ──────────────────────────────────────────────────
 
-    /// A subscription to the pages that the guest writes from the answer on. Any number may be held at a time.
+    /// A subscription to the pages that the guest writes from the answer on, all of them: until then the guest's first
+    /// write to each costs it a fault. Any number may be held at a time.
     ///
     /// # Errors
     /// [`CommandError::Gone`] if the engine has ended.
@@ -203,8 +207,29 @@ impl EngineHandle {
 
     /// [`EngineHandle::subscribe_dirty`], not waited for.
     pub fn subscribe_dirty_async(&self) -> PendingAnswer<DirtySubscription> {
+        let mut all = Vec::new();
+        let (mut from, pages) = (0, pages_in(self.memory_bytes()));
+        while from < pages {
+            let len = (pages - from).min(u64::from(TRACK_PAGES));
+            all.push(Run::new(PageNo(from), len as u32));
+            from += len;
+        }
+        self.subscribe(all)
+    }
+
+    /// A subscription that is told of pages that leave the guest, and of no writes before it has them
+    /// [tracked](DirtySubscription::track_async).
+    ///
+    /// # Errors
+    /// [`CommandError::Gone`] if the engine has ended.
+    pub fn subscribe_dirty_in_parts(&self) -> Result<DirtySubscription, CommandError> {
+        self.subscribe(Vec::new()).blocking_recv().unwrap_or(Err(CommandError::Gone))
+    }
+
+    fn subscribe(&self, tracked: Vec<Run>) -> PendingAnswer<DirtySubscription> {
         let handle = self.clone();
-        self.ask(Request::SubscribeDirty, |response| DirtySubscription { handle, id: subscribed(response) })
+        let joined = |response| DirtySubscription { handle, id: subscribed(response) };
+        self.ask(Request::SubscribeDirty(tracked), joined)
     }
 
     /// Switches prefetch on or off. Without it only touched pages come in: for measurements of what a guest touches.
@@ -412,7 +437,13 @@ pub struct DirtySubscription {
 }
 
 impl DirtySubscription {
-    /// Pages that may have been written since the subscription began or since the last call.
+    /// Has writes noted, from the answer on, to each 2 MiB block of which these runs have a page. Blocks that are
+    /// tracked already stay so, and lose no mark.
+    pub fn track_async(&self, runs: Vec<Run>) -> PendingAnswer<()> {
+        self.handle.ask(Request::TrackDirty(self.id, runs), done)
+    }
+
+    /// Pages that may have been written since they were tracked or since the last call.
     /// Never misses one; may name one that did not change (a page that was paged out or in meanwhile).
     ///
     /// # Errors

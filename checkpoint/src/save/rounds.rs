@@ -6,6 +6,7 @@ use std::time::Duration;
 use migrate::CancelFlag;
 use migrate::limits::{CANCEL_POLL, PROGRESS_EVERY};
 use migrate::pace::SendRate;
+use swapd::Run;
 use swapd::units::bytes_of;
 
 use super::error::SaveError;
@@ -15,10 +16,17 @@ use super::report::{Phase, Progress};
 use crate::outside::reader::{ReadError, Reader};
 use crate::outside::{DirtySubscription, EngineHandle, Instant, planted, sleep};
 
-/// Between two scans for written pages in the middle of a round. A scan costs the guest a fault (about 2 µs) at the
-/// next write to each page that it has found, and saves writing pages that would be written again. A disk takes less
-/// harm from those than a link, so scans are rarer than a migration's.
+/// Between two scans for written pages in the middle of a round that is not the first. A scan costs the guest a fault
+/// (about 2 µs) at the next write to each page that it has found, and saves writing pages that would be written again.
+/// A disk takes less harm from those than a link, so scans are rarer than a migration's.
 const SCAN_EVERY: Duration = Duration::from_secs(1);
+/// Between two looks at what the guest writes, before anything is protected.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// The looks before the first portion end when one has found less than this share of what is known, or after that time.
+const LOOK_SHARE: usize = 16;
+const LOOK_MOST: Duration = Duration::from_secs(1);
+/// Between two looks while portions are read.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Whether the session is to go on.
 #[derive(Clone, Copy)]
@@ -79,6 +87,9 @@ pub(super) struct Rounds<'a> {
     throttle: u8,
     last_progress: Instant,
     last_scan: Instant,
+    last_look: Instant,
+    /// When the round began, and what had been done by then.
+    began: (Instant, Work),
 }
 
 impl<'a> Rounds<'a> {
@@ -90,7 +101,7 @@ impl<'a> Rounds<'a> {
         (progress, cancel): (&'a dyn Fn(Progress), &'a CancelFlag),
     ) -> Result<Rounds<'a>, SaveError> {
         Ok(Rounds {
-            reader: Reader::new(handle, dirty, sink.clone())?,
+            reader: Reader::in_portions(handle, dirty, sink.clone())?,
             sink,
             guard: Guard { cancel, until: None },
             round: 0,
@@ -101,13 +112,59 @@ impl<'a> Rounds<'a> {
             throttle: 0,
             last_progress: Instant::now(),
             last_scan: Instant::now(),
+            last_look: Instant::now(),
+            began: (Instant::now(), Work::default()),
         })
     }
 
-    /// The first round: pages that were never touched, then all others but those that are being written.
-    pub(super) async fn first(&mut self) -> Result<(), SaveError> {
+    /// Finds out what is cold, and what the guest writes: as long as looks find more of that.
+    pub(super) async fn watch(&mut self) -> Result<(), SaveError> {
+        let began = Instant::now();
         let asked = self.guard.wait(&self.sink, self.reader.ask_heat()).await?.map(|_| ());
         self.read(asked)?;
+        self.look().await?;
+        loop {
+            let known = self.reader.blocks_changing();
+            self.guard.wait(&self.sink, sleep(LOOK_EVERY)).await?;
+            self.look().await?;
+            self.report_if_due();
+            let found = self.reader.blocks_changing();
+            if (found - known) * LOOK_SHARE <= found || began.elapsed() >= LOOK_MOST {
+                break;
+            }
+        }
+        self.began = (Instant::now(), self.work());
+        Ok(())
+    }
+
+    async fn look(&mut self) -> Result<(), SaveError> {
+        loop {
+            let looked = self.guard.wait(&self.sink, self.reader.look()).await?;
+            if !self.read(looked)? {
+                self.last_look = Instant::now();
+                return Ok(());
+            }
+        }
+    }
+
+    /// What of the first round comes next; None: nothing, all of memory has been read.
+    pub(super) async fn next_portion(&mut self) -> Result<Option<Vec<Run>>, SaveError> {
+        if self.last_look.elapsed() >= LOOK_AGAIN {
+            self.look().await?;
+        }
+        Ok(self.reader.next_portion())
+    }
+
+    /// Has writes to a portion noted, from now on.
+    pub(super) async fn track(&mut self, portion: &[Run]) -> Result<(), SaveError> {
+        let tracked = self.guard.wait(&self.sink, self.reader.track(portion.to_vec())).await?;
+        self.read(tracked)
+    }
+
+    /// Reads a portion: pages that were never touched, then all others. Without a scan: what the guest has written of
+    /// it meanwhile would be protected again, and cost it another fault each.
+    pub(super) async fn portion(&mut self, portion: &[Run]) -> Result<(), SaveError> {
+        self.reader.open(portion);
         loop {
             let surveyed = self.guard.wait(&self.sink, self.reader.survey()).await?;
             if !self.read(surveyed)? {
@@ -115,7 +172,15 @@ impl<'a> Rounds<'a> {
             }
         }
         self.reader.begin_first_round();
-        self.measured().await
+        self.finish_round(false).await
+    }
+
+    /// The first round ends, all portions of it.
+    pub(super) async fn end_first(&mut self) -> Result<(), SaveError> {
+        self.end_measured().await?;
+        // Most of what was written meanwhile was not noted.
+        self.reader.forget_dirty_rate();
+        Ok(())
     }
 
     /// A later round: the pages that scans have found dirty before it.
@@ -143,7 +208,7 @@ impl<'a> Rounds<'a> {
     /// The last round: leaves nothing. What it has found may still be on its way to the disk.
     pub(super) async fn last(&mut self) -> Result<(), SaveError> {
         self.reader.begin_last_round();
-        self.finish_round().await?;
+        self.finish_round(false).await?;
         self.round += 1;
         Ok(())
     }
@@ -155,8 +220,13 @@ impl<'a> Rounds<'a> {
 
     /// A round that is not the last, and how fast it was.
     async fn measured(&mut self) -> Result<(), SaveError> {
-        let (began, before) = (Instant::now(), self.work());
-        self.finish_round().await?;
+        self.began = (Instant::now(), self.work());
+        self.finish_round(true).await?;
+        self.end_measured().await
+    }
+
+    async fn end_measured(&mut self) -> Result<(), SaveError> {
+        let (began, before) = self.began;
         if !planted!(LetsRoundsOverlap) {
             self.settle().await?;
         }
@@ -172,14 +242,14 @@ impl<'a> Rounds<'a> {
         Work { found: self.reader.pages_given() + self.sink.counts().same, ..self.sink.work() }
     }
 
-    /// Reads the round that has begun to its end, and scans meanwhile.
-    async fn finish_round(&mut self) -> Result<(), SaveError> {
+    /// Reads the round that has begun to its end, and scans meanwhile if that is asked for.
+    async fn finish_round(&mut self, scans: bool) -> Result<(), SaveError> {
         loop {
             let stepped = self.step().await?;
             if !self.read(stepped)? {
                 return Ok(());
             }
-            if self.phase != Phase::Stopped && self.last_scan.elapsed() >= SCAN_EVERY {
+            if scans && self.last_scan.elapsed() >= SCAN_EVERY {
                 self.scan().await?;
             }
             self.report_if_due();

@@ -117,7 +117,7 @@ impl<'a, 'v> Session<'a, 'v> {
                 .map_err(|source| SaveError::Write { what: "image", source })?;
         }
         let runtime = outside::runtime().map_err(host("no io_uring is to be had"))?;
-        let dirty = handle.subscribe_dirty()?;
+        let dirty = handle.subscribe_dirty_in_parts()?;
         let rounds = runtime.block_on(async {
             let table = PageTable::new(pages, base);
             let cipher = options.key.as_ref().map(ChainKey::pages);
@@ -156,9 +156,7 @@ impl<'a, 'v> Session<'a, 'v> {
             max_throttle: self.options.max_throttle,
         };
         self.expected = self.vm.expected();
-        // What devices had begun before writes were tracked.
-        self.vm.drain()?;
-        self.on_rounds(async |rounds| rounds.first().await)?;
+        self.first_round()?;
         loop {
             let standing = self.standing();
             let decision = decide(&rules, &standing);
@@ -171,6 +169,26 @@ impl<'a, 'v> Session<'a, 'v> {
             }
             self.on_rounds(async |rounds| rounds.again(throttle).await)?;
         }
+    }
+
+    /// Writes all of memory, in portions. Each is protected right before it is read, and the last ones are those that
+    /// the guest writes most: so it runs at full speed for most of the time.
+    fn first_round(&mut self) -> Result<(), SaveError> {
+        self.on_rounds(async |rounds| rounds.watch().await)?;
+        while let Some(portion) = self.on_rounds(async |rounds| rounds.next_portion().await)? {
+            if !planted!(TracksAfterReading) {
+                self.on_rounds(async |rounds| rounds.track(&portion).await)?;
+            }
+            // What devices had begun before writes to it were tracked.
+            if !planted!(ReadsBeforeTheDrain) {
+                self.vm.drain()?;
+            }
+            self.on_rounds(async |rounds| rounds.portion(&portion).await)?;
+            if planted!(TracksAfterReading) {
+                self.on_rounds(async |rounds| rounds.track(&portion).await)?;
+            }
+        }
+        self.on_rounds(async |rounds| rounds.end_first().await)
     }
 
     fn standing(&self) -> Standing {

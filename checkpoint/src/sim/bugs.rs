@@ -10,6 +10,10 @@ pub(crate) enum Bug {
     SkipsTheLastScan,
     /// A round begins while devices still write, without a trace, to pages that it reads.
     SkipsTheDrains,
+    /// A portion is read while devices still write to it what they began before it was tracked.
+    ReadsBeforeTheDrain,
+    /// A portion is tracked when it has been read.
+    TracksAfterReading,
     /// The VM runs again while its last pages are read.
     ResumesBeforeTheLastPages,
     /// The VM runs again while its last pages are on their way to the disk.
@@ -62,6 +66,8 @@ pub(crate) enum Any {
 pub(crate) const ALL: [Any; 25] = [
     Any::Session(Bug::SkipsTheLastScan),
     Any::Session(Bug::SkipsTheDrains),
+    Any::Session(Bug::ReadsBeforeTheDrain),
+    Any::Session(Bug::TracksAfterReading),
     Any::Session(Bug::ResumesBeforeTheLastPages),
     Any::Session(Bug::ResumesBeforeTheDisk),
     Any::Session(Bug::LetsRoundsOverlap),

@@ -24,7 +24,7 @@ const WITHIN: u64 = 1500;
 /// So many seeds are run twice.
 const TWICE: u64 = 20;
 /// One seed in so many has its checkpoints named in a real archive.
-const NAMED: u64 = 4;
+const NAMED: u64 = 2;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;

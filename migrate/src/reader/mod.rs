@@ -9,6 +9,9 @@
 //! So the reader must know nothing of where pages go: a `use` of a connection, of the wire or of a session from here
 //! makes `scripts/circles` fail.
 //!
+//! A reader may have memory tracked *in portions*: each is a few blocks, which are tracked, and read right after that.
+//! So what the guest writes most, and what comes last, is protected for as short a time as can be.
+//!
 //! The owner drives the reader, from one thread with a tokio-uring runtime. It says when a round begins, when to scan,
 //! and when the VM stands still. The rules that keep a page from being missed are in `docs/dirty-pages.md`. The owner's
 //! part of them: whatever devices write must have ended ([`LiveVm::drain`](crate::LiveVm::drain)) between a scan
@@ -25,6 +28,7 @@ mod shared;
 mod sink;
 mod stored;
 mod tracker;
+mod watch;
 
 // The real world, or the simulated one: whichever lies beside this module.
 use super::outside;

@@ -1,8 +1,10 @@
 //! The reader itself: its survey, its rounds, and the scans meanwhile.
 
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
+use swapd::units::runs_of;
 use swapd::{BLOCK_PAGES, PageNo, Piece, Place, Run, answered};
 
 use super::dirty_rate::DirtyRate;
@@ -10,15 +12,19 @@ use super::error::ReadError;
 use super::filler;
 use super::hold::Hold;
 use super::order::{self, BlockFacts};
-use super::outside::{DirtySubscription, EngineHandle, Instant, JoinSet, sleep};
+use super::outside::{DirtySubscription, EngineHandle, Instant, JoinSet, PORTION_PAGES, sleep};
 use super::shared::{Shared, pages_of};
 use super::sink::{Closed, Found, MAX_RUNS, Sink};
+use super::watch::Watch;
 use crate::limits::{MOVING_RETRIES, MOVING_RETRY, SCAN_EVERY};
 
 /// Fillers a queue. Each has at most one buffer: a sink needs more than so many, or nothing is filled while it works.
 pub const FILLERS: usize = 2;
 /// Pages looked at in one step of the survey: 256 MiB.
 const SURVEY_PAGES: u32 = 64 << 10;
+/// A VM is read in about so many portions, each of [`PORTION_PAGES`] at least: between two of them devices are drained,
+/// and more of what the guest writes can be told from the rest.
+const PORTIONS: u64 = 32;
 
 const _: () = assert!(SURVEY_PAGES.is_multiple_of(BLOCK_PAGES));
 
@@ -33,6 +39,10 @@ pub struct Reader<S> {
     /// As the engine told it at the start.
     engine_heat: Vec<u8>,
     survey: Survey,
+    /// What is known of blocks that are not tracked yet.
+    watch: Watch,
+    /// Where the next look is. None: one has ended.
+    look_from: Option<u64>,
     /// Of the last round: how often it may still begin again, for pages that were just moving.
     tries_left: Option<u32>,
     dirty_rate: DirtyRate,
@@ -42,8 +52,8 @@ pub struct Reader<S> {
 
 /// How far the survey has come, and what it has found.
 struct Survey {
-    next: u64,
-    pages: u64,
+    /// Where it still has to look.
+    rest: VecDeque<Run>,
     /// By queue, not given to the sink yet.
     zeros: Vec<Vec<Run>>,
     /// By block: some of it is in the store.
@@ -64,13 +74,35 @@ impl<S: Sink> Reader<S> {
     /// # Errors
     /// The store cannot be opened.
     pub fn new(handle: &EngineHandle, dirty: DirtySubscription, sink: S) -> Result<Reader<S>, ReadError> {
+        Reader::start(handle, dirty, sink, true)
+    }
+
+    /// The same of a subscription that has nothing tracked yet: memory is read in [portions](Self::next_portion).
+    ///
+    /// # Errors
+    /// The store cannot be opened.
+    pub fn in_portions(
+        handle: &EngineHandle,
+        dirty: DirtySubscription,
+        sink: S,
+    ) -> Result<Reader<S>, ReadError> {
+        Reader::start(handle, dirty, sink, false)
+    }
+
+    fn start(
+        handle: &EngineHandle,
+        dirty: DirtySubscription,
+        sink: S,
+        tracked: bool,
+    ) -> Result<Reader<S>, ReadError> {
         let pages = swapd::units::pages_in(handle.memory_bytes());
-        let shared = Shared::new(handle, sink)?;
+        let shared = Shared::new(handle, sink, tracked)?;
+        let all = Run::new(PageNo(0), if tracked { pages as u32 } else { 0 });
+        let blocks = shared.tracker.borrow().blocks();
         let survey = Survey {
-            next: 0,
-            pages,
+            rest: parts(all).collect(),
             zeros: vec![Vec::new(); shared.sink.queues() as usize],
-            stored: vec![false; shared.tracker.borrow().blocks() as usize],
+            stored: vec![false; blocks as usize],
         };
         Ok(Reader {
             shared: Rc::new(shared),
@@ -78,6 +110,8 @@ impl<S: Sink> Reader<S> {
             fillers: JoinSet::new(),
             engine_heat: vec![0; pages as usize],
             survey,
+            watch: Watch::new(blocks),
+            look_from: None,
             tries_left: None,
             dirty_rate: DirtyRate::default(),
             last_scan: Instant::now(),
@@ -106,7 +140,92 @@ impl<S: Sink> Reader<S> {
 
     /// The heat of each page, by what the engine has told and by what the scans have seen written since.
     pub fn known_heat(&self) -> Vec<u8> {
-        self.shared.tracker.borrow().heat(&self.engine_heat)
+        let mut heat = self.shared.tracker.borrow().heat(&self.engine_heat);
+        for (block, pages) in heat.chunks_mut(BLOCK_PAGES as usize).enumerate() {
+            let changes = self.watch.changes(block as u32);
+            pages.iter_mut().for_each(|heat| *heat = order::raise_for_changes(*heat, changes));
+        }
+        heat
+    }
+
+    /// Looks at the next 256 MiB of what is not tracked yet: where its pages are, and whether a few of them have
+    /// changed since the last look. True: this look has not ended. It costs the guest nothing.
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    pub async fn look(&mut self) -> Result<bool, ReadError> {
+        let pages = swapd::units::pages_in(self.memory_bytes());
+        let part = {
+            let tracker = self.shared.tracker.borrow();
+            let rest = (self.look_from.unwrap_or(0)..pages).step_by(SURVEY_PAGES as usize);
+            let mut parts = rest.map(|from| part_at(from, pages));
+            parts.find(|part| tracker.unread.count_run(*part) > 0)
+        };
+        let Some(part) = part else {
+            self.look_from = None;
+            return Ok(false);
+        };
+        let (hold, pieces) = Hold::take(&self.shared.handle, part).await?;
+        self.watch.look(part, &pieces, &self.shared.handle);
+        drop(hold);
+        self.look_from = Some(part.end().0).filter(|end| *end < pages);
+        Ok(self.look_from.is_some())
+    }
+
+    /// Blocks that looks have seen to change.
+    pub fn blocks_changing(&self) -> usize {
+        self.watch.changing()
+    }
+
+    /// What is to be tracked and read next, by what the looks have found: the coldest blocks of which that has not been
+    /// done. None: it has, for all of memory. A VM that writes nothing is one portion.
+    ///
+    /// Its owner has the portion [tracked](Self::track), drains devices, [opens](Self::open) it, and reads it as a
+    /// [first round](Self::begin_first_round), with a [survey](Self::survey) before.
+    pub fn next_portion(&self) -> Option<Vec<Run>> {
+        let tracker = self.shared.tracker.borrow();
+        let facts: Vec<_> = tracker.unread_blocks().map(|block| self.facts(block)).collect();
+        let pages = match self.watch.changing() {
+            0 => u64::MAX,
+            _ => (self.watch.touched_pages() / PORTIONS).max(PORTION_PAGES),
+        };
+        let blocks = order::portion(facts, pages);
+        let pages = blocks.into_iter().flat_map(|block| pages_of(block).map(|page| PageNo(page as u64)));
+        Some(runs_of(pages, u32::MAX).collect()).filter(|runs: &Vec<Run>| !runs.is_empty())
+    }
+
+    fn facts(&self, block: u32) -> BlockFacts {
+        BlockFacts {
+            block,
+            stored: self.watch.is_stored(block) || self.survey.stored[block as usize],
+            heat: order::mean_heat(&self.engine_heat[pages_of(block)]),
+            changes: self.watch.changes(block),
+            touched: self.watch.touched(block),
+        }
+    }
+
+    /// Has writes to a portion noted. I/O of devices that was started before may still write to it, without a trace: it
+    /// must have ended before the portion is read.
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    pub async fn track(&mut self, portion: Vec<Run>) -> Result<(), ReadError> {
+        Ok(answered(self.dirty.track_async(portion)).await?)
+    }
+
+    /// The portion, which is tracked, is to be surveyed and read.
+    ///
+    /// # Panics
+    /// If the one before has not been read to its end, or this one has been opened before.
+    pub fn open(&mut self, portion: &[Run]) {
+        assert_eq!(self.pages_in_round(), 0, "a portion begins before the last has ended");
+        let mut tracker = self.shared.tracker.borrow_mut();
+        portion.iter().for_each(|run| tracker.tracked(*run));
+        self.survey.rest = portion.iter().copied().flat_map(parts).collect();
+    }
+
+    fn pages_in_round(&self) -> u64 {
+        self.shared.tracker.borrow().todo.count()
     }
 
     /// Looks where the next 256 MiB are, and gives the sink those pages that were never touched. True: there is more to
@@ -115,13 +234,11 @@ impl<S: Sink> Reader<S> {
     /// # Errors
     /// See [`ReadError`].
     pub async fn survey(&mut self) -> Result<bool, ReadError> {
-        let (next, pages) = (self.survey.next, self.survey.pages);
-        let part = Run::new(PageNo(next), u64::from(SURVEY_PAGES).min(pages - next) as u32);
+        let Some(part) = self.survey.rest.pop_front() else { return Ok(false) };
         let (hold, pieces) = Hold::take(&self.shared.handle, part).await?;
         drop(hold);
         pieces.into_iter().for_each(|piece| self.note(piece));
-        self.survey.next = part.end().0;
-        let more = self.survey.next < pages;
+        let more = !self.survey.rest.is_empty();
         for queue in 0..self.shared.sink.queues() {
             let zeros = &mut self.survey.zeros[queue as usize];
             while zeros.len() >= MAX_RUNS as usize || (!more && !zeros.is_empty()) {
@@ -148,17 +265,13 @@ impl<S: Sink> Reader<S> {
         }
     }
 
-    /// Begins the first round: all pages but those that the survey has found untouched.
+    /// Begins the first round, or that of a portion: all pages but those that the survey has found untouched.
     ///
     /// # Panics
     /// If the survey is not complete.
     pub fn begin_first_round(&mut self) {
-        assert_eq!(self.survey.next, self.survey.pages, "the first round begins before the survey has ended");
-        let facts = self.shared.open_blocks().into_iter().map(|block| BlockFacts {
-            block,
-            stored: self.survey.stored[block as usize],
-            heat: order::mean_heat(&self.engine_heat[pages_of(block)]),
-        });
+        assert!(self.survey.rest.is_empty(), "the first round begins before the survey has ended");
+        let facts = self.shared.open_blocks().into_iter().map(|block| self.facts(block));
         self.shared.assign(order::first_round(facts.collect()));
         self.start_fillers();
     }
@@ -252,9 +365,10 @@ impl<S: Sink> Reader<S> {
         self.dirty_rate.forget();
     }
 
-    /// Pages that are still to be read in this round.
+    /// Pages that are still to be read in this round: of all portions, if there are several.
     pub fn pages_left(&self) -> u64 {
-        self.shared.tracker.borrow().todo.count()
+        let tracker = self.shared.tracker.borrow();
+        tracker.todo.count() + tracker.unread.count()
     }
 
     /// Pages that are to be read in the next round, as far as scans have found them.
@@ -286,6 +400,15 @@ impl<S: Sink> Reader<S> {
         };
         shared.sink
     }
+}
+
+/// The parts of a run that are looked at in one step each.
+fn parts(run: Run) -> impl Iterator<Item = Run> {
+    (run.start.0..run.end().0).step_by(SURVEY_PAGES as usize).map(move |from| part_at(from, run.end().0))
+}
+
+fn part_at(from: u64, end: u64) -> Run {
+    Run::new(PageNo(from), u64::from(SURVEY_PAGES).min(end - from) as u32)
 }
 
 /// Cuts a run at the borders of 2 MiB blocks.

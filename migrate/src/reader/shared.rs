@@ -23,11 +23,11 @@ pub(super) struct Shared<S> {
 }
 
 impl<S: Sink> Shared<S> {
-    pub(super) fn new(handle: &EngineHandle, sink: S) -> Result<Shared<S>, ReadError> {
+    pub(super) fn new(handle: &EngineHandle, sink: S, tracked: bool) -> Result<Shared<S>, ReadError> {
         let pages = swapd::units::pages_in(handle.memory_bytes());
         Ok(Shared {
             handle: handle.clone(),
-            tracker: Tracker::new(pages, sink.places_by_use()).into(),
+            tracker: Tracker::new(pages, sink.places_by_use(), tracked).into(),
             stored: StoredPages::of(handle)?,
             pages_given: Cell::default(),
             blocks: (0..sink.queues()).map(|_| RefCell::default()).collect(),

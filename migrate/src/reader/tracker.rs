@@ -4,6 +4,9 @@
 //!   todo ── taken ──▶ sent ── found dirty ──▶ next ── a round begins ──▶ todo
 //!     └───────── found dirty, or moving just now ──────▲
 //! ```
+//! Pages of blocks that are not tracked yet are *unread*. Nobody is told when they are written, so no report of them
+//! counts, and they are not read: a block is tracked first, whole, and then all of it is in `todo`.
+//!
 //! A page leaves `todo` *before* it is copied: if it is written during the copy or after it, a later scan reports it.
 //! Devices are the exception. Their I/O writes through a mapping of its own and ignores write protection. So a page
 //! that is pinned for I/O may be reported, be protected again, and only then get its data, without another report.
@@ -24,6 +27,8 @@ pub(super) struct Tracker {
     places_by_use: bool,
     pub(super) todo: Bitmap,
     pub(super) next: Bitmap,
+    /// Of blocks that are not tracked yet: all pages of a block, or none.
+    pub(super) unread: Bitmap,
     sent: Bitmap,
     /// Sent before any scan saw it written. The target has placed such a page by the heat that was known then: it may
     /// be in the store there, though the guest uses it.
@@ -39,14 +44,16 @@ pub(super) struct Tracker {
 }
 
 impl Tracker {
-    /// Everything is to be sent.
-    pub(super) fn new(pages: u64, places_by_use: bool) -> Tracker {
-        let mut todo = Bitmap::new(pages);
-        todo.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("checked when the target was asked")));
+    /// Everything is to be sent: all of it is tracked already, or none.
+    pub(super) fn new(pages: u64, places_by_use: bool, tracked: bool) -> Tracker {
+        let (none, mut all) = (Bitmap::new(pages), Bitmap::new(pages));
+        all.set_run(Run::new(PageNo(0), u32::try_from(pages).expect("checked when the target was asked")));
+        let (todo, unread) = if tracked { (all, none) } else { (none, all) };
         Tracker {
             pages,
             places_by_use,
             todo,
+            unread,
             next: Bitmap::new(pages),
             sent: Bitmap::new(pages),
             sent_unseen: Bitmap::new(pages),
@@ -66,8 +73,24 @@ impl Tracker {
         (self.pages / u64::from(BLOCK_PAGES)) as u32
     }
 
+    /// These blocks are tracked: all of their pages are to be sent.
+    ///
+    /// # Panics
+    /// If they were tracked before.
+    pub(super) fn tracked(&mut self, run: Run) {
+        assert_eq!(self.unread.count_run(run), run.len, "{run:?} is read twice in one round");
+        self.unread.clear_run(run);
+        self.todo.set_run(run);
+    }
+
+    /// The blocks that are not tracked yet.
+    pub(super) fn unread_blocks(&self) -> impl Iterator<Item = u32> {
+        (0..self.blocks()).filter(|block| self.unread.get(PageNo::first_of(*block as usize)))
+    }
+
     /// What was to come next is to be sent now.
     pub(super) fn begin_round(&mut self) {
+        assert_eq!(self.unread.count(), 0, "a round begins before all of memory has been read once");
         assert_eq!(self.todo.count(), 0, "a round begins before the last has ended");
         std::mem::swap(&mut self.todo, &mut self.next);
     }
@@ -75,6 +98,14 @@ impl Tracker {
     /// These pages have left the guest, and may have been written before: they are dirty. That they left was the
     /// engine's choice, so they are not counted as in use.
     pub(super) fn departed(&mut self, run: Run) {
+        for part in run.blocks() {
+            if !self.unread.get(part.start) {
+                self.comes_next(part);
+            }
+        }
+    }
+
+    fn comes_next(&mut self, run: Run) {
         if !planted!(ForgetsDirtyPages) || self.todo.count_run(run) == 0 {
             self.next.set_run(run);
         }
@@ -171,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_written_page_waits_for_the_next_round() {
-        let mut tracker = Tracker::new(1024, true);
+        let mut tracker = Tracker::new(1024, true, true);
         assert_eq!(tracker.found_dirty(Run::new(PageNo(0), 510)), 510);
         assert_eq!(tracker.pages_around_dirty(), 512);
         assert_eq!(tracker.cover(0), Some(Run::new(PageNo(510), 2)));
@@ -184,7 +215,7 @@ mod tests {
 
     #[test]
     fn what_the_source_pages_out_is_sent_again_and_not_taken_for_what_is_in_use() {
-        let mut tracker = Tracker::new(1024, true);
+        let mut tracker = Tracker::new(1024, true, true);
         tracker.departed(Run::new(PageNo(512), 4));
         assert_eq!((tracker.next.count(), tracker.todo.count(), tracker.pages_around_dirty()), (4, 1020, 0));
         assert_eq!(tracker.found_dirty(Run::new(PageNo(514), 1)), 1, "never seen before");
@@ -194,8 +225,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_tracked_is_not_read_and_no_report_of_it_counts() {
+        let mut tracker = Tracker::new(1536, true, false);
+        let block = |nth: u64| Run::new(PageNo(nth * 512), 512);
+        assert_eq!((tracker.todo.count(), tracker.unread.count()), (0, 1536));
+        tracker.tracked(block(1));
+        assert_eq!(tracker.unread_blocks().collect::<Vec<_>>(), [0, 2]);
+        assert_eq!((tracker.cover(0), tracker.cover(1)), (None, Some(block(1))));
+        // Across a border: the part that is tracked comes next, the other is still to be read.
+        tracker.departed(Run::new(PageNo(500), 20));
+        assert_eq!(tracker.found_dirty(Run::new(PageNo(1020), 10)), 10, "it tells of use all the same");
+        let next: Vec<_> = tracker.next.pages_in(Run::new(PageNo(0), 1536)).map(|page| page.0).collect();
+        assert_eq!(next, (512..520).chain(1020..1024).collect::<Vec<_>>());
+        assert_eq!((tracker.todo.count(), tracker.unread.count()), (500, 1024));
+        tracker.tracked(block(0));
+        tracker.tracked(block(2));
+        assert_eq!((tracker.todo.count(), tracker.unread.count(), tracker.next.count()), (1524, 0, 12));
+    }
+
+    #[test]
     fn only_news_is_sent() {
-        let (mut tracker, page) = (Tracker::new(512, true), PageNo(7));
+        let (mut tracker, page) = (Tracker::new(512, true, true), PageNo(7));
         assert!(tracker.differs_from_sent(page, 5));
         assert!(!tracker.differs_from_sent(page, 5));
         assert!(tracker.differs_from_sent_zero(page));
@@ -208,7 +258,7 @@ mod tests {
         assert!(tracker.differs_from_sent(page, 6), "the target does not know yet that it is in use");
         assert!(!tracker.differs_from_sent(page, 6));
         // A file knows nothing of use.
-        let mut file = Tracker::new(512, false);
+        let mut file = Tracker::new(512, false, true);
         assert!(file.differs_from_sent(page, 5));
         file.found_dirty(Run::one(page));
         assert!(!file.differs_from_sent(page, 5));

@@ -11,8 +11,8 @@ use std::time::Duration;
 use swapd::digest::page_sum;
 use swapd::units::{bytes_of, runs_of};
 use swapd::{
-    ArrivedRun, CommandError, Copies, DirtyPages, IoError, IoErrorKind, PAGE_SIZE, PageNo, PendingAnswer,
-    Piece, Place, Placed, Run, Slot, SlotRun, TierId, answered,
+    ArrivedRun, BLOCK_PAGES, CommandError, Copies, DirtyPages, IoError, IoErrorKind, PAGE_SIZE, PageNo,
+    PendingAnswer, Piece, Place, Placed, Run, Slot, SlotRun, TierId, answered,
 };
 use tokio::sync::oneshot;
 
@@ -59,6 +59,14 @@ enum Bad {
 type GrantReply = oneshot::Sender<Result<SlotRun, CommandError>>;
 type Command = Box<dyn FnOnce(&mut State)>;
 
+/// A subscription to dirty pages.
+struct Tracking {
+    id: u32,
+    /// Blocks that are tracked.
+    tracked: BTreeSet<usize>,
+    written: BTreeSet<PageNo>,
+}
+
 struct State {
     pages: u64,
     memory: Rc<Pages>,
@@ -69,7 +77,7 @@ struct State {
     pinned: BTreeSet<PageNo>,
     store: BTreeMap<PageNo, u64>,
     bad: BTreeMap<PageNo, Bad>,
-    dirty: Vec<(u32, BTreeSet<PageNo>)>,
+    dirty: Vec<Tracking>,
     next_subscriber: u32,
     /// So many reads of the store fail, whatever they are of.
     store_away: u64,
@@ -107,8 +115,15 @@ impl State {
         unsafe { self.bytes(page).copy_from_nonoverlapping(bytes.as_ptr(), PAGE_SIZE) };
     }
 
+    /// It is written, or comes in. Where nobody has it tracked, nobody is told.
     fn mark(&mut self, page: PageNo) {
-        self.dirty.iter_mut().for_each(|(_, written)| written.extend([page]));
+        let told = self.dirty.iter_mut().filter(|tracking| tracking.tracked.contains(&page.block()));
+        told.for_each(|tracking| tracking.written.extend([page]));
+    }
+
+    /// It leaves: that is told of any page.
+    fn mark_left(&mut self, page: PageNo) {
+        self.dirty.iter_mut().for_each(|tracking| tracking.written.extend([page]));
     }
 
     fn take_slots(&mut self, count: u32) -> Option<SlotRun> {
@@ -227,12 +242,12 @@ impl EngineHandle {
             // No engine stores zeros.
             Place::Memory if is_bare(generation) => {
                 state.place[at] = Place::Zero;
-                state.mark(page);
+                state.mark_left(page);
             }
             Place::Memory => {
                 let at_hand = world().random.one_in(2);
                 state.place[at] = if at_hand { Place::Staged } else { Place::Moving };
-                state.mark(page);
+                state.mark_left(page);
                 state.store.insert(page, generation);
                 let handle = self.clone();
                 world().after(world().delay(DEVICE), move || {
@@ -398,6 +413,15 @@ impl EngineHandle {
     }
 
     pub fn subscribe_dirty_async(&self) -> PendingAnswer<DirtySubscription> {
+        let blocks = self.0.borrow().pages.div_ceil(u64::from(BLOCK_PAGES)) as usize;
+        self.subscribe((0..blocks).collect())
+    }
+
+    pub fn subscribe_dirty_in_parts(&self) -> Result<DirtySubscription, CommandError> {
+        self.call(self.subscribe(BTreeSet::new()))
+    }
+
+    fn subscribe(&self, tracked: BTreeSet<usize>) -> PendingAnswer<DirtySubscription> {
         let handle = self.clone();
         let (reply, answer) = oneshot::channel();
         self.push(Box::new(move |state| {
@@ -407,7 +431,7 @@ impl EngineHandle {
             }
             let id = state.next_subscriber;
             state.next_subscriber += 1;
-            state.dirty.push((id, BTreeSet::new()));
+            state.dirty.push(Tracking { id, tracked, written: BTreeSet::new() });
             let _ = reply.send(Ok(DirtySubscription { handle, id }));
         }));
         answer
@@ -630,14 +654,24 @@ pub struct DirtySubscription {
 }
 
 impl DirtySubscription {
+    pub fn track_async(&self, runs: Vec<Run>) -> PendingAnswer<()> {
+        let id = self.id;
+        self.handle.ask(move |state| {
+            let own = state.dirty.iter_mut().find(|tracking| tracking.id == id);
+            let own = own.expect("it lives as long as the subscription");
+            own.tracked.extend(runs.iter().flat_map(|run| run.blocks()).map(|part| part.start.block()));
+            Ok(())
+        })
+    }
+
     /// One page in three has left the guest's memory since it was written.
     pub fn collect_async(&self) -> PendingAnswer<DirtyPages> {
         let id = self.id;
         self.handle.ask(move |state| {
-            let own = state.dirty.iter_mut().find(|(other, _)| *other == id);
-            let (_, written) = own.expect("it lives as long as the subscription");
+            let own = state.dirty.iter_mut().find(|tracking| tracking.id == id);
+            let own = own.expect("it lives as long as the subscription");
             let (left, seen): (BTreeSet<_>, BTreeSet<_>) =
-                std::mem::take(written).into_iter().partition(|page| page.0.is_multiple_of(3));
+                std::mem::take(&mut own.written).into_iter().partition(|page| page.0.is_multiple_of(3));
             let [seen, left] = [seen, left].map(|pages| runs_of(pages, u32::MAX).collect());
             Ok(DirtyPages { seen, departed: left })
         })
@@ -647,6 +681,6 @@ impl DirtySubscription {
 impl Drop for DirtySubscription {
     fn drop(&mut self) {
         let id = self.id;
-        drop(self.handle.ask_always(move |state| state.dirty.retain(|(other, _)| *other != id)));
+        drop(self.handle.ask_always(move |state| state.dirty.retain(|tracking| tracking.id != id)));
     }
 }

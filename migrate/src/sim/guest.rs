@@ -20,6 +20,8 @@ const TICK: Duration = Duration::from_millis(120);
 /// No device takes longer to write what it has begun to.
 const DMA_MAX: Duration = Duration::from_secs(2);
 const VM_STEP: Duration = Duration::from_millis(20);
+/// Half of a state comes in so many pieces at most: a machine that takes a minute by itself is given up, and rightly.
+const STATE_PIECES: usize = 256;
 
 /// What a VM's owner is told to fail at, the next time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -215,7 +217,8 @@ impl Guest {
         let state = self.state.borrow();
         let (before, behind) = state.split_at(state.len() / 2);
         for (part, chore) in [(before, true), (behind, false)] {
-            for piece in part.chunks(1 + random.below(1 << 20) as usize) {
+            let piece_bytes = 1 + random.below(1 << 20) as usize;
+            for piece in part.chunks(piece_bytes.max(part.len() / STATE_PIECES)) {
                 pause(world().delay(VM_STEP));
                 let written = to.write_all(piece);
                 written.map_err(|source| VmError::Io { doing: "writing its state", source })?;

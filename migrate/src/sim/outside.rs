@@ -14,3 +14,6 @@ pub(crate) use super::runtime::{
     Instant, JoinHandle, JoinSet, Runtime, on_own_thread, pause, random_bytes, runtime, sleep, spawn,
     timeout, timeout_at, yield_to_ring,
 };
+
+/// Of a block: the simulated VM has few.
+pub(crate) const PORTION_PAGES: u64 = 512;

@@ -150,13 +150,16 @@ pub enum Request {
     Evict(Run),
     /// Give never-touched pages frames, as long as frames are plentiful.
     Fill(Run),
-    /// To be told which pages the guest writes from the answer on.
-    SubscribeDirty,
+    /// To be told which pages of these blocks the guest writes from the answer on, and which of all pages have left.
+    /// More blocks can be [added](Request::TrackDirty).
+    SubscribeDirty(Vec<Run>),
+    /// To be told of these blocks, too, from the answer on: of each 2 MiB block of which the runs have a page.
+    TrackDirty(SubscriberId, Vec<Run>),
     /// End a subscription. Its walks under way find nothing more.
     UnsubscribeDirty(SubscriberId),
     /// Whether pages are read ahead of any touch.
     Prefetch(bool),
-    /// The pages written since this subscriber collected last, or since it subscribed.
+    /// The pages written since this subscriber collected last, or since it had them tracked.
     CollectDirty(SubscriberId),
     /// Keep the run's pages from leaving the guest until they are released, and say where they are.
     Hold(Run),
@@ -374,6 +377,11 @@ pub enum Action {
     /// Find those of the run's pages that have been written, and protect them again. Answered by `Scanned`.
     ScanDirty {
         /// The pages to look at.
+        run: Run,
+    },
+    /// Take the protection off the run's pages: nobody wants to know of writes to them any more.
+    EndTracking {
+        /// The pages that need no protection.
         run: Run,
     },
     /// Answer a request. It is the last that is heard of its ticket.

@@ -161,6 +161,24 @@ impl Core {
         self.move_in([(page, to)]);
     }
 
+    /// A page whose frame the device reads, for which somebody waits.
+    pub(super) fn is_awaited_under_write(&self, page: PageNo) -> bool {
+        let leaves = self.table.state(page) == PageState::Leaving && self.waiters.wait_for(page);
+        leaves && self.is_under_write(page)
+    }
+
+    /// Gives those a copy for which there was no frame, and is one now: the write that they wait for may not end for a
+    /// long time.
+    pub(super) fn copy_what_is_awaited(&mut self) {
+        if !self.waiters.any() || self.ios.writes() == 0 || self.frames.at_hand() == 0 {
+            return;
+        }
+        let pages = self.waiters.pages().filter(|page| self.is_awaited_under_write(*page));
+        let mut pages: Vec<_> = pages.collect();
+        pages.sort_unstable();
+        pages.into_iter().for_each(|page| self.rescue_by_copy(page));
+    }
+
     fn rescue_sample(&mut self, page: PageNo) {
         let run = self.sampler.touched(page).unwrap_or(Run::one(page));
         for other in self.table.block_of(page).pages() {

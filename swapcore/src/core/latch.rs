@@ -70,7 +70,7 @@ impl Core {
     /// Tells once that a tier takes no writes, unless that ends by itself at once.
     pub(super) fn tell_failed(&mut self) {
         for tier in self.tiers.ids() {
-            let ends = self.tiers.is_full(tier) && self.room_may_come();
+            let ends = self.tiers.is_full(tier) && self.room_may_come_in(tier);
             if let Some(latch) = &mut self.tiers.get_mut(tier).latch
                 && !latch.told
                 && !ends
@@ -126,13 +126,22 @@ impl Core {
             return;
         }
         let latch = &mut self.tiers.get_mut(tier).latch;
-        let Some(latch) = latch.take_if(|latch| latch.retrying) else { return };
+        let Some(mut latch) = latch.take_if(|latch| latch.retrying) else { return };
         self.actions.extend(latch.told.then_some(Action::StoreRecovered(tier)));
         if self.tiers.failed().is_none() {
             self.relieve();
         }
+        // They asked for all tiers. What is latched still is being tried again, or has failed once more.
+        let mut others = self.tiers.ids();
+        let other = others.find(|other| !self.tiers.may_write(*other));
+        let other = other.and_then(|other| self.tiers.get_mut(other).latch.as_mut());
+        let failed = match other {
+            Some(other) if other.retrying => return other.waiters.append(&mut latch.waiters),
+            other => other.map(|other| other.error),
+        };
         for ticket in latch.waiters {
-            self.actions.push_back(Action::Answer { ticket, answer: Ok(Response::Done) });
+            let answer = failed.map_or(Ok(Response::Done), |error| Err(CommandError::Store(error)));
+            self.actions.push_back(Action::Answer { ticket, answer });
         }
     }
 

@@ -32,6 +32,8 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod tiers;
+#[cfg(test)]
+mod tiers_tests;
 mod walk;
 #[cfg(test)]
 mod walk_tests;
@@ -342,6 +344,7 @@ impl Core {
         if !self.bad_reads.is_empty() {
             self.reread();
         }
+        self.copy_what_is_awaited();
         self.tick_latch();
         self.tick_tiers(ticks);
         self.tick_pins(ticks);
@@ -360,7 +363,14 @@ impl Core {
             Request::Discard(run) => self.discard_on_request(ticket, run),
             Request::Evict(run) => self.evict_on_request(ticket, run),
             Request::Fill(run) => Some(self.checked_memory(run).map(|()| self.fill_ahead(run))),
-            Request::SubscribeDirty => return self.subscribe_dirty(ticket),
+            Request::SubscribeDirty(runs) => match self.checked_runs(&runs) {
+                Ok(()) => return self.subscribe_dirty(ticket, runs),
+                Err(error) => Some(Err(error)),
+            },
+            Request::TrackDirty(id, runs) => match self.checked_runs(&runs) {
+                Ok(()) => return self.track_dirty(ticket, id, runs),
+                Err(error) => Some(Err(error)),
+            },
             Request::UnsubscribeDirty(id) => Some(Ok(self.unsubscribe_dirty(id))),
             Request::Prefetch(on) => Some(Ok(self.set_prefetch(on))),
             Request::CollectDirty(id) => return self.collect_dirty(ticket, id),
@@ -405,6 +415,10 @@ impl Core {
             Some(end) if end <= self.table.pages() => Ok(()),
             _ => Err(CommandError::OutOfRange(run.start.plus(run.len.saturating_sub(1)))),
         }
+    }
+
+    fn checked_runs(&self, runs: &[Run]) -> Result<(), CommandError> {
+        runs.iter().try_for_each(|run| self.checked(*run))
     }
 
     /// The same for what needs a place in memory.

@@ -149,20 +149,27 @@ impl Core {
             return;
         }
         let mut unwritten = std::mem::take(self.ios.unwritten());
+        let mut later = Vec::new();
         // A page that was rescued or given back meanwhile is not to be written, and one that has left twice is in it
         // twice.
         unwritten.retain(|(page, slot)| {
-            // What a latched tier gets is found again when that is retried.
-            let here = self.table.state(*page) == PageState::Leaving
-                && self.tiers.may_write(self.table.home(page.block()))
+            let leaves = self.table.state(*page) == PageState::Leaving
                 && !self.table.has(*page, Flag::Writing)
                 && (self.frames.find_slot(*page) == Some(*slot) || mutant!(WritesFromOldSlot));
+            let home = self.table.home(page.block());
+            let here = leaves && self.tiers.may_write(home);
+            // What a latched tier is to get is found again when that is retried. A retry that is under way has looked
+            // already: what it has not found stays in the list, or it would never be written if the retry ends well.
+            if leaves && self.tiers.is_retrying(home) {
+                later.push((*page, *slot));
+            }
             self.table.put(*page, Flag::Writing, here || self.table.has(*page, Flag::Writing));
             here
         });
         let purpose = if self.receiving.is_some() { Purpose::Placement } else { Purpose::PageOut };
         self.write(&unwritten, purpose);
         unwritten.clear();
+        unwritten.append(&mut later);
         *self.ios.unwritten() = unwritten;
     }
 

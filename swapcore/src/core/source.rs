@@ -60,7 +60,10 @@ impl Core {
     }
 
     pub(super) fn release(&mut self, run: Run) -> Response {
-        run.pages().for_each(|page| self.table.put(page, Flag::Held, false));
+        for page in run.pages() {
+            self.table.put(page, Flag::Held, false);
+            self.may_give_way(page);
+        }
         Response::Done
     }
 }

@@ -247,16 +247,18 @@ impl Core {
         self.drop_dead();
     }
 
-    /// A tier is full, and there is something to give up still: nobody need be told that there is no room.
+    /// A tier is full, and there is something to give up still.
     pub(super) fn room_may_come(&self) -> bool {
+        self.tiers.ids().any(|tier| self.room_may_come_in(tier))
+    }
+
+    /// The same of one: nobody need be told that there is no room.
+    pub(super) fn room_may_come_in(&self, tier: TierId) -> bool {
         let space = &self.space;
         let drops = space.draining && self.tick >= space.retry_tick;
         let (_, left) = space.sweep;
-        let may_come = |tier: TierId| {
-            let full = space.supported[tier.index()] && self.tiers.is_full(tier);
-            full && (space.is_busy(tier) || drops || left > 0)
-        };
-        self.tiers.ids().any(may_come)
+        let full = space.supported[tier.index()] && self.tiers.is_full(tier);
+        full && (space.is_busy(tier) || drops || left > 0)
     }
 
     fn give_up_copies(&mut self) {

@@ -431,7 +431,7 @@ fn sampled(core: &mut Core, leaves: bool) -> Vec<Run> {
 
 /// Everything comes back, each page once.
 fn end_samples(core: &mut Core) -> u64 {
-    core.handle(Event::Request { ticket: Ticket(1), request: Request::SubscribeDirty });
+    core.handle(Event::Request { ticket: Ticket(1), request: Request::SubscribeDirty(Vec::new()) });
     let mut back = 0;
     while core.is_walking() {
         core.handle(Event::Step);
@@ -624,6 +624,18 @@ fn what_was_pinned_when_the_hand_passed_gives_way_later() {
     let done = actions(&mut core, Event::Tick { ticks: 1 });
     settle(&mut core, done);
     (next..1000).for_each(|page| place(&mut core, page, true));
+    assert_eq!(resident(&core, 2048..4096), 0, "colder than what came");
+}
+
+#[test]
+fn what_was_held_when_the_hand_passed_gives_way_once_it_is_released() {
+    let mut core = full_of_warm_pages();
+    let held = Run::new(PageNo(2300), 10);
+    ask(&mut core, Request::Hold(held));
+    (0..900).for_each(|page| place(&mut core, page, true));
+    assert_eq!((resident(&core, 2300..2310), resident(&core, 2048..4096)), (10, 10), "all others have left");
+    ask(&mut core, Request::Release(held));
+    (900..1000).for_each(|page| place(&mut core, page, true));
     assert_eq!(resident(&core, 2048..4096), 0, "colder than what came");
 }
 

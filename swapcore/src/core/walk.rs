@@ -10,11 +10,17 @@
 //! What a walk finds is as old as the step that found it. For dirty pages that is enough: a page that is written behind
 //! its step is found by the next walk, because the same step has protected it again. Heat and maps are hints.
 //!
+//! Memory is protected where somebody has asked for it, and only there a scan looks: elsewhere it would find every page
+//! written, and protect it. When the last subscriber ends, what is protected is given free in steps, too, or each
+//! page's next write would cost the guest a fault of which nobody wants to know.
+//!
 //! A discard reads as zeros *from its answer on*. Until then each of its pages is as it was, or zeros: a page that is
 //! touched before its step is served with what it has, and dropped with the others; one that is touched behind its step
 //! is new. Nothing is dropped behind the answer, or what the guest writes then would be lost.
 //!
 //! Steps are also what evictions are looked at in ([`Core::step_evictions`]), and what samples go back in.
+
+use std::vec::IntoIter;
 
 use super::Core;
 use super::event::{Action, Response, Ticket};
@@ -24,6 +30,7 @@ use crate::error::CommandError;
 use crate::table::{PageState, PageTable, REGION_BLOCKS};
 use crate::units::{BLOCK_PAGES, PageNo, Run};
 
+const SUBSCRIPTION_ENDED: CommandError = CommandError::NotNow("this subscription to dirty pages has ended");
 /// Heat that a page gains when a scan finds it written.
 const HEAT_DIRTIED: u8 = 16;
 /// Heat of a page of which nothing is known but that it is in RAM, where others had to leave; and how much more those
@@ -48,7 +55,11 @@ pub(super) fn kernel_part(table: &PageTable, from: PageNo, most: WalkStep) -> Ru
 impl Core {
     /// Whether [`Event::Step`](super::Event::Step) is to be handed in.
     pub fn is_walking(&self) -> bool {
-        self.walks.any() || self.evictions.due() > 0 || self.sampler.is_ending() || self.origin.looks
+        self.walks.any()
+            || self.evictions.due() > 0
+            || self.sampler.is_ending()
+            || self.origin.looks
+            || self.dirty.is_ending()
     }
 
     pub(super) fn heat_map(&mut self, ticket: Ticket) {
@@ -63,8 +74,28 @@ impl Core {
         self.walks.begin(ticket, Task::Map(states, Vec::new()), self.table.pages());
     }
 
-    pub(super) fn subscribe_dirty(&mut self, ticket: Ticket) {
-        self.walks.begin(ticket, Task::SubscribeDirty, self.table.pages());
+    pub(super) fn subscribe_dirty(&mut self, ticket: Ticket, runs: Vec<Run>) {
+        self.walks.begin(ticket, Task::SubscribeDirty(runs), self.table.pages());
+    }
+
+    pub(super) fn track_dirty(&mut self, ticket: Ticket, id: SubscriberId, runs: Vec<Run>) {
+        let task = Task::Track { id, rest: self.whole_blocks(runs), joins: false };
+        self.walks.begin_next(ticket, task, PageNo(0), PageNo(0));
+    }
+
+    fn joining(&self, id: SubscriberId, runs: Vec<Run>) -> Task {
+        Task::Track { id, rest: self.whole_blocks(runs), joins: true }
+    }
+
+    /// Protection is noted by the block.
+    fn whole_blocks(&self, mut runs: Vec<Run>) -> IntoIter<Run> {
+        runs.retain(|run| run.len > 0);
+        for run in &mut runs {
+            let start = PageNo::first_of(run.start.block());
+            let end = run.end().0.next_multiple_of(BLOCK_PAGES.into()).min(self.table.pages());
+            *run = Run::new(start, (end - start.0) as u32);
+        }
+        runs.into_iter()
     }
 
     pub(super) fn collect_dirty(&mut self, ticket: Ticket, id: SubscriberId) {
@@ -98,8 +129,19 @@ impl Core {
             self.put_samples_back();
         } else if self.walks.any() {
             self.step_walk();
+        } else if self.dirty.is_ending() {
+            self.end_tracking();
         } else {
             self.step_evictions();
+        }
+    }
+
+    /// The next blocks that nobody wants to know of any more.
+    fn end_tracking(&mut self) {
+        if let Some(from) = self.dirty.next_ending() {
+            let part = kernel_part(&self.table, from, self.config.walk);
+            let ended = self.dirty.take_ending(part);
+            self.actions.extend(ended.into_iter().map(|run| Action::EndTracking { run }));
         }
     }
 
@@ -114,6 +156,12 @@ impl Core {
     /// One step of the walk that is under way, or its answer.
     fn step_walk(&mut self) {
         let Some(mut walk) = self.walks.take() else { return };
+        if let Task::Track { rest, .. } = &mut walk.task
+            && walk.next == walk.end
+            && let Some(run) = rest.next()
+        {
+            (walk.next, walk.end) = (run.start, run.end());
+        }
         let (pages, rest) = (self.table.pages(), (walk.end.0 - walk.next.0).min(u64::from(u32::MAX)));
         if rest == 0 {
             if mutant!(AnswersDiscardEarly) && matches!(walk.task, Task::Discard) {
@@ -122,10 +170,17 @@ impl Core {
             let response = match walk.task {
                 Task::Heat(heat) => Response::Heat(heat),
                 Task::Map(_, runs) => Response::Runs(runs),
-                Task::CollectDirty(_, dirty) => Response::Dirty(dirty),
-                Task::PutSamplesBack(id) | Task::Protect(id) => Response::Subscribed(id),
-                Task::SubscribeDirty => unreachable!("it goes on as another task"),
-                Task::Discard => Response::Done,
+                Task::CollectDirty(_, mut told) => {
+                    // Of a step, what was scanned came behind what was not.
+                    told.seen.sort_unstable_by_key(|run| run.start);
+                    told.departed.sort_unstable_by_key(|run| run.start);
+                    Response::Dirty(told)
+                }
+                Task::Track { id, joins: true, .. } => Response::Subscribed(id),
+                Task::Discard | Task::Track { .. } => Response::Done,
+                Task::SubscribeDirty(_) | Task::PutSamplesBack(..) => {
+                    unreachable!("it goes on as another task")
+                }
                 Task::TakeHeat { found, first, .. } => match self.heat_taken(found, first) {
                     Ok(response) => response,
                     Err(error) => return self.answer(walk.ticket, Err(error)),
@@ -149,26 +204,35 @@ impl Core {
                 }
                 in_table.end()
             }
-            Task::SubscribeDirty => {
-                let first = !self.dirty.is_on();
+            Task::SubscribeDirty(runs) => {
+                let (first, runs) = (!self.dirty.is_on(), std::mem::take(runs));
                 // From here on, so that no page leaves unseen before it is protected.
-                walk.task = Task::PutSamplesBack(self.dirty.subscribe(pages));
-                if first { walk.next } else { PageNo(pages) }
-            }
-            Task::PutSamplesBack(id) => {
-                if !self.put_samples_back() {
-                    walk.task = Task::Protect(*id);
+                let id = self.dirty.subscribe(pages);
+                if first {
+                    walk.task = Task::PutSamplesBack(id, runs);
+                } else {
+                    (walk.task, walk.end) = (self.joining(id, runs), walk.next);
                 }
                 walk.next
             }
-            Task::Protect(_) => {
+            Task::PutSamplesBack(id, runs) => {
+                if !self.put_samples_back() {
+                    (walk.task, walk.end) = (self.joining(*id, std::mem::take(runs)), walk.next);
+                }
+                walk.next
+            }
+            Task::Track { id, .. } if !self.dirty.has(*id) => {
+                return self.answer(walk.ticket, Err(SUBSCRIPTION_ENDED));
+            }
+            Task::Track { .. } => {
                 let run = kernel_part(&self.table, walk.next, self.config.walk);
-                self.actions.push_back(Action::ArmTracking { run });
+                let run = run.part(0, u64::from(run.len).min(rest) as u32);
+                let protect = self.dirty.track(run);
+                self.actions.extend(protect.into_iter().map(|run| Action::ArmTracking { run }));
                 run.end()
             }
             Task::CollectDirty(id, _) if !self.dirty.has(*id) => {
-                let ended = CommandError::NotNow("this subscription to dirty pages has ended");
-                return self.answer(walk.ticket, Err(ended));
+                return self.answer(walk.ticket, Err(SUBSCRIPTION_ENDED));
             }
             Task::Discard => {
                 let part = self.discard_part(Run::new(walk.next, rest as u32));
@@ -179,16 +243,19 @@ impl Core {
                 *found += self.take_heat(in_table, &heat[in_table.indices()]);
                 in_table.end()
             }
-            Task::CollectDirty(..) => {
+            Task::CollectDirty(id, told) => {
                 let run = kernel_part(&self.table, walk.next, self.config.walk);
-                self.actions.push_back(Action::ScanDirty { run });
+                let (scans, rest) = self.dirty.tracked_in(run);
+                self.actions.extend(scans.into_iter().map(|run| Action::ScanDirty { run }));
+                // Pages have left there, too.
+                rest.into_iter().for_each(|run| self.dirty.collect(*id, run, told));
                 run.end()
             }
         };
         self.walks.put(walk);
     }
 
-    /// What the scan of the last step has found in its run.
+    /// What a scan of the last step has found in its run.
     pub(super) fn scanned(&mut self, run: Run, dirty: &[Run]) {
         dirty.iter().flat_map(|run| run.pages()).for_each(|page| self.table.warm(page, HEAT_DIRTIED));
         self.dirty.scanned(dirty);

@@ -127,3 +127,60 @@ fn what_is_in_ram_where_others_had_to_leave_is_a_little_warm() {
         assert_eq!(told, right, "page {page}, {:?}, of which {} is known", states[page], known[page]);
     }
 }
+
+#[test]
+fn only_what_is_tracked_is_scanned_and_what_leaves_is_told_wherever_it_was() {
+    let blocks = |first: u64, count: u32| Run::new(PageNo(first * 512), count * 512);
+    let mut core = Core::new(CoreConfig {
+        pages: 5000,
+        budget_frames: 5000,
+        budget_min: 48,
+        slots: 8192,
+        blocks: 0,
+        sampling: false,
+        walk: WalkStep::default(),
+    });
+    let walk = |core: &mut Core, request: Request| {
+        core.handle(Event::Request { ticket: Ticket(1), request });
+        let (mut looks, mut answer) = (Vec::new(), None);
+        loop {
+            while let Some(action) = core.next_action() {
+                match action {
+                    Action::ArmTracking { run } => looks.push(run),
+                    Action::ScanDirty { run } => {
+                        looks.push(run);
+                        core.handle(Event::Scanned { run, dirty: &[Run::one(run.start)] });
+                    }
+                    Action::EndTracking { run } => looks.push(run),
+                    Action::Answer { answer: Ok(told), .. } => answer = Some(told),
+                    _ => {}
+                }
+            }
+            if !core.is_walking() {
+                return (looks, answer.expect("it is answered"));
+            }
+            core.handle(Event::Step);
+        }
+    };
+    // A page asks for its block.
+    let (armed, told) = walk(&mut core, Request::SubscribeDirty(vec![Run::one(PageNo(600))]));
+    let Response::Subscribed(id) = told else { panic!("{told:?}") };
+    assert_eq!(armed, [blocks(1, 1)]);
+    let more = vec![blocks(1, 2), blocks(7, 1), Run::one(PageNo(4999))];
+    let (armed, _) = walk(&mut core, Request::TrackDirty(id, more));
+    let last = Run::new(PageNo(9 * 512), 5000 - 9 * 512);
+    assert_eq!(armed, [blocks(2, 1), blocks(7, 1), last], "the first is tracked already");
+    core.dirty.departed(PageNo(5));
+    let (scanned, told) = walk(&mut core, Request::CollectDirty(id));
+    assert_eq!(scanned, [blocks(1, 2), blocks(7, 1), last]);
+    let Response::Dirty(told) = told else { panic!("{told:?}") };
+    assert_eq!(told.seen, [512, 7 * 512, 9 * 512].map(|page| Run::one(PageNo(page))));
+    assert_eq!(told.departed, [Run::one(PageNo(5))]);
+    let (ended, _) = walk(&mut core, Request::UnsubscribeDirty(id));
+    assert_eq!(ended, scanned);
+    ask(&mut core, Request::TrackDirty(id, vec![blocks(0, 9)]));
+    let refused = actions(&mut core, Event::Step);
+    assert!(matches!(refused[..], [Action::Answer { answer: Err(_), .. }]), "{refused:?}");
+    let beyond = ask(&mut core, Request::SubscribeDirty(vec![blocks(9, 1)]));
+    assert!(matches!(beyond[..], [Action::Answer { answer: Err(_), .. }]), "{beyond:?}");
+}

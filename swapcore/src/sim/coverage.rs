@@ -375,7 +375,7 @@ const REACHED: &[(PageState, PageState, &[Cause])] = {
         (Resident, Leaving, &[Tick, Balance, MakeReady, Walk]),
         (Resident, Sampled, &[Tick]),
         (Resident, Untouched, &[Discard, Walk, Arrive, ArriveZero, ArrivePoisoned]),
-        (Leaving, Arriving, &[Cause::Fault, WriteDone, WriteFailed]),
+        (Leaving, Arriving, &[Cause::Fault, Tick, WriteDone, WriteFailed]),
         (Leaving, Resident, &[MovedOut]),
         (Leaving, Standby, &[WriteDone, MovedOut]),
         (Leaving, Stored, &[WriteDone, WriteFailed, MakeReady]),

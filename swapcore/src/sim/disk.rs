@@ -21,7 +21,7 @@ const PASSING_ERRORS: u8 = 3;
 #[derive(Debug)]
 pub(super) struct Flight {
     io: IoId,
-    tier: TierId,
+    pub(super) tier: TierId,
     pub(super) run: Run,
     pub(super) slots: SlotRun,
     transfer: Transfer,
@@ -453,6 +453,7 @@ impl Sim {
             Some(flight.slots),
             None,
         );
+        self.oracle.closed.ended(flight, !failed);
         self.event(Event::WriteDone { io: flight.io, result });
         let Some(fault) = self.disk.failure.filter(|_| failed) else { return };
         for page in flight.run.pages() {
@@ -495,6 +496,7 @@ impl Sim {
         self.disk.answered[flight.tier.index()] |= result != DropResult::Failed;
         self.trace.add(if result == DropResult::Done { "dropped" } else { "not dropped" }, run, None, None);
         let took_us = self.random.below(9000);
+        self.oracle.closed.ended(flight, result != DropResult::Failed);
         self.event(Event::DropDone { io, result, took_us });
     }
 
@@ -546,7 +548,7 @@ impl Sim {
                 let mut pages = flight.run.pages().zip(flight.slots.slots());
                 let wanted =
                     |(page, slot)| self.core.slot_of(page) == Some(slot) && self.core.is_waited_for(page);
-                flight.tier == tier && !flight.is_write() && pages.any(wanted)
+                flight.tier == tier && pages.any(wanted)
             };
             let waits = silent && self.disk.flights.iter().any(waited_for);
             let (waited, told) = &mut self.oracle.silent[tier.index()];

@@ -31,6 +31,8 @@ pub(super) struct Kernel {
     busy: Vec<bool>,
     /// Written since it was last protected.
     pub(super) written: Vec<bool>,
+    /// Protected for somebody who wants to know of writes: nothing else is to be looked at.
+    tracked: Vec<bool>,
     /// Pages that I/O of the guest keeps where they are, and until when.
     pins: Vec<(PageNo, u64)>,
     /// Ticks that the core has been told of, and at how many of them each page was refused as a victim: none may be
@@ -50,6 +52,7 @@ impl Kernel {
             staging: vec![None; slots],
             busy: vec![false; slots],
             written: vec![false; pages],
+            tracked: vec![false; pages],
             pins: Vec::new(),
             ticks: 0,
             refused: vec![None; pages],
@@ -228,9 +231,18 @@ impl Sim {
             }
             Action::Resolved { .. } => {}
             Action::ArmTracking { run } => {
+                self.trace.add("protect", run, None, None);
                 self.kernel.written[run.indices()].fill(false);
+                self.kernel.tracked[run.indices()].fill(true);
+            }
+            Action::EndTracking { run } => {
+                self.trace.add("end tracking", run, None, None);
+                self.kernel.written[run.indices()].fill(true);
+                self.kernel.tracked[run.indices()].fill(false);
             }
             Action::ScanDirty { run } => {
+                let tracked = self.kernel.tracked[run.indices()].iter().all(|tracked| *tracked);
+                assert!(tracked, "{run:?} is scanned, and not all of it is tracked");
                 self.oracle.scanned(run);
                 let found = |page: &PageNo| {
                     let present = matches!(self.kernel.guest[page.index()], Entry::Frame(_));

@@ -8,6 +8,7 @@
 //! ```
 //! The same seed gives the same run. `oracle` says what must hold after every step, whatever went wrong.
 
+mod closed;
 mod coverage;
 mod disk;
 mod guest;
@@ -121,6 +122,8 @@ fn mixed(old: u64, new: u64) -> u64 {
 pub struct Sim {
     seed: u64,
     random: Random,
+    /// For what is tracked.
+    tracking: Random,
     odds: Odds,
     /// Hardly anybody but the guest wants anything.
     calm: bool,
@@ -199,6 +202,7 @@ impl Sim {
             trace: Trace::default(),
             coverage: Coverage::default(),
             random,
+            tracking: Random::new(seed.rotate_left(32)),
         }
     }
 
@@ -313,6 +317,7 @@ impl Sim {
         let ticks = 1 + self.random.below(20);
         self.kernel.ticks += ticks;
         self.check_silence(ticks);
+        self.tick_closed(ticks);
         self.event(Event::Tick { ticks });
     }
 
@@ -326,8 +331,8 @@ impl Sim {
         let home = |sim: &Sim, page: PageNo| sim.core.table().home(page.block());
         let (lost, good): (Vec<_>, Vec<_>) = self.memory.iter().partition(|page| home(self, **page) == away);
         self.guest.vcpus = [None; guest::VCPUS];
-        // Some are changed, and cannot leave; then one is waited for.
-        for page in lost.iter().take(8) {
+        // Some are changed, and cannot leave: more than the core aims to have ready. Then one is waited for.
+        for page in lost.iter().take(frames as usize / 4) {
             self.serve(*page);
         }
         self.set_trouble(away, trouble, u64::MAX);
@@ -336,10 +341,15 @@ impl Sim {
             self.access(1, page, Access::Read);
         }
         let mut served = 0;
-        for page in good {
-            if !self.serve(page) {
-                // All frames are of the other's pages.
-                break;
+        let good_tier = good.first().map(|page| home(self, *page));
+        'pages: for page in good {
+            while !self.serve(page) {
+                // If that does not pass, all frames are of the other's pages.
+                (0..QUIET_STEPS).for_each(|_| self.go_on());
+                if self.oracle.starved {
+                    good_tier.into_iter().for_each(|tier| self.check_starved(tier));
+                    break 'pages;
+                }
             }
             served += 1;
         }

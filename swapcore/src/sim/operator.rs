@@ -3,10 +3,11 @@
 use super::Sim;
 use super::coverage::Outcome;
 use super::oracle::Held;
+use super::random::Random;
 use crate::core::{Event, Request, Response, Ticket};
 use crate::error::CommandError;
 use crate::table::PageState;
-use crate::units::{PageNo, Run, SlotRun, bytes_of};
+use crate::units::{BLOCK_PAGES, PageNo, Run, SlotRun, bytes_of};
 
 /// Held runs at a time.
 const HOLDS_MAX: usize = 3;
@@ -16,7 +17,8 @@ const HOLDS_MAX: usize = 3;
 pub(super) enum Asked {
     Hold(Run),
     Discard(Run),
-    Subscribe(usize),
+    Subscribe(usize, Vec<Run>),
+    Track(usize, Vec<Run>),
     Collect(usize),
     Budget,
     /// Frames for a session; `gone`: it has ended before they come.
@@ -187,23 +189,49 @@ impl Sim {
         self.ask(Request::Staged(run.pages().collect()), Asked::Other);
     }
 
-    /// One of the subscribers begins, collects or ends.
+    /// All of memory, or parts of it, or none. With chances of its own: the story is the same, whatever is tracked.
+    fn runs_to_track(&mut self) -> Vec<Run> {
+        let (pages, random) = (self.pages, &mut self.tracking);
+        let run = |random: &mut Random| {
+            let start = random.below(pages);
+            Run::new(PageNo(start), 1 + random.below(pages - start) as u32)
+        };
+        match random.below(3) {
+            _ if self.calm => vec![Run::new(PageNo(0), pages as u32)],
+            0 => vec![Run::new(PageNo(0), pages as u32)],
+            _ => (0..random.below(3)).map(|_| run(random)).collect(),
+        }
+    }
+
+    /// One of the subscribers begins, has more tracked, collects or ends.
     fn track(&mut self) {
         let nth = usize::from(self.random.one_in(4));
         let subscriber = &mut self.oracle.subscribers[nth];
-        match subscriber.id {
-            _ if subscriber.asked => {}
+        let id = subscriber.id;
+        if std::mem::replace(&mut subscriber.asked, true) {
+            return;
+        }
+        match id {
             None => {
-                subscriber.asked = true;
+                let runs = self.runs_to_track();
                 self.trace.note("subscribes to dirty pages", nth as u64);
-                self.ask(Request::SubscribeDirty, Asked::Subscribe(nth));
+                self.ask(Request::SubscribeDirty(runs.clone()), Asked::Subscribe(nth, runs));
+            }
+            Some(id) if !self.calm && self.tracking.one_in(4) => {
+                let runs = self.runs_to_track();
+                self.trace.note("has more tracked", nth as u64);
+                self.ask(Request::TrackDirty(id, runs.clone()), Asked::Track(nth, runs));
             }
             Some(id) if !self.random.one_in(if self.calm { 2 } else { 4 }) => {
-                subscriber.asked = true;
+                let subscriber = &mut self.oracle.subscribers[nth];
+                let due = subscriber.written.iter().zip(&mut subscriber.to_tell);
+                due.for_each(|(written, to_tell)| *to_tell |= written);
                 self.ask(Request::CollectDirty(id), Asked::Collect(nth));
             }
             Some(id) => {
-                subscriber.id = None;
+                let subscriber = &mut self.oracle.subscribers[nth];
+                (subscriber.id, subscriber.asked) = (None, false);
+                subscriber.tracked.fill(false);
                 self.trace.note("unsubscribes", nth as u64);
                 self.ask(Request::UnsubscribeDirty(id), Asked::Other);
             }
@@ -245,12 +273,14 @@ impl Sim {
                     .collect();
                 self.oracle.held.push(Held { run, pages });
             }
-            (Asked::Subscribe(nth), Ok(Response::Subscribed(id))) => {
+            (Asked::Subscribe(nth, runs), Ok(Response::Subscribed(id))) => {
                 let subscriber = &mut self.oracle.subscribers[nth];
-                (subscriber.id, subscriber.asked) = (Some(id), false);
+                subscriber.id = Some(id);
                 subscriber.written.fill(false);
                 subscriber.to_tell.fill(false);
+                self.tracked(nth, &runs);
             }
+            (Asked::Track(nth, runs), Ok(Response::Done)) => self.tracked(nth, &runs),
             (Asked::Collect(nth), Ok(Response::Dirty(dirty))) => self.collected(nth, &dirty.into_runs()),
             (Asked::Discard(run), Ok(Response::Done)) => {
                 let done = (ticket, run.end(), run.end());
@@ -286,6 +316,17 @@ impl Sim {
             }
             (Asked::Budget, Err(CommandError::NotNow(_))) if self.session.is_some() => {}
             (asked, answer) => panic!("{asked:?} was answered with {answer:?}"),
+        }
+    }
+
+    /// From now on the subscriber has to be told of writes to these blocks.
+    fn tracked(&mut self, nth: usize, runs: &[Run]) {
+        let subscriber = &mut self.oracle.subscribers[nth];
+        subscriber.asked = false;
+        for block in runs.iter().flat_map(|run| run.blocks()).map(|part| part.start.block()) {
+            let first = PageNo::first_of(block).index();
+            let pages = subscriber.tracked.iter_mut().skip(first).take(BLOCK_PAGES as usize);
+            pages.for_each(|tracked| *tracked = true);
         }
     }
 

@@ -2,6 +2,7 @@
 //! frames are those on record and within the budget, and what a migration reads is what it was told.
 
 use super::Sim;
+use super::closed::Closed;
 use super::coverage::Fault;
 use super::kernel::Entry;
 use crate::api::{Place, SubscriberId};
@@ -23,6 +24,8 @@ pub(super) struct Subscriber {
     pub(super) id: Option<SubscriberId>,
     /// A subscription, or what it has to tell, is asked for.
     pub(super) asked: bool,
+    /// It has been told that writes to the page are noted for it.
+    pub(super) tracked: Vec<bool>,
     /// Written since the page was last scanned.
     pub(super) written: Vec<bool>,
     /// Written before the page was scanned: the next answer has to name it.
@@ -45,6 +48,8 @@ pub(super) struct Oracle {
     pub(super) silent: [(u64, bool); TIERS_MAX],
     /// For how many ticks somebody has waited for a frame while no operation of any tier has ended.
     pub(super) hungry_ticks: u64,
+    /// Which tiers take no writes, and what is on its way there.
+    pub(super) closed: Closed,
     /// The core has said that all frames are held and the guest waits for one, and not that this is over.
     pub(super) short: bool,
     /// Frames taken at the last check.
@@ -58,6 +63,7 @@ impl Oracle {
             subscribers: [(); 2].map(|()| Subscriber {
                 id: None,
                 asked: false,
+                tracked: vec![false; pages],
                 written: vec![false; pages],
                 to_tell: vec![false; pages],
             }),
@@ -66,6 +72,7 @@ impl Oracle {
             starved: false,
             silent: [(0, false); TIERS_MAX],
             hungry_ticks: 0,
+            closed: Closed::default(),
             short: false,
             taken: 0,
         }
@@ -80,7 +87,9 @@ impl Oracle {
     }
 
     pub(super) fn written(&mut self, page: PageNo) {
-        self.subscribers.iter_mut().for_each(|subscriber| subscriber.written[page.index()] = true);
+        for Subscriber { tracked, written, .. } in &mut self.subscribers {
+            written[page.index()] |= tracked[page.index()];
+        }
     }
 
     /// The kernel says which pages of the run have been written.
@@ -135,6 +144,7 @@ impl Sim {
         assert!(taken <= budget.max(self.oracle.taken), "{taken} frames with a budget of {budget}");
         self.oracle.taken = taken;
         self.oracle.held.iter().for_each(|held| self.check_held(held));
+        self.check_closed();
         self.coverage.checks += 1;
     }
 

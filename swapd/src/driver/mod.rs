@@ -353,6 +353,11 @@ impl Driver {
                 report(self.scan(run, |_| {}), "track writes");
             }
             Action::ScanDirty { run } => self.scan_dirty(run),
+            Action::EndTracking { run } => {
+                for (part, at) in self.memory.mapped_parts(run) {
+                    self.faults.end_tracking(at, part.bytes());
+                }
+            }
             Action::Answer { ticket, answer } => self.answer(ticket, answer),
             Action::StoreFailed(error) => (self.notify)(Notice::StoreFailed(error.to_string())),
             Action::StoreRecovered(_) => (self.notify)(Notice::StoreRecovered),

@@ -1,6 +1,7 @@
 //! The walks that have been asked for, and how far they have come.
 
 use std::collections::VecDeque;
+use std::vec::IntoIter;
 
 use crate::api::{DirtyPages, SubscriberId};
 use crate::core::event::Ticket;
@@ -32,10 +33,15 @@ pub(crate) enum Task {
     Heat(Vec<u8>),
     /// The pages in any of these states.
     Map(&'static [PageState], Vec<Run>),
-    SubscribeDirty,
+    SubscribeDirty(Vec<Run>),
     /// Samples come back before pages are protected: one that came back later would look as if it had been written.
-    PutSamplesBack(SubscriberId),
-    Protect(SubscriberId),
+    PutSamplesBack(SubscriberId, Vec<Run>),
+    /// Pages of these blocks are protected. Behind the last, who joins is told that it has.
+    Track {
+        id: SubscriberId,
+        rest: IntoIter<Run>,
+        joins: bool,
+    },
     CollectDirty(SubscriberId, DirtyPages),
     /// The guest has given the pages back.
     Discard,
