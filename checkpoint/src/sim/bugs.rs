@@ -63,7 +63,7 @@ pub(crate) enum Any {
     Reader(readers::Bug),
 }
 
-pub(crate) const ALL: [Any; 25] = [
+pub(crate) const ALL: [Any; 27] = [
     Any::Session(Bug::SkipsTheLastScan),
     Any::Session(Bug::SkipsTheDrains),
     Any::Session(Bug::ReadsBeforeTheDrain),

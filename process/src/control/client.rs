@@ -419,6 +419,7 @@ mod tests {
             stop: false,
             without_disks: false,
             plain: false,
+            encrypted: false,
         };
         let said = |failure: Failure| {
             let (ours, theirs) = UnixStream::pair().unwrap();
