@@ -311,7 +311,7 @@ impl Homing {
                 continue;
             }
             if let Some(recording) = &mut self.recording {
-                recording.order.came(&self.image, part);
+                recording.came(&self.image, part);
             }
             done += 1;
             if done % LOOK_AT_FRAMES == 0 && self.is_short_of_frames()? {
@@ -459,7 +459,7 @@ impl Homing {
         loop {
             let again = Instant::now() + scaled_for_tests(self.room_again);
             while Instant::now() < again {
-                let poll = self.recording.as_ref().map_or(LOOK_AGAIN, |recording| recording.poll);
+                let poll = self.recording.as_ref().map_or(LOOK_AGAIN, Recording::poll);
                 self.vm.halt.pause(poll)?;
                 self.look_at_faults()?;
             }

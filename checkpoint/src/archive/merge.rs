@@ -141,8 +141,8 @@ fn fill(
 
 /// Gives back the room that a merge took which does not come to its end. What is left of it does no harm.
 fn empty(layers: &Layers, image: &File) -> io::Result<()> {
-    let below = layers.runs().iter().filter(|(_, layer)| *layer > 0);
-    below.map(|(run, _)| steps::make_hole(image, run.start.offset(), run.bytes() as u64)).collect()
+    let mut below = layers.runs().iter().filter(|(_, layer)| *layer > 0);
+    below.try_for_each(|(run, _)| steps::make_hole(image, run.start.offset(), run.bytes() as u64))
 }
 
 /// Where a manifest is written that is to take the place of another one.

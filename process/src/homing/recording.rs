@@ -60,6 +60,11 @@ impl Recording {
             || self.began.elapsed() >= RECORDED_MAX
     }
 
+    /// These pages came in ahead of any touch.
+    pub(super) fn came(&mut self, image: &Image, run: Run) {
+        self.order.came(image, run);
+    }
+
     /// The order as far as it is known.
     pub(super) fn runs(&self) -> &[Run] {
         self.order.runs()
