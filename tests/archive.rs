@@ -333,7 +333,7 @@ fn a_checkpoint_in_the_place_of_an_archive_is_told() {
 #[test]
 fn a_merge_that_has_no_room_does_not_begin() {
     let dir = testkit::directory_in(env!("CARGO_TARGET_TMPDIR"), "archive");
-    let disk = Disk::ext4(dir.path(), 64 * MIB).or_skip(Reason::Loop);
+    let disk = common::disk::Disk::ext4(dir.path(), 64 * MIB).or_skip(Reason::Loop);
     let path = PathBuf::from(disk.store()).join("web");
     two(&path);
     let archive = path.to_str().unwrap();
