@@ -5,9 +5,12 @@
 //! when it is written and read again. Checksums are made right first, where there are any: they keep accidents out, not
 //! a peer.
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use checkpoint::format::sealed::{SealedAs, SealedReader, SealedWriter, sealed_bytes};
 use checkpoint::format::{FirstFaults, Manifest, MapBuilder, MemoryMap, PageKind};
+use checkpoint::key::{ChainKey, KEY_BYTES, SALT_BYTES};
 use checkpoint::stream::{self, Record, StreamWriter, inspect};
 use migrate::versions::Versions;
 use migrate::wire::VERSIONS;
@@ -38,7 +41,7 @@ const SESSION: SessionId = SessionId([7; 16]);
 /// A decoder under test, by its name: that of its corpus and of its file in `fuzz/fuzz_targets`.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("wire_opening", wire_opening),
     ("wire_record", wire_record),
     ("machine_state", machine_state),
@@ -48,6 +51,7 @@ pub const TARGETS: [Target; 10] = [
     ("qemu_rules", qemu_rules),
     ("checkpoint_map", checkpoint_map),
     ("checkpoint_manifest", checkpoint_manifest),
+    ("checkpoint_sealed", checkpoint_sealed),
     ("checkpoint_stream", checkpoint_stream),
 ];
 
@@ -224,6 +228,44 @@ pub fn checkpoint_manifest(data: &[u8]) {
         assert_eq!(again.expect("it is whole"), manifest);
     }
     let _ = Manifest::decode(data);
+}
+
+/// A sealed file of a checkpoint: any bytes; and one of so many plain bytes that is then cut, or in which bits are others,
+/// as the rest says: a place in a hundredth of the file, a distance from it, and what is changed there.
+pub fn checkpoint_sealed(data: &[u8]) {
+    let key = ChainKey::from_pipe(&[7; KEY_BYTES][..]).expect("as many bytes as a key has");
+    assert!(unsealed(data, &key).is_err(), "nobody has sealed this");
+    let Some(([low, high], changes)) = data.split_first_chunk::<2>() else { return };
+    let plain: Vec<u8> =
+        (0..3 * u32::from(u16::from_le_bytes([*low, *high]))).map(|at| (at / 3) as u8).collect();
+    let mut writer =
+        SealedWriter::new(Vec::new(), &key, SealedAs::Map, [9; SALT_BYTES]).expect("memory takes it");
+    writer.write_all(&plain).expect("memory takes it");
+    let whole = writer.finish().expect("memory takes it");
+    assert_eq!(whole.len() as u64, sealed_bytes(plain.len() as u64));
+    let mut changed = whole.clone();
+    for [part, distance, bits] in changes.as_chunks::<3>().0 {
+        let at = changed.len() * usize::from(*part) / 100 + usize::from(*distance);
+        match changed.get_mut(at) {
+            Some(_) if *bits == 0 => changed.truncate(at),
+            Some(byte) => *byte ^= bits,
+            None => changed.push(*bits),
+        }
+    }
+    match unsealed(&changed, &key) {
+        Ok(read) => assert!(changed == whole && read == plain, "a changed file counts as whole"),
+        Err(read) => assert!(changed != whole && plain.starts_with(&read), "bytes that were never written"),
+    }
+}
+
+/// What was sealed; or what of it came before an error.
+fn unsealed(bytes: &[u8], key: &ChainKey) -> Result<Vec<u8>, Vec<u8>> {
+    let mut read = Vec::new();
+    let reader = SealedReader::new(bytes, bytes.len() as u64, key, SealedAs::Map);
+    match reader.map(|mut reader| reader.read_to_end(&mut read)) {
+        Ok(Ok(_)) => Ok(read),
+        _ => Err(read),
+    }
 }
 
 /// A stream of a checkpoint: records of a kind, a number of pages, of runs, and of bytes; then the body. All sums are made

@@ -3,7 +3,7 @@
 //! The checkpoint's files are opened, and locked, before the process gives up its rights: nothing else of the archive
 //! can be reached from it afterwards.
 
-use checkpoint::archive::Archive;
+use checkpoint::archive::{Archive, ArchiveError};
 use checkpoint::format::Machine;
 use checkpoint::restore;
 use serde::Serialize;
@@ -42,8 +42,11 @@ pub fn restore(
     settings: &RestoreSettings,
     tell: impl FnOnce(&Started) + Send + 'static,
 ) -> Result<(), Failure> {
-    let archive = Archive::open(&settings.archive)?;
+    let archive = Archive::open(&settings.archive)?.with_key(settings.key.clone());
     let entry = archive.find(settings.checkpoint.as_deref())?;
+    if entry.chain_key()?.is_none() && settings.key.is_some() {
+        return Err(ArchiveError::NotEncrypted { name: entry.name().to_owned() }.into());
+    }
     let vm = &entry.manifest().vm;
     let name = settings.name.clone().unwrap_or_else(|| vm.name.clone());
     check_name(&name)?;
@@ -75,7 +78,7 @@ pub fn restore(
         budget_bytes: ram.bytes(),
         store: settings.store.clone(),
         store_overcommit: settings.store_overcommit,
-        store_encrypt: settings.store_encrypt,
+        store_encrypt: settings.store_encrypt || entry.is_encrypted(),
         prealloc: settings.prealloc,
         lock: settings.lock,
     };

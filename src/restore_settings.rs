@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use checkpoint::key::ArchiveKey;
 use vmprocess::RestoreOptions;
 use vmprocess::size::Size;
 
@@ -17,6 +18,8 @@ pub struct RestoreSettings {
     pub archive: PathBuf,
     /// The latest without it.
     pub checkpoint: Option<String>,
+    /// Of an encrypted one.
+    pub key: Option<ArchiveKey>,
     /// As it was called when it was saved without it.
     pub name: Option<String>,
     /// What it had when it was saved without it.

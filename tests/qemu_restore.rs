@@ -225,6 +225,7 @@ fn until_saved(host: &Host) -> (VmClient, String) {
         stop: false,
         without_disks: false,
         plain: false,
+        encrypted: false,
     };
     let report = client.checkpoint(&request, &files.each_ref(), &mut |_| {}).expect("it is saved");
     let snapshot = report["vm"]["disks"][0]["version"]["snapshot"].as_str().expect("a snapshot").to_owned();

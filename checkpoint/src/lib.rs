@@ -7,12 +7,14 @@
 //! ```
 //! [`mod@format`] has the files by themselves, [`archive`] the directory in which they are, [`save`] what a VM's
 //! process does for a checkpoint, [`restore`] what it does to begin from one, and [`stream`] is how a checkpoint gets
-//! to another place. `docs/checkpoint-format.md` describes every byte.
+//! to another place. [`key`] is how a checkpoint is kept from those who have not its key. `docs/checkpoint-format.md`
+//! describes every byte.
 
 #![deny(missing_docs)]
 
 pub mod archive;
 pub mod format;
+pub mod key;
 mod outside;
 pub mod restore;
 pub mod save;

@@ -36,6 +36,8 @@ mod real {
         Runtime::new(&tokio_uring::builder())
     }
 
+    pub(crate) use crate::key::random;
+
     pub(crate) fn stored_reader(handle: &EngineHandle) -> StoredReader {
         handle.stored_reader()
     }

@@ -3,7 +3,11 @@
 //! The checkpoint is opened before QEMU has memory: what is wrong with it is said, and QEMU ends. The engine has the
 //! checkpoint's files as its origin, and the state goes where a migration's goes ([`Incoming`]).
 
-use checkpoint::archive::Archive;
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+use checkpoint::archive::{Archive, StateReader};
+use checkpoint::key::{ArchiveKey, ChainKey};
 use checkpoint::restore::{self, Checkpoint};
 use swapd::{EngineHandle, Origin, PageNo, Run};
 use vmprocess::failure::{Failure, FailureKind};
@@ -26,7 +30,7 @@ pub(crate) struct Saved {
     from: String,
     image: restore::Image,
     hold: restore::Hold,
-    state: std::fs::File,
+    state: StateReader,
     was_paused: bool,
     options: RestoreOptions,
 }
@@ -35,7 +39,8 @@ impl Opened {
     /// # Errors
     /// If the checkpoint is gone, not whole, or not of a VM of this memory.
     pub(crate) fn open(settings: &RestoreSettings) -> Result<Opened, Failure> {
-        let archive = Archive::open(&settings.archive)?;
+        let key = settings.key.map(take_key).transpose()?;
+        let archive = Archive::open(&settings.archive)?.with_key(key);
         let entry = archive.find(Some(&settings.checkpoint))?;
         let vm = &entry.manifest().vm;
         if vm.memory_bytes != settings.memory.memory_bytes {
@@ -56,6 +61,13 @@ impl Opened {
     pub(crate) fn split(self) -> (Saved, Origin) {
         (self.saved, self.origin)
     }
+}
+
+fn take_key(pipe: RawFd) -> Result<ArchiveKey, Failure> {
+    // SAFETY: this process was started with that descriptor open, for this only: nothing else here has its number.
+    let pipe = unsafe { OwnedFd::from_raw_fd(pipe) };
+    let key = ChainKey::from_pipe(File::from(pipe));
+    Ok(ArchiveKey::of_chain(key.map_err(|error| Failure::io("taking the checkpoint's key", &error))?))
 }
 
 impl Saved {

@@ -19,11 +19,13 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use checkpoint::format::{Disk, DiskVersion, MemoryMap};
+use checkpoint::format::sealed::read_map;
+use checkpoint::format::{Disk, DiskVersion};
+use checkpoint::key::ChainKey;
 use checkpoint::save::{Base, Failed, Files, Phase, Progress, SaveError, SaveOptions, Saved, save_at_once};
-use rustix::fs::{OFlags, fcntl_getfl};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use serde_json::{Value, json};
-use swapd::{CloneError, EngineHandle, TierId};
+use swapd::{EngineHandle, TierId};
 use tracing::{info, warn};
 
 use crate::checkpointing::{Checkpointing, LastCheckpoint};
@@ -67,14 +69,16 @@ pub(crate) fn checkpoint(
     vm.memory()?.engine()?;
     let begun = begin(vm)?;
     let disks = may_be_saved(vm, request)?;
-    let files = client.files(request.files())?;
+    may_be_plain(vm, request)?;
+    let mut files = client.files(request.files())?;
+    let key = files.pop_if(|_| request.encrypted).map(take_key).transpose()?;
     may_be_used(&files, vm.memory()?.engine()?)?;
     let mut files = files.into_iter();
     let mut next = || files.next().expect("as many as were asked for");
     let into = Files { image: next(), map: next(), state: next() };
-    let base = request.base.map(|base| read_base(&next(), base)).transpose()?;
-    may_be_plain(vm, &into.image, request)?;
-    let (saved, taken) = run(vm, request, disks.snapshot, (into, base), client)?;
+    let base = request.base.map(|base| read_base(&next(), key.as_ref(), base)).transpose()?;
+    let options = options(request, key);
+    let (saved, taken) = run(vm, options, disks.snapshot, (into, base), client)?;
     vm.locked(|state| state.checkpoint.iter_mut().for_each(|now| now.saved = true));
     info!(vm = %vm.facts.name, pause_ms = saved.pause_ms, rounds = saved.rounds, bytes = saved.bytes_written, "saved");
     let became = durable(vm, &saved, (&taken, disks.left_out), client);
@@ -171,18 +175,27 @@ fn keep(vm: &Vm, disks: &[Disk]) {
 }
 
 /// What is encrypted at rest is not made readable by the way.
-fn may_be_plain(vm: &Vm, image: &File, request: &CheckpointRequest) -> Result<(), Failure> {
-    let stored = vm.memory()?.engine()?.stored_reader();
-    let encrypted = matches!(stored.clone_into(TierId::STORE, image, &[]), Err(CloneError::Encrypted));
-    if !encrypted || request.plain {
+fn may_be_plain(vm: &Vm, request: &CheckpointRequest) -> Result<(), Failure> {
+    let encrypted = vm.memory()?.engine()?.stored_reader().is_encrypted();
+    if !encrypted || request.encrypted || request.plain {
         return Ok(());
     }
     let text = format!(
-        "the store of {:?} is encrypted, and a checkpoint is not yet: give --plain to have its memory written as it \
-         is, to a disk that is encrypted itself",
+        "the store of {:?} is encrypted: name a key (--encrypt-to KEYFILE), and its checkpoint is encrypted as well; or \
+         give --plain to have its memory written as it is, to a disk that is encrypted itself",
         vm.facts.name
     );
     Err(Failure::new(FailureKind::Usage, text))
+}
+
+/// The key that the client has passed. It is in the pipe by now: a client that has passed something else is not waited
+/// for.
+fn take_key(pipe: File) -> Result<ChainKey, Failure> {
+    let taken = fcntl_setfl(&pipe, OFlags::NONBLOCK).map_err(std::io::Error::from);
+    let key = taken.and_then(|()| ChainKey::from_pipe(pipe));
+    key.map_err(|error| {
+        Failure::new(FailureKind::Usage, format!("the client does not pass the key: {error}"))
+    })
 }
 
 /// Refuses descriptors that a checkpoint must not be written into, or cannot be: the image, the map and the state, and
@@ -221,29 +234,33 @@ fn may_be_used(files: &[File], engine: &EngineHandle) -> Result<(), Failure> {
     Ok(())
 }
 
-fn read_base(map: &File, base: CheckpointBase) -> Result<Base, Failure> {
-    let map = MemoryMap::read_file(map).map_err(|error| {
+fn read_base(map: &File, key: Option<&ChainKey>, base: CheckpointBase) -> Result<Base, Failure> {
+    let map = read_map(map, key).map_err(|error| {
         Failure::new(FailureKind::Usage, format!("the base's map: {}", crate::failure::chain(&error)))
     })?;
     Ok(Base { map, cloned: base == CheckpointBase::Cloned })
 }
 
-/// Has the VM saved on a thread of its own, and tells the client how it goes.
-fn run(
-    vm: &Arc<Vm>,
-    request: &CheckpointRequest,
-    snapshot: Option<String>,
-    files: (Files, Option<Base>),
-    client: &mut Client<'_>,
-) -> Result<(Saved, Vec<Disk>), Failure> {
-    let options = SaveOptions {
+fn options(request: &CheckpointRequest, key: Option<ChainKey>) -> SaveOptions {
+    SaveOptions {
         downtime_target: Duration::from_millis(request.downtime_target_ms),
         max_rounds: request.max_rounds,
         max_throttle: request.max_throttle,
         rate: request.rate,
         stop: request.stop,
+        key,
         ..SaveOptions::default()
-    };
+    }
+}
+
+/// Has the VM saved on a thread of its own, and tells the client how it goes.
+fn run(
+    vm: &Arc<Vm>,
+    options: SaveOptions,
+    snapshot: Option<String>,
+    files: (Files, Option<Base>),
+    client: &mut Client<'_>,
+) -> Result<(Saved, Vec<Disk>), Failure> {
     let (steps, progress) = channel();
     let saver = vm.clone();
     let spawned = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(move || {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use checkpoint::archive::ArchiveError;
+use checkpoint::key::KeyFileError;
 use migrate::tls::TlsError;
 use serde::{Deserialize, Serialize};
 
@@ -149,6 +150,9 @@ impl From<&ArchiveError> for Failure {
             E::NotEmpty { .. } | E::NotDirectory { .. } | E::IsCheckpoint { .. } | E::Name(_) => {
                 FailureKind::Usage
             }
+            E::KeyNeeded { .. } | E::WrongKey { .. } | E::NotEncrypted { .. } => FailureKind::Usage,
+            E::KeyFile(KeyFileError::Io { source, .. }) => FailureKind::of_io(source),
+            E::KeyFile(_) | E::BaseKey { .. } => FailureKind::Usage,
             E::NoRoom { path, need_bytes, free_bytes } => {
                 let text = format!(
                     "no room in {}: it takes {:#}, and {:#} are free",

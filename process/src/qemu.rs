@@ -107,6 +107,8 @@ pub struct RestoreSettings {
     pub options: RestoreOptions,
     /// Descriptors that this process inherits: locks on the checkpoint, to be closed when it has its own.
     pub locks: Vec<std::os::fd::RawFd>,
+    /// Of an encrypted checkpoint: the end of a pipe with the key of its chain, inherited as well, to be read once.
+    pub key: Option<std::os::fd::RawFd>,
 }
 
 impl Role {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::values::JsonArg;
+use super::values::{JsonArg, KeyArg};
 
 /// A checkpoint that is to go.
 #[derive(Debug, Args)]
@@ -34,6 +34,23 @@ pub(super) struct VerifyArgs {
     /// Do not look for the disks, which are on another host, say
     #[arg(long)]
     pub(super) without_disks: bool,
+    #[command(flatten)]
+    pub(super) key: KeyArg,
+    #[command(flatten)]
+    pub(super) json: JsonArg,
+}
+
+/// A checkpoint that is to stand alone.
+#[derive(Debug, Args)]
+pub(super) struct MergeArgs {
+    /// The archive
+    #[arg(value_name = "DIR")]
+    pub(super) archive: PathBuf,
+    /// The checkpoint
+    #[arg(value_name = "NAME")]
+    pub(super) checkpoint: String,
+    #[command(flatten)]
+    pub(super) key: KeyArg,
     #[command(flatten)]
     pub(super) json: JsonArg,
 }

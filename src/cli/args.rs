@@ -11,8 +11,8 @@ use vmprocess::control::protocol::{Force, Trust};
 use vmprocess::failure::Failure;
 use vmprocess::size::Size;
 
-use super::archive_args::{RemoveArgs, VerifyArgs};
-use super::values::{EngineArg, JsonArg, StreamPlace, parse_duration};
+use super::archive_args::{MergeArgs, RemoveArgs, VerifyArgs};
+use super::values::{BaseArg, EngineArg, JsonArg, KeyArg, StreamPlace, parse_duration};
 use crate::pki::PkiSettings;
 use crate::qemu::output::Format;
 use crate::vmm::Workload;
@@ -194,6 +194,8 @@ pub(super) struct RestoreArgs {
     pub(super) dir: PathBuf,
     /// Which of them [default: the latest]
     pub(super) checkpoint: Option<String>,
+    #[command(flatten)]
+    pub(super) key: KeyArg,
     /// Another name for it: a second life is another VM
     #[arg(long = "as", value_name = "NAME")]
     pub(super) name: Option<String>,
@@ -430,6 +432,9 @@ pub(super) struct MakeArgs {
     /// Of a QEMU with disks, save memory and state alone
     #[arg(long)]
     pub(super) without_disks: bool,
+    /// Encrypt it with the key in this file: 32 random bytes, or 64 hexadecimal digits, which nobody else may read
+    #[arg(long, value_name = "KEYFILE", conflicts_with = "plain")]
+    pub(super) encrypt_to: Option<PathBuf>,
     /// Of a VM whose store is encrypted, save it unencrypted
     #[arg(long)]
     pub(super) plain: bool,
@@ -437,29 +442,6 @@ pub(super) struct MakeArgs {
     /// Print JSON
     #[arg(long)]
     pub(super) json: bool,
-}
-
-/// With what a checkpoint is compared.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum BaseArg {
-    /// With nothing: it has all pages itself
-    None,
-    /// With the newest one in the archive, if there is one
-    Latest,
-    /// With that one
-    Name(String),
-}
-
-impl std::str::FromStr for BaseArg {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(match text {
-            "none" => BaseArg::None,
-            "latest" => BaseArg::Latest,
-            name => BaseArg::Name(name.to_owned()),
-        })
-    }
 }
 
 /// What is done with an archive alone, without any VM.
@@ -481,7 +463,7 @@ Exit code 13: something is not what was saved. The pages are named.")]
     #[command(after_help = "Example:
   vmemd checkpoint merge /backup/web 2026-11-29T23-20-00Z
 The bases stay; they can be removed afterwards, if nothing else needs them. VMs that were restored from either run on.")]
-    Merge(OneArgs),
+    Merge(MergeArgs),
     /// Remove a checkpoint that no other one and no restored VM needs
     #[command(after_help = "Example:\n  vmemd checkpoint remove /backup/web 2026-11-29T23-20-00Z
 The snapshots of its disks go as well, through the QEMU that has them open or by qemu-img; one that cannot go is named.")]
@@ -520,16 +502,6 @@ pub(super) struct NamedArgs {
     pub(super) checkpoint: Option<String>,
 }
 
-/// An archive, and one of its checkpoints.
-#[derive(Debug, Args)]
-pub(super) struct OneArgs {
-    #[command(flatten)]
-    pub(super) archive: ArchiveArgs,
-    /// The checkpoint
-    #[arg(value_name = "NAME")]
-    pub(super) checkpoint: String,
-}
-
 /// A checkpoint that is to leave its archive.
 #[derive(Debug, Args)]
 #[command(allow_missing_positional = true)]
@@ -543,6 +515,8 @@ pub(super) struct ExportArgs {
     /// `-` for standard output, or s3://BUCKET/KEY
     #[arg(value_name = "TO")]
     pub(super) to: StreamPlace,
+    #[command(flatten)]
+    pub(super) key: KeyArg,
     #[command(flatten)]
     pub(super) json: JsonArg,
 }

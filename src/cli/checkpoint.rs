@@ -23,9 +23,10 @@ use vmprocess::failure::{Failure, FailureKind};
 use vmprocess::signals;
 use vmprocess::size::Size;
 
-use super::args::{BaseArg, MakeArgs};
+use super::args::MakeArgs;
 use super::snapshots::{self, Deleted};
 use super::terminal::{bar, print, print_json, say, warn};
+use super::values::{BaseArg, read_key};
 use super::vms;
 
 /// Highest share of time for which a guest is held back so that the checkpoint ends.
@@ -94,14 +95,16 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
         let text = format!("--rate {rate}: nothing would ever be saved; leave --rate out for no limit");
         return Err(Failure::new(FailureKind::Usage, text));
     }
+    let key = args.encrypt_to.as_deref().map(read_key).transpose()?;
     signals::install()?;
     let began = Instant::now();
     let mut vm = VmClient::connect(dir, &args.name)?;
     let stat = vm.stat()?;
-    let archive = Archive::create(&args.to)?.lock()?;
+    let archive = Archive::create(&args.to)?.with_key(key).lock()?;
     archive.clean()?;
-    let base = base(&archive, &args.base)?;
-    has_room(&archive, &stat, base.as_ref())?;
+    is_meant(&archive, args)?;
+    let base = base(&archive, args)?;
+    has_room(&archive, &stat, base.as_ref(), args)?;
     let memory_bytes = stat.memory.memory_bytes;
     let mut pending = archive.new_checkpoint(&args.name, memory_bytes, base.as_ref())?;
     let (entry, report) = make(&mut vm, &mut pending, base.as_ref(), args)
@@ -146,8 +149,27 @@ pub(super) fn checkpoint(dir: &RunDir, args: &MakeArgs) -> Result<(), Failure> {
     stopped.and(keep_failed)
 }
 
+/// Whoever has encrypted checkpoints, and forgets the key once, is not to have a plain one beside them.
+fn is_meant(archive: &Locked, args: &MakeArgs) -> Result<(), Failure> {
+    if args.encrypt_to.is_some() || args.plain {
+        return Ok(());
+    }
+    match archive.list()?.entries.first().filter(|latest| latest.is_encrypted()) {
+        None => Ok(()),
+        Some(latest) => {
+            let text = format!(
+                "{}, the latest checkpoint, is encrypted: name its key (--encrypt-to KEYFILE), or give --plain to have \
+                 this one written as it is",
+                latest.name()
+            );
+            Err(Failure::new(FailureKind::Usage, text))
+        }
+    }
+}
+
 /// The checkpoint with which the new one is compared.
-fn base(archive: &Locked, wanted: &BaseArg) -> Result<Option<Chain>, Failure> {
+fn base(archive: &Locked, args: &MakeArgs) -> Result<Option<Chain>, Failure> {
+    let wanted = &args.base;
     let entry = match wanted {
         BaseArg::None => return Ok(None),
         BaseArg::Name(name) => archive.find(Some(name))?,
@@ -156,6 +178,13 @@ fn base(archive: &Locked, wanted: &BaseArg) -> Result<Option<Chain>, Failure> {
             found => found?,
         },
     };
+    if matches!(wanted, BaseArg::Latest) && !shares_key(&entry, args)? {
+        say(&format!(
+            "{} is not encrypted with the same key, or not at all: this checkpoint has all pages itself",
+            entry.name()
+        ));
+        return Ok(None);
+    }
     let chain = archive.chain(&entry)?;
     if matches!(wanted, BaseArg::Latest) && chain.entries().len() >= MAX_CHAIN {
         say(&format!("{} stands on too many others: this checkpoint has all pages itself", entry.name()));
@@ -164,12 +193,22 @@ fn base(archive: &Locked, wanted: &BaseArg) -> Result<Option<Chain>, Failure> {
     Ok(Some(chain))
 }
 
+/// Whether the new checkpoint and that one can have pages in common.
+fn shares_key(entry: &Entry, args: &MakeArgs) -> Result<bool, Failure> {
+    match entry.chain_key() {
+        Ok(key) => Ok(key.is_some() == args.encrypt_to.is_some()),
+        Err(ArchiveError::KeyNeeded { .. } | ArchiveError::WrongKey { .. }) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Refuses what cannot fit. Against a base, or where blocks may be shared, nobody knows before.
-fn has_room(archive: &Archive, stat: &VmStat, base: Option<&Chain>) -> Result<(), Failure> {
+fn has_room(archive: &Archive, stat: &VmStat, base: Option<&Chain>, args: &MakeArgs) -> Result<(), Failure> {
     if base.is_some() {
         return Ok(());
     }
-    let stored = if archive.shares_blocks() { 0 } else { stat.memory.stored_bytes };
+    let shares = args.encrypt_to.is_none() && archive.shares_blocks();
+    let stored = if shares { 0 } else { stat.memory.stored_bytes };
     let pages = stat.memory.resident_bytes + stored;
     let need = pages + pages_in(pages) * MAP_BYTES_A_PAGE + REST_BYTES;
     let free = archive.free_bytes()?;
@@ -205,9 +244,12 @@ fn make(
         stop: args.stop,
         without_disks: args.without_disks,
         plain: args.plain,
+        encrypted: pending.key().is_some(),
     };
-    let files: Vec<&File> =
-        [pending.image(), pending.map(), pending.state()].into_iter().chain(&base_map).collect();
+    let key = pending.key().map(|key| key.to_pipe()).transpose();
+    let key = key.map_err(|error| Failure::io("passing the key to the VM's process", &error))?;
+    let files = [pending.image(), pending.map(), pending.state()];
+    let files: Vec<&File> = files.into_iter().chain(&base_map).chain(&key).collect();
     let bar = Bar(bar(&args.name));
     let report = vm.checkpoint(&request, &files, &mut |stat| bar.show(&stat))?;
     serde_json::from_value(report).map_err(|error| {
@@ -303,6 +345,7 @@ impl Done {
         value["checkpoint"] = self.entry.name().into();
         value["archive"] = archive.display().to_string().into();
         value["base"] = json!(self.base);
+        value["encrypted"] = self.entry.is_encrypted().into();
         value["disk_bytes"] = disk_bytes.into();
         value["total_ms"] = (self.total.as_secs_f64() * 1000.0).into();
         value["disks"] = json!(self.entry.manifest().vm.disks);
@@ -336,6 +379,9 @@ impl Done {
         }
         if let Some(base) = &self.base {
             text += &format!("\n  base       {base}");
+        }
+        if self.entry.is_encrypted() {
+            text += "\n  encrypted  nobody restores it without the key: keep a copy of the key elsewhere";
         }
         text += &format!("\n  pause      {}", parts(&pause_parts));
         if pause_ms > downtime_target_ms && !saved.stood_still {

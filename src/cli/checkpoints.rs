@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Locked, Verified};
+use checkpoint::archive::{Archive, ArchiveError, Damage, Entry, Verified};
 use checkpoint::format::DiskVersion;
 use serde::Serialize;
 use serde_json::json;
@@ -11,8 +11,8 @@ use swapd::units::bytes_of;
 use vmprocess::failure::{Failure, FailureKind, chain};
 use vmprocess::signals;
 
-use super::archive_args::{RemoveArgs, VerifyArgs};
-use super::args::{ArchiveArgs, ArchiveCommand, NamedArgs, OneArgs};
+use super::archive_args::{MergeArgs, RemoveArgs, VerifyArgs};
+use super::args::{ArchiveArgs, ArchiveCommand, NamedArgs};
 use super::snapshots::{self, Looked};
 use super::streams;
 use super::terminal::{print, print_json, warn};
@@ -32,6 +32,7 @@ struct Row {
     base_bytes: u64,
     disk_bytes: Option<u64>,
     base: Option<String>,
+    encrypted: bool,
 }
 
 impl Row {
@@ -48,6 +49,7 @@ impl Row {
             base_bytes: bytes_of(manifest.pages.base),
             disk_bytes: entry.disk_bytes().ok(),
             base: manifest.base.as_ref().map(|base| base.name.clone()),
+            encrypted: entry.is_encrypted(),
         }
     }
 }
@@ -88,13 +90,14 @@ fn list(args: &ArchiveArgs) -> Result<(), Failure> {
     print(&format!("{:<24} {:>6} {:>8} {:>8} {:>8}  BASE", "NAME", "AGE", "MEMORY", "SAVED", "DISK"));
     for row in rows {
         print(&format!(
-            "{:<24} {:>6} {:>8} {:>8} {:>8}  {}",
+            "{:<24} {:>6} {:>8} {:>8} {:>8}  {}{}",
             row.name,
             age(row.age_seconds),
             rounded(row.memory_bytes),
             rounded(row.image_bytes),
             row.disk_bytes.map_or("?".to_owned(), rounded),
-            row.base.as_deref().unwrap_or("-")
+            row.base.as_deref().unwrap_or("-"),
+            if row.encrypted { "  encrypted" } else { "" }
         ));
     }
     Ok(())
@@ -150,6 +153,9 @@ fn show(args: &NamedArgs) -> Result<(), Failure> {
         };
         line("disk", text);
     }
+    if row.encrypted {
+        line("encrypted", "memory, map and state; what is shown here is not".to_owned());
+    }
     line("state", rounded(manifest.parts.state.bytes));
     line("on the disk", row.disk_bytes.map_or("?".to_owned(), rounded));
     let save = manifest.save;
@@ -172,8 +178,9 @@ fn show(args: &NamedArgs) -> Result<(), Failure> {
 }
 
 fn verify(args: &VerifyArgs) -> Result<(), Failure> {
+    let key = args.key.read()?;
     signals::install()?;
-    let archive = Archive::open(&args.archive)?;
+    let archive = Archive::open(&args.archive)?.with_key(key);
     let (entries, unreadable) = match &args.checkpoint {
         Some(name) => (vec![archive.find(Some(name))?], Vec::new()),
         None => {
@@ -190,7 +197,7 @@ fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let verified = verified.map_err(stopped)?;
     let disks = snapshots::look(&entries, args.without_disks);
     signals::check()?;
-    let Verified { checkpoints, pages, damaged_pages, mut damage } = verified;
+    let Verified { checkpoints, pages, damaged_pages, mut damage, unread } = verified;
     damage.extend(unreadable.into_iter().map(|(checkpoint, error)| Damage::File { checkpoint, error }));
     let of_disks = disks.damage.iter().map(|(checkpoint, why)| format!("{checkpoint}: {why}"));
     let texts: Vec<String> = damage.iter().map(told).chain(of_disks).collect();
@@ -203,23 +210,38 @@ fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         });
         print_json(&json!({
             "checkpoints": checkpoints, "pages": pages, "bytes": bytes_of(pages), "seconds": took,
-            "damaged_pages": damaged_pages, "damage": damage.chain(of_disks).collect::<Vec<_>>(), "disks_whole": disks.whole,
+            "damaged_pages": damaged_pages, "damage": damage.chain(of_disks).collect::<Vec<_>>(),
+            "unread": unread.iter().map(ToString::to_string).collect::<Vec<_>>(), "disks_whole": disks.whole,
             "disks_not_looked_at": Looked::json(&disks.not_looked_at), "disks_not_checked": Looked::json(&disks.not_checked),
         }))?;
     } else {
         disks.tell();
     }
     if texts.is_empty() {
-        if !args.json.json {
+        if !args.json.json && (checkpoints > 0 || unread.is_empty()) {
             let what = if checkpoints == 1 { "checkpoint is" } else { "checkpoints are" };
             print(&format!("{checkpoints} {what} whole: {} read in {took:.1} s", rounded(bytes_of(pages))));
         }
-        return Ok(());
+        return only_looked_at(&unread);
     }
     let more =
         damaged_pages as usize - damage.iter().filter(|one| matches!(one, Damage::Page { .. })).count();
     let more = if more > 0 { format!("\n  and {more} pages more") } else { String::new() };
     Err(Failure::new(FailureKind::Damaged, format!("damaged:\n  {}{more}", texts.join("\n  "))))
+}
+
+/// Fails if checkpoints were not read for want of their key: nobody knows whether their pages are whole.
+fn only_looked_at(unread: &[ArchiveError]) -> Result<(), Failure> {
+    if unread.is_empty() {
+        return Ok(());
+    }
+    let each: Vec<String> = unread.iter().map(ToString::to_string).collect();
+    let text = format!(
+        "not all was read: of these only the lengths, and the checksums of map and state as they are encrypted, were \
+         compared:\n  {}",
+        each.join("\n  ")
+    );
+    Err(Failure::new(FailureKind::Usage, text))
 }
 
 fn told(damage: &Damage) -> String {
@@ -229,14 +251,15 @@ fn told(damage: &Damage) -> String {
     }
 }
 
-fn merge(args: &OneArgs) -> Result<(), Failure> {
+fn merge(args: &MergeArgs) -> Result<(), Failure> {
+    let key = args.key.read()?;
     signals::install()?;
-    let archive = locked(args)?;
+    let archive = Archive::open(&args.archive)?.with_key(key).lock()?;
     let work = Work::begin("merge");
     let merged = archive.merge(&args.checkpoint, &|progress| work.show(progress));
     let took = work.end();
     let merged = merged.map_err(stopped)?;
-    if args.archive.json.json {
+    if args.json.json {
         return print_json(&json!({
             "name": args.checkpoint, "shared_bytes": bytes_of(merged.shared), "copied_bytes": bytes_of(merged.copied),
             "seconds": took,
@@ -267,10 +290,6 @@ fn remove(args: &RemoveArgs, run_dir: &Path) -> Result<(), Failure> {
         print(&format!("with the snapshots {gone}"));
     }
     Ok(())
-}
-
-fn locked(args: &OneArgs) -> Result<Locked, Failure> {
-    Ok(Archive::open(&args.archive.archive)?.lock()?)
 }
 
 /// Ctrl-C is told as itself.

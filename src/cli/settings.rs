@@ -93,6 +93,7 @@ pub(super) fn restore_settings(args: RestoreArgs, run_dir: PathBuf) -> Result<Re
         run_dir,
         archive: args.dir,
         checkpoint: args.checkpoint,
+        key: args.key.read()?,
         name: args.name,
         ram: limits.ram,
         store,

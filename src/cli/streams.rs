@@ -66,7 +66,7 @@ struct Opened {
 }
 
 fn open(args: &ExportArgs) -> Result<Opened, Failure> {
-    let archive = Archive::open(&args.archive)?;
+    let archive = Archive::open(&args.archive)?.with_key(args.key.read()?);
     let entry = archive.find(args.checkpoint.as_deref())?;
     let export = Export::open(archive.chain(&entry)?).map_err(|error| failure(entry.name(), &error))?;
     outside(export.manifest());

@@ -1,10 +1,12 @@
 //! Values of a command line that vmemd's programs have in common, and their defaults.
 
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use checkpoint::archive::ArchiveError;
+use checkpoint::key::ArchiveKey;
 use vmprocess::control::protocol::EngineKind;
 use vmprocess::control::rundir::RunDir;
 use vmprocess::failure::{Failure, FailureKind};
@@ -17,6 +19,48 @@ pub struct JsonArg {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// The key of an encrypted checkpoint.
+#[derive(Debug, clap::Args)]
+pub(super) struct KeyArg {
+    /// Of an encrypted checkpoint: the file of its key
+    #[arg(long, value_name = "KEYFILE")]
+    key: Option<PathBuf>,
+}
+
+impl KeyArg {
+    pub(super) fn read(&self) -> Result<Option<ArchiveKey>, Failure> {
+        self.key.as_deref().map(read_key).transpose()
+    }
+}
+
+/// With what a checkpoint is compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum BaseArg {
+    /// With nothing: it has all pages itself
+    None,
+    /// With the newest one in the archive, if there is one
+    Latest,
+    /// With that one
+    Name(String),
+}
+
+impl FromStr for BaseArg {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "none" => BaseArg::None,
+            "latest" => BaseArg::Latest,
+            name => BaseArg::Name(name.to_owned()),
+        })
+    }
+}
+
+/// A key file that the user has named.
+pub(super) fn read_key(path: &Path) -> Result<ArchiveKey, Failure> {
+    Ok(ArchiveKey::read(path).map_err(ArchiveError::from)?)
 }
 
 /// [`EngineKind`] as it is typed.

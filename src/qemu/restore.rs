@@ -93,6 +93,8 @@ pub fn restore(
         .map(|image| image.try_clone().map(OwnedFd::from))
         .collect::<Result<_, _>>()
         .map_err(|error| Failure::io("holding the checkpoint", &error))?;
+    let key = entry.chain_key()?.map(|key| key.to_pipe()).transpose();
+    let key = key.map_err(|error| Failure::io("passing the checkpoint's key on", &error))?;
     drop(opened);
     let archive = settings.archive.canonicalize();
     let archive = archive.map_err(|error| Failure::io("looking at the archive", &error))?;
@@ -102,7 +104,7 @@ pub fn restore(
         budget_bytes: ram.bytes(),
         store: settings.store.clone(),
         store_overcommit: settings.store_overcommit,
-        store_encrypt: settings.store_encrypt,
+        store_encrypt: settings.store_encrypt || entry.is_encrypted(),
         prealloc: settings.prealloc,
         lock: settings.lock,
     };
@@ -119,6 +121,7 @@ pub fn restore(
             checkpoint: entry.name().to_owned(),
             options: settings.options,
             locks: locks.iter().map(AsRawFd::as_raw_fd).collect(),
+            key: key.as_ref().map(AsRawFd::as_raw_fd),
         }));
         launch::launch(&binary, plan, role)
     };
@@ -133,7 +136,7 @@ pub fn restore(
     }
     info!(vm = %name, from = %entry.path().display(), qemu = %binary.display(), "starting");
     launch.notes.iter().for_each(|note| warn!("{note}"));
-    launch.inherits(locks);
+    launch.inherits(locks.into_iter().chain(key.map(OwnedFd::from)).collect());
     let error = std::os::unix::process::CommandExt::exec(&mut launch.command);
     Err(Failure::io(format!("cannot start {}", binary.display()), &error))
 }

@@ -1,13 +1,14 @@
-//! Encryption of the store: AES-256 in XTS mode (IEEE 1619, NIST SP 800-38E). A page is a data unit; its number is
-//! the tweak.
+//! Encryption of pages, in the store and in an encrypted checkpoint: AES-256 in XTS mode (IEEE 1619, NIST SP 800-38E). A
+//! page is a data unit; its number is the tweak.
 //!
 //! The mode is implemented here, on the AES blocks of a library, because a whole page at a time keeps the processor's
 //! AES units busy. The library that has the mode works on one block after the other, which takes several times as
 //! long. The tests compare the two.
 //!
-//! The key is made when the engine starts, is known to this process alone, and is gone when the process ends, as is
-//! the content of the store. XTS does not detect content that was changed or replaced by an older version. The
-//! checksums do: they are of the plain content, and in memory.
+//! The store's key is made when the engine starts, is known to this process alone, and is gone when the process ends, as
+//! is the content of the store. A checkpoint's key comes from its user. XTS does not detect content that was changed or
+//! replaced by an older version. The checksums do: they are of the plain content, and in memory, or sealed beside the
+//! checkpoint's pages.
 
 use std::io;
 
@@ -27,7 +28,7 @@ struct Keys {
     tweak: Aes256,
 }
 
-/// A key that nobody else has.
+/// A key of pages, ready for use.
 pub struct Cipher(Box<Keys>);
 
 impl std::fmt::Debug for Cipher {
@@ -37,6 +38,9 @@ impl std::fmt::Debug for Cipher {
 }
 
 impl Cipher {
+    /// Bytes of a key.
+    pub const KEY_BYTES: usize = 2 * KEY_BYTES;
+
     /// A new key from the kernel. With `lock` it is kept out of the host's swap.
     ///
     /// # Errors
@@ -47,13 +51,29 @@ impl Cipher {
         let cipher = Cipher::of(&keys);
         keys.zeroize();
         if lock {
-            let at = &raw const *cipher.0;
-            // SAFETY: locking changes nothing of the content of the pages that the cipher is in.
-            if unsafe { libc::mlock(at.cast(), size_of_val(&*cipher.0)) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
+            cipher.lock()?;
         }
         Ok(cipher)
+    }
+
+    /// With a key that is known elsewhere: the half for the content, then the half for the tweaks. Whoever has it wipes
+    /// its copy.
+    pub fn with_key(key: &[u8; Cipher::KEY_BYTES]) -> Cipher {
+        let (halves, _) = key.as_chunks::<KEY_BYTES>();
+        Cipher::of(halves.try_into().expect("a key is two halves"))
+    }
+
+    /// Keeps the key out of the host's swap.
+    ///
+    /// # Errors
+    /// If the kernel does not lock memory.
+    pub fn lock(&self) -> io::Result<()> {
+        let at = &raw const *self.0;
+        // SAFETY: locking changes nothing of the content of the pages that the cipher is in.
+        match unsafe { libc::mlock(at.cast(), size_of_val(&*self.0)) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     fn of([content, tweak]: &[[u8; KEY_BYTES]; 2]) -> Cipher {
@@ -151,7 +171,8 @@ mod tests {
         Cipher::of(&keys).encrypt(run, &mut ours);
         library.encrypt_area(&mut theirs, PAGE_SIZE, run.start.0.into(), xts_mode::get_tweak_default);
         assert!(ours == theirs);
-        Cipher::of(&keys).decrypt(run, &mut ours);
+        let whole: Vec<u8> = keys.concat();
+        Cipher::with_key(&whole.try_into().unwrap()).decrypt(run, &mut ours);
         assert!(ours == plain);
     }
 

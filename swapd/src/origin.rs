@@ -1,7 +1,7 @@
 //! The origin: files from which pages come and to which none goes, a checkpoint's image with those that it is based on.
 //!
-//! Page *n* is the 4096 bytes at offset *n* x 4096 of the *layer* that has it, plain as the guest wrote them. Several
-//! VMs may have the same files for their origin, so nothing here can write: the files must be open for reading alone.
+//! Page *n* is the 4096 bytes at offset *n* x 4096 of the *layer* that has it, plain as the guest wrote them, or
+//! encrypted with the origin's one key. Several VMs may have the same files for their origin, so nothing here can write: the files must be open for reading alone.
 //! A page is believed only if its checksum is the one that was adopted with it, as with every tier.
 
 use std::fs::File;
@@ -9,10 +9,13 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 use swapcore::units::{PAGE_SIZE, PageNo, Run, pages_in};
+
+use crate::cipher::Cipher;
 
 /// What a VM's pages are read from until they have a place at their home.
 #[derive(Debug)]
@@ -21,6 +24,8 @@ pub struct Origin {
     pub layers: Vec<OriginLayer>,
     /// Which of them has which page.
     pub layer_of: LayerOf,
+    /// With which all pages are encrypted; none: they are plain.
+    pub cipher: Option<Arc<Cipher>>,
 }
 
 /// One file of an origin, page *n* at offset *n* x 4096.
@@ -133,6 +138,7 @@ fn end_direct(file: &File) -> io::Result<()> {
 pub(crate) struct Layers {
     layers: Vec<Layer>,
     layer_of: LayerOf,
+    cipher: Option<Arc<Cipher>>,
     closed: AtomicBool,
 }
 
@@ -149,7 +155,7 @@ pub(crate) struct Layer {
 impl Layers {
     /// Takes only as long as a look at one byte a page, whatever the files' size.
     pub(crate) fn check(origin: Origin, pages: u64) -> Result<Layers, OriginError> {
-        let Origin { layers, layer_of } = origin;
+        let Origin { layers, layer_of, cipher } = origin;
         if layers.is_empty() || layers.len() > Origin::LAYERS_MAX {
             return Err(OriginError::Layers { layers: layers.len() });
         }
@@ -165,7 +171,12 @@ impl Layers {
             let blocks = may_block(&file).map_err(|source| OriginError::Unusable { layer, source })?;
             checked.push(Layer { file, blocks });
         }
-        Ok(Layers { layers: checked, layer_of, closed: AtomicBool::new(false) })
+        Ok(Layers { layers: checked, layer_of, cipher, closed: AtomicBool::new(false) })
+    }
+
+    /// With which what is read here is to be decrypted, if it is encrypted.
+    pub(crate) fn cipher(&self) -> Option<&Cipher> {
+        self.cipher.as_deref()
     }
 
     pub(crate) fn layer(&self, nth: usize) -> &Layer {
@@ -300,7 +311,7 @@ mod tests {
     }
 
     fn refused(layers: Vec<OriginLayer>, layer_of: LayerOf) -> OriginError {
-        Layers::check(Origin { layers, layer_of }, PAGES).expect_err("no such origin can be")
+        Layers::check(Origin { layers, layer_of, cipher: None }, PAGES).expect_err("no such origin can be")
     }
 
     #[test]
@@ -312,7 +323,7 @@ mod tests {
         numbers[21..30].fill(2);
         // Each file has what it is asked for, and layer 1, which has nothing, is empty.
         let layers = layers(&directory, &[21, 0, 30]);
-        let origin = Origin { layers, layer_of: LayerOf::PerPage(numbers) };
+        let origin = Origin { layers, layer_of: LayerOf::PerPage(numbers), cipher: None };
         let origin = Layers::check(origin, PAGES).unwrap();
         let mut rest = Run::new(PageNo(12), 18);
         let mut parts = Vec::new();

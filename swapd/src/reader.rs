@@ -59,10 +59,8 @@ pub struct Cloned {
 /// The reason why pages could not be put into a file.
 #[derive(Debug, thiserror::Error)]
 pub enum CloneError {
-    /// The store is encrypted: a copy of what it has would be of no use.
-    #[error(
-        "what an encrypted store has is of no use outside of this VM's process, which alone knows the key"
-    )]
+    /// The tier is encrypted with a key of its own: a copy of what it has would be of no use.
+    #[error("what an encrypted tier has is of no use elsewhere: it is encrypted with a key of its own")]
     Encrypted,
     /// The kernel neither shares the blocks nor copies them.
     #[error("pages cannot be cloned from {tier}")]
@@ -129,6 +127,18 @@ impl StoredReader {
         tier == TierId::STORE || !self.origin(tier).lacks(Run::one(page))
     }
 
+    /// Whether the VM's pages are encrypted where they are stored, or were in the checkpoint that the VM began from.
+    pub fn is_encrypted(&self) -> bool {
+        self.cipher.is_some() || self.origin.as_ref().is_some_and(|origin| origin.cipher().is_some())
+    }
+
+    fn cipher(&self, tier: TierId) -> Option<&Cipher> {
+        match tier {
+            TierId::STORE => self.cipher.as_deref(),
+            _ => self.origin.as_deref().and_then(Layers::cipher),
+        }
+    }
+
     fn origin(&self, tier: TierId) -> &Layers {
         let origin = self.origin.as_deref().filter(|_| tier == TierId::ORIGIN);
         origin.unwrap_or_else(|| panic!("{tier}, which this VM does not have"))
@@ -147,9 +157,7 @@ impl StoredReader {
     /// # Panics
     /// If there are not as many bytes and sums as the run has pages.
     pub fn open(&self, tier: TierId, run: Run, sums: &[u64], bytes: &mut [u8]) -> Result<(), IoError> {
-        if let Some(cipher) = &self.cipher
-            && tier == TierId::STORE
-        {
+        if let Some(cipher) = self.cipher(tier) {
             cipher.decrypt(run, bytes);
         }
         verify(tier, run, sums, bytes)
@@ -177,9 +185,9 @@ impl StoredReader {
     /// checksums go along.
     ///
     /// # Errors
-    /// The store is encrypted, or the kernel refuses. A part may have been done.
+    /// The tier is encrypted, or the kernel refuses. A part may have been done.
     pub fn clone_into(&self, tier: TierId, file: &File, runs: &[Run]) -> Result<Cloned, CloneError> {
-        if self.cipher.is_some() && tier == TierId::STORE {
+        if self.cipher(tier).is_some() {
             return Err(CloneError::Encrypted);
         }
         // A way that one of the tier's files refuses may be open to another.

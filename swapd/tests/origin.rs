@@ -63,10 +63,15 @@ fn assert_as_restored(vm: &Vm, image: &Image) {
 
 #[test]
 fn pages_are_read_from_their_layer_and_only_what_has_changed_goes_home() {
-    // The store's key is none of the origin's business.
-    for (files, encrypt) in [(1, false), (3, false), (3, true)] {
+    // The store's key is none of the origin's business, nor the other way round.
+    for (files, encrypt, own_key) in
+        [(1, false, false), (3, false, false), (3, true, false), (3, true, true), (1, false, true)]
+    {
         let directory = testkit::directory_in(store_directory(), "origin");
-        let image = Image::new(directory.path(), PAGES, files, mostly);
+        let image = match own_key {
+            true => Image::encrypted(directory.path(), PAGES, files, mostly),
+            false => Image::new(directory.path(), PAGES, files, mostly),
+        };
         let before = image.digest();
         let vm = restored(&image, encrypt);
         let at_origin = || vm.stats().origin_bytes / PAGE_SIZE as u64;
@@ -180,7 +185,8 @@ fn an_origin_of_64_gib_is_there_at_once() {
         let mut config = config(64 * GIB, 64 * MIB, store_directory(), false);
         config.store.overcommit = true;
         let files = [OriginLayer::open(&path).unwrap(), OriginLayer::open(&path).unwrap()];
-        config.origin = Some(Origin { layers: files.into(), layer_of: LayerOf::PerPage(layers) });
+        config.origin =
+            Some(Origin { layers: files.into(), layer_of: LayerOf::PerPage(layers), cipher: None });
         let since = Instant::now();
         let vm = Vm::of(started(Engine::start(config, Box::new(|_| {}))));
         (vm, since.elapsed())
@@ -344,6 +350,39 @@ fn held_pages_are_read_and_cloned_from_their_layers() {
     file.read_exact_at(&mut bytes, run.start.offset()).unwrap();
     assert!(bytes == expected);
     handle.release(run).unwrap();
+}
+
+/// What is encrypted with the origin's own key is decrypted beside the engine too, and its blocks are of no use elsewhere.
+#[test]
+fn held_pages_of_an_encrypted_origin_are_decrypted_and_not_cloned() {
+    let directory = testkit::directory_in(store_directory(), "held-encrypted");
+    let image = Image::encrypted(directory.path(), PAGES, 3, mostly);
+    let vm = restored(&image, false);
+    let (handle, run) = (vm.handle(), Run::new(PageNo(910), 250));
+    handle.hold(run).unwrap();
+    let sums = handle.sums_async(run).blocking_recv().unwrap().unwrap();
+    let reader = handle.stored_reader();
+    assert!(reader.is_encrypted());
+    let mut bytes = memmap2::MmapMut::map_anon(run.bytes()).unwrap();
+    reader.read(TierId::ORIGIN, run, &sums, &mut bytes).unwrap();
+    let expected: Vec<u8> = run.pages().flat_map(|page| image::content(page, ROUND)).collect();
+    assert!(bytes[..] == expected);
+    let path = directory.path().join("clone");
+    let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
+    let cloned = reader.clone_into(TierId::ORIGIN, &file, &[run]);
+    assert!(matches!(cloned, Err(swapd::CloneError::Encrypted)), "{cloned:?}");
+    handle.release(run).unwrap();
+    // A byte of the image is another one: that page is lost, and no other.
+    let page = PageNo((0..PAGES).find(|page| image.has(PageNo(*page))).unwrap());
+    let file = File::options().read(true).write(true).open(image.path_of(page)).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, page.offset() + 77).unwrap();
+    file.write_all_at(&[!byte[0]], page.offset() + 77).unwrap();
+    let damaged = restored(&image, false);
+    let sums = image.sums_of(Run::one(page));
+    let mut bytes = memmap2::MmapMut::map_anon(PAGE_SIZE).unwrap();
+    let read = damaged.handle().stored_reader().read(TierId::ORIGIN, Run::one(page), &sums, &mut bytes);
+    assert!(read.is_err(), "a page that was changed counts as whole");
 }
 
 /// A page at the origin is no further away than one in the store, on the same disk: `VMEMD_LONG=1`, nothing else

@@ -84,6 +84,7 @@ pub(crate) fn write(dir: &Path, guest: &Guest, memory: &[u8], state: &[u8]) -> P
         },
         base: None,
         pages: map.counts(),
+        encryption: None,
         parts: Parts { map: part("memory.map", &map.encode()), state: part("state", state) },
         save: Save::default(),
     };

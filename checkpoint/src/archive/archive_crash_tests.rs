@@ -3,7 +3,7 @@
 use super::*;
 
 /// Ends the operation at each of its steps, in each way, and looks at what is there then; then does it again.
-fn crash_everywhere(
+pub(super) fn crash_everywhere(
     may: &[u64],
     must: &[u64],
     setup: impl Fn(&mut Place),

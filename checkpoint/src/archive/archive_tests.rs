@@ -9,12 +9,16 @@ use testkit::TempDir;
 
 use super::crash::{self, Kind};
 use super::*;
+use crate::format::sealed::{SealedAs, SealedWriter, encode_map};
 use crate::format::{
     FirstFaults, FormatError, Machine, Manifest, MapBuilder, MemoryMap, PageKind, Save, VmFacts,
 };
+use crate::key::{ArchiveKey, ChainKey, SALT_BYTES};
 
 #[path = "archive_crash_tests.rs"]
 mod crashes;
+#[path = "encrypted_tests.rs"]
+mod encrypted;
 #[path = "archive_loss_tests.rs"]
 mod losses;
 
@@ -41,11 +45,13 @@ struct Place {
     dir: TempDir,
     /// What each checkpoint has saved, by the time of its making.
     saved: BTreeMap<u64, Memory>,
+    /// Its checkpoints are encrypted with this.
+    key: Option<ArchiveKey>,
 }
 
 impl Place {
     fn new() -> Place {
-        Place { dir: testkit::directory("archive"), saved: BTreeMap::new() }
+        Place { dir: testkit::directory("archive"), saved: BTreeMap::new(), key: None }
     }
 
     fn path(&self) -> PathBuf {
@@ -53,11 +59,11 @@ impl Place {
     }
 
     fn archive(&self) -> Archive {
-        Archive::open(&self.path()).unwrap()
+        Archive::open(&self.path()).unwrap().with_key(self.key.clone())
     }
 
     fn lock(&self) -> Locked {
-        Archive::create(&self.path()).unwrap().lock().unwrap()
+        Archive::create(&self.path()).unwrap().with_key(self.key.clone()).lock().unwrap()
     }
 
     /// Makes a checkpoint as a VM's process does, in the second that is given.
@@ -159,6 +165,7 @@ fn save(archive: &Locked, memory: &Memory, base: Option<&str>, second: u64) -> R
     let pending = archive.new_checkpoint("web", MEMORY, base.as_ref())?;
     let mut map = MapBuilder::new(PAGES as u64);
     let mut page_buffer = MmapMut::map_anon(PAGE_SIZE).unwrap();
+    let cipher = pending.key().map(ChainKey::pages);
     for (page, version) in memory.iter().enumerate() {
         let run = Run::one(PageNo(page as u64));
         match *version {
@@ -172,13 +179,25 @@ fn save(archive: &Locked, memory: &Memory, base: Option<&str>, second: u64) -> R
                 } else {
                     map.set_content(run, PageKind::Here, &[sum]);
                     page_buffer.copy_from_slice(&content(page, version));
+                    if let Some(cipher) = &cipher {
+                        cipher.encrypt(run, &mut page_buffer);
+                    }
                     pending.image().write_all_at(&page_buffer, run.start.offset()).unwrap();
                 }
             }
         }
     }
-    map.finish(&[9; PAGES]).write(&mut pending.map()).unwrap();
-    pending.state().write_all_at(&second.to_le_bytes(), 0).unwrap();
+    let map = encode_map(&map.finish(&[9; PAGES]), pending.key()).unwrap();
+    pending.map().write_all_at(&map, 0).unwrap();
+    match pending.key() {
+        None => pending.state().write_all_at(&second.to_le_bytes(), 0).unwrap(),
+        Some(key) => {
+            let mut sealed =
+                SealedWriter::new(pending.state(), key, SealedAs::State, [7; SALT_BYTES]).unwrap();
+            io::Write::write_all(&mut sealed, &second.to_le_bytes()).unwrap();
+            sealed.finish().unwrap();
+        }
+    }
     pending.finish(made("web", second))
 }
 
@@ -187,6 +206,7 @@ fn restored(archive: &Archive, entry: &Entry) -> Memory {
     let chain = archive.chain(entry).unwrap();
     let images = chain.images(false).unwrap();
     let layers = chain.layers().unwrap();
+    let cipher = chain.cipher().unwrap();
     let mut memory = [ZERO; PAGES];
     let per_page = layers.per_page();
     for piece in layers.pieces() {
@@ -198,6 +218,9 @@ fn restored(archive: &Archive, entry: &Entry) -> Memory {
                     assert_eq!(per_page[page.index()], layer);
                     let mut bytes = vec![0; PAGE_SIZE];
                     images[usize::from(layer)].read_exact_at(&mut bytes, page.offset()).unwrap();
+                    if let Some(cipher) = &cipher {
+                        cipher.decrypt(Run::one(page), &mut bytes);
+                    }
                     // The first word tells the version.
                     let word = u64::from_le_bytes(bytes[..8].try_into().unwrap());
                     let version = (1..1000).find(|version| testkit::pages::word(page.0, *version, 0) == word);

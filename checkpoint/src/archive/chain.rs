@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use swapd::{PageNo, Run};
+use swapd::{Cipher, PageNo, Run};
 
 use super::entry::IMAGE;
 use super::error::ArchiveError;
@@ -79,6 +79,9 @@ impl Archive {
             if ours.memory_bytes != theirs.memory_bytes {
                 return other("the VM had another size then");
             }
+            if last.manifest().encryption != found.manifest().encryption {
+                return other("the two are not encrypted with one key");
+            }
             if entries.iter().any(|one| one.name() == found.name()) {
                 return Err(ArchiveError::Circle { name: entry.name().to_owned(), base: base.name });
             }
@@ -120,6 +123,14 @@ impl Chain {
             }
         };
         self.entries.iter().map(open).collect()
+    }
+
+    /// With which the pages of all its images are encrypted, if they are.
+    ///
+    /// # Errors
+    /// If the archive was not given their key.
+    pub fn cipher(&self) -> Result<Option<Cipher>, ArchiveError> {
+        Ok(self.top().chain_key()?.map(|key| key.pages()))
     }
 
     /// Reads the maps, and finds out which checkpoint has which page.

@@ -11,7 +11,9 @@ use xxhash_rust::xxh3::Xxh3Default;
 use super::error::ArchiveError;
 use super::steps;
 use crate::format::manifest::{MAX_BYTES, Sum};
-use crate::format::{FirstFaults, FormatError, Manifest, MemoryMap, Part};
+use crate::format::sealed::{SealedAs, SealedReader, read_map};
+use crate::format::{FirstFaults, FormatError, Manifest, MemoryMap, Part, Parts};
+use crate::key::{ArchiveKey, ChainKey};
 
 /// The checkpoint's pages: page *n* at offset *n* x 4096.
 pub const IMAGE: &str = "memory.img";
@@ -34,11 +36,35 @@ pub struct Entry {
     /// Open: files are found in it also when it has been given another name.
     dir: Arc<File>,
     path: PathBuf,
+    key: Option<ArchiveKey>,
+}
+
+/// The state of virtual processors and devices, to be read once.
+#[derive(Debug)]
+pub enum StateReader {
+    /// As it was written.
+    Plain(File),
+    /// Of an encrypted checkpoint.
+    Sealed(SealedReader<File>),
+}
+
+impl Read for StateReader {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            StateReader::Plain(file) => file.read(bytes),
+            StateReader::Sealed(reader) => reader.read(bytes),
+        }
+    }
 }
 
 impl Entry {
     /// Reads the manifest in a directory; `None` if the directory is none of a checkpoint.
-    pub(super) fn read(archive: &Path, dir: File, name: &str) -> Result<Option<Entry>, ArchiveError> {
+    pub(super) fn read(
+        archive: &Path,
+        key: Option<&ArchiveKey>,
+        dir: File,
+        name: &str,
+    ) -> Result<Option<Entry>, ArchiveError> {
         let path = archive.join(name);
         let file = match steps::open(&dir, MANIFEST, false) {
             Ok(file) => file,
@@ -60,11 +86,24 @@ impl Entry {
         }
         let manifest =
             Manifest::decode(&bytes).map_err(|error| ArchiveError::format(path.join(MANIFEST), error))?;
-        Ok(Some(Entry { name: name.to_owned(), manifest, dir: Arc::new(dir), path }))
+        let (dir, key) = (Arc::new(dir), key.cloned());
+        Ok(Some(Entry { name: name.to_owned(), manifest, dir, path, key }))
     }
 
-    pub(super) fn new(name: String, manifest: Manifest, dir: Arc<File>, path: PathBuf) -> Entry {
-        Entry { name, manifest, dir, path }
+    pub(super) fn new(
+        archive: &Path,
+        key: Option<ArchiveKey>,
+        name: String,
+        manifest: Manifest,
+        dir: Arc<File>,
+    ) -> Entry {
+        let path = archive.join(&name);
+        Entry { name, manifest, dir, path, key }
+    }
+
+    /// The same with another manifest.
+    pub(super) fn with(&self, manifest: Manifest) -> Entry {
+        Entry { manifest, ..self.clone() }
     }
 
     /// Its name in the archive.
@@ -98,17 +137,35 @@ impl Entry {
         &self.dir
     }
 
+    /// Whether it can be read only with its key.
+    pub fn is_encrypted(&self) -> bool {
+        self.manifest.encryption.is_some()
+    }
+
+    /// The key of its chain; none if it is not encrypted.
+    ///
+    /// # Errors
+    /// If it is encrypted, and its archive was not given a key, or another one.
+    pub fn chain_key(&self) -> Result<Option<ChainKey>, ArchiveError> {
+        let name = || self.name.clone();
+        let Some(encryption) = &self.manifest.encryption else { return Ok(None) };
+        let key = self.key.as_ref().ok_or_else(|| ArchiveError::KeyNeeded { name: name() })?;
+        let wrong = || ArchiveError::WrongKey { name: name(), key: key.from().to_owned() };
+        key.chain(encryption).ok_or_else(wrong).map(Some)
+    }
+
     /// Reads its map, and finds it to be the one that the manifest names.
     ///
     /// # Errors
     /// If it cannot be read, or is damaged.
     pub fn map(&self) -> Result<MemoryMap, ArchiveError> {
+        let key = self.chain_key()?;
         let part = &self.manifest.parts.map;
         let file = self.open_part(part)?;
         self.check_part(part, &file)?;
         let wrong = |source| ArchiveError::format(self.path.join(&part.file), source);
         let file = self.open_part(part)?;
-        let map = MemoryMap::read_file(&file).map_err(wrong)?;
+        let map = read_map(&file, key.as_ref()).map_err(wrong)?;
         if map.pages() != self.manifest.memory_pages() || map.counts() != self.manifest.pages {
             return Err(wrong(FormatError::Value("it and the manifest have not the same pages")));
         }
@@ -119,10 +176,28 @@ impl Entry {
     ///
     /// # Errors
     /// If it cannot be read, or is damaged.
-    pub fn state(&self) -> Result<File, ArchiveError> {
+    pub fn state(&self) -> Result<StateReader, ArchiveError> {
+        let key = self.chain_key()?;
+        let file = self.state_file()?;
+        let Some(key) = key else { return Ok(StateReader::Plain(file)) };
+        let part = &self.manifest.parts.state;
+        let reader = SealedReader::new(file, part.bytes, &key, SealedAs::State);
+        Ok(StateReader::Sealed(
+            reader.map_err(|error| ArchiveError::format(self.path.join(&part.file), error))?,
+        ))
+    }
+
+    /// The same as it is in its file.
+    pub(crate) fn state_file(&self) -> Result<File, ArchiveError> {
         let part = &self.manifest.parts.state;
         self.check_part(part, &self.open_part(part)?)?;
         self.open_part(part)
+    }
+
+    /// Compares what can be compared without the key: whether its parts are the files that the manifest names.
+    pub(super) fn check_sealed(&self) -> Result<(), ArchiveError> {
+        let Parts { map, state } = &self.manifest.parts;
+        [map, state].into_iter().try_for_each(|part| self.check_part(part, &self.open_part(part)?))
     }
 
     /// Opens the image to be read, for direct I/O if that is wanted and the file system can. Nobody removes the

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use swapd::PageNo;
 
 use crate::format::FormatError;
+use crate::key::KeyFileError;
 
 /// Why something could not be done with an archive.
 #[derive(Debug, thiserror::Error)]
@@ -148,6 +149,37 @@ pub enum ArchiveError {
         name: String,
         /// Another one, whose manifest cannot be read.
         damaged: String,
+    },
+    /// It is encrypted, and nobody has named its key.
+    #[error("checkpoint {name} is encrypted: name the file of its key (--key KEYFILE)")]
+    KeyNeeded {
+        /// The checkpoint.
+        name: String,
+    },
+    /// It is encrypted with another key.
+    #[error("the key in {key} is not the one of checkpoint {name}")]
+    WrongKey {
+        /// The checkpoint.
+        name: String,
+        /// The key's file.
+        key: PathBuf,
+    },
+    /// A key was named for what is not encrypted: it may be another checkpoint than its user takes it for.
+    #[error("checkpoint {name} is not encrypted: leave --key out, if that is as it should be")]
+    NotEncrypted {
+        /// The checkpoint.
+        name: String,
+    },
+    /// A file is no key.
+    #[error(transparent)]
+    KeyFile(#[from] KeyFileError),
+    /// The new checkpoint would share pages with one that is not encrypted as it is.
+    #[error("checkpoint {base} cannot be the base: {why}")]
+    BaseKey {
+        /// The checkpoint that was to be the base.
+        base: String,
+        /// What does not fit.
+        why: &'static str,
     },
     /// A base is not there.
     #[error("checkpoint {name} needs the pages of {base}, which is not in the archive: put it back")]

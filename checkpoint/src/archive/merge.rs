@@ -9,7 +9,6 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use swapd::units::bytes_of;
@@ -18,8 +17,9 @@ use super::chain::{Chain, Layers, Source};
 use super::entry::{Entry, IMAGE, MANIFEST, MAP, NEW_SUFFIX, sum_of};
 use super::error::ArchiveError;
 use super::keep::clean_entry;
-use super::read::{Piece, Watch, read_all};
+use super::read::{Images, Piece, Watch, read_all};
 use super::{Locked, steps};
+use crate::format::sealed::encode_map;
 use crate::format::{Manifest, MemoryMap, Part, Parts};
 
 /// Whether the checkpoint's holes may have something in them. It has a name that is cleaned by every vmemd.
@@ -52,7 +52,8 @@ impl Locked {
         }
         let chain = self.chain(&entry)?;
         // So that what is read stays, and what is removed by hand is noticed.
-        let images = chain.images(true)?;
+        let files = chain.images(true)?;
+        let images = Images { files: &files, cipher: chain.cipher()? };
         let layers = chain.layers()?;
         self.has_room(&layers)?;
         let image = steps::open_to_write(entry.dir(), IMAGE, true)
@@ -106,7 +107,7 @@ impl Locked {
 fn fill(
     chain: &Chain,
     layers: &Layers,
-    images: &[File],
+    images: &Images<'_>,
     image: &File,
     watch: Watch<'_>,
 ) -> Result<Merged, ArchiveError> {
@@ -126,7 +127,7 @@ fn fill(
         let put = || {
             let at = piece.run.start.offset();
             // Blocks of a file that was opened past the page cache can be shared as well.
-            if steps::share(&images[piece.image], image, at, bytes.len() as u64)? {
+            if steps::share(&images.files[piece.image], image, at, bytes.len() as u64)? {
                 return Ok(&shared);
             }
             steps::write(image, bytes, at)?;
@@ -160,9 +161,10 @@ fn prepare(entry: &Entry, map: &MemoryMap) -> Result<Manifest, ArchiveError> {
     };
     let old = &entry.manifest().parts;
     let file = next_map(&old.map.file);
+    let key = entry.chain_key()?;
     let part = || {
         let made = steps::create(dir, &file, false)?;
-        steps::write(&made, &map.encode(), 0)?;
+        steps::write(&made, &encode_map(map, key.as_ref())?, 0)?;
         steps::sync(&made)?;
         let (bytes, xxh3) = sum_of(&steps::open(dir, &file, false)?)?;
         Ok(Part { file: file.clone(), bytes, xxh3 })
@@ -192,16 +194,7 @@ fn replace(entry: &Entry, manifest: &Manifest) -> Result<(), ArchiveError> {
         // Before the old map goes, and before anybody may remove the bases.
         .and_then(|()| steps::sync_dir(dir));
     replaced.map_err(|error| ArchiveError::io("replace", entry.path().join(MANIFEST), error))?;
-    let now = Entry::new(
-        entry.name().to_owned(),
-        manifest.clone(),
-        entry
-            .dir()
-            .try_clone()
-            .map(Arc::new)
-            .map_err(|error| ArchiveError::io("use", entry.path(), error))?,
-        entry.path().to_owned(),
-    );
+    let now = entry.with(manifest.clone());
     clean_entry(&now)
 }
 

@@ -31,7 +31,7 @@ mod steps;
 mod verify;
 
 pub use chain::{Chain, LayeredPiece, Layers, MAX_CHAIN, Source};
-pub use entry::{Entry, FIRST_FAULTS, IMAGE, MANIFEST, MAP, STATE};
+pub use entry::{Entry, FIRST_FAULTS, IMAGE, MANIFEST, MAP, STATE, StateReader};
 pub use error::ArchiveError;
 pub use keep::Kept;
 pub use merge::Merged;
@@ -40,6 +40,7 @@ pub use read::Progress;
 pub use verify::{Damage, Verified};
 
 use crate::format::manifest::is_name;
+use crate::key::ArchiveKey;
 
 /// Locked by whoever changes the archive; a directory is an archive because it has this file.
 const LOCK: &str = "archive.lock";
@@ -55,6 +56,7 @@ const NOT_OURS: &str = "lost+found";
 pub struct Archive {
     path: PathBuf,
     dir: Arc<File>,
+    key: Option<ArchiveKey>,
 }
 
 /// An archive that nobody else changes meanwhile.
@@ -129,7 +131,13 @@ impl Archive {
         let path = std::path::absolute(path)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = File::from(rustix::fs::open(&path, flags, Mode::empty())?);
-        Ok(Archive { path, dir: Arc::new(dir) })
+        Ok(Archive { path, dir: Arc::new(dir), key: None })
+    }
+
+    /// The same archive, with a key: encrypted checkpoints of it can be read, and each that is made is encrypted.
+    #[must_use]
+    pub fn with_key(self, key: Option<ArchiveKey>) -> Archive {
+        Archive { key, ..self }
     }
 
     /// What is in a checkpoint's files becomes a machine's memory and state: nobody else may write them.
@@ -239,7 +247,7 @@ impl Archive {
     /// What has this name, if it is a checkpoint.
     fn entry(&self, name: &str) -> Result<Option<Entry>, ArchiveError> {
         match steps::open_dir(&self.dir, name) {
-            Ok(dir) => match Entry::read(&self.path, dir, name) {
+            Ok(dir) => match Entry::read(&self.path, self.key.as_ref(), dir, name) {
                 // Whoever removes a checkpoint gives its directory another name first.
                 Err(ArchiveError::NoManifest { .. }) if !self.is_there(name) => Ok(None),
                 read => read,

@@ -12,7 +12,11 @@ use super::entry::{Entry, IMAGE, MANIFEST, MAP, STATE, is_same, sum_of};
 use super::error::ArchiveError;
 use super::keep::remove_tree;
 use super::{Locked, NEW, names, steps};
-use crate::format::{BaseRef, CheckpointId, FormatError, Manifest, MemoryMap, Part, Parts, Save, VmFacts};
+use crate::format::sealed::read_map;
+use crate::format::{
+    BaseRef, CheckpointId, Encryption, FormatError, Manifest, MemoryMap, Part, Parts, Save, VmFacts,
+};
+use crate::key::ChainKey;
 use crate::outside::planted;
 
 /// What is said of a checkpoint by whoever has made it; the rest of its manifest is found in its files.
@@ -39,6 +43,8 @@ pub struct Pending<'a> {
     map: File,
     state: File,
     base: Option<BaseRef>,
+    /// How it is encrypted, and with which key.
+    seal: Option<(Encryption, ChainKey)>,
     finished: bool,
 }
 
@@ -74,6 +80,7 @@ impl Locked {
                 });
             }
         }
+        let seal = self.seal(base.map(Chain::top))?;
         let id = CheckpointId::random().map_err(|error| ArchiveError::io("name", &self.path, error))?;
         let name = format!("{NEW}{:016x}", id.0 as u64);
         let path = self.path.join(&name);
@@ -91,7 +98,7 @@ impl Locked {
         match make() {
             Ok((dir, image, map, state)) => {
                 let dir = Arc::new(dir);
-                Ok(Pending { archive: self, name, dir, image, map, state, base, finished: false })
+                Ok(Pending { archive: self, name, dir, image, map, state, base, seal, finished: false })
             }
             Err(error) => {
                 let _ = remove_tree(&self.dir, &name);
@@ -101,7 +108,34 @@ impl Locked {
     }
 }
 
+impl Locked {
+    /// How a checkpoint with this base is encrypted: with the key of the base's chain, so that they can share blocks; not
+    /// at all, if the archive was given no key.
+    fn seal(&self, base: Option<&Entry>) -> Result<Option<(Encryption, ChainKey)>, ArchiveError> {
+        let refused = |base: &Entry, why| Err(ArchiveError::BaseKey { base: base.name().to_owned(), why });
+        match (&self.key, base) {
+            (None, Some(base)) if base.is_encrypted() => {
+                refused(base, "it is encrypted, and this one would not be (--encrypt-to KEYFILE)")
+            }
+            (None, _) => Ok(None),
+            (Some(key), None) => {
+                let made = key.new_chain();
+                Ok(Some(made.map_err(|error| ArchiveError::io("make a salt for", &self.path, error))?))
+            }
+            (Some(_), Some(base)) => match base.chain_key()?.zip(base.manifest().encryption.clone()) {
+                Some((key, encryption)) => Ok(Some((encryption, key))),
+                None => refused(base, "it is not encrypted, and this one is to be"),
+            },
+        }
+    }
+}
+
 impl Pending<'_> {
+    /// The key with which its files are to be written; none: they are plain.
+    pub fn key(&self) -> Option<&ChainKey> {
+        self.seal.as_ref().map(|(_, key)| key)
+    }
+
     /// The image: page *n* at offset *n* x 4096. Opened for direct I/O if the file system can.
     pub fn image(&self) -> &File {
         &self.image
@@ -175,12 +209,19 @@ impl Pending<'_> {
             }
             steps::sync(file).map_err(|error| ArchiveError::io("flush", path.join(name), error))?;
         }
-        let map = self.read_map(&path)?;
         let wrong = |why| ArchiveError::format(path.join(MAP), FormatError::Value(why));
-        if map.pages() != pages_in(made.vm.memory_bytes) {
-            return Err(wrong("it is of a memory of another size"));
-        }
-        let pages = map.counts();
+        // Of one that is encrypted with a key that is not here, nobody can read the map: its sum is in the manifest.
+        let unread = wanted.filter(|wanted| wanted.encryption.is_some() && self.seal.is_none());
+        let pages = match unread {
+            Some(wanted) => wanted.pages,
+            None => {
+                let map = self.read_map(&path)?;
+                if map.pages() != pages_in(made.vm.memory_bytes) {
+                    return Err(wrong("it is of a memory of another size"));
+                }
+                map.counts()
+            }
+        };
         if pages.base == 0 {
             self.base = None;
         } else if self.base.is_none() {
@@ -201,6 +242,10 @@ impl Pending<'_> {
             vm: made.vm,
             base: self.base.take(),
             pages,
+            encryption: match unread {
+                Some(wanted) => wanted.encryption.clone(),
+                None => self.seal.as_ref().map(|(encryption, _)| encryption.clone()),
+            },
             parts: Parts { map: self.part(MAP)?, state: self.part(STATE)? },
             save: made.save,
         };
@@ -224,7 +269,7 @@ impl Pending<'_> {
         if let Err(source) = steps::sync_dir(&archive.dir) {
             return Err(ArchiveError::NotFlushed { name, path: archive.path.clone(), source });
         }
-        Ok(Entry::new(name.clone(), manifest, self.dir.clone(), archive.path.join(name)))
+        Ok(Entry::new(&archive.path, archive.key.clone(), name, manifest, self.dir.clone()))
     }
 
     /// Gives the directory the first name for that time that is free.
@@ -251,7 +296,7 @@ impl Pending<'_> {
     fn read_map(&self, path: &std::path::Path) -> Result<MemoryMap, ArchiveError> {
         let file = steps::open(&self.dir, MAP, false)
             .map_err(|error| ArchiveError::io("open", path.join(MAP), error))?;
-        MemoryMap::read_file(&file).map_err(|error| ArchiveError::format(path.join(MAP), error))
+        read_map(&file, self.key()).map_err(|error| ArchiveError::format(path.join(MAP), error))
     }
 
     fn part(&self, name: &str) -> Result<Part, ArchiveError> {

@@ -11,7 +11,7 @@ use std::{io, thread};
 use memmap2::MmapMut;
 use swapd::digest::page_sum;
 use swapd::units::bytes_of;
-use swapd::{PAGE_SIZE, PageNo, Run};
+use swapd::{Cipher, PAGE_SIZE, PageNo, Run};
 
 use super::error::ArchiveError;
 
@@ -52,12 +52,19 @@ impl<'a> Piece<'a> {
     }
 }
 
-/// What becomes of a piece: its bytes (anything if they cannot be read), and those of its pages that are damaged.
+/// What becomes of a piece: its bytes as they are in the image (anything if they cannot be read), and those of its pages
+/// that are damaged.
 pub(super) type Each<'a> = &'a (dyn Fn(Piece<'_>, &[u8], &[PageNo]) -> Result<(), ArchiveError> + Sync);
+
+/// Images of one chain, and what they are encrypted with.
+pub(super) struct Images<'a> {
+    pub(super) files: &'a [File],
+    pub(super) cipher: Option<Cipher>,
+}
 
 /// Reads the pieces in about this order, and gives each to `each`, on any of a few threads.
 pub(super) fn read_all(
-    images: &[File],
+    images: &Images<'_>,
     pieces: &[Piece<'_>],
     watch: Watch<'_>,
     each: Each<'_>,
@@ -70,12 +77,16 @@ pub(super) fn read_all(
         return Err(ArchiveError::Cancelled);
     }
     let work = || {
-        let mut buffer = MmapMut::map_anon(bytes_of(PIECE_PAGES.into()) as usize)
-            .map_err(|error| ArchiveError::io("get memory to read", "checkpoints", error))?;
+        let memory = |len| {
+            let made = MmapMut::map_anon(len);
+            made.map_err(|error| ArchiveError::io("get memory to read", "checkpoints", error))
+        };
+        let mut buffer = memory(bytes_of(PIECE_PAGES.into()) as usize)?;
+        let mut plain = memory(PAGE_SIZE)?;
         while !stop.load(Ordering::Relaxed) {
             let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed) as usize) else { break };
             let bytes = &mut buffer[..piece.run.bytes()];
-            let damaged = read(&images[piece.image], *piece, bytes);
+            let damaged = read(images, *piece, bytes, &mut plain);
             each(*piece, bytes, &damaged)?;
             done.fetch_add(piece.run.bytes() as u64, Ordering::Relaxed);
             if !show() {
@@ -102,14 +113,23 @@ pub(super) fn read_all(
 }
 
 /// Reads a piece, and says which of its pages are not what was saved.
-fn read(image: &File, piece: Piece<'_>, bytes: &mut [u8]) -> Vec<PageNo> {
+fn read(images: &Images<'_>, piece: Piece<'_>, bytes: &mut [u8], plain: &mut [u8]) -> Vec<PageNo> {
+    let image = &images.files[piece.image];
     let whole = image.read_exact_at(bytes, piece.run.start.offset()).is_ok();
     let mut damaged = Vec::new();
     let pages = piece.run.pages().zip(bytes.chunks_exact_mut(PAGE_SIZE));
     for ((page, bytes), sum) in pages.zip(piece.sums) {
         // A disk that cannot read a page spoils all that was asked for with it.
         let there = whole || read_page(image, page, bytes).is_ok();
-        if !there || page_sum(page, bytes) != *sum {
+        let content = match &images.cipher {
+            None => &*bytes,
+            Some(cipher) => {
+                plain.copy_from_slice(bytes);
+                cipher.decrypt(Run::one(page), plain);
+                &*plain
+            }
+        };
+        if !there || page_sum(page, content) != *sum {
             damaged.push(page);
         }
     }

@@ -1,5 +1,6 @@
 //! Reading all that checkpoints need.
 
+use std::io;
 use std::sync::Mutex;
 
 use swapd::PageNo;
@@ -7,9 +8,9 @@ use swapd::units::bytes_of;
 
 use super::chain::{MAX_CHAIN, Source};
 use super::error::ArchiveError;
-use super::read::{Piece, Progress, Watch, read_all};
-use super::{Archive, Entry};
-use crate::format::Manifest;
+use super::read::{Images, Piece, Progress, Watch, read_all};
+use super::{Archive, Entry, STATE, StateReader};
+use crate::format::{FormatError, Manifest};
 
 /// So many damaged pages are named.
 const NAMED_PAGES: usize = 16;
@@ -44,6 +45,9 @@ pub struct Verified {
     pub damaged_pages: u64,
     /// What is damaged: the first few pages, and every file.
     pub damage: Vec<Damage>,
+    /// Why checkpoints were not read: their key was not given. Of these only lengths, and sums of the sealed files, were
+    /// compared.
+    pub unread: Vec<ArchiveError>,
 }
 
 impl Archive {
@@ -106,7 +110,15 @@ impl Archive {
         verified: &mut Verified,
     ) -> Result<(), ArchiveError> {
         let chain = self.chain(entry)?;
-        let images = chain.images(true)?;
+        let files = chain.images(true)?;
+        let cipher = match chain.cipher() {
+            Err(error @ (ArchiveError::KeyNeeded { .. } | ArchiveError::WrongKey { .. })) => {
+                verified.unread.push(error);
+                return chain.entries().iter().try_for_each(Entry::check_sealed);
+            }
+            cipher => cipher?,
+        };
+        let images = Images { files: &files, cipher };
         let layers = chain.layers()?;
         let mut pieces: Vec<Piece<'_>> = Vec::new();
         for piece in layers.pieces() {
@@ -132,7 +144,17 @@ impl Archive {
         verified.pages += pieces.iter().map(|piece| u64::from(piece.run.len)).sum::<u64>();
         verified.damaged_pages += found.len() as u64;
         // Last: pages that are damaged are to be told as well.
-        entry.state().map(drop)
+        let sealed = |error| ArchiveError::io("read", entry.path().join(STATE), error);
+        match entry.state()? {
+            StateReader::Plain(_) => Ok(()),
+            mut reader => match io::copy(&mut reader, &mut io::sink()) {
+                Ok(_) => Ok(()),
+                Err(error) => Err(match FormatError::Io(error).of_sealed() {
+                    FormatError::Io(error) => sealed(error),
+                    error => ArchiveError::format(entry.path().join(STATE), error),
+                }),
+            },
+        }
     }
 }
 
@@ -142,6 +164,7 @@ impl Verified {
         let named = self.damage.iter().filter(|damage| is_page(damage)).count();
         // These are all pages.
         self.damage.extend(one.damage.into_iter().take(NAMED_PAGES.saturating_sub(named)));
+        self.unread.extend(one.unread);
         self.checkpoints += one.checkpoints;
         self.pages += one.pages;
         self.damaged_pages += one.damaged_pages;

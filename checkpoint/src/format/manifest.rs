@@ -12,9 +12,12 @@ use swapd::units::bytes_of;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{FormatError, MAX_PAGES, PageCounts};
+use crate::key::{CHECK_BYTES, SALT_BYTES};
 
-/// The version that is written, and the newest one that is read.
-pub const VERSION: u32 = 1;
+/// The newest version that is read: that of an encrypted checkpoint. An older vmemd must not take one for plain.
+pub const VERSION: u32 = 2;
+/// The version of a checkpoint that is not encrypted.
+const PLAIN_VERSION: u32 = 1;
 /// What a manifest says it is.
 const FORMAT: &str = "vmemd checkpoint";
 /// Begins the last line, before the checksum of all lines before it.
@@ -39,6 +42,9 @@ pub struct Manifest {
     pub base: Option<BaseRef>,
     /// How many pages it has of each kind.
     pub pages: PageCounts,
+    /// How its pages and its parts are encrypted, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
     /// Its files beside the image.
     pub parts: Parts,
     /// How it was made.
@@ -139,6 +145,25 @@ pub struct Parts {
     pub state: Part,
 }
 
+/// How the pages and parts of a checkpoint are encrypted. The same for all of a chain.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Encryption {
+    /// The way of the pages. The parts are [sealed](super::sealed).
+    pub cipher: PageCipher,
+    /// With which the chain's key is made of the user's.
+    pub salt: Hex<SALT_BYTES>,
+    /// Made of the chain's key: another key is told at once.
+    pub check: Hex<CHECK_BYTES>,
+}
+
+/// A way to encrypt pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum PageCipher {
+    /// Each page by itself; its number is the tweak.
+    #[serde(rename = "aes-256-xts")]
+    Aes256Xts,
+}
+
 /// A file of a checkpoint.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Part {
@@ -166,6 +191,10 @@ pub struct Save {
 /// 64 bits that are printed as sixteen hexadecimal digits: a number of JSON may lose some of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Sum(pub u64);
+
+/// Bytes that are printed as two hexadecimal digits each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hex<const N: usize>(pub [u8; N]);
 
 /// 128 random bits, printed as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -208,7 +237,8 @@ struct Whole<'a> {
 impl Manifest {
     /// The file's bytes.
     pub fn encode(&self) -> Vec<u8> {
-        let whole = Whole { format: FORMAT, version: VERSION, manifest: self };
+        let version = if self.encryption.is_some() { VERSION } else { PLAIN_VERSION };
+        let whole = Whole { format: FORMAT, version, manifest: self };
         let mut text = serde_json::to_string_pretty(&whole).expect("a manifest can be written as JSON");
         text.push('\n');
         let sum = Sum(xxh3_64(text.as_bytes()));
@@ -234,6 +264,10 @@ impl Manifest {
             _ => {}
         }
         let manifest: Manifest = serde_json::from_str(json).map_err(wrong)?;
+        // A plain one in the place of an encrypted one is to be told, not read.
+        if (head.version > PLAIN_VERSION) != manifest.encryption.is_some() {
+            return Err(FormatError::Value("its version is not that of how it is encrypted"));
+        }
         manifest.check()?;
         Ok(manifest)
     }
@@ -294,6 +328,12 @@ impl fmt::Display for Sum {
     }
 }
 
+impl<const N: usize> fmt::Display for Hex<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
 impl fmt::Display for CheckpointId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
@@ -323,6 +363,31 @@ impl FromStr for CheckpointId {
 
     fn from_str(text: &str) -> Result<CheckpointId, NotHex> {
         u128::from_str_radix(digits(text, 32)?, 16).map(CheckpointId).map_err(|_| NotHex(32))
+    }
+}
+
+impl<const N: usize> FromStr for Hex<N> {
+    type Err = NotHex;
+
+    fn from_str(text: &str) -> Result<Hex<N>, NotHex> {
+        let text = digits(text, 2 * N)?;
+        let mut bytes = [0; N];
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).map_err(|_| NotHex(2 * N))?;
+        }
+        Ok(Hex(bytes))
+    }
+}
+
+impl<const N: usize> Serialize for Hex<N> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de, const N: usize> Deserialize<'de> for Hex<N> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Hex<N>, D::Error> {
+        String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
     }
 }
 

@@ -31,6 +31,7 @@ pub(crate) fn manifest() -> Manifest {
         },
         base: Some(BaseRef { name: "2026-11-29T22-20-00Z".to_owned(), id: CheckpointId(5) }),
         pages: PageCounts { zero: 1000, here: 20, base: 3, lost: 1 },
+        encryption: None,
         parts: Parts { map: part("memory.map", 123), state: part("state", 4567) },
         save: Save { pause_us: 12_345, total_us: 6_789_012, rounds: 3, bytes_saved: 81_920 },
     }
@@ -110,9 +111,9 @@ fn what_contradicts_itself_is_refused_though_its_checksum_is_right() {
 
 #[test]
 fn a_newer_version_and_another_format_are_told() {
-    let newer = sealed("{\"format\": \"vmemd checkpoint\", \"version\": 2, \"all\": \"else\"}");
+    let newer = sealed("{\"format\": \"vmemd checkpoint\", \"version\": 3, \"all\": \"else\"}");
     let error = Manifest::decode(&newer).unwrap_err();
-    assert!(matches!(error, FormatError::Newer { found: 2, known: 1 }), "{error}");
+    assert!(matches!(error, FormatError::Newer { found: 3, known: 2 }), "{error}");
     let other = sealed("{\"format\": \"something\", \"version\": 1}");
     assert!(matches!(Manifest::decode(&other), Err(FormatError::Magic(_))));
     assert!(Manifest::decode(&sealed("{\"format\": \"vmemd checkpoint\", \"version\": 0}")).is_err());
@@ -133,5 +134,29 @@ fn names_stay_in_their_directory() {
     }
     for name in ["", ".", "..", ".hidden", "a/b", "a b", "ä", "a\0", &"x".repeat(65)] {
         assert!(!is_name(name), "{name}");
+    }
+}
+
+#[test]
+fn an_encrypted_one_is_of_a_version_that_an_older_vmemd_refuses() {
+    let encryption = Encryption {
+        cipher: PageCipher::Aes256Xts,
+        salt: Hex([0x1f; SALT_BYTES]),
+        check: Hex([7; CHECK_BYTES]),
+    };
+    let encrypted = Manifest { encryption: Some(encryption), ..manifest() };
+    let text = String::from_utf8(encrypted.encode()).unwrap();
+    assert!(text.contains("\"version\": 2,") && text.contains(&"1f".repeat(SALT_BYTES)), "{text}");
+    assert_eq!(Manifest::decode(text.as_bytes()).unwrap(), encrypted);
+    let json = text.rsplit_once("\nxxh3").unwrap().0;
+    for (from, to) in [
+        ("\"version\": 2,", "\"version\": 1,"),
+        ("\"encryption\"", "\"forgotten\""),
+        ("aes-256-xts", "rot13"),
+        ("1f1f", "1F1f"),
+        ("1f1f", "1f"),
+    ] {
+        let changed = sealed(&json.replacen(from, to, 1));
+        assert!(Manifest::decode(&changed).is_err(), "{to} in the place of {from}");
     }
 }

@@ -9,9 +9,13 @@ mod chunks;
 pub mod first_faults;
 pub mod manifest;
 pub mod map;
+pub mod sealed;
 
 pub use first_faults::FirstFaults;
-pub use manifest::{BaseRef, CheckpointId, Disk, DiskVersion, Machine, Manifest, Part, Parts, Save, VmFacts};
+pub use manifest::{
+    BaseRef, CheckpointId, Disk, DiskVersion, Encryption, Machine, Manifest, PageCipher, Part, Parts, Save,
+    VmFacts,
+};
 pub use map::{MapBuilder, MapPiece, MemoryMap, PageCounts, PageKind};
 
 /// Most pages of a VM: 8 TiB.
@@ -59,7 +63,21 @@ pub enum FormatError {
     /// Its bytes are not those that were written.
     #[error("its checksum is wrong: it was damaged after it was written")]
     Sum,
+    /// A chunk of a sealed file cannot be opened.
+    #[error("its seal is broken: it was changed after it was written, or its key is another one")]
+    Seal,
     /// It cannot be read.
     #[error("it cannot be read")]
     Io(#[from] io::Error),
+}
+
+impl FormatError {
+    /// Of what was read through a [sealed file](sealed)'s reader, which hands its own errors on as those of reading.
+    #[must_use]
+    pub fn of_sealed(self) -> FormatError {
+        match self {
+            FormatError::Io(error) => error.downcast().unwrap_or_else(FormatError::Io),
+            error => error,
+        }
+    }
 }

@@ -188,7 +188,7 @@ pub(crate) mod tests {
                 memory_bytes: PAGES * 4096,
                 budget_bytes: 64 << 20,
                 store,
-                origin: Some(Origin { layers, layer_of: LayerOf::First }),
+                origin: Some(Origin { layers, layer_of: LayerOf::First, cipher: None }),
                 prealloc: false,
                 lock: false,
                 sampling: false,

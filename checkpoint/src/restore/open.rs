@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::Arc;
 
 use swapd::{Origin, OriginLayer, Run};
 
 use super::image::Image;
-use crate::archive::{Archive, ArchiveError, Chain, Entry, FIRST_FAULTS, IMAGE};
+use crate::archive::{Archive, ArchiveError, Chain, Entry, FIRST_FAULTS, IMAGE, StateReader};
 use crate::format::FirstFaults;
 
 /// A checkpoint that is open.
@@ -20,7 +21,7 @@ pub struct Checkpoint {
     /// The locks, and what may be written.
     pub hold: Hold,
     /// vCPUs and devices.
-    pub state: File,
+    pub state: StateReader,
 }
 
 /// Keeps a checkpoint's files from being removed for as long as a VM has pages there, and from being changed but for
@@ -66,7 +67,7 @@ fn open_chain(chain: &Chain) -> Result<Checkpoint, ArchiveError> {
     let first_faults = if known.is_some() { None } else { first_faults_to_write(chain.top()) };
     Ok(Checkpoint {
         image: image.with_first_faults(known),
-        origin: Origin { layers, layer_of },
+        origin: Origin { layers, layer_of, cipher: chain.cipher()?.map(Arc::new) },
         hold: Hold { images, first_faults },
         state,
     })

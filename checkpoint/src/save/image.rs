@@ -8,7 +8,7 @@ use std::io;
 use std::rc::Rc;
 
 use swapd::units::pages_in;
-use swapd::{BLOCK_PAGES, CloneError, Run};
+use swapd::{BLOCK_PAGES, Cipher, CloneError, Run};
 use tokio::sync::Notify;
 
 use super::error::SaveError;
@@ -52,6 +52,8 @@ struct Image {
     /// The same file, for what the ring does not do.
     plain: File,
     stored: StoredReader,
+    /// With which pages are encrypted before they are written.
+    cipher: Option<Cipher>,
     /// Stored pages have been taken straight, or nobody knows yet whether they can be.
     straight: Cell<bool>,
     pages: RefCell<PageTable>,
@@ -74,13 +76,17 @@ impl ImageSink {
         stored: StoredReader,
         pages: PageTable,
         rate: Option<u64>,
+        cipher: Option<Cipher>,
     ) -> io::Result<ImageSink> {
         let now = Instant::now();
+        // Blocks of a store have not what an encrypted image is to have, whether that is encrypted or not.
+        let straight = (cipher.is_none() || planted!(SharesPlainBlocks)).into();
         Ok(ImageSink(Rc::new(Image {
             file: RingFile::from_std(image.try_clone()?),
             plain: image,
             stored,
-            straight: true.into(),
+            cipher,
+            straight,
             pages: pages.into(),
             counts: Cell::default(),
             free: (0..BUFFERS).map(|_| PageBuffer::new(0, BUFFER_PAGES)).collect::<Vec<_>>().into(),
@@ -191,8 +197,13 @@ impl Image {
         self.changed.notify_waiters();
     }
 
-    fn begin(self: &Rc<Self>, buffer: PageBuffer) {
+    fn begin(self: &Rc<Self>, mut buffer: PageBuffer) {
         self.under_way.begin();
+        if let Some(cipher) = &self.cipher
+            && !planted!(WritesPlainPages)
+        {
+            encrypt(cipher, &mut buffer);
+        }
         let bytes = buffer.content().len() as u64;
         self.rate.borrow_mut().writes(bytes, Instant::now());
         let image = self.clone();
@@ -336,6 +347,17 @@ impl Sink for ImageSink {
             self.0.fail(error);
             Closed
         })
+    }
+}
+
+/// Its content becomes what the image is to have. Its sums stay those of the pages.
+fn encrypt(cipher: &Cipher, buffer: &mut PageBuffer) {
+    let runs = buffer.runs().to_vec();
+    let mut rest = buffer.content_mut();
+    for run in runs {
+        let (pages, behind) = rest.split_at_mut(run.bytes());
+        cipher.encrypt(run, pages);
+        rest = behind;
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::format::MemoryMap;
+use crate::key::ChainKey;
 use crate::outside::File;
 
 /// Where a checkpoint goes: empty files, but for an image that has the base's content.
@@ -38,6 +39,8 @@ pub struct SaveOptions {
     pub rate: Option<u64>,
     /// It does not go on afterwards.
     pub stop: bool,
+    /// All that is written is encrypted with this key.
+    pub key: Option<ChainKey>,
     /// It is not kept standing still for longer: a disk that does not answer must not take it along.
     pub pause_limit: Duration,
 }
@@ -51,6 +54,7 @@ impl Default for SaveOptions {
             max_throttle: 99,
             rate: None,
             stop: false,
+            key: None,
             pause_limit: Duration::from_secs(60),
         }
     }

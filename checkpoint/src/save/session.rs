@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::pin::Pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -21,6 +21,8 @@ use super::report::{PauseParts, Phase, Progress, Saved};
 use super::rounds::{Guard, Rounds};
 use super::state::{self, PartFile};
 use crate::format::MemoryMap;
+use crate::format::sealed::{SealedAs, SealedWriter, sealed_bytes};
+use crate::key::ChainKey;
 use crate::outside::{self, EngineHandle, File, Instant, Runtime, planted, timeout};
 
 /// So long what was being written is waited for, before a failure is told.
@@ -118,7 +120,8 @@ impl<'a, 'v> Session<'a, 'v> {
         let dirty = handle.subscribe_dirty_in_parts()?;
         let rounds = runtime.block_on(async {
             let table = PageTable::new(pages, base);
-            let sink = ImageSink::new(image, outside::stored_reader(handle), table, options.rate);
+            let cipher = options.key.as_ref().map(ChainKey::pages);
+            let sink = ImageSink::new(image, outside::stored_reader(handle), table, options.rate, cipher);
             let sink = sink.map_err(host("the image cannot be opened once more"))?;
             Rounds::start(handle, dirty, sink, (progress, cancel))
         })?;
@@ -290,7 +293,8 @@ impl<'a, 'v> Stopped<'a, 'v> {
         self.parts.pages_ms = milliseconds(began);
         // Behind the pages: the disk is at work on them meanwhile.
         let began = Instant::now();
-        self.state_bytes = state::save(session.vm, &session.state, &session.runtime, &session.rounds)?;
+        let key = session.options.key.as_ref();
+        self.state_bytes = state::save(session.vm, &session.state, key, &session.runtime, &session.rounds)?;
         self.parts.state_ms = milliseconds(began);
         let began = Instant::now();
         if !planted!(ResumesBeforeTheDisk) {
@@ -312,7 +316,7 @@ impl<'a, 'v> Stopped<'a, 'v> {
         let limit = options.pause_limit;
         let guard = Guard { until: options.stop.then(|| (Instant::now() + limit, limit)), ..rounds.guard };
         let sink = runtime.block_on(rounds.close());
-        let finished = match write_map(&runtime, &sink, guard, &heat, &map) {
+        let finished = match write_map(&runtime, &sink, guard, &heat, &map, options.key.as_ref()) {
             Ok(finished) => finished,
             Err(error) => {
                 // It was to be stopped, and stands still.
@@ -338,7 +342,10 @@ impl<'a, 'v> Stopped<'a, 'v> {
             pages_shared: counts.shared,
             throttle_max_percent: throttle_max,
             state_bytes,
-            map_bytes: finished.file_bytes(),
+            map_bytes: match options.key {
+                Some(_) => sealed_bytes(finished.file_bytes()),
+                None => finished.file_bytes(),
+            },
         })
     }
 }
@@ -370,6 +377,7 @@ fn write_map(
     guard: Guard<'_>,
     heat: &[u8],
     map: &File,
+    key: Option<&ChainKey>,
 ) -> Result<MemoryMap, SaveError> {
     if !planted!(LeavesOldContent) {
         let holes = sink.pages(PageTable::holes);
@@ -378,11 +386,21 @@ fn write_map(
     let finished = sink.pages(|pages| pages.finish(heat));
     let mut to = PartFile::new("map", map, runtime, sink, guard)?;
     let mut buffered = BufWriter::with_capacity(1 << 20, &mut to);
-    let given = finished.write(&mut buffered).and_then(|()| buffered.flush());
+    let given = match key {
+        None => finished.write(&mut buffered),
+        Some(key) => seal_map(&finished, &mut buffered, key),
+    };
+    let given = given.and_then(|()| buffered.flush());
     drop(buffered);
     to.end(given.map_err(|source| SaveError::Write { what: "map", source }))?;
     runtime.block_on(guard.settle(sink))?;
     Ok(finished)
+}
+
+fn seal_map(map: &MemoryMap, to: impl Write, key: &ChainKey) -> io::Result<()> {
+    let mut sealed = SealedWriter::new(to, key, SealedAs::Map, outside::random()?)?;
+    map.write(&mut sealed)?;
+    sealed.finish().map(drop)
 }
 
 fn milliseconds(since: Instant) -> f64 {

@@ -7,12 +7,14 @@
 use std::io::{self, Write};
 use std::rc::Rc;
 
-use migrate::LiveVm;
+use migrate::{LiveVm, VmError};
 
 use super::error::SaveError;
 use super::image::ImageSink;
 use super::rounds::{Guard, Rounds};
-use crate::outside::{File, RingFile, Runtime};
+use crate::format::sealed::{SealedAs, SealedWriter};
+use crate::key::ChainKey;
+use crate::outside::{self, File, RingFile, Runtime};
 
 /// So much of a file is held before it is written: most states are smaller. The rest waits for the disk.
 const PART_BYTES: usize = 64 << 20;
@@ -35,12 +37,25 @@ pub(super) struct PartFile<'a> {
 pub(super) fn save(
     vm: &mut dyn LiveVm,
     file: &File,
+    key: Option<&ChainKey>,
     runtime: &Runtime,
     rounds: &Rounds<'_>,
 ) -> Result<u64, SaveError> {
     let mut to = PartFile::new("state", file, runtime, &rounds.sink, rounds.guard)?;
-    let saved = vm.save(&mut to);
+    let saved = match key {
+        None => vm.save(&mut to),
+        Some(key) => sealed(vm, &mut to, key),
+    };
     to.end(saved)
+}
+
+/// The same, sealed on its way into the file.
+fn sealed(vm: &mut dyn LiveVm, to: &mut PartFile<'_>, key: &ChainKey) -> Result<(), VmError> {
+    let failed = |source| VmError::Io { doing: "sealing its state", source };
+    let salt = outside::random().map_err(failed)?;
+    let mut sealed = SealedWriter::new(to, key, SealedAs::State, salt).map_err(failed)?;
+    vm.save(&mut sealed)?;
+    sealed.finish().map(drop).map_err(failed)
 }
 
 impl<'a> PartFile<'a> {

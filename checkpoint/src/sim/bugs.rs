@@ -28,6 +28,10 @@ pub(crate) enum Bug {
     BelievesTheMap,
     /// Stored pages count as shared with the store though it could not be done.
     BelievesFailedClones,
+    /// The store's blocks are shared with an image that is to be encrypted.
+    SharesPlainBlocks,
+    /// Pages are written plain into an image that is to be encrypted.
+    WritesPlainPages,
     /// A page counts as the base's whatever it has become.
     BelievesTheBase,
     /// A page that was written over the base's clone still counts as the clone's.
@@ -71,6 +75,8 @@ pub(crate) const ALL: [Any; 25] = [
     Any::Session(Bug::BelievesTheState),
     Any::Session(Bug::BelievesTheMap),
     Any::Session(Bug::BelievesFailedClones),
+    Any::Session(Bug::SharesPlainBlocks),
+    Any::Session(Bug::WritesPlainPages),
     Any::Session(Bug::BelievesTheBase),
     Any::Session(Bug::BelievesTheClone),
     Any::Session(Bug::LeavesOldContent),

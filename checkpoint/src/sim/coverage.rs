@@ -29,11 +29,12 @@ pub(crate) enum Cause {
     WithBase,
     WithClone,
     WithoutHoles,
+    Encrypted,
     Named,
     CrashedBeforeTheName,
 }
 
-pub(crate) const CAUSES: [Cause; 26] = [
+pub(crate) const CAUSES: [Cause; 27] = [
     Cause::WriteFails,
     Cause::WriteIsTorn,
     Cause::WriteIsShort,
@@ -58,6 +59,7 @@ pub(crate) const CAUSES: [Cause; 26] = [
     Cause::WithBase,
     Cause::WithClone,
     Cause::WithoutHoles,
+    Cause::Encrypted,
     Cause::Named,
     Cause::CrashedBeforeTheName,
 ];

@@ -25,7 +25,7 @@ fn restored(all: &[Done], nth: usize, page: PageNo) -> Found {
         PageKind::Zero => Found::Zeros,
         PageKind::Lost => Found::Lost,
         PageKind::Here => {
-            Found::Content(done.image.page(page.0).unwrap_or_else(|| panic!("{page} is a hole in the image")))
+            Found::Content(done.page(page).unwrap_or_else(|| panic!("{page} is a hole in the image")))
         }
         PageKind::Base => restored(all, done.base.expect("it has pages in a base"), page),
     }
@@ -81,7 +81,7 @@ pub(crate) fn check(all: &[Done], nth: usize) {
     assert_eq!(counts, done.map.counts());
     assert_eq!([counts.zero, counts.here, counts.base, counts.lost], pages, "the kinds are miscounted");
     assert_eq!(done.saved.map_bytes, done.map_bytes.len() as u64);
-    assert_eq!(done.saved.state_bytes, done.state.len() as u64);
+    assert_eq!(done.saved.state_bytes, done.state_bytes);
 }
 
 /// A short account of all files.

@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt::Write;
+use std::io::Read;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -12,15 +13,17 @@ use migrate::CancelFlag;
 use migrate::sim::guest::Guest;
 use migrate::sim::runtime::pause;
 use migrate::sim::world::{World, world};
-use swapd::PageNo;
+use swapd::{PageNo, Run};
 
 use super::coverage::{Cause, count, count_end};
-use super::disk::{self, File};
+use super::disk::{self, File, Page};
 use super::faults::{self, Fault, Victims, When};
 use super::machine::Machine;
 use super::oracle;
 use super::store::{self, WAYS};
 use crate::format::MemoryMap;
+use crate::format::sealed::{SealedAs, SealedReader};
+use crate::key::{ChainKey, KEY_BYTES};
 use crate::save::{Base, Files, SaveError, SaveOptions, Saved, save};
 
 const SESSIONS: u32 = 3;
@@ -42,12 +45,38 @@ pub(crate) struct Done {
     /// What the store had lost when it ended.
     pub(crate) lost: BTreeSet<PageNo>,
     pub(crate) saved: Saved,
+    /// Of the chain, if it is encrypted.
+    pub(crate) key: Option<ChainKey>,
+    /// Bytes of the state's file.
+    pub(crate) state_bytes: u64,
+}
+
+impl Done {
+    /// What the image has of a page, as the guest wrote it.
+    pub(crate) fn page(&self, page: PageNo) -> Option<Rc<Page>> {
+        let bytes = self.image.page(page.0)?;
+        let Some(key) = &self.key else { return Some(bytes) };
+        let mut plain = *bytes;
+        key.pages().decrypt(Run::one(page), &mut plain);
+        Some(Rc::new(plain))
+    }
+}
+
+/// What was sealed, if there is a key.
+fn opened(bytes: Vec<u8>, key: Option<&ChainKey>, purpose: SealedAs) -> Vec<u8> {
+    let Some(key) = key else { return bytes };
+    let mut plain = Vec::new();
+    let reader = SealedReader::new(&bytes[..], bytes.len() as u64, key, purpose);
+    reader.expect("it was sealed").read_to_end(&mut plain).expect("its seal is whole");
+    plain
 }
 
 #[derive(Default)]
 struct Story {
     done: RefCell<Vec<Done>>,
     over: Cell<bool>,
+    /// All of its checkpoints are encrypted with this.
+    key: RefCell<Option<ChainKey>>,
     /// What happened, but for the clock of the host.
     told: RefCell<String>,
 }
@@ -62,6 +91,10 @@ pub(crate) fn run(seed: u64) -> Result<(Vec<Done>, String), String> {
         let pages = 512 * (2 + world.random.below(2));
         disk::begin(!world.random.one_in(8), world.random.pick(&disk::SPEEDS));
         store::set_way(world.random.pick(&WAYS));
+        if world.random.one_in(4) {
+            let bytes: [u8; KEY_BYTES] = std::array::from_fn(|_| world.random.next() as u8);
+            *living.key.borrow_mut() = Some(ChainKey::from_pipe(&bytes[..]).expect("as many as a key has"));
+        }
         let machine = Machine::new(Guest::new(process, pages));
         world.spawn(process, move || living.live(machine));
     };
@@ -111,7 +144,7 @@ impl Story {
         let (map, state) = (File::new(), File::new());
         let files = Files { image: again(&image), map: again(&map), state: again(&state) };
         let given = base.map(|(nth, cloned)| Base { map: self.done.borrow()[nth].map.clone(), cloned });
-        let options = options(last);
+        let options = SaveOptions { key: self.key.borrow().clone(), ..options(last) };
         let began = world().now();
         let mut vm = machine;
         let result = save(&guest.engine, &mut vm, files, given, &options, &|_| {}, &cancel);
@@ -130,11 +163,15 @@ impl Story {
             Ok(saved) => {
                 assert!(!machine.cancelled_before_pause(), "cancelled in time, and saved all the same");
                 let map_bytes = map.bytes();
+                let plain_map = opened(map_bytes.clone(), options.key.as_ref(), SealedAs::Map);
+                let state_bytes = state.bytes().len() as u64;
                 let done = Done {
-                    map: MemoryMap::decode(&map_bytes).expect("the map was written"),
+                    map: MemoryMap::decode(&plain_map).expect("the map was written"),
                     map_bytes,
                     image,
-                    state: state.bytes(),
+                    state: opened(state.bytes(), options.key.as_ref(), SealedAs::State),
+                    state_bytes,
+                    key: options.key.clone(),
                     base: base.and_then(|(nth, cloned)| (!cloned).then_some(nth)),
                     truth: machine.at_pause(),
                     lost: guest.lost(),
@@ -147,6 +184,7 @@ impl Story {
                     (options.stop, Cause::Stopped),
                     (options.rate.is_some(), Cause::Limited),
                     (guest.stood_still, Cause::StoodStill),
+                    (options.key.is_some(), Cause::Encrypted),
                     (done.saved.throttle_max_percent > 0, Cause::Throttled),
                     (!disk::makes_holes(), Cause::WithoutHoles),
                 ] {

@@ -11,7 +11,8 @@ use std::thread;
 
 use memmap2::MmapMut;
 use swapd::digest::page_sum;
-use swapd::{PAGE_SIZE, Run};
+use swapd::{Cipher, PAGE_SIZE, Run};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::buffers::{THREADS, buffers};
 use super::error::StreamError;
@@ -19,7 +20,9 @@ use super::record::{MAX_RECORD_PAGES, OPENING_BYTES, RecordKind, pages_bytes, re
 use super::{StreamWriter, Watch};
 use crate::archive::{ArchiveError, Chain, IMAGE, MAP, Progress, STATE, Source};
 use crate::format::manifest::Sum;
+use crate::format::sealed::encode_map;
 use crate::format::{FirstFaults, Manifest, MemoryMap, Part, Parts};
+use crate::key::ChainKey;
 
 /// A checkpoint, opened to be written into a stream.
 #[derive(Debug)]
@@ -27,6 +30,10 @@ pub struct Export {
     chain: Chain,
     images: Vec<File>,
     map: MemoryMap,
+    /// The map's file, if it is encrypted.
+    sealed: Option<Vec<u8>>,
+    /// With which the images are encrypted, if they are. They go into the stream so.
+    cipher: Option<Cipher>,
     state: File,
     order: Option<FirstFaults>,
     manifest: Manifest,
@@ -65,10 +72,27 @@ impl Export {
         let map = layers.map().standing_alone();
         drop(layers);
         let (top, order) = (chain.top(), chain.top().first_faults());
-        let state = top.state()?;
-        let manifest = standing_alone(top.manifest(), &map);
-        let mut export =
-            Export { images, map, state, order, manifest, batches, total: 0, chain: chain.clone() };
+        let state = top.state_file()?;
+        let key = top.chain_key()?;
+        let seal = |key: &ChainKey| {
+            let sealed = encode_map(&map, Some(key));
+            sealed.map_err(|error| ArchiveError::io("seal", top.path().join(MAP), error))
+        };
+        let sealed = key.as_ref().map(seal).transpose()?;
+        let cipher = chain.cipher()?;
+        let manifest = standing_alone(top.manifest(), &map, sealed.as_deref());
+        let mut export = Export {
+            images,
+            map,
+            sealed,
+            cipher,
+            state,
+            order,
+            manifest,
+            batches,
+            total: 0,
+            chain: chain.clone(),
+        };
         export.total = export.count();
         Ok(export)
     }
@@ -106,7 +130,8 @@ impl Export {
         let parts = |stream: &mut StreamWriter<_>| {
             let manifest = self.manifest.encode();
             stream.part(RecordKind::Manifest, manifest.len() as u64, manifest.as_slice())?;
-            let map = self.map.encode();
+            let plain = if self.sealed.is_none() { self.map.encode() } else { Vec::new() };
+            let map = self.sealed.as_ref().unwrap_or(&plain);
             stream.part(RecordKind::Map, map.len() as u64, map.as_slice())?;
             stream.part(RecordKind::State, self.manifest.parts.state.bytes, &self.state)?;
             if let Some(order) = self.order.as_ref().map(FirstFaults::encode) {
@@ -165,7 +190,16 @@ impl Export {
                 .read_exact_at(bytes, run.start.offset())
                 .map_err(|error| ArchiveError::io("read", entry.path().join(IMAGE), error))?;
             let pages = run.pages().zip(bytes.as_chunks::<PAGE_SIZE>().0).zip(self.sums(*run));
+            let mut plain;
             for ((page, bytes), sum) in pages {
+                let bytes = match &self.cipher {
+                    None => bytes,
+                    Some(cipher) => {
+                        plain = *bytes;
+                        cipher.decrypt(Run::one(page), &mut plain);
+                        &plain
+                    }
+                };
                 if page_sum(page, bytes) != *sum {
                     return Err(ArchiveError::Page { name: entry.name().to_owned(), page }.into());
                 }
@@ -199,8 +233,18 @@ impl Export {
                 early.insert(which, read);
             }?;
             let runs: Vec<Run> = batch.parts.iter().map(|(run, _)| *run).collect();
-            let sums: Vec<u64> = runs.iter().flat_map(|run| self.sums(*run)).copied().collect();
             let content = &buffer[..batch.pages as usize * PAGE_SIZE];
+            let sums: Vec<u64> = match &self.cipher {
+                None => runs.iter().flat_map(|run| self.sums(*run)).copied().collect(),
+                // Of the bytes in the stream: those of the plain pages are as secret as the pages.
+                Some(_) => {
+                    let pages = runs.iter().flat_map(|run| run.pages());
+                    pages
+                        .zip(content.as_chunks::<PAGE_SIZE>().0)
+                        .map(|(page, bytes)| page_sum(page, bytes))
+                        .collect()
+                }
+            };
             stream.pages(&runs, &sums, content).map_err(StreamError::Write)?;
             // At the end, nobody takes it.
             let _ = free.send(buffer);
@@ -230,10 +274,16 @@ fn batches(runs: impl Iterator<Item = (Run, u8)>) -> Vec<Batch> {
 }
 
 /// The manifest of the same checkpoint with that map, in which it has all pages itself.
-fn standing_alone(manifest: &Manifest, map: &MemoryMap) -> Manifest {
-    let mut sum = Summed::default();
-    map.write(&mut sum).expect("a sum takes anything");
-    let map_part = Part { file: MAP.to_owned(), bytes: map.file_bytes(), xxh3: Sum(sum.0.digest()) };
+fn standing_alone(manifest: &Manifest, map: &MemoryMap, sealed: Option<&[u8]>) -> Manifest {
+    let (bytes, sum) = match sealed {
+        Some(sealed) => (sealed.len() as u64, xxh3_64(sealed)),
+        None => {
+            let mut sum = Summed::default();
+            map.write(&mut sum).expect("a sum takes anything");
+            (map.file_bytes(), sum.0.digest())
+        }
+    };
+    let map_part = Part { file: MAP.to_owned(), bytes, xxh3: Sum(sum) };
     let state = Part { file: STATE.to_owned(), ..manifest.parts.state.clone() };
     Manifest { base: None, pages: map.counts(), parts: Parts { map: map_part, state }, ..manifest.clone() }
 }

@@ -43,7 +43,10 @@ pub struct Pages {
 /// What the pages of a stream must be.
 #[derive(Debug)]
 pub(super) struct Expected<'a> {
-    map: &'a MemoryMap,
+    /// None: it is sealed, and they are any pages, as many as the manifest says.
+    map: Option<&'a MemoryMap>,
+    memory_pages: u64,
+    here: u64,
     /// All pages before this one have come.
     next: PageNo,
     count: u64,
@@ -121,7 +124,7 @@ impl<R: Read> StreamReader<R> {
     ///
     /// # Errors
     /// If it is damaged, or of another memory.
-    pub fn first_faults(&mut self, map: &MemoryMap) -> Result<Option<FirstFaults>, StreamError> {
+    pub fn first_faults(&mut self, manifest: &Manifest) -> Result<Option<FirstFaults>, StreamError> {
         if self.peek()?.kind != RecordKind::FirstFaults {
             return Ok(None);
         }
@@ -129,7 +132,7 @@ impl<R: Read> StreamReader<R> {
         let mut bytes = Vec::new();
         self.body(record, sum, &mut bytes)?;
         let order = FirstFaults::decode(&bytes)?;
-        if order.pages() != map.pages() {
+        if order.pages() != manifest.memory_pages() {
             return Err(FormatError::Value("an order of first faults of another memory").into());
         }
         Ok(Some(order))
@@ -168,7 +171,7 @@ impl<R: Read> StreamReader<R> {
     fn end(&mut self, expected: &Expected<'_>) -> Result<(), StreamError> {
         let (record, sum) = self.take(RecordKind::End)?;
         self.body(record, sum, &mut io::sink())?;
-        if record.count != expected.count || expected.count != expected.map.counts().here {
+        if record.count != expected.count || expected.count != expected.here {
             return Err(FormatError::Value("pages of the map are missing").into());
         }
         if self.at != self.total || fill(&mut self.from, &mut [0])? > 0 {
@@ -234,15 +237,16 @@ impl<R: Read> StreamReader<R> {
 }
 
 impl<'a> Expected<'a> {
-    /// The pages of that memory.
-    pub(super) fn new(map: &'a MemoryMap, manifest: &Manifest) -> Result<Expected<'a>, StreamError> {
-        if map.pages() != manifest.memory_pages() || map.counts() != manifest.pages {
+    /// The pages of that memory; without its map, if that is sealed.
+    pub(super) fn new(map: Option<&'a MemoryMap>, manifest: &Manifest) -> Result<Expected<'a>, StreamError> {
+        let (memory_pages, counts) = (manifest.memory_pages(), manifest.pages);
+        if map.is_some_and(|map| map.pages() != memory_pages || map.counts() != counts) {
             return Err(FormatError::Value("its map and its manifest have not the same pages").into());
         }
-        if map.counts().base > 0 {
+        if counts.base > 0 {
             return Err(FormatError::Value("pages in a base, and no base").into());
         }
-        Ok(Expected { map, next: PageNo(0), count: 0 })
+        Ok(Expected { map, memory_pages, here: counts.here, next: PageNo(0), count: 0 })
     }
 
     /// These pages have come.
@@ -250,21 +254,28 @@ impl<'a> Expected<'a> {
         let mut sums = pages.sums.as_slice();
         for run in &pages.runs {
             // Before `end()`, which is only to be asked of a run of a memory.
-            if run.len == 0 || run.start < self.next || run.start.0 + u64::from(run.len) > self.map.pages() {
+            if run.len == 0 || run.start < self.next || run.start.0 + u64::from(run.len) > self.memory_pages {
                 return Err(FormatError::Value("pages that are not in order").into());
             }
-            for piece in self.map.pieces_in(*run) {
-                let len = piece.run.len as usize;
-                if piece.kind != PageKind::Here || sums.len() < len || piece.sums != &sums[..len] {
-                    return Err(FormatError::Value("pages that are not those of the map").into());
-                }
-                sums = &sums[len..];
-            }
+            let fits = self.map.is_none_or(|map| are_of(map, *run, sums));
+            sums = match sums.get(run.len as usize..) {
+                Some(rest) if fits => rest,
+                _ => return Err(FormatError::Value("pages that are not those of the map").into()),
+            };
             self.next = run.end();
             self.count += u64::from(run.len);
         }
         if sums.is_empty() { Ok(()) } else { Err(FormatError::Value("more sums than pages").into()) }
     }
+}
+
+/// Whether the map has these sums of these pages, and maybe of more that follow.
+fn are_of(map: &MemoryMap, run: Run, mut sums: &[u64]) -> bool {
+    map.pieces_in(run).all(|piece| {
+        let here = piece.kind == PageKind::Here && sums.starts_with(piece.sums);
+        sums = sums.get(piece.sums.len()..).unwrap_or_default();
+        here
+    })
 }
 
 /// Compares the pages with their sums.
@@ -284,10 +295,10 @@ pub fn inspect(from: impl Read, each: &mut dyn FnMut(&Pages, &[u8])) -> Result<M
     let manifest = reader.manifest()?;
     let mut bytes = Vec::new();
     reader.map(&manifest, &mut bytes)?;
-    let map = MemoryMap::decode(&bytes)?;
+    let map = if manifest.encryption.is_some() { None } else { Some(MemoryMap::decode(&bytes)?) };
     reader.state(&manifest, &mut io::sink())?;
-    reader.first_faults(&map)?;
-    let mut expected = Expected::new(&map, &manifest)?;
+    reader.first_faults(&manifest)?;
+    let mut expected = Expected::new(map.as_ref(), &manifest)?;
     let mut content = vec![0; super::MAX_RECORD_PAGES as usize * PAGE_SIZE];
     let mut pages = Pages::default();
     while reader.pages(&mut expected, &mut pages, &mut content)? {

@@ -1,5 +1,5 @@
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -12,7 +12,11 @@ use testkit::TempDir;
 
 use super::*;
 use crate::archive::{Archive, ArchiveError, Entry, Locked, Made};
+use crate::format::sealed::{SealedAs, SealedWriter, encode_map};
 use crate::format::{FirstFaults, FormatError, Machine, MapBuilder, PageKind, Save, VmFacts};
+use crate::key::{ArchiveKey, SALT_BYTES};
+
+const STATE: &[u8] = b"processors and devices";
 
 /// The first bytes of each page that has content.
 type Memory = BTreeMap<u64, u64>;
@@ -54,11 +58,22 @@ fn save(archive: &Locked, pages: u64, memory: &Memory, base: Option<(&Entry, &Me
         map.set_content(run, kind, &[sum(*page, *version)]);
         if !in_base {
             page_bytes.copy_from_slice(&content(*page, *version));
+            if let Some(key) = pending.key() {
+                key.pages().encrypt(run, &mut page_bytes);
+            }
             pending.image().write_all_at(&page_bytes, run.start.offset()).unwrap();
         }
     }
-    map.finish(&[]).write(&mut pending.map()).unwrap();
-    pending.state().write_all_at(b"processors and devices", 0).unwrap();
+    pending.map().write_all_at(&encode_map(&map.finish(&[]), pending.key()).unwrap(), 0).unwrap();
+    let state = match pending.key() {
+        None => STATE.to_vec(),
+        Some(key) => {
+            let mut sealed = SealedWriter::new(Vec::new(), key, SealedAs::State, [7; SALT_BYTES]).unwrap();
+            sealed.write_all(STATE).unwrap();
+            sealed.finish().unwrap()
+        }
+    };
+    pending.state().write_all_at(&state, 0).unwrap();
     pending.finish(made("web", pages, at)).unwrap()
 }
 
@@ -153,6 +168,63 @@ fn what_is_exported_stands_alone_and_is_the_same_checkpoint() {
     verify(&to);
     // Holes have stayed holes.
     assert!(entry.disk_bytes().unwrap() < bytes_of(new.len() as u64 + 256));
+}
+
+/// A stream of an encrypted checkpoint takes its key, and has nothing plain; whoever imports it needs none.
+#[test]
+fn an_encrypted_checkpoint_goes_through_a_stream_as_it_is() {
+    let mut place = Place::new();
+    let path = place.dir.path().join("key");
+    std::fs::write(&path, [7; 32]).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let key = ArchiveKey::read(&path).unwrap();
+    let keyed = |name: &str| {
+        Archive::create(&place.dir.path().join(name)).unwrap().with_key(Some(key.clone())).lock().unwrap()
+    };
+    let from = keyed("encrypted");
+    let old: Memory = (0..1500).map(|page| (page, 1)).collect();
+    let base = save(&from, 3000, &old, None, 0);
+    let mut new = old.clone();
+    new.extend((1490..1510).map(|page| (page, 2)));
+    let top = save(&from, 3000, &new, Some((&base, &old)), 1000);
+    assert!(top.manifest().pages.base > 1000);
+    // Without its key it is not exported.
+    let plain = Archive::open(from.path()).unwrap();
+    let refused = Export::open(plain.chain(&plain.find(None).unwrap()).unwrap()).map(drop);
+    assert!(matches!(refused, Err(StreamError::Archive(ArchiveError::KeyNeeded { .. }))), "{refused:?}");
+    place.from = from;
+    let bytes = place.export(&top);
+    let shows = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
+    assert!(!shows(&content(1495, 2)[..32]) && !shows(STATE) && !shows(&sum(1495, 2).to_le_bytes()));
+
+    let to = place.to();
+    let imported = import(&to, bytes.as_slice(), &goes_on).unwrap().entry;
+    assert_eq!((imported.manifest().id, imported.is_encrypted()), (top.manifest().id, true));
+    assert!(matches!(imported.map(), Err(ArchiveError::KeyNeeded { .. })));
+    drop(to);
+    let to = Archive::open(&place.dir.path().join("to")).unwrap().with_key(Some(key));
+    let verified = to.verify(&to.list().unwrap().entries, &goes_on).unwrap();
+    assert!(verified.damage.is_empty() && verified.checkpoints == 1, "{verified:?}");
+    assert_eq!(verified.pages, new.len() as u64);
+    let entry = to.find(None).unwrap();
+    let mut memory = memory_of(&to, &entry);
+    let cipher = entry.chain_key().unwrap().unwrap().pages();
+    memory.iter_mut().for_each(|(page, bytes)| cipher.decrypt(Run::one(PageNo(*page)), bytes));
+    assert_eq!(memory, is(&new));
+    let mut state = Vec::new();
+    entry.state().unwrap().read_to_end(&mut state).unwrap();
+    assert_eq!(state, STATE);
+    to.lock().unwrap().remove(entry.name()).unwrap();
+
+    // Cut, or with a bit that is another one, it leaves nothing.
+    let to = place.to();
+    for at in (0..bytes.len()).step_by(bytes.len() / 40) {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 0x10;
+        assert!(import(&to, damaged.as_slice(), &goes_on).is_err(), "byte {at}");
+        assert!(import(&to, &bytes[..at], &goes_on).is_err(), "the first {at} bytes");
+    }
+    assert_eq!(place.names(), [""; 0]);
 }
 
 #[test]

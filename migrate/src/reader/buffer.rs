@@ -79,6 +79,14 @@ impl PageBuffer {
         unsafe { std::slice::from_raw_parts(self.memory.base().add(self.head), bytes) }
     }
 
+    /// The same, to be changed in place before the buffer goes away: encrypted. The [sums](Self::sums) stay those of what
+    /// was there.
+    pub fn content_mut(&mut self) -> &mut [u8] {
+        let bytes = self.pages() as usize * PAGE_SIZE;
+        // SAFETY: as in `content`, and the buffer is borrowed mutably: nobody else looks at it meanwhile.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.base().add(self.head), bytes) }
+    }
+
     /// Offset of a page.
     fn at(&self, index: u32) -> usize {
         self.head + index as usize * PAGE_SIZE

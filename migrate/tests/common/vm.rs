@@ -67,7 +67,7 @@ pub fn restored(place: &TempDir, encrypt: bool) -> (Engine, PathBuf) {
     files.iter().for_each(|file| file.sync_all().unwrap());
     let layers = paths.iter().map(|path| OriginLayer::open(path).unwrap()).collect();
     let layer_of = LayerOf::PerPage((0..PAGES).map(|page| (page % 2) as u8).collect());
-    let engine = start(place, MEMORY / 2, encrypt, Some(Origin { layers, layer_of }));
+    let engine = start(place, MEMORY / 2, encrypt, Some(Origin { layers, layer_of, cipher: None }));
     let handle = engine.handle();
     handle.adopt(Adopted { run: Run::new(PageNo(0), (PAGES / 2) as u32), sums }).unwrap();
     let base = engine.memory_base() as usize;

@@ -118,6 +118,7 @@ mod tests {
             stop: true,
             without_disks: false,
             plain: false,
+            encrypted: true,
         };
         vec![
             Request::Stat,

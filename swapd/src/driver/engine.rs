@@ -132,6 +132,9 @@ impl Engine {
         let store = Arc::new(store::open(&config.store.path, config.memory_bytes, needed)?);
         let prealloc = config.prealloc && config.origin.is_none();
         let origin = config.origin.map(|origin| Layers::check(origin, pages)).transpose()?.map(Arc::new);
+        if let Some(cipher) = origin.as_ref().and_then(|origin| origin.cipher()).filter(|_| config.lock) {
+            cipher.lock().map_err(|source| HostError::Key { source })?;
+        }
         let mailbox = Arc::new(Mailbox::new().map_err(|source| HostError::Eventfd { source })?);
         let cipher = config.store.encrypt.then(|| Cipher::random(config.lock)).transpose();
         let cipher = cipher.map_err(|source| HostError::Key { source })?.map(Arc::new);

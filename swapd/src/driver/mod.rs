@@ -195,11 +195,12 @@ impl Driver {
         sums.clear();
         // SAFETY: the read has completed, the slots are bound to its pages, and only the engine moves frames.
         let bytes = unsafe { self.memory.slot_bytes_mut(slots) };
-        // What is at the origin is as the guest wrote it. A layer with a key of its own would be opened with that here.
-        if let Some(sealer) = &self.sealer
-            && tier == TierId::STORE
-        {
-            sealer.open(run, bytes);
+        let cipher = match tier {
+            TierId::STORE => self.sealer.as_ref().map(Sealer::cipher),
+            _ => self.origin.as_ref().and_then(|origin| origin.cipher()),
+        };
+        if let Some(cipher) = cipher {
+            cipher.decrypt(run, bytes);
         }
         sums.extend(
             run.pages().zip(bytes.chunks_exact(PAGE_SIZE)).map(|(page, bytes)| page_sum(page, bytes)),

@@ -34,7 +34,8 @@ fn rig() -> Rig {
         }
     }
     let layers = paths.iter().map(|path| OriginLayer::open(path).unwrap()).collect();
-    let origin = Origin { layers, layer_of: LayerOf::PerPage((0..PAGES).map(layer_of).collect()) };
+    let origin =
+        Origin { layers, layer_of: LayerOf::PerPage((0..PAGES).map(layer_of).collect()), cipher: None };
     let origin = Arc::new(Layers::check(origin, PAGES).unwrap());
     let store = Arc::new(store::open(directory.path(), PAGES * PAGE_SIZE as u64, 0).unwrap());
     let bells = [(); 2].map(|()| Mailbox::new().unwrap());

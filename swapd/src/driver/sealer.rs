@@ -37,7 +37,7 @@ impl Sealer {
         self.spare.push(copy);
     }
 
-    pub(super) fn open(&self, run: Run, bytes: &mut [u8]) {
-        self.cipher.decrypt(run, bytes);
+    pub(super) fn cipher(&self) -> &Cipher {
+        &self.cipher
     }
 }

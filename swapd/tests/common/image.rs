@@ -4,9 +4,10 @@
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use swapd::digest::page_sum;
-use swapd::{Adopted, EngineHandle, LayerOf, Origin, OriginLayer, PAGE_SIZE, PageNo, Run};
+use swapd::{Adopted, Cipher, EngineHandle, LayerOf, Origin, OriginLayer, PAGE_SIZE, PageNo, Run};
 use testkit::pages::{WORDS, word};
 
 /// What the image's pages have: version 1 of their content.
@@ -19,6 +20,8 @@ pub struct Image {
     pub pages: u64,
     layers: Vec<u8>,
     sums: Vec<u64>,
+    /// With which what is in the files is encrypted.
+    cipher: Option<Arc<Cipher>>,
 }
 
 pub fn content(page: PageNo, round: u64) -> Vec<u8> {
@@ -29,20 +32,37 @@ impl Image {
     /// For a VM of so many pages, in so many files. A page that is not `there` is in none; of the others, one to seven
     /// neighbours are in the same file.
     pub fn new(directory: &Path, pages: u64, files: u8, there: impl Fn(PageNo) -> bool) -> Image {
+        Image::with(None, directory, pages, files, there)
+    }
+
+    /// The same with a key.
+    pub fn encrypted(directory: &Path, pages: u64, files: u8, there: impl Fn(PageNo) -> bool) -> Image {
+        let cipher = Arc::new(Cipher::with_key(&[7; Cipher::KEY_BYTES]));
+        Image::with(Some(cipher), directory, pages, files, there)
+    }
+
+    fn with(
+        cipher: Option<Arc<Cipher>>,
+        directory: &Path,
+        pages: u64,
+        files: u8,
+        there: impl Fn(PageNo) -> bool,
+    ) -> Image {
         let paths: Vec<_> = (0..files).map(|nth| directory.join(format!("layer-{nth}.img"))).collect();
         let layer_of = |page: u64| match there(PageNo(page)) {
             true => (page / (1 + page / 64 % 7) % u64::from(files)) as u8,
             false => Origin::NO_LAYER,
         };
         let layers: Vec<_> = (0..pages).map(layer_of).collect();
-        let image = Image { paths, pages, sums: vec![0; pages as usize], layers };
+        let image = Image { paths, pages, sums: vec![0; pages as usize], layers, cipher };
         image.written()
     }
 
     /// The same in one file that is there already, such as a device.
     pub fn in_file(path: &Path, pages: u64, there: impl Fn(PageNo) -> bool) -> Image {
         let layers = (0..pages).map(|page| if there(PageNo(page)) { 0 } else { Origin::NO_LAYER }).collect();
-        Image { paths: vec![path.into()], pages, sums: vec![0; pages as usize], layers }.written()
+        Image { paths: vec![path.into()], pages, sums: vec![0; pages as usize], layers, cipher: None }
+            .written()
     }
 
     fn written(mut self) -> Image {
@@ -59,8 +79,11 @@ impl Image {
                 if at != page {
                     file.seek(SeekFrom::Start(page.offset())).unwrap();
                 }
-                let bytes = content(page, ROUND);
+                let mut bytes = content(page, ROUND);
                 self.sums[page.index()] = page_sum(page, &bytes);
+                if let Some(cipher) = &self.cipher {
+                    cipher.encrypt(Run::one(page), &mut bytes);
+                }
                 file.write_all(&bytes).unwrap();
                 at = page.plus(1);
             }
@@ -97,7 +120,7 @@ impl Image {
         let layers = self.paths.iter().map(|path| open(path).unwrap()).collect();
         let first = self.layers.iter().all(|layer| *layer == 0);
         let layer_of = if first { LayerOf::First } else { LayerOf::PerPage(self.layers.clone()) };
-        Origin { layers, layer_of }
+        Origin { layers, layer_of, cipher: self.cipher.clone() }
     }
 
     /// Tells the engine what is in it.
