@@ -321,13 +321,13 @@ mod tests {
         for taken in ["theirs", "link"] {
             let copy = |to: &str| Work::Copy { from: file("from"), to: file(to) };
             let work = [copy("made"), copy(taken)];
-            let checked = Checked { work: &work, qemu_img: PathBuf::new() };
+            let checked = Checked { work: &work, qemu_img: Img::none() };
             assert!(checked.make().is_err());
             assert_eq!(std::fs::read_to_string(file("theirs")).unwrap(), "theirs");
             assert!(!Path::new(&file("made")).exists());
         }
         let work = [Work::Copy { from: file("from"), to: file("made") }];
-        let made = Checked { work: &work, qemu_img: PathBuf::new() }.make().unwrap();
+        let made = Checked { work: &work, qemu_img: Img::none() }.make().unwrap();
         let mode =
             std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(file("made")).unwrap().permissions());
         assert_eq!(
