@@ -45,7 +45,7 @@ pub enum StateReader {
     /// As it was written.
     Plain(File),
     /// Of an encrypted checkpoint.
-    Sealed(SealedReader<File>),
+    Sealed(Box<SealedReader<File>>),
 }
 
 impl Read for StateReader {
@@ -181,10 +181,9 @@ impl Entry {
         let file = self.state_file()?;
         let Some(key) = key else { return Ok(StateReader::Plain(file)) };
         let part = &self.manifest.parts.state;
-        let reader = SealedReader::new(file, part.bytes, &key, SealedAs::State);
-        Ok(StateReader::Sealed(
-            reader.map_err(|error| ArchiveError::format(self.path.join(&part.file), error))?,
-        ))
+        let reader = SealedReader::new(file, part.bytes, &key, SealedAs::State)
+            .map_err(|error| ArchiveError::format(self.path.join(&part.file), error))?;
+        Ok(StateReader::Sealed(Box::new(reader)))
     }
 
     /// The same as it is in its file.
