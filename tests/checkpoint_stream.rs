@@ -126,7 +126,9 @@ fn a_checkpoint_goes_through_a_pipe() {
     let import = place.vmemd(&["import", "-", "--to", &place.text("to")]).stdin(pipe).output().unwrap();
     is(&import, 0, "disk root: its content is no part of the stream");
     is(&export.wait_with_output().unwrap(), 0, "disk root: its content is no part of the stream");
-    is(&place.say(&["verify", &place.text("to")]), 0, "");
+    // The disk stayed where it was made.
+    is(&place.say(&["verify", &place.text("to")]), 13, "its disk /srv/root.qcow2 is not there");
+    is(&place.say(&["verify", "--without-disks", &place.text("to")]), 0, "");
     let again = place.say(&["import", place.stream().to_str().unwrap(), "--to", &place.text("to")]);
     is(&again, 4, "has this checkpoint already");
 }

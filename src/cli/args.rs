@@ -29,7 +29,8 @@ use crate::vmm::Workload;
 #[command(
     after_help = "Exit codes: 2 usage, 3 the host lacks something, 4 no such VM or name taken, 5 no room (RAM, store),
 6 peer or link, 7 the VM failed, 8 hand-over in doubt, 9 the VM cannot move, 10 the VM has moved away, 12 it would have
-stood still for longer than --max-downtime, 13 a checkpoint is damaged, 130 interrupted, 1 anything else."
+stood still for longer than --max-downtime, 13 a checkpoint is damaged, 14 the checkpoint is whole but not what was to follow it,
+130 interrupted, 1 anything else."
 )]
 pub(super) struct Cli {
     /// Directory of the VMs' control sockets [default: $VMEMD_RUN_DIR, /run/vmemd, or $XDG_RUNTIME_DIR/vmemd]

@@ -69,19 +69,39 @@ impl Work {
 /// How fast pages are dealt with while the VM stands still: as fast as they are found, and no faster than the disk
 /// takes them. That the base has most of them, or that the store shares them, says nothing of what the guest has
 /// just written, of which the last round consists.
+///
+/// A disk also takes a time of its own for the last of what it is given, however little that is: its latency, or that
+/// of a limit on it, which counts in slices of up to 100 ms. Small rounds show it: it is what they take beyond the rate.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct PauseRate {
     found: SendRate,
     written: Option<SendRate>,
+    latency: Duration,
 }
+
+/// A round that writes no more pages than this is a small one: 16 MiB.
+const SMALL_ROUND: u64 = 4096;
+/// More than this is no latency, but a disk that stood still for a while.
+const LATENCY_MOST: Duration = Duration::from_millis(500);
 
 impl PauseRate {
     /// A round has done this work in this time.
     pub(super) fn round(&mut self, work: Work, took: Duration) {
         self.found.round(work.found, took.saturating_sub(work.held_back));
         if work.written > 0 {
+            if work.written <= SMALL_ROUND
+                && let Some(rate) = self.written.filter(|rate| rate.per_s() > 0.0)
+            {
+                let expected = Duration::from_secs_f64(work.written as f64 / rate.per_s());
+                self.latency = work.busy.saturating_sub(expected).min(LATENCY_MOST);
+            }
             self.written.get_or_insert_default().round(work.written, work.busy);
         }
+    }
+
+    /// What the disk takes for the last of what it is given, beyond the rate.
+    pub(super) fn latency(&self) -> Duration {
+        self.latency
     }
 
     pub(super) fn per_s(&self) -> f64 {
@@ -118,6 +138,20 @@ mod tests {
     }
 
     const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn small_rounds_show_what_the_disk_takes_for_the_last_pages() {
+        let mut rate = PauseRate::default();
+        let round = |written, busy| Work { found: written, written, busy, held_back: Duration::ZERO };
+        rate.round(round(50_000, 10 * SECOND), 10 * SECOND);
+        assert_eq!(rate.latency(), Duration::ZERO, "a large round does not show it");
+        rate.round(round(100, SECOND / 10), SECOND / 10);
+        assert_eq!(rate.latency(), SECOND / 10 - SECOND / 50);
+        rate.round(round(100, SECOND / 100), SECOND / 100);
+        assert_eq!(rate.latency(), Duration::ZERO, "it was faster than the rate says");
+        rate.round(round(100, 20 * SECOND), 20 * SECOND);
+        assert_eq!(rate.latency(), LATENCY_MOST);
+    }
 
     #[test]
     fn no_more_than_the_limit_over_time_and_nothing_saved_up() {

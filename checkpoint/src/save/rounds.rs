@@ -323,6 +323,11 @@ impl<'a> Rounds<'a> {
         self.pause_rate.per_s()
     }
 
+    /// What the disk takes for the last pages of a round, however few these are.
+    pub(super) fn pause_latency(&self) -> Duration {
+        self.pause_rate.latency()
+    }
+
     pub(super) fn scan_took(&self) -> Duration {
         self.reader.scan_took()
     }

@@ -203,7 +203,7 @@ impl<'a, 'v> Session<'a, 'v> {
             // Nobody loads the state here, and the page cache takes it.
             vm_cost: time + Duration::from_secs_f64(state_bytes as f64 / STATE_BYTES_PER_S),
             state_bytes: 0,
-            link_cost: self.rounds.scan_took(),
+            link_cost: self.rounds.scan_took() + self.rounds.pause_latency(),
         }
     }
 
