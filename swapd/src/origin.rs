@@ -1,7 +1,8 @@
 //! The origin: files from which pages come and to which none goes, a checkpoint's image with those that it is based on.
 //!
 //! Page *n* is the 4096 bytes at offset *n* x 4096 of the *layer* that has it, plain as the guest wrote them, or
-//! encrypted with the origin's one key. Several VMs may have the same files for their origin, so nothing here can write: the files must be open for reading alone.
+//! encrypted with the origin's one key. Several VMs may have the same files for their origin, so nothing here can
+//! write: the files must be open for reading alone.
 //! A page is believed only if its checksum is the one that was adopted with it, as with every tier.
 
 use std::fs::File;
